@@ -1,0 +1,9 @@
+"""Errors that a user can act on."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is one sentence that names the argument or file, the values that clash and the remedy. It is
+    raised before anything is written. The command line prints it without a traceback and exits with code 2.
+    """
