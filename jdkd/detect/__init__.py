@@ -1,0 +1,25 @@
+"""Detectors as data: specs, builders, channel groups, weight inheritance and checkpoints."""
+
+from jdkd.detect.build import build, parameter_count
+from jdkd.detect.checkpoint import LoadReport, load, load_weights, save
+from jdkd.detect.groups import Group, channel_groups
+from jdkd.detect.inherit import NEW, inherit
+from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round_width
+
+__all__ = [
+    "NAMED_SPECS",
+    "NEW",
+    "DetectorSpec",
+    "Group",
+    "LoadReport",
+    "Stage",
+    "build",
+    "channel_groups",
+    "inherit",
+    "load",
+    "load_weights",
+    "named_spec",
+    "parameter_count",
+    "round_width",
+    "save",
+]

@@ -1,0 +1,51 @@
+"""From a spec to a detector: our backbone, torchvision's heads and operators."""
+
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from jdkd.detect.resnet import FROZEN, Backbone, Layers
+from jdkd.detect.spec import DetectorSpec
+
+ROI_SIZE = 7
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+
+
+def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
+    """Builds the detector that ``spec`` describes, with fresh weights.
+
+    Args:
+        spec: the architecture.
+        layers: what the backbone's layers are made of; by default plain convolutions and the spec's norm.
+
+    Returns:
+        A torchvision ``FasterRCNN`` (Ren et al., NeurIPS 2015, with FPN), which resizes and normalises its
+        input itself; its ``spec`` attribute is the spec. In training it takes images (float ``[3, H, W]`` in
+        0..1) and targets and returns losses, in evaluation it returns boxes, labels and scores.
+    """
+    if layers is None:
+        layers = FROZEN if spec.norm == "frozen" else Layers()
+    anchors = AnchorGenerator(tuple((size,) for size in spec.anchors), (ASPECT_RATIOS,) * len(spec.anchors))
+    model = FasterRCNN(
+        Backbone(spec, layers),
+        min_size=spec.min_size,
+        max_size=spec.max_size,
+        rpn_anchor_generator=anchors,
+        rpn_pre_nms_top_n_train=2 * spec.proposals,
+        rpn_pre_nms_top_n_test=spec.proposals,
+        rpn_post_nms_top_n_train=2 * spec.proposals,
+        rpn_post_nms_top_n_test=spec.proposals,
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], ROI_SIZE, sampling_ratio=2),
+        box_head=TwoMLPHead(spec.fpn * ROI_SIZE**2, spec.box_head),
+        box_predictor=FastRCNNPredictor(spec.box_head, len(spec.classes) + 1),
+        box_batch_size_per_image=spec.rois,
+    )
+    model.spec = spec
+    return model
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trainable and frozen parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,208 @@
+"""What a detector is made of, as data: a frozen dataclass that goes to JSON and back."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jdkd.errors import InputError
+
+EXPANSION = {"basic": 1, "bottleneck": 4}  # stage width of the published ResNets over their inner width
+INNER_CONVS = {"basic": 1, "bottleneck": 2}  # convolutions of a block whose output stays inside the block
+_PUBLISHED = {  # blocks per stage, He et al., CVPR 2016, table 1
+    "faster_rcnn_r18_fpn": ("basic", (2, 2, 2, 2)),
+    "faster_rcnn_r34_fpn": ("basic", (3, 4, 6, 3)),
+    "faster_rcnn_r50_fpn": ("bottleneck", (3, 4, 6, 3)),
+    "faster_rcnn_r101_fpn": ("bottleneck", (3, 4, 23, 3)),
+}
+NAMED_SPECS = tuple(_PUBLISHED)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One ResNet stage: the width of its residual stream and the inner widths of each of its blocks.
+
+    A basic block has one inner width (the output of its first convolution), a bottleneck has two.
+    """
+
+    width: int
+    blocks: tuple[tuple[int, ...], ...]
+
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """Everything needed to build a detector; equal specs build equal architectures.
+
+    Args:
+        classes: names of the object classes, without background; label k is ``classes[k - 1]``.
+        stages: the four ResNet stages, at strides 4, 8, 16 and 32.
+        block: ``"basic"`` or ``"bottleneck"``.
+        stem: output channels of the 7x7 stem.
+        fpn: channels of every pyramid level, of its top-down path and of the RPN's hidden layer.
+        box_head: hidden units of both fully connected layers of the box head.
+        min_size, max_size: the input is resized to this short side, in pixels, unless the long side would
+            exceed ``max_size``.
+        anchors: anchor size per pyramid level P2-P6, in pixels.
+        proposals: proposals per image that survive NMS at inference; training keeps twice as many.
+        rois: regions sampled per image to train the box head.
+        norm: ``"batch"`` or ``"frozen"`` (statistics and affine parameters fixed).
+        head: the detector family.
+    """
+
+    classes: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    block: str = "basic"
+    stem: int = 64
+    fpn: int = 256
+    box_head: int = 1024
+    min_size: int = 800
+    max_size: int = 1333
+    anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
+    proposals: int = 1000
+    rois: int = 512
+    norm: str = "batch"
+    head: str = "faster_rcnn"
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of the canonical JSON form."""
+        return hashlib.sha256(self.to_json(indent=None).encode()).hexdigest()
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        return tuple(stage.depth for stage in self.stages)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=indent, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the spec") -> "DetectorSpec":
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            InputError: ``text`` is no JSON object, misses a field, has one that is unknown, or describes no
+                detector that can be built. ``source`` names it in the message.
+        """
+        try:
+            fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{source} is not JSON ({error}); write one with `jdkd train`.") from None
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(fields, dict) or not {"classes", "stages"} <= fields.keys() <= known:
+            got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
+            raise InputError(f"{source} must be a JSON object with the fields {sorted(known)}, got {got}.")
+        try:
+            return cls(**{**_tuples(fields), "stages": tuple(_stage(stage) for stage in fields["stages"])})
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+        except (TypeError, KeyError, ValueError) as error:
+            raise InputError(f"{source} does not describe a detector: {error!r}; compare it with a named spec.") from None
+
+    def replace(self, **changes: Any) -> "DetectorSpec":
+        return dataclasses.replace(self, **changes)
+
+    def summary(self) -> str:
+        """One short line for tables and logs."""
+        inner = "/".join(f"{stage.depth}x{max(max(block) for block in stage.blocks)}" for stage in self.stages)
+        return f"{self.block} {inner}, FPN {self.fpn}, box head {self.box_head}, {self.min_size} px"
+
+
+def round_width(width: float, divisor: int = 8) -> int:
+    """The nearest multiple of ``divisor`` that is at least ``divisor``."""
+    return max(divisor, int(width / divisor + 0.5) * divisor)
+
+
+def named_spec(
+    name: str,
+    classes: Sequence[str],
+    *,
+    width: float = 1.0,
+    depth: float = 1.0,
+    fpn: int | None = None,
+    box_head: int | None = None,
+    min_size: int = 800,
+    max_size: int = 1333,
+) -> DetectorSpec:
+    """A published architecture, narrowed or deepened.
+
+    Args:
+        name: one of :data:`NAMED_SPECS`.
+        classes: names of the object classes.
+        width: multiplies every channel count of the backbone (rounded to multiples of 8), of the FPN and of
+            the box head.
+        depth: multiplies the number of blocks of every stage.
+        fpn, box_head: override the multiplied widths.
+        min_size, max_size: input size in pixels. Anchors follow it (32-512 at 800 px, smallest one never
+            under 8), and below 400 px fewer regions are proposed (300) and sampled (128).
+
+    Raises:
+        InputError: the name is unknown or a multiplier is not positive.
+    """
+    if name not in _PUBLISHED:
+        raise InputError(f"spec {name!r} is neither a JSON file nor one of the named specs {', '.join(NAMED_SPECS)}.")
+    if width <= 0 or depth <= 0:
+        raise InputError(f"width and depth multiply the spec and must be positive, got {width} and {depth}.")
+    block, depths = _PUBLISHED[name]
+    inner = [round_width(width * channels) for channels in (64, 128, 256, 512)]
+    stages = tuple(
+        Stage(channels * EXPANSION[block], ((channels,) * INNER_CONVS[block],) * max(1, round(blocks * depth)))
+        for channels, blocks in zip(inner, depths, strict=True)
+    )
+    smallest = 32
+    while smallest > 8 and smallest * 800 > 32 * min_size * 1.5:
+        smallest //= 2
+    small = min_size < 400
+    return DetectorSpec(
+        classes=tuple(classes),
+        stages=stages,
+        block=block,
+        stem=round_width(64 * width),
+        fpn=fpn or round_width(256 * width),
+        box_head=box_head or round_width(1024 * width),
+        min_size=min_size,
+        max_size=max(max_size, min_size),
+        anchors=tuple(smallest << level for level in range(5)),
+        proposals=300 if small else 1000,
+        rois=128 if small else 512,
+    )
+
+
+def _check(spec: DetectorSpec) -> None:
+    if spec.head != "faster_rcnn":
+        raise InputError(f"head must be 'faster_rcnn', got {spec.head!r}.")
+    if spec.block not in EXPANSION or spec.norm not in ("batch", "frozen"):
+        raise InputError(
+            f"block must be one of {sorted(EXPANSION)} and norm 'batch' or 'frozen', got {spec.block!r} and {spec.norm!r}."
+        )
+    if not spec.classes or len(spec.stages) != 4 or len(spec.anchors) != 5:
+        raise InputError(
+            "a detector needs at least one class, 4 stages and 5 anchor sizes, got "
+            f"{len(spec.classes)}, {len(spec.stages)} and {len(spec.anchors)}."
+        )
+    for number, stage in enumerate(spec.stages, start=1):
+        if not stage.blocks or any(len(block) != INNER_CONVS[spec.block] for block in stage.blocks):
+            raise InputError(
+                f"stage {number} needs at least one block, each with {INNER_CONVS[spec.block]} inner width(s) "
+                f"for {spec.block} blocks, got {stage.blocks}."
+            )
+    sizes = [spec.stem, spec.fpn, spec.box_head, spec.min_size, spec.max_size, spec.proposals, spec.rois, *spec.anchors]
+    sizes += [width for stage in spec.stages for width in (stage.width, *sum(stage.blocks, ()))]
+    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
+        raise InputError(f"every size of a spec must be a positive whole number, got {sizes}.")
+
+
+def _stage(fields: dict[str, Any]) -> Stage:
+    return Stage(fields["width"], tuple(tuple(block) for block in fields["blocks"]))
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}

@@ -1,0 +1,277 @@
+"""Specs, builders, groups, inheritance and checkpoints."""
+
+import json
+
+import pytest
+import torch
+
+from jdkd.detect import (
+    NEW,
+    DetectorSpec,
+    Stage,
+    build,
+    channel_groups,
+    inherit,
+    load,
+    load_weights,
+    named_spec,
+    save,
+)
+from jdkd.errors import InputError
+
+CLASSES = ("cat", "dog", "bird")
+
+
+def small_spec(block: str = "basic", **changes) -> DetectorSpec:
+    inner = {"basic": ((8,), (16,)), "bottleneck": ((8, 8), (16, 8))}[block]
+    stages = tuple(Stage(width, inner) for width in (16, 16, 24, 32))
+    spec = DetectorSpec(
+        CLASSES, stages, block, stem=8, fpn=16, box_head=24, min_size=64, max_size=96,
+        anchors=(8, 16, 32, 64, 128), proposals=50, rois=32,
+    )  # fmt: skip
+    return spec.replace(**changes)
+
+
+def detector(spec: DetectorSpec, seed: int = 0) -> torch.nn.Module:
+    """A detector whose normalisation statistics and affine parameters are anything but their defaults."""
+    torch.manual_seed(seed)
+    model = build(spec)
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype.is_floating_point and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5) if name.endswith(("weight", "running_var")) else tensor.uniform_(-0.2, 0.2)
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Everything that leaves the convolutional part and both heads, for one batch."""
+    model.eval()
+    x = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(5))
+    features = model.backbone(x)
+    boxes = [torch.tensor([[2.0, 3.0, 40.0, 50.0], [10.0, 8.0, 30.0, 20.0]])] * 2
+    regions = model.roi_heads.box_roi_pool(features, boxes, [(64, 96)] * 2)
+    logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(regions))
+    objectness, proposals = model.rpn.head(list(features.values()))
+    return [logits, deltas, *objectness, *proposals]
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def masked(model: torch.nn.Module, group: str, kept: list[int]) -> torch.nn.Module:
+    """The same detector with every reader of the dropped channels zeroed."""
+    chosen, state = channel_groups(model.spec)[group], model.state_dict()
+    dropped = torch.tensor([c for c in range(chosen.size) if c not in kept])
+    for name, dim, repeat in chosen.consumers:
+        entries = (dropped[:, None] * repeat + torch.arange(repeat)).flatten()
+        state[name].index_fill_(dim, entries, 0.0)
+    return model
+
+
+def shrunk(spec: DetectorSpec, group: str, size: int) -> tuple[DetectorSpec, list[str]]:
+    """The spec after pruning ``group`` and the groups that share its size in the spec."""
+    if group.startswith("layer") and "inner" in group:
+        stage, block, number = int(group[5]) - 1, int(group.split(".")[1]), int(group[-1]) - 1
+        blocks = [list(widths) for widths in spec.stages[stage].blocks]
+        blocks[block][number] = size
+        stages = list(spec.stages)
+        stages[stage] = Stage(stages[stage].width, tuple(tuple(widths) for widths in blocks))
+        return spec.replace(stages=tuple(stages)), [group]
+    if group.startswith("box_head"):
+        return spec.replace(box_head=size), ["box_head.fc6", "box_head.fc7"]
+    if group in ("fpn", "fpn.top_down", "rpn"):
+        return spec.replace(fpn=size), ["fpn", "fpn.top_down", "rpn"]
+    if group == "stem":
+        return spec.replace(stem=size), ["stem"]
+    stages = list(spec.stages)
+    stages[int(group[5]) - 1] = Stage(size, stages[int(group[5]) - 1].blocks)
+    return spec.replace(stages=tuple(stages)), [group]
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_physical_pruning_equals_masking_in_every_group(block, norm):
+    spec = small_spec(block, norm=norm)
+    for group in channel_groups(spec):
+        size = channel_groups(spec)[group].size - 3
+        child_spec, coupled = shrunk(spec, group, size)
+        kept = sorted(torch.randperm(size + 3, generator=torch.Generator().manual_seed(1))[:size].tolist())
+        child = inherit(detector(spec), child_spec, channels=dict.fromkeys(coupled, kept))
+        whole = detector(spec)
+        for name in coupled:
+            whole = masked(whole, name, kept)
+        assert_same(outputs(child), outputs(whole))
+        assert sum(p.numel() for p in child.parameters()) < sum(p.numel() for p in whole.parameters()) or norm == "frozen"
+
+
+def test_a_wrong_reader_in_a_group_would_show():
+    whole = detector(small_spec())
+    pruned, _ = shrunk(whole.spec, "fpn", 12)
+    kept = list(range(12))
+    child = inherit(whole, pruned, channels={"fpn": kept, "fpn.top_down": kept, "rpn": kept})
+    forgotten = masked(masked(detector(small_spec()), "fpn", kept), "rpn", kept)  # fpn.top_down not masked
+    with pytest.raises(AssertionError):
+        assert_same(outputs(child), outputs(forgotten))
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+def test_growing_in_depth_and_width_changes_no_output(block):
+    parent = detector(small_spec(block))
+    inner = {"basic": (24,), "bottleneck": (24, 16)}[block]
+    stages = tuple(Stage(stage.width, (inner,) * 3) for stage in parent.spec.stages)
+    grown = parent.spec.replace(stages=stages, fpn=24, box_head=32)
+    order = [[0, NEW, 1], [0, 1, NEW], [0, 1, NEW], [0, NEW, 1]]
+    channels = {}
+    for name, group in channel_groups(grown).items():
+        before = channel_groups(parent.spec)
+        number, _, rest = name[5:].partition(".") if name.startswith("layer") and "inner" in name else ("", "", "")
+        if number:
+            ancestor = order[int(number) - 1][int(rest.split(".")[0])]
+            if ancestor == NEW:
+                continue
+            size = before[f"layer{number}.{ancestor}.{rest.split('.')[1]}"].size
+        else:
+            size = before[name].size
+        channels[name] = [*range(size), *[NEW] * (group.size - size)]
+    child = inherit(parent, grown, channels=channels, blocks=order)
+    assert_same(outputs(child)[:2], outputs(parent)[:2])
+    child.train()
+    losses = child([torch.rand(3, 64, 96)], [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 40.0]]), "labels": torch.tensor([1])}])
+    sum(losses.values()).backward()
+    last = {"basic": "bn2", "bottleneck": "bn3"}[block]
+    gamma = getattr(child.backbone.body.layer2[2], last).weight
+    assert gamma.eq(0).all() and gamma.grad.abs().sum() > 0, "an added block must be able to learn"
+
+
+def test_inheriting_nothing_new_is_the_same_detector():
+    parent = detector(small_spec())
+    child = inherit(parent, parent.spec)
+    assert all(torch.equal(child.state_dict()[name], tensor) for name, tensor in parent.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("channels", "blocks", "says"),
+    [
+        ({"layer1.0.inner1": [0, 1]}, None, "indices below 8, got 2"),
+        ({"layer1.0.inner1": list(range(1, 9))}, None, "got 8 from 1 to 8"),
+        ({"layer9": [0]}, None, "layer9"),
+        (None, [[1, 0], [0, 1], [0, 1], [0, 1]], r"begin with block 0, got \[1, 0\]"),
+    ],
+)
+def test_an_inheritance_that_does_not_fit_is_refused(channels, blocks, says):
+    parent = detector(small_spec())
+    with pytest.raises(InputError, match=says):
+        inherit(parent, parent.spec, channels=channels, blocks=blocks)
+
+
+def test_a_residual_width_cannot_change_unnoticed():
+    parent = detector(small_spec())
+    stages = (Stage(24, parent.spec.stages[0].blocks), *parent.spec.stages[1:])
+    with pytest.raises(InputError, match="layer1.*name the channels"):
+        inherit(parent, parent.spec.replace(stages=stages))
+
+
+def test_every_channel_of_every_tensor_is_in_a_group():
+    for block in ("basic", "bottleneck"):
+        model = build(small_spec(block))
+        groups = channel_groups(model.spec).values()
+        made = {tensor for group in groups for tensor, _ in group.producers}
+        read = {tensor for group in groups for tensor, _, _ in group.consumers}
+        state = model.state_dict()
+        outs = {n for n in made | read if "predictor" not in n and "cls_logits" not in n and "bbox_pred" not in n}
+        weights = {n for n, t in state.items() if t.dim() > 0}
+        free = {n for n in weights if n.startswith(("rpn.head.cls", "rpn.head.bbox", "roi_heads.box_predictor"))}
+        assert weights - free == outs
+        assert {n for n in weights if state[n].dim() > 1} - {"backbone.body.conv1.weight"} == read
+        for group in groups:
+            assert all(state[n].shape[d] == group.size for n, d in group.producers)
+            assert all(state[n].shape[d] == group.size * r for n, d, r in group.consumers)
+
+
+def test_a_spec_survives_json_and_its_id_names_the_architecture():
+    spec = small_spec("bottleneck")
+    assert DetectorSpec.from_json(spec.to_json()) == spec
+    assert DetectorSpec.from_json(spec.to_json()).id == spec.id
+    assert spec.replace(fpn=17).id != spec.id
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+        ('{"classes": ["a"], "stages": [], "colour": 1}', "colour|JSON object"),
+        ('{"classes": ["a"], "stages": []}', "4 stages"),
+        (json.dumps({"classes": ["a"], "stages": [{"width": 8, "blocks": [[0]]}] * 4}), "positive"),
+        (json.dumps({"classes": ["a"], "stages": [{"blocks": [[8]]}] * 4}), "width"),
+    ],
+)
+def test_a_spec_that_describes_no_detector_is_refused(text, says):
+    with pytest.raises(InputError, match=says):
+        DetectorSpec.from_json(text, source="my.json")
+
+
+def test_named_specs_are_the_published_architectures():
+    r50 = build(named_spec("faster_rcnn_r50_fpn", ["thing"] * 90))
+    assert sum(p.numel() for p in r50.parameters()) == 41_755_286 + 2 * 26_560  # torchvision freezes its batch norms
+    small = named_spec("faster_rcnn_r18_fpn", CLASSES, width=0.25, min_size=128)
+    assert [stage.width for stage in small.stages] == [16, 32, 64, 128]
+    assert small.anchors[0] == 8 and small.fpn == 64
+    with pytest.raises(InputError, match="faster_rcnn_r18_fpn"):
+        named_spec("yolo", CLASSES)
+
+
+def test_a_checkpoint_rebuilds_the_detector(tmp_path):
+    model = detector(small_spec())
+    save(tmp_path / "a", model)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["spec.json", "weights.safetensors"]
+    again = load(tmp_path / "a")
+    assert again.spec == model.spec
+    assert_same(outputs(again), outputs(model))
+
+
+def test_a_base_without_spec_or_with_foreign_weights_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"no spec\.json"):
+        load(tmp_path)
+    save(tmp_path / "a", build(small_spec()))
+    save(tmp_path / "b", build(small_spec(fpn=24)))
+    (tmp_path / "b" / "spec.json").write_text((tmp_path / "a" / "spec.json").read_text())
+    with pytest.raises(InputError, match=r"fpn.*\[24.*in the weights and \[16"):
+        load(tmp_path / "b")
+    (tmp_path / "a" / "weights.safetensors").write_bytes(b"short")
+    with pytest.raises(InputError, match="cannot be read"):
+        load(tmp_path / "a")
+
+
+def test_torchvision_backbone_weights_find_their_place(tmp_path):
+    from torchvision.models import resnet18
+
+    backbone = resnet18()
+    torch.save(backbone.state_dict(), tmp_path / "resnet18.pth")
+    model = build(named_spec("faster_rcnn_r18_fpn", CLASSES))
+    report = load_weights(model, tmp_path / "resnet18.pth")
+    assert torch.equal(model.backbone.body.layer3[1].conv2.weight, backbone.layer3[1].conv2.weight)
+    assert report.unexpected == ("fc.weight", "fc.bias") and not report.misshapen
+    assert all(not name.startswith("backbone.body") for name in report.missing)
+    assert "2 unexpected: fc.weight, fc.bias" in str(report)
+
+
+def test_torchvision_detector_weights_load_with_a_report_of_the_other_head(tmp_path):
+    from torchvision.models.detection import fasterrcnn_resnet50_fpn
+
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=7)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "detector.pth")
+    model = build(named_spec("faster_rcnn_r50_fpn", CLASSES))
+    report = load_weights(model, tmp_path / "detector.pth")
+    assert report.misshapen and all("box_predictor" in name for name in report.misshapen)
+    assert torch.equal(model.rpn.head.conv[0][0].weight, theirs.rpn.head.conv[0][0].weight)
+
+
+def test_weights_of_another_architecture_are_refused(tmp_path):
+    torch.save({"x": torch.zeros(3)}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match="nothing in"):
+        load_weights(build(small_spec()), tmp_path / "x.pth")
+    with pytest.raises(InputError, match="does not exist"):
+        load_weights(build(small_spec()), tmp_path / "y.pth")
