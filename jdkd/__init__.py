@@ -1,0 +1,44 @@
+"""Knowledge distillation, pruning and architecture search of object detectors, with fast kernels.
+
+``import jdkd`` needs only torch. The rooms are imported when they are first named: ``jdkd.functional.pkd_loss``,
+``jdkd.nn.PKDLoss``, ``jdkd.detect.build`` and so on.
+"""
+
+import importlib
+from pathlib import Path
+
+__version__ = "0.1.0.dev0"
+
+# In a bare checkout or an editable install kernels/ lies beside this package; in a wheel it lies inside.
+if not Path(__file__).with_name("kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parents[1]))
+
+_ROOMS = (
+    "data",
+    "detect",
+    "distill",
+    "env",
+    "errors",
+    "functional",
+    "latency",
+    "morph",
+    "nn",
+    "ops",
+    "patch",
+    "pool",
+    "reference",
+    "report",
+    "search",
+    "testing",
+    "train",
+)
+
+
+def __getattr__(name: str):
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

@@ -1,0 +1,255 @@
+"""Builds jdkd: the Python package always, the compiled extension ``jdkd._C`` where a toolchain is at hand.
+
+The sources of the extension are found by pattern, so a new operator touches no shared file:
+
+* ``csrc/module.cpp`` and ``csrc/ops/*.cpp``: the pybind11 module, argument contracts and schemas;
+* ``csrc/cpu/*.cpp``: fused CPU kernels;
+* ``csrc/cuda/*.cu`` and ``csrc/cuda/*.cpp``: CUDA kernels, compiled when an ``nvcc`` of torch's CUDA major is found.
+  Every file then sees ``JDKD_WITH_CUDA``.
+
+``JDKD_BUILD_EXT`` is ``auto`` (the default: build what the machine can), ``1`` (a missing toolchain is an error) or
+``0`` (pure Python). A compile error always fails the build.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+MODES = ("auto", "0", "1")
+# sm_80 code runs on every 8.x device and its PTX is translated for devices that are newer than Hopper; sm_90a is
+# Hopper with the instructions that only Hopper has (its PTX runs nowhere else, so none is kept).
+ARCH_LIST = "8.0+PTX;9.0a"
+METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "clean"}
+
+
+class MissingToolchain(Exception):
+    """A part of the toolchain is not there; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit: the folder above ``bin/nvcc`` and the release nvcc reports, such as ``13.0``."""
+
+    root: Path
+    release: str
+
+
+def say(text: str) -> None:
+    print(f"jdkd: {text}", file=sys.stderr, flush=True)
+
+
+def build_mode() -> str:
+    mode = os.environ.get("JDKD_BUILD_EXT", "").strip().lower() or "auto"
+    if mode not in MODES:
+        raise SystemExit(f"JDKD_BUILD_EXT is {mode!r}, but must be one of {', '.join(MODES)}")
+    return mode
+
+
+def relative(pattern: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
+
+
+def op_families(sources: list[str]) -> list[str]:
+    """The operators among sources: ``csrc/cpu/pearson.cpp`` and ``csrc/cuda/pearson_fwd.cu`` belong to pearson."""
+    stems = [Path(source).stem for source in sources]
+    ops = [Path(source).stem for source in relative("ops/*.cpp")]
+    return sorted(op for op in ops if any(stem == op or stem.startswith(f"{op}_") for stem in stems))
+
+
+def nvidia_packages(major: str) -> Path | None:
+    """The folder that the ``cuda-toolkit`` packages unpack into, ``site-packages/nvidia/cu13`` for CUDA 13."""
+    spec = importlib.util.find_spec("nvidia")
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location) / f"cu{major}"
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def nvcc_release(root: Path) -> str | None:
+    nvcc = root / "bin" / "nvcc"
+    if not nvcc.is_file() or not (root / "include" / "cuda_runtime.h").is_file():
+        return None
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+\.\d+)", answer)
+    return release.group(1) if release else None
+
+
+def find_toolkit(torch_cuda: str) -> Toolkit:
+    """The first complete toolkit of torch's CUDA major: named, system-wide, or from the package registry."""
+    major = torch_cuda.split(".")[0]
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    on_path = shutil.which("nvcc")
+    packages = nvidia_packages(major)
+    candidates = [
+        Path(named) if named else None,
+        Path(on_path).resolve().parent.parent if on_path else None,
+        Path("/usr/local/cuda"),
+        packages,
+    ]
+    refused = []
+    for root in dict.fromkeys(path for path in candidates if path is not None):
+        release = nvcc_release(root)
+        if release is not None and release.split(".")[0] == major:
+            return Toolkit(root, release)
+        if root.is_dir():
+            refused.append(f"{root} has CUDA {release}" if release else f"{root} is no complete toolkit")
+    seen = f" ({'; '.join(refused)})" if refused else ""
+    raise MissingToolchain(
+        f"no CUDA {major} toolkit was found{seen}: set CUDA_HOME, or install the package "
+        f'"cuda-toolkit[nvcc,cccl,crt,nvvm]" of torch\'s CUDA version {torch_cuda}'
+    )
+
+
+def require_host_compiler() -> None:
+    if sys.platform != "linux":
+        raise MissingToolchain(f"jdkd._C is built on Linux only, and this is {sys.platform}")
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        raise MissingToolchain(f"no C++ compiler was found (looked for {compiler!r}): install g++, or set CXX")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise MissingToolchain(f"{header} is missing: install the development files of Python (python3-dev)")
+
+
+def include_dirs(torch_root: Path, toolkit: Toolkit | None) -> list[str]:
+    """csrc, pybind11 (the package, or the copy within torch) and the CUDA headers that the toolkit lacks."""
+    folders = [ROOT / "csrc"]
+    if importlib.util.find_spec("pybind11"):
+        import pybind11
+
+        folders.append(Path(pybind11.get_include()))
+    elif not (torch_root / "include" / "pybind11").is_dir():
+        raise MissingToolchain("the headers of pybind11 are missing: install the package pybind11")
+    packages = nvidia_packages(toolkit.release.split(".")[0]) if toolkit else None
+    if packages and toolkit.root != packages and not (toolkit.root / "include" / "cublas_v2.h").is_file():
+        folders.append(packages / "include")
+    return [str(folder) for folder in folders]
+
+
+def cudart_folders(toolkit: Toolkit) -> list[Path]:
+    packages = nvidia_packages(toolkit.release.split(".")[0])
+    return [toolkit.root / "lib64", toolkit.root / "lib", *([packages / "lib"] if packages else [])]
+
+
+def link_cudart(toolkit: Toolkit, build_temp: Path) -> Path | None:
+    """A build folder with a ``libcudart.so`` for the linker; the registry's package ships ``libcudart.so.13`` only."""
+    if any((folder / "libcudart.so").exists() for folder in cudart_folders(toolkit)[:2]):
+        return None
+    for folder in cudart_folders(toolkit):
+        for library in sorted(folder.glob("libcudart.so*")):
+            link = build_temp / "cudart" / "libcudart.so"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(library)
+            return link.parent
+    raise SystemExit(f"jdkd: libcudart.so* is in none of {', '.join(map(str, cudart_folders(toolkit)))}")
+
+
+def write_build_config(folder: Path, values: dict[str, str]) -> None:
+    """Write ``jdkd_build_config.h``, and only when it changes, so that nothing is recompiled for nothing."""
+    text = "#pragma once\n" + "".join(f'#define JDKD_{name} "{value}"\n' for name, value in values.items())
+    header = folder / "jdkd_build_config.h"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not header.is_file() or header.read_text() != text:
+        header.write_text(text)
+
+
+def extension(mode: str) -> dict:
+    """The keyword arguments of ``setup`` that build ``jdkd._C`` on this machine.
+
+    Raises:
+        MissingToolchain: with what is missing; a CUDA toolkit counts only under ``JDKD_BUILD_EXT=1``, since the CPU
+            operators build without it.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise MissingToolchain(
+            "torch is not in the build environment: install torch, then use pip install --no-build-isolation"
+        )
+    require_host_compiler()
+    import torch
+
+    cuda_sources = relative("cuda/*.cu") + relative("cuda/*.cpp")
+    toolkit = None
+    if torch.version.cuda and cuda_sources:
+        try:
+            toolkit = find_toolkit(torch.version.cuda)
+        except MissingToolchain as missing:
+            if mode == "1":
+                raise
+            say(f"building the CPU operators only: {missing}")
+    if toolkit:
+        os.environ["CUDA_HOME"] = str(toolkit.root)
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCH_LIST
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", "")])
+    from torch.utils import cpp_extension
+
+    cpu_sources = relative("cpu/*.cpp")
+    macros = [("USE_CUDA", None), ("JDKD_WITH_CUDA", None)] if toolkit else []
+    make = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
+    module = make(
+        name="jdkd._C",
+        sources=relative("*.cpp") + relative("ops/*.cpp") + cpu_sources + (cuda_sources if toolkit else []),
+        include_dirs=include_dirs(Path(torch.__file__).parent, toolkit),
+        define_macros=macros,
+        extra_compile_args={
+            "cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall"],
+            "nvcc": ["-O3", "--expt-relaxed-constexpr"],
+        },
+        extra_link_args=["-fopenmp"],
+    )
+    arch_list = os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit else ""
+    config = {
+        "TORCH_VERSION": str(torch.__version__),
+        "CUDA_VERSION": toolkit.release if toolkit else "",
+        "ARCH_LIST": arch_list,
+        "CPU_OPS": ",".join(op_families(cpu_sources)),
+        "CUDA_OPS": ",".join(op_families(cuda_sources)) if toolkit else "",
+    }
+
+    class BuildExtension(cpp_extension.BuildExtension):
+        def build_extensions(self) -> None:
+            folder = Path(self.build_temp).resolve()
+            write_build_config(folder, config)
+            module.include_dirs.append(str(folder))
+            if toolkit and (link_folder := link_cudart(toolkit, folder)):
+                module.library_dirs.append(str(link_folder))
+            cuda = f"CUDA {toolkit.release} in {toolkit.root} for {arch_list}" if toolkit else "no CUDA"
+            say(f"building jdkd._C from {len(module.sources)} files: torch {torch.__version__}, {cuda}")
+            super().build_extensions()
+
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def extension_or_none() -> dict:
+    mode = build_mode()
+    if mode == "0" or METADATA_COMMANDS.intersection(sys.argv[1:]):
+        return {}
+    try:
+        return extension(mode)
+    except MissingToolchain as missing:
+        if mode == "1":
+            raise SystemExit(f"jdkd: JDKD_BUILD_EXT=1, but {missing}") from None
+        say(f"pure-Python build, without jdkd._C: {missing}")
+        return {}
+
+
+setup(
+    packages=[*find_packages(include=["jdkd", "jdkd.*"]), "jdkd.kernels"],
+    package_dir={"jdkd.kernels": "kernels"},
+    **extension_or_none(),
+)
