@@ -1,0 +1,81 @@
+"""See :func:`deployable`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
+
+NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
+
+
+class _Tracer(fx.Tracer):
+    """Keeps every module without children whole, so that a graph shows which layer feeds which."""
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        return super().is_leaf_module(module, qualified_name) or not any(True for _ in module.children())
+
+
+def deployable(model: nn.Module) -> nn.Module:
+    """Copy a detector into the form in which it is timed, scored and shipped.
+
+    The copy is in eval mode without gradients, every batch normalisation that directly follows a convolution
+    is folded into it, and convolution weights are channels-last. What follows what is read from the traced
+    data flow, not from names; a part of the network that cannot be traced (the RPN's control flow, say) is
+    searched child by child. A normalisation whose convolution feeds anything else, or that is used more than
+    once, stays.
+
+    Args:
+        model: any detector; it is left as it was.
+
+    Returns:
+        The deployable copy, on the device of `model`. Outputs agree up to the rounding of the folded weights.
+    """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    occurrences = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for conv_name, norm_name in list(_conv_norm_pairs(model, "")):
+        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        if occurrences[id(conv)] == 1 and occurrences[id(norm)] == 1:
+            _fold(conv, norm)
+            model.set_submodule(norm_name, nn.Identity().eval())
+    return model.to(memory_format=torch.channels_last)
+
+
+def batch_norms(model: nn.Module) -> int:
+    """Number of batch normalisations in `model`, frozen ones included: 0 for a fully folded network."""
+    return sum(isinstance(module, NORMS) for module in model.modules())
+
+
+def _conv_norm_pairs(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]]:
+    """Yield (convolution, normalisation) names under `prefix`, from the largest parts that can be traced."""
+    if not any(isinstance(child, NORMS) for child in module.modules()) or isinstance(module, NORMS):
+        return
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # whatever a forward raises on symbolic values: its children are tried instead
+        for name, child in module.named_children():
+            yield from _conv_norm_pairs(child, f"{prefix}{name}.")
+        return
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for node in graph.nodes:
+        if node.op != "call_module" or not isinstance(module.get_submodule(node.target), NORMS):
+            continue
+        source = node.args[0] if node.args else None
+        if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
+            continue
+        once = calls[node.target] == 1 and calls[source.target] == 1
+        if once and type(module.get_submodule(source.target)) is nn.Conv2d:
+            yield f"{prefix}{source.target}", f"{prefix}{node.target}"
+
+
+def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
+    """Fold `norm` into the weight and bias of `conv`, in place."""
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    conv.requires_grad_(False)

@@ -1,0 +1,88 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from jdkd.latency import deployable
+from jdkd.latency.deployable import batch_norms
+
+
+def _floats(images):
+    return [image.float() / 255 for image in images]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
+def test_folds_every_normalisation_without_changing_the_detections(norm, images, make_detector):
+    model = make_detector(norm=norm)
+    copy_ = deployable(model)
+    assert batch_norms(model) == 4 and batch_norms(copy_) == 0
+    with torch.no_grad():
+        for before, after in zip(model(_floats(images)), copy_(_floats(images)), strict=True):
+            assert len(before["boxes"]) > 0
+            torch.testing.assert_close(after["labels"], before["labels"])
+            torch.testing.assert_close(after["scores"], before["scores"], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(after["boxes"], before["boxes"], rtol=1e-4, atol=1e-3)
+
+
+def test_leaves_the_original_as_it_was(model):
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    deployable(model)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_is_eval_frozen_and_channels_last(model):
+    copy_ = deployable(model.train())
+    assert not any(module.training for module in copy_.modules())
+    assert not any(parameter.requires_grad for parameter in copy_.parameters())
+    weight = copy_.backbone.block.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+class _Shared(nn.Module):
+    """The convolution's output is normalised and also used raw, so folding would change the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return y + self.norm(y)
+
+
+class _Twice(nn.Module):
+    """One normalisation after two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.a(x)) + self.norm(self.b(x))
+
+
+class _Before(nn.Module):
+    """Normalisation first, but declared in the order that would mislead a reader of names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.conv(self.norm(x))
+
+
+@pytest.mark.parametrize("make", [_Shared, _Twice, _Before])
+def test_keeps_a_normalisation_that_cannot_be_folded(make):
+    model = make()
+    model.norm.running_mean.normal_()
+    model.norm.running_var.uniform_(0.5, 2)
+    model.eval()
+    x = torch.randn(2, 3, 5, 5)
+    folded = deployable(model)
+    assert batch_norms(folded) == 1
+    torch.testing.assert_close(folded(x), model(x))

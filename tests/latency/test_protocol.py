@@ -1,0 +1,159 @@
+import json
+
+import pytest
+import torch
+
+from jdkd.errors import InputError
+from jdkd.latency import LatencyReport, Schedule, deployable, measure, quick
+from jdkd.latency.calls import end_to_end, model_only
+from jdkd.latency.protocol import interleave, order
+
+
+class ScriptedClock:
+    """Runs the call, then says what the script says for the model that ran."""
+
+    def __init__(self, cost):
+        self.cost, self.ran, self.calls = cost, None, 0
+
+    def time(self, call):
+        call()
+        self.calls += 1
+        return self.cost(self.ran, self.calls)
+
+
+def _calls(clock, names, log=None):
+    def call_of(name):
+        def call(index):
+            clock.ran = name
+            if log is not None:
+                log.append((name, index))
+
+        return call
+
+    return {name: call_of(name) for name in names}
+
+
+STEADY = Schedule(rounds=4, min_seconds=0, warmup_seconds=0, warmup_limit=60, window=2)
+
+
+def test_two_models_run_abba_then_baab():
+    assert [order(["a", "b"], index) for index in range(3)] == [list("abba"), list("baab"), list("abba")]
+
+
+def test_three_models_are_mirrored_and_rotated():
+    assert [order(["a", "b", "c"], index) for index in range(3)] == [
+        list("abccba"),
+        list("bcaacb"),
+        list("cabbac"),
+    ]
+
+
+def test_all_models_of_a_round_see_the_same_batch_and_rounds_take_turns():
+    clock, log = ScriptedClock(lambda name, calls: 1.0), []
+    samples, run = interleave(_calls(clock, "ab", log), 3, STEADY, clock)
+    timed = log[-4 * STEADY.rounds :]
+    assert [name for name, _ in timed] == list("abbabaababbabaab")
+    assert [index for _, index in timed] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4
+    assert samples == {"a": [1.0] * 8, "b": [1.0] * 8} and run["rounds"] == 4
+
+
+def test_warms_until_round_times_settle():
+    settling = lambda name, calls: 1.0 + 8.0 * 0.5 ** (calls // 4)  # noqa: E731
+    clock = ScriptedClock(settling)
+    samples, run = interleave(_calls(clock, "ab"), 1, STEADY, clock)
+    assert run["stable"] and 8 <= run["warmup_rounds"] <= 20
+    assert max(samples["a"]) < 1.1
+
+
+def test_gives_up_on_warming_at_the_limit_and_says_so():
+    clock = ScriptedClock(lambda name, calls: float(calls))  # slower for ever
+    schedule = Schedule(rounds=1, min_seconds=0, warmup_seconds=0, warmup_limit=0.01, tolerance=0)
+    assert not interleave(_calls(clock, "ab"), 1, schedule, clock)[1]["stable"]
+
+
+def test_model_only_finds_the_boxes_of_the_whole_detector(model, images):
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        for index, image in enumerate(images):
+            (whole,) = end_to_end(model, [[image] for image in images], cpu)(index)
+            (bare,) = model_only(model, [[image] for image in images], cpu)(index)
+            scale = torch.tensor([image.shape[2], image.shape[1]] * 2) / torch.tensor(
+                _resized(model, image) * 2
+            )
+            torch.testing.assert_close(bare["boxes"] * scale, whole["boxes"], rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(bare["scores"], whole["scores"])
+    assert type(model.transform).__name__ == "GeneralizedRCNNTransform"
+
+
+def _resized(model, image):
+    height, width = model.transform([image / 255])[0].image_sizes[0]
+    return [width, height]
+
+
+def test_reports_both_modes_of_every_model_and_survives_json(make_detector, images):
+    models = {"base": deployable(make_detector()), "student": make_detector(8)}
+    seen = []
+    report = measure(
+        models,
+        images,
+        rounds=5,
+        min_seconds=0,
+        warmup_seconds=0,
+        warmup_limit=0.1,
+        progress=lambda done, total, values: seen.append((done, total)),
+    )
+    for model in report.models.values():
+        assert set(model.modes()) == {"end_to_end", "model_only"}
+        for latency in model.modes().values():
+            assert latency.n == 10 and 0 < latency.p50 <= latency.p90 <= latency.p99
+    assert report.base == "base" and report.ratio("base").interval == (1.0, 1.0)
+    assert (
+        report.models["base"].facts["batch_norms"] == 0 and report.models["student"].facts["batch_norms"] == 4
+    )
+    assert report.environment["threads"] == torch.get_num_threads()
+    assert report.protocol["image_sizes"] == ["64x64", "64x80", "64x96"]
+    assert seen == [(done, 5) for done in range(1, 6)] * 2
+    stored = json.loads(json.dumps(report.to_json(), sort_keys=True))
+    assert LatencyReport.from_json(stored) == report
+
+
+def test_quick_is_end_to_end_with_overridable_rounds(model, images):
+    report = quick({"base": model}, images, rounds=2, warmup_limit=0.0)
+    assert set(report.models["base"].modes()) == {"end_to_end"}
+    assert report.models["base"].end_to_end.n == 4
+
+
+def test_batches_of_several_images(model, images):
+    report = measure({"base": model}, images, rounds=1, min_seconds=0, warmup_limit=0, batch_size=4)
+    assert report.protocol["batch_size"] == 4 and report.models["base"].end_to_end.n == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": []}, "images is empty"),
+        ({"images": [torch.zeros(1, 8, 8)]}, r"images\[0\] has shape \[1, 8, 8\]"),
+        ({"images": [torch.zeros(3, 8, 8, dtype=torch.int64)]}, "int64"),
+        ({"models": {}}, "models is empty"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"modes": ["wall"]}, "wall"),
+    ],
+)
+def test_refuses_what_cannot_be_measured(model, images, change, message):
+    with pytest.raises(InputError, match=message):
+        measure(**{"models": {"base": model}, "images": images, **change})
+
+
+def test_refuses_a_model_in_training_mode(model, images):
+    with pytest.raises(InputError, match="'base' is in training mode"):
+        measure({"base": model.train()}, images)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_times_with_events_and_replays_the_backbone_on_a_gpu(model, images):
+    report = measure(
+        {"base": deployable(model)}, images, device="cuda", rounds=5, min_seconds=0, warmup_limit=1
+    )
+    assert report.environment["clock"] == "CUDA events"
+    assert set(report.models["base"].modes()) == {"end_to_end", "model_only", "backbone_replay"}
