@@ -123,19 +123,23 @@ def require_host_compiler() -> None:
         raise MissingToolchain(f"{header} is missing: install the development files of Python (python3-dev)")
 
 
-def include_dirs(torch_root: Path, toolkit: Toolkit | None) -> list[str]:
-    """csrc, pybind11 (the package, or the copy within torch) and the CUDA headers that the toolkit lacks."""
-    folders = [ROOT / "csrc"]
+def pybind11_folders(torch_root: Path) -> list[str]:
+    """Where pybind11's headers are: the package's folder, or none where torch's own copy serves."""
     if importlib.util.find_spec("pybind11"):
         import pybind11
 
-        folders.append(Path(pybind11.get_include()))
-    elif not (torch_root / "include" / "pybind11").is_dir():
+        return [pybind11.get_include()]
+    if not (torch_root / "include" / "pybind11").is_dir():
         raise MissingToolchain("the headers of pybind11 are missing: install the package pybind11")
+    return []
+
+
+def late_include_folders(toolkit: Toolkit | None) -> list[str]:
+    """Headers that torch's own include and a bare toolkit lacks (cuBLAS, cuSPARSE): to be searched last."""
     packages = nvidia_packages(toolkit.release.split(".")[0]) if toolkit else None
-    if packages and toolkit.root != packages and not (toolkit.root / "include" / "cublas_v2.h").is_file():
-        folders.append(packages / "include")
-    return [str(folder) for folder in folders]
+    if packages is None or (toolkit.root / "include" / "cublas_v2.h").is_file():
+        return []
+    return [str(packages / "include")]
 
 
 def cudart_folders(toolkit: Toolkit) -> list[Path]:
@@ -204,10 +208,10 @@ def extension(mode: str) -> dict:
     module = make(
         name="jdkd._C",
         sources=relative("*.cpp") + relative("ops/*.cpp") + cpu_sources + (cuda_sources if toolkit else []),
-        include_dirs=include_dirs(Path(torch.__file__).parent, toolkit),
+        include_dirs=[str(ROOT / "csrc"), *pybind11_folders(Path(torch.__file__).parent)],
         define_macros=macros,
         extra_compile_args={
-            "cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall"],
+            "cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-Wall", "-g0"],
             "nvcc": ["-O3", "--expt-relaxed-constexpr"],
         },
         extra_link_args=["-fopenmp"],
@@ -225,7 +229,7 @@ def extension(mode: str) -> dict:
         def build_extensions(self) -> None:
             folder = Path(self.build_temp).resolve()
             write_build_config(folder, config)
-            module.include_dirs.append(str(folder))
+            module.include_dirs += [str(folder), *late_include_folders(toolkit)]
             if toolkit and (link_folder := link_cudart(toolkit, folder)):
                 module.library_dirs.append(str(link_folder))
             cuda = f"CUDA {toolkit.release} in {toolkit.root} for {arch_list}" if toolkit else "no CUDA"
