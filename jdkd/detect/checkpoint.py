@@ -41,7 +41,9 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     folder = Path(folder)
     for name in (SPEC, WEIGHTS):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is no detector: it has no {name}; give a folder written by `jdkd train`.")
+            raise InputError(
+                f"{folder} is no detector: it has no {name}; give a folder written by `jdkd train`."
+            )
     model = build(DetectorSpec.from_json((folder / SPEC).read_text(), source=str(folder / SPEC)))
     try:
         state = load_file(folder / WEIGHTS)
@@ -114,7 +116,9 @@ def _read_state(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own
-        raise InputError(f"weights {file} cannot be read ({error}); give a .safetensors or .pth state dict.") from None
+        raise InputError(
+            f"weights {file} cannot be read ({error}); give a .safetensors or .pth state dict."
+        ) from None
     state = state.get("model", state) if isinstance(state, dict) else {}
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 

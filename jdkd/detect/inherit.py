@@ -87,14 +87,21 @@ def _channel_index(
     ours, theirs = channel_groups(child), channel_groups(parent)
     index: dict[str, list[tuple[int, Tensor, bool]]] = {}
     if unknown := channels.keys() - ours.keys():
-        raise InputError(f"channels names the groups {sorted(unknown)}, which the child lacks; it has {sorted(ours)}.")
+        raise InputError(
+            f"channels names the groups {sorted(unknown)}, which the child lacks; it has {sorted(ours)}."
+        )
     for name, group in ours.items():
         before = _renamed(name, ancestors)
         if before is None:
             continue
         size = theirs[before].size
         kept = torch.as_tensor(list(channels.get(name, range(group.size))), dtype=torch.int64)
-        if len(kept) != group.size or kept.max() >= size or kept.min() < NEW or (name not in channels and len(kept) != size):
+        if (
+            len(kept) != group.size
+            or kept.max() >= size
+            or kept.min() < NEW
+            or (name not in channels and len(kept) != size)
+        ):
             raise InputError(
                 f"channels[{name!r}] must give {group.size} indices below {size}, got {len(kept)} from "
                 f"{int(kept.min())} to {int(kept.max())}; name the channels that are kept."

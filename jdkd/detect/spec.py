@@ -105,14 +105,18 @@ class DetectorSpec:
         except InputError as error:
             raise InputError(f"{source}: {error}") from None
         except (TypeError, KeyError, ValueError) as error:
-            raise InputError(f"{source} does not describe a detector: {error!r}; compare it with a named spec.") from None
+            raise InputError(
+                f"{source} does not describe a detector: {error!r}; compare it with a named spec."
+            ) from None
 
     def replace(self, **changes: Any) -> "DetectorSpec":
         return dataclasses.replace(self, **changes)
 
     def summary(self) -> str:
         """One short line for tables and logs."""
-        inner = "/".join(f"{stage.depth}x{max(max(block) for block in stage.blocks)}" for stage in self.stages)
+        inner = "/".join(
+            f"{stage.depth}x{max(max(block) for block in stage.blocks)}" for stage in self.stages
+        )
         return f"{self.block} {inner}, FPN {self.fpn}, box head {self.box_head}, {self.min_size} px"
 
 
@@ -148,13 +152,17 @@ def named_spec(
         InputError: the name is unknown or a multiplier is not positive.
     """
     if name not in _PUBLISHED:
-        raise InputError(f"spec {name!r} is neither a JSON file nor one of the named specs {', '.join(NAMED_SPECS)}.")
+        raise InputError(
+            f"spec {name!r} is neither a JSON file nor one of the named specs {', '.join(NAMED_SPECS)}."
+        )
     if width <= 0 or depth <= 0:
         raise InputError(f"width and depth multiply the spec and must be positive, got {width} and {depth}.")
     block, depths = _PUBLISHED[name]
     inner = [round_width(width * channels) for channels in (64, 128, 256, 512)]
     stages = tuple(
-        Stage(channels * EXPANSION[block], ((channels,) * INNER_CONVS[block],) * max(1, round(blocks * depth)))
+        Stage(
+            channels * EXPANSION[block], ((channels,) * INNER_CONVS[block],) * max(1, round(blocks * depth))
+        )
         for channels, blocks in zip(inner, depths, strict=True)
     )
     smallest = 32
@@ -194,7 +202,16 @@ def _check(spec: DetectorSpec) -> None:
                 f"stage {number} needs at least one block, each with {INNER_CONVS[spec.block]} inner width(s) "
                 f"for {spec.block} blocks, got {stage.blocks}."
             )
-    sizes = [spec.stem, spec.fpn, spec.box_head, spec.min_size, spec.max_size, spec.proposals, spec.rois, *spec.anchors]
+    sizes = [
+        spec.stem,
+        spec.fpn,
+        spec.box_head,
+        spec.min_size,
+        spec.max_size,
+        spec.proposals,
+        spec.rois,
+        *spec.anchors,
+    ]
     sizes += [width for stage in spec.stages for width in (stage.width, *sum(stage.blocks, ()))]
     if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
         raise InputError(f"every size of a spec must be a positive whole number, got {sizes}.")

@@ -18,56 +18,7 @@ from jdkd.detect import (
     save,
 )
 from jdkd.errors import InputError
-
-CLASSES = ("cat", "dog", "bird")
-
-
-def small_spec(block: str = "basic", **changes) -> DetectorSpec:
-    inner = {"basic": ((8,), (16,)), "bottleneck": ((8, 8), (16, 8))}[block]
-    stages = tuple(Stage(width, inner) for width in (16, 16, 24, 32))
-    spec = DetectorSpec(
-        CLASSES, stages, block, stem=8, fpn=16, box_head=24, min_size=64, max_size=96,
-        anchors=(8, 16, 32, 64, 128), proposals=50, rois=32,
-    )  # fmt: skip
-    return spec.replace(**changes)
-
-
-def detector(spec: DetectorSpec, seed: int = 0) -> torch.nn.Module:
-    """A detector whose normalisation statistics and affine parameters are anything but their defaults."""
-    torch.manual_seed(seed)
-    model = build(spec)
-    for name, tensor in model.state_dict().items():
-        if tensor.dtype.is_floating_point and tensor.dim() == 1:
-            tensor.uniform_(0.5, 1.5) if name.endswith(("weight", "running_var")) else tensor.uniform_(-0.2, 0.2)
-    return model.eval()
-
-
-@torch.no_grad()
-def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
-    """Everything that leaves the convolutional part and both heads, for one batch."""
-    model.eval()
-    x = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(5))
-    features = model.backbone(x)
-    boxes = [torch.tensor([[2.0, 3.0, 40.0, 50.0], [10.0, 8.0, 30.0, 20.0]])] * 2
-    regions = model.roi_heads.box_roi_pool(features, boxes, [(64, 96)] * 2)
-    logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(regions))
-    objectness, proposals = model.rpn.head(list(features.values()))
-    return [logits, deltas, *objectness, *proposals]
-
-
-def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def masked(model: torch.nn.Module, group: str, kept: list[int]) -> torch.nn.Module:
-    """The same detector with every reader of the dropped channels zeroed."""
-    chosen, state = channel_groups(model.spec)[group], model.state_dict()
-    dropped = torch.tensor([c for c in range(chosen.size) if c not in kept])
-    for name, dim, repeat in chosen.consumers:
-        entries = (dropped[:, None] * repeat + torch.arange(repeat)).flatten()
-        state[name].index_fill_(dim, entries, 0.0)
-    return model
+from tests.detectors import CLASSES, assert_same, detector, masked, outputs, small_spec
 
 
 def shrunk(spec: DetectorSpec, group: str, size: int) -> tuple[DetectorSpec, list[str]]:
@@ -103,7 +54,10 @@ def test_physical_pruning_equals_masking_in_every_group(block, norm):
         for name in coupled:
             whole = masked(whole, name, kept)
         assert_same(outputs(child), outputs(whole))
-        assert sum(p.numel() for p in child.parameters()) < sum(p.numel() for p in whole.parameters()) or norm == "frozen"
+        assert (
+            sum(p.numel() for p in child.parameters()) < sum(p.numel() for p in whole.parameters())
+            or norm == "frozen"
+        )
 
 
 def test_a_wrong_reader_in_a_group_would_show():
@@ -126,7 +80,9 @@ def test_growing_in_depth_and_width_changes_no_output(block):
     channels = {}
     for name, group in channel_groups(grown).items():
         before = channel_groups(parent.spec)
-        number, _, rest = name[5:].partition(".") if name.startswith("layer") and "inner" in name else ("", "", "")
+        number, _, rest = (
+            name[5:].partition(".") if name.startswith("layer") and "inner" in name else ("", "", "")
+        )
         if number:
             ancestor = order[int(number) - 1][int(rest.split(".")[0])]
             if ancestor == NEW:
@@ -138,7 +94,10 @@ def test_growing_in_depth_and_width_changes_no_output(block):
     child = inherit(parent, grown, channels=channels, blocks=order)
     assert_same(outputs(child)[:2], outputs(parent)[:2])
     child.train()
-    losses = child([torch.rand(3, 64, 96)], [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 40.0]]), "labels": torch.tensor([1])}])
+    losses = child(
+        [torch.rand(3, 64, 96)],
+        [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 40.0]]), "labels": torch.tensor([1])}],
+    )
     sum(losses.values()).backward()
     last = {"basic": "bn2", "bottleneck": "bn3"}[block]
     gamma = getattr(child.backbone.body.layer2[2], last).weight
@@ -180,9 +139,13 @@ def test_every_channel_of_every_tensor_is_in_a_group():
         made = {tensor for group in groups for tensor, _ in group.producers}
         read = {tensor for group in groups for tensor, _, _ in group.consumers}
         state = model.state_dict()
-        outs = {n for n in made | read if "predictor" not in n and "cls_logits" not in n and "bbox_pred" not in n}
+        outs = {
+            n for n in made | read if "predictor" not in n and "cls_logits" not in n and "bbox_pred" not in n
+        }
         weights = {n for n, t in state.items() if t.dim() > 0}
-        free = {n for n in weights if n.startswith(("rpn.head.cls", "rpn.head.bbox", "roi_heads.box_predictor"))}
+        free = {
+            n for n in weights if n.startswith(("rpn.head.cls", "rpn.head.bbox", "roi_heads.box_predictor"))
+        }
         assert weights - free == outs
         assert {n for n in weights if state[n].dim() > 1} - {"backbone.body.conv1.weight"} == read
         for group in groups:
@@ -215,7 +178,9 @@ def test_a_spec_that_describes_no_detector_is_refused(text, says):
 
 def test_named_specs_are_the_published_architectures():
     r50 = build(named_spec("faster_rcnn_r50_fpn", ["thing"] * 90))
-    assert sum(p.numel() for p in r50.parameters()) == 41_755_286 + 2 * 26_560  # torchvision freezes its batch norms
+    assert (
+        sum(p.numel() for p in r50.parameters()) == 41_755_286 + 2 * 26_560
+    )  # torchvision freezes its batch norms
     small = named_spec("faster_rcnn_r18_fpn", CLASSES, width=0.25, min_size=128)
     assert [stage.width for stage in small.stages] == [16, 32, 64, 128]
     assert small.anchors[0] == 8 and small.fpn == 64

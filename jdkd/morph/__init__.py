@@ -1,0 +1,13 @@
+"""Student morphism: actions on a detector, and how much each of its parts matters."""
+
+from jdkd.morph.actions import (
+    Morph,
+    add_block,
+    change_resolution,
+    draw,
+    prune_channels,
+    rearrange,
+    remove_block,
+)
+
+__all__ = ["Morph", "add_block", "change_resolution", "draw", "prune_channels", "rearrange", "remove_block"]

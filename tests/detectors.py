@@ -1,0 +1,57 @@
+"""Small detectors that the tests of several rooms share."""
+
+import torch
+
+from jdkd.detect import DetectorSpec, Stage, build, channel_groups
+
+CLASSES = ("cat", "dog", "bird")
+
+
+def small_spec(block: str = "basic", **changes) -> DetectorSpec:
+    inner = {"basic": ((8,), (16,)), "bottleneck": ((8, 8), (16, 8))}[block]
+    stages = tuple(Stage(width, inner) for width in (16, 16, 24, 32))
+    spec = DetectorSpec(
+        CLASSES, stages, block, stem=8, fpn=16, box_head=24, min_size=64, max_size=96,
+        anchors=(8, 16, 32, 64, 128), proposals=50, rois=32,
+    )  # fmt: skip
+    return spec.replace(**changes)
+
+
+def detector(spec: DetectorSpec, seed: int = 0) -> torch.nn.Module:
+    """A detector whose normalisation statistics and affine parameters are anything but their defaults."""
+    torch.manual_seed(seed)
+    model = build(spec)
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype.is_floating_point and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5) if name.endswith(("weight", "running_var")) else tensor.uniform_(
+                -0.2, 0.2
+            )
+    return model.eval()
+
+
+@torch.no_grad()
+def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Everything that leaves the convolutional part and both heads, for one batch."""
+    model.eval()
+    x = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(5))
+    features = model.backbone(x)
+    boxes = [torch.tensor([[2.0, 3.0, 40.0, 50.0], [10.0, 8.0, 30.0, 20.0]])] * 2
+    regions = model.roi_heads.box_roi_pool(features, boxes, [(64, 96)] * 2)
+    logits, deltas = model.roi_heads.box_predictor(model.roi_heads.box_head(regions))
+    objectness, proposals = model.rpn.head(list(features.values()))
+    return [logits, deltas, *objectness, *proposals]
+
+
+def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def masked(model: torch.nn.Module, group: str, kept: list[int]) -> torch.nn.Module:
+    """The same detector with every reader of the dropped channels zeroed."""
+    chosen, state = channel_groups(model.spec)[group], model.state_dict()
+    dropped = torch.tensor([c for c in range(chosen.size) if c not in kept])
+    for name, dim, repeat in chosen.consumers:
+        entries = (dropped[:, None] * repeat + torch.arange(repeat)).flatten()
+        state[name].index_fill_(dim, entries, 0.0)
+    return model
