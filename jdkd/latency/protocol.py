@@ -34,8 +34,8 @@ class Schedule:
 
     Args:
         rounds: at least so many rounds; each runs every model twice.
-        min_seconds: and at least so long, per mode.
-        warmup_seconds: untimed at least so long before each mode, and then until stable:
+        min_seconds: and at least so long.
+        warmup_seconds: untimed at least so long, and then until stable:
         warmup_limit: but no longer than this, in seconds; the report says whether it became stable.
         window: rounds whose median is compared with that of as many rounds before them.
         tolerance: largest relative difference of the two medians that counts as stable.
@@ -69,48 +69,51 @@ def order(names: Sequence[str], round_index: int) -> list[str]:
 
 
 def interleave(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Mapping[str, Call]],
     batches: int,
     schedule: Schedule,
     clock: Clock,
     progress: Progress | None = None,
-) -> tuple[dict[str, list[float]], dict[str, Any]]:
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time several calls in turn: untimed until stable, then as long as the schedule asks.
 
     Args:
-        calls: what to time; within a round each runs twice on the same batch.
+        calls: what to time, by mode and model; a round runs every call twice on one batch, mode after mode.
         batches: number of batches; rounds take them in turn.
         schedule: how long.
         clock: what tells the time.
         progress: told (rounds done, least rounds, {}).
 
     Returns:
-        Milliseconds of every call, two per round in the order taken, and how warm-up and timing went.
+        Milliseconds by mode and model, two per round in the order taken, and how warm-up and timing went.
     """
+    samples: dict[str, dict[str, list[float]]] = {
+        mode: {name: [] for name in named} for mode, named in calls.items()
+    }
 
-    def one_round(index: int) -> dict[str, list[float]]:
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for name in order(list(calls), index):
-            times[name].append(clock.time(partial(calls[name], index % batches)))
-        return times
+    def one_round(index: int) -> float:
+        total = 0.0
+        for mode, named in calls.items():
+            for name in order(list(named), index):
+                taken = clock.time(partial(named[name], index % batches))
+                samples[mode][name].append(taken)
+                total += taken
+        return total
 
-    begin = time.perf_counter()
-    totals: list[float] = []
-    stable = False
+    begin, totals = time.perf_counter(), []
     while True:
-        totals.append(sum(map(sum, one_round(len(totals)).values())))
-        elapsed = time.perf_counter() - begin
-        stable = _is_stable(totals, schedule)
+        totals.append(one_round(len(totals)))
+        elapsed, stable = time.perf_counter() - begin, _is_stable(totals, schedule)
         if elapsed >= schedule.warmup_limit or (stable and elapsed >= schedule.warmup_seconds):
             break
     facts: dict[str, Any] = {"warmup_rounds": len(totals), "warmup_seconds": elapsed, "stable": stable}
 
-    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for taken in (times for named in samples.values() for times in named.values()):
+        taken.clear()
     begin, done = time.perf_counter(), 0
     with _no_garbage_collection():
         while done < schedule.rounds or time.perf_counter() - begin < schedule.min_seconds:
-            for name, times in one_round(done).items():
-                samples[name] += times
+            one_round(done)
             done += 1
             if progress:
                 progress(min(done, schedule.rounds), schedule.rounds, {})
@@ -147,7 +150,7 @@ def measure(
         modes: of `end_to_end` (images on the host to boxes on the host), `model_only` (normalised batch to
             boxes after NMS) and `backbone_replay` (CUDA graph, GPU only); a mode that a model does not have
             is left out.
-        progress: told (rounds done, least rounds, {}) of each mode in turn.
+        progress: told (rounds done, least rounds, {}).
 
     Returns:
         Raw samples, percentiles, ratios, and what the machine and the models were.
@@ -162,30 +165,27 @@ def measure(
     batches = [
         images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)
     ]
-    clock, runs = clock_for(device), {}
-    taken: dict[str, dict[str, Latency]] = {name: {} for name in models}
     before = gpu_state(device)
     with torch.inference_mode(), _cudnn_benchmark(device):
         for model in models.values():
             model.to(device)
-        for mode in modes:
-            calls = {name: MODES[mode](model, batches, device) for name, model in models.items()}
-            if any(call is None for call in calls.values()):
-                continue
-            samples, runs[mode] = interleave(calls, len(batches), schedule, clock, progress)
-            for name, times in samples.items():
-                taken[name][mode] = Latency(tuple(times))
+        made = {
+            mode: {name: MODES[mode](model, batches, device) for name, model in models.items()}
+            for mode in modes
+        }
+        calls = {mode: named for mode, named in made.items() if None not in named.values()}
+        samples, run = interleave(calls, len(batches), schedule, clock_for(device), progress)
         facts = environment(device)
     return LatencyReport(
-        models={name: ModelLatency(**taken[name], facts=_facts(model)) for name, model in models.items()},
+        models={name: _of_model(name, model, samples) for name, model in models.items()},
         environment={**facts, "gpu_before": before, "gpu_after": gpu_state(device)},
         protocol={
-            "order": "ABBA, rotated every round",
+            "order": "ABBA, rotated every round, modes in turn within a round",
             "batch_size": batch_size,
             "images": len(images),
             "image_sizes": sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images}),
             "schedule": vars(schedule),
-            "runs": runs,
+            "run": run,
         },
     )
 
@@ -229,6 +229,12 @@ def _check(
             raise InputError(
                 f"model {name!r} is in training mode; pass jdkd.latency.deployable(model) or model.eval()"
             )
+
+
+def _of_model(name: str, model: nn.Module, samples: Mapping[str, Mapping[str, list[float]]]) -> ModelLatency:
+    """The samples of one model, by mode."""
+    taken = {mode: Latency(tuple(named[name])) for mode, named in samples.items()}
+    return ModelLatency(**taken, facts=_facts(model))
 
 
 def _facts(model: nn.Module) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class LatencyReport:
     Args:
         models: by name, the base first.
         environment: device, versions, threads, TF32, GPU state before and after.
-        protocol: order, batch size, images, schedule, and how warm-up and timing of each mode went.
+        protocol: order, batch size, images, schedule, and how warm-up and timing went.
     """
 
     models: dict[str, ModelLatency]
