@@ -36,6 +36,9 @@ from jdkd.errors import InputError
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 VARIABLE = "JDKD_BACKEND"
 
+if os.environ.get("JDKD_CACHE"):
+    os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(os.environ["JDKD_CACHE"], "triton"))
+
 _table: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {}
 # Process-wide and no context variable: autograd runs backward passes on threads of its own.
 _forced: str | None = None

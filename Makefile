@@ -1,0 +1,72 @@
+# What a user of a clean clone types. `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+CSRC := $(shell find csrc -type f 2>/dev/null)
+INSTALLED := $(VENV)/.jdkd-installed
+BUILT := $(VENV)/.jdkd-built
+
+# The demo: sizes of its data and its three jobs. A finished job is not run again; an interrupted one carries on.
+DEMO ?= runs/demo
+DEMO_SEED ?= 0
+DEMO_DATA ?= --train 600 --val 100 --size 128
+DEMO_BASE ?= --width-mult 0.25 --steps 400
+DEMO_SEARCH ?= --steps 1200 --target-latency 0.8
+
+PYTEST_ARGS ?=
+
+.PHONY: help setup test lint format bench demo clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: $(BUILT)  ## make VENV (.venv) from nothing: torch, the CUDA compiler, jdkd with its extension compiled
+
+$(VENV)/bin/python:
+	@echo "== $(VENV): a new virtual environment"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "jdkd needs Python 3.11 or later, and $(PYTHON) is %d.%d: set PYTHON=..." % sys.version_info[:2])'
+	@$(PYTHON) -m venv $(VENV) || { echo "python3 -m venv failed: install the package python3-venv" >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "== installing torch and the tools, as constraints.txt pins them (2 GB the first time)"
+	@$(PIP) install --progress-bar on -c constraints.txt "setuptools" "wheel" "ninja" "pybind11" \
+		"torch" "cuda-toolkit[nvcc,cccl,crt,nvvm]" | { grep -v '^Requirement already satisfied' || true; }
+	@echo "== installing jdkd, editable"
+	@JDKD_BUILD_EXT=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[detect,dev]" \
+		| { grep -v '^Requirement already satisfied' || true; }
+	@touch $@
+
+$(BUILT): $(INSTALLED) setup.py $(CSRC)
+	@echo "== compiling jdkd._C"
+	@$(PY) setup.py --quiet build_ext --inplace 2>&1 | sed -uE 's#^(\[[0-9]+/[0-9]+\]) .* -c ([^ ]+) -o .*#\1 \2#; /^(g\+\+|c\+\+) .* -shared /d'
+	@$(PY) -m jdkd.env
+	@touch $@
+
+test: setup  ## run the tests
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+lint: setup  ## ruff
+	$(PY) -m ruff check .
+
+format: setup  ## let ruff sort imports and mend what it safely can
+	$(PY) -m ruff check --fix .
+
+bench: setup  ## benchmarks against the eager formulas, on the device at hand
+	$(PY) -m benchmarks.run
+
+demo: setup  ## digit scenes, a base detector, the joint search; all under runs/demo, resumable
+	$(VENV)/bin/jdkd data digits $(DEMO)/data $(DEMO_DATA) --seed $(DEMO_SEED) --resume
+	$(VENV)/bin/jdkd train --spec faster_rcnn_r18_fpn --data $(DEMO)/data --out $(DEMO)/base $(DEMO_BASE) \
+		--seed $(DEMO_SEED) --resume
+	$(VENV)/bin/jdkd search --base $(DEMO)/base --data $(DEMO)/data --out $(DEMO)/search $(DEMO_SEARCH) \
+		--seed $(DEMO_SEED) --resume
+
+clean:  ## remove what was built; VENV and runs/ stay
+	rm -rf build dist *.egg-info jdkd/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venv/*' -prune -exec rm -rf {} +
+	rm -f $(BUILT)

@@ -1,0 +1,121 @@
+"""What jdkd runs on: versions, devices, the build, and every operator's backends. See :func:`report`.
+
+``python -m jdkd.env`` prints it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import platform
+from importlib import metadata
+
+import torch
+
+from jdkd import __version__, _backend, _ext
+
+_PACKAGES = (
+    "triton",
+    "torchvision",
+    "numpy",
+    "pycocotools",
+    "safetensors",
+    "pillow",
+    "scikit-learn",
+    "tyro",
+    "rich",
+    "matplotlib",
+)
+_VARIABLES = {
+    "JDKD_BACKEND": f"backend of every operator that has it: {', '.join(_backend.BACKENDS)}",
+    "JDKD_BUILD_EXT": "read by setup.py: auto, 1 (a missing toolchain is an error), 0 (pure Python)",
+    "JDKD_CACHE": "folder for Triton's compiled kernels, unless TRITON_CACHE_DIR is set",
+}
+
+
+def report() -> str:
+    """Describes this installation in plain text.
+
+    Returns:
+        Lines in sections: versions, devices, the build of ``jdkd._C``, the environment variables, and for each
+        operator every backend with ``available`` or the reason why not, best first.
+    """
+    sections = {
+        "versions": _versions(),
+        "devices": _devices(),
+        "jdkd._C": _build(),
+        "variables": _variables(),
+        "operators": _operators(),
+    }
+    return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in sections.items())
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _versions() -> list[tuple[str, str]]:
+    return [
+        ("jdkd", __version__),
+        ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
+        ("torch", torch.__version__),
+        ("CUDA of torch", torch.version.cuda or "none, a CPU build"),
+        *((package, _version_of(package)) for package in _PACKAGES),
+    ]
+
+
+def _devices() -> list[tuple[str, str]]:
+    rows = [("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
+    if not torch.cuda.is_available():
+        return [*rows, ("cuda", "no device is visible")]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        text = (
+            f"{device.name}, sm_{device.major}{device.minor}, {device.multi_processor_count} SMs, "
+            f"{device.total_memory / 2**30:.0f} GiB"
+        )
+        rows.append((f"cuda:{index}", text))
+    return rows
+
+
+def _build() -> list[tuple[str, str]]:
+    info = _ext.build_info()
+    if info is None:
+        return [("missing", _ext.why_missing() or "")]
+    return [
+        ("torch", info["torch"]),
+        ("CUDA", info["cuda"] or "none: built without a CUDA toolkit, CPU operators only"),
+        ("architectures", " ".join(info["arch_list"]) or "none"),
+        ("compiler", info["compiler"]),
+        ("OpenMP", str(info["openmp"] or "no")),
+        ("CPU operators", " ".join(info["cpu_ops"]) or "none"),
+        ("CUDA operators", " ".join(info["cuda_ops"]) or "none"),
+    ]
+
+
+def _variables() -> list[tuple[str, str]]:
+    return [(name, f"{os.environ.get(name) or '(unset)'}  {meaning}") for name, meaning in _VARIABLES.items()]
+
+
+def _operators() -> list[tuple[str, str]]:
+    package = importlib.import_module("jdkd.ops")
+    for file in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{file.name}")  # which registers its backends
+    rows = []
+    for op in _backend.ops():
+        for backend, reason in _backend.available(op).items():
+            rows.append((f"{op} / {backend}", reason or "available"))
+    return rows or [("none", "no operator is registered")]
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,100 @@
+"""What every test shares; it needs torch and pytest alone, so that it also loads on a bare machine with a GPU.
+
+A test module of an operator names it, ``OP = "pearson"``, and its tests take the fixture ``backend``: each then runs
+once per backend that this machine can run, inside ``use_backend``, and with ``device`` set to fit.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+POISONED = ("ops", "nn", "reference")
+
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is first imported
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("jdkd", deadline=None, derandomize=True, database=None)
+    settings.load_profile("jdkd")
+
+
+def _interpreter_gap() -> str | None:
+    """Says why Triton's interpreter cannot run here: it fails on numpy 2.4 and later."""
+    if HAS_GPU or importlib.util.find_spec("numpy") is None:
+        return None
+    import numpy
+
+    major, minor = (int(part) for part in numpy.__version__.split(".")[:2])
+    return f"Triton's interpreter breaks on numpy {numpy.__version__}" if (major, minor) >= (2, 4) else None
+
+
+def _device_of(backend: str) -> str:
+    return "cuda" if HAS_GPU and backend != "cpu" else "cpu"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    from jdkd import _backend
+
+    op = getattr(metafunc.module, "OP", None)
+    if op is None:
+        raise pytest.UsageError(f"{metafunc.module.__name__} uses the fixture 'backend': name its operator in OP")
+    params = []
+    for name, reason in _backend.available(op).items():
+        if name == "cuda" and not HAS_GPU:
+            continue
+        reason = reason or (_interpreter_gap() if name == "triton" else None)
+        marks = [pytest.mark.skip(reason=f"{name}: {reason}")] if reason else []
+        if _device_of(name) == "cuda":
+            marks.append(pytest.mark.gpu)
+        params.append(pytest.param(name, marks=marks))
+    metafunc.parametrize("backend", params, indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not HAS_GPU:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and none is visible"))
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """One backend of the module's operator, forced for the duration of the test."""
+    from jdkd._backend import use_backend
+
+    with use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The device the test's backend runs on; without a backend, the GPU if there is one."""
+    if "backend" in request.fixturenames:
+        return _device_of(request.getfixturevalue("backend"))
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _poison_uninitialised_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fills ``torch.empty`` with NaN in the tests of operators, so that a forgotten output cell shows."""
+    rooms = Path(request.node.path).relative_to(Path(__file__).parent).parts
+    if rooms[0] not in POISONED:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
