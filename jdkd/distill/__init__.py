@@ -1,0 +1,8 @@
+"""One detector taught by another, through forward hooks; neither is changed."""
+
+from jdkd.distill.correlation import correlations
+from jdkd.distill.distiller import Distiller
+from jdkd.distill.feature import FeatureDistiller
+from jdkd.distill.head import HeadDistiller
+
+__all__ = ["Distiller", "FeatureDistiller", "HeadDistiller", "correlations"]

@@ -1,0 +1,93 @@
+"""Does this teacher match? The correlation of two pyramids, measured without training."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jdkd.distill.levels import as_index, pair_levels, select_channels
+from jdkd.distill.teacher import renormalised
+from jdkd.errors import InputError
+from jdkd.train.inputs import normalised
+from jdkd.train.modes import mode
+
+
+@torch.no_grad()
+def correlations(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    channels: Tensor | Sequence[int] | None = None,
+    levels: Sequence[int] | None = None,
+) -> dict[int, float]:
+    """How far a student's features are from a teacher's: 1 - r per level, what PKD would start from.
+
+    Pearson's r is taken per channel over all images and positions of all batches together and averaged over
+    channels. 0 is a teacher with nothing left to say, about 1 one whose features have nothing to do with the
+    student's. A channel that never changes correlates with nothing (r = 0).
+
+    Args:
+        student, teacher: detectors with a ``backbone`` that returns a pyramid; run in evaluation mode.
+        batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``.
+        channels: ``[C_student]``, the teacher's channel opposite each of the student's.
+        levels: strides of the levels to compare; by default all that both have, without the pooled one.
+
+    Returns:
+        stride -> mean of 1 - r over channels.
+
+    Raises:
+        InputError: there is no batch, no level matches, or channel counts differ.
+    """
+    index = as_index(channels)
+    pools: dict[int, _Comoments] = {}
+    with mode(student, training=False), mode(teacher, training=False):
+        for batch in batches:
+            seen = normalised(student, batch)  # [N, 3, H, W]
+            teacher.to(seen.device)
+            index = None if index is None else index.to(seen.device)
+            taught = teacher.backbone(renormalised(seen, student, teacher))
+            pairs = pair_levels(student.backbone(seen), taught, tuple(seen.shape[-2:]), levels)
+            for stride, (ours, theirs) in pairs.items():
+                pools.setdefault(stride, _Comoments()).take(ours, select_channels(theirs, ours, index))
+    if not pools:
+        raise InputError("correlations was given 0 batches and needs at least 1; give it some images.")
+    return {stride: pool.distance() for stride, pool in sorted(pools.items())}
+
+
+@dataclass
+class _Comoments:
+    """Count, means and centred sums of two signals per channel, merged batch by batch in float64.
+
+    Chan, Golub and LeVeque (1983), here with the sum of products beside the sums of squares.
+    """
+
+    count: int = 0
+    means: Tensor | None = None  # [2, C]
+    sums: Tensor | None = None  # [3, C]: of squares of the student, of the teacher, of products
+
+    def take(self, ours: Tensor, theirs: Tensor) -> None:
+        """Merges a batch of one level, ``[N, C, H, W]`` each; the student is resized where the sizes
+        differ.
+        """
+        if ours.shape[-2:] != theirs.shape[-2:]:
+            ours = nn.functional.interpolate(ours, size=theirs.shape[-2:], mode="bilinear")
+        both = torch.stack((ours, theirs)).double().transpose(1, 2).flatten(2)  # [2, C, N*H*W]
+        count, means = both.shape[2], both.mean(dim=2)
+        both = both - means[..., None]
+        sums = torch.stack(((both[0] ** 2).sum(1), (both[1] ** 2).sum(1), (both[0] * both[1]).sum(1)))
+        if not self.count:
+            self.count, self.means, self.sums = count, means, sums
+            return
+        total, shift = self.count + count, means - self.means
+        crossed = torch.stack((shift[0] ** 2, shift[1] ** 2, shift[0] * shift[1]))
+        self.sums = self.sums + sums + crossed * (self.count * count / total)
+        self.means = self.means + shift * (count / total)
+        self.count = total
+
+    def distance(self) -> float:
+        """Mean of 1 - r over channels."""
+        squares = self.sums[0] * self.sums[1]
+        r = torch.where(squares > 0, self.sums[2] / squares.sqrt(), 0.0)  # [C]
+        return float((1 - r).mean())

@@ -1,0 +1,64 @@
+"""Both terms of distillation, over one forward of the teacher."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Self
+
+from torch import Tensor, nn
+
+from jdkd.distill.feature import FeatureDistiller
+from jdkd.distill.head import HeadDistiller
+from jdkd.distill.teacher import TeacherView
+
+
+class Distiller:
+    """Feature and head distillation from one teacher, whose backbone runs once per forward of the student.
+
+    Args:
+        student, teacher: detectors; see :class:`FeatureDistiller` and :class:`HeadDistiller`.
+        feature_weight: weight of each level of the Pearson loss; 0 leaves the term out.
+        head_weight: weight of the class logits; 0 leaves the term out.
+        channels: ``[C_student]``, the teacher's channel opposite each of the student's.
+        levels: strides of the levels to compare.
+        reuse: keep the teacher's features while the student is given the very same images, for several
+            subnets in one step; see :class:`TeacherView`.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        feature_weight: float = 6.0,
+        head_weight: float = 0.0,
+        channels: Tensor | Sequence[int] | None = None,
+        levels: Sequence[int] | None = None,
+        reuse: bool = False,
+    ) -> None:
+        view = TeacherView(student, teacher, reuse=reuse)
+        self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
+        if feature_weight:
+            self.terms["loss_pkd"] = FeatureDistiller(
+                student, teacher, loss_weight=feature_weight, channels=channels, levels=levels, view=view
+            )
+        if head_weight:
+            self.terms["loss_head_kd"] = HeadDistiller(student, teacher, loss_weight=head_weight, view=view)
+        self._entered = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            for term in self.terms.values():
+                stack.enter_context(term)
+            self._entered = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered.__exit__(*error)
+
+    def losses(self) -> dict[str, Tensor]:
+        """The terms of the student's last forward, to be added to its own losses; once per forward."""
+        return {name: term.loss() for name, term in self.terms.items()}
+
+    def loss(self) -> Tensor:
+        """Their sum."""
+        return sum(self.losses().values())

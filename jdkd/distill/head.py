@@ -1,0 +1,107 @@
+"""Distillation through the box head: what the teacher would have said of the student's regions."""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jdkd.distill.teacher import TeacherView
+from jdkd.errors import InputError
+
+
+class HeadDistiller:
+    """Class logits of the regions that the student sampled, against the teacher's for the same regions.
+
+    The teacher pools its own features at the student's regions and classifies them; the loss is the mean
+    Kullback-Leibler divergence over regions at temperature 1, whose gradient is that of the soft cross
+    entropy (Hinton et al. 2015; for detectors Chen et al., NIPS 2017, section 3.1, here without their class
+    weights).
+
+    A context manager, used as :class:`jdkd.distill.feature.FeatureDistiller` is.
+
+    Args:
+        student, teacher: two-stage detectors as torchvision's, for the same classes.
+        loss_weight: weight of the loss.
+        view: a shared view of the teacher; by default its own.
+
+    Raises:
+        InputError: one of the two has no box head, or they know different numbers of classes.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        loss_weight: float = 1.0,
+        view: TeacherView | None = None,
+    ) -> None:
+        for who, model in (("student", student), ("teacher", teacher)):
+            if not hasattr(model, "roi_heads"):
+                raise InputError(
+                    f"the {who} ({type(model).__name__}) has no roi_heads, and head distillation needs them "
+                    "on both; distil its features only."
+                )
+        ours, theirs = (
+            model.roi_heads.box_predictor.cls_score.out_features - 1 for model in (student, teacher)
+        )
+        if ours != theirs:
+            raise InputError(
+                f"the student knows {ours} classes and the teacher {theirs}, and head distillation needs the "
+                "same; distil the features only."
+            )
+        self.view = view or TeacherView(student, teacher)
+        self.loss_weight = loss_weight
+        self._hooks: list[Any] = []
+        self._regions: tuple[list[Tensor], list[tuple[int, int]]] | None = None
+        self._logits: Tensor | None = None  # [R, 1 + K]
+
+    def __enter__(self) -> Self:
+        self.view.__enter__()
+        heads = self.view.student.roi_heads
+        self._hooks = [
+            heads.box_roi_pool.register_forward_pre_hook(self._see_regions),
+            heads.box_predictor.register_forward_hook(self._see_logits),
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._regions, self._logits = [], None, None
+        self.view.__exit__(*error)
+
+    def loss(self) -> Tensor:
+        """The loss of the student's last forward, a scalar in fp32 with a graph to the student; once per
+        forward.
+
+        Raises:
+            RuntimeError: the student has not run since the last call.
+        """
+        if self._logits is None or self._regions is None:
+            raise RuntimeError(
+                "the student has not run since the last loss(): call it first, inside the with block"
+            )
+        (regions, sizes), logits = self._regions, self._logits
+        self._regions = self._logits = None
+        with torch.no_grad():
+            heads = self.view.teacher.roi_heads
+            pooled = heads.box_roi_pool(self.view.teacher_pyramid, regions, sizes)  # [R, C, 7, 7]
+            taught, _ = heads.box_predictor(heads.box_head(pooled))  # [R, 1 + K]
+        divergence = F.kl_div(
+            F.log_softmax(logits.float(), dim=1),
+            F.log_softmax(taught.float(), dim=1),
+            reduction="sum",
+            log_target=True,
+        )
+        return divergence * (self.loss_weight / max(1, len(logits)))
+
+    def _see_regions(self, pool: nn.Module, inputs: tuple[Any, ...]) -> None:
+        _, regions, sizes = inputs
+        self._regions = [region.detach() for region in regions], list(sizes)
+
+    def _see_logits(
+        self, predictor: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+    ) -> None:
+        self._logits = output[0]

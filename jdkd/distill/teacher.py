@@ -1,0 +1,133 @@
+"""The teacher's view of the batch that the student has just seen."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from jdkd.errors import InputError
+
+
+class TeacherView:
+    """Watches a student's backbone and, when asked, runs the teacher's backbone on the same batch.
+
+    A context manager that may be entered several times over, so that several losses share one view. While it
+    is entered the teacher is in evaluation mode and needs no gradients; afterwards it is as it was. The
+    teacher runs without a graph, on the student's device, at most once per forward of the student, and never
+    becomes part of it.
+
+    Args:
+        student, teacher: detectors with a ``backbone`` that returns a pyramid, name -> ``[N, C, H, W]``. If
+            the two normalise images differently (``transform.image_mean`` and ``image_std``), the batch is
+            converted.
+        reuse: keep the teacher's pyramid while the student is given the very same images, as when several
+            subnets are trained in one step. Only for a teacher that does not change in between.
+
+    Raises:
+        InputError: the two share parameters, so that freezing one would freeze the other.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, *, reuse: bool = False) -> None:
+        shared = {id(parameter) for parameter in student.parameters()}
+        for name, parameter in teacher.named_parameters():
+            if id(parameter) in shared:
+                raise InputError(
+                    f"teacher and student share the parameter {name}; teach with a copy of the teacher "
+                    "(copy.deepcopy)."
+                )
+        self.student, self.teacher, self.reuse = student, teacher, reuse
+        self._entered = 0
+        self._restore: list[Any] = []
+        self._batch: Tensor | None = None  # [N, 3, H, W], as the student normalised it
+        self._pyramid: Mapping[str, Tensor] | None = None
+        self._taught: Mapping[str, Tensor] | None = None
+        self._images: tuple[tuple[Tensor, int], ...] = ()
+        self._same_images = False
+
+    def __enter__(self) -> Self:
+        self._entered += 1
+        if self._entered == 1:
+            modes = [(module, module.training) for module in self.teacher.modules()]
+            gradients = [(parameter, parameter.requires_grad) for parameter in self.teacher.parameters()]
+            self.teacher.eval().requires_grad_(False)
+            hooks = [self.student.backbone.register_forward_hook(self._see)]
+            if self.reuse:
+                hooks.append(self.student.register_forward_pre_hook(self._see_images))
+            self._restore = [modes, gradients, hooks]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            modes, gradients, hooks = self._restore
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes:
+                module.training = training
+            for parameter, required in gradients:
+                parameter.requires_grad_(required)
+            self._restore, self._images = [], ()
+            self._batch = self._pyramid = self._taught = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of the batch."""
+        return tuple(self._seen().shape[-2:])
+
+    @property
+    def device(self) -> torch.device:
+        return self._seen().device
+
+    @property
+    def student_pyramid(self) -> Mapping[str, Tensor]:
+        self._seen()
+        return self._pyramid
+
+    @property
+    def teacher_pyramid(self) -> Mapping[str, Tensor]:
+        """The teacher's levels for the student's last batch; computed when first asked for."""
+        batch = self._seen()
+        if self._taught is None:
+            self.teacher.to(batch.device)
+            with torch.no_grad():
+                self._taught = self.teacher.backbone(renormalised(batch, self.student, self.teacher))
+        return self._taught
+
+    def _seen(self) -> Tensor:
+        if self._batch is None:
+            raise RuntimeError(
+                "the student has not seen a batch since its teacher was attached: call it first"
+            )
+        return self._batch
+
+    def _see(self, backbone: nn.Module, inputs: tuple[Tensor, ...], pyramid: Mapping[str, Tensor]) -> None:
+        keep = self._same_images and self._batch is not None and self._batch.shape == inputs[0].shape
+        self._same_images = False
+        self._batch, self._pyramid = inputs[0].detach(), pyramid
+        if not keep:
+            self._taught = None
+
+    def _see_images(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
+        images = tuple((image, image._version) for image in inputs[0]) if inputs else ()
+        before = self._images
+        self._same_images = 0 < len(images) == len(before) and all(
+            image is other and version == seen
+            for (image, version), (other, seen) in zip(images, before, strict=True)
+        )
+        self._images = images
+
+
+def renormalised(batch: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
+    """A batch (``[N, 3, H, W]``) that the student normalised, as the teacher would have normalised it."""
+    ours, theirs = getattr(student, "transform", None), getattr(teacher, "transform", None)
+    if ours is None or theirs is None:
+        return batch
+    same = list(ours.image_mean) == list(theirs.image_mean) and list(ours.image_std) == list(theirs.image_std)
+    if same:
+        return batch
+    mean, std, mean_t, std_t = (
+        batch.new_tensor(values)[:, None, None]  # [3, 1, 1]
+        for values in (ours.image_mean, ours.image_std, theirs.image_mean, theirs.image_std)
+    )
+    return (batch * std + (mean - mean_t)) / std_t

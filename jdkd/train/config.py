@@ -1,0 +1,104 @@
+"""The settings of one training, as data: a frozen dataclass that goes to JSON and back."""
+
+import math
+from dataclasses import dataclass
+
+from jdkd.errors import InputError
+
+OPTIMIZERS = ("adamw", "sgd")
+PRECISIONS = ("auto", "off", "bf16", "fp16")
+# These decide how fast a training runs and what it writes, not what it computes: resuming may change them.
+IMMATERIAL = frozenset({"workers", "log_every", "checkpoint_every"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that decides what a training computes, together with the model and the data.
+
+    Args:
+        steps: optimizer steps.
+        batch_size: images per step.
+        lr: peak learning rate of the cycle.
+        optimizer: ``"adamw"`` (Loshchilov and Hutter, ICLR 2019) or ``"sgd"`` with momentum.
+        momentum: of SGD; AdamW keeps its usual betas.
+        weight_decay: for weights alone; norms and biases are not decayed.
+        warmup: fraction of the cycle over which the rate rises linearly to ``lr``.
+        lr_end: fraction of ``lr`` at which the cosine ends.
+        cycle_start, cycle_steps: where in a longer cycle of ``cycle_steps`` steps this training begins, so
+            that several trainings of one lineage can share one cycle; by default each is a whole cycle.
+        clip: largest norm of all gradients together; 0 does not clip.
+        gamma_l1: strength of the L1 penalty on the scales of the batch norms, as a subgradient (network
+            slimming, Liu et al., ICCV 2017, uses 1e-5 and up); 0 does without.
+        amp: ``"bf16"``, ``"fp16"`` (with loss scaling), ``"off"``, or ``"auto"``: the best one the GPU knows,
+            off on a CPU.
+        flip: probability of a horizontal flip.
+        seed: decides the order of the images, the flips and the sampling of regions.
+        workers: processes that read images.
+        log_every, checkpoint_every: steps between log lines and between checkpoints (0: only at the end).
+
+    Raises:
+        InputError: a setting is out of range.
+    """
+
+    steps: int
+    batch_size: int = 8
+    lr: float = 2e-3
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    weight_decay: float = 1e-2
+    warmup: float = 0.1
+    lr_end: float = 0.01
+    cycle_start: int = 0
+    cycle_steps: int | None = None
+    clip: float = 10.0
+    gamma_l1: float = 1e-5
+    amp: str = "auto"
+    flip: float = 0.0
+    seed: int = 0
+    workers: int = 0
+    log_every: int = 10
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            if not (value := getattr(self, name)) >= least or not math.isfinite(value):
+                raise InputError(f"{name} must be a number of at least {least}, got {value}.")
+        for name in ("warmup", "lr_end", "momentum", "flip"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise InputError(f"{name} is a fraction and must be in 0..1, got {value}.")
+        for name, choices in (("optimizer", OPTIMIZERS), ("amp", PRECISIONS)):
+            if (choice := getattr(self, name)) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {choice!r}.")
+        if self.cycle_steps is not None and self.cycle_start + self.steps > self.cycle_steps:
+            raise InputError(
+                f"cycle_steps is {self.cycle_steps}, but steps {self.cycle_start} to "
+                f"{self.cycle_start + self.steps} of it are asked for; give a longer cycle or fewer steps."
+            )
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of step ``step`` (from 0): a linear warm-up to ``lr``, then a cosine down to ``lr *
+        lr_end``.
+
+        Warm-up as in Goyal et al. 2017, cosine as in Loshchilov and Hutter, ICLR 2017.
+        """
+        step, total = step + self.cycle_start, self.cycle_steps or self.steps
+        rising = round(self.warmup * total)
+        if step < rising:
+            return self.lr * (step + 1) / (rising + 1)
+        progress = (step - rising) / max(1, total - 1 - rising)
+        return self.lr * (self.lr_end + (1 - self.lr_end) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+_LEAST = {
+    "steps": 0,
+    "batch_size": 1,
+    "lr": 0.0,
+    "weight_decay": 0.0,
+    "cycle_start": 0,
+    "clip": 0.0,
+    "gamma_l1": 0.0,
+    "seed": 0,
+    "workers": 0,
+    "log_every": 1,
+    "checkpoint_every": 0,
+}

@@ -1,0 +1,47 @@
+"""Noticing losses and gradients that are not finite, without waiting for the GPU at every step."""
+
+import torch
+from torch import Tensor
+
+from jdkd.errors import InputError
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+class DivergenceError(InputError):
+    """A loss or gradient became NaN or infinite; the last good checkpoint was kept.
+
+    Attributes:
+        step: the first step (from 1) at which it happened.
+        what: the loss, or ``"gradient norm"``.
+    """
+
+    def __init__(self, message: str, step: int, what: str) -> None:
+        super().__init__(message)
+        self.step = step
+        self.what = what
+
+
+class Watch:
+    """Remembers, where the values live, the first step at which each watched value was not finite."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, ...], Tensor] = {}
+
+    def see(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
+        """Takes in the values (``[len(names)]``) of a step, without a host synchronisation."""
+        seen = torch.where(torch.isfinite(values.detach()), NEVER, step)  # [len(names)]
+        before = self._first.get(names)
+        self._first[names] = seen if before is None else torch.minimum(before, seen)
+
+    def first(self) -> tuple[int, str] | None:
+        """The first step at which something was not finite, and its name; None if all was well.
+        Synchronises.
+        """
+        found = [
+            (step, name)
+            for names, steps in self._first.items()
+            for step, name in zip(steps.tolist(), names, strict=True)
+            if step != NEVER
+        ]
+        return min(found, key=lambda item: item[0], default=None)

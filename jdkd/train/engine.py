@@ -1,0 +1,286 @@
+"""The training loop: one for base detectors, supernets, distillation and the short trainings of a search."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from jdkd.data import batches
+from jdkd.errors import InputError
+from jdkd.train import checkpoint
+from jdkd.train.config import IMMATERIAL, TrainConfig
+from jdkd.train.divergence import DivergenceError, Watch
+from jdkd.train.interrupt import uninterrupted
+from jdkd.train.log import Log
+from jdkd.train.modes import mode
+from jdkd.train.optimizer import add_l1_subgradient, build_optimizer, slimmable_scales
+
+Losses = Callable[[list[Tensor], list[dict[str, Tensor]], int], Iterable[dict[str, Tensor]]]
+
+
+class Progress(Protocol):
+    """Told after every step how far a training is; ``losses`` are those of the last log line."""
+
+    def __call__(self, step: int, total: int, losses: dict[str, float]) -> None: ...
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a training did: optimizer steps and seconds, interrupted parts included, and the last losses
+    logged.
+    """
+
+    steps: int
+    seconds: float
+    losses: dict[str, float]
+
+
+def fit(
+    model: nn.Module,
+    dataset: Any,
+    config: TrainConfig,
+    *,
+    device: torch.device | str,
+    losses: Losses | None = None,
+    folder: Path | str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> FitReport:
+    """Trains a detector in place, for one cycle of the learning rate with a fresh optimizer.
+
+    A training is a function of the model, the data and the config: step k draws from a generator seeded with
+    (seed, k) alone, so one that was interrupted and resumed ends where an uninterrupted one does, bit for bit
+    on a CPU. The caller's own generators are left as they were.
+
+    Args:
+        model: the detector, moved to ``device`` and trained there; its modules keep their mode.
+        dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`.
+        config: the settings.
+        device: where to train.
+        losses: ``losses(images, targets, step)`` gives one or more dictionaries of scalar losses. Each is
+            summed and back-propagated before the next is asked for, so a generator that runs one subnet at a
+            time accumulates gradients with the memory of one. By default, the detector's own losses.
+        folder: where the checkpoint and the log (``log.jsonl``) go; nothing is written without one.
+        resume: carry on from the checkpoint in ``folder``, if there is one.
+        progress: told after every step.
+
+    Returns:
+        Steps, seconds, and the losses last logged.
+
+    Raises:
+        InputError: ``folder`` holds another run, the checkpoint does not belong to these settings, data or
+            model, or ``folder`` cannot be written.
+        DivergenceError: a loss or gradient is not finite. On a CPU the step is not taken; on a GPU it is
+            noticed at the next log line or checkpoint, and the weights in memory may have gone with it. The
+            checkpoint is good.
+        KeyboardInterrupt: after the step under way was finished and saved.
+    """
+    run = _Run(model, config, torch.device(device), losses)
+    home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
+    batch = {"batch_size": config.batch_size, "steps": config.steps, "seed": config.seed, "start": run.step}
+    how = {"flip": config.flip, "workers": config.workers, "device": run.device}
+    with mode(model, training=True), torch.random.fork_rng([run.device] if run.on_gpu else []):
+        try:
+            for images, targets in batches(dataset, **batch, **how) if run.step < config.steps else ():
+                with uninterrupted():
+                    run.advance(images, targets)
+                if run.step % config.log_every == 0 or run.step in (1, config.steps):
+                    row = run.row()
+                    if home:
+                        home.log.add(row)
+                if home and (run.step == config.steps or _due(run.step, config.checkpoint_every)):
+                    home.save()
+                if progress:
+                    progress(run.step, config.steps, run.losses)
+        except KeyboardInterrupt:
+            if home and run.between_steps and run.watch.first() is None:
+                home.save()
+            raise
+        finally:
+            model.zero_grad(set_to_none=True)
+    return FitReport(run.step, run.seconds, run.losses)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of one step: far apart for neighbouring steps and seeds."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=7).digest())
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _own_losses(model: nn.Module) -> Losses:
+    return lambda images, targets, step: (model(images, targets),)
+
+
+class _Run:
+    """A training under way."""
+
+    def __init__(
+        self, model: nn.Module, config: TrainConfig, device: torch.device, losses: Losses | None
+    ) -> None:
+        self.model = model.to(device)
+        self.config = config
+        self.device = device
+        self.on_gpu = device.type == "cuda"
+        self.dtype = _autocast_dtype(config.amp, device)
+        self.ask = losses or _own_losses(model)
+        self.optimizer = build_optimizer(model, config)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.scales = slimmable_scales(model)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.watch = Watch()
+        self.kept = "no checkpoint was kept, as no folder was given"
+        self.step = 0
+        self.between_steps = True
+        self.losses: dict[str, float] = {}
+        self._terms: list[tuple[tuple[str, ...], Tensor]] = []
+        self._norm = torch.zeros((), device=device)
+        self._before, self._resumed = 0.0, time.perf_counter()
+        self._logged = (0, 0.0)  # step and seconds of the last log line
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.perf_counter() - self._resumed
+
+    def advance(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
+        """Takes one optimizer step."""
+        self.between_steps = False
+        torch.manual_seed(step_seed(self.config.seed, self.step))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._terms = []
+        for terms in self._asked(images, targets):
+            names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])  # [terms]
+            self._see(names, values)
+            self.scaler.scale(values.sum()).backward()
+            self._terms.append((names, values.detach()))
+        self.scaler.unscale_(self.optimizer)
+        self._norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
+        if not self.scaler.is_enabled():  # with loss scaling, an infinite gradient only means a smaller scale
+            self._see(("gradient norm",), self._norm[None])
+        add_l1_subgradient(self.scales, self.config.gamma_l1)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.step += 1
+        self.between_steps = True
+
+    def row(self) -> dict[str, Any]:
+        """The log line of the last step: of several dictionaries of losses, the sum."""
+        self.check()
+        self.losses = {}
+        for names, values in self._terms:
+            for name, value in zip(names, values.tolist(), strict=True):
+                self.losses[name] = self.losses.get(name, 0.0) + value
+        seconds, (step_before, seconds_before) = self.seconds, self._logged
+        self._logged = (self.step, seconds)
+        row = {"step": self.step, "lr": self.config.lr_at(self.step - 1), "grad_norm": float(self._norm)}
+        if self.scaler.is_enabled():
+            row["loss_scale"] = self.scaler.get_scale()
+        taken = max(1, self.step - step_before)
+        return row | {"step_seconds": (seconds - seconds_before) / taken, "losses": self.losses}
+
+    def check(self) -> None:
+        """Raises DivergenceError if anything so far was not finite."""
+        if found := self.watch.first():
+            step, what = found
+            raise DivergenceError(
+                f"training diverged at step {step} of {self.config.steps}: {what} is not finite "
+                f"({self.kept}); lower lr ({self.config.lr:g}) or clip ({self.config.clip:g}), or raise "
+                f"warmup ({self.config.warmup:g}).",
+                step,
+                what,
+            )
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "losses": self.losses,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.losses, self._before = state["step"], state["losses"], state["seconds"]
+        self._logged = (self.step, self.seconds)
+
+    def _asked(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """The dictionaries of losses, each computed under autocast; what is done with them in between is
+        not.
+        """
+        with self._autocast():
+            asked = self.ask(images, targets, self.step)
+            terms_left = iter((asked,) if isinstance(asked, Mapping) else asked)
+        while True:
+            with self._autocast():
+                terms = next(terms_left, None)
+            if terms is None:
+                return
+            yield terms
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
+
+    def _see(self, names: tuple[str, ...], values: Tensor) -> None:
+        self.watch.see(self.step + 1, names, values)
+        if not self.on_gpu:
+            self.check()
+
+
+class _Home:
+    """The folder of a run: its checkpoint and its log."""
+
+    def __init__(self, folder: Path, run: _Run, data: dict[str, Any], resume: bool) -> None:
+        self.folder, self.run, self.data = folder, run, data
+        self.config = dataclasses.asdict(run.config) | {"amp": str(run.dtype or "off")}
+        if not resume and (folder / checkpoint.CHECKPOINT).exists():
+            raise InputError(
+                f"{folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder."
+            )
+        self._open(checkpoint.read(folder) if resume else None)
+
+    def save(self) -> None:
+        self.run.check()
+        checkpoint.write(self.folder, {**self.run.state(), "config": self.config, "data": self.data})
+        self._kept()
+
+    def _open(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            checkpoint.require_same("config", state["config"], self.config, ignore=IMMATERIAL)
+            checkpoint.require_same("dataset", state["data"], self.data)
+            try:
+                self.run.restore(state)
+            except (RuntimeError, ValueError, KeyError) as error:
+                reason = " ".join(str(error).split("\n")[:2])
+                raise InputError(
+                    f"the checkpoint in {self.folder} does not fit this model ({reason}); resume with the "
+                    "model it was made with."
+                ) from error
+        self._kept()
+        self.log = Log(self.folder / "log.jsonl", self.run.step)
+
+    def _kept(self) -> None:
+        at = f"step {self.run.step} in {self.folder}" if self.run.step else "none yet"
+        self.run.kept = f"last good checkpoint: {at}"
+
+
+def _autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    if amp == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]

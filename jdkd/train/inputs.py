@@ -1,0 +1,36 @@
+"""What a detector's backbone sees of a batch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def images_of(batch: Any) -> Tensor | list[Tensor]:
+    """The images of ``(images, targets)``, or of a batch that is nothing but images."""
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor) and batch[0].dim() == 3:
+        return list(batch)
+    return images_of(batch[0])
+
+
+def normalised(model: nn.Module, batch: Any) -> Tensor:
+    """The batch as ``model.backbone`` gets it: resized, normalised and padded by the detector's own
+    transform.
+
+    Args:
+        model: a detector with ``transform`` as torchvision's have; without one, the batch is taken as it is.
+        batch: ``(images, targets)``, a list of images ``[3, H, W]`` in 0..1, or a tensor ``[N, 3, H, W]``.
+
+    Returns:
+        ``[N, 3, H', W']`` on the model's device.
+    """
+    images = images_of(batch)
+    device = next(model.parameters()).device
+    transform = getattr(model, "transform", None)
+    if transform is None:
+        images = images if isinstance(images, Tensor) else torch.stack(images)
+        return images.to(device)
+    return transform([image.to(device) for image in images])[0].tensors

@@ -1,0 +1,40 @@
+"""The log of a training: JSON lines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jdkd.train import checkpoint
+
+
+class Log:
+    """Appends JSON lines to ``file``; opened for a run that stands at ``step``, it keeps the lines up to
+    there.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+
+    def __init__(self, file: Path, step: int) -> None:
+        self.file = file
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lines = file.read_bytes().splitlines(keepends=True) if step and file.exists() else []
+        except OSError as error:
+            raise checkpoint.unwritable(file, error) from error
+        checkpoint.replace(file, b"".join(line for line in lines if _step(line) <= step))
+
+    def add(self, row: dict[str, Any]) -> None:
+        try:
+            with self.file.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise checkpoint.unwritable(self.file, error) from error
+
+
+def _step(line: bytes) -> float:
+    """The step of a log line; one that a crash cut short counts as the future."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")

@@ -1,0 +1,50 @@
+"""A COCO-format folder of coloured rectangles, small enough to be written for every test run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jdkd.data.coco import CocoDetectionDataset, Split
+from tests.detectors import CLASSES
+
+CATEGORIES = (3, 7, 11)
+SIZE = 64
+
+
+def write_scenes(
+    folder: Path, images: int = 12, classes: tuple[str, ...] = CLASSES, seed: int = 0
+) -> CocoDetectionDataset:
+    """One or two rectangles an image, whose colour is their class; the last image is empty."""
+    generator = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    annotations = []
+    for image in range(images):
+        pixels = generator.integers(90, 110, (SIZE, SIZE, 3), dtype=np.uint8)
+        for _ in range(generator.integers(1, 3) if image < images - 1 else 0):
+            label = int(generator.integers(len(classes)))
+            x, y = generator.integers(0, SIZE // 2, 2).tolist()
+            width, height = generator.integers(14, SIZE // 2, 2).tolist()
+            pixels[y : y + height, x : x + width] = 20
+            pixels[y : y + height, x : x + width, label % 3] = 240
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image + 100,
+                    "category_id": CATEGORIES[label],
+                    "bbox": [x, y, width, height],
+                    "area": width * height,
+                    "iscrowd": 0,
+                }
+            )
+        Image.fromarray(pixels).save(folder / f"{image}.png")
+    content = {
+        "images": [
+            {"id": i + 100, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(images)
+        ],
+        "annotations": annotations,
+        "categories": [{"id": CATEGORIES[k], "name": name} for k, name in enumerate(classes)],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return CocoDetectionDataset(Split(folder, folder / "annotations.json"))
