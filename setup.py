@@ -4,11 +4,11 @@ The sources of the extension are found by pattern, so a new operator touches no 
 
 * ``csrc/module.cpp`` and ``csrc/ops/*.cpp``: the pybind11 module, argument contracts and schemas;
 * ``csrc/cpu/*.cpp``: fused CPU kernels;
-* ``csrc/cuda/*.cu`` and ``csrc/cuda/*.cpp``: CUDA kernels, compiled when an ``nvcc`` of torch's CUDA major is found.
-  Every file then sees ``JDKD_WITH_CUDA``.
+* ``csrc/cuda/*.cu`` and ``csrc/cuda/*.cpp``: CUDA kernels, compiled when an ``nvcc`` of torch's CUDA major is
+  found. Every file then sees ``JDKD_WITH_CUDA``.
 
-``JDKD_BUILD_EXT`` is ``auto`` (the default: build what the machine can), ``1`` (a missing toolchain is an error) or
-``0`` (pure Python). A compile error always fails the build.
+``JDKD_BUILD_EXT`` is ``auto`` (the default: build what the machine can), ``1`` (a missing toolchain is an
+error) or ``0`` (pure Python). A compile error always fails the build.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "0", "1")
-# sm_80 code runs on every 8.x device and its PTX is translated for devices that are newer than Hopper; sm_90a is
+# sm_80 code runs on every 8.x device and its PTX is translated for devices newer than Hopper; sm_90a is
 # Hopper with the instructions that only Hopper has (its PTX runs nowhere else, so none is kept).
 ARCH_LIST = "8.0+PTX;9.0a"
 METADATA_COMMANDS = {"egg_info", "dist_info", "sdist", "clean"}
@@ -52,7 +52,7 @@ def say(text: str) -> None:
 def build_mode() -> str:
     mode = os.environ.get("JDKD_BUILD_EXT", "").strip().lower() or "auto"
     if mode not in MODES:
-        raise SystemExit(f"JDKD_BUILD_EXT is {mode!r}, but must be one of {', '.join(MODES)}")
+        raise SystemExit(f"jdkd: JDKD_BUILD_EXT is {mode!r}, but must be one of {', '.join(MODES)}")
     return mode
 
 
@@ -61,14 +61,14 @@ def relative(pattern: str) -> list[str]:
 
 
 def op_families(sources: list[str]) -> list[str]:
-    """The operators among sources: ``csrc/cpu/pearson.cpp`` and ``csrc/cuda/pearson_fwd.cu`` belong to pearson."""
+    """The operators that sources implement: ``cuda/pearson_fwd.cu`` belongs to ``ops/pearson.cpp``."""
     stems = [Path(source).stem for source in sources]
     ops = [Path(source).stem for source in relative("ops/*.cpp")]
     return sorted(op for op in ops if any(stem == op or stem.startswith(f"{op}_") for stem in stems))
 
 
 def nvidia_packages(major: str) -> Path | None:
-    """The folder that the ``cuda-toolkit`` packages unpack into, ``site-packages/nvidia/cu13`` for CUDA 13."""
+    """The folder that ``cuda-toolkit``'s packages unpack into, ``site-packages/nvidia/cu13`` for CUDA 13."""
     spec = importlib.util.find_spec("nvidia")
     for location in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(location) / f"cu{major}"
@@ -117,7 +117,7 @@ def require_host_compiler() -> None:
         raise MissingToolchain(f"jdkd._C is built on Linux only, and this is {sys.platform}")
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
-        raise MissingToolchain(f"no C++ compiler was found (looked for {compiler!r}): install g++, or set CXX")
+        raise MissingToolchain(f"no C++ compiler {compiler!r} was found: install g++, or set CXX")
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         raise MissingToolchain(f"{header} is missing: install the development files of Python (python3-dev)")
@@ -148,7 +148,7 @@ def cudart_folders(toolkit: Toolkit) -> list[Path]:
 
 
 def link_cudart(toolkit: Toolkit, build_temp: Path) -> Path | None:
-    """A build folder with a ``libcudart.so`` for the linker; the registry's package ships ``libcudart.so.13`` only."""
+    """A folder with a ``libcudart.so`` for the linker: the registry's package has ``libcudart.so.13``."""
     if any((folder / "libcudart.so").exists() for folder in cudart_folders(toolkit)[:2]):
         return None
     for folder in cudart_folders(toolkit):
@@ -174,8 +174,8 @@ def extension(mode: str) -> dict:
     """The keyword arguments of ``setup`` that build ``jdkd._C`` on this machine.
 
     Raises:
-        MissingToolchain: with what is missing; a CUDA toolkit counts only under ``JDKD_BUILD_EXT=1``, since the CPU
-            operators build without it.
+        MissingToolchain: with what is missing; a CUDA toolkit counts only under ``JDKD_BUILD_EXT=1``, since
+            the CPU operators build without it.
     """
     if importlib.util.find_spec("torch") is None:
         raise MissingToolchain(

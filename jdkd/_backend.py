@@ -12,12 +12,13 @@ An op file registers what it implements once, best first, and asks at every call
     def _forward(student, teacher):
         return _FORWARD[_backend.select("pearson", student)](student, teacher)
 
-``cuda`` and ``cpu`` are compiled operators of ``jdkd._C`` (whether this build has them is asked of :mod:`jdkd._ext`
-under the same op name), ``triton`` runs on CUDA tensors, and on CPU tensors only through Triton's interpreter
-(``TRITON_INTERPRET=1``) and only when asked for; ``reference`` is plain torch and runs everywhere.
+``cuda`` and ``cpu`` are compiled operators of ``jdkd._C`` (whether this build has them is asked of
+:mod:`jdkd._ext` under the same op name), ``triton`` runs on CUDA tensors, and on CPU tensors only through
+Triton's interpreter (``TRITON_INTERPRET=1``) and only when asked for; ``reference`` is plain torch and runs
+everywhere.
 
-The choice is made when the operator runs: a backward pass that is run after ``use_backend`` was left picks again, so
-what a forward saves must be readable by the backward of every backend.
+The choice is made when the operator runs: a backward pass that is run after ``use_backend`` was left picks
+again, so what a forward saves must be readable by the backward of every backend.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def available(op: str) -> dict[str, str | None]:
         op: noun stem of the operator.
 
     Returns:
-        Backend names in order of preference, each with None if it is available, else the reason why it is not.
+        Backend names in order of preference, each with None if it is available, else the reason why not.
     """
     return {backend: _why_unavailable(op, backend) for backend in _row(op)}
 
@@ -79,9 +80,9 @@ def available(op: str) -> dict[str, str | None]:
 def select(op: str, tensor: torch.Tensor) -> str:
     """Picks the backend that runs ``op`` on ``tensor``.
 
-    ``use_backend`` comes first and is strict. ``JDKD_BACKEND`` comes next: it speaks for a whole program, so an
-    operator without that backend keeps its own order. Otherwise the first registered one that is available and takes
-    the tensor's device and dtype.
+    ``use_backend`` comes first and is strict. ``JDKD_BACKEND`` comes next: it speaks for a whole program, so
+    an operator without that backend keeps its own order. Otherwise the first registered one that is available
+    and takes the tensor's device and dtype.
 
     Args:
         op: noun stem of the operator.

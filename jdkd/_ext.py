@@ -10,7 +10,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-import torch  # noqa: F401  (its libraries must be in the process before jdkd._C is)
+import torch  # before jdkd._C, which needs its libraries in the process
 
 _BUILD_HINT = "build it with `pip install --no-build-isolation .` in a checkout"
 

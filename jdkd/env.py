@@ -38,8 +38,8 @@ def report() -> str:
     """Describes this installation in plain text.
 
     Returns:
-        Lines in sections: versions, devices, the build of ``jdkd._C``, the environment variables, and for each
-        operator every backend with ``available`` or the reason why not, best first.
+        Lines in sections: versions, devices, the build of ``jdkd._C``, the environment variables, and for
+        each operator every backend with ``available`` or the reason why not, best first.
     """
     sections = {
         "versions": _versions(),

@@ -1,7 +1,7 @@
-"""What every test shares; it needs torch and pytest alone, so that it also loads on a bare machine with a GPU.
+"""What every test shares; it needs torch and pytest alone, so that it loads on a bare machine with a GPU too.
 
-A test module of an operator names it, ``OP = "pearson"``, and its tests take the fixture ``backend``: each then runs
-once per backend that this machine can run, inside ``use_backend``, and with ``device`` set to fit.
+A test module of an operator names it, ``OP = "pearson"``, and its tests take the fixture ``backend``: each
+then runs once per backend that this machine can run, inside ``use_backend``, and with ``device`` set to fit.
 """
 
 import importlib.util
@@ -47,7 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     op = getattr(metafunc.module, "OP", None)
     if op is None:
-        raise pytest.UsageError(f"{metafunc.module.__name__} uses the fixture 'backend': name its operator in OP")
+        raise pytest.UsageError(f"{metafunc.module.__name__} takes the fixture 'backend', but has no OP")
     params = []
     for name, reason in _backend.available(op).items():
         if name == "cuda" and not HAS_GPU:
@@ -91,10 +91,11 @@ def _poison_uninitialised_memory(request: pytest.FixtureRequest) -> Iterator[Non
     if rooms[0] not in POISONED:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
-    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
