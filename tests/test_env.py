@@ -1,0 +1,133 @@
+"""The environment report, the backend table and the three JDKD_* variables."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import jdkd
+from jdkd import _backend, _ext, env
+from jdkd.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+HALF = torch.zeros(2, dtype=torch.float16)
+FULL = torch.zeros(2)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """An operator with an fp32-only compiled CPU backend that the build is made to contain."""
+    monkeypatch.setattr(_backend, "_table", {})
+    reasons = {"cpu": None, "cuda": "no nvcc"}
+    monkeypatch.setattr(_ext, "why_missing", lambda op=None, device="cpu": reasons[device])
+    monkeypatch.delenv("JDKD_BACKEND", raising=False)
+    _backend.register("toy", "cuda", dtypes=(torch.float32,))
+    _backend.register("toy", "triton")
+    _backend.register("toy", "cpu", dtypes=(torch.float32,))
+    _backend.register("toy", "reference")
+    _backend.register("plain", "reference")
+    yield "toy"
+    _backend._choose.cache_clear()
+
+
+def test_the_best_backend_that_takes_device_and_dtype_is_selected(toy):
+    assert _backend.select(toy, FULL) == "cpu"
+    assert _backend.select(toy, HALF) == "reference"
+    assert _backend.select("plain", FULL) == "reference"
+    assert _backend.select(toy, FULL.to("meta")) == "reference"
+
+
+def test_the_interpreter_runs_only_when_asked_for(toy, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert _backend.select(toy, HALF) == "reference"
+    with _backend.use_backend("triton"):
+        assert _backend.select(toy, HALF) == "triton"
+
+
+def test_triton_without_interpreter_refuses_cpu_tensors(toy, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with _backend.use_backend("triton"), pytest.raises(InputError, match="TRITON_INTERPRET=1"):
+        _backend.select(toy, FULL)
+
+
+def test_use_backend_is_strict_nests_and_restores(toy):
+    with _backend.use_backend("cpu"):
+        with _backend.use_backend("reference"):
+            assert _backend.select(toy, FULL) == "reference"
+        with pytest.raises(InputError, match=r"it takes float32, and this tensor is float16"):
+            _backend.select(toy, HALF)
+        with pytest.raises(InputError, match=r"plain has no backend 'cpu'; choose one of reference"):
+            _backend.select("plain", FULL)
+    assert _backend.select(toy, HALF) == "reference"
+
+
+def test_an_unavailable_backend_is_refused_with_its_reason(toy):
+    with _backend.use_backend("cuda"), pytest.raises(InputError, match="takes tensors on cuda"):
+        _backend.select(toy, FULL)
+    assert _backend.available(toy)["cuda"] == "no nvcc"
+    assert _backend.available(toy)["reference"] is None
+
+
+def test_the_variable_speaks_for_operators_that_have_the_backend(toy, monkeypatch):
+    monkeypatch.setenv("JDKD_BACKEND", "cpu")
+    assert _backend.select(toy, FULL) == "cpu"
+    assert _backend.select("plain", FULL) == "reference"
+    with _backend.use_backend("reference"):
+        assert _backend.select(toy, FULL) == "reference"
+
+
+@pytest.mark.parametrize("name", ["gpu", "CUDA"])
+def test_a_backend_that_does_not_exist_lists_the_choices(toy, monkeypatch, name):
+    monkeypatch.setenv("JDKD_BACKEND", name)
+    with pytest.raises(InputError, match=f"JDKD_BACKEND: there is no backend '{name}'; choose"):
+        _backend.select(toy, FULL)
+    with pytest.raises(InputError, match="choose one of"), _backend.use_backend(name):
+        pass
+    with pytest.raises(InputError, match="choose one of"):
+        _backend.register(toy, name)
+
+
+def test_an_unknown_operator_is_named(toy):
+    with pytest.raises(InputError, match=r"no operator 'tox'; registered are toy, plain"):
+        _backend.select("tox", FULL)
+
+
+def test_the_report_names_versions_build_and_every_backend():
+    text = env.report()
+    assert jdkd.__version__ in text and torch.__version__ in text
+    assert _backend.ops()
+    for op in _backend.ops():
+        for backend, reason in _backend.available(op).items():
+            (line,) = (row for row in text.splitlines() if row.strip().startswith(f"{op} / {backend} "))
+            assert line.endswith(reason or "available")
+
+
+def test_env_runs_as_a_module_without_an_extension(tmp_path):
+    script = "import sys; sys.modules['jdkd._C'] = None; from jdkd import env; print(env.report())"
+    variables = {**os.environ, "JDKD_CACHE": str(tmp_path)}
+    variables.pop("TRITON_CACHE_DIR", None)
+    run = subprocess.run(
+        [sys.executable, "-c", f"{script}; import os; print('cache', os.environ['TRITON_CACHE_DIR'])"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=variables,
+        check=True,
+    )
+    assert "jdkd._C is not built" in run.stdout and "--no-build-isolation" in run.stdout
+    assert run.stdout.splitlines()[-1] == f"cache {tmp_path}/triton"
+
+
+def test_build_info_is_complete_where_the_extension_is_built():
+    info = _ext.build_info()
+    if info is None:
+        pytest.skip(_ext.why_missing())
+    assert info["torch"] == torch.__version__
+    assert set(info) == {"torch", "cuda", "arch_list", "compiler", "openmp", "cpu_ops", "cuda_ops"}
+    assert bool(info["arch_list"]) == (info["cuda"] is not None)
+    for op in info["cpu_ops"]:
+        assert _ext.why_missing(op, "cpu") is None
+    assert "no cpu code for nothing" in _ext.why_missing("nothing", "cpu")
