@@ -1,0 +1,141 @@
+"""Reading `result.json`, the outcome of a search."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jdkd.errors import InputError
+
+NAMES = {
+    "base": "base",
+    "control": "control, same cycles",
+    "control_single": "control, one cycle",
+    "student": "student",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Final scores of one network on the validation split; None where it was not measured.
+
+    Args:
+        key: its name in `result.json`.
+        title: what it is, in words.
+        map, map50: in 0..1.
+        p50, p90, p99: end-to-end latency in ms.
+        ratio, interval: of the median latency to the base's, with its 95 % interval.
+        params, gmacs: size and arithmetic.
+        train_steps: optimizer steps.
+    """
+
+    key: str
+    title: str
+    map: float | None
+    map50: float | None
+    p50: float | None
+    p90: float | None
+    p99: float | None
+    ratio: float | None
+    interval: tuple[float, float] | None
+    params: int | None
+    gmacs: float | None
+    train_steps: int | None
+
+    def cells(self) -> list[str]:
+        """The row as text, in the order of :data:`HEADINGS`."""
+        ratio = _number(self.ratio, ".3f")
+        if self.interval:
+            ratio += f" ({self.interval[0]:.3f}–{self.interval[1]:.3f})"
+        milliseconds = " / ".join(_number(value, ".1f") for value in (self.p50, self.p90, self.p99))
+        size = _number(None if self.params is None else self.params / 1e6, ".2f")
+        scores = [_number(self.map, ".3f"), _number(self.map50, ".3f")]
+        return [
+            self.title,
+            *scores,
+            milliseconds,
+            ratio,
+            size,
+            _number(self.gmacs, ".2f"),
+            _number(self.train_steps, ",d"),
+        ]
+
+
+HEADINGS = (
+    "network",
+    "mAP",
+    "mAP50",
+    "p50 / p90 / p99, ms",
+    "ratio (95 %)",
+    "M params",
+    "GMACs",
+    "steps",
+)
+
+
+def read_result(file: Path) -> dict[str, Any]:
+    """Read `result.json`.
+
+    Raises:
+        InputError: there is none, or it is not the result of a search.
+    """
+    if not file.is_file():
+        raise InputError(
+            f"{file} does not exist; a report is made of the folder of a finished `jdkd search`."
+        )
+    try:
+        result = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON ({error}); resume the search that wrote it.") from error
+    if not isinstance(result, dict) or not isinstance(result.get("base"), dict):
+        raise InputError(f"{file} has no 'base'; resume the search that should have written it.")
+    return result
+
+
+def rows(result: dict[str, Any]) -> list[Row]:
+    """Base, controls and student of a result, as far as it has them.
+
+    Args:
+        result: of :func:`read_result`.
+
+    Returns:
+        One row each, the base first.
+    """
+    made = []
+    for key, title in NAMES.items():
+        entry = result.get(key)
+        if not isinstance(entry, dict):
+            continue
+        latency, interval = entry.get("latency_ms") or {}, entry.get("latency_ratio_interval")
+        made.append(
+            Row(
+                key=key,
+                title=title,
+                ratio=entry.get("latency_ratio"),
+                interval=tuple(interval) if interval else None,
+                **{name: latency.get(name) for name in ("p50", "p90", "p99")},
+                **{name: entry.get(name) for name in ("map", "map50", "params", "gmacs", "train_steps")},
+            )
+        )
+    return made
+
+
+def verdict(result: dict[str, Any]) -> str:
+    """Whether the asked latency was met, as a sentence; empty where the result does not say."""
+    target, student = result.get("target_latency"), result.get("student") or {}
+    if target is None or student.get("latency_ratio") is None:
+        return ""
+    if result.get("target_met"):
+        return (
+            f"The student takes {student['latency_ratio']:.3f} of the base's time; {target:g} was asked for."
+        )
+    return (
+        f"No candidate met the asked latency of {target:g} of the base's; the student is the best found, at "
+        f"{student['latency_ratio']:.3f}."
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,131 @@
+"""See :func:`pareto_plot`."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jdkd.report.archive import Candidate, front, lineage
+from jdkd.report.outcome import Row, rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito, Color Universal Design (2008): told apart with any kind of colour vision; shapes differ too.
+BLUE, ORANGE, GREEN, VERMILLION, PURPLE, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#6E6E6E",
+)
+KINDS = {
+    "morph": ("student morphed", {"color": BLUE, "marker": "o"}),
+    "teacher": ("teacher changed", {"color": ORANGE, "marker": "^"}),
+}
+FINAL = {
+    "base": {"color": "black", "marker": "s", "markersize": 9},
+    "control": {"color": GREEN, "marker": "D", "markersize": 8},
+    "control_single": {"color": PURPLE, "marker": "P", "markersize": 9},
+    "student": {"color": VERMILLION, "marker": "*", "markersize": 16},
+}
+
+
+def pareto_plot(candidates: Sequence[Candidate], result: dict[str, Any]) -> bytes:
+    """Plot mAP against latency: the search on the selection split, and beside it what came out on validation.
+
+    The two splits score differently, so they have panels of their own. Latency is relative to the base, timed
+    in turn with it, which holds up where a machine's speed drifts during a search; the upper axis gives ms.
+
+    Args:
+        candidates: the archive.
+        result: contents of `result.json`.
+
+    Returns:
+        A PNG.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    style = {
+        "font.size": 11,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "svg.fonttype": "none",
+    }
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(12.5, 5.6), dpi=130, layout="constrained")  # no pyplot: no display, no state
+        search, final = figure.subplots(1, 2, width_ratios=(3, 2))
+        _plot_search(search, candidates, result)
+        _plot_final(final, rows(result))
+        milliseconds = ((result["base"].get("latency_ms") or {}).get("p50"), result.get("target_latency"))
+        for axes in (search, final):
+            _dress(axes, *milliseconds)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def _plot_search(axes: Axes, candidates: Sequence[Candidate], result: dict[str, Any]) -> None:
+    """Every candidate, the front and the lineage of the student."""
+    for kind, (label, look) in KINDS.items():
+        points = [candidate for candidate in candidates if candidate.kind == kind]
+        if points:
+            axes.scatter(
+                *_xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **look
+            )
+    best = front(candidates)
+    if best:
+        axes.step(*_xy(best), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front")
+    line = lineage(candidates, result.get("student_id"))
+    if len(line) > 1:
+        axes.plot(
+            *_xy(line),
+            color=VERMILLION,
+            linewidth=1.4,
+            linestyle=":",
+            zorder=1,
+            label="lineage of the student",
+        )
+    for name, points in (("base", [one for one in candidates if one.kind == "base"]), ("student", line[-1:])):
+        if points:
+            axes.plot(
+                *_xy(points), linestyle="none", markeredgecolor="white", label=name, zorder=4, **FINAL[name]
+            )
+    axes.set_title(f"Search: {len(candidates)} candidates, selection split")
+    axes.set_ylabel("mAP (COCO, IoU 0.50:0.95)")
+
+
+def _plot_final(axes: Axes, measured: Sequence[Row]) -> None:
+    """Base, controls and student with the intervals of their latency ratios."""
+    for row in measured:
+        if row.map is None or row.ratio is None:
+            continue
+        low, high = row.interval or (row.ratio, row.ratio)
+        error = [[max(0.0, row.ratio - low)], [max(0.0, high - row.ratio)]]
+        look = {"capsize": 3, "elinewidth": 1.2, "markeredgecolor": "white", "linestyle": "none", "zorder": 3}
+        axes.errorbar(
+            [row.ratio], [row.map], xerr=error, label=f"{row.title} ({row.map:.3f})", **look, **FINAL[row.key]
+        )
+    axes.set_title("Result: validation split, 95 % intervals")
+
+
+def _dress(axes: Axes, base_ms: float | None, target: float | None) -> None:
+    """Labels, limits, legend, the asked latency, and a second axis in ms."""
+    axes.set_xlabel("latency, end to end, relative to the base")
+    axes.margins(x=0.08, y=0.12)
+    if target is not None:
+        axes.axvline(target, color=GREY, linewidth=1, linestyle="--", label=f"asked: {target:g}", zorder=0)
+    if base_ms:
+        upper = axes.secondary_xaxis("top", functions=(lambda x: x * base_ms, lambda x: x / base_ms))
+        upper.set_xlabel("p50, ms", fontsize=9, color=GREY)
+        upper.tick_params(labelsize=9, colors=GREY)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", fontsize=9, framealpha=0.9)
+
+
+def _xy(candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+    return [one.latency_ratio for one in candidates], [one.map for one in candidates]

@@ -1,0 +1,39 @@
+"""See :func:`result_table`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jdkd.report.outcome import rows, verdict
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADINGS = ("", "mAP", "mAP50", "p50, ms", "ratio (95 %)", "params", "GMACs", "steps")
+
+
+def result_table(result: dict[str, Any]) -> Table:
+    """The outcome of a search as a table that fits 80 columns.
+
+    Args:
+        result: contents of `result.json`.
+
+    Returns:
+        A rich table: one row each for base, controls and student; the sentence about the target below it.
+    """
+    from rich import box
+    from rich.table import Table
+
+    title, caption = "Scores on the validation split", verdict(result) or None
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=title, caption=caption)
+    table.collapse_padding = True
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for row in rows(result):
+        name, score, score50, milliseconds, ratio, params, gmacs, steps = row.cells()
+        p50 = milliseconds.partition(" ")[0]
+        table.add_row(
+            *(row.key, score, score50, p50, ratio, f"{params} M", gmacs, steps),
+            style="bold" if row.key == "student" else None,
+        )
+    return table

@@ -1,0 +1,155 @@
+"""See :class:`RunFolder`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from jdkd.errors import InputError
+
+RUN_FILE = "run.json"
+
+
+class RunFolder:
+    """A folder that belongs to one run, and says which: its `run.json` holds command, settings and state.
+
+    A run is told from another by its kind and its identity. The identity is what a resumed run must have in
+    common with the one that it carries on (data, seeds, budgets); what may differ (device, number of workers)
+    stays out.
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.file = self.path / RUN_FILE
+
+    def begin(
+        self,
+        kind: str,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        command: Sequence[str] = (),
+        versions: Mapping[str, str] | None = None,
+    ) -> bool:
+        """Take the folder for a run, or carry on the run that is in it.
+
+        Args:
+            kind: `train`, `search` and so on.
+            identity: JSON-able settings that make this run the one it is.
+            resume: carry on what the folder holds; an empty folder is begun all the same.
+            command: how the run was called, for the record.
+            versions: of the packages in use, for the record.
+
+        Returns:
+            Whether a run that was in the folder is carried on.
+
+        Raises:
+            InputError: the folder holds another run, or one with other settings, or files that no run left
+                there. Nothing has been written then.
+        """
+        wanted = json.loads(json.dumps(identity))
+        found = self.read()
+        if found is None:
+            self._require_empty()
+            self.path.mkdir(parents=True, exist_ok=True)
+            record = {
+                "kind": kind,
+                "identity": wanted,
+                "command": list(command),
+                "versions": dict(versions or {}),
+            }
+            self._write({**record, "started": _now(), "finished": None})
+            return False
+        state = "finished" if found["finished"] else "unfinished"
+        if not resume:
+            raise InputError(
+                f"{self.path} already holds a run ({state} `jdkd {found['kind']}` of {found['started']}); "
+                "give another folder, or --resume to carry it on."
+            )
+        if found["kind"] != kind:
+            raise InputError(
+                f"{self.path} holds a `jdkd {found['kind']}` and cannot be resumed as `jdkd {kind}`; give "
+                "its own folder."
+            )
+        if differing := list(_differences(found["identity"], wanted)):
+            raise InputError(
+                f"{self.path} cannot be resumed with other settings: {'; '.join(differing)}; resume with the "
+                "same, or give another folder."
+            )
+        return True
+
+    def finish(self, **facts: Any) -> None:
+        """Record that the run came to its end, with JSON-able facts beside it."""
+        self._write({**(self.read() or {}), **facts, "finished": _now()})
+
+    def read(self) -> dict[str, Any] | None:
+        """The record of the run in the folder, or None.
+
+        Raises:
+            InputError: there is one that cannot be read.
+        """
+        if not self.file.is_file():
+            return None
+        try:
+            record = json.loads(self.file.read_text())
+            return {"finished": None, **record, "kind": record["kind"], "identity": record["identity"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.file} is not the record of a run ({type(error).__name__}: {error}); give another "
+                "folder."
+            ) from error
+
+    def _require_empty(self) -> None:
+        """Raise InputError where the folder is a file or holds something that is not ours."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file and cannot hold a run; give a folder.")
+        strangers = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        if strangers:
+            raise InputError(
+                f"{self.path} holds {', '.join(strangers[:3])}{' and more' if len(strangers) > 3 else ''} "
+                f"but no {RUN_FILE}, so it is not the folder of a run; give an empty or a new one."
+            )
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        write_whole(self.file, json.dumps(record, indent=2) + "\n")
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file so that it appears whole or not at all, and what was there stays until then.
+
+    Args:
+        file: where to; its folder exists.
+        content: text (UTF-8) or bytes.
+
+    Raises:
+        OSError: with the file's name, where it could not be written.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(partial, file)
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(file)) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """Yield `name was ... and is ...` for every leaf that differs between two JSON values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            inner = f"{name}.{key}" if name else key
+            yield from _differences(before.get(key), now.get(key), inner)
+    elif before != now:
+        yield f"{name} was {json.dumps(before)} and is {json.dumps(now)}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
