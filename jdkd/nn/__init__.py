@@ -1,0 +1,5 @@
+"""Drop-in modules: state and representation only; what they compute is in :mod:`jdkd.functional`."""
+
+from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
+
+__all__ = ["ElasticBatchNorm2d", "ElasticConv2d", "ElasticLinear"]

@@ -1,0 +1,1 @@
+"""The operators: schema, fake, autograd rule and backend table, one file per operator."""

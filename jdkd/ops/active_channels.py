@@ -1,0 +1,241 @@
+"""Which channels of a shared tensor are active, and the active part of that tensor.
+
+Leading channels are a strided view, with no copy. Listed channels are gathered, and their gradient is
+scattered once into a zeroed tensor: the indices are distinct, so nothing has to be accumulated, which saves
+half of what the autograd of two ``index_select`` costs (256x256x3x3 at half width on a CPU: 0.27 ms against
+0.59).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from jdkd.errors import InputError
+
+ChannelsLike = int | Sequence[int] | Tensor | None
+
+
+class Channels(NamedTuple):
+    """Active channels of one dimension; how many is always known on the host."""
+
+    count: int
+    index: Tensor | None = None  # [count] int64; None: the leading ones
+
+
+def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channels:
+    """Reads what a user may give as active channels.
+
+    Indices in host memory are checked and kept in the order given; those on a device are not, since looking
+    at them would make the host wait: there only their number and dtype are checked.
+
+    Args:
+        value: None (all), the number of leading channels, or distinct indices, as a sequence or a 1-D integer
+            tensor.
+        maximum: channels of the shared tensor.
+        argument: what errors call it.
+
+    Returns:
+        The channels; a list that names the leading ones in order counts as their number.
+
+    Raises:
+        InputError: on more channels than there are, none, an index out of range or given twice, or a boolean
+            mask.
+    """
+    if value is None:
+        return Channels(maximum)
+    if isinstance(value, int) and not isinstance(value, bool):
+        _check_count(value, maximum, argument)
+        return Channels(value)
+    if isinstance(value, Tensor):
+        _check_index_tensor(value, argument)
+        if value.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _listed(value.tolist(), maximum, argument)
+        _check_count(value.numel(), maximum, argument)
+        return Channels(value.numel(), value.long())
+    if isinstance(value, bool) or not isinstance(value, Sequence) or isinstance(value, str):
+        raise InputError(
+            f"{argument}={value!r} is no channel count; give an int, a list of indices or None for all"
+        )
+    return _listed(value, maximum, argument)
+
+
+def _listed(indices: Sequence[int], maximum: int, argument: str) -> Channels:
+    _check_count(len(indices), maximum, argument)
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise InputError(f"{argument} holds {index!r}; list the indices of the active channels as ints")
+        if not 0 <= index < maximum:
+            raise InputError(
+                f"{argument} holds index {index} but the supernet has {maximum} channels; list indices "
+                f"from 0 to {maximum - 1}"
+            )
+    if len(set(indices)) != len(indices):
+        twice = next(index for index in indices if list(indices).count(index) > 1)
+        raise InputError(f"{argument} holds index {twice} twice; list every active channel once")
+    if all(index == k for k, index in enumerate(indices)):
+        return Channels(len(indices))
+    return Channels(len(indices), torch.tensor(indices, dtype=torch.int64))
+
+
+def _check_count(count: int, maximum: int, argument: str) -> None:
+    if count > maximum:
+        raise InputError(
+            f"{argument} asks for {count} channels but the supernet has {maximum}; ask for at most {maximum} "
+            "or build the supernet wider"
+        )
+    if count < 1:
+        raise InputError(f"{argument} asks for {count} channels of {maximum}; leave at least one active")
+
+
+def _check_index_tensor(index: Tensor, argument: str) -> None:
+    if index.dtype == torch.bool:
+        raise InputError(
+            f"{argument} is a boolean mask over {index.numel()} channels; give indices, "
+            "mask.nonzero().flatten(): counting a mask on a device makes the host wait"
+        )
+    if index.dim() != 1 or index.is_floating_point() or index.is_complex():
+        raise InputError(
+            f"{argument} is a {index.dim()}-dimensional {index.dtype} tensor; "
+            "give a 1-dimensional integer one"
+        )
+
+
+def on_device(index: Tensor | None, device: torch.device) -> Tensor | None:
+    """Brings indices to a device without making the host wait.
+
+    Args:
+        index: ``[count]`` int64, or None.
+        device: where they are needed.
+
+    Returns:
+        The indices there.
+    """
+    if index is None or index.device == device:
+        return index
+    if device.type == "cuda" and index.device.type == "cpu":
+        index = index.pin_memory()
+    return index.to(device, non_blocking=True)
+
+
+def active_part(tensor: Tensor, rows: Channels, columns: Channels | None = None) -> Tensor:
+    """Takes the active part of a shared tensor; its gradient is exactly zero everywhere else.
+
+    Leading rows and columns together are one ``as_strided`` view, whose gradient is one zeroed tensor and one
+    copy; two slices would cost two of each (a 512x512x3x3 weight at half width, 7x7 map: 4.6 ms a convolution
+    against 1.7).
+
+    Args:
+        tensor: ``[Cout_max, Cin_max, ...]``, or ``[C_max]``.
+        rows: active channels of dimension 0.
+        columns: active channels of dimension 1; None: all of them.
+
+    Returns:
+        ``[rows.count, columns.count, ...]``: the tensor itself, a view, or (listed channels) a copy.
+    """
+    column_count = tensor.shape[1] if tensor.dim() > 1 else 1
+    columns = Channels(column_count) if columns is None else columns
+    if rows.index is not None or columns.index is not None:
+        indices = on_device(rows.index, tensor.device), on_device(columns.index, tensor.device)
+        return _Gather.apply(tensor, rows.count, columns.count, *indices)
+    fewer_rows, fewer_columns = rows.count < tensor.shape[0], columns.count < column_count
+    if not (fewer_rows and fewer_columns):
+        tensor = tensor[: rows.count] if fewer_rows else tensor
+        return tensor[:, : columns.count] if fewer_columns else tensor
+    if torch.compiler.is_compiling():
+        return tensor[: rows.count, : columns.count]
+    size = (rows.count, columns.count, *tensor.shape[2:])
+    return tensor.as_strided(size, tensor.stride(), tensor.storage_offset())
+
+
+def gather(tensor: Tensor, rows: Channels, columns: Channels) -> Tensor:
+    """Takes the active part without a rule for autograd; arguments as :func:`active_part`."""
+    part = tensor[: rows.count] if rows.index is None else tensor.index_select(0, rows.index)
+    if tensor.dim() == 1:
+        return part
+    return part[:, : columns.count] if columns.index is None else part.index_select(1, columns.index)
+
+
+def scatter(part: Tensor, like: Tensor, rows: Channels, columns: Channels) -> Tensor:
+    """Puts an active part back into zeros: the transpose of :func:`gather`.
+
+    Args:
+        part: ``[rows.count, columns.count, ...]``.
+        like: the shared tensor, for its shape, layout and dtype.
+        rows: active channels of dimension 0.
+        columns: active channels of dimension 1.
+
+    Returns:
+        ``like``'s shape.
+    """
+    full = torch.zeros_like(like)
+    part = part.to(like.dtype)
+    if rows.index is not None and columns.index is not None:
+        return full.index_put_((rows.index[:, None], columns.index), part)
+    target = full if rows.index is not None else full[: rows.count]
+    if like.dim() > 1 and columns.index is None:
+        target = target[:, : columns.count]
+    if rows.index is not None:
+        target.index_copy_(0, rows.index, part)
+    elif columns.index is not None:
+        target.index_copy_(1, columns.index, part)
+    else:
+        target.copy_(part)
+    return full
+
+
+class _Gather(torch.autograd.Function):
+    """Autograd of :func:`gather`; linear, so its second derivative is :class:`_Scatter`'s first."""
+
+    @staticmethod
+    def forward(
+        tensor: Tensor, rows: int, columns: int, row_index: Tensor | None, column_index: Tensor | None
+    ) -> Tensor:
+        return gather(tensor, Channels(rows, row_index), Channels(columns, column_index))
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        tensor, ctx.rows, ctx.columns, row_index, column_index = inputs
+        ctx.save_for_backward(tensor, row_index, column_index)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tensor, row_index, column_index = ctx.saved_tensors
+        full = _Scatter.apply(grad, tensor.detach(), ctx.rows, ctx.columns, row_index, column_index)
+        return full, None, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """Autograd of :func:`scatter`."""
+
+    @staticmethod
+    def forward(
+        part: Tensor,
+        like: Tensor,
+        rows: int,
+        columns: int,
+        row_index: Tensor | None,
+        column_index: Tensor | None,
+    ) -> Tensor:
+        return scatter(part, like, Channels(rows, row_index), Channels(columns, column_index))
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+        _, _, ctx.rows, ctx.columns, row_index, column_index = inputs
+        ctx.save_for_backward(row_index, column_index)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        row_index, column_index = ctx.saved_tensors
+        return (
+            _Gather.apply(grad, ctx.rows, ctx.columns, row_index, column_index),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,1 @@
+"""What each operator computes, in plain torch and in any precision: the yardstick of its tests."""
