@@ -1,0 +1,77 @@
+"""The matching proxy 1 - r against float64 correlations of all the data at once."""
+
+import pytest
+import torch
+
+from jdkd.distill import correlations
+from jdkd.errors import InputError
+from tests.distill.pyramids import PyramidDetector, batch
+
+LEVELS = {"0": 4, "1": 8}
+
+
+def uneven() -> list[list[torch.Tensor]]:
+    """Batches whose brightness differs, so that their pooled correlation is not the mean of each one's."""
+    return [
+        [image + shift for image in batch(count, size, seed=shift)]
+        for shift, (count, size) in enumerate([(1, 32), (3, 64)])
+    ]
+
+
+def test_is_one_minus_r_over_all_batches_together():
+    student, teacher, batches = PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), uneven()
+    measured = correlations(student, teacher, batches)
+    assert list(measured) == [4, 8]
+    for stride, name in ((4, "0"), (8, "1")):
+        ours, theirs = (
+            torch.cat(
+                [model(images)[name].detach().double().transpose(0, 1).flatten(1) for images in batches],
+                dim=1,
+            )
+            for model in (student, teacher)
+        )
+        r = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(ours, theirs, strict=True)])
+        assert measured[stride] == pytest.approx((1 - r).mean().item(), abs=1e-6)
+    apart = [correlations(student, teacher, [images])[4] for images in batches]
+    assert abs(measured[4] - sum(apart) / 2) > 0.01, "the batches must differ for this test to mean anything"
+
+
+def test_is_zero_for_itself_and_two_for_its_opposite():
+    student, opposite = PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS)
+    assert correlations(student, student, uneven()) == pytest.approx({4: 0, 8: 0}, abs=1e-6)
+    with torch.no_grad():
+        opposite.backbone.mix.mul_(-3)
+    assert correlations(student, opposite, uneven()) == pytest.approx({4: 2, 8: 2}, abs=1e-6)
+
+
+def test_a_channel_that_never_changes_correlates_with_nothing():
+    student, dead = PyramidDetector(2, LEVELS), PyramidDetector(2, LEVELS)
+    with torch.no_grad():
+        dead.backbone.mix[1] = 0
+    assert correlations(student, dead, uneven()) == pytest.approx({4: 0.5, 8: 0.5}, abs=1e-6)
+
+
+def test_channels_and_levels_may_be_chosen():
+    teacher, student = PyramidDetector(6, LEVELS), PyramidDetector(3, LEVELS)
+    with torch.no_grad():
+        student.backbone.mix.copy_(teacher.backbone.mix[[5, 1, 2]])
+    assert correlations(student, teacher, uneven(), channels=[5, 1, 2], levels=[8]) == pytest.approx(
+        {8: 0}, abs=1e-6
+    )
+    with pytest.raises(InputError, match="has 3 channels and the teacher's 6"):
+        correlations(student, teacher, uneven())
+
+
+def test_detectors_are_run_in_evaluation_mode_and_left_as_they_were(student, teacher, images, targets):
+    teacher.train()
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    measured = correlations(student, teacher, [(images, targets)])
+    assert list(measured) == [4, 8, 16, 32] and all(0 < value < 2 for value in measured.values())
+    assert student.training and teacher.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+    assert correlations(student, teacher, [(images, targets)]) == measured
+
+
+def test_no_batches_are_an_error(student, teacher):
+    with pytest.raises(InputError, match="given 0 batches and needs at least 1"):
+        correlations(student, teacher, [])

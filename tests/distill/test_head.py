@@ -1,0 +1,104 @@
+"""Head distillation, and both terms over one forward of the teacher."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jdkd.distill import Distiller, FeatureDistiller, HeadDistiller
+from jdkd.errors import InputError
+from tests.detectors import detector, small_spec
+from tests.distill.pyramids import PyramidDetector, batch
+
+
+def test_is_the_divergence_of_the_class_logits_at_the_students_regions(student, teacher, images, targets):
+    seen = {}
+    heads = student.roi_heads
+    hooks = [
+        student.backbone.register_forward_hook(lambda _, inputs, output: seen.update(x=inputs[0])),
+        heads.box_roi_pool.register_forward_hook(lambda _, inputs, output: seen.update(regions=inputs[1:])),
+        heads.box_predictor.register_forward_hook(lambda _, inputs, output: seen.update(logits=output[0])),
+    ]
+    with HeadDistiller(student, teacher, loss_weight=2.0) as distiller:
+        student(images, targets)
+        loss = distiller.loss()
+    for hook in hooks:
+        hook.remove()
+    regions, sizes = seen["regions"]
+    pooled = teacher.roi_heads.box_roi_pool(teacher.backbone(seen["x"]), regions, sizes)
+    taught = F.softmax(teacher.roi_heads.box_predictor(teacher.roi_heads.box_head(pooled))[0], dim=1)
+    ours = F.log_softmax(seen["logits"], dim=1)
+    expected = 2 * (taught * (taught.log() - ours)).sum(dim=1).mean()
+    assert len(ours) == sum(len(region) for region in regions) == 64, "the sampled regions, not all proposals"
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert loss.item() > 0
+
+
+def test_its_gradient_is_that_of_the_soft_cross_entropy(student, teacher, images, targets):
+    with HeadDistiller(student, teacher) as distiller:
+        student(images, targets)
+        logits = distiller._logits
+        logits.retain_grad()
+        distiller.loss().backward()
+    assert logits.grad.sum(dim=1).abs().max() < 1e-6, "softmax minus softmax sums to zero"
+    assert logits.grad.abs().max() > 0
+    assert student.backbone.body.conv1.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_a_teacher_that_agrees_costs_nothing(images, targets):
+    student = detector(small_spec(norm="frozen")).train()
+    with HeadDistiller(student, copy.deepcopy(student)) as distiller:
+        student(images, targets)
+        assert distiller.loss().item() == pytest.approx(0, abs=1e-5)
+
+
+def test_the_loss_is_given_once_per_forward(student, teacher, images, targets):
+    with HeadDistiller(student, teacher) as distiller:
+        student(images, targets)
+        distiller.loss()
+        with pytest.raises(RuntimeError, match="student has not run"):
+            distiller.loss()
+
+
+def test_other_classes_are_named(student):
+    teacher = detector(small_spec(classes=("cat", "dog")))
+    with pytest.raises(InputError, match="student knows 3 classes and the teacher 2"):
+        HeadDistiller(student, teacher)
+
+
+def test_a_detector_without_a_box_head_is_named(student):
+    with pytest.raises(InputError, match=r"the teacher \(PyramidDetector\) has no roi_heads"):
+        HeadDistiller(student, PyramidDetector(4, {"0": 4}))
+
+
+def test_both_terms_share_one_forward_of_the_teacher(student, teacher, images, targets):
+    calls = []
+    teacher.backbone.register_forward_hook(lambda *_: calls.append(1))
+    with Distiller(student, teacher, feature_weight=6.0, head_weight=1.0) as distiller:
+        student(images, targets)
+        terms = distiller.losses()
+        assert len(calls) == 1
+    assert terms.keys() == {"loss_pkd", "loss_head_kd"}
+    torch.manual_seed(0)
+    with FeatureDistiller(student, teacher) as feature, HeadDistiller(student, teacher) as head:
+        student(images, targets)
+        apart = feature.loss(), head.loss()
+    assert len(calls) == 3, "without a shared view each runs the teacher"
+    torch.manual_seed(0)
+    with Distiller(student, teacher, head_weight=1.0) as distiller:
+        student(images, targets)
+        assert distiller.loss().item() == pytest.approx(sum(apart).item(), rel=1e-5)
+
+
+def test_a_weight_of_zero_leaves_the_term_out(student, teacher):
+    assert Distiller(student, teacher).terms.keys() == {"loss_pkd"}
+    assert Distiller(student, teacher, feature_weight=0, head_weight=1).terms.keys() == {"loss_head_kd"}
+
+
+def test_nothing_runs_the_teacher_unless_a_loss_is_asked_for():
+    student, teacher = PyramidDetector(4, {"0": 4}), PyramidDetector(4, {"0": 4}, seed=1)
+    with Distiller(student, teacher):
+        student(batch())
+    assert teacher.backbone.calls == 0

@@ -1,0 +1,134 @@
+"""Batch-norm statistics over several batches, against the pooled data in float64."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from jdkd.errors import InputError
+from jdkd.train import calibrate_bn
+from tests.detectors import detector, small_spec
+
+
+def uneven_batches() -> list[Tensor]:
+    """Batches of different sizes, brightness and contrast, ``[N, 2, H, W]``."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 2, 4, 4), (3, 2, 4, 6), (2, 2, 5, 5)]
+    return [
+        torch.randn(shape, generator=generator) * (k + 1) + torch.tensor([3.0 * k, -5.0])[:, None, None]
+        for k, shape in enumerate(shapes)
+    ]
+
+
+def pooled(batches: list[Tensor]) -> tuple[Tensor, Tensor]:
+    values = torch.cat([batch.double().transpose(0, 1).flatten(1) for batch in batches], dim=1)  # [C, n]
+    return values.mean(1).float(), values.var(1).float()
+
+
+def test_mean_and_variance_are_those_of_all_batches_together():
+    norm, batches = nn.BatchNorm2d(2), uneven_batches()
+    calibrate_bn(nn.Sequential(norm), batches)
+    mean, variance = pooled(batches)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+    averaged = torch.stack([batch.transpose(0, 1).flatten(1).var(1) for batch in batches]).mean(0)
+    assert (variance / averaged)[0] > 1.5, "the batches must differ for this test to mean anything"
+
+
+def test_a_large_mean_costs_no_accuracy():
+    norm = nn.BatchNorm2d(2)
+    batches = [batch * 0.1 + 1e3 for batch in uneven_batches()]
+    calibrate_bn(nn.Sequential(norm), batches)
+    torch.testing.assert_close(norm.running_var, pooled(batches)[1], rtol=1e-3, atol=0)
+
+
+def test_layers_that_are_called_several_times_pool_all_calls():
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x).sum() + self.norm(2 * x + 1).sum()
+
+    model, batches = Shared(), uneven_batches()
+    calibrate_bn(model, batches)
+    mean, variance = pooled([*batches, *(2 * batch + 1 for batch in batches)])
+    torch.testing.assert_close(model.norm.running_mean, mean)
+    torch.testing.assert_close(model.norm.running_var, variance)
+
+
+def test_modes_momenta_and_weights_stay():
+    model = detector(small_spec()).train()
+    model.backbone.body.layer1.eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    calibrate_bn(model, [[torch.rand(3, 64, 64)] * 2])
+    assert [module.training for module in model.modules()] == modes
+    assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+    for name, tensor in model.state_dict().items():
+        moved = name.endswith(("running_mean", "running_var"))
+        assert torch.equal(tensor, before[name]) != moved, name
+
+
+def test_a_detector_is_calibrated_through_its_backbone_alone(monkeypatch):
+    model = detector(small_spec())
+    monkeypatch.setattr(
+        model.rpn, "forward", lambda *_: pytest.fail("the RPN has no batch norm to calibrate")
+    )
+    images = [torch.rand(3, 64, 80), torch.rand(3, 64, 64)]
+    calibrate_bn(model, [(images, None)])
+    stem = model.backbone.body.conv1(model.transform(images)[0].tensors)
+    mean, variance = pooled([stem.detach()])
+    first = model.backbone.body.bn1
+    torch.testing.assert_close(first.running_mean, mean)
+    torch.testing.assert_close(first.running_var, variance)
+
+
+def test_batch_norms_in_the_heads_are_calibrated_too():
+    model = detector(small_spec())
+    model.rpn.head.conv.add_module("norm", nn.BatchNorm2d(16))
+    calibrate_bn(model, [[torch.rand(3, 64, 64)] * 2])
+    assert model.rpn.head.conv.norm.running_mean.abs().max() > 0
+
+
+def test_frozen_norms_are_left_alone():
+    model = detector(small_spec(norm="frozen"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert any(isinstance(module, FrozenBatchNorm2d) for module in model.modules())
+    calibrate_bn(model, [])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_channels_that_are_not_active_keep_their_statistics():
+    from jdkd.nn import ElasticBatchNorm2d
+
+    norm = ElasticBatchNorm2d(4)
+    norm.running_mean.fill_(7.0)
+    norm.running_var.fill_(9.0)
+    norm.set_active([0, 2])
+    batches = uneven_batches()
+    calibrate_bn(nn.Sequential(norm), batches)
+    mean, variance = pooled(batches)
+    torch.testing.assert_close(
+        norm.running_mean, torch.stack((mean[0], torch.tensor(7.0), mean[1], torch.tensor(7.0)))
+    )
+    torch.testing.assert_close(
+        norm.running_var, torch.stack((variance[0], torch.tensor(9.0), variance[1], torch.tensor(9.0)))
+    )
+
+
+def test_no_batches_are_an_error_and_an_error_changes_nothing():
+    model = detector(small_spec())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match="given 0 batches and needs at least 1"):
+        calibrate_bn(model, [])
+
+    def breaking():
+        yield [torch.rand(3, 64, 64)]
+        raise OSError("no more images")
+
+    with pytest.raises(OSError, match="no more images"):
+        calibrate_bn(model, breaking())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())

@@ -1,0 +1,229 @@
+"""What survives an interruption, a divergence and a full disk."""
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from jdkd.errors import InputError
+from jdkd.train import DivergenceError, TrainConfig, fit
+from jdkd.train.divergence import Watch
+from tests.detectors import detector, small_spec
+from tests.train.scenes import write_scenes
+from tests.train.toy import Toy, same, values
+
+CPU = {"device": "cpu"}
+
+
+def interrupt_at(when: int):
+    def progress(step, total, losses):
+        if step == when:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(scenes, tmp_path, optimizer):
+    config = TrainConfig(steps=6, batch_size=2, flip=0.5, optimizer=optimizer, lr=1e-3, log_every=1)
+    whole, halves = detector(small_spec()), detector(small_spec())
+    fit(whole, scenes, config, **CPU, folder=tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit(halves, scenes, config, **CPU, folder=tmp_path / "halves", progress=interrupt_at(3))
+    fresh = detector(small_spec(), seed=5)
+    assert not same(values(whole), values(halves))
+    report = fit(fresh, scenes, config, **CPU, folder=tmp_path / "halves", resume=True)
+    assert report.steps == 6
+    assert same(values(whole), values(fresh))
+    logs = [[{**row, "step_seconds": 0} for row in rows(tmp_path / run)] for run in ("whole", "halves")]
+    assert logs[0] == logs[1]
+
+
+def test_ctrl_c_lets_the_step_finish(scenes, tmp_path):
+    config = TrainConfig(steps=6, batch_size=2)
+    whole, halves = detector(small_spec()), detector(small_spec())
+    fit(whole, scenes, config, **CPU)
+
+    def losses(images, targets, step):
+        terms = halves(images, targets)  # the running statistics have moved, the weights have not
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield terms
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        fit(halves, scenes, config, **CPU, folder=tmp_path, losses=losses)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
+    fit(halves, scenes, config, **CPU, folder=tmp_path, resume=True)
+    assert same(values(whole), values(halves))
+
+
+def test_an_interruption_in_the_middle_of_a_step_keeps_the_last_checkpoint(scenes, tmp_path):
+    def losses(images, targets, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        yield model(images, targets)
+
+    model = Toy()
+    config = TrainConfig(steps=6, batch_size=1, checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, scenes, config, **CPU, folder=tmp_path, losses=losses)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+
+
+def test_resuming_what_is_finished_does_nothing(scenes, tmp_path):
+    config = TrainConfig(steps=4, batch_size=1)
+    model, again = Toy(), Toy()
+    first = fit(model, scenes, config, **CPU, folder=tmp_path)
+    second = fit(again, scenes, config, **CPU, folder=tmp_path, resume=True)
+    assert same(values(model), values(again))
+    assert (second.steps, second.losses) == (4, first.losses)
+
+
+def test_resuming_an_empty_folder_starts_from_the_beginning(scenes, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 9}\n')
+    model, plain = Toy(), Toy()
+    config = TrainConfig(steps=3, batch_size=1)
+    fit(model, scenes, config, **CPU, folder=tmp_path, resume=True)
+    fit(plain, scenes, config, **CPU)
+    assert same(values(model), values(plain))
+    assert [row["step"] for row in rows(tmp_path)] == [1, 3]
+
+
+def test_the_log_loses_what_comes_after_the_checkpoint(scenes, tmp_path):
+    config = TrainConfig(steps=6, batch_size=1, checkpoint_every=2, log_every=1)
+
+    def killed(step, total, losses):
+        if step == 3:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fit(Toy(), scenes, config, **CPU, folder=tmp_path, progress=killed)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "lr"')
+    fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_folder_with_another_run_is_left_alone(scenes, tmp_path):
+    config = TrainConfig(steps=2, batch_size=1)
+    fit(Toy(), scenes, config, **CPU, folder=tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model = Toy()
+    with pytest.raises(InputError, match=r"holds another run .*resume it or give another folder"):
+        fit(model, scenes, config, **CPU, folder=tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert same(values(model), values(Toy()))
+
+
+def test_refuses_another_config_and_names_what_differs(scenes, tmp_path):
+    fit(Toy(), scenes, TrainConfig(steps=2, batch_size=1, lr=1e-3), **CPU, folder=tmp_path)
+    other = TrainConfig(steps=9, batch_size=1, lr=1e-4)
+    with pytest.raises(InputError) as caught:
+        fit(Toy(), scenes, other, **CPU, folder=tmp_path, resume=True)
+    assert "lr was 0.001 and is 0.0001; steps was 2 and is 9" in str(caught.value)
+    assert "batch_size" not in str(caught.value)
+
+
+def test_what_does_not_decide_the_result_may_change_on_resume(scenes, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        fit(
+            Toy(),
+            scenes,
+            TrainConfig(steps=4, batch_size=1),
+            **CPU,
+            folder=tmp_path,
+            progress=interrupt_at(2),
+        )
+    config = TrainConfig(steps=4, batch_size=1, log_every=3, checkpoint_every=1)
+    assert fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True).steps == 4
+
+
+def test_refuses_other_data(scenes, tmp_path):
+    config = TrainConfig(steps=2, batch_size=1)
+    fit(Toy(), scenes, config, **CPU, folder=tmp_path / "run")
+    other = write_scenes(tmp_path / "data", images=5)
+    with pytest.raises(InputError, match=r"another dataset.*images was 12 and is 5"):
+        fit(Toy(), other, config, **CPU, folder=tmp_path / "run", resume=True)
+
+
+def test_refuses_another_model(scenes, tmp_path):
+    config = TrainConfig(steps=1, batch_size=1)
+    fit(detector(small_spec()), scenes, config, **CPU, folder=tmp_path)
+    with pytest.raises(InputError, match=r"does not fit this model.*backbone"):
+        fit(detector(small_spec(fpn=8)), scenes, config, **CPU, folder=tmp_path, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(scenes, tmp_path):
+    config = TrainConfig(steps=1, batch_size=1)
+    fit(Toy(), scenes, config, **CPU, folder=tmp_path)
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"checkpoint .*checkpoint\.pt cannot be read"):
+        fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True)
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(scenes, tmp_path):
+    model = Toy()
+
+    def losses(images, targets, step):
+        terms = model(images, targets)
+        if step == 4:
+            terms["loss_bias"] = terms["loss_bias"] * float("nan")
+        yield terms
+
+    config = TrainConfig(steps=8, batch_size=1, checkpoint_every=2, lr=0.5)
+    with pytest.raises(DivergenceError) as caught:
+        fit(model, scenes, config, **CPU, folder=tmp_path, losses=losses)
+    message = str(caught.value)
+    assert isinstance(caught.value, InputError) and (caught.value.step, caught.value.what) == (5, "loss_bias")
+    assert "diverged at step 5 of 8: loss_bias" in message and f"step 4 in {tmp_path}" in message
+    assert "lower lr (0.5)" in message
+    kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert kept["step"] == 4
+    assert same(kept["model"], values(model)), "the step that diverged must not be taken"
+
+
+def test_the_watch_finds_the_first_step_without_looking_at_each():
+    watch = Watch()
+    for step in range(1, 9):
+        loss = torch.tensor([1.0, float("inf") if step in (4, 6) else 1.0])
+        watch.see(step, ("loss_a", "loss_b"), loss)
+        watch.see(step, ("gradient norm",), torch.tensor([float("nan") if step >= 5 else 1.0]))
+        assert watch.first() == ((4, "loss_b") if step >= 4 else None)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(scenes, tmp_path):
+    config = TrainConfig(steps=4, batch_size=1, checkpoint_every=1, log_every=100)
+    before, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(step, total, losses):
+        if step == 2:
+            before.append((tmp_path / "checkpoint.pt").read_bytes())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+
+    try:
+        with pytest.raises(
+            InputError, match=rf"cannot write {tmp_path}/checkpoint.pt .*too large.*make room"
+        ):
+            fit(Toy(), scenes, config, **CPU, folder=tmp_path, progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before[0]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "log.jsonl"]
+    assert fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True).steps == 4
+
+
+def test_a_folder_that_cannot_be_made_is_named(scenes, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=f"cannot write {tmp_path}/file/run/log.jsonl"):
+        fit(Toy(), scenes, TrainConfig(steps=1), **CPU, folder=tmp_path / "file" / "run")
