@@ -99,3 +99,13 @@ def _poison_uninitialised_memory(request: pytest.FixtureRequest) -> Iterator[Non
     yield
     torch.utils.deterministic.fill_uninitialized_memory = filled
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Training and validation split of a handful of small digit scenes."""
+    from jdkd.data import CocoDetectionDataset, resolve_splits, write_digit_scenes
+
+    folder = tmp_path_factory.mktemp("digits") / "scenes"
+    write_digit_scenes(folder, train=16, val=4, size=64, seed=0)
+    return tuple(CocoDetectionDataset(split) for split in resolve_splits(folder))

@@ -146,7 +146,7 @@ def named_spec(
         depth: multiplies the number of blocks of every stage.
         fpn, box_head: override the multiplied widths.
         min_size, max_size: input size in pixels. Anchors follow it (32-512 at 800 px, smallest one never
-            under 8), and below 400 px fewer regions are proposed (300) and sampled (128).
+            under 8), and below 400 px fewer regions are proposed (300) and sampled (64).
 
     Raises:
         InputError: the name is unknown or a multiplier is not positive.
@@ -180,7 +180,7 @@ def named_spec(
         max_size=max(max_size, min_size),
         anchors=tuple(smallest << level for level in range(5)),
         proposals=300 if small else 1000,
-        rois=128 if small else 512,
+        rois=64 if small else 512,
     )
 
 

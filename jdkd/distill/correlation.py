@@ -21,6 +21,8 @@ def correlations(
     batches: Iterable[Any],
     channels: Tensor | Sequence[int] | None = None,
     levels: Sequence[int] | None = None,
+    *,
+    own_size: bool = False,
 ) -> dict[int, float]:
     """How far a student's features are from a teacher's: 1 - r per level, what PKD would start from.
 
@@ -33,6 +35,8 @@ def correlations(
         batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
+        own_size: let the teacher resize the images to its own input size instead of seeing what the student
+            sees, so that what a smaller input loses counts too.
 
     Returns:
         stride -> mean of 1 - r over channels.
@@ -47,8 +51,9 @@ def correlations(
             seen = normalised(student, batch)  # [N, 3, H, W]
             teacher.to(seen.device)
             index = None if index is None else index.to(seen.device)
-            taught = teacher.backbone(renormalised(seen, student, teacher))
-            pairs = pair_levels(student.backbone(seen), taught, tuple(seen.shape[-2:]), levels)
+            shown = normalised(teacher, batch) if own_size else renormalised(seen, student, teacher)
+            sizes = {"size": tuple(seen.shape[-2:]), "teacher_size": tuple(shown.shape[-2:])}
+            pairs = pair_levels(student.backbone(seen), teacher.backbone(shown), levels=levels, **sizes)
             for stride, (ours, theirs) in pairs.items():
                 pools.setdefault(stride, _Comoments()).take(ours, select_channels(theirs, ours, index))
     if not pools:

@@ -22,6 +22,8 @@ def pair_levels(
     teacher: Mapping[str, Tensor],
     size: tuple[int, int],
     levels: Sequence[int] | None = None,
+    *,
+    teacher_size: tuple[int, int] | None = None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Pairs the levels of two pyramids that have the same stride, finest first.
 
@@ -30,9 +32,10 @@ def pair_levels(
 
     Args:
         student, teacher: pyramids, name -> ``[N, C, H, W]``.
-        size: height and width in pixels of the batch both saw.
+        size: height and width in pixels of the batch that both saw.
         levels: the strides wanted; by default all that both have. The pooled level on top of torchvision's
             pyramids is left out, as it holds nothing that the level before it does not.
+        teacher_size: height and width of the batch that the teacher saw, where it is another.
 
     Returns:
         stride -> (student level, teacher level).
@@ -40,7 +43,7 @@ def pair_levels(
     Raises:
         InputError: nothing matches, or a stride asked for is missing.
     """
-    ours, theirs = _by_stride(student, size), _by_stride(teacher, size)
+    ours, theirs = _by_stride(student, size), _by_stride(teacher, teacher_size or size)
     common = sorted(ours.keys() & theirs.keys())
     wanted = common if levels is None else list(levels)
     if not wanted or not set(wanted) <= set(common):

@@ -1,0 +1,180 @@
+"""The elastic teacher pool: grown from a base detector, trained once, then sampled at no further cost."""
+
+import json
+import os
+import random
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from jdkd.data import batches
+from jdkd.detect import load, save
+from jdkd.distill import correlations
+from jdkd.errors import InputError
+from jdkd.pool.shrinking import Progress, Recipe, calibrate, shrink
+from jdkd.pool.space import Space, Subnet
+from jdkd.pool.supernet import Supernet, grow
+from jdkd.train import evaluate
+
+POOL = "pool.json"
+UNRELATED = 0.9  # a mean 1 - r to the base above this means that the pool shares no features with it
+
+
+@dataclass(frozen=True)
+class Member:
+    """A subnet that was scored: COCO mAP on the selection split, parameters, and 1 - r to the base."""
+
+    subnet: Subnet
+    map: float
+    parameters: int
+    distance: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "Member":
+        return cls(**{**fields, "subnet": Subnet.from_json(fields["subnet"])})
+
+
+@dataclass
+class TeacherPool:
+    """A trained supernet, the data that recalibrates its subnets, and what is known of some of them.
+
+    Args:
+        supernet: the shared weights.
+        dataset: training images, for recalibration.
+        batch_size, seed: of the recalibration.
+        device: where teachers live.
+        members: the subnets that were scored, best first.
+        steps: training steps that the pool took.
+    """
+
+    supernet: Supernet
+    dataset: Any
+    batch_size: int
+    seed: int
+    device: torch.device | str
+    members: list[Member] = field(default_factory=list)
+    steps: int = 0
+
+    @property
+    def space(self) -> Space:
+        return self.supernet.space
+
+    def teacher(self, subnet: Subnet) -> nn.Module:
+        """The subnet as a detector of its own, recalibrated and in evaluation mode."""
+        return calibrate(self.supernet.extract(subnet), self.dataset, self.batch_size, self.seed, self.device)
+
+    def score(self, subnet: Subnet, base: nn.Module, selection: Any) -> Member:
+        """Measures one subnet."""
+        teacher = self.teacher(subnet)
+        probe = batches(selection, batch_size=self.batch_size, steps=2, seed=self.seed, device=self.device)
+        distances = correlations(base.to(self.device), teacher, probe).values()
+        scores = evaluate(teacher, selection, device=self.device, batch_size=self.batch_size)
+        parameters = sum(parameter.numel() for parameter in teacher.parameters())
+        return Member(subnet, scores.map, parameters, sum(distances) / len(distances))
+
+
+def train_pool(
+    base: nn.Module,
+    dataset: Any,
+    selection: Any,
+    recipe: Recipe,
+    folder: Path | str,
+    *,
+    space: Space | None = None,
+    scored: int = 6,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> TeacherPool:
+    """Grows a pool from a base detector and trains it by integrated progressive shrinking.
+
+    Args:
+        base: the detector that the students descend from.
+        dataset: training images.
+        selection: images that scores are taken on; none of them is trained on.
+        recipe: phases and settings.
+        folder: where the pool is kept; once finished it holds ``spec.json``, ``weights.safetensors`` and
+            ``pool.json``.
+        space: depths and widths; by default :meth:`Space.around` the base.
+        scored: subnets to score afterwards, the largest and the smallest among them, so that the spread is known.
+        device: where to train.
+        resume: carry on from what ``folder`` holds; a finished pool is only read.
+        progress: told after every step.
+
+    Returns:
+        The pool, in memory as on disk.
+    """
+    folder = Path(folder)
+    if resume and (folder / POOL).exists():
+        return load_pool(folder, base, dataset, device=device)
+    space = space or Space.around(base.spec)
+    torch.manual_seed(recipe.train.seed)  # fresh channels of the grown network
+    supernet = Supernet(space, grow(base, space))
+    working = folder / "training"
+    shrink(supernet, dataset, recipe, working, device=device, resume=resume, progress=progress)
+    steps = sum(recipe.config(number).steps for number in range(len(recipe.phases)))
+    pool = TeacherPool(supernet, dataset, recipe.train.batch_size, recipe.train.seed, device, steps=steps)
+    rng = random.Random(recipe.train.seed)
+    subnets = [space.everything, space.smallest]
+    while len(subnets) < scored:
+        subnets.append(space.sample(rng))
+    for done, subnet in enumerate(dict.fromkeys(subnets[:scored]), start=1):
+        pool.members.append(pool.score(subnet, base, selection))
+        if progress:
+            progress("pool: scoring", done, scored, {"mAP": pool.members[-1].map})
+    pool.members.sort(key=lambda member: -member.map)
+    _save_pool(folder, pool)
+    shutil.rmtree(working)
+    return pool
+
+
+def load_pool(
+    folder: Path | str, base: nn.Module, dataset: Any, *, device: torch.device | str = "cpu"
+) -> TeacherPool:
+    """Reads a finished pool.
+
+    Raises:
+        InputError: the folder holds none, or its teachers cannot teach descendants of ``base``.
+    """
+    folder = Path(folder)
+    try:
+        facts = json.loads((folder / POOL).read_text())
+        largest = load(folder, device)
+        space = Space.from_json(largest.spec, facts["space"])
+        members = [Member.from_json(member) for member in facts["members"]]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder} holds no finished teacher pool ({error}); give the pool folder of an earlier search."
+        ) from None
+    for name in ("classes", "fpn"):
+        ours, theirs = getattr(base.spec, name), getattr(largest.spec, name)
+        if ours != theirs:
+            raise InputError(
+                f"the teacher pool in {folder} has {name} {theirs} and the base {ours}; they must be equal: leave the "
+                "pool out and let the search grow one from this base."
+            )
+    pool = TeacherPool(Supernet(space, largest), dataset, facts["batch_size"], facts["seed"], device, members)
+    pool.steps = facts["steps"]
+    return pool
+
+
+def _save_pool(folder: Path, pool: TeacherPool) -> None:
+    """``pool.json`` comes last: a folder that has it is whole."""
+    save(folder, pool.supernet.model)
+    facts = {
+        "space": pool.space.to_json(),
+        "members": [member.to_json() for member in pool.members],
+        "batch_size": pool.batch_size,
+        "seed": pool.seed,
+        "steps": pool.steps,
+    }
+    partial = folder / f".{POOL}.partial"
+    partial.write_text(json.dumps(facts, indent=2) + "\n")
+    os.replace(partial, folder / POOL)
