@@ -1,0 +1,228 @@
+"""What a wheel holds, which installs find the kernels, how JDKD_BUILD_EXT behaves, and what is in jdkd._C."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from jdkd import _ext
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("jdkd", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+FIND_KERNELS = (
+    "import importlib, pkgutil, jdkd, jdkd.kernels;"
+    "print(jdkd.__file__, *(importlib.import_module(f'jdkd.kernels.{m.name}').__file__"
+    " for m in pkgutil.iter_modules(jdkd.kernels.__path__)), sep='\\n')"
+)
+
+
+def run(*arguments: object, cwd: Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+    """Runs python with arguments, free of the checkout on its path."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JDKD_")}
+    environment.pop("PYTHONPATH", None)
+    environment |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
+    command = [sys.executable, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    assert not check or result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of the sources, without anything built."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in filter(lambda name: (ROOT / name).exists(), SOURCES):
+        ignored = shutil.ignore_patterns("__pycache__", "*.so")
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+        else:
+            shutil.copy2(ROOT / name, copy / name)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory) -> Path:
+    """A pure-Python wheel, built although an extension from an earlier build lies in the checkout."""
+    folder = tmp_path_factory.mktemp("wheel")
+    stale = checkout / "jdkd" / "_C.cpython-399-x86_64-linux-gnu.so"
+    stale.write_text("of another build")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
+    run("-m", "pip", "wheel", *options, checkout, cwd=folder, JDKD_BUILD_EXT="0")
+    stale.unlink()
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_the_package_and_its_kernels_and_nothing_else(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    kernels = {f"jdkd/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert kernels and kernels <= set(names)
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"jdkd"}
+    assert [name for name in names if name.endswith((".so", ".cu", ".cpp")) or "test" in Path(name).name] == [
+        name for name in names if name == "jdkd/testing.py"
+    ]
+
+
+def test_the_wheel_declares_what_it_needs(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    metadata = archive.read(name).decode()
+    required = re.findall(r"^Requires-Dist: ([^;\n]+)$", metadata, flags=re.MULTILINE)
+    assert required == ["torch>=2.11"]
+    assert "Requires-Python: >=3.11" in metadata and "License-Expression: Apache-2.0" in metadata
+    entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
+    assert "jdkd = jdkd.cli:main" in entry_points
+
+
+def test_an_installed_wheel_finds_its_kernels(wheel, tmp_path):
+    site = tmp_path / "site"
+    run("-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
+    found = run("-c", FIND_KERNELS, cwd=tmp_path, PYTHONPATH=str(site)).stdout.split()
+    assert len(found) > 1 and all(Path(path).is_relative_to(site / "jdkd") for path in found)
+    assert not (site / "kernels").exists()
+
+
+def test_a_bare_checkout_finds_its_kernels(checkout, tmp_path):
+    found = run("-c", FIND_KERNELS, cwd=tmp_path, PYTHONPATH=str(checkout)).stdout.split()
+    assert len(found) > 1 and all(Path(path).parent == checkout / "kernels" for path in found[1:])
+
+
+@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
+def test_an_editable_install_finds_its_kernels(checkout, tmp_path, mode):
+    site = tmp_path / "site"
+    editable = tmp_path / "wheel"
+    backend = (
+        "import setuptools.build_meta as backend, os;"
+        f"os.makedirs({str(editable)!r});"
+        f"backend.build_editable({str(editable)!r}, {{'editable_mode': {mode!r}}})"
+    )
+    run("-W", "ignore", "-c", backend, cwd=checkout, JDKD_BUILD_EXT="0")
+    (built,) = editable.glob("*.whl")
+    run("-m", "pip", "install", "--no-deps", "--no-index", "--target", site, built, cwd=tmp_path)
+    # -S keeps out the editable install of the running environment; its packages follow the one under test.
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    paths = f"import site, sys; site.addsitedir({str(site)!r}); sys.path += {packages!r}"
+    found = run("-S", "-c", f"{paths}; {FIND_KERNELS}", cwd=tmp_path)
+    paths = [Path(line).resolve() for line in found.stdout.split()]
+    assert len(paths) > 1 and paths[0].is_relative_to(checkout)
+    assert all(path.parent == (checkout / "kernels").resolve() for path in paths[1:])
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"JDKD_BUILD_EXT": "yes"}, "JDKD_BUILD_EXT is 'yes', but must be one of auto, 0, 1"),
+        ({"JDKD_BUILD_EXT": "1", "CXX": "no-such-compiler"}, "no C++ compiler 'no-such-compiler' was found"),
+    ],
+)
+def test_a_build_that_cannot_be_is_refused_in_one_sentence(checkout, variables, expected):
+    result = run("setup.py", "--quiet", "build_ext", "--inplace", cwd=checkout, check=False, **variables)
+    assert result.returncode == 1
+    assert expected in result.stderr and "Traceback" not in result.stderr
+    assert not list((checkout / "jdkd").glob("*.so"))
+
+
+def test_auto_without_a_compiler_builds_pure_python_and_says_why(checkout):
+    result = run("setup.py", "--quiet", "build_ext", "--inplace", cwd=checkout, CXX="no-such-compiler")
+    assert "pure-Python build, without jdkd._C: no C++ compiler" in result.stderr
+
+
+def test_a_compile_error_is_not_swallowed(checkout, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkout, broken, ignore=shutil.ignore_patterns("csrc"))
+    (broken / "csrc").mkdir()
+    (broken / "csrc" / "module.cpp").write_text("int answer = ;\n")
+    result = run("setup.py", "--quiet", "build_ext", "--inplace", cwd=broken, check=False)
+    assert result.returncode != 0 and "module.cpp:1:14: error" in result.stdout + result.stderr
+
+
+TOY = {
+    "ops/toy.cpp": """
+        #include "common/checks.h"
+        STABLE_TORCH_LIBRARY_FRAGMENT(jdkd_C, m) { m.def("toy_twice(Tensor x) -> Tensor"); }
+    """,
+    "ops/toy_plan.cpp": """
+        #include "common/bindings.h"
+        JDKD_BINDINGS(toy_plan) { m.def("toy_plan", [](int n) { return (n + 3) / 4; }); }
+    """,
+    "cpu/toy.cpp": """
+        #include "common/checks.h"
+        using torch::stable::Tensor;
+        Tensor twice(const Tensor& x) {
+          jdkd::check(x.is_contiguous(), "toy: x of shape ", jdkd::shape_text(x), " is not contiguous");
+          Tensor out = torch::stable::empty_like(x);
+          const float* from = static_cast<const float*>(x.data_ptr());
+          float* to = static_cast<float*>(out.data_ptr());
+          for (int64_t i = 0; i < x.numel(); ++i) to[i] = 2 * from[i];
+          return out;
+        }
+        STABLE_TORCH_LIBRARY_IMPL(jdkd_C, CPU, m) { m.impl("toy_twice", TORCH_BOX(&twice)); }
+    """,
+}
+USE_TOY = """
+import torch
+from jdkd import _ext
+assert _ext.build_info()["cpu_ops"] == ["toy"] and _ext.build_info()["cuda_ops"] == []
+assert _ext.module().toy_plan(9) == 3
+assert torch.ops.jdkd_C.toy_twice(torch.ones(3)).tolist() == [2, 2, 2]
+try:
+    torch.ops.jdkd_C.toy_twice(torch.ones(3, 2).T)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_a_new_operator_reaches_the_wheel_without_touching_a_shared_file(checkout, tmp_path):
+    sources, site = tmp_path / "sources", tmp_path / "site"
+    shutil.copytree(checkout, sources)
+    for folder in ("ops", "cpu", "cuda"):
+        shutil.rmtree(sources / "csrc" / folder, ignore_errors=True)
+    for name, text in TOY.items():
+        (sources / "csrc" / name).parent.mkdir(exist_ok=True)
+        (sources / "csrc" / name).write_text(text)
+    options = ("--no-deps", "--no-build-isolation", "--no-index")
+    run("-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, sources, cwd=tmp_path)
+    (built,) = tmp_path.glob("*.whl")
+    assert "-cp" in built.name and "linux" in built.name
+    run("-m", "pip", "install", *options, "--target", site, built, cwd=tmp_path)
+    answer = run("-c", USE_TOY, cwd=tmp_path, PYTHONPATH=str(site))
+    assert answer.stdout.strip() == "toy: x of shape [2, 3] is not contiguous"
+
+
+def cuobjdump(*options: str) -> str:
+    """What NVIDIA's cuobjdump says of ``jdkd._C``; it comes with triton and with the toolkit."""
+    module = _ext.module()
+    if module is None:
+        pytest.skip(_ext.why_missing())
+    if not _ext.build_info()["cuda_ops"]:
+        pytest.skip("jdkd._C has no CUDA operators")
+    triton = next((Path(path) / "triton" for path in sys.path if (Path(path) / "triton").is_dir()), Path())
+    bundled = triton / "backends/nvidia/bin/cuobjdump"
+    program = str(bundled) if bundled.is_file() else shutil.which("cuobjdump")
+    if program is None:
+        pytest.skip("cuobjdump is neither in triton nor on PATH")
+    command = [program, *options, module.__file__]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_extension_holds_machine_code_for_what_it_was_built_for():
+    elves = cuobjdump("--list-elf")
+    for arch in _ext.build_info()["arch_list"]:
+        major, minor = re.match(r"(\d+)\.(\d+)", arch).groups()
+        assert f"sm_{major}{minor}" in elves
+    assert "sm_90" in elves
+
+
+def test_no_kernel_spills_registers():
+    usage = cuobjdump("--dump-resource-usage")
+    rows = re.findall(r"Function ([^:]+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert rows
+    assert [row for row in rows if int(row[3]) or int(row[2])] == []
