@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,6 @@ class RunFolder:
         *,
         resume: bool = False,
         command: Sequence[str] = (),
-        versions: Mapping[str, str] | None = None,
     ) -> bool:
         """Take the folder for a run, or carry on the run that is in it.
 
@@ -45,7 +47,6 @@ class RunFolder:
             identity: JSON-able settings that make this run the one it is.
             resume: carry on what the folder holds; an empty folder is begun all the same.
             command: how the run was called, for the record.
-            versions: of the packages in use, for the record.
 
         Returns:
             Whether a run that was in the folder is carried on.
@@ -63,7 +64,7 @@ class RunFolder:
                 "kind": kind,
                 "identity": wanted,
                 "command": list(command),
-                "versions": dict(versions or {}),
+                "versions": versions(),
             }
             self._write({**record, "started": _now(), "finished": None})
             return False
@@ -88,6 +89,12 @@ class RunFolder:
     def finish(self, **facts: Any) -> None:
         """Record that the run came to its end, with JSON-able facts beside it."""
         self._write({**(self.read() or {}), **facts, "finished": _now()})
+
+    def withdraw(self) -> None:
+        """Give the folder back where the run was refused before it left anything else in it."""
+        if self.file.is_file() and {entry.name for entry in self.path.iterdir()} == {RUN_FILE}:
+            self.file.unlink()
+            self.path.rmdir()
 
     def read(self) -> dict[str, Any] | None:
         """The record of the run in the folder, or None.
@@ -139,6 +146,15 @@ def write_whole(file: Path, content: str | bytes) -> None:
         raise type(error)(error.errno, error.strerror, str(file)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a run depend on; packages that are not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in ("jdkd", "torch", "torchvision", "triton", "numpy", "pycocotools"):
+        with suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:

@@ -23,7 +23,7 @@ FLOORS = (
     "pool morph",
     "search",
     "report",
-    "cli",
+    "cli __main__",
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 OPTIONAL = {"tyro", "rich", "matplotlib", "ray", "onnx", "sklearn"}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jdkd.report.archive import Candidate, front, lineage, read_archive
 from jdkd.report.html import page
-from jdkd.report.outcome import read_result
+from jdkd.report.outcome import Outcome, read_outcome, read_result
 from jdkd.report.plot import pareto_plot
 from jdkd.report.table import result_table
 from jdkd.run_folder import write_whole
 
-__all__ = ["Candidate", "front", "lineage", "read_archive", "read_result", "result_table", "write_report"]
+__all__ = ["Outcome", "read_outcome", "read_result", "result_table", "write_report"]
 
 
 def write_report(folder: Path | str) -> tuple[Path, Path]:
@@ -27,9 +26,9 @@ def write_report(folder: Path | str) -> tuple[Path, Path]:
         InputError: one of the two is missing or unreadable; nothing is written then.
     """
     folder = Path(folder)
-    candidates, result = read_archive(folder / "archive.sqlite"), read_result(folder / "result.json")
-    plot = pareto_plot(candidates, result)
-    text = page(candidates, result, plot)
+    outcome = read_outcome(folder)
+    plot = pareto_plot(outcome)
+    text = page(outcome, plot)
     write_whole(folder / "pareto.png", plot)
     write_whole(folder / "report.html", text)
     return folder / "pareto.png", folder / "report.html"

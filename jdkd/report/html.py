@@ -10,8 +10,8 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from jdkd.report.archive import Candidate, front, lineage
-from jdkd.report.outcome import HEADINGS, rows, verdict
+from jdkd.report.outcome import HEADINGS, Outcome, rows, verdict
+from jdkd.search.archive import Candidate
 
 _COLUMNS = (
     *("#", "action", "teacher", "mAP", "mAP50", "ratio", "p50, ms", "M params", "GMACs"),
@@ -20,27 +20,28 @@ _COLUMNS = (
 _TEXT = {"network", "action", "teacher", "id", "parent", "what", "value"}
 
 
-def page(candidates: Sequence[Candidate], result: dict[str, Any], plot: bytes) -> str:
+def page(outcome: Outcome, plot: bytes) -> str:
     """A page that tells a search by itself: no scripts, no links, the plot inlined.
 
     Args:
-        candidates: the archive.
-        result: contents of `result.json`.
+        outcome: of a finished search.
         plot: a PNG.
 
     Returns:
         HTML.
     """
-    best, student = {one.id for one in front(candidates)}, result.get("student_id")
-    measured = rows(result)
+    result, best = outcome.result, {one.id for one in outcome.front}
+    student, measured = result.get("student_id"), rows(result)
     command = result.get("command") or ""
     return Template(files("jdkd.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title="Joint search for a student detector",
         verdict=escape(verdict(result)),
         image=f"data:image/png;base64,{base64.b64encode(plot).decode()}",
         result=_table(HEADINGS, [(row.cells(), row.key == "student") for row in measured]),
-        lineage=_lineage(lineage(candidates, student)),
-        candidates=_table(_COLUMNS, [(_cells(one, one.id in best), one.id == student) for one in candidates]),
+        lineage=_lineage(outcome.line),
+        candidates=_table(
+            _COLUMNS, [(_cells(one, one.id in best), one.id == student) for one in outcome.candidates]
+        ),
         command=escape(command if isinstance(command, str) else shlex.join(command)),
         facts=_table(("what", "value"), [([name, value], False) for name, value in _facts(result)]),
     )
@@ -63,7 +64,7 @@ def _cells(one: Candidate, on_front: bool) -> list[str]:
     return [
         f"{one.number}{'*' if on_front else ''}",
         one.action,
-        one.teacher or "–",
+        str(one.teacher or "–"),
         f"{one.map:.3f}",
         f"{one.map50:.3f}",
         f"{one.latency_ratio:.3f}",
@@ -73,8 +74,8 @@ def _cells(one: Candidate, on_front: bool) -> list[str]:
         f"{one.steps:,}",
         f"{one.lineage_steps:,}",
         f"{one.seconds:.0f}",
-        one.id[:10],
-        one.parent[:10] if one.parent else "–",
+        one.id,
+        one.parent or "–",
     ]
 
 
@@ -90,18 +91,20 @@ def _lineage(line: Sequence[Candidate]) -> str:
         items.append(
             f"<li>{escape(one.action)}{escape(teacher)}{cycle}<br><span class='faint'>{scores}</span></li>"
         )
-    cycles = ", ".join(f"{steps:g} steps at {rate:g}" for steps, rate in line[-1].cycles)
-    after = f"<p class='faint'>Cycles of the learning rate (peak): {escape(cycles)}.</p>" if cycles else ""
+    stretches = [
+        f"{one.start}–{one.start + one.steps} of {one.total} (peak {one.lr:g})" for one in line[-1].cycles
+    ]
+    told = f"Steps of each learning-rate cycle that the student went through: {', '.join(stretches)}."
+    after = f"<p class='faint'>{escape(told)}</p>" if stretches else ""
     return f"<ol>{''.join(items)}</ol>{after}"
 
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Device, seed, duration and versions, by name."""
-    facts = [
-        (name, str(result[name]))
-        for name in ("device", "seed", "target_latency")
-        if result.get(name) is not None
-    ]
+    """Machine, seed, duration and versions, by name."""
+    device = result.get("device")
+    facts = dict(device) if isinstance(device, dict) else {"device": device}
+    facts |= {name: result.get(name) for name in ("seed", "target_latency", "pool_steps")}
     if result.get("seconds") is not None:
-        facts.append(("duration", f"{result['seconds'] / 60:.1f} min"))
-    return facts + [(name, str(value)) for name, value in (result.get("versions") or {}).items()]
+        facts["duration"] = f"{result['seconds'] / 60:.1f} min"
+    facts |= result.get("versions") or {}
+    return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]

@@ -1,13 +1,17 @@
-"""Reading `result.json`, the outcome of a search."""
+"""What a finished search left behind, read back."""
 
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
+from jdkd.search.archive import ARCHIVE, Archive, Candidate, pareto_front
+
+RESULT = "result.json"
 
 NAMES = {
     "base": "base",
@@ -15,6 +19,46 @@ NAMES = {
     "control_single": "control, one cycle",
     "student": "student",
 }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished search.
+
+    Args:
+        result: contents of `result.json`; its scores are on the validation split.
+        candidates: the archive, in order; their scores are on the selection split.
+        front: those of them that no other beats, fastest first.
+        line: the student and its ancestors, the base first.
+    """
+
+    result: dict[str, Any]
+    candidates: list[Candidate]
+    front: list[Candidate]
+    line: list[Candidate]
+
+
+def read_outcome(folder: Path) -> Outcome:
+    """Read what a search wrote.
+
+    Args:
+        folder: with `result.json` and `archive.sqlite`.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        InputError: one of the two is missing or unreadable.
+    """
+    if not (folder / ARCHIVE).is_file():
+        raise InputError(
+            f"{folder / ARCHIVE} does not exist; a report is made of the folder of `jdkd search`."
+        )
+    result = read_result(folder / RESULT)
+    with closing(Archive(folder / ARCHIVE)) as archive:
+        named = [candidate for candidate in archive.candidates if candidate.id == result.get("student_id")]
+        line = archive.lineage(named[0]) if named else []
+        return Outcome(result, archive.candidates, pareto_front(archive.candidates), line)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jdkd.report.archive import Candidate, front, lineage
-from jdkd.report.outcome import Row, rows
+from jdkd.report.outcome import Outcome, Row, rows
+from jdkd.search.archive import Candidate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,15 +33,14 @@ FINAL = {
 }
 
 
-def pareto_plot(candidates: Sequence[Candidate], result: dict[str, Any]) -> bytes:
+def pareto_plot(outcome: Outcome) -> bytes:
     """Plot mAP against latency: the search on the selection split, and beside it what came out on validation.
 
     The two splits score differently, so they have panels of their own. Latency is relative to the base, timed
     in turn with it, which holds up where a machine's speed drifts during a search; the upper axis gives ms.
 
     Args:
-        candidates: the archive.
-        result: contents of `result.json`.
+        outcome: of a finished search.
 
     Returns:
         A PNG.
@@ -59,28 +58,29 @@ def pareto_plot(candidates: Sequence[Candidate], result: dict[str, Any]) -> byte
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(12.5, 5.6), dpi=130, layout="constrained")  # no pyplot: no display, no state
         search, final = figure.subplots(1, 2, width_ratios=(3, 2))
-        _plot_search(search, candidates, result)
-        _plot_final(final, rows(result))
-        milliseconds = ((result["base"].get("latency_ms") or {}).get("p50"), result.get("target_latency"))
+        _plot_search(search, outcome)
+        _plot_final(final, rows(outcome.result))
+        base_ms = (outcome.result["base"].get("latency_ms") or {}).get("p50")
         for axes in (search, final):
-            _dress(axes, *milliseconds)
+            _dress(axes, base_ms, outcome.result.get("target_latency"))
         stream = io.BytesIO()
         figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
 
 
-def _plot_search(axes: Axes, candidates: Sequence[Candidate], result: dict[str, Any]) -> None:
+def _plot_search(axes: Axes, outcome: Outcome) -> None:
     """Every candidate, the front and the lineage of the student."""
+    candidates, line = outcome.candidates, outcome.line
     for kind, (label, look) in KINDS.items():
         points = [candidate for candidate in candidates if candidate.kind == kind]
         if points:
             axes.scatter(
                 *_xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **look
             )
-    best = front(candidates)
-    if best:
-        axes.step(*_xy(best), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front")
-    line = lineage(candidates, result.get("student_id"))
+    if outcome.front:
+        axes.step(
+            *_xy(outcome.front), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front"
+        )
     if len(line) > 1:
         axes.plot(
             *_xy(line),

@@ -30,7 +30,7 @@ def result_table(result: dict[str, Any]) -> Table:
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for row in rows(result):
-        name, score, score50, milliseconds, ratio, params, gmacs, steps = row.cells()
+        _, score, score50, milliseconds, ratio, params, gmacs, steps = row.cells()
         p50 = milliseconds.partition(" ")[0]
         table.add_row(
             *(row.key, score, score50, p50, ratio, f"{params} M", gmacs, steps),

@@ -1,49 +1,53 @@
 import json
 import random
 import re
-import sqlite3
 from contextlib import closing
 
 import pytest
 from rich.console import Console
 
+from jdkd.detect import named_spec
 from jdkd.errors import InputError
-from jdkd.report import Candidate, front, lineage, read_archive, result_table, write_report
+from jdkd.pool import Subnet
+from jdkd.report import read_outcome, result_table, write_report
+from jdkd.search.archive import Archive, Candidate, Cycle
 
-COLUMNS = (
-    "number INTEGER PRIMARY KEY, id TEXT, parent TEXT, action TEXT, teacher TEXT, spec TEXT, map REAL, "
-    "map50 REAL, latency_p50 REAL, latency_ratio REAL, latency_samples TEXT, steps INTEGER, "
-    "lineage_steps INTEGER, cycles TEXT, params INTEGER, gmacs REAL, kind TEXT, seconds REAL"
-)
+SPEC = named_spec("faster_rcnn_r18_fpn", ["a", "b"], width=0.25)
 
 
-def _row(number, parent, action, kind, score, ratio, teacher=None):
-    identity = f"{number:064x}"
-    depth = 0 if parent is None else 100
-    return (
-        *(number, identity, parent, action, teacher, json.dumps({"fpn": 64}), score, min(1, score * 1.7)),
-        *(
-            20 * ratio,
-            ratio,
-            json.dumps([20 * ratio] * 4),
-            depth,
-            depth * number,
-            json.dumps([[depth, 2e-3]]),
-        ),
-        *(int(1.8e6 * ratio), 0.41 * ratio, kind, 12.5),
+def _candidate(number, score, ratio, parent=None, kind="morph", action="prune 20 % of <inner> & FPN"):
+    own = 0 if parent is None else 100
+    return Candidate(
+        number=number,
+        id=f"{number:03d}",
+        parent=None if parent is None else f"{parent:03d}",
+        kind=kind,
+        action=action,
+        teacher=None if parent is None else Subnet((3, 4, 6, 3), (1.0, 1.0, 0.5, 0.5)),
+        spec=SPEC,
+        feature_channels=(0, 1, 2),
+        map=score,
+        map50=min(1, 1.7 * score),
+        latency_p50=20 * ratio,
+        latency_ratio=ratio,
+        latency_samples=(20 * ratio,) * 4,
+        steps=own,
+        lineage_steps=own * number,
+        cycles=() if parent is None else (Cycle(100, 0, 300, 2e-3),),
+        params=int(1.8e6 * ratio),
+        gmacs=0.41 * ratio,
+        seconds=12.5,
     )
 
 
-def _rows(count=24):
+def _candidates(count=24):
     generator = random.Random(0)
-    rows = [_row(0, None, "the base", "base", 0.38, 1.0)]
+    yield _candidate(0, 0.38, 1.0, kind="base", action="base")
     for number in range(1, count):
-        kind = generator.choice(["morph", "teacher"])
         ratio = generator.uniform(0.5, 1.05)
         score = 0.30 + 0.2 * ratio**0.5 + generator.gauss(0, 0.02)
-        parent = f"{generator.randrange(number):064x}"
-        rows.append(_row(number, parent, "prune 20 % of <inner> & FPN", kind, score, ratio, "pool 3-4-6-3"))
-    return rows
+        kind = generator.choice(["morph", "teacher"])
+        yield _candidate(number, score, ratio, generator.randrange(number), kind)
 
 
 def _entry(score, p50, ratio, steps):
@@ -72,17 +76,16 @@ def result():
         "command": ["jdkd", "search", "--base", "a folder"],
         "target_latency": 0.53,
         "target_met": False,
-        "student_id": f"{7:064x}",
+        "student_id": "007",
         "seconds": 345.6,
     }
 
 
 @pytest.fixture
 def folder(tmp_path, result):
-    with closing(sqlite3.connect(tmp_path / "archive.sqlite")) as connection:
-        connection.execute(f"CREATE TABLE candidates ({COLUMNS})")
-        connection.executemany(f"INSERT INTO candidates VALUES ({', '.join('?' * 18)})", _rows())
-        connection.commit()
+    with closing(Archive(tmp_path / "archive.sqlite")) as archive:
+        for candidate in _candidates():
+            archive.add(candidate)
     (tmp_path / "result.json").write_text(json.dumps(result))
     return tmp_path
 
@@ -103,7 +106,7 @@ def test_page_says_what_there_is_to_say(folder):
     assert text.count("<tr") == 1 + 4 + 1 + 24 + 1 + 6  # a heading and its rows, three times
     assert "No candidate met the asked latency of 0.53 of the base&#x27;s" in text
     assert "jdkd search --base &#x27;a folder&#x27;" in text
-    assert "prune 20 % of &lt;inner&gt; &amp; FPN, taught by pool 3-4-6-3" in text
+    assert "prune 20 % of &lt;inner&gt; &amp; FPN, taught by 3x1 4x1 6x0.5 3x0.5" in text
     assert "0.600 (0.590–0.612)" in text and "12.0 / 13.2 / 16.8" in text
 
 
@@ -121,30 +124,16 @@ def test_report_leaves_the_archive_alone_and_can_be_written_again(folder):
 def test_report_of_a_search_that_found_nothing_better(folder, result):
     for name in ("control", "control_single"):
         del result[name]
-    result |= {"student_id": f"{0:064x}", "student": {**result["base"], "latency_ratio_interval": None}}
+    result |= {"student_id": "000", "student": {**result["base"], "latency_ratio_interval": None}}
     (folder / "result.json").write_text(json.dumps(result))
     assert "control, one cycle" not in write_report(folder)[1].read_text()
 
 
-def _candidate(number, score, ratio, parent=None):
-    row = _row(number, parent, "x", "morph", score, ratio)
-    names = Candidate.__dataclass_fields__
-    return Candidate(**dict(zip(names, row, strict=True)))
-
-
-def test_front_keeps_what_nothing_beats():
-    points = [(0.5, 1.0), (0.4, 0.7), (0.4, 0.8), (0.45, 0.9), (0.5, 1.0), (0.3, 0.6), (0.44, 0.95)]
-    candidates = [_candidate(number, *point) for number, point in enumerate(points)]
-    assert [one.number for one in front(candidates)] == [5, 1, 3, 0]
-
-
-def test_lineage_goes_from_the_base_to_the_student_and_ends_on_a_cycle():
-    first, second = f"{0:064x}", f"{1:064x}"
-    chain = [_candidate(0, 0.3, 1.0), _candidate(1, 0.3, 1.0, first), _candidate(2, 0.3, 1.0, second)]
-    assert [one.number for one in lineage(chain, chain[2].id)] == [0, 1, 2]
-    assert lineage(chain, "unknown") == [] and lineage(chain, None) == []
-    loop = [_candidate(0, 0.3, 1.0, second), _candidate(1, 0.3, 1.0, first)]
-    assert len(lineage(loop, first)) == 2
+def test_outcome_has_the_lineage_from_the_base_to_the_student(folder):
+    outcome = read_outcome(folder)
+    assert len(outcome.candidates) == 24
+    assert outcome.line[0].kind == "base" and outcome.line[-1].id == "007"
+    assert [child.parent for child in outcome.line[1:]] == [parent.id for parent in outcome.line[:-1]]
 
 
 def test_table_fits_a_terminal_and_tells_the_target(result):
@@ -157,17 +146,11 @@ def test_table_fits_a_terminal_and_tells_the_target(result):
     assert result_table({"base": result["base"]}).row_count == 1
 
 
-def test_archive_round_trip(folder):
-    candidates = read_archive(folder / "archive.sqlite")
-    assert len(candidates) == 24 and candidates[0].kind == "base" and candidates[0].parent is None
-    assert candidates[3].spec == {"fpn": 64} and len(candidates[3].latency_samples) == 4
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("archive.sqlite", None, r"archive\.sqlite does not exist"),
-        ("archive.sqlite", b"not a database at all, though long enough to be one" * 20, "not the archive"),
+        ("archive.sqlite", b"not a database at all, though long enough to be one" * 20, "no archive"),
         ("result.json", None, r"result\.json does not exist"),
         ("result.json", b"{", "is not JSON"),
         ("result.json", b"[]", "has no 'base'"),

@@ -1,0 +1,86 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Union
+
+from jdkd.cli.failures import Interrupted, full_disk
+from jdkd.errors import InputError
+
+REFUSED = 2
+"""Exit code for what the user can act on: bad input, a full disk, Ctrl-C, a package that is not installed."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments after the program's name; those of the process by default.
+
+    Returns:
+        The exit code: 0, or 2 after one sentence on stderr. Errors that are ours keep their traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _parse(argv)()
+        return 0
+    except InputError as error:
+        return _refuse(str(error))
+    except Interrupted as interruption:
+        return _refuse(f"interrupted, {interruption}; carry on with: {_resuming(argv)}")
+    except KeyboardInterrupt:
+        return _refuse("interrupted, and nothing was written.")
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.partition(".")[0] == "jdkd":
+            raise
+        return _refuse(f"the package {error.name} is missing; install it with: pip install 'jdkd[detect]'")
+    except OSError as error:
+        if not full_disk(error):
+            raise
+        return _refuse(
+            f"the disk is full, {error.filename or 'the output'} was not written; make room and repeat."
+        )
+
+
+def _parse(argv: list[str]) -> Callable[[], None]:
+    """The command that the arguments name; what tyro refuses ends the process with exit code 2."""
+    import tyro
+
+    from jdkd.cli.data import Data
+    from jdkd.cli.env import Env
+    from jdkd.cli.evaluate import Eval
+    from jdkd.cli.latency import Latency
+    from jdkd.cli.search import Search
+    from jdkd.cli.train import Train
+
+    def named(name: str, command: type, *markers: Any) -> Any:
+        return Annotated[(command, tyro.conf.subcommand(name=name), *markers)]
+
+    positional = tyro.conf.PositionalRequiredArgs
+    commands = (
+        named("data", Data, positional),
+        named("train", Train),
+        named("search", Search),
+        named("eval", Eval, positional),
+        named("latency", Latency, positional),
+        named("env", Env),
+    )
+    return tyro.cli(
+        Union[commands],  # noqa: UP007
+        prog="jdkd",
+        description="Knowledge distillation, pruning and architecture search of object detectors.",
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _refuse(sentence: str) -> int:
+    print(f"jdkd: {' '.join(sentence.split())}", file=sys.stderr)
+    return REFUSED
+
+
+def _resuming(argv: list[str]) -> str:
+    return shlex.join(["jdkd", *argv, *([] if "--resume" in argv else ["--resume"])])

@@ -1,0 +1,64 @@
+"""`jdkd eval`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from json import dumps
+from pathlib import Path
+from typing import Literal
+
+from jdkd.cli.flags import DataFlags, resolve_device, write_json
+from jdkd.cli.progress import Progress
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Score a detector on COCO-format data: the twelve lines of pycocotools, and JSON."""
+
+    ckpt: Path
+    """Folder with spec.json and weights.safetensors."""
+    source: DataFlags = field(default_factory=DataFlags)
+    json: Path | None = None
+    """File for the JSON; without it, it follows on the last line of the output."""
+    split: Literal["val", "train"] = "val"
+    """Which images to score on."""
+    batch_size: int = 8
+    """Images per forward pass."""
+    workers: int = 0
+    """Processes that read images."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __call__(self) -> None:
+        from jdkd.data import CocoDetectionDataset
+        from jdkd.detect import load
+        from jdkd.latency import count, deployable
+        from jdkd.train import evaluate
+
+        device = resolve_device(self.device)
+        model = load(self.ckpt)
+        dataset = CocoDetectionDataset(self.source.split(self.split))
+        cost = count(model)
+        with Progress() as progress:
+            scores = evaluate(
+                deployable(model),
+                dataset,
+                device=device,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                progress=progress.task("evaluate"),
+            )
+        print(scores.lines)
+        content = {
+            **{name: getattr(scores, name) for name in ("map", "map50", "map75", "stats")},
+            "params": cost.params,
+            "gmacs": cost.gmacs,
+            "images": len(dataset),
+            "split": self.split,
+            "spec": model.spec.id,
+            "device": device,
+        }
+        if self.json is None:
+            print(dumps(content))
+        else:
+            write_json(self.json, content)

@@ -1,0 +1,109 @@
+"""What several commands share: where the data are, where to run, what is recorded of a run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jdkd.errors import InputError
+
+if TYPE_CHECKING:
+    from jdkd.data import Split
+
+
+@dataclass(frozen=True)
+class DataFlags:
+    """Where images and annotations are."""
+
+    data: Path | None = None
+    """Folder in the COCO layout: annotations/instances_{train,val}2017.json, train2017, val2017."""
+    train_images: Path | None = None
+    """Folder of the training images, for any other layout."""
+    train_annotations: Path | None = None
+    """COCO annotations of the training images."""
+    val_images: Path | None = None
+    """Folder of the validation images."""
+    val_annotations: Path | None = None
+    """COCO annotations of the validation images."""
+
+    @property
+    def given(self) -> bool:
+        """Whether any of the flags was given."""
+        return any(value is not None for value in vars(self).values())
+
+    def splits(self) -> tuple[Split, Split]:
+        """The training and the validation split.
+
+        Raises:
+            InputError: something is not given or does not exist.
+        """
+        from jdkd.data import resolve_splits
+
+        return resolve_splits(**vars(self))
+
+    def split(self, name: str) -> Split:
+        """One split, `train` or `val`.
+
+        Raises:
+            InputError: it is not given or does not exist.
+        """
+        from jdkd.data import resolve_split
+
+        return resolve_split(
+            name, self.data, getattr(self, f"{name}_images"), getattr(self, f"{name}_annotations")
+        )
+
+
+def describe(train: Split, val: Split) -> dict[str, str]:
+    """Absolute paths of two splits, for the identity of a run."""
+    named = {"train": train, "val": val}
+    return {
+        f"{name}_{part}": str(getattr(split, part).resolve())
+        for name, split in named.items()
+        for part in ("images", "annotations")
+    }
+
+
+def resolve_device(device: str) -> str:
+    """The device to run on.
+
+    Args:
+        device: `auto` (the GPU if there is one), `cpu`, `cuda` or `cuda:N`.
+
+    Returns:
+        `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        InputError: it is none of these, or that GPU is not there.
+    """
+    import torch
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise InputError(f"--device is {device!r}; give auto, cpu, cuda or cuda:N.")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "auto":
+        return "cuda" if there else "cpu"
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= there:
+        raise InputError(
+            f"--device is {device}, but torch {torch.__version__} sees {there} CUDA devices; give --device "
+            "auto or cpu."
+        )
+    return device
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    import json
+
+    from jdkd.run_folder import write_whole
+
+    try:
+        write_whole(file, json.dumps(content, indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error.strerror}); give another file.") from error

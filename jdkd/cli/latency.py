@@ -1,0 +1,201 @@
+"""`jdkd latency`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jdkd.cli.flags import DataFlags, resolve_device, write_json
+from jdkd.cli.progress import Progress
+from jdkd.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from torch import Tensor
+
+    from jdkd.latency import LatencyReport
+
+MODES = {
+    "end_to_end": "end to end",
+    "model_only": "model only",
+    "backbone_replay": "backbone, CUDA graph",
+}
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time detectors against each other: interleaved, warm, with the uncertainty of their ratios."""
+
+    base: Path
+    """Folder of the detector that the others are compared with."""
+    students: tuple[Path, ...]
+    """Folders of the others."""
+    source: DataFlags = field(default_factory=DataFlags)
+    images: tuple[Path, ...] = ()
+    """Image files to measure on, instead of validation images."""
+    out: Path | None = None
+    """JSON file for samples, environment and protocol."""
+    count: int = 16
+    """Validation images to measure on, at most."""
+    rounds: int = 100
+    """At least so many rounds; each runs every detector twice."""
+    seconds: float = 10.0
+    """And at least so long."""
+    batch_size: int = 1
+    """Images per call."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from jdkd.detect import load
+        from jdkd.latency import count, deployable, measure
+
+        device = resolve_device(self.device)
+        folders = _named([self.base, *self.students])
+        detectors = {name: load(folder) for name, folder in folders.items()}
+        images, origin = self._images()
+        with Progress() as progress:
+            report = measure(
+                {name: deployable(model) for name, model in detectors.items()},
+                images,
+                device=device,
+                rounds=self.rounds,
+                min_seconds=self.seconds,
+                batch_size=self.batch_size,
+                progress=progress.task("latency"),
+            )
+        costs = {name: count(model) for name, model in detectors.items()}
+        if self.out is not None:
+            cost = {name: {"params": one.params, "gmacs": one.gmacs} for name, one in costs.items()}
+            write_json(self.out, {**report.to_json(), "cost": cost, "origin": origin})
+        console = Console()
+        console.print(_table(report, costs))
+        for line in _conditions(report, origin):
+            console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def _images(self) -> tuple[list[Tensor], str]:
+        """Images to measure on, and where they come from."""
+        if self.images:
+            return [_read(file) for file in self.images], f"{len(self.images)} image files"
+        split = self.source.split("val") if self.source.given else _recorded(self.base)
+        if split is not None:
+            from jdkd.data import CocoDetectionDataset
+
+            dataset = CocoDetectionDataset(split)
+            chosen = min(self.count, len(dataset))
+            return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}"
+        return _photographs(), (
+            "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your "
+            "images"
+        )
+
+
+def _named(folders: list[Path]) -> dict[str, Path]:
+    """Folders by names that tell them apart."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        name = folder.resolve().name
+        if name in named or [other.resolve().name for other in folders].count(name) > 1:
+            name = str(folder)
+        repeated = sum(1 for other in named.values() if other == folder)
+        named[f"{name} ({repeated + 1})" if repeated else name] = folder
+    return named
+
+
+def _recorded(base: Path) -> Any:
+    """The validation split that a run recorded for a detector, if it is still there."""
+    from jdkd.data import Split
+    from jdkd.run_folder import RunFolder
+
+    for folder in (base, base.resolve().parent):
+        data = ((RunFolder(folder).read() or {}).get("identity") or {}).get("data")
+        if not isinstance(data, dict):
+            continue
+        split = Split(Path(data["val_images"]), Path(data["val_annotations"]), "val")
+        if split.images.is_dir() and split.annotations.is_file():
+            return split
+    return None
+
+
+def _photographs() -> list[Tensor]:
+    """The two photographs that scikit-learn carries, uint8 [3, 427, 640]."""
+    import torch
+    from sklearn.datasets import load_sample_images
+
+    return [
+        torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous() for image in load_sample_images().images
+    ]
+
+
+def _read(file: Path) -> Tensor:
+    """An image file, uint8 [3, H, W].
+
+    Raises:
+        InputError: it is missing or no image.
+    """
+    import torch
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+    except OSError as error:
+        raise InputError(f"--images {file} cannot be read ({error}); give image files.") from error
+    pixels = torch.frombuffer(bytearray(upright.tobytes()), dtype=torch.uint8)
+    return pixels.view(upright.height, upright.width, 3).permute(2, 0, 1).contiguous()
+
+
+def _table(report: LatencyReport, costs: dict[str, Any]) -> Table:
+    """Percentiles of every detector and mode, and the ratio to the base."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title="Latency per call, ms")
+    table.collapse_padding = True
+    for heading in ("detector", "M params", "GMACs", "mode", "p50", "p90", "p99", "IQR", "ratio (95 %)"):
+        table.add_column(heading, justify="left" if heading in ("detector", "mode") else "right")
+    for name, model in report.models.items():
+        cells = (name, f"{costs[name].params / 1e6:.2f}", f"{costs[name].gmacs:.2f}")
+        for mode, latency in model.modes().items():
+            ratio = report.ratio(name, mode=mode)
+            figures = [f"{getattr(latency, which):.2f}" for which in ("p50", "p90", "p99", "iqr")]
+            compared = f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})" if name != report.base else "1"
+            table.add_row(*cells, MODES[mode], *figures, compared)
+            cells = ("", "", "")
+    return table
+
+
+def _conditions(report: LatencyReport, origin: str) -> list[str]:
+    """What the table was measured under."""
+    machine, protocol = report.environment, report.protocol
+    run, facts = protocol["run"], [model.facts for model in report.models.values()]
+    dtypes = "/".join(sorted({dtype for one in facts for dtype in one["dtypes"]}))
+    warm = f"{'stable' if run['stable'] else 'NOT stable'} after {run['warmup_seconds']:.1f} s of warm-up"
+    lines = [
+        f"{machine['device_name']} ({machine['device']}), {machine['threads']} threads, "
+        f"torch {machine['torch']}, {dtypes}, {machine['clock']}",
+        f"{origin}; batch {protocol['batch_size']}, {run['rounds']} rounds in {run['seconds']:.0f} s, "
+        f"interleaved (ABBA), {warm}",
+    ]
+    if "tf32_convolution" in machine:
+        lines.append(
+            f"TF32: convolutions {machine['tf32_convolution']}, matrix products {machine['tf32_matmul']}"
+        )
+    throttled = [
+        state["throttle_reasons"] for state in (machine["gpu_before"], machine["gpu_after"]) if state
+    ]
+    if any(throttled):
+        lines.append(
+            f"the GPU was throttled (reasons {', '.join(map(hex, throttled))}): compare ratios, not times"
+        )
+    left = {
+        name: model.facts["batch_norms"]
+        for name, model in report.models.items()
+        if model.facts["batch_norms"]
+    }
+    if left:
+        lines.append(f"batch norms that could not be folded: {left}")
+    return lines

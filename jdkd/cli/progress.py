@@ -1,0 +1,92 @@
+"""See :class:`Progress`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+QUIET_SECONDS = 15.0
+SHOWN = 6
+
+
+class Progress:
+    """Shows how far a command is: bars on a terminal, now and then a line where the output goes elsewhere.
+
+    Everything goes to stderr. Use it as a context manager, and hand `task(name)` or the object itself to
+    whatever reports its progress.
+    """
+
+    def __init__(self) -> None:
+        from rich import progress
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._told: dict[str, tuple[float, int]] = {}
+        if self._console.is_terminal:
+            self._bars = progress.Progress(
+                progress.TextColumn("{task.description}", markup=False),
+                progress.BarColumn(bar_width=24),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.fields[values]}", markup=False, style="cyan"),
+                progress.TimeElapsedColumn(),
+                progress.TimeRemainingColumn(compact=True),
+                console=self._console,
+            )
+
+    def task(self, name: str) -> Callable[..., None]:
+        """A callback `(done, total, values={})` that reports under a name."""
+        return partial(self, name)
+
+    def __call__(self, name: str, done: int, total: int, values: Mapping[str, Any] | None = None) -> None:
+        """Report that `done` of `total` parts of `name` are done.
+
+        Args:
+            name: what is going on.
+            done, total: counts.
+            values: figures to show beside it, by name.
+        """
+        shown = " ".join(f"{key} {_figure(value)}" for key, value in (values or {}).items())
+        if self._bars is None:
+            self._line(name, done, total, shown)
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total, values="")
+            self._hide_finished()
+        self._bars.update(self._tasks[name], completed=done, total=total, values=shown)
+
+    def __enter__(self) -> Progress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def _line(self, name: str, done: int, total: int, values: str) -> None:
+        now = time.monotonic()
+        last, told = self._told.get(name, (now, -1))
+        if name not in self._told:
+            self._told[name] = (now, -1)
+        if told != done and (done >= total or now - last >= QUIET_SECONDS):
+            self._told[name] = (now, done)
+            self._console.print(
+                f"{name}  {done}/{total}  {values}".rstrip(), markup=False, highlight=False, soft_wrap=True
+            )
+
+    def _hide_finished(self) -> None:
+        """Keep the last few bars only, so that they fit the screen."""
+        finished = [task for task in self._bars.tasks if task.finished and task.visible]
+        for task in finished[: max(0, len(self._bars.tasks) - SHOWN)]:
+            self._bars.update(task.id, visible=False)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,84 @@
+"""`jdkd search`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from jdkd.cli.failures import keeping
+from jdkd.cli.flags import DataFlags, describe, resolve_device
+from jdkd.cli.progress import Progress
+from jdkd.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Search:
+    """Derive a faster and better student from a base detector."""
+
+    base: Path
+    """Folder of the base detector, written by `jdkd train`."""
+    out: Path
+    """Folder for student, result.json, archive.sqlite, pareto.png, report.html."""
+    source: DataFlags = field(default_factory=DataFlags)
+    teacher_pool: Path | None = None
+    """Folder of a finished teacher pool; without it, one is grown from the base."""
+    target_latency: float = 0.53
+    """End-to-end latency to reach, as a fraction of the base's."""
+    steps: int | None = None
+    """Training steps in all: pool, candidates and both controls [36 epochs]."""
+    candidates: int = 4
+    """Students to train."""
+    batch_size: int = 8
+    """Images per step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision; auto: on a GPU."""
+    latency_seconds: float = 10.0
+    """How long the final measurement lasts."""
+    seed: int = 0
+    """Decides everything that is drawn."""
+    workers: int = 0
+    """Processes that read images."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    resume: bool = False
+    """Carry on what OUT holds."""
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from jdkd.report import result_table, write_report
+        from jdkd.search import SearchConfig, search
+
+        device, (train, val) = resolve_device(self.device), self.source.splits()
+        settings = (
+            "base",
+            "out",
+            "teacher_pool",
+            "target_latency",
+            "steps",
+            "candidates",
+            "batch_size",
+            "lr",
+            "amp",
+        )
+        settings += ("latency_seconds", "seed", "workers", "resume")
+        given = {name: getattr(self, name) for name in settings}
+        config = SearchConfig(**given, train=train, val=val, device=device)
+        run = RunFolder(self.out)
+        with keeping(run, "every finished candidate and the last checkpoint"), Progress() as progress:
+            folders = {
+                name: str(path.resolve()) for name in ("base", "teacher_pool") if (path := given[name])
+            }
+            same = ("target_latency", "steps", "candidates", "batch_size", "lr", "amp", "seed")
+            identity = {**{name: given[name] for name in same}, **folders, "data": describe(train, val)}
+            run.begin("search", identity, resume=self.resume, command=["jdkd", *sys.argv[1:]])
+            result = search(config, progress=progress)
+            plot, page = write_report(self.out)
+            run.finish()
+        Console().print(result_table(result))
+        for path in (self.out / "student", self.out / "result.json", self.out / "archive.sqlite", plot, page):
+            print(path)
