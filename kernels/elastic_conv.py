@@ -12,7 +12,6 @@ addressed through them; x and y are physically slim.
 import torch
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
 
 # Eight warps are never used: in this version range Triton 3x3 convolutions with 8 or more were seen
 # miscompiled.
@@ -126,14 +125,17 @@ def _elastic_conv_fwd_kernel(
     )
 
 
-def tile(positions: int, out_channels: int, *, wide: bool, ieee: bool) -> dict[str, int]:
+def tile(
+    positions: int, out_channels: int, *, itemsize: int, channels_last: bool, listed: bool, ieee: bool
+) -> dict[str, int]:
     """Chooses a tile from a short fixed list, so that a width never seen before tunes nothing.
 
     Args:
         positions: N * OH * OW.
         out_channels: active output channels.
-        wide: whether x is of two bytes an element and channels-last and the channels lead; the addresses of
-            other inputs take the registers of half the depth.
+        itemsize: bytes of an element of x.
+        channels_last: whether the channels of x lie side by side.
+        listed: whether channels are listed and not leading.
         ieee: whether products are exact fp32, which the tensor cores do not do.
 
     Returns:
@@ -143,7 +145,9 @@ def tile(positions: int, out_channels: int, *, wide: bool, ieee: bool) -> dict[s
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}
     block_n = 32 if out_channels <= 32 else 64
     fills_the_gpu = triton.cdiv(positions, 128) * triton.cdiv(out_channels, block_n) >= 132
-    return {"BLOCK_M": 128 if fills_the_gpu else 64, "BLOCK_N": block_n, "BLOCK_K": 64 if wide else 32}
+    block_m = 128 if fills_the_gpu and not (listed and itemsize == 4) else 64
+    deep = itemsize == 2 and channels_last and not listed
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64 if deep else 32}
 
 
 def elastic_conv_fwd(
@@ -174,10 +178,14 @@ def elastic_conv_fwd(
     """
     batch, out_channels, out_height, out_width = y.shape
     positions = batch * out_height * out_width
-    listed = in_index is not None or out_index is not None
-    wide = x.element_size() == 2 and x.stride(1) == 1 and not listed
-    ieee = x.dtype == torch.float32 and not allow_tf32
-    blocks = tile(positions, out_channels, wide=wide, ieee=ieee)
+    blocks = tile(
+        positions,
+        out_channels,
+        itemsize=x.element_size(),
+        channels_last=x.stride(1) == 1,
+        listed=in_index is not None or out_index is not None,
+        ieee=x.dtype == torch.float32 and not allow_tf32,
+    )
     grid = (triton.cdiv(positions, blocks["BLOCK_M"]) * triton.cdiv(out_channels, blocks["BLOCK_N"]),)
     _elastic_conv_fwd_kernel[grid](
         x, weight, weight if bias is None else bias, y,
@@ -187,6 +195,7 @@ def elastic_conv_fwd(
         weight.shape[2], weight.shape[3], *stride, *padding, *dilation,
         HAS_BIAS=bias is not None, IN_LISTED=in_index is not None, OUT_LISTED=out_index is not None,
         PRECISION="tf32" if allow_tf32 else "ieee",
-        DOT_IN_FP32=isinstance(_elastic_conv_fwd_kernel, InterpretedFunction),
+        # Triton's interpreter multiplies bf16 wrongly.
+        DOT_IN_FP32=not isinstance(_elastic_conv_fwd_kernel, triton.JITFunction),
         num_warps=NUM_WARPS, num_stages=NUM_STAGES, **blocks,
     )  # fmt: skip

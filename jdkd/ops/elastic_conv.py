@@ -137,8 +137,8 @@ def _active_groups(value: ChannelsLike, per_group: int, groups: int, argument: s
         )
     if channels.count % per_group:
         raise InputError(
-            f"{argument}={channels.count} cuts through a group of {per_group} channels (groups={groups}); give "
-            f"a multiple of {per_group}"
+            f"{argument}={channels.count} cuts through a group of {per_group} channels "
+            f"(groups={groups}); give a multiple of {per_group}"
         )
     return Channels(channels.count // per_group)
 
@@ -186,8 +186,8 @@ def convolve(
     Returns:
         ``[N, Cout, OH, OW]``.
     """
-    x = _autocast(x)
     if groups == 1 and x.dim() == 4 and padding != "same" and _kernel_runs(x):
+        x = _autocast(x)
         window = _pair(stride), _pair(0 if padding == "valid" else padding), _pair(dilation)
         return _ElasticConv.apply(
             x, weight, bias, inputs.index, outputs.index, outputs.count, *window, groups
@@ -203,14 +203,16 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """Casts as autocast does before a convolution; the weight is cast later, once it is slim."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    """Casts as autocast does before a convolution; the kernel casts the weight."""
+    if not torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _kernel_runs(x: Tensor) -> bool:
-    """Whether the Triton kernel was asked for and takes ``x``."""
+    """Whether the Triton kernel was asked for and takes ``x``; a compiled graph keeps its first answer."""
+    if x.device.type not in ("cuda", "cpu"):
+        return False
     if torch.compiler.is_compiling():
         return _selected(x.device.type, x.dtype) == "triton"
     return _backend.select(_OP, x) == "triton"
@@ -245,14 +247,17 @@ class _ElasticConv(torch.autograd.Function):
 
 
 _library = torch.library.Library("jdkd", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _library.define(
     "elastic_conv_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, "
-    "SymInt out_channels, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor"
+    "SymInt out_channels, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    tags=_TAGS,
 )
 _library.define(
     "elastic_conv_bwd(Tensor dout, Tensor x, Tensor weight, Tensor? in_index, Tensor? out_index, "
     "SymInt out_channels, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
-    "bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+    "bool[3] wanted) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
 
 

@@ -1,0 +1,102 @@
+"""Compiles the elastic convolution for sm_90 without a GPU and prints what the compiler made of it, as JSON.
+
+Run in a process of its own: under ``TRITON_INTERPRET`` a kernel cannot be compiled.
+"""
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from jdkd.kernels import elastic_conv as kernels
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
+WHOLE = ("in_channels", "out_channels", "x_n", "x_h", "x_w", "w_o", "w_r", "w_s", "y_n", "y_h", "y_w")
+
+
+def configurations() -> list[dict]:
+    """The largest tile of every kind of input, which needs most of everything, and all tiles of the common kind."""
+    found = []
+    kinds = [
+        ("bf16", "bf16", "tf32"),
+        ("bf16", "fp32", "tf32"),
+        ("fp32", "fp32", "tf32"),
+        ("fp32", "fp32", "ieee"),
+    ]
+    for x, weight, precision in kinds:
+        for channels_last, listed in itertools.product((True, False), repeat=2):
+            found.append(_case(x, weight, channels_last, listed, precision, positions=10_000_000))
+    common = ("bf16", "bf16", True, False, "tf32")
+    found += [_case(*common, positions=100), _case(*common, positions=100, out_channels=32)]
+    found.append(_case("fp16", "fp16", True, False, "tf32", positions=10_000_000))
+    return [*found, {**_case(*common, positions=10_000_000), "taps": 1}]
+
+
+def _case(x, weight, channels_last, listed, precision, *, positions, out_channels=64) -> dict:
+    tile = kernels.tile(
+        positions, out_channels, itemsize=TYPES[x], channels_last=channels_last, listed=listed,
+        ieee=precision == "ieee",
+    )  # fmt: skip
+    return {
+        "x": x, "weight": weight, "channels_last": channels_last, "listed": listed, "precision": precision,
+        "taps": 3, "tile": tile,
+    }  # fmt: skip
+
+
+def compile_for_sm90(case: dict):
+    """Compiles one configuration as a launch with sizes divisible by 16 would."""
+    kernel = kernels._elastic_conv_fwd_kernel
+    signature, constants, attributes = {}, {}, {}
+    ones = {"stride_h", "stride_w", "dilation_h", "dilation_w"}
+    ones |= {"kernel_h", "kernel_w"} if case["taps"] == 1 else {"padding_h", "padding_w"}
+    ones |= {"x_c", "y_c", "w_i"} if case["channels_last"] else {"x_w", "y_w", "w_s"}
+    for position, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr or name in ones:
+            signature[name] = "constexpr"
+            constants |= {name: 1} if name in ones else {}
+        elif name.endswith("_ptr"):
+            kind = case["weight"] if name in ("weight_ptr", "bias_ptr") else case["x"]
+            signature[name] = "*i64" if name.endswith("index_ptr") else f"*{kind}"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "i32"
+            if name in WHOLE and (case["channels_last"] or name.endswith("channels")):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    constants |= dict(
+        HAS_BIAS=True, IN_LISTED=case["listed"], OUT_LISTED=case["listed"], PRECISION=case["precision"],
+        DOT_IN_FP32=False, **case["tile"],
+    )  # fmt: skip
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def measure(case: dict) -> dict:
+    """Reads registers, local memory and instructions from the compiled kernel."""
+    compiled = compile_for_sm90(case)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        sass = subprocess.run(
+            [CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    ptx = compiled.asm["ptx"]
+    return case | {
+        "shared_bytes": compiled.metadata.shared,
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),
+        "wide_copies": len(re.findall(r"cp\.async\.\w+\.shared\.global \[[^\]]+\], \[[^\]]+\], 0x10", ptx)),
+    }
+
+
+if __name__ == "__main__":
+    json.dump([measure(case) for case in configurations()], sys.stdout)
