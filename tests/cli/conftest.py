@@ -1,0 +1,97 @@
+"""A COCO-format folder of coloured squares, and commands run in this process."""
+
+import json
+from collections import namedtuple
+
+import pytest
+from PIL import Image, ImageDraw
+
+Answer = namedtuple("Answer", "code out err")
+
+
+def _split(folder, name, count, first):
+    images, annotations = [], []
+    (folder / f"{name}2017").mkdir(parents=True)
+    for number in range(first, first + count):
+        left, top, side = 4 + 3 * (number % 8), 6 + 2 * (number % 5), 20
+        picture = Image.new("RGB", (64, 64), (90, 90, 90))
+        label = number % 2 + 1
+        square = (left, top, left + side - 1, top + side - 1)
+        ImageDraw.Draw(picture).rectangle(square, fill=((250, 40, 40), (40, 40, 250))[label - 1])
+        picture.save(folder / f"{name}2017" / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 64})
+        box = {"bbox": [left, top, side, side], "area": side * side, "iscrowd": 0}
+        annotations.append({"id": number, "image_id": number, "category_id": label, **box})
+    categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "annotations").mkdir(exist_ok=True)
+    (folder / "annotations" / f"instances_{name}2017.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="session")
+def squares(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("squares")
+    _split(folder, "train", 12, 1)
+    _split(folder, "val", 4, 101)
+    return folder
+
+
+@pytest.fixture
+def jdkd(capfd, monkeypatch):
+    """Run a command: exit code, stdout, stderr."""
+    from jdkd.cli import main
+
+    def run(*argv):
+        argv = [str(word) for word in argv]
+        monkeypatch.setattr("sys.argv", ["jdkd", *argv])
+        capfd.readouterr()
+        try:
+            code = main(argv)
+        except SystemExit as end:
+            code = end.code
+        return Answer(code, *capfd.readouterr())
+
+    return run
+
+
+TINY = (
+    "--width",
+    "0.125",
+    "--depth",
+    "0.5",
+    "--fpn",
+    "16",
+    "--box-head",
+    "16",
+    "--min-size",
+    "64",
+    "--max-size",
+    "64",
+)
+
+
+@pytest.fixture(scope="session")
+def train_arguments(squares):
+    """`jdkd train` of a tiny detector for three steps, all but --out."""
+    return [
+        "train",
+        "--spec",
+        "faster_rcnn_r18_fpn",
+        *TINY,
+        "--data",
+        str(squares),
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(train_arguments, tmp_path_factory):
+    """A folder that `jdkd train` wrote."""
+    from jdkd.cli import main
+
+    folder = tmp_path_factory.mktemp("trained") / "base"
+    assert main([*train_arguments, "--out", str(folder)]) == 0
+    return folder

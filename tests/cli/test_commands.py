@@ -1,0 +1,107 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+COMMANDS = ("data", "train", "search", "eval", "latency", "env")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(jdkd, command):
+    answer = jdkd(command, "--help")
+    assert answer.code == 0 and f"usage: jdkd {command}" in answer.out
+
+
+def test_help_loads_nothing_heavy():
+    heavy = {"torch", "torchvision", "matplotlib", "pycocotools", "sklearn"}
+    script = (
+        "import sys\nfrom jdkd.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+        f"print(*sorted({heavy!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert answer.stderr.strip() == ""
+    assert all(command in answer.stdout for command in COMMANDS)
+
+
+def test_runs_as_a_module():
+    answer = subprocess.run(
+        [sys.executable, "-m", "jdkd", "env"], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0 and "torch" in answer.stdout
+
+
+def test_train_leaves_a_detector_scores_and_a_record(trained):
+    names = {entry.name for entry in trained.iterdir()}
+    assert names >= {"spec.json", "weights.safetensors", "log.jsonl", "train.json", "run.json"}
+    scores = json.loads((trained / "train.json").read_text())
+    assert scores["train_steps"] == 3 and 0 <= scores["map"] <= 1 and len(scores["stats"]) == 12
+    record = json.loads((trained / "run.json").read_text())
+    assert record["kind"] == "train" and record["finished"] and record["versions"]["torch"]
+    assert record["identity"]["training"]["steps"] == 3
+
+
+def test_a_finished_training_can_be_resumed_and_stays_the_same(jdkd, trained, train_arguments):
+    before = (trained / "weights.safetensors").read_bytes()
+    answer = jdkd(*train_arguments, "--out", trained, "--resume")
+    assert answer.code == 0, answer.err
+    assert (trained / "weights.safetensors").read_bytes() == before
+
+
+def test_train_takes_a_spec_file_and_weights(jdkd, trained, squares, tmp_path):
+    weights = ("--weights", trained / "weights.safetensors", "--spec", trained / "spec.json")
+    flags = ("--data", squares, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "again")
+    answer = jdkd("train", *weights, *flags)
+    assert answer.code == 0, answer.err
+    assert "tensors loaded" in answer.out
+    assert (tmp_path / "again" / "spec.json").read_text() == (trained / "spec.json").read_text()
+
+
+def test_eval_prints_twelve_lines_and_json(jdkd, trained, squares, tmp_path):
+    answer = jdkd("eval", trained, "--data", squares)
+    assert answer.code == 0, answer.err
+    *lines, last = answer.out.strip().splitlines()
+    assert len(lines) == 12 and all("IoU=" in line for line in lines)
+    assert len(json.loads(last)["stats"]) == 12
+
+    file = tmp_path / "scores.json"
+    answer = jdkd("eval", trained, "--data", squares, "--json", file)
+    assert len(answer.out.strip().splitlines()) == 12
+    assert json.loads(file.read_text()) == json.loads(last)
+
+
+def test_eval_scores_what_train_scored(jdkd, trained, squares):
+    answer = jdkd("eval", trained, "--data", squares)
+    at_training = json.loads((trained / "train.json").read_text())["stats"]
+    assert json.loads(answer.out.strip().splitlines()[-1])["stats"] == pytest.approx(at_training)
+
+
+QUICK = ("--rounds", 3, "--seconds", 0)
+
+
+def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(
+    jdkd, trained, squares, tmp_path
+):
+    file = tmp_path / "latency.json"
+    answer = jdkd("latency", trained, trained, *QUICK, "--out", file)
+    assert answer.code == 0, answer.err
+    assert f"4 images of {squares / 'val2017'}" in answer.out
+    stored = json.loads(file.read_text())
+    assert list(stored["models"]) == [str(trained), f"{trained} (2)"]
+    low, high = stored["models"][f"{trained} (2)"]["end_to_end"]["ratio_interval"]
+    assert low <= high
+    assert "end to end" in answer.out and "model only" in answer.out
+
+
+def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_path):
+    copy = tmp_path / "moved"
+    copy.mkdir()
+    for name in ("spec.json", "weights.safetensors"):
+        (copy / name).write_bytes((trained / name).read_bytes())
+    answer = jdkd("latency", copy, *QUICK)
+    assert answer.code == 0 and "2 sample photographs" in answer.out and "give --data" in answer.out
+
+
+def test_latency_on_image_files(jdkd, trained, squares):
+    answer = jdkd("latency", trained, "--images", squares / "val2017" / "101.png", *QUICK)
+    assert answer.code == 0 and "1 image files" in answer.out

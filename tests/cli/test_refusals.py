@@ -1,0 +1,194 @@
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jdkd.cli import main
+
+
+def _tree(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def _refused(answer, *words):
+    """Exit code 2 and one sentence on stderr that has all the words."""
+    assert answer.code == 2, answer.err
+    told = [line for line in answer.err.splitlines() if line.startswith("jdkd: ")]
+    assert len(told) == 1 and "Traceback" not in answer.err
+    for word in words:
+        assert str(word) in told[0]
+
+
+def test_a_folder_that_holds_another_run(jdkd, trained, train_arguments):
+    before = _tree(trained)
+    _refused(jdkd(*train_arguments, "--out", trained), trained, "already holds a run", "--resume")
+    assert _tree(trained) == before
+
+
+def test_resuming_with_other_settings_names_them(jdkd, trained, train_arguments):
+    before = _tree(trained)
+    answer = jdkd(*train_arguments, "--out", trained, "--lr", "0.5", "--seed", "7", "--resume")
+    _refused(answer, "training.lr was 0.002 and is 0.5", "training.seed was 0 and is 7")
+    assert _tree(trained) == before
+
+
+def test_a_folder_that_is_no_run(jdkd, train_arguments, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    _refused(jdkd(*train_arguments, "--out", tmp_path), "thesis.tex", "run.json")
+    _refused(jdkd(*train_arguments, "--out", tmp_path / "thesis.tex"), "is a file")
+    assert {entry.name for entry in tmp_path.iterdir()} == {"thesis.tex"}
+
+
+def test_a_folder_of_another_command(jdkd, trained, squares):
+    answer = jdkd("search", "--base", trained, "--data", squares, "--out", trained, "--resume")
+    _refused(answer, "jdkd train", "jdkd search")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("--device", "cuda:63"), ("cuda:63", "CUDA devices")),
+        (("--device", "gpu"), ("--device", "'gpu'")),
+        (("--data", "nowhere"), ("--data nowhere", "COCO layout")),
+        (("--spec", "yolo"), ("'yolo'", "faster_rcnn_r18_fpn")),
+        (("--spec", "missing.json"), ("missing.json", "cannot be read")),
+        (("--width", "0"), ("width", "0")),
+        (("--steps", "-1"), ("steps", "-1")),
+        (("--weights", "none.pth"), ("none.pth", "does not exist")),
+        (("--optimizer", "adamw", "--flip", "2"), ("flip", "2")),
+    ],
+)
+def test_bad_flags_leave_no_folder(jdkd, train_arguments, tmp_path, change, words):
+    arguments = list(train_arguments)
+    for flag, value in zip(change[::2], change[1::2], strict=True):
+        if flag in arguments:
+            arguments[arguments.index(flag) + 1] = value
+        else:
+            arguments += [flag, value]
+    if "missing.json" in arguments:
+        arguments[arguments.index("--width") : arguments.index("--fpn")] = []
+    _refused(jdkd(*arguments, "--out", tmp_path / "out"), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_data_at_all(jdkd, trained):
+    _refused(jdkd("eval", trained), "--data", "--val-images")
+
+
+def test_an_unknown_flag_is_refused_by_name(jdkd, trained):
+    answer = jdkd("eval", trained, "--dataa", "x")
+    assert answer.code == 2 and "--dataa" in answer.err and "Traceback" not in answer.err
+
+
+def test_a_base_without_spec_or_with_weights_that_do_not_fit(jdkd, trained, squares, tmp_path):
+    out = ("--data", squares, "--out", tmp_path / "out")
+    empty, wrong = tmp_path / "empty", tmp_path / "wrong"
+    empty.mkdir()
+    shutil.copytree(trained, wrong)
+    spec = json.loads((wrong / "spec.json").read_text())
+    (wrong / "spec.json").write_text(json.dumps({**spec, "box_head": 24}))
+    _refused(jdkd("search", "--base", empty, *out), empty, "spec.json")
+    _refused(jdkd("search", "--base", wrong, *out), "weights.safetensors", "16", "24")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_refuses_an_impossible_target_or_budget(jdkd, trained, squares, tmp_path):
+    out = ("search", "--base", trained, "--data", squares, "--out", tmp_path / "out")
+    _refused(jdkd(*out, "--target-latency", "1.5"), "target_latency", "1.5")
+    _refused(jdkd(*out, "--steps", "2"), "steps is 2")
+    assert not (tmp_path / "out").exists()
+
+
+def _damaged(squares, tmp_path, name, change):
+    folder = tmp_path / "damaged"
+    shutil.copytree(squares, folder)
+    file = folder / "annotations" / f"instances_{name}2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda content: content["annotations"][0].update(image_id=999), "999"),
+        (lambda content: content["annotations"][0].update(category_id=77), "77"),
+        (lambda content: content["annotations"][0].update(bbox=[60, 60, 30, 30]), "60"),
+        (lambda content: content["annotations"][0].update(bbox=[5, 5, 0, 10]), "0"),
+        (lambda content: content["images"].clear(), "image"),
+        (lambda content: content["images"][0].update(file_name="gone.png"), "gone.png"),
+    ],
+)
+def test_damaged_annotations(jdkd, train_arguments, squares, tmp_path, change, word):
+    arguments = [*train_arguments]
+    arguments[arguments.index("--data") + 1] = str(_damaged(squares, tmp_path, "train", change))
+    _refused(jdkd(*arguments, "--out", tmp_path / "out"), word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_annotations_that_are_not_json(jdkd, trained, squares, tmp_path):
+    (tmp_path / "bad.json").write_text("{]")
+    flags = ("--val-images", squares / "val2017", "--val-annotations", tmp_path / "bad.json")
+    _refused(jdkd("eval", trained, *flags), "bad.json", "JSON")
+
+
+def test_a_truncated_image(jdkd, trained, squares, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(squares, folder)
+    image = folder / "val2017" / "102.png"
+    image.write_bytes(image.read_bytes()[:60])
+    _refused(jdkd("eval", trained, "--data", folder), "102.png")
+    _refused(jdkd("latency", trained, "--images", image), "102.png")
+
+
+def test_a_full_disk_names_the_file(jdkd, train_arguments, tmp_path, monkeypatch):
+    def full(folder, model):
+        raise OSError(errno.ENOSPC, "No space left on device", f"{folder}/weights.safetensors")
+
+    monkeypatch.setattr("jdkd.detect.save", full)
+    _refused(
+        jdkd(*train_arguments, "--out", tmp_path / "out"), "weights.safetensors", "disk is full", "--resume"
+    )
+    monkeypatch.undo()
+    assert main([*train_arguments, "--out", str(tmp_path / "out"), "--resume"]) == 0
+    assert (tmp_path / "out" / "weights.safetensors").is_file()
+
+
+def test_a_missing_package_is_named_with_the_extra(jdkd, squares, trained, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
+    _refused(jdkd("eval", trained, "--data", squares), "pycocotools", "pip install 'jdkd[detect]'")
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch, trained, squares):
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr("jdkd.train.evaluate", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["eval", str(trained), "--data", str(squares)])
+
+
+def test_ctrl_c_keeps_the_training_and_says_how_to_carry_on(train_arguments, tmp_path):
+    out = tmp_path / "out"
+    arguments = [*train_arguments, "--out", str(out)]
+    arguments[arguments.index("--steps") + 1] = "400"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jdkd", *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 60
+    while not (out / "log.jsonl").is_file() or not (out / "log.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and "Traceback" not in err
+    told = [line for line in err.splitlines() if line.startswith("jdkd: ")]
+    assert len(told) == 1 and "carry on with: jdkd train" in told[0] and told[0].endswith("--resume")
+    assert not json.loads((out / "run.json").read_text())["finished"]
+    assert (out / "checkpoint.pt").is_file()

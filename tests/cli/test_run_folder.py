@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from jdkd.errors import InputError
+from jdkd.run_folder import RunFolder, write_whole
+
+IDENTITY = {"steps": 10, "data": {"train": "a", "val": "b"}, "sizes": (1, 2)}
+
+
+def test_begins_finishes_and_is_resumed(tmp_path):
+    run = RunFolder(tmp_path / "deep" / "out")
+    assert run.begin("search", IDENTITY, command=["jdkd", "search"]) is False
+    record = run.read()
+    assert (
+        record["kind"] == "search" and record["finished"] is None and record["command"] == ["jdkd", "search"]
+    )
+    assert RunFolder(run.path).begin("search", IDENTITY, resume=True) is True
+    run.finish(best=3)
+    assert run.read()["finished"] and run.read()["best"] == 3
+
+
+def test_resume_of_an_empty_folder_begins(tmp_path):
+    assert RunFolder(tmp_path).begin("train", {}, resume=True) is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "identity", "resume", "message"),
+    [
+        ("search", IDENTITY, False, "already holds a run"),
+        ("train", IDENTITY, True, "holds a `jdkd search` and cannot be resumed as `jdkd train`"),
+        ("search", {**IDENTITY, "steps": 20}, True, "steps was 10 and is 20"),
+        ("search", {**IDENTITY, "data": {"train": "a", "val": "c"}}, True, r'data\.val was "b" and is "c"'),
+        (
+            "search",
+            {**IDENTITY, "more": None, "sizes": [1, 2, 3]},
+            True,
+            r"sizes was \[1, 2\] and is \[1, 2, 3\]",
+        ),
+    ],
+)
+def test_refuses_and_leaves_the_record(tmp_path, kind, identity, resume, message):
+    RunFolder(tmp_path).begin("search", IDENTITY)
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(InputError, match=message):
+        RunFolder(tmp_path).begin(kind, identity, resume=resume)
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_a_record_that_is_none_is_refused(tmp_path):
+    (tmp_path / "run.json").write_text("[1, 2]")
+    with pytest.raises(InputError, match="not the record of a run"):
+        RunFolder(tmp_path).begin("train", {})
+
+
+def test_withdraws_only_what_is_empty(tmp_path):
+    run = RunFolder(tmp_path / "out")
+    run.begin("train", {})
+    (run.path / "log.jsonl").write_text("")
+    run.withdraw()
+    assert run.file.is_file()
+    (run.path / "log.jsonl").unlink()
+    run.withdraw()
+    assert not run.path.exists()
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "result.json"
+    write_whole(file, "before")
+
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*result\.json'"):
+        write_whole(file, json.dumps(IDENTITY))
+    assert file.read_text() == "before" and [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
