@@ -30,7 +30,8 @@ class Watch:
 
     def see(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
         """Takes in the values (``[len(names)]``) of a step, without a host synchronisation."""
-        seen = torch.where(torch.isfinite(values.detach()), NEVER, step)  # [len(names)]
+        seen = torch.full_like(values, NEVER, dtype=torch.int64, requires_grad=False)  # [len(names)]
+        seen.masked_fill_(~torch.isfinite(values.detach()), step)
         before = self._first.get(names)
         self._first[names] = seen if before is None else torch.minimum(before, seen)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from jdkd.train.interrupt import uninterrupted
 from jdkd.train.log import Log
 from jdkd.train.modes import mode
 from jdkd.train.optimizer import add_l1_subgradient, build_optimizer, slimmable_scales
+
+LEAST_SCALE = 2.0**-8  # a loss scale that sank so far means that the gradient is infinite at any scale
 
 Losses = Callable[[list[Tensor], list[dict[str, Tensor]], int], Iterable[dict[str, Tensor]]]
 
@@ -154,7 +156,7 @@ class _Run:
     def advance(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
         """Takes one optimizer step."""
         self.between_steps = False
-        torch.manual_seed(step_seed(self.config.seed, self.step))
+        self._seed(step_seed(self.config.seed, self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -186,20 +188,15 @@ class _Run:
         row = {"step": self.step, "lr": self.config.lr_at(self.step - 1), "grad_norm": float(self._norm)}
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
+            if row["loss_scale"] < LEAST_SCALE:
+                self._diverged(self.step, "gradient norm")
         taken = max(1, self.step - step_before)
         return row | {"step_seconds": (seconds - seconds_before) / taken, "losses": self.losses}
 
     def check(self) -> None:
         """Raises DivergenceError if anything so far was not finite."""
         if found := self.watch.first():
-            step, what = found
-            raise DivergenceError(
-                f"training diverged at step {step} of {self.config.steps}: {what} is not finite "
-                f"({self.kept}); lower lr ({self.config.lr:g}) or clip ({self.config.clip:g}), or raise "
-                f"warmup ({self.config.warmup:g}).",
-                step,
-                what,
-            )
+            self._diverged(*found)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -231,6 +228,23 @@ class _Run:
             if terms is None:
                 return
             yield terms
+
+    def _diverged(self, step: int, what: str) -> NoReturn:
+        raise DivergenceError(
+            f"training diverged at step {step} of {self.config.steps}: {what} is not finite ({self.kept}); "
+            f"lower lr ({self.config.lr:g}) or clip ({self.config.clip:g}), or raise warmup "
+            f"({self.config.warmup:g}).",
+            step,
+            what,
+        )
+
+    def _seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed looks at every device, which takes longer
+        if self.on_gpu:
+            with torch.cuda.device(self.device):
+                torch.cuda.manual_seed(seed)
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
