@@ -155,16 +155,16 @@ def _table(report: LatencyReport, costs: dict[str, Any]) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title="Latency per call, ms")
     table.collapse_padding = True
-    for heading in ("detector", "M params", "GMACs", "mode", "p50", "p90", "p99", "IQR", "ratio (95 %)"):
-        table.add_column(heading, justify="left" if heading in ("detector", "mode") else "right")
+    for heading in ("detector", "mode", "p50", "p90", "p99", "IQR", "ratio (95 %)"):
+        left = heading in ("detector", "mode")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "detector")
     for name, model in report.models.items():
-        cells = (name, f"{costs[name].params / 1e6:.2f}", f"{costs[name].gmacs:.2f}")
-        for mode, latency in model.modes().items():
+        size = f"{costs[name].params / 1e6:.2f} M params, {costs[name].gmacs:.2f} GMACs"
+        for place, (mode, latency) in enumerate(model.modes().items()):
             ratio = report.ratio(name, mode=mode)
-            figures = [f"{getattr(latency, which):.2f}" for which in ("p50", "p90", "p99", "iqr")]
+            figures = [f"{getattr(latency, which):.1f}" for which in ("p50", "p90", "p99", "iqr")]
             compared = f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})" if name != report.base else "1"
-            table.add_row(*cells, MODES[mode], *figures, compared)
-            cells = ("", "", "")
+            table.add_row((name, size, "")[place], MODES[mode], *figures, compared)
     return table
 
 
