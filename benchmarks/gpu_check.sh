@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# What only a GPU can show, in one go and under 9 minutes:  benchmarks/gpu_check.sh OUT
+#
+# Needs a CUDA device, a CUDA toolkit, and a python3 (or PYTHON=...) with torch, triton and pytest; no network. It
+# compiles jdkd._C in place for this device, runs `pytest -m gpu`, the kernel cases and the latency table, and leaves
+# in OUT: summary.txt, steps.jsonl, log.txt, junit.xml, kernels.jsonl, latency.jsonl.
+# A step that fails or runs out of time does not stop the next; the exit code is 1 if any did, 2 if none could start.
+set -uo pipefail
+
+LIMIT=530 # seconds for all steps together
+
+refuse() {
+  echo "gpu_check: $1" >&2
+  exit 2
+}
+
+[[ $# -eq 1 ]] || refuse "give one folder for the results: benchmarks/gpu_check.sh OUT"
+PYTHON=${PYTHON:-python3}
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+[[ ! -e $1 || -d $1 ]] || refuse "$1 is a file; give a folder"
+[[ -z $(ls -A "$1" 2>/dev/null) ]] || refuse "$1 is not empty; give a new folder, so that no result is overwritten"
+command -v "$PYTHON" >/dev/null || refuse "there is no $PYTHON; set PYTHON"
+capability=$("$PYTHON" - <<'PY'
+import sys
+
+try:
+    import torch
+except ImportError:
+    sys.exit("torch is not installed for this python")
+if not torch.cuda.is_available():
+    sys.exit(f"torch {torch.__version__} sees no CUDA device")
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}.{minor}" + ("a" if major == 9 else ""))
+PY
+) || refuse "this check runs on a machine with an NVIDIA GPU; nothing was run"
+
+mkdir -p "$1" || refuse "$1 cannot be made"
+OUT=$(cd "$1" && pwd)
+cd "$ROOT" || exit 2
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-$capability}" JDKD_BUILD_EXT=1
+unset TRITON_INTERPRET JDKD_BACKEND
+LOG=$OUT/log.txt
+SUMMARY=$OUT/summary.txt
+failed=0
+
+# step NAME SECONDS COMMAND...: everything it prints goes to the log, standard output to the summary too.
+step() {
+  local name=$1 limit=$2 started=$SECONDS rc taken
+  shift 2
+  ((limit > LIMIT - SECONDS)) && limit=$((LIMIT - SECONDS))
+  printf '\n== %s: %s\n' "$name" "$*" | tee -a "$LOG" "$SUMMARY"
+  if ((limit < 5)); then
+    rc=124
+    echo "no time is left for it" | tee -a "$LOG" "$SUMMARY"
+  else
+    timeout --kill-after=10 "$limit" "$@" 2> >(tee -a "$LOG" >&2) | tee -a "$LOG" | tail -n 60 | cut -c1-200 |
+      tee -a "$SUMMARY"
+    rc=${PIPESTATUS[0]}
+  fi
+  taken=$((SECONDS - started))
+  ((rc == 0)) || failed=1
+  printf '{"step": "%s", "rc": %d, "timed_out": %s, "seconds": %d, "limit": %d}\n' \
+    "$name" "$rc" "$( ((rc == 124 || rc == 137)) && echo true || echo false)" "$taken" "$limit" >>"$OUT/steps.jsonl"
+  echo "-- $name: exit code $rc after $taken s" | tee -a "$LOG" "$SUMMARY"
+}
+
+# Only rooms with GPU tests are collected: the others may import packages that are not here.
+mapfile -t gpu_tests < <(grep -rlE 'mark\.gpu|^OP = ' tests --include='test_*.py' | grep -v '^tests/conftest' | sort)
+
+step build 170 "$PYTHON" setup.py --quiet build_ext --inplace
+step env 40 "$PYTHON" -m jdkd.env
+step tests 200 "$PYTHON" -m pytest -m gpu -q --continue-on-collection-errors -p no:cacheprovider -W default \
+  --junitxml "$OUT/junit.xml" "${gpu_tests[@]}"
+step kernels 130 "$PYTHON" -m benchmarks.run --out "$OUT/kernels.jsonl"
+step latency 110 "$PYTHON" -m benchmarks.latency --seconds 15 --out "$OUT/latency.jsonl"
+
+printf '\n== steps (commit %s, %s s)\n' "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" "$SECONDS" |
+  tee -a "$SUMMARY"
+tee -a "$SUMMARY" <"$OUT/steps.jsonl"
+exit "$failed"
