@@ -139,9 +139,8 @@ def main() -> None:
     with out.open("a") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in made)
     print(table(made))
-    print(
-        f"{made[0]['weights']} weights, noise images, batch {options.batch_size}, {report.environment['device_name']}"
-    )
+    weights, machine = made[0]["weights"], report.environment["device_name"]
+    print(f"{weights} weights, noise images, batch {options.batch_size}, {machine}")
     print(out)
 
 

@@ -10,12 +10,16 @@ from typing import Literal
 from jdkd.cli.failures import keeping
 from jdkd.cli.flags import DataFlags, describe, resolve_device
 from jdkd.cli.progress import Progress
+from jdkd.errors import InputError
 from jdkd.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Search:
-    """Derive a faster and better student from a base detector."""
+    """Derive a faster and better student from a base detector.
+
+    Ends with exit code 2 where no student reaches the latency asked for; everything is written all the same.
+    """
 
     base: Path
     """Folder of the base detector, written by `jdkd train`."""
@@ -82,3 +86,9 @@ class Search:
         Console().print(result_table(result))
         for path in (self.out / "student", self.out / "result.json", self.out / "archive.sqlite", plot, page):
             print(path)
+        if not result["target_met"]:
+            raise InputError(
+                f"no candidate met --target-latency {self.target_latency:g}: the student in "
+                f"{self.out / 'student'} is the fastest, at {result['student']['latency_ratio']:.3f}; ask "
+                "for less, or give more --candidates and --steps."
+            )
