@@ -129,8 +129,9 @@ def pearson_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], loss_we
 
 def _same_layout(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both levels dense in the student's layout, copied only if they are not so already."""
-    channels_last = not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last)
-    layout = _LAYOUTS[channels_last]
+    layout = torch.contiguous_format
+    if not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last):
+        layout = torch.channels_last
     return student.contiguous(memory_format=layout), teacher.contiguous(memory_format=layout)
 
 
@@ -142,18 +143,17 @@ class _PearsonLoss(torch.autograd.Function):
         students, teachers = list(features[:levels]), list(features[levels:])
         loss, table = torch.ops.jdkd.pearson_fwd(students, teachers, loss_weight)
         # save_for_backward refuses what was made under inference_mode, as teachers often are.
-        ctx.kept = [t for t in teachers if t.is_inference()]
-        ctx.save_for_backward(table, *students, *(t for t in teachers if not t.is_inference()))
-        ctx.is_kept = [t.is_inference() for t in teachers]
+        ctx.kept = [t if _made_in_inference(t) else None for t in teachers]
+        ctx.save_for_backward(table, *students, *(t for t in teachers if not _made_in_inference(t)))
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         table, *saved = ctx.saved_tensors
-        levels = len(ctx.is_kept)
-        students, saved_teachers, kept = saved[:levels], iter(saved[levels:]), iter(ctx.kept)
-        teachers = [next(kept) if is_kept else next(saved_teachers) for is_kept in ctx.is_kept]
+        levels = len(ctx.kept)
+        students, saved_teachers = saved[:levels], iter(saved[levels:])
+        teachers = [next(saved_teachers) if kept is None else kept for kept in ctx.kept]
         needs = ctx.needs_input_grad[2:]
         sides = ((students, teachers, needs[:levels]), (teachers, students, needs[levels:]))
         gradients: list[Tensor | None] = [None, None]
@@ -164,6 +164,11 @@ class _PearsonLoss(torch.autograd.Function):
             else:
                 gradients += [None] * levels
         return tuple(gradients)
+
+
+def _made_in_inference(level: Tensor) -> bool:
+    # The compiler cannot trace the question, and keeps what a backward needs in its own way.
+    return not torch.compiler.is_compiling() and level.is_inference()
 
 
 def _compiled_fwd(
@@ -207,7 +212,7 @@ def _check_dense(levels: Sequence[Tensor]) -> None:
         if not any(level.is_contiguous(memory_format=layout) for layout in _LAYOUTS):
             raise InputError(
                 "jdkd::pearson takes levels that are contiguous or channels-last, and one of shape "
-                f"{tuple(level.shape)} has strides {level.stride()}; jdkd.functional.pkd_loss copies such a one"
+                f"{tuple(level.shape)} has strides {level.stride()}; jdkd.functional.pkd_loss copies such"
             )
 
 
