@@ -23,7 +23,7 @@ WHOLE = ("in_channels", "out_channels", "x_n", "x_h", "x_w", "w_o", "w_r", "w_s"
 
 
 def configurations() -> list[dict]:
-    """The largest tile of every kind of input, which needs most of everything, and all tiles of the common kind."""
+    """The largest tile of every kind of input, which needs most, and all tiles of the common kind."""
     found = []
     kinds = [
         ("bf16", "bf16", "tf32"),
@@ -91,6 +91,7 @@ def measure(case: dict) -> dict:
         ).stdout
     ptx = compiled.asm["ptx"]
     return case | {
+        "warps": compiled.metadata.num_warps,
         "shared_bytes": compiled.metadata.shared,
         "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),

@@ -1,0 +1,45 @@
+"""The elastic convolution compiled for sm_90 ahead of time, without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHARED_BYTES = 232_448  # of one block on sm_90; the compiler does not check it
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.ops.elastic_conv_aot"],
+        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def test_every_configuration_fits_the_chip_and_spills_nothing(compiled):
+    assert len(compiled) == 20
+    for case in compiled:
+        assert case["shared_bytes"] <= SHARED_BYTES, case
+        assert case["local_accesses"] == 0, case
+
+
+def test_low_precision_and_tf32_use_the_matrix_unit(compiled):
+    for case in compiled:
+        assert (case["matrix_instructions"] > 0) == (case["precision"] == "tf32"), case
+
+
+def test_leading_channels_last_inputs_are_copied_sixteen_bytes_at_a_time(compiled):
+    for case in compiled:
+        if case["channels_last"] and not case["listed"]:
+            assert case["wide_copies"] > 0, case
+
+
+def test_no_configuration_runs_eight_warps(compiled):
+    assert {case["warps"] for case in compiled} == {4}

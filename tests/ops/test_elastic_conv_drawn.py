@@ -1,0 +1,55 @@
+"""Elastic convolution over drawn shapes, windows and channel lists, by the 2x rule."""
+
+import pytest
+import torch
+
+pytest.importorskip("hypothesis")
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, given, settings
+
+from tests.ops.elastic_conv_cases import Problem, assert_within_twice
+
+OP = "elastic_conv"
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Conversion of an array:DeprecationWarning"
+)  # by the interpreter
+
+
+@st.composite
+def _channels(draw, maximum: int):
+    count = draw(st.integers(1, maximum))
+    kind = draw(st.sampled_from(["all", "leading", "listed", "tensor"]))
+    if kind == "all":
+        return None
+    if kind == "leading":
+        return count
+    indices = draw(st.permutations(range(maximum)))[:count]
+    return torch.tensor(indices) if kind == "tensor" else indices
+
+
+@st.composite
+def _problems(draw) -> Problem:
+    rows, columns = draw(st.integers(1, 11)), draw(st.integers(1, 9))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (1, 5)]))
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    return Problem(
+        inputs=draw(_channels(columns)),
+        outputs=draw(_channels(rows)),
+        weight=(rows, columns, *kernel),
+        image=(draw(st.integers(1, 2)), draw(st.integers(5, 8)), draw(st.integers(9, 11))),
+        window={
+            "stride": draw(pair),
+            "padding": (draw(st.integers(0, 2)), draw(st.integers(0, 3))),
+            "dilation": draw(st.integers(1, 2)),
+        },
+        bias=draw(st.booleans()),
+        channels_last=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
+    )
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(problem=_problems())
+def test_matches_float64_wherever_it_is_drawn(backend, device, problem):
+    assert_within_twice(problem, torch.float32, device)
