@@ -73,9 +73,7 @@ class _Comoments:
     sums: Tensor | None = None  # [3, C]: of squares of the student, of the teacher, of products
 
     def take(self, ours: Tensor, theirs: Tensor) -> None:
-        """Merges a batch of one level, ``[N, C, H, W]`` each; the student is resized where the sizes
-        differ.
-        """
+        """Merges a batch of one level, ``[N, C, H, W]`` each; a student of another size is resized."""
         if ours.shape[-2:] != theirs.shape[-2:]:
             ours = nn.functional.interpolate(ours, size=theirs.shape[-2:], mode="bilinear")
         both = torch.stack((ours, theirs)).double().transpose(1, 2).flatten(2)  # [2, C, N*H*W]

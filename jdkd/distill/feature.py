@@ -11,8 +11,7 @@ from jdkd.functional import pkd_loss
 
 
 class FeatureDistiller:
-    """PKD (Cao et al., NeurIPS 2022) between the pyramids of a student and a teacher, levels paired by
-    stride.
+    """PKD (Cao et al., NeurIPS 2022) between a student's pyramid and a teacher's, paired by stride.
 
     A context manager::
 
@@ -61,8 +60,7 @@ class FeatureDistiller:
         self.view.__exit__(*error)
 
     def loss(self) -> Tensor:
-        """The loss of the student's last forward, a scalar in fp32 with a graph to the student; once per
-        forward.
+        """The loss of the student's last forward, a scalar in fp32; once per forward.
 
         Raises:
             RuntimeError: the student has not run since the last call.

@@ -73,8 +73,7 @@ class HeadDistiller:
         self.view.__exit__(*error)
 
     def loss(self) -> Tensor:
-        """The loss of the student's last forward, a scalar in fp32 with a graph to the student; once per
-        forward.
+        """The loss of the student's last forward, a scalar in fp32; once per forward.
 
         Raises:
             RuntimeError: the student has not run since the last call.

@@ -57,8 +57,7 @@ def pair_levels(
 
 
 def select_channels(teacher: Tensor, student: Tensor, channels: Tensor | None) -> Tensor:
-    """The channels of the teacher's level (``[N, C_t, H, W]``) that stand opposite the student's: ``[N, C_s,
-    H, W]``.
+    """The teacher's channels (of ``[N, C_t, H, W]``) opposite the student's: ``[N, C_s, H, W]``.
 
     Raises:
         InputError: the counts differ and ``channels`` does not make up for it.

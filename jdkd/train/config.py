@@ -76,8 +76,7 @@ class TrainConfig:
             )
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of step ``step`` (from 0): a linear warm-up to ``lr``, then a cosine down to ``lr *
-        lr_end``.
+        """Learning rate of step ``step`` (from 0): a linear rise to ``lr``, then a cosine to ``lr * lr_end``.
 
         Warm-up as in Goyal et al. 2017, cosine as in Loshchilov and Hutter, ICLR 2017.
         """

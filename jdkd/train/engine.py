@@ -35,9 +35,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class FitReport:
-    """What a training did: optimizer steps and seconds, interrupted parts included, and the last losses
-    logged.
-    """
+    """What a training did: steps and seconds, interrupted parts included, and the losses last logged."""
 
     steps: int
     seconds: float
@@ -216,9 +214,7 @@ class _Run:
         self._logged = (self.step, self.seconds)
 
     def _asked(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """The dictionaries of losses, each computed under autocast; what is done with them in between is
-        not.
-        """
+        """Computes the dictionaries of losses under autocast, one by one, and only them."""
         with self._autocast():
             asked = self.ask(images, targets, self.step)
             terms_left = iter((asked,) if isinstance(asked, Mapping) else asked)

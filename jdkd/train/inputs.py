@@ -17,8 +17,7 @@ def images_of(batch: Any) -> Tensor | list[Tensor]:
 
 
 def normalised(model: nn.Module, batch: Any) -> Tensor:
-    """The batch as ``model.backbone`` gets it: resized, normalised and padded by the detector's own
-    transform.
+    """The batch as ``model.backbone`` gets it: resized, normalised and padded by ``model.transform``.
 
     Args:
         model: a detector with ``transform`` as torchvision's have; without one, the batch is taken as it is.

@@ -9,8 +9,7 @@ from types import FrameType
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is over, so that no step is left half done; a second one acts at
-    once.
+    """Holds Ctrl-C back until the block is over, so that no step is left half done; a second acts at once.
 
     Outside the main thread, where Python delivers no signals, it does nothing.
     """

@@ -8,8 +8,7 @@ from jdkd.train import checkpoint
 
 
 class Log:
-    """Appends JSON lines to ``file``; opened for a run that stands at ``step``, it keeps the lines up to
-    there.
+    """Appends JSON lines to ``file``; for a run that stands at ``step``, it keeps the lines up to there.
 
     Raises:
         InputError: the file cannot be written.

@@ -8,9 +8,7 @@ from torch import nn
 
 @contextmanager
 def mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Puts ``model`` in training or evaluation mode, and afterwards every one of its modules back in its
-    own.
-    """
+    """Puts ``model`` in training or evaluation mode, and afterwards each module back in its own."""
     before = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:

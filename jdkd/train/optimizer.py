@@ -7,9 +7,7 @@ from jdkd.train.config import TrainConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or SGD over the trainable parameters; those with one dimension (norms and biases) are not
-    decayed.
-    """
+    """AdamW or SGD over what is trainable; one-dimensional parameters (norms, biases) are not decayed."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},

@@ -5,6 +5,7 @@ import torch
 
 from jdkd.distill import correlations
 from jdkd.errors import InputError
+from tests.detectors import detector, small_spec
 from tests.distill.pyramids import PyramidDetector, batch
 
 LEVELS = {"0": 4, "1": 8}
@@ -70,6 +71,14 @@ def test_detectors_are_run_in_evaluation_mode_and_left_as_they_were(student, tea
     assert student.training and teacher.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     assert correlations(student, teacher, [(images, targets)]) == measured
+
+
+def test_a_teacher_may_look_at_its_own_input_size(images):
+    large, small = detector(small_spec()), detector(small_spec(min_size=32))
+    assert correlations(small, large, [images]) == pytest.approx(dict.fromkeys((4, 8, 16, 32), 0), abs=1e-6)
+    measured = correlations(small, large, [images], own_size=True)
+    assert list(measured) == [4, 8, 16, 32]
+    assert all(0.01 < distance < 1 for distance in measured.values())
 
 
 def test_no_batches_are_an_error(student, teacher):
