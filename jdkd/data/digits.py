@@ -1,0 +1,260 @@
+"""See :func:`write_digit_scenes`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from jdkd.errors import InputError
+
+CLASSES = tuple(str(digit) for digit in range(10))
+TRAIN_DIGITS = 1400  # of scikit-learn's 1,797; the others appear in val scenes only
+FEWEST, MOST = 2, 7  # digits per scene
+SMALLEST, LARGEST = 0.14, 0.48  # height of a digit over the image's side
+MOST_HIDDEN = 0.25  # of the smaller of two boxes, by a later digit
+INK = 0.3  # darkness from which a pixel belongs to the digit
+ANNOTATIONS = "annotations/instances_{split}2017.json"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a folder of digit scenes was asked to be; two equal requests give equal folders."""
+
+    train: int
+    val: int
+    size: int
+    seed: int
+
+
+def write_digit_scenes(
+    out: Path | str,
+    *,
+    train: int = 400,
+    val: int = 100,
+    size: int = 128,
+    seed: int = 0,
+    resume: bool = False,
+    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+) -> None:
+    """Writes scenes of real handwritten digits over real photographs as a COCO-format folder.
+
+    The digits are scikit-learn's 1,797 (Alpaydin and Kaynak 1998), pasted at several scales, colours and
+    contrasts, with some overlap and clutter, over crops of its two sample photographs. Boxes are tight around
+    the ink. Scene k of a split depends on (seed, split, size, k) alone, and no digit of a training scene is in
+    a validation scene. The annotation files say that digits are not mirror-symmetric.
+
+    Args:
+        out: the folder to make. It appears whole or not at all.
+        train, val: scenes per split.
+        size: side of the square images, in pixels.
+        seed: decides everything that is drawn.
+        resume: accept a folder that holds exactly these scenes already, and leave it alone.
+        progress: told (scenes done, scenes in all, {}).
+
+    Raises:
+        InputError: a number is out of range, or ``out`` holds something else.
+    """
+    out, request = Path(out), Request(train, val, size, seed)
+    _check(request)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _require_same(out, request, resume)
+        return
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        done = 0
+        for split, count in (("train", train), ("val", val)):
+            folder = partial / f"{split}2017"
+            folder.mkdir(parents=True)
+            images, annotations = [], []
+            for k in range(count):
+                picture, found = scene(request.size, np.random.default_rng([seed, split == "val", size, k]), split)
+                name = f"{k:06d}.png"
+                Image.fromarray(picture).save(folder / name, compress_level=1)
+                images.append({"id": k, "file_name": name, "width": size, "height": size})
+                annotations += [_annotation(len(annotations) + i, k, box, d) for i, (box, d) in enumerate(found, 1)]
+                done += 1
+                if progress:
+                    progress(done, train + val, {})
+            _write_annotations(partial / ANNOTATIONS.format(split=split), request, images, annotations)
+        if out.is_dir():
+            out.rmdir()
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def scene(
+    size: int, rng: np.random.Generator, split: str
+) -> tuple[np.ndarray, list[tuple[tuple[int, int, int, int], int]]]:
+    """One scene.
+
+    Args:
+        size: side in pixels.
+        rng: the source of chance.
+        split: ``"train"`` or ``"val"``, which decides the digits to draw from.
+
+    Returns:
+        The picture, uint8 ``[size, size, 3]``, and (x, y, width, height in pixels, digit) of every digit.
+    """
+    images, labels = _digits(split)
+    picture = _background(size, rng)
+    for _ in range(rng.integers(0, 4)):  # clutter: strokes that are no digit
+        _stroke(picture, rng)
+    found: list[tuple[tuple[int, int, int, int], int]] = []
+    for _ in range(rng.integers(FEWEST, MOST + 1)):
+        which = rng.integers(len(images))
+        height = round(size * np.exp(rng.uniform(np.log(SMALLEST), np.log(LARGEST))))
+        ink = _ink(images[which], max(6, height), rng)
+        box = _place(ink.shape, [box for box, _ in found], size, rng)
+        if box is not None:
+            _paint(picture, ink, box, rng)
+            found.append((box, int(labels[which])))
+    return picture.round().clip(0, 255).astype(np.uint8), found
+
+
+@cache
+def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images [n, 8, 8] in 0..1 and labels [n] of one split's digits."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    chosen = order[:TRAIN_DIGITS] if split == "train" else order[TRAIN_DIGITS:]
+    return digits.images[chosen] / 16.0, digits.target[chosen]
+
+
+@cache
+def _photographs() -> list[np.ndarray]:
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images
+
+
+def _background(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A random square crop of a photograph, float [size, size, 3] in 0..255."""
+    photograph = _photographs()[rng.integers(len(_photographs()))]
+    height, width = photograph.shape[:2]
+    side = rng.integers(96, min(height, width) + 1)
+    y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    crop = Image.fromarray(photograph[y : y + side, x : x + side])
+    if rng.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float64)
+
+
+def _ink(digit: np.ndarray, height: int, rng: np.random.Generator) -> np.ndarray:
+    """A digit [8, 8] enlarged and turned a little: ink in 0..1, cropped tight to where it shows."""
+    image = Image.fromarray((digit * 255).astype(np.uint8))
+    width = max(4, round(height * rng.uniform(0.75, 1.1)))
+    image = image.resize((round(width * 8 / 6), round(height * 8 / 7.5)), Image.Resampling.BICUBIC)
+    image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
+    ink = np.asarray(image, dtype=np.float64) / 255
+    rows, columns = np.flatnonzero((ink > INK).any(1)), np.flatnonzero((ink > INK).any(0))
+    ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return np.where(ink > INK, np.clip(ink * 1.4, 0, 1), 0)
+
+
+def _place(
+    shape: tuple[int, int], boxes: list[tuple[int, int, int, int]], size: int, rng: np.random.Generator
+) -> tuple[int, int, int, int] | None:
+    """Where a digit of that height and width hides no other too much; None if nowhere is found."""
+    height, width = shape
+    if max(height, width) > size:
+        return None
+    for _ in range(30):
+        x, y = int(rng.integers(size - width + 1)), int(rng.integers(size - height + 1))
+        if all(_hidden((x, y, width, height), box) <= MOST_HIDDEN for box in boxes):
+            return x, y, width, height
+    return None
+
+
+def _hidden(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
+    """Overlap of two boxes over the smaller one's area."""
+    across = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
+    down = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
+    return max(0, across) * max(0, down) / min(a[2] * a[3], b[2] * b[3])
+
+
+def _paint(
+    picture: np.ndarray, ink: np.ndarray, box: tuple[int, int, int, int], rng: np.random.Generator
+) -> None:
+    """Blends a digit into the picture, in a colour that stands out from what is behind it."""
+    x, y, width, height = box
+    behind = picture[y : y + height, x : x + width]
+    colour = rng.uniform(0, 255, 3)
+    for _ in range(20):
+        if np.abs(colour - behind.mean((0, 1))).mean() > 60:
+            break
+        colour = rng.uniform(0, 255, 3)
+    opacity = (ink * rng.uniform(0.8, 1.0))[..., None]
+    behind[:] = behind * (1 - opacity) + colour * opacity
+
+
+def _stroke(picture: np.ndarray, rng: np.random.Generator) -> None:
+    """Draws a straight bar of a random colour."""
+    size = len(picture)
+    (x0, y0), angle = rng.uniform(0, size, 2), rng.uniform(0, np.pi)
+    length, thickness = size * rng.uniform(0.1, 0.35), max(1.0, size * rng.uniform(0.008, 0.025))
+    rows, columns = np.mgrid[:size, :size]
+    along = (columns - x0) * np.cos(angle) + (rows - y0) * np.sin(angle)
+    across = (rows - y0) * np.cos(angle) - (columns - x0) * np.sin(angle)
+    picture[(np.abs(along) < length / 2) & (np.abs(across) < thickness)] = rng.uniform(0, 255, 3)
+
+
+def _annotation(number: int, image: int, box: tuple[int, int, int, int], digit: int) -> dict[str, Any]:
+    return {
+        "id": number,
+        "image_id": image,
+        "category_id": digit + 1,
+        "bbox": list(box),
+        "area": box[2] * box[3],
+        "iscrowd": 0,
+    }
+
+
+def _write_annotations(
+    file: Path, request: Request, images: list[dict[str, Any]], annotations: list[dict[str, Any]]
+) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    info = {"description": "digit scenes", "mirror_symmetric": False, "request": asdict(request)}
+    categories = [{"id": label, "name": name} for label, name in enumerate(CLASSES, start=1)]
+    content = {"info": info, "images": images, "annotations": annotations, "categories": categories}
+    file.write_text(json.dumps(content))
+
+
+def _check(request: Request) -> None:
+    least = {"train": 1, "val": 1, "size": 32, "seed": 0}
+    for name, value in asdict(request).items():
+        if value < least[name]:
+            raise InputError(f"{name} is {value} but must be at least {least[name]}; give a larger one")
+
+
+def _require_same(out: Path, request: Request, resume: bool) -> None:
+    """Accepts a folder only where it holds the very scenes asked for and may be kept."""
+    found = next(_requests(out), None)
+    if found is None:
+        raise InputError(f"{out} holds something that is no folder of digit scenes; give a new or an empty folder")
+    if not resume:
+        raise InputError(f"{out} already holds digit scenes; give another folder, or --resume to keep these")
+    differing = [f"{name} was {found.get(name)} and is {value}" for name, value in asdict(request).items()]
+    differing = [text for text, name in zip(differing, asdict(request), strict=True) if found.get(name) != getattr(request, name)]
+    if differing:
+        raise InputError(f"{out} holds other digit scenes ({', '.join(differing)}); give another folder")
+
+
+def _requests(out: Path) -> Iterator[dict[str, Any]]:
+    for split in ("train", "val"):
+        try:
+            yield json.loads((out / ANNOTATIONS.format(split=split)).read_text())["info"]["request"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
