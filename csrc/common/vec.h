@@ -1,0 +1,70 @@
+// Vectors of sixteen floats in the compiler's own vector types, and the clones that use whatever the processor has.
+//
+// A function marked JDKD_CLONES is compiled for AVX-512, for AVX2 with FMA, and for the baseline; the loader picks one
+// when the library is loaded. So the build needs no -march and its result runs everywhere. Helpers are always inlined:
+// they take the instruction set of the clone they land in.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+#define JDKD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define JDKD_CLONES
+#endif
+#define JDKD_INLINE static inline __attribute__((always_inline))
+#define JDKD_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace jdkd {
+
+constexpr int64_t kLanes = 16;
+typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
+
+JDKD_INLINE Vec splat(float value) { return Vec{} + value; }
+
+JDKD_INLINE Vec load(const float* from) {
+  Vec v;
+  std::memcpy(&v, from, sizeof(v));
+  return v;
+}
+
+JDKD_INLINE void store(float* to, const Vec& v) { std::memcpy(to, &v, sizeof(v)); }
+
+// The first n < kLanes values; the other lanes hold `fill`.
+JDKD_INLINE Vec load_tail(const float* from, int64_t n, const Vec& fill) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &fill, sizeof(fill));
+  for (int64_t i = 0; i < n; ++i) {
+    lanes[i] = from[i];
+  }
+  return load(lanes);
+}
+
+JDKD_INLINE void store_tail(float* to, const Vec& v, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = v[i];
+  }
+}
+
+JDKD_INLINE double sum_lanes(const Vec& v) {
+  double total = 0;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    total += v[i];
+  }
+  return total;
+}
+
+// How many of a vector's lanes a loop handles, for bodies written once: all, or the first n.
+struct Full {
+  inline __attribute__((always_inline)) Vec load(const float* from) const { return jdkd::load(from); }
+  inline __attribute__((always_inline)) void store(float* to, const Vec& v) const { jdkd::store(to, v); }
+};
+
+struct Tail {
+  int64_t n;
+  inline __attribute__((always_inline)) Vec load(const float* from) const { return load_tail(from, n, Vec{}); }
+  inline __attribute__((always_inline)) void store(float* to, const Vec& v) const { store_tail(to, v, n); }
+};
+
+}  // namespace jdkd

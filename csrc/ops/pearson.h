@@ -1,0 +1,125 @@
+// The Pearson distillation loss: what every backend shares.
+//
+// Over the m = N H W positions of one channel, with centred sums ss = sum (s - mean_s)^2, tt, st, the unbiased
+// deviations std = sqrt(ss / (m - 1)) and D = std + eps:
+//
+//   loss_c = (ss / Ds^2 + tt / Dt^2 - 2 st / (Ds Dt)) / (2 m)
+//   dx_i   = a (x_i - mean_x) + b (y_i - mean_y) + k
+//
+// for either tensor as x and the other as y. jdkd/reference/pearson.py holds the derivation.
+//
+// The residual. Near r = 1 the three terms of the loss cancel, so st is never summed directly: with any beta close to
+// sqrt(ss / tt) a backend sums e = sum (ds - beta dt)^2 and takes st = (ss + beta^2 tt - e) / (2 beta). Rounding in ss
+// and tt then cancels too, and the loss is good to about 1e-10 instead of 1e-7.
+#pragma once
+
+#include "common/checks.h"
+#include "common/layout.h"
+
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#if defined(__CUDACC__)
+#define JDKD_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define JDKD_HOST_DEVICE inline
+#endif
+
+namespace jdkd::pearson {
+
+using torch::stable::Tensor;
+
+constexpr double kEps = 1e-6;  // added to the standard deviation, as the public PKDLoss does
+
+// Rows of the coefficient table [2, kRows, sum of C]: entry 0 is the gradient of the student, 1 of the teacher.
+enum Row : int { kA, kB, kK, kMeanX, kMeanY, kRows };
+
+// The statistics of a set of positions: their number, both means, and the centred sums.
+struct Moments {
+  double n = 0, mean_s = 0, mean_t = 0, ss = 0, tt = 0, st = 0;
+};
+
+// Chan, Golub, LeVeque (1983): the statistics of two disjoint sets joined. Callers keep the order fixed.
+JDKD_HOST_DEVICE Moments merge(const Moments& p, const Moments& q) {
+  const double n = p.n + q.n;
+  if (n == 0) {
+    return p;
+  }
+  const double share = q.n / n, weight = p.n * share;
+  const double gap_s = q.mean_s - p.mean_s, gap_t = q.mean_t - p.mean_t;
+  return {
+      n,
+      p.mean_s + share * gap_s,
+      p.mean_t + share * gap_t,
+      p.ss + q.ss + weight * gap_s * gap_s,
+      p.tt + q.tt + weight * gap_t * gap_t,
+      p.st + q.st + weight * gap_s * gap_t};
+}
+
+// The factor of the residual. Any positive value is exact in exact arithmetic, so extremes are simply clamped.
+JDKD_HOST_DEVICE float residual_beta(float ss, float tt) {
+  const float ratio = (ss > 0.0f && tt > 0.0f) ? sqrtf(ss / tt) : 1.0f;
+  return ratio > 1e15f ? 1e15f : (ratio < 1e-15f ? 1e-15f : ratio);
+}
+
+// A tile's moments from what was summed around the rounded means: sum ds, sum dt, sum ds^2, sum dt^2 and the residual.
+// The first two are zero but for the rounding of the means, which they correct.
+JDKD_HOST_DEVICE Moments tile_moments(
+    double n, float mean_s, float mean_t, double ds, double dt, double ss, double tt, double beta, double e) {
+  const double rest = ds - beta * dt;
+  ss -= ds * ds / n;
+  tt -= dt * dt / n;
+  e -= rest * rest / n;
+  ss = ss < 0 ? 0 : ss;
+  tt = tt < 0 ? 0 : tt;
+  const double st = (ss == 0 || tt == 0) ? 0 : (ss + beta * beta * tt - e) / (2 * beta);
+  return {n, mean_s + ds / n, mean_t + dt / n, ss, tt, st};
+}
+
+// One table entry: the gradient with respect to x, already times loss_weight / C.
+// a and b are rounded first and k is formed from the rounded values, so that the gradient keeps its zero mean.
+JDKD_HOST_DEVICE void gradient_row(
+    double m, double mean_x, double mean_y, double xx, double yy, double xy, double scale, float* row, int64_t stride) {
+  const bool single = m < 2;  // one element has no variance: loss and gradient are defined as zero
+  const double std_x = single ? 0 : sqrt(xx / (m - 1)), std_y = single ? 0 : sqrt(yy / (m - 1));
+  const double dx = std_x + kEps, dy = std_y + kEps;
+  const double a_wide = std_x > 0 ? kEps / (dx * dx * dx) + xy / ((m - 1) * std_x * dx * dx * dy) : 0;
+  const float a = static_cast<float>(scale * a_wide / m);
+  const float b = single ? 0.0f : static_cast<float>(-scale / (m * dx * dy));
+  const float shift_x = static_cast<float>(mean_x), shift_y = static_cast<float>(mean_y);
+  row[kA * stride] = a;
+  row[kB * stride] = b;
+  row[kK * stride] = static_cast<float>(-a * (mean_x - shift_x) - b * (mean_y - shift_y));
+  row[kMeanX * stride] = shift_x;
+  row[kMeanY * stride] = shift_y;
+}
+
+// Writes both table entries of one channel (of a table with `channels` columns) and returns its share of the loss.
+JDKD_HOST_DEVICE double finish_channel(const Moments& q, double scale, float* column, int64_t channels) {
+  gradient_row(q.n, q.mean_s, q.mean_t, q.ss, q.tt, q.st, scale, column, channels);
+  gradient_row(q.n, q.mean_t, q.mean_s, q.tt, q.ss, q.st, scale, column + kRows * channels, channels);
+  if (q.n < 2) {
+    return q.mean_s * 0 + q.mean_t * 0;  // 0, or NaN for a NaN
+  }
+  const double ds = sqrt(q.ss / (q.n - 1)) + kEps, dt = sqrt(q.tt / (q.n - 1)) + kEps;
+  const double loss = q.ss / (ds * ds) + q.tt / (dt * dt) - 2 * q.st / (ds * dt);
+  return scale * (loss < 0 ? 0 : loss) / (2 * q.n);
+}
+
+// One feature level. Both tensors are dense in the same layout.
+struct Level {
+  int64_t n, c, hw;
+  int64_t first_channel;  // its first column in the coefficient table
+  bool channels_last;
+
+  int64_t positions() const { return n * hw; }
+};
+
+// Checks the contract of both operators and describes the levels. Shapes are [N, C, H, W].
+std::vector<Level> describe_levels(const char* op, const std::vector<Tensor>& x, const std::vector<Tensor>& y);
+
+// Checks the table of a backward: fp32 [kRows, channels], contiguous; and the incoming gradient: one fp32 value.
+void check_backward(const Tensor& dloss, const Tensor& coefficients, int64_t channels);
+
+}  // namespace jdkd::pearson
