@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
+PIP_NOISE := ^(Requirement already|Collecting|Processing|Looking in|  (Preparing|Checking|Building|Attempting|Found existing))
 CSRC := $(shell find csrc -type f 2>/dev/null)
 INSTALLED := $(VENV)/.jdkd-installed
 BUILT := $(VENV)/.jdkd-built
@@ -35,15 +36,15 @@ $(VENV)/bin/python:
 $(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing torch and the tools, as constraints.txt pins them (2 GB the first time)"
 	@$(PIP) install --progress-bar on -c constraints.txt "setuptools" "wheel" "ninja" "pybind11" \
-		"torch" "cuda-toolkit[nvcc,cccl,crt,nvvm]" | { grep -v '^Requirement already satisfied' || true; }
+		"torch" "cuda-toolkit[nvcc,cccl,crt,nvvm]" | { grep -vE '$(PIP_NOISE)' || true; }
 	@echo "== installing jdkd, editable"
 	@JDKD_BUILD_EXT=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[detect,dev]" \
-		| { grep -v '^Requirement already satisfied' || true; }
+		| { grep -vE '$(PIP_NOISE)' || true; }
 	@touch $@
 
 $(BUILT): $(INSTALLED) setup.py $(CSRC)
 	@echo "== compiling jdkd._C"
-	@$(PY) setup.py --quiet build_ext --inplace 2>&1 | sed -uE 's#^(\[[0-9]+/[0-9]+\]) .* -c ([^ ]+) -o .*#\1 \2#; /^(g\+\+|c\+\+) .* -shared /d'
+	@$(PY) setup.py --quiet build_ext --inplace 2>&1 | sed -uE 's#^(\[[0-9]+/[0-9]+\]) .* -c ([^ ]+) -o .*#\1 \2#; /^(g\+\+|c\+\+) .* -shared /d; /No CUDA runtime is found/d'
 	@$(PY) -m jdkd.env
 	@touch $@
 
