@@ -198,7 +198,7 @@ class ElasticBatchNorm2d(_Elastic, nn.BatchNorm2d):
         y = F.batch_norm(x, mean, variance, weight, bias, from_batch, momentum, self.eps)
         if tracks and active.index is not None:
             index = on_device(active.index, mean.device)
-            # Past the version counter, as batch_norm itself writes: another subnet in the graph may hold a view.
+            # Past the version counter, as batch_norm writes: another subnet in the graph may hold a view.
             self.running_mean.data.index_copy_(0, index, mean)
             self.running_var.data.index_copy_(0, index, variance)
         return y

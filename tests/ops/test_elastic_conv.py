@@ -14,9 +14,7 @@ from jdkd.reference.elastic_conv import elastic_depthwise_conv2d
 from tests.ops.elastic_conv_cases import Problem, assert_close_as_eager, assert_within_twice, results
 
 OP = "elastic_conv"
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array:DeprecationWarning"
-)  # by the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
 PROBLEMS = {
     "all": Problem(window={"padding": 1}),
     "leading": Problem(3, 4, window={"padding": 1}),
@@ -25,6 +23,7 @@ PROBLEMS = {
     "listed": Problem([4, 0, 2], [6, 1], window={"padding": (2, 1), "stride": 2}),
     "listed-in": Problem([4, 0, 2], 5, window={"dilation": 2, "padding": 1}),
     "listed-out": Problem(2, [6, 1, 5], window={"stride": (1, 2)}),
+    "permuted": Problem([2, 0, 1, 4, 3], [6, 0, 5, 1, 4, 2, 3], window={"dilation": (2, 1)}),
     "1x1": Problem([3, 1], 4, weight=(7, 5, 1, 1)),
     "1x1-strided": Problem(4, 4, weight=(7, 5, 1, 1), window={"stride": 2}),
     "wide": Problem(70, [*range(60, 130)], weight=(130, 90, 3, 3), image=(1, 6, 5), window={"padding": 1}),
@@ -53,9 +52,7 @@ def _runs(dtype: torch.dtype, device: str) -> bool:
 
 @problems
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_matches_float64_in_output_and_gradients(backend, device, problem, dtype, channels_last):
     if not _runs(dtype, device):
         pytest.skip(f"torch has no {dtype} convolution on this {device}")
@@ -103,14 +100,10 @@ def test_subnets_that_share_a_graph_add_their_gradients(backend, device):
 
     def gradient(weight, run):
         leaf = weight.clone().requires_grad_()
-        sum(
-            run(p)(x.to(leaf.dtype), leaf, None).sin().sum() for p, x in zip(subnets, inputs, strict=True)
-        ).backward()
+        sum(run(p)(x.to(leaf.dtype), leaf, None).sin().sum() for p, x in zip(subnets, inputs, strict=True)).backward()
         return leaf.grad
 
-    exact, eager = (
-        gradient(weight.to(wide), lambda p: p.reference) for wide in (torch.float64, torch.float32)
-    )
+    exact, eager = (gradient(weight.to(wide), lambda p: p.reference) for wide in (torch.float64, torch.float32))
     assert_close_as_eager(gradient(weight, lambda p: p.ours), eager, exact, "dweight")
 
 
@@ -123,8 +116,9 @@ def test_keeps_the_layout_of_its_input(backend, device, problem):
         assert problem.ours(*tensors).is_contiguous(memory_format=expected)
 
 
-def test_takes_strided_inputs_and_weights(backend, device):
-    problem = PROBLEMS["listed"]
+@pytest.mark.parametrize("name", ["leading", "listed"])
+def test_takes_strided_inputs_and_weights(backend, device, name):
+    problem = PROBLEMS[name]
     x, weight, bias = problem.tensors(torch.float32, device)
     expected = problem.ours(x, weight, bias)
     wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), torch.nan, device=device)
@@ -170,9 +164,7 @@ def test_operators_pass_opcheck(backend, device, name):
         None if value is None or isinstance(value, int) else torch.tensor(value, device=device)
         for value in (problem.inputs, problem.outputs)
     )
-    window = [
-        problem.window.get(key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))
-    ]
+    window = [problem.window.get(key, default) for key, default in (("stride", 1), ("padding", 0), ("dilation", 1))]
     window = [[value, value] if isinstance(value, int) else list(value) for value in window]
     tail = (in_index, out_index, len(problem.rows), *window, 1)
     forward, backward = torch.ops.jdkd.elastic_conv_fwd.default, torch.ops.jdkd.elastic_conv_bwd.default
@@ -212,9 +204,7 @@ def test_operators_take_depthwise_groups():
 def test_functional_transforms_see_through_leading_channels():
     problem = PROBLEMS["leading"]
     x, weight, bias = problem.tensors(torch.float64, "cpu")
-    expected = results(
-        problem.ours, [x, weight, bias], torch.ones((), dtype=torch.float64).expand(2, 4, 6, 7)
-    )
+    expected = results(problem.ours, [x, weight, bias], torch.ones((), dtype=torch.float64).expand(2, 4, 6, 7))
 
     def total(weight):
         return problem.ours(x, weight, bias).sum()

@@ -11,9 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from tests.ops.elastic_conv_cases import Problem, assert_within_twice
 
 OP = "elastic_conv"
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Conversion of an array:DeprecationWarning"
-)  # by the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
 
 
 @st.composite
@@ -41,7 +39,7 @@ def _problems(draw) -> Problem:
         window={
             "stride": draw(pair),
             "padding": (draw(st.integers(0, 2)), draw(st.integers(0, 3))),
-            "dilation": draw(st.integers(1, 2)),
+            "dilation": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
         },
         bias=draw(st.booleans()),
         channels_last=draw(st.booleans()),
@@ -49,7 +47,7 @@ def _problems(draw) -> Problem:
     )
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(problem=_problems())
 def test_matches_float64_wherever_it_is_drawn(backend, device, problem):
     assert_within_twice(problem, torch.float32, device)

@@ -1,4 +1,4 @@
-"""What only a GPU can show of the elastic convolution: real sizes, TF32, no host synchronisation, graph capture."""
+"""What only a GPU can show of the elastic convolution: real sizes, TF32, no waiting, graph capture."""
 
 import pytest
 import torch
@@ -29,9 +29,7 @@ def _half_width(kernel: int, stride: int, listed: bool) -> ElasticConv2d:
 
 @pytest.mark.parametrize("listed", [False, True], ids=["leading", "listed"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["tf32", "bf16", "fp16"]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["tf32", "bf16", "fp16"])
 def test_kernel_agrees_with_cudnn_at_real_sizes(dtype, shape, listed):
     n, height, width, kernel, stride = shape
     layer = _half_width(kernel, stride, listed).to(dtype)
