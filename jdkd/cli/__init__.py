@@ -40,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not full_disk(error):
             raise
-        return _refuse(
-            f"the disk is full, {error.filename or 'the output'} was not written; make room and repeat."
-        )
+        return _refuse(f"the disk is full, {error.filename or 'the output'} was not written; make room and repeat.")
 
 
 def _parse(argv: list[str]) -> Callable[[], None]:

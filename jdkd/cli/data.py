@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jdkd.cli.failures import keeping
 from jdkd.cli.progress import Progress
-from jdkd.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -19,7 +16,7 @@ class Data:
     what: Literal["digits"]
     """digits: handwritten digits at several scales, overlapping, on photographs."""
     out: Path
-    """Folder to write."""
+    """Folder to write; it appears whole or not at all."""
     train: int = 400
     """Training images."""
     val: int = 100
@@ -29,17 +26,19 @@ class Data:
     seed: int = 0
     """Equal seeds give equal images."""
     resume: bool = False
-    """Carry on what OUT holds."""
+    """Accept a folder that holds exactly these images already."""
 
     def __call__(self) -> None:
         from jdkd.data import write_digit_scenes
 
-        sizes = {"train": self.train, "val": self.val, "size": self.size, "seed": self.seed}
-        run = RunFolder(self.out)
-        with keeping(run, "the images written so far"), Progress() as progress:
-            command = ["jdkd", *sys.argv[1:]]
-            resumed = run.begin("data", sizes, resume=self.resume, command=command)
-            if not (resumed and run.read()["finished"]):
-                write_digit_scenes(self.out, **sizes, progress=progress.task("digit scenes"))
-                run.finish()
+        with Progress() as progress:
+            write_digit_scenes(
+                self.out,
+                train=self.train,
+                val=self.val,
+                size=self.size,
+                seed=self.seed,
+                resume=self.resume,
+                progress=progress.task("digit scenes"),
+            )
         print(f"{self.out}: {self.train} training and {self.val} validation images of {self.size} px")

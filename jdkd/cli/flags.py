@@ -51,9 +51,7 @@ class DataFlags:
         """
         from jdkd.data import resolve_split
 
-        return resolve_split(
-            name, self.data, getattr(self, f"{name}_images"), getattr(self, f"{name}_annotations")
-        )
+        return resolve_split(name, self.data, getattr(self, f"{name}_images"), getattr(self, f"{name}_annotations"))
 
 
 def describe(train: Split, val: Split) -> dict[str, str]:
@@ -87,8 +85,7 @@ def resolve_device(device: str) -> str:
         return "cuda" if there else "cpu"
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= there:
         raise InputError(
-            f"--device is {device}, but torch {torch.__version__} sees {there} CUDA devices; give --device "
-            "auto or cpu."
+            f"--device is {device}, but torch {torch.__version__} sees {there} CUDA devices; give --device auto or cpu."
         )
     return device
 

@@ -88,8 +88,7 @@ class Latency:
             chosen = min(self.count, len(dataset))
             return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}"
         return _photographs(), (
-            "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your "
-            "images"
+            "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your images"
         )
 
 
@@ -125,9 +124,7 @@ def _photographs() -> list[Tensor]:
     import torch
     from sklearn.datasets import load_sample_images
 
-    return [
-        torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous() for image in load_sample_images().images
-    ]
+    return [torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous() for image in load_sample_images().images]
 
 
 def _read(file: Path) -> Tensor:
@@ -181,21 +178,11 @@ def _conditions(report: LatencyReport, origin: str) -> list[str]:
         f"interleaved (ABBA), {warm}",
     ]
     if "tf32_convolution" in machine:
-        lines.append(
-            f"TF32: convolutions {machine['tf32_convolution']}, matrix products {machine['tf32_matmul']}"
-        )
-    throttled = [
-        state["throttle_reasons"] for state in (machine["gpu_before"], machine["gpu_after"]) if state
-    ]
+        lines.append(f"TF32: convolutions {machine['tf32_convolution']}, matrix products {machine['tf32_matmul']}")
+    throttled = [state["throttle_reasons"] for state in (machine["gpu_before"], machine["gpu_after"]) if state]
     if any(throttled):
-        lines.append(
-            f"the GPU was throttled (reasons {', '.join(map(hex, throttled))}): compare ratios, not times"
-        )
-    left = {
-        name: model.facts["batch_norms"]
-        for name, model in report.models.items()
-        if model.facts["batch_norms"]
-    }
+        lines.append(f"the GPU was throttled (reasons {', '.join(map(hex, throttled))}): compare ratios, not times")
+    left = {name: model.facts["batch_norms"] for name, model in report.models.items() if model.facts["batch_norms"]}
     if left:
         lines.append(f"batch norms that could not be folded: {left}")
     return lines

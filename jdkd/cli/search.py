@@ -74,9 +74,7 @@ class Search:
         config = SearchConfig(**given, train=train, val=val, device=device)
         run = RunFolder(self.out)
         with keeping(run, "every finished candidate and the last checkpoint"), Progress() as progress:
-            folders = {
-                name: str(path.resolve()) for name in ("base", "teacher_pool") if (path := given[name])
-            }
+            folders = {name: str(path.resolve()) for name in ("base", "teacher_pool") if (path := given[name])}
             same = ("target_latency", "steps", "candidates", "batch_size", "lr", "amp", "seed")
             identity = {**{name: given[name] for name in same}, **folders, "data": describe(train, val)}
             run.begin("search", identity, resume=self.resume, command=["jdkd", *sys.argv[1:]])
@@ -88,7 +86,7 @@ class Search:
             print(path)
         if not result["target_met"]:
             raise InputError(
-                f"no candidate met --target-latency {self.target_latency:g}: the student in "
-                f"{self.out / 'student'} is the fastest, at {result['student']['latency_ratio']:.3f}; ask "
-                "for less, or give more --candidates and --steps."
+                f"the student in {self.out / 'student'} takes {result['student']['latency_ratio']:.3f} of "
+                f"the base's time and misses --target-latency {self.target_latency:g}; it is the best found: "
+                "ask for less, or give more --candidates and --steps."
             )

@@ -130,17 +130,13 @@ class Train:
         try:
             spec = DetectorSpec.from_json(file.read_text(), source=str(file))
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"--spec {file} cannot be read ({error}); give a JSON file or a named spec."
-            ) from error
+            raise InputError(f"--spec {file} cannot be read ({error}); give a JSON file or a named spec.") from error
         if spec.classes != tuple(classes):
             raise InputError(
                 f"{file} has the classes {', '.join(spec.classes[:5])} ({len(spec.classes)}), the data "
                 f"{', '.join(classes[:5])} ({len(classes)}); give the data's classes to the spec."
             )
-        given |= {
-            name: getattr(self, name) for name in ("fpn", "box_head") if getattr(self, name) is not None
-        }
+        given |= {name: getattr(self, name) for name in ("fpn", "box_head") if getattr(self, name) is not None}
         return spec.replace(**given)
 
     def _config(self, train: CocoDetectionDataset) -> TrainConfig:

@@ -77,9 +77,7 @@ def model_only(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: to
     return call
 
 
-def backbone_replay(
-    model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device
-) -> Call | None:
+def backbone_replay(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> Call | None:
     """Replay of a CUDA graph of the backbone on the first batch: kernel time without any host time.
 
     RPN and NMS have shapes that depend on the data and cannot be captured, so this is not a latency of the
@@ -125,11 +123,7 @@ def check_images(images: Sequence[Tensor]) -> None:
     if not images:
         raise InputError("images is empty; latency is measured on at least one image [3, H, W]")
     for index, image in enumerate(images):
-        if (
-            image.ndim != 3
-            or image.shape[0] != 3
-            or not (image.dtype == torch.uint8 or image.is_floating_point())
-        ):
+        if image.ndim != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):
             raise InputError(
                 f"images[{index}] has shape {list(image.shape)} and dtype {image.dtype}; give "
                 "[3, H, W] in uint8 or a float type in 0..1"

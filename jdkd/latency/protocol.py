@@ -34,7 +34,8 @@ class Schedule:
 
     Args:
         rounds: at least so many rounds; each runs every model twice.
-        min_seconds: and at least so long.
+        min_seconds: and at least so long,
+        max_seconds: but no longer than this, where `LEAST_ROUNDS` rounds fit in; intervals tell what it cost.
         warmup_seconds: untimed at least so long, and then until stable:
         warmup_limit: but no longer than this, in seconds; the report says whether it became stable.
         window: rounds whose median is compared with that of as many rounds before them.
@@ -43,14 +44,18 @@ class Schedule:
 
     rounds: int = 100
     min_seconds: float = 10.0
+    max_seconds: float = 120.0
     warmup_seconds: float = 3.0
     warmup_limit: float = 20.0
     window: int = 10
     tolerance: float = 0.01
 
 
+LEAST_ROUNDS = 5
 REPORTED = Schedule()
-QUICK = Schedule(rounds=20, min_seconds=0.0, warmup_seconds=0.0, warmup_limit=1.0, window=3, tolerance=0.05)
+QUICK = Schedule(
+    rounds=20, min_seconds=0.0, max_seconds=20.0, warmup_seconds=0.0, warmup_limit=1.0, window=3, tolerance=0.05
+)
 
 
 def order(names: Sequence[str], round_index: int) -> list[str]:
@@ -87,9 +92,7 @@ def interleave(
     Returns:
         Milliseconds by mode and model, two per round in the order taken, and how warm-up and timing went.
     """
-    samples: dict[str, dict[str, list[float]]] = {
-        mode: {name: [] for name in named} for mode, named in calls.items()
-    }
+    samples: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in named} for mode, named in calls.items()}
 
     def one_round(index: int) -> float:
         total = 0.0
@@ -112,7 +115,7 @@ def interleave(
         taken.clear()
     begin, done = time.perf_counter(), 0
     with _no_garbage_collection():
-        while done < schedule.rounds or time.perf_counter() - begin < schedule.min_seconds:
+        while not _is_enough(done, time.perf_counter() - begin, schedule):
             one_round(done)
             done += 1
             if progress:
@@ -127,6 +130,7 @@ def measure(
     device: str | torch.device = "cpu",
     rounds: int = REPORTED.rounds,
     min_seconds: float = REPORTED.min_seconds,
+    max_seconds: float = REPORTED.max_seconds,
     warmup_seconds: float = REPORTED.warmup_seconds,
     warmup_limit: float = REPORTED.warmup_limit,
     window: int = REPORTED.window,
@@ -145,7 +149,8 @@ def measure(
         models: detectors in eval mode by name, base first; each is moved to `device`.
         images: [3, H, W] on the host, uint8 or float in 0..1; rounds take them in turn.
         device: where to measure.
-        rounds, min_seconds, warmup_seconds, warmup_limit, window, tolerance: see :class:`Schedule`.
+        rounds, min_seconds, max_seconds, warmup_seconds, warmup_limit, window, tolerance: see
+            :class:`Schedule`.
         batch_size: images per call; latencies are per call.
         modes: of `end_to_end` (images on the host to boxes on the host), `model_only` (normalised batch to
             boxes after NMS) and `backbone_replay` (CUDA graph, GPU only); a mode that a model does not have
@@ -160,19 +165,14 @@ def measure(
     """
     device = torch.device(device)
     _check(models, images, batch_size, modes)
-    schedule = Schedule(rounds, min_seconds, warmup_seconds, warmup_limit, window, tolerance)
+    schedule = Schedule(rounds, min_seconds, max_seconds, warmup_seconds, warmup_limit, window, tolerance)
     images = [images[index % len(images)] for index in range(max(len(images), batch_size))]
-    batches = [
-        images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)
-    ]
+    batches = [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
     before = gpu_state(device)
     with torch.inference_mode(), _cudnn_benchmark(device):
         for model in models.values():
             model.to(device)
-        made = {
-            mode: {name: MODES[mode](model, batches, device) for name, model in models.items()}
-            for mode in modes
-        }
+        made = {mode: {name: MODES[mode](model, batches, device) for name, model in models.items()} for mode in modes}
         calls = {mode: named for mode, named in made.items() if None not in named.values()}
         samples, run = interleave(calls, len(batches), schedule, clock_for(device), progress)
         facts = environment(device)
@@ -212,9 +212,7 @@ def _is_stable(totals: Sequence[float], schedule: Schedule) -> bool:
     return abs(now - before) <= schedule.tolerance * before
 
 
-def _check(
-    models: Mapping[str, nn.Module], images: Sequence[Tensor], batch_size: int, modes: Sequence[str]
-) -> None:
+def _check(models: Mapping[str, nn.Module], images: Sequence[Tensor], batch_size: int, modes: Sequence[str]) -> None:
     """Raise InputError for arguments that cannot be measured."""
     check_images(images)
     if not models:
@@ -226,9 +224,14 @@ def _check(
         raise InputError(f"modes has {sorted(unknown)}; known are {sorted(MODES)}")
     for name, model in models.items():
         if model.training:
-            raise InputError(
-                f"model {name!r} is in training mode; pass jdkd.latency.deployable(model) or model.eval()"
-            )
+            raise InputError(f"model {name!r} is in training mode; pass jdkd.latency.deployable(model) or model.eval()")
+
+
+def _is_enough(rounds: int, seconds: float, schedule: Schedule) -> bool:
+    """Whether a measurement may end."""
+    if seconds >= schedule.max_seconds and rounds >= LEAST_ROUNDS:
+        return True
+    return rounds >= schedule.rounds and seconds >= schedule.min_seconds
 
 
 def _of_model(name: str, model: nn.Module, samples: Mapping[str, Mapping[str, list[float]]]) -> ModelLatency:

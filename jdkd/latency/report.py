@@ -90,9 +90,7 @@ class LatencyReport:
     def from_json(cls, data: dict[str, Any]) -> LatencyReport:
         """Inverse of :meth:`to_json`; summaries are computed anew from the samples."""
         models = {}
-        names = sorted(
-            data["models"], key=lambda name: name != data["base"]
-        )  # base first, the others in order
+        names = sorted(data["models"], key=lambda name: name != data["base"])  # base first, the others in order
         for name in names:
             entry = data["models"][name]
             modes = {mode: Latency.from_json(value) for mode, value in entry.items() if mode != "facts"}

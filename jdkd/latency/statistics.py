@@ -99,9 +99,7 @@ def bootstrap_ratio(
     """
     if len(model) != len(base) or len(model) % per_round or not model:
         raise ValueError(f"{len(model)} and {len(base)} samples are not the same rounds of {per_round}")
-    times = torch.tensor([list(model), list(base)], dtype=torch.float64).view(
-        2, -1, per_round
-    )  # [2, R, per_round]
+    times = torch.tensor([list(model), list(base)], dtype=torch.float64).view(2, -1, per_round)  # [2, R, per_round]
     rounds = times.shape[1]
     generator = torch.Generator().manual_seed(seed)
     chunk = max(1, 1_000_000 // (rounds * per_round))  # bounds the memory of long runs

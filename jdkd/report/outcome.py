@@ -171,14 +171,10 @@ def verdict(result: dict[str, Any]) -> str:
     target, student = result.get("target_latency"), result.get("student") or {}
     if target is None or student.get("latency_ratio") is None:
         return ""
+    taken = f"The student takes {student['latency_ratio']:.3f} of the base's time"
     if result.get("target_met"):
-        return (
-            f"The student takes {student['latency_ratio']:.3f} of the base's time; {target:g} was asked for."
-        )
-    return (
-        f"No candidate met the asked latency of {target:g} of the base's; the student is the best found, at "
-        f"{student['latency_ratio']:.3f}."
-    )
+        return f"{taken}; {target:g} was asked for."
+    return f"{taken} and misses the {target:g} that was asked for; it is the best found."
 
 
 def _number(value: float | None, form: str) -> str:

@@ -105,3 +105,15 @@ def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_p
 def test_latency_on_image_files(jdkd, trained, squares):
     answer = jdkd("latency", trained, "--images", squares / "val2017" / "101.png", *QUICK)
     assert answer.code == 0 and "1 image files" in answer.out
+
+
+def test_data_writes_a_folder_that_train_can_read(jdkd, tmp_path):
+    out = tmp_path / "digits"
+    sizes = ("--train", 3, "--val", 2, "--size", 64)
+    assert jdkd("data", "digits", out, *sizes).code == 0
+    assert {entry.name for entry in out.iterdir()} >= {"annotations", "train2017", "val2017"}
+    assert jdkd("data", "digits", out, *sizes, "--resume").code == 0
+    before = sorted(path.stat().st_mtime_ns for path in out.rglob("*"))
+    again = jdkd("data", "digits", out, "--train", 4, "--val", 2, "--size", 64, "--resume")
+    assert again.code == 2 and "Traceback" not in again.err
+    assert sorted(path.stat().st_mtime_ns for path in out.rglob("*")) == before

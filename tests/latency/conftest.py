@@ -72,6 +72,4 @@ def model() -> FasterRCNN:
 @pytest.fixture
 def images() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randint(256, (3, 64, width), dtype=torch.uint8, generator=generator) for width in (64, 96, 80)
-    ]
+    return [torch.randint(256, (3, 64, width), dtype=torch.uint8, generator=generator) for width in (64, 96, 80)]

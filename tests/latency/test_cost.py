@@ -6,9 +6,7 @@ from jdkd.latency import count
 
 def test_counts_what_pencil_and_paper_count(make_detector):
     width, fpn, model = 16, 8, make_detector(16)
-    cost = count(
-        model, (64, 64)
-    )  # stem at 16x16, level "1" at 8x8; 3 anchors a place, 20 proposals, 4 classes
+    cost = count(model, (64, 64))  # stem at 16x16, level "1" at 8x8; 3 anchors a place, 20 proposals, 4 classes
     fine, coarse = 16 * 16, 8 * 8
     backbone = fine * (3 * 49 * width + 2 * 9 * width**2) + coarse * 9 * width**2
     neck = (fine + coarse) * (width * fpn + 9 * fpn**2)

@@ -71,15 +71,20 @@ def test_gives_up_on_warming_at_the_limit_and_says_so():
     assert not interleave(_calls(clock, "ab"), 1, schedule, clock)[1]["stable"]
 
 
+def test_ends_at_the_limit_with_fewer_rounds_than_asked_for():
+    clock = ScriptedClock(lambda name, calls: 1.0)
+    schedule = Schedule(rounds=10**6, min_seconds=60, max_seconds=0, warmup_seconds=0, warmup_limit=0)
+    samples, run = interleave(_calls(clock, "ab"), 1, schedule, clock)
+    assert run["rounds"] == 5 and len(samples["end_to_end"]["a"]) == 10
+
+
 def test_model_only_finds_the_boxes_of_the_whole_detector(model, images):
     cpu = torch.device("cpu")
     with torch.inference_mode():
         for index, image in enumerate(images):
             (whole,) = end_to_end(model, [[image] for image in images], cpu)(index)
             (bare,) = model_only(model, [[image] for image in images], cpu)(index)
-            scale = torch.tensor([image.shape[2], image.shape[1]] * 2) / torch.tensor(
-                _resized(model, image) * 2
-            )
+            scale = torch.tensor([image.shape[2], image.shape[1]] * 2) / torch.tensor(_resized(model, image) * 2)
             torch.testing.assert_close(bare["boxes"] * scale, whole["boxes"], rtol=1e-4, atol=1e-3)
             torch.testing.assert_close(bare["scores"], whole["scores"])
     assert type(model.transform).__name__ == "GeneralizedRCNNTransform"
@@ -107,9 +112,7 @@ def test_reports_both_modes_of_every_model_and_survives_json(make_detector, imag
         for latency in model.modes().values():
             assert latency.n == 10 and 0 < latency.p50 <= latency.p90 <= latency.p99
     assert report.base == "base" and report.ratio("base").interval == (1.0, 1.0)
-    assert (
-        report.models["base"].facts["batch_norms"] == 0 and report.models["student"].facts["batch_norms"] == 4
-    )
+    assert report.models["base"].facts["batch_norms"] == 0 and report.models["student"].facts["batch_norms"] == 4
     assert report.environment["threads"] == torch.get_num_threads()
     assert report.protocol["image_sizes"] == ["64x64", "64x80", "64x96"]
     assert seen == [(done, 5) for done in range(1, 6)]
@@ -152,8 +155,6 @@ def test_refuses_a_model_in_training_mode(model, images):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_times_with_events_and_replays_the_backbone_on_a_gpu(model, images):
-    report = measure(
-        {"base": deployable(model)}, images, device="cuda", rounds=5, min_seconds=0, warmup_limit=1
-    )
+    report = measure({"base": deployable(model)}, images, device="cuda", rounds=5, min_seconds=0, warmup_limit=1)
     assert report.environment["clock"] == "CUDA events"
     assert set(report.models["base"].modes()) == {"end_to_end", "model_only", "backbone_replay"}
