@@ -31,6 +31,7 @@ class RunFolder:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.file = self.path / RUN_FILE
+        self._is_new = self._is_ours = False
 
     def begin(
         self,
@@ -59,6 +60,7 @@ class RunFolder:
         found = self.read()
         if found is None:
             self._require_empty()
+            self._is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             record = {
                 "kind": kind,
@@ -67,6 +69,7 @@ class RunFolder:
                 "versions": versions(),
             }
             self._write({**record, "started": _now(), "finished": None})
+            self._is_ours = True
             return False
         state = "finished" if found["finished"] else "unfinished"
         if not resume:
@@ -91,10 +94,11 @@ class RunFolder:
         self._write({**(self.read() or {}), **facts, "finished": _now()})
 
     def withdraw(self) -> None:
-        """Give the folder back where the run was refused before it left anything else in it."""
-        if self.file.is_file() and {entry.name for entry in self.path.iterdir()} == {RUN_FILE}:
+        """Undo `begin` where it was this object that began, and nothing else has been written since."""
+        if self._is_ours and [entry.name for entry in self.path.iterdir()] == [RUN_FILE]:
             self.file.unlink()
-            self.path.rmdir()
+            if self._is_new:
+                self.path.rmdir()
 
     def read(self) -> dict[str, Any] | None:
         """The record of the run in the folder, or None.
@@ -109,8 +113,7 @@ class RunFolder:
             return {"finished": None, **record, "kind": record["kind"], "identity": record["identity"]}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{self.file} is not the record of a run ({type(error).__name__}: {error}); give another "
-                "folder."
+                f"{self.file} is not the record of a run ({type(error).__name__}: {error}); give another folder."
             ) from error
 
     def _require_empty(self) -> None:

@@ -76,7 +76,7 @@ class Search:
         with keeping(run, "every finished candidate and the last checkpoint"), Progress() as progress:
             folders = {name: str(path.resolve()) for name in ("base", "teacher_pool") if (path := given[name])}
             same = ("target_latency", "steps", "candidates", "batch_size", "lr", "amp", "seed")
-            identity = {**{name: given[name] for name in same}, **folders, "data": describe(train, val)}
+            identity = {name: given[name] for name in same} | folders | {"data": describe(train, val), "device": device}
             run.begin("search", identity, resume=self.resume, command=["jdkd", *sys.argv[1:]])
             result = search(config, progress=progress)
             plot, page = write_report(self.out)

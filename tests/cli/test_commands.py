@@ -25,9 +25,7 @@ def test_help_loads_nothing_heavy():
 
 
 def test_runs_as_a_module():
-    answer = subprocess.run(
-        [sys.executable, "-m", "jdkd", "env"], capture_output=True, text=True, check=False
-    )
+    answer = subprocess.run([sys.executable, "-m", "jdkd", "env"], capture_output=True, text=True, check=False)
     assert answer.returncode == 0 and "torch" in answer.stdout
 
 
@@ -79,9 +77,7 @@ def test_eval_scores_what_train_scored(jdkd, trained, squares):
 QUICK = ("--rounds", 3, "--seconds", 0)
 
 
-def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(
-    jdkd, trained, squares, tmp_path
-):
+def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jdkd, trained, squares, tmp_path):
     file = tmp_path / "latency.json"
     answer = jdkd("latency", trained, trained, *QUICK, "--out", file)
     assert answer.code == 0, answer.err

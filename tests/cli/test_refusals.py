@@ -152,9 +152,7 @@ def test_a_full_disk_names_the_file(jdkd, train_arguments, tmp_path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device", f"{folder}/weights.safetensors")
 
     monkeypatch.setattr("jdkd.detect.save", full)
-    _refused(
-        jdkd(*train_arguments, "--out", tmp_path / "out"), "weights.safetensors", "disk is full", "--resume"
-    )
+    _refused(jdkd(*train_arguments, "--out", tmp_path / "out"), "weights.safetensors", "disk is full", "--resume")
     monkeypatch.undo()
     assert main([*train_arguments, "--out", str(tmp_path / "out"), "--resume"]) == 0
     assert (tmp_path / "out" / "weights.safetensors").is_file()

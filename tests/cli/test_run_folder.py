@@ -12,9 +12,7 @@ def test_begins_finishes_and_is_resumed(tmp_path):
     run = RunFolder(tmp_path / "deep" / "out")
     assert run.begin("search", IDENTITY, command=["jdkd", "search"]) is False
     record = run.read()
-    assert (
-        record["kind"] == "search" and record["finished"] is None and record["command"] == ["jdkd", "search"]
-    )
+    assert record["kind"] == "search" and record["finished"] is None and record["command"] == ["jdkd", "search"]
     assert RunFolder(run.path).begin("search", IDENTITY, resume=True) is True
     run.finish(best=3)
     assert run.read()["finished"] and run.read()["best"] == 3
@@ -62,6 +60,19 @@ def test_withdraws_only_what_is_empty(tmp_path):
     (run.path / "log.jsonl").unlink()
     run.withdraw()
     assert not run.path.exists()
+
+
+def test_withdraws_neither_the_run_of_another_nor_a_folder_that_was_there(tmp_path):
+    RunFolder(tmp_path).begin("train", {})
+    other = RunFolder(tmp_path)
+    with pytest.raises(InputError):
+        other.begin("train", {})
+    other.withdraw()
+    assert other.file.is_file()
+    other.file.unlink()
+    other.begin("train", {})
+    other.withdraw()
+    assert tmp_path.is_dir() and not other.file.exists()
 
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):

@@ -1,0 +1,49 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from jdkd.cli.progress import Progress
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """A progress display on a terminal or on a file, and what it has shown."""
+
+    def make(terminal):
+        shown = io.StringIO()
+        console = Console(file=shown, force_terminal=terminal, width=120)
+        monkeypatch.setattr("rich.console.Console", lambda **options: console)
+        return Progress(), shown
+
+    return make
+
+
+def test_a_file_gets_one_line_for_a_quick_task(on):
+    progress, shown = on(False)
+    with progress:
+        for done in range(1001):
+            progress.task("train")(done, 1000, {"loss": 0.123456})
+    assert shown.getvalue() == "train  1000/1000  loss 0.1235\n"
+
+
+def test_a_file_gets_a_line_every_quarter_of_a_minute(on, monkeypatch):
+    progress, shown = on(False)
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress:
+        for done in range(1, 101):
+            now[0] += 1.0
+            progress("pool", done, 100)
+    assert [line.split()[1] for line in shown.getvalue().splitlines()] == [
+        *("16/100", "31/100", "46/100", "61/100", "76/100", "91/100", "100/100")
+    ]
+
+
+def test_a_terminal_gets_bars_and_keeps_few_of_them(on):
+    progress, shown = on(True)
+    with progress:
+        for number in range(12):
+            progress(f"candidate [{number}]", 5, 5, {"mAP": 0.5})
+    assert "candidate [11]" in shown.getvalue() and "mAP 0.5" in shown.getvalue()
+    assert sum(task.visible for task in progress._bars.tasks) <= 7
