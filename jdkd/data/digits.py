@@ -19,7 +19,7 @@ from jdkd.errors import InputError
 CLASSES = tuple(str(digit) for digit in range(10))
 TRAIN_DIGITS = 1400  # of scikit-learn's 1,797; the others appear in val scenes only
 FEWEST, MOST = 2, 7  # digits per scene
-SMALLEST, LARGEST = 0.14, 0.48  # height of a digit over the image's side
+SMALLEST, LARGEST = 0.15, 0.5  # height of a digit over the image's side
 MOST_HIDDEN = 0.25  # of the smaller of two boxes, by a later digit
 INK = 0.3  # darkness from which a pixel belongs to the digit
 ANNOTATIONS = "annotations/instances_{split}2017.json"
@@ -108,7 +108,7 @@ def scene(
     """
     images, labels = _digits(split)
     picture = _background(size, rng)
-    for _ in range(rng.integers(0, 4)):  # clutter: strokes that are no digit
+    for _ in range(rng.integers(0, 3)):  # clutter: strokes that are no digit
         _stroke(picture, rng)
     found: list[tuple[tuple[int, int, int, int], int]] = []
     for _ in range(rng.integers(FEWEST, MOST + 1)):
@@ -134,22 +134,22 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _photographs() -> list[np.ndarray]:
+def _photographs() -> list[Image.Image]:
     from sklearn.datasets import load_sample_images
 
-    return load_sample_images().images
+    return [Image.fromarray(photograph) for photograph in load_sample_images().images]
 
 
 def _background(size: int, rng: np.random.Generator) -> np.ndarray:
-    """A random square crop of a photograph, float [size, size, 3] in 0..255."""
+    """A random square crop of a photograph, darkened so that digits stand out, float [size, size, 3] in 0..255."""
     photograph = _photographs()[rng.integers(len(_photographs()))]
-    height, width = photograph.shape[:2]
-    side = rng.integers(96, min(height, width) + 1)
-    y, x = rng.integers(height - side + 1), rng.integers(width - side + 1)
-    crop = Image.fromarray(photograph[y : y + side, x : x + side])
+    width, height = photograph.size
+    side = int(rng.integers(96, min(height, width) + 1))
+    x, y = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))
+    crop = photograph.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(crop.resize((size, size), Image.Resampling.BILINEAR), dtype=np.float64)
+    return np.asarray(crop, dtype=np.float64) * rng.uniform(0.4, 0.75)
 
 
 def _ink(digit: np.ndarray, height: int, rng: np.random.Generator) -> np.ndarray:
@@ -157,7 +157,7 @@ def _ink(digit: np.ndarray, height: int, rng: np.random.Generator) -> np.ndarray
     image = Image.fromarray((digit * 255).astype(np.uint8))
     width = max(4, round(height * rng.uniform(0.75, 1.1)))
     image = image.resize((round(width * 8 / 6), round(height * 8 / 7.5)), Image.Resampling.BICUBIC)
-    image = image.rotate(rng.uniform(-12, 12), Image.Resampling.BICUBIC, expand=True)
+    image = image.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
     ink = np.asarray(image, dtype=np.float64) / 255
     rows, columns = np.flatnonzero((ink > INK).any(1)), np.flatnonzero((ink > INK).any(0))
     ink = ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
@@ -188,16 +188,11 @@ def _hidden(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float
 def _paint(
     picture: np.ndarray, ink: np.ndarray, box: tuple[int, int, int, int], rng: np.random.Generator
 ) -> None:
-    """Blends a digit into the picture, in a colour that stands out from what is behind it."""
+    """Blends a digit into the picture, in a bright colour."""
     x, y, width, height = box
     behind = picture[y : y + height, x : x + width]
-    colour = rng.uniform(0, 255, 3)
-    for _ in range(20):
-        if np.abs(colour - behind.mean((0, 1))).mean() > 60:
-            break
-        colour = rng.uniform(0, 255, 3)
     opacity = (ink * rng.uniform(0.8, 1.0))[..., None]
-    behind[:] = behind * (1 - opacity) + colour * opacity
+    behind[:] = behind * (1 - opacity) + rng.uniform(150, 255, 3) * opacity
 
 
 def _stroke(picture: np.ndarray, rng: np.random.Generator) -> None:
@@ -208,7 +203,7 @@ def _stroke(picture: np.ndarray, rng: np.random.Generator) -> None:
     rows, columns = np.mgrid[:size, :size]
     along = (columns - x0) * np.cos(angle) + (rows - y0) * np.sin(angle)
     across = (rows - y0) * np.cos(angle) - (columns - x0) * np.sin(angle)
-    picture[(np.abs(along) < length / 2) & (np.abs(across) < thickness)] = rng.uniform(0, 255, 3)
+    picture[(np.abs(along) < length / 2) & (np.abs(across) < thickness)] = rng.uniform(60, 220, 3)
 
 
 def _annotation(number: int, image: int, box: tuple[int, int, int, int], digit: int) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Archive:
             self._db.execute(f"CREATE TABLE IF NOT EXISTS candidates ({columns})")
             self.candidates = [_from_row(row) for row in self._rows()]
         except sqlite3.DatabaseError as error:
+            self.close()
             raise InputError(
                 f"{file} is no archive of a search ({error}); search into another folder."
             ) from None

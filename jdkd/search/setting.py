@@ -63,16 +63,9 @@ class Setting:
     def training(self, steps: int, seed: int, **changes: Any) -> TrainConfig:
         """Settings of one training; ``seed`` tells the trainings of a search apart."""
         config = self.config
-        return TrainConfig(
-            steps=steps,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            amp=config.amp,
-            flip=0.5 if self.train.mirror_symmetric else 0.0,
-            seed=1000 * config.seed + seed,
-            workers=config.workers,
-            **{"checkpoint_every": 25} | changes,
-        )
+        settings = {"lr": config.lr, "flip": 0.5 if self.train.mirror_symmetric else 0.0, "checkpoint_every": 25}
+        settings |= {"batch_size": config.batch_size, "amp": config.amp, "workers": config.workers}
+        return TrainConfig(steps=steps, seed=1000 * config.seed + seed, **settings | changes)
 
 
 def open_setting(config: SearchConfig, progress: Progress) -> Setting:

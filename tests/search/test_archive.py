@@ -1,6 +1,7 @@
 """The archive: append-only, whole after a crash, and the front it holds."""
 
 import sqlite3
+from contextlib import closing
 
 import pytest
 
@@ -24,21 +25,20 @@ def candidate(number=0, *, map=0.4, ratio=1.0, parent=None, **changes) -> Candid
 
 def test_what_goes_in_comes_out_after_reopening(tmp_path):
     rows = [candidate(0, teacher=None, cycles=()), candidate(1, parent="000")]
-    archive = Archive(tmp_path / "a.sqlite")
-    for row in rows:
-        archive.add(row)
-    archive.close()
-    again = Archive(tmp_path / "a.sqlite")
-    assert again.candidates == rows
-    assert again.lineage(rows[1]) == rows
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
+        for row in rows:
+            archive.add(row)
+    with closing(Archive(tmp_path / "a.sqlite")) as again:
+        assert again.candidates == rows
+        assert again.lineage(rows[1]) == rows
 
 
 def test_a_number_is_archived_once(tmp_path):
-    archive = Archive(tmp_path / "a.sqlite")
-    archive.add(candidate(1))
-    with pytest.raises(sqlite3.IntegrityError):
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
         archive.add(candidate(1))
-    assert len(archive) == 1 == len(Archive(tmp_path / "a.sqlite"))
+        with pytest.raises(sqlite3.IntegrityError):
+            archive.add(candidate(1))
+        assert len(archive) == 1
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -35,6 +36,11 @@ def config_of(folder, out, **changes) -> SearchConfig:
         lr=1e-4, latency_seconds=0.0,
     )  # fmt: skip
     return replace(small, **changes)
+
+
+def archived(out, columns="*") -> list[tuple]:
+    with closing(sqlite3.connect(out / ARCHIVE)) as archive:
+        return archive.execute(f"SELECT {columns} FROM candidates").fetchall()
 
 
 def test_a_search_leaves_a_student_a_result_and_an_archive(folder):
@@ -88,23 +94,19 @@ def start(folder, resume: bool) -> subprocess.Popen:
 
 
 def test_a_killed_search_resumes_and_archives_every_candidate_once(folder):
-    process = start(folder, resume=False)
-    for line in process.stdout:
-        if line.startswith("candidate 2"):
-            break
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    archive = sqlite3.connect(folder / "killed" / ARCHIVE)
-    before = archive.execute("SELECT * FROM candidates").fetchall()
+    with start(folder, resume=False) as process:
+        for line in process.stdout:
+            if line.startswith("candidate 2"):
+                break
+        process.send_signal(signal.SIGKILL)
+    before = archived(folder / "killed")
     assert [row[0] for row in before] == [0, 1]
     assert not (folder / "killed" / "result.json").exists()
-    process = start(folder, resume=True)
-    lines = process.stdout.read().splitlines()
-    assert process.wait() == 0
-    assert not any(line.startswith(("pool: largest", "candidate 1:")) for line in lines), (
-        "nothing finished is done again"
-    )
-    after = archive.execute("SELECT * FROM candidates").fetchall()
+    with start(folder, resume=True) as process:
+        lines = process.stdout.read().splitlines()
+    assert process.returncode == 0
+    assert not any(line.startswith(("pool: largest", "candidate 1:")) for line in lines), "nothing finished is redone"
+    after = archived(folder / "killed")
     assert after[:2] == before and [row[0] for row in after] == [0, 1, 2]
     assert (folder / "killed" / "result.json").exists()
 
