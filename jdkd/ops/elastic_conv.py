@@ -16,6 +16,8 @@ is the default.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +36,7 @@ from jdkd.ops.active_channels import (
 )
 
 _OP = "elastic_conv"
+_Pair = Sequence[int]  # vertical, horizontal, in pixels
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _backend.register(_OP, "reference")
@@ -154,8 +157,7 @@ def check_channels(x: Tensor, count: int, *, dim: int, where: str) -> None:
     """Raises InputError unless dimension ``dim`` of ``x`` holds ``count`` active channels."""
     if x.shape[dim] != count:
         raise InputError(
-            f"{where}: x has {x.shape[dim]} channels but {count} input channels are active; "
-            "activate as many as x has"
+            f"{where}: x has {x.shape[dim]} channels but {count} input channels are active; activate as many as x has"
         )
 
 
@@ -189,9 +191,7 @@ def convolve(
     if groups == 1 and x.dim() == 4 and padding != "same" and _kernel_runs(x):
         x = _autocast(x)
         window = _pair(stride), _pair(0 if padding == "valid" else padding), _pair(dilation)
-        return _ElasticConv.apply(
-            x, weight, bias, inputs.index, outputs.index, outputs.count, *window, groups
-        )
+        return _ElasticConv.apply(x, weight, bias, inputs.index, outputs.index, outputs.count, *window, groups)
     columns = inputs if groups == 1 else Channels(weight.shape[1])
     part = active_part(weight, outputs, columns)  # [Cout, Cin / groups, kh, kw]
     bias = None if bias is None else active_part(bias, outputs)  # [Cout]
@@ -279,17 +279,19 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _empty_output(x, weight, out_channels, stride, padding, dilation):
-    size = [
-        (x.shape[2 + d] + 2 * padding[d] - dilation[d] * (weight.shape[2 + d] - 1) - 1) // stride[d] + 1
-        for d in (0, 1)
-    ]
-    return torch.empty(
-        (x.shape[0], out_channels, *size), dtype=x.dtype, device=x.device, memory_format=_layout(x)
-    )  # [N, Cout, OH, OW]
+def _empty_output(
+    x: Tensor, weight: Tensor, out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair
+) -> Tensor:
+    reach = [dilation[d] * (weight.shape[2 + d] - 1) + 1 for d in (0, 1)]  # of the window, in pixels
+    size = [(x.shape[2 + d] + 2 * padding[d] - reach[d]) // stride[d] + 1 for d in (0, 1)]
+    shape = (x.shape[0], out_channels, *size)  # [N, Cout, OH, OW]
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
 
 
-def _forward(x, weight, bias, in_index, out_index, out_channels, stride, padding, dilation, groups):
+def _forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
+    out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int,
+) -> Tensor:  # fmt: skip
     if groups == 1 and _backend.select(_OP, x) == "triton":
         y = _empty_output(x, weight, out_channels, stride, padding, dilation)
         if y.numel() // max(1, out_channels) < 2**31:
@@ -301,7 +303,10 @@ def _forward(x, weight, bias, in_index, out_index, out_channels, stride, padding
     return y.contiguous(memory_format=_layout(x))
 
 
-def _forward_triton(x, weight, bias, y, in_index, out_index, stride, padding, dilation):
+def _forward_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, in_index: Tensor | None, out_index: Tensor | None,
+    stride: _Pair, padding: _Pair, dilation: _Pair,
+) -> Tensor:  # fmt: skip
     from jdkd.kernels.elastic_conv import elastic_conv_fwd
 
     if y.numel() > 0:
@@ -310,32 +315,37 @@ def _forward_triton(x, weight, bias, y, in_index, out_index, stride, padding, di
     return y
 
 
-def _forward_fake(x, weight, bias, in_index, out_index, out_channels, stride, padding, dilation, groups):
+def _forward_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
+    out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int,
+) -> Tensor:  # fmt: skip
     return _empty_output(x, weight, out_channels, stride, padding, dilation)
 
 
-def _backward(dout, x, weight, in_index, out_index, out_channels, stride, padding, dilation, groups, wanted):
+def _backward(
+    dout: Tensor, x: Tensor, weight: Tensor, in_index: Tensor | None, out_index: Tensor | None,
+    out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, columns = _rows_columns(x, weight, in_index, out_index, out_channels, groups)
-    part = gather(weight, rows, columns).to(x.dtype)
-    grads = torch.ops.aten.convolution_backward(
+    part = gather(weight, rows, columns).to(x.dtype)  # [Cout, Cin / groups, kh, kw]
+    dx, dpart, dbias = torch.ops.aten.convolution_backward(
         dout, x, part, [out_channels], stride, padding, dilation, False, [0, 0], groups, wanted
     )
-    dx, dpart, dbias = grads
-    dx = dx.contiguous(memory_format=_layout(x)) if wanted[0] else x.new_empty(0)
-    dweight = scatter(dpart, weight, rows, columns) if wanted[1] else weight.new_empty(0)
-    if wanted[2]:
-        like = weight.new_empty(weight.shape[0])  # [Cout_max]
-        return dx, dweight, scatter(dbias, like, rows, Channels(1))
-    return dx, dweight, weight.new_empty(0)
+    empty = weight.new_empty
+    return (
+        dx.contiguous(memory_format=_layout(x)) if wanted[0] else x.new_empty(0),
+        scatter(dpart, weight, rows, columns) if wanted[1] else empty(0),
+        scatter(dbias, empty(weight.shape[0]), rows, Channels(1)) if wanted[2] else empty(0),
+    )
 
 
 def _backward_fake(
-    dout, x, weight, in_index, out_index, out_channels, stride, padding, dilation, groups, wanted
-):
+    dout: Tensor, x: Tensor, weight: Tensor, in_index: Tensor | None, out_index: Tensor | None,
+    out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int, wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
-        if wanted[0]
-        else x.new_empty(0),
+        dx if wanted[0] else x.new_empty(0),
         torch.empty_like(weight) if wanted[1] else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if wanted[2] else 0),
     )
