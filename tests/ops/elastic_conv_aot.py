@@ -86,9 +86,7 @@ def measure(case: dict) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        sass = subprocess.run(
-            [CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        sass = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     ptx = compiled.asm["ptx"]
     return case | {
         "warps": compiled.metadata.num_warps,

@@ -50,9 +50,7 @@ class Problem:
         )
 
     def ours(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return elastic_conv2d(
-            x, weight, bias, in_channels=self.inputs, out_channels=self.outputs, **self.window
-        )
+        return elastic_conv2d(x, weight, bias, in_channels=self.inputs, out_channels=self.outputs, **self.window)
 
 
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -80,9 +78,7 @@ def results(function, tensors: Sequence[Tensor | None], dout: Tensor | None = No
     dout = dout.to(y)
     y.backward(dout)
     gradients = {
-        name: leaf.grad
-        for name, leaf in zip(("dx", "dweight", "dbias"), leaves, strict=True)
-        if leaf is not None
+        name: leaf.grad for name, leaf in zip(("dx", "dweight", "dbias"), leaves, strict=True) if leaf is not None
     }
     return {"y": y.detach(), "dout": dout, **gradients}
 
