@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
+from jdkd.files import write_json
 
 RUN_FILE = "run.json"
 
@@ -128,27 +128,7 @@ class RunFolder:
             )
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        write_whole(self.file, json.dumps(record, indent=2) + "\n")
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file so that it appears whole or not at all, and what was there stays until then.
-
-    Args:
-        file: where to; its folder exists.
-        content: text (UTF-8) or bytes.
-
-    Raises:
-        OSError: with the file's name, where it could not be written.
-    """
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(partial, file)
-    except OSError as error:
-        raise type(error)(error.errno, error.strerror, str(file)) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        write_json(self.file, record)
 
 
 def versions() -> dict[str, str]:

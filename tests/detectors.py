@@ -23,9 +23,7 @@ def detector(spec: DetectorSpec, seed: int = 0) -> torch.nn.Module:
     model = build(spec)
     for name, tensor in model.state_dict().items():
         if tensor.dtype.is_floating_point and tensor.dim() == 1:
-            tensor.uniform_(0.5, 1.5) if name.endswith(("weight", "running_var")) else tensor.uniform_(
-                -0.2, 0.2
-            )
+            tensor.uniform_(0.5, 1.5) if name.endswith(("weight", "running_var")) else tensor.uniform_(-0.2, 0.2)
     return model.eval()
 
 

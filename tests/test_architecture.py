@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    "errors run_folder",
+    "errors files run_folder",
     "kernels reference",
     "_ext",
     "_backend",
@@ -86,8 +86,8 @@ def judge(home: str, name: str, inside: bool) -> Iterator[str]:
     """Yields what is wrong with importing ``name`` from the room ``home``."""
     top, room = name.split(".")[0], room_of(name)
     if home == "kernels":
-        if top not in {"torch", "triton", *sys.stdlib_module_names}:
-            yield f"kernels import only torch and triton, not {name}"
+        if top not in {"torch", "triton", "kernels", *sys.stdlib_module_names}:
+            yield f"kernels import only torch, triton and each other, not {name}"
         return
     if room in FLOOR_OF and FLOOR_OF[room] > FLOOR_OF.get(home, -1):
         yield f"{home} is on a floor left of {room}, and may not import {name}"

@@ -7,8 +7,9 @@ from json import dumps
 from pathlib import Path
 from typing import Literal
 
-from jdkd.cli.flags import DataFlags, resolve_device, write_json
+from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
+from jdkd.files import write_json
 
 
 @dataclass(frozen=True)

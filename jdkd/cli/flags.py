@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jdkd.errors import InputError
 
@@ -88,19 +88,3 @@ def resolve_device(device: str) -> str:
             f"--device is {device}, but torch {torch.__version__} sees {there} CUDA devices; give --device auto or cpu."
         )
     return device
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file whole or not at all.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    import json
-
-    from jdkd.run_folder import write_whole
-
-    try:
-        write_whole(file, json.dumps(content, indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"{file} cannot be written ({error.strerror}); give another file.") from error

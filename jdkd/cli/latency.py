@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jdkd.cli.flags import DataFlags, resolve_device, write_json
+from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
+from jdkd.files import write_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, describe, resolve_device, write_json
+from jdkd.cli.flags import DataFlags, describe, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
+from jdkd.files import write_json
 from jdkd.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -187,7 +187,7 @@ def _integers(path: Path, records: Sequence[dict], kind: str, key: str) -> np.nd
 def _ids(path: Path, records: Sequence[dict], kind: str) -> np.ndarray:
     """Returns the distinct ids of all records [len(records)] int64."""
     ids = _integers(path, records, kind, "id")
-    unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
         repeated = unique[counts > 1]
         places = np.flatnonzero(ids == repeated[0])[:2]
@@ -253,8 +253,8 @@ def _clip(
         x, y, right, bottom = boxes[place]
         width, height = sizes[place]
         raise InputError(
-            f"annotation {annotation_ids[place]} of {path} {what}: bbox [{x:g}, {y:g}, {right - x:g}, {bottom - y:g}] "
-            f"in image {image_ids[place]} of {width} x {height} pixels{_others(int(bad.sum()), 'such box', 'such boxes')}; "
+            f"annotation {annotation_ids[place]} of {path} {what}: bbox [{x:g}, {y:g}, {right - x:g}, {bottom - y:g}] in "
+            f"image {image_ids[place]} of {width} x {height} px{_others(int(bad.sum()), 'such box', 'such boxes')}; "
             "correct it, remove it, or set its iscrowd to 1 to have the region ignored"
         )
 

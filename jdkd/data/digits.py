@@ -185,9 +185,7 @@ def _hidden(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float
     return max(0, across) * max(0, down) / min(a[2] * a[3], b[2] * b[3])
 
 
-def _paint(
-    picture: np.ndarray, ink: np.ndarray, box: tuple[int, int, int, int], rng: np.random.Generator
-) -> None:
+def _paint(picture: np.ndarray, ink: np.ndarray, box: tuple[int, int, int, int], rng: np.random.Generator) -> None:
     """Blends a digit into the picture, in a bright colour."""
     x, y, width, height = box
     behind = picture[y : y + height, x : x + width]
@@ -241,8 +239,8 @@ def _require_same(out: Path, request: Request, resume: bool) -> None:
         raise InputError(f"{out} holds something that is no folder of digit scenes; give a new or an empty folder")
     if not resume:
         raise InputError(f"{out} already holds digit scenes; give another folder, or --resume to keep these")
-    differing = [f"{name} was {found.get(name)} and is {value}" for name, value in asdict(request).items()]
-    differing = [text for text, name in zip(differing, asdict(request), strict=True) if found.get(name) != getattr(request, name)]
+    wanted = asdict(request).items()
+    differing = [f"{name} was {found.get(name)} and is {value}" for name, value in wanted if found.get(name) != value]
     if differing:
         raise InputError(f"{out} holds other digit scenes ({', '.join(differing)}); give another folder")
 

@@ -1,17 +1,18 @@
 """A checkpoint is ``spec.json`` and ``weights.safetensors`` in a folder: data, never a pickled module."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 from jdkd.detect.build import build
 from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
+from jdkd.files import write_whole
 
 SPEC, WEIGHTS = "spec.json", "weights.safetensors"
 
@@ -21,15 +22,8 @@ def save(folder: Path | str, model: nn.Module) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    partial = folder / f".{WEIGHTS}.partial"
-    try:
-        save_file(state, partial)
-        os.replace(partial, folder / WEIGHTS)
-        partial = folder / f".{SPEC}.partial"
-        partial.write_text(model.spec.to_json() + "\n")
-        os.replace(partial, folder / SPEC)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(folder / WEIGHTS, serialise(state))
+    write_whole(folder / SPEC, model.spec.to_json() + "\n")
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
@@ -41,9 +35,7 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     folder = Path(folder)
     for name in (SPEC, WEIGHTS):
         if not (folder / name).is_file():
-            raise InputError(
-                f"{folder} is no detector: it has no {name}; give a folder written by `jdkd train`."
-            )
+            raise InputError(f"{folder} is no detector: it has no {name}; give a folder written by `jdkd train`.")
     model = build(DetectorSpec.from_json((folder / SPEC).read_text(), source=str(folder / SPEC)))
     try:
         state = load_file(folder / WEIGHTS)
@@ -116,9 +108,7 @@ def _read_state(file: Path) -> dict[str, Tensor]:
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own
-        raise InputError(
-            f"weights {file} cannot be read ({error}); give a .safetensors or .pth state dict."
-        ) from None
+        raise InputError(f"weights {file} cannot be read ({error}); give a .safetensors or .pth state dict.") from None
     state = state.get("model", state) if isinstance(state, dict) else {}
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 

@@ -57,9 +57,7 @@ def _backbone_groups(spec: DetectorSpec) -> Iterator[Group]:
         for i, inner in enumerate(stage.blocks):
             block = f"{body}.{name}.{i}"
             consumers += ((f"{block}.conv1.weight", 1, 1),)
-            if i == 0 and (
-                number > 0 or size != stage.width
-            ):  # the shortcut is projected: a new stream begins
+            if i == 0 and (number > 0 or size != stage.width):  # the shortcut is projected: a new stream begins
                 consumers += ((f"{block}.downsample.0.weight", 1, 1),)
                 yield Group(stream, size, producers, consumers)
                 stream, size, consumers = name, stage.width, ()
@@ -85,9 +83,7 @@ def _neck_and_head_groups(spec: DetectorSpec) -> Iterator[Group]:
     yield Group("fpn", spec.fpn, affine(*outer), reads)
     reads = ((f"{rpn}.cls_logits.weight", 1, 1), (f"{rpn}.bbox_pred.weight", 1, 1))
     yield Group("rpn", spec.fpn, affine(f"{rpn}.conv.0.0"), reads)
-    yield Group(
-        "box_head.fc6", spec.box_head, affine(f"{roi}.box_head.fc6"), ((f"{roi}.box_head.fc7.weight", 1, 1),)
-    )
+    yield Group("box_head.fc6", spec.box_head, affine(f"{roi}.box_head.fc6"), ((f"{roi}.box_head.fc7.weight", 1, 1),))
     predictor = f"{roi}.box_predictor"
     reads = ((f"{predictor}.cls_score.weight", 1, 1), (f"{predictor}.bbox_pred.weight", 1, 1))
     yield Group("box_head.fc7", spec.box_head, affine(f"{roi}.box_head.fc7"), reads)

@@ -87,9 +87,7 @@ def _channel_index(
     ours, theirs = channel_groups(child), channel_groups(parent)
     index: dict[str, list[tuple[int, Tensor, bool]]] = {}
     if unknown := channels.keys() - ours.keys():
-        raise InputError(
-            f"channels names the groups {sorted(unknown)}, which the child lacks; it has {sorted(ours)}."
-        )
+        raise InputError(f"channels names the groups {sorted(unknown)}, which the child lacks; it has {sorted(ours)}.")
     for name, group in ours.items():
         before = _renamed(name, ancestors)
         if before is None:

@@ -36,9 +36,7 @@ class Block(nn.Module):
             changes.
     """
 
-    def __init__(
-        self, in_channels: int, inner: tuple[int, ...], out_channels: int, stride: int, layers: Layers
-    ):
+    def __init__(self, in_channels: int, inner: tuple[int, ...], out_channels: int, stride: int, layers: Layers):
         super().__init__()
         kernels = (3, 3) if len(inner) == 1 else (1, 3, 1)
         strides = (stride, 1) if len(inner) == 1 else (1, stride, 1)
@@ -107,7 +105,5 @@ class Backbone(nn.Module):
         self.fpn = FeaturePyramidNetwork(widths, spec.fpn, extra_blocks=LastLevelMaxPool())
         self.out_channels = spec.fpn
 
-    def forward(
-        self, x: Tensor
-    ) -> "OrderedDict[str, Tensor]":  # [N, 3, H, W] -> {"0", "1", "2", "3", "pool"}
+    def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":  # [N, 3, H, W] -> {"0", "1", "2", "3", "pool"}
         return self.fpn(self.body(x))

@@ -114,9 +114,7 @@ class DetectorSpec:
 
     def summary(self) -> str:
         """One short line for tables and logs."""
-        inner = "/".join(
-            f"{stage.depth}x{max(max(block) for block in stage.blocks)}" for stage in self.stages
-        )
+        inner = "/".join(f"{stage.depth}x{max(max(block) for block in stage.blocks)}" for stage in self.stages)
         return f"{self.block} {inner}, FPN {self.fpn}, box head {self.box_head}, {self.min_size} px"
 
 
@@ -152,17 +150,13 @@ def named_spec(
         InputError: the name is unknown or a multiplier is not positive.
     """
     if name not in _PUBLISHED:
-        raise InputError(
-            f"spec {name!r} is neither a JSON file nor one of the named specs {', '.join(NAMED_SPECS)}."
-        )
+        raise InputError(f"spec {name!r} is neither a JSON file nor one of the named specs {', '.join(NAMED_SPECS)}.")
     if width <= 0 or depth <= 0:
         raise InputError(f"width and depth multiply the spec and must be positive, got {width} and {depth}.")
     block, depths = _PUBLISHED[name]
     inner = [round_width(width * channels) for channels in (64, 128, 256, 512)]
     stages = tuple(
-        Stage(
-            channels * EXPANSION[block], ((channels,) * INNER_CONVS[block],) * max(1, round(blocks * depth))
-        )
+        Stage(channels * EXPANSION[block], ((channels,) * INNER_CONVS[block],) * max(1, round(blocks * depth)))
         for channels, blocks in zip(inner, depths, strict=True)
     )
     smallest = 32
@@ -189,7 +183,8 @@ def _check(spec: DetectorSpec) -> None:
         raise InputError(f"head must be 'faster_rcnn', got {spec.head!r}.")
     if spec.block not in EXPANSION or spec.norm not in ("batch", "frozen"):
         raise InputError(
-            f"block must be one of {sorted(EXPANSION)} and norm 'batch' or 'frozen', got {spec.block!r} and {spec.norm!r}."
+            f"block must be one of {sorted(EXPANSION)} and norm 'batch' or 'frozen', got {spec.block!r} and "
+            f"{spec.norm!r}."
         )
     if not spec.classes or len(spec.stages) != 4 or len(spec.anchors) != 5:
         raise InputError(

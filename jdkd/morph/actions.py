@@ -59,18 +59,14 @@ def remove_block(parent: nn.Module, stage: int) -> Morph:
     """
     spec = parent.spec
     if spec.stages[stage].depth < 2:
-        raise InputError(
-            f"stage {stage + 1} has 1 block, which also changes the stride; remove from another stage."
-        )
+        raise InputError(f"stage {stage + 1} has 1 block, which also changes the stride; remove from another stage.")
     return _reblock(spec, f"remove a block of stage {stage + 1}", {stage: _without(parent, stage, 1)})
 
 
 def add_block(parent: nn.Module, stage: int) -> Morph:
     """Appends an identity block to a stage, as wide inside as the last one."""
     spec = parent.spec
-    return _reblock(
-        spec, f"add a block to stage {stage + 1}", {stage: (*range(spec.stages[stage].depth), NEW)}
-    )
+    return _reblock(spec, f"add a block to stage {stage + 1}", {stage: (*range(spec.stages[stage].depth), NEW)})
 
 
 def rearrange(parent: nn.Module, source: int, target: int, count: int = 1) -> Morph:
@@ -144,9 +140,7 @@ def change_resolution(parent: nn.Module, min_size: int) -> Morph:
     """Another short side of the input, in pixels; the long side's limit scales with it."""
     spec = parent.spec
     max_size = max(min_size, round(spec.max_size * min_size / spec.min_size))
-    return Morph(
-        f"input {spec.min_size} -> {min_size} px", spec.replace(min_size=min_size, max_size=max_size)
-    )
+    return Morph(f"input {spec.min_size} -> {min_size} px", spec.replace(min_size=min_size, max_size=max_size))
 
 
 def draw(parent: nn.Module, rng: random.Random, resolutions: Sequence[int], max_depth: int) -> Morph:
@@ -191,9 +185,7 @@ def _without(parent: nn.Module, stage: int, count: int) -> tuple[int, ...]:
 def _reblock(spec: DetectorSpec, action: str, changed: Mapping[int, tuple[int, ...]]) -> Morph:
     origins = tuple(changed.get(s, tuple(range(stage.depth))) for s, stage in enumerate(spec.stages))
     stages = tuple(
-        Stage(
-            stage.width, tuple(stage.blocks[i] for i in origin)
-        )  # NEW is -1: as wide inside as the last block
+        Stage(stage.width, tuple(stage.blocks[i] for i in origin))  # NEW is -1: as wide inside as the last block
         for stage, origin in zip(spec.stages, origins, strict=True)
     )
     return Morph(action, spec.replace(stages=stages), blocks=origins)

@@ -14,9 +14,7 @@ def gamma_importance(model: nn.Module, group: Group) -> Tensor:
         ``[C]`` float tensor on the CPU; defined for inner groups and residual streams.
     """
     state = model.state_dict()
-    gammas = [
-        state[name] for name, _ in group.producers if f"{name.removesuffix('weight')}running_var" in state
-    ]
+    gammas = [state[name] for name, _ in group.producers if f"{name.removesuffix('weight')}running_var" in state]
     return torch.stack([gamma.detach().abs().float().cpu() for gamma in gammas]).mean(0)
 
 

@@ -1,7 +1,6 @@
 """The elastic teacher pool: grown from a base detector, trained once, then sampled at no further cost."""
 
 import json
-import os
 import random
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from jdkd.data import batches
 from jdkd.detect import load, save
 from jdkd.distill import correlations
 from jdkd.errors import InputError
+from jdkd.files import write_json
 from jdkd.pool.shrinking import Progress, Recipe, calibrate, shrink
 from jdkd.pool.space import Space, Subnet
 from jdkd.pool.supernet import Supernet, grow
@@ -135,9 +135,7 @@ def train_pool(
     return pool
 
 
-def load_pool(
-    folder: Path | str, base: nn.Module, dataset: Any, *, device: torch.device | str = "cpu"
-) -> TeacherPool:
+def load_pool(folder: Path | str, base: nn.Module, dataset: Any, *, device: torch.device | str = "cpu") -> TeacherPool:
     """Reads a finished pool.
 
     Raises:
@@ -175,6 +173,4 @@ def _save_pool(folder: Path, pool: TeacherPool) -> None:
         "seed": pool.seed,
         "steps": pool.steps,
     }
-    partial = folder / f".{POOL}.partial"
-    partial.write_text(json.dumps(facts, indent=2) + "\n")
-    os.replace(partial, folder / POOL)
+    write_json(folder / POOL, facts)

@@ -118,9 +118,7 @@ def shrink(
         supernet.activate(supernet.space.everything)
 
 
-def calibrate(
-    model: nn.Module, dataset: Any, batch_size: int, seed: int, device: torch.device | str
-) -> nn.Module:
+def calibrate(model: nn.Module, dataset: Any, batch_size: int, seed: int, device: torch.device | str) -> nn.Module:
     """Recalibrates the batch norms of a subnet on a few training batches; returns it in evaluation mode."""
     calibrate_bn(
         model.to(device),
@@ -143,9 +141,7 @@ def _sandwich(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int)
     """Every step trains the largest network and then subnets, which are also distilled (Yu et al., ECCV 2020)."""
     space = supernet.space.opened(phase.opened)
 
-    def losses(
-        images: list[Tensor], targets: list[dict[str, Tensor]], step: int
-    ) -> Iterator[dict[str, Tensor]]:
+    def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
         supernet.activate(supernet.space.everything)
         yield supernet.model(images, targets)
         rng = random.Random(f"{seed}/{step}")

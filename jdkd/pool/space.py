@@ -75,9 +75,7 @@ class Space:
         )
         least = 1 / width
         shares = (
-            (1.0,)
-            if width == 1 or steps == 1
-            else tuple(least + (1 - least) * i / (steps - 1) for i in range(steps))
+            (1.0,) if width == 1 or steps == 1 else tuple(least + (1 - least) * i / (steps - 1) for i in range(steps))
         )
         depths = tuple(tuple(range(stage.depth, stage.depth + extra_depth + 1)) for stage in base.stages)
         return cls(base.replace(stages=stages), depths, shares)
@@ -109,9 +107,7 @@ class Space:
     def mutate(self, subnet: Subnet, rng: random.Random) -> Subnet:
         """Another subnet, one notch away in the depth or the width of one or two stages."""
         depths, widths = list(subnet.depths), list(subnet.widths)
-        choices = [
-            (depths, stage, self.depths[stage]) for stage in range(len(depths)) if len(self.depths[stage]) > 1
-        ]
+        choices = [(depths, stage, self.depths[stage]) for stage in range(len(depths)) if len(self.depths[stage]) > 1]
         choices += [(widths, stage, self.widths) for stage in range(len(widths)) if len(self.widths) > 1]
         for values, stage, allowed in rng.sample(choices, min(len(choices), rng.randint(1, 2))):
             at = allowed.index(values[stage])
@@ -126,11 +122,10 @@ class Space:
         """
         if len(subnet.depths) != len(self.depths) or len(subnet.widths) != len(self.depths):
             raise InputError(
-                f"subnet {subnet} has {len(subnet.depths)} depths and {len(subnet.widths)} widths for {len(self.depths)} stages."
+                f"subnet {subnet} has {len(subnet.depths)} depths and {len(subnet.widths)} widths for "
+                f"{len(self.depths)} stages; give one of each per stage."
             )
-        for stage, (depth, width, choices) in enumerate(
-            zip(subnet.depths, subnet.widths, self.depths, strict=True), 1
-        ):
+        for stage, (depth, width, choices) in enumerate(zip(subnet.depths, subnet.widths, self.depths, strict=True), 1):
             if not 1 <= depth <= choices[-1] or not 0 < width <= 1:
                 raise InputError(
                     f"subnet {subnet} does not fit its supernet: stage {stage} asks for {depth} blocks at width "
@@ -140,9 +135,7 @@ class Space:
     def inner_widths(self, subnet: Subnet, stage: int) -> tuple[tuple[int, ...], ...]:
         """Inner channels of every block of ``stage`` that runs."""
         blocks = self.largest.stages[stage].blocks[: subnet.depths[stage]]
-        return tuple(
-            tuple(min(full, round_width(subnet.widths[stage] * full)) for full in block) for block in blocks
-        )
+        return tuple(tuple(min(full, round_width(subnet.widths[stage] * full)) for full in block) for block in blocks)
 
     def spec(self, subnet: Subnet) -> DetectorSpec:
         """The subnet as a detector of its own.
@@ -152,8 +145,7 @@ class Space:
         """
         self.check(subnet)
         stages = tuple(
-            Stage(stage.width, self.inner_widths(subnet, number))
-            for number, stage in enumerate(self.largest.stages)
+            Stage(stage.width, self.inner_widths(subnet, number)) for number, stage in enumerate(self.largest.stages)
         )
         return self.largest.replace(stages=stages)
 

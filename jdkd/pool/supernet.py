@@ -36,12 +36,8 @@ class Supernet:
         body = self.model.backbone.body
         body.depths = subnet.depths
         for number, name in enumerate(STAGES):
-            for block, widths in zip(
-                getattr(body, name), self.space.inner_widths(subnet, number), strict=False
-            ):
-                for i, width in enumerate(
-                    widths, start=1
-                ):  # what convolution i makes, convolution i + 1 reads
+            for block, widths in zip(getattr(body, name), self.space.inner_widths(subnet, number), strict=False):
+                for i, width in enumerate(widths, start=1):  # what convolution i makes, convolution i + 1 reads
                     incoming = widths[i - 2] if i > 1 else None
                     getattr(block, f"conv{i}").set_active(in_channels=incoming, out_channels=width)
                     getattr(block, f"bn{i}").set_active(width)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jdkd.files import write_whole
 from jdkd.report.html import page
 from jdkd.report.outcome import Outcome, read_outcome, read_result
 from jdkd.report.plot import pareto_plot
 from jdkd.report.table import result_table
-from jdkd.run_folder import write_whole
 
 __all__ = ["Outcome", "read_outcome", "read_result", "result_table", "write_report"]
 

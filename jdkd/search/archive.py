@@ -100,9 +100,7 @@ class Archive:
             self.candidates = [_from_row(row) for row in self._rows()]
         except sqlite3.DatabaseError as error:
             self.close()
-            raise InputError(
-                f"{file} is no archive of a search ({error}); search into another folder."
-            ) from None
+            raise InputError(f"{file} is no archive of a search ({error}); search into another folder.") from None
 
     def __len__(self) -> int:
         return len(self.candidates)

@@ -115,6 +115,7 @@ def plan(config: SearchConfig, images: int) -> Plan:
             else max(18, round(3 * config.candidates / (1 - POOL_SHARE)) + 1)
         )
         raise InputError(
-            f"steps is {steps}, too few for a pool, {config.candidates} candidates and their controls; give at least {least}."
+            f"steps is {steps}, too few for a pool, {config.candidates} candidates and their controls; give at least "
+            f"{least}."
         )
     return Plan(pool, config.candidates, per_candidate)

@@ -8,7 +8,6 @@ the same pattern.
 """
 
 import json
-import os
 import random
 import shutil
 import time
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from jdkd.detect import load, save
 from jdkd.distill import Distiller
+from jdkd.files import write_json
 from jdkd.latency import Cost, count, deployable, quick
 from jdkd.pool import Member, Recipe, Subnet, TeacherPool, load_pool, train_pool
 from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle, pareto_front
@@ -109,9 +109,7 @@ def _base(setting: Setting) -> Candidate:
     )  # fmt: skip
 
 
-def _raise_candidate(
-    number: int, archive: Archive, pool: TeacherPool, setting: Setting, budget: Plan
-) -> None:
+def _raise_candidate(number: int, archive: Archive, pool: TeacherPool, setting: Setting, budget: Plan) -> None:
     """Decides, inherits, trains, scores, times and archives one candidate."""
     begun = time.perf_counter()
     config = setting.config
@@ -123,9 +121,7 @@ def _raise_candidate(
     cycle = Cycle(steps, (number - 1) * steps, budget.lineage, config.lr)
     train = setting.training(steps, seed=number, cycle_start=cycle.start, cycle_steps=cycle.total)
     silent = round(WITHOUT_IMITATION * steps) if decision.new_teacher else 0
-    with _taught(
-        student, pool.teacher(decision.teacher), decision.feature_channels, silent, config
-    ) as losses:
+    with _taught(student, pool.teacher(decision.teacher), decision.feature_channels, silent, config) as losses:
         fit(
             student, setting.train, train, device=config.device, losses=losses, folder=folder / "training", resume=True,
             progress=lambda *state: setting.progress(f"candidate {number}: {decision.action}", *state),
@@ -153,8 +149,8 @@ def _decided(folder: Path, number: int, archive: Archive, pool: TeacherPool, set
         return Decision(**fields | lists)
     decision, student = _decide(number, archive, pool, setting)
     save(folder / "born", student)
-    _write_json(setting.config.out / TEACHERS, [member.to_json() for member in pool.members])
-    _write_json(file, {**vars(decision), "teacher": decision.teacher.to_json()})
+    write_json(setting.config.out / TEACHERS, [member.to_json() for member in pool.members])
+    write_json(file, {**vars(decision), "teacher": decision.teacher.to_json()})
     return decision
 
 
@@ -187,9 +183,7 @@ def _taught(
     weights = {"feature_weight": config.feature_weight, "head_weight": config.head_weight}
     with Distiller(student, teacher, channels=channels, **weights) as distiller:
 
-        def losses(
-            images: list[Tensor], targets: list[dict[str, Tensor]], step: int
-        ) -> Iterator[dict[str, Tensor]]:
+        def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
             own = student(images, targets)
             yield own if step < silent else own | distiller.losses()
 
@@ -213,9 +207,3 @@ def _measured(student: nn.Module, setting: Setting, *, begun: float, **known: An
 
 def _folder(out: Path, candidate: Candidate) -> Path:
     return out / "candidates" / f"{candidate.number:03d}"
-
-
-def _write_json(file: Path, content: Any) -> None:
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, file)

@@ -1,19 +1,15 @@
 """How a search ends: the student is chosen, the controls are trained, everything is scored and timed once more."""
 
 import copy
-import importlib.metadata
-import json
-import os
-import platform
 import sys
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from jdkd.detect import load, save
+from jdkd.files import write_json
 from jdkd.latency import LatencyReport, count, deployable, measure
+from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate, Cycle
 from jdkd.search.setting import Setting
 from jdkd.train import Scores, evaluate, fit
@@ -54,9 +50,7 @@ def conclude(archive: Archive, pool_steps: int, setting: Setting) -> dict[str, A
         progress=lambda *state: setting.progress("timing", *state),
     )  # fmt: skip
     steps = {name: 0 if name == "base" else student.lineage_steps for name in detectors}
-    result = {
-        name: _row(name, detectors[name], scores[name], report, steps[name], setting) for name in detectors
-    }
+    result = {name: _row(name, detectors[name], scores[name], report, steps[name], setting) for name in detectors}
     result |= {
         "seed": config.seed,
         "device": report.environment,
@@ -68,9 +62,7 @@ def conclude(archive: Archive, pool_steps: int, setting: Setting) -> dict[str, A
         "pool_steps": pool_steps,
         "seconds": sum(candidate.seconds for candidate in archive.candidates),
     }
-    partial = config.out / f".{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(partial, config.out / RESULT)
+    write_json(config.out / RESULT, result)
     return result
 
 
@@ -110,21 +102,3 @@ def _row(
         "gmacs": cost.gmacs,
         "train_steps": steps,
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    packages = ("jdkd", "torch", "torchvision", "pycocotools", "numpy")
-    found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def read_result(out: Path) -> dict[str, Any] | None:
-    """The result of a finished search, if there is one."""
-    file = out / RESULT
-    return json.loads(file.read_text()) if file.exists() else None

@@ -87,9 +87,7 @@ def open_setting(config: SearchConfig, progress: Progress) -> Setting:
     return Setting(config, base, deployable(base), train, selection, val, images, progress)
 
 
-def _divided(
-    dataset: CocoDetectionDataset, config: SearchConfig
-) -> tuple[CocoDetectionDataset, CocoDetectionDataset]:
+def _divided(dataset: CocoDetectionDataset, config: SearchConfig) -> tuple[CocoDetectionDataset, CocoDetectionDataset]:
     held_out = min(MOST_SELECTED, round(SELECTION * len(dataset)))
     if held_out < 1:
         raise InputError(

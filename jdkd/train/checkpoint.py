@@ -3,16 +3,15 @@
 import hashlib
 import io
 import json
-import os
 import pickle
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from jdkd.errors import InputError
+from jdkd.files import write_whole
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -25,35 +24,7 @@ def write(folder: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()  # torch.save hides the reason why a file could not be written
     torch.save(state, buffer)
-    replace(folder / CHECKPOINT, buffer.getbuffer())
-
-
-def replace(file: Path, content: bytes | memoryview) -> None:
-    """Puts ``content`` in the place of ``file`` at once.
-
-    Raises:
-        InputError: the disk is full, or the folder cannot be written.
-    """
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except OSError as error:
-        raise unwritable(file, error) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def unwritable(file: Path, error: OSError) -> InputError:
-    """What to tell the user when ``file`` cannot be written."""
-    return InputError(
-        f"cannot write {file} ({error.strerror}); what was there before is intact: make room on that disk or "
-        "give another folder, then resume."
-    )
+    write_whole(folder / CHECKPOINT, buffer.getbuffer())
 
 
 def read(folder: Path) -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jdkd.train import checkpoint
+from jdkd.files import unwritable, write_whole
 
 
 class Log:
@@ -20,15 +20,15 @@ class Log:
             file.parent.mkdir(parents=True, exist_ok=True)
             lines = file.read_bytes().splitlines(keepends=True) if step and file.exists() else []
         except OSError as error:
-            raise checkpoint.unwritable(file, error) from error
-        checkpoint.replace(file, b"".join(line for line in lines if _step(line) <= step))
+            raise unwritable(file, error) from error
+        write_whole(file, b"".join(line for line in lines if _step(line) <= step))
 
     def add(self, row: dict[str, Any]) -> None:
         try:
             with self.file.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
         except OSError as error:
-            raise checkpoint.unwritable(self.file, error) from error
+            raise unwritable(self.file, error) from error
 
 
 def _step(line: bytes) -> float:

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from jdkd.errors import InputError
-from jdkd.run_folder import RunFolder, write_whole
+from jdkd.files import write_whole
+from jdkd.run_folder import RunFolder
 
 IDENTITY = {"steps": 10, "data": {"train": "a", "val": "b"}, "sizes": (1, 2)}
 
@@ -83,6 +84,6 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    with pytest.raises(OSError, match=r"No space left on device: '.*result\.json'"):
+    with pytest.raises(InputError, match=r"cannot write .*result\.json \(No space left on device\)"):
         write_whole(file, json.dumps(IDENTITY))
     assert file.read_text() == "before" and [entry.name for entry in tmp_path.iterdir()] == ["result.json"]

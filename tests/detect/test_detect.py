@@ -55,8 +55,7 @@ def test_physical_pruning_equals_masking_in_every_group(block, norm):
             whole = masked(whole, name, kept)
         assert_same(outputs(child), outputs(whole))
         assert (
-            sum(p.numel() for p in child.parameters()) < sum(p.numel() for p in whole.parameters())
-            or norm == "frozen"
+            sum(p.numel() for p in child.parameters()) < sum(p.numel() for p in whole.parameters()) or norm == "frozen"
         )
 
 
@@ -80,9 +79,7 @@ def test_growing_in_depth_and_width_changes_no_output(block):
     channels = {}
     for name, group in channel_groups(grown).items():
         before = channel_groups(parent.spec)
-        number, _, rest = (
-            name[5:].partition(".") if name.startswith("layer") and "inner" in name else ("", "", "")
-        )
+        number, _, rest = name[5:].partition(".") if name.startswith("layer") and "inner" in name else ("", "", "")
         if number:
             ancestor = order[int(number) - 1][int(rest.split(".")[0])]
             if ancestor == NEW:
@@ -128,7 +125,7 @@ def test_an_inheritance_that_does_not_fit_is_refused(channels, blocks, says):
 def test_a_residual_width_cannot_change_unnoticed():
     parent = detector(small_spec())
     stages = (Stage(24, parent.spec.stages[0].blocks), *parent.spec.stages[1:])
-    with pytest.raises(InputError, match="layer1.*name the channels"):
+    with pytest.raises(InputError, match=r"layer1.*name the channels"):
         inherit(parent, parent.spec.replace(stages=stages))
 
 
@@ -139,13 +136,9 @@ def test_every_channel_of_every_tensor_is_in_a_group():
         made = {tensor for group in groups for tensor, _ in group.producers}
         read = {tensor for group in groups for tensor, _, _ in group.consumers}
         state = model.state_dict()
-        outs = {
-            n for n in made | read if "predictor" not in n and "cls_logits" not in n and "bbox_pred" not in n
-        }
+        outs = {n for n in made | read if "predictor" not in n and "cls_logits" not in n and "bbox_pred" not in n}
         weights = {n for n, t in state.items() if t.dim() > 0}
-        free = {
-            n for n in weights if n.startswith(("rpn.head.cls", "rpn.head.bbox", "roi_heads.box_predictor"))
-        }
+        free = {n for n in weights if n.startswith(("rpn.head.cls", "rpn.head.bbox", "roi_heads.box_predictor"))}
         assert weights - free == outs
         assert {n for n in weights if state[n].dim() > 1} - {"backbone.body.conv1.weight"} == read
         for group in groups:
@@ -178,9 +171,7 @@ def test_a_spec_that_describes_no_detector_is_refused(text, says):
 
 def test_named_specs_are_the_published_architectures():
     r50 = build(named_spec("faster_rcnn_r50_fpn", ["thing"] * 90))
-    assert (
-        sum(p.numel() for p in r50.parameters()) == 41_755_286 + 2 * 26_560
-    )  # torchvision freezes its batch norms
+    assert sum(p.numel() for p in r50.parameters()) == 41_755_286 + 2 * 26_560  # torchvision freezes its batch norms
     small = named_spec("faster_rcnn_r18_fpn", CLASSES, width=0.25, min_size=128)
     assert [stage.width for stage in small.stages] == [16, 32, 64, 128]
     assert small.anchors[0] == 8 and small.fpn == 64

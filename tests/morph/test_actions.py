@@ -33,9 +33,7 @@ def test_removing_takes_the_block_with_the_smallest_gamma_but_never_the_first(pa
     morph = remove_block(parent, 1)
     assert morph.blocks[1] == (0, 1)
     child = morph.apply(parent)
-    assert torch.equal(
-        child.backbone.body.layer2[1].conv1.weight, parent.backbone.body.layer2[1].conv1.weight
-    )
+    assert torch.equal(child.backbone.body.layer2[1].conv1.weight, parent.backbone.body.layer2[1].conv1.weight)
 
 
 def test_removing_a_block_that_does_nothing_changes_no_output(parent):
@@ -52,9 +50,7 @@ def test_the_only_block_of_a_stage_stays(parent):
 def test_rearranging_moves_depth_between_neighbours(parent):
     child = rearrange(parent, 1, 2).apply(parent)
     assert child.spec.depths == (2, 1, 3, 2)
-    assert_same(
-        outputs(child), outputs(remove_block(parent, 1).apply(parent))
-    )  # what arrives is the identity
+    assert_same(outputs(child), outputs(remove_block(parent, 1).apply(parent)))  # what arrives is the identity
     with pytest.raises(InputError, match="neighbours"):
         rearrange(parent, 0, 2)
     with pytest.raises(InputError, match="cannot move 2"):

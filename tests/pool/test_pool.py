@@ -37,9 +37,7 @@ def test_a_mutation_is_one_or_two_notches_away_and_stays_inside():
     subnet = space.everything
     for _ in range(50):
         other = space.mutate(subnet, rng)
-        changed = sum(
-            a != b for a, b in zip(other.depths + other.widths, subnet.depths + subnet.widths, strict=True)
-        )
+        changed = sum(a != b for a, b in zip(other.depths + other.widths, subnet.depths + subnet.widths, strict=True))
         assert 1 <= changed <= 2
         space.check(other)
         assert all(width in space.widths for width in other.widths)
@@ -108,9 +106,9 @@ def test_the_phases_open_depth_and_width_together():
     assert len(PHASES) >= 3 and PHASES[0].opened == 0 and PHASES[-1].opened == 1
     assert [phase.opened for phase in PHASES] == sorted(phase.opened for phase in PHASES)
     recipe = Recipe(TrainConfig(steps=100, seed=5))
-    assert sum(
-        recipe.config(i).steps * (1 + phase.subnets) for i, phase in enumerate(PHASES)
-    ) == pytest.approx(100, abs=3)
+    assert sum(recipe.config(i).steps * (1 + phase.subnets) for i, phase in enumerate(PHASES)) == pytest.approx(
+        100, abs=3
+    )
     assert len({recipe.config(i).seed for i in range(len(PHASES))}) == len(PHASES)
 
 

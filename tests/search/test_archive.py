@@ -58,9 +58,7 @@ def test_the_front_holds_what_nothing_beats():
 
 
 def test_the_student_is_the_best_that_meets_the_target_or_the_fastest():
-    slow, fast, faster = (
-        candidate(i, map=m, ratio=r) for i, (m, r) in enumerate(((0.5, 0.9), (0.4, 0.7), (0.3, 0.6)))
-    )
+    slow, fast, faster = (candidate(i, map=m, ratio=r) for i, (m, r) in enumerate(((0.5, 0.9), (0.4, 0.7), (0.3, 0.6))))
     assert choose([slow, fast, faster], target=0.8) is fast
     assert choose([slow, fast, faster], target=0.5) is faster
     assert fitness(fast, 0.7) == fast.map and fitness(slow, 0.7) < slow.map

@@ -55,9 +55,7 @@ def test_a_search_leaves_a_student_a_result_and_an_archive(folder):
         assert row["latency_ms"]["p50"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["p99"]
         assert row["latency_ratio_interval"][0] <= row["latency_ratio"] <= row["latency_ratio_interval"][1]
     assert (
-        result["control"]["train_steps"]
-        == result["student"]["train_steps"]
-        == result["control_single"]["train_steps"]
+        result["control"]["train_steps"] == result["student"]["train_steps"] == result["control_single"]["train_steps"]
     )
     assert result["target_met"] is (result["student"]["latency_ratio"] <= 0.95)
     student = load(out / "student")
@@ -130,9 +128,7 @@ def test_a_finished_pool_serves_another_search(folder):
         ({"candidates": 0}, "candidates must be at least 1, got 0"),
     ],
 )
-def test_a_search_that_cannot_be_planned_is_refused_before_anything_is_written(
-    folder, tmp_path, changes, says
-):
+def test_a_search_that_cannot_be_planned_is_refused_before_anything_is_written(folder, tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
         search(config_of(folder, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
