@@ -16,6 +16,8 @@
 #define JDKD_INLINE static inline __attribute__((always_inline))
 #define JDKD_INLINE_LAMBDA __attribute__((always_inline))
 
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a function that is not inlined
+
 namespace jdkd {
 
 constexpr int64_t kLanes = 16;

@@ -19,9 +19,11 @@ using pearson::Level;
 using pearson::Moments;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 2048;           // positions of one channel: two tensors in half a first cache
-constexpr int64_t kRowTile = 16384;       // elements of a tile of rows: two tensors in a small second cache
-constexpr int64_t kChunkTiles = 16;
+constexpr int64_t kTile = 2048;       // positions of one channel: two tensors in half a first cache
+constexpr int64_t kRowTile = 32768;   // elements of a tile of rows: two tensors in a small second cache
+constexpr int64_t kPlaneChunk = 16 * kTile;  // positions that one task reduces
+constexpr int64_t kTilesPerChunk = 8;        // likewise for rows
+constexpr int64_t kRowPiece = 4096;          // elements that the gradient writes at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -70,7 +72,7 @@ Moments plane_moments(const Planes& s, const Planes& t, int64_t channel, int64_t
 
 void forward_planes(const Level& level, const Tensor& s, const Tensor& t, Moments* channels) {
   const Planes s_planes{cursor(s), level.c, level.hw}, t_planes{cursor(t), level.c, level.hw};
-  const int64_t m = level.positions(), chunk = kTile * kChunkTiles, chunks = ceil_div(m, chunk);
+  const int64_t m = level.positions(), chunk = kPlaneChunk, chunks = ceil_div(m, chunk);
   std::vector<Moments> parts(level.c * chunks);
   const int64_t grain = std::max<int64_t>(1, chunk / std::min(m, chunk));
   torch::stable::parallel_for(0, level.c * chunks, grain, [&](int64_t begin, int64_t end) {
@@ -124,7 +126,8 @@ struct RowMoments {
 // What one thread needs for a tile of rows.
 class RowTile {
  public:
-  RowTile(int64_t rows, int64_t c) : c_(c), s_(rows * c), t_(rows * c), rows_(9 * c) {}
+  // Buffers for `widened` elements of each tensor, and the sums of c channels.
+  RowTile(int64_t widened, int64_t c) : c_(c), s_(widened), t_(widened), sums_(8 * c) {}
 
   void add(Cursor s, Cursor t, int64_t rows, RowMoments& total) {
     const float* s_tile = as_floats(s, rows * c_, s_.data());
@@ -151,19 +154,20 @@ class RowTile {
   }
 
  private:
-  float* row(int64_t i) { return rows_.data() + i * c_; }
+  float* row(int64_t i) { return sums_.data() + i * c_; }
 
   int64_t c_;
-  std::vector<float> s_, t_, rows_;
+  std::vector<float> s_, t_, sums_;
 };
 
 int64_t rows_per_tile(int64_t c) { return std::max<int64_t>(8, kRowTile / c); }
 
 void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments* channels) {
-  const int64_t tile = rows_per_tile(level.c), chunk = tile * kChunkTiles, m = level.positions();
+  const int64_t tile = rows_per_tile(level.c), chunk = tile * kTilesPerChunk, m = level.positions();
+  const bool is_widened = s.scalar_type() != ScalarType::Float || t.scalar_type() != ScalarType::Float;
   std::vector<RowMoments> parts(ceil_div(m, chunk), RowMoments(level.c));
   torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
-    RowTile scratch(std::min(tile, m), level.c);
+    RowTile scratch(is_widened ? std::min(tile, m) * level.c : 0, level.c);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t last = std::min(m, (i + 1) * chunk);
       for (int64_t r = i * chunk; r < last; r += tile) {
@@ -214,7 +218,7 @@ std::tuple<Tensor, Tensor> pearson_fwd(std::vector<Tensor> students, std::vector
 
 void backward_planes(const Level& level, Cursor x, Cursor y, const float* table, int64_t stride, float dloss, char* dx) {
   const int64_t pieces = ceil_div(level.hw, kTile), planes = level.n * level.c;
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::min(level.hw, kTile));
+  const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kTile));
   torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* at = table + level.first_channel + i / pieces % level.c;
@@ -227,11 +231,11 @@ void backward_planes(const Level& level, Cursor x, Cursor y, const float* table,
 
 void backward_rows(const Level& level, Cursor x, Cursor y, const float* table, int64_t stride, float dloss, char* dx) {
   const float* at = table + level.first_channel;
+  const bool is_widened = x.type != ScalarType::Float || y.type != ScalarType::Float;
   const RowGradient g{at, at + stride, at + 2 * stride, at + 3 * stride, at + 4 * stride};
-  const int64_t m = level.positions(), tile = std::max<int64_t>(8, 4096 / level.c);
-  torch::stable::parallel_for(0, ceil_div(m, tile), std::max<int64_t>(1, 4), [&](int64_t begin, int64_t end) {
-    const bool buffered = x.type != ScalarType::Float || y.type != ScalarType::Float;
-    std::vector<float> buffers(buffered ? 2 * tile * level.c : 0);
+  const int64_t m = level.positions(), tile = std::max<int64_t>(8, kRowPiece / level.c);
+  torch::stable::parallel_for(0, ceil_div(m, tile), 4, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffers(is_widened ? 2 * tile * level.c : 0);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * tile * level.c;
       const int64_t rows = std::min(tile, m - i * tile);
