@@ -19,7 +19,7 @@ DEMO_DATA ?= --train 600 --val 100 --size 128
 DEMO_BASE ?= --width-mult 0.25 --steps 400
 DEMO_SEARCH ?= --steps 1200 --target-latency 0.8
 
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist worksteal
 
 .PHONY: help setup test lint format bench demo clean
 
