@@ -37,10 +37,11 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
         rpn_pre_nms_top_n_test=spec.proposals,
         rpn_post_nms_top_n_train=2 * spec.proposals,
         rpn_post_nms_top_n_test=spec.proposals,
-        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], ROI_SIZE, sampling_ratio=2),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], ROI_SIZE, sampling_ratio=spec.roi_samples),
         box_head=TwoMLPHead(spec.fpn * ROI_SIZE**2, spec.box_head),
         box_predictor=FastRCNNPredictor(spec.box_head, len(spec.classes) + 1),
         box_batch_size_per_image=spec.rois,
+        box_positive_fraction=spec.positives,
     )
     model.spec = spec
     return model

@@ -51,6 +51,8 @@ class DetectorSpec:
         anchors: anchor size per pyramid level P2-P6, in pixels.
         proposals: proposals per image that survive NMS at inference; training keeps twice as many.
         rois: regions sampled per image to train the box head.
+        positives: largest share of them that are objects.
+        roi_samples: sampling points per side of each of the 7x7 bins of a region.
         norm: ``"batch"`` or ``"frozen"`` (statistics and affine parameters fixed).
         head: the detector family.
     """
@@ -66,6 +68,8 @@ class DetectorSpec:
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
     proposals: int = 1000
     rois: int = 512
+    positives: float = 0.25
+    roi_samples: int = 2
     norm: str = "batch"
     head: str = "faster_rcnn"
 
@@ -144,7 +148,8 @@ def named_spec(
         depth: multiplies the number of blocks of every stage.
         fpn, box_head: override the multiplied widths.
         min_size, max_size: input size in pixels. Anchors follow it (32-512 at 800 px, smallest one never
-            under 8), and below 400 px fewer regions are proposed (300) and sampled (64).
+            under 8), and below 400 px fewer regions are proposed (300) and
+            sampled (64, half of them objects), with one point per bin.
 
     Raises:
         InputError: the name is unknown or a multiplier is not positive.
@@ -175,6 +180,8 @@ def named_spec(
         anchors=tuple(smallest << level for level in range(5)),
         proposals=300 if small else 1000,
         rois=64 if small else 512,
+        positives=0.5 if small else 0.25,
+        roi_samples=1 if small else 2,
     )
 
 
@@ -205,6 +212,7 @@ def _check(spec: DetectorSpec) -> None:
         spec.max_size,
         spec.proposals,
         spec.rois,
+        spec.roi_samples,
         *spec.anchors,
     ]
     sizes += [width for stage in spec.stages for width in (stage.width, *sum(stage.blocks, ()))]
