@@ -171,14 +171,28 @@ def _made_in_inference(level: Tensor) -> bool:
     return not torch.compiler.is_compiling() and level.is_inference()
 
 
-def _compiled_fwd(
-    students: list[Tensor], teachers: list[Tensor], loss_weight: float
-) -> tuple[Tensor, Tensor]:
+def _cpu_fwd(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
     return torch.ops.jdkd_C.pearson_fwd(students, teachers, loss_weight)
 
 
-def _compiled_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor) -> list[Tensor]:
+def _cpu_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor) -> list[Tensor]:
     return torch.ops.jdkd_C.pearson_bwd(dloss, x, y, coefficients)
+
+
+def _of_one_dtype(x: list[Tensor], y: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The CUDA kernels take one dtype; where there are several, float32 holds them all."""
+    if all(level.dtype == x[0].dtype for level in (*x, *y)):
+        return x, y
+    return [level.float() for level in x], [level.float() for level in y]
+
+
+def _cuda_fwd(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
+    return torch.ops.jdkd_C.pearson_fwd(*_of_one_dtype(students, teachers), loss_weight)
+
+
+def _cuda_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor) -> list[Tensor]:
+    gradients = torch.ops.jdkd_C.pearson_bwd(dloss, *_of_one_dtype(x, y), coefficients)
+    return [gradient.to(level.dtype) for gradient, level in zip(gradients, x, strict=True)]
 
 
 def _triton_fwd(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
@@ -194,15 +208,15 @@ def _triton_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: T
 
 
 _FORWARD = {
-    "cuda": _compiled_fwd,
+    "cuda": _cuda_fwd,
     "triton": _triton_fwd,
-    "cpu": _compiled_fwd,
+    "cpu": _cpu_fwd,
     "reference": reference.pearson_fwd,
 }
 _BACKWARD = {
-    "cuda": _compiled_bwd,
+    "cuda": _cuda_bwd,
     "triton": _triton_bwd,
-    "cpu": _compiled_bwd,
+    "cpu": _cpu_bwd,
     "reference": reference.pearson_bwd,
 }
 
