@@ -21,6 +21,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kTile = 2048;       // positions of one channel: two tensors in half a first cache
 constexpr int64_t kRowTile = 32768;   // elements of a tile of rows: two tensors in a small second cache
+constexpr int64_t kMaxRows = 256;     // of a tile
 constexpr int64_t kPlaneChunk = 16 * kTile;  // positions that one task reduces
 constexpr int64_t kTilesPerChunk = 8;        // likewise for rows
 constexpr int64_t kRowPiece = 4096;          // elements that the gradient writes at a time
@@ -160,7 +161,8 @@ class RowTile {
   std::vector<float> s_, t_, sums_;
 };
 
-int64_t rows_per_tile(int64_t c) { return std::max<int64_t>(8, kRowTile / c); }
+// At most kMaxRows: each channel's sums grow by one float32 a row.
+int64_t rows_per_tile(int64_t c) { return std::clamp<int64_t>(kRowTile / c, 8, kMaxRows); }
 
 void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments* channels) {
   const int64_t tile = rows_per_tile(level.c), chunk = tile * kTilesPerChunk, m = level.positions();
