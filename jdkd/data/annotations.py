@@ -77,9 +77,9 @@ def read_annotations(path: Path) -> Annotations:
     boxes = _column(path, annotations, "annotation", "bbox", width=4).astype(np.float64)
     boxes[:, 2:] += boxes[:, :2]
     crowd = np.array([bool(record.get("iscrowd", 0)) for record in annotations], dtype=bool)
-    slips = [np.flatnonzero((annotation_ids == a) & (image_ids[rows] == i)) for a, i in PUBLISHED_SLIPS]
-    kept = ~crowd
-    kept[np.concatenate(slips)] = False
+    flat = boxes[:, 3] == boxes[:, 1]
+    slips = [flat & (annotation_ids == slip) & (image_ids[rows] == image) for slip, image in PUBLISHED_SLIPS]
+    kept = ~(crowd | np.any(slips, axis=0))
     if not kept.any():
         raise InputError(
             f"{path} is an empty split: its {len(images)} images hold no box to detect "
@@ -252,15 +252,17 @@ def _clip(
         place = np.flatnonzero(bad)[0]
         x, y, right, bottom = boxes[place]
         width, height = sizes[place]
+        more = _others(int(bad.sum()), "such box", "such boxes")
         raise InputError(
-            f"annotation {annotation_ids[place]} of {path} {what}: bbox [{x:g}, {y:g}, {right - x:g}, {bottom - y:g}] in "
-            f"image {image_ids[place]} of {width} x {height} px{_others(int(bad.sum()), 'such box', 'such boxes')}; "
+            f"annotation {annotation_ids[place]} of {path} {what}: bbox [{x:g}, {y:g}, {right - x:g}, {bottom - y:g}] "
+            f"in image {image_ids[place]} of {width} x {height} px{more}; "
             "correct it, remove it, or set its iscrowd to 1 to have the region ignored"
         )
 
     limit = np.concatenate([sizes, sizes], axis=1)  # [A, 4]
     inside = np.clip(boxes, 0, limit)
-    refuse(kept & (boxes[:, 2:] <= boxes[:, :2]).any(axis=1), "has a box of zero or negative area")
+    stored = boxes.astype(np.float32)  # what trains; a sliver may lose its width in it
+    refuse(kept & (stored[:, 2:] <= stored[:, :2]).any(axis=1), "has a box of zero or negative area")
     overhang = np.abs(boxes - inside).max(axis=1, initial=0)
     lost = (inside[:, 2:] <= inside[:, :2]).any(axis=1)
     refuse(kept & (lost | (overhang > OVERHANG)), "has a box outside its image")

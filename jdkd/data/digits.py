@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from jdkd.errors import InputError
+from jdkd.files import unwritable
 
 CLASSES = tuple(str(digit) for digit in range(10))
 TRAIN_DIGITS = 1400  # of scikit-learn's 1,797; the others appear in val scenes only
@@ -61,36 +62,40 @@ def write_digit_scenes(
         progress: told (scenes done, scenes in all, {}).
 
     Raises:
-        InputError: a number is out of range, or ``out`` holds something else.
+        InputError: a number is out of range, ``out`` holds something else, or the disk is full.
     """
-    out, request = Path(out), Request(train, val, size, seed)
+    out, request = Path(out).resolve(), Request(train, val, size, seed)
     _check(request)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
         _require_same(out, request, resume)
         return
+    report = progress or (lambda done, total, facts: None)
     partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
-        done = 0
-        for split, count in (("train", train), ("val", val)):
-            folder = partial / f"{split}2017"
-            folder.mkdir(parents=True)
-            images, annotations = [], []
-            for k in range(count):
-                picture, found = scene(request.size, np.random.default_rng([seed, split == "val", size, k]), split)
-                name = f"{k:06d}.png"
-                Image.fromarray(picture).save(folder / name, compress_level=1)
-                images.append({"id": k, "file_name": name, "width": size, "height": size})
-                annotations += [_annotation(len(annotations) + i, k, box, d) for i, (box, d) in enumerate(found, 1)]
-                done += 1
-                if progress:
-                    progress(done, train + val, {})
-            _write_annotations(partial / ANNOTATIONS.format(split=split), request, images, annotations)
-        if out.is_dir():
-            out.rmdir()
+        for split, before in (("train", 0), ("val", train)):
+            _write_split(partial, split, request, lambda done, before=before: report(before + done, train + val, {}))
         os.replace(partial, out)
+    except OSError as error:
+        raise unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_split(folder: Path, split: str, request: Request, scene_done: Callable[[int], None]) -> None:
+    """Writes the images and annotations of one split below ``folder``."""
+    pictures = folder / f"{split}2017"
+    pictures.mkdir(parents=True)
+    images, annotations = [], []
+    for k in range(request.train if split == "train" else request.val):
+        rng = np.random.default_rng([request.seed, split == "val", request.size, k])
+        picture, found = scene(request.size, rng, split)
+        name = f"{k:06d}.png"
+        Image.fromarray(picture).save(pictures / name, compress_level=1)
+        images.append({"id": k, "file_name": name, "width": request.size, "height": request.size})
+        annotations += [_annotation(len(annotations) + i, k, box, digit) for i, (box, digit) in enumerate(found, 1)]
+        scene_done(k + 1)
+    _write_annotations(folder / ANNOTATIONS.format(split=split), request, images, annotations)
 
 
 def scene(
@@ -234,20 +239,19 @@ def _check(request: Request) -> None:
 
 def _require_same(out: Path, request: Request, resume: bool) -> None:
     """Accepts a folder only where it holds the very scenes asked for and may be kept."""
-    found = next(_requests(out), None)
-    if found is None:
-        raise InputError(f"{out} holds something that is no folder of digit scenes; give a new or an empty folder")
-    if not resume:
-        raise InputError(f"{out} already holds digit scenes; give another folder, or --resume to keep these")
-    wanted = asdict(request).items()
-    differing = [f"{name} was {found.get(name)} and is {value}" for name, value in wanted if found.get(name) != value]
-    if differing:
+    if out.is_file():
+        raise InputError(f"{out} is a file and cannot hold digit scenes; give a new or an empty folder")
+    try:
+        contents = [json.loads((out / ANNOTATIONS.format(split=split)).read_text()) for split in ("train", "val")]
+        held = [content["info"]["request"] for content in contents]
+        found = {name: held[0][name] for name in asdict(request)}
+    except (OSError, ValueError, KeyError, TypeError):
+        inside = ", ".join(sorted(path.name for path in out.iterdir())[:3])
+        raise InputError(
+            f"{out} holds {inside}, which is no finished folder of digit scenes; give a new or an empty folder"
+        ) from None
+    asked = asdict(request)
+    if differing := [f"{name} was {found[name]} and is {asked[name]}" for name in asked if found[name] != asked[name]]:
         raise InputError(f"{out} holds other digit scenes ({', '.join(differing)}); give another folder")
-
-
-def _requests(out: Path) -> Iterator[dict[str, Any]]:
-    for split in ("train", "val"):
-        try:
-            yield json.loads((out / ANNOTATIONS.format(split=split)).read_text())["info"]["request"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
+    if not resume:
+        raise InputError(f"{out} already holds these digit scenes; give another folder, or --resume to keep them")

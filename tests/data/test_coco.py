@@ -1,0 +1,239 @@
+"""What a COCO-format folder may hold, and what it is refused for."""
+
+import io
+import json
+import pickle
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+from pycocotools.cocoeval import COCOeval
+
+from jdkd.data import CocoDetectionDataset, Split, resolve_split, resolve_splits
+from jdkd.data.annotations import OVERHANG
+from jdkd.errors import InputError
+
+from . import folders
+
+
+def box(content, bbox):
+    content["annotations"][0]["bbox"] = bbox
+
+
+def test_labels_follow_the_order_of_category_ids(tmp_path):
+    dataset = CocoDetectionDataset(folders.write(tmp_path))
+    assert dataset.classes == ("three", "seven")
+    assert dataset.label_to_category == [-1, 3, 7]
+    assert [dataset[i][1]["labels"].tolist() for i in range(3)] == [[], [1], [1, 1]]
+
+
+def test_images_come_in_order_of_id_with_boxes_as_corners(tmp_path):
+    dataset = CocoDetectionDataset(folders.write(tmp_path))
+    assert dataset.image_ids == [10, 11, 12] and len(dataset) == 3
+    image, target = dataset[2]
+    assert image.dtype == torch.uint8 and image.shape == (3, folders.HEIGHT, folders.WIDTH)
+    assert image[:, -1, -1].tolist() == [2, 0, 2]
+    assert target["image_id"] == 12 and isinstance(target["image_id"], int)
+    assert target["boxes"].tolist() == [[1, 2, 5, 7], [2, 2, 6, 7]] and target["boxes"].dtype == torch.float32
+    assert target["labels"].dtype == torch.int64
+
+
+def test_an_image_without_boxes_is_kept_with_an_empty_target(tmp_path):
+    def no_annotation_at_all(content):
+        content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 10]
+
+    dataset = CocoDetectionDataset(folders.write(tmp_path, no_annotation_at_all))
+    target = dataset[0][1]
+    assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+    assert 10 in dataset.coco.imgs
+
+
+def test_crowd_regions_are_ground_truth_to_ignore_but_never_targets(tmp_path):
+    dataset = CocoDetectionDataset(folders.write(tmp_path))
+    assert all(2 not in target["labels"] for _, target in dataset)
+    crowds = [a for a in dataset.coco.anns.values() if a["iscrowd"]]
+    assert {a["id"] for a in crowds} == {900, 901, 902}
+
+
+def test_opening_and_indexing_print_nothing(tmp_path, capsys):
+    assert len(CocoDetectionDataset(folders.write(tmp_path)).coco.anns) == 6
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("first_id", [-1, 0, 1])
+def test_perfect_detections_score_one_whatever_the_annotation_ids(tmp_path, first_id):
+    def number_from(content):  # pycocotools alone takes id 0 for "unmatched", and needs area and iscrowd
+        for i, record in enumerate(content["annotations"]):
+            record["id"] = first_id + i
+            del record["area"]
+
+    coco = CocoDetectionDataset(folders.write(tmp_path, number_from)).coco
+    found = [
+        {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9}
+        for a in coco.anns.values()
+        if not a["iscrowd"]
+    ]
+    with redirect_stdout(io.StringIO()):
+        scores = COCOeval(coco, coco.loadRes(found), "bbox")
+        scores.evaluate(), scores.accumulate(), scores.summarize()
+    assert scores.stats[0] == pytest.approx(1)
+
+
+def test_a_subset_restricts_the_ground_truth_too(tmp_path):
+    whole = CocoDetectionDataset(folders.write(tmp_path))
+    subset = whole.subset([2, 0])
+    assert subset.image_ids == [12, 10] and subset.classes == whole.classes
+    assert set(subset.coco.imgs) == {10, 12} and set(whole.coco.imgs) == {10, 11, 12}
+    assert {a["image_id"] for a in subset.coco.anns.values()} == {10, 12}
+    assert torch.equal(subset[0][1]["boxes"], whole[2][1]["boxes"])
+    assert subset.subset([1]).image_ids == [10]
+
+
+@pytest.mark.parametrize(
+    ("indices", "said"), [([], "at least one"), ([3], r"index 3 is outside 0\.\.2"), ([1, 1], "repeated")]
+)
+def test_a_subset_of_nonsense_is_refused(tmp_path, indices, said):
+    with pytest.raises(InputError, match=said):
+        CocoDetectionDataset(folders.write(tmp_path)).subset(indices)
+
+
+def test_a_pickled_dataset_leaves_the_ground_truth_behind_and_rebuilds_it(tmp_path):
+    dataset = CocoDetectionDataset(folders.write(tmp_path))
+    before = len(pickle.dumps(dataset))
+    assert dataset.coco.imgs
+    assert len(pickle.dumps(dataset)) == before
+    assert set(pickle.loads(pickle.dumps(dataset)).coco.imgs) == {10, 11, 12}
+
+
+@pytest.mark.parametrize(("info", "expected"), [({}, True), (None, True), ({"mirror_symmetric": False}, False)])
+def test_the_file_says_whether_its_classes_may_be_mirrored(tmp_path, info, expected):
+    assert CocoDetectionDataset(folders.write(tmp_path, lambda c: c.update(info=info))).mirror_symmetric is expected
+
+
+def test_a_tiny_overhang_is_cut_off_in_training_only(tmp_path):
+    overhanging = [-OVERHANG, 3, folders.WIDTH + 2 * OVERHANG, 4]
+    dataset = CocoDetectionDataset(folders.write(tmp_path, lambda c: box(c, overhanging)))
+    assert dataset[1][1]["boxes"].tolist() == [[0, 3, folders.WIDTH, 7]]
+    assert dataset.coco.anns[110]["bbox"] == overhanging
+
+
+def test_the_two_flat_boxes_of_published_coco_are_left_out(tmp_path):
+    def as_published(content):
+        content["images"][0]["id"] = 200365
+        for record in content["annotations"]:
+            record["image_id"] = {12: 200365}.get(record["image_id"], record["image_id"])
+        content["annotations"][1].update(id=918, bbox=[3.65, 8.33, 1.03, 0.0])
+
+    assert len(CocoDetectionDataset(folders.write(tmp_path, as_published))[2][1]["boxes"]) == 1
+
+
+REFUSED = {
+    "has a box of zero or negative area: bbox [1, 2, 0, 5] in image 11 of 24 x 16": lambda c: box(c, [1, 2, 0, 5]),
+    "annotation 110 of": lambda c: box(c, [1, 2, 4, -5]),
+    "a box of zero or negative area: bbox [9, 2, 1e-09, 5]": lambda c: box(c, [9, 2, 1e-9, 5]),
+    "has a box outside its image: bbox [22, 2, 5, 5] in image 11 of 24 x 16": lambda c: box(c, [22, 2, 5, 5]),
+    "has a box outside its image: bbox [24.5, 2, 1, 5]": lambda c: box(c, [24.5, 2, 1, 5]),
+    ", and 1 more such box; correct it, remove it, or set its iscrowd": lambda c: [
+        a.update(bbox=[0, 0, 0, 1]) for a in c["annotations"][:2]
+    ],
+    '"bbox" of annotation 110': lambda c: box(c, [1, 2, 3]),
+    "is [1, 2, 3, 'x'], not a list of 4 finite numbers": lambda c: box(c, [1, 2, 3, "x"]),
+    "is [1, 2, nan, 4]": lambda c: box(c, [1, 2, float("nan"), 4]),
+    "refers to image 99, which is not among its 3 images": lambda c: c["annotations"][0].update(image_id=99),
+    "refers to category 5, which is not among its 2 categories": lambda c: c["annotations"][0].update(category_id=5),
+    "image id 12 stands 2 times": lambda c: c["images"][1].update(id=12),
+    "category id 7 stands 2 times": lambda c: c["categories"][1].update(id=7),
+    "annotation id 110 stands 2 times": lambda c: c["annotations"][1].update(id=110),
+    'image number 1 of': lambda c: c["images"][1].pop("id"),
+    '"id" of image a in': lambda c: c["images"][1].update(id="a"),
+    "is 1.5, not an integer": lambda c: c["images"][1].update(id=1.5),
+    'has no "bbox"; add it or remove the annotation': lambda c: c["annotations"][0].pop("bbox"),
+    'has no "width"': lambda c: c["images"][0].pop("width"),
+    "image 12 of": lambda c: c["images"][0].update(height=0),
+    '"file_name" of image 12': lambda c: c["images"][0].update(file_name=""),
+    '"name" of category 7': lambda c: c["categories"][0].update(name=None),
+    'has no "categories"': lambda c: c.pop("categories"),
+    'has dict instead of a list as "images"': lambda c: c.update(images={}),
+    '"annotations"[0] of': lambda c: c["annotations"].insert(0, 5),
+    "is an empty split: it lists 0 images": lambda c: c.update(images=[], annotations=[]),
+    "is an empty split: its 3 images hold no box to detect (0 annotations": lambda c: c.update(annotations=[]),
+    "of them 3 crowd regions": lambda c: c.update(annotations=c["annotations"][3:]),
+    "lists 0 categories": lambda c: c.update(categories=[], annotations=[]),
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_unusable_annotations_are_refused_with_file_values_and_remedy(tmp_path, said):
+    split = folders.write(tmp_path, REFUSED[said])
+    with pytest.raises(InputError) as refusal:
+        CocoDetectionDataset(split)
+    message = str(refusal.value)
+    assert said in message and str(split.annotations) in message
+    assert ";" in message and "\n" not in message  # what is wrong; what to do
+
+
+@pytest.mark.parametrize("text", ["", "{", "no json", '{"images": [', "\xff"])
+def test_what_is_not_json_is_refused(tmp_path, text):
+    split = folders.write(tmp_path)
+    split.annotations.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match="is not JSON"):
+        CocoDetectionDataset(split)
+
+
+def test_json_of_another_kind_is_refused(tmp_path):
+    split = folders.write(tmp_path)
+    split.annotations.write_text("[1]")
+    with pytest.raises(InputError, match="holds a list, not an object"):
+        CocoDetectionDataset(split)
+
+
+def test_missing_images_are_found_on_opening(tmp_path):
+    split = folders.write(tmp_path)
+    (split.images / "1.png").unlink()
+    with pytest.raises(InputError, match=r"1 of the 3 images .*/1\.png; .*--val-images"):
+        CocoDetectionDataset(split)
+
+
+def test_images_may_lie_in_folders_below(tmp_path):
+    split = folders.write(tmp_path, lambda c: c["images"][0].update(file_name="deep/er/2.png"))
+    with pytest.raises(InputError, match=r"deep/er/2\.png"):
+        CocoDetectionDataset(split)
+    (split.images / "deep/er").mkdir(parents=True)
+    (split.images / "2.png").rename(split.images / "deep/er/2.png")
+    assert CocoDetectionDataset(split)[2][0].shape == (3, folders.HEIGHT, folders.WIDTH)
+
+
+def test_splits_lie_in_the_coco_layout_or_where_the_flags_say(tmp_path):
+    train, val = folders.write(tmp_path, name="train"), folders.write(tmp_path, name="val")
+    assert resolve_splits(tmp_path) == (train, val)
+    other = folders.write(tmp_path / "other")
+    mixed = resolve_splits(str(tmp_path), val_images=str(other.images), val_annotations=other.annotations)
+    assert mixed == (train, other)
+    assert resolve_split("val", None, other.images, other.annotations) == other
+    assert resolve_split("val", tmp_path / "none", other.images, other.annotations) == other
+
+
+def test_what_is_not_given_or_not_there_is_named_with_its_flag(tmp_path):
+    train = folders.write(tmp_path, name="train")
+    for arguments, said in [
+        ({}, "neither --data nor --train-images and --train-annotations is given"),
+        ({"train_images": train.images}, "neither --data nor --train-annotations is given"),
+        ({"data": tmp_path / "none"}, "none is not a folder"),
+        ({"data": tmp_path}, "val2017.json does not exist .*holds instances_train2017.json.*--val-annotations"),
+        ({"data": tmp_path, "val_annotations": train.annotations}, "val2017 does not exist; .*--val-images"),
+    ]:
+        with pytest.raises(InputError, match=said):
+            resolve_splits(**arguments)
+
+
+def test_a_split_without_a_name_still_says_which_folder(tmp_path):
+    split = folders.write(tmp_path)
+    (split.images / "0.png").unlink()
+    with pytest.raises(InputError, match="correct the images folder"):
+        CocoDetectionDataset(Split(split.images, split.annotations))
+
+
+def test_segmentations_are_not_kept_in_memory(tmp_path):
+    split = folders.write(tmp_path)
+    assert "segmentation" in json.dumps(json.loads(split.annotations.read_text()))
+    assert not any("segmentation" in a for a in CocoDetectionDataset(split).coco.anns.values())

@@ -1,0 +1,144 @@
+"""Batch k is a function of (seed, k), however it is read."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from jdkd.data import CocoDetectionDataset, batches
+from jdkd.errors import InputError
+
+from . import folders
+
+IMAGES = 7
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return CocoDetectionDataset(folders.write(tmp_path, images=IMAGES))
+
+
+def ids(stream):
+    return [[target["image_id"] for target in targets] for _, targets in stream]
+
+
+def ids_one_by_one(stream):
+    return (target["image_id"] for _, targets in stream for target in targets)
+
+
+def same(a, b):
+    """Whether two lists of batches are equal in every pixel and box."""
+    return len(a) == len(b) and all(
+        all(torch.equal(x, y) for x, y in zip(images, others, strict=True))
+        and all(
+            torch.equal(t["boxes"], o["boxes"]) and torch.equal(t["labels"], o["labels"])
+            for t, o in zip(targets, other_targets, strict=True)
+        )
+        for (images, targets), (others, other_targets) in zip(a, b, strict=True)
+    )
+
+
+def test_images_are_floats_up_to_one_with_their_targets(dataset):
+    images, targets = next(batches(dataset, batch_size=3, steps=1, seed=0))
+    assert len(images) == len(targets) == 3
+    for image, target in zip(images, targets, strict=True):
+        expected, truth = dataset[dataset.image_ids.index(target["image_id"])]
+        assert image.dtype == torch.float32 and image.max() == 1
+        assert torch.allclose(image, expected / 255)
+        assert torch.equal(target["boxes"], truth["boxes"])
+
+
+def test_every_epoch_shows_every_image_once_in_another_order(dataset):
+    shown = [i for batch in ids(batches(dataset, batch_size=2, steps=14, seed=0)) for i in batch]
+    epochs = [shown[at : at + IMAGES] for at in range(0, len(shown), IMAGES)]
+    assert all(sorted(epoch) == dataset.image_ids for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+
+
+def test_a_batch_larger_than_the_data_set_goes_on_into_the_next_epochs(dataset):
+    ((images, targets),) = batches(dataset, batch_size=2 * IMAGES + 1, steps=1, seed=3)
+    counts = Counter(target["image_id"] for target in targets)
+    assert len(images) == 2 * IMAGES + 1 and sorted(counts.values()) == [2] * (IMAGES - 1) + [3]
+
+
+def test_starting_late_is_the_same_as_skipping(dataset):
+    settings = {"batch_size": 3, "steps": 9, "seed": 5, "flip": 0.5}
+    whole = list(batches(dataset, **settings))
+    assert len(whole) == 9
+    for start in (0, 1, 4, 9):
+        assert same(list(batches(dataset, start=start, **settings)), whole[start:])
+    assert list(batches(dataset, start=12, **settings)) == []
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_workers_change_nothing(dataset):
+    settings = {"batch_size": 3, "steps": 6, "seed": 5, "flip": 0.5, "start": 1}
+    assert same(list(batches(dataset, workers=2, **settings)), list(batches(dataset, **settings)))
+
+
+def test_seeds_differ_and_repeat(dataset):
+    first, again, other = (ids(batches(dataset, batch_size=4, steps=5, seed=seed)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_flips_mirror_pixels_and_boxes_together(dataset):
+    settings = {"batch_size": 4, "steps": 6, "seed": 0}
+    plain, mirrored = list(batches(dataset, **settings)), list(batches(dataset, flip=1.0, **settings))
+    for (images, targets), (turned, turned_targets) in zip(plain, mirrored, strict=True):
+        for image, target, other, turned_target in zip(images, targets, turned, turned_targets, strict=True):
+            assert torch.equal(other, image.flip(-1))
+            left, top, right, bottom = target["boxes"].unbind(1)
+            expected = torch.stack([folders.WIDTH - right, top, folders.WIDTH - left, bottom], dim=1)
+            assert torch.equal(turned_target["boxes"], expected)
+            assert type(turned_target["boxes"]) is torch.Tensor
+            assert torch.equal(turned_target["labels"], target["labels"])
+
+
+def test_about_the_asked_share_is_flipped(dataset):
+    flipped = [
+        image[0, 0, 0].item() < 1  # the white half row starts left
+        for images, _ in batches(dataset, batch_size=8, steps=50, seed=0, flip=0.3)
+        for image in images
+    ]
+    assert 0.22 < sum(flipped) / len(flipped) < 0.38
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_global_random_state_is_left_alone(dataset, workers):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = ids(batches(dataset, batch_size=2, steps=2, seed=0, flip=0.5, workers=workers))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert ids(batches(dataset, batch_size=2, steps=2, seed=0, flip=0.5, workers=workers)) == first
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_stops_with_one_sentence_and_not_before_its_batch(dataset, workers):
+    file = dataset.split.images / "3.png"
+    file.write_bytes(file.read_bytes()[:60])
+    stream = ids_one_by_one(batches(dataset, batch_size=1, steps=IMAGES, seed=0, workers=workers))
+    shown: list[int] = []
+    with pytest.raises(InputError) as refusal:
+        shown.extend(stream)  # extends by what comes before the error
+    assert str(file) in str(refusal.value) and "\n" not in str(refusal.value)
+    assert 0 < len(shown) < IMAGES and 13 not in shown
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"batch_size": 0}, "batch_size is 0 but must be at least 1"),
+        ({"steps": -1}, "steps is -1"),
+        ({"start": -2}, "start is -2"),
+        ({"seed": -1}, "seed is -1"),
+        ({"workers": -1}, "workers is -1"),
+        ({"flip": 1.5}, "flip is 1.5 but is a probability"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_read(dataset, wrong, said):
+    with pytest.raises(InputError, match=said):
+        batches(dataset, **{"batch_size": 1, "steps": 1, "seed": 0, **wrong})
