@@ -76,7 +76,8 @@ def read_annotations(path: Path) -> Annotations:
     labels = _lookup(path, annotations, annotation_ids, "category_id", category_ids) + 1
     boxes = _column(path, annotations, "annotation", "bbox", width=4).astype(np.float64)
     boxes[:, 2:] += boxes[:, :2]
-    crowd = np.array([bool(record.get("iscrowd", 0)) for record in annotations], dtype=bool)
+    _column(path, [record for record in annotations if record.get("area") is not None], "annotation", "area")
+    crowd = _crowd(path, annotations)
     flat = boxes[:, 3] == boxes[:, 1]
     slips = [flat & (annotation_ids == slip) & (image_ids[rows] == image) for slip, image in PUBLISHED_SLIPS]
     kept = ~(crowd | np.any(slips, axis=0))
@@ -116,9 +117,9 @@ def _no_gc() -> Iterator[None]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        with _no_gc(), open(path, encoding="utf-8") as file:
+        with _no_gc(), open(path, encoding="utf-8-sig") as file:
             raw = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); give a COCO annotation file") from error
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror}); give a COCO annotation file") from error
@@ -175,11 +176,12 @@ def _finite(values: list[Any], shape: tuple[int, ...]) -> np.ndarray | None:
 
 def _integers(path: Path, records: Sequence[dict], kind: str, key: str) -> np.ndarray:
     column = _column(path, records, kind, key)
-    if column.dtype.kind == "f":
-        place = next(i for i, record in enumerate(records) if not isinstance(record[key], int))
+    if column.dtype.kind != "i":
+        values = [record[key] for record in records]
+        place = next(i for i, v in enumerate(values) if not isinstance(v, int) or abs(v) > np.iinfo(np.int64).max)
         raise InputError(
-            f'"{key}" of {kind} number {place} in {path} is {records[place][key]!r}, not an integer; '
-            f"number the {kind} records with integers"
+            f'"{key}" of {kind} number {place} in {path} is {values[place]!r}, not an integer of 64 bits; '
+            f"correct it or remove the {kind}"
         )
     return column.astype(np.int64)
 
@@ -216,6 +218,18 @@ def _strings(path: Path, records: Sequence[dict], kind: str, key: str) -> list[s
         if not isinstance(value, str) or not value:
             raise InputError(f'"{key}" of {kind} {record["id"]} in {path} is {value!r}; give it a name')
     return values
+
+
+def _crowd(path: Path, annotations: Sequence[dict]) -> np.ndarray:
+    """Returns which annotations are crowd regions: [A] bool."""
+    flags = [record.get("iscrowd", 0) for record in annotations]
+    wrong = next((place for place, flag in enumerate(flags) if flag not in (0, 1)), None)
+    if wrong is not None:
+        raise InputError(
+            f'"iscrowd" of annotation {annotations[wrong]["id"]} in {path} is {flags[wrong]!r}, not 0 or 1; '
+            "correct it or remove it, which means 0"
+        )
+    return np.array(flags, dtype=bool)
 
 
 def _lookup(

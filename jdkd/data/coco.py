@@ -238,7 +238,7 @@ def _ground_truth(raw: dict[str, Any], image_ids: set[int]) -> COCO:
                 **record,
                 "id": number if renumber else record["id"],
                 "iscrowd": int(bool(record.get("iscrowd", 0))),
-                "area": record.get("area", record["bbox"][2] * record["bbox"][3]),
+                "area": record["bbox"][2] * record["bbox"][3] if record.get("area") is None else record["area"],
             }
             for number, record in enumerate(annotations, start=1)
         ],

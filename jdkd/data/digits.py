@@ -69,6 +69,8 @@ def write_digit_scenes(
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         _require_same(out, request, resume)
         return
+    if out == Path.cwd():
+        raise InputError(f"{out} is the folder you are in, which cannot be put in place whole; name a new folder")
     report = progress or (lambda done, total, facts: None)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
