@@ -27,6 +27,7 @@ from jdkd.morph.importance import (
 DIVISOR = 8  # channel counts stay multiples of it, or a GPU gains nothing from the narrower layer
 FLOOR = 0.25  # no group loses more than the rest in one action
 MAX_MOVE = 3  # blocks that cross a stage boundary in one rearrangement
+COUPLED_SHARES = (0.0, 0.25, 0.5)  # of the FPN and of the box head, dropped in one action
 COUPLED = {"fpn": ("fpn", "fpn.top_down", "rpn"), "box_head": ("box_head.fc6", "box_head.fc7")}
 
 
@@ -160,9 +161,9 @@ def draw(parent: nn.Module, rng: random.Random, resolutions: Sequence[int], max_
     for _ in range(100):
         kind = rng.choice(("prune", "prune", "remove", "add", "rearrange", "resolution"))
         if kind == "prune":
-            shares = (rng.uniform(0.1, 0.3), rng.choice((0.0, 0.125, 0.25)), rng.choice((0.0, 0.25, 0.5)))
+            inner = rng.choice((0.0, rng.uniform(0.1, 0.3)))
             with contextlib.suppress(InputError):  # nothing left to drop after rounding: draw again
-                return prune_channels(parent, shares[0], fpn=shares[1], box_head=shares[2])
+                return prune_channels(parent, inner, fpn=rng.choice(COUPLED_SHARES), box_head=rng.choice(COUPLED_SHARES))
         elif kind == "remove" and deep:
             return remove_block(parent, rng.choice(deep))
         elif kind == "add" and roomy:

@@ -28,7 +28,8 @@ class SearchConfig:
         batch_size, lr, amp, workers: of every training; ``lr`` is the peak.
         feature_weight, head_weight: of the distillation (Pearson loss per level; class logits).
         resolutions: short sides that students may choose from, over the base's.
-        latency_seconds: how long the final measurement lasts, per way of measuring.
+        latency_rounds: rounds in which a candidate is timed; the final measurement takes five times as many.
+        latency_seconds: how long the final measurement lasts at least.
         seed: decides everything that is drawn.
         device: where to run.
         resume: carry on from what ``out`` holds.
@@ -42,7 +43,7 @@ class SearchConfig:
     target_latency: float = 0.53
     steps: int | None = None
     candidates: int = CANDIDATES
-    proposals: int = 8
+    proposals: int = 16
     batch_size: int = 8
     lr: float = 1e-3
     amp: str = "auto"
@@ -50,6 +51,7 @@ class SearchConfig:
     feature_weight: float = 6.0
     head_weight: float = 0.0
     resolutions: tuple[float, ...] = (0.75, 0.875, 1.0)
+    latency_rounds: int = 20
     latency_seconds: float = 10.0
     seed: int = 0
     device: str = "cpu"

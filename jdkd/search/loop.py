@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from jdkd.detect import load, save
 from jdkd.distill import Distiller
 from jdkd.files import write_json
-from jdkd.latency import Cost, count, deployable, quick
+from jdkd.latency import Cost, count, deployable
 from jdkd.pool import Member, Recipe, Subnet, TeacherPool, load_pool, train_pool
 from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle, pareto_front
 from jdkd.search.config import Plan, SearchConfig, plan
@@ -194,8 +194,7 @@ def _measured(student: nn.Module, setting: Setting, *, begun: float, **known: An
     """Scores and times a detector as it would be deployed."""
     config, deployed = setting.config, deployable(student)
     scores = evaluate(deployed, setting.selection, device=config.device, batch_size=config.batch_size)
-    models = {"base": setting.deployed_base, "student": deployed}
-    report = quick(models, setting.timing_images, device=config.device)
+    report = setting.timed({"student": deployed})
     latency = report.models["student"].end_to_end
     cost: Cost = count(student, tuple(setting.timing_images[0].shape[1:]))
     return Candidate(

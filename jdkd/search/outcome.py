@@ -8,7 +8,7 @@ from torch import nn
 
 from jdkd.detect import load, save
 from jdkd.files import write_json
-from jdkd.latency import LatencyReport, count, deployable, measure
+from jdkd.latency import REPORTED, LatencyReport, count, deployable, measure
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate, Cycle
 from jdkd.search.setting import Setting
@@ -46,9 +46,14 @@ def conclude(archive: Archive, pool_steps: int, setting: Setting) -> dict[str, A
         scores[name] = evaluate(model, setting.val, device=config.device, batch_size=config.batch_size)
         setting.progress("scoring", len(scores), len(deployed), {"mAP": scores[name].map})
     report = measure(
-        deployed, setting.timing_images, device=config.device, min_seconds=config.latency_seconds,
+        deployed,
+        setting.timing_images,
+        device=config.device,
+        rounds=5 * config.latency_rounds,
+        min_seconds=config.latency_seconds,
+        warmup_seconds=min(REPORTED.warmup_seconds, config.latency_seconds),
         progress=lambda *state: setting.progress("timing", *state),
-    )  # fmt: skip
+    )
     steps = {name: 0 if name == "base" else student.lineage_steps for name in detectors}
     result = {name: _row(name, detectors[name], scores[name], report, steps[name], setting) for name in detectors}
     result |= {

@@ -7,7 +7,7 @@ from torch import nn
 
 from jdkd.distill import correlations
 from jdkd.errors import InputError
-from jdkd.latency import deployable, quick
+from jdkd.latency import deployable
 from jdkd.morph import draw
 from jdkd.search.setting import Setting
 
@@ -54,9 +54,7 @@ def screen(parent: nn.Module, setting: Setting, rng: random.Random) -> Proposal:
     for done in range(count):
         proposals.append(_propose(parent, setting, rng))
         setting.progress("screening students", done + 1, count, {"r": proposals[-1].similarity})
-    models = {"base": setting.deployed_base}
-    models |= {str(i): deployable(proposal.student) for i, proposal in enumerate(proposals)}
-    report = quick(models, setting.timing_images, device=setting.config.device)
+    report = setting.timed({str(i): deployable(proposal.student) for i, proposal in enumerate(proposals)})
     timed = [replace(p, latency_ratio=report.ratio(str(i)).value) for i, p in enumerate(proposals)]
     return max(timed, key=lambda proposal: proposal.worth(setting.config.target_latency))
 

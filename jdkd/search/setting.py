@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from jdkd.data import CocoDetectionDataset, batches
 from jdkd.detect import load
 from jdkd.errors import InputError
-from jdkd.latency import deployable
+from jdkd.latency import LatencyReport, deployable, quick
 from jdkd.search.config import SearchConfig
 from jdkd.train import TrainConfig, calibrate_bn
 
@@ -59,6 +59,12 @@ class Setting:
         """The model with recalibrated batch norms, in evaluation mode on the device."""
         calibrate_bn(model.to(self.config.device), self.probe())
         return model.eval()
+
+    def timed(self, models: dict[str, nn.Module]) -> LatencyReport:
+        """A short interleaved measurement of the base and of other deployable models."""
+        rounds = self.config.latency_rounds
+        models = {"base": self.deployed_base} | models
+        return quick(models, self.timing_images, device=self.config.device, rounds=rounds)
 
     def training(self, steps: int, seed: int, **changes: Any) -> TrainConfig:
         """Settings of one training; ``seed`` tells the trainings of a search apart."""

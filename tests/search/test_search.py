@@ -33,7 +33,7 @@ def config_of(folder, out, **changes) -> SearchConfig:
     train, val = resolve_splits(folder / "data")
     small = SearchConfig(
         folder / "base", train, val, out, target_latency=0.95, steps=40, candidates=2, proposals=2, batch_size=2,
-        lr=1e-4, latency_seconds=0.0,
+        lr=1e-4, latency_rounds=2, latency_seconds=0.0,
     )  # fmt: skip
     return replace(small, **changes)
 
