@@ -38,6 +38,12 @@ def test_images_come_in_order_of_id_with_boxes_as_corners(tmp_path):
     assert target["labels"].dtype == torch.int64
 
 
+def test_the_order_of_annotations_in_the_file_does_not_matter(tmp_path):
+    dataset = CocoDetectionDataset(folders.write(tmp_path, lambda c: c["annotations"].reverse()))
+    assert [len(target["boxes"]) for _, target in dataset] == [0, 1, 2]
+    assert sorted(dataset[2][1]["boxes"].tolist()) == [[1, 2, 5, 7], [2, 2, 6, 7]]
+
+
 def test_an_image_without_boxes_is_kept_with_an_empty_target(tmp_path):
     def no_annotation_at_all(content):
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] != 10]

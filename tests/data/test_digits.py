@@ -66,6 +66,12 @@ def test_another_seed_gives_other_scenes(scenes, tmp_path):
     assert all(other[name] != content for name, content in contents(scenes).items() if name.endswith(".png"))
 
 
+def test_the_splits_have_scenes_of_their_own(scenes):
+    for k in range(SMALL["val"]):
+        train, val = (np.asarray(Image.open(scenes / f"{split}2017" / f"{k:06d}.png")) for split in ("train", "val"))
+        assert (train == val).all(-1).mean() < 0.2
+
+
 def test_no_digit_is_in_both_splits():
     (train, train_labels), (val, val_labels) = digits._digits("train"), digits._digits("val")
     assert len(train) + len(val) == 1797 and len(val) >= 300

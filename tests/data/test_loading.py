@@ -101,6 +101,8 @@ def test_about_the_asked_share_is_flipped(dataset):
         for images, _ in batches(dataset, batch_size=8, steps=50, seed=0, flip=0.3)
         for image in images
     ]
+    batches_flipped = [tuple(flipped[at : at + 8]) for at in range(0, len(flipped), 8)]
+    assert len(set(batches_flipped)) > 20  # drawn anew for every batch
     assert 0.22 < sum(flipped) / len(flipped) < 0.38
 
 
