@@ -1,15 +1,51 @@
-"""Reading and checking annotation files."""
+"""Annotation files, sound and spoilt one thing at a time, without any image."""
 
 import json
 import math
 import time
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from jdkd.data.annotations import OVERHANG, PUBLISHED_SLIPS, read_annotations
 from jdkd.errors import InputError
-from tests.data.coco_folder import HEIGHT, WIDTH, box, content, image, write_annotations
+
+WIDTH, HEIGHT = 40, 30
+
+
+def image(number: int, **changes: Any) -> dict[str, Any]:
+    return {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT, **changes}
+
+
+def box(number: int, image_id: int, category_id: int = 7, bbox: Any = (5, 6, 10, 8), **changes: Any) -> dict[str, Any]:
+    bbox = list(bbox) if isinstance(bbox, tuple) else bbox
+    return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox, **changes}
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    """A sound annotation file: images 20 and 10, categories 90 ("dog") and 7 ("cat"), a box on each image."""
+    sound = {
+        "images": [image(20), image(10)],
+        "categories": [{"id": 90, "name": "dog"}, {"id": 7, "name": "cat"}],
+        "annotations": [box(1, 20, 90), box(2, 10, 7, (1.5, 2.5, 3, 4))],
+    }
+    return {**sound, **changes}
+
+
+def only(*annotations: dict[str, Any]) -> dict[str, Any]:
+    return content(annotations=list(annotations))
+
+
+def without(record: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name != key}
+
+
+def write_annotations(file: Path, what: Any) -> Path:
+    """Writes text as it is and anything else as JSON."""
+    file.write_text(what if isinstance(what, str) else json.dumps(what))
+    return file
 
 
 @pytest.fixture
@@ -31,14 +67,6 @@ def refusal(tmp_path, read):
         return sentence
 
     return of
-
-
-def only(*annotations):
-    return content(annotations=list(annotations))
-
-
-def without(record, key):
-    return {name: value for name, value in record.items() if name != key}
 
 
 def test_a_sound_file_comes_out_as_arrays_in_order_of_ids(read):
@@ -80,7 +108,7 @@ def test_a_byte_order_mark_does_no_harm(tmp_path):
 
 def test_a_file_that_cannot_be_opened_is_named(tmp_path):
     for path in (tmp_path / "nowhere.json", tmp_path):
-        with pytest.raises(InputError, match="cannot read .*give a COCO annotation file") as caught:
+        with pytest.raises(InputError, match=r"cannot read .*give a COCO annotation file") as caught:
             read_annotations(path)
         assert str(path) in str(caught.value)
 

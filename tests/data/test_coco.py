@@ -85,6 +85,16 @@ def test_perfect_detections_score_one_whatever_the_annotation_ids(tmp_path, firs
     assert scores.stats[0] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("areas", [(None, None, None), (3, None, 7.5)])
+def test_an_area_that_is_not_given_is_the_boxs(tmp_path, areas):
+    def give(content):
+        for record, area in zip(content["annotations"], areas, strict=False):
+            record.update(area=area)
+
+    found = [record["area"] for record in CocoDetectionDataset(folders.write(tmp_path, give)).coco.anns.values()]
+    assert found == [20 if area is None else area for area in areas] + [50, 50, 50]
+
+
 def test_a_subset_restricts_the_ground_truth_too(tmp_path):
     whole = CocoDetectionDataset(folders.write(tmp_path))
     subset = whole.subset([2, 0])
@@ -150,7 +160,7 @@ REFUSED = {
     "image id 12 stands 2 times": lambda c: c["images"][1].update(id=12),
     "category id 7 stands 2 times": lambda c: c["categories"][1].update(id=7),
     "annotation id 110 stands 2 times": lambda c: c["annotations"][1].update(id=110),
-    'image number 1 of': lambda c: c["images"][1].pop("id"),
+    "image number 1 of": lambda c: c["images"][1].pop("id"),
     '"id" of image a in': lambda c: c["images"][1].update(id="a"),
     "is 1.5, not an integer": lambda c: c["images"][1].update(id=1.5),
     'has no "bbox"; add it or remove the annotation': lambda c: c["annotations"][0].pop("bbox"),

@@ -172,6 +172,32 @@ def test_an_empty_folder_is_filled_and_missing_parents_are_made(tmp_path):
     assert contents(tmp_path / "empty") == contents(tmp_path / "a" / "b") != {}
 
 
+def test_the_folder_one_stands_in_is_not_swapped_away(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="is the folder you are in"):
+        write_digit_scenes(".", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+    write_digit_scenes("below", **SMALL)
+    assert (tmp_path / "below" / "val2017").is_dir()
+
+
+def test_a_link_to_an_empty_folder_stays_a_link(tmp_path, scenes):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_digit_scenes(tmp_path / "link", **SMALL)
+    assert (tmp_path / "link").is_symlink() and contents(tmp_path / "real") == contents(scenes)
+
+
+def test_an_interruption_from_the_progress_display_leaves_nothing(tmp_path):
+    def stop(done, total, facts):
+        if done == SMALL["train"] + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_digit_scenes(tmp_path / "out", **SMALL, progress=stop)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
 @pytest.mark.parametrize("folder_was_there", [False, True])
 def test_what_is_interrupted_leaves_nothing_half_written(tmp_path, monkeypatch, failure, folder_was_there):

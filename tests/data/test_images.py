@@ -72,6 +72,32 @@ def test_a_rotated_photograph_is_turned_to_the_annotated_size(tmp_path):
     assert (read(tmp_path / "a.png", 4, 6) == np.rot90(gradient(6, 4), -1)).all()
 
 
+@pytest.mark.parametrize(
+    ("orientation", "shown"),
+    [
+        (1, lambda p: p),
+        (2, lambda p: p[:, ::-1]),
+        (3, lambda p: p[::-1, ::-1]),
+        (4, lambda p: p[::-1]),
+        (5, lambda p: p.transpose(1, 0, 2)),
+        (6, lambda p: np.rot90(p, -1)),
+        (7, lambda p: p[::-1, ::-1].transpose(1, 0, 2)),
+        (8, np.rot90),
+        (9, lambda p: p),
+    ],
+)
+def test_every_orientation_is_shown_as_the_standard_says(tmp_path, orientation, shown):
+    oriented(tmp_path / "a.png", gradient(), orientation)
+    expected = shown(gradient())
+    assert (read(tmp_path / "a.png", *expected.shape[1::-1]) == expected).all()
+
+
+def test_a_folder_in_the_place_of_an_image_is_named(tmp_path):
+    (tmp_path / "a.png").mkdir()
+    with pytest.raises(InputError, match=r"image .*/a\.png cannot be read"):
+        read(tmp_path / "a.png")
+
+
 def test_it_stays_unturned_where_the_annotations_mean_the_stored_pixels(tmp_path):
     oriented(tmp_path / "a.png", gradient(6, 4), ROTATED)
     assert (read(tmp_path / "a.png", 6, 4) == gradient(6, 4)).all()
