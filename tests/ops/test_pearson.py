@@ -13,6 +13,7 @@ from jdkd.reference import pearson as reference
 from tests.ops.pearson_cases import CASES, DTYPES, PLAIN, WEIGHT, Case, check, like, variants
 
 OP = "pearson"
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
 
 
 @pytest.mark.parametrize("variant", variants(), ids=str)
@@ -54,7 +55,7 @@ def test_levels_may_differ_in_dtype_and_layout(backend, device):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_two_runs_give_the_same_bits(backend, device, channels_last):
-    students, teachers = replace(CASES["many_tiles_and_chunks"], channels_last=channels_last).levels(device)
+    students, teachers = Case(shapes=((1, 2, 60, 40),), channels_last=channels_last).levels(device)
     runs = []
     for _ in range(2):
         loss = pkd_loss(students, teachers)
