@@ -98,7 +98,10 @@ def _row_chunk_length(positions: int) -> int:
 
 
 def _odd(levels: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
-    return tuple(2 * size + 1 for sizes in levels for size in sizes)
+    sizes = tuple(size for level in levels for size in level)
+    if max(sizes) >= 2**30:
+        raise ValueError(f"a level of {max(sizes)} positions is more than the Pearson kernels take, 2^30 - 1")
+    return tuple(2 * size + 1 for size in sizes)
 
 
 def _groups(x: list[torch.Tensor], y: list[torch.Tensor]) -> list[_Group]:
@@ -167,3 +170,49 @@ def pearson_bwd(
             for group in groups
         ]
     return _in_order(groups, gradients)
+
+
+def aot_variants() -> list[dict]:
+    """What the launchers can ask Triton to compile, for the ahead-of-time gate (``tests/test_aot.py``).
+
+    Returns:
+        One dict a variant: ``name``; ``kernel``; ``signature``, a type for every parameter, tuples for tuples;
+        ``constants``; ``aligned``, the parameters whose pointers are multiples of 16 bytes, as the caching allocator's
+        are; ``options`` of the compiler; ``wide``, whether every load and store of features must move 16 bytes.
+    """
+    variants = []
+    for dtype, vector, levels in (("fp32", 4, 5), ("bf16", 8, 5), ("fp16", 8, 5), ("bf16", 8, 1)):
+        features = (f"*{dtype}",) * levels
+        stats = {"s_ptrs": features, "t_ptrs": features, "chunk_ptr": "*fp32"}
+        grad = {"x_ptrs": features, "y_ptrs": features, "dx_ptrs": features, "dloss_ptr": "*fp32", "table_ptr": "*fp32"}
+        shared = {"LEVELS": levels, "V": vector}
+        jobs = [
+            (_pearson_plane_stats_kernel, stats, 4, {}, PLANES | shared, True),
+            (_pearson_plane_grad_kernel, grad, 4, {"columns": "i32"}, PLANES | shared, True),
+        ]
+        for wide in (True, False):
+            constants = ROWS | shared | {"WIDE": wide}
+            jobs.append((_pearson_row_stats_kernel, stats, 3, {}, constants, wide))
+            jobs.append((_pearson_row_grad_kernel, grad, 3, {"columns_in_all": "i32"}, constants, wide))
+        variants += [_variant(f"{dtype} x{levels}", *job, levels=levels) for job in jobs]
+    for levels in (1, 5):
+        finish = {"chunk_ptr": "*fp32", "table_ptr": "*fp32", "part_ptr": "*fp64"}
+        scalars = {"columns_in_all": "i32", "loss_weight": "fp32"}
+        job = (_pearson_finish_kernel, finish, 2, scalars, FINISH | {"LEVELS": levels}, False)
+        variants.append(_variant(f"x{levels}", *job, levels=levels))
+    total = {"part_ptr": "*fp64", "loss_ptr": "*fp32"}
+    return [*variants, _variant("", _pearson_sum_kernel, total, 0, {"parts": "i32"}, SUM, False, levels=0)]
+
+
+def _variant(label, kernel, pointers, sizes, scalars, settings, wide, *, levels) -> dict:
+    constants = {name: value for name, value in settings.items() if name != "num_warps"}
+    signature = pointers | ({"sizes": ("i32",) * (sizes * levels)} if sizes else {}) | scalars
+    return {
+        "name": f"{kernel.__name__} {label}{'' if wide or 'WIDE' not in constants else ' narrow'}".strip(),
+        "kernel": kernel,
+        "signature": signature | dict.fromkeys(constants, "constexpr"),
+        "constants": constants,
+        "aligned": tuple(pointers),
+        "options": {"num_warps": settings["num_warps"]},
+        "wide": wide,
+    }

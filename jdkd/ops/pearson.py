@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from jdkd import _backend
 from jdkd.errors import InputError
@@ -28,9 +27,7 @@ _backend.register(_OP, "reference")
 _LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
-def pkd_loss(
-    student: Features, teacher: Features, loss_weight: float = 1.0, resize_stu: bool = True
-) -> Tensor:
+def pkd_loss(student: Features, teacher: Features, loss_weight: float = 1.0, resize_stu: bool = True) -> Tensor:
     """Pearson distillation loss (PKD): a mean squared error between features standardised channel by channel.
 
     Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
@@ -40,8 +37,8 @@ def pkd_loss(
     Computed in float32 whatever the dtype.
 
     A channel of one element (batch 1, a 1x1 map) adds 0. A constant channel of the student adds about 0.5
-    and, as in the public loss, a gradient about a million times that of a live one. The gradient cannot be
-    differentiated again.
+    and, as in the public loss, a gradient about a million times that of a live one. Differentiating with
+    ``create_graph=True`` is refused.
 
     Args:
         student: one level ``[N, C, H, W]``, or an iterable of levels (list, tuple, dict, generator).
@@ -61,8 +58,7 @@ def pkd_loss(
     students, teachers = _levels(student, "student"), _levels(teacher, "teacher")
     if len(students) != len(teachers):
         raise InputError(
-            f"student has {len(students)} levels and teacher has {len(teachers)}; "
-            "pass the levels that pair up"
+            f"student has {len(students)} levels and teacher has {len(teachers)}; pass the levels that pair up"
         )
     if not students:
         raise InputError("student and teacher have no levels; pass at least one feature [N, C, H, W]")
@@ -148,8 +144,12 @@ class _PearsonLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "the Pearson loss was differentiated with create_graph=True, but its gradient has no derivative; "
+                "use jdkd.reference.pearson.pkd_loss there"
+            )
         table, *saved = ctx.saved_tensors
         levels = len(ctx.kept)
         students, saved_teachers = saved[:levels], iter(saved[levels:])
@@ -240,9 +240,7 @@ def _backward(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Ten
     return _BACKWARD[_backend.select(_OP, x[0])](dloss, x, y, coefficients)
 
 
-def _forward_fake(
-    students: list[Tensor], teachers: list[Tensor], loss_weight: float
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
     dtype = reference.result_dtype(students, teachers)
     channels = sum(s.shape[1] for s in students)
     new = students[0].new_empty
@@ -255,12 +253,8 @@ def _backward_fake(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients
 
 _library = torch.library.Library("jdkd", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library.define(
-    "pearson_fwd(Tensor[] students, Tensor[] teachers, float loss_weight) -> (Tensor, Tensor)", tags=_TAGS
-)
-_library.define(
-    "pearson_bwd(Tensor dloss, Tensor[] x, Tensor[] y, Tensor coefficients) -> Tensor[]", tags=_TAGS
-)
+_library.define("pearson_fwd(Tensor[] students, Tensor[] teachers, float loss_weight) -> (Tensor, Tensor)", tags=_TAGS)
+_library.define("pearson_bwd(Tensor dloss, Tensor[] x, Tensor[] y, Tensor coefficients) -> Tensor[]", tags=_TAGS)
 _library.impl("pearson_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("pearson_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("jdkd::pearson_fwd", _forward_fake, lib=_library)

@@ -1,0 +1,64 @@
+"""Compiles Triton kernels for sm_90 without a GPU and prints what became of them, one JSON object a line.
+
+    python -m tests.aot jdkd.kernels.pearson
+
+The module lists its variants in ``aot_variants()``, see there. Run in a process of its own: under ``TRITON_INTERPRET``
+a kernel cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGET = GPUTarget("cuda", 90, 32)
+
+
+def compiled(variant: dict):
+    """The kernel as a launch with 16-byte aligned pointers would compile it."""
+    aligned = {}
+    for position, (name, kind) in enumerate(variant["signature"].items()):
+        if name in variant["aligned"]:
+            places = [(position, i) for i in range(len(kind))] if isinstance(kind, tuple) else [(position,)]
+            aligned |= {place: [["tt.divisibility", 16]] for place in places}
+    source = ASTSource(
+        fn=variant["kernel"], signature=variant["signature"], constexprs=variant["constants"], attrs=aligned
+    )
+    return triton.compile(source, target=TARGET, options=variant["options"])
+
+
+def inspected(variant: dict) -> dict:
+    """Counts of the instructions that matter, and the resources, of one variant."""
+    kernel = compiled(variant)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        run = [TOOLS / "cuobjdump", "-sass", "-res-usage", file.name]
+        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {
+        "name": variant["name"],
+        "wide": variant["wide"],
+        "registers": int(usage["REG"]),
+        "stack_bytes": int(usage["STACK"]),
+        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        "shared_bytes": kernel.metadata.shared,
+        "wide_loads": len(re.findall(r"\bLDG\.E[\w.]*\.128\b", text)),
+        "wide_stores": len(re.findall(r"\bSTG\.E[\w.]*\.128\b", text)),
+        "narrow_stores_of_halves": len(re.findall(r"\bSTG\.E\.U16\b", text)),
+    }
+
+
+if __name__ == "__main__":
+    for variant in importlib.import_module(sys.argv[1]).aot_variants():
+        print(json.dumps(inspected(variant)), flush=True)

@@ -1,0 +1,108 @@
+"""What only a GPU can show of the Pearson loss: real sizes, no synchronisation, graphs, unaligned memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from jdkd._backend import available, use_backend
+from jdkd.functional import pkd_loss
+from jdkd.reference import pearson as reference
+from tests.ops.pearson_cases import DTYPES
+
+pytestmark = pytest.mark.gpu
+GPU_BACKENDS = [name for name in ("triton", "cuda") if available("pearson").get(name, "absent") is None]
+PYRAMID = [(2, 256, 100, 168), (2, 256, 50, 84), (2, 256, 25, 42), (2, 256, 13, 21), (2, 256, 7, 11)]
+
+
+def pyramid(dtype: torch.dtype, layout: torch.memory_format) -> tuple[list[Tensor], list[Tensor]]:
+    torch.manual_seed(0)
+    students = [torch.randn(shape, device="cuda") + 3 for shape in PYRAMID]
+    teachers = [0.7 * level + torch.randn_like(level) for level in students]
+    students, teachers = (
+        [level.to(dtype).contiguous(memory_format=layout) for level in side] for side in (students, teachers)
+    )
+    return [level.requires_grad_() for level in students], teachers
+
+
+def loss_and_gradients(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    loss = pkd_loss(students, teachers, 6.0)
+    return [loss.detach(), *torch.autograd.grad(loss, students)]
+
+
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pyramid_of_a_detector_agrees_with_float64(name, dtype, layout):
+    students, teachers = pyramid(dtype, layout)
+    with use_backend(name):
+        loss, *gradients = loss_and_gradients(students, teachers)
+    wide = [level.detach().double().requires_grad_() for level in students]
+    exact = reference.pkd_loss(wide, [level.double() for level in teachers], 6.0)
+    assert abs(loss.item() - exact.item()) < 1e-6 * exact.item()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-6}[dtype]
+    for ours, theirs in zip(gradients, torch.autograd.grad(exact, wide), strict=True):
+        assert (ours - theirs).norm() < tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+def test_forward_and_backward_never_wait_for_the_device(name):
+    students, teachers = pyramid(torch.bfloat16, torch.contiguous_format)
+    with use_backend(name):
+        loss_and_gradients(students, teachers)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss_and_gradients(students, teachers)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_graph_captures_forward_and_backward(name, layout):
+    students, teachers = pyramid(torch.bfloat16, layout)
+    with use_backend(name):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            loss_and_gradients(students, teachers)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = loss_and_gradients(students, teachers)
+        with torch.no_grad():
+            for level in (*students, *teachers):
+                level.copy_(torch.randn_like(level))
+        graph.replay()
+        expected = loss_and_gradients(students, teachers)
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+def test_features_at_any_address_are_read_right(name):
+    torch.manual_seed(0)
+    storage = torch.randn(2, 4 * 33 * 35 + 8, device="cuda").bfloat16()
+    for offset in (0, 1, 3, 8):
+        student, teacher = storage[:, offset:][:, : 4 * 33 * 35].unbind()
+        student, teacher = (level.view(1, 4, 33, 35) for level in (student, teacher))
+        student = student.detach().requires_grad_()
+        with use_backend(name):
+            ours = loss_and_gradients([student], [teacher])
+        copied = student.detach().clone().requires_grad_()
+        with use_backend(name):
+            expected = loss_and_gradients([copied], [teacher.clone()])
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def test_new_sizes_compile_nothing():
+    kernels = pytest.importorskip("jdkd.kernels.pearson")
+    jits = (kernels._pearson_plane_stats_kernel, kernels._pearson_plane_grad_kernel, kernels._pearson_finish_kernel)
+    seen = []
+    with use_backend("triton"):
+        for height, width in ((8, 16), (9, 17), (1, 16), (64, 64), (33, 3)):
+            student = torch.randn(2, 5, height, width, device="cuda", requires_grad=True)
+            pkd_loss(student, torch.randn_like(student)).backward()
+            seen.append(sum(len(jit.device_caches[torch.cuda.current_device()][0]) for jit in jits))
+    assert len(set(seen)) == 1

@@ -1,0 +1,73 @@
+"""What the compilers make of the kernels for sm_90, without a GPU: registers, memory, widths of loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jdkd import _ext
+
+ROOT = Path(__file__).parents[1]
+SHARED_BYTES = 232_448  # of one block on sm_90; Triton does not check it
+MODULES = ["jdkd.kernels.pearson"]  # each lists its variants in aot_variants()
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def variants(request) -> list[dict]:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.aot", request.param],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_every_triton_variant_stays_in_registers_and_shared_memory(variants):
+    assert variants
+    for variant in variants:
+        assert variant["stack_bytes"] == 0 and variant["local_accesses"] == 0, variant
+        assert variant["shared_bytes"] <= SHARED_BYTES, variant
+
+
+def test_features_move_sixteen_bytes_at_a_time(variants):
+    assert any(variant["wide"] for variant in variants)
+    for variant in variants:
+        if variant["wide"]:
+            assert variant["wide_loads"] >= 2, variant
+            if "grad" in variant["name"]:
+                assert variant["wide_stores"] >= 1, variant
+                assert variant["narrow_stores_of_halves"] <= 1, variant  # the edge of a chunk
+
+
+def _cuobjdump(*options: str) -> str:
+    extension = _ext.module()
+    if extension is None:
+        pytest.skip(_ext.why_missing())
+    if not _ext.build_info()["cuda_ops"]:
+        pytest.skip("jdkd._C was built without CUDA code")
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    run = subprocess.run([tool, *options, extension.__file__], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_the_extension_contains_sm_90_code():
+    assert re.search(r"\bsm_90a?\b", _cuobjdump("-lelf"))
+
+
+def test_no_cuda_kernel_of_the_extension_spills():
+    text = _cuobjdump("-res-usage")
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert any("pearson" in name for name, *_ in kernels)
+    for name, registers, stack, shared, local in kernels:
+        assert int(stack) == 0 and int(local) == 0, name
+        assert int(registers) <= 128 and int(shared) <= 48 * 1024, name
