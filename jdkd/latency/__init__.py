@@ -4,7 +4,7 @@ from jdkd.latency.cost import Cost, count
 from jdkd.latency.deployable import deployable
 from jdkd.latency.protocol import QUICK, REPORTED, Schedule, measure, quick
 from jdkd.latency.report import LatencyReport, ModelLatency
-from jdkd.latency.statistics import Latency, Ratio, bootstrap_ratio
+from jdkd.latency.statistics import Latency, Ratio, bootstrap_ratio, percentile
 
 __all__ = [
     "QUICK",
@@ -19,5 +19,6 @@ __all__ = [
     "count",
     "deployable",
     "measure",
+    "percentile",
     "quick",
 ]

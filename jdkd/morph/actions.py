@@ -161,9 +161,9 @@ def draw(parent: nn.Module, rng: random.Random, resolutions: Sequence[int], max_
     for _ in range(100):
         kind = rng.choice(("prune", "prune", "remove", "add", "rearrange", "resolution"))
         if kind == "prune":
-            inner = rng.choice((0.0, rng.uniform(0.1, 0.3)))
+            inner, fpn, head = rng.choice((0.0, rng.uniform(0.1, 0.3))), *rng.choices(COUPLED_SHARES, k=2)
             with contextlib.suppress(InputError):  # nothing left to drop after rounding: draw again
-                return prune_channels(parent, inner, fpn=rng.choice(COUPLED_SHARES), box_head=rng.choice(COUPLED_SHARES))
+                return prune_channels(parent, inner, fpn=fpn, box_head=head)
         elif kind == "remove" and deep:
             return remove_block(parent, rng.choice(deep))
         elif kind == "add" and roomy:

@@ -40,7 +40,7 @@ class Candidate:
         feature_channels: pool FPN channel opposite each of its own.
         map, map50: COCO scores on the selection split.
         latency_p50: milliseconds end to end, median.
-        latency_ratio: latency over the base's, interleaved in one measurement.
+        latency_ratio: latency over the base's, interleaved in one measurement, at the 20th percentiles.
         latency_samples: every timed call, in milliseconds.
         steps: training steps of its own.
         lineage_steps: those and its ancestors', the base's own training left out.

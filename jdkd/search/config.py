@@ -43,7 +43,7 @@ class SearchConfig:
     target_latency: float = 0.53
     steps: int | None = None
     candidates: int = CANDIDATES
-    proposals: int = 16
+    proposals: int = 12
     batch_size: int = 8
     lr: float = 1e-3
     amp: str = "auto"

@@ -91,9 +91,15 @@ def _pool(setting: Setting, budget: Plan) -> TeacherPool:
     else:
         recipe = Recipe(setting.training(budget.pool, seed=100, lr=2 * config.lr), head_weight=1.0)
         pool = train_pool(
-            setting.base, setting.train, setting.selection, recipe, config.out / "pool",
-            device=config.device, resume=config.resume, progress=setting.progress,
-        )  # fmt: skip
+            setting.base,
+            setting.train,
+            setting.selection,
+            recipe,
+            config.out / "pool",
+            device=config.device,
+            resume=config.resume,
+            progress=setting.progress,
+        )
     remembered = config.out / TEACHERS
     if remembered.exists():
         pool.members = [Member.from_json(member) for member in json.loads(remembered.read_text())]
@@ -104,9 +110,20 @@ def _base(setting: Setting) -> Candidate:
     """The base as the first entry of the archive."""
     spec = setting.base.spec
     return _measured(
-        setting.base, setting, number=0, id=f"000-{spec.id[:8]}", parent=None, kind="base", action="base", teacher=None,
-        feature_channels=tuple(range(spec.fpn)), steps=0, lineage_steps=0, cycles=(), begun=time.perf_counter(),
-    )  # fmt: skip
+        setting.base,
+        setting,
+        number=0,
+        id=f"000-{spec.id[:8]}",
+        parent=None,
+        kind="base",
+        action="base",
+        teacher=None,
+        feature_channels=tuple(range(spec.fpn)),
+        steps=0,
+        lineage_steps=0,
+        cycles=(),
+        begun=time.perf_counter(),
+    )
 
 
 def _raise_candidate(number: int, archive: Archive, pool: TeacherPool, setting: Setting, budget: Plan) -> None:
@@ -123,15 +140,31 @@ def _raise_candidate(number: int, archive: Archive, pool: TeacherPool, setting: 
     silent = round(WITHOUT_IMITATION * steps) if decision.new_teacher else 0
     with _taught(student, pool.teacher(decision.teacher), decision.feature_channels, silent, config) as losses:
         fit(
-            student, setting.train, train, device=config.device, losses=losses, folder=folder / "training", resume=True,
+            student,
+            setting.train,
+            train,
+            device=config.device,
+            losses=losses,
+            folder=folder / "training",
+            resume=True,
             progress=lambda *state: setting.progress(f"candidate {number}: {decision.action}", *state),
-        )  # fmt: skip
+        )
     save(folder, setting.calibrated(student))
     candidate = _measured(
-        student, setting, number=number, id=f"{number:03d}-{student.spec.id[:8]}", parent=parent.id, kind=decision.kind,
-        action=decision.action, teacher=decision.teacher, feature_channels=decision.feature_channels, steps=steps,
-        lineage_steps=parent.lineage_steps + steps, cycles=(*parent.cycles, cycle), begun=begun,
-    )  # fmt: skip
+        student,
+        setting,
+        number=number,
+        id=f"{number:03d}-{student.spec.id[:8]}",
+        parent=parent.id,
+        kind=decision.kind,
+        action=decision.action,
+        teacher=decision.teacher,
+        feature_channels=decision.feature_channels,
+        steps=steps,
+        lineage_steps=parent.lineage_steps + steps,
+        cycles=(*parent.cycles, cycle),
+        begun=begun,
+    )
     archive.add(candidate)
     for leftover in ("training", "born"):
         shutil.rmtree(folder / leftover)
@@ -198,10 +231,17 @@ def _measured(student: nn.Module, setting: Setting, *, begun: float, **known: An
     latency = report.models["student"].end_to_end
     cost: Cost = count(student, tuple(setting.timing_images[0].shape[1:]))
     return Candidate(
-        **known, spec=student.spec, map=scores.map, map50=scores.map50, latency_p50=latency.p50,
-        latency_ratio=report.ratio("student").value, latency_samples=tuple(latency.samples), params=cost.params,
-        gmacs=cost.gmacs, seconds=time.perf_counter() - begun,
-    )  # fmt: skip
+        **known,
+        spec=student.spec,
+        map=scores.map,
+        map50=scores.map50,
+        latency_p50=latency.p50,
+        latency_ratio=setting.quiet_ratio(report, "student"),
+        latency_samples=tuple(latency.samples),
+        params=cost.params,
+        gmacs=cost.gmacs,
+        seconds=time.perf_counter() - begun,
+    )
 
 
 def _folder(out: Path, candidate: Candidate) -> Path:

@@ -55,7 +55,7 @@ def screen(parent: nn.Module, setting: Setting, rng: random.Random) -> Proposal:
         proposals.append(_propose(parent, setting, rng))
         setting.progress("screening students", done + 1, count, {"r": proposals[-1].similarity})
     report = setting.timed({str(i): deployable(proposal.student) for i, proposal in enumerate(proposals)})
-    timed = [replace(p, latency_ratio=report.ratio(str(i)).value) for i, p in enumerate(proposals)]
+    timed = [replace(p, latency_ratio=setting.quiet_ratio(report, str(i))) for i, p in enumerate(proposals)]
     return max(timed, key=lambda proposal: proposal.worth(setting.config.target_latency))
 
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from jdkd.data import CocoDetectionDataset, batches
 from jdkd.detect import load
 from jdkd.errors import InputError
-from jdkd.latency import LatencyReport, deployable, quick
+from jdkd.latency import LatencyReport, deployable, percentile, quick
 from jdkd.search.config import SearchConfig
 from jdkd.train import TrainConfig, calibrate_bn
 
 SELECTION = 0.15  # share of the training images that students are selected on, and at most
 MOST_SELECTED = 1000  # so many of them
 TIMING_IMAGES = 8
-PROBE_BATCHES = 4
+PROBE_BATCHES = 3
 
 Progress = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, values
 
@@ -65,6 +65,17 @@ class Setting:
         rounds = self.config.latency_rounds
         models = {"base": self.deployed_base} | models
         return quick(models, self.timing_images, device=self.config.device, rounds=rounds)
+
+    @staticmethod
+    def quiet_ratio(report: LatencyReport, name: str) -> float:
+        """Latency of a model over the base's, each at its 20th percentile.
+
+        So short a measurement may fall into a burst of other work on the machine, which only ever adds: the
+        faster calls tell the two apart better than the medians that the final measurement reports.
+        """
+        times = [report.models[model].end_to_end.samples for model in (name, "base")]
+        own, base = (percentile(samples, 20) for samples in times)
+        return own / base
 
     def training(self, steps: int, seed: int, **changes: Any) -> TrainConfig:
         """Settings of one training; ``seed`` tells the trainings of a search apart."""
