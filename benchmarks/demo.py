@@ -38,8 +38,8 @@ def table(results: list[dict[str, Any]]) -> str:
         results: contents of `result.json`, one per seed.
     """
     lines = [
-        "| seed | base mAP | control | control, one cycle | student | student p50 / base p50 (95 %) | params
-        |", "|---|---|---|---|---|---|---|",
+        "| seed | base mAP | control | control, one cycle | student | student p50 / base p50 (95 %) | params |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in sorted(results, key=lambda result: result["seed"]):
         scores = [f"{result[name]['map']:.3f}" for name in NETWORKS]
