@@ -1,0 +1,2 @@
+"""Benchmarks: ``python -m benchmarks.run`` for the kernels, ``python -m benchmarks.latency`` for
+detectors."""

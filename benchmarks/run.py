@@ -1,0 +1,92 @@
+"""Times the kernels against their competitors on the device at hand and prints a table.
+
+    python -m benchmarks.run                      what fits two minutes
+    python -m benchmarks.run --full pearson       every size, dtype and layout of one operator
+    python -m benchmarks.run --save               also append the rows to
+    benchmarks/results/<device>/<op>.jsonl python -m benchmarks.run --table FILE...      only print the
+    table of files of rows
+
+Every ``benchmarks/cases/<op>.py`` offers ``cases(device, full)``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness, record
+
+
+def all_cases(ops: list[str], device: str, full: bool) -> Iterator[harness.Case]:
+    """The cases of the operators asked for, of all if none is."""
+    names = sorted(path.stem for path in (Path(__file__).parent / "cases").glob("[a-z]*.py"))
+    if unknown := set(ops) - set(names):
+        raise SystemExit(f"there is no benchmark of {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
+    for name in ops or names:
+        module = importlib.import_module(f"benchmarks.cases.{name}")
+        if hasattr(module, "cases"):
+            yield from module.cases(device, full)
+        else:
+            print(f"{name}: not run, benchmarks/cases/{name}.py offers no cases(device, full)", file=sys.stderr)
+
+
+def describe(row: record.Row) -> str:
+    """One line of progress."""
+    low, high = row["quartiles_us"]
+    host = "" if row["host_us"] is None else f", host {row['host_us']:.0f} us"
+    return (
+        f"  {row['provider']:<14}{row['median_us']:>12.1f} us  [{low:.1f}, {high:.1f}]  "
+        f"{row['times_baseline']:>6.2f} x baseline  {row['of_copy']:>6.1%} of copy{host}"
+    )
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
+    parser.add_argument("ops", nargs="*", help="operators; all if none is named")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--full", action="store_true", help="every size, dtype and layout")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of rounds a case")
+    parser.add_argument("--limit", type=float, default=100.0, help="begin no case after so many seconds")
+    parser.add_argument("--out", type=Path, help="append the rows to this file")
+    parser.add_argument("--save", action="store_true", help="append the rows to benchmarks/results/")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print these rows")
+    given = parser.parse_args(words)
+    if given.table:
+        print(record.table(record.latest(record.load(given.table))))
+        return 0
+    started = time.monotonic()
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
+    common = record.environment(device, harness.copy_bandwidth(device))
+    print(f"{common['device']}, torch {common['torch']}, copy {common['copy_bytes_per_s'] / 1e9:.1f} GB/s")
+    done, wrong, left = [], 0, []
+    for case in all_cases(given.ops, device, given.full):
+        if not given.full and time.monotonic() - started > given.limit:
+            left.append(str(case))
+            continue
+        print(case, flush=True)
+        try:
+            rows = record.rows(case, harness.measure(case, device, given.seconds), common)
+        except harness.Disagreement as error:
+            print(f"  not timed: {error}", file=sys.stderr)
+            wrong += 1
+            continue
+        print("\n".join(map(describe, rows)), flush=True)
+        done += rows
+        if given.out:
+            record.append(given.out, rows)
+        if given.save:
+            record.append(record.result_file(device, case.op), rows)
+    print("\n" + record.table(done))
+    if left:
+        print(f"\nnot measured, out of time: {'; '.join(left)}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
