@@ -34,7 +34,8 @@ from jdkd.search.setting import Progress, Setting, open_setting
 from jdkd.train import evaluate, fit
 
 WITHOUT_IMITATION = 0.1  # share of a candidate's steps that a new teacher keeps silent
-SOFTNESS = 0.5  # exponent of the latency in a parent's fitness (after Tan et al., MnasNet, CVPR 2019)
+PRESSURE = 2.0  # exponent of the latency in a parent's fitness (the form is MnasNet's, Tan et al., CVPR 2019)
+TOURNAMENT = 3  # members of the front that are drawn, of whom the fittest becomes the parent
 TEACHERS = "teachers.json"
 
 
@@ -80,8 +81,8 @@ def search(config: SearchConfig, progress: Progress | None = None) -> dict[str, 
 
 
 def fitness(candidate: Candidate, target: float) -> float:
-    """mAP, reduced softly where the latency misses the target."""
-    return candidate.map * min(1.0, target / candidate.latency_ratio) ** SOFTNESS
+    """mAP, reduced where the latency misses the target: what is too slow yet is worth little as a parent."""
+    return candidate.map * min(1.0, target / candidate.latency_ratio) ** PRESSURE
 
 
 def _pool(setting: Setting, budget: Plan) -> TeacherPool:
@@ -193,7 +194,7 @@ def _decide(number: int, archive: Archive, pool: TeacherPool, setting: Setting) 
     rng = random.Random(f"{config.seed}/{number}")
     torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
     front = pareto_front(archive.candidates)
-    drawn = rng.sample(front, min(2, len(front)))
+    drawn = rng.sample(front, min(TOURNAMENT, len(front)))
     parent = max(drawn, key=lambda candidate: fitness(candidate, config.target_latency))
     student = setting.base if parent.kind == "base" else load(_folder(config.out, parent), config.device)
     present = parent.teacher or pool.members[0].subnet
