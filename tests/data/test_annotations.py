@@ -82,6 +82,13 @@ def test_a_sound_file_comes_out_as_arrays_in_order_of_ids(read):
     assert found.offsets.tolist() == [0, 1, 2]
 
 
+def test_every_image_keeps_its_own_size(read):
+    small, large = image(20, width=16, height=12), image(10, width=640, height=480)
+    found = read(content(images=[small, large], annotations=[box(1, 10, bbox=(600, 400, 41, 80)), box(2, 20)]))
+    assert found.sizes.tolist() == [[640, 480], [16, 12]]
+    assert found.boxes.tolist() == [[600, 400, 640, 480], [5, 6, 15, 12]]
+
+
 def test_boxes_of_an_image_keep_the_order_of_the_file(read):
     boxes = [(x, 0, 2, 2) for x in (9, 3, 6)]
     found = read(only(box(5, 20, bbox=boxes[0]), box(4, 10), box(3, 20, bbox=boxes[1]), box(9, 20, bbox=boxes[2])))
@@ -163,6 +170,7 @@ def test_what_must_be_an_integer_and_is_none_is_shown(refusal, key, field, value
 
 def test_big_and_negative_ids_side_by_side_are_refused_not_confused(refusal):
     assert str(2**63) in refusal(content(images=[image(-1), image(2**63)]))
+    assert str(2**63) in refusal(content(images=[image(2**63), image(2**63 + 1)]))
 
 
 @pytest.mark.parametrize("value", [None, "", 5, ["a.png"]])

@@ -106,7 +106,8 @@ def test_a_subset_restricts_the_ground_truth_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("indices", "said"), [([], "at least one"), ([3], r"index 3 is outside 0\.\.2"), ([1, 1], "repeated")]
+    ("indices", "said"),
+    [([], "at least one"), ([3], r"index 3 is outside 0\.\.2"), ([-1], "index -1 is outside"), ([1, 1], "repeated")],
 )
 def test_a_subset_of_nonsense_is_refused(tmp_path, indices, said):
     with pytest.raises(InputError, match=said):

@@ -82,6 +82,14 @@ def test_seeds_differ_and_repeat(dataset):
     assert first == again != other
 
 
+def test_seeds_flip_differently(dataset):
+    def flips(seed):
+        stream = batches(dataset, batch_size=20, steps=1, seed=seed, flip=0.5)
+        return [image[0, 0, 0].item() < 1 for images, _ in stream for image in images]
+
+    assert flips(1) == flips(1) != flips(2)
+
+
 def test_flips_mirror_pixels_and_boxes_together(dataset):
     settings = {"batch_size": 4, "steps": 6, "seed": 0}
     plain, mirrored = list(batches(dataset, **settings)), list(batches(dataset, flip=1.0, **settings))
