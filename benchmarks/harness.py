@@ -1,7 +1,7 @@
 """How a kernel is timed against its competitors.
 
-A :class:`Case` is data: inputs, providers (the eager baseline first) and the bytes that anybody must move.
-Providers must agree with the baseline before anything is timed. They take turns in every round, so that
+A :class:`Case` is data: inputs, an exact result, providers (the eager baseline first) and the bytes that anybody must
+move. Providers must agree with the exact result before anything is timed. They take turns in every round, so that
 whatever else the machine does meets them all alike.
 
 On a GPU a round replays a CUDA graph that runs a provider over several sets of inputs, together at least
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 Provider = Callable[[Any], Sequence[Tensor]]
-# Eager half precision is itself wrong by about 1e-2, and it is the baseline.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-3, torch.float16: 5e-3}
+# The baseline is what people run today, and in half precision it may be far off: the eager Pearson loss errs by 10 % in
+# float16. It is timed all the same, and its row says by how much it errs.
+BASELINE_TOLERANCE = 0.2
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
 
@@ -39,6 +41,7 @@ class Case:
         dtype: of the features.
         layout: ``NCHW`` or ``channels-last``.
         make: draws one set of inputs on the device.
+        exact: from inputs to the outputs that all providers are held to, in float32.
         providers: from inputs to outputs; the first is the baseline.
         least_bytes: what any implementation must read and write.
     """
@@ -49,6 +52,7 @@ class Case:
     dtype: torch.dtype
     layout: str
     make: Callable[[], Any]
+    exact: Provider
     providers: Mapping[str, Provider]
     least_bytes: int
 
@@ -58,10 +62,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one provider: all samples, and the host's share where it was measured apart."""
+    """Seconds per call of one provider: all samples, and the host's share where it was measured apart.
+
+    ``error`` is the largest difference of an output from the exact one, in norm, relative.
+    """
 
     provider: str
     seconds: list[float]
+    error: float
     host_seconds: float | None = None
 
     @property
@@ -77,19 +85,25 @@ class Disagreement(AssertionError):
     """A provider computes something else than the baseline."""
 
 
-def check_agreement(case: Case, name: str, outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    """Compares outputs in norm, relative to the expected ones.
+def check_agreement(case: Case, name: str, outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    """Compares a provider's outputs with the exact ones, in norm.
+
+    Returns:
+        The largest relative difference.
 
     Raises:
-        Disagreement: with the provider and the size of the difference.
+        Disagreement: if it is too large, with the provider and the size of the difference.
     """
-    if len(outputs) != len(expected):
-        raise Disagreement(f"{case}: {name} returns {len(outputs)} outputs, the baseline {len(expected)}")
-    for index, (ours, theirs) in enumerate(zip(outputs, expected, strict=True)):
-        difference = torch.linalg.vector_norm(ours.double() - theirs.double()).item()
-        bound = TOLERANCES[case.dtype] * torch.linalg.vector_norm(theirs.double()).item()
-        if not difference <= bound:
-            raise Disagreement(f"{case}: output {index} of {name} differs by {difference:.2e}; {bound:.2e} is allowed")
+    if len(outputs) != len(exact):
+        raise Disagreement(f"{case}: {name} returns {len(outputs)} outputs, expected are {len(exact)}")
+    allowed = BASELINE_TOLERANCE if name == next(iter(case.providers)) else TOLERANCES[case.dtype]
+    worst = 0.0
+    for index, (ours, theirs) in enumerate(zip(outputs, exact, strict=True)):
+        error = (torch.dist(ours.double(), theirs.double()) / torch.linalg.vector_norm(theirs.double())).item()
+        if not error <= allowed:
+            raise Disagreement(f"{case}: output {index} of {name} errs by {error:.2e}; {allowed:.0e} is allowed")
+        worst = max(worst, error)
+    return worst
 
 
 def measure(case: Case, device: str, seconds: float) -> list[Timing]:
@@ -145,12 +159,11 @@ def _rounds(runs: Mapping[str, Callable[[], float]], seconds: float) -> dict[str
 
 def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
     inputs = case.make()
-    expected = None
-    for name, provider in case.providers.items():
-        outputs = [output.clone() for output in provider(inputs)]  # also the warm-up
-        if expected is None:
-            expected = outputs
-        check_agreement(case, name, outputs, expected)
+    exact = case.exact(inputs)
+    errors = {  # also the warm-up
+        name: check_agreement(case, name, provider(inputs), exact) for name, provider in case.providers.items()
+    }
+    del exact
 
     def timed(provider: Provider) -> float:
         begin = time.perf_counter()
@@ -158,7 +171,7 @@ def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
         return time.perf_counter() - begin
 
     runs = {name: lambda provider=provider: timed(provider) for name, provider in case.providers.items()}
-    return [Timing(name, samples) for name, samples in _rounds(runs, seconds).items()]
+    return [Timing(name, samples, errors[name]) for name, samples in _rounds(runs, seconds).items()]
 
 
 def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
@@ -166,7 +179,7 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     count = max(2, min(256, math.ceil(3 * l2 / _nbytes(first))))
     sets = [first, *(case.make() for _ in range(count - 1))]
-    expected = [[output.clone() for output in _baseline(case)(inputs)] for inputs in sets]
+    exact = [case.exact(inputs) for inputs in sets]
     graphs, outputs, host = {}, {}, {}
     for name, provider in case.providers.items():
         graphs[name], outputs[name] = _captured(provider, sets)
@@ -180,23 +193,17 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
         end.synchronize()
         return begin.elapsed_time(end) / 1e3 / count
 
-    def verify(name: str) -> None:
+    def verified(name: str) -> float:
         for output in (output for of_set in outputs[name] for output in of_set):
             output.fill_(float("nan"))
         graphs[name].replay()
-        for found, wanted in zip(outputs[name], expected, strict=True):
-            check_agreement(case, name, found, wanted)
+        pairs = zip(outputs[name], exact, strict=True)
+        return max(check_agreement(case, name, found, wanted) for found, wanted in pairs)
 
-    for name in graphs:
-        verify(name)
+    errors = {name: verified(name) for name in graphs}
     samples = _rounds({name: lambda name=name: timed(name) for name in graphs}, seconds)
-    for name in graphs:
-        verify(name)
-    return [Timing(name, samples[name], host[name]) for name in graphs]
-
-
-def _baseline(case: Case) -> Provider:
-    return next(iter(case.providers.values()))
+    errors = {name: max(errors[name], verified(name)) for name in graphs}
+    return [Timing(name, samples[name], errors[name], host[name]) for name in graphs]
 
 
 def _nbytes(inputs: Any) -> int:

@@ -90,6 +90,7 @@ def rows(case: Case, timings: Sequence[Timing], common: Row) -> list[Row]:
                 "median_us": round(timing.median * 1e6, 2),
                 "quartiles_us": [round(low * 1e6, 2), round(high * 1e6, 2)],
                 "rounds": len(timing.seconds),
+                "error": float(f"{timing.error:.3g}"),
                 "host_us": None if timing.host_seconds is None else round(timing.host_seconds * 1e6, 2),
                 "times_baseline": round(timings[0].median / timing.median, 3),
                 "least_bytes": case.least_bytes,

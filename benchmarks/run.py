@@ -42,7 +42,7 @@ def describe(row: record.Row) -> str:
     host = "" if row["host_us"] is None else f", host {row['host_us']:.0f} us"
     return (
         f"  {row['provider']:<14}{row['median_us']:>12.1f} us  [{low:.1f}, {high:.1f}]  "
-        f"{row['times_baseline']:>6.2f} x baseline  {row['of_copy']:>6.1%} of copy{host}"
+        f"{row['times_baseline']:>6.2f} x baseline  {row['of_copy']:>6.1%} of copy  error {row['error']:.0e}{host}"
     )
 
 

@@ -1,8 +1,8 @@
 // The Pearson loss on the CPU: one sweep over memory for the statistics, one for the gradient.
 //
-// A sweep walks tiles that fit the cache. The statistics pass over a tile three times (means; centred squares; residual)
-// and merge it into a chunk's moments in float64; chunks are joined in order, so the result depends neither on the
-// number of threads nor on who runs first.
+// A sweep walks tiles that fit the cache. The statistics pass over a tile three times (means, centred squares,
+// residual) and merge it into a chunk's moments in float64; chunks are joined in order, so the result depends neither
+// on the number of threads nor on who runs first.
 #include "common/memory.h"
 #include "common/vec.h"
 #include "cpu/convert.h"
@@ -218,7 +218,8 @@ std::tuple<Tensor, Tensor> pearson_fwd(std::vector<Tensor> students, std::vector
   return {loss, table};
 }
 
-void backward_planes(const Level& level, Cursor x, Cursor y, const float* table, int64_t stride, float dloss, char* dx) {
+void backward_planes(
+    const Level& level, Cursor x, Cursor y, const float* table, int64_t stride, float dloss, char* dx) {
   const int64_t pieces = ceil_div(level.hw, kTile), planes = level.n * level.c;
   const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kTile));
   torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {

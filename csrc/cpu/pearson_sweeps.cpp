@@ -110,7 +110,8 @@ JDKD_CLONES void row_sums(const float* x, int64_t rows, int64_t c, float* sums) 
     for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
       const float* row = x + r * c + j;
       const Vec pair = columns.load(row) + columns.load(row + c);
-      columns.store(sums + j, columns.load(sums + j) + (pair + (columns.load(row + 2 * c) + columns.load(row + 3 * c))));
+      const Vec other = columns.load(row + 2 * c) + columns.load(row + 3 * c);
+      columns.store(sums + j, columns.load(sums + j) + (pair + other));
     });
   }
   for (; r < rows; ++r) {

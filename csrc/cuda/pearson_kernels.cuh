@@ -245,7 +245,8 @@ static __global__ void pearson_finish_kernel(
 }
 
 // The loss from the shares of all channels. Grid: one block. Fixed order: thread by thread, then thread 0.
-static __global__ void pearson_sum_kernel(const double* __restrict__ losses, int64_t columns, float* __restrict__ loss) {
+static __global__ void pearson_sum_kernel(
+    const double* __restrict__ losses, int64_t columns, float* __restrict__ loss) {
   __shared__ double partial[kThreads];
   double total = 0;
   for (int64_t i = threadIdx.x; i < columns; i += kThreads) {

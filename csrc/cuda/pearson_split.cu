@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor> pearson_fwd(std::vector<Tensor> students, std::vector
   check_launch("pearson_stats");
   constexpr int kFinishThreads = 64;
   pearson_finish_kernel<<<static_cast<unsigned>(ceil_div(columns, kFinishThreads)), kFinishThreads, 0, stream>>>(
-      plan.all.levels, cell_data, table.mutable_data_ptr<float>(), losses.mutable_data_ptr<double>(), columns, loss_weight);
+      plan.all.levels, cell_data, table.mutable_data_ptr<float>(), losses.mutable_data_ptr<double>(), columns,
+      loss_weight);
   check_launch("pearson_finish");
   pearson_sum_kernel<<<1, kThreads, 0, stream>>>(
       losses.mutable_data_ptr<double>(), columns, loss.mutable_data_ptr<float>());

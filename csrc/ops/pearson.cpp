@@ -13,18 +13,26 @@ bool is_supported(ScalarType type) {
 }  // namespace
 
 std::vector<Level> describe_levels(const char* op, const std::vector<Tensor>& x, const std::vector<Tensor>& y) {
-  check(!x.empty() && x.size() == y.size(), op, ": ", x.size(), " and ", y.size(), " levels were given; give as many of both, at least one");
+  check(
+      !x.empty() && x.size() == y.size(), op, ": ", x.size(), " and ", y.size(),
+      " levels were given; give as many of both, at least one");
   std::vector<Level> levels;
   int64_t channels = 0;
   for (size_t i = 0; i < x.size(); ++i) {
     check_same_shape(op, "a student level", x[i], "its teacher level", y[i]);
-    check(x[i].dim() == 4 && x[i].numel() > 0, op, ": level ", i, " has shape ", shape_text(x[i]), "; it must be [N, C, H, W] and not empty");
-    check(is_supported(x[i].scalar_type()) && is_supported(y[i].scalar_type()), op, ": level ", i, " is not of float32, bfloat16 or float16");
+    check(
+        x[i].dim() == 4 && x[i].numel() > 0, op, ": level ", i, " has shape ", shape_text(x[i]),
+        "; it must be [N, C, H, W] and not empty");
+    check(
+        is_supported(x[i].scalar_type()) && is_supported(y[i].scalar_type()), op, ": level ", i,
+        " is not of float32, bfloat16 or float16");
     // A 1x1 map is dense in both layouts; as rows of channels it can be read in vectors.
     const bool nchw = is_dense_nchw(x[i]) && is_dense_nchw(y[i]);
     const bool nhwc = is_dense_nhwc(x[i]) && is_dense_nhwc(y[i]);
     const int64_t hw = x[i].size(2) * x[i].size(3);
-    check(nchw || nhwc, op, ": level ", i, " must be dense in the same layout, NCHW or channels-last, for both tensors");
+    check(
+        nchw || nhwc, op, ": level ", i,
+        " must be dense in the same layout, NCHW or channels-last, for both tensors");
     levels.push_back({x[i].size(0), x[i].size(1), hw, channels, nhwc && (!nchw || hw == 1)});
     channels += x[i].size(1);
   }
