@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from jdkd.detect import load, save
 from jdkd.distill import Distiller
+from jdkd.errors import InputError
 from jdkd.files import write_json
 from jdkd.latency import Cost, count, deployable
 from jdkd.pool import Member, Recipe, Subnet, TeacherPool, load_pool, train_pool
 from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle, pareto_front
 from jdkd.search.config import Plan, SearchConfig, plan
 from jdkd.search.matching import match
-from jdkd.search.outcome import conclude
+from jdkd.search.outcome import conclude, read_result
 from jdkd.search.screening import screen
 from jdkd.search.setting import Progress, Setting, open_setting
 from jdkd.train import evaluate, fit
@@ -62,8 +63,12 @@ def search(config: SearchConfig, progress: Progress | None = None) -> dict[str, 
         The result, as written to ``result.json``.
 
     Raises:
-        InputError: the base, the data, the pool or the budget cannot be used.
+        InputError: the base, the data, the pool or the budget cannot be used, or ``out`` holds another search.
     """
+    if config.resume and (finished := read_result(config.out)):
+        return finished
+    if not config.resume and (config.out / ARCHIVE).exists():
+        raise InputError(f"{config.out} holds another search ({ARCHIVE}); resume it or give another folder.")
     setting = open_setting(config, progress or (lambda *state: None))
     budget = plan(config, len(setting.train))
     config.out.mkdir(parents=True, exist_ok=True)

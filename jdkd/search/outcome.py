@@ -1,7 +1,9 @@
 """How a search ends: the student is chosen, the controls are trained, everything is scored and timed once more."""
 
 import copy
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -107,3 +109,9 @@ def _row(
         "gmacs": cost.gmacs,
         "train_steps": steps,
     }
+
+
+def read_result(out: Path) -> dict[str, Any] | None:
+    """The result of a finished search, or None."""
+    file = out / RESULT
+    return json.loads(file.read_text()) if file.is_file() else None

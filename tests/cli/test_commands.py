@@ -113,3 +113,9 @@ def test_data_writes_a_folder_that_train_can_read(jdkd, tmp_path):
     again = jdkd("data", "digits", out, "--train", 4, "--val", 2, "--size", 64, "--resume")
     assert again.code == 2 and "Traceback" not in again.err
     assert sorted(path.stat().st_mtime_ns for path in out.rglob("*")) == before
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    command = f"{sys.executable} -m jdkd env | head -n 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr

@@ -38,15 +38,21 @@ def config_of(folder, out, **changes) -> SearchConfig:
     return replace(small, **changes)
 
 
+@pytest.fixture(scope="module")
+def finished(folder):
+    """Folder and result of a search that ran to its end, and what it told of its progress."""
+    told = set()
+    result = search(config_of(folder, folder / "out"), lambda what, done, total, values: told.add(what))
+    return folder / "out", result, told
+
+
 def archived(out, columns="*") -> list[tuple]:
     with closing(sqlite3.connect(out / ARCHIVE)) as archive:
         return archive.execute(f"SELECT {columns} FROM candidates").fetchall()
 
 
-def test_a_search_leaves_a_student_a_result_and_an_archive(folder):
-    out = folder / "out"
-    told = set()
-    result = search(config_of(folder, out), lambda what, done, total, values: told.add(what))
+def test_a_search_leaves_a_student_a_result_and_an_archive(folder, finished):
+    out, result, told = finished
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
     budget = plan(config_of(folder, out), 14)
     for name in ("base", "control", "control_single", "student"):
@@ -109,14 +115,12 @@ def test_a_killed_search_resumes_and_archives_every_candidate_once(folder):
     assert (folder / "killed" / "result.json").exists()
 
 
-def test_a_finished_pool_serves_another_search(folder):
-    if not (folder / "out" / "pool" / "pool.json").exists():
-        search(config_of(folder, folder / "out"))
-    before = (folder / "out" / "pool" / "pool.json").stat().st_mtime_ns
-    out = folder / "again"
-    result = search(config_of(folder, out, teacher_pool=folder / "out" / "pool", seed=1, steps=12))
+def test_a_finished_pool_serves_another_search(folder, finished):
+    pool, out = finished[0] / "pool", folder / "again"
+    before = (pool / "pool.json").stat().st_mtime_ns
+    result = search(config_of(folder, out, teacher_pool=pool, seed=1, steps=12))
     assert result["seed"] == 1 and not (out / "pool").exists()
-    assert (folder / "out" / "pool" / "pool.json").stat().st_mtime_ns == before
+    assert (pool / "pool.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
@@ -146,3 +150,16 @@ def test_the_budget_covers_pool_candidates_and_both_controls(folder):
     assert 1150 <= budget.total <= 1200 and budget.pool == 432
     assert plan(replace(config, steps=None), 1000).total <= 36 * 1000 // 2
     assert plan(replace(config, teacher_pool=folder), 100).pool == 0
+
+
+def test_a_finished_search_is_read_and_not_measured_again(folder, finished):
+    out, result, _ = finished
+    before = (out / "result.json").stat().st_mtime_ns
+    again = search(config_of(folder, out, resume=True), lambda *state: pytest.fail("something was done"))
+    assert again == json.loads(json.dumps(result))
+    assert (out / "result.json").stat().st_mtime_ns == before
+
+
+def test_a_folder_that_holds_another_search_is_refused(folder, finished):
+    with pytest.raises(InputError, match="holds another search"):
+        search(config_of(folder, finished[0], seed=7))
