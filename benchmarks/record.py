@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import subprocess
@@ -69,6 +70,7 @@ def environment(device: str, copy_bandwidth: float) -> Row:
         "tf32": torch.backends.cuda.matmul.allow_tf32 if gpu else None,
         "commit": command("git", "rev-parse", "--short=12", "HEAD"),
         "sources": sources_hash(),
+        "load": round(os.getloadavg()[0], 2),
         "copy_bytes_per_s": round(copy_bandwidth),
     }
 
