@@ -53,12 +53,15 @@ test: setup  ## run the tests
 
 lint: setup  ## ruff
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 
-format: setup  ## let ruff sort imports and mend what it safely can
+format: setup  ## let ruff sort imports, mend what it safely can, and lay out the code
 	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
 
 bench: setup  ## benchmarks against the eager formulas, on the device at hand
 	$(PY) -m benchmarks.run
+	$(PY) -m pytest -q benchmarks/test_pearson.py benchmarks/test_elastic_conv.py --benchmark-columns=min,median,max,rounds
 
 demo: setup  ## digit scenes, a base detector, the joint search; all under runs/demo, resumable
 	$(VENV)/bin/jdkd data digits $(DEMO)/data $(DEMO_DATA) --seed $(DEMO_SEED) --resume

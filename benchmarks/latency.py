@@ -96,28 +96,20 @@ def table(made: list[dict[str, Any]]) -> str:
                 found = row[mode]
                 figures = f"{found['p50']:8.2f} {found['p90']:8.2f} {found['p99']:8.2f} {found['iqr']:7.2f}"
                 low, high = found["ratio_interval"]
-                lines.append(
-                    f"{row['model']:40} {mode:16} {figures}  {found['ratio']:.3f} ({low:.3f}–{high:.3f})"
-                )
+                lines.append(f"{row['model']:40} {mode:16} {figures}  {found['ratio']:.3f} ({low:.3f}–{high:.3f})")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--spec", default="faster_rcnn_r50_fpn")
-    parser.add_argument(
-        "--detectors", type=Path, nargs="+", help="folders of trained detectors, the base first"
-    )
+    parser.add_argument("--detectors", type=Path, nargs="+", help="folders of trained detectors, the base first")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1344), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--out", type=Path, help="JSON-lines file; by default benchmarks/results/DEVICE/latency.jsonl"
-    )
+    parser.add_argument("--out", type=Path, help="JSON-lines file; by default benchmarks/results/DEVICE/latency.jsonl")
     options = parser.parse_args()
 
     size = tuple(options.size)

@@ -67,9 +67,7 @@ class FeatureDistiller:
             InputError: no level matches, or channel counts differ.
         """
         if not self._fresh:
-            raise RuntimeError(
-                "the student has not run since the last loss(): call it first, inside the with block"
-            )
+            raise RuntimeError("the student has not run since the last loss(): call it first, inside the with block")
         self._fresh = False
         pairs = pair_levels(self.view.student_pyramid, self.view.teacher_pyramid, self.view.size, self.levels)
         if self._channels is not None:

@@ -43,9 +43,7 @@ class HeadDistiller:
                     f"the {who} ({type(model).__name__}) has no roi_heads, and head distillation needs them "
                     "on both; distil its features only."
                 )
-        ours, theirs = (
-            model.roi_heads.box_predictor.cls_score.out_features - 1 for model in (student, teacher)
-        )
+        ours, theirs = (model.roi_heads.box_predictor.cls_score.out_features - 1 for model in (student, teacher))
         if ours != theirs:
             raise InputError(
                 f"the student knows {ours} classes and the teacher {theirs}, and head distillation needs the "
@@ -79,9 +77,7 @@ class HeadDistiller:
             RuntimeError: the student has not run since the last call.
         """
         if self._logits is None or self._regions is None:
-            raise RuntimeError(
-                "the student has not run since the last loss(): call it first, inside the with block"
-            )
+            raise RuntimeError("the student has not run since the last loss(): call it first, inside the with block")
         (regions, sizes), logits = self._regions, self._logits
         self._regions = self._logits = None
         with torch.no_grad():
@@ -100,7 +96,5 @@ class HeadDistiller:
         _, regions, sizes = inputs
         self._regions = [region.detach() for region in regions], list(sizes)
 
-    def _see_logits(
-        self, predictor: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
-    ) -> None:
+    def _see_logits(self, predictor: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         self._logits = output[0]

@@ -33,8 +33,7 @@ class TeacherView:
         for name, parameter in teacher.named_parameters():
             if id(parameter) in shared:
                 raise InputError(
-                    f"teacher and student share the parameter {name}; teach with a copy of the teacher "
-                    "(copy.deepcopy)."
+                    f"teacher and student share the parameter {name}; teach with a copy of the teacher (copy.deepcopy)."
                 )
         self.student, self.teacher, self.reuse = student, teacher, reuse
         self._entered = 0
@@ -96,9 +95,7 @@ class TeacherView:
 
     def _seen(self) -> Tensor:
         if self._batch is None:
-            raise RuntimeError(
-                "the student has not seen a batch since its teacher was attached: call it first"
-            )
+            raise RuntimeError("the student has not seen a batch since its teacher was attached: call it first")
         return self._batch
 
     def _see(self, backbone: nn.Module, inputs: tuple[Tensor, ...], pyramid: Mapping[str, Tensor]) -> None:
@@ -112,8 +109,7 @@ class TeacherView:
         images = tuple((image, image._version) for image in inputs[0]) if inputs else ()
         before = self._images
         self._same_images = 0 < len(images) == len(before) and all(
-            image is other and version == seen
-            for (image, version), (other, seen) in zip(images, before, strict=True)
+            image is other and version == seen for (image, version), (other, seen) in zip(images, before, strict=True)
         )
         self._images = images
 

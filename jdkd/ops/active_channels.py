@@ -58,9 +58,7 @@ def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channel
         _check_count(value.numel(), maximum, argument)
         return Channels(value.numel(), value.long())
     if isinstance(value, bool) or not isinstance(value, Sequence) or isinstance(value, str):
-        raise InputError(
-            f"{argument}={value!r} is no channel count; give an int, a list of indices or None for all"
-        )
+        raise InputError(f"{argument}={value!r} is no channel count; give an int, a list of indices or None for all")
     return _listed(value, maximum, argument)
 
 
@@ -100,8 +98,7 @@ def _check_index_tensor(index: Tensor, argument: str) -> None:
         )
     if index.dim() != 1 or index.is_floating_point() or index.is_complex():
         raise InputError(
-            f"{argument} is a {index.dim()}-dimensional {index.dtype} tensor; "
-            "give a 1-dimensional integer one"
+            f"{argument} is a {index.dim()}-dimensional {index.dtype} tensor; give a 1-dimensional integer one"
         )
 
 

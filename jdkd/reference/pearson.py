@@ -102,9 +102,7 @@ def pkd_loss(
     return loss * loss_weight
 
 
-def pearson_fwd(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], loss_weight: float
-) -> tuple[Tensor, Tensor]:
+def pearson_fwd(students: Sequence[Tensor], teachers: Sequence[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
     """The closed form of the loss, and what its gradient needs.
 
     Args:
@@ -125,9 +123,7 @@ def pearson_fwd(
     return torch.stack(losses).sum().to(dtype), torch.cat(tables, dim=2).to(dtype)
 
 
-def pearson_bwd(
-    dloss: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], coefficients: Tensor
-) -> list[Tensor]:
+def pearson_bwd(dloss: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
     """The gradient of the loss with respect to ``x``, one of the two sides.
 
     Args:

@@ -39,9 +39,7 @@ def page(outcome: Outcome, plot: bytes) -> str:
         image=f"data:image/png;base64,{base64.b64encode(plot).decode()}",
         result=_table(HEADINGS, [(row.cells(), row.key == "student") for row in measured]),
         lineage=_lineage(outcome.line),
-        candidates=_table(
-            _COLUMNS, [(_cells(one, one.id in best), one.id == student) for one in outcome.candidates]
-        ),
+        candidates=_table(_COLUMNS, [(_cells(one, one.id in best), one.id == student) for one in outcome.candidates]),
         command=escape(command if isinstance(command, str) else shlex.join(command)),
         facts=_table(("what", "value"), [([name, value], False) for name, value in _facts(result)]),
     )
@@ -88,12 +86,8 @@ def _lineage(line: Sequence[Candidate]) -> str:
         teacher = f", taught by {one.teacher}" if one.teacher else ""
         cycle = f"; {one.steps:,} steps" if one.steps else ""
         scores = f"mAP {one.map:.3f} at {one.latency_ratio:.3f} of the base's time"
-        items.append(
-            f"<li>{escape(one.action)}{escape(teacher)}{cycle}<br><span class='faint'>{scores}</span></li>"
-        )
-    stretches = [
-        f"{one.start}–{one.start + one.steps} of {one.total} (peak {one.lr:g})" for one in line[-1].cycles
-    ]
+        items.append(f"<li>{escape(one.action)}{escape(teacher)}{cycle}<br><span class='faint'>{scores}</span></li>")
+    stretches = [f"{one.start}–{one.start + one.steps} of {one.total} (peak {one.lr:g})" for one in line[-1].cycles]
     told = f"Steps of each learning-rate cycle that the student went through: {', '.join(stretches)}."
     after = f"<p class='faint'>{escape(told)}</p>" if stretches else ""
     return f"<ol>{''.join(items)}</ol>{after}"

@@ -51,9 +51,7 @@ def read_outcome(folder: Path) -> Outcome:
         InputError: one of the two is missing or unreadable.
     """
     if not (folder / ARCHIVE).is_file():
-        raise InputError(
-            f"{folder / ARCHIVE} does not exist; a report is made of the folder of `jdkd search`."
-        )
+        raise InputError(f"{folder / ARCHIVE} does not exist; a report is made of the folder of `jdkd search`.")
     result = read_result(folder / RESULT)
     with closing(Archive(folder / ARCHIVE)) as archive:
         named = [candidate for candidate in archive.candidates if candidate.id == result.get("student_id")]
@@ -126,9 +124,7 @@ def read_result(file: Path) -> dict[str, Any]:
         InputError: there is none, or it is not the result of a search.
     """
     if not file.is_file():
-        raise InputError(
-            f"{file} does not exist; a report is made of the folder of a finished `jdkd search`."
-        )
+        raise InputError(f"{file} does not exist; a report is made of the folder of a finished `jdkd search`.")
     try:
         result = json.loads(file.read_text())
     except ValueError as error:

@@ -74,13 +74,9 @@ def _plot_search(axes: Axes, outcome: Outcome) -> None:
     for kind, (label, look) in KINDS.items():
         points = [candidate for candidate in candidates if candidate.kind == kind]
         if points:
-            axes.scatter(
-                *_xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **look
-            )
+            axes.scatter(*_xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **look)
     if outcome.front:
-        axes.step(
-            *_xy(outcome.front), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front"
-        )
+        axes.step(*_xy(outcome.front), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front")
     if len(line) > 1:
         axes.plot(
             *_xy(line),
@@ -92,9 +88,7 @@ def _plot_search(axes: Axes, outcome: Outcome) -> None:
         )
     for name, points in (("base", [one for one in candidates if one.kind == "base"]), ("student", line[-1:])):
         if points:
-            axes.plot(
-                *_xy(points), linestyle="none", markeredgecolor="white", label=name, zorder=4, **FINAL[name]
-            )
+            axes.plot(*_xy(points), linestyle="none", markeredgecolor="white", label=name, zorder=4, **FINAL[name])
     axes.set_title(f"Search: {len(candidates)} candidates, selection split")
     axes.set_ylabel("mAP (COCO, IoU 0.50:0.95)")
 

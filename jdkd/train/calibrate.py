@@ -43,8 +43,7 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any]) -> None:
         return
     pools = {norm: _Pool() for norm in norms}
     kept = [
-        (n, n.momentum, n.running_mean.clone(), n.running_var.clone(), n.num_batches_tracked.clone())
-        for n in norms
+        (n, n.momentum, n.running_mean.clone(), n.running_var.clone(), n.num_batches_tracked.clone()) for n in norms
     ]
     hooks = [norm.register_forward_hook(pools[norm].take) for norm in norms]
     with mode(model, training=False):

@@ -124,9 +124,7 @@ def _own_losses(model: nn.Module) -> Losses:
 class _Run:
     """A training under way."""
 
-    def __init__(
-        self, model: nn.Module, config: TrainConfig, device: torch.device, losses: Losses | None
-    ) -> None:
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, losses: Losses | None) -> None:
         self.model = model.to(device)
         self.config = config
         self.device = device
@@ -235,9 +233,7 @@ class _Run:
         )
 
     def _seed(self, seed: int) -> None:
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed looks at every device, which takes longer
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed looks at every device, which takes longer
         if self.on_gpu:
             with torch.cuda.device(self.device):
                 torch.cuda.manual_seed(seed)
@@ -258,9 +254,7 @@ class _Home:
         self.folder, self.run, self.data = folder, run, data
         self.config = dataclasses.asdict(run.config) | {"amp": str(run.dtype or "off")}
         if not resume and (folder / checkpoint.CHECKPOINT).exists():
-            raise InputError(
-                f"{folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder."
-            )
+            raise InputError(f"{folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder.")
         self._open(checkpoint.read(folder) if resume else None)
 
     def save(self) -> None:

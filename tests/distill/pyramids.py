@@ -20,8 +20,7 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         self.calls += 1
         return OrderedDict(
-            (name, F.conv2d(F.avg_pool2d(x, stride, ceil_mode=True), self.mix))
-            for name, stride in self.strides.items()
+            (name, F.conv2d(F.avg_pool2d(x, stride, ceil_mode=True), self.mix)) for name, stride in self.strides.items()
         )
 
 

@@ -56,9 +56,7 @@ def test_channels_and_levels_may_be_chosen():
     teacher, student = PyramidDetector(6, LEVELS), PyramidDetector(3, LEVELS)
     with torch.no_grad():
         student.backbone.mix.copy_(teacher.backbone.mix[[5, 1, 2]])
-    assert correlations(student, teacher, uneven(), channels=[5, 1, 2], levels=[8]) == pytest.approx(
-        {8: 0}, abs=1e-6
-    )
+    assert correlations(student, teacher, uneven(), channels=[5, 1, 2], levels=[8]) == pytest.approx({8: 0}, abs=1e-6)
     with pytest.raises(InputError, match="has 3 channels and the teacher's 6"):
         correlations(student, teacher, uneven())
 

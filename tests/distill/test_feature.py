@@ -127,16 +127,12 @@ def test_strides_survive_odd_sizes_and_the_pooled_level_is_left_out():
 def test_no_common_stride_names_both():
     with FeatureDistiller(PyramidDetector(4, {"a": 4}), PyramidDetector(4, {"b": 8, "c": 16})) as distiller:
         distiller.view.student(batch())
-        with pytest.raises(
-            InputError, match=r"student has levels of stride \[4\] .* teacher of stride \[8, 16\]"
-        ):
+        with pytest.raises(InputError, match=r"student has levels of stride \[4\] .* teacher of stride \[8, 16\]"):
             distiller.loss()
 
 
 def test_a_level_that_is_missing_is_named():
-    with FeatureDistiller(
-        PyramidDetector(4, P2_TO_P5), PyramidDetector(4, P2_TO_P5), levels=[8, 64]
-    ) as distiller:
+    with FeatureDistiller(PyramidDetector(4, P2_TO_P5), PyramidDetector(4, P2_TO_P5), levels=[8, 64]) as distiller:
         distiller.view.student(batch())
         with pytest.raises(InputError, match=r"levels asks for \[8, 64\]"):
             distiller.loss()
@@ -160,9 +156,7 @@ def test_channel_counts_that_differ_are_named():
     teacher, student = PyramidDetector(6, P2_TO_P5), PyramidDetector(3, P2_TO_P5)
     with FeatureDistiller(student, teacher) as distiller:
         student(batch())
-        with pytest.raises(
-            InputError, match="student's pyramid has 3 channels and the teacher's 6; give channels"
-        ):
+        with pytest.raises(InputError, match="student's pyramid has 3 channels and the teacher's 6; give channels"):
             distiller.loss()
     with FeatureDistiller(student, teacher, channels=[0, 1]) as distiller:
         student(batch())
@@ -186,9 +180,7 @@ def test_a_teacher_that_normalises_differently_gets_its_own_normalisation(studen
     height, width = images[0].shape[-2:]
     expected = teacher.transform(images[:1])[0].tensors
     assert (height, width) == (64, 80)
-    torch.testing.assert_close(
-        seen[0][..., :height, :width], expected[..., :height, :width], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(seen[0][..., :height, :width], expected[..., :height, :width], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("reuse", "calls"), [(False, [1, 2, 3, 4]), (True, [1, 1, 2, 3])])

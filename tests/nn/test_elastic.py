@@ -88,9 +88,7 @@ def test_convolution_equals_its_export(inputs, outputs, options, channels_last):
     [
         pytest.param((6, 6, 3, 1, 1, 1, 6), {"in_channels": 4}, range(4), id="leading"),
         pytest.param((6, 6, 3, 1, 1, 1, 6), {"out_channels": [5]}, [5], id="one"),
-        pytest.param(
-            (6, 6, 3, 1, 1, 1, 6), {"in_channels": [4, 0], "out_channels": [4, 0]}, [4, 0], id="listed"
-        ),
+        pytest.param((6, 6, 3, 1, 1, 1, 6), {"in_channels": [4, 0], "out_channels": [4, 0]}, [4, 0], id="listed"),
         pytest.param((3, 6, 3, 1, 1, 1, 3), {"in_channels": [2, 0]}, [4, 5, 0, 1], id="multiplier"),
         pytest.param((6, 9, 3, 1, 1, 1, 3), {"out_channels": 6}, range(6), id="groups"),
         pytest.param((6, 9, 3, 1, 1, 1, 3), {"in_channels": 2}, range(3), id="one-group"),
@@ -116,9 +114,7 @@ def test_linear_equals_its_export(inputs, outputs, bias):
     _assert_same_training(elastic, elastic.export(), torch.randn(4, 3, len(columns)), active)
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}]
-)
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
 @pytest.mark.parametrize("channels", [None, 5, [7, 2, 3]])
 @pytest.mark.parametrize("training", [True, False])
 def test_batch_norm_equals_its_export_and_moves_only_active_statistics(channels, options, training):
@@ -324,9 +320,7 @@ def test_a_small_supernet_trains_through_its_subnets():
     assert all(after < 0.7 * before for before, after in zip(first, last, strict=True))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*autograd.function.Function.*instantiated:DeprecationWarning"
-)  # by dynamo
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")  # by dynamo
 @pytest.mark.parametrize(("inputs", "outputs"), CHANNELS)
 def test_a_fixed_subnet_compiles_into_one_graph(inputs, outputs):
     torch._dynamo.reset()

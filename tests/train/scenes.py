@@ -40,9 +40,7 @@ def write_scenes(
             )
         Image.fromarray(pixels).save(folder / f"{image}.png")
     content = {
-        "images": [
-            {"id": i + 100, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(images)
-        ],
+        "images": [{"id": i + 100, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(images)],
         "annotations": annotations,
         "categories": [{"id": CATEGORIES[k], "name": name} for k, name in enumerate(classes)],
     }

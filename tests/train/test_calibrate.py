@@ -73,9 +73,7 @@ def test_modes_momenta_and_weights_stay():
 
 def test_a_detector_is_calibrated_through_its_backbone_alone(monkeypatch):
     model = detector(small_spec())
-    monkeypatch.setattr(
-        model.rpn, "forward", lambda *_: pytest.fail("the RPN has no batch norm to calibrate")
-    )
+    monkeypatch.setattr(model.rpn, "forward", lambda *_: pytest.fail("the RPN has no batch norm to calibrate"))
     images = [torch.rand(3, 64, 80), torch.rand(3, 64, 64)]
     calibrate_bn(model, [(images, None)])
     stem = model.backbone.body.conv1(model.transform(images)[0].tensors)
@@ -110,9 +108,7 @@ def test_channels_that_are_not_active_keep_their_statistics():
     batches = uneven_batches()
     calibrate_bn(nn.Sequential(norm), batches)
     mean, variance = pooled(batches)
-    torch.testing.assert_close(
-        norm.running_mean, torch.stack((mean[0], torch.tensor(7.0), mean[1], torch.tensor(7.0)))
-    )
+    torch.testing.assert_close(norm.running_mean, torch.stack((mean[0], torch.tensor(7.0), mean[1], torch.tensor(7.0))))
     torch.testing.assert_close(
         norm.running_var, torch.stack((variance[0], torch.tensor(9.0), variance[1], torch.tensor(9.0)))
     )

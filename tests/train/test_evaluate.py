@@ -29,9 +29,7 @@ class Oracle(nn.Module):
 
 def truth(dataset) -> list[dict[str, Tensor]]:
     targets = [target for _, target in dataset]
-    return [
-        {"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"]))} for t in targets
-    ]
+    return [{"boxes": t["boxes"], "labels": t["labels"], "scores": torch.ones(len(t["labels"]))} for t in targets]
 
 
 def nothing() -> dict[str, Tensor]:

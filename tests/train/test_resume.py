@@ -212,9 +212,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(scenes, tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
 
     try:
-        with pytest.raises(
-            InputError, match=rf"cannot write {tmp_path}/checkpoint.pt .*too large.*make room"
-        ):
+        with pytest.raises(InputError, match=rf"cannot write {tmp_path}/checkpoint.pt .*too large.*make room"):
             fit(Toy(), scenes, config, **CPU, folder=tmp_path, progress=fill)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
