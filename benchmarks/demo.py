@@ -1,7 +1,7 @@
-"""What `make demo` found, over several seeds: collects the results and renders the README's table.
+"""What `make demo` found, over several seeds: keeps the results and tells them as a table.
 
-python -m benchmarks.demo runs/demo/search runs/demo-1/search    append their results to the committed file
-python -m benchmarks.demo                                        print the table of what has been committed
+python -m benchmarks.demo runs/demo/search runs/demo-1/search    keep the results of finished searches
+python -m benchmarks.demo                                        print the table of those that are kept
 """
 
 import json
@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import record
 from jdkd.errors import InputError
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "demo.jsonl"
 NETWORKS = ("base", "control", "control_single", "student")
+HEADINGS = ("seed", "base mAP", "control", "control, one cycle", "student", "student p50 / base p50 (95 %)", "params")
 
 
 def collect(folders: list[Path]) -> list[dict[str, Any]]:
@@ -35,33 +36,29 @@ def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table: a row per seed, and the means.
 
     Args:
-        results: contents of `result.json`, one per seed.
+        results: contents of `result.json`; of a seed that occurs twice, the later one counts.
     """
-    lines = [
-        "| seed | base mAP | control | control, one cycle | student | student p50 / base p50 (95 %) | params |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    results = list({result["seed"]: result for result in results}.values())
+    lines = [f"| {' | '.join(HEADINGS)} |", "| " + " | ".join(["---:"] * len(HEADINGS)) + " |"]
     for result in sorted(results, key=lambda result: result["seed"]):
-        scores = [f"{result[name]['map']:.3f}" for name in NETWORKS]
         student, (low, high) = result["student"], result["student"]["latency_ratio_interval"]
-        ratio = f"{student['latency_ratio']:.3f} ({low:.3f}–{high:.3f})"
-        params = f"{student['params'] / result['base']['params']:.2f} x"
-        lines.append(f"| {result['seed']} | {' | '.join(scores)} | {ratio} | {params} |")
+        cells = [str(result["seed"]), *(f"{result[name]['map']:.3f}" for name in NETWORKS)]
+        cells += [f"{student['latency_ratio']:.3f} ({low:.3f}–{high:.3f})"]
+        lines.append(f"| {' | '.join([*cells, f'{_size(result):.2f}×'])} |")
     means = [f"{statistics.mean(result[name]['map'] for result in results):.3f}" for name in NETWORKS]
     ratio = statistics.mean(result["student"]["latency_ratio"] for result in results)
-    size = statistics.mean(result["student"]["params"] / result["base"]["params"] for result in results)
-    return "\n".join([*lines, f"| mean | {' | '.join(means)} | {ratio:.3f} | {size:.2f} x |"])
+    size = statistics.mean(_size(result) for result in results)
+    return "\n".join([*lines, f"| {' | '.join(['mean', *means, f'{ratio:.3f}', f'{size:.2f}×'])} |"])
+
+
+def _size(result: dict[str, Any]) -> float:
+    return result["student"]["params"] / result["base"]["params"]
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        rows = collect([Path(argument) for argument in arguments])
-        RESULTS.parent.mkdir(parents=True, exist_ok=True)
-        with RESULTS.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-    if not RESULTS.is_file():
-        raise SystemExit("nothing has been committed yet; give the folders of finished searches")
-    print(table([json.loads(line) for line in RESULTS.read_text().splitlines()]))
+    for result in collect([Path(argument) for argument in arguments]):
+        record.append(record.result_file(result["device"]["device"].partition(":")[0], "demo"), [result])
+    print(table(record.load(sorted(record.RESULTS.glob("*/demo.jsonl")))))
 
 
 if __name__ == "__main__":

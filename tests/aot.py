@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+ROOT = Path(__file__).parents[1]
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -37,14 +39,28 @@ def compiled(variant: dict):
     return triton.compile(source, target=TARGET, options=variant["options"])
 
 
-def inspected(variant: dict) -> dict:
-    """Counts of the instructions that matter, and the resources, of one variant."""
-    kernel = compiled(variant)
+def disassembled(kernel) -> str:
+    """Machine code and resource usage of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         run = [TOOLS / "cuobjdump", "-sass", "-res-usage", file.name]
-        text = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout
+
+
+def without_interpreter(*module: str) -> str:
+    """What ``python -m MODULE ...`` prints in a process of its own, where kernels are compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", *module]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def inspected(variant: dict) -> dict:
+    """Counts of the instructions that matter, and the resources, of one variant."""
+    kernel = compiled(variant)
+    text = disassembled(kernel)
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     return {
         "name": variant["name"],

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.readme import rendered
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = sorted(set(re.findall(r"^jdkd (\w+)", README, re.MULTILINE)))
@@ -29,3 +31,8 @@ def test_every_flag_that_the_readme_shows_exists(command):
     helped = [command, "digits"] if command == "data" else [command]
     text = subprocess.run([sys.executable, "-m", "jdkd", *helped, "--help"], capture_output=True, text=True, check=True)
     assert flags and flags <= set(re.findall(r"--[\w-]+", text.stdout)), flags
+
+
+def test_every_table_says_what_the_result_files_say():
+    assert rendered(README) == README
+    assert README.count("<!-- results of") == 3

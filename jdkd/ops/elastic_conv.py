@@ -218,9 +218,12 @@ def _kernel_runs(x: Tensor) -> bool:
     return _backend.select(_OP, x) == "triton"
 
 
-@torch.compiler.assume_constant_result
 def _selected(device: str, dtype: torch.dtype) -> str:
     return _backend.select(_OP, torch.empty(0, device=device, dtype=dtype))
+
+
+# What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
+_selected._dynamo_marked_constant = True
 
 
 class _ElasticConv(torch.autograd.Function):

@@ -13,7 +13,7 @@ from jdkd.search.setting import Setting
 
 MOST_ACTIONS = 3  # actions that one proposal may combine, as SP-NAS draws them (Jiang et al., CVPR 2020)
 SLOWNESS = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
-HEADROOM = 0.93  # of the target is aimed at: training changes what NMS has to do, and the final measurement is another one
+HEADROOM = 0.93  # of the target is aimed at: training changes what NMS has to do
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,14 @@ Run in a process of its own: under ``TRITON_INTERPRET`` a kernel cannot be compi
 import itertools
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from jdkd.kernels import elastic_conv as kernels
+from tests.aot import TARGET, disassembled
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 WHOLE = ("in_channels", "out_channels", "x_n", "x_h", "x_w", "w_o", "w_r", "w_s", "y_n", "y_h", "y_w")
 
@@ -77,16 +73,13 @@ def compile_for_sm90(case: dict):
     )  # fmt: skip
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=TARGET, options=options)
 
 
 def measure(case: dict) -> dict:
     """Reads registers, local memory and instructions from the compiled kernel."""
     compiled = compile_for_sm90(case)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        sass = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    sass = disassembled(compiled)
     ptx = compiled.asm["ptx"]
     return case | {
         "warps": compiled.metadata.num_warps,

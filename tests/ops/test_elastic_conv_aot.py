@@ -1,10 +1,6 @@
 """The elastic convolution compiled for sm_90 ahead of time, without a GPU."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -13,14 +9,8 @@ SHARED_BYTES = 232_448  # of one block on sm_90; the compiler does not check it
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.ops.elastic_conv_aot"],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return json.loads(run.stdout)
+    aot = pytest.importorskip("tests.aot", exc_type=ImportError)
+    return json.loads(aot.without_interpreter("tests.ops.elastic_conv_aot"))
 
 
 def test_every_configuration_fits_the_chip_and_spills_nothing(compiled):

@@ -1,0 +1,29 @@
+"""Writes the README's tables from the committed result files: ``python -m benchmarks.readme``.
+
+A table stands between ``<!-- results of OP -->`` and ``<!-- end of results -->``; a test holds that README and result
+files agree.
+"""
+
+import re
+from pathlib import Path
+
+from benchmarks import demo, record
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+_TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+
+def rendered(text: str) -> str:
+    """The README's text with every table as the result files have it."""
+    return _TABLE.sub(lambda found: f"{found[1]}{_table(found[2])}\n{found[3]}", text)
+
+
+def _table(op: str) -> str:
+    rows = record.load(sorted(record.RESULTS.glob(f"*/{op}.jsonl")))
+    if not rows:
+        return "Not measured."
+    return demo.table(rows) if op == "demo" else record.table(record.latest(rows))
+
+
+if __name__ == "__main__":
+    README.write_text(rendered(README.read_text()))
