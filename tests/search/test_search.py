@@ -94,7 +94,8 @@ search(config_of(folder, folder / "killed", resume={resume}), tell)
 def start(folder, resume: bool) -> subprocess.Popen:
     root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     code = RUN.format(root=root, folder=str(folder), resume=resume)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core would spin
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=alone)
 
 
 def test_a_killed_search_resumes_and_archives_every_candidate_once(folder):
