@@ -6,6 +6,7 @@ then runs once per backend that this machine can run, inside ``use_backend``, an
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 POISONED = ("ops", "nn", "reference")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the background has it; tests of Ctrl-C need it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is first imported
 if "PYTEST_XDIST_WORKER" in os.environ:
