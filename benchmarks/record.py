@@ -128,6 +128,14 @@ def latest(given: Iterable[Row]) -> list[Row]:
     return list({tuple(row[name] for name in key): row for row in given}.values())
 
 
+def tables(given: Iterable[Row]) -> str:
+    """A Markdown table for each operator; see :func:`table`."""
+    by_op: dict[str, list[Row]] = {}
+    for row in given:
+        by_op.setdefault(row["op"], []).append(row)
+    return "\n\n".join(map(table, by_op.values()))
+
+
 def table(given: Iterable[Row]) -> str:
     """A Markdown table: one line a case, one column a provider, with its gain over the first."""
     cases: dict[tuple[str, ...], dict[str, Row]] = {}

@@ -58,7 +58,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="only print these rows")
     given = parser.parse_args(words)
     if given.table:
-        print(record.table(record.latest(record.load(given.table))))
+        print(record.tables(record.latest(record.load(given.table))))
         return 0
     started = time.monotonic()
     device = ("cuda" if torch.cuda.is_available() else "cpu") if given.device == "auto" else given.device
@@ -82,7 +82,7 @@ def main(words: list[str] | None = None) -> int:
             record.append(given.out, rows)
         if given.save:
             record.append(record.result_file(device, case.op), rows)
-    print("\n" + record.table(done))
+    print("\n" + record.tables(done))
     if left:
         print(f"\nnot measured, out of time: {'; '.join(left)}")
     return 1 if wrong else 0
