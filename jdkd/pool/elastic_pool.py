@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from jdkd.data import batches
-from jdkd.detect import load, save
+from jdkd.detect import load, parameter_count, save
 from jdkd.distill import correlations
 from jdkd.errors import InputError
 from jdkd.files import write_json
@@ -76,8 +76,7 @@ class TeacherPool:
         probe = batches(selection, batch_size=self.batch_size, steps=2, seed=self.seed, device=self.device)
         distances = correlations(base.to(self.device), teacher, probe).values()
         scores = evaluate(teacher, selection, device=self.device, batch_size=self.batch_size)
-        parameters = sum(parameter.numel() for parameter in teacher.parameters())
-        return Member(subnet, scores.map, parameters, sum(distances) / len(distances))
+        return Member(subnet, scores.map, parameter_count(teacher), sum(distances) / len(distances))
 
 
 def train_pool(

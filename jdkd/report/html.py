@@ -94,11 +94,11 @@ def _lineage(line: Sequence[Candidate]) -> str:
 
 
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """Machine, seed, duration and versions, by name."""
+    """Machine, seed, time that the candidates took, and versions, by name."""
     device = result.get("device")
     facts = dict(device) if isinstance(device, dict) else {"device": device}
     facts |= {name: result.get(name) for name in ("seed", "target_latency", "pool_steps")}
     if result.get("seconds") is not None:
-        facts["duration"] = f"{result['seconds'] / 60:.1f} min"
+        facts["time_of_all_candidates"] = f"{result['seconds'] / 60:.1f} min"
     facts |= result.get("versions") or {}
     return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]

@@ -10,8 +10,7 @@ from typing import Any
 
 from jdkd.errors import InputError
 from jdkd.search.archive import ARCHIVE, Archive, Candidate, pareto_front
-
-RESULT = "result.json"
+from jdkd.search.outcome import RESULT
 
 NAMES = {
     "base": "base",
