@@ -1,14 +1,15 @@
 """The Pearson distillation loss over all levels: two opaque operators and the autograd rule around them.
 
-The forward returns the loss and a table of five scalars a channel; the backward reads both sides once more.
-Nothing of the size of a feature is kept besides the features themselves. The formulas are in
-:mod:`jdkd.reference.pearson`.
+The forward returns the loss and a table of five scalars a channel; the backward reads both sides once more, and adds
+the gradient that the heads send, so that it is written once. Nothing of the size of a feature is kept besides the
+features themselves. The formulas are in :mod:`jdkd.reference.pearson`, the public functions in
+:mod:`jdkd.ops.pearson_loss`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from torch import Tensor
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.reference import pearson as reference
-from jdkd.reference.pearson import Features, match_size
 
 _OP = "pearson"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,143 +27,182 @@ _backend.register(_OP, "reference")
 _LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
-def pkd_loss(student: Features, teacher: Features, loss_weight: float = 1.0, resize_stu: bool = True) -> Tensor:
-    """Pearson distillation loss (PKD): a mean squared error between features standardised channel by channel.
-
-    Cao et al., "PKD: General Distillation Framework for Object Detectors via Pearson Correlation
-    Coefficient", NeurIPS 2022, with the numbers of the authors' implementation: statistics over batch and
-    positions, unbiased standard deviation plus 1e-6, half the mean squared error, summed over levels. For
-    two features with correlation ``r`` in every channel it is ``1 - r``, whatever their scales and offsets.
-    Computed in float32 whatever the dtype.
-
-    A channel of one element (batch 1, a 1x1 map) adds 0. A constant channel of the student adds about 0.5
-    and, as in the public loss, a gradient about a million times that of a live one. Differentiating with
-    ``create_graph=True`` is refused.
+class Settings(NamedTuple):
+    """What the loss computes.
 
     Args:
-        student: one level ``[N, C, H, W]``, or an iterable of levels (list, tuple, dict, generator).
-        teacher: as many levels, with the same batch and channels, on the same device. Dtypes may differ.
-            Levels that need a gradient get one.
-        loss_weight: factor of the loss; the authors use 6 for two-stage detectors and 10 for dense ones.
-        resize_stu: where sizes differ, resize the student's level to the teacher's (True) or the reverse
-            (False), bilinearly. Levels are paired in the order given.
-
-    Returns:
-        Scalar, float32 (float64 for float64 features).
-
-    Raises:
-        InputError: if numbers of levels, batches, channels or devices differ, or a level is not a floating
-            ``[N, C, H, W]`` with elements.
+        weights: factor of each level's loss.
+        eps: what is added to the standard deviations.
+        skip_constant: leave out channels in which student or teacher never changes.
+        instance: statistics of every image by itself instead of over the batch.
+        group: the processes whose batches are taken together; None is this one alone.
     """
-    students, teachers = _levels(student, "student"), _levels(teacher, "teacher")
-    if len(students) != len(teachers):
-        raise InputError(
-            f"student has {len(students)} levels and teacher has {len(teachers)}; pass the levels that pair up"
-        )
-    if not students:
-        raise InputError("student and teacher have no levels; pass at least one feature [N, C, H, W]")
-    pairs = []
-    for index, (s, t) in enumerate(zip(students, teachers, strict=True)):
-        _check_pair(index, s, t)
-        pairs.append(match_size(s, t, resize_stu))
-    return pearson_loss([s for s, _ in pairs], [t for _, t in pairs], loss_weight)
+
+    weights: tuple[float, ...]
+    eps: float = reference.EPS
+    skip_constant: bool = False
+    instance: bool = False
+    group: torch.distributed.ProcessGroup | None = None
 
 
-def _levels(features: Features, name: str) -> list[Tensor]:
-    if isinstance(features, Tensor):
-        return [features]
-    levels = list(features.values() if isinstance(features, Mapping) else features)
-    for index, level in enumerate(levels):
-        if not isinstance(level, Tensor):
-            raise InputError(f"{name} level {index} is a {type(level).__name__}; pass tensors [N, C, H, W]")
-    return levels
-
-
-def _check_pair(index: int, student: Tensor, teacher: Tensor) -> None:
-    for name, level in (("student", student), ("teacher", teacher)):
-        if level.dim() != 4 or level.numel() == 0 or not torch.is_floating_point(level):
-            raise InputError(
-                f"{name} level {index} has shape {tuple(level.shape)} and dtype {level.dtype}; "
-                "it must be a floating [N, C, H, W] with elements"
-            )
-    for what, axis, remedy in (
-        ("images", 0, "run both networks on the same batch"),
-        ("channels", 1, "select or project channels first"),
-    ):
-        if student.shape[axis] != teacher.shape[axis]:
-            raise InputError(
-                f"level {index}: student has {student.shape[axis]} {what} and teacher has "
-                f"{teacher.shape[axis]}; {remedy}"
-            )
-    if student.device != teacher.device:
-        raise InputError(
-            f"level {index}: student is on {student.device} and teacher on {teacher.device}; "
-            "move one to the other's device"
-        )
-
-
-def pearson_loss(students: Sequence[Tensor], teachers: Sequence[Tensor], loss_weight: float = 1.0) -> Tensor:
-    """Pearson distillation loss of levels whose shapes agree pairwise; see :func:`pkd_loss`.
+def pearson_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    settings: Settings,
+    masks: Sequence[Tensor] = (),
+    *,
+    tap: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Pearson distillation loss of levels whose shapes agree pairwise.
 
     Args:
         students: levels ``[N, C, H, W]`` of a floating dtype.
         teachers: levels of the same shapes.
-        loss_weight: factor of the loss.
+        settings: see :class:`Settings`.
+        masks: bool ``[N, 1, H, W]`` per level, True where a position counts; or none, and all count.
+        tap: return students whose gradients are added to the loss's in one pass.
 
     Returns:
-        Scalar, float32 (float64 if a level is).
+        The loss, a scalar, float32 (float64 if a level is); its levels ``[L]``, detached; and the students, to be
+        used from here on if ``tap``.
     """
     pairs = [_same_layout(s, t) for s, t in zip(students, teachers, strict=True)]
-    dtype = reference.result_dtype(students, teachers)
-    if dtype == torch.float64:
+    if reference.result_dtype(students, teachers) == torch.float64:
+        tap = tap and all(s.dtype == torch.float64 for s in students)  # else the heads would get another dtype
         pairs = [(s.double(), t.double()) for s, t in pairs]
-    students, teachers = [s for s, _ in pairs], [t for _, t in pairs]
-    if torch.is_grad_enabled() and any(level.requires_grad for level in (*students, *teachers)):
-        return _PearsonLoss.apply(loss_weight, len(pairs), *students, *teachers)
-    return torch.ops.jdkd.pearson_fwd(students, teachers, loss_weight)[0]
+    inner, teachers = [s for s, _ in pairs], [t for _, t in pairs]
+    if torch.is_grad_enabled() and any(level.requires_grad for level in (*inner, *teachers)):
+        loss, losses, *tapped = _PearsonLoss.apply(settings, len(pairs), tap, *inner, *teachers, *masks)
+        return loss, losses, tapped or list(students)
+    loss, losses, _ = _forward(settings, inner, teachers, masks)
+    return loss, losses, list(students)
 
 
 def _same_layout(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both levels dense in the student's layout, copied only if they are not so already."""
-    layout = torch.contiguous_format
-    if not student.is_contiguous() and student.is_contiguous(memory_format=torch.channels_last):
-        layout = torch.channels_last
+    layout = _layout(student)
     return student.contiguous(memory_format=layout), teacher.contiguous(memory_format=layout)
+
+
+def _layout(level: Tensor) -> torch.memory_format:
+    if not level.is_contiguous() and level.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def _forward(
+    settings: Settings, students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, losses of the levels, and the coefficient table."""
+    weights, eps, skip_constant, instance, group = settings
+    if instance:
+        masks = [_folded(mask.expand_as(s)) for mask, s in zip(masks, students, strict=True)] if masks else ()
+        students, teachers = map(_folded, students), map(_folded, teachers)
+    students, teachers = list(students), list(teachers)
+    if not masks and group is None:
+        return torch.ops.jdkd.pearson_fwd(students, teachers, weights, eps, skip_constant)[:3]
+    if masks:
+        moments = reference.moments(students, teachers, masks)
+    else:
+        *_, moments = torch.ops.jdkd.pearson_fwd(students, teachers, weights, eps, skip_constant)
+    ranks = 1
+    if group is not None:
+        moments = reference.join(_gathered(moments, group))
+        ranks = torch.distributed.get_world_size(group)
+    channels = [level.shape[1] for level in students]
+    dtype = reference.result_dtype(students, teachers)
+    loss, losses, table = reference.finish(moments, channels, weights, eps, skip_constant, dtype)
+    return loss, losses, ranks * table  # so that the mean over processes, as DDP takes it, is the gradient
+
+
+def _gathered(moments: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """Every process's moments, ``[R, 6, sum of C]``."""
+    parts = [torch.empty_like(moments) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, moments, group=group)
+    return torch.stack(parts)
+
+
+def _folded(level: Tensor) -> Tensor:
+    """Every image's channels as channels of their own, ``[1, N C, H, W]``; copies a channels-last level."""
+    return level.reshape(1, -1, *level.shape[2:])
 
 
 class _PearsonLoss(torch.autograd.Function):
     """Gradients for whichever side asks; what the backward saves is readable by every backend."""
 
     @staticmethod
-    def forward(ctx: Any, loss_weight: float, levels: int, *features: Tensor) -> Tensor:
-        students, teachers = list(features[:levels]), list(features[levels:])
-        loss, table = torch.ops.jdkd.pearson_fwd(students, teachers, loss_weight)
+    def forward(ctx: Any, settings: Settings, levels: int, tap: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        students, teachers, masks = (tensors[i * levels : (i + 1) * levels] for i in range(3))
+        loss, losses, table = _forward(settings, students, teachers, masks)
         # save_for_backward refuses what was made under inference_mode, as teachers often are.
         ctx.kept = [t if _made_in_inference(t) else None for t in teachers]
-        ctx.save_for_backward(table, *students, *(t for t in teachers if not _made_in_inference(t)))
-        return loss
+        ctx.save_for_backward(table, *masks, *students, *(t for t in teachers if not _made_in_inference(t)))
+        ctx.levels, ctx.masked, ctx.instance = levels, bool(masks), settings.instance
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(losses)
+        return loss, losses, *((student.view_as(student) for student in students) if tap else ())
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dloss: Tensor | None, _: None, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError(
                 "the Pearson loss was differentiated with create_graph=True, but its gradient has no derivative; "
                 "use jdkd.reference.pearson.pkd_loss there"
             )
+        levels, needs = ctx.levels, ctx.needs_input_grad[3:]
+        heads = list(dout) or [None] * levels
+        unmasked = [None] * (levels if ctx.masked else 0)
+        if dloss is None:
+            return (None, None, None, *heads, *[None] * levels, *unmasked)
         table, *saved = ctx.saved_tensors
-        levels = len(ctx.kept)
-        students, saved_teachers = saved[:levels], iter(saved[levels:])
-        teachers = [next(saved_teachers) if kept is None else kept for kept in ctx.kept]
-        needs = ctx.needs_input_grad[2:]
-        sides = ((students, teachers, needs[:levels]), (teachers, students, needs[levels:]))
-        gradients: list[Tensor | None] = [None, None]
-        for side, (x, y, needed) in enumerate(sides):
+        masks, saved = (saved[:levels], saved[levels:]) if ctx.masked else ((), saved)
+        students, rest = saved[:levels], iter(saved[levels:])
+        teachers = [next(rest) if kept is None else kept for kept in ctx.kept]
+        gradients: list[Tensor | None] = []
+        sides = ((students, teachers, heads), (teachers, students, [None] * levels))
+        for side, (x, y, others) in enumerate(sides):
+            needed = needs[side * levels : (side + 1) * levels]
             if any(needed):
-                dx = torch.ops.jdkd.pearson_bwd(dloss, x, y, table[side])
+                dx = _gradient(dloss, x, y, table[side], others, masks, ctx.instance)
                 gradients += [d if wanted else None for d, wanted in zip(dx, needed, strict=True)]
             else:
                 gradients += [None] * levels
-        return tuple(gradients)
+        return (None, None, None, *gradients, *unmasked)
+
+
+def _gradient(
+    dloss: Tensor,
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    coefficients: Tensor,
+    dout: Sequence[Tensor | None],
+    masks: Sequence[Tensor],
+    instance: bool,
+) -> list[Tensor]:
+    """The gradients with respect to ``x`` plus what the heads sent, where they sent any."""
+    if instance:
+        folded = [None if d is None else _folded(d) for d in dout]
+        masks = [_folded(mask.expand_as(level)) for mask, level in zip(masks, x, strict=True)] if masks else ()
+        dx = _gradient(dloss, list(map(_folded, x)), list(map(_folded, y)), coefficients, folded, masks, False)
+        return [d.view(level.shape) for d, level in zip(dx, x, strict=True)]
+    dloss = dloss.to(coefficients.dtype)
+    if masks:
+        dx = torch.ops.jdkd.pearson_bwd(dloss, x, y, coefficients, [])
+        dx = [torch.where(mask, d, 0) for d, mask in zip(dx, masks, strict=True)]
+        return [d if head is None else d + head for d, head in zip(dx, dout, strict=True)]
+    tapped = [i for i, head in enumerate(dout) if head is not None]
+    if len(tapped) in (0, len(x)):
+        heads = [dout[i].contiguous(memory_format=_layout(x[i])) for i in tapped]
+        return torch.ops.jdkd.pearson_bwd(dloss, x, y, coefficients, heads)
+    # Some levels feed no head: each kind by itself.
+    columns = coefficients.split([level.shape[1] for level in x], dim=1)
+    gradients: list[Tensor] = [dloss] * len(x)
+    for kind in (tapped, [i for i, head in enumerate(dout) if head is None]):
+        x_of, y_of, dout_of = ([side[i] for i in kind] for side in (x, y, dout))
+        own = torch.cat([columns[i] for i in kind], dim=1)
+        for i, dx in zip(kind, _gradient(dloss, x_of, y_of, own, dout_of, (), False), strict=True):
+            gradients[i] = dx
+    return gradients
 
 
 def _made_in_inference(level: Tensor) -> bool:
@@ -171,40 +210,44 @@ def _made_in_inference(level: Tensor) -> bool:
     return not torch.compiler.is_compiling() and level.is_inference()
 
 
-def _cpu_fwd(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.jdkd_C.pearson_fwd(students, teachers, loss_weight)
+Forward = tuple[Tensor, Tensor, Tensor, Tensor]  # loss [], losses [L], table [2, 5, sum of C], moments [6, sum of C]
 
 
-def _cpu_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor) -> list[Tensor]:
-    return torch.ops.jdkd_C.pearson_bwd(dloss, x, y, coefficients)
+def _cpu_fwd(students: list[Tensor], teachers: list[Tensor], *settings: Any) -> Forward:
+    return torch.ops.jdkd_C.pearson_fwd(students, teachers, *settings)
 
 
-def _of_one_dtype(x: list[Tensor], y: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _cpu_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], table: Tensor, dout: list[Tensor]) -> list[Tensor]:
+    return torch.ops.jdkd_C.pearson_bwd(dloss, x, y, table, dout)
+
+
+def _of_one_dtype(*sides: list[Tensor]) -> tuple[list[Tensor], ...]:
     """The CUDA kernels take one dtype; where there are several, float32 holds them all."""
-    if all(level.dtype == x[0].dtype for level in (*x, *y)):
-        return x, y
-    return [level.float() for level in x], [level.float() for level in y]
+    if len({level.dtype for side in sides for level in side}) == 1:
+        return sides
+    return tuple([level.float() for level in side] for side in sides)
 
 
-def _cuda_fwd(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.jdkd_C.pearson_fwd(*_of_one_dtype(students, teachers), loss_weight)
+def _cuda_fwd(students: list[Tensor], teachers: list[Tensor], *settings: Any) -> Forward:
+    return torch.ops.jdkd_C.pearson_fwd(*_of_one_dtype(students, teachers), *settings)
 
 
-def _cuda_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor) -> list[Tensor]:
-    gradients = torch.ops.jdkd_C.pearson_bwd(dloss, *_of_one_dtype(x, y), coefficients)
+def _cuda_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], table: Tensor, dout: list[Tensor]) -> list[Tensor]:
+    left, right, added = _of_one_dtype(x, y, dout)
+    gradients = torch.ops.jdkd_C.pearson_bwd(dloss, left, right, table, added)
     return [gradient.to(level.dtype) for gradient, level in zip(gradients, x, strict=True)]
 
 
-def _triton_fwd(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
+def _triton_fwd(students: list[Tensor], teachers: list[Tensor], *settings: Any) -> Forward:
     from jdkd.kernels import pearson
 
-    return pearson.pearson_fwd(students, teachers, loss_weight)
+    return pearson.pearson_fwd(students, teachers, *settings)
 
 
-def _triton_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor) -> list[Tensor]:
+def _triton_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], table: Tensor, dout: list[Tensor]) -> list[Tensor]:
     from jdkd.kernels import pearson
 
-    return pearson.pearson_bwd(dloss, x, y, coefficients)
+    return pearson.pearson_bwd(dloss, x, y, table, dout)
 
 
 _FORWARD = {
@@ -221,8 +264,8 @@ _BACKWARD = {
 }
 
 
-def _check_dense(levels: Sequence[Tensor]) -> None:
-    for level in levels:
+def _check_dense(*sides: Sequence[Tensor]) -> None:
+    for level in (level for side in sides for level in side):
         if not any(level.is_contiguous(memory_format=layout) for layout in _LAYOUTS):
             raise InputError(
                 "jdkd::pearson takes levels that are contiguous or channels-last, and one of shape "
@@ -230,32 +273,49 @@ def _check_dense(levels: Sequence[Tensor]) -> None:
             )
 
 
-def _forward(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
-    _check_dense(students)
-    return _FORWARD[_backend.select(_OP, students[0])](students, teachers, loss_weight)
+def _fwd(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], eps: float, skip_constant: bool
+) -> Forward:
+    _check_dense(students, teachers)
+    return _FORWARD[_backend.select(_OP, students[0])](students, teachers, weights, eps, skip_constant)
 
 
-def _backward(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor) -> list[Tensor]:
-    _check_dense(x)
-    return _BACKWARD[_backend.select(_OP, x[0])](dloss, x, y, coefficients)
+def _bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor, dout: list[Tensor]) -> list[Tensor]:
+    _check_dense(x, y, dout)
+    return _BACKWARD[_backend.select(_OP, x[0])](dloss, x, y, coefficients, dout)
 
 
-def _forward_fake(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
+def _fwd_fake(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], eps: float, skip_constant: bool
+) -> Forward:
     dtype = reference.result_dtype(students, teachers)
     channels = sum(s.shape[1] for s in students)
     new = students[0].new_empty
-    return new((), dtype=dtype), new((2, reference.ROWS, channels), dtype=dtype)
+    return (
+        new((), dtype=dtype),
+        new((len(students),), dtype=dtype),
+        new((2, reference.ROWS, channels), dtype=dtype),
+        new((reference.MOMENTS, channels), dtype=reference.wide_dtype(students[0].device)),
+    )
 
 
-def _backward_fake(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor) -> list[Tensor]:
+def _bwd_fake(
+    dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor, dout: list[Tensor]
+) -> list[Tensor]:
     return [torch.empty_like(level) for level in x]
 
 
 _library = torch.library.Library("jdkd", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_library.define("pearson_fwd(Tensor[] students, Tensor[] teachers, float loss_weight) -> (Tensor, Tensor)", tags=_TAGS)
-_library.define("pearson_bwd(Tensor dloss, Tensor[] x, Tensor[] y, Tensor coefficients) -> Tensor[]", tags=_TAGS)
-_library.impl("pearson_fwd", _forward, "CompositeExplicitAutograd")
-_library.impl("pearson_bwd", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("jdkd::pearson_fwd", _forward_fake, lib=_library)
-torch.library.register_fake("jdkd::pearson_bwd", _backward_fake, lib=_library)
+_library.define(
+    "pearson_fwd(Tensor[] students, Tensor[] teachers, float[] weights, float eps, bool skip_constant)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "pearson_bwd(Tensor dloss, Tensor[] x, Tensor[] y, Tensor coefficients, Tensor[] dout) -> Tensor[]", tags=_TAGS
+)
+_library.impl("pearson_fwd", _fwd, "CompositeExplicitAutograd")
+_library.impl("pearson_bwd", _bwd, "CompositeExplicitAutograd")
+torch.library.register_fake("jdkd::pearson_fwd", _fwd_fake, lib=_library)
+torch.library.register_fake("jdkd::pearson_bwd", _bwd_fake, lib=_library)

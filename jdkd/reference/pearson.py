@@ -27,6 +27,9 @@ deviations. They are subtracted as float32, and the constant :math:`k = -a(\bar 
 holds what rounding them to :math:`k_s, k_t` left out; it is formed in float64 from the rounded :math:`a`
 and :math:`b`.
 
+**Moments.** All of it follows from six numbers a channel. Those of two sets of positions are joined by the
+formula of Chan, Golub and LeVeque (1983), so chunks, tiles and the shares of several processes make one.
+
 **Residual.** Near :math:`r = 1` the terms of :math:`L_c` cancel. So :math:`Q_{st}` is taken from
 :math:`E = \sum_i ((s_i - \bar s) - \beta (t_i - \bar t))^2` as :math:`(Q_s + \beta^2 Q_t - E) / 2\beta` with
 :math:`\beta = \sqrt{Q_s / Q_t}`: rounding errors of :math:`Q_s` and :math:`Q_t` then cancel as well.
@@ -42,7 +45,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-6
+MOMENTS = 6  # of a channel: number of positions, mean_s, mean_t, and the centred sums of s^2, t^2, s t
 ROWS = 5  # of the coefficient table: a, b, k, rounded mean of x, rounded mean of y
+CONSTANT = 2.0**-20  # a deviation below this part of the mean is the rounding of a constant
 
 Features: TypeAlias = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
 
@@ -102,47 +107,57 @@ def pkd_loss(
     return loss * loss_weight
 
 
-def pearson_fwd(students: Sequence[Tensor], teachers: Sequence[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
+def pearson_fwd(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    eps: float = EPS,
+    skip_constant: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The closed form of the loss, and what its gradient needs.
 
     Args:
         students: levels ``[N, C, H, W]``.
         teachers: levels of the same shapes.
-        loss_weight: factor of the loss.
+        weights: factor of each level's loss.
+        eps: what is added to the standard deviations.
+        skip_constant: leave out channels in which student or teacher never changes.
 
     Returns:
-        The loss, a scalar, and the coefficients ``[2, 5, sum of C]``: rows ``a, b, k, mean_x, mean_y`` of
-        the gradient with respect to the student (entry 0) and the teacher (entry 1), times ``loss_weight /
-        C``. Both are float32, or float64 where the levels are.
+        As :func:`finish`, and the moments ``[6, sum of C]``, see :func:`moments`.
     """
-    losses, tables = zip(
-        *(_level(s, t, loss_weight / s.shape[1]) for s, t in zip(students, teachers, strict=True)),
-        strict=True,
-    )
+    sums = moments(students, teachers)
+    channels = [level.shape[1] for level in students]
     dtype = result_dtype(students, teachers)
-    return torch.stack(losses).sum().to(dtype), torch.cat(tables, dim=2).to(dtype)
+    return *finish(sums, channels, weights, eps, skip_constant, dtype), sums
 
 
-def pearson_bwd(dloss: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], coefficients: Tensor) -> list[Tensor]:
-    """The gradient of the loss with respect to ``x``, one of the two sides.
+def pearson_bwd(
+    dloss: Tensor, x: Sequence[Tensor], y: Sequence[Tensor], coefficients: Tensor, dout: Sequence[Tensor] = ()
+) -> list[Tensor]:
+    """The gradient of the loss with respect to ``x``, one of the two sides, and what else reaches ``x``.
 
     Args:
         dloss: incoming gradient, a scalar.
         x: levels ``[N, C, H, W]``, all students or all teachers.
         y: the levels of the other side.
         coefficients: ``[5, sum of C]``, the entry of ``x`` in the table of :func:`pearson_fwd`.
+        dout: gradients to be added, of the shapes and dtypes of ``x``, or none.
 
     Returns:
-        ``dloss (a (x - mean_x) + b (y - mean_y) + k)`` for every level, in the dtype and layout of ``x``.
+        ``dout + dloss (a (x - mean_x) + b (y - mean_y) + k)`` for every level, rounded once, in the dtype and
+        layout of ``x``.
     """
     gradients, first = [], 0
-    for left, right in zip(x, y, strict=True):
+    for index, (left, right) in enumerate(zip(x, y, strict=True)):
         channels = left.shape[1]
         rows = coefficients[:, first : first + channels].view(ROWS, 1, channels, 1, 1)
         first += channels
         a, b, k, mean_x, mean_y = rows.unbind()
         dx = dloss * (a * (left.to(rows.dtype) - mean_x) + (b * (right.to(rows.dtype) - mean_y) + k))
-        gradients.append(dx.to(left.dtype))
+        if dout:
+            dx = dx + dout[index]
+        gradients.append(torch.empty_like(left).copy_(dx))
     return gradients
 
 
@@ -152,19 +167,44 @@ def result_dtype(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> torc
     return torch.float64 if double else torch.float32
 
 
-def _level(student: Tensor, teacher: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Loss (scalar) and coefficients ``[2, 5, C]`` of one level, times ``scale``."""
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """Returns: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def moments(students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence[Tensor] = ()) -> Tensor:
+    """The statistics of every channel.
+
+    Args:
+        students: levels ``[N, C, H, W]``.
+        teachers: levels of the same shapes.
+        masks: bool ``[N, 1 or C, H, W]`` per level, True where a position counts; or none, and all count.
+
+    Returns:
+        ``[6, sum of C]``, float64: number of positions, mean of s, mean of t, and the centred sums of s^2, t^2
+        and s t. Float32 on devices without float64.
+    """
+    dtype = result_dtype(students, teachers)
+    pairs = zip(students, teachers, strict=True)
+    return torch.cat([_moments(s, t, masks[i] if masks else None, dtype) for i, (s, t) in enumerate(pairs)], dim=1)
+
+
+def _moments(student: Tensor, teacher: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """:func:`moments` of one level, ``[6, C]``."""
     n, c, h, w = student.shape
-    m = n * h * w
-    dtype = result_dtype([student], [teacher])
-    wide = torch.float32 if student.device.type == "mps" else torch.float64
+    wide = wide_dtype(student.device)
     over = (0, 2, 3)
+    m = student.new_full((1,), n * h * w, dtype=wide) if mask is None else mask.sum(over, dtype=wide)  # [1 or C]
+    count = m.clamp(min=1)
+
+    def kept(values: Tensor) -> Tensor:
+        return values if mask is None else torch.where(mask, values, 0)
 
     def centred(level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        level = level.to(dtype)
-        mean = level.mean(over, keepdim=True)  # rounded; rest is what the rounding left out
-        d = level - mean
-        rest = d.sum(over).to(wide) / m
+        level = kept(level.to(dtype))
+        mean = level.sum(over, keepdim=True) / count.to(dtype).view(1, -1, 1, 1)  # rounded; rest is what was left out
+        d = kept(level - mean)
+        rest = d.sum(over).to(wide) / count
         return d, mean.view(c).to(wide) + rest, rest
 
     def centred_square_sum(d: Tensor, rest: Tensor) -> Tensor:
@@ -178,27 +218,78 @@ def _level(student: Tensor, teacher: Tensor, scale: float) -> tuple[Tensor, Tens
     beta = beta.to(wide)
     residual_sum = centred_square_sum(residual, rest_s - beta * rest_t)
     st = torch.where((ss == 0) | (tt == 0), 0.0, (ss + beta.square() * tt - residual_sum) / (2 * beta))
+    return torch.stack([m.expand(c), mean_s, mean_t, ss, tt, st])
 
-    degrees = max(m - 1, 1)
+
+def join(parts: Tensor) -> Tensor:
+    """Joins the moments of disjoint sets of positions (Chan, Golub, LeVeque 1983).
+
+    Args:
+        parts: ``[R, 6, C]``, as :func:`moments` gives them. Parts without positions add nothing.
+
+    Returns:
+        ``[6, C]``.
+    """
+    n, means, squares = parts[:, :1], parts[:, 1:3], parts[:, 3:]  # [R, 1, C], [R, 2, C], [R, 3, C]
+    total = n.sum(0)
+    means_shift = means[:1]
+    mean = means_shift[0] + (n * (means - means_shift)).sum(0) / total.clamp(min=1)
+    gap_s, gap_t = (means - mean).unbind(1)  # [R, C]
+    gaps = torch.stack([gap_s * gap_s, gap_t * gap_t, gap_s * gap_t], dim=1)
+    return torch.cat([total, mean, (squares + n * gaps).sum(0)])
+
+
+def finish(
+    sums: Tensor,
+    channels: Sequence[int],
+    weights: Sequence[float],
+    eps: float = EPS,
+    skip_constant: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and coefficients from the moments of every channel.
+
+    Args:
+        sums: ``[6, sum of C]``, see :func:`moments`.
+        channels: C of every level.
+        weights: factor of each level's loss.
+        eps: what is added to the standard deviations.
+        skip_constant: leave out channels in which student or teacher never changes: they add 0 to the mean
+            over the channels, and have no gradient.
+        dtype: of the results.
+
+    Returns:
+        The loss, a scalar; its levels ``[L]``, weighted, which add up to it; and the coefficients
+        ``[2, 5, sum of C]``: rows ``a, b, k, mean_x, mean_y`` of the gradient with respect to the student
+        (entry 0) and the teacher (entry 1), times ``weight / C``.
+    """
+    m, mean_s, mean_t, ss, tt, st = sums
+    scale = torch.cat([sums.new_full((c,), weight / c) for c, weight in zip(channels, weights, strict=True)])
+    degrees = (m - 1).clamp(min=1)
     std_s, std_t = (ss / degrees).sqrt(), (tt / degrees).sqrt()
-    scale = scale / m if m > 1 else 0.0  # one element has no variance: loss and gradient are defined as zero
-    cross = st / ((std_s + EPS) * (std_t + EPS))
-    losses = (ss / (std_s + EPS).square() + tt / (std_t + EPS).square() - 2 * cross).clamp(min=0) / 2
+    counted = m > 1  # one element has no variance: loss and gradient are defined as zero
+    if skip_constant:
+        constant = (std_s <= CONSTANT * mean_s.abs()) | (std_t <= CONSTANT * mean_t.abs())  # never where one is NaN
+        counted = counted & ~constant
+    scale = torch.where(counted, scale / m.clamp(min=1), 0.0)
+    cross = st / ((std_s + eps) * (std_t + eps))
+    losses = (ss / (std_s + eps).square() + tt / (std_t + eps).square() - 2 * cross).clamp(min=0) / 2
+    losses = torch.stack([level.sum() for level in (scale * losses).split(list(channels))])
     table = torch.stack(
         [
-            _gradient_rows(scale, std_s, std_t, mean_s, mean_t, cross / degrees, dtype),
-            _gradient_rows(scale, std_t, std_s, mean_t, mean_s, cross / degrees, dtype),
+            _gradient_rows(scale, std_s, std_t, mean_s, mean_t, cross / degrees, eps, dtype),
+            _gradient_rows(scale, std_t, std_s, mean_t, mean_s, cross / degrees, eps, dtype),
         ]
     )
-    return scale * losses.sum(), table
+    return losses.sum().to(dtype), losses.to(dtype), table
 
 
 def _gradient_rows(
-    scale: float, std_x: Tensor, std_y: Tensor, mean_x: Tensor, mean_y: Tensor, r: Tensor, dtype: torch.dtype
+    scale: Tensor, std_x: Tensor, std_y: Tensor, mean_x: Tensor, mean_y: Tensor, r: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """Coefficients ``[5, C]`` of the gradient with respect to x, in ``dtype``; ``r`` is the correlation."""
-    dx, dy = std_x + EPS, std_y + EPS
-    a = torch.where(std_x > 0, EPS / dx**3 + r / (std_x * dx), 0.0)
+    dx, dy = std_x + eps, std_y + eps
+    a = torch.where(std_x > 0, eps / dx**3 + r / (std_x * dx), 0.0)
     a = (scale * a).to(dtype)
     b = (-scale / (dx * dy)).to(dtype)
     shift_x, shift_y = mean_x.to(dtype), mean_y.to(dtype)
