@@ -1,6 +1,6 @@
 """Drop-in modules: state and representation only; what they compute is in :mod:`jdkd.functional`."""
 
 from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
-from jdkd.nn.pearson import PKDLoss
+from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 
-__all__ = ["ElasticBatchNorm2d", "ElasticConv2d", "ElasticLinear", "PKDLoss"]
+__all__ = ["DISTLoss", "ElasticBatchNorm2d", "ElasticConv2d", "ElasticLinear", "PKDLoss", "PearsonTap"]

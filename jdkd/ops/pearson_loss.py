@@ -77,9 +77,7 @@ def pkd_loss(
             not a floating ``[N, C, H, W]`` with elements.
     """
     students, teachers = as_levels(student, "student"), as_levels(teacher, "teacher")
-    pairs = [
-        match_size(students[i], teachers[j], resize_stu) for i, j in paired(students, teachers, pairing, levels)
-    ]
+    pairs = [match_size(students[i], teachers[j], resize_stu) for i, j in paired(students, teachers, pairing, levels)]
     students, teachers = [s for s, _ in pairs], [t for _, t in pairs]
     settings = _settings(len(pairs), loss_weight, level_weights, statistics, zero_variance, group)
     loss, losses, _ = pearson_loss(students, teachers, settings, masks_of(mask, students))
@@ -168,7 +166,9 @@ def dist_loss(
                 f"{name} has shape {tuple(logits.shape)} and dtype {logits.dtype}; pass floating logits [B, K], K >= 2"
             )
     if student.shape != teacher.shape:
-        raise InputError(f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; they must agree")
+        raise InputError(
+            f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; they must agree"
+        )
     batch, classes = student.shape
     if batch < (2 if intra_weight else 1):
         raise InputError(f"student has {batch} samples; give at least 2, or intra_weight=0")

@@ -285,7 +285,14 @@ def finish(
 
 
 def _gradient_rows(
-    scale: Tensor, std_x: Tensor, std_y: Tensor, mean_x: Tensor, mean_y: Tensor, r: Tensor, eps: float, dtype: torch.dtype
+    scale: Tensor,
+    std_x: Tensor,
+    std_y: Tensor,
+    mean_x: Tensor,
+    mean_y: Tensor,
+    r: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Coefficients ``[5, C]`` of the gradient with respect to x, in ``dtype``; ``r`` is the correlation."""
     dx, dy = std_x + eps, std_y + eps

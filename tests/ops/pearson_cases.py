@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from jdkd import _backend
-from jdkd.functional import pkd_loss
+from jdkd.functional import pearson_tap, pkd_loss
 from jdkd.reference import pearson as reference
 from jdkd.testing import assert_within_twice
 
@@ -121,22 +121,36 @@ def gradient_unit(x: Tensor, y: Tensor, upstream: float) -> Tensor:
     return (abs(upstream) * WEIGHT / (c * count) / bottom * torch.maximum(top_x, top_y)).view(c, 1, 1)
 
 
-def check(case: Case, device: str = "cpu") -> None:
-    """Holds loss and both sides' gradients of a case to the 2x rule, on the backend in force."""
+def check(case: Case, device: str = "cpu", *, tap: bool = False) -> None:
+    """Holds loss and both sides' gradients of a case to the 2x rule, on the backend in force.
+
+    With ``tap`` the students' gradients include what heads send, of the size of the loss's own.
+    """
     students, teachers = case.levels(device)
-    loss = pkd_loss(students, teachers, WEIGHT)
-    loss.backward(torch.full_like(loss, case.upstream))
+    pairs = [*zip(students, teachers, strict=True), *zip(teachers, students, strict=True)]
+    units = [gradient_unit(x, y, case.upstream) for x, y in pairs]
+    heads = [
+        (torch.randn(s.shape, generator=torch.Generator().manual_seed(1)).to(device) * unit / 3).to(s.dtype)
+        for s, unit in zip(students, units, strict=False)
+    ]
+    if tap:
+        features, loss = pearson_tap(students, teachers, WEIGHT)
+        torch.autograd.backward([loss, *features], [torch.full_like(loss, case.upstream), *heads])
+    else:
+        loss = pkd_loss(students, teachers, WEIGHT)
+        loss.backward(torch.full_like(loss, case.upstream))
     exact = eager(students, teachers, torch.float64, case.upstream)
     rough = eager(students, teachers, torch.float32, case.upstream)
     assert loss.dtype == torch.float32
     assert loss.shape == ()
     # Float32 sums of squares, 1e-7 of them wrong, that all but cancel near r = 1: see "Residual" in the reference.
     assert_within_twice(loss.detach(), rough[0], exact[0], what="loss", scale=exact[0].clamp(min=case.loss_unit))
-    pairs = [*zip(students, teachers, strict=True), *zip(teachers, students, strict=True)]
-    for i, ((x, y), rough_dx, exact_dx) in enumerate(zip(pairs, rough[1:], exact[1:], strict=True)):
+    for i, ((x, _), unit, rough_dx, exact_dx) in enumerate(zip(pairs, units, rough[1:], exact[1:], strict=True)):
         assert x.grad.dtype == x.dtype
         assert x.grad.stride() == x.stride()
-        unit = gradient_unit(x, y, case.upstream)
+        if tap and i < len(heads):
+            rough_dx, exact_dx = rough_dx + heads[i].float(), exact_dx + heads[i].double()
+            unit = 2 * unit
         if x.dtype == torch.bfloat16 and _backend.select("pearson", x) == "triton" and _backend.interpreting():
             unit = 4 * unit  # the interpreter cuts float32 off to bfloat16, where a GPU rounds
         assert_within_twice(x.grad, rough_dx.to(x.dtype), exact_dx, what=f"gradient {i}", scale=unit)

@@ -22,6 +22,14 @@ def test_is_as_exact_as_the_eager_formula_in_float32(backend, device, name, vari
     check(like(CASES[name], variant), device)
 
 
+@pytest.mark.parametrize("variant", variants(), ids=str)
+@pytest.mark.parametrize(
+    "name", ["odd_sizes", "many_tiles_and_chunks", "large_mean", "almost_equal_and_large_mean", "one_element_and_1x1"]
+)
+def test_the_tap_is_as_exact_as_adding_in_float32(backend, device, name, variant):
+    check(like(CASES[name], variant), device, tap=True)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_float16_gradients_survive_a_loss_scale_of_65536(backend, device, channels_last):
     case = Case(shapes=((2, 8, 24, 20),), upstream=2.0**16, dtype=torch.float16, channels_last=channels_last)
@@ -104,23 +112,28 @@ def test_nan_in_a_feature_reaches_the_loss(backend, device):
         assert pkd_loss(*levels).isnan()
 
 
-def _loss_a_little_off(loss, table):
-    return loss * (1 + 2e-6), table
+def _loss_a_little_off(loss, losses, table, moments):
+    return loss * (1 + 2e-6), losses, table, moments
 
 
-def _means_folded(loss, table):
+def _means_folded(loss, losses, table, moments):
     folded = table.clone()
     folded[:, 2] = -(table[:, 0] * table[:, 3] + table[:, 1] * table[:, 4])
     folded[:, 3:] = 0
-    return loss, folded
+    return loss, losses, folded, moments
 
 
-def _biased_deviation(loss, table):
-    return loss, table * torch.tensor([126 / 125, 125 / 126, 1, 1, 1], device=table.device).view(1, 5, 1)
+def _biased_deviation(loss, losses, table, moments):
+    return (
+        loss,
+        losses,
+        table * torch.tensor([126 / 125, 125 / 126, 1, 1, 1], device=table.device).view(1, 5, 1),
+        moments,
+    )
 
 
-def _swapped_sides(loss, table):
-    return loss, table.flip(0)
+def _swapped_sides(loss, losses, table, moments):
+    return loss, losses, table.flip(0), moments
 
 
 @pytest.mark.parametrize(
@@ -144,8 +157,8 @@ def test_the_net_catches_planted_bugs(monkeypatch, bug, name):
 def test_the_net_catches_a_cell_that_is_not_written(monkeypatch):
     right = op._BACKWARD["cpu"]
 
-    def forgets_the_last(dloss, x, y, table):
-        gradients = right(dloss, x, y, table)
+    def forgets_the_last(*given):
+        gradients = right(*given)
         for gradient in gradients:
             poisoned = torch.empty_like(gradient)
             gradient.view(-1)[-1] = poisoned.view(-1)[-1]

@@ -105,9 +105,9 @@ def test_no_copy_is_made_of_channels_last_levels(monkeypatch):
     students, teachers = Case(channels_last=True).levels()
     seen = []
 
-    def spy(students: list[Tensor], teachers: list[Tensor], loss_weight: float) -> tuple[Tensor, Tensor]:
+    def spy(students: list[Tensor], teachers: list[Tensor], *settings) -> op.Forward:
         seen.extend(level.data_ptr() for level in (*students, *teachers))
-        return reference.pearson_fwd(students, teachers, loss_weight)
+        return reference.pearson_fwd(students, teachers, *settings)
 
     monkeypatch.setitem(op._FORWARD, "cpu", spy)
     with use_backend("cpu"):
@@ -179,9 +179,11 @@ def test_a_backward_may_run_on_another_backend():
 def test_the_operators_pass_opcheck(name, channels_last):
     students, teachers = ([level.detach() for level in side] for side in Case(channels_last=channels_last).levels())
     with use_backend(name):
-        loss, table = torch.ops.jdkd.pearson_fwd(students, teachers, 6.0)
-        torch.library.opcheck(torch.ops.jdkd.pearson_fwd.default, (students, teachers, 6.0))
-        torch.library.opcheck(torch.ops.jdkd.pearson_bwd.default, (loss, students, teachers, table[0]))
+        given = (students, teachers, [6.0] * len(students), 1e-6, False)
+        loss, _, table, _ = torch.ops.jdkd.pearson_fwd(*given)
+        torch.library.opcheck(torch.ops.jdkd.pearson_fwd.default, given)
+        for dout in ([], students):
+            torch.library.opcheck(torch.ops.jdkd.pearson_bwd.default, (loss, students, teachers, table[0], dout))
 
 
 @pytest.mark.parametrize("name", COMPILED_HERE)
@@ -225,7 +227,7 @@ def test_the_operator_refuses_strides_it_cannot_read():
     (level,) = drawn((2, 6, 8, 14))
     view = level[:, :, ::2]
     with pytest.raises(InputError, match="contiguous or channels-last"):
-        torch.ops.jdkd.pearson_fwd([view], [view], 1.0)
+        torch.ops.jdkd.pearson_fwd([view], [view], [1.0], 1e-6, False)
 
 
 def test_float64_and_mixtures_with_it_use_the_reference():
