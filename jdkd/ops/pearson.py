@@ -105,14 +105,14 @@ def _forward(
         moments = reference.moments(students, teachers, masks)
     else:
         *_, moments = torch.ops.jdkd.pearson_fwd(students, teachers, weights, eps, skip_constant)
-    ranks = 1
     if group is not None:
         moments = reference.join(_gathered(moments, group))
-        ranks = torch.distributed.get_world_size(group)
     channels = [level.shape[1] for level in students]
     dtype = reference.result_dtype(students, teachers)
     loss, losses, table = reference.finish(moments, channels, weights, eps, skip_constant, dtype)
-    return loss, losses, ranks * table  # so that the mean over processes, as DDP takes it, is the gradient
+    if group is not None:  # a, b and k, so that the mean over processes, which DDP takes, is the gradient
+        table[:, :3] *= torch.distributed.get_world_size(group)
+    return loss, losses, table
 
 
 def _gathered(moments: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:

@@ -1,0 +1,94 @@
+"""Statistics over several processes: two of them, with batches of different size, against one with all the images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jdkd.errors import InputError
+from jdkd.functional import pearson_tap, pkd_loss
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
+BATCHES = (3, 1)  # images of each rank
+
+
+class Student(nn.Module):
+    """Two levels from one image, and a head's loss on what is returned of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.down = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, 2, padding=1)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        fine = self.stem(images)
+        return [fine, self.down(fine.relu())]
+
+
+def batch() -> tuple[Tensor, list[Tensor], Tensor]:
+    """Images, teacher levels, and a padding mask, of all ranks."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(sum(BATCHES), 3, 9, 7, generator=generator)
+    teachers = [torch.randn(sum(BATCHES), 4, *size, generator=generator) + 20 for size in ((9, 7), (5, 4))]
+    mask = torch.ones(sum(BATCHES), 9, 7, dtype=torch.bool)
+    mask[1, 5:], mask[3, :, 4:] = False, False
+    return images, teachers, mask
+
+
+def gradients_of(model: nn.Module, share: slice, options: dict, *, tap: bool) -> tuple[Tensor, list[Tensor]]:
+    images, teachers, mask = batch()
+    options = {**options, "mask": mask[share]} if options.pop("masked") else options
+    levels, teachers = model(images[share]), [level[share] for level in teachers]
+    if tap:
+        levels, loss = pearson_tap(levels, teachers, 6.0, **options)
+        heads = sum(level.mean() for level in levels)  # as detectors have it: a mean over the rank's images
+        (loss + 0 * heads).backward()
+    else:
+        loss = pkd_loss(levels, teachers, 6.0, **options)
+        loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters()]
+
+
+def rank_job(rank: int, folder: str, masked: bool, tap: bool) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", len(BATCHES))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(BATCHES))
+    first = sum(BATCHES[:rank])
+    model = DistributedDataParallel(Student())
+    options = {"group": dist.group.WORLD, "masked": masked}
+    found = gradients_of(model, slice(first, first + BATCHES[rank]), options, tap=tap)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("masked", "tap"), [(False, False), (False, True), (True, False)])
+def test_ranks_of_different_size_train_as_one_process_with_all_images(tmp_path: Path, masked: bool, tap: bool):
+    torch.multiprocessing.spawn(rank_job, (str(tmp_path), masked, tap), nprocs=len(BATCHES))
+    expected_loss, expected = gradients_of(Student(), slice(None), {"masked": masked}, tap=tap)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(BATCHES))]
+    unit = max(gradient.abs().max().item() for gradient in expected)  # a bias's is zero: the loss ignores offsets
+    for loss, gradients in results:
+        torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
+        for found, wanted in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5 * unit)
+    assert torch.equal(results[0][0], results[1][0])  # the same bits on every rank
+
+
+def test_a_group_of_one_changes_nothing(tmp_path: Path):
+    dist.init_process_group("gloo", store=dist.FileStore(f"{tmp_path}/store", 1), rank=0, world_size=1)
+    try:
+        loss, gradients = gradients_of(Student(), slice(None), {"group": dist.group.WORLD, "masked": False}, tap=False)
+        with pytest.raises(InputError, match="takes every image by itself"):
+            pkd_loss(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3), statistics="instance", group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+    expected_loss, expected = gradients_of(Student(), slice(None), {"masked": False}, tap=False)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    for found, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
