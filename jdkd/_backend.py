@@ -4,7 +4,7 @@ An op file registers what it implements once, best first, and asks at every call
 
     # jdkd/ops/pearson.py
     _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-    _backend.register("pearson", "cuda", dtypes=_DTYPES)
+    _backend.register("pearson", "cuda", dtypes=_DTYPES, why="compiled: no stall when a program starts")
     _backend.register("pearson", "triton", dtypes=_DTYPES)
     _backend.register("pearson", "cpu", dtypes=_DTYPES)
     _backend.register("pearson", "reference")
@@ -28,6 +28,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -40,23 +41,30 @@ VARIABLE = "JDKD_BACKEND"
 if os.environ.get("JDKD_CACHE"):
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(os.environ["JDKD_CACHE"], "triton"))
 
-_table: dict[str, dict[str, tuple[torch.dtype, ...] | None]] = {}
+
+class _Entry(NamedTuple):
+    dtypes: tuple[torch.dtype, ...] | None
+    why: str
+
+
+_table: dict[str, dict[str, _Entry]] = {}
 # Process-wide and no context variable: autograd runs backward passes on threads of its own.
 _forced: str | None = None
 
 
-def register(op: str, backend: str, *, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+def register(op: str, backend: str, *, dtypes: tuple[torch.dtype, ...] | None = None, why: str = "") -> None:
     """Adds one implementation to an operator's row; the order of registration is the order of preference.
 
     Args:
         op: noun stem of the operator; for compiled backends the stem of its files in ``csrc/``.
         backend: one of :data:`BACKENDS`.
         dtypes: dtypes it takes; None means all.
+        why: what speaks for it or keeps it at its place in the order, one clause for ``jdkd env``.
 
     Raises:
         InputError: on a name that is no backend.
     """
-    _table.setdefault(op, {})[_validated(backend, "backend")] = dtypes
+    _table.setdefault(op, {})[_validated(backend, "backend")] = _Entry(dtypes, why)
     _choose.cache_clear()
 
 
@@ -75,6 +83,18 @@ def available(op: str) -> dict[str, str | None]:
         Backend names in order of preference, each with None if it is available, else the reason why not.
     """
     return {backend: _why_unavailable(op, backend) for backend in _row(op)}
+
+
+def explain(op: str) -> dict[str, str]:
+    """Says for each backend of an operator why it stands where it stands.
+
+    Args:
+        op: noun stem of the operator.
+
+    Returns:
+        Backend names in order of preference, each with one clause; empty where nothing was said.
+    """
+    return {backend: entry.why for backend, entry in _row(op).items()}
 
 
 def select(op: str, tensor: torch.Tensor) -> str:
@@ -121,7 +141,7 @@ def _validated(name: str, source: str) -> str:
     return name
 
 
-def _row(op: str) -> dict[str, tuple[torch.dtype, ...] | None]:
+def _row(op: str) -> dict[str, _Entry]:
     if op not in _table:
         raise InputError(f"there is no operator {op!r}; registered are {', '.join(_table) or 'none'}")
     return _table[op]
@@ -155,7 +175,7 @@ def _why_refused(op: str, backend: str, device: str, dtype: torch.dtype) -> str 
     if devices and device not in devices:
         hint = "; set TRITON_INTERPRET=1 for tensors on the CPU" if backend == "triton" else ""
         return f"it takes tensors on {' or '.join(devices)}, and this one is on {device}{hint}"
-    dtypes = _row(op)[backend]
+    dtypes = _row(op)[backend].dtypes
     if dtypes is not None and dtype not in dtypes:
         return f"it takes {', '.join(map(_dtype_text, dtypes))}, and this tensor is {_dtype_text(dtype)}"
     return _why_unavailable(op, backend)
