@@ -90,18 +90,45 @@ void forward_planes(const Level& level, const Tensor& s, const Tensor& t, Moment
   }
 }
 
-void gradient_run(Cursor x, Cursor y, int64_t n, Gradient g, float dloss, char* dx) {
-  alignas(64) float x_buffer[kTile], y_buffer[kTile];
-  const bool is_float = x.type == ScalarType::Float;
-  for (int64_t i = 0; i < n; i += kTile) {
-    const int64_t count = std::min(kTile, n - i);
-    char* to = dx + i * x.itemsize();
-    float* result = is_float ? reinterpret_cast<float*>(to) : x_buffer;
-    gradient(as_floats(x + i, count, x_buffer), as_floats(y + i, count, y_buffer), count, g, dloss, result);
-    if (!is_float) {
-      round_floats(x_buffer, count, to, x.type);
+// The gradient of one level: all that its kernels read, and where they write.
+struct Backward {
+  Cursor x, y, dout;  // dout may be null
+  char* dx;
+  const float* table;  // the level's columns of [kRows, stride]
+  int64_t stride;
+  float dloss;
+
+  bool is_float() const { return x.type == ScalarType::Float; }
+  bool is_widened() const { return !is_float() || y.type != ScalarType::Float; }
+
+  // Calls compute(x, y, dout, dx) with n elements from `first` on as floats; needs three buffers of `size` >= n.
+  template <class Compute>
+  void apply(int64_t first, int64_t n, float* buffers, int64_t size, const Compute& compute) const {
+    char* to = dx + first * x.itemsize();
+    const float* x_floats = as_floats(x + first, n, buffers);
+    const float* y_floats = as_floats(y + first, n, buffers + size);
+    const float* added = dout.at ? as_floats(dout + first, n, buffers + 2 * size) : nullptr;
+    compute(x_floats, y_floats, added, is_float() ? reinterpret_cast<float*>(to) : buffers);
+    if (!is_float()) {
+      round_floats(buffers, n, to, x.type);
     }
   }
+};
+
+void backward_planes(const Level& level, const Backward& of) {
+  const int64_t pieces = ceil_div(level.hw, kTile), planes = level.n * level.c;
+  const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kTile));
+  torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) float buffers[3 * kTile];
+    for (int64_t i = begin; i < end; ++i) {
+      const float* at = of.table + i / pieces % level.c;
+      const Gradient g{at[0], at[of.stride], at[2 * of.stride], at[3 * of.stride], at[4 * of.stride]};
+      const int64_t in_plane = i % pieces * kTile, n = std::min(kTile, level.hw - in_plane);
+      of.apply(i / pieces * level.hw + in_plane, n, buffers, kTile, [&](auto x, auto y, auto dout, float* dx) {
+        gradient(x, y, dout, n, g, of.dloss, dx);
+      });
+    }
+  });
 }
 
 // ---- rows of channels, channels-last ----
@@ -185,81 +212,65 @@ void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments*
   }
 }
 
-void gradient_rows(
-    Cursor x, Cursor y, int64_t rows, int64_t c, const RowGradient& g, float dloss, char* dx, float* buffers) {
-  const bool is_float = x.type == ScalarType::Float;
-  float* result = is_float ? reinterpret_cast<float*>(dx) : buffers;
-  const float* x_rows = as_floats(x, rows * c, buffers);
-  row_gradient(x_rows, as_floats(y, rows * c, buffers + rows * c), rows, c, g, dloss, result);
-  if (!is_float) {
-    round_floats(result, rows * c, dx, x.type);
-  }
+void backward_rows(const Level& level, const Backward& of) {
+  const int64_t stride = of.stride, m = level.positions(), tile = std::max<int64_t>(8, kRowPiece / level.c);
+  const float* at = of.table;
+  const RowGradient g{at, at + stride, at + 2 * stride, at + 3 * stride, at + 4 * stride};
+  torch::stable::parallel_for(0, ceil_div(m, tile), 4, [&](int64_t begin, int64_t end) {
+    const int64_t size = of.is_widened() ? tile * level.c : 0;
+    std::vector<float> buffers(3 * size);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t rows = std::min(tile, m - i * tile), n = rows * level.c;
+      of.apply(i * tile * level.c, n, buffers.data(), size, [&](auto x, auto y, auto dout, float* dx) {
+        row_gradient(x, y, dout, rows, level.c, g, of.dloss, dx);
+      });
+    }
+  });
 }
 
 // ---- operators ----
 
-std::tuple<Tensor, Tensor> pearson_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers, double loss_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> pearson_fwd(
+    std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<double> weights, double eps,
+    bool skip_constant) {
   const std::vector<Level> levels = pearson::describe_levels("pearson_fwd", students, teachers);
-  const int64_t channels = levels.back().first_channel + levels.back().c;
-  Tensor loss = torch::stable::new_empty(students[0], {}, ScalarType::Float);
-  Tensor table = torch::stable::new_empty(students[0], {2, pearson::kRows, channels}, ScalarType::Float);
-  std::vector<Moments> moments(channels);
+  pearson::check_weights("pearson_fwd", weights, levels);
+  const int64_t channels = pearson::total_channels(levels);
+  const pearson::Results results(students[0], levels);
   double total = 0;
   for (size_t i = 0; i < levels.size(); ++i) {
     const Level& level = levels[i];
-    Moments* of_level = moments.data() + level.first_channel;
-    (level.channels_last ? forward_rows : forward_planes)(level, students[i], teachers[i], of_level);
-    float* columns = table.mutable_data_ptr<float>() + level.first_channel;
+    std::vector<Moments> moments(level.c);
+    (level.channels_last ? forward_rows : forward_planes)(level, students[i], teachers[i], moments.data());
+    float* table = results.table.mutable_data_ptr<float>() + level.first_channel;
+    double* sums = results.moments.mutable_data_ptr<double>() + level.first_channel;
+    double loss = 0;
     for (int64_t j = 0; j < level.c; ++j) {
-      total += pearson::finish_channel(of_level[j], loss_weight / level.c, columns + j, channels);
+      store_moments(moments[j], sums + j, channels);
+      loss += pearson::finish_channel(moments[j], weights[i] / level.c, eps, skip_constant, table + j, channels);
     }
+    results.losses.mutable_data_ptr<float>()[i] = static_cast<float>(loss);
+    total += loss;
   }
-  *loss.mutable_data_ptr<float>() = static_cast<float>(total);
-  return {loss, table};
+  *results.loss.mutable_data_ptr<float>() = static_cast<float>(total);
+  return results.tuple();
 }
 
-void backward_planes(
-    const Level& level, Cursor x, Cursor y, const float* table, int64_t stride, float dloss, char* dx) {
-  const int64_t pieces = ceil_div(level.hw, kTile), planes = level.n * level.c;
-  const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kTile));
-  torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const float* at = table + level.first_channel + i / pieces % level.c;
-      const Gradient g{at[0], at[stride], at[2 * stride], at[3 * stride], at[4 * stride]};
-      const int64_t in_plane = i % pieces * kTile, first = i / pieces * level.hw + in_plane;
-      gradient_run(x + first, y + first, std::min(kTile, level.hw - in_plane), g, dloss, dx + first * x.itemsize());
-    }
-  });
-}
-
-void backward_rows(const Level& level, Cursor x, Cursor y, const float* table, int64_t stride, float dloss, char* dx) {
-  const float* at = table + level.first_channel;
-  const bool is_widened = x.type != ScalarType::Float || y.type != ScalarType::Float;
-  const RowGradient g{at, at + stride, at + 2 * stride, at + 3 * stride, at + 4 * stride};
-  const int64_t m = level.positions(), tile = std::max<int64_t>(8, kRowPiece / level.c);
-  torch::stable::parallel_for(0, ceil_div(m, tile), 4, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffers(is_widened ? 2 * tile * level.c : 0);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * tile * level.c;
-      const int64_t rows = std::min(tile, m - i * tile);
-      gradient_rows(x + first, y + first, rows, level.c, g, dloss, dx + first * x.itemsize(), buffers.data());
-    }
-  });
-}
-
-std::vector<Tensor> pearson_bwd(Tensor dloss, std::vector<Tensor> x, std::vector<Tensor> y, Tensor coefficients) {
+std::vector<Tensor> pearson_bwd(
+    Tensor dloss, std::vector<Tensor> x, std::vector<Tensor> y, Tensor coefficients, std::vector<Tensor> dout) {
   const std::vector<Level> levels = pearson::describe_levels("pearson_bwd", x, y);
-  const int64_t channels = levels.back().first_channel + levels.back().c;
-  pearson::check_backward(dloss, coefficients, channels);
+  pearson::check_backward(dloss, coefficients, x, dout, levels);
+  const int64_t channels = pearson::total_channels(levels);
   const float upstream = *dloss.const_data_ptr<float>();
-  const float* table = coefficients.const_data_ptr<float>();
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < levels.size(); ++i) {
     gradients.push_back(torch::stable::empty_like(x[i]));
     char* dx = static_cast<char*>(gradients.back().mutable_data_ptr());
     ask_for_huge_pages(dx, x[i].numel() * x[i].element_size());
+    const Cursor added = dout.empty() ? Cursor(nullptr, x[i].scalar_type()) : cursor(dout[i]);
+    const float* table = coefficients.const_data_ptr<float>() + levels[i].first_channel;
     (levels[i].channels_last ? backward_rows : backward_planes)(
-        levels[i], cursor(x[i]), cursor(y[i]), table, channels, upstream, dx);
+        levels[i], {cursor(x[i]), cursor(y[i]), added, dx, table, channels, upstream});
   }
   return gradients;
 }

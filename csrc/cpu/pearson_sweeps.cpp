@@ -77,18 +77,6 @@ JDKD_CLONES double residual_sum(
   return sum_lanes((part[0] + part[1]) + (part[2] + part[3]));
 }
 
-JDKD_CLONES void gradient(const float* x, const float* y, int64_t n, Gradient g, float dloss, float* dx) {
-  const Vec a = splat(g.a), b = splat(g.b), k = splat(g.k), mx = splat(g.mean_x), my = splat(g.mean_y);
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    store(dx + i, dloss * (a * (load(x + i) - mx) + (b * (load(y + i) - my) + k)));
-  }
-  if (i < n) {
-    const Vec xs = load_tail(x + i, n - i, mx), ys = load_tail(y + i, n - i, my);
-    store_tail(dx + i, dloss * (a * (xs - mx) + (b * (ys - my) + k)), n - i);
-  }
-}
-
 // Calls body(j, columns) for every vector of columns, the last of which may be short.
 template <class Body>
 JDKD_INLINE void for_columns(int64_t c, const Body& body) {
@@ -98,6 +86,21 @@ JDKD_INLINE void for_columns(int64_t c, const Body& body) {
   }
   if (j < c) {
     body(j, Tail{c - j});
+  }
+}
+
+JDKD_CLONES void gradient(
+    const float* x, const float* y, const float* dout, int64_t n, Gradient g, float dloss, float* dx) {
+  const Vec a = splat(g.a), b = splat(g.b), k = splat(g.k), mx = splat(g.mean_x), my = splat(g.mean_y);
+  const auto of_loss = [=](int64_t i, auto columns) JDKD_INLINE_LAMBDA {
+    return dloss * (a * (columns.load(x + i) - mx) + (b * (columns.load(y + i) - my) + k));
+  };
+  if (dout) {
+    for_columns(n, [=](int64_t i, auto columns) JDKD_INLINE_LAMBDA {
+      columns.store(dx + i, columns.load(dout + i) + of_loss(i, columns));
+    });
+  } else {
+    for_columns(n, [=](int64_t i, auto columns) JDKD_INLINE_LAMBDA { columns.store(dx + i, of_loss(i, columns)); });
   }
 }
 
@@ -152,7 +155,7 @@ JDKD_CLONES void row_residual_sums(
 }
 
 JDKD_CLONES void row_gradient(
-    const float* x, const float* y, int64_t rows, int64_t c, RowGradient g, float dloss, float* dx) {
+    const float* x, const float* y, const float* dout, int64_t rows, int64_t c, RowGradient g, float dloss, float* dx) {
   constexpr int64_t kRows = 4;  // share the loads of the five coefficients
   for (int64_t first = 0; first < rows; first += kRows) {
     const int64_t last = first + kRows < rows ? first + kRows : rows;
@@ -161,7 +164,8 @@ JDKD_CLONES void row_gradient(
       const Vec mx = columns.load(g.mean_x + j), my = columns.load(g.mean_y + j);
       for (int64_t r = first; r < last; ++r) {
         const int64_t at = r * c + j;
-        columns.store(dx + at, dloss * (a * (columns.load(x + at) - mx) + (b * (columns.load(y + at) - my) + k)));
+        const Vec of_loss = dloss * (a * (columns.load(x + at) - mx) + (b * (columns.load(y + at) - my) + k));
+        columns.store(dx + at, dout ? columns.load(dout + at) + of_loss : of_loss);
       }
     });
   }

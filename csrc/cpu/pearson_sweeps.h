@@ -20,8 +20,8 @@ struct Gradient {
   float a, b, k, mean_x, mean_y;
 };
 
-// dx = dloss (a (x - mean_x) + b (y - mean_y) + k)
-void gradient(const float* x, const float* y, int64_t n, Gradient g, float dloss, float* dx);
+// dx = dout + dloss (a (x - mean_x) + b (y - mean_y) + k), where dout may be null: 0
+void gradient(const float* x, const float* y, const float* dout, int64_t n, Gradient g, float dloss, float* dx);
 
 // ---- rows of channels, [rows, c] dense; every other array is [c] ----
 
@@ -41,6 +41,7 @@ struct RowGradient {
   const float *a, *b, *k, *mean_x, *mean_y;
 };
 
-void row_gradient(const float* x, const float* y, int64_t rows, int64_t c, RowGradient g, float dloss, float* dx);
+void row_gradient(
+    const float* x, const float* y, const float* dout, int64_t rows, int64_t c, RowGradient g, float dloss, float* dx);
 
 }  // namespace jdkd::cpu

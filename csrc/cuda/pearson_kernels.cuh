@@ -21,13 +21,14 @@ constexpr int kRowLanes = kThreads / 32;           // rows that a block reads at
 constexpr int kRowTile = kRowLanes * kPerThread;   // rows of a tile
 constexpr int kRowChunks = 128;                    // chunks of a level, about, at most
 constexpr int kMaxLevels = 16;
-constexpr int kValues = 6;                         // of a chunk's moments
 
 // One level of a launch. Chunks of a plane or of all rows; blocks, cells and columns count over all levels before it.
 struct LevelArgs {
   const void* x;
   const void* y;
+  const void* dout;  // may be null
   void* dx;
+  double scale;  // weight / C
   int64_t n, c, hw;
   int64_t chunks, chunk;   // of a plane (NCHW) or of all rows (channels-last), and their length
   int64_t first_block, first_cell, first_column;
@@ -52,20 +53,6 @@ __device__ __forceinline__ const LevelArgs& level_of_block(const Levels& levels)
     --i;
   }
   return levels.at[i];
-}
-
-// The moments of a chunk lie in [chunk, kValues, C], so that neighbouring channels are read together.
-__device__ __forceinline__ void store_moments(double* cells, int64_t stride, const Moments& q) {
-  cells[0] = q.n;
-  cells[stride] = q.mean_s;
-  cells[2 * stride] = q.mean_t;
-  cells[3 * stride] = q.ss;
-  cells[4 * stride] = q.tt;
-  cells[5 * stride] = q.st;
-}
-
-__device__ __forceinline__ Moments load_moments(const double* cells, int64_t stride) {
-  return {cells[0], cells[stride], cells[2 * stride], cells[3 * stride], cells[4 * stride], cells[5 * stride]};
 }
 
 // Chunk of a plane: image, channel, and the elements [first, last) of the tensor.
@@ -130,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (threadIdx.x == 0) {
-    store_moments(cells + level.first_cell + where.chunk * kValues * level.c + where.channel, level.c, total);
+    store_moments(total, cells + level.first_cell + where.chunk * kMoments * level.c + where.channel, level.c);
   }
 }
 
@@ -217,15 +204,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   if (lane == 0 && where.channel < level.c) {
-    store_moments(cells + level.first_cell + where.chunk * kValues * level.c + where.channel, level.c, total);
+    store_moments(total, cells + level.first_cell + where.chunk * kMoments * level.c + where.channel, level.c);
   }
 }
 
 // Joins the chunks of every channel. Grid: threads over the channels of all levels.
-// Reads: six float64 a chunk and channel. Writes: ten float32 and one float64, its share of the loss, a channel.
+// Reads: six float64 a chunk and channel. Writes: ten float32, six float64 and one, its share of the loss, a channel.
 static __global__ void pearson_finish_kernel(
     const __grid_constant__ Levels levels, const double* __restrict__ cells, float* __restrict__ table,
-    double* __restrict__ losses, int64_t columns, double loss_weight) {
+    double* __restrict__ moments, double* __restrict__ shares, int64_t columns, double eps, bool skip_constant) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (column >= columns) {
     return;
@@ -239,25 +226,36 @@ static __global__ void pearson_finish_kernel(
   const int64_t chunks = level.channels_last ? level.chunks : level.n * level.chunks;
   Moments total;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    total = merge(total, load_moments(own + chunk * kValues * level.c, level.c));
+    total = merge(total, load_moments(own + chunk * kMoments * level.c, level.c));
   }
-  losses[column] = finish_channel(total, loss_weight / level.c, table + column, columns);
+  store_moments(total, moments + column, columns);
+  shares[column] = finish_channel(total, level.scale, eps, skip_constant, table + column, columns);
 }
 
-// The loss from the shares of all channels. Grid: one block. Fixed order: thread by thread, then thread 0.
+// The losses from the shares of all channels. Grid: one block. Fixed order: thread by thread, then thread 0.
 static __global__ void pearson_sum_kernel(
-    const double* __restrict__ losses, int64_t columns, float* __restrict__ loss) {
+    const __grid_constant__ Levels levels, const double* __restrict__ shares, float* __restrict__ losses,
+    float* __restrict__ loss) {
   __shared__ double partial[kThreads];
   double total = 0;
-  for (int64_t i = threadIdx.x; i < columns; i += kThreads) {
-    total += losses[i];
-  }
-  partial[threadIdx.x] = total;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int i = 1; i < kThreads; ++i) {
-      total += partial[i];
+  for (int i = 0; i < levels.count; ++i) {
+    const double* own = shares + levels.at[i].first_column;
+    double sum = 0;
+    for (int64_t j = threadIdx.x; j < levels.at[i].c; j += kThreads) {
+      sum += own[j];
     }
+    __syncthreads();
+    partial[threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int thread = 1; thread < kThreads; ++thread) {
+        sum += partial[thread];
+      }
+      losses[i] = static_cast<float>(sum);
+      total += sum;
+    }
+  }
+  if (threadIdx.x == 0) {
     *loss = static_cast<float>(total);
   }
 }
@@ -284,9 +282,11 @@ __global__ void __launch_bounds__(kThreads) pearson_plane_grad_kernel(
   const float upstream = *dloss;
   const T* x = static_cast<const T*>(level.x);
   const T* y = static_cast<const T*>(level.y);
+  const T* dout = static_cast<const T*>(level.dout);
   T* dx = static_cast<T*>(level.dx);
   for (int64_t at = where.first + threadIdx.x; at < where.last; at += kThreads) {
-    assign(dx[at], upstream * entry.gradient(as_float(x[at]), as_float(y[at])));
+    const float of_loss = upstream * entry.gradient(as_float(x[at]), as_float(y[at]));
+    assign(dx[at], dout ? as_float(dout[at]) + of_loss : of_loss);
   }
 }
 
@@ -303,10 +303,12 @@ __global__ void __launch_bounds__(kThreads) pearson_row_grad_kernel(
   const float upstream = *dloss;
   const T* x = static_cast<const T*>(level.x);
   const T* y = static_cast<const T*>(level.y);
+  const T* dout = static_cast<const T*>(level.dout);
   T* dx = static_cast<T*>(level.dx);
   for (int64_t row = where.first + threadIdx.x / 32; row < where.last; row += kRowLanes) {
     const int64_t at = row * level.c + where.channel;
-    assign(dx[at], upstream * entry.gradient(as_float(x[at]), as_float(y[at])));
+    const float of_loss = upstream * entry.gradient(as_float(x[at]), as_float(y[at]));
+    assign(dx[at], dout ? as_float(dout[at]) + of_loss : of_loss);
   }
 }
 

@@ -33,8 +33,8 @@ struct Plan {
   Launch all, planes, rows;
   int64_t cells = 0;
 
-  void add(const Level& level, const void* x, const void* y, void* dx) {
-    LevelArgs args{x, y, dx, level.n, level.c, level.hw};
+  void add(const Level& level, const void* x, const void* y, const void* dout, void* dx, double weight) {
+    LevelArgs args{x, y, dout, dx, weight / level.c, level.n, level.c, level.hw};
     args.channels_last = level.channels_last;
     args.first_cell = cells;
     args.first_column = level.first_channel;
@@ -42,12 +42,12 @@ struct Plan {
       args.chunk = ceil_div(ceil_div(level.positions(), kRowTile), kRowChunks) * kRowTile;
       args.chunks = ceil_div(level.positions(), args.chunk);
       rows.add(args, args.chunks * ceil_div(level.c, 32));
-      cells += args.chunks * level.c * kValues;
+      cells += args.chunks * level.c * kMoments;
     } else {
       args.chunk = kPlaneChunk;
       args.chunks = ceil_div(level.hw, kPlaneChunk);
       planes.add(args, level.n * level.c * args.chunks);
-      cells += level.n * level.c * args.chunks * kValues;
+      cells += level.n * level.c * args.chunks * kMoments;
     }
     all.add(args, 0);
   }
@@ -75,20 +75,22 @@ void check_one_kind(const char* op, const std::vector<Tensor>& x, const std::vec
   }
 }
 
-std::tuple<Tensor, Tensor> pearson_fwd(std::vector<Tensor> students, std::vector<Tensor> teachers, double loss_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> pearson_fwd(
+    std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<double> weights, double eps,
+    bool skip_constant) {
   const std::vector<Level> levels = describe_levels("pearson_fwd", students, teachers);
+  check_weights("pearson_fwd", weights, levels);
   check_one_kind("pearson_fwd", students, teachers);
   Plan plan;
   for (size_t i = 0; i < levels.size(); ++i) {
-    plan.add(levels[i], students[i].const_data_ptr(), teachers[i].const_data_ptr(), nullptr);
+    plan.add(levels[i], students[i].const_data_ptr(), teachers[i].const_data_ptr(), nullptr, nullptr, weights[i]);
   }
-  const int64_t columns = levels.back().first_channel + levels.back().c;
+  const int64_t columns = total_channels(levels);
   const torch::stable::accelerator::DeviceGuard guard(students[0].get_device_index());
   const cudaStream_t stream = current_stream(students[0]);
-  Tensor loss = torch::stable::new_empty(students[0], {}, ScalarType::Float);
-  Tensor table = torch::stable::new_empty(students[0], {2, kRows, columns}, ScalarType::Float);
+  const Results results(students[0], levels);
   Tensor cells = torch::stable::new_empty(students[0], {plan.cells}, ScalarType::Double);
-  Tensor losses = torch::stable::new_empty(students[0], {columns}, ScalarType::Double);
+  Tensor shares = torch::stable::new_empty(students[0], {columns}, ScalarType::Double);
   double* cell_data = cells.mutable_data_ptr<double>();
   dispatch(students[0].scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -102,26 +104,29 @@ std::tuple<Tensor, Tensor> pearson_fwd(std::vector<Tensor> students, std::vector
   check_launch("pearson_stats");
   constexpr int kFinishThreads = 64;
   pearson_finish_kernel<<<static_cast<unsigned>(ceil_div(columns, kFinishThreads)), kFinishThreads, 0, stream>>>(
-      plan.all.levels, cell_data, table.mutable_data_ptr<float>(), losses.mutable_data_ptr<double>(), columns,
-      loss_weight);
+      plan.all.levels, cell_data, results.table.mutable_data_ptr<float>(), results.moments.mutable_data_ptr<double>(),
+      shares.mutable_data_ptr<double>(), columns, eps, skip_constant);
   check_launch("pearson_finish");
   pearson_sum_kernel<<<1, kThreads, 0, stream>>>(
-      losses.mutable_data_ptr<double>(), columns, loss.mutable_data_ptr<float>());
+      plan.all.levels, shares.mutable_data_ptr<double>(), results.losses.mutable_data_ptr<float>(),
+      results.loss.mutable_data_ptr<float>());
   check_launch("pearson_sum");
-  return {loss, table};
+  return results.tuple();
 }
 
-std::vector<Tensor> pearson_bwd(Tensor dloss, std::vector<Tensor> x, std::vector<Tensor> y, Tensor coefficients) {
+std::vector<Tensor> pearson_bwd(
+    Tensor dloss, std::vector<Tensor> x, std::vector<Tensor> y, Tensor coefficients, std::vector<Tensor> dout) {
   const std::vector<Level> levels = describe_levels("pearson_bwd", x, y);
   check_one_kind("pearson_bwd", x, y);
-  const int64_t columns = levels.back().first_channel + levels.back().c;
-  check_backward(dloss, coefficients, columns);
+  check_backward(dloss, coefficients, x, dout, levels);
+  const int64_t columns = total_channels(levels);
   const torch::stable::accelerator::DeviceGuard guard(x[0].get_device_index());
   Plan plan;
   std::vector<Tensor> gradients;
   for (size_t i = 0; i < levels.size(); ++i) {
     gradients.push_back(torch::stable::empty_like(x[i]));
-    plan.add(levels[i], x[i].const_data_ptr(), y[i].const_data_ptr(), gradients[i].mutable_data_ptr());
+    const void* added = dout.empty() ? nullptr : dout[i].const_data_ptr();
+    plan.add(levels[i], x[i].const_data_ptr(), y[i].const_data_ptr(), added, gradients[i].mutable_data_ptr(), 0);
   }
   const cudaStream_t stream = current_stream(x[0]);
   const float* upstream = dloss.const_data_ptr<float>();

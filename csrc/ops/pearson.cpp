@@ -39,7 +39,16 @@ std::vector<Level> describe_levels(const char* op, const std::vector<Tensor>& x,
   return levels;
 }
 
-void check_backward(const Tensor& dloss, const Tensor& coefficients, int64_t channels) {
+void check_weights(const char* op, const std::vector<double>& weights, const std::vector<Level>& levels) {
+  check(
+      weights.size() == levels.size(), op, ": ", weights.size(), " weights were given for ", levels.size(),
+      " levels; give one a level");
+}
+
+void check_backward(
+    const Tensor& dloss, const Tensor& coefficients, const std::vector<Tensor>& x, const std::vector<Tensor>& dout,
+    const std::vector<Level>& levels) {
+  const int64_t channels = total_channels(levels);
   check(
       dloss.numel() == 1 && dloss.scalar_type() == ScalarType::Float, "pearson_bwd: dloss has shape ",
       shape_text(dloss), "; it must be one float32 value");
@@ -48,13 +57,34 @@ void check_backward(const Tensor& dloss, const Tensor& coefficients, int64_t cha
           coefficients.is_contiguous() && coefficients.scalar_type() == ScalarType::Float,
       "pearson_bwd: coefficients have shape ", shape_text(coefficients), "; they must be a contiguous float32 [",
       static_cast<int>(kRows), ", ", channels, "]");
+  check(
+      dout.empty() || dout.size() == x.size(), "pearson_bwd: ", dout.size(), " tensors dout were given for ", x.size(),
+      " levels; give none, or one a level");
+  for (size_t i = 0; i < dout.size(); ++i) {
+    check_same_shape("pearson_bwd", "a level of dout", dout[i], "its level of x", x[i]);
+    check(
+        dout[i].scalar_type() == x[i].scalar_type(), "pearson_bwd: dout of level ", i,
+        " differs in dtype from x; convert it to the dtype of x");
+    check(
+        levels[i].channels_last ? is_dense_nhwc(dout[i]) : is_dense_nchw(dout[i]), "pearson_bwd: dout of level ", i,
+        " is not dense in the layout of x, ", levels[i].channels_last ? "channels-last" : "NCHW", "; copy it to that");
+  }
 }
+
+Results::Results(const Tensor& like, const std::vector<Level>& levels)
+    : loss(torch::stable::new_empty(like, {}, ScalarType::Float)),
+      losses(torch::stable::new_empty(like, {static_cast<int64_t>(levels.size())}, ScalarType::Float)),
+      table(torch::stable::new_empty(like, {2, kRows, total_channels(levels)}, ScalarType::Float)),
+      moments(torch::stable::new_empty(like, {kMoments, total_channels(levels)}, ScalarType::Double)) {}
 
 }  // namespace jdkd::pearson
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jdkd_C, m) {
-  // (loss [], coefficients [2, 5, sum of C]), both float32
-  m.def("pearson_fwd(Tensor[] students, Tensor[] teachers, float loss_weight) -> (Tensor, Tensor)");
-  // the gradients with respect to x, shaped and laid out like x; coefficients [5, sum of C] are x's entry of the table
-  m.def("pearson_bwd(Tensor dloss, Tensor[] x, Tensor[] y, Tensor coefficients) -> Tensor[]");
+  // (loss [], losses [L], coefficients [2, 5, sum of C], moments [6, sum of C]); the last float64, the others float32
+  m.def(
+      "pearson_fwd(Tensor[] students, Tensor[] teachers, float[] weights, float eps, bool skip_constant)"
+      " -> (Tensor, Tensor, Tensor, Tensor)");
+  // dout plus the gradients with respect to x, shaped and laid out like x; coefficients [5, sum of C] are x's entry of
+  // the table, dout is empty or like x
+  m.def("pearson_bwd(Tensor dloss, Tensor[] x, Tensor[] y, Tensor coefficients, Tensor[] dout) -> Tensor[]");
 }

@@ -30,7 +30,7 @@ namespace jdkd::pearson {
 
 using torch::stable::Tensor;
 
-constexpr double kEps = 1e-6;  // added to the standard deviation, as the public PKDLoss does
+constexpr double kConstant = 1.0 / (1 << 20);  // a deviation below this part of the mean is a constant's rounding
 
 // Rows of the coefficient table [2, kRows, sum of C]: entry 0 is the gradient of the student, 1 of the teacher.
 enum Row : int { kA, kB, kK, kMeanX, kMeanY, kRows };
@@ -39,6 +39,21 @@ enum Row : int { kA, kB, kK, kMeanX, kMeanY, kRows };
 struct Moments {
   double n = 0, mean_s = 0, mean_t = 0, ss = 0, tt = 0, st = 0;
 };
+constexpr int kMoments = 6;
+
+// A channel's moments lie `stride` apart, as a column of a float64 [kMoments, channels].
+JDKD_HOST_DEVICE void store_moments(const Moments& q, double* column, int64_t stride) {
+  column[0] = q.n;
+  column[stride] = q.mean_s;
+  column[2 * stride] = q.mean_t;
+  column[3 * stride] = q.ss;
+  column[4 * stride] = q.tt;
+  column[5 * stride] = q.st;
+}
+
+JDKD_HOST_DEVICE Moments load_moments(const double* column, int64_t stride) {
+  return {column[0], column[stride], column[2 * stride], column[3 * stride], column[4 * stride], column[5 * stride]};
+}
 
 // Chan, Golub, LeVeque (1983): the statistics of two disjoint sets joined. Callers keep the order fixed.
 JDKD_HOST_DEVICE Moments merge(const Moments& p, const Moments& q) {
@@ -77,16 +92,20 @@ JDKD_HOST_DEVICE Moments tile_moments(
   return {n, mean_s + ds / n, mean_t + dt / n, ss, tt, st};
 }
 
-// One table entry: the gradient with respect to x, already times loss_weight / C.
+// The unbiased standard deviation; one element has none.
+JDKD_HOST_DEVICE double deviation(double m, double squares) { return m < 2 ? 0 : sqrt(squares / (m - 1)); }
+
+// One table entry: the gradient with respect to x, times `scale`: weight / C, or 0 for a channel that does not count.
 // a and b are rounded first and k is formed from the rounded values, so that the gradient keeps its zero mean.
 JDKD_HOST_DEVICE void gradient_row(
-    double m, double mean_x, double mean_y, double xx, double yy, double xy, double scale, float* row, int64_t stride) {
-  const bool single = m < 2;  // one element has no variance: loss and gradient are defined as zero
-  const double std_x = single ? 0 : sqrt(xx / (m - 1)), std_y = single ? 0 : sqrt(yy / (m - 1));
-  const double dx = std_x + kEps, dy = std_y + kEps;
-  const double a_wide = std_x > 0 ? kEps / (dx * dx * dx) + xy / ((m - 1) * std_x * dx * dx * dy) : 0;
+    double m, double mean_x, double mean_y, double xx, double yy, double xy, double scale, double eps, float* row,
+    int64_t stride) {
+  const bool counts = m >= 2 && scale != 0;
+  const double std_x = deviation(m, xx), std_y = deviation(m, yy), dx = std_x + eps, dy = std_y + eps;
+  const bool moves = counts && std_x > 0;
+  const double a_wide = moves ? eps / (dx * dx * dx) + xy / ((m - 1) * std_x * dx * dx * dy) : 0;
   const float a = static_cast<float>(scale * a_wide / m);
-  const float b = single ? 0.0f : static_cast<float>(-scale / (m * dx * dy));
+  const float b = counts ? static_cast<float>(-scale / (m * dx * dy)) : 0.0f;
   const float shift_x = static_cast<float>(mean_x), shift_y = static_cast<float>(mean_y);
   row[kA * stride] = a;
   row[kB * stride] = b;
@@ -95,14 +114,26 @@ JDKD_HOST_DEVICE void gradient_row(
   row[kMeanY * stride] = shift_y;
 }
 
+// Whether student or teacher never changes in a channel of these deviations. Never where one of them is NaN.
+JDKD_HOST_DEVICE bool is_constant(const Moments& q, double std_s, double std_t) {
+  const bool defined = std_s == std_s && std_t == std_t;
+  return defined && (std_s <= kConstant * fabs(q.mean_s) || std_t <= kConstant * fabs(q.mean_t));
+}
+
 // Writes both table entries of one channel (of a table with `channels` columns) and returns its share of the loss.
-JDKD_HOST_DEVICE double finish_channel(const Moments& q, double scale, float* column, int64_t channels) {
-  gradient_row(q.n, q.mean_s, q.mean_t, q.ss, q.tt, q.st, scale, column, channels);
-  gradient_row(q.n, q.mean_t, q.mean_s, q.tt, q.ss, q.st, scale, column + kRows * channels, channels);
-  if (q.n < 2) {
-    return q.mean_s * 0 + q.mean_t * 0;  // 0, or NaN for a NaN
+// `scale` is weight / C. With skip_constant a constant channel has neither loss nor gradient.
+JDKD_HOST_DEVICE double finish_channel(
+    const Moments& q, double scale, double eps, bool skip_constant, float* column, int64_t channels) {
+  const double std_s = deviation(q.n, q.ss), std_t = deviation(q.n, q.tt);
+  if (skip_constant && is_constant(q, std_s, std_t)) {
+    scale = 0;
   }
-  const double ds = sqrt(q.ss / (q.n - 1)) + kEps, dt = sqrt(q.tt / (q.n - 1)) + kEps;
+  gradient_row(q.n, q.mean_s, q.mean_t, q.ss, q.tt, q.st, scale, eps, column, channels);
+  gradient_row(q.n, q.mean_t, q.mean_s, q.tt, q.ss, q.st, scale, eps, column + kRows * channels, channels);
+  if (q.n < 2 || scale == 0) {
+    return (q.mean_s + q.mean_t) * 0;  // 0, or NaN for a NaN
+  }
+  const double ds = std_s + eps, dt = std_t + eps;
   const double loss = q.ss / (ds * ds) + q.tt / (dt * dt) - 2 * q.st / (ds * dt);
   return scale * (loss < 0 ? 0 : loss) / (2 * q.n);
 }
@@ -116,10 +147,32 @@ struct Level {
   int64_t positions() const { return n * hw; }
 };
 
+// The columns of all levels together, the sum of C.
+inline int64_t total_channels(const std::vector<Level>& levels) {
+  return levels.back().first_channel + levels.back().c;
+}
+
 // Checks the contract of both operators and describes the levels. Shapes are [N, C, H, W].
 std::vector<Level> describe_levels(const char* op, const std::vector<Tensor>& x, const std::vector<Tensor>& y);
 
-// Checks the table of a backward: fp32 [kRows, channels], contiguous; and the incoming gradient: one fp32 value.
-void check_backward(const Tensor& dloss, const Tensor& coefficients, int64_t channels);
+// Checks that there is one weight a level.
+void check_weights(const char* op, const std::vector<double>& weights, const std::vector<Level>& levels);
+
+// Checks what a backward gets besides the levels of x: the table, fp32 [kRows, sum of C], contiguous; the incoming
+// gradient, one fp32 value; and dout, empty or a tensor a level of x's shape, dtype and layout.
+void check_backward(
+    const Tensor& dloss, const Tensor& coefficients, const std::vector<Tensor>& x, const std::vector<Tensor>& dout,
+    const std::vector<Level>& levels);
+
+// What a forward returns, uninitialised.
+struct Results {
+  Tensor loss;     // [], float32
+  Tensor losses;   // [L], float32
+  Tensor table;    // [2, kRows, sum of C], float32
+  Tensor moments;  // [kMoments, sum of C], float64
+
+  Results(const Tensor& like, const std::vector<Level>& levels);
+  std::tuple<Tensor, Tensor, Tensor, Tensor> tuple() const { return {loss, losses, table, moments}; }
+};
 
 }  // namespace jdkd::pearson
