@@ -10,19 +10,21 @@ the shift has no such bound, and plain sums have none either. The finish joins c
 
 **Alignment.** Planes of 1050 or 273 elements start anywhere. A chunk is cut into a *body* of whole 16-byte vectors,
 masked vector by vector so that loads and stores stay wide, and an *edge* of fewer than two vectors. Nothing outside
-the chunk is touched.
+the chunk is touched. Levels that do not begin at a multiple of 16 bytes get a launch of their own, with narrow loads.
 
-**Sizes** travel as odd numbers in a tuple, ``2 x + 1``: Triton compiles a variant for every integer that happens to be
+**Sizes** travel as odd numbers in a tuple, ``2 x + 3``: Triton compiles a variant for every integer that happens to be
 1 or a multiple of 16, and has no way to say otherwise for the members of a tuple. Offsets are 64-bit.
 """
 
 import contextlib
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import triton
 
-from .pearson_chunk import TABLE_ROWS, VALUES
+from .pearson_chunk import MOMENTS, TABLE_ROWS, VALUES
 from .pearson_finish import _pearson_finish_kernel, _pearson_sum_kernel
 from .pearson_planes import _pearson_plane_grad_kernel, _pearson_plane_stats_kernel
 from .pearson_rows import _pearson_row_grad_kernel, _pearson_row_stats_kernel
@@ -32,64 +34,91 @@ from .pearson_rows import _pearson_row_grad_kernel, _pearson_row_stats_kernel
 PLANES = {"TILE": 2048, "num_warps": 4}
 ROWS = {"TILE": 32, "CHANNELS": 64, "num_warps": 8}
 FINISH = {"TILE": 8, "CHANNELS": 32, "num_warps": 4}
-SUM = {"TILE": 64, "num_warps": 1}
+SUM = {"TILE": 16, "num_warps": 1}
 PLANE_CHUNK = 8192  # positions at most
 ROW_CHUNK, ROW_CHUNKS, ROW_CHUNK_LIMIT = 256, 128, 8192  # positions at least; chunks meant at most; positions at most
 
 
-class _Group:
-    """Levels that one launch takes: of the same dtypes and layout. A pyramid is one group.
+class Level(NamedTuple):
+    """What the launches of a level depend on.
 
     Args:
-        x: levels ``[N, C, H, W]``.
-        y: levels of the same shapes and layouts.
-        indices: the places of these levels among all.
-        channels_last: their layout.
+        shape: ``(N, C, H, W)``.
+        x: dtype of the one side.
+        y: dtype of the other.
+        channels_last: layout of both.
+        aligned: everything read begins at a multiple of 16 bytes.
     """
 
-    def __init__(self, x: list[torch.Tensor], y: list[torch.Tensor], indices: list[int], channels_last: bool) -> None:
-        self.x, self.y, self.indices = [x[i] for i in indices], [y[i] for i in indices], indices
-        self.channels_last = channels_last
-        self.channels = [level.shape[1] for level in self.x]
-        self.columns = sum(self.channels)
-        shapes = [(level.shape[0], level.shape[1], level.shape[2] * level.shape[3]) for level in self.x]
-        vector = 16 // min(self.x[0].element_size(), self.y[0].element_size())
-        self.constants = {"LEVELS": len(indices), "V": vector}
-        if channels_last:
-            cuts = [(n * area, c, _row_chunk_length(n * area)) for n, c, area in shapes]
-            self.chunks = [triton.cdiv(m, length) for m, _, length in cuts]
-            blocks = [triton.cdiv(c, ROWS["CHANNELS"]) for c in self.channels]
-            self.constants |= {**ROWS, "WIDE": all(c % vector == 0 for c in self.channels)}
-        else:
-            cuts = [(n, c, area, triton.cdiv(area, PLANE_CHUNK)) for n, c, area in shapes]
-            self.chunks = [n * pieces for n, _, _, pieces in cuts]
-            blocks = self.channels
-            self.constants |= PLANES
-        self.sizes = _odd(cuts)
-        self.grid = (sum(chunks * b for chunks, b in zip(self.chunks, blocks, strict=True)),)
-        self.finish_grid = (sum(triton.cdiv(c, FINISH["CHANNELS"]) for c in self.channels),)
+    shape: tuple[int, ...]
+    x: torch.dtype
+    y: torch.dtype
+    channels_last: bool
+    aligned: bool
 
-    def statistics(self, parts: torch.Tensor, loss_weight: float) -> torch.Tensor:
-        """Writes the loss of these levels in ``parts`` (float64); returns their table ``[2, 5, columns]``."""
-        cells = sum(chunks * c for chunks, c in zip(self.chunks, self.channels, strict=True))
-        workspace = parts.new_empty(VALUES.value * cells, dtype=torch.float32)
-        table = parts.new_empty((2, TABLE_ROWS.value, self.columns), dtype=torch.float32)
-        kernel = _pearson_row_stats_kernel if self.channels_last else _pearson_plane_stats_kernel
-        kernel[self.grid](tuple(self.x), tuple(self.y), workspace, self.sizes, **self.constants)
-        _pearson_finish_kernel[self.finish_grid](
-            workspace, table, parts, _odd(zip(self.chunks, self.channels, strict=True)), self.columns,
-            float(loss_weight), LEVELS=len(self.indices), **FINISH,
-        )  # fmt: skip
-        return table
 
-    def gradient(self, dloss: torch.Tensor, table: torch.Tensor) -> list[torch.Tensor]:
-        """The gradients of these levels; ``table`` is ``[5, columns]``."""
-        dx = [torch.empty_like(level) for level in self.x]
-        kernel = _pearson_row_grad_kernel if self.channels_last else _pearson_plane_grad_kernel
-        kernel[self.grid](
-            tuple(self.x), tuple(self.y), tuple(dx), dloss, table, self.sizes, self.columns, **self.constants
-        )
-        return dx
+class Launch(NamedTuple):
+    """Levels that one launch takes: alike but for their shapes. A pyramid is one.
+
+    Args:
+        places: of these levels among all; the largest level first, as its programs run longest.
+        channels_last: their layout.
+        sizes: of the statistics and the gradient.
+        finish_sizes: of the finish.
+        programs: of the statistics and the gradient.
+        chunks: of every level, a channel.
+        cells: floats that the statistics write.
+        constants: of the statistics and the gradient.
+    """
+
+    places: tuple[int, ...]
+    channels_last: bool
+    sizes: tuple[int, ...]
+    finish_sizes: tuple[int, ...]
+    programs: int
+    chunks: tuple[int, ...]
+    cells: int
+    constants: dict[str, int]
+
+
+@functools.lru_cache(maxsize=1024)
+def plan(levels: tuple[Level, ...]) -> tuple[Launch, ...]:
+    """Sorts levels into launches."""
+    columns = [sum(level.shape[1] for level in levels[:i]) for i in range(len(levels))]
+    members: dict[tuple, list[int]] = {}
+    for i, (_, *kind) in enumerate(levels):
+        members.setdefault(tuple(kind), []).append(i)
+    return tuple(_launch(levels, columns, places) for places in members.values())
+
+
+def _launch(levels: Sequence[Level], columns: Sequence[int], places: list[int]) -> Launch:
+    shapes = [(n, c, h * w) for n, c, h, w in (level.shape for level in levels)]
+    places = sorted(places, key=lambda i: -shapes[i][0] * shapes[i][2])
+    kind = levels[places[0]]
+    own = [(*shapes[i], columns[i]) for i in places]
+    channels = [c for _, c, _, _ in own]
+    vector = 16 // min(kind.x.itemsize, kind.y.itemsize)
+    constants = {"LEVELS": len(places), "V": vector}
+    if kind.channels_last:
+        cuts = [(n * area, c, _row_chunk_length(n * area), column) for n, c, area, column in own]
+        chunks = [triton.cdiv(m, length) for m, _, length, _ in cuts]
+        blocks = [triton.cdiv(c, ROWS["CHANNELS"]) for c in channels]
+        constants |= {**ROWS, "WIDE": all(c % vector == 0 for c in channels)}
+    else:
+        cuts = [(n, c, area, triton.cdiv(area, PLANE_CHUNK), column) for n, c, area, column in own]
+        chunks = [n * pieces for n, _, _, pieces, _ in cuts]
+        blocks = channels
+        constants |= PLANES
+    return Launch(
+        places=tuple(places),
+        channels_last=kind.channels_last,
+        sizes=_odd(cuts),
+        finish_sizes=_odd((i, pieces, c, columns[i]) for i, pieces, c in zip(places, chunks, channels, strict=True)),
+        programs=sum(pieces * b for pieces, b in zip(chunks, blocks, strict=True)),
+        chunks=tuple(chunks),
+        cells=VALUES.value * sum(pieces * c for pieces, c in zip(chunks, channels, strict=True)),
+        constants=constants,
+    )
 
 
 def _row_chunk_length(positions: int) -> int:
@@ -99,24 +128,20 @@ def _row_chunk_length(positions: int) -> int:
 
 def _odd(levels: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
     sizes = tuple(size for level in levels for size in level)
-    if max(sizes) >= 2**30:
-        raise ValueError(f"a level of {max(sizes)} positions is more than the Pearson kernels take, 2^30 - 1")
-    return tuple(2 * size + 1 for size in sizes)
+    if max(sizes) > 2**30 - 2:
+        raise ValueError(f"a level of {max(sizes)} positions is more than the Pearson kernels take, 2^30 - 2")
+    return tuple(2 * size + 3 for size in sizes)
 
 
-def _groups(x: list[torch.Tensor], y: list[torch.Tensor]) -> list[_Group]:
-    members: dict[tuple[torch.dtype, torch.dtype, bool], list[int]] = {}
-    for i, (left, right) in enumerate(zip(x, y, strict=True)):
+def _launches(*sides: Sequence[torch.Tensor]) -> tuple[Launch, ...]:
+    """The plan for levels x, y and, where there are any, dout."""
+    levels = []
+    for x, y, *others in zip(*sides, strict=True):
         # A 1x1 map is dense in both layouts; as rows it can be read in vectors.
-        channels_last = not left.is_contiguous() or left.shape[2] * left.shape[3] == 1
-        members.setdefault((left.dtype, right.dtype, channels_last), []).append(i)
-    return [_Group(x, y, indices, key[2]) for key, indices in members.items()]
-
-
-def _in_order(groups: list[_Group], pieces: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-    """What belongs to each level, in the order of the levels."""
-    pairs = [pair for group, own in zip(groups, pieces, strict=True) for pair in zip(group.indices, own, strict=True)]
-    return [piece for _, piece in sorted(pairs, key=lambda pair: pair[0])]
+        channels_last = not x.is_contiguous() or x.shape[2] * x.shape[3] == 1
+        aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (x, y, *others))
+        levels.append(Level(x.shape, x.dtype, y.dtype, channels_last, aligned))
+    return plan(tuple(levels))
 
 
 def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -127,49 +152,75 @@ def _on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def pearson_fwd(
-    students: list[torch.Tensor], teachers: list[torch.Tensor], loss_weight: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss (scalar) and coefficients ``[2, 5, sum of C]``, both float32.
+    students: list[torch.Tensor],
+    teachers: list[torch.Tensor],
+    weights: Sequence[float],
+    eps: float,
+    skip_constant: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss (scalar), losses of the levels ``[L]``, coefficients ``[2, 5, sum of C]``, moments ``[6, sum of C]``.
+
+    All float32, but for the moments, which are float64.
 
     Args:
         students: levels ``[N, C, H, W]``, float32, bfloat16 or float16, contiguous or channels-last.
         teachers: levels of the same shapes and layouts.
-        loss_weight: factor of the loss.
+        weights: factor of each level's loss, rounded to float32.
+        eps: what is added to the standard deviations.
+        skip_constant: leave out channels in which student or teacher never changes.
+
+    Raises:
+        ValueError: if a level has more positions than the kernels count.
     """
-    groups = _groups(students, teachers)
-    blocks = [group.finish_grid[0] for group in groups]
-    parts = students[0].new_empty(sum(blocks), dtype=torch.float64)
-    loss = students[0].new_empty((), dtype=torch.float32)
+    launches = _launches(students, teachers)
+    channels, levels = [level.shape[1] for level in students], len(students)
+    columns, blocks = sum(channels), triton.cdiv(max(channels), FINISH["CHANNELS"])
+    new = students[0].new_empty
+    loss, losses = new((), dtype=torch.float32), new((levels,), dtype=torch.float32)
+    table = new((2, TABLE_ROWS.value, columns), dtype=torch.float32)
+    moments = new((MOMENTS.value, columns), dtype=torch.float64)
+    parts = new((levels, blocks), dtype=torch.float64)
     with _on_device(loss):
-        tables = [group.statistics(own, loss_weight) for group, own in zip(groups, parts.split(blocks), strict=True)]
-        _pearson_sum_kernel[(1,)](parts, loss, parts.numel(), **SUM)
-    if len(groups) == 1:
-        return loss, tables[0]
-    columns = [table.split(group.channels, dim=2) for group, table in zip(groups, tables, strict=True)]
-    return loss, torch.cat(_in_order(groups, columns), dim=2)
+        for launch in launches:
+            chunks = new(launch.cells, dtype=torch.float32)
+            x, y = (tuple(side[i] for i in launch.places) for side in (students, teachers))
+            kernel = _pearson_row_stats_kernel if launch.channels_last else _pearson_plane_stats_kernel
+            kernel[(launch.programs,)](x, y, chunks, launch.sizes, **launch.constants)
+            _pearson_finish_kernel[(blocks, len(x))](
+                chunks, moments, table, parts, launch.finish_sizes, tuple(float(weights[i]) for i in launch.places),
+                columns, eps, LEVELS=len(x), SKIP=skip_constant, **FINISH,
+            )  # fmt: skip
+        rows = triton.next_power_of_2(levels)
+        _pearson_sum_kernel[(1,)](parts, losses, loss, blocks, LEVELS=levels, ROWS=rows, **SUM)
+    return loss, losses, table, moments
 
 
 def pearson_bwd(
-    dloss: torch.Tensor, x: list[torch.Tensor], y: list[torch.Tensor], coefficients: torch.Tensor
+    dloss: torch.Tensor,
+    x: list[torch.Tensor],
+    y: list[torch.Tensor],
+    coefficients: torch.Tensor,
+    dout: Sequence[torch.Tensor] = (),
 ) -> list[torch.Tensor]:
-    """Gradients with respect to ``x``, in its dtypes and layouts.
+    """Gradients with respect to ``x``, in its dtypes and layouts, each with what else reaches ``x`` added.
 
     Args:
         dloss: incoming gradient, a float32 scalar, read on the device.
         x: all students or all teachers; see :func:`pearson_fwd`.
         y: the other side.
         coefficients: ``[5, sum of C]``, the entry of ``x`` in the table of the forward.
+        dout: gradients to be added, of the shapes, dtypes and layouts of ``x``; or none.
     """
-    groups = _groups(x, y)
-    columns = coefficients.split([level.shape[1] for level in x], dim=1)
+    coefficients = coefficients.contiguous()
+    gradients = [torch.empty_like(level) for level in x]
     with _on_device(coefficients):
-        gradients = [
-            group.gradient(
-                dloss, coefficients if len(groups) == 1 else torch.cat([columns[i] for i in group.indices], dim=1)
+        for launch in _launches(x, y, *([dout] if dout else [])):
+            sides = (tuple(side[i] for i in launch.places) if side else None for side in (x, y, dout, gradients))
+            kernel = _pearson_row_grad_kernel if launch.channels_last else _pearson_plane_grad_kernel
+            kernel[(launch.programs,)](
+                *sides, dloss, coefficients, launch.sizes, coefficients.shape[1], **launch.constants
             )
-            for group in groups
-        ]
-    return _in_order(groups, gradients)
+    return gradients
 
 
 def aot_variants() -> list[dict]:
@@ -178,41 +229,66 @@ def aot_variants() -> list[dict]:
     Returns:
         One dict a variant: ``name``; ``kernel``; ``signature``, a type for every parameter, tuples for tuples;
         ``constants``; ``aligned``, the parameters whose pointers are multiples of 16 bytes, as the caching allocator's
-        are; ``options`` of the compiler; ``wide``, whether every load and store of features must move 16 bytes.
+        are; ``options`` of the compiler; ``features``, the number of tensors of features read; ``wide``, whether all
+        of them must move 16 bytes at a time.
     """
     variants = []
-    for dtype, vector, levels in (("fp32", 4, 5), ("bf16", 8, 5), ("fp16", 8, 5), ("bf16", 8, 1)):
-        features = (f"*{dtype}",) * levels
-        stats = {"s_ptrs": features, "t_ptrs": features, "chunk_ptr": "*fp32"}
-        grad = {"x_ptrs": features, "y_ptrs": features, "dx_ptrs": features, "dloss_ptr": "*fp32", "table_ptr": "*fp32"}
-        shared = {"LEVELS": levels, "V": vector}
-        jobs = [
-            (_pearson_plane_stats_kernel, stats, 4, {}, PLANES | shared, True),
-            (_pearson_plane_grad_kernel, grad, 4, {"columns": "i32"}, PLANES | shared, True),
-        ]
-        for wide in (True, False):
-            constants = ROWS | shared | {"WIDE": wide}
-            jobs.append((_pearson_row_stats_kernel, stats, 3, {}, constants, wide))
-            jobs.append((_pearson_row_grad_kernel, grad, 3, {"columns_in_all": "i32"}, constants, wide))
-        variants += [_variant(f"{dtype} x{levels}", *job, levels=levels) for job in jobs]
+    for dtype, vector in (("fp32", 4), ("bf16", 8), ("fp16", 8)):
+        for levels in (1, 5):
+            variants += _feature_variants(dtype, vector, levels)
     for levels in (1, 5):
-        finish = {"chunk_ptr": "*fp32", "table_ptr": "*fp32", "part_ptr": "*fp64"}
-        scalars = {"columns_in_all": "i32", "loss_weight": "fp32"}
-        job = (_pearson_finish_kernel, finish, 2, scalars, FINISH | {"LEVELS": levels}, False)
-        variants.append(_variant(f"x{levels}", *job, levels=levels))
-    total = {"part_ptr": "*fp64", "loss_ptr": "*fp32"}
-    return [*variants, _variant("", _pearson_sum_kernel, total, 0, {"parts": "i32"}, SUM, False, levels=0)]
+        pointers = {"chunk_ptr": "*fp32", "moments_ptr": "*fp64", "table_ptr": "*fp32", "part_ptr": "*fp64"}
+        scalars = {"weights": ("fp32",) * levels, "columns_in_all": "i32", "eps": "fp64"}
+        for skip in (False, True):
+            job = (_pearson_finish_kernel, pointers, 4 * levels, scalars, FINISH | {"LEVELS": levels, "SKIP": skip})
+            variants.append(_variant(f"x{levels}{' skip' if skip else ''}", *job))
+        pointers = {"part_ptr": "*fp64", "losses_ptr": "*fp32", "loss_ptr": "*fp32"}
+        constants = SUM | {"LEVELS": levels, "ROWS": triton.next_power_of_2(levels)}
+        variants.append(_variant(f"x{levels}", _pearson_sum_kernel, pointers, 0, {"parts": "i32"}, constants))
+    return variants
 
 
-def _variant(label, kernel, pointers, sizes, scalars, settings, wide, *, levels) -> dict:
+def _feature_variants(dtype: str, vector: int, levels: int) -> list[dict]:
+    """The statistics and the gradient, with dout and without, in both layouts: wide, and where they cannot be."""
+    features = (f"*{dtype}",) * levels
+    shared = {"LEVELS": levels, "V": vector}
+    stats = {"s_ptrs": features, "t_ptrs": features, "chunk_ptr": "*fp32"}
+    plain = {"x_ptrs": features, "y_ptrs": features, "dout_ptrs": "constexpr", "dx_ptrs": features}
+    plain |= {"dloss_ptr": "*fp32", "table_ptr": "*fp32"}
+    tap = plain | {"dout_ptrs": features}
+    variants = []
+    for what, pointers, read in (("", stats, 2), ("", plain, 2), (" with dout", tap, 3)):
+        if pointers is stats:
+            kernels, scalars = (_pearson_plane_stats_kernel, _pearson_row_stats_kernel), {}
+        else:
+            kernels, scalars = (_pearson_plane_grad_kernel, _pearson_row_grad_kernel), {"columns": "i32"}
+        for aligned in (True, False):
+            label = f"{dtype} x{levels}{what}{'' if aligned else ' unaligned'}"
+            job = (kernels[0], pointers, 5 * levels, scalars, PLANES | shared)
+            variants.append(_variant(label, *job, features=read, aligned=aligned, wide=aligned))
+            for wide in (True, False) if aligned else (True,):
+                last = {f"{name}_in_all": kind for name, kind in scalars.items()}
+                job = (kernels[1], pointers, 4 * levels, last, ROWS | shared | {"WIDE": wide})
+                name = label if wide else f"{label}, odd C"
+                variants.append(_variant(name, *job, features=read, aligned=aligned, wide=wide and aligned))
+    return variants
+
+
+def _variant(label, kernel, pointers, sizes, scalars, settings, *, features=0, aligned=True, wide=False) -> dict:
     constants = {name: value for name, value in settings.items() if name != "num_warps"}
-    signature = pointers | ({"sizes": ("i32",) * (sizes * levels)} if sizes else {}) | scalars
+    signature = (
+        pointers | ({"sizes": ("i32",) * sizes} if sizes else {}) | scalars | dict.fromkeys(constants, "constexpr")
+    )
+    unknown = {"dloss_ptr", "table_ptr"} if features else set()  # specialised on nothing
+    if not aligned:
+        unknown |= {"s_ptrs", "t_ptrs", "x_ptrs", "y_ptrs", "dout_ptrs"}
     return {
-        "name": f"{kernel.__name__} {label}{'' if wide or 'WIDE' not in constants else ' narrow'}".strip(),
+        "name": f"{kernel.__name__} {label}",
         "kernel": kernel,
-        "signature": signature | dict.fromkeys(constants, "constexpr"),
-        "constants": constants,
-        "aligned": tuple(pointers),
+        "signature": signature,
+        "constants": constants | {name: None for name, kind in pointers.items() if kind == "constexpr"},
+        "aligned": tuple(name for name, kind in pointers.items() if name not in unknown and kind != "constexpr"),
         "options": {"num_warps": settings["num_warps"]},
+        "features": features,
         "wide": wide,
     }

@@ -5,13 +5,13 @@ import triton.language as tl
 
 VALUES = tl.constexpr(9)  # of a chunk: n, shift_s, shift_t, beta, and the sums of d_s, d_t, d_s^2, d_t^2, rest^2
 TABLE_ROWS = tl.constexpr(5)  # a, b, k, mean_x, mean_y
-EPS = tl.constexpr(1e-6)
+MOMENTS = tl.constexpr(6)  # n, mean_s, mean_t, and the centred sums of s^2, t^2, s t
 
 
 @triton.jit
 def _size(sizes, i: tl.constexpr):
-    """The i-th size, sent as ``2 x + 1``."""
-    return sizes[i] >> 1
+    """The i-th size, sent as ``2 x + 3``."""
+    return (sizes[i] >> 1) - 1
 
 
 @triton.jit
@@ -67,9 +67,13 @@ def _load_chunk(at, stride, mask):
 
 
 @triton.jit
-def _write_gradient(x_ptr, y_ptr, dx_ptr, at, mask, dloss, a, b, k, mean_x, mean_y):
-    """One tile of the gradient, at offsets ``at``."""
+def _write_gradient(x_ptr, y_ptr, dout_ptr, dx_ptr, at, mask, dloss, a, b, k, mean_x, mean_y):
+    """One tile of the gradient, at offsets ``at``; ``dout_ptr`` may be None."""
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    dx = dloss * (a * (x - mean_x) + (b * (y - mean_y) + k))
+    if dout_ptr is None:
+        dx = dloss * (a * (x - mean_x) + (b * (y - mean_y) + k))
+    else:
+        dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        dx = dout + dloss * (a * (x - mean_x) + (b * (y - mean_y) + k))
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)

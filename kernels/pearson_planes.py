@@ -8,24 +8,25 @@ from .pearson_chunk import VALUES, _beta, _pick, _size, _store_chunk, _write_gra
 
 @triton.jit
 def _plane_chunk(sizes, program, LEVELS: tl.constexpr):
-    """Finds the chunk of a program. Sizes of a level: N, C, HW, chunks of a plane.
+    """Finds the chunk of a program. Sizes of a level: N, C, HW, chunks of a plane, first column in the table.
 
     Returns: level; first element and end of the chunk in the tensor; its column in the table; the cell of its first
     value and the stride from value to value.
     """
-    level, first_column, first_cell = 0, 0, tl.cast(0, tl.int64)
+    level, first_cell = 0, tl.cast(0, tl.int64)
     images, channels, area, chunks = _size(sizes, 0), _size(sizes, 1), _size(sizes, 2), _size(sizes, 3)
+    first_column = _size(sizes, 4)
     for i in tl.static_range(1, LEVELS):
         programs = images * channels * chunks
         later = program >= programs
         program -= tl.where(later, programs, 0)
-        first_column += tl.where(later, channels, 0)
         first_cell += tl.where(later, programs, 0).to(tl.int64) * VALUES
         level = tl.where(later, i, level)
-        images = tl.where(later, _size(sizes, 4 * i), images)
-        channels = tl.where(later, _size(sizes, 4 * i + 1), channels)
-        area = tl.where(later, _size(sizes, 4 * i + 2), area)
-        chunks = tl.where(later, _size(sizes, 4 * i + 3), chunks)
+        images = tl.where(later, _size(sizes, 5 * i), images)
+        channels = tl.where(later, _size(sizes, 5 * i + 1), channels)
+        area = tl.where(later, _size(sizes, 5 * i + 2), area)
+        chunks = tl.where(later, _size(sizes, 5 * i + 3), chunks)
+        first_column = tl.where(later, _size(sizes, 5 * i + 4), first_column)
     plane, chunk = program // chunks, program % chunks
     image, channel = plane // channels, plane % channels
     length = ((area + chunks - 1) // chunks + 15) // 16 * 16
@@ -105,19 +106,20 @@ def _pearson_plane_stats_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"], do_not_specialize_on_alignment=["dloss_ptr", "table_ptr"])
 def _pearson_plane_grad_kernel(
-    x_ptrs, y_ptrs, dx_ptrs, dloss_ptr, table_ptr, sizes, columns,
+    x_ptrs, y_ptrs, dout_ptrs, dx_ptrs, dloss_ptr, table_ptr, sizes, columns,
     LEVELS: tl.constexpr, TILE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """``dx = dloss (a (x - mean_x) + b (y - mean_y) + k)``, NCHW.
+    """``dx = dout + dloss (a (x - mean_x) + b (y - mean_y) + k)``, NCHW; without dout where ``dout_ptrs`` is None.
 
-    Grid: as the statistics. Reads: X and Y once, five scalars a chunk. Writes: dX once.
+    Grid: as the statistics. Reads: X, Y and dOut once, five scalars a chunk. Writes: dX once.
     Numerics: float32, rounded once. Deterministic: yes. Limits: as the statistics.
     """
     level, first, last, column, _, _ = _plane_chunk(sizes, tl.program_id(0), LEVELS)
     x_ptr, y_ptr = _pick(x_ptrs, level, LEVELS), _pick(y_ptrs, level, LEVELS)
     dx_ptr = _pick(dx_ptrs, level, LEVELS)
+    dout_ptr = None if dout_ptrs is None else _pick(dout_ptrs, level, LEVELS)
     dloss = tl.load(dloss_ptr)
     a = tl.load(table_ptr + column)
     b = tl.load(table_ptr + columns + column)
@@ -125,9 +127,10 @@ def _pearson_plane_grad_kernel(
     mean_x = tl.load(table_ptr + 3 * columns + column)
     mean_y = tl.load(table_ptr + 4 * columns + column)
     start, end, edge, edge_mask = _body_and_edge(first, last, V)
-    _write_gradient(x_ptr, y_ptr, dx_ptr, edge, edge_mask, dloss, a, b, k, mean_x, mean_y)
+    _write_gradient(x_ptr, y_ptr, dout_ptr, dx_ptr, edge, edge_mask, dloss, a, b, k, mean_x, mean_y)
     rows = tl.arange(0, TILE // V) * V
     lanes = tl.arange(0, V)[None, :]
     for tile in range(start, end, TILE):
         mask = (tile + rows < end)[:, None]
-        _write_gradient(x_ptr, y_ptr, dx_ptr, (tile + rows)[:, None] + lanes, mask, dloss, a, b, k, mean_x, mean_y)
+        at = (tile + rows)[:, None] + lanes
+        _write_gradient(x_ptr, y_ptr, dout_ptr, dx_ptr, at, mask, dloss, a, b, k, mean_x, mean_y)

@@ -8,24 +8,24 @@ from .pearson_chunk import VALUES, _beta, _pick, _size, _store_chunk, _write_gra
 
 @triton.jit
 def _row_chunk(sizes, program, LEVELS: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr):
-    """Finds the chunk of a program. Sizes of a level: N H W, C, rows of a chunk.
+    """Finds the chunk of a program. Sizes of a level: N H W, C, rows of a chunk, first column in the table.
 
     Returns: level, first row and end of the chunk, its columns in the level [CHANNELS] and their number, the first
     column of the level in the table, and the cell of its first value.
     """
-    level, first_column, first_cell = 0, 0, tl.cast(0, tl.int64)
-    positions, channels, length = _size(sizes, 0), _size(sizes, 1), _size(sizes, 2)
+    level, first_cell = 0, tl.cast(0, tl.int64)
+    positions, channels, length, first_column = _size(sizes, 0), _size(sizes, 1), _size(sizes, 2), _size(sizes, 3)
     for i in tl.static_range(1, LEVELS):
         chunks = tl.cdiv(positions, length)
         programs = chunks * tl.cdiv(channels, CHANNELS)
         later = program >= programs
         program -= tl.where(later, programs, 0)
-        first_column += tl.where(later, channels, 0)
         first_cell += tl.where(later, chunks, 0).to(tl.int64) * VALUES * channels
         level = tl.where(later, i, level)
-        positions = tl.where(later, _size(sizes, 3 * i), positions)
-        channels = tl.where(later, _size(sizes, 3 * i + 1), channels)
-        length = tl.where(later, _size(sizes, 3 * i + 2), length)
+        positions = tl.where(later, _size(sizes, 4 * i), positions)
+        channels = tl.where(later, _size(sizes, 4 * i + 1), channels)
+        length = tl.where(later, _size(sizes, 4 * i + 2), length)
+        first_column = tl.where(later, _size(sizes, 4 * i + 3), first_column)
     blocks = tl.cdiv(channels, CHANNELS)
     chunk, block = program // blocks, program % blocks
     if WIDE:
@@ -85,14 +85,14 @@ def _pearson_row_stats_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns_in_all"], do_not_specialize_on_alignment=["dloss_ptr", "table_ptr"])
 def _pearson_row_grad_kernel(
-    x_ptrs, y_ptrs, dx_ptrs, dloss_ptr, table_ptr, sizes, columns_in_all,
+    x_ptrs, y_ptrs, dout_ptrs, dx_ptrs, dloss_ptr, table_ptr, sizes, columns_in_all,
     LEVELS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """``dx = dloss (a (x - mean_x) + b (y - mean_y) + k)``, channels-last.
+    """``dx = dout + dloss (a (x - mean_x) + b (y - mean_y) + k)``, channels-last; no dout if ``dout_ptrs`` is None.
 
-    Grid: as the statistics. Reads: X and Y once, five scalars a channel. Writes: dX once.
+    Grid: as the statistics. Reads: X, Y and dOut once, five scalars a channel. Writes: dX once.
     Numerics: float32, rounded once. Deterministic: yes. Limits: as the statistics.
     """
     level, first, last, columns, channels, first_column, _ = _row_chunk(
@@ -100,6 +100,7 @@ def _pearson_row_grad_kernel(
     )
     x_ptr, y_ptr = _pick(x_ptrs, level, LEVELS), _pick(y_ptrs, level, LEVELS)
     dx_ptr = _pick(dx_ptrs, level, LEVELS)
+    dout_ptr = None if dout_ptrs is None else _pick(dout_ptrs, level, LEVELS)
     inside = columns < channels
     entry = table_ptr + first_column + columns
     dloss = tl.load(dloss_ptr)
@@ -111,5 +112,5 @@ def _pearson_row_grad_kernel(
     at = (first + tl.arange(0, TILE))[:, None] * channels + columns[None, :]
     for tile in range(first, last, TILE):
         mask = (tile + tl.arange(0, TILE) < last)[:, None] & inside[None, :]
-        _write_gradient(x_ptr, y_ptr, dx_ptr, at, mask, dloss, a, b, k, mean_x, mean_y)
+        _write_gradient(x_ptr, y_ptr, dout_ptr, dx_ptr, at, mask, dloss, a, b, k, mean_x, mean_y)
         at += TILE * channels

@@ -64,6 +64,7 @@ def inspected(variant: dict) -> dict:
     usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     return {
         "name": variant["name"],
+        "features": variant["features"],
         "wide": variant["wide"],
         "registers": int(usage["REG"]),
         "stack_bytes": int(usage["STACK"]),
@@ -71,7 +72,9 @@ def inspected(variant: dict) -> dict:
         "shared_bytes": kernel.metadata.shared,
         "wide_loads": len(re.findall(r"\bLDG\.E[\w.]*\.128\b", text)),
         "wide_stores": len(re.findall(r"\bSTG\.E[\w.]*\.128\b", text)),
-        "narrow_stores_of_halves": len(re.findall(r"\bSTG\.E\.U16\b", text)),
+        "loads_of_halves": len(re.findall(r"\bLDG\.E[\w.]*\.U16\b", text)),
+        "stores_of_halves": len(re.findall(r"\bSTG\.E[\w.]*\.U16\b", text)),
+        "atomics": len(re.findall(r"\b(?:ATOM|ATOMG|RED)\b", text)),
     }
 
 
