@@ -238,15 +238,27 @@ def _cuda_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], table: Tensor, do
     return [gradient.to(level.dtype) for gradient, level in zip(gradients, x, strict=True)]
 
 
+def _check_dense(*sides: Sequence[Tensor]) -> None:
+    """The compiled operators check layouts themselves, the reference takes any."""
+    for level in (level for side in sides for level in side):
+        if not any(level.is_contiguous(memory_format=layout) for layout in _LAYOUTS):
+            raise InputError(
+                "jdkd::pearson takes levels that are contiguous or channels-last, and one of shape "
+                f"{tuple(level.shape)} has strides {level.stride()}; jdkd.functional.pkd_loss copies such"
+            )
+
+
 def _triton_fwd(students: list[Tensor], teachers: list[Tensor], *settings: Any) -> Forward:
     from jdkd.kernels import pearson
 
+    _check_dense(students, teachers)
     return pearson.pearson_fwd(students, teachers, *settings)
 
 
 def _triton_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], table: Tensor, dout: list[Tensor]) -> list[Tensor]:
     from jdkd.kernels import pearson
 
+    _check_dense(x, y, dout)
     return pearson.pearson_bwd(dloss, x, y, table, dout)
 
 
@@ -264,24 +276,13 @@ _BACKWARD = {
 }
 
 
-def _check_dense(*sides: Sequence[Tensor]) -> None:
-    for level in (level for side in sides for level in side):
-        if not any(level.is_contiguous(memory_format=layout) for layout in _LAYOUTS):
-            raise InputError(
-                "jdkd::pearson takes levels that are contiguous or channels-last, and one of shape "
-                f"{tuple(level.shape)} has strides {level.stride()}; jdkd.functional.pkd_loss copies such"
-            )
-
-
 def _fwd(
     students: list[Tensor], teachers: list[Tensor], weights: list[float], eps: float, skip_constant: bool
 ) -> Forward:
-    _check_dense(students, teachers)
     return _FORWARD[_backend.select(_OP, students[0])](students, teachers, weights, eps, skip_constant)
 
 
 def _bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], coefficients: Tensor, dout: list[Tensor]) -> list[Tensor]:
-    _check_dense(x, y, dout)
     return _BACKWARD[_backend.select(_OP, x[0])](dloss, x, y, coefficients, dout)
 
 

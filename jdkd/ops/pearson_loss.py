@@ -144,8 +144,8 @@ def dist_loss(
 
     Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, section 3: the loss is
     ``tau^2 (inter_weight (1 - mean_i r(row i)) + intra_weight (1 - mean_j r(column j)))`` of the softmax
-    probabilities at temperature ``tau``. Where a row or column of one side is constant, r is undefined; it counts
-    as 1/2 here and as 0 in the authors' code.
+    probabilities at temperature ``tau``. Where a row or column hardly changes (a deviation below 1e-8) r is
+    undefined: here one minus r counts as 1/2, or 0 if neither side changes; in the authors' code as 1.
 
     Args:
         student: logits ``[B, K]`` of K >= 2 classes.

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from jdkd import _backend
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
 from jdkd.functional import pkd_loss
 from jdkd.ops import pearson as op
 from jdkd.reference import pearson as reference
-from tests.ops.pearson_cases import PLAIN, Case
+from tests.ops.pearson_cases import PLAIN, Case, check
 
 OP = "pearson"
 pytestmark = [
@@ -226,8 +227,10 @@ def test_compiles_with_the_operations_around_it(compiler, sizes):
 def test_the_operator_refuses_strides_it_cannot_read():
     (level,) = drawn((2, 6, 8, 14))
     view = level[:, :, ::2]
-    with pytest.raises(InputError, match="contiguous or channels-last"):
-        torch.ops.jdkd.pearson_fwd([view], [view], [1.0], 1e-6, False)
+    for name, message in (("triton", "contiguous or channels-last"), ("cpu", "dense in the same layout")):
+        if _backend.available(OP)[name] is None:
+            with use_backend(name), pytest.raises((InputError, RuntimeError), match=message):
+                torch.ops.jdkd.pearson_fwd([view], [view], [1.0], 1e-6, False)
 
 
 def test_float64_and_mixtures_with_it_use_the_reference():
@@ -235,3 +238,18 @@ def test_float64_and_mixtures_with_it_use_the_reference():
     loss = pkd_loss(student.double(), teacher)
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, reference.pkd_loss([student.double()], [teacher.double()]), rtol=1e-12, atol=0)
+
+
+def test_a_device_without_kernels_uses_the_reference():
+    students, teachers = drawn(*SHAPES, grad=True), drawn(*SHAPES, seed=1)
+    students, teachers = ([level.to("meta") for level in side] for side in (students, teachers))
+    loss = pkd_loss(students, teachers)
+    gradients = torch.autograd.grad(loss, students)
+    assert loss.device.type == "meta" and [g.shape for g in gradients] == [s.shape for s in students]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_plane_of_400_by_672_is_summed_right(backend, device, channels_last):
+    if backend == "triton" and device == "cpu" and channels_last:
+        pytest.skip("takes minutes in Triton's interpreter")
+    check(Case(shapes=((1, 1, 400, 672), (1, 2, 1, 1)), mean=30.0, channels_last=channels_last), device)
