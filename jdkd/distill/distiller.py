@@ -14,6 +14,9 @@ from jdkd.distill.teacher import TeacherView
 class Distiller:
     """Feature and head distillation from one teacher, whose backbone runs once per forward of the student.
 
+    It runs during the student's forward, for the features; ``view.silent = True`` before a forward whose losses will
+    not be asked for spares it.
+
     Args:
         student, teacher: detectors; see :class:`FeatureDistiller` and :class:`HeadDistiller`.
         feature_weight: weight of each level of the Pearson loss; 0 leaves the term out.
@@ -35,7 +38,7 @@ class Distiller:
         levels: Sequence[int] | None = None,
         reuse: bool = False,
     ) -> None:
-        view = TeacherView(student, teacher, reuse=reuse)
+        self.view = view = TeacherView(student, teacher, reuse=reuse)
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
         if feature_weight:
             self.terms["loss_pkd"] = FeatureDistiller(

@@ -1,13 +1,16 @@
 """Distillation through the features: the Pearson loss between two pyramids."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
+from jdkd.distill.hooks import Hook
 from jdkd.distill.levels import as_index, pair_levels, select_channels
+from jdkd.distill.neck import Pyramid, levels_of, with_levels
 from jdkd.distill.teacher import TeacherView
-from jdkd.functional import pkd_loss
+from jdkd.nn import PearsonTap
 
 
 class FeatureDistiller:
@@ -21,15 +24,19 @@ class FeatureDistiller:
                 yield terms | {"loss_pkd": distiller.loss()}
             fit(student, dataset, config, device=device, losses=losses)
 
+    In training mode the loss is computed as soon as the student's neck has run, and the heads are given the levels
+    that :func:`jdkd.functional.pearson_tap` returns in place of the neck's: the same numbers, whose gradients are
+    added where the loss's is computed. In evaluation mode, or while ``view.silent`` is set, nothing runs.
+
     Args:
-        student, teacher: detectors with a ``backbone`` that returns a pyramid; their heads may differ in
-            every way.
+        student, teacher: detectors; see :class:`TeacherView`. Their heads may differ in every way.
         loss_weight: weight of each level; the paper's configurations use 6 for two-stage and 10 for one-stage
-            pairs.
+            pairs. At 0 (it may be changed: ``tap.loss_weight``) the loss is 0 and nothing runs.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's, where the student's
             pyramid was pruned.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
         view: a shared view of the teacher; by default its own.
+        **options: level_weights, statistics, zero_variance and group of :func:`jdkd.functional.pearson_tap`.
     """
 
     def __init__(
@@ -41,40 +48,57 @@ class FeatureDistiller:
         channels: Tensor | Sequence[int] | None = None,
         levels: Sequence[int] | None = None,
         view: TeacherView | None = None,
+        **options: Any,
     ) -> None:
         self.view = view or TeacherView(student, teacher)
-        self.loss_weight = loss_weight
+        self.tap = PearsonTap(loss_weight, return_levels=True, **options)
         self.levels = levels
+        self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
         self._channels = as_index(channels)
-        self._fresh = False
+        self._loss: Tensor | None = None
         self._hook = None
 
     def __enter__(self) -> Self:
         self.view.__enter__()
-        self._hook = self.view.student.backbone.register_forward_hook(self._arrived)
+        self._hook = self.view.neck.register_forward_hook(Hook(self._arrived))
         return self
 
     def __exit__(self, *error: object) -> None:
         self._hook.remove()
-        self._fresh = False
+        self._loss = None
         self.view.__exit__(*error)
 
     def loss(self) -> Tensor:
         """The loss of the student's last forward, a scalar in fp32; once per forward.
 
         Raises:
-            RuntimeError: the student has not run since the last call.
+            RuntimeError: the student has not run, in training mode, since the last call.
+        """
+        if self._loss is None:
+            raise RuntimeError(
+                "the student has not run in training mode since the last loss(): call it first, inside the with block"
+            )
+        loss, self._loss = self._loss, None
+        return loss
+
+    def _arrived(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Pyramid) -> Pyramid | None:
+        """Computes the loss; returns what the heads get in place of the pyramid.
+
+        Raises:
             InputError: no level matches, or channel counts differ.
         """
-        if not self._fresh:
-            raise RuntimeError("the student has not run since the last loss(): call it first, inside the with block")
-        self._fresh = False
-        pairs = pair_levels(self.view.student_pyramid, self.view.teacher_pyramid, self.view.size, self.levels)
+        self._loss = None
+        view = self.view
+        if view.silent or not view.student.training:
+            return None
+        if not self.tap.loss_weight:
+            self._loss, self.level_losses = torch.zeros((), device=view.device), {}
+            return None
+        pairs = pair_levels(levels_of(pyramid), levels_of(view.teacher_pyramid), view.size, self.levels)
         if self._channels is not None:
-            self._channels = self._channels.to(self.view.device)
+            self._channels = self._channels.to(view.device)
         students = [student for student, _ in pairs.values()]
         teachers = [select_channels(teacher, student, self._channels) for student, teacher in pairs.values()]
-        return pkd_loss(students, teachers, loss_weight=self.loss_weight)
-
-    def _arrived(self, *_: object) -> None:
-        self._fresh = True
+        tapped, self._loss, losses = self.tap(students, teachers)
+        self.level_losses = dict(zip(pairs, losses.unbind(), strict=True))
+        return with_levels(pyramid, students, tapped)

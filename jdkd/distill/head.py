@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jdkd.distill.hooks import Hook
 from jdkd.distill.teacher import TeacherView
 from jdkd.errors import InputError
 
@@ -59,8 +60,8 @@ class HeadDistiller:
         self.view.__enter__()
         heads = self.view.student.roi_heads
         self._hooks = [
-            heads.box_roi_pool.register_forward_pre_hook(self._see_regions),
-            heads.box_predictor.register_forward_hook(self._see_logits),
+            heads.box_roi_pool.register_forward_pre_hook(Hook(self._see_regions)),
+            heads.box_predictor.register_forward_hook(Hook(self._see_logits)),
         ]
         return self
 

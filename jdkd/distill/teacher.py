@@ -1,16 +1,17 @@
 """The teacher's view of the batch that the student has just seen."""
 
-from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from jdkd.distill.hooks import Hook
+from jdkd.distill.neck import Pyramid, entrance, find_neck, run_to_neck
 from jdkd.errors import InputError
 
 
 class TeacherView:
-    """Watches a student's backbone and, when asked, runs the teacher's backbone on the same batch.
+    """Watches what enters a student and, when asked, runs the teacher on the same batch, up to its neck.
 
     A context manager that may be entered several times over, so that several losses share one view. While it
     is entered the teacher is in evaluation mode and needs no gradients; afterwards it is as it was. The
@@ -18,17 +19,27 @@ class TeacherView:
     becomes part of it.
 
     Args:
-        student, teacher: detectors with a ``backbone`` that returns a pyramid, name -> ``[N, C, H, W]``. If
-            the two normalise images differently (``transform.image_mean`` and ``image_std``), the batch is
-            converted.
+        student, teacher: detectors with a submodule that returns a pyramid (see :func:`find_neck`) and that images
+            ``[N, 3, H, W]`` reach through their ``backbone``, or else as the first argument. If the two normalise
+            images differently (``transform.image_mean`` and ``image_std``), the batch is converted.
         reuse: keep the teacher's pyramid while the student is given the very same images, as when several
             subnets are trained in one step. Only for a teacher that does not change in between.
+        neck, teacher_neck: dotted names of the submodules that return the pyramids, where they are others than
+            ``neck`` or ``backbone``; the teacher's is as the student's unless given.
 
     Raises:
-        InputError: the two share parameters, so that freezing one would freeze the other.
+        InputError: the two share parameters, so that freezing one would freeze the other, or one has no neck.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, *, reuse: bool = False) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        reuse: bool = False,
+        neck: str | None = None,
+        teacher_neck: str | None = None,
+    ) -> None:
         shared = {id(parameter) for parameter in student.parameters()}
         for name, parameter in teacher.named_parameters():
             if id(parameter) in shared:
@@ -36,11 +47,13 @@ class TeacherView:
                     f"teacher and student share the parameter {name}; teach with a copy of the teacher (copy.deepcopy)."
                 )
         self.student, self.teacher, self.reuse = student, teacher, reuse
+        self.neck = find_neck(student, "student", neck)
+        self.teacher_neck = find_neck(teacher, "teacher", neck if teacher_neck is None else teacher_neck)
+        self.silent = False  # whether losses that are computed during the student's forward are left out
         self._entered = 0
         self._restore: list[Any] = []
         self._batch: Tensor | None = None  # [N, 3, H, W], as the student normalised it
-        self._pyramid: Mapping[str, Tensor] | None = None
-        self._taught: Mapping[str, Tensor] | None = None
+        self._taught: Pyramid | None = None
         self._images: tuple[tuple[Tensor, int], ...] = ()
         self._same_images = False
 
@@ -50,9 +63,9 @@ class TeacherView:
             modes = [(module, module.training) for module in self.teacher.modules()]
             gradients = [(parameter, parameter.requires_grad) for parameter in self.teacher.parameters()]
             self.teacher.eval().requires_grad_(False)
-            hooks = [self.student.backbone.register_forward_hook(self._see)]
+            hooks = [entrance(self.student).register_forward_pre_hook(Hook(self._see), with_kwargs=True)]
             if self.reuse:
-                hooks.append(self.student.register_forward_pre_hook(self._see_images))
+                hooks.append(self.student.register_forward_pre_hook(Hook(self._see_images), prepend=True))
             self._restore = [modes, gradients, hooks]
         return self
 
@@ -67,7 +80,7 @@ class TeacherView:
             for parameter, required in gradients:
                 parameter.requires_grad_(required)
             self._restore, self._images = [], ()
-            self._batch = self._pyramid = self._taught = None
+            self._batch = self._taught = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -79,29 +92,36 @@ class TeacherView:
         return self._seen().device
 
     @property
-    def student_pyramid(self) -> Mapping[str, Tensor]:
-        self._seen()
-        return self._pyramid
-
-    @property
-    def teacher_pyramid(self) -> Mapping[str, Tensor]:
-        """The teacher's levels for the student's last batch; computed when first asked for."""
+    def teacher_pyramid(self) -> Pyramid:
+        """The teacher's levels for the student's last batch; kept only where they may be asked for again."""
+        if self._taught is not None:
+            return self._taught
         batch = self._seen()
-        if self._taught is None:
-            self.teacher.to(batch.device)
-            with torch.no_grad():
-                self._taught = self.teacher.backbone(renormalised(batch, self.student, self.teacher))
-        return self._taught
+        self.teacher.to(batch.device)
+        with torch.no_grad():
+            taught = run_to_neck(self.teacher, self.teacher_neck, renormalised(batch, self.student, self.teacher))
+        if self.reuse or self._entered > 1:
+            self._taught = taught
+        return taught
 
     def _seen(self) -> Tensor:
         if self._batch is None:
             raise RuntimeError("the student has not seen a batch since its teacher was attached: call it first")
         return self._batch
 
-    def _see(self, backbone: nn.Module, inputs: tuple[Tensor, ...], pyramid: Mapping[str, Tensor]) -> None:
-        keep = self._same_images and self._batch is not None and self._batch.shape == inputs[0].shape
+    def _see(self, entered: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        batch = next(iter((*args, *kwargs.values())), None)
+        if not isinstance(batch, Tensor) or batch.dim() != 4:
+            if not self.student.training:
+                return
+            got = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+            raise InputError(
+                f"the student's {type(entered).__name__} was given {got}, and the teacher needs the same images as a "
+                "tensor [N, 3, H, W]; give the student a backbone that is called with one"
+            )
+        keep = self._same_images and self._batch is not None and self._batch.shape == batch.shape
         self._same_images = False
-        self._batch, self._pyramid = inputs[0].detach(), pyramid
+        self._batch = batch.detach()
         if not keep:
             self._taught = None
 

@@ -60,6 +60,49 @@ def test_gradients_reach_the_student_and_never_the_teacher(student, teacher, ima
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_the_heads_read_the_tapped_levels_and_both_gradients_arrive_together(student, teacher, images, targets):
+    def gradients(tapped: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        student.zero_grad()
+        pyramids = []
+        backbone = student.backbone.register_forward_hook(lambda _, inputs, output: pyramids.append((*inputs, output)))
+        if tapped:
+            with FeatureDistiller(student, teacher) as distiller:
+                terms = student(images, targets)
+                loss = distiller.loss()
+        else:
+            terms = student(images, targets)
+            x, ours = pyramids[0]
+            theirs = teacher.eval().backbone(x)
+            loss = pkd_loss([ours[k] for k in "0123"], [theirs[k].detach() for k in "0123"], loss_weight=6.0)
+        backbone.remove()
+        (sum(terms.values()) + loss).backward()
+        return {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
+
+    apart, together = gradients(tapped=False), gradients(tapped=True)
+    for name, gradient in apart.items():
+        torch.testing.assert_close(together[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    seen = []
+    hook = student.rpn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    with FeatureDistiller(student, teacher):
+        student(images, targets)
+    hook.remove()
+    assert [seen[0][key].grad_fn.name() for key in "0123"] == ["_PearsonLossBackward"] * 4
+
+
+def test_a_loss_that_is_not_used_leaves_the_detectors_gradients_bit_for_bit(student, teacher, images, targets):
+    def gradients() -> list[Tensor]:
+        torch.manual_seed(0)
+        student.zero_grad()
+        sum(student(images, targets).values()).backward()
+        return [parameter.grad.clone() for parameter in student.parameters()]
+
+    student.backbone.eval()
+    alone = gradients()
+    with FeatureDistiller(student, teacher):
+        assert all(torch.equal(a, b) for a, b in zip(alone, gradients(), strict=True))
+
+
 def test_everything_is_as_it_was_afterwards(student, teacher, images, targets):
     teacher.train().backbone.eval()
     teacher.rpn.requires_grad_(False)
@@ -95,6 +138,9 @@ def test_the_loss_is_given_once_per_forward(student, teacher, images, targets):
         distiller.loss()
         with pytest.raises(RuntimeError, match="student has not run"):
             distiller.loss()
+        student.eval()(images)
+        with pytest.raises(RuntimeError, match="student has not run"):
+            distiller.loss()
 
 
 def test_levels_are_paired_by_stride_not_by_index():
@@ -126,16 +172,14 @@ def test_strides_survive_odd_sizes_and_the_pooled_level_is_left_out():
 
 def test_no_common_stride_names_both():
     with FeatureDistiller(PyramidDetector(4, {"a": 4}), PyramidDetector(4, {"b": 8, "c": 16})) as distiller:
-        distiller.view.student(batch())
         with pytest.raises(InputError, match=r"student has levels of stride \[4\] .* teacher of stride \[8, 16\]"):
-            distiller.loss()
+            distiller.view.student(batch())
 
 
 def test_a_level_that_is_missing_is_named():
     with FeatureDistiller(PyramidDetector(4, P2_TO_P5), PyramidDetector(4, P2_TO_P5), levels=[8, 64]) as distiller:
-        distiller.view.student(batch())
         with pytest.raises(InputError, match=r"levels asks for \[8, 64\]"):
-            distiller.loss()
+            distiller.view.student(batch())
 
 
 def test_a_pruned_pyramid_is_compared_with_the_channels_it_kept():
@@ -154,14 +198,12 @@ def test_a_pruned_pyramid_is_compared_with_the_channels_it_kept():
 
 def test_channel_counts_that_differ_are_named():
     teacher, student = PyramidDetector(6, P2_TO_P5), PyramidDetector(3, P2_TO_P5)
-    with FeatureDistiller(student, teacher) as distiller:
-        student(batch())
+    with FeatureDistiller(student, teacher):
         with pytest.raises(InputError, match="student's pyramid has 3 channels and the teacher's 6; give channels"):
-            distiller.loss()
-    with FeatureDistiller(student, teacher, channels=[0, 1]) as distiller:
-        student(batch())
+            student(batch())
+    with FeatureDistiller(student, teacher, channels=[0, 1]):
         with pytest.raises(InputError, match="has 3 channels and the teacher's 6, of which channels picks 2"):
-            distiller.loss()
+            student(batch())
 
 
 def test_a_teacher_that_shares_parameters_is_refused(student):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jdkd.distill import Distiller, FeatureDistiller, HeadDistiller
 from jdkd.errors import InputError
 from tests.detectors import detector, small_spec
-from tests.distill.pyramids import PyramidDetector, batch
+from tests.distill.pyramids import PyramidDetector
 
 
 def test_is_the_divergence_of_the_class_logits_at_the_students_regions(student, teacher, images, targets):
@@ -97,8 +97,15 @@ def test_a_weight_of_zero_leaves_the_term_out(student, teacher):
     assert Distiller(student, teacher, feature_weight=0, head_weight=1).terms.keys() == {"loss_head_kd"}
 
 
-def test_nothing_runs_the_teacher_unless_a_loss_is_asked_for():
-    student, teacher = PyramidDetector(4, {"0": 4}), PyramidDetector(4, {"0": 4}, seed=1)
-    with Distiller(student, teacher):
-        student(batch())
-    assert teacher.backbone.calls == 0
+def test_nothing_runs_the_teacher_unless_a_loss_is_asked_for(student, teacher, images, targets):
+    calls = []
+    teacher.backbone.register_forward_hook(lambda *_: calls.append(1))
+    with Distiller(student, teacher, feature_weight=0, head_weight=1):
+        student(images, targets)
+    with Distiller(student, teacher, head_weight=1) as distiller:
+        distiller.view.silent = True
+        student(images, targets)
+        assert not calls
+        distiller.view.silent = False
+        student(images, targets)
+        assert len(calls) == 1 and distiller.losses().keys() == {"loss_pkd", "loss_head_kd"}
