@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.cost import Cost
 from benchmarks.harness import Case, Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+OURS = "jdkd"
 Row = dict[str, Any]
 
 
@@ -76,7 +79,8 @@ def environment(device: str, copy_bandwidth: float) -> Row:
 
 
 def rows(case: Case, timings: Sequence[Timing], common: Row) -> list[Row]:
-    """One row a provider, the baseline's first."""
+    """One row a provider, the baseline's first; where the baseline was left out, gains over it are None."""
+    baseline = {timing.provider: timing.median for timing in timings}.get(next(iter(case.providers)))
     found = []
     for timing in timings:
         low, high = timing.quartiles()
@@ -94,7 +98,8 @@ def rows(case: Case, timings: Sequence[Timing], common: Row) -> list[Row]:
                 "rounds": len(timing.seconds),
                 "error": float(f"{timing.error:.3g}"),
                 "host_us": None if timing.host_seconds is None else round(timing.host_seconds * 1e6, 2),
-                "times_baseline": round(timings[0].median / timing.median, 3),
+                **_cost(timing.cost),
+                "times_baseline": None if baseline is None else round(baseline / timing.median, 3),
                 "least_bytes": case.least_bytes,
                 "bytes_per_s": round(rate),
                 "of_copy": round(rate / common["copy_bytes_per_s"], 4),
@@ -102,6 +107,11 @@ def rows(case: Case, timings: Sequence[Timing], common: Row) -> list[Row]:
             }
         )
     return found
+
+
+def _cost(cost: Cost | None) -> Row:
+    """The fields of :class:`benchmarks.cost.Cost`, all None where it was not measured."""
+    return {field.name: getattr(cost, field.name, None) for field in dataclasses.fields(Cost)}
 
 
 def result_file(device: str, op: str) -> Path:
@@ -137,24 +147,58 @@ def tables(given: Iterable[Row]) -> str:
 
 
 def table(given: Iterable[Row]) -> str:
-    """A Markdown table: one line a case, one column a provider, with its gain over the first."""
-    cases: dict[tuple[str, ...], dict[str, Row]] = {}
-    providers: dict[str, None] = {}
+    """Markdown tables, one a device: a line a case, a column a family of providers with its gain over the baseline.
+
+    A family is what the first word of a provider says, ``jdkd`` or ``torch.compile``; its fastest member stands for it,
+    named in brackets. Where the rows tell, further columns compare the baseline with ours, see :func:`_comparison`.
+    """
+    by_device: dict[str, list[Row]] = {}
     for row in given:
-        key = tuple(row[name] for name in ("device", "op", "case", "dtype", "layout", "mode"))
-        cases.setdefault(key, {})[row["provider"]] = row
-        providers[row["provider"]] = None
+        by_device.setdefault(row["device"], []).append(row)
+    return "\n\n".join(f"{device}:\n\n{_of_device(rows)}" for device, rows in by_device.items())
+
+
+def _of_device(given: Sequence[Row]) -> str:
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    families = list(dict.fromkeys(_family(row) for row in given))
+    for row in given:
+        key = (" ".join(row[name] for name in ("case", "dtype", "layout")), row["mode"])
+        fastest = cases.setdefault(key, {})
+        fastest[_family(row)] = min(row, fastest.get(_family(row), row), key=lambda row: row["median_us"])
+    comparisons = [_comparison(found.get(families[0]), found.get(OURS)) for found in cases.values()]
+    compared = [name for name in ("of copy", "peak memory", "kept") if any(name in line for line in comparisons)]
     lines = [
-        "| " + " | ".join(["device", "op", "size", "dtype", "layout", "mode", *providers]) + " |",
-        "| " + " | ".join(["---"] * 6 + ["---:"] * len(providers)) + " |",
+        "| " + " | ".join(["case", "mode", *families, *compared]) + " |",
+        "| " + " | ".join(["---"] * 2 + ["---:"] * (len(families) + len(compared))) + " |",
     ]
-    for key, found in cases.items():
-        cells = [_cell(found[name]) if name in found else "not measured" for name in providers]
+    for (key, found), comparison in zip(cases.items(), comparisons, strict=True):
+        cells = [_cell(found[name]) if name in found else "not measured" for name in families]
+        cells += [comparison.get(name, "") for name in compared]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     return "\n".join(lines)
 
 
+def _family(row: Row) -> str:
+    return row["provider"].partition(" ")[0]
+
+
 def _cell(row: Row) -> str:
-    microseconds = row["median_us"]
+    microseconds, gain = row["median_us"], row["times_baseline"]
     text = f"{microseconds / 1000:.3g} ms" if microseconds >= 1000 else f"{microseconds:.3g} µs"
-    return text if row["times_baseline"] == 1 else f"{text} ({row['times_baseline']:.1f}×)"
+    member = row["provider"].partition(" ")[2]
+    notes = [f"{gain:.1f}×"] if gain not in (None, 1) else []
+    notes += [member] if member else []
+    return f"{text} ({', '.join(notes)})" if notes else text
+
+
+def _comparison(baseline: Row | None, ours: Row | None) -> dict[str, str]:
+    """How fast ours move the least bytes, as a part of a copy's bandwidth; and the memory of the baseline and of ours:
+    the most beyond the inputs, and what is kept for the backward."""
+    if ours is None:
+        return {}
+    found = {"of copy": f"{ours['of_copy']:.0%}"}
+    for name, field in (("peak memory", "peak_bytes"), ("kept", "kept_bytes")):
+        sizes = [row.get(field) if row else None for row in (baseline, ours)]
+        if sizes[1] is not None:
+            found[name] = " → ".join("–" if size is None else f"{size / 1e6:.3g}" for size in sizes) + " MB"
+    return found

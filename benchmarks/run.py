@@ -1,10 +1,10 @@
 """Times the kernels against their competitors on the device at hand and prints a table.
 
-    python -m benchmarks.run                      what fits two minutes
-    python -m benchmarks.run --full pearson       every size, dtype and layout of one operator
-    python -m benchmarks.run --save               also append the rows to
-    benchmarks/results/<device>/<op>.jsonl python -m benchmarks.run --table FILE...      only print the
-    table of files of rows
+    python -m benchmarks.run                                what fits two minutes
+    python -m benchmarks.run --full pearson                 every size, dtype and layout of one operator
+    python -m benchmarks.run --full pearson --match "P3-P7 N=16 bfloat16 NCHW"
+    python -m benchmarks.run --save                         also append to benchmarks/results/<device>/<op>.jsonl
+    python -m benchmarks.run --table FILE...                only print the table of files of rows
 
 Every ``benchmarks/cases/<op>.py`` offers ``cases(device, full)``.
 """
@@ -39,10 +39,14 @@ def all_cases(ops: list[str], device: str, full: bool) -> Iterator[harness.Case]
 def describe(row: record.Row) -> str:
     """One line of progress."""
     low, high = row["quartiles_us"]
-    host = "" if row["host_us"] is None else f", host {row['host_us']:.0f} us"
+    gain = "" if row["times_baseline"] is None else f"{row['times_baseline']:.2f} x"
+    others = [f"error {row['error']:.0e}"]
+    others += [f"{row[name] / 1e6:.3g} MB {name[:4]}" for name in ("peak_bytes", "kept_bytes") if row[name] is not None]
+    others += [f"{row[name]} {name}" for name in ("kernels", "dispatched_ops") if row[name] is not None]
+    others += [f"host {row['host_us']:.0f} us"] if row["host_us"] is not None else []
     return (
-        f"  {row['provider']:<14}{row['median_us']:>12.1f} us  [{low:.1f}, {high:.1f}]  "
-        f"{row['times_baseline']:>6.2f} x baseline  {row['of_copy']:>6.1%} of copy  error {row['error']:.0e}{host}"
+        f"  {row['provider']:<27}{row['median_us']:>12.1f} us  [{low:.1f}, {high:.1f}]  {gain:>8} "
+        f"{row['of_copy']:>6.1%} of copy  {', '.join(others)}"
     )
 
 
@@ -51,6 +55,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("ops", nargs="*", help="operators; all if none is named")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--full", action="store_true", help="every size, dtype and layout")
+    parser.add_argument("--match", default="", help="only cases whose name has all these words")
     parser.add_argument("--seconds", type=float, default=2.0, help="of rounds a case")
     parser.add_argument("--limit", type=float, default=100.0, help="begin no case after so many seconds")
     parser.add_argument("--out", type=Path, help="append the rows to this file")
@@ -66,6 +71,8 @@ def main(words: list[str] | None = None) -> int:
     print(f"{common['device']}, torch {common['torch']}, copy {common['copy_bytes_per_s'] / 1e9:.1f} GB/s")
     done, wrong, left = [], 0, []
     for case in all_cases(given.ops, device, given.full):
+        if not set(given.match.split()) <= set(str(case).split()):
+            continue
         if not given.full and time.monotonic() - started > given.limit:
             left.append(str(case))
             continue
