@@ -103,7 +103,7 @@ def _launch(levels: Sequence[Level], columns: Sequence[int], places: list[int]) 
         cuts = [(n * area, c, _row_chunk_length(n * area), column) for n, c, area, column in own]
         chunks = [triton.cdiv(m, length) for m, _, length, _ in cuts]
         blocks = [triton.cdiv(c, ROWS["CHANNELS"]) for c in channels]
-        constants |= {**ROWS, "WIDE": all(c % vector == 0 for c in channels)}
+        constants |= {**ROWS, "WIDE": all(level.shape[1] % vector == 0 for level in levels)}
     else:
         cuts = [(n, c, area, triton.cdiv(area, PLANE_CHUNK), column) for n, c, area, column in own]
         chunks = [n * pieces for n, _, _, pieces, _ in cuts]
@@ -279,7 +279,9 @@ def _variant(label, kernel, pointers, sizes, scalars, settings, *, features=0, a
     signature = (
         pointers | ({"sizes": ("i32",) * sizes} if sizes else {}) | scalars | dict.fromkeys(constants, "constexpr")
     )
-    unknown = {"dloss_ptr", "table_ptr"} if features else set()  # specialised on nothing
+    unknown = {"dloss_ptr"}  # specialised on nothing, as is the table over planes and, half the time, for an odd C
+    if features and not settings.get("WIDE"):
+        unknown |= {"table_ptr"}
     if not aligned:
         unknown |= {"s_ptrs", "t_ptrs", "x_ptrs", "y_ptrs", "dout_ptrs"}
     return {

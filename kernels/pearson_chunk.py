@@ -67,13 +67,17 @@ def _load_chunk(at, stride, mask):
 
 
 @triton.jit
-def _write_gradient(x_ptr, y_ptr, dout_ptr, dx_ptr, at, mask, dloss, a, b, k, mean_x, mean_y):
-    """One tile of the gradient, at offsets ``at``; ``dout_ptr`` may be None."""
+def _load_tile(x_ptr, y_ptr, dout_ptr, at, mask):
+    """x, y and dout at offsets ``at``, float32; dout is 0 where ``dout_ptr`` is None."""
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
     y = tl.load(y_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if dout_ptr is None:
-        dx = dloss * (a * (x - mean_x) + (b * (y - mean_y) + k))
-    else:
+    dout = 0.0
+    if dout_ptr is not None:
         dout = tl.load(dout_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        dx = dout + dloss * (a * (x - mean_x) + (b * (y - mean_y) + k))
+    return x, y, dout
+
+
+@triton.jit
+def _store_gradient(dx_ptr, at, mask, x, y, dout, dloss, a, b, k, mean_x, mean_y):
+    dx = dout + dloss * (a * (x - mean_x) + (b * (y - mean_y) + k))
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .pearson_chunk import VALUES, _beta, _pick, _size, _store_chunk, _write_gradient
+from .pearson_chunk import VALUES, _beta, _load_tile, _pick, _size, _store_chunk, _store_gradient
 
 
 @triton.jit
@@ -120,17 +120,19 @@ def _pearson_plane_grad_kernel(
     x_ptr, y_ptr = _pick(x_ptrs, level, LEVELS), _pick(y_ptrs, level, LEVELS)
     dx_ptr = _pick(dx_ptrs, level, LEVELS)
     dout_ptr = None if dout_ptrs is None else _pick(dout_ptrs, level, LEVELS)
+    start, end, edge, edge_mask = _body_and_edge(first, last, V)
+    x_edge, y_edge, dout_edge = _load_tile(x_ptr, y_ptr, dout_ptr, edge, edge_mask)  # in flight while the body runs
     dloss = tl.load(dloss_ptr)
     a = tl.load(table_ptr + column)
     b = tl.load(table_ptr + columns + column)
     k = tl.load(table_ptr + 2 * columns + column)
     mean_x = tl.load(table_ptr + 3 * columns + column)
     mean_y = tl.load(table_ptr + 4 * columns + column)
-    start, end, edge, edge_mask = _body_and_edge(first, last, V)
-    _write_gradient(x_ptr, y_ptr, dout_ptr, dx_ptr, edge, edge_mask, dloss, a, b, k, mean_x, mean_y)
     rows = tl.arange(0, TILE // V) * V
     lanes = tl.arange(0, V)[None, :]
     for tile in range(start, end, TILE):
         mask = (tile + rows < end)[:, None]
         at = (tile + rows)[:, None] + lanes
-        _write_gradient(x_ptr, y_ptr, dout_ptr, dx_ptr, at, mask, dloss, a, b, k, mean_x, mean_y)
+        x, y, dout = _load_tile(x_ptr, y_ptr, dout_ptr, at, mask)
+        _store_gradient(dx_ptr, at, mask, x, y, dout, dloss, a, b, k, mean_x, mean_y)
+    _store_gradient(dx_ptr, edge, edge_mask, x_edge, y_edge, dout_edge, dloss, a, b, k, mean_x, mean_y)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .pearson_chunk import VALUES, _beta, _pick, _size, _store_chunk, _write_gradient
+from .pearson_chunk import VALUES, _beta, _load_tile, _pick, _size, _store_chunk, _store_gradient
 
 
 @triton.jit
@@ -30,6 +30,7 @@ def _row_chunk(sizes, program, LEVELS: tl.constexpr, CHANNELS: tl.constexpr, WID
     chunk, block = program // blocks, program % blocks
     if WIDE:
         channels = channels // V * V  # changes nothing, but says so to the compiler
+        first_column = first_column // V * V
     first = chunk.to(tl.int64) * length
     last = tl.minimum(first + length, positions)
     columns = block * CHANNELS + tl.arange(0, CHANNELS)
@@ -57,6 +58,10 @@ def _pearson_row_stats_kernel(
     mask = (rows < last)[:, None] & inside[None, :]
     s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
     t = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    at += step
+    mask_next = (rows + TILE < last)[:, None] & inside[None, :]
+    s_next = tl.load(s_ptr + at, mask=mask_next, other=0.0)  # always one tile ahead
+    t_next = tl.load(t_ptr + at, mask=mask_next, other=0.0)
     seen = tl.minimum(last - first, TILE).to(tl.float32)
     shift_s, shift_t = tl.sum(s, 0) / seen, tl.sum(t, 0) / seen
     ds = tl.where(mask, s - shift_s[None, :], 0.0)
@@ -66,10 +71,12 @@ def _pearson_row_stats_kernel(
     rest = ds - beta[None, :] * dt
     ee = rest * rest
     for tile in range(first + TILE, last, TILE):
+        mask = mask_next
+        s, t = s_next.to(tl.float32), t_next.to(tl.float32)
         at += step
-        mask = (tile + tl.arange(0, TILE) < last)[:, None] & inside[None, :]
-        s = tl.load(s_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        t = tl.load(t_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        mask_next = (tile + TILE + tl.arange(0, TILE) < last)[:, None] & inside[None, :]
+        s_next = tl.load(s_ptr + at, mask=mask_next, other=0.0)
+        t_next = tl.load(t_ptr + at, mask=mask_next, other=0.0)
         s = tl.where(mask, s - shift_s[None, :], 0.0)
         t = tl.where(mask, t - shift_t[None, :], 0.0)
         rest = s - beta[None, :] * t
@@ -85,7 +92,7 @@ def _pearson_row_stats_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["columns_in_all"], do_not_specialize_on_alignment=["dloss_ptr", "table_ptr"])
+@triton.jit(do_not_specialize=["columns_in_all"], do_not_specialize_on_alignment=["dloss_ptr"])
 def _pearson_row_grad_kernel(
     x_ptrs, y_ptrs, dout_ptrs, dx_ptrs, dloss_ptr, table_ptr, sizes, columns_in_all,
     LEVELS: tl.constexpr, TILE: tl.constexpr, CHANNELS: tl.constexpr, WIDE: tl.constexpr, V: tl.constexpr,
@@ -102,6 +109,8 @@ def _pearson_row_grad_kernel(
     dx_ptr = _pick(dx_ptrs, level, LEVELS)
     dout_ptr = None if dout_ptrs is None else _pick(dout_ptrs, level, LEVELS)
     inside = columns < channels
+    if WIDE:
+        columns_in_all = columns_in_all // V * V
     entry = table_ptr + first_column + columns
     dloss = tl.load(dloss_ptr)
     a = tl.load(entry, mask=inside, other=0.0)[None, :]
@@ -112,5 +121,6 @@ def _pearson_row_grad_kernel(
     at = (first + tl.arange(0, TILE))[:, None] * channels + columns[None, :]
     for tile in range(first, last, TILE):
         mask = (tile + tl.arange(0, TILE) < last)[:, None] & inside[None, :]
-        _write_gradient(x_ptr, y_ptr, dout_ptr, dx_ptr, at, mask, dloss, a, b, k, mean_x, mean_y)
+        x, y, dout = _load_tile(x_ptr, y_ptr, dout_ptr, at, mask)
+        _store_gradient(dx_ptr, at, mask, x, y, dout, dloss, a, b, k, mean_x, mean_y)
         at += TILE * channels
