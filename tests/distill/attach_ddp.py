@@ -1,0 +1,61 @@
+"""Two gloo processes that train a student with a teacher attached; prints what each of them found as JSON.
+
+Run as ``python -m tests.distill.attach_ddp``. The teacher is attached before the student is wrapped in
+DistributedDataParallel, and in a second training after.
+"""
+
+import json
+import tempfile
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from jdkd.distill import attach
+from tests.detectors import detector, small_spec
+
+BOXES = torch.tensor([[4.0, 4.0, 40.0, 44.0], [20.0, 10.0, 60.0, 50.0]])
+
+
+def train(rank: int, when: str) -> dict[str, object]:
+    student, teacher = detector(small_spec()).train(), detector(small_spec("bottleneck"), seed=7)
+    handle = attach(student, teacher) if when == "before" else None
+    wrapped = DistributedDataParallel(student)
+    handle = handle or attach(wrapped, teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(rank)
+    terms = []
+    for _ in range(3):  # a parameter without a gradient would be an error from the second step on
+        images = [torch.rand(3, 64, 80, generator=generator) for _ in range(2)]
+        losses = wrapped(images, [{"boxes": BOXES, "labels": torch.tensor([1, 3])}] * 2)
+        terms.append(losses["loss_pkd"].item())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    weights = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
+    other = weights.clone()
+    dist.broadcast(other, src=0)
+    buckets = wrapped._get_ddp_logging_data()["bucket_sizes"]
+    return {
+        "terms": terms,
+        "levels": list(handle.losses),
+        "weights agree": bool(torch.equal(weights, other)),
+        "bytes in buckets": sum(int(size) for size in buckets.split(", ")),
+        "bytes of the student": sum(p.numel() * p.element_size() for p in student.parameters() if p.requires_grad),
+        "teacher has gradients": any(p.grad is not None for p in teacher.parameters()),
+    }
+
+
+def work(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    gathered = [None, None]
+    dist.all_gather_object(gathered, {when: train(rank, when) for when in ("before", "after")})
+    if rank == 0:
+        print(json.dumps(gathered))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (f"{folder}/rendezvous",), nprocs=2)
