@@ -43,6 +43,12 @@ def test_a_table_shows_the_fastest_of_every_family():
     assert line.endswith("| 2 → 2 MB | 0.001 → 0.001 MB |")
 
 
+def test_times_have_the_unit_that_reads_best():
+    seconds = {1.2: "1.2 s", 3.4e-2: "34 ms", 5.6e-5: "56 µs", 7.8e-7: "0.78 µs"}
+    for value, text in seconds.items():
+        assert f"| {text} |" in record.table(rows(Timing("eager", [value] * 3, 0)))
+
+
 def test_rows_of_before_costs_were_measured_make_a_table_too():
     (row,) = rows(Timing("jdkd cpu", [1e-3] * 3, 0))
     old = {name: value for name, value in row.items() if name not in ("peak_bytes", "kept_bytes", "kernels")}
