@@ -1,5 +1,6 @@
 """The teacher's view of the batch that the student has just seen."""
 
+from itertools import islice
 from typing import Any, Self
 
 import torch
@@ -97,7 +98,8 @@ class TeacherView:
         if self._taught is not None:
             return self._taught
         batch = self._seen()
-        self.teacher.to(batch.device)
+        if any(parameter.device != batch.device for parameter in islice(self.teacher.parameters(), 1)):
+            self.teacher.to(batch.device)
         with torch.no_grad():
             taught = run_to_neck(self.teacher, self.teacher_neck, renormalised(batch, self.student, self.teacher))
         if self.reuse or self._entered > 1:
