@@ -178,14 +178,19 @@ __device__ __forceinline__ void load_plainly(
       s[index].at[0] = source.s[start];
       t[index].at[0] = source.t[start];
     });
-  } else if (slice.rows > 0) {
-    const Row row = slice.row(slice.rows - 1);
-    const int bulk = slice.bulk_of(row, source.elements), rest = row.phase + row.length - bulk * V;
-    if (bulk < slice.vectors_of(row) && team.thread < rest) {
-      const int place = slice.offset(slice.rows - 1) + bulk;
-      const int64_t start = row.start - row.phase + static_cast<int64_t>(bulk) * V + team.thread;
-      s[place].at[team.thread] = source.s[start];
-      t[place].at[team.thread] = source.t[start];
+  } else {
+    for (int r = slice.rows - 1; r >= 0; --r) {  // one row, or some of less than a vector
+      const Row row = slice.row(r);
+      const int bulk = slice.bulk_of(row, source.elements), rest = row.phase + row.length - bulk * V;
+      if (bulk == slice.vectors_of(row)) {
+        return;
+      }
+      if (team.thread < rest) {
+        const int place = slice.offset(r) + bulk;
+        const int64_t start = row.start - row.phase + static_cast<int64_t>(bulk) * V + team.thread;
+        s[place].at[team.thread] = source.s[start];
+        t[place].at[team.thread] = source.t[start];
+      }
     }
   }
 }

@@ -84,7 +84,7 @@ struct Slice {
   // The first vector of row r.
   JDKD_HOST_DEVICE int offset(int r) const { return r == 0 ? 0 : r * stride - lead; }
 
-  // Vectors of a row that lie inside a tensor of `elements`; only the very last one may not.
+  // Vectors of a row that lie inside a tensor of `elements`: all, or all but the last.
   JDKD_HOST_DEVICE int bulk_of(const Row& r, int64_t elements) const {
     const int64_t left = elements / V - r.start / V;
     return vectors_of(r) < left ? vectors_of(r) : static_cast<int>(left);
