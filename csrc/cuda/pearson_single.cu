@@ -13,32 +13,44 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int kScaleThreads = 256;
+constexpr int kSumThreads = 1024;  // a warp for every sum of a level's warps
 
-// First column of every level, and the end of the last.
-struct Columns {
+// First part of the loss of every level, and the end of the last.
+struct Parts {
   int64_t first[kMaxLevels + 1];
   int count;
 };
 
-// The losses of the levels, a warp each, and their sum. Grid: one block. Reads: one float64 a channel. Fixed order.
-__global__ void pearson_single_sum_kernel(
-    const __grid_constant__ Columns columns, const double* __restrict__ parts, float* __restrict__ losses,
+// The losses of the levels and their sum. Grid: one block. Reads: one float64 a channel and rank. Deterministic: yes.
+__global__ void __launch_bounds__(kSumThreads) pearson_single_sum_kernel(
+    const __grid_constant__ Parts ends, const double* __restrict__ parts, float* __restrict__ losses,
     float* __restrict__ loss) {
+  __shared__ double warps[kMaxLevels][kSumThreads / 32];
   __shared__ double totals[kMaxLevels];
-  const int level = threadIdx.x / 32;
-  double total = 0;
-  for (int64_t i = columns.first[level] + threadIdx.x % 32; i < columns.first[level + 1]; i += 32) {
-    total += parts[i];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int level = 0; level < ends.count; ++level) {
+    double total = 0;
+    for (int64_t i = ends.first[level] + threadIdx.x; i < ends.first[level + 1]; i += kSumThreads) {
+      total += parts[i];
+    }
+    total = warp_sum(total);
+    if (lane == 0) {
+      warps[level][warp] = total;
+    }
   }
-  total = warp_sum(total);
-  if (threadIdx.x % 32 == 0) {
-    totals[level] = total;
-    losses[level] = static_cast<float>(total);
+  __syncthreads();
+  if (warp < ends.count) {
+    const double total = warp_sum(warps[warp][lane]);
+    if (lane == 0) {
+      totals[warp] = total;
+      losses[warp] = static_cast<float>(total);
+    }
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    for (int i = 1; i < columns.count; ++i) {
-      total += totals[i];
+    double total = 0;
+    for (int level = 0; level < ends.count; ++level) {
+      total += totals[level];
     }
     *loss = static_cast<float>(total);
   }
@@ -227,13 +239,14 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> pearson_single(
   };
   const int64_t count = static_cast<int64_t>(levels.size());
   Tensor loss = empty({}, ScalarType::Float), losses = empty({count}, ScalarType::Float);
-  Tensor table = empty({2, kRows, columns}, ScalarType::Float), parts = empty({columns}, ScalarType::Double);
+  Tensor table = empty({2, kRows, columns}, ScalarType::Float);
   std::vector<Tensor> gradients;
-  Columns ends{{}, static_cast<int>(count)};
+  Parts ends{{}, static_cast<int>(count)};
   for (size_t i = 0; i < levels.size(); ++i) {
     gradients.push_back(torch::stable::empty_like(students[i]));
-    ends.first[i + 1] = levels[i].first_channel + levels[i].c;
+    ends.first[i + 1] = ends.first[i] + levels[i].c * plan.levels[i].geometry.ranks;
   }
+  Tensor parts = empty({ends.first[count]}, ScalarType::Double);
   const cudaStream_t stream = current_stream(students[0]);
   const bool aligned = are_aligned(students) && are_aligned(teachers) && are_aligned(gradients);
   for (const LaunchPlan& one : plan.launches) {
@@ -242,10 +255,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> pearson_single(
       args.at[args.count++] = {
           students[i].const_data_ptr(),  teachers[i].const_data_ptr(),  gradients[i].mutable_data_ptr(),
           plan.levels[i].geometry,       plan.levels[i].first_cluster,  levels[i].first_channel,
-          weights[i] / levels[i].c};
+          ends.first[i],                 weights[i] / levels[i].c};
     }
     args.table = table.mutable_data_ptr<float>();
-    args.losses = parts.mutable_data_ptr<double>();
+    args.parts = parts.mutable_data_ptr<double>();
     args.columns = columns;
     args.eps = eps;
     args.skip_constant = skip_constant;
@@ -255,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> pearson_single(
       (aligned ? launch<__nv_bfloat16, 8> : launch<__nv_bfloat16, 1>)(one, args, stream);
     }
   }
-  pearson_single_sum_kernel<<<1, static_cast<unsigned>(32 * count), 0, stream>>>(
+  pearson_single_sum_kernel<<<1, kSumThreads, 0, stream>>>(
       ends, parts.mutable_data_ptr<double>(), losses.mutable_data_ptr<float>(), loss.mutable_data_ptr<float>());
   check_launch("pearson_single_sum");
   return {loss, losses, table, gradients};

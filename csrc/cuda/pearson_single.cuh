@@ -18,7 +18,7 @@ struct LevelArgs {
   const void* t;
   void* ds;
   Geometry geometry;
-  int64_t first_cluster, first_column;
+  int64_t first_cluster, first_column, first_part;
   double scale;  // weight / C
 };
 
@@ -26,7 +26,7 @@ struct Args {
   LevelArgs at[kMaxLevels];
   int count;
   float* table;    // [2, kRows, columns]
-  double* losses;  // [columns]
+  double* parts;   // of the loss, [C, ranks] a level
   int64_t columns;
   double eps;
   bool skip_constant;
@@ -43,7 +43,6 @@ struct Channel {
 struct Fixed {
   uint64_t barriers[kMaxBarriers];
   Moments moments[kMaxWarps];      // of this block's teams
-  double parts[kMaxCluster];       // of the loss, by rank; in the first rank's block
   Channel channels[kMaxWarps];
   float sums[2 * kMaxWarps];       // of every warp: first sweep,
   float centred[5 * kMaxWarps];    // second,
@@ -56,6 +55,12 @@ template <typename T, int V>
 __device__ __forceinline__ void sweep_statistics(
     const Slice<V>& slice, const Team& team, const Tile<T, V>& tile, Fixed& fixed, uint64_t* barriers,
     Moments& moments) {
+  if (slice.vectors == 0) {
+    if (team.thread == 0) {
+      moments = Moments{};
+    }
+    return;
+  }
   float sums[2] = {0.0f, 0.0f};
   int stage = 0;
   for_vectors(slice, team, [&](auto whole, int index, int64_t, int from, int to) {
@@ -182,7 +187,7 @@ __device__ __forceinline__ float write_gradient(
 
 // Loss and gradient of all levels of a launch.
 // Grid: clusters of blocks, a level after the other; a cluster has one channel, or several.
-// Reads: S and T once. Writes: dS once; ten float32 and one float64, its share of the loss, a channel.
+// Reads: S and T once. Writes: dS once; ten float32 a channel, and one float64 of the loss a channel and rank.
 // Numerics: sums in float32, pairwise within a vector and at most a few dozen in a row; moments in float64.
 // Deterministic: yes. Limits: sm_90; contiguous NCHW; V = 1 unless all tensors begin at 16 bytes.
 template <typename T, int V>
@@ -224,36 +229,33 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) pearson_single_kernel(const
   }
   load_plainly(slice, team, source, s, t);
   team.sync();
-  if (slice.vectors > 0) {
-    sweep_statistics(slice, team, tile, fixed, barriers, moments);
-  } else if (team.thread == 0) {
-    moments = Moments{};
+  sweep_statistics(slice, team, tile, fixed, barriers, moments);
+  if (ranks > 1) {
+    hopper::cluster_arrive();
+    hopper::cluster_wait();
   }
-  hopper::cluster_sync();
-  if (works) {
-    if (team.thread < 32) {
-      finish(joined_moments(&moments, first_rank, ranks), level.scale, args, channel);
-      __syncwarp();
-      if (rank == first_rank && team.thread < 2 * kRows) {
-        args.table[team.thread * args.columns + column] = channel.rows[team.thread];
-      }
+  if (works && team.thread < 32) {
+    __syncwarp();
+    finish(joined_moments(&moments, first_rank, ranks), level.scale, args, channel);
+    __syncwarp();
+    if (rank == first_rank && team.thread < 2 * kRows) {
+      args.table[team.thread * args.columns + column] = channel.rows[team.thread];
     }
+  }
+  if (ranks > 1) {
+    hopper::cluster_arrive_relaxed();  // has read the others' moments
+  }
+  if (works) {
     team.sync();
     float square[1] = {write_gradient(slice, team, tile, channel, static_cast<T*>(level.ds))};
     team.gather(square, fixed.squares);
     if (team.thread == 0) {
       team.total(square, fixed.squares);
-      const double part = square[0] * channel.share;
-      *(ranks == 1 ? args.losses + column : hopper::in_block(fixed.parts + (rank - first_rank), first_rank)) = part;
+      args.parts[level.first_part + slice.channel * ranks + rank - first_rank] = square[0] * channel.share;
     }
   }
-  hopper::cluster_sync();
-  if (works && ranks > 1 && rank == first_rank && team.thread == 0) {
-    double loss = 0;
-    for (int i = 0; i < ranks; ++i) {
-      loss += fixed.parts[i];
-    }
-    args.losses[column] = loss;
+  if (ranks > 1) {
+    hopper::cluster_wait();  // others may still read this block's moments
   }
 #endif
 }

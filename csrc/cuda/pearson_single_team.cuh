@@ -20,6 +20,25 @@ struct alignas(sizeof(T) * V) Vector {
   T at[V];
 };
 
+template <typename T, int V>
+__device__ __forceinline__ void widen(const Vector<T, V>& from, float (&to)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    to[i] = as_float(from.at[i]);
+  }
+}
+
+// A bfloat16 is the upper half of its float: one instruction an element.
+__device__ __forceinline__ void widen(const Vector<__nv_bfloat16, 8>& from, float (&to)[8]) {
+  const uint4 bits = *reinterpret_cast<const uint4*>(&from);
+  const unsigned words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    to[2 * i] = __uint_as_float(words[i] << 16);
+    to[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
 template <int V>
 __device__ __forceinline__ float pairwise_sum(float (&x)[V]) {
 #pragma unroll
@@ -95,25 +114,22 @@ struct Team {
 // tensor's elements from `start` on, of which [from, to) belong to the slice; `whole` is a type that says if all do.
 template <int V, class Visit>
 __device__ __forceinline__ void for_vectors(const Slice<V>& slice, const Team& team, const Visit& visit) {
-  const int place = team.thread + slice.lead;
-  const int more_rows = team.threads / slice.stride, more_columns = team.threads % slice.stride;
-  int r = place / slice.stride, column = place % slice.stride;
-  for (int index = team.thread; index < slice.vectors; index += team.threads) {
+  int index = team.thread, r = 0, column = index + slice.lead;
+  while (index < slice.vectors) {
+    r += column / slice.stride;
+    column %= slice.stride;
     const Row row = slice.row(r);
-    const int first = (r == 0 ? column - slice.lead : column) * V - row.phase;  // of the row's elements
-    const int left = row.length - first;
-    const int64_t start = row.start + first;
-    if (first >= 0 && left >= V) {
-      visit(std::true_type{}, index, start, 0, V);
-    } else if (left > 0) {
-      visit(std::false_type{}, index, start, first < 0 ? -first : 0, left < V ? left : V);
-    }
-    r += more_rows;
-    column += more_columns;
-    if (column >= slice.stride) {
-      column -= slice.stride;
-      ++r;
-    }
+    const int shift = (r == 0 ? slice.lead * V : 0) + row.phase;
+    do {
+      const int first = column * V - shift, left = row.length - first;  // of the row's elements
+      if (first >= 0 && left >= V) {
+        visit(std::true_type{}, index, row.start + first, 0, V);
+      } else if (left > 0) {
+        visit(std::false_type{}, index, row.start + first, first < 0 ? -first : 0, left < V ? left : V);
+      }
+      index += team.threads;
+      column += team.threads;
+    } while (column < slice.stride && index < slice.vectors);
   }
 }
 
@@ -126,12 +142,13 @@ struct Tile {
   template <class Whole>
   __device__ __forceinline__ void read(
       Whole, int index, int from, int to, float fill_s, float fill_t, float (&x)[V], float (&y)[V]) const {
-    const Vector<T, V> left = s[index], right = t[index];
+    widen(s[index], x);
+    widen(t[index], y);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const bool inside = Whole::value || (i >= from && i < to);
-      x[i] = inside ? as_float(left.at[i]) : fill_s;
-      y[i] = inside ? as_float(right.at[i]) : fill_t;
+      x[i] = inside ? x[i] : fill_s;
+      y[i] = inside ? y[i] : fill_t;
     }
   }
 };

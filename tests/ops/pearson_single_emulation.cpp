@@ -42,6 +42,7 @@ struct Fiber {
   jmp_buf place;
   std::unique_ptr<unsigned char[]> stack;
   int block, thread;
+  int cluster_generation;  // in which it arrived at the cluster's barrier
   bool begun, done;
 };
 
@@ -79,17 +80,23 @@ void resume(Fiber& fiber) {
   }
 }
 
-void wait(Barrier& barrier) {
+int arrive(Barrier& barrier) {
   const int generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
     progress = true;
   }
+  return generation;
+}
+
+void wait(Barrier& barrier, int generation) {
   while (barrier.generation == generation) {
     pause();
   }
 }
+
+void wait(Barrier& barrier) { wait(barrier, arrive(barrier)); }
 
 Block& here() { return blocks[current->block]; }
 int warp() { return current->thread / 32; }
@@ -103,6 +110,12 @@ T exchange(T value, int from) {
   wait(here().warps[warp()]);
   std::memcpy(&value, slots + from, sizeof(T));
   wait(here().warps[warp()]);
+  return value;
+}
+
+float as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
@@ -177,6 +190,7 @@ void run_cluster(int first_block, int size, int threads, size_t shared_bytes) {
 #define __syncwarp() emulation::wait(emulation::here().warps[emulation::warp()])
 #define __shfl_xor_sync(mask, value, other) emulation::exchange(value, emulation::lane() ^ (other))
 #define __shfl_sync(mask, value, from) emulation::exchange(value, from)
+#define __uint_as_float(bits) emulation::as_float(bits)
 #define __stcs(to, from) (*(to) = (from))
 
 #define JDKD_HOPPER
@@ -229,7 +243,9 @@ inline void named_barrier(int id, int threads) {
 }
 inline int cluster_rank() { return emulation::current->block; }
 inline int cluster_size() { return static_cast<int>(emulation::blocks.size()); }
-inline void cluster_sync() { emulation::wait(emulation::cluster); }
+inline void cluster_arrive() { emulation::current->cluster_generation = emulation::arrive(emulation::cluster); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
+inline void cluster_wait() { emulation::wait(emulation::cluster, emulation::current->cluster_generation); }
 template <typename T>
 T* in_block(T* shared, int rank) {
   auto* own = reinterpret_cast<const unsigned char*>(shared);
@@ -242,17 +258,17 @@ T* in_block(T* shared, int rank) {
 
 using jdkd::pearson::single::Args;
 
-// A level as ctypes passes it: pointers, N C HW, ranks teams chunk room, first cluster, first column, scale.
+// A level as ctypes passes it: pointers, N C HW, ranks teams chunk room, first cluster, column and part, scale.
 struct EmulatedLevel {
   const void* s;
   const void* t;
   void* ds;
-  int64_t n, c, hw, ranks, teams, chunk, room, first_cluster, first_column;
+  int64_t n, c, hw, ranks, teams, chunk, room, first_cluster, first_column, first_part;
   double scale;
 };
 
 extern "C" void emulate(
-    const EmulatedLevel* levels, int count, int itemsize, int vector, float* table, double* losses, int64_t columns,
+    const EmulatedLevel* levels, int count, int itemsize, int vector, float* table, double* parts, int64_t columns,
     double eps, int skip_constant, int64_t clusters, int cluster, int warps, int64_t shared_bytes) {
   Args args{};
   emulation::readable.clear();
@@ -262,7 +278,7 @@ extern "C" void emulate(
         from.s, from.t, from.ds,
         {from.c, static_cast<int>(from.n), static_cast<int>(from.hw), static_cast<int>(from.ranks),
          static_cast<int>(from.teams), static_cast<int>(from.chunk), static_cast<int>(from.room)},
-        from.first_cluster, from.first_column, from.scale};
+        from.first_cluster, from.first_column, from.first_part, from.scale};
     for (const void* data : {from.s, from.t}) {
       const auto* begin = static_cast<const char*>(data);
       emulation::readable.emplace_back(begin, begin + from.n * from.c * from.hw * itemsize);
@@ -270,7 +286,7 @@ extern "C" void emulate(
   }
   args.count = count;
   args.table = table;
-  args.losses = losses;
+  args.parts = parts;
   args.columns = columns;
   args.eps = eps;
   args.skip_constant = skip_constant != 0;

@@ -28,10 +28,13 @@ TINY = (1, 3_072 + 2_048, 18_432, 16)
 SPREAD = (10_000, 232_448, 233_472, 8)
 
 
+_SIZES = ("n", "c", "hw", "ranks", "teams", "chunk", "room", "first_cluster", "first_column", "first_part")
+
+
 class Level(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("s", "t", "ds")),
-        *((name, ctypes.c_int64) for name in "n c hw ranks teams chunk room first_cluster first_column".split()),
+        *((name, ctypes.c_int64) for name in _SIZES),
         ("scale", ctypes.c_double),
     )
 
@@ -74,7 +77,8 @@ def single_pass(
     first = [sum(shape[1] for shape in shapes[:i]) for i in range(len(shapes))]
     columns = sum(shape[1] for shape in shapes)
     table = torch.full((2, reference.ROWS, columns), float("nan"))
-    parts = torch.full((columns,), float("nan"), dtype=torch.float64)
+    counts = [shape[1] * level["ranks"] for shape, level in zip(shapes, plan["levels"], strict=True)]
+    parts = torch.full((sum(counts),), float("nan"), dtype=torch.float64)
     gradients = [torch.full_like(s, float("nan")) for s in students]
     for launch in plan["launches"]:
         args = (Level * len(launch["levels"]))()
@@ -83,14 +87,14 @@ def single_pass(
             arg.n, arg.c, arg.hw = shapes[i]
             for name in ("ranks", "teams", "chunk", "room", "first_cluster"):
                 setattr(arg, name, plan["levels"][i][name])
-            arg.first_column, arg.scale = first[i], weights[i] / shapes[i][1]
+            arg.first_column, arg.first_part, arg.scale = first[i], sum(counts[:i]), weights[i] / shapes[i][1]
         emulate(
             args, len(args), itemsize, vector or 16 // itemsize, ctypes.c_void_p(table.data_ptr()),
             ctypes.c_void_p(parts.data_ptr()), ctypes.c_int64(columns), ctypes.c_double(eps), int(skip_constant),
             ctypes.c_int64(launch["clusters"]), launch["cluster"], launch["warps"],
             ctypes.c_int64(launch["shared_bytes"]),
         )  # fmt: skip
-    losses = torch.stack([part.sum() for part in parts.split([shape[1] for shape in shapes])])
+    losses = torch.stack([part.sum() for part in parts.split(counts)])
     return losses.sum().float(), losses.float(), table, gradients, plan
 
 
