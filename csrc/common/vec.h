@@ -20,7 +20,7 @@
 
 namespace jdkd {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 8;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
 JDKD_INLINE Vec splat(float value) { return Vec{} + value; }

@@ -24,7 +24,7 @@ constexpr int64_t kRowTile = 32768;   // elements of a tile of rows: two tensors
 constexpr int64_t kMaxRows = 256;     // of a tile
 constexpr int64_t kPlaneChunk = 16 * kTile;  // positions that one task reduces
 constexpr int64_t kTilesPerChunk = 8;        // likewise for rows
-constexpr int64_t kRowPiece = 4096;          // elements that the gradient writes at a time
+constexpr int64_t kRowPiece = 2048;          // elements that are widened or written at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -136,18 +136,13 @@ void backward_planes(const Level& level, const Backward& of) {
 // Moments of c channels side by side; n is theirs in common.
 struct RowMoments {
   double n = 0;
+  int64_t c;
   std::vector<double> sums;  // [5, c]: mean_s, mean_t, ss, tt, st
 
-  explicit RowMoments(int64_t c) : sums(5 * c) {}
+  explicit RowMoments(int64_t channels) : c(channels), sums(5 * channels) {}
   Moments channel(int64_t j) const {
-    const int64_t c = sums.size() / 5;
     const double* at = sums.data() + j;
     return {n, at[0], at[c], at[2 * c], at[3 * c], at[4 * c]};
-  }
-  void set(int64_t j, const Moments& q) {
-    const int64_t c = sums.size() / 5;
-    double* at = sums.data() + j;
-    at[0] = q.mean_s, at[c] = q.mean_t, at[2 * c] = q.ss, at[3 * c] = q.tt, at[4 * c] = q.st;
   }
 };
 
@@ -158,31 +153,31 @@ class RowTile {
   RowTile(int64_t widened, int64_t c) : c_(c), s_(widened), t_(widened), sums_(8 * c) {}
 
   void add(Cursor s, Cursor t, int64_t rows, RowMoments& total) {
-    const float* s_tile = as_floats(s, rows * c_, s_.data());
-    const float* t_tile = as_floats(t, rows * c_, t_.data());
-    float *mean_s = row(0), *mean_t = row(1), *beta = row(2), *residual = row(3);
-    const RowSums q{row(4), row(5), row(6), row(7)};
-    row_sums(s_tile, rows, c_, mean_s);
-    row_sums(t_tile, rows, c_, mean_t);
-    for (int64_t j = 0; j < c_; ++j) {
-      mean_s[j] /= rows;
-      mean_t[j] /= rows;
-    }
-    row_centred_sums(s_tile, t_tile, rows, c_, mean_s, mean_t, q);
-    for (int64_t j = 0; j < c_; ++j) {
-      beta[j] = pearson::residual_beta(q.ss[j], q.tt[j]);
-    }
-    row_residual_sums(s_tile, t_tile, rows, c_, mean_s, mean_t, beta, residual);
-    for (int64_t j = 0; j < c_; ++j) {
-      const Moments tile = pearson::tile_moments(
-          rows, mean_s[j], mean_t[j], q.ds[j], q.dt[j], q.ss[j], q.tt[j], beta[j], residual[j]);
-      total.set(j, merge(total.channel(j), tile));
-    }
+    const RowSums q{row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
+    const float* s_tile = averaged(s, rows, s_.data(), q.mean_s);
+    const float* t_tile = averaged(t, rows, t_.data(), q.mean_t);
+    row_centred_sums(s_tile, t_tile, rows, c_, q);
+    row_residual_sums(s_tile, t_tile, rows, c_, q);
+    merge_rows(rows, c_, q, total.n, total.sums.data());
     total.n += rows;
   }
 
  private:
   float* row(int64_t i) { return sums_.data() + i * c_; }
+
+  // The rows as floats, and the means of the columns. What is widened is added up while it is in the first cache.
+  const float* averaged(Cursor x, int64_t rows, float* buffer, float* means) {
+    const int64_t piece = std::max<int64_t>(8, kRowPiece / c_);
+    std::fill_n(means, c_, 0.0f);
+    for (int64_t r = 0; r < rows; r += piece) {
+      const int64_t n = std::min(piece, rows - r);
+      add_rows(as_floats(x + r * c_, n * c_, buffer + r * c_), n, c_, means);
+    }
+    for (int64_t j = 0; j < c_; ++j) {
+      means[j] /= rows;
+    }
+    return x.type == ScalarType::Float ? reinterpret_cast<const float*>(x.at) : buffer;
+  }
 
   int64_t c_;
   std::vector<float> s_, t_, sums_;

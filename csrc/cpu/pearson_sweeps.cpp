@@ -1,6 +1,9 @@
 #include "cpu/pearson_sweeps.h"
 
 #include "common/vec.h"
+#include "ops/pearson.h"
+
+#include <initializer_list>
 
 namespace jdkd::cpu {
 
@@ -77,6 +80,11 @@ JDKD_CLONES double residual_sum(
   return sum_lanes((part[0] + part[1]) + (part[2] + part[3]));
 }
 
+template <class Columns>
+JDKD_INLINE void add_to(float* sums, const Vec& more, Columns columns) {
+  columns.store(sums, columns.load(sums) + more);
+}
+
 // Calls body(j, columns) for every vector of columns, the last of which may be short.
 template <class Body>
 JDKD_INLINE void for_columns(int64_t c, const Body& body) {
@@ -104,70 +112,94 @@ JDKD_CLONES void gradient(
   }
 }
 
-// Row by row, so that memory is read in the order it lies in; the sums stay in the first cache.
-JDKD_CLONES void row_sums(const float* x, int64_t rows, int64_t c, float* sums) {
-  constexpr int64_t kRows = 4;
-  std::memset(sums, 0, c * sizeof(float));
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
+// What comes from memory is walked in the order it lies in; the tile is in the second cache after that, and a few rows
+// at once share the loads and stores of the columns' sums.
+JDKD_CLONES void add_rows(const float* x, int64_t rows, int64_t c, float* sums) {
+  for (int64_t r = 0; r < rows; ++r) {
     for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-      const float* row = x + r * c + j;
-      const Vec pair = columns.load(row) + columns.load(row + c);
-      const Vec other = columns.load(row + 2 * c) + columns.load(row + 3 * c);
-      columns.store(sums + j, columns.load(sums + j) + (pair + other));
+      add_to(sums + j, columns.load(x + r * c + j), columns);
     });
+  }
+}
+
+// Calls body(j, columns, first, last) for every vector of columns of every few rows [first, last).
+template <class Body>
+JDKD_INLINE void for_rows(int64_t rows, int64_t c, const Body& body) {
+  constexpr int64_t kAtOnce = 4;
+  int64_t r = 0;
+  for (; r + kAtOnce <= rows; r += kAtOnce) {
+    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA { body(j, columns, r, r + kAtOnce); });
   }
   for (; r < rows; ++r) {
-    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-      columns.store(sums + j, columns.load(sums + j) + columns.load(x + r * c + j));
-    });
+    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA { body(j, columns, r, r + 1); });
   }
 }
 
-// Column by column from here on: the tile is in the second cache, and the sums stay in registers.
-JDKD_CLONES void row_centred_sums(
-    const float* s, const float* t, int64_t rows, int64_t c, const float* mean_s, const float* mean_t, RowSums sums) {
-  for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
+JDKD_CLONES void row_centred_sums(const float* s, const float* t, int64_t rows, int64_t c, const RowSums& q) {
+  const float *mean_s = q.mean_s, *mean_t = q.mean_t;
+  float *sum_ds = q.ds, *sum_dt = q.dt, *ss = q.ss, *tt = q.tt;
+  for (float* sums : {sum_ds, sum_dt, ss, tt}) {
+    std::memset(sums, 0, c * sizeof(float));
+  }
+  for_rows(rows, c, [=](int64_t j, auto columns, int64_t first, int64_t last) JDKD_INLINE_LAMBDA {
     const Vec ms = columns.load(mean_s + j), mt = columns.load(mean_t + j);
     CentredParts part;
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = first; r < last; ++r) {
       add_centred(part, columns.load(s + r * c + j) - ms, columns.load(t + r * c + j) - mt);
     }
-    columns.store(sums.ds + j, part.ds);
-    columns.store(sums.dt + j, part.dt);
-    columns.store(sums.ss + j, part.ss);
-    columns.store(sums.tt + j, part.tt);
+    add_to(sum_ds + j, part.ds, columns);
+    add_to(sum_dt + j, part.dt, columns);
+    add_to(ss + j, part.ss, columns);
+    add_to(tt + j, part.tt, columns);
   });
+  for (int64_t j = 0; j < c; ++j) {
+    q.beta[j] = pearson::residual_beta(ss[j], tt[j]);
+  }
 }
 
-JDKD_CLONES void row_residual_sums(
-    const float* s, const float* t, int64_t rows, int64_t c, const float* mean_s, const float* mean_t,
-    const float* beta, float* residuals) {
-  for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
+JDKD_CLONES void row_residual_sums(const float* s, const float* t, int64_t rows, int64_t c, const RowSums& q) {
+  const float *mean_s = q.mean_s, *mean_t = q.mean_t, *beta = q.beta;
+  float* residual = q.residual;
+  std::memset(residual, 0, c * sizeof(float));
+  for_rows(rows, c, [=](int64_t j, auto columns, int64_t first, int64_t last) JDKD_INLINE_LAMBDA {
     const Vec ms = columns.load(mean_s + j), mt = columns.load(mean_t + j), factor = columns.load(beta + j);
     Vec total = {};
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = first; r < last; ++r) {
       const Vec rest = (columns.load(s + r * c + j) - ms) - factor * (columns.load(t + r * c + j) - mt);
       total += rest * rest;
     }
-    columns.store(residuals + j, total);
+    add_to(residual + j, total, columns);
   });
+}
+
+// Plain arithmetic over arrays, for the compiler to vectorise.
+JDKD_CLONES void merge_rows(double rows, int64_t c, const RowSums& q, double n, double* totals) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < c; ++j) {
+    double* at = totals + j;
+    const pearson::Moments before{n, at[0], at[c], at[2 * c], at[3 * c], at[4 * c]};
+    const pearson::Moments more = pearson::tile_moments(
+        rows, q.mean_s[j], q.mean_t[j], q.ds[j], q.dt[j], q.ss[j], q.tt[j], q.beta[j], q.residual[j]);
+    const pearson::Moments all = merge(before, more);
+    at[0] = all.mean_s, at[c] = all.mean_t, at[2 * c] = all.ss, at[3 * c] = all.tt, at[4 * c] = all.st;
+  }
 }
 
 JDKD_CLONES void row_gradient(
     const float* x, const float* y, const float* dout, int64_t rows, int64_t c, RowGradient g, float dloss, float* dx) {
-  constexpr int64_t kRows = 4;  // share the loads of the five coefficients
-  for (int64_t first = 0; first < rows; first += kRows) {
-    const int64_t last = first + kRows < rows ? first + kRows : rows;
-    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-      const Vec a = columns.load(g.a + j), b = columns.load(g.b + j), k = columns.load(g.k + j);
-      const Vec mx = columns.load(g.mean_x + j), my = columns.load(g.mean_y + j);
-      for (int64_t r = first; r < last; ++r) {
-        const int64_t at = r * c + j;
-        const Vec of_loss = dloss * (a * (columns.load(x + at) - mx) + (b * (columns.load(y + at) - my) + k));
-        columns.store(dx + at, dout ? columns.load(dout + at) + of_loss : of_loss);
-      }
-    });
+  for (int64_t at = 0; at < rows * c; at += c) {
+    const auto of_loss = [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
+      const Vec ax = columns.load(g.a + j) * (columns.load(x + at + j) - columns.load(g.mean_x + j));
+      const Vec by = columns.load(g.b + j) * (columns.load(y + at + j) - columns.load(g.mean_y + j));
+      return dloss * (ax + (by + columns.load(g.k + j)));
+    };
+    if (dout) {
+      for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
+        columns.store(dx + at + j, columns.load(dout + at + j) + of_loss(j, columns));
+      });
+    } else {
+      for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA { columns.store(dx + at + j, of_loss(j, columns)); });
+    }
   }
 }
 

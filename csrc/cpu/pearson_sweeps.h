@@ -25,17 +25,16 @@ void gradient(const float* x, const float* y, const float* dout, int64_t n, Grad
 
 // ---- rows of channels, [rows, c] dense; every other array is [c] ----
 
-void row_sums(const float* x, int64_t rows, int64_t c, float* sums);
-
+// The sums of a tile, around its rounded means; beta and the residual as in ops/pearson.h.
 struct RowSums {
-  float *ds, *dt, *ss, *tt;
+  float *mean_s, *mean_t, *ds, *dt, *ss, *tt, *beta, *residual;
 };
 
-void row_centred_sums(
-    const float* s, const float* t, int64_t rows, int64_t c, const float* mean_s, const float* mean_t, RowSums sums);
-void row_residual_sums(
-    const float* s, const float* t, int64_t rows, int64_t c, const float* mean_s, const float* mean_t,
-    const float* beta, float* residuals);
+void add_rows(const float* x, int64_t rows, int64_t c, float* sums);
+void row_centred_sums(const float* s, const float* t, int64_t rows, int64_t c, const RowSums& q);  // and beta
+void row_residual_sums(const float* s, const float* t, int64_t rows, int64_t c, const RowSums& q);
+// Joins a tile's moments to those of n rows, [5, c]: mean_s, mean_t, ss, tt, st.
+void merge_rows(double rows, int64_t c, const RowSums& q, double n, double* totals);
 
 struct RowGradient {
   const float *a, *b, *k, *mean_x, *mean_y;
