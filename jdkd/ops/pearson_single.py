@@ -20,9 +20,8 @@ _OP = "pearson_single"
 _DTYPES = (torch.float32, torch.bfloat16)  # gradients for an incoming gradient of 1 are zeros in float16
 _MAX_LEVELS = 16
 
-# The kernel has not run on a GPU yet, so it has to be asked for.
-_backend.register(_OP, "reference")
-_backend.register(_OP, "cuda", dtypes=_DTYPES)
+_backend.register(_OP, "reference", why="for tests")
+_backend.register(_OP, "cuda", dtypes=_DTYPES, why="only on request, since it has not run on a GPU yet")
 
 Single = tuple[Tensor, Tensor, Tensor, list[Tensor]]  # loss [], losses [L], table [2, 5, sum of C], gradients
 Chip = tuple[int, int, int, int]  # SMs, shared memory per block and per SM in bytes, blocks of the largest cluster
