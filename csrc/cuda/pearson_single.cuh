@@ -235,7 +235,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) pearson_single_kernel(const
     hopper::cluster_wait();
   }
   if (works && team.thread < 32) {
-    __syncwarp();
     finish(joined_moments(&moments, first_rank, ranks), level.scale, args, channel);
     __syncwarp();
     if (rank == first_rank && team.thread < 2 * kRows) {

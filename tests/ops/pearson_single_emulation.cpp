@@ -1,7 +1,9 @@
 // The single pass of the Pearson loss on the host: one fiber a thread, one cluster after the other.
 //
-// It compiles the kernel's own source, with what sm_90 adds replaced. Bulk copies land late and in another order, shared
-// memory is poisoned, and a copy that is unaligned, reads past its tensor, or leaves a thread waiting for ever, aborts.
+// It compiles the kernel's own source, with what sm_90 adds replaced. Threads take turns in a random order, blocks
+// stand still now and then, bulk copies land late and in another order, and shared memory is poisoned before and after
+// a block's life. A copy that is unaligned, reads past its tensor or writes past the shared memory aborts, and so does
+// a thread that waits for ever.
 #include <cuda_bf16.h>
 #include <setjmp.h>
 #include <ucontext.h>
@@ -14,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <utility>
 #include <vector>
@@ -30,7 +33,8 @@ struct Barrier {
 };
 
 struct Block {
-  std::vector<unsigned char> shared;
+  std::vector<unsigned char> shared;  // gone when all its threads are
+  int alive = 0;
   Barrier all, named[16];
   Barrier warps[32];
   double slots[32][32];  // of a warp, for shuffles
@@ -123,6 +127,9 @@ void body() {
   kernel();
   current->done = true;
   progress = true;
+  if (--here().alive == 0) {
+    std::fill(here().shared.begin(), here().shared.end(), 0xff);
+  }
   pause();
 }
 
@@ -146,7 +153,7 @@ void run_cluster(int first_block, int size, int threads, size_t shared_bytes) {
   blocks = std::vector<Block>(size);
   for (Block& block : blocks) {
     block.shared.assign(shared_bytes, 0xff);
-    block.all.expected = threads;
+    block.all.expected = block.alive = threads;
     for (Barrier& barrier : block.warps) {
       barrier.expected = 32;
     }
@@ -162,11 +169,21 @@ void run_cluster(int first_block, int size, int threads, size_t shared_bytes) {
     start(fibers[i]);
   }
   block_dim.x = static_cast<unsigned>(threads);
+  std::vector<size_t> order(fibers.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  int asleep = 0;  // a block that stands still for some rounds
+  unsigned rounds = 0;
   for (bool running = true; running;) {
     running = progress = false;
-    for (Fiber& fiber : fibers) {
-      if (!fiber.done) {
-        running = true;
+    std::shuffle(order.begin(), order.end(), draw);
+    if (rounds-- == 0) {
+      asleep = static_cast<int>(draw() % size);
+      rounds = draw() % 256;
+    }
+    for (size_t i : order) {
+      Fiber& fiber = fibers[i];
+      running = running || !fiber.done;
+      if (!fiber.done && fiber.block != asleep) {
         block_index.x = static_cast<unsigned>(first_block + fiber.block);
         resume(fiber);
       }
@@ -175,7 +192,10 @@ void run_cluster(int first_block, int size, int threads, size_t shared_bytes) {
       land_a_copy();
     }
     if (running && !progress) {
-      fail("every thread waits");
+      if (asleep < 0) {
+        fail("every thread waits");
+      }
+      asleep = -1;
     }
   }
 }

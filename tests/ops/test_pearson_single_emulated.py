@@ -138,6 +138,12 @@ def test_channels_may_be_cut_over_clusters_or_packed_into_them(emulate, dtype, c
     assert most == (cluster if dtype == torch.float32 or chip is SPREAD else most)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 100, 168), (4, 1, 200, 336), (16, 9, 25, 42)])
+def test_channels_of_a_detector_keep_the_rule_on_the_chip_they_are_meant_for(emulate, dtype, shape):
+    check(emulate, Case(shapes=(shape,), mean=300.0, dtype=dtype))
+
+
 def test_a_loss_near_a_correlation_of_one_keeps_its_digits(emulate):
     case = Case(shapes=((2, 3, 31, 33),), mean=300.0, r=1 - 5e-7)
     students, teachers = ([level.detach() for level in side] for side in case.levels())
