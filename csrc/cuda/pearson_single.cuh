@@ -62,11 +62,11 @@ __device__ __forceinline__ void sweep_statistics(
     return;
   }
   float sums[2] = {0.0f, 0.0f};
-  int stage = 0;
+  int stage = -1;
   for_vectors(slice, team, [&](auto whole, int index, int64_t, int from, int to) {
-    if (V > 1 && index >= stage * kStage) {  // a step is at most a stage
-      hopper::barrier_wait(barriers + index / kStage);
-      stage = index / kStage + 1;
+    if (V > 1 && index / kStage != stage) {
+      stage = index / kStage;
+      hopper::barrier_wait(barriers + stage);
     }
     float x[V], y[V];
     tile.read(whole, index, from, to, 0.0f, 0.0f, x, y);
