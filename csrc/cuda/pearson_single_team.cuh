@@ -51,6 +51,21 @@ __device__ __forceinline__ float pairwise_sum(float (&x)[V]) {
   return x[0];
 }
 
+// The sum of a vector, or about that: a sweep may centre on any value near the mean, since it corrects for the rest.
+template <typename T, int V>
+__device__ __forceinline__ float rough_sum(const Vector<T, V>& from) {
+  float x[V];
+  widen(from, x);
+  return pairwise_sum(x);
+}
+
+// In pairs of bfloat16 up to four elements, which saves ten of sixteen instructions. Equal values add up exactly.
+__device__ __forceinline__ float rough_sum(const Vector<__nv_bfloat16, 8>& from) {
+  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&from);
+  const __nv_bfloat162 sum = __hadd2(__hadd2(pairs[0], pairs[1]), __hadd2(pairs[2], pairs[3]));
+  return __low2float(sum) + __high2float(sum);
+}
+
 __device__ __forceinline__ void store_streaming(Vector<__nv_bfloat16, 8>* to, const Vector<__nv_bfloat16, 8>& from) {
   __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&from));
 }
