@@ -178,6 +178,7 @@ void check_kind(const char* op, const std::vector<Tensor>& tensors, const Tensor
         tensor.scalar_type() == like.scalar_type() &&
             (like.scalar_type() == ScalarType::Float || like.scalar_type() == ScalarType::BFloat16),
         op, ": all levels must be of one dtype, float32 or bfloat16");
+    check(tensor.get_device_index() == like.get_device_index(), op, ": all levels must be on one device");
     check(
         tensor.dim() == 4 && is_dense_nchw(tensor), op, ": a level of shape ", shape_text(tensor),
         " is not contiguous [N, C, H, W]; copy it to that");

@@ -2,8 +2,8 @@
 //
 // A team, some warps of a block or all warps of several blocks of a cluster, holds one channel in shared memory
 // (ops/pearson_plan.h) and sweeps over it three times:
-//   1. sums, behind the bulk copies, stage by stage; they give the block its means;
-//   2. centred sums around these; the ranks' moments are joined, in the same order in every block;
+//   1. sums, behind the bulk copies, stage by stage; they give the block its means, about;
+//   2. centred sums around these, corrected for what the means lack; the ranks' moments are joined, in the same order in every block;
 //   3. gradient, and the loss as the sum of (s^ - t^)^2 / (2 m), which stays exact as r -> 1.
 // The cross sum needs no residual here: the loss does not come from it, and the table is rounded to float32.
 #pragma once
@@ -62,16 +62,21 @@ __device__ __forceinline__ void sweep_statistics(
     return;
   }
   float sums[2] = {0.0f, 0.0f};
-  int stage = 0;
+  int stage = -1;
   for_vectors(slice, team, [&](auto whole, int index, int64_t, int from, int to) {
-    if (V > 1 && index >= stage * kStage) {  // a step is at most a stage
-      hopper::barrier_wait(barriers + index / kStage);
-      stage = index / kStage + 1;
+    if (V > 1 && index / kStage != stage) {
+      stage = index / kStage;
+      hopper::barrier_wait(barriers + stage);
     }
-    float x[V], y[V];
-    tile.read(whole, index, from, to, 0.0f, 0.0f, x, y);
-    sums[0] += pairwise_sum(x);
-    sums[1] += pairwise_sum(y);
+    if constexpr (decltype(whole)::value) {
+      sums[0] += rough_sum(tile.s[index]);
+      sums[1] += rough_sum(tile.t[index]);
+    } else {
+      float x[V], y[V];
+      tile.read(whole, index, from, to, 0.0f, 0.0f, x, y);
+      sums[0] += pairwise_sum(x);
+      sums[1] += pairwise_sum(y);
+    }
   });
   team.gather(sums, fixed.sums);
   team.total(sums, fixed.sums);
@@ -188,7 +193,7 @@ __device__ __forceinline__ float write_gradient(
 // Loss and gradient of all levels of a launch.
 // Grid: clusters of blocks, a level after the other; a cluster has one channel, or several.
 // Reads: S and T once. Writes: dS once; ten float32 a channel, and one float64 of the loss a channel and rank.
-// Numerics: sums in float32, pairwise within a vector and at most a few dozen in a row; moments in float64.
+// Numerics: sums in float32, first within a vector and then over at most a few dozen; moments in float64.
 // Deterministic: yes. Limits: sm_90; contiguous NCHW; V = 1 unless all tensors begin at 16 bytes.
 template <typename T, int V>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) pearson_single_kernel(const __grid_constant__ Args args) {

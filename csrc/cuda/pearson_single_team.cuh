@@ -51,6 +51,21 @@ __device__ __forceinline__ float pairwise_sum(float (&x)[V]) {
   return x[0];
 }
 
+// The sum of a vector, or about that: a sweep may centre on any value near the mean, since it corrects for the rest.
+template <typename T, int V>
+__device__ __forceinline__ float rough_sum(const Vector<T, V>& from) {
+  float x[V];
+  widen(from, x);
+  return pairwise_sum(x);
+}
+
+// In pairs of bfloat16 up to four elements, which saves ten of sixteen instructions. Equal values add up exactly.
+__device__ __forceinline__ float rough_sum(const Vector<__nv_bfloat16, 8>& from) {
+  const auto* pairs = reinterpret_cast<const __nv_bfloat162*>(&from);
+  const __nv_bfloat162 sum = __hadd2(__hadd2(pairs[0], pairs[1]), __hadd2(pairs[2], pairs[3]));
+  return __low2float(sum) + __high2float(sum);
+}
+
 __device__ __forceinline__ void store_streaming(Vector<__nv_bfloat16, 8>* to, const Vector<__nv_bfloat16, 8>& from) {
   __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(&from));
 }
@@ -112,24 +127,34 @@ struct Team {
 
 // Calls visit(whole, index, start, from, to) for this thread's vectors: vector `index` in shared memory holds the
 // tensor's elements from `start` on, of which [from, to) belong to the slice; `whole` is a type that says if all do.
+// First the whole vectors of all rows, then their ends; always the same ones for a thread.
 template <int V, class Visit>
 __device__ __forceinline__ void for_vectors(const Slice<V>& slice, const Team& team, const Visit& visit) {
-  int index = team.thread, r = 0, column = index + slice.lead;
-  while (index < slice.vectors) {
-    r += column / slice.stride;
+  int column = team.thread + slice.lead;
+  for (int r = column / slice.stride; r < slice.rows; r += column / slice.stride) {
     column %= slice.stride;
     const Row row = slice.row(r);
-    const int shift = (r == 0 ? slice.lead * V : 0) + row.phase;
-    do {
-      const int first = column * V - shift, left = row.length - first;  // of the row's elements
-      if (first >= 0 && left >= V) {
-        visit(std::true_type{}, index, row.start + first, 0, V);
-      } else if (left > 0) {
-        visit(std::false_type{}, index, row.start + first, first < 0 ? -first : 0, left < V ? left : V);
-      }
+    const int missing = r == 0 ? slice.lead : 0;  // at the front of the row
+    const int begin = missing + (row.phase > 0 ? 1 : 0), end = missing + (row.phase + row.length) / V;
+    column += column < begin ? team.threads : 0;
+    int index = slice.offset(r) + column - missing;
+    int64_t start = row.start - row.phase + static_cast<int64_t>(column - missing) * V;
+    for (; column < end; column += team.threads) {
+      visit(std::true_type{}, index, start, 0, V);
       index += team.threads;
-      column += team.threads;
-    } while (column < slice.stride && index < slice.vectors);
+      start += team.threads * V;
+    }
+    column += column < slice.stride ? team.threads : 0;
+  }
+  for (int i = team.thread; V > 1 && i < 2 * slice.rows; i += team.threads) {
+    const Row row = slice.row(i / 2);
+    const int vectors = slice.vectors_of(row), place = i % 2 == 0 ? 0 : vectors - 1;
+    const int from = place == 0 ? row.phase : 0, left = row.phase + row.length - place * V;
+    const int to = left < V ? left : V;
+    if ((i % 2 == 0 || vectors > 1) && to - from < V) {
+      const int64_t start = row.start - row.phase + static_cast<int64_t>(place) * V;
+      visit(std::false_type{}, slice.offset(i / 2) + place, start, from, to);
+    }
   }
 }
 
