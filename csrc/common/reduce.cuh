@@ -3,7 +3,8 @@
 
 namespace jdkd {
 
-// Adds each of the N values over the lanes of a warp that differ in the bits from `lowest` on; all of them get the totals.
+// Adds each of the N values over the lanes of a warp that differ in the bits from `lowest` on; all of them get the
+// totals.
 template <int lowest = 1, int N>
 __device__ __forceinline__ void warp_sum(float (&values)[N]) {
 #pragma unroll

@@ -19,12 +19,12 @@ using pearson::Level;
 using pearson::Moments;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 2048;       // positions of one channel: two tensors in half a first cache
-constexpr int64_t kRowTile = 32768;   // elements of a tile of rows: two tensors in a small second cache
-constexpr int64_t kMaxRows = 256;     // of a tile
-constexpr int64_t kPlaneChunk = 16 * kTile;  // positions that one task reduces
+constexpr int64_t kTile = 1024;              // positions of one channel; float32 sums of more lose digits
+constexpr int64_t kRowTile = 32768;          // elements of a tile of rows: two tensors in a small second cache
+constexpr int64_t kMaxRows = 256;            // of a tile
+constexpr int64_t kPlaneChunk = 32 * kTile;  // positions that one task reduces
 constexpr int64_t kTilesPerChunk = 8;        // likewise for rows
-constexpr int64_t kRowPiece = 2048;          // elements that are widened or written at a time
+constexpr int64_t kPiece = 512;              // elements widened or written at a time; long runs starve the prefetch
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -116,15 +116,15 @@ struct Backward {
 };
 
 void backward_planes(const Level& level, const Backward& of) {
-  const int64_t pieces = ceil_div(level.hw, kTile), planes = level.n * level.c;
-  const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kTile));
+  const int64_t pieces = ceil_div(level.hw, kPiece), planes = level.n * level.c;
+  const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kPiece));
   torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float buffers[3 * kTile];
+    alignas(64) float buffers[3 * kPiece];
     for (int64_t i = begin; i < end; ++i) {
       const float* at = of.table + i / pieces % level.c;
       const Gradient g{at[0], at[of.stride], at[2 * of.stride], at[3 * of.stride], at[4 * of.stride]};
-      const int64_t in_plane = i % pieces * kTile, n = std::min(kTile, level.hw - in_plane);
-      of.apply(i / pieces * level.hw + in_plane, n, buffers, kTile, [&](auto x, auto y, auto dout, float* dx) {
+      const int64_t in_plane = i % pieces * kPiece, n = std::min(kPiece, level.hw - in_plane);
+      of.apply(i / pieces * level.hw + in_plane, n, buffers, kPiece, [&](auto x, auto y, auto dout, float* dx) {
         gradient(x, y, dout, n, g, of.dloss, dx);
       });
     }
@@ -167,7 +167,7 @@ class RowTile {
 
   // The rows as floats, and the means of the columns. What is widened is added up while it is in the first cache.
   const float* averaged(Cursor x, int64_t rows, float* buffer, float* means) {
-    const int64_t piece = std::max<int64_t>(8, kRowPiece / c_);
+    const int64_t piece = std::max<int64_t>(1, kPiece / c_);
     std::fill_n(means, c_, 0.0f);
     for (int64_t r = 0; r < rows; r += piece) {
       const int64_t n = std::min(piece, rows - r);
@@ -208,7 +208,7 @@ void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments*
 }
 
 void backward_rows(const Level& level, const Backward& of) {
-  const int64_t stride = of.stride, m = level.positions(), tile = std::max<int64_t>(8, kRowPiece / level.c);
+  const int64_t stride = of.stride, m = level.positions(), tile = std::max<int64_t>(1, kPiece / level.c);
   const float* at = of.table;
   const RowGradient g{at, at + stride, at + 2 * stride, at + 3 * stride, at + 4 * stride};
   torch::stable::parallel_for(0, ceil_div(m, tile), 4, [&](int64_t begin, int64_t end) {

@@ -198,7 +198,9 @@ JDKD_CLONES void row_gradient(
         columns.store(dx + at + j, columns.load(dout + at + j) + of_loss(j, columns));
       });
     } else {
-      for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA { columns.store(dx + at + j, of_loss(j, columns)); });
+      for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
+        columns.store(dx + at + j, of_loss(j, columns));
+      });
     }
   }
 }

@@ -1,8 +1,8 @@
-// The Pearson loss on CUDA in split form: statistics, finish and sum in the forward, one launch in the backward, each for
-// all levels.
+// The Pearson loss on CUDA in split form: statistics, finish and sum in the forward, one launch in the backward, each
+// for all levels.
 //
-// A tile is held in registers and passed over three times: means, centred squares, residual. One thread (one per channel
-// in channels-last) merges its moments into the chunk's in float64; a warp joins the chunks of a channel.
+// A tile is held in registers and passed over three times: means, centred squares, residual. One thread (one per
+// channel in channels-last) merges its moments into the chunk's in float64; a warp joins the chunks of a channel.
 #pragma once
 
 #include "cuda/pearson_planes.cuh"
@@ -10,9 +10,11 @@
 
 namespace jdkd::pearson {
 
-// What: the moments of every chunk, of planes (NCHW) or of rows (channels-last). Grid: one block a chunk, or eight small
-// planes; the largest level first. Reads: S and T once. Writes: six float64 a chunk and channel.
-// Deterministic: sums in a fixed order. Limits: both tensors of one dtype; any address.
+// What: the moments of every chunk, of planes (NCHW) or of rows (channels-last).
+// Grid: one block a chunk, or eight small planes; the largest level first.
+// Reads: S and T once. Writes: six float64 a chunk and channel.
+// Numerics: float32 within a tile, centred on its own mean; float64 beyond. Deterministic: sums in a fixed order.
+// Limits: both tensors of one dtype; any address.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     pearson_plane_stats_kernel(const __grid_constant__ Levels levels, Moments* __restrict__ cells) {
@@ -80,11 +82,12 @@ static __global__ void __launch_bounds__(kThreads) pearson_finish_kernel(
   }
 }
 
-// What: the losses from the shares of all channels. Grid: one block, a warp a level. `before`: the loss of the levels of
-// earlier launches, to which these are added. Deterministic: lane by lane, a tree, level by level.
+// What: the losses from the shares of all channels, added to `before`, the loss of the levels of earlier launches.
+// Grid: one block, a warp a level. Reads: one float64 a channel. Writes: one float32 a level, and the loss.
+// Deterministic: lane by lane, a tree, level by level.
 static __global__ void __launch_bounds__(kMaxLevels * 32) pearson_sum_kernel(
-    const __grid_constant__ Levels levels, const double* __restrict__ shares, double* __restrict__ before, bool is_first,
-    float* __restrict__ losses, float* __restrict__ loss) {
+    const __grid_constant__ Levels levels, const double* __restrict__ shares, double* __restrict__ before,
+    bool is_first, float* __restrict__ losses, float* __restrict__ loss) {
   __shared__ double of_level[kMaxLevels];
   const int i = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (i < levels.count) {
@@ -112,8 +115,9 @@ static __global__ void __launch_bounds__(kMaxLevels * 32) pearson_sum_kernel(
   }
 }
 
-// What: dx = dout + dloss (a (x - mean_x) + b (y - mean_y) + k) in float32, rounded once. Grid: as the statistics.
-// Reads: X, Y and, where there is one, dout once, five scalars a channel. Writes: dX once. Deterministic.
+// What: dx = dout + dloss (a (x - mean_x) + b (y - mean_y) + k). Grid: as the statistics.
+// Reads: X, Y and, where there is one, dout once, five scalars a channel. Writes: dX once.
+// Numerics: float32, rounded once. Deterministic. Limits: X, Y and dout of one dtype; any address.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) pearson_plane_grad_kernel(
     const __grid_constant__ Levels levels, const float* __restrict__ dloss, const float* __restrict__ table,

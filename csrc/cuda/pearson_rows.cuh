@@ -1,7 +1,7 @@
 // Rows of channels, channels-last: statistics and gradient of a chunk of rows, some neighbouring channels wide.
 //
-// A thread takes kWidth neighbouring channels: sixteen bytes, or one element where channels or addresses are no multiple
-// of that. kColumns threads lie side by side in a row; the others take the rows below.
+// A thread takes kWidth neighbouring channels: sixteen bytes, or one element where channels or addresses are no
+// multiple of that. kColumns threads lie side by side in a row; the others take the rows below.
 #pragma once
 
 #include "cuda/pearson_levels.cuh"
@@ -40,8 +40,8 @@ struct RowChunk {
   }
 };
 
-// Sums over a block's rows of one value of each of its channels, several of them at a time: `put` every one, then `add`.
-// In a fixed order.
+// Sums over a block's rows of one value of each of its channels, several of them at a time: `put` every one, then
+// `add`. In a fixed order.
 template <class Shape, int N>
 struct ColumnSums {
   static constexpr int kWarps = kThreads / 32, kSums = N * Shape::kChannels;
