@@ -92,7 +92,7 @@ def _elastic_pointwise_fwd_kernel(
     **Numerics**: products in the dtype of x (fp32 as TF32 where PRECISION says so), sums and epilogue in fp32, rounded
     once. STATS are of y before it is rounded: the mean of the tile, and the squares of what is left around it.
     **Deterministic**: yes, one program sums one tile in a fixed order.
-    **Limits**: M < 2^31; x, y and the residual dense channels-last.
+    **Limits**: M < 2^30; x, y and the residual dense channels-last.
     """
     if WIDE:
         in_channels = _whole_vectors(in_channels, V)
@@ -185,7 +185,7 @@ def tile(positions: int, channels: int, *, itemsize: int, ieee: bool, wide: bool
         ``BLOCK_M``, ``BLOCK_N`` and ``BLOCK_K``, none of which spills registers on sm_90.
     """
     if ieee:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 16}
+        return {"BLOCK_M": 64 if wide else 32, "BLOCK_N": 32, "BLOCK_K": 16}
     # Twice the multiprocessors of an H100, so that half the channels fill it too.
     large = wide and triton.cdiv(positions, 64) * triton.cdiv(channels, 128) >= 264
     return {"BLOCK_M": 64, "BLOCK_N": 128 if large else 64, "BLOCK_K": 128 // itemsize if wide else 32}
@@ -316,3 +316,80 @@ def _merged(part: torch.Tensor, positions: int, span: int) -> torch.Tensor:
         if groups == 1:
             return merged[0]
         part, span = merged, span * MERGED["ENTRIES"]
+
+
+AOT_KINDS = (("bf16", 2, "tf32"), ("fp16", 2, "tf32"), ("fp32", 4, "tf32"), ("fp32", 4, "ieee"))
+_AOT_EPILOGUES = {  # affine, residual, activation, statistics, strided
+    "plain": (False, False, 0, False, False),
+    "bottleneck, strided": (True, True, 1, False, True),
+    "relu then add": (True, True, 2, False, False),
+    "statistics": (False, False, 0, True, False),
+}
+
+
+def aot_variants() -> list[dict]:
+    """What the forward can be compiled for, for the ahead-of-time gate: every tile of every dtype and both routes.
+
+    Returns:
+        One dict a variant: ``name``; ``kernel``; ``signature``, ``constants``, ``aligned`` pointers and ``options`` as
+        the compiler takes them; and what must be seen: ``matrix`` instructions, ``tma`` loads, ``wide`` stores.
+    """
+    variants = []
+    for dtype, _, precision in AOT_KINDS:
+        for label, constants, blocks in aot_tiles(dtype, precision):
+            block = [blocks["BLOCK_N"], blocks["BLOCK_K"]]
+            for epilogue, flags in _AOT_EPILOGUES.items():
+                if epilogue != "bottleneck, strided" and (dtype == "fp16" or not constants["TMA"]):
+                    continue
+                names = ("AFFINE", "RESIDUAL", "ACTIVATION", "STATS", "STRIDED")
+                settings = dict(zip(names, flags, strict=True)) | constants
+                affine, residual, _, stats, _ = flags
+                pointers = {"x_ptr": f"*{dtype}", "weight": aot_weight(dtype, block, constants["TMA"])}
+                pointers |= dict.fromkeys(("scale_ptr", "shift_ptr"), "*fp32" if affine else "constexpr")
+                pointers |= {"residual_ptr": f"*{dtype}" if residual else "constexpr", "y_ptr": f"*{dtype}"}
+                pointers |= {"part_ptr": "*fp32" if stats else "constexpr"}
+                job = (_elastic_pointwise_fwd_kernel, pointers, settings | blocks)
+                variants.append(aot_variant(f"{label}, {epilogue}", *job))
+    pointers = {"part_ptr": "*fp32", "merged_ptr": "*fp32", "factor": "fp32"}
+    return [*variants, aot_variant("fp32", _elastic_pointwise_merge_kernel, pointers, MERGED)]
+
+
+def aot_tiles(dtype: str, precision: str) -> list[tuple[str, dict, dict]]:
+    """A label, constants and blocks for every tile that ``tile`` can choose, with descriptors and without."""
+    itemsize = {kind[0]: kind[1] for kind in AOT_KINDS}[dtype]
+    found = []
+    for positions, wide in ((10**6, True), (1, True), (10**6, False)):
+        blocks = tile(positions, 256, itemsize=itemsize, ieee=precision == "ieee", wide=wide)
+        for tma in (True, False):
+            constants = {"WIDE": wide, "V": 16 // itemsize, "TMA": tma}
+            constants |= {"PRECISION": precision, "DOT_IN_FP32": False}
+            label = f"{dtype} {precision} {'x'.join(map(str, blocks.values()))}"
+            label += f"{'' if wide else ' narrow'}{'' if tma else ' pointers'}"
+            if label not in [other for other, _, _ in found]:
+                found.append((label, constants, blocks))
+    return found
+
+
+def aot_weight(dtype: str, block: list[int], tma: bool) -> str:
+    """Type of the weight in a signature."""
+    return f"tensordesc<{dtype}{block}>" if tma else f"*{dtype}"
+
+
+def aot_variant(label: str, kernel, pointers: dict[str, str], settings: dict) -> dict:
+    """One entry of ``aot_variants``; parameters that are named nowhere are int32."""
+    given = {name: value for name, value in settings.items() if name != "num_warps"}
+    types = pointers | dict.fromkeys(given, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    absent = {name: None for name, kind in pointers.items() if kind == "constexpr"}
+    multiplies = "PRECISION" in given
+    return {
+        "name": f"{kernel.__name__} {label}",
+        "kernel": kernel,
+        "signature": signature,
+        "constants": given | absent,
+        "aligned": tuple(name for name, kind in pointers.items() if kind.startswith("*")),
+        "options": {"num_warps": settings.get("num_warps", NUM_WARPS), "num_stages": NUM_STAGES},
+        "matrix": multiplies and given["PRECISION"] != "ieee",
+        "tma": given.get("TMA", False),
+        "wide": given.get("WIDE", False),
+    }

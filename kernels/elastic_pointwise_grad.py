@@ -13,11 +13,15 @@ import triton
 import triton.language as tl
 
 from .elastic_pointwise import (
+    AOT_KINDS,
     NUM_STAGES,
     NUM_WARPS,
     _image_rows,
     _weight_tile,
     _whole_vectors,
+    aot_tiles,
+    aot_variant,
+    aot_weight,
     on_device,
     settings,
     tile,
@@ -47,7 +51,7 @@ def _elastic_pointwise_dx_kernel(
     under output positions, and leaves the pixels between them (STRIDED) as they are.
     **Numerics**: products in the dtype of dout (fp32 as TF32 where PRECISION says so), sums in fp32, rounded once.
     **Deterministic**: yes, one program sums one tile in a fixed order.
-    **Limits**: M < 2^31; dout and dx dense channels-last.
+    **Limits**: M < 2^30; dout and dx dense channels-last.
     """
     if WIDE:
         in_channels = _whole_vectors(in_channels, V)
@@ -99,7 +103,7 @@ def _elastic_pointwise_dw_kernel(
     piece.
     **Numerics**: products in the dtype of x (fp32 as TF32 where PRECISION says so), sums in fp32.
     **Deterministic**: yes, one program sums one tile in a fixed order.
-    **Limits**: M < 2^31; dout and x dense channels-last.
+    **Limits**: M < 2^30; dout and x dense channels-last.
     """
     if WIDE:
         in_channels = _whole_vectors(in_channels, V)
@@ -234,3 +238,26 @@ def elastic_pointwise_dw(
         _elastic_pointwise_fold_kernel[(out_channels, triton.cdiv(in_channels, FOLD["COLUMNS"]))](
             part, dweight, count, in_channels, out_channels, *dweight.stride()[:2], **FOLD
         )
+
+
+def aot_variants() -> list[dict]:
+    """What the gradients can be compiled for; see ``aot_variants`` of the forward."""
+    variants = []
+    for dtype, itemsize, precision in AOT_KINDS:
+        for label, constants, blocks in aot_tiles(dtype, precision):
+            block = [blocks["BLOCK_K"], blocks["BLOCK_N"]]
+            pointers = {"dout_ptr": f"*{dtype}", "weight": aot_weight(dtype, block, constants["TMA"])}
+            pointers |= {"dx_ptr": f"*{dtype}"}
+            settings = {"STRIDED": True} | constants | blocks
+            variants.append(aot_variant(f"{label}, strided", _elastic_pointwise_dx_kernel, pointers, settings))
+        for wide in (True, False):
+            blocks = dw_tile(itemsize=itemsize, ieee=precision == "ieee", wide=wide)
+            pointers = {"dout_ptr": f"*{dtype}", "x_ptr": f"*{dtype}", "part_ptr": "*fp32"}
+            settings = {"STRIDED": True, "WIDE": wide, "V": 16 // itemsize, "PRECISION": precision}
+            label = f"{dtype} {precision}{'' if wide else ' narrow'}, strided"
+            job = (_elastic_pointwise_dw_kernel, pointers, settings | {"DOT_IN_FP32": False} | blocks)
+            variants.append(aot_variant(label, *job))
+    for dtype in ("fp32", "bf16", "fp16"):
+        pointers = {"part_ptr": "*fp32", "dweight_ptr": f"*{dtype}"}
+        variants.append(aot_variant(dtype, _elastic_pointwise_fold_kernel, pointers, FOLD))
+    return variants

@@ -244,7 +244,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 def _kernel_runs(x: Tensor, y: Tensor) -> bool:
     positions = y.numel() // max(1, y.shape[1])
-    return 0 < positions < 2**31 and _backend.select(_OP, x) == "triton"
+    return 0 < positions < 2**30 and _backend.select(_OP, x) == "triton"
 
 
 def _allow_tf32() -> bool:
