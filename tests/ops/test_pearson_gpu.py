@@ -80,6 +80,19 @@ def test_a_graph_captures_forward_and_backward(name, layout):
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
 
 
+@pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="jdkd._C has no CUDA code")
+def test_a_tensor_on_another_device_is_refused_before_anything_runs():
+    students, teachers = pyramid(torch.float32, torch.contiguous_format)
+    students = [level.detach() for level in students]
+    with use_backend("cuda"):
+        loss, _, table, _ = torch.ops.jdkd.pearson_fwd(students, teachers, [1.0] * 5, 1e-6, False)
+        for dloss, coefficients in ((loss.cpu(), table[0]), (loss, table[0].cpu())):
+            with pytest.raises(RuntimeError, match="not on the device of x"):
+                torch.ops.jdkd.pearson_bwd(dloss, students, teachers, coefficients, [])
+        with pytest.raises(RuntimeError, match="is on another device"):
+            torch.ops.jdkd.pearson_fwd(students, [level.cpu() for level in teachers], [1.0] * 5, 1e-6, False)
+
+
 @pytest.mark.parametrize("name", GPU_BACKENDS)
 def test_features_at_any_address_are_read_right(name):
     torch.manual_seed(0)
