@@ -85,7 +85,7 @@ def test_weights_may_be_zero_negative_or_a_tensor(backend, device):
     assert not found[1].any()
 
 
-def test_levels_may_be_repeated_or_views_of_any_kind(backend, device):
+def test_levels_may_be_views_of_any_kind(backend, device):
     generator = torch.Generator().manual_seed(2)
     drawn_complex = torch.randn(2, 4, 6, 5, generator=generator, dtype=torch.complex64).to(device)
     (teacher, *_) = drawn(1, device=device)
@@ -103,7 +103,6 @@ def test_levels_may_be_repeated_or_views_of_any_kind(backend, device):
     view.requires_grad_()
     (found,) = torch.autograd.grad(pkd_loss(view, plain), view)
     assert found.stride() == view.stride(), "images of the layout [N, H, W, C] are read and written as they are"
-    assert torch.equal(pkd_loss(view, teacher, levels=[0, 0]), pkd_loss(view, teacher))
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
@@ -136,7 +135,7 @@ def test_what_autograd_keeps_may_be_moved_away_and_back():
         (torch.zeros(1, 2, 4, 6, 5), r"level 0 has shape \(1, 2, 4, 6, 5\)"),
         (torch.zeros(0, 4, 6, 5), r"level 0 has shape \(0, 4, 6, 5\)"),
         (torch.zeros(2, 0, 6, 5), r"level 0 has shape \(2, 0, 6, 5\)"),
-        (torch.zeros(2, 4, 6, 5, dtype=torch.complex64), "level 0 has shape .* and dtype torch.complex64"),
+        (torch.zeros(2, 4, 6, 5, dtype=torch.complex64), "level 0 has shape .* dtype torch.complex64"),
         ([torch.zeros(2, 4, 6, 5)], "level 0 is a list"),
         ("P3", "level 0 is a str"),
     ],
@@ -155,13 +154,15 @@ def test_what_is_no_level_is_refused_on_either_side(level, message):
     ids=["4-D", "2-D", "uint8", "images"],
 )
 def test_what_is_no_mask_is_refused(mask):
-    with pytest.raises(InputError, match=r"mask of level 0 has shape .* it must be a bool \[2, H, W\], True where"):
+    with pytest.raises(
+        InputError, match=r"mask of level 0 has shape .* it must be a bool \[2, H, W\] on cpu, True where"
+    ):
         pkd_loss(drawn(0), drawn(1), mask=mask)
 
 
 @pytest.mark.parametrize("levels", [[-1], [3], ["0"]])
 def test_levels_are_counted_from_zero(levels):
-    with pytest.raises(InputError, match=r"of the student's levels \[0, 1, 2\] have a partner"):
+    with pytest.raises(InputError, match=r"name some of the student's levels \[0, 1, 2\]"):
         pkd_loss(drawn(0), drawn(1), levels=levels)
 
 
