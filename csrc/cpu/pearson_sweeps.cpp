@@ -136,9 +136,9 @@ JDKD_INLINE void fetch_next(const Slab& x, int64_t r) { __builtin_prefetch(x.nex
 
 }  // namespace
 
-JDKD_CLONES void slab_sums(const Slab& s, const Slab& t, int64_t rows, const RowSums& q, int64_t first) {
+JDKD_CLONES void slab_sums(Slab s, Slab t, int64_t rows, const RowSums& q, int64_t first) {
   Vec mean[kVecs][2] = {}, centred[kVecs][4] = {}, beta[kVecs], residual[kVecs][1] = {};
-  sum_rows(rows, mean, [&](int64_t r, int u, Vec(&part)[2]) JDKD_INLINE_LAMBDA {
+  sum_rows(rows, mean, [=](int64_t r, int u, Vec(&part)[2]) JDKD_INLINE_LAMBDA {
     part[0] += load_row(s, r, u);
     part[1] += load_row(t, r, u);
   });
@@ -146,7 +146,7 @@ JDKD_CLONES void slab_sums(const Slab& s, const Slab& t, int64_t rows, const Row
     mean[u][0] /= static_cast<float>(rows);
     mean[u][1] /= static_cast<float>(rows);
   }
-  sum_rows(rows, centred, [&](int64_t r, int u, Vec(&part)[4]) JDKD_INLINE_LAMBDA {
+  sum_rows(rows, centred, [=](int64_t r, int u, Vec(&part)[4]) JDKD_INLINE_LAMBDA {
     if (u == 0) {
       fetch_next(s, r);
       fetch_next(t, r);
@@ -162,7 +162,7 @@ JDKD_CLONES void slab_sums(const Slab& s, const Slab& t, int64_t rows, const Row
       beta[u][i] = pearson::residual_beta(centred[u][2][i], centred[u][3][i]);
     }
   }
-  sum_rows(rows, residual, [&](int64_t r, int u, Vec(&part)[1]) JDKD_INLINE_LAMBDA {
+  sum_rows(rows, residual, [=](int64_t r, int u, Vec(&part)[1]) JDKD_INLINE_LAMBDA {
     const Vec rest = (load_row(s, r, u) - mean[u][0]) - beta[u] * (load_row(t, r, u) - mean[u][1]);
     part[0] += rest * rest;
   });

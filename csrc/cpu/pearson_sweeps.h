@@ -42,7 +42,7 @@ struct Slab {
 };
 
 // All sums of a slab; they go to the channels from `first` on.
-void slab_sums(const Slab& s, const Slab& t, int64_t rows, const RowSums& q, int64_t first);
+void slab_sums(Slab s, Slab t, int64_t rows, const RowSums& q, int64_t first);
 // Joins a tile's moments to those of n rows, [5, c]: mean_s, mean_t, ss, tt, st.
 void merge_rows(double rows, int64_t c, const RowSums& q, double n, double* totals);
 
