@@ -20,7 +20,7 @@ using pearson::Moments;
 using torch::stable::Tensor;
 
 constexpr int64_t kTile = 1024;              // positions of one channel; float32 sums of more lose digits
-constexpr int64_t kRowTile = 65536;          // elements of a tile of rows: two tensors in a small second cache
+constexpr int64_t kRowTile = 65536;          // elements of a tile of rows
 constexpr int64_t kMaxRows = 128;            // of a tile: two slabs of float32 in half of the first cache
 constexpr int64_t kPlaneChunk = 32 * kTile;  // positions that one task reduces
 constexpr int64_t kTilesPerChunk = 8;        // likewise for rows
