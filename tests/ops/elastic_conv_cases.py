@@ -90,6 +90,15 @@ def assert_within_twice(problem: Problem, dtype: torch.dtype, device: str, funct
     dout = found.pop("dout")
     wider = [[None if t is None else t.to(wide) for t in tensors] for wide in (torch.float32, torch.float64)]
     eager, exact = (results(problem.reference, inputs, dout) for inputs in wider)
+    if device == "cpu" and dtype.itemsize == 2:
+        # Processors without instructions for half precision sum gradients in it (ATen, slim weights or not).
+        own = results(problem.reference, tensors, dout)
+        eager = {name: _worse(own[name], eager[name], exact[name]) for name in found}
     for name, value in found.items():
         assert value.dtype == dtype
         assert_close_as_eager(value, eager[name], exact[name], name)
+
+
+def _worse(a: Tensor, b: Tensor, exact: Tensor) -> Tensor:
+    """Of two results the one that errs more."""
+    return max((a, b), key=lambda result: (result.double() - exact).abs().max().item())
