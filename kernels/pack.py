@@ -13,8 +13,8 @@ import triton.language as tl
 
 PACK, ADD, SET = (tl.constexpr(action) for action in range(3))
 COPY, GATHER, TURN = (tl.constexpr(mode) for mode in range(3))
-FIELDS = tl.constexpr(18)  # int64 of a part
-BLOCK = {"BLOCK": 2048, "num_warps": 4}  # elements that a program has in flight
+FIELDS = tl.constexpr(16)  # int64 of a part
+BLOCK = {"BLOCK": 1024, "num_warps": 8}  # elements in flight; twice as many where they move in vectors
 TAPS = tl.constexpr(16)  # turned at a time
 
 
@@ -141,8 +141,8 @@ def _pack_kernel(
     elif ALIGNED and mode == COPY:
         vectors = columns // V
         lane = tl.arange(0, V)[None, :]
-        for first in range(0, rows * taps * vectors, BLOCK // V):
-            i = first + tl.arange(0, BLOCK // V)
+        for first in range(0, rows * taps * vectors, 2 * BLOCK // V):
+            i = first + tl.arange(0, 2 * BLOCK // V)
             inside = i < rows * taps * vectors
             run, c = i // vectors, first_column + i % vectors * V
             r, t = first_row + run // taps, run % taps
@@ -186,7 +186,7 @@ def pack(
     Args:
         pointers: addresses of the shared weights, ``[P]`` int64.
         weight: any of them, for its dtype.
-        parts: ``[P, 18]`` int64.
+        parts: ``[P, 16]`` int64.
         pieces: ``[pieces, 4]`` int32.
         index: all lists, int64.
         flat: where the packed weights go; at a multiple of 16 bytes.

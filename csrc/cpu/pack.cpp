@@ -1,8 +1,7 @@
 // Pack and unpack on the CPU: one pass over the active elements, pieces dealt out to torch's threads.
 //
 // A piece is walked row by row. Where taps are innermost in the shared weight and columns in the packed one, a row is
-// turned in a buffer that stays in the first cache; everything else is runs of columns. Dense gradients are written
-// once, active and zero elements in the same sweep.
+// turned in a buffer that stays in the first cache; everything else is runs of columns.
 #include "common/memory.h"
 #include "common/vec.h"
 #include "cpu/convert.h"
@@ -25,7 +24,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kRun = 2048;          // elements converted at a time
 constexpr int64_t kGrain = 4;           // pieces a task at least
-constexpr int64_t kFillBlock = 1 << 16;  // elements of a dense gradient that a task writes, about
 
 int64_t itemsize(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
 
@@ -245,93 +243,6 @@ void work_pieces(const Table& table, const std::vector<Job>& jobs) {
   });
 }
 
-// ---- dense gradients ----
-
-// A stretch of one dense gradient: rows of the shared weight, or elements where the part has no rows of its own.
-struct Stretch {
-  int64_t part, begin, end;
-};
-
-bool has_rows(const Part& part) { return part.row_stride != 0 && part.row_stride == part.row_length; }
-
-// Whether a row of the part, or the part if it has no rows, is a run from the beginning.
-bool is_leading_run(const Job& job) { return job.has_runs() && job.taps() == 1 && job.part->offset == 0; }
-
-std::vector<Stretch> stretches(const Table& table, const std::vector<Job>& jobs) {
-  std::vector<Stretch> all;
-  for (int64_t i = 0; i < table.part_count; ++i) {
-    const Part& part = table.parts[i];
-    const bool rows = has_rows(part);
-    const int64_t total = rows ? part.numel / part.row_length : part.numel;
-    const int64_t block = rows ? std::max<int64_t>(1, kFillBlock / part.row_length)
-        : is_leading_run(jobs[i]) ? kFillBlock
-                                  : total;
-    for (int64_t begin = 0; begin < total; begin += block) {
-      all.push_back({i, begin, std::min(total, begin + block)});
-    }
-  }
-  return all;
-}
-
-void zero(char* dense, int64_t begin, int64_t end, ScalarType type) {
-  if (begin < end) {
-    std::memset(at(dense, begin, type), 0, (end - begin) * itemsize(type));
-  }
-}
-
-// Row `row` of a part, or all of a part without rows, in steps that a buffer holds.
-void set_row(const Job& job, int64_t row, std::vector<float>& cells) {
-  for (int64_t c = 0; c < job.part->columns; c += job.part->tile_columns) {
-    work_row<Action::kSet>(job, row, c, std::min(job.part->tile_columns, job.part->columns - c), cells);
-  }
-}
-
-// Writes a stretch; `active` holds for every row of the shared weight its place in the part, or -1.
-void fill(const Job& job, char* dense, const Stretch& stretch, const int32_t* active, std::vector<float>& cells) {
-  const Part& part = *job.part;
-  if (!has_rows(part)) {
-    if (is_leading_run(job)) {
-      const int64_t last = std::min(part.columns, stretch.end);
-      if (stretch.begin < last) {
-        work_row<Action::kSet>(job, 0, stretch.begin, last - stretch.begin, cells);
-      }
-      zero(dense, std::max(part.columns, stretch.begin), stretch.end, job.shared_type);
-    } else {
-      zero(dense, stretch.begin, stretch.end, job.shared_type);
-      set_row(job, 0, cells);
-    }
-    return;
-  }
-  for (int64_t m = stretch.begin; m < stretch.end; ++m) {
-    const int64_t row = active ? active[m] : m < part.rows ? m : -1;
-    const int64_t first = m * part.row_length, last = first + part.row_length;
-    if (row < 0) {
-      zero(dense, first, last, job.shared_type);
-      continue;
-    }
-    const bool all = job.taps() * part.columns == part.row_length;
-    if (!all) {
-      zero(dense, first + (is_leading_run(job) ? part.columns : 0), last, job.shared_type);
-    }
-    set_row(job, row, cells);
-  }
-}
-
-// For every part with a list of rows: the place of each row of the shared weight in the part, or -1.
-std::vector<std::vector<int32_t>> places_of_rows(const Table& table) {
-  std::vector<std::vector<int32_t>> places(table.part_count);
-  for (int64_t i = 0; i < table.part_count; ++i) {
-    const Part& part = table.parts[i];
-    if (part.row_list >= 0 && has_rows(part)) {
-      places[i].assign(part.numel / part.row_length, -1);
-      for (int64_t row = 0; row < part.rows; ++row) {
-        places[i][table.index[part.row_list + row]] = static_cast<int32_t>(row);
-      }
-    }
-  }
-  return places;
-}
-
 // ---- operators ----
 
 Job job_of(const Table& table, int64_t i, char* shared, ScalarType shared_type, char* packed, ScalarType packed_type) {
@@ -368,22 +279,12 @@ void unpack(std::vector<Tensor> packed, Tensor parts, Tensor pieces, Tensor inde
   const Table table("unpack", parts, pieces, index);
   const ScalarType from = pack::check_tensors("unpack", "packed gradients", packed, table);
   const ScalarType type = pack::check_flat("unpack", flat);
-  ask_for_huge_pages(data(flat), flat.numel() * flat.element_size());
   std::vector<Job> jobs;
-  std::vector<char*> dense;
   for (int64_t i = 0; i < table.part_count; ++i) {
-    dense.push_back(at(data(flat), table.parts[i].dense_offset, type));
-    jobs.push_back(job_of(table, i, dense[i], type, data(packed[i]), from));
+    char* dense = at(data(flat), table.parts[i].dense_offset, type);
+    jobs.push_back(job_of(table, i, dense, type, data(packed[i]), from));
   }
-  const std::vector<std::vector<int32_t>> places = places_of_rows(table);
-  const std::vector<Stretch> all = stretches(table, jobs);
-  torch::stable::parallel_for(0, all.size(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> cells;
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t part = all[i].part;
-      fill(jobs[part], dense[part], all[i], places[part].empty() ? nullptr : places[part].data(), cells);
-    }
-  });
+  work_pieces<Action::kSet>(table, jobs);
 }
 
 }  // namespace

@@ -297,9 +297,6 @@ void unpack(std::vector<Tensor> packed, Tensor parts, Tensor pieces, Tensor inde
   const ScalarType packed_type = check_tensors("unpack", "packed gradients", packed, table);
   const ScalarType type = check_flat("unpack", flat);
   const torch::stable::accelerator::DeviceGuard guard(flat.get_device_index());
-  const cudaError_t error =
-      cudaMemsetAsync(flat.data_ptr(), 0, flat.numel() * flat.element_size(), current_stream(flat));
-  check(error == cudaSuccess, "unpack: the gradients were not zeroed: ", cudaGetErrorString(error));
   launch<Action::kSet>(flat, table, type, packed_type, Side(flat), Side(packed));
 }
 

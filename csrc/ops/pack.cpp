@@ -51,7 +51,8 @@ ScalarType check_flat(const char* op, const Tensor& flat) {
 }  // namespace jdkd::pack
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jdkd_C, m) {
-  // parts, pieces and index are a table of jdkd/ops/pack_table.py; packed gradients are dense as packed weights are
+  // parts, pieces and index are a table of jdkd/ops/pack_table.py; packed gradients are dense as packed weights
+  // are; flat of unpack holds zeros
   m.def("pack(Tensor[] weights, Tensor parts, Tensor pieces, Tensor index, Tensor(a!) flat) -> ()");
   m.def("unpack_add_(Tensor(a!)[] gradients, Tensor parts, Tensor pieces, Tensor index, Tensor[] packed) -> ()");
   m.def("unpack(Tensor[] packed, Tensor parts, Tensor pieces, Tensor index, Tensor(a!) flat) -> ()");

@@ -35,9 +35,8 @@ struct Part {
   int64_t row_list, column_list;                                          // where the lists begin, or -1
   int64_t mode, tile_rows, tile_columns;
   int64_t packed_offset, dense_offset;  // in flat buffers of all packed weights, of all dense gradients
-  int64_t numel, row_length;            // of the shared weight; 0 unless its rows lie one after the other
 };
-constexpr int64_t kFields = 18;
+constexpr int64_t kFields = 16;
 static_assert(sizeof(Part) == kFields * sizeof(int64_t));
 
 struct Piece {

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, on_device
-from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_views, table_of
+from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_views, table_of, zeros
 from jdkd.reference import pack as reference
 
 _OP = "pack"
@@ -257,8 +257,7 @@ def _unpack(
     packed = _as_packed(packed, sizes)
     backend = _selected(like[0], packed[0].dtype)
     table = table_of(like, [dense_strides(weight) for weight in like], rows, columns, sizes, packed[0].dtype)
-    make = torch.empty if backend in ("cpu", "cuda") else torch.zeros
-    buffer = make(table.dense_numel, dtype=like[0].dtype, device=like[0].device)
+    buffer = zeros(table.dense_numel, like[0])
     if backend == "reference":
         views = dense_views(buffer, like)
         reference.unpack_add_(views, *_plain(rows, columns, sizes, buffer.device), packed)
