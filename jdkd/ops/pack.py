@@ -136,8 +136,8 @@ def packed_weights(
         dtype: of the copies.
         grad_mode: ``"autograd"`` gives every weight a dense gradient, zero where inactive; all of them are views of
             one buffer. ``"main_grad"`` adds to ``weight.main_grad``, or else ``weight.grad``, in place, and creates
-            it if missing. It writes only what is active, and bypasses hooks on the weights and
-            ``DistributedDataParallel``, whose gradients it does not reduce.
+            it if missing. It writes only what is active; hooks on the weights see None, and
+            ``DistributedDataParallel`` reduces nothing.
 
     Returns:
         As :func:`pack`.
