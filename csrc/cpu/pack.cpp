@@ -23,6 +23,7 @@ using pack::Table;
 using torch::stable::Tensor;
 
 constexpr int64_t kRun = 2048;          // elements converted at a time
+constexpr int64_t kPrefetch = 1024;     // bytes of the next run
 constexpr int64_t kGrain = 4;           // pieces a task at least
 
 int64_t itemsize(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
@@ -45,12 +46,8 @@ void convert_run(Cursor from, int64_t n, char* to, ScalarType type) {
   }
 }
 
-JDKD_CLONES void add_floats(const float* from, int64_t n, float* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    store(to + i, load(to + i) + load(from + i));
-  }
-  for (; i < n; ++i) {
+JDKD_CLONES void add_floats(const float* __restrict__ from, int64_t n, float* __restrict__ to) {
+  for (int64_t i = 0; i < n; ++i) {
     to[i] += from[i];
   }
 }
@@ -115,6 +112,9 @@ struct Job {
     const int64_t listed = part->row_list < 0 ? row : index[part->row_list + row];
     return at(shared, listed * part->row_stride, shared_type);
   }
+  char* shared_run(int64_t row, int64_t t, int64_t column) const {
+    return at(shared_row(row), tap(t) + column, shared_type);
+  }
   char* packed_run(int64_t row, int64_t t, int64_t column) const {
     return at(packed, (row * taps() + t) * part->columns + column, packed_type);
   }
@@ -122,58 +122,64 @@ struct Job {
   bool is_whole() const { return part->taps_h == 1 && part->tap_w_stride == 1 && part->column_stride == taps(); }
 };
 
-// cells[t][c] = run[c][t] for T taps; and back.
-template <int T>
-JDKD_INLINE void turn_in(const float* run, int64_t columns, int64_t taps, float* cells) {
+// Between run [n, taps] and cells [taps, n], of which the taps lie `pitch` apart; T is the number of taps where it is
+// known, else 0. Blocks of eight columns keep what is written side by side. Turning eight by eight in registers gained
+// 3 % in all.
+template <Action action, int T>
+JDKD_INLINE void turn(float* __restrict__ run, int64_t n, int64_t taps, float* __restrict__ cells, int64_t pitch) {
+  constexpr int64_t kBlock = action == Action::kPack ? 8 : 1;
   const int64_t count = T ? T : taps;
-  for (int64_t c = 0; c < columns; ++c) {
+  const auto block = [&](int64_t c, int64_t size) JDKD_INLINE_LAMBDA {
     for (int64_t t = 0; t < count; ++t) {
-      cells[t * columns + c] = run[c * count + t];
+      for (int64_t k = 0; k < size; ++k) {
+        float &shared = run[(c + k) * count + t], &cell = cells[t * pitch + c + k];
+        if constexpr (action == Action::kPack) {
+          cell = shared;
+        } else {
+          shared = action == Action::kAdd ? shared + cell : cell;
+        }
+      }
     }
+  };
+  int64_t c = 0;
+  for (; c + kBlock <= n; c += kBlock) {
+    block(c, kBlock);
+  }
+  for (; c < n; ++c) {
+    block(c, 1);
   }
 }
 
-template <int T, Action action>
-JDKD_INLINE void turn_out(const float* cells, int64_t columns, int64_t taps, float* run) {
-  const int64_t count = T ? T : taps;
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t t = 0; t < count; ++t) {
-      const float value = cells[t * columns + c];
-      run[c * count + t] = action == Action::kAdd ? run[c * count + t] + value : value;
-    }
-  }
-}
-
-JDKD_CLONES void turn_floats_in(const float* run, int64_t columns, int64_t taps, float* cells) {
-  taps == 9 ? turn_in<9>(run, columns, taps, cells) : turn_in<0>(run, columns, taps, cells);
-}
-
 template <Action action>
-JDKD_INLINE void turn_floats_out(const float* cells, int64_t columns, int64_t taps, float* run) {
-  taps == 9 ? turn_out<9, action>(cells, columns, taps, run) : turn_out<0, action>(cells, columns, taps, run);
+JDKD_INLINE void turn_any(float* run, int64_t n, int64_t taps, float* cells, int64_t pitch) {
+  taps == 9 ? turn<action, 9>(run, n, taps, cells, pitch) : turn<action, 0>(run, n, taps, cells, pitch);
 }
 
-JDKD_CLONES void turn_floats_add(const float* cells, int64_t columns, int64_t taps, float* run) {
-  turn_floats_out<Action::kAdd>(cells, columns, taps, run);
+JDKD_CLONES void turn_floats_in(float* run, int64_t n, int64_t taps, float* cells, int64_t pitch) {
+  turn_any<Action::kPack>(run, n, taps, cells, pitch);
 }
 
-JDKD_CLONES void turn_floats_set(const float* cells, int64_t columns, int64_t taps, float* run) {
-  turn_floats_out<Action::kSet>(cells, columns, taps, run);
+JDKD_CLONES void turn_floats_add(float* run, int64_t n, int64_t taps, float* cells, int64_t pitch) {
+  turn_any<Action::kAdd>(run, n, taps, cells, pitch);
 }
 
-// Columns first..first + n of a row, between the shared side and cells [taps, n].
+JDKD_CLONES void turn_floats_set(float* run, int64_t n, int64_t taps, float* cells, int64_t pitch) {
+  turn_any<Action::kSet>(run, n, taps, cells, pitch);
+}
+
+// Columns first..first + n of a row, between the shared side and cells [taps, n], those of a tap `pitch` apart.
 template <Action action>
-void turn_row(const Job& job, int64_t row, int64_t first, int64_t n, float* cells) {
+void turn_row(const Job& job, int64_t row, int64_t first, int64_t n, float* cells, int64_t pitch) {
   const Part& part = *job.part;
   char* shared = job.shared_row(row);
   if (job.is_whole() && part.column_list < 0 && job.shared_type == ScalarType::Float) {
     float* run = reinterpret_cast<float*>(shared) + first * part.column_stride;
     if constexpr (action == Action::kPack) {
-      turn_floats_in(run, n, job.taps(), cells);
+      turn_floats_in(run, n, job.taps(), cells, pitch);
     } else if constexpr (action == Action::kAdd) {
-      turn_floats_add(cells, n, job.taps(), run);
+      turn_floats_add(run, n, job.taps(), cells, pitch);
     } else {
-      turn_floats_set(cells, n, job.taps(), run);
+      turn_floats_set(run, n, job.taps(), cells, pitch);
     }
     return;
   }
@@ -181,7 +187,7 @@ void turn_row(const Job& job, int64_t row, int64_t first, int64_t n, float* cell
     const int64_t column = part.column_list < 0 ? first + c : job.index[part.column_list + first + c];
     for (int64_t t = 0; t < job.taps(); ++t) {
       const int64_t place = column * part.column_stride + job.tap(t);
-      float& cell = cells[t * n + c];
+      float& cell = cells[t * pitch + c];
       if constexpr (action == Action::kPack) {
         cell = get(shared, place, job.shared_type);
       } else {
@@ -191,39 +197,52 @@ void turn_row(const Job& job, int64_t row, int64_t first, int64_t n, float* cell
   }
 }
 
-// Columns first..first + n of a row of a part, through `cells` where they are turned.
+// Runs of the shared side lie apart, so that the processor does not see the next one coming.
+void prefetch(const char* run, int64_t bytes) {
+  for (int64_t i = 0; i < std::min(bytes, kPrefetch); i += 64) {
+    __builtin_prefetch(run + i);
+  }
+}
+
+// Columns first..first + n of a row that lie side by side on both sides.
 template <Action action>
-void work_row(const Job& job, int64_t row, int64_t first, int64_t n, std::vector<float>& cells) {
-  const int64_t taps = job.taps();
-  if (job.has_runs()) {
-    for (int64_t t = 0; t < taps; ++t) {
-      char* shared = at(job.shared_row(row), job.tap(t) + first, job.shared_type);
-      char* packed = job.packed_run(row, t, first);
-      if constexpr (action == Action::kPack) {
-        convert_run({shared, job.shared_type}, n, packed, job.packed_type);
-      } else if constexpr (action == Action::kAdd) {
-        add_run({packed, job.packed_type}, n, shared, job.shared_type);
-      } else {
-        convert_run({packed, job.packed_type}, n, shared, job.shared_type);
-      }
+void move_runs(const Job& job, int64_t row, int64_t first, int64_t n) {
+  const int64_t taps = job.taps(), bytes = n * itemsize(job.shared_type);
+  for (int64_t t = 0; t < taps; ++t) {
+    char *shared = job.shared_run(row, t, first), *packed = job.packed_run(row, t, first);
+    if (t + 1 < taps || row + 1 < job.part->rows) {
+      prefetch(t + 1 < taps ? job.shared_run(row, t + 1, first) : job.shared_run(row + 1, 0, first), bytes);
     }
+    if constexpr (action == Action::kPack) {
+      convert_run({shared, job.shared_type}, n, packed, job.packed_type);
+    } else if constexpr (action == Action::kAdd) {
+      add_run({packed, job.packed_type}, n, shared, job.shared_type);
+    } else {
+      convert_run({packed, job.packed_type}, n, shared, job.shared_type);
+    }
+  }
+}
+
+// Columns first..first + n of a row that are turned: in `cells`, or, float32, straight from one side to the other.
+template <Action action>
+void move_turned(const Job& job, int64_t row, int64_t first, int64_t n, std::vector<float>& cells) {
+  if (job.packed_type == ScalarType::Float) {
+    float* packed = reinterpret_cast<float*>(job.packed_run(row, 0, first));
+    turn_row<action>(job, row, first, n, packed, job.part->columns);
     return;
   }
+  const int64_t taps = job.taps();
   cells.resize(std::max<size_t>(cells.size(), taps * n));
   if constexpr (action == Action::kPack) {
-    turn_row<action>(job, row, first, n, cells.data());
-  }
-  for (int64_t t = 0; t < taps; ++t) {
-    float* run = cells.data() + t * n;
-    char* packed = job.packed_run(row, t, first);
-    if constexpr (action == Action::kPack) {
-      convert_run({run, ScalarType::Float}, n, packed, job.packed_type);
-    } else {
-      copy_floats({packed, job.packed_type}, n, run);
+    turn_row<action>(job, row, first, n, cells.data(), n);
+    for (int64_t t = 0; t < taps; ++t) {
+      round_floats(cells.data() + t * n, n, job.packed_run(row, t, first), job.packed_type);
     }
-  }
-  if constexpr (action != Action::kPack) {
-    turn_row<action>(job, row, first, n, cells.data());
+  } else {
+    for (int64_t t = 0; t < taps; ++t) {
+      copy_floats({job.packed_run(row, t, first), job.packed_type}, n, cells.data() + t * n);
+    }
+    turn_row<action>(job, row, first, n, cells.data(), n);
   }
 }
 
@@ -234,10 +253,15 @@ void work_pieces(const Table& table, const std::vector<Job>& jobs) {
     for (int64_t i = begin; i < end; ++i) {
       const Piece& piece = table.pieces[i];
       const Part& part = table.parts[piece.part];
+      const Job& job = jobs[piece.part];
       const int64_t last = std::min(part.rows, piece.row + part.tile_rows);
       const int64_t n = std::min(part.tile_columns, part.columns - piece.column);
       for (int64_t row = piece.row; row < last; ++row) {
-        work_row<action>(jobs[piece.part], row, piece.column, n, cells);
+        if (job.has_runs()) {
+          move_runs<action>(job, row, piece.column, n);
+        } else {
+          move_turned<action>(job, row, piece.column, n, cells);
+        }
       }
     }
   });
