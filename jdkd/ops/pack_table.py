@@ -233,10 +233,12 @@ def zeros(numel: int, like: Tensor) -> Tensor:
     size = numel * like.element_size()
     if like.device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.zeros(numel, dtype=like.dtype, device=like.device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # freed with the last view
+    # Beginning and ending with whole huge pages; freed with the last view.
+    memory = mmap.mmap(-1, size + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype, count=numel)
+    first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
+    return torch.frombuffer(memory, dtype=like.dtype, count=numel, offset=first)
 
 
 def _product(sizes: Sequence[int]) -> int:
