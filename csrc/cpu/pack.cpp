@@ -226,6 +226,9 @@ void move_runs(const Job& job, int64_t row, int64_t first, int64_t n) {
 // Columns first..first + n of a row that are turned: in `cells`, or, float32, straight from one side to the other.
 template <Action action>
 void move_turned(const Job& job, int64_t row, int64_t first, int64_t n, std::vector<float>& cells) {
+  if (row + 1 < job.part->rows && job.is_whole()) {
+    prefetch(job.shared_run(row + 1, 0, first * job.part->column_stride), kPrefetch);
+  }
   if (job.packed_type == ScalarType::Float) {
     float* packed = reinterpret_cast<float*>(job.packed_run(row, 0, first));
     turn_row<action>(job, row, first, n, packed, job.part->columns);
