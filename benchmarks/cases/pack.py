@@ -1,8 +1,9 @@
 """The weights of a subnet of ResNet-50 at half width: packed, and their gradients brought back. No convolution runs.
 
 ``slice_contiguous`` is what supernets do: every layer slices its weight and copies the slice, and autograd brings the
-gradient back. Gradients are there already and are added to, as for every subnet of a step but the first. In
-``jdkd main_grad`` one launch adds them in place; in ``jdkd autograd`` the weights get dense ones, which torch adds.
+gradient back. In ``forward+backward`` gradients are there already and are added to, as for every subnet of a step but
+the first: in ``jdkd main_grad`` one launch adds them in place; in ``jdkd autograd`` the weights get dense ones, which
+torch adds. In ``first forward+backward`` there are none yet.
 ``least_bytes`` counts the active weights: read and written once by a pack; packed gradients read, and the shared ones
 read and written, by the way back.
 """
@@ -51,7 +52,7 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
     for dtype in dtypes:
         for layout in LAYOUTS:
             for width in (0.5, 1.0, 0.25) if full else (0.5,):
-                for mode in ("forward+backward", "forward"):
+                for mode in ("forward+backward", "first forward+backward", "forward"):
                     yield case(width, dtype, layout, mode, device)
 
 
@@ -62,9 +63,9 @@ def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, 
         Part(active(o, width, listed, device), active(i, 1.0 if i == 3 else width, listed, device))
         for o, i, *_ in shapes
     ]
-    backward = mode == "forward+backward"
+    backward, first = mode != "forward", mode.startswith("first")
     runs: dict[str, Run] = {"slice_contiguous": slice_contiguous, "jdkd": autograd}
-    if backward:
+    if backward and not first:
         runs = {"slice_contiguous": slice_contiguous, "jdkd autograd": autograd, "jdkd main_grad": main_grad}
 
     def make() -> Inputs:
@@ -90,8 +91,8 @@ def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, 
         layout,
         make,
         lambda given: exact(given, backward),
-        {name: provided(name, run, dtype, backward, device) for name, run in runs.items()},
-        numbers * (4 + dtype.itemsize) + backward * numbers * (8 + dtype.itemsize),
+        {name: provided(name, run, dtype, backward, first, device) for name, run in runs.items()},
+        numbers * (4 + dtype.itemsize) + backward * numbers * ((4 if first else 8) + dtype.itemsize),
     )
 
 
@@ -143,18 +144,20 @@ def main_grad(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dty
     return packed_weights(weights, parts, dtype, "main_grad")
 
 
-def provided(name: str, run: Run, dtype: torch.dtype, backward: bool, device: str) -> Provider:
+def provided(name: str, run: Run, dtype: torch.dtype, backward: bool, first: bool, device: str) -> Provider:
     """The packed weights of a run, and the gradients that it has added to if ``backward``."""
 
     def provider(given: Inputs) -> list[Tensor]:
         weights = given.weights[name]
-        gradients = [weight.grad for weight in weights] if backward else []
-        if gradients and device == "cuda":
-            torch._foreach_zero_(gradients)  # a replay is compared after its outputs were poisoned
+        if first:
+            for weight in weights:
+                weight.grad = None
+        elif backward and device == "cuda":  # a replay is compared after its outputs were poisoned
+            torch._foreach_zero_([weight.grad for weight in weights])
         with torch.set_grad_enabled(backward):
             packed = run(weights, given.parts, dtype)
         if backward:
             torch.autograd.backward(packed, given.packed_gradients)
-        return [*(view.detach() for view in packed), *gradients]
+        return [*(view.detach() for view in packed), *(weight.grad for weight in weights if backward)]
 
     return provider

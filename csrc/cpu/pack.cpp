@@ -2,7 +2,6 @@
 //
 // A piece is walked row by row. Where taps are innermost in the shared weight and columns in the packed one, a row is
 // turned in a buffer that stays in the first cache; everything else is runs of columns.
-#include "common/memory.h"
 #include "common/vec.h"
 #include "cpu/convert.h"
 #include "ops/pack.h"
@@ -282,7 +281,6 @@ char* data(const Tensor& tensor) { return static_cast<char*>(tensor.data_ptr());
 void pack(std::vector<Tensor> weights, Tensor parts, Tensor pieces, Tensor index, Tensor flat) {
   const Table table("pack", parts, pieces, index);
   const ScalarType type = pack::check_tensors("pack", "weights", weights, table), to = pack::check_flat("pack", flat);
-  ask_for_huge_pages(data(flat), flat.numel() * flat.element_size());
   std::vector<Job> jobs;
   for (int64_t i = 0; i < table.part_count; ++i) {
     jobs.push_back(job_of(table, i, data(weights[i]), type, at(data(flat), table.parts[i].packed_offset, to), to));

@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, on_device
-from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_views, table_of, zeros
+from jdkd.ops.pack_memory import empty, zeros
+from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_views, table_of
 from jdkd.reference import pack as reference
 
 _OP = "pack"
@@ -231,7 +232,7 @@ def _pack(
     _check_alike(weights, "weight")
     backend = _selected(weights[0], dtype)
     table = table_of(weights, [weight.stride() for weight in weights], rows, columns, sizes, dtype)
-    buffer = torch.empty(table.numel, dtype=dtype, device=weights[0].device)
+    buffer = empty(table.numel, dtype, weights[0].device)
     if backend == "reference":
         packed = reference.pack(weights, *_plain(rows, columns, sizes, buffer.device), dtype)
         for view, part in zip(packed_views(buffer, weights, sizes), packed, strict=True):

@@ -14,8 +14,6 @@ The layout of a row of the table is ``csrc/ops/pack.h``'s ``Part``.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -32,7 +30,6 @@ COPY, GATHER, TURN = range(3)
 PIECE = 4096  # elements of a piece, about
 TURN_CELLS = 4608  # floats of on-chip memory in which a piece is turned
 ALIGNMENT = 128  # bytes, of every part in a flat buffer
-HUGE_PAGE = 2 << 20  # bytes
 MAX_TABLES = 64
 MAX_RUN = 2**30  # elements of a merged dimension
 
@@ -215,30 +212,6 @@ def _offsets(numels: Sequence[int], itemsize: int) -> tuple[list[int], int]:
         offsets.append(total)
         total += aligned(numel, itemsize)
     return offsets, total
-
-
-def zeros(numel: int, like: Tensor) -> Tensor:
-    """A large buffer of zeros, of which on Linux the operating system clears only the pages that are written.
-
-    Untouched pages are read from one page of zeros. Clearing the dense gradients of ResNet-50 takes longer than
-    filling in those of a subnet of half its width.
-
-    Args:
-        numel: elements.
-        like: for the dtype and the device.
-
-    Returns:
-        ``[numel]``.
-    """
-    size = numel * like.element_size()
-    if like.device.type != "cpu" or size < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(numel, dtype=like.dtype, device=like.device)
-    # Beginning and ending with whole huge pages; freed with the last view.
-    memory = mmap.mmap(-1, size + 2 * HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    first = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % HUGE_PAGE
-    return torch.frombuffer(memory, dtype=like.dtype, count=numel, offset=first)
 
 
 def _product(sizes: Sequence[int]) -> int:
