@@ -4,7 +4,8 @@
 gradient back. In ``forward+backward`` gradients are there already and are added to, as for every subnet of a step but
 the first: in ``jdkd main_grad`` one launch adds them in place; in ``jdkd autograd`` the weights get dense ones, which
 torch adds. In ``first forward+backward`` there are none yet.
-``least_bytes`` counts the active weights: read and written once by a pack; packed gradients read, and the shared ones
+On a CPU jdkd maps its large buffers itself, so the peak memory of a row does not count them: the packed weights, and in
+``jdkd autograd`` the pages of the dense gradients that are written. ``least_bytes`` counts the active weights: read and written once by a pack; packed gradients read, and the shared ones
 read and written, by the way back.
 """
 
