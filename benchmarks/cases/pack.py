@@ -4,9 +4,10 @@
 gradient back. In ``forward+backward`` gradients are there already and are added to, as for every subnet of a step but
 the first: in ``jdkd main_grad`` one launch adds them in place; in ``jdkd autograd`` the weights get dense ones, which
 torch adds. In ``first forward+backward`` there are none yet.
-On a CPU jdkd maps its large buffers itself, so the peak memory of a row does not count them: the packed weights, and in
-``jdkd autograd`` the pages of the dense gradients that are written. ``least_bytes`` counts the active weights: read and written once by a pack; packed gradients read, and the shared ones
-read and written, by the way back.
+
+``least_bytes`` counts the active weights: read and written once by a pack; packed gradients read, and the shared ones
+read and written, by the way back. On a CPU jdkd maps its large buffers itself, so the peak memory of a row leaves them
+out: the packed weights, and in ``jdkd autograd`` the pages of the dense gradients that are written.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
             for width in (0.5, 1.0, 0.25) if full else (0.5,):
                 for mode in ("forward+backward", "first forward+backward", "forward"):
                     yield case(width, dtype, layout, mode, device)
+            if full:
+                yield case(0.5, dtype, layout, "forward+backward", device, listed=True)
 
 
 def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, listed: bool = False) -> Case:
