@@ -84,7 +84,8 @@ step env 40 "$PYTHON" -m jdkd.env
 find_tests
 step tests 200 "$PYTHON" -m pytest -m gpu -q --continue-on-collection-errors -p no:cacheprovider -W default \
   --junitxml "$OUT/junit.xml" "${gpu_tests[@]}"
-step kernels 130 "$PYTHON" -m benchmarks.run --out "$OUT/kernels.jsonl"
+step pearson 130 "$PYTHON" -m benchmarks.run pearson --seconds 1 --limit 95 --out "$OUT/kernels.jsonl"
+step elastic_conv 60 "$PYTHON" -m benchmarks.run elastic_conv --seconds 0.5 --limit 45 --out "$OUT/kernels.jsonl"
 step latency 110 "$PYTHON" -m benchmarks.latency --seconds 15 --out "$OUT/latency.jsonl"
 
 printf '\n== steps (commit %s, %s s)\n' "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" "$SECONDS" |

@@ -24,6 +24,7 @@ from benchmarks.harness import Case, Timing
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 OURS = "jdkd"
+_UNITS = ((1e6, "s"), (1e3, "ms"), (1, "µs"))
 Row = dict[str, Any]
 
 
@@ -184,7 +185,8 @@ def _family(row: Row) -> str:
 
 def _cell(row: Row) -> str:
     microseconds, gain = row["median_us"], row["times_baseline"]
-    text = f"{microseconds / 1000:.3g} ms" if microseconds >= 1000 else f"{microseconds:.3g} µs"
+    factor, unit = next(scale for scale in _UNITS if microseconds >= scale[0] or scale[0] == 1)
+    text = f"{microseconds / factor:.3g} {unit}"
     member = row["provider"].partition(" ")[2]
     notes = [f"{gain:.1f}×"] if gain not in (None, 1) else []
     notes += [member] if member else []

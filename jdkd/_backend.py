@@ -117,6 +117,11 @@ def select(op: str, tensor: torch.Tensor) -> str:
     return _choose(op, tensor.device.type, tensor.dtype, _forced, os.environ.get(VARIABLE) or None)
 
 
+def requested() -> str | None:
+    """Returns: the backend that ``use_backend`` or ``JDKD_BACKEND`` asks for, if any."""
+    return _forced or os.environ.get(VARIABLE) or None
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Runs every operator inside the block, in all threads, on one backend.

@@ -10,6 +10,7 @@ import os
 import pkgutil
 import platform
 from importlib import metadata
+from types import ModuleType
 
 import torch
 
@@ -108,13 +109,21 @@ def _variables() -> list[tuple[str, str]]:
 
 def _operators() -> list[tuple[str, str]]:
     package = importlib.import_module("jdkd.ops")
-    for file in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{file.name}")  # which registers its backends
+    files = [f"{package.__name__}.{file.name}" for file in pkgutil.iter_modules(package.__path__)]
+    modules = [importlib.import_module(file) for file in files]  # which registers their backends
     rows = []
     for op in _backend.ops():
-        for backend, reason in _backend.available(op).items():
-            rows.append((f"{op} / {backend}", reason or "available"))
-    return rows or [("none", "no operator is registered")]
+        reasons = _backend.explain(op)
+        for backend, missing in _backend.available(op).items():
+            state = missing or "available"
+            rows.append((f"{op} / {backend}", f"{state}; {reasons[backend]}" if reasons[backend] else state))
+    return rows + [row for module in modules for row in _forms(module)] or [("none", "no operator is registered")]
+
+
+def _forms(module: ModuleType) -> list[tuple[str, str]]:
+    """The forms in which an operator is computed, where it has several: the first that takes a call."""
+    op = module.__name__.rpartition(".")[2].removesuffix("_forms")
+    return [(f"{op}: {form.name}", f"{form.when} ({form.why})") for form in getattr(module, "FORMS", ())]
 
 
 if __name__ == "__main__":

@@ -28,13 +28,29 @@ def test_every_triton_variant_stays_in_registers_and_shared_memory(variants):
 
 
 def test_features_move_sixteen_bytes_at_a_time(variants):
-    assert any(variant["wide"] for variant in variants)
-    for variant in variants:
-        if variant["wide"]:
-            assert variant["wide_loads"] >= 2, variant
-            if "grad" in variant["name"]:
-                assert variant["wide_stores"] >= 1, variant
-                assert variant["narrow_stores_of_halves"] <= 1, variant  # the edge of a chunk
+    wide = [variant for variant in variants if variant["wide"]]
+    assert wide
+    for variant in wide:
+        read, planes = variant["features"], "plane" in variant["name"]
+        assert variant["wide_loads"] >= read, variant
+        assert variant["loads_of_halves"] <= read * planes, variant  # the edge of a chunk of a plane
+        if "grad" in variant["name"]:
+            assert variant["wide_stores"] >= 1, variant
+            assert variant["stores_of_halves"] <= planes, variant
+
+
+def test_every_kind_of_launch_has_a_variant(variants):
+    names = {variant["name"] for variant in variants}
+    for dtype in ("fp32", "bf16", "fp16"):
+        for levels in (1, 5):
+            for what in ("", " with dout"):
+                for kernel in ("plane", "row"):
+                    name = f"_pearson_{kernel}_grad_kernel {dtype} x{levels}{what}"
+                    assert {name, f"{name} unaligned"} <= names
+
+
+def test_no_kernel_waits_for_another_through_an_atomic(variants):
+    assert all(variant["atomics"] == 0 for variant in variants)
 
 
 def _cuobjdump(*options: str) -> str:

@@ -11,6 +11,7 @@ import torch
 import jdkd
 from jdkd import _backend, _ext, env
 from jdkd.errors import InputError
+from jdkd.ops import pearson_forms
 
 ROOT = Path(__file__).resolve().parents[1]
 HALF = torch.zeros(2, dtype=torch.float16)
@@ -102,7 +103,24 @@ def test_the_report_names_versions_build_and_every_backend():
     for op in _backend.ops():
         for backend, reason in _backend.available(op).items():
             (line,) = (row for row in text.splitlines() if row.strip().startswith(f"{op} / {backend} "))
-            assert line.endswith(reason or "available")
+            assert (reason or "available") in line
+
+
+def test_the_report_says_why_a_backend_and_a_form_are_chosen():
+    text = env.report()
+    assert _backend.explain("pearson")["cuda"] in text and _backend.explain("elastic_conv")["triton"] in text
+    for form in pearson_forms.FORMS:
+        (line,) = (row for row in text.splitlines() if row.strip().startswith(f"pearson: {form.name} "))
+        assert form.when in line and form.why in line
+
+
+def test_what_was_asked_for_is_known(monkeypatch):
+    monkeypatch.delenv("JDKD_BACKEND", raising=False)
+    assert _backend.requested() is None
+    monkeypatch.setenv("JDKD_BACKEND", "cpu")
+    assert _backend.requested() == "cpu"
+    with _backend.use_backend("reference"):
+        assert _backend.requested() == "reference"
 
 
 def test_env_runs_as_a_module_without_an_extension(tmp_path):

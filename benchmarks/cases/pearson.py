@@ -79,11 +79,11 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
         for dtype, layout in itertools.product((float32, float16), LAYOUTS):
             yield case("P3-P7", 2, dtype, layout, "tap", device)
     else:
+        for mode in ("forward+backward", "tap"):
+            yield case("P3-P7", 1, float32, "NCHW", mode, device)
         yield case("P3", 2, float32, "NCHW", "forward", device)
         for dtype, layout in itertools.product((bfloat16, float16), LAYOUTS):
             yield case("P3", 2, dtype, layout, "forward+backward", device)
-        for mode in ("forward+backward", "tap"):
-            yield case("P3-P7", 1, float32, "NCHW", mode, device)
 
 
 def case(

@@ -1,4 +1,5 @@
-// Vectors of sixteen floats in the compiler's own vector types, and the clones that use whatever the processor has.
+// Vectors of eight floats in the compiler's own vector types, and the clones that use whatever the processor has. With
+// sixteen, compilers pass every value through the stack where a register holds eight.
 //
 // A function marked JDKD_CLONES is compiled for AVX-512, for AVX2 with FMA, and for the baseline; the loader picks one
 // when the library is loaded. So the build needs no -march and its result runs everywhere. Helpers are always inlined:
@@ -20,7 +21,7 @@
 
 namespace jdkd {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 8;
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 
 JDKD_INLINE Vec splat(float value) { return Vec{} + value; }

@@ -19,12 +19,12 @@ using pearson::Level;
 using pearson::Moments;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 2048;       // positions of one channel: two tensors in half a first cache
-constexpr int64_t kRowTile = 32768;   // elements of a tile of rows: two tensors in a small second cache
-constexpr int64_t kMaxRows = 256;     // of a tile
-constexpr int64_t kPlaneChunk = 16 * kTile;  // positions that one task reduces
+constexpr int64_t kTile = 1024;              // positions of one channel; float32 sums of more lose digits
+constexpr int64_t kRowTile = 65536;          // elements of a tile of rows
+constexpr int64_t kMaxRows = 128;            // of a tile: two slabs of float32 in half of the first cache
+constexpr int64_t kPlaneChunk = 32 * kTile;  // positions that one task reduces
 constexpr int64_t kTilesPerChunk = 8;        // likewise for rows
-constexpr int64_t kRowPiece = 4096;          // elements that the gradient writes at a time
+constexpr int64_t kPiece = 512;              // elements widened or written at a time; long runs starve the prefetch
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -116,15 +116,15 @@ struct Backward {
 };
 
 void backward_planes(const Level& level, const Backward& of) {
-  const int64_t pieces = ceil_div(level.hw, kTile), planes = level.n * level.c;
-  const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kTile));
+  const int64_t pieces = ceil_div(level.hw, kPiece), planes = level.n * level.c;
+  const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kPiece));
   torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float buffers[3 * kTile];
+    alignas(64) float buffers[3 * kPiece];
     for (int64_t i = begin; i < end; ++i) {
       const float* at = of.table + i / pieces % level.c;
       const Gradient g{at[0], at[of.stride], at[2 * of.stride], at[3 * of.stride], at[4 * of.stride]};
-      const int64_t in_plane = i % pieces * kTile, n = std::min(kTile, level.hw - in_plane);
-      of.apply(i / pieces * level.hw + in_plane, n, buffers, kTile, [&](auto x, auto y, auto dout, float* dx) {
+      const int64_t in_plane = i % pieces * kPiece, n = std::min(kPiece, level.hw - in_plane);
+      of.apply(i / pieces * level.hw + in_plane, n, buffers, kPiece, [&](auto x, auto y, auto dout, float* dx) {
         gradient(x, y, dout, n, g, of.dloss, dx);
       });
     }
@@ -136,71 +136,68 @@ void backward_planes(const Level& level, const Backward& of) {
 // Moments of c channels side by side; n is theirs in common.
 struct RowMoments {
   double n = 0;
+  int64_t c;
   std::vector<double> sums;  // [5, c]: mean_s, mean_t, ss, tt, st
 
-  explicit RowMoments(int64_t c) : sums(5 * c) {}
+  explicit RowMoments(int64_t channels) : c(channels), sums(5 * channels) {}
   Moments channel(int64_t j) const {
-    const int64_t c = sums.size() / 5;
     const double* at = sums.data() + j;
     return {n, at[0], at[c], at[2 * c], at[3 * c], at[4 * c]};
   }
-  void set(int64_t j, const Moments& q) {
-    const int64_t c = sums.size() / 5;
-    double* at = sums.data() + j;
-    at[0] = q.mean_s, at[c] = q.mean_t, at[2 * c] = q.ss, at[3 * c] = q.tt, at[4 * c] = q.st;
-  }
 };
 
-// What one thread needs for a tile of rows.
+// What one thread needs for a tile of rows. The tile is taken slab by slab, and the next one is fetched meanwhile.
 class RowTile {
  public:
-  // Buffers for `widened` elements of each tensor, and the sums of c channels.
-  RowTile(int64_t widened, int64_t c) : c_(c), s_(widened), t_(widened), sums_(8 * c) {}
+  RowTile(int64_t rows, int64_t c)
+      : c_(c), padded_(std::max(c, kSlab)), s_(rows * kSlab), t_(rows * kSlab), sums_(8 * padded_) {}
 
-  void add(Cursor s, Cursor t, int64_t rows, RowMoments& total) {
-    const float* s_tile = as_floats(s, rows * c_, s_.data());
-    const float* t_tile = as_floats(t, rows * c_, t_.data());
-    float *mean_s = row(0), *mean_t = row(1), *beta = row(2), *residual = row(3);
-    const RowSums q{row(4), row(5), row(6), row(7)};
-    row_sums(s_tile, rows, c_, mean_s);
-    row_sums(t_tile, rows, c_, mean_t);
-    for (int64_t j = 0; j < c_; ++j) {
-      mean_s[j] /= rows;
-      mean_t[j] /= rows;
+  // Adds `rows` rows to the total; at least `ahead` <= rows more follow them.
+  void add(Cursor s, Cursor t, int64_t rows, int64_t ahead, RowMoments& total) {
+    const RowSums q{row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
+    for (int64_t i = 0; i < c_; i += kSlab) {
+      const int64_t j = std::max<int64_t>(0, std::min(i, c_ - kSlab));  // the last slab may overlap
+      slab_sums(slab(s, j, rows, ahead, s_.data()), slab(t, j, rows, ahead, t_.data()), rows, q, j);
     }
-    row_centred_sums(s_tile, t_tile, rows, c_, mean_s, mean_t, q);
-    for (int64_t j = 0; j < c_; ++j) {
-      beta[j] = pearson::residual_beta(q.ss[j], q.tt[j]);
-    }
-    row_residual_sums(s_tile, t_tile, rows, c_, mean_s, mean_t, beta, residual);
-    for (int64_t j = 0; j < c_; ++j) {
-      const Moments tile = pearson::tile_moments(
-          rows, mean_s[j], mean_t[j], q.ds[j], q.dt[j], q.ss[j], q.tt[j], beta[j], residual[j]);
-      total.set(j, merge(total.channel(j), tile));
-    }
+    merge_rows(rows, c_, q, total.n, total.sums.data());
     total.n += rows;
   }
 
  private:
-  float* row(int64_t i) { return sums_.data() + i * c_; }
+  float* row(int64_t i) { return sums_.data() + i * padded_; }
 
-  int64_t c_;
-  std::vector<float> s_, t_, sums_;
+  // The slab from channel j on: where it lies if it is whole and float32, else in buffer.
+  Slab slab(Cursor x, int64_t j, int64_t rows, int64_t ahead, float* buffer) const {
+    const Cursor next = x + rows * c_ + ahead * j;
+    const int64_t next_stride = ahead * std::min(kSlab, c_) / rows * x.itemsize();
+    if (c_ < kSlab) {
+      for (int64_t r = 0; r < rows; ++r) {
+        copy_floats(x + r * c_, c_, buffer + r * kSlab);
+      }
+    } else if (x.type == ScalarType::Float) {
+      return {reinterpret_cast<const float*>((x + j).at), c_, next.at, next_stride};
+    } else {
+      widen_rows(x + j, c_, rows, buffer);
+    }
+    return {buffer, kSlab, next.at, next_stride};
+  }
+
+  int64_t c_, padded_;
+  std::vector<float> s_, t_, sums_;  // [rows, kSlab] twice and [8, padded]
 };
 
-// At most kMaxRows: each channel's sums grow by one float32 a row.
 int64_t rows_per_tile(int64_t c) { return std::clamp<int64_t>(kRowTile / c, 8, kMaxRows); }
 
 void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments* channels) {
   const int64_t tile = rows_per_tile(level.c), chunk = tile * kTilesPerChunk, m = level.positions();
-  const bool is_widened = s.scalar_type() != ScalarType::Float || t.scalar_type() != ScalarType::Float;
   std::vector<RowMoments> parts(ceil_div(m, chunk), RowMoments(level.c));
   torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
-    RowTile scratch(is_widened ? std::min(tile, m) * level.c : 0, level.c);
+    RowTile scratch(tile, level.c);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t last = std::min(m, (i + 1) * chunk);
       for (int64_t r = i * chunk; r < last; r += tile) {
-        scratch.add(cursor(s) + r * level.c, cursor(t) + r * level.c, std::min(tile, last - r), parts[i]);
+        const int64_t rows = std::min(tile, last - r), ahead = std::min(tile, m - r - rows);
+        scratch.add(cursor(s) + r * level.c, cursor(t) + r * level.c, rows, ahead, parts[i]);
       }
     }
   });
@@ -213,7 +210,7 @@ void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments*
 }
 
 void backward_rows(const Level& level, const Backward& of) {
-  const int64_t stride = of.stride, m = level.positions(), tile = std::max<int64_t>(8, kRowPiece / level.c);
+  const int64_t stride = of.stride, m = level.positions(), tile = std::max<int64_t>(1, kPiece / level.c);
   const float* at = of.table;
   const RowGradient g{at, at + stride, at + 2 * stride, at + 3 * stride, at + 4 * stride};
   torch::stable::parallel_for(0, ceil_div(m, tile), 4, [&](int64_t begin, int64_t end) {

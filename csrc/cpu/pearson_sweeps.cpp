@@ -1,6 +1,7 @@
 #include "cpu/pearson_sweeps.h"
 
 #include "common/vec.h"
+#include "ops/pearson.h"
 
 namespace jdkd::cpu {
 
@@ -104,70 +105,110 @@ JDKD_CLONES void gradient(
   }
 }
 
-// Row by row, so that memory is read in the order it lies in; the sums stay in the first cache.
-JDKD_CLONES void row_sums(const float* x, int64_t rows, int64_t c, float* sums) {
-  constexpr int64_t kRows = 4;
-  std::memset(sums, 0, c * sizeof(float));
-  int64_t r = 0;
-  for (; r + kRows <= rows; r += kRows) {
-    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-      const float* row = x + r * c + j;
-      const Vec pair = columns.load(row) + columns.load(row + c);
-      const Vec other = columns.load(row + 2 * c) + columns.load(row + 3 * c);
-      columns.store(sums + j, columns.load(sums + j) + (pair + other));
-    });
-  }
-  for (; r < rows; ++r) {
-    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-      columns.store(sums + j, columns.load(sums + j) + columns.load(x + r * c + j));
-    });
+namespace {
+
+constexpr int64_t kVecs = kSlab / kLanes;
+
+// Adds up kSums values a channel over the rows of a slab: add(r, u, part) adds those of row r and the vector u of
+// channels. A few rows at a time have sums of their own: longer float32 sums lose digits.
+template <int kSums, class Add>
+JDKD_INLINE void sum_rows(int64_t rows, Vec (&total)[kVecs][kSums], const Add& add) {
+  constexpr int64_t kAtOnce = 16;
+  for (int64_t first = 0; first < rows; first += kAtOnce) {
+    const int64_t last = first + kAtOnce < rows ? first + kAtOnce : rows;
+    Vec part[kVecs][kSums] = {};
+    for (int64_t r = first; r < last; ++r) {
+      for (int u = 0; u < kVecs; ++u) {
+        add(r, u, part[u]);
+      }
+    }
+    for (int u = 0; u < kVecs; ++u) {
+      for (int k = 0; k < kSums; ++k) {
+        total[u][k] += part[u][k];
+      }
+    }
   }
 }
 
-// Column by column from here on: the tile is in the second cache, and the sums stay in registers.
-JDKD_CLONES void row_centred_sums(
-    const float* s, const float* t, int64_t rows, int64_t c, const float* mean_s, const float* mean_t, RowSums sums) {
-  for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-    const Vec ms = columns.load(mean_s + j), mt = columns.load(mean_t + j);
-    CentredParts part;
-    for (int64_t r = 0; r < rows; ++r) {
-      add_centred(part, columns.load(s + r * c + j) - ms, columns.load(t + r * c + j) - mt);
-    }
-    columns.store(sums.ds + j, part.ds);
-    columns.store(sums.dt + j, part.dt);
-    columns.store(sums.ss + j, part.ss);
-    columns.store(sums.tt + j, part.tt);
+JDKD_INLINE Vec load_row(const Slab& x, int64_t r, int u) { return load(x.at + r * x.stride + u * kLanes); }
+
+JDKD_INLINE void fetch_next(const Slab& x, int64_t r) { __builtin_prefetch(x.next + r * x.next_stride, 0, 2); }
+
+}  // namespace
+
+JDKD_CLONES void slab_sums(Slab s, Slab t, int64_t rows, const RowSums& q, int64_t first) {
+  Vec mean[kVecs][2] = {}, centred[kVecs][4] = {}, beta[kVecs], residual[kVecs][1] = {};
+  sum_rows(rows, mean, [=](int64_t r, int u, Vec(&part)[2]) JDKD_INLINE_LAMBDA {
+    part[0] += load_row(s, r, u);
+    part[1] += load_row(t, r, u);
   });
+  for (int u = 0; u < kVecs; ++u) {
+    mean[u][0] /= static_cast<float>(rows);
+    mean[u][1] /= static_cast<float>(rows);
+  }
+  sum_rows(rows, centred, [=](int64_t r, int u, Vec(&part)[4]) JDKD_INLINE_LAMBDA {
+    if (u == 0) {
+      fetch_next(s, r);
+      fetch_next(t, r);
+    }
+    const Vec ds = load_row(s, r, u) - mean[u][0], dt = load_row(t, r, u) - mean[u][1];
+    part[0] += ds;
+    part[1] += dt;
+    part[2] += ds * ds;
+    part[3] += dt * dt;
+  });
+  for (int u = 0; u < kVecs; ++u) {
+    for (int i = 0; i < kLanes; ++i) {
+      beta[u][i] = pearson::residual_beta(centred[u][2][i], centred[u][3][i]);
+    }
+  }
+  sum_rows(rows, residual, [=](int64_t r, int u, Vec(&part)[1]) JDKD_INLINE_LAMBDA {
+    const Vec rest = (load_row(s, r, u) - mean[u][0]) - beta[u] * (load_row(t, r, u) - mean[u][1]);
+    part[0] += rest * rest;
+  });
+  for (int u = 0; u < kVecs; ++u) {
+    const int64_t j = first + u * kLanes;
+    store(q.mean_s + j, mean[u][0]);
+    store(q.mean_t + j, mean[u][1]);
+    store(q.ds + j, centred[u][0]);
+    store(q.dt + j, centred[u][1]);
+    store(q.ss + j, centred[u][2]);
+    store(q.tt + j, centred[u][3]);
+    store(q.beta + j, beta[u]);
+    store(q.residual + j, residual[u][0]);
+  }
 }
 
-JDKD_CLONES void row_residual_sums(
-    const float* s, const float* t, int64_t rows, int64_t c, const float* mean_s, const float* mean_t,
-    const float* beta, float* residuals) {
-  for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-    const Vec ms = columns.load(mean_s + j), mt = columns.load(mean_t + j), factor = columns.load(beta + j);
-    Vec total = {};
-    for (int64_t r = 0; r < rows; ++r) {
-      const Vec rest = (columns.load(s + r * c + j) - ms) - factor * (columns.load(t + r * c + j) - mt);
-      total += rest * rest;
-    }
-    columns.store(residuals + j, total);
-  });
+// Plain arithmetic over arrays, for the compiler to vectorise.
+JDKD_CLONES void merge_rows(double rows, int64_t c, const RowSums& q, double n, double* totals) {
+#pragma GCC ivdep
+  for (int64_t j = 0; j < c; ++j) {
+    double* at = totals + j;
+    const pearson::Moments before{n, at[0], at[c], at[2 * c], at[3 * c], at[4 * c]};
+    const pearson::Moments more = pearson::tile_moments(
+        rows, q.mean_s[j], q.mean_t[j], q.ds[j], q.dt[j], q.ss[j], q.tt[j], q.beta[j], q.residual[j]);
+    const pearson::Moments all = merge(before, more);
+    at[0] = all.mean_s, at[c] = all.mean_t, at[2 * c] = all.ss, at[3 * c] = all.tt, at[4 * c] = all.st;
+  }
 }
 
 JDKD_CLONES void row_gradient(
     const float* x, const float* y, const float* dout, int64_t rows, int64_t c, RowGradient g, float dloss, float* dx) {
-  constexpr int64_t kRows = 4;  // share the loads of the five coefficients
-  for (int64_t first = 0; first < rows; first += kRows) {
-    const int64_t last = first + kRows < rows ? first + kRows : rows;
-    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-      const Vec a = columns.load(g.a + j), b = columns.load(g.b + j), k = columns.load(g.k + j);
-      const Vec mx = columns.load(g.mean_x + j), my = columns.load(g.mean_y + j);
-      for (int64_t r = first; r < last; ++r) {
-        const int64_t at = r * c + j;
-        const Vec of_loss = dloss * (a * (columns.load(x + at) - mx) + (b * (columns.load(y + at) - my) + k));
-        columns.store(dx + at, dout ? columns.load(dout + at) + of_loss : of_loss);
-      }
-    });
+  for (int64_t at = 0; at < rows * c; at += c) {
+    const auto of_loss = [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
+      const Vec ax = columns.load(g.a + j) * (columns.load(x + at + j) - columns.load(g.mean_x + j));
+      const Vec by = columns.load(g.b + j) * (columns.load(y + at + j) - columns.load(g.mean_y + j));
+      return dloss * (ax + (by + columns.load(g.k + j)));
+    };
+    if (dout) {
+      for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
+        columns.store(dx + at + j, columns.load(dout + at + j) + of_loss(j, columns));
+      });
+    } else {
+      for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
+        columns.store(dx + at + j, of_loss(j, columns));
+      });
+    }
   }
 }
 

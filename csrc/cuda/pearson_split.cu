@@ -3,24 +3,27 @@
 #include "cuda/pearson_kernels.cuh"
 
 #include <algorithm>
-#include <array>
 
 namespace jdkd::pearson {
 namespace {
 
 using torch::headeronly::ScalarType;
 
+constexpr int64_t kRowChunks = 512;  // of a level, about, at most
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One launch: its levels and its blocks.
+// One launch: some levels of one layout, and their blocks.
 struct Launch {
+  bool channels_last;
   Levels levels{};
-  int64_t blocks = 0;
+  int64_t blocks = 0, channels = 0;
 
   void add(LevelArgs args, int64_t more_blocks) {
     args.first_block = blocks;
     levels.at[levels.count++] = args;
     blocks += more_blocks;
+    channels += args.c;
   }
   dim3 grid() const {
     check(blocks <= 0x7fffffff, "pearson: ", blocks, " blocks are more than a grid holds");
@@ -28,28 +31,53 @@ struct Launch {
   }
 };
 
-// All levels, and the launch of each layout; usually one of the two is empty.
+// Cuts one level into chunks; returns the number of its blocks.
+int64_t cut(LevelArgs& args, bool channels_last, int64_t itemsize) {
+  if (channels_last) {
+    const bool is_wide = args.c * itemsize % kPackBytes == 0 && is_pack_aligned(args.x) && is_pack_aligned(args.y) &&
+        is_pack_aligned(args.dout) && is_pack_aligned(args.dx);
+    const int64_t rows = args.n * args.hw;
+    const int64_t across = is_wide ? kWideColumns * kPackBytes / itemsize : kNarrowColumns;
+    args.form = is_wide ? Form::kWideRows : Form::kNarrowRows;
+    args.chunk = ceil_div(ceil_div(rows, kRowBlock), kRowChunks) * kRowBlock;
+    args.chunks = ceil_div(rows, args.chunk);
+    return args.chunks * ceil_div(args.c, across);
+  }
+  const bool is_small = args.hw <= kSmallPlane;
+  args.form = is_small ? Form::kSmallPlanes : Form::kPlanes;
+  args.chunks = ceil_div(args.hw, kPlaneChunk);
+  args.chunk = ceil_div(args.hw, args.chunks);
+  const int64_t chunks = args.n * args.c * args.chunks;
+  return is_small ? ceil_div(chunks, kThreads / 32) : chunks;
+}
+
+// The launches for any number of levels, of each layout by itself. The largest level first, so that small ones fill the
+// end.
 struct Plan {
-  Launch all, planes, rows;
+  std::vector<Launch> launches;
   int64_t cells = 0;
 
-  void add(const Level& level, const void* x, const void* y, const void* dout, void* dx, double weight) {
-    LevelArgs args{x, y, dout, dx, weight / level.c, level.n, level.c, level.hw};
-    args.channels_last = level.channels_last;
-    args.first_cell = cells;
-    args.first_column = level.first_channel;
-    if (level.channels_last) {
-      args.chunk = ceil_div(ceil_div(level.positions(), kRowTile), kRowChunks) * kRowTile;
-      args.chunks = ceil_div(level.positions(), args.chunk);
-      rows.add(args, args.chunks * ceil_div(level.c, 32));
-      cells += args.chunks * level.c * kMoments;
-    } else {
-      args.chunk = kPlaneChunk;
-      args.chunks = ceil_div(level.hw, kPlaneChunk);
-      planes.add(args, level.n * level.c * args.chunks);
-      cells += level.n * level.c * args.chunks * kMoments;
+  Plan(std::vector<LevelArgs> levels, const std::vector<Level>& described, int64_t itemsize) {
+    for (size_t i = 0; i < levels.size(); ++i) {
+      levels[i].n = described[i].n, levels[i].c = described[i].c, levels[i].hw = described[i].hw;
+      levels[i].first_column = described[i].first_channel;
+      levels[i].index = static_cast<int>(i);
     }
-    all.add(args, 0);
+    std::stable_sort(levels.begin(), levels.end(), [&](const LevelArgs& a, const LevelArgs& b) {
+      const bool a_rows = described[a.index].channels_last, b_rows = described[b.index].channels_last;
+      return a_rows != b_rows ? b_rows : a.n * a.c * a.hw > b.n * b.c * b.hw;
+    });
+    for (LevelArgs& args : levels) {
+      const bool channels_last = described[args.index].channels_last;
+      if (launches.empty() || launches.back().levels.count == kMaxLevels ||
+          launches.back().channels_last != channels_last) {
+        launches.push_back({channels_last});
+      }
+      const int64_t blocks = cut(args, channels_last, itemsize);
+      args.first_cell = cells;
+      cells += args.c * args.cells();
+      launches.back().add(args, blocks);
+    }
   }
 };
 
@@ -66,8 +94,7 @@ void dispatch(ScalarType type, const Launch& launch) {
   }
 }
 
-void check_one_kind(const char* op, const std::vector<Tensor>& x, const std::vector<Tensor>& y) {
-  check(x.size() <= kMaxLevels, op, ": ", x.size(), " levels were given; the CUDA kernels take at most ", kMaxLevels);
+void check_one_dtype(const char* op, const std::vector<Tensor>& x, const std::vector<Tensor>& y) {
   for (size_t i = 0; i < x.size(); ++i) {
     check(
         x[i].scalar_type() == x[0].scalar_type() && y[i].scalar_type() == x[0].scalar_type(), op,
@@ -80,68 +107,65 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pearson_fwd(
     bool skip_constant) {
   const std::vector<Level> levels = describe_levels("pearson_fwd", students, teachers);
   check_weights("pearson_fwd", weights, levels);
-  check_one_kind("pearson_fwd", students, teachers);
-  Plan plan;
+  check_one_dtype("pearson_fwd", students, teachers);
+  std::vector<LevelArgs> args;
   for (size_t i = 0; i < levels.size(); ++i) {
-    plan.add(levels[i], students[i].const_data_ptr(), teachers[i].const_data_ptr(), nullptr, nullptr, weights[i]);
+    const double scale = weights[i] / levels[i].c;
+    args.push_back({students[i].const_data_ptr(), teachers[i].const_data_ptr(), nullptr, nullptr, scale});
   }
+  const Plan plan(std::move(args), levels, students[0].element_size());
   const int64_t columns = total_channels(levels);
   const torch::stable::accelerator::DeviceGuard guard(students[0].get_device_index());
   const cudaStream_t stream = current_stream(students[0]);
   const Results results(students[0], levels);
-  Tensor cells = torch::stable::new_empty(students[0], {plan.cells}, ScalarType::Double);
-  Tensor shares = torch::stable::new_empty(students[0], {columns}, ScalarType::Double);
-  double* cell_data = cells.mutable_data_ptr<double>();
-  dispatch(students[0].scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    if (plan.planes.blocks) {
-      pearson_plane_stats_kernel<T><<<plan.planes.grid(), kThreads, 0, stream>>>(plan.planes.levels, cell_data);
-    }
-    if (plan.rows.blocks) {
-      pearson_row_stats_kernel<T><<<plan.rows.grid(), kThreads, 0, stream>>>(plan.rows.levels, cell_data);
-    }
-  });
-  check_launch("pearson_stats");
-  constexpr int kFinishThreads = 64;
-  pearson_finish_kernel<<<static_cast<unsigned>(ceil_div(columns, kFinishThreads)), kFinishThreads, 0, stream>>>(
-      plan.all.levels, cell_data, results.table.mutable_data_ptr<float>(), results.moments.mutable_data_ptr<double>(),
-      shares.mutable_data_ptr<double>(), columns, eps, skip_constant);
-  check_launch("pearson_finish");
-  pearson_sum_kernel<<<1, kThreads, 0, stream>>>(
-      plan.all.levels, shares.mutable_data_ptr<double>(), results.losses.mutable_data_ptr<float>(),
-      results.loss.mutable_data_ptr<float>());
-  check_launch("pearson_sum");
+  Tensor cells = torch::stable::new_empty(students[0], {plan.cells * kMoments}, ScalarType::Double);
+  Tensor shares = torch::stable::new_empty(students[0], {columns + 1}, ScalarType::Double);  // and their sum so far
+  Moments* cell_data = static_cast<Moments*>(cells.mutable_data_ptr());
+  double* share_data = shares.mutable_data_ptr<double>();
+  for (const Launch& launch : plan.launches) {
+    dispatch(students[0].scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      const auto kernel = launch.channels_last ? pearson_row_stats_kernel<T> : pearson_plane_stats_kernel<T>;
+      kernel<<<launch.grid(), kThreads, 0, stream>>>(launch.levels, cell_data);
+    });
+    check_launch("pearson_stats");
+    const unsigned blocks = static_cast<unsigned>(ceil_div(launch.channels, kThreads / 32));
+    pearson_finish_kernel<<<blocks, kThreads, 0, stream>>>(
+        launch.levels, cell_data, results.table.mutable_data_ptr<float>(), results.moments.mutable_data_ptr<double>(),
+        share_data, columns, eps, skip_constant);
+    check_launch("pearson_finish");
+    pearson_sum_kernel<<<1, kMaxLevels * 32, 0, stream>>>(
+        launch.levels, share_data, share_data + columns, &launch == &plan.launches.front(),
+        results.losses.mutable_data_ptr<float>(), results.loss.mutable_data_ptr<float>());
+    check_launch("pearson_sum");
+  }
   return results.tuple();
 }
 
 std::vector<Tensor> pearson_bwd(
     Tensor dloss, std::vector<Tensor> x, std::vector<Tensor> y, Tensor coefficients, std::vector<Tensor> dout) {
   const std::vector<Level> levels = describe_levels("pearson_bwd", x, y);
-  check_one_kind("pearson_bwd", x, y);
+  check_one_dtype("pearson_bwd", x, y);
   check_backward(dloss, coefficients, x, dout, levels);
-  const int64_t columns = total_channels(levels);
   const torch::stable::accelerator::DeviceGuard guard(x[0].get_device_index());
-  Plan plan;
   std::vector<Tensor> gradients;
+  std::vector<LevelArgs> args;
   for (size_t i = 0; i < levels.size(); ++i) {
     gradients.push_back(torch::stable::empty_like(x[i]));
     const void* added = dout.empty() ? nullptr : dout[i].const_data_ptr();
-    plan.add(levels[i], x[i].const_data_ptr(), y[i].const_data_ptr(), added, gradients[i].mutable_data_ptr(), 0);
+    args.push_back({x[i].const_data_ptr(), y[i].const_data_ptr(), added, gradients[i].mutable_data_ptr()});
   }
+  const Plan plan(std::move(args), levels, x[0].element_size());
   const cudaStream_t stream = current_stream(x[0]);
-  const float* upstream = dloss.const_data_ptr<float>();
-  const float* table = coefficients.const_data_ptr<float>();
-  dispatch(x[0].scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    if (plan.planes.blocks) {
-      pearson_plane_grad_kernel<T><<<plan.planes.grid(), kThreads, 0, stream>>>(
-          plan.planes.levels, upstream, table, columns);
-    }
-    if (plan.rows.blocks) {
-      pearson_row_grad_kernel<T><<<plan.rows.grid(), kThreads, 0, stream>>>(plan.rows.levels, upstream, table, columns);
-    }
-  });
-  check_launch("pearson_grad");
+  for (const Launch& launch : plan.launches) {
+    dispatch(x[0].scalar_type(), [&](auto type) {
+      using T = decltype(type);
+      const auto kernel = launch.channels_last ? pearson_row_grad_kernel<T> : pearson_plane_grad_kernel<T>;
+      kernel<<<launch.grid(), kThreads, 0, stream>>>(
+          launch.levels, dloss.const_data_ptr<float>(), coefficients.const_data_ptr<float>(), total_channels(levels));
+    });
+    check_launch("pearson_grad");
+  }
   return gradients;
 }
 

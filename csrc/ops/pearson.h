@@ -57,11 +57,7 @@ JDKD_HOST_DEVICE Moments load_moments(const double* column, int64_t stride) {
 
 // Chan, Golub, LeVeque (1983): the statistics of two disjoint sets joined. Callers keep the order fixed.
 JDKD_HOST_DEVICE Moments merge(const Moments& p, const Moments& q) {
-  const double n = p.n + q.n;
-  if (n == 0) {
-    return p;
-  }
-  const double share = q.n / n, weight = p.n * share;
+  const double n = p.n + q.n, share = q.n / (n > 0 ? n : 1), weight = p.n * share;
   const double gap_s = q.mean_s - p.mean_s, gap_t = q.mean_t - p.mean_t;
   return {
       n,
@@ -88,8 +84,8 @@ JDKD_HOST_DEVICE Moments tile_moments(
   e -= rest * rest / n;
   ss = ss < 0 ? 0 : ss;
   tt = tt < 0 ? 0 : tt;
-  const double st = (ss == 0 || tt == 0) ? 0 : (ss + beta * beta * tt - e) / (2 * beta);
-  return {n, mean_s + ds / n, mean_t + dt / n, ss, tt, st};
+  const double varies = (ss == 0) | (tt == 0) ? 0.0 : 1.0;
+  return {n, mean_s + ds / n, mean_t + dt / n, ss, tt, varies * (ss + beta * beta * tt - e) / (2 * beta)};
 }
 
 // The unbiased standard deviation; one element has none.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
+from typing import Self
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -30,13 +32,19 @@ class _Pearson(nn.Module):
         self.loss_weight = loss_weight
         self.options = {
             "pairing": pairing,
-            "levels": levels,
+            "levels": None if levels is None else tuple(levels),
             "level_weights": level_weights,
             "statistics": statistics,
             "zero_variance": zero_variance,
             "group": group,
             "return_levels": return_levels,
         }
+
+    def __deepcopy__(self, memo: dict) -> Self:
+        memo[id(self.options["group"])] = self.options["group"]  # processes cannot be copied, as an average needs it
+        copy = type(self).__new__(type(self))
+        copy.__dict__ = deepcopy(self.__dict__, memo)
+        return copy
 
     def extra_repr(self) -> str:
         settings = {"loss_weight": self.loss_weight, **self.options}

@@ -13,16 +13,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from jdkd import _backend
 from jdkd.errors import InputError
+from jdkd.ops import pearson_forms
 from jdkd.reference import pearson as reference
 
 _OP = "pearson"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-for _name in ("cuda", "triton", "cpu"):
-    _backend.register(_OP, _name, dtypes=_DTYPES)
-_backend.register(_OP, "reference")
+for _name, _why in (
+    ("cuda", "compiled with the package, so no kernel is built when a program starts"),
+    ("triton", "where jdkd._C has no CUDA code; neither has been timed on a GPU yet"),
+    ("cpu", "two sweeps over memory, threaded"),
+):
+    _backend.register(_OP, _name, dtypes=_DTYPES, why=_why)
+_backend.register(_OP, "reference", why="float64, and devices without kernels")
 
 _LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
@@ -71,11 +77,23 @@ def pearson_loss(
         tap = tap and all(s.dtype == torch.float64 for s in students)  # else the heads would get another dtype
         pairs = [(s.double(), t.double()) for s, t in pairs]
     inner, teachers = [s for s, _ in pairs], [t for _, t in pairs]
-    if torch.is_grad_enabled() and any(level.requires_grad for level in (*inner, *teachers)):
-        loss, losses, *tapped = _PearsonLoss.apply(settings, len(pairs), tap, *inner, *teachers, *masks)
+    wanted = _wanted(inner, teachers)
+    if wanted:
+        loss, losses, *tapped = _PearsonLoss.apply(settings, len(pairs), wanted, tap, *inner, *teachers, *masks)
         return loss, losses, tapped or list(students)
-    loss, losses, _ = _forward(settings, inner, teachers, masks)
+    loss, losses, _, _ = _forward(settings, inner, teachers, masks)
     return loss, losses, list(students)
+
+
+def _wanted(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> str:
+    """Whose gradients are wanted, as :class:`pearson_forms.Call` has it."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return "teachers"  # there is no forward mode: the autograd Function says so, where an operator returns 0
+    if not torch.is_grad_enabled():
+        return ""
+    if any(level.requires_grad for level in teachers):
+        return "teachers"
+    return "students" if any(level.requires_grad for level in students) else ""
 
 
 def _same_layout(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,16 +109,34 @@ def _layout(level: Tensor) -> torch.memory_format:
 
 
 def _forward(
-    settings: Settings, students: Sequence[Tensor], teachers: Sequence[Tensor], masks: Sequence[Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, losses of the levels, and the coefficient table."""
+    settings: Settings,
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    wanted: str = "",
+    tap: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss, losses of the levels, the coefficient table, and the students' gradients if they came with it."""
     weights, eps, skip_constant, instance, group = settings
+    form = pearson_forms.choose(
+        pearson_forms.Call(students, teachers, wanted, tap, len(masks) > 0, group is not None, instance)
+    )
     if instance:
         masks = [_folded(mask.expand_as(s)) for mask, s in zip(masks, students, strict=True)] if masks else ()
         students, teachers = map(_folded, students), map(_folded, teachers)
-    students, teachers = list(students), list(teachers)
-    if not masks and group is None:
-        return torch.ops.jdkd.pearson_fwd(students, teachers, weights, eps, skip_constant)[:3]
+    given = (list(students), list(teachers), weights, eps, skip_constant)
+    if form == "single pass":
+        return torch.ops.jdkd.pearson_single(*given)
+    if form == "moments":
+        return *_from_moments(masks, group, *given), []
+    return *torch.ops.jdkd.pearson_fwd(*given)[:3], []
+
+
+def _from_moments(
+    masks: Sequence[Tensor], group: torch.distributed.ProcessGroup | None, students: list[Tensor],
+    teachers: list[Tensor], weights: tuple[float, ...], eps: float, skip_constant: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, losses and table from statistics that are masked or gathered before they are used."""
     if masks:
         moments = reference.moments(students, teachers, masks)
     else:
@@ -127,17 +163,22 @@ def _folded(level: Tensor) -> Tensor:
     return level.reshape(1, -1, *level.shape[2:])
 
 
+_NO_SETTINGS = (None,) * 4  # gradients of what is no tensor
+
+
 class _PearsonLoss(torch.autograd.Function):
     """Gradients for whichever side asks; what the backward saves is readable by every backend."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, levels: int, tap: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, settings: Settings, levels: int, wanted: str, tap: bool, *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
         students, teachers, masks = (tensors[i * levels : (i + 1) * levels] for i in range(3))
-        loss, losses, table = _forward(settings, students, teachers, masks)
+        loss, losses, table, ctx.gradients = _forward(settings, students, teachers, masks, wanted, tap)
         # save_for_backward refuses what was made under inference_mode, as teachers often are.
-        ctx.kept = [t if _made_in_inference(t) else None for t in teachers]
-        ctx.save_for_backward(table, *masks, *students, *(t for t in teachers if not _made_in_inference(t)))
-        ctx.levels, ctx.masked, ctx.instance = levels, bool(masks), settings.instance
+        ctx.kept = [x if _made_in_inference(x) else None for x in tensors]
+        ctx.save_for_backward(table, *(x for x, kept in zip(tensors, ctx.kept, strict=True) if kept is None))
+        ctx.levels, ctx.masked, ctx.instance = levels, len(masks) > 0, settings.instance
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses)
         return loss, losses, *((student.view_as(student) for student in students) if tap else ())
@@ -149,15 +190,20 @@ class _PearsonLoss(torch.autograd.Function):
                 "the Pearson loss was differentiated with create_graph=True, but its gradient has no derivative; "
                 "use jdkd.reference.pearson.pkd_loss there"
             )
-        levels, needs = ctx.levels, ctx.needs_input_grad[3:]
+        levels, needs = ctx.levels, ctx.needs_input_grad[4:]
         heads = list(dout) or [None] * levels
         unmasked = [None] * (levels if ctx.masked else 0)
         if dloss is None:
-            return (None, None, None, *heads, *[None] * levels, *unmasked)
+            return (*_NO_SETTINGS, *heads, *[None] * levels, *unmasked)
+        if ctx.gradients:  # of an incoming 1; scaled where they are, so a second backward computes them anew
+            gradients, ctx.gradients = ctx.gradients, []
+            torch.ops.jdkd.pearson_scale_(gradients, dloss)
+            own = (d if wanted else None for d, wanted in zip(gradients, needs, strict=False))
+            return (*_NO_SETTINGS, *own, *[None] * levels)
         table, *saved = ctx.saved_tensors
-        masks, saved = (saved[:levels], saved[levels:]) if ctx.masked else ((), saved)
-        students, rest = saved[:levels], iter(saved[levels:])
-        teachers = [next(rest) if kept is None else kept for kept in ctx.kept]
+        saved = iter(saved)
+        tensors = [next(saved) if kept is None else kept for kept in ctx.kept]
+        students, teachers, masks = (tensors[i * levels : (i + 1) * levels] for i in range(3))
         gradients: list[Tensor | None] = []
         sides = ((students, teachers, heads), (teachers, students, [None] * levels))
         for side, (x, y, others) in enumerate(sides):
@@ -167,7 +213,7 @@ class _PearsonLoss(torch.autograd.Function):
                 gradients += [d if wanted else None for d, wanted in zip(dx, needed, strict=True)]
             else:
                 gradients += [None] * levels
-        return (None, None, None, *gradients, *unmasked)
+        return (*_NO_SETTINGS, *gradients, *unmasked)
 
 
 def _gradient(
@@ -187,9 +233,9 @@ def _gradient(
         return [d.view(level.shape) for d, level in zip(dx, x, strict=True)]
     dloss = dloss.to(coefficients.dtype)
     if masks:
-        dx = torch.ops.jdkd.pearson_bwd(dloss, x, y, coefficients, [])
-        dx = [torch.where(mask, d, 0) for d, mask in zip(dx, masks, strict=True)]
-        return [d if head is None else d + head for d, head in zip(dx, dout, strict=True)]
+        dx = _gradient(dloss, x, y, coefficients, dout, (), False)
+        heads = (0 if head is None else head for head in dout)
+        return [torch.where(mask, d, head) for d, mask, head in zip(dx, masks, heads, strict=True)]
     tapped = [i for i, head in enumerate(dout) if head is not None]
     if len(tapped) in (0, len(x)):
         heads = [dout[i].contiguous(memory_format=_layout(x[i])) for i in tapped]

@@ -212,6 +212,25 @@ def test_a_neck_beside_the_backbone_is_found_and_the_teachers_heads_do_not_run(k
     assert type(seen[0]) is type(student.neck(student.backbone(x)))
 
 
+@pytest.mark.filterwarnings("ignore:.*Function.*instantiated:DeprecationWarning")  # by dynamo
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # by dynamo, where a graph ends
+@pytest.mark.parametrize("compiled_first", [True, False])
+def test_a_compiled_student_is_distilled_all_the_same(compiled_first):
+    student, teacher, x = Necked(tuple), Necked(tuple, seed=1), torch.randn(2, 3, 32, 48)
+    torch.compiler.reset()
+    with attach(student, teacher):
+        expected = student(x)["loss_pkd"]
+        wanted = torch.autograd.grad(expected, student.neck.parameters())
+    compiled = torch.compile(student, backend="aot_eager") if compiled_first else student
+    with attach(compiled, teacher) as handle:
+        if not compiled_first:
+            compiled = torch.compile(student, backend="aot_eager")
+        loss = compiled(x)["loss_pkd"]
+        assert list(handle.losses) == [4, 8] and teacher.heads_ran == 0
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, student.neck.parameters()), wanted)
+
+
 def test_a_neck_may_be_named(images, targets):
     student, teacher = retinanet().train(), retinanet(seed=1)
     calls = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from jdkd.errors import InputError
 from jdkd.functional import pearson_tap, pkd_loss
+from jdkd.nn import PearsonTap
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 BATCHES = (3, 1)  # images of each rank
@@ -84,6 +86,9 @@ def test_a_group_of_one_changes_nothing(tmp_path: Path):
     dist.init_process_group("gloo", store=dist.FileStore(f"{tmp_path}/store", 1), rank=0, world_size=1)
     try:
         loss, gradients = gradients_of(Student(), slice(None), {"group": dist.group.WORLD, "masked": False}, tap=False)
+        tap = PearsonTap(6.0, group=dist.group.WORLD)
+        copy = deepcopy(tap)  # as an exponential average of a student makes
+        assert copy is not tap and copy.options == tap.options and copy.options is not tap.options
         with pytest.raises(InputError, match="takes every image by itself"):
             pkd_loss(torch.randn(1, 2, 3, 3), torch.randn(1, 2, 3, 3), statistics="instance", group=dist.group.WORLD)
     finally:

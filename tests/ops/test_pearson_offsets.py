@@ -12,6 +12,7 @@ import triton.language as tl  # noqa: E402
 
 from jdkd import _backend  # noqa: E402
 from jdkd.kernels import pearson  # noqa: E402
+from jdkd.kernels.pearson_finish import _finish_level  # noqa: E402
 from jdkd.kernels.pearson_planes import _body_and_edge, _plane_chunk  # noqa: E402
 from jdkd.kernels.pearson_rows import _row_chunk  # noqa: E402
 
@@ -30,10 +31,16 @@ def _plane_chunk_kernel(out_ptr, sizes, program, LEVELS: tl.constexpr):
 
 @triton.jit
 def _row_chunk_kernel(out_ptr, columns_ptr, sizes, program, LEVELS: tl.constexpr, CHANNELS: tl.constexpr):
-    level, first, last, columns, channels, column, cell = _row_chunk(sizes, program, LEVELS, CHANNELS, True, 8)
+    level, first, last, columns, channels, column, cell = _row_chunk(sizes, program, LEVELS, CHANNELS, False, 8)
     for i, value in enumerate((level, first, last, channels, column, cell)):
         tl.store(out_ptr + i, value)
     tl.store(columns_ptr + tl.arange(0, CHANNELS), columns)
+
+
+@triton.jit
+def _finish_level_kernel(out_ptr, sizes, level, LEVELS: tl.constexpr):
+    for i, value in enumerate(_finish_level(sizes, level, LEVELS)):
+        tl.store(out_ptr + i, value)
 
 
 @triton.jit
@@ -45,61 +52,83 @@ def _body_and_edge_kernel(out_ptr, edge_ptr, mask_ptr, first, last, V: tl.conste
     tl.store(mask_ptr + tl.arange(0, 2 * V), mask.to(tl.int64))
 
 
-def group(shapes: list[tuple[int, int, int, int]], channels_last: bool) -> pearson._Group:
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    levels = [torch.empty(shape, device="meta", memory_format=layout, dtype=torch.bfloat16) for shape in shapes]
-    return pearson._Group(levels, levels, list(range(len(levels))), channels_last)
+def launch(shapes: list[tuple[int, int, int, int]], channels_last: bool) -> pearson.Launch:
+    levels = [pearson.Level(shape, torch.bfloat16, torch.bfloat16, channels_last, True) for shape in shapes]
+    (found,) = pearson.plan(tuple(levels))
+    return found
+
+
+def drawn(programs: int, draw: random.Random) -> list[int]:
+    return [0, programs - 1, *(draw.randrange(programs) for _ in range(8))]
 
 
 HUGE = [(70, 256, 400, 672), (70, 256, 33, 31), (3, 5, 30_000, 30_011)]  # 4.8e9, 1.8e7 and 1.4e10 elements
+HUGE_ROWS = [(70, 256, 400, 672), (1, 100, 9, 9), (2, 72, 20_000, 20_000)]
 
 
 def test_chunks_of_planes_cover_a_pyramid_of_more_than_2_to_the_31_elements():
-    plan = group(HUGE, channels_last=False)
-    before = [0]
-    for (_, c, *_), chunks in zip(HUGE, plan.chunks, strict=True):
-        before.append(before[-1] + c * chunks)
-    assert plan.grid == (before[-1],)
-    draw = random.Random(0)
-    for level, (n, c, h, w) in enumerate(HUGE):
-        area, pieces = h * w, plan.chunks[level] // n
+    plan, before, draw = launch(HUGE, channels_last=False), 0, random.Random(0)
+    assert plan.places == (2, 0, 1)  # the largest first
+    for position, (place, chunks) in enumerate(zip(plan.places, plan.chunks, strict=True)):
+        n, c, h, w = HUGE[place]
+        area, pieces = h * w, chunks // n
         length = ((area + pieces - 1) // pieces + 15) // 16 * 16
-        for local in (0, before[level + 1] - before[level] - 1, *(draw.randrange(n * c * pieces) for _ in range(8))):
+        for local in drawn(c * chunks, draw):
             plane, piece = divmod(local, pieces)
             found = torch.full((6,), -1)
-            _plane_chunk_kernel[(1,)](found, plan.sizes, before[level] + local, LEVELS=3)
+            _plane_chunk_kernel[(1,)](found, plan.sizes, before + local, LEVELS=3)
             first = plane * area + piece * length
             last = plane * area + min((piece + 1) * length, area)
             image, channel = divmod(plane, c)
-            cell = before[level] * 9 + (image * pieces + piece) * 9 * c + channel
-            column = sum(shape[1] for shape in HUGE[:level]) + channel
-            assert found.tolist() == [level, first, last, column, cell, c]
+            cell = before * 9 + (image * pieces + piece) * 9 * c + channel
+            column = sum(shape[1] for shape in HUGE[:place]) + channel
+            assert found.tolist() == [position, first, last, column, cell, c]
             assert 0 < last - first <= pearson.PLANE_CHUNK
+        before += c * chunks
+    assert plan.programs == before
+    assert plan.cells == 9 * before
 
 
 def test_chunks_of_rows_cover_a_pyramid_of_more_than_2_to_the_31_elements():
-    shapes = [(70, 256, 400, 672), (1, 100, 9, 9), (2, 72, 20_000, 20_000)]
-    plan = group(shapes, channels_last=True)
-    blocks = [-(-c // pearson.ROWS["CHANNELS"]) for _, c, _, _ in shapes]
+    shapes = HUGE_ROWS
+    plan, block_size = launch(shapes, channels_last=True), pearson.ROWS["CHANNELS"]
+    assert plan.places == (2, 0, 1)
+    assert not plan.constants["WIDE"]  # for the sake of the 100
     before, cells = 0, 0
-    for level, (n, c, h, w) in enumerate(shapes):
-        length = pearson._row_chunk_length(n * h * w)
-        programs = plan.chunks[level] * blocks[level]
-        for local in (0, programs // 2, programs - 1):
-            chunk, block = divmod(local, blocks[level])
-            found, columns = torch.full((6,), -1), torch.full((pearson.ROWS["CHANNELS"],), -1)
-            _row_chunk_kernel[(1,)](
-                found, columns, plan.sizes, before + local, LEVELS=3, CHANNELS=pearson.ROWS["CHANNELS"]
-            )
+    for position, (place, chunks) in enumerate(zip(plan.places, plan.chunks, strict=True)):
+        n, c, h, w = shapes[place]
+        blocks, length = -(-c // block_size), pearson._row_chunk_length(n * h * w)
+        for local in drawn(chunks * blocks, random.Random(0)):
+            chunk, block = divmod(local, blocks)
+            found, columns = torch.full((6,), -1), torch.full((block_size,), -1)
+            _row_chunk_kernel[(1,)](found, columns, plan.sizes, before + local, LEVELS=3, CHANNELS=block_size)
             first, last = chunk * length, min(chunk * length + length, n * h * w)
-            kept = c // 8 * 8  # this kernel says that C is a multiple of 8
-            expected = [level, first, last, kept, sum(s[1] for s in shapes[:level]), cells + chunk * 9 * kept]
+            expected = [position, first, last, c, sum(s[1] for s in shapes[:place]), cells + chunk * 9 * c]
             assert found.tolist() == expected
-            assert columns[0] == block * pearson.ROWS["CHANNELS"]
+            assert columns[0] == block * block_size
             assert 0 < last - first <= pearson.ROW_CHUNK_LIMIT
-        before += programs
-        cells += 9 * plan.chunks[level] * c
-    assert plan.grid == (before,)
+        before += chunks * blocks
+        cells += 9 * chunks * c
+    assert plan.programs == before
+    assert plan.cells == cells
+
+
+@pytest.mark.parametrize(("shapes", "channels_last"), [(HUGE, False), (HUGE_ROWS, True)])
+def test_the_finish_finds_the_chunks_of_a_level(shapes, channels_last):
+    plan, cells = launch(shapes, channels_last), 0
+    for position, (place, chunks) in enumerate(zip(plan.places, plan.chunks, strict=True)):
+        c, found = shapes[place][1], torch.full((5,), -1)
+        _finish_level_kernel[(1,)](found, plan.finish_sizes, position, LEVELS=3)
+        assert found.tolist() == [place, chunks, c, sum(shape[1] for shape in shapes[:place]), cells]
+        cells += 9 * chunks * c
+    assert plan.cells == cells
+
+
+def test_only_levels_alike_share_a_launch():
+    level = pearson.Level((2, 16, 8, 8), torch.bfloat16, torch.bfloat16, False, True)
+    others = [{"x": torch.float16}, {"y": torch.float32}, {"channels_last": True}, {"aligned": False}]
+    levels = [level, *(level._replace(**other) for other in others), level._replace(shape=(2, 16, 9, 9))]
+    assert [launched.places for launched in pearson.plan(tuple(levels))] == [(5, 0), (1,), (2,), (3,), (4,)]
 
 
 @pytest.mark.parametrize("vector", [4, 8])
@@ -116,7 +145,7 @@ def test_body_and_edge_cover_a_chunk_once(vector):
 
 def test_a_plane_that_the_size_encoding_cannot_hold_is_refused():
     with pytest.raises(ValueError, match=r"1073741824 positions"):
-        group([(1, 1, 2**15, 2**15)], channels_last=False)
+        launch([(1, 1, 2**15, 2**15)], channels_last=False)
 
 
 def test_sizes_never_invite_a_variant():
@@ -124,5 +153,7 @@ def test_sizes_never_invite_a_variant():
     for _ in range(200):
         shapes = [(draw.randint(1, 4), 64, draw.randint(1, 64) * 16, draw.randint(1, 64)) for _ in range(3)]
         for channels_last in (False, True):
-            for size in group(shapes, channels_last).sizes:
-                assert size % 2 == 1 and 1 < size < 2**31
+            plan = launch(shapes, channels_last)
+            for size in (*plan.sizes, *plan.finish_sizes):
+                assert size % 2 == 1
+                assert 1 < size < 2**31

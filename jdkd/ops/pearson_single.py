@@ -1,0 +1,135 @@
+"""The Pearson distillation loss and its gradient for the students in a single pass over the features.
+
+Where a channel fits on the chip, both tensors are read once and the gradient is written once, for an incoming gradient
+of 1; :func:`pearson_scale_ <_scale>` multiplies it by another one. No autograd: :mod:`jdkd.ops.pearson` has the rule.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from jdkd import _backend, _ext
+from jdkd.errors import InputError
+from jdkd.reference import pearson as reference
+
+_OP = "pearson_single"
+_DTYPES = (torch.float32, torch.bfloat16)  # gradients for an incoming gradient of 1 are zeros in float16
+_MAX_LEVELS = 16
+
+_backend.register(_OP, "reference", why="for tests")
+_backend.register(_OP, "cuda", dtypes=_DTYPES, why="only on request, since it has not run on a GPU yet")
+
+Single = tuple[Tensor, Tensor, Tensor, list[Tensor]]  # loss [], losses [L], table [2, 5, sum of C], gradients
+Chip = tuple[int, int, int, int]  # SMs, shared memory per block and per SM in bytes, blocks of the largest cluster
+
+
+def fits(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
+    """Whether the single pass takes these levels on their device; never waits for the device.
+
+    Args:
+        students: levels ``[N, C, H, W]``.
+        teachers: levels of the same shapes.
+
+    Returns:
+        True if all of them are contiguous, on one CUDA device this build has clusters for (sm_90), of one dtype,
+        float32 or bfloat16, and every level's channels fit in the shared memory of a cluster.
+    """
+    first, levels = students[0], (*students, *teachers)
+    if first.device.type != "cuda" or first.dtype not in _DTYPES or len(students) > _MAX_LEVELS:
+        return False
+    if _ext.why_missing(_OP, "cuda") is not None:
+        return False
+    if any(t.dtype != first.dtype or t.device != first.device or not t.is_contiguous() for t in levels):
+        return False
+    shapes = tuple((s.shape[0], s.shape[1], s.shape[2] * s.shape[3]) for s in students)
+    return _planned(shapes, first.element_size(), _chip(first.device.index))
+
+
+@functools.cache
+def _chip(device: int) -> Chip:
+    return tuple(torch.ops.jdkd_C.pearson_single_chip(device))
+
+
+@functools.lru_cache(maxsize=256)
+def _planned(shapes: tuple[tuple[int, int, int], ...], itemsize: int, chip: Chip) -> bool:
+    """Whether every level ``(N, C, H W)`` fits on the chip."""
+    *_, max_cluster = chip
+    return max_cluster > 0 and _ext.module().pearson_plan(shapes, itemsize, *chip)["fits"]
+
+
+def _reference_single(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], eps: float, skip_constant: bool
+) -> Single:
+    loss, losses, table, _ = reference.pearson_fwd(students, teachers, weights, eps, skip_constant)
+    return loss, losses, table, reference.pearson_bwd(torch.ones_like(loss), students, teachers, table[0])
+
+
+def _cuda_single(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], eps: float, skip_constant: bool
+) -> Single:
+    return torch.ops.jdkd_C.pearson_single(students, teachers, weights, eps, skip_constant)
+
+
+def _reference_scale(gradients: list[Tensor], dloss: Tensor) -> None:
+    for gradient in gradients:
+        gradient.copy_(gradient.to(dloss.dtype) * dloss)
+
+
+def _cuda_scale(gradients: list[Tensor], dloss: Tensor) -> None:
+    torch.ops.jdkd_C.pearson_scale_(gradients, dloss)
+
+
+_SINGLE = {"cuda": _cuda_single, "reference": _reference_single}
+_SCALE = {"cuda": _cuda_scale, "reference": _reference_scale}
+
+
+def _single(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], eps: float, skip_constant: bool
+) -> Single:
+    for level in (*students, *teachers):
+        if not level.is_contiguous():
+            raise InputError(
+                f"jdkd::pearson_single takes contiguous levels, and one of shape {tuple(level.shape)} has strides "
+                f"{level.stride()}; copy it with contiguous(), or use jdkd::pearson_fwd and jdkd::pearson_bwd"
+            )
+    return _SINGLE[_backend.select(_OP, students[0])](students, teachers, weights, eps, skip_constant)
+
+
+def _scale(gradients: list[Tensor], dloss: Tensor) -> None:
+    """Multiplies gradients in place by ``dloss``, a float32 scalar on their device, rounding once."""
+    _SCALE[_backend.select(_OP, gradients[0])](gradients, dloss)
+
+
+def _single_fake(
+    students: list[Tensor], teachers: list[Tensor], weights: list[float], eps: float, skip_constant: bool
+) -> Single:
+    dtype = reference.result_dtype(students, teachers)
+    new = students[0].new_empty
+    return (
+        new((), dtype=dtype),
+        new((len(students),), dtype=dtype),
+        new((2, reference.ROWS, sum(s.shape[1] for s in students)), dtype=dtype),
+        [torch.empty_like(student) for student in students],
+    )
+
+
+def _scale_fake(gradients: list[Tensor], dloss: Tensor) -> None:
+    pass
+
+
+_library = torch.library.Library("jdkd", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library.define(
+    "pearson_single(Tensor[] students, Tensor[] teachers, float[] weights, float eps, bool skip_constant)"
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
+    tags=_TAGS,
+)
+_library.define("pearson_scale_(Tensor(a!)[] gradients, Tensor dloss) -> ()", tags=_TAGS)
+_library.impl("pearson_single", _single, "CompositeExplicitAutograd")
+_library.impl("pearson_scale_", _scale, "CompositeExplicitAutograd")
+torch.library.register_fake("jdkd::pearson_single", _single_fake, lib=_library)
+torch.library.register_fake("jdkd::pearson_scale_", _scale_fake, lib=_library)

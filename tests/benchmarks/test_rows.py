@@ -1,0 +1,63 @@
+"""Rows of results, the tables made of them, and which cases a run picks."""
+
+import torch
+
+from benchmarks import record, run
+from benchmarks.cases import pearson
+from benchmarks.cost import Cost
+from benchmarks.harness import Timing
+
+COMMON = {"device": "Some GPU", "copy_bytes_per_s": 4e12}
+COST = Cost(peak_bytes=2_000_000, kept_bytes=1000, kernels=3, dispatched_ops=None)
+
+
+def rows(*timings, mode="tap"):
+    case = pearson.case("P6", 2, torch.bfloat16, "NCHW", mode, "cpu")
+    return record.rows(case, timings, COMMON)
+
+
+def test_a_row_says_what_a_call_costs():
+    (row,) = rows(Timing("eager", [1e-3] * 3, 0.1, host_seconds=2e-4, cost=COST))
+    assert (row["peak_bytes"], row["kept_bytes"], row["kernels"], row["host_us"]) == (2_000_000, 1000, 3, 200)
+    assert row["mode"] == "tap" and row["error"] == 0.1
+
+
+def test_gains_are_unknown_where_the_baseline_was_left_out():
+    (row,) = rows(Timing("jdkd cuda", [1e-3] * 3, 0, cost=COST))
+    assert row["times_baseline"] is None
+    assert "1 ms (cuda)" in record.table([row]) and " x " not in run.describe(row)
+
+
+def test_a_table_shows_the_fastest_of_every_family():
+    found = rows(
+        Timing("eager", [8e-3] * 3, 0, cost=COST),
+        Timing("torch.compile", [4e-3] * 3, 0, cost=COST),
+        Timing("torch.compile max-autotune", [2e-3] * 3, 0, cost=COST),
+        Timing("jdkd triton", [1e-3] * 3, 0, cost=COST),
+        Timing("jdkd cuda", [1.6e-3] * 3, 0, cost=COST),
+    )
+    device, _, heading, _, line = record.table(found).splitlines()
+    assert device == "Some GPU:"
+    assert heading == "| case | mode | eager | torch.compile | jdkd | of copy | peak memory | kept |"
+    assert "| 8 ms | 2 ms (4.0×, max-autotune) | 1 ms (8.0×, triton) |" in line
+    assert line.endswith("| 2 → 2 MB | 0.001 → 0.001 MB |")
+
+
+def test_times_have_the_unit_that_reads_best():
+    seconds = {1.2: "1.2 s", 3.4e-2: "34 ms", 5.6e-5: "56 µs", 7.8e-7: "0.78 µs"}
+    for value, text in seconds.items():
+        assert f"| {text} |" in record.table(rows(Timing("eager", [value] * 3, 0)))
+
+
+def test_rows_of_before_costs_were_measured_make_a_table_too():
+    (row,) = rows(Timing("jdkd cpu", [1e-3] * 3, 0))
+    old = {name: value for name, value in row.items() if name not in ("peak_bytes", "kept_bytes", "kernels")}
+    assert "memory" not in record.table([old])
+
+
+def test_a_match_picks_cases_by_words_of_their_names(capsys, monkeypatch):
+    monkeypatch.setattr(pearson, "compiled", lambda autotuned=False: {})
+    words = ["--device", "cpu", "--full", "--match", "P7 N=1 float32 NCHW forward", "--seconds", "0", "pearson"]
+    assert run.main(words) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pearson ")]
+    assert shown == ["pearson P7 N=1 float32 NCHW forward"]

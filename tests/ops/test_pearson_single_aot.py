@@ -1,0 +1,72 @@
+"""What the compiler made of the single pass for sm_90a, read from jdkd._C without a GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from jdkd import _ext
+
+KERNEL = re.compile(r"pearson_single_kernelI(f|13__nv_bfloat16)Li(\d)E")
+REGISTERS, THREADS = 65_536, 256  # of an SM; of a block where three of them share an SM
+
+
+def cuobjdump(*options: str) -> str:
+    if _ext.module() is None or "pearson_single" not in _ext.build_info()["cuda_ops"]:
+        pytest.skip("jdkd._C was built without CUDA code")
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "-arch", "sm_90a", *options, _ext.module().__file__]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def by_kernel(text: str) -> dict[tuple[str, int], str]:
+    """What follows the name of each variant, (element, elements a vector), up to the next function."""
+    found = {}
+    for part in re.split(r"Function\s*:?\s*", text)[1:]:
+        if match := KERNEL.search(part.split("\n")[0]):
+            found["float" if match[1] == "f" else "bfloat16", int(match[2])] = part
+    return found
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[tuple[str, int], str]:
+    return by_kernel(cuobjdump("-sass"))
+
+
+ALIGNED = [("float", 4), ("bfloat16", 8)]
+VARIANTS = [*ALIGNED, ("float", 1), ("bfloat16", 1)]
+
+
+def test_nothing_spills_and_three_blocks_share_the_registers_of_an_sm():
+    usage = by_kernel(cuobjdump("-res-usage"))
+    assert set(usage) == set(VARIANTS)
+    for variant in VARIANTS:
+        resources = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[variant])}
+        assert resources["STACK"] == 0 and resources["LOCAL"] == 0, variant
+        assert -(-resources["REG"] // 8) * 8 * THREADS * 3 <= REGISTERS, variant
+
+
+@pytest.mark.parametrize("variant", ALIGNED, ids=str)
+def test_features_arrive_by_bulk_copies_on_barriers(code, variant):
+    assert len(re.findall(r"\bUBLKCP\b", code[variant])) >= 2  # student and teacher
+    assert re.search(r"\bSYNCS\.PHASECHK\.TRANS64\.TRYWAIT\b", code[variant])
+    # All that is read from global memory otherwise is the end of a tensor, and the moments of other blocks.
+    wide = re.findall(r"\bLDG?\.E[\w.]*\.128\b", code[variant])
+    assert not wide
+
+
+@pytest.mark.parametrize("variant", ALIGNED, ids=str)
+def test_sweeps_read_and_write_sixteen_bytes_at_a_time(code, variant):
+    assert len(re.findall(r"\bLDS\.128\b", code[variant])) >= 6  # both tensors, three sweeps
+    assert re.search(r"\bSTG\.E\.EF\.128\b", code[variant])  # evicted first: nobody reads it soon
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_blocks_of_a_cluster_wait_for_each_other_once_and_part_without_a_fence(code, variant):
+    assert len(re.findall(r"\bUCGABAR_ARV\b", code[variant])) == 2
+    assert len(re.findall(r"\bUCGABAR_WAIT\b", code[variant])) == 2
+    assert len(re.findall(r"\bMEMBAR\.ALL\.GPU\b", code[variant])) == 1
