@@ -1,0 +1,167 @@
+"""The weights of a subnet of ResNet-50 at half width: packed, and their gradients brought back. No convolution runs.
+
+``slice_contiguous`` is what supernets do: every layer slices its weight and copies the slice, and autograd brings the
+gradient back. In ``forward+backward`` gradients are there already and are added to, as for every subnet of a step but
+the first: in ``jdkd main_grad`` one launch adds them in place; in ``jdkd autograd`` the weights get dense ones, which
+torch adds. In ``first forward+backward`` there are none yet.
+
+``least_bytes`` counts the active weights: read and written once by a pack; packed gradients read, and the shared ones
+read and written, by the way back. On a CPU jdkd maps its large buffers itself, so the peak memory of a row leaves them
+out: the packed weights, and in ``jdkd autograd`` the pages of the dense gradients that are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Case, Provider
+from jdkd.ops.active_channels import Channels
+from jdkd.ops.pack import Part, pack, packed_weights
+from jdkd.reference import pack as reference
+
+NAME = "pack"
+STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # width and blocks of the stages of ResNet-50
+LAYOUTS = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}
+
+
+def resnet50() -> list[tuple[int, int, int, int]]:
+    """Returns: the shapes ``[Cout, Cin, kh, kw]`` of its 53 convolutions."""
+    shapes, channels = [(64, 3, 7, 7)], 64
+    for width, blocks in STAGES:
+        for block in range(blocks):
+            shapes += [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            shapes += [(4 * width, channels, 1, 1)] if block == 0 else []
+            channels = 4 * width
+    return shapes
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the providers share, and shared weights of their own for each, since they change their gradients."""
+
+    weights: dict[str, list[Tensor]]  # [Cout_max, Cin_max, kh, kw] each, with gradients
+    parts: list[Part]
+    packed_gradients: list[Tensor]  # [Cout, Cin, kh, kw] each, channels-last
+
+
+def cases(device: str, full: bool = False) -> Iterator[Case]:
+    """The cases for a device."""
+    dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32, torch.bfloat16)
+    for dtype in dtypes:
+        for layout in LAYOUTS:
+            for width in (0.5, 1.0, 0.25) if full else (0.5,):
+                for mode in ("forward+backward", "first forward+backward", "forward"):
+                    yield case(width, dtype, layout, mode, device)
+            if full:
+                yield case(0.5, dtype, layout, "forward+backward", device, listed=True)
+
+
+def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, listed: bool = False) -> Case:
+    """All layers at one width; ``listed`` takes every other channel instead of the leading ones."""
+    shapes = resnet50()
+    parts = [
+        Part(active(o, width, listed, device), active(i, 1.0 if i == 3 else width, listed, device))
+        for o, i, *_ in shapes
+    ]
+    backward, first = mode != "forward", mode.startswith("first")
+    runs: dict[str, Run] = {"slice_contiguous": slice_contiguous, "jdkd": autograd}
+    if backward and not first:
+        runs = {"slice_contiguous": slice_contiguous, "jdkd autograd": autograd, "jdkd main_grad": main_grad}
+
+    def make() -> Inputs:
+        weights, gradients = {}, []
+        for name in runs:
+            drawn = [torch.randn(shape, device=device).contiguous(memory_format=LAYOUTS[layout]) for shape in shapes]
+            weights[name] = drawn if not weights else [w.detach().clone() for w in next(iter(weights.values()))]
+            for weight in weights[name]:
+                weight.requires_grad_().grad = torch.zeros_like(weight)
+        for (_, _, *kernel), part in zip(shapes, parts, strict=True):
+            drawn = torch.randn(part.rows.count, part.columns.count, *kernel, device=device, dtype=dtype)
+            gradients.append(drawn.contiguous(memory_format=torch.channels_last))
+        return Inputs(weights, parts, gradients)
+
+    numbers = sum(
+        part.rows.count * part.columns.count * kh * kw for part, (_, _, kh, kw) in zip(parts, shapes, strict=True)
+    )
+    return Case(
+        NAME,
+        f"ResNet-50 x{width:g}{' listed' if listed else ''}",
+        mode,
+        dtype,
+        layout,
+        make,
+        lambda given: exact(given, backward),
+        {name: provided(name, run, dtype, backward, first, device) for name, run in runs.items()},
+        numbers * (4 + dtype.itemsize) + backward * numbers * ((4 if first else 8) + dtype.itemsize),
+    )
+
+
+def active(maximum: int, width: float, listed: bool, device: str) -> Channels:
+    count = int(maximum * width)
+    if not listed or count == maximum:
+        return Channels(count)
+    order = [*range(0, maximum, 2), *range(1, maximum, 2)]
+    return Channels(count, torch.tensor(order[:count], device=device))
+
+
+def exact(given: Inputs, backward: bool) -> list[Tensor]:
+    """The packed weights, and the gradients after one step if ``backward``, float32."""
+    weights = next(iter(given.weights.values()))
+    rows, columns = (
+        [channels.count if channels.index is None else channels.index for channels in side]
+        for side in zip(*(part[:2] for part in given.parts), strict=True)
+    )
+    kernels = [None] * len(weights)
+    with torch.no_grad():
+        packed = reference.pack(weights, rows, columns, kernels, torch.float32)
+        gradients = [torch.zeros_like(weight) for weight in weights] if backward else []
+        if backward:
+            reference.unpack_add_(gradients, rows, columns, kernels, given.packed_gradients)
+    return [*packed, *gradients]
+
+
+# From shared weights and parts to packed weights.
+Run = Callable[[Sequence[Tensor], Sequence[Part], torch.dtype], list[Tensor]]
+
+
+def slice_contiguous(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
+    packed = []
+    for weight, (rows, columns, _) in zip(weights, parts, strict=True):
+        if rows.index is None:
+            part = weight[: rows.count, : columns.count]
+        else:
+            part = weight.index_select(0, rows.index)
+            part = part if columns.index is None else part.index_select(1, columns.index)
+        packed.append(part.to(dtype).contiguous(memory_format=torch.channels_last))
+    return packed
+
+
+def autograd(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
+    return packed_weights(weights, parts, dtype) if torch.is_grad_enabled() else pack(weights, parts, dtype)
+
+
+def main_grad(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
+    return packed_weights(weights, parts, dtype, "main_grad")
+
+
+def provided(name: str, run: Run, dtype: torch.dtype, backward: bool, first: bool, device: str) -> Provider:
+    """The packed weights of a run, and the gradients that it has added to if ``backward``."""
+
+    def provider(given: Inputs) -> list[Tensor]:
+        weights = given.weights[name]
+        if first:
+            for weight in weights:
+                weight.grad = None
+        elif backward and device == "cuda":  # a replay is compared after its outputs were poisoned
+            torch._foreach_zero_([weight.grad for weight in weights])
+        with torch.set_grad_enabled(backward):
+            packed = run(weights, given.parts, dtype)
+        if backward:
+            torch.autograd.backward(packed, given.packed_gradients)
+        return [*(view.detach() for view in packed), *(weight.grad for weight in weights if backward)]
+
+    return provider

@@ -1,0 +1,310 @@
+// Pack and unpack on CUDA: one launch for all parts of a subnet, a block a piece.
+//
+// Grid: one block of 256 threads a piece of about 4096 elements (jdkd/ops/pack_table.py), in the order of the parts.
+// Reads / Writes: each active element once on either side; adding reads the shared side too. A list costs 8 bytes a
+//   row or column of a piece, mostly from a cache. Pointers travel by value, kMaxParts a launch.
+// Numerics: float32 in registers, rounded once to nearest; between equal dtypes a copy of the value.
+// Deterministic: yes, one thread owns an element. Limits: 64-bit offsets; the gradients of one launch are distinct.
+#include "common/cuda.h"
+#include "ops/pack.h"
+
+#include <algorithm>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <type_traits>
+
+namespace jdkd::pack {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxParts = 480;  // pointers of both sides: 7.5 KB of the 32 KB that arguments may take
+
+// Where the parts of a launch lie; the flat buffer of a side repeated, where there is one.
+struct Pointers {
+  void* shared[kMaxParts];
+  void* packed[kMaxParts];
+  int first, count;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// What the shared side becomes.
+template <Action action, class S>
+__device__ __forceinline__ S unpacked(S shared, float packed) {
+  return from_float<S>(action == Action::kAdd ? to_float(shared) + packed : packed);
+}
+
+// V elements side by side, moved by 16 bytes at a time where there are so many.
+template <class T, int V>
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
+  T at[V];
+};
+
+// A vector's worth of the action, between two places that both hold V elements side by side.
+template <Action action, int V, class S, class P>
+__device__ __forceinline__ void transfer(S* shared, P* packed) {
+  using SharedVector = Vector<S, V>;
+  using PackedVector = Vector<P, V>;
+  if constexpr (action == Action::kPack) {
+    const SharedVector from = *reinterpret_cast<const SharedVector*>(shared);
+    PackedVector to;
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      to.at[i] = from_float<P>(to_float(from.at[i]));
+    }
+    *reinterpret_cast<PackedVector*>(packed) = to;
+  } else {
+    const PackedVector from = *reinterpret_cast<const PackedVector*>(packed);
+    SharedVector to;
+    if constexpr (action == Action::kAdd) {
+      to = *reinterpret_cast<const SharedVector*>(shared);
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i) {
+      to.at[i] = unpacked<action>(to.at[i], to_float(from.at[i]));
+    }
+    *reinterpret_cast<SharedVector*>(shared) = to;
+  }
+}
+
+// What a block works on: `rows` by `taps` by `columns` elements of a part.
+template <class S, class P>
+struct Work {
+  const Part part;
+  S* shared;             // at the part's offset
+  P* packed;             // at its first element
+  const int64_t* index;  // all lists
+  int first_row, first_column, rows, taps, columns;
+
+  __device__ __forceinline__ S* shared_row(int r) const {
+    const int64_t row = first_row + r;
+    return shared + (part.row_list < 0 ? row : index[part.row_list + row]) * part.row_stride;
+  }
+  __device__ __forceinline__ int64_t tap(int t) const {
+    const int width = static_cast<int>(part.taps_w);
+    return width == taps ? t * part.tap_w_stride : t / width * part.tap_h_stride + t % width * part.tap_w_stride;
+  }
+  __device__ __forceinline__ int64_t column(int c) const {
+    const int64_t column = first_column + c;
+    return (part.column_list < 0 ? column : index[part.column_list + column]) * part.column_stride;
+  }
+  __device__ __forceinline__ P* packed_run(int r, int t) const {
+    return packed + ((first_row + r) * static_cast<int64_t>(taps) + t) * part.columns + first_column;
+  }
+};
+
+__device__ __forceinline__ bool is_wide(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Runs of columns on both sides, V at a time.
+template <Action action, int V, class S, class P>
+__device__ __forceinline__ void copy_piece(const Work<S, P>& work) {
+  const int vectors = work.columns / V, total = work.rows * work.taps * vectors;
+  for (int i = threadIdx.x; i < total; i += kThreads) {
+    const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;
+    transfer<action, V>(work.shared_row(r) + work.tap(t) + work.first_column + c, work.packed_run(r, t) + c);
+  }
+}
+
+// Element by element, in packed order.
+template <Action action, class S, class P>
+__device__ __forceinline__ void gather_piece(const Work<S, P>& work) {
+  const int total = work.rows * work.taps * work.columns;
+  for (int i = threadIdx.x; i < total; i += kThreads) {
+    const int run = i / work.columns, c = i - run * work.columns, r = run / work.taps, t = run - r * work.taps;
+    transfer<action, 1>(work.shared_row(r) + work.tap(t) + work.column(c), work.packed_run(r, t) + c);
+  }
+}
+
+// The side of a turn that lies in shared-weight order, taps innermost: between it and the cells [rows, taps, pitch].
+template <Action action, class S, class P>
+__device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* cells, int pitch) {
+  const int taps = work.taps, per_row = work.columns * taps;
+  const int64_t first = static_cast<int64_t>(work.first_column) * taps;
+  const bool flat = work.part.column_list < 0 && work.part.column_stride == taps && work.part.tap_w_stride == 1 &&
+      work.part.taps_w == taps && work.part.row_stride % 4 == 0 && first % 4 == 0 && per_row % 4 == 0 &&
+      is_wide(work.shared);
+  const int step = flat ? 4 : 1, total = work.rows * per_row;
+  for (int i = threadIdx.x * step; i < total; i += kThreads * step) {
+    const int r = i / per_row, at = i - r * per_row;
+    int c = at / taps, t = at - c * taps;
+    float* row = cells + r * taps * pitch;
+    if (flat) {
+      S* run = work.shared_row(r) + first + at;
+      Vector<S, 4> values;
+      if constexpr (action != Action::kSet) {
+        values = *reinterpret_cast<const Vector<S, 4>*>(run);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        float* cell = row + t * pitch + c;
+        if constexpr (action == Action::kPack) {
+          *cell = to_float(values.at[k]);
+        } else {
+          values.at[k] = unpacked<action>(values.at[k], *cell);
+        }
+        ++t;
+        c += t == taps;
+        t = t == taps ? 0 : t;
+      }
+      if constexpr (action != Action::kPack) {
+        *reinterpret_cast<Vector<S, 4>*>(run) = values;
+      }
+    } else {
+      transfer<action, 1>(work.shared_row(r) + work.tap(t) + work.column(c), row + t * pitch + c);
+    }
+  }
+}
+
+// The side of a turn that lies in packed order: between the cells and the packed side, V columns at a time.
+template <Action action, int V, class S, class P>
+__device__ __forceinline__ void turn_packed_side(const Work<S, P>& work, float* cells, int pitch) {
+  const int vectors = work.columns / V, total = work.rows * work.taps * vectors;
+  for (int i = threadIdx.x; i < total; i += kThreads) {
+    const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps;
+    P* packed = work.packed_run(r, run - r * work.taps) + c;
+    // Cells take the place of the shared side: packing reads them, unpacking fills them.
+    transfer<action == Action::kPack ? Action::kPack : Action::kSet, V>(cells + run * pitch + c, packed);
+  }
+}
+
+template <Action action, class S, class P>
+__global__ void __launch_bounds__(kThreads) pack_kernel(
+    const __grid_constant__ Pointers pointers, const Part* __restrict__ parts, const Piece* __restrict__ pieces,
+    const int64_t* __restrict__ index) {
+  constexpr int V = sizeof(S) == 4 && sizeof(P) == 4 ? 4 : 8;
+  __shared__ alignas(16) float cells[kTurnCells];
+  const Piece piece = pieces[blockIdx.x];
+  const int place = piece.part - pointers.first;
+  if (place < 0 || place >= pointers.count) {
+    return;  // of another launch
+  }
+  const Part part = parts[piece.part];
+  const Work<S, P> work{
+      part,
+      static_cast<S*>(pointers.shared[place]) + (action == Action::kSet ? part.dense_offset : 0) + part.offset,
+      static_cast<P*>(pointers.packed[place]) + (action == Action::kPack ? part.packed_offset : 0),
+      index,
+      piece.row,
+      piece.column,
+      static_cast<int>(min(part.tile_rows, part.rows - piece.row)),
+      static_cast<int>(part.taps_h * part.taps_w),
+      static_cast<int>(min(part.tile_columns, part.columns - piece.column))};
+  const bool packed_wide = is_wide(work.packed) && part.columns % V == 0;  // pieces begin at multiples of V
+  if (part.mode == kTurn) {
+    const int pitch = (work.columns + 3) / 4 * 4 + 4;
+    if constexpr (action == Action::kPack) {
+      turn_shared_side<action>(work, cells, pitch);
+      __syncthreads();
+    }
+    if (packed_wide) {
+      turn_packed_side<action, V>(work, cells, pitch);
+    } else {
+      turn_packed_side<action, 1>(work, cells, pitch);
+    }
+    if constexpr (action != Action::kPack) {
+      __syncthreads();
+      turn_shared_side<action>(work, cells, pitch);
+    }
+  } else if (part.mode == kCopy && packed_wide && is_wide(work.shared)) {
+    copy_piece<action, V>(work);
+  } else {
+    gather_piece<action>(work);
+  }
+}
+
+// Calls launch(T{}) with an element type.
+template <class Launch>
+void dispatch(ScalarType type, const Launch& launch) {
+  switch (type) {
+    case ScalarType::Float:
+      return launch(float{});
+    case ScalarType::BFloat16:
+      return launch(__nv_bfloat16{});
+    default:
+      return launch(__half{});
+  }
+}
+
+// The addresses of parts i: of a tensor each, or of the flat buffer that holds all.
+struct Side {
+  std::vector<void*> own;
+  void* flat = nullptr;
+
+  explicit Side(const std::vector<Tensor>& tensors) {
+    for (const Tensor& tensor : tensors) {
+      own.push_back(tensor.data_ptr());
+    }
+  }
+  explicit Side(const Tensor& buffer) : flat(buffer.data_ptr()) {}
+  void* at(int64_t i) const { return flat ? flat : own[i]; }
+};
+
+template <Action action>
+void launch(
+    const Tensor& like, const Table& table, ScalarType shared_type, ScalarType packed_type, const Side& shared,
+    const Side& packed) {
+  check(table.piece_count <= 0x7fffffff, "pack: ", table.piece_count, " pieces are more than a grid holds");
+  const cudaStream_t stream = current_stream(like);
+  for (int64_t first = 0; first < table.part_count; first += kMaxParts) {
+    Pointers pointers;
+    pointers.first = static_cast<int>(first);
+    pointers.count = static_cast<int>(std::min<int64_t>(kMaxParts, table.part_count - first));
+    for (int i = 0; i < pointers.count; ++i) {
+      pointers.shared[i] = shared.at(first + i);
+      pointers.packed[i] = packed.at(first + i);
+    }
+    dispatch(shared_type, [&](auto s) {
+      dispatch(packed_type, [&](auto p) {
+        pack_kernel<action, decltype(s), decltype(p)><<<static_cast<unsigned>(table.piece_count), kThreads, 0, stream>>>(
+            pointers, table.parts, table.pieces, table.index);
+      });
+    });
+    check_launch("pack");
+  }
+}
+
+void pack(std::vector<Tensor> weights, Tensor parts, Tensor pieces, Tensor index, Tensor flat) {
+  const Table table("pack", parts, pieces, index);
+  const ScalarType type = check_tensors("pack", "weights", weights, table), packed_type = check_flat("pack", flat);
+  const torch::stable::accelerator::DeviceGuard guard(flat.get_device_index());
+  launch<Action::kPack>(flat, table, type, packed_type, Side(weights), Side(flat));
+}
+
+void unpack_add_(
+    std::vector<Tensor> gradients, Tensor parts, Tensor pieces, Tensor index, std::vector<Tensor> packed) {
+  const Table table("unpack_add_", parts, pieces, index);
+  const ScalarType type = check_tensors("unpack_add_", "gradients", gradients, table);
+  const ScalarType packed_type = check_tensors("unpack_add_", "packed gradients", packed, table);
+  const torch::stable::accelerator::DeviceGuard guard(gradients[0].get_device_index());
+  launch<Action::kAdd>(gradients[0], table, type, packed_type, Side(gradients), Side(packed));
+}
+
+void unpack(std::vector<Tensor> packed, Tensor parts, Tensor pieces, Tensor index, Tensor flat) {
+  const Table table("unpack", parts, pieces, index);
+  const ScalarType packed_type = check_tensors("unpack", "packed gradients", packed, table);
+  const ScalarType type = check_flat("unpack", flat);
+  const torch::stable::accelerator::DeviceGuard guard(flat.get_device_index());
+  launch<Action::kSet>(flat, table, type, packed_type, Side(flat), Side(packed));
+}
+
+}  // namespace
+}  // namespace jdkd::pack
+
+STABLE_TORCH_LIBRARY_IMPL(jdkd_C, CUDA, m) {
+  m.impl("pack", TORCH_BOX(&jdkd::pack::pack));
+  m.impl("unpack_add_", TORCH_BOX(&jdkd::pack::unpack_add_));
+  m.impl("unpack", TORCH_BOX(&jdkd::pack::unpack));
+}
