@@ -140,18 +140,23 @@ def active_part(tensor: Tensor, rows: Channels, columns: Channels | None = None,
     Returns:
         ``[rows.count, columns.count, ...]``: the tensor itself, a view, or (listed channels) a copy.
     """
-    if columns is None:
-        columns = Channels(tensor.shape[1] if tensor.dim() > 1 else 1)
-    if rows.index is not None or columns.index is not None:
+    if rows.index is not None or (columns is not None and columns.index is not None):
+        if columns is None:
+            columns = Channels(tensor.shape[1] if tensor.dim() > 1 else 1)
         indices = on_device(rows.index, tensor.device), on_device(columns.index, tensor.device)
         return _Gather.apply(tensor, rows.count, columns.count, *indices, kernel)
-    size = _size(tensor, rows, columns, kernel)
-    if torch.compiler.is_compiling() or sum(n < full for n, full in zip(size, tensor.shape, strict=True)) < 2:
+    shape = tensor.shape
+    if len(shape) == 1:
+        return tensor if rows.count == shape[0] else tensor[: rows.count]
+    size = (rows.count, shape[1] if columns is None else columns.count, *(kernel or shape[2:]))
+    if size == shape:
+        return tensor
+    if torch.compiler.is_compiling():
         return _centre(tensor, size)
-    offset = tensor.storage_offset()
-    for dim in range(2, tensor.dim()):
-        offset += (tensor.shape[dim] - size[dim]) // 2 * tensor.stride(dim)
-    return tensor.as_strided(size, tensor.stride(), offset)
+    offset, stride = tensor.storage_offset(), tensor.stride()
+    if kernel is not None:
+        offset += sum((shape[dim] - size[dim]) // 2 * stride[dim] for dim in (2, 3))
+    return tensor.as_strided(size, stride, offset)
 
 
 def crop(tensor: Tensor, kernel: Kernel) -> Tensor:
