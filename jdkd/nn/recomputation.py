@@ -77,9 +77,11 @@ class Elastic(nn.Module):
 
     def _beside_the_weights(self, given: tuple) -> tuple:
         listed = [isinstance(part, Channels) and part.index is not None for part in given]
+        if not any(listed):
+            return given
         tensors = (*self._parameters.values(), *self._buffers.values())
         home = next((tensor.device for tensor in tensors if tensor is not None), None)
-        if home is None or not any(listed):
+        if home is None:
             return given
         return type(given)(
             *(Channels(p.count, on_device(p.index, home)) if far else p for p, far in zip(given, listed, strict=True))
