@@ -2,6 +2,7 @@
 :mod:`jdkd.functional`.
 """
 
+from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, Side, Stage
 from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
@@ -10,9 +11,11 @@ from jdkd.nn.stage import ElasticStage
 from jdkd.nn.subnet import Subnet, export, set_subnet
 
 __all__ = [
+    "ConvBNAct",
     "DISTLoss",
     "ElasticBatchNorm2d",
     "ElasticConv2d",
+    "ElasticConvBNAct",
     "ElasticGroups",
     "ElasticLinear",
     "ElasticStage",

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
+from jdkd.nn.conv_bn_act import ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, repeated
 from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
 from jdkd.nn.recomputation import Elastic, now, same
@@ -157,7 +158,7 @@ def export(model: nn.Module) -> nn.Module:
     """
     plain: dict[int, Any] = {}
     for module in reversed([*model.modules()]):  # children before their parents
-        if isinstance(module, ElasticStage):
+        if isinstance(module, ElasticStage | ElasticConvBNAct):
             plain[id(module)] = module.exported(plain)
         elif isinstance(module, Elastic):
             plain[id(module)] = module.export()
