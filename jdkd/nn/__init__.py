@@ -5,6 +5,7 @@
 from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, Side, Stage
 from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
+from jdkd.nn.masked import masked
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint
 from jdkd.nn.stage import ElasticStage
@@ -26,5 +27,6 @@ __all__ = [
     "Subnet",
     "checkpoint",
     "export",
+    "masked",
     "set_subnet",
 ]
