@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d
-from jdkd.nn.recomputation import now
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_part
 from jdkd.ops.elastic_conv import check_channels
 from jdkd.ops.kernel_size import KernelLike
@@ -103,9 +102,8 @@ class ElasticConvBNAct(ConvBNAct):
             part = self.conv.part(in_channels, out_channels, kernel_size)
         except InputError as error:
             raise InputError(f"{type(self).__name__}.set_active: {error}") from None
-        moment = now()
-        self.conv._put(part, moment)
-        self.bn._put(self.bn.part(part.outputs), moment)
+        self.conv._put(part)
+        self.bn._put(self.bn.part(part.outputs))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         bn = self.bn

@@ -50,7 +50,11 @@ class ElasticGroups:
     """The groups of coupled channels and the stages of a model, by name.
 
     Every layer that makes or reads the channels of a residual stream, or of the inputs of a feature pyramid, is in one
-    group, so that a subnet sets them once.
+    group, so that a subnet sets them once::
+
+        groups = {"inner": [("conv1", "out"), ("bn1", "out"), ("conv2", "in")]}
+        model.elastic_groups = ElasticGroups(groups, stages={"layer1": "layer1"})
+        set_subnet(model, Subnet({"inner": 32}, kernel_sizes={"conv1": 3}, depths={"layer1": 2}))
 
     Args:
         groups: the sides of layers that share their channels, as :class:`Side` or ``(module, side[, repeat])``.

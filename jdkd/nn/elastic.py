@@ -46,7 +46,7 @@ class ElasticConv2d(Elastic, nn.Conv2d):
         args, kwargs: as for ``nn.Conv2d``.
         kernel_transform: learn a matrix for every step from a kernel size to the next smaller one, ``transform_5to3``
             and so on, shared by all channels and the identity at birth (Cai et al., Once-for-All, ICLR 2020, section
-            3.2). They are in the state dict.
+            3.2). They are in the state dict. Filters are transformed at every forward, and ATen convolves with them.
     """
 
     def __init__(self, *args, kernel_transform: bool = False, **kwargs) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import checkpoint as torch_checkpoint
 
 from jdkd.errors import InputError
@@ -51,8 +51,20 @@ class Elastic(nn.Module):
 
     _record: Record
 
-    def _put(self, given: tuple, since: Moment | None = None) -> None:
-        self._record = Record(given, self._beside_the_weights(given), since or now())
+    def _put(self, given: tuple, since: Moment | None = None, moved: dict[tuple, Tensor] | None = None) -> None:
+        """Replaces what is active; what stays the same keeps its date, unless one is given.
+
+        ``moved`` collects the lists that were brought to a device, so that layers of one group share them.
+        """
+        moment = since or now()
+        if (
+            since is None
+            and moment.recomputation is None
+            and "_record" in vars(self)
+            and same(self._record.given, given)
+        ):
+            return
+        self._record = Record(given, self._beside_the_weights(given, {} if moved is None else moved), moment)
 
     def _now(self) -> Any:
         """What a forward uses.
@@ -75,7 +87,7 @@ class Elastic(nn.Module):
             "back the subnet of the forward"
         )
 
-    def _beside_the_weights(self, given: tuple) -> tuple:
+    def _beside_the_weights(self, given: tuple, moved: dict[tuple, Tensor]) -> tuple:
         listed = [isinstance(part, Channels) and part.index is not None for part in given]
         if not any(listed):
             return given
@@ -83,9 +95,14 @@ class Elastic(nn.Module):
         home = next((tensor.device for tensor in tensors if tensor is not None), None)
         if home is None:
             return given
-        return type(given)(
-            *(Channels(p.count, on_device(p.index, home)) if far else p for p, far in zip(given, listed, strict=True))
-        )
+
+        def at_home(part: Channels) -> Channels:
+            key = id(part.index), home
+            if key not in moved:
+                moved[key] = on_device(part.index, home)
+            return Channels(part.count, moved[key])
+
+        return type(given)(*(at_home(part) if far else part for part, far in zip(given, listed, strict=True)))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Elastic:
         super()._apply(fn, recurse)

@@ -50,6 +50,9 @@ class Subnet:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Subnet:
+        """Reads what :meth:`to_json` gave; raises InputError on fields that it does not have."""
+        if unknown := sorted(fields.keys() - cls.__dataclass_fields__.keys()):
+            raise InputError(f"Subnet: there are no fields {unknown}; give {', '.join(cls.__dataclass_fields__)}")
         return cls(**fields)
 
 
@@ -91,8 +94,9 @@ def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = 
     unchanged = all(same(layer._record.given, part) for layer, part in changes)
     if unchanged and all(owner.depths == part for owner, part in plain) and moment.recomputation is None:
         return
+    moved: dict[tuple, Tensor] = {}
     for layer, part in changes:
-        layer._put(part, moment)
+        layer._put(part, moment, moved)
     for owner, part in plain:
         owner.depths = part
 

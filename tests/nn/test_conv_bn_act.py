@@ -119,6 +119,18 @@ def test_the_unit_keeps_its_dtype(dtype):
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
 
 
+def test_autocast_computes_as_the_parts_do():
+    unit = _unit(UNITS["3x3"]).eval()
+    x = _activate(unit, (None, [1, 7, 4]))
+    residual = torch.randn(2, 3, 14, 13)
+    plain = unit.export()
+    with torch.autocast("cpu", torch.bfloat16):
+        for other in (residual, residual.bfloat16()):
+            y, expected = unit(x, other), plain(x, other)
+            assert y.dtype == expected.dtype
+            torch.testing.assert_close(y.float(), expected.float(), rtol=2**-5, atol=2**-5)
+
+
 def test_a_model_of_units_switches_and_exports():
     class Pair(nn.Module):
         def __init__(self):

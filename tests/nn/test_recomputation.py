@@ -95,6 +95,16 @@ def test_torchs_checkpoint_works_where_the_subnet_stays(use_reentrant):
 
 
 @reentrant
+def test_a_layer_set_to_what_it_is_has_not_changed(use_reentrant):
+    conv = ElasticConv2d(8, 8, 1)
+    conv.set_active(out_channels=[3, 1])
+    y = torch_checkpoint(conv, torch.randn(1, 8, 2, 2).requires_grad_(), use_reentrant=use_reentrant)
+    conv.set_active(out_channels=[3, 1])
+    y.sum().backward()
+    assert conv.weight.grad[[1, 3]].all()
+
+
+@reentrant
 def test_a_function_may_set_its_subnet_itself(use_reentrant):
     net, x, losses = supernet(), _features(), []
     subnets = CHANGES["lists of equal length"]

@@ -21,6 +21,8 @@ def test_a_subnet_is_data():
     assert len({subnet, again, Subnet(), Subnet({"a": 4})}) == 3
     with pytest.raises(AttributeError):
         subnet.channels = ()
+    with pytest.raises(InputError, match=r"no fields \['widths'\]; give channels, kernel_sizes, depths"):
+        Subnet.from_json({"widths": [1.0]})
 
 
 @pytest.mark.parametrize("value", [0.5, "3", [1, 0.5], True, [True], None, torch.ones(2)])
@@ -91,11 +93,13 @@ def test_two_subnets_in_one_graph_add_their_gradients():
         torch.testing.assert_close(parameter.grad, sum(gradients[name] for gradients in alone))
 
 
-def test_the_switch_reads_no_tensor_and_shares_lists():
-    net = supernet()
+def test_layers_of_a_group_share_a_list_where_their_weights_are():
+    net = supernet().to("meta")
     set_subnet(net, Subnet({"stream": [6, 1]}))
     index = net.stem._record.active.outputs.index
-    assert net.bn._record.active.channels.index is index
+    assert index.device.type == "meta" and net.bn._record.active.channels.index is index
+    net = supernet()
+    set_subnet(net, Subnet({"stream": [6, 1]}))
     assert net.head._record.active.inputs.index.tolist() == [24, 25, 26, 27, 4, 5, 6, 7]
 
 
