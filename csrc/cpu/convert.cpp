@@ -42,6 +42,18 @@ JDKD_CLONES void widen_bfloat16(const uint16_t* from, int64_t n, float* to) {
   }
 }
 
+JDKD_CLONES void widen_rows_bfloat16(const uint16_t* from, int64_t stride, int64_t rows, float* to) {
+  Bits16 bits;
+  Bits32 wide;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < kSlab; i += kLanes) {
+      std::memcpy(&bits, from + r * stride + i, sizeof(bits));
+      wide = widen(bits);
+      std::memcpy(to + r * kSlab + i, &wide, sizeof(wide));
+    }
+  }
+}
+
 JDKD_CLONES void round_bfloat16(const float* from, int64_t n, uint16_t* to) {
   Bits16 bits;
   Bits32 wide = {};
@@ -58,12 +70,21 @@ JDKD_CLONES void round_bfloat16(const float* from, int64_t n, uint16_t* to) {
   }
 }
 
-using WidenHalf = void (*)(const uint16_t*, int64_t, float*);
-using RoundHalf = void (*)(const float*, int64_t, uint16_t*);
+struct HalfConversions {
+  void (*widen)(const uint16_t* from, int64_t n, float* to);
+  void (*widen_rows)(const uint16_t* from, int64_t stride, int64_t rows, float* to);
+  void (*round)(const float* from, int64_t n, uint16_t* to);
+};
 
 void widen_half_scalar(const uint16_t* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; ++i) {
     to[i] = torch::headeronly::detail::fp16_ieee_to_fp32_value(from[i]);
+  }
+}
+
+void widen_rows_half_scalar(const uint16_t* from, int64_t stride, int64_t rows, float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    widen_half_scalar(from + r * stride, kSlab, to + r * kSlab);
   }
 }
 
@@ -84,6 +105,14 @@ __attribute__((target("avx512f"))) void widen_half_avx512(const uint16_t* from, 
   widen_half_scalar(from + i, n - i, to + i);
 }
 
+__attribute__((target("avx512f"))) void widen_rows_half_avx512(
+    const uint16_t* from, int64_t stride, int64_t rows, float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + r * stride));
+    _mm512_storeu_ps(to + r * kSlab, _mm512_cvtph_ps(bits));
+  }
+}
+
 __attribute__((target("avx512f"))) void round_half_avx512(const float* from, int64_t n, uint16_t* to) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
@@ -102,6 +131,16 @@ __attribute__((target("avx,f16c"))) void widen_half_f16c(const uint16_t* from, i
   widen_half_scalar(from + i, n - i, to + i);
 }
 
+__attribute__((target("avx,f16c"))) void widen_rows_half_f16c(
+    const uint16_t* from, int64_t stride, int64_t rows, float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t i = 0; i < kSlab; i += 8) {
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + r * stride + i));
+      _mm256_storeu_ps(to + r * kSlab + i, _mm256_cvtph_ps(bits));
+    }
+  }
+}
+
 __attribute__((target("avx,f16c"))) void round_half_f16c(const float* from, int64_t n, uint16_t* to) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
@@ -111,26 +150,28 @@ __attribute__((target("avx,f16c"))) void round_half_f16c(const float* from, int6
   round_half_scalar(from + i, n - i, to + i);
 }
 
-WidenHalf choose_widen_half() {
-  return __builtin_cpu_supports("avx512f") ? widen_half_avx512
-      : __builtin_cpu_supports("f16c")     ? widen_half_f16c
-                                           : widen_half_scalar;
+#endif
+
+HalfConversions choose_half_conversions() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) {
+    return {widen_half_avx512, widen_rows_half_avx512, round_half_avx512};
+  }
+  if (__builtin_cpu_supports("f16c")) {
+    return {widen_half_f16c, widen_rows_half_f16c, round_half_f16c};
+  }
+#endif
+  return {widen_half_scalar, widen_rows_half_scalar, round_half_scalar};
 }
 
-RoundHalf choose_round_half() {
-  return __builtin_cpu_supports("avx512f") ? round_half_avx512
-      : __builtin_cpu_supports("f16c")     ? round_half_f16c
-                                           : round_half_scalar;
+const HalfConversions& half_conversions() {
+  static const HalfConversions chosen = choose_half_conversions();
+  return chosen;
 }
-#else
-WidenHalf choose_widen_half() { return widen_half_scalar; }
-RoundHalf choose_round_half() { return round_half_scalar; }
-#endif
 
 }  // namespace
 
 void copy_floats(Cursor from, int64_t n, float* buffer) {
-  static const WidenHalf widen_half = choose_widen_half();
   switch (from.type) {
     case ScalarType::Float:
       std::memcpy(buffer, from.at, n * sizeof(float));
@@ -139,7 +180,7 @@ void copy_floats(Cursor from, int64_t n, float* buffer) {
       widen_bfloat16(reinterpret_cast<const uint16_t*>(from.at), n, buffer);
       return;
     default:
-      widen_half(reinterpret_cast<const uint16_t*>(from.at), n, buffer);
+      half_conversions().widen(reinterpret_cast<const uint16_t*>(from.at), n, buffer);
   }
 }
 
@@ -151,12 +192,20 @@ const float* as_floats(Cursor from, int64_t n, float* buffer) {
   return buffer;
 }
 
+void widen_rows(Cursor from, int64_t stride, int64_t rows, float* to) {
+  const auto* bits = reinterpret_cast<const uint16_t*>(from.at);
+  if (from.type == ScalarType::BFloat16) {
+    widen_rows_bfloat16(bits, stride, rows, to);
+  } else {
+    half_conversions().widen_rows(bits, stride, rows, to);
+  }
+}
+
 void round_floats(const float* from, int64_t n, void* to, ScalarType type) {
-  static const RoundHalf round_half = choose_round_half();
   if (type == ScalarType::BFloat16) {
     round_bfloat16(from, n, static_cast<uint16_t*>(to));
   } else {
-    round_half(from, n, static_cast<uint16_t*>(to));
+    half_conversions().round(from, n, static_cast<uint16_t*>(to));
   }
 }
 

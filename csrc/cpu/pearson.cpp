@@ -20,8 +20,8 @@ using pearson::Moments;
 using torch::stable::Tensor;
 
 constexpr int64_t kTile = 1024;              // positions of one channel; float32 sums of more lose digits
-constexpr int64_t kRowTile = 32768;          // elements of a tile of rows: two tensors in a small second cache
-constexpr int64_t kMaxRows = 256;            // of a tile
+constexpr int64_t kRowTile = 65536;          // elements of a tile of rows
+constexpr int64_t kMaxRows = 128;            // of a tile: two slabs of float32 in half of the first cache
 constexpr int64_t kPlaneChunk = 32 * kTile;  // positions that one task reduces
 constexpr int64_t kTilesPerChunk = 8;        // likewise for rows
 constexpr int64_t kPiece = 512;              // elements widened or written at a time; long runs starve the prefetch
@@ -146,56 +146,58 @@ struct RowMoments {
   }
 };
 
-// What one thread needs for a tile of rows.
+// What one thread needs for a tile of rows. The tile is taken slab by slab, and the next one is fetched meanwhile.
 class RowTile {
  public:
-  // Buffers for `widened` elements of each tensor, and the sums of c channels.
-  RowTile(int64_t widened, int64_t c) : c_(c), s_(widened), t_(widened), sums_(8 * c) {}
+  RowTile(int64_t rows, int64_t c)
+      : c_(c), padded_(std::max(c, kSlab)), s_(rows * kSlab), t_(rows * kSlab), sums_(8 * padded_) {}
 
-  void add(Cursor s, Cursor t, int64_t rows, RowMoments& total) {
+  // Adds `rows` rows to the total; at least `ahead` <= rows more follow them.
+  void add(Cursor s, Cursor t, int64_t rows, int64_t ahead, RowMoments& total) {
     const RowSums q{row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
-    const float* s_tile = averaged(s, rows, s_.data(), q.mean_s);
-    const float* t_tile = averaged(t, rows, t_.data(), q.mean_t);
-    row_centred_sums(s_tile, t_tile, rows, c_, q);
-    row_residual_sums(s_tile, t_tile, rows, c_, q);
+    for (int64_t i = 0; i < c_; i += kSlab) {
+      const int64_t j = std::max<int64_t>(0, std::min(i, c_ - kSlab));  // the last slab may overlap
+      slab_sums(slab(s, j, rows, ahead, s_.data()), slab(t, j, rows, ahead, t_.data()), rows, q, j);
+    }
     merge_rows(rows, c_, q, total.n, total.sums.data());
     total.n += rows;
   }
 
  private:
-  float* row(int64_t i) { return sums_.data() + i * c_; }
+  float* row(int64_t i) { return sums_.data() + i * padded_; }
 
-  // The rows as floats, and the means of the columns. What is widened is added up while it is in the first cache.
-  const float* averaged(Cursor x, int64_t rows, float* buffer, float* means) {
-    const int64_t piece = std::max<int64_t>(1, kPiece / c_);
-    std::fill_n(means, c_, 0.0f);
-    for (int64_t r = 0; r < rows; r += piece) {
-      const int64_t n = std::min(piece, rows - r);
-      add_rows(as_floats(x + r * c_, n * c_, buffer + r * c_), n, c_, means);
+  // The slab from channel j on: where it lies if it is whole and float32, else in buffer.
+  Slab slab(Cursor x, int64_t j, int64_t rows, int64_t ahead, float* buffer) const {
+    const Cursor next = x + rows * c_ + ahead * j;
+    const int64_t next_stride = ahead * std::min(kSlab, c_) / rows * x.itemsize();
+    if (c_ < kSlab) {
+      for (int64_t r = 0; r < rows; ++r) {
+        copy_floats(x + r * c_, c_, buffer + r * kSlab);
+      }
+    } else if (x.type == ScalarType::Float) {
+      return {reinterpret_cast<const float*>((x + j).at), c_, next.at, next_stride};
+    } else {
+      widen_rows(x + j, c_, rows, buffer);
     }
-    for (int64_t j = 0; j < c_; ++j) {
-      means[j] /= rows;
-    }
-    return x.type == ScalarType::Float ? reinterpret_cast<const float*>(x.at) : buffer;
+    return {buffer, kSlab, next.at, next_stride};
   }
 
-  int64_t c_;
-  std::vector<float> s_, t_, sums_;
+  int64_t c_, padded_;
+  std::vector<float> s_, t_, sums_;  // [rows, kSlab] twice and [8, padded]
 };
 
-// At most kMaxRows: each channel's sums grow by one float32 a row.
 int64_t rows_per_tile(int64_t c) { return std::clamp<int64_t>(kRowTile / c, 8, kMaxRows); }
 
 void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments* channels) {
   const int64_t tile = rows_per_tile(level.c), chunk = tile * kTilesPerChunk, m = level.positions();
-  const bool is_widened = s.scalar_type() != ScalarType::Float || t.scalar_type() != ScalarType::Float;
   std::vector<RowMoments> parts(ceil_div(m, chunk), RowMoments(level.c));
   torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
-    RowTile scratch(is_widened ? std::min(tile, m) * level.c : 0, level.c);
+    RowTile scratch(tile, level.c);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t last = std::min(m, (i + 1) * chunk);
       for (int64_t r = i * chunk; r < last; r += tile) {
-        scratch.add(cursor(s) + r * level.c, cursor(t) + r * level.c, std::min(tile, last - r), parts[i]);
+        const int64_t rows = std::min(tile, last - r), ahead = std::min(tile, m - r - rows);
+        scratch.add(cursor(s) + r * level.c, cursor(t) + r * level.c, rows, ahead, parts[i]);
       }
     }
   });

@@ -3,8 +3,6 @@
 #include "common/vec.h"
 #include "ops/pearson.h"
 
-#include <initializer_list>
-
 namespace jdkd::cpu {
 
 JDKD_CLONES double sum(const float* x, int64_t n) {
@@ -80,11 +78,6 @@ JDKD_CLONES double residual_sum(
   return sum_lanes((part[0] + part[1]) + (part[2] + part[3]));
 }
 
-template <class Columns>
-JDKD_INLINE void add_to(float* sums, const Vec& more, Columns columns) {
-  columns.store(sums, columns.load(sums) + more);
-}
-
 // Calls body(j, columns) for every vector of columns, the last of which may be short.
 template <class Body>
 JDKD_INLINE void for_columns(int64_t c, const Body& body) {
@@ -112,64 +105,78 @@ JDKD_CLONES void gradient(
   }
 }
 
-// What comes from memory is walked in the order it lies in; the tile is in the second cache after that, and a few rows
-// at once share the loads and stores of the columns' sums.
-JDKD_CLONES void add_rows(const float* x, int64_t rows, int64_t c, float* sums) {
-  for (int64_t r = 0; r < rows; ++r) {
-    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA {
-      add_to(sums + j, columns.load(x + r * c + j), columns);
-    });
-  }
-}
+namespace {
 
-// Calls body(j, columns, first, last) for every vector of columns of every few rows [first, last).
-template <class Body>
-JDKD_INLINE void for_rows(int64_t rows, int64_t c, const Body& body) {
-  constexpr int64_t kAtOnce = 4;
-  int64_t r = 0;
-  for (; r + kAtOnce <= rows; r += kAtOnce) {
-    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA { body(j, columns, r, r + kAtOnce); });
-  }
-  for (; r < rows; ++r) {
-    for_columns(c, [=](int64_t j, auto columns) JDKD_INLINE_LAMBDA { body(j, columns, r, r + 1); });
-  }
-}
+constexpr int64_t kVecs = kSlab / kLanes;
 
-JDKD_CLONES void row_centred_sums(const float* s, const float* t, int64_t rows, int64_t c, const RowSums& q) {
-  const float *mean_s = q.mean_s, *mean_t = q.mean_t;
-  float *sum_ds = q.ds, *sum_dt = q.dt, *ss = q.ss, *tt = q.tt;
-  for (float* sums : {sum_ds, sum_dt, ss, tt}) {
-    std::memset(sums, 0, c * sizeof(float));
-  }
-  for_rows(rows, c, [=](int64_t j, auto columns, int64_t first, int64_t last) JDKD_INLINE_LAMBDA {
-    const Vec ms = columns.load(mean_s + j), mt = columns.load(mean_t + j);
-    CentredParts part;
+// Adds up kSums values a channel over the rows of a slab: add(r, u, part) adds those of row r and the vector u of
+// channels. A few rows at a time have sums of their own: longer float32 sums lose digits.
+template <int kSums, class Add>
+JDKD_INLINE void sum_rows(int64_t rows, Vec (&total)[kVecs][kSums], const Add& add) {
+  constexpr int64_t kAtOnce = 16;
+  for (int64_t first = 0; first < rows; first += kAtOnce) {
+    const int64_t last = first + kAtOnce < rows ? first + kAtOnce : rows;
+    Vec part[kVecs][kSums] = {};
     for (int64_t r = first; r < last; ++r) {
-      add_centred(part, columns.load(s + r * c + j) - ms, columns.load(t + r * c + j) - mt);
+      for (int u = 0; u < kVecs; ++u) {
+        add(r, u, part[u]);
+      }
     }
-    add_to(sum_ds + j, part.ds, columns);
-    add_to(sum_dt + j, part.dt, columns);
-    add_to(ss + j, part.ss, columns);
-    add_to(tt + j, part.tt, columns);
-  });
-  for (int64_t j = 0; j < c; ++j) {
-    q.beta[j] = pearson::residual_beta(ss[j], tt[j]);
+    for (int u = 0; u < kVecs; ++u) {
+      for (int k = 0; k < kSums; ++k) {
+        total[u][k] += part[u][k];
+      }
+    }
   }
 }
 
-JDKD_CLONES void row_residual_sums(const float* s, const float* t, int64_t rows, int64_t c, const RowSums& q) {
-  const float *mean_s = q.mean_s, *mean_t = q.mean_t, *beta = q.beta;
-  float* residual = q.residual;
-  std::memset(residual, 0, c * sizeof(float));
-  for_rows(rows, c, [=](int64_t j, auto columns, int64_t first, int64_t last) JDKD_INLINE_LAMBDA {
-    const Vec ms = columns.load(mean_s + j), mt = columns.load(mean_t + j), factor = columns.load(beta + j);
-    Vec total = {};
-    for (int64_t r = first; r < last; ++r) {
-      const Vec rest = (columns.load(s + r * c + j) - ms) - factor * (columns.load(t + r * c + j) - mt);
-      total += rest * rest;
-    }
-    add_to(residual + j, total, columns);
+JDKD_INLINE Vec load_row(const Slab& x, int64_t r, int u) { return load(x.at + r * x.stride + u * kLanes); }
+
+JDKD_INLINE void fetch_next(const Slab& x, int64_t r) { __builtin_prefetch(x.next + r * x.next_stride, 0, 2); }
+
+}  // namespace
+
+JDKD_CLONES void slab_sums(Slab s, Slab t, int64_t rows, const RowSums& q, int64_t first) {
+  Vec mean[kVecs][2] = {}, centred[kVecs][4] = {}, beta[kVecs], residual[kVecs][1] = {};
+  sum_rows(rows, mean, [=](int64_t r, int u, Vec(&part)[2]) JDKD_INLINE_LAMBDA {
+    part[0] += load_row(s, r, u);
+    part[1] += load_row(t, r, u);
   });
+  for (int u = 0; u < kVecs; ++u) {
+    mean[u][0] /= static_cast<float>(rows);
+    mean[u][1] /= static_cast<float>(rows);
+  }
+  sum_rows(rows, centred, [=](int64_t r, int u, Vec(&part)[4]) JDKD_INLINE_LAMBDA {
+    if (u == 0) {
+      fetch_next(s, r);
+      fetch_next(t, r);
+    }
+    const Vec ds = load_row(s, r, u) - mean[u][0], dt = load_row(t, r, u) - mean[u][1];
+    part[0] += ds;
+    part[1] += dt;
+    part[2] += ds * ds;
+    part[3] += dt * dt;
+  });
+  for (int u = 0; u < kVecs; ++u) {
+    for (int i = 0; i < kLanes; ++i) {
+      beta[u][i] = pearson::residual_beta(centred[u][2][i], centred[u][3][i]);
+    }
+  }
+  sum_rows(rows, residual, [=](int64_t r, int u, Vec(&part)[1]) JDKD_INLINE_LAMBDA {
+    const Vec rest = (load_row(s, r, u) - mean[u][0]) - beta[u] * (load_row(t, r, u) - mean[u][1]);
+    part[0] += rest * rest;
+  });
+  for (int u = 0; u < kVecs; ++u) {
+    const int64_t j = first + u * kLanes;
+    store(q.mean_s + j, mean[u][0]);
+    store(q.mean_t + j, mean[u][1]);
+    store(q.ds + j, centred[u][0]);
+    store(q.dt + j, centred[u][1]);
+    store(q.ss + j, centred[u][2]);
+    store(q.tt + j, centred[u][3]);
+    store(q.beta + j, beta[u]);
+    store(q.residual + j, residual[u][0]);
+  }
 }
 
 // Plain arithmetic over arrays, for the compiler to vectorise.

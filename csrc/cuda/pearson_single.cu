@@ -107,6 +107,9 @@ cudaLaunchConfig_t configuration(
 }
 
 void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // else whoever launches next would report it again
+  }
   check(error == cudaSuccess, "pearson_single: ", what, ": ", cudaGetErrorString(error));
 }
 
@@ -131,7 +134,13 @@ void open_limits(Kernel* kernel, int shared_per_block) {
 int largest_cluster(int shared_per_block) {
   auto* kernel = &pearson_single_kernel<float, 4>;
   cudaFuncAttributes compiled{};
-  check_cuda(cudaFuncGetAttributes(&compiled, kernel), "reading the kernel's attributes");
+  const cudaError_t found = cudaFuncGetAttributes(&compiled, kernel);
+  if (found == cudaErrorNoKernelImageForDevice || found == cudaErrorInvalidDeviceFunction ||
+      found == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    return 0;
+  }
+  check_cuda(found, "reading the kernel's attributes");
   if (compiled.ptxVersion < 90) {
     return 0;  // the body is empty below sm_90
   }
@@ -143,10 +152,11 @@ int largest_cluster(int shared_per_block) {
     cudaLaunchAttribute shape{};
     const cudaLaunchConfig_t config = configuration(1, cluster, kMaxWarps, shared_per_block, nullptr, shape);
     int active = 0;
-    if (cudaOccupancyMaxActiveClusters(&active, kernel, &config) == cudaSuccess && active > 0) {
+    if (cudaOccupancyMaxActiveClusters(&active, kernel, &config) != cudaSuccess) {
+      cudaGetLastError();  // a size that the device does not have
+    } else if (active > 0) {
       return cluster;
     }
-    cudaGetLastError();  // a size that the device does not have
   }
   return 1;
 }
@@ -284,6 +294,9 @@ void pearson_scale_(std::vector<Tensor> gradients, Tensor dloss) {
       !gradients.empty() && gradients.size() <= kMaxLevels, kOp, ": ", gradients.size(),
       " gradients were given; it takes 1 to ", kMaxLevels);
   check_kind(kOp, gradients, gradients[0]);
+  check(
+      dloss.get_device_index() == gradients[0].get_device_index(), kOp,
+      ": dloss is not on the device of the gradients; move it there");
   Gradients args{};
   int64_t most = 0;
   for (Tensor& gradient : gradients) {

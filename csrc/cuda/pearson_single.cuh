@@ -3,7 +3,8 @@
 // A team, some warps of a block or all warps of several blocks of a cluster, holds one channel in shared memory
 // (ops/pearson_plan.h) and sweeps over it three times:
 //   1. sums, behind the bulk copies, stage by stage; they give the block its means, about;
-//   2. centred sums around these, corrected for what the means lack; the ranks' moments are joined, in the same order in every block;
+//   2. centred sums around these, corrected for what the means lack; the ranks' moments are joined, in the same order
+//      in every block;
 //   3. gradient, and the loss as the sum of (s^ - t^)^2 / (2 m), which stays exact as r -> 1.
 // The cross sum needs no residual here: the loss does not come from it, and the table is rounded to float32.
 #pragma once

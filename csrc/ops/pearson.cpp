@@ -6,6 +6,10 @@ using torch::headeronly::ScalarType;
 
 namespace {
 
+bool on_one_device(const Tensor& a, const Tensor& b) {
+  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
 bool is_supported(ScalarType type) {
   return type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half;
 }
@@ -20,6 +24,9 @@ std::vector<Level> describe_levels(const char* op, const std::vector<Tensor>& x,
   int64_t channels = 0;
   for (size_t i = 0; i < x.size(); ++i) {
     check_same_shape(op, "a student level", x[i], "its teacher level", y[i]);
+    check(
+        on_one_device(x[i], x[0]) && on_one_device(y[i], x[0]), op, ": level ", i,
+        " is on another device than the first student level; move all levels to one");
     check(
         x[i].dim() == 4 && x[i].numel() > 0, op, ": level ", i, " has shape ", shape_text(x[i]),
         "; it must be [N, C, H, W] and not empty");
@@ -58,13 +65,16 @@ void check_backward(
       "pearson_bwd: coefficients have shape ", shape_text(coefficients), "; they must be a contiguous float32 [",
       static_cast<int>(kRows), ", ", channels, "]");
   check(
+      on_one_device(dloss, x[0]) && on_one_device(coefficients, x[0]),
+      "pearson_bwd: dloss or coefficients are not on the device of x; move them there");
+  check(
       dout.empty() || dout.size() == x.size(), "pearson_bwd: ", dout.size(), " tensors dout were given for ", x.size(),
       " levels; give none, or one a level");
   for (size_t i = 0; i < dout.size(); ++i) {
     check_same_shape("pearson_bwd", "a level of dout", dout[i], "its level of x", x[i]);
     check(
-        dout[i].scalar_type() == x[i].scalar_type(), "pearson_bwd: dout of level ", i,
-        " differs in dtype from x; convert it to the dtype of x");
+        dout[i].scalar_type() == x[i].scalar_type() && on_one_device(dout[i], x[0]), "pearson_bwd: dout of level ", i,
+        " differs in dtype or device from x; convert it to those of x");
     check(
         levels[i].channels_last ? is_dense_nhwc(dout[i]) : is_dense_nchw(dout[i]), "pearson_bwd: dout of level ", i,
         " is not dense in the layout of x, ", levels[i].channels_last ? "channels-last" : "NCHW", "; copy it to that");

@@ -52,20 +52,24 @@ class FeatureDistiller:
     ) -> None:
         self.view = view or TeacherView(student, teacher)
         self.tap = PearsonTap(loss_weight, return_levels=True, **options)
-        self.levels = levels
+        self.levels = None if levels is None else tuple(levels)
         self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
         self._channels = as_index(channels)
         self._loss: Tensor | None = None
-        self._hook = None
+        self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
         self.view.__enter__()
-        self._hook = self.view.neck.register_forward_hook(Hook(self._arrived))
+        self._hooks = [
+            self.view.student.register_forward_pre_hook(Hook(self._begun), prepend=True),
+            self.view.neck.register_forward_hook(Hook(self._arrived)),
+        ]
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._hook.remove()
-        self._loss = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._loss = [], None
         self.view.__exit__(*error)
 
     def loss(self) -> Tensor:
@@ -81,24 +85,30 @@ class FeatureDistiller:
         loss, self._loss = self._loss, None
         return loss
 
+    def _begun(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._loss = None
+
     def _arrived(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Pyramid) -> Pyramid | None:
-        """Computes the loss; returns what the heads get in place of the pyramid.
+        """Adds the loss, as a neck may run more than once; returns what the heads get in place of the pyramid.
 
         Raises:
             InputError: no level matches, or channel counts differ.
         """
-        self._loss = None
         view = self.view
         if view.silent or not view.student.training:
             return None
+        if self._loss is None:
+            self.level_losses = {}
         if not self.tap.loss_weight:
-            self._loss, self.level_losses = torch.zeros((), device=view.device), {}
+            self._loss = torch.zeros((), device=view.device)
             return None
         pairs = pair_levels(levels_of(pyramid), levels_of(view.teacher_pyramid), view.size, self.levels)
         if self._channels is not None:
             self._channels = self._channels.to(view.device)
         students = [student for student, _ in pairs.values()]
         teachers = [select_channels(teacher, student, self._channels) for student, teacher in pairs.values()]
-        tapped, self._loss, losses = self.tap(students, teachers)
-        self.level_losses = dict(zip(pairs, losses.unbind(), strict=True))
+        tapped, loss, losses = self.tap(students, teachers)
+        self._loss = loss if self._loss is None else self._loss + loss
+        for stride, own in zip(pairs, losses.unbind(), strict=True):
+            self.level_losses[stride] = self.level_losses.get(stride, 0) + own
         return with_levels(pyramid, students, tapped)

@@ -25,7 +25,7 @@ def pair_levels(
     *,
     teacher_size: tuple[int, int] | None = None,
 ) -> dict[int, tuple[Tensor, Tensor]]:
-    """Pairs the levels of two pyramids that have the same stride, finest first.
+    """Pairs the levels of two pyramids that have the same stride, finest first or in the order asked for.
 
     Pairing by index, as the published configurations do, compares P2 of a two-stage teacher with P3 of a
     one-stage student; the stride never lies.

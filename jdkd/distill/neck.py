@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
+from jdkd.ops.pearson_pairs import rebuilt
 
 NECKS = ("neck", "backbone")  # where a pyramid comes out in OpenMMLab's detectors, and in torchvision's
 
@@ -76,10 +77,10 @@ def with_levels(pyramid: Pyramid, before: Sequence[Tensor], after: Sequence[Tens
     """The pyramid, of the same type, with some of its levels exchanged."""
     exchanged = {id(old): new for old, new in zip(before, after, strict=True)}
     if isinstance(pyramid, Tensor):
-        return exchanged.get(id(pyramid), pyramid)
-    if isinstance(pyramid, Mapping):
-        return type(pyramid)((name, exchanged.get(id(level), level)) for name, level in pyramid.items())
-    return type(pyramid)(exchanged.get(id(level), level) for level in pyramid)
+        levels = [pyramid]
+    else:
+        levels = list(pyramid.values() if isinstance(pyramid, Mapping) else pyramid)
+    return rebuilt(pyramid, [exchanged.get(id(level), level) for level in levels])
 
 
 class _Reached(Exception):

@@ -1,7 +1,7 @@
 """The teacher's view of the batch that the student has just seen."""
 
-from itertools import islice
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ class TeacherView:
     """Watches what enters a student and, when asked, runs the teacher on the same batch, up to its neck.
 
     A context manager that may be entered several times over, so that several losses share one view. While it
-    is entered the teacher is in evaluation mode and needs no gradients; afterwards it is as it was. The
+    is entered the teacher is in evaluation mode and needs no gradients; afterwards (when the last view leaves it,
+    if several students share it) it is as it was, but for the device. The
     teacher runs without a graph, on the student's device, at most once per forward of the student, and never
     becomes part of it.
 
@@ -52,7 +53,7 @@ class TeacherView:
         self.teacher_neck = find_neck(teacher, "teacher", neck if teacher_neck is None else teacher_neck)
         self.silent = False  # whether losses that are computed during the student's forward are left out
         self._entered = 0
-        self._restore: list[Any] = []
+        self._hooks: list[Any] = []
         self._batch: Tensor | None = None  # [N, 3, H, W], as the student normalised it
         self._taught: Pyramid | None = None
         self._images: tuple[tuple[Tensor, int], ...] = ()
@@ -61,26 +62,20 @@ class TeacherView:
     def __enter__(self) -> Self:
         self._entered += 1
         if self._entered == 1:
-            modes = [(module, module.training) for module in self.teacher.modules()]
-            gradients = [(parameter, parameter.requires_grad) for parameter in self.teacher.parameters()]
-            self.teacher.eval().requires_grad_(False)
+            _hold(self.teacher)
             hooks = [entrance(self.student).register_forward_pre_hook(Hook(self._see), with_kwargs=True)]
             if self.reuse:
                 hooks.append(self.student.register_forward_pre_hook(Hook(self._see_images), prepend=True))
-            self._restore = [modes, gradients, hooks]
+            self._hooks = hooks
         return self
 
     def __exit__(self, *error: object) -> None:
         self._entered -= 1
         if self._entered == 0:
-            modes, gradients, hooks = self._restore
-            for hook in hooks:
+            for hook in self._hooks:
                 hook.remove()
-            for module, training in modes:
-                module.training = training
-            for parameter, required in gradients:
-                parameter.requires_grad_(required)
-            self._restore, self._images = [], ()
+            _release(self.teacher)
+            self._hooks, self._images = [], ()
             self._batch = self._taught = None
 
     @property
@@ -98,10 +93,14 @@ class TeacherView:
         if self._taught is not None:
             return self._taught
         batch = self._seen()
-        if any(parameter.device != batch.device for parameter in islice(self.teacher.parameters(), 1)):
+        first = next((parameter for parameter in self.teacher.parameters() if parameter.is_floating_point()), batch)
+        if first.device != batch.device:
             self.teacher.to(batch.device)
+        if self.teacher.training:  # a container that holds both may have put it there
+            self.teacher.eval()
         with torch.no_grad():
-            taught = run_to_neck(self.teacher, self.teacher_neck, renormalised(batch, self.student, self.teacher))
+            shown = renormalised(batch, self.student, self.teacher).to(first.dtype)
+            taught = run_to_neck(self.teacher, self.teacher_neck, shown)
         if self.reuse or self._entered > 1:
             self._taught = taught
         return taught
@@ -134,6 +133,37 @@ class TeacherView:
             image is other and version == seen for (image, version), (other, seen) in zip(images, before, strict=True)
         )
         self._images = images
+
+
+class _Held(NamedTuple):
+    """How a teacher was before it taught: the modes of its modules, and which parameters wanted gradients."""
+
+    modes: list[tuple[nn.Module, bool]]
+    gradients: list[tuple[nn.Parameter, bool]]
+
+
+_held: WeakKeyDictionary[nn.Module, list[_Held]] = WeakKeyDictionary()  # one entry a view that is entered
+
+
+def _hold(teacher: nn.Module) -> None:
+    """Puts a teacher into evaluation mode without gradients; several students may hold one teacher."""
+    modes = [(module, module.training) for module in teacher.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in teacher.parameters()]
+    _held.setdefault(teacher, []).append(_Held(modes, gradients))
+    teacher.eval().requires_grad_(False)
+
+
+def _release(teacher: nn.Module) -> None:
+    """The last one to leave a teacher puts it back as the first one found it."""
+    entries = _held[teacher]
+    if len(entries) > 1:
+        entries.pop()
+        return
+    for module, training in entries[0].modes:
+        module.training = training
+    for parameter, required in entries[0].gradients:
+        parameter.requires_grad_(required)
+    del _held[teacher]
 
 
 def renormalised(batch: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:

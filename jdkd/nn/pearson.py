@@ -32,7 +32,7 @@ class _Pearson(nn.Module):
         self.loss_weight = loss_weight
         self.options = {
             "pairing": pairing,
-            "levels": levels,
+            "levels": None if levels is None else tuple(levels),
             "level_weights": level_weights,
             "statistics": statistics,
             "zero_variance": zero_variance,

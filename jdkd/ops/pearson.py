@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from jdkd import _backend
 from jdkd.errors import InputError
@@ -86,6 +87,8 @@ def pearson_loss(
 
 def _wanted(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> str:
     """Whose gradients are wanted, as :class:`pearson_forms.Call` has it."""
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return "teachers"  # there is no forward mode: the autograd Function says so, where an operator returns 0
     if not torch.is_grad_enabled():
         return ""
     if any(level.requires_grad for level in teachers):
@@ -116,7 +119,7 @@ def _forward(
     """Loss, losses of the levels, the coefficient table, and the students' gradients if they came with it."""
     weights, eps, skip_constant, instance, group = settings
     form = pearson_forms.choose(
-        pearson_forms.Call(students, teachers, wanted, tap, bool(masks), group is not None, instance)
+        pearson_forms.Call(students, teachers, wanted, tap, len(masks) > 0, group is not None, instance)
     )
     if instance:
         masks = [_folded(mask.expand_as(s)) for mask, s in zip(masks, students, strict=True)] if masks else ()
@@ -173,10 +176,9 @@ class _PearsonLoss(torch.autograd.Function):
         students, teachers, masks = (tensors[i * levels : (i + 1) * levels] for i in range(3))
         loss, losses, table, ctx.gradients = _forward(settings, students, teachers, masks, wanted, tap)
         # save_for_backward refuses what was made under inference_mode, as teachers often are.
-        ctx.kept = [t if _made_in_inference(t) else None for t in teachers]
-        saved = (t for t, kept in zip(teachers, ctx.kept, strict=True) if kept is None)
-        ctx.save_for_backward(table, *masks, *students, *saved)
-        ctx.levels, ctx.masked, ctx.instance = levels, bool(masks), settings.instance
+        ctx.kept = [x if _made_in_inference(x) else None for x in tensors]
+        ctx.save_for_backward(table, *(x for x, kept in zip(tensors, ctx.kept, strict=True) if kept is None))
+        ctx.levels, ctx.masked, ctx.instance = levels, len(masks) > 0, settings.instance
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(losses)
         return loss, losses, *((student.view_as(student) for student in students) if tap else ())
@@ -199,9 +201,9 @@ class _PearsonLoss(torch.autograd.Function):
             own = (d if wanted else None for d, wanted in zip(gradients, needs, strict=False))
             return (*_NO_SETTINGS, *own, *[None] * levels)
         table, *saved = ctx.saved_tensors
-        masks, saved = (saved[:levels], saved[levels:]) if ctx.masked else ((), saved)
-        students, rest = saved[:levels], iter(saved[levels:])
-        teachers = [next(rest) if kept is None else kept for kept in ctx.kept]
+        saved = iter(saved)
+        tensors = [next(saved) if kept is None else kept for kept in ctx.kept]
+        students, teachers, masks = (tensors[i * levels : (i + 1) * levels] for i in range(3))
         gradients: list[Tensor | None] = []
         sides = ((students, teachers, heads), (teachers, students, [None] * levels))
         for side, (x, y, others) in enumerate(sides):
@@ -231,9 +233,9 @@ def _gradient(
         return [d.view(level.shape) for d, level in zip(dx, x, strict=True)]
     dloss = dloss.to(coefficients.dtype)
     if masks:
-        dx = torch.ops.jdkd.pearson_bwd(dloss, x, y, coefficients, [])
-        dx = [torch.where(mask, d, 0) for d, mask in zip(dx, masks, strict=True)]
-        return [d if head is None else d + head for d, head in zip(dx, dout, strict=True)]
+        dx = _gradient(dloss, x, y, coefficients, dout, (), False)
+        heads = (0 if head is None else head for head in dout)
+        return [torch.where(mask, d, head) for d, mask, head in zip(dx, masks, heads, strict=True)]
     tapped = [i for i, head in enumerate(dout) if head is not None]
     if len(tapped) in (0, len(x)):
         heads = [dout[i].contiguous(memory_format=_layout(x[i])) for i in tapped]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,10 +10,10 @@ from torch.distributed import ProcessGroup
 
 from jdkd.errors import InputError
 from jdkd.ops.pearson import Settings, pearson_loss
-from jdkd.ops.pearson_pairs import as_levels, masks_of, paired, weights_of
-from jdkd.reference.pearson import EPS, Features, match_size
+from jdkd.ops.pearson_pairs import as_levels, in_order_of, paired, rebuilt
+from jdkd.ops.pearson_settings import masks_of, settings_of
+from jdkd.reference.pearson import Features, match_size
 
-_CHOICES = {"zero_variance": ("keep", "skip"), "statistics": ("batch", "instance")}
 DIST_EPS = 1e-8
 
 
@@ -42,7 +42,8 @@ def pkd_loss(
 
     A channel of one element (batch 1, a 1x1 map) adds 0, where the published loss is NaN. A constant channel of
     the student adds about 0.5 and, as in the published loss, a gradient about a million times that of a live
-    one, unless ``zero_variance`` is ``"skip"``. Differentiating with ``create_graph=True`` is refused.
+    one, unless ``zero_variance`` is ``"skip"``. Differentiating with ``create_graph=True`` is refused; a compiled
+    graph's gradient has no derivative either.
 
     Args:
         student: one level ``[N, C, H, W]``, or an iterable of levels (list, tuple, dict, generator).
@@ -51,10 +52,11 @@ def pkd_loss(
         loss_weight: factor of the loss; the authors use 6 for two-stage detectors and 10 for dense ones.
         resize_stu: where sizes differ, resize the student's level to the teacher's (True) or the reverse
             (False), bilinearly.
-        pairing: ``"index"`` pairs levels in the order given; ``"stride"`` pairs those of the same stride, as
-            their sizes tell, and leaves out levels without a partner.
-        levels: indices of the student's levels to compare; None is all.
-        level_weights: a factor for every level compared.
+        pairing: ``"index"`` pairs levels in the order given, mappings of the same names by name; ``"stride"``
+            pairs those of the same stride, as their sizes tell, and leaves out levels without a partner. Sizes of
+            a few pixels tell little: leave such levels out.
+        levels: indices of the student's levels to compare; None is all that pair up.
+        level_weights: a factor for every level compared, in their order.
         mask: bool ``[N, height, width]``, True where the image is, False where the batch was padded, at the
             resolution of the images or any other (brought to each level's by the nearest pixel); or one per
             level. Padded positions neither count nor get a gradient. Runs in plain torch.
@@ -64,8 +66,8 @@ def pkd_loss(
             student's are: they add 0 to the mean over the C channels, and get no gradient.
         group: processes whose batches are taken as one (``torch.distributed.group.WORLD``, for one). Every rank
             gets the same loss, and gradients such that their mean over the ranks, which DDP takes, is that of
-            one process with all the images. Ranks may have different numbers of images. Not under
-            ``torch.compile``.
+            one process with all the images. Ranks may have different numbers of images. None, which ``WORLD``
+            also is before ``init_process_group``, takes this process alone.
         return_levels: return the levels' losses too, for logging.
 
     Returns:
@@ -76,11 +78,17 @@ def pkd_loss(
         InputError: if numbers of levels, batches, channels or devices differ, nothing pairs up, or a level is
             not a floating ``[N, C, H, W]`` with elements.
     """
-    students, teachers = as_levels(student, "student"), as_levels(teacher, "teacher")
+    students, teachers = as_levels(student, "student"), as_levels(in_order_of(student, teacher), "teacher")
     pairs = [match_size(students[i], teachers[j], resize_stu) for i, j in paired(students, teachers, pairing, levels)]
     students, teachers = [s for s, _ in pairs], [t for _, t in pairs]
-    settings = _settings(len(pairs), loss_weight, level_weights, statistics, zero_variance, group)
+    compiling = torch.compiler.is_compiling()
+    inside = (
+        1.0 if compiling else loss_weight
+    )  # a number in a compiled graph is a constant, compiled anew if it changes
+    settings = settings_of(len(pairs), level_weights, inside, statistics, zero_variance, group)
     loss, losses, _ = pearson_loss(students, teachers, settings, masks_of(mask, students))
+    if compiling:
+        loss, losses = loss_weight * loss, loss_weight * losses
     return (loss, losses) if return_levels else loss
 
 
@@ -101,10 +109,10 @@ def pearson_tap(
     """:func:`pkd_loss` on features that go on to the heads: one backward pass writes both gradients.
 
     Feed the returned features to the heads, in place of those that were given. They hold the same numbers in the
-    same memory; their gradient and the loss's are added where the loss's is computed, which saves reading and
-    writing every feature once more. Writing to them in place is an error that torch raises. Exact under loss
-    scaling, gradient accumulation, ``retain_graph``, checkpointing and ``torch.compile``; without gradients it is
-    the loss alone.
+    same memory (a copy where the strides are of no usual layout); their gradient and the loss's are added where
+    the loss's is computed, which saves reading and writing every feature once more. Writing to them in place is an
+    error that torch raises. Exact under loss scaling, gradient accumulation, ``retain_graph``, checkpointing and
+    ``torch.compile``; without gradients it is the loss alone.
 
     Args:
         students: levels ``[N, C, H, W]``: a tensor, an iterable, or a mapping.
@@ -113,27 +121,25 @@ def pearson_tap(
             :func:`pkd_loss`.
 
     Returns:
-        The students as they came (a tensor for a tensor, a mapping of the same type and keys for a mapping, else
-        a list), levels without a partner untouched; and the loss, with ``return_levels`` its levels too.
+        The students as they came (a tensor, a mapping, a tuple; else a list), levels without a partner untouched;
+        and the loss, with ``return_levels`` its levels too.
 
     Raises:
         InputError: see :func:`pkd_loss`.
     """
-    names = list(students) if isinstance(students, Mapping) else None
-    inner, others = as_levels(students, "student"), as_levels(teachers, "teacher")
+    inner, others = as_levels(students, "student"), as_levels(in_order_of(students, teachers), "teacher")
     pairs = paired(inner, others, pairing, levels)
     tapped = [inner[i] for i, _ in pairs]
     opposite = [match_size(inner[i], others[j], resize_stu=False)[1] for i, j in pairs]
-    settings = _settings(len(pairs), loss_weight, level_weights, statistics, zero_variance, group)
+    compiling = torch.compiler.is_compiling()
+    inside = 1.0 if compiling else loss_weight  # see pkd_loss
+    settings = settings_of(len(pairs), level_weights, inside, statistics, zero_variance, group)
     loss, losses, tapped = pearson_loss(tapped, opposite, settings, masks_of(mask, tapped), tap=True)
     for (i, _), level in zip(pairs, tapped, strict=True):
         inner[i] = level
-    if isinstance(students, Tensor):
-        outer = inner[0]
-    elif names is not None:
-        outer = type(students)(zip(names, inner, strict=True))
-    else:
-        outer = inner
+    outer = rebuilt(students, inner)
+    if compiling:
+        loss, losses = loss_weight * loss, loss_weight * losses
     return (outer, loss, losses) if return_levels else (outer, loss)
 
 
@@ -161,14 +167,19 @@ def dist_loss(
         InputError: shapes are not ``[B, K]``, differ, or leave a relation without two values.
     """
     for name, logits in (("student", student), ("teacher", teacher)):
+        if not isinstance(logits, Tensor):
+            raise InputError(f"{name} is a {type(logits).__name__}; pass logits [B, K]")
         if logits.dim() != 2 or logits.shape[1] < 2 or not logits.is_floating_point():
             raise InputError(
                 f"{name} has shape {tuple(logits.shape)} and dtype {logits.dtype}; pass floating logits [B, K], K >= 2"
             )
-    if student.shape != teacher.shape:
+    if student.shape != teacher.shape or student.device != teacher.device:
         raise InputError(
-            f"student has shape {tuple(student.shape)} and teacher {tuple(teacher.shape)}; they must agree"
+            f"student has shape {tuple(student.shape)} on {student.device} and teacher {tuple(teacher.shape)} on "
+            f"{teacher.device}; they must agree"
         )
+    if not tau > 0:
+        raise InputError(f"tau is {tau}; a temperature must be positive")
     batch, classes = student.shape
     if batch < (2 if intra_weight else 1):
         raise InputError(f"student has {batch} samples; give at least 2, or intra_weight=0")
@@ -186,25 +197,3 @@ def dist_loss(
         raise InputError("inter_weight and intra_weight are both 0; give at least one of them")
     settings = Settings(tuple(tau**2 * weight for *_, weight in relations), eps=DIST_EPS)
     return pearson_loss([a for a, _, _ in relations], [b for _, b, _ in relations], settings)[0]
-
-
-def _settings(
-    count: int,
-    loss_weight: float,
-    level_weights: Sequence[float] | None,
-    statistics: str,
-    zero_variance: str,
-    group: ProcessGroup | None,
-) -> Settings:
-    for name, value in (("statistics", statistics), ("zero_variance", zero_variance)):
-        if value not in _CHOICES[name]:
-            raise InputError(f"{name} is {value!r}; choose one of {', '.join(_CHOICES[name])}")
-    if statistics == "instance" and group is not None:
-        raise InputError('statistics="instance" takes every image by itself, so group changes nothing; leave it out')
-    return Settings(
-        weights=weights_of(level_weights, count, loss_weight),
-        eps=EPS,
-        skip_constant=zero_variance == "skip",
-        instance=statistics == "instance",
-        group=group,
-    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jdkd.errors import InputError
@@ -19,21 +19,45 @@ def as_levels(features: Features, name: str) -> list[Tensor]:
     """The levels of a tensor, iterable or mapping, each ``[N, C, H, W]``.
 
     Raises:
-        InputError: one is no floating ``[N, C, H, W]`` with elements.
+        InputError: one is no dense floating ``[N, C, H, W]`` with elements.
     """
     if isinstance(features, Tensor):
         levels = [features]
+    elif isinstance(features, Mapping):
+        levels = list(features.values())
+    elif isinstance(features, Iterable):
+        levels = list(features)
     else:
-        levels = list(features.values() if isinstance(features, Mapping) else features)
+        raise InputError(f"{name} is a {type(features).__name__}; pass a tensor [N, C, H, W] or levels of them")
     for index, level in enumerate(levels):
         if not isinstance(level, Tensor):
             raise InputError(f"{name} level {index} is a {type(level).__name__}; pass tensors [N, C, H, W]")
-        if level.dim() != 4 or level.numel() == 0 or not torch.is_floating_point(level):
+        if level.dim() != 4 or level.numel() == 0 or not level.is_floating_point() or level.layout != torch.strided:
             raise InputError(
-                f"{name} level {index} has shape {tuple(level.shape)} and dtype {level.dtype}; "
-                "it must be a floating [N, C, H, W] with elements"
+                f"{name} level {index} has shape {tuple(level.shape)}, dtype {level.dtype} and layout {level.layout}; "
+                "it must be a dense floating [N, C, H, W] with elements"
             )
     return levels
+
+
+def in_order_of(student: Features, teacher: Features) -> Features:
+    """The teacher's levels in the order of the student's where both are mappings of the same names."""
+    if isinstance(student, Mapping) and isinstance(teacher, Mapping) and student.keys() == teacher.keys():
+        return [teacher[name] for name in student]
+    return teacher
+
+
+def rebuilt(features: Features, levels: Sequence[Tensor]) -> Features:
+    """Levels in the form that others came in: a tensor, mapping, named tuple, tuple or list; else a list."""
+    if isinstance(features, Tensor):
+        return levels[0]
+    if isinstance(features, Mapping):
+        outer = copy.copy(features) if isinstance(features, MutableMapping) else {}
+        outer.update(zip(features, levels, strict=True))
+        return outer
+    if isinstance(features, tuple):
+        return features._make(levels) if hasattr(features, "_make") else tuple(levels)
+    return list(levels)
 
 
 def paired(
@@ -48,7 +72,7 @@ def paired(
         levels: indices of the student levels wanted; None is all that pair up.
 
     Returns:
-        Pairs of indices, in the order of the student's levels.
+        Pairs of indices, in the order of ``levels``, else of the student's levels.
 
     Raises:
         InputError: nothing pairs up, ``levels`` asks for what is not there, or a pair differs in images, channels
@@ -70,12 +94,21 @@ def paired(
             f"{_sizes(teachers)}; run both on images of one size and pass levels that have strides in common"
         )
     if levels is not None:
-        if not levels or not set(levels) <= set(opposite):
-            raise InputError(f"levels is {list(levels)}; of the student's levels {sorted(opposite)} have a partner")
-        opposite = {index: opposite[index] for index in sorted(set(levels))}
-    for index, other in opposite.items():
+        if not levels or not set(levels) <= set(opposite) or len(set(levels)) < len(levels):
+            raise InputError(
+                f"levels is {list(levels)}; name some of the student's levels {sorted(opposite)}, which have a "
+                "partner, once each"
+            )
+        opposite = {index: opposite[index] for index in levels}
+    pairs = list(opposite.items())
+    for index, other in pairs:
         _check_pair(index, students[index], teachers[other])
-    return list(opposite.items())
+        if students[index].device != students[pairs[0][0]].device:
+            raise InputError(
+                f"level {index} is on {students[index].device} and level {pairs[0][0]} on "
+                f"{students[pairs[0][0]].device}; move all levels to one device"
+            )
+    return pairs
 
 
 def _by_stride(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> dict[int, int]:
@@ -86,7 +119,7 @@ def _by_stride(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> dict[i
             max(abs(math.log2(a / b)) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
             for teacher in teachers
         ]
-        closest = min(range(len(teachers)), key=away.__getitem__)
+        closest = away.index(min(away))
         if away[closest] < 0.5 and closest not in opposite.values():
             opposite[index] = closest
     return opposite
@@ -111,46 +144,3 @@ def _check_pair(index: int, student: Tensor, teacher: Tensor) -> None:
             f"level {index}: student is on {student.device} and teacher on {teacher.device}; "
             "move one to the other's device"
         )
-
-
-def weights_of(level_weights: Sequence[float] | None, count: int, loss_weight: float) -> tuple[float, ...]:
-    """The factor of every pair.
-
-    Raises:
-        InputError: there are not as many weights as pairs.
-    """
-    if level_weights is None:
-        return (float(loss_weight),) * count
-    if len(level_weights) != count:
-        raise InputError(f"level_weights has {len(level_weights)} values for {count} pairs of levels; give one each")
-    return tuple(float(loss_weight) * float(weight) for weight in level_weights)
-
-
-def masks_of(mask: Tensor | Sequence[Tensor] | None, students: Sequence[Tensor]) -> list[Tensor]:
-    """A mask for every level, bool ``[N, 1, H, W]``; empty for None.
-
-    Args:
-        mask: bool ``[N, height, width]``, True where the image is, False where it was padded, in pixels or at any
-            other resolution; or one such per level.
-        students: levels ``[N, C, H, W]``.
-
-    Raises:
-        InputError: a mask is not bool, or is not for as many images.
-    """
-    if mask is None:
-        return []
-    masks = [mask] * len(students) if isinstance(mask, Tensor) else list(mask)
-    if len(masks) != len(students):
-        raise InputError(f"mask has {len(masks)} entries for {len(students)} pairs of levels; give one each")
-    resized = []
-    for index, (own, student) in enumerate(zip(masks, students, strict=True)):
-        if own.dtype != torch.bool or own.dim() != 3 or own.shape[0] != student.shape[0]:
-            raise InputError(
-                f"mask of level {index} has shape {tuple(own.shape)} and dtype {own.dtype}; it must be a bool "
-                f"[{student.shape[0]}, H, W], True where the image is"
-            )
-        if own.shape[1:] == student.shape[2:]:
-            resized.append(own[:, None])
-        else:
-            resized.append(F.interpolate(own[:, None].to(torch.uint8), student.shape[2:], mode="nearest").bool())
-    return resized

@@ -111,7 +111,7 @@ def test_the_gradient_of_the_heads_is_added_before_the_one_rounding(compiled, dt
     [
         (lambda x: x[:2], r"2 tensors dout were given for 4 levels; give none, or one a level"),
         (lambda x: [*x[:3], x[0]], r"level of dout has shape \[2, 5, 40, 41\] .* x has shape \[1, 4, 1, 1\]"),
-        (lambda x: [*x[:3], x[3].half()], r"dout of level 3 differs in dtype from x; convert it"),
+        (lambda x: [*x[:3], x[3].half()], r"dout of level 3 differs in dtype or device from x; convert it"),
         (
             lambda x: [x[0].contiguous(memory_format=torch.channels_last), *x[1:]],
             r"dout of level 0 is not dense in the layout of x, NCHW; copy it",

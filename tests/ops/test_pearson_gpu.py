@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from jdkd._backend import available, use_backend
-from jdkd.functional import pkd_loss
+from jdkd.functional import pearson_tap, pkd_loss
+from jdkd.ops import pearson_single
 from jdkd.reference import pearson as reference
 from tests.ops.pearson_cases import DTYPES
 
@@ -31,6 +34,22 @@ def loss_and_gradients(students: list[Tensor], teachers: list[Tensor]) -> list[T
     return [loss.detach(), *torch.autograd.grad(loss, students)]
 
 
+def tapped(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    """The tap, whose students get ones from their heads."""
+    features, loss = pearson_tap(students, teachers, 6.0)
+    ones = [torch.ones_like(feature) for feature in features]
+    return [loss.detach(), *torch.autograd.grad([loss, *features], students, [torch.ones_like(loss), *ones])]
+
+
+def split(students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    """The loss, and never in a single pass."""
+    with mock.patch.object(pearson_single, "fits", return_value=False):
+        return loss_and_gradients(students, teachers)
+
+
+FORMS = (loss_and_gradients, split, tapped)
+
+
 @pytest.mark.parametrize("name", GPU_BACKENDS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -46,38 +65,53 @@ def test_a_pyramid_of_a_detector_agrees_with_float64(name, dtype, layout):
         assert (ours - theirs).norm() < tolerance * theirs.norm()
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GPU_BACKENDS)
-def test_forward_and_backward_never_wait_for_the_device(name):
+def test_forward_and_backward_never_wait_for_the_device(name, form):
     students, teachers = pyramid(torch.bfloat16, torch.contiguous_format)
     with use_backend(name):
-        loss_and_gradients(students, teachers)
+        form(students, teachers)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loss_and_gradients(students, teachers)
+            form(students, teachers)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", GPU_BACKENDS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_graph_captures_forward_and_backward(name, layout):
+def test_a_graph_captures_forward_and_backward(name, layout, form):
     students, teachers = pyramid(torch.bfloat16, layout)
     with use_backend(name):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            loss_and_gradients(students, teachers)
+            form(students, teachers)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = loss_and_gradients(students, teachers)
+            captured = form(students, teachers)
         with torch.no_grad():
             for level in (*students, *teachers):
                 level.copy_(torch.randn_like(level))
         graph.replay()
-        expected = loss_and_gradients(students, teachers)
+        expected = form(students, teachers)
     assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.skipif("cuda" not in GPU_BACKENDS, reason="jdkd._C has no CUDA code")
+def test_a_tensor_on_another_device_is_refused_before_anything_runs():
+    students, teachers = pyramid(torch.float32, torch.contiguous_format)
+    students = [level.detach() for level in students]
+    with use_backend("cuda"):
+        loss, _, table, _ = torch.ops.jdkd.pearson_fwd(students, teachers, [1.0] * 5, 1e-6, False)
+        for dloss, coefficients in ((loss.cpu(), table[0]), (loss, table[0].cpu())):
+            with pytest.raises(RuntimeError, match="not on the device of x"):
+                torch.ops.jdkd.pearson_bwd(dloss, students, teachers, coefficients, [])
+        with pytest.raises(RuntimeError, match="is on another device"):
+            torch.ops.jdkd.pearson_fwd(students, [level.cpu() for level in teachers], [1.0] * 5, 1e-6, False)
 
 
 @pytest.mark.parametrize("name", GPU_BACKENDS)

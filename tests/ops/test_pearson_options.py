@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from types import MappingProxyType
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,20 +68,107 @@ def test_only_the_levels_asked_for_count():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"levels": [2]}, r"levels is \[2\]; of the student's levels \[0, 1\]"),
+        ({"levels": [2]}, r"levels is \[2\]; name some of the student's levels \[0, 1\]"),
         ({"levels": []}, r"levels is \[\]"),
+        ({"levels": [1, 1]}, r"levels is \[1, 1\]; .* once each"),
         ({"pairing": "size"}, "pairing is 'size'; choose one of index, stride"),
         ({"level_weights": [1.0]}, "level_weights has 1 values for 2 pairs"),
+        ({"level_weights": {0: 1.0, 1: 2.0}}, "level_weights is a dict"),
+        ({"level_weights": "12"}, "level_weights is a str"),
+        ({"level_weights": [1.0, None]}, "level_weights is or holds None; it must be a finite number"),
+        ({"loss_weight": float("nan")}, "loss_weight is or holds nan"),
+        ({"loss_weight": torch.ones((), requires_grad=True)}, "loss_weight is a tensor that requires a gradient"),
+        ({"group": "world"}, "group is 'world'; pass a process group"),
         ({"statistics": "image"}, "statistics is 'image'; choose one of batch, instance"),
         ({"zero_variance": "drop"}, "zero_variance is 'drop'; choose one of keep, skip"),
         ({"mask": torch.ones(2, 6, 5)}, r"mask of level 0 has shape \(2, 6, 5\) and dtype torch.float32"),
         ({"mask": torch.ones(1, 6, 5).bool()}, r"mask of level 0 has shape \(1, 6, 5\)"),
         ({"mask": [torch.ones(2, 6, 5).bool()]}, "mask has 1 entries for 2 pairs"),
+        ({"mask": [None, None]}, "mask of level 0 is a NoneType; it must be a bool"),
+        ({"mask": torch.ones(2, 6, 5, device="meta").bool()}, r"dtype torch.bool on meta; it must be a bool .* on cpu"),
     ],
 )
 def test_what_is_asked_for_and_is_not_there_is_refused(options, message):
     with pytest.raises(InputError, match=message):
         pkd_loss(drawn((6, 5), (3, 3)), drawn((6, 5), (3, 3), seed=1), **options)
+
+
+def test_weights_follow_the_order_in_which_levels_are_named():
+    students, teachers = drawn((6, 5), (3, 3), (2, 2)), drawn((6, 5), (3, 3), (2, 2), seed=1)
+    loss, losses = pkd_loss(students, teachers, levels=(2, 0), level_weights=[10.0, 1.0], return_levels=True)
+    each = torch.stack([10 * pkd_loss(students[2], teachers[2]), pkd_loss(students[0], teachers[0])])
+    torch.testing.assert_close(losses, each.detach())
+    torch.testing.assert_close(loss, each.sum())
+
+
+def test_mappings_of_the_same_names_are_paired_by_name():
+    students, teachers = drawn((6, 5), (3, 3)), drawn((6, 5), (3, 3), seed=1)
+    named = {"p3": students[0], "p4": students[1]}
+    turned = {"p4": teachers[1], "p3": teachers[0]}
+    assert torch.equal(pkd_loss(named, turned), pkd_loss(students, teachers))
+    features, loss = pearson_tap(named, turned)
+    assert list(features) == ["p3", "p4"] and torch.equal(loss, pkd_loss(students, teachers))
+
+
+def test_levels_on_several_devices_are_refused():
+    students, teachers = drawn((6, 5), (3, 3)), drawn((6, 5), (3, 3), seed=1)
+    for loss in (pkd_loss, pearson_tap):
+        with pytest.raises(InputError, match="level 1 is on meta and level 0 on cpu; move all levels to one device"):
+            loss([students[0], students[1].to("meta")], [teachers[0], teachers[1].to("meta")])
+
+
+class Pyramid(NamedTuple):
+    p3: Tensor
+    p4: Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda levels: Pyramid(*levels),
+        tuple,
+        lambda levels: defaultdict(list, zip("ab", levels, strict=True)),
+        lambda levels: MappingProxyType(dict(zip("ab", levels, strict=True))),
+    ],
+)
+def test_the_tap_gives_back_what_it_was_given(wrap):
+    students, teachers = wrap(drawn((6, 5), (3, 3))), drawn((6, 5), (3, 3), seed=1)
+    features, _ = pearson_tap(students, teachers)
+    expected = dict if isinstance(students, MappingProxyType) else type(students)
+    assert type(features) is expected
+    inside = features.values() if isinstance(features, dict) else features
+    assert all(isinstance(level, Tensor) and level.requires_grad for level in inside)
+
+
+OPTIONS = {
+    "mask": {"mask": torch.arange(30).view(1, 6, 5).expand(2, 6, 5) > 4},
+    "stride": {"pairing": "stride"},
+    "levels": {"levels": (1,), "level_weights": (2.0,)},
+    "instance": {"statistics": "instance"},
+    "skip": {"zero_variance": "skip"},
+    "return_levels": {"return_levels": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("tap", [False, True])
+@pytest.mark.filterwarnings("ignore:.*Function.*instantiated:DeprecationWarning")  # by dynamo
+def test_every_option_compiles_as_one_graph(name, tap):
+    def step(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        if not tap:
+            found = pkd_loss(students, teachers, 6.0, **OPTIONS[name])
+            return found[0] if isinstance(found, tuple) else found
+        features, loss, *_ = pearson_tap(students, teachers, 6.0, **OPTIONS[name])
+        return loss + sum(level.square().sum() for level in features)
+
+    torch.compiler.reset()
+    students, teachers = drawn((6, 5), (3, 3)), drawn((6, 5), (3, 3), seed=1)
+    with use_backend("cpu"):
+        assert_same(
+            torch.compile(step, fullgraph=True, backend="aot_eager")(students, teachers),
+            step(students, teachers),
+            students[1:],
+        )
 
 
 # ---- weights and what is logged ----
@@ -224,6 +315,23 @@ def test_instance_statistics_are_those_of_every_image_alone(backend, device, lay
     assert_same(found, expected, students)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("statistics", ["batch", "instance"])
+def test_half_precision_is_rounded_once_under_a_mask(dtype, statistics):
+    (student,), (teacher,) = drawn((9, 8)), drawn((9, 8), seed=1)
+    student, teacher = (student.detach() + 20).to(dtype).requires_grad_(), teacher.to(dtype)
+    mask, head = padding(2, 9, 8), torch.randn(2, 4, 9, 8).to(dtype) / 100
+    feature, loss = pearson_tap(student, teacher, mask=mask, statistics=statistics)
+    (found,) = torch.autograd.grad([loss, feature], student, [torch.ones_like(loss), head])
+    wide, other = student.detach().double().requires_grad_(), teacher.double()
+    each = [slice(None)] if statistics == "batch" else [slice(i, i + 1) for i in range(2)]
+    exact = sum(by_hand(wide[i], other[i], mask[i]) for i in each) / len(each)
+    (gradient,) = torch.autograd.grad(exact, wide)
+    torch.testing.assert_close(loss.double(), exact.detach(), rtol=1e-5, atol=0)
+    expected = gradient + head.double()
+    assert ((found.double() - expected).abs() <= torch.finfo(dtype).eps * 0.51 * expected.abs() + 1e-7).all()
+
+
 def test_instance_statistics_know_padding():
     (student,), (teacher,) = drawn((9, 8)), drawn((9, 8), seed=1)
     mask = padding(2, 9, 8)
@@ -272,9 +380,10 @@ def test_dist_of_logits_in_half_precision():
     ("student", "teacher", "weights", "message"),
     [
         ((4, 5, 1), (4, 5, 1), (1, 1), r"student has shape \(4, 5, 1\)"),
-        ((4, 5), (4, 6), (1, 1), r"student has shape \(4, 5\) and teacher \(4, 6\)"),
+        ((4, 5), (4, 6), (1, 1), r"student has shape \(4, 5\) on cpu and teacher \(4, 6\)"),
         ((1, 5), (1, 5), (1, 1), "student has 1 samples; give at least 2, or intra_weight=0"),
         ((4, 5), (4, 5), (0, 0), "both 0"),
+        ((4, 5), (4, 5), (1, 1, 0.0), "tau is 0.0; a temperature must be positive"),
     ],
 )
 def test_dist_refuses_what_has_no_correlation(student, teacher, weights, message):

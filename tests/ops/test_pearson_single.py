@@ -184,6 +184,13 @@ def test_levels_that_do_not_fit_are_refused():
 
 
 @gpu
+def test_a_factor_that_is_not_on_the_gpu_is_refused():
+    gradients = [torch.ones(1, 2, 3, 4, device="cuda")]
+    with use_backend("cuda"), pytest.raises(RuntimeError, match="dloss is not on the device of the gradients"):
+        torch.ops.jdkd.pearson_scale_(gradients, torch.tensor(2.0))
+
+
+@gpu
 def test_no_call_waits_for_the_device():
     students, teachers = pyramid(torch.bfloat16)
     dloss = torch.full((), 2.0, device="cuda")
