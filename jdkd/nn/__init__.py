@@ -1,6 +1,32 @@
-"""Drop-in modules: state and representation only; what they compute is in :mod:`jdkd.functional`."""
+"""Drop-in modules, and the switch for the elastic ones of a whole model; what they compute is in
+:mod:`jdkd.functional`.
+"""
 
+from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
+from jdkd.nn.coupling import ElasticGroups, Side, Stage
 from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
+from jdkd.nn.masked import masked
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
+from jdkd.nn.recomputation import checkpoint
+from jdkd.nn.stage import ElasticStage
+from jdkd.nn.subnet import Subnet, export, set_subnet
 
-__all__ = ["DISTLoss", "ElasticBatchNorm2d", "ElasticConv2d", "ElasticLinear", "PKDLoss", "PearsonTap"]
+__all__ = [
+    "ConvBNAct",
+    "DISTLoss",
+    "ElasticBatchNorm2d",
+    "ElasticConv2d",
+    "ElasticConvBNAct",
+    "ElasticGroups",
+    "ElasticLinear",
+    "ElasticStage",
+    "PKDLoss",
+    "PearsonTap",
+    "Side",
+    "Stage",
+    "Subnet",
+    "checkpoint",
+    "export",
+    "masked",
+    "set_subnet",
+]

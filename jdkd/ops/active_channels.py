@@ -1,4 +1,4 @@
-"""Which channels of a shared tensor are active, and the active part of that tensor.
+"""Which channels of a shared tensor are active, and the active part of that tensor: channels, centre of the kernel.
 
 Leading channels are a strided view, with no copy. Listed channels are gathered, and their gradient is
 scattered once into a zeroed tensor: the indices are distinct, so nothing has to be accumulated, which saves
@@ -17,14 +17,16 @@ from torch.autograd.function import FunctionCtx
 
 from jdkd.errors import InputError
 
-ChannelsLike = int | Sequence[int] | Tensor | None
-
 
 class Channels(NamedTuple):
     """Active channels of one dimension; how many is always known on the host."""
 
     count: int
     index: Tensor | None = None  # [count] int64; None: the leading ones
+
+
+ChannelsLike = int | Sequence[int] | Tensor | Channels | None
+Kernel = tuple[int, int] | None  # height and width of the centre of a kernel, in taps; None: the whole kernel
 
 
 def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channels:
@@ -35,7 +37,7 @@ def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channel
 
     Args:
         value: None (all), the number of leading channels, or distinct indices, as a sequence or a 1-D integer
-            tensor.
+            tensor; :class:`Channels` that were read before keep their indices unchecked.
         maximum: channels of the shared tensor.
         argument: what errors call it.
 
@@ -48,6 +50,9 @@ def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channel
     """
     if value is None:
         return Channels(maximum)
+    if isinstance(value, Channels):
+        _check_count(value.count, maximum, argument)
+        return value
     if isinstance(value, int) and not isinstance(value, bool):
         _check_count(value, maximum, argument)
         return Channels(value)
@@ -119,45 +124,80 @@ def on_device(index: Tensor | None, device: torch.device) -> Tensor | None:
     return index.to(device, non_blocking=True)
 
 
-def active_part(tensor: Tensor, rows: Channels, columns: Channels | None = None) -> Tensor:
+def active_part(tensor: Tensor, rows: Channels, columns: Channels | None = None, kernel: Kernel = None) -> Tensor:
     """Takes the active part of a shared tensor; its gradient is exactly zero everywhere else.
 
-    Leading rows and columns together are one ``as_strided`` view, whose gradient is one zeroed tensor and one
-    copy; two slices would cost two of each (a 512x512x3x3 weight at half width, 7x7 map: 4.6 ms a convolution
-    against 1.7).
+    Leading rows and columns and the centre of the kernel together are one ``as_strided`` view, whose gradient is one
+    zeroed tensor and one copy; slices would cost one of each per dimension (a 512x512x3x3 weight at half width, 7x7
+    map: 4.6 ms a convolution against 1.7).
 
     Args:
         tensor: ``[Cout_max, Cin_max, ...]``, or ``[C_max]``.
         rows: active channels of dimension 0.
         columns: active channels of dimension 1; None: all of them.
+        kernel: active centre of dimensions 2 and 3; None: all of it.
 
     Returns:
         ``[rows.count, columns.count, ...]``: the tensor itself, a view, or (listed channels) a copy.
     """
-    column_count = tensor.shape[1] if tensor.dim() > 1 else 1
-    columns = Channels(column_count) if columns is None else columns
-    if rows.index is not None or columns.index is not None:
+    if rows.index is not None or (columns is not None and columns.index is not None):
+        if columns is None:
+            columns = Channels(tensor.shape[1] if tensor.dim() > 1 else 1)
         indices = on_device(rows.index, tensor.device), on_device(columns.index, tensor.device)
-        return _Gather.apply(tensor, rows.count, columns.count, *indices)
-    fewer_rows, fewer_columns = rows.count < tensor.shape[0], columns.count < column_count
-    if not (fewer_rows and fewer_columns):
-        tensor = tensor[: rows.count] if fewer_rows else tensor
-        return tensor[:, : columns.count] if fewer_columns else tensor
+        return _Gather.apply(tensor, rows.count, columns.count, *indices, kernel)
+    shape = tensor.shape
+    if len(shape) == 1:
+        return tensor if rows.count == shape[0] else tensor[: rows.count]
+    size = (rows.count, shape[1] if columns is None else columns.count, *(kernel or shape[2:]))
+    if size == shape:
+        return tensor
     if torch.compiler.is_compiling():
-        return tensor[: rows.count, : columns.count]
-    size = (rows.count, columns.count, *tensor.shape[2:])
-    return tensor.as_strided(size, tensor.stride(), tensor.storage_offset())
+        return _centre(tensor, size)
+    offset, stride = tensor.storage_offset(), tensor.stride()
+    if kernel is not None:
+        offset += sum((shape[dim] - size[dim]) // 2 * stride[dim] for dim in (2, 3))
+    return tensor.as_strided(size, stride, offset)
 
 
-def gather(tensor: Tensor, rows: Channels, columns: Channels) -> Tensor:
+def crop(tensor: Tensor, kernel: Kernel) -> Tensor:
+    """Returns: the view ``[Cout, Cin, *kernel]`` of the centre of ``tensor``, ``[Cout, Cin, kh, kw]``."""
+    return tensor if kernel is None else _centre(tensor, (*tensor.shape[:2], *kernel))
+
+
+def _size(tensor: Tensor, rows: Channels, columns: Channels, kernel: Kernel) -> tuple[int, ...]:
+    """Shape of the active part."""
+    return (rows.count, columns.count, *(kernel or tensor.shape[2:]))[: tensor.dim()]
+
+
+def _centre(tensor: Tensor, size: Sequence[int]) -> Tensor:
+    """The view of leading rows and columns, and of the centre of further dimensions."""
+    for dim, count in enumerate(size):
+        spare = tensor.shape[dim] - count
+        if spare:
+            tensor = tensor.narrow(dim, spare // 2 if dim > 1 else 0, count)
+    return tensor
+
+
+def _home(tensor: Tensor, rows: Channels, columns: Channels, kernel: Kernel) -> Tensor:
+    """The view of ``tensor`` that holds the active part, before channels are picked by index."""
+    size = list(_size(tensor, rows, columns, kernel))
+    for dim, channels in enumerate((rows, columns)[: tensor.dim()]):
+        if channels.index is not None:
+            size[dim] = tensor.shape[dim]
+    return _centre(tensor, size)
+
+
+def gather(tensor: Tensor, rows: Channels, columns: Channels, kernel: Kernel = None) -> Tensor:
     """Takes the active part without a rule for autograd; arguments as :func:`active_part`."""
-    part = tensor[: rows.count] if rows.index is None else tensor.index_select(0, rows.index)
-    if tensor.dim() == 1:
-        return part
-    return part[:, : columns.count] if columns.index is None else part.index_select(1, columns.index)
+    part = _home(tensor, rows, columns, kernel)
+    if rows.index is not None:
+        part = part.index_select(0, rows.index)
+    if tensor.dim() > 1 and columns.index is not None:
+        part = part.index_select(1, columns.index)
+    return part
 
 
-def scatter(part: Tensor, like: Tensor, rows: Channels, columns: Channels) -> Tensor:
+def scatter(part: Tensor, like: Tensor, rows: Channels, columns: Channels, kernel: Kernel = None) -> Tensor:
     """Puts an active part back into zeros: the transpose of :func:`gather`.
 
     Args:
@@ -165,23 +205,22 @@ def scatter(part: Tensor, like: Tensor, rows: Channels, columns: Channels) -> Te
         like: the shared tensor, for its shape, layout and dtype.
         rows: active channels of dimension 0.
         columns: active channels of dimension 1.
+        kernel: active centre of dimensions 2 and 3; None: all of it.
 
     Returns:
         ``like``'s shape.
     """
     full = torch.zeros_like(like)
     part = part.to(like.dtype)
+    home = _home(full, rows, columns, kernel)
     if rows.index is not None and columns.index is not None:
-        return full.index_put_((rows.index[:, None], columns.index), part)
-    target = full if rows.index is not None else full[: rows.count]
-    if like.dim() > 1 and columns.index is None:
-        target = target[:, : columns.count]
-    if rows.index is not None:
-        target.index_copy_(0, rows.index, part)
+        home.index_put_((rows.index[:, None], columns.index), part)
+    elif rows.index is not None:
+        home.index_copy_(0, rows.index, part)
     elif columns.index is not None:
-        target.index_copy_(1, columns.index, part)
+        home.index_copy_(1, columns.index, part)
     else:
-        target.copy_(part)
+        home.copy_(part)
     return full
 
 
@@ -190,20 +229,20 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        tensor: Tensor, rows: int, columns: int, row_index: Tensor | None, column_index: Tensor | None
+        tensor: Tensor, rows: int, columns: int, row_index: Tensor | None, column_index: Tensor | None, kernel: Kernel
     ) -> Tensor:
-        return gather(tensor, Channels(rows, row_index), Channels(columns, column_index))
+        return gather(tensor, Channels(rows, row_index), Channels(columns, column_index), kernel)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-        tensor, ctx.rows, ctx.columns, row_index, column_index = inputs
+        tensor, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel = inputs
         ctx.save_for_backward(tensor, row_index, column_index)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         tensor, row_index, column_index = ctx.saved_tensors
-        full = _Scatter.apply(grad, tensor.detach(), ctx.rows, ctx.columns, row_index, column_index)
-        return full, None, None, None, None
+        full = _Scatter.apply(grad, tensor.detach(), ctx.rows, ctx.columns, row_index, column_index, ctx.kernel)
+        return full, *[None] * 5
 
 
 class _Scatter(torch.autograd.Function):
@@ -217,22 +256,16 @@ class _Scatter(torch.autograd.Function):
         columns: int,
         row_index: Tensor | None,
         column_index: Tensor | None,
+        kernel: Kernel,
     ) -> Tensor:
-        return scatter(part, like, Channels(rows, row_index), Channels(columns, column_index))
+        return scatter(part, like, Channels(rows, row_index), Channels(columns, column_index), kernel)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-        _, _, ctx.rows, ctx.columns, row_index, column_index = inputs
+        _, _, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel = inputs
         ctx.save_for_backward(row_index, column_index)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         row_index, column_index = ctx.saved_tensors
-        return (
-            _Gather.apply(grad, ctx.rows, ctx.columns, row_index, column_index),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        return _Gather.apply(grad, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel), *[None] * 6

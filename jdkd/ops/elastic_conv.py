@@ -6,7 +6,7 @@ the compiler, under one ``autograd.Function``; the forward may run a Triton kern
 weight in place.
 
 The composed route is the default because it measured fastest: on two CPU cores, forward + backward at half
-    width, a
+width, a
 Function around the operators costs 80 microseconds a call more (16 of 32 channels, 3x3, 16x16, batch 8: 0.46
 ms against 0.38), and gains nothing at a large weight once the slice has the one-pass gradient of
 ``active_part`` (256 of 512 channels, 7x7: 2.0 ms and 1.9 ms, where two slices take 4.6). The kernel has not
@@ -28,12 +28,15 @@ from jdkd.errors import InputError
 from jdkd.ops.active_channels import (
     Channels,
     ChannelsLike,
+    Kernel,
     active_channels,
     active_part,
+    crop,
     gather,
     on_device,
     scatter,
 )
+from jdkd.ops.kernel_size import KernelLike, active_kernel, active_padding, pair
 
 _OP = "elastic_conv"
 _Pair = Sequence[int]  # vertical, horizontal, in pixels
@@ -50,6 +53,7 @@ def elastic_conv2d(
     *,
     in_channels: ChannelsLike = None,
     out_channels: ChannelsLike = None,
+    kernel_size: KernelLike = None,
     stride: int | tuple[int, int] = 1,
     padding: int | tuple[int, int] | str = 0,
     dilation: int | tuple[int, int] = 1,
@@ -70,8 +74,10 @@ def elastic_conv2d(
             tensor of distinct indices. Keep tensors on the device of the weight; a list costs a transfer at
             every call.
         out_channels: active output channels, likewise.
+        kernel_size: active centre of the kernel, in taps, of the same parity; None: all of it.
         stride: step of the window, in pixels.
-        padding: zeros on each side, in pixels, or ``"same"`` or ``"valid"``.
+        padding: zeros on each side of the image under the whole kernel, in pixels, or ``"same"`` or ``"valid"``. A
+            smaller kernel takes as many pixels less, so that outputs stay in place.
         dilation: distance between taps, in pixels.
         groups: groups of the whole convolution.
 
@@ -79,14 +85,16 @@ def elastic_conv2d(
         ``[N, Cout, OH, OW]``: the active output channels, in the order of ``out_channels``.
 
     Raises:
-        InputError: if the channels do not fit the weight or ``x`` does not have them.
+        InputError: if the channels or the kernel do not fit the weight, or ``x`` does not have the channels.
 
     Source:
-        Leading channels of one shared weight: Cai et al., Once-for-All, ICLR 2020, section 3.2.
+        Leading channels and centres of one shared weight: Cai et al., Once-for-All, ICLR 2020, section 3.2.
     """
     inputs, outputs, active_groups = conv_channels(weight, groups, in_channels, out_channels)
+    kernel = active_kernel(kernel_size, weight.shape[2:])
+    padding = active_padding(kernel, weight.shape[2:], padding, dilation)
     check_channels(x, inputs.count, dim=-3, where="elastic_conv2d")
-    return convolve(x, weight, bias, inputs, outputs, stride, padding, dilation, active_groups)
+    return convolve(x, weight, bias, inputs, outputs, stride, padding, dilation, active_groups, kernel)
 
 
 def conv_channels(
@@ -171,6 +179,7 @@ def convolve(
     padding: int | tuple[int, int] | str,
     dilation: int | tuple[int, int],
     groups: int,
+    kernel: Kernel = None,
 ) -> Tensor:
     """Convolves with channels that have been read already.
 
@@ -181,25 +190,23 @@ def convolve(
         inputs: active input channels.
         outputs: active output channels.
         stride: in pixels.
-        padding: in pixels, or ``"same"`` or ``"valid"``.
+        padding: of the active kernel, in pixels, or ``"same"`` or ``"valid"``.
         dilation: in pixels.
         groups: active groups.
+        kernel: active centre of the kernel; None: all of it.
 
     Returns:
         ``[N, Cout, OH, OW]``.
     """
     if groups == 1 and x.dim() == 4 and padding != "same" and _kernel_runs(x):
         x = _autocast(x)
-        window = _pair(stride), _pair(0 if padding == "valid" else padding), _pair(dilation)
+        window = pair(stride), pair(0 if padding == "valid" else padding), pair(dilation)
+        weight = crop(weight, kernel)
         return _ElasticConv.apply(x, weight, bias, inputs.index, outputs.index, outputs.count, *window, groups)
     columns = inputs if groups == 1 else Channels(weight.shape[1])
-    part = active_part(weight, outputs, columns)  # [Cout, Cin / groups, kh, kw]
+    part = active_part(weight, outputs, columns, kernel)  # [Cout, Cin / groups, kh, kw]
     bias = None if bias is None else active_part(bias, outputs)  # [Cout]
     return F.conv2d(x, part, bias, stride, padding, dilation, groups)
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _autocast(x: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from torch import nn
 from jdkd.detect import NEW, build, channel_groups, inherit
 from jdkd.detect.groups import inner_group
 from jdkd.detect.resnet import STAGES, Layers
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, Stage, set_subnet
+from jdkd.nn import Subnet as Active
 from jdkd.pool.space import Space, Subnet
 
 ELASTIC = Layers(conv=ElasticConv2d, norm=ElasticBatchNorm2d)
@@ -24,6 +25,10 @@ class Supernet:
         self.model = build(space.largest, ELASTIC)
         self.model.load_state_dict(largest.state_dict())
         self.model.to(next(largest.parameters()).device)
+        inner = {name: group for name, group in channel_groups(space.largest).items() if ".inner" in name}
+        body = "backbone.body"
+        stages = {name: Stage(f"{body}.{name}", owner=body, place=number) for number, name in enumerate(STAGES)}
+        self.model.elastic_groups = ElasticGroups.from_tensors(inner, stages)
         self.active = space.everything
 
     def activate(self, subnet: Subnet) -> None:
@@ -33,15 +38,13 @@ class Supernet:
             InputError: the supernet does not hold it.
         """
         self.space.check(subnet)
-        body = self.model.backbone.body
-        body.depths = subnet.depths
-        for number, name in enumerate(STAGES):
-            for block, widths in zip(getattr(body, name), self.space.inner_widths(subnet, number), strict=False):
-                for i, width in enumerate(widths, start=1):  # what convolution i makes, convolution i + 1 reads
-                    incoming = widths[i - 2] if i > 1 else None
-                    getattr(block, f"conv{i}").set_active(in_channels=incoming, out_channels=width)
-                    getattr(block, f"bn{i}").set_active(width)
-                getattr(block, f"conv{len(widths) + 1}").set_active(in_channels=widths[-1])
+        channels = {
+            inner_group(number, block, k): width
+            for number in range(len(STAGES))
+            for block, widths in enumerate(self.space.inner_widths(subnet, number))
+            for k, width in enumerate(widths)
+        }
+        set_subnet(self.model, Active(channels, depths=dict(zip(STAGES, subnet.depths, strict=True))))
         self.active = subnet
 
     def extract(self, subnet: Subnet) -> nn.Module:

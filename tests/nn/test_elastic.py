@@ -175,7 +175,15 @@ def test_lists_follow_the_module_to_another_device():
     layer.set_active([4, 1], [0, 7])
     layer.to("meta")
     assert layer(torch.empty(1, 2, 5, 5, device="meta")).shape == (1, 2, 3, 3)
-    assert layer.in_channels_index.device.type == "meta"
+    assert layer._record.active.inputs.index.device.type == "meta"
+
+
+def test_lists_outlive_a_module_without_memory():
+    layer = ElasticConv2d(6, 12, 3, device="meta")
+    layer.set_active([4, 1], [0, 7])
+    layer.to_empty(device="cpu")
+    assert layer._record.active.inputs.index.tolist() == [4, 1]
+    assert layer._record.active.outputs.index.tolist() == [0, 7]
 
 
 def test_changing_the_subnet_runs_no_operator():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
 from jdkd.functional import elastic_conv2d
+from jdkd.ops.active_channels import Channels, active_part
 from jdkd.ops.elastic_conv import _ElasticConv
 from jdkd.reference.elastic_conv import elastic_depthwise_conv2d
 from tests.ops.elastic_conv_cases import Problem, assert_close_as_eager, assert_within_twice, results
@@ -28,6 +29,10 @@ PROBLEMS = {
     "1x1-strided": Problem(4, 4, weight=(7, 5, 1, 1), window={"stride": 2}),
     "wide": Problem(70, [*range(60, 130)], weight=(130, 90, 3, 3), image=(1, 6, 5), window={"padding": 1}),
     "one": Problem([0], [0], weight=(1, 1, 3, 3), image=(1, 3, 3)),
+    "centre": Problem(weight=(7, 5, 5, 5), kernel=3, window={"padding": 2}),
+    "centre-leading": Problem(3, 4, weight=(7, 5, 5, 5), kernel=1, window={"padding": (2, 3), "stride": 2}),
+    "centre-listed": Problem([4, 0], [6, 1, 2], weight=(7, 5, 4, 5), kernel=(2, 3), window={"padding": (2, 1)}),
+    "centre-listed-out": Problem(4, [6, 1], weight=(7, 5, 3, 5), kernel=(3, 1), window={"padding": 4, "dilation": 2}),
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 by_dynamo = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
@@ -83,10 +88,10 @@ def test_depthwise_matches_float64(backend, device, given):
 def test_inactive_weights_are_never_read_and_never_get_a_gradient(backend, device, problem):
     x, weight, bias = problem.tensors(torch.float32, device)
     active = torch.zeros(weight.shape, dtype=torch.bool, device=device)
-    active[torch.tensor(problem.rows)[:, None], torch.tensor(problem.columns)] = True
+    active[torch.tensor(problem.rows)[:, None], torch.tensor(problem.columns)] = problem.centre.to(device)
     poisoned = torch.where(active, weight, torch.nan)
     if bias is not None:
-        bias = torch.where(active[:, problem.columns[0], 0, 0], bias, torch.nan)
+        bias = torch.where(active.flatten(1).any(1), bias, torch.nan)
     for name, value in results(problem.ours, [x, poisoned, bias]).items():
         assert value.isfinite().all(), name
         if name == "dweight":
@@ -145,7 +150,7 @@ def test_autocast_computes_in_low_precision_and_keeps_the_gradient_of_the_master
 
 
 @by_dynamo
-@pytest.mark.parametrize("name", ["leading", "listed", "1x1"])
+@pytest.mark.parametrize("name", ["leading", "listed", "1x1", "centre-leading", "centre-listed"])
 def test_a_fixed_subnet_compiles_into_one_graph(backend, device, name):
     torch._dynamo.reset()
     problem = PROBLEMS[name]
@@ -175,7 +180,7 @@ def test_operators_pass_opcheck(backend, device, name):
         torch.library.opcheck(backward, (dout, x, weight, *tail, [False, True, False]))
 
 
-@pytest.mark.parametrize("name", ["leading", "listed-out"])
+@pytest.mark.parametrize("name", ["leading", "listed-out", "centre-leading", "centre-listed"])
 def test_second_derivatives_of_the_composed_route(name):
     problem = Problem(**{**vars(PROBLEMS[name]), "image": (1, 4, 4)})
     tensors = [tensor.requires_grad_() for tensor in problem.tensors(torch.float64, "cpu")]
@@ -241,6 +246,23 @@ def test_forced_kernel_leaves_groups_to_aten(device):
     torch.testing.assert_close(y, torch.full((1, 2, 2, 2), 9.0, device=device))
 
 
+def test_a_depthwise_kernel_shrinks_to_its_centre(backend, device):
+    x, weight = torch.randn(2, 3, 6, 6, device=device), torch.randn(5, 1, 5, 5, device=device, requires_grad=True)
+    rows = [4, 0, 1]
+    y = elastic_conv2d(x, weight, in_channels=rows, kernel_size=3, padding=2, groups=5)
+    torch.testing.assert_close(y, F.conv2d(x, weight[rows, :, 1:4, 1:4], padding=1, groups=3))
+    y.sum().backward()
+    assert weight.grad[rows, :, 1:4, 1:4].all()
+    assert weight.grad.count_nonzero() == 27
+
+
+def test_the_centre_is_read_in_place_without_a_copy():
+    weight = torch.randn(8, 6, 5, 5, requires_grad=True)
+    part = active_part(weight, Channels(4), Channels(3), (3, 1))
+    assert part.data_ptr() == weight[:, :, 1, 2].data_ptr()
+    torch.testing.assert_close(part, weight[:4, :3, 1:4, 2:3], rtol=0, atol=0)
+
+
 def test_padding_by_name(backend, device):
     x, weight = torch.randn(1, 3, 6, 6, device=device), torch.randn(5, 3, 3, 3, device=device)
     for padding, pixels in (("same", 1), ("valid", 0)):
@@ -248,6 +270,8 @@ def test_padding_by_name(backend, device):
             elastic_conv2d(x, weight, out_channels=2, padding=padding),
             F.conv2d(x, weight[:2], padding=pixels),
         )
+    centre = elastic_conv2d(x, weight, kernel_size=1, padding="same")
+    torch.testing.assert_close(centre, F.conv2d(x, weight[:, :, 1:2, 1:2]))
 
 
 def test_an_image_without_batch(backend, device):
@@ -263,6 +287,14 @@ def test_an_image_without_batch(backend, device):
         ({"in_channels": 4}, ["x has 5", "4 input channels"]),
         ({"in_channels": torch.ones(5, dtype=torch.bool)}, ["boolean mask"]),
         ({"in_channels": [0, 1, 2, 3, 3]}, ["3 twice"]),
+        ({"kernel_size": 2}, ["kernel_size=2", "3x3", "1, 3"]),
+        ({"kernel_size": 5}, ["kernel_size=5", "3x3"]),
+        ({"kernel_size": (3, 0)}, ["kernel_size=(3, 0)"]),
+        ({"kernel_size": "3"}, ["kernel_size='3'", "no kernel size"]),
+        ({"kernel_size": 1}, ["kernel_size=1x1 of 3x3", "1, 1 pixels less", "padding=0"]),
+        ({"kernel_size": 1, "padding": (0, 3)}, ["1, 1 pixels less", "padding=(0, 3)"]),
+        ({"kernel_size": 1, "padding": "valid"}, ["1, 1 pixels less", "'valid'"]),
+        ({"kernel_size": 1, "padding": 1, "dilation": (1, 2)}, ["1, 2 pixels less", "padding=1"]),
     ],
 )
 def test_refuses_channels_that_do_not_fit(arguments, words):

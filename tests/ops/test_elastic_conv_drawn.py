@@ -29,18 +29,22 @@ def _channels(draw, maximum: int):
 @st.composite
 def _problems(draw) -> Problem:
     rows, columns = draw(st.integers(1, 11)), draw(st.integers(1, 9))
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (1, 5)]))
+    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 3), (1, 5), (5, 4)]))
+    centre = tuple(draw(st.sampled_from(range(size, 0, -2))) for size in kernel)
+    dilation = draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    needed = [d * (full - size) // 2 for d, full, size in zip(dilation, kernel, centre, strict=True)]
     pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
     return Problem(
         inputs=draw(_channels(columns)),
         outputs=draw(_channels(rows)),
         weight=(rows, columns, *kernel),
-        image=(draw(st.integers(1, 2)), draw(st.integers(5, 8)), draw(st.integers(9, 11))),
+        image=(draw(st.integers(1, 2)), draw(st.integers(9, 11)), draw(st.integers(9, 11))),
         window={
             "stride": draw(pair),
-            "padding": (draw(st.integers(0, 2)), draw(st.integers(0, 3))),
-            "dilation": draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
+            "padding": (needed[0] + draw(st.integers(0, 2)), needed[1] + draw(st.integers(0, 3))),
+            "dilation": dilation,
         },
+        kernel=draw(st.sampled_from([None, centre])),
         bias=draw(st.booleans()),
         channels_last=draw(st.booleans()),
         seed=draw(st.integers(0, 999)),

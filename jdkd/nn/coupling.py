@@ -1,0 +1,210 @@
+"""Which channels of a model live and die together, declared by its builder instead of traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from jdkd.errors import InputError
+from jdkd.nn.stage import ElasticStage, active_depth
+from jdkd.ops.active_channels import Channels
+
+SIDES = ("in", "out")
+
+
+class Side(NamedTuple):
+    """One side of a layer: the channels it reads, or those it makes.
+
+    Args:
+        module: path of a convolution, a linear layer or a batch normalisation.
+        side: ``"in"`` or ``"out"``; a batch normalisation and a depthwise convolution have one kind of channels, by
+            the name of ``"out"``.
+        repeat: consecutive features that belong to one channel, where a map was flattened (49 for 7x7).
+    """
+
+    module: str
+    side: str
+    repeat: int = 1
+
+
+class Stage(NamedTuple):
+    """Blocks in a row, of which the first ones run.
+
+    Args:
+        blocks: path of an :class:`ElasticStage`, or of any container of blocks.
+        owner: path of the module that runs the blocks of a plain container, as many as its tuple ``depths`` says.
+        place: of the stage in that tuple.
+    """
+
+    blocks: str
+    owner: str | None = None
+    place: int = 0
+
+
+@dataclass(frozen=True)
+class ElasticGroups:
+    """The groups of coupled channels and the stages of a model, by name.
+
+    Every layer that makes or reads the channels of a residual stream, or of the inputs of a feature pyramid, is in one
+    group, so that a subnet sets them once::
+
+        groups = {"inner": [("conv1", "out"), ("bn1", "out"), ("conv2", "in")]}
+        model.elastic_groups = ElasticGroups(groups, stages={"layer1": "layer1"})
+        set_subnet(model, Subnet({"inner": 32}, kernel_sizes={"conv1": 3}, depths={"layer1": 2}))
+
+    Args:
+        groups: the sides of layers that share their channels, as :class:`Side` or ``(module, side[, repeat])``.
+        stages: where depth is elastic.
+
+    Raises:
+        InputError: on a side that there is not, or one that is in two groups.
+    """
+
+    groups: Mapping[str, Sequence[Side | tuple]]
+    stages: Mapping[str, Stage | str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups = {name: tuple(Side(*side) for side in sides) for name, sides in self.groups.items()}
+        stages = {name: Stage(s) if isinstance(s, str) else Stage(*s) for name, s in self.stages.items()}
+        object.__setattr__(self, "groups", groups)
+        object.__setattr__(self, "stages", stages)
+        home: dict[tuple[str, str], str] = {}
+        for name, sides in groups.items():
+            for module, side, repeat in sides:
+                if side not in SIDES or repeat < 1:
+                    raise InputError(
+                        f"ElasticGroups: group {name!r} has side {side!r} and repeat {repeat} of {module}; a side is "
+                        f"one of {', '.join(SIDES)}, and repeat at least 1"
+                    )
+                if (module, side) in home:
+                    raise InputError(
+                        f"ElasticGroups: side {side!r} of {module} is in the groups {home[module, side]!r} and "
+                        f"{name!r}; put what is coupled in one group, and name a side once"
+                    )
+                home[module, side] = name
+
+    @classmethod
+    def from_tensors(cls, groups: Mapping[str, Any], stages: Mapping[str, Stage | str] | None = None) -> ElasticGroups:
+        """Reads a declaration by names of tensors.
+
+        Args:
+            groups: by name, anything with ``producers``, pairs (tensor name, dimension), and ``consumers``, triples
+                (tensor name, dimension, repeat).
+            stages: where depth is elastic.
+
+        Returns:
+            The same by layers: dimension 0 of a tensor is the side ``"out"``, dimension 1 ``"in"``.
+        """
+        read = {}
+        for name, group in groups.items():
+            named = [*((tensor, dim, 1) for tensor, dim in group.producers), *group.consumers]
+            sides = [Side(tensor.rpartition(".")[0], SIDES[1 - dim], repeat) for tensor, dim, repeat in named]
+            read[name] = tuple(dict.fromkeys(sides))
+        return cls(read, stages or {})
+
+    def sizes(self, modules: Mapping[str, nn.Module]) -> dict[str, int]:
+        """Channels of every group in a model.
+
+        Args:
+            modules: of the model, by path.
+
+        Raises:
+            InputError: if the model has no such layers, or those of a group disagree; names group, layers and sizes.
+        """
+        sizes = {}
+        for name, sides in self.groups.items():
+            counts = [_channels_of(modules, name, side) for side in sides]
+            if not counts:
+                raise InputError(f"ElasticGroups: group {name!r} is empty; name the layers that share its channels")
+            for side, count in zip(sides, counts, strict=True):
+                if count != counts[0]:
+                    raise InputError(
+                        f"ElasticGroups: group {name!r} has {counts[0]} channels at {sides[0].module} "
+                        f"({sides[0].side}) and {count} at {side.module} ({side.side}); couple sides of one size"
+                    )
+            sizes[name] = counts[0]
+        return sizes
+
+    def read_depths(self, modules: Mapping[str, nn.Module], depths: Mapping[str, int]) -> list[tuple[nn.Module, tuple]]:
+        """Reads how many blocks of every stage are to run.
+
+        Args:
+            modules: of the model, by path.
+            depths: of some of them; the others run as a whole.
+
+        Returns:
+            What holds the depths, each with its new ones: an :class:`ElasticStage` with its part, or the owner of plain
+            stages with a tuple.
+
+        Raises:
+            InputError: if there is no such stage, or it has fewer blocks.
+        """
+        for unknown in depths.keys() - self.stages.keys():
+            raise InputError(
+                f"set_subnet: the subnet has a depth for the stage {unknown!r} and the model declares "
+                f"{', '.join(self.stages) or 'none'}; name one of those"
+            )
+        owned: dict[str, list[int]] = {}
+        found: list[tuple[nn.Module, tuple]] = []
+        for name, (path, owner, place) in self.stages.items():
+            blocks = _module(modules, path, f"stage {name!r}")
+            depth = active_depth(depths.get(name), len(blocks), f"set_subnet: depth of stage {name!r}")
+            if owner is not None:
+                now = getattr(_module(modules, owner, f"stage {name!r}"), "depths", None)
+                if not isinstance(now, tuple) or not 0 <= place < len(now):
+                    raise InputError(
+                        f"ElasticGroups: stage {name!r} is number {place} of the tuple depths of {owner}, whose depths "
+                        f"are {now!r}; name its owner and its place"
+                    )
+                owned.setdefault(owner, list(now))[place] = depth
+            elif isinstance(blocks, ElasticStage):
+                found.append((blocks, blocks.part(depth)))
+            else:
+                raise InputError(
+                    f"ElasticGroups: stage {name!r} is {path}, a {type(blocks).__name__}; build it as an ElasticStage, "
+                    "or name the owner whose tuple depths says how many blocks run"
+                )
+        return [*found, *((modules[owner], tuple(depth)) for owner, depth in owned.items())]
+
+
+def repeated(channels: Channels, times: int) -> Channels:
+    """Returns: the features of active channels, where each channel has ``times`` consecutive ones."""
+    if times == 1 or channels.index is None:
+        return Channels(channels.count * times, channels.index)
+    index = channels.index[:, None] * times + torch.arange(times, device=channels.index.device)
+    return Channels(channels.count * times, index.flatten())
+
+
+def _module(modules: Mapping[str, nn.Module], path: str, where: str) -> nn.Module:
+    try:
+        return modules[path]
+    except KeyError:
+        raise InputError(
+            f"ElasticGroups: {where} names the module {path!r}, which {type(modules['']).__name__} does not have; give "
+            "paths as model.named_modules() does"
+        ) from None
+
+
+def _channels_of(modules: Mapping[str, nn.Module], group: str, side: Side) -> int:
+    """Channels at one side of a layer."""
+    where = f"group {group!r}"
+    layer = _module(modules, side.module, where)
+    kinds = layer._parameters, layer._buffers
+    tensors = (kind.get(name) for name in ("weight", "running_mean") for kind in kinds)
+    tensor = next((tensor for tensor in tensors if tensor is not None), None)
+    if tensor is None or (tensor.dim() == 1 and side.side == "in"):
+        raise InputError(
+            f"ElasticGroups: {where} names side {side.side!r} of {side.module}, a {type(layer).__name__}, which has no "
+            "such channels; name convolutions, linear layers and the 'out' of batch normalisations"
+        )
+    features = tensor.shape[1] * getattr(layer, "groups", 1) if side.side == "in" else tensor.shape[0]
+    if features % side.repeat:
+        raise InputError(
+            f"ElasticGroups: {where} counts {side.repeat} features a channel at {side.module} ({side.side}), which has "
+            f"{features}; give a divisor"
+        )
+    return features // side.repeat

@@ -1,0 +1,70 @@
+"""Blocks in a row, of which the first ones run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from jdkd.errors import InputError
+from jdkd.nn.recomputation import Elastic
+
+
+class _Depth(NamedTuple):
+    """The active part of a stage."""
+
+    depth: int
+
+
+class ElasticStage(Elastic, nn.Sequential):
+    """Blocks in a row, of which the first ones run; built as ``nn.Sequential``, with its state dict.
+
+    ``active_depth`` says how many run now; :func:`export` gives them as ``nn.Sequential``. (Elastic depth: Cai et al.,
+    Once-for-All, ICLR 2020, section 3.2.)
+    """
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.set_active()
+
+    def set_active(self, depth: int | None = None) -> None:
+        """Chooses how many blocks the next forwards run.
+
+        Args:
+            depth: the first ones; None: all.
+
+        Raises:
+            InputError: if the stage has no such number of blocks; the active ones stay as they were.
+        """
+        self._put(self.part(depth))
+
+    def part(self, depth: int | None = None) -> _Depth:
+        """Reads what :meth:`set_active` is given, and activates nothing."""
+        return _Depth(active_depth(depth, len(self), "ElasticStage.set_active: depth"))
+
+    @property
+    def active_depth(self) -> int:
+        return self._record.active.depth
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, _ in zip(self._modules.values(), range(self._now().depth), strict=False):
+            x = block(x)
+        return x
+
+    def exported(self, plain: dict[int, Any]) -> nn.Sequential:
+        """The blocks that run, copied; ``plain`` says what stands for their layers, as ``copy.deepcopy`` takes it."""
+        blocks = list(self._modules.values())[: self.active_depth]
+        return nn.Sequential(*(copy.deepcopy(block, plain) for block in blocks)).train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"active={self.active_depth}/{len(self)} blocks"
+
+
+def active_depth(value: int | None, blocks: int, argument: str) -> int:
+    """Reads a number of blocks; raises InputError on one that there are not."""
+    if value is None:
+        return blocks
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= blocks:
+        raise InputError(f"{argument}={value!r} of {blocks} blocks; give a number from 1 to {blocks}")
+    return value

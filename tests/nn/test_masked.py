@@ -1,0 +1,201 @@
+"""Candidates evaluated in place: equal to the pruned network, and the model is what it was afterwards."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from jdkd.errors import InputError
+from jdkd.nn import ElasticGroups, Subnet, export, masked, set_subnet
+from tests.nn.elastic_models import BLOCKS, GROUPS, Net, images, randomised, supernet
+
+DECLARED = ElasticGroups(GROUPS)
+MASKS = {
+    "none": {},
+    "leading": {"stream": 5, "stage.1.inner": 2},
+    "listed": {"stream": [6, 1, 2], "stage.0.inner": [3], "stage.2.inner": torch.tensor([5, 0])},
+    "permuted": {"stage.1.inner": [5, 4, 3, 2, 1, 0]},
+}
+masks_of = pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+
+
+def _plain() -> Net:
+    return randomised(Net(), seed=3)
+
+
+def _pruned(model: Net, masks: dict) -> nn.Module:
+    net = supernet()
+    net.load_state_dict(model.state_dict())
+    set_subnet(net, Subnet(masks))
+    return export(net)
+
+
+def _fingerprint(model: nn.Module) -> dict:
+    """Everything that a candidate could leave behind."""
+    tensors = {name: (id(t), t.data_ptr(), t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    return {
+        "tensors": {name: (identity, address) for name, (identity, address, _) in tensors.items()},
+        "values": {name: value for name, (_, _, value) in tensors.items()},
+        "modules": {name: id(module) for name, module in model.named_modules()},
+        "requires": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "repr": repr(model),
+    }
+
+
+def _assert_untouched(model: nn.Module, before: dict) -> None:
+    after = _fingerprint(model)
+    for name, value in before.pop("values").items():
+        assert torch.equal(value, after["values"][name]), name
+    after.pop("values")
+    assert after == before
+
+
+@masks_of
+def test_a_candidate_equals_the_pruned_network_and_the_model_stays(masks):
+    model, x = _plain(), images()
+    before, whole = _fingerprint(model), model(x)
+    pruned = _pruned(model, masks)
+    with masked(model, masks, DECLARED) as candidate:
+        assert candidate is model
+        torch.testing.assert_close(model(x), pruned(x))
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(tensor, pruned.state_dict()[name], rtol=0, atol=0)
+        assert repr(model.stage[0].depthwise) == repr(pruned.stage[0].depthwise)
+    _assert_untouched(model, before)
+    torch.testing.assert_close(model(x), whole, rtol=0, atol=0)
+
+
+def test_the_model_stays_after_an_exception():
+    model = _plain()
+    before = _fingerprint(model)
+    with pytest.raises(RuntimeError, match="expected input"), masked(model, MASKS["listed"], DECLARED, skip=BLOCKS[:1]):
+        model(torch.zeros(1, 4, 6, 6))
+    _assert_untouched(model, before)
+
+
+@masks_of
+def test_inactive_channels_are_never_computed(masks):
+    model, x = _plain(), images()
+    pruned = _pruned(model, masks)
+    for name, kept in masks.items():
+        size = {"stream": 8}.get(name, 6)
+        active = range(kept) if isinstance(kept, int) else torch.as_tensor(kept).tolist()
+        dropped = torch.tensor([c for c in range(size) if c not in active], dtype=torch.int64)
+        for path, side, *repeat in GROUPS[name]:
+            times = repeat[0] if repeat else 1
+            entries = (dropped[:, None] * times + torch.arange(times)).flatten()
+            for tensor in model.get_submodule(path).state_dict().values():
+                if side == "in" and tensor.dim() > 1:
+                    tensor.index_fill_(1, entries, torch.nan)
+                elif side == "out" and tensor.dim() > 0:
+                    tensor.index_fill_(0, entries, torch.nan)
+    with masked(model, masks, DECLARED):
+        torch.testing.assert_close(model(x), pruned(x))
+
+
+def test_leading_channels_are_views_of_the_weights():
+    model = _plain()
+    weight = model.stem.weight
+    with masked(model, {"stream": 5}, DECLARED):
+        assert model.stem.weight.data_ptr() == weight.data_ptr()
+        assert model.stem.weight.shape[0] == 5
+
+
+def test_blocks_can_be_left_out():
+    model, x = _plain(), images()
+    pruned = _pruned(model, MASKS["listed"])
+    pruned.stage[1] = nn.Identity()
+    before = _fingerprint(model)
+    with masked(model, {**MASKS["listed"], "stage.1.inner": 2}, DECLARED, skip=["stage.1"]):
+        torch.testing.assert_close(model(x), pruned(x))
+    _assert_untouched(model, before)
+
+
+def test_candidates_of_candidates():
+    model, x = _plain(), images()
+    pruned = _pruned(model, {"stream": [6, 2]})
+    before = _fingerprint(model)
+    with masked(model, {"stream": [6, 1, 2]}, DECLARED), masked(model, {"stream": [0, 2]}, DECLARED):
+        torch.testing.assert_close(model(x), pruned(x))
+    _assert_untouched(model, before)
+
+
+def test_a_gradient_reaches_the_input_and_no_weight():
+    model, x = _plain(), images().requires_grad_()
+    with masked(model, MASKS["listed"], DECLARED):
+        model(x).sum().backward()
+    assert x.grad.any()
+    assert model.stem.weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("masks", "skip", "words"),
+    [
+        ({"stream": 9}, (), ["group 'stream'", "9", "has 8"]),
+        ({"stream": [0, 8]}, (), ["group 'stream'", "index 8"]),
+        ({"stage.0.inner": [2, 2]}, (), ["group 'stage.0.inner'", "2 twice"]),
+        ({"stage.0.inner": []}, (), ["group 'stage.0.inner'", "0 channels of 6"]),
+        ({"stream": torch.ones(8, dtype=torch.bool)}, (), ["group 'stream'", "boolean mask"]),
+        ({"rest": 2}, (), ["'rest'", "stream"]),
+        ({}, ["stage.7"], ["'stage.7'", "Net does not have"]),
+        ({}, [""], ["''"]),
+    ],
+)
+def test_refuses_masks_that_do_not_fit(masks, skip, words):
+    model = _plain()
+    before = _fingerprint(model)
+    with pytest.raises(InputError) as caught, masked(model, masks, DECLARED, skip=skip):
+        pass
+    for word in ["masked", *words]:
+        assert word in str(caught.value)
+    _assert_untouched(model, before)
+
+
+def test_refuses_training_mode_and_layers_it_does_not_know():
+    with pytest.raises(InputError, match=r"bn, a BatchNorm2d, is in training mode .* call model.eval"):
+        with masked(_plain().train(), {"stream": 4}, DECLARED):
+            pass
+    with pytest.raises(InputError, match=r"stem \(groups stream\): ElasticConv2d is an elastic layer; use set_subnet"):
+        with masked(supernet(), {"stream": 4}, DECLARED):
+            pass
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4))
+    with pytest.raises(InputError, match=r"1 \(groups g\): GroupNorm cannot be masked"):
+        with masked(model, {"g": 2}, ElasticGroups({"g": [("0", "out"), ("1", "out")]})):
+            pass
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+def test_detectors_equal_their_pruned_networks_in_every_group(block, norm):
+    from jdkd.detect import channel_groups, inherit
+    from tests.detect.test_detect import shrunk
+    from tests.detectors import assert_same, detector, outputs, small_spec
+
+    parent = detector(small_spec(block, norm=norm))
+    groups = channel_groups(parent.spec)
+    before = _fingerprint(parent)
+    for group, declared in groups.items():
+        size = declared.size - 3
+        spec, coupled = shrunk(parent.spec, group, size)
+        kept = torch.randperm(size + 3, generator=torch.Generator().manual_seed(1))[:size].tolist()
+        child = inherit(parent, spec, channels=dict.fromkeys(coupled, kept))
+        with masked(parent, dict.fromkeys(coupled, kept), groups):
+            assert_same(outputs(parent), outputs(child))
+            slim = {name: tensor.shape for name, tensor in parent.state_dict().items()}
+            assert slim == {name: tensor.shape for name, tensor in child.state_dict().items()}
+    _assert_untouched(parent, before)
+
+
+def test_a_detector_equals_its_shallower_network():
+    from jdkd.detect import Stage, channel_groups, inherit
+    from tests.detectors import assert_same, detector, outputs, small_spec
+
+    parent = detector(small_spec())
+    stages = list(parent.spec.stages)
+    stages[2] = Stage(stages[2].width, stages[2].blocks[:1])
+    child = inherit(parent, parent.spec.replace(stages=tuple(stages)), blocks=[range(2), range(2), range(1), range(2)])
+    whole = copy.deepcopy(outputs(parent))
+    with masked(parent, {}, channel_groups(parent.spec), skip=["backbone.body.layer3.1"]):
+        assert_same(outputs(parent), outputs(child))
+    assert_same(outputs(parent), whole)

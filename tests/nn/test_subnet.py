@@ -1,0 +1,216 @@
+"""One switch for a whole model: subnets as data, coupled channels, errors that say where."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from jdkd.errors import InputError
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Stage, Subnet, export, set_subnet
+from jdkd.nn.recomputation import Elastic
+from tests.nn.elastic_models import GROUPS, SMALL, Net, images, randomised, supernet
+
+
+def test_a_subnet_is_data():
+    subnet = Subnet({"b": [3, 1], "a": 4}, kernel_sizes={"conv": (3, 5)}, depths={"stage": 2})
+    again = Subnet.from_json(json.loads(json.dumps(subnet.to_json())))
+    assert again == subnet and hash(again) == hash(subnet)
+    assert Subnet({"a": 4, "b": torch.tensor([3, 1])}, {"conv": (3, 5)}, {"stage": 2}) == subnet
+    assert len({subnet, again, Subnet(), Subnet({"a": 4})}) == 3
+    with pytest.raises(AttributeError):
+        subnet.channels = ()
+    with pytest.raises(InputError, match=r"no fields \['widths'\]; give channels, kernel_sizes, depths"):
+        Subnet.from_json({"widths": [1.0]})
+
+
+@pytest.mark.parametrize("value", [0.5, "3", [1, 0.5], True, [True], None, torch.ones(2)])
+def test_a_subnet_holds_counts_and_lists_alone(value):
+    with pytest.raises(InputError, match=r"Subnet: channels\['a'\]"):
+        Subnet({"a": value})
+
+
+@pytest.mark.parametrize(
+    "subnet",
+    [Subnet(), Subnet({"stream": 4}), Subnet(**SMALL), Subnet(**SMALL, depths={"stage": 1})],
+    ids=["all", "leading", "small", "shallow"],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_a_subnet_equals_its_export(subnet, training):
+    net = supernet().train(training)
+    set_subnet(net, subnet)
+    plain = export(net)
+    assert not any(isinstance(module, Elastic) for module in plain.modules())
+    assert plain.training is training and all(module.training is training for module in plain.modules())
+    x = images()
+    torch.testing.assert_close(net(x), plain(x))
+
+
+def test_everything_that_is_coupled_changes_at_once():
+    net = supernet()
+    set_subnet(net, Subnet(**SMALL, depths={"stage": 2}))
+    block = net.stage[0]
+    assert (net.stem.active_out_channels, net.bn.active_channels, net.head.active_in_channels) == (4, 4, 16)
+    assert (block.conv1.active_in_channels, block.conv1.active_out_channels, block.conv2.active_in_channels) == (
+        4,
+        3,
+        3,
+    )
+    assert block.conv1.active_kernel_size == (3, 3) and net.stage[1].conv1.active_kernel_size == (1, 1)
+    assert net.stage.active_depth == 2
+    set_subnet(net, Subnet())
+    whole = copy.deepcopy(supernet())
+    assert repr(net) == repr(whole)
+    torch.testing.assert_close(net(images()), whole(images()), rtol=0, atol=0)
+
+
+def test_what_a_subnet_does_not_name_is_whole():
+    net = supernet()
+    net.extra = nn.Sequential(ElasticConv2d(8, 8, 3), ElasticStage(nn.ReLU(), nn.ReLU()))
+    net.extra[0].set_active(3)
+    net.extra[1].set_active(1)
+    set_subnet(net, Subnet({"stage.1.inner": 2}))
+    assert net.extra[0].active_in_channels == 8 and net.extra[1].active_depth == 2
+
+
+def test_two_subnets_in_one_graph_add_their_gradients():
+    net, x = supernet(), images()
+    subnets = [Subnet(**SMALL), Subnet({"stream": [6, 1, 2, 4]}), Subnet(depths={"stage": 1})]
+    alone = []
+    for subnet in subnets:
+        set_subnet(net, subnet)
+        net.zero_grad()
+        net(x).square().sum().backward()
+        alone.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in net.named_parameters()})
+    net.zero_grad()
+    losses = []
+    for subnet in subnets:
+        set_subnet(net, subnet)
+        losses.append(net(x).square().sum())
+    sum(losses).backward()
+    for name, parameter in net.named_parameters():
+        torch.testing.assert_close(parameter.grad, sum(gradients[name] for gradients in alone))
+
+
+def test_layers_of_a_group_share_a_list_where_their_weights_are():
+    net = supernet().to("meta")
+    set_subnet(net, Subnet({"stream": [6, 1]}))
+    index = net.stem._record.active.outputs.index
+    assert index.device.type == "meta" and net.bn._record.active.channels.index is index
+    net = supernet()
+    set_subnet(net, Subnet({"stream": [6, 1]}))
+    assert net.head._record.active.inputs.index.tolist() == [24, 25, 26, 27, 4, 5, 6, 7]
+
+
+def test_a_stage_may_belong_to_a_plain_module():
+    class Owner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer1, self.layer2 = nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential(nn.ReLU())
+            self.depths = (2, 1)
+
+    model = nn.ModuleDict({"body": Owner()})
+    model.elastic_groups = ElasticGroups({}, {"first": Stage("body.layer1", owner="body", place=0)})
+    set_subnet(model, Subnet(depths={"first": 1}))
+    assert model["body"].depths == (1, 1)
+    set_subnet(model, Subnet())
+    assert model["body"].depths == (2, 1)
+
+
+def test_a_copy_of_a_model_has_a_subnet_of_its_own():
+    net, x = supernet(), images()
+    set_subnet(net, Subnet(**SMALL))
+    expected = net(x)
+    copied = copy.deepcopy(net)
+    set_subnet(net, Subnet())
+    torch.testing.assert_close(copied(x), expected, rtol=0, atol=0)
+    set_subnet(copied, Subnet())
+    torch.testing.assert_close(copied(x), net(x), rtol=0, atol=0)
+
+
+def test_state_dicts_load_from_and_into_the_plain_model():
+    plain, net = randomised(Net(), seed=5), supernet()
+    net.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(net(images()), plain(images()))
+    plain.load_state_dict(supernet().state_dict())
+    torch.testing.assert_close(plain(images()), supernet()(images()))
+
+
+@pytest.mark.parametrize(
+    ("subnet", "words"),
+    [
+        ({"channels": {"stream": 9}}, ["group 'stream'", "9", "has 8"]),
+        ({"channels": {"stream": [0, 8]}}, ["group 'stream'", "index 8", "0 to 7"]),
+        ({"channels": {"stage.0.inner": [1, 1]}}, ["group 'stage.0.inner'", "1 twice"]),
+        ({"channels": {"stage.0.inner": []}}, ["group 'stage.0.inner'", "0 channels of 6"]),
+        ({"channels": {"rest": 3}}, ["'rest'", "stream"]),
+        ({"kernel_sizes": {"stage.0.conv1": 4}}, ["stage.0.conv1", "kernel_size=4", "5x5"]),
+        ({"kernel_sizes": {"stage.0.bn1": 3}}, ["stage.0.bn1", "kernel_size=3", "ElasticBatchNorm2d"]),
+        ({"kernel_sizes": {"stage.9.conv1": 3}}, ["stage.9.conv1", "no elastic convolution"]),
+        ({"depths": {"stage": 4}}, ["stage 'stage'", "4", "3 blocks"]),
+        ({"depths": {"stage": 0}}, ["stage 'stage'", "1 to 3"]),
+        ({"depths": {"neck": 1}}, ["'neck'", "stage"]),
+    ],
+)
+def test_refuses_a_subnet_that_does_not_fit_and_changes_nothing(subnet, words):
+    net = supernet()
+    set_subnet(net, Subnet(**SMALL, depths={"stage": 2}))
+    before = repr(net)
+    with pytest.raises(InputError) as caught:
+        set_subnet(net, Subnet(**subnet))
+    for word in ["set_subnet", *words]:
+        assert word in str(caught.value)
+    assert repr(net) == before
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        (
+            {"g": [("stem", "out"), ("stage.0.bn1", "out")]},
+            ["'g'", "8 channels at stem (out)", "6 at stage.0.bn1 (out)"],
+        ),
+        ({"g": [("trunk", "out")]}, ["'g'", "'trunk'", "Net does not have"]),
+        ({"g": [("bn", "in")]}, ["'g'", "side 'in' of bn", "ElasticBatchNorm2d"]),
+        ({"g": [("pool", "out")]}, ["'g'", "pool", "AdaptiveAvgPool2d"]),
+        ({"g": [("head", "in", 5)]}, ["'g'", "5 features a channel at head", "32"]),
+        ({"g": []}, ["'g' is empty"]),
+        ({"g": [("stem", "left")]}, ["'g'", "side 'left'", "in, out"]),
+        ({"g": [("stem", "out")], "h": [("stem", "out")]}, ["stem", "'g' and 'h'"]),
+    ],
+)
+def test_refuses_a_group_whose_members_disagree(groups, words):
+    with pytest.raises(InputError) as caught:
+        set_subnet(supernet(), Subnet({"g": 2}), ElasticGroups(groups))
+    for word in ["ElasticGroups", *words]:
+        assert word in str(caught.value)
+
+
+def test_refuses_a_plain_layer_in_a_group_and_a_model_without_a_declaration():
+    net = Net(ElasticConv2d, ElasticBatchNorm2d)
+    with pytest.raises(InputError, match=r"head, of the groups stream, is a Linear; build it as an elastic layer"):
+        set_subnet(net, Subnet(), ElasticGroups(GROUPS))
+    with pytest.raises(InputError, match="Net does not say which of its channels are coupled"):
+        set_subnet(net, Subnet())
+    with pytest.raises(InputError, match="stage 'stage' is stage, a Sequential; build it as an ElasticStage"):
+        set_subnet(net, Subnet(), ElasticGroups({}, {"stage": "stage"}))
+    with pytest.raises(InputError, match="number 0 of the tuple depths of bn, whose depths are None"):
+        set_subnet(net, Subnet(), ElasticGroups({}, {"stage": Stage("stage", owner="bn")}))
+
+
+def test_a_group_that_is_cut_is_named():
+    net = nn.Sequential(ElasticConv2d(6, 6, 3, groups=2))
+    with pytest.raises(InputError, match=r"set_subnet: 0 \(groups g\): in_channels=4 cuts through a group of 3"):
+        set_subnet(net, Subnet({"g": 4}), ElasticGroups({"g": [("0", "in")]}))
+
+
+def test_a_stage_runs_its_first_blocks():
+    stage = ElasticStage(nn.ReLU(), nn.Softplus(), nn.Tanh())
+    x = torch.randn(3)
+    stage.set_active(2)
+    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
+    assert "active=2/3 blocks" in repr(stage) and len(export(stage)) == 2
+    with pytest.raises(InputError, match=r"depth=4 of 3 blocks; give a number from 1 to 3"):
+        stage.set_active(4)
+    assert stage.active_depth == 2
