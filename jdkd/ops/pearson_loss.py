@@ -81,14 +81,8 @@ def pkd_loss(
     students, teachers = as_levels(student, "student"), as_levels(in_order_of(student, teacher), "teacher")
     pairs = [match_size(students[i], teachers[j], resize_stu) for i, j in paired(students, teachers, pairing, levels)]
     students, teachers = [s for s, _ in pairs], [t for _, t in pairs]
-    compiling = torch.compiler.is_compiling()
-    inside = (
-        1.0 if compiling else loss_weight
-    )  # a number in a compiled graph is a constant, compiled anew if it changes
-    settings = settings_of(len(pairs), level_weights, inside, statistics, zero_variance, group)
-    loss, losses, _ = pearson_loss(students, teachers, settings, masks_of(mask, students))
-    if compiling:
-        loss, losses = loss_weight * loss, loss_weight * losses
+    options = (level_weights, loss_weight, statistics, zero_variance, group)
+    loss, losses, _ = _compared(students, teachers, mask, *options)
     return (loss, losses) if return_levels else loss
 
 
@@ -131,16 +125,35 @@ def pearson_tap(
     pairs = paired(inner, others, pairing, levels)
     tapped = [inner[i] for i, _ in pairs]
     opposite = [match_size(inner[i], others[j], resize_stu=False)[1] for i, j in pairs]
-    compiling = torch.compiler.is_compiling()
-    inside = 1.0 if compiling else loss_weight  # see pkd_loss
-    settings = settings_of(len(pairs), level_weights, inside, statistics, zero_variance, group)
-    loss, losses, tapped = pearson_loss(tapped, opposite, settings, masks_of(mask, tapped), tap=True)
+    options = (level_weights, loss_weight, statistics, zero_variance, group)
+    loss, losses, tapped = _compared(tapped, opposite, mask, *options, tap=True)
     for (i, _), level in zip(pairs, tapped, strict=True):
         inner[i] = level
     outer = rebuilt(students, inner)
+    return (outer, loss, losses) if return_levels else (outer, loss)
+
+
+def _compared(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    mask: Tensor | Sequence[Tensor] | None,
+    level_weights: Sequence[float] | None,
+    loss_weight: float,
+    statistics: str,
+    zero_variance: str,
+    group: ProcessGroup | None,
+    *,
+    tap: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """:func:`pearson_loss` of levels that are paired, as it was asked for."""
+    # A number that an operator takes is a constant of a compiled graph, and another one would be compiled anew.
+    compiling = torch.compiler.is_compiling()
+    inside = 1.0 if compiling else loss_weight
+    settings = settings_of(len(students), level_weights, inside, statistics, zero_variance, group)
+    loss, losses, tapped = pearson_loss(students, teachers, settings, masks_of(mask, students), tap=tap)
     if compiling:
         loss, losses = loss_weight * loss, loss_weight * losses
-    return (outer, loss, losses) if return_levels else (outer, loss)
+    return loss, losses, tapped
 
 
 def dist_loss(

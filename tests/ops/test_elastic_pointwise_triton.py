@@ -11,14 +11,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
-from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from jdkd import _backend
 from jdkd.kernels import elastic_pointwise, elastic_pointwise_grad
 from jdkd.kernels.elastic_pointwise import _image_rows
 from jdkd.reference import elastic_pointwise as reference
+from tests.compilations import Compilations
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # by Triton's interpreter
@@ -109,23 +107,6 @@ def test_rows_of_more_than_2_to_the_31_pixels_are_found(stride):
             n, rest = divmod(position, out_height * out_width)
             p, q = divmod(rest, out_width)
             assert row == (n * height + p * stride) * width + q * stride
-
-
-class Compilations:
-    """Stands in for a kernel: notes what Triton would compile for every launch, and launches nothing."""
-
-    def __init__(self, kernel, *, careless: bool = False) -> None:
-        jitted = JITFunction(kernel.fn, **({} if careless else kernel.kwargs))
-        backend = make_backend(GPUTarget("cuda", 90, 32))
-        self.bind = create_function_from_signature(jitted.signature, jitted.params, backend)
-        self.keys: set[str] = set()
-
-    def __getitem__(self, grid):
-        def launch(*given, **named):
-            _, specialization, options = self.bind(*given, **named)
-            self.keys.add(compute_cache_key({}, specialization, options))
-
-        return launch
 
 
 def compiled(monkeypatch, dtype: torch.dtype, *, careless: bool = False) -> dict[str, int]:

@@ -12,14 +12,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
 from triton.runtime.interpreter import InterpreterBuilder
-from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 
 from jdkd import _backend
 from jdkd.kernels import pearson, pearson_planes
 from jdkd.reference import pearson as reference
+from tests.compilations import Compilations
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # by Triton's interpreter
@@ -180,23 +178,6 @@ def test_a_nan_channel_is_not_skipped():
     assert loss.isnan() and expected[0].isnan()
     for one, other in zip((losses, table, moments), expected[1:], strict=True):
         assert torch.equal(one.isnan(), other.isnan())
-
-
-class Compilations:
-    """Stands in for a kernel: notes what Triton would compile for every launch, and launches nothing."""
-
-    def __init__(self, kernel) -> None:
-        jitted = JITFunction(kernel.fn, **kernel.kwargs)
-        backend = make_backend(GPUTarget("cuda", 90, 32))
-        self.bind = create_function_from_signature(jitted.signature, jitted.params, backend)
-        self.keys: set[str] = set()
-
-    def __getitem__(self, grid):
-        def launch(*given, **named):
-            _, specialization, options = self.bind(*given, **named)
-            self.keys.add(compute_cache_key({}, specialization, options))
-
-        return launch
 
 
 def compiled(monkeypatch, layout: str, dtype: torch.dtype, levels: int, images: int) -> dict[str, int]:
