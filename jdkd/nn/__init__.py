@@ -4,7 +4,9 @@
 
 from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, Side, Stage
-from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
+from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
+from jdkd.nn.elastic_conv import ElasticConv2d
+from jdkd.nn.elastic_linear import ElasticLinear
 from jdkd.nn.masked import masked
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.elastic import ElasticBatchNorm2d, ElasticConv2d
+from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
+from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_part
 from jdkd.ops.elastic_conv import check_channels
 from jdkd.ops.kernel_size import KernelLike

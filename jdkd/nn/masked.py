@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups, repeated
-from jdkd.nn.recomputation import Elastic
+from jdkd.nn.elastic import Elastic
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, active_part
 from jdkd.ops.elastic_conv import conv_channels
 

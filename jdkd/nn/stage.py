@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.recomputation import Elastic
+from jdkd.nn.elastic import Elastic
 
 
 class _Depth(NamedTuple):

@@ -9,7 +9,7 @@ from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Stage, Subnet, export, set_subnet
-from jdkd.nn.recomputation import Elastic
+from jdkd.nn.elastic import Elastic
 from tests.nn.elastic_models import GROUPS, SMALL, Net, images, randomised, supernet
 
 

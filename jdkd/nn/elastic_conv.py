@@ -1,0 +1,178 @@
+"""The elastic convolution: torch's own, of which a forward uses only what is active."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jdkd.errors import InputError
+from jdkd.nn.elastic import Elastic, active_over_all, explained, filled, part_of
+from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
+from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
+from jdkd.ops.kernel_size import (
+    KernelLike,
+    Padding,
+    active_kernel,
+    active_padding,
+    pair,
+    transform_sizes,
+    transformed,
+)
+
+
+class _Convolution(NamedTuple):
+    """The active part of a convolution."""
+
+    inputs: Channels
+    outputs: Channels
+    groups: int
+    kernel: Kernel
+    padding: Padding
+    border: tuple[int, ...] | None  # left, right, above, below, in pixels, where padding is not of zeros
+
+
+class ElasticConv2d(Elastic, nn.Conv2d):
+    """See :func:`jdkd.functional.elastic_conv2d`; built as ``nn.Conv2d``, with its state dict.
+
+    ``active_in_channels``, ``active_out_channels`` and ``active_kernel_size`` say what is active now.
+
+    Args:
+        args, kwargs: as for ``nn.Conv2d``.
+        kernel_transform: learn a matrix for every step from a kernel size to the next smaller one, ``transform_5to3``
+            and so on, shared by all channels and the identity at birth (Cai et al., Once-for-All, ICLR 2020, section
+            3.2). They are in the state dict. Filters are transformed at every forward, and ATen convolves with them.
+    """
+
+    def __init__(self, *args, kernel_transform: bool = False, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.kernel_transform = kernel_transform
+        if kernel_transform:
+            self._add_transforms()
+        self.set_active()
+
+    def _add_transforms(self) -> None:
+        if self.kernel_size[0] != self.kernel_size[1]:
+            raise InputError(
+                f"kernel_transform needs a square kernel and kernel_size={self.kernel_size}; give a square one, or "
+                "leave the transform out"
+            )
+        for larger, smaller in transform_sizes(self.kernel_size[0]):
+            eye = torch.eye(smaller**2, dtype=self.weight.dtype, device=self.weight.device)  # [k' k', k' k']
+            self.register_parameter(f"transform_{larger}to{smaller}", nn.Parameter(eye))
+
+    def set_active(
+        self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
+    ) -> None:
+        """Chooses what the next forwards use; no weight is copied and the host does not wait.
+
+        Args:
+            in_channels: None (all), the number of leading channels, or distinct indices in the order of the
+                input.
+            out_channels: likewise. Of a grouped convolution one of the two may be left out: it follows the
+                other.
+            kernel_size: None (all), or the centre of the kernel, in taps: one number or two, of the same parity. The
+                padding shrinks with it, so that outputs stay in place.
+
+        Raises:
+            InputError: if the supernet has no such channels or taps; the active ones stay as they were.
+        """
+        try:
+            part = self.part(in_channels, out_channels, kernel_size)
+        except InputError as error:
+            raise explained(self, error) from None
+        self._put(part)
+
+    def part(
+        self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
+    ) -> _Convolution:
+        """Reads what :meth:`set_active` is given, and activates nothing."""
+        inputs, outputs, groups = conv_channels(self.weight, self.groups, in_channels, out_channels)
+        kernel = active_kernel(kernel_size, self.kernel_size)
+        if self.kernel_transform and kernel is not None and kernel[0] != kernel[1]:
+            raise InputError(
+                f"kernel_size={kernel_size!r} is not square, as the kernel transform needs; give one number"
+            )
+        padding = active_padding(kernel, self.kernel_size, self.padding, self.dilation)
+        border = None if self.padding_mode == "zeros" else self._border(kernel)
+        return _Convolution(inputs, outputs, groups, kernel, padding, border)
+
+    def _border(self, kernel: Kernel) -> tuple[int, ...]:
+        less = [
+            d * (full - k) // 2
+            for d, full, k in zip(self.dilation, self.kernel_size, kernel or self.kernel_size, strict=True)
+        ]
+        return tuple(whole - less[1 - i // 2] for i, whole in enumerate(self._reversed_padding_repeated_twice))
+
+    @property
+    def active_in_channels(self) -> int:
+        return self._record.active.inputs.count
+
+    @property
+    def active_out_channels(self) -> int:
+        return self._record.active.outputs.count
+
+    @property
+    def active_kernel_size(self) -> tuple[int, int]:
+        return self._record.active.kernel or pair(self.kernel_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = self._now()
+        check_channels(x, active.inputs.count, dim=-3, where=type(self).__name__)
+        x, padding = self._padded(x, active)
+        if self._is_transformed(active):
+            return F.conv2d(x, self._filters(active), part_of(self.bias, active.outputs), self.stride, padding,
+                            self.dilation, active.groups)  # fmt: skip
+        return convolve(
+            x,
+            self.weight,
+            self.bias,
+            active.inputs,
+            active.outputs,
+            self.stride,
+            padding,
+            self.dilation,
+            active.groups,
+            active.kernel,
+        )
+
+    def _padded(self, x: Tensor, active: _Convolution) -> tuple[Tensor, Padding]:
+        """The image, and the zeros that are still to be put around it."""
+        if active.border is None:
+            return x, active.padding
+        return F.pad(x, active.border, mode=self.padding_mode), 0
+
+    def _is_transformed(self, active: _Convolution) -> bool:
+        return self.kernel_transform and active.kernel is not None
+
+    def _filters(self, active: _Convolution) -> Tensor:
+        """Returns: the active filters, ``[Cout, Cin / groups, kh, kw]``."""
+        columns = active.inputs if self.groups == 1 else None
+        if not self._is_transformed(active):
+            return active_part(self.weight, active.outputs, columns, active.kernel)
+        return transformed(active_part(self.weight, active.outputs, columns), active.kernel, self._transforms())
+
+    def _transforms(self) -> Mapping[tuple[int, int], Tensor]:
+        steps = transform_sizes(self.kernel_size[0])
+        return {(larger, smaller): getattr(self, f"transform_{larger}to{smaller}") for larger, smaller in steps}
+
+    def export(self) -> nn.Conv2d:
+        """Returns: a plain convolution with a copy of what is active, equal in output."""
+        active = self._record.active
+        plain = nn.Conv2d(
+            active.inputs.count, active.outputs.count, self.active_kernel_size, self.stride, active.padding,
+            self.dilation, active.groups, self.bias is not None, self.padding_mode, device="meta",
+        )  # fmt: skip
+        return filled(plain, self, weight=self._filters(active), bias=part_of(self.bias, active.outputs))
+
+    def extra_repr(self) -> str:
+        kernel = (
+            ""
+            if self._record.active.kernel is None
+            else "{}x{}/{}x{} taps, ".format(*self.active_kernel_size, *self.kernel_size)
+        )
+        transform = ", kernel_transform=True" if self.kernel_transform else ""
+        return active_over_all(self, self.in_channels, self.out_channels) + kernel + super().extra_repr() + transform
