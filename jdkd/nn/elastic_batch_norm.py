@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,72 +13,132 @@ from jdkd.nn.elastic import Elastic, explained, filled, part_of
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, on_device
 from jdkd.ops.elastic_conv import check_channels
 
+STATISTICS = ("shared", "own")
+
 
 class _Norm(NamedTuple):
     """The active part of a batch normalisation."""
 
     channels: Channels
+    name: str | None  # of the running statistics; None: the layer's own buffers
+
+
+class _Statistics(nn.Module):
+    """Running statistics of one subnet, ``[C_max]``, of which the active channels count."""
+
+    def __init__(self, of: nn.BatchNorm2d):
+        super().__init__()
+        for name, buffer in of._buffers.items():
+            self.register_buffer(name, None if buffer is None else buffer.detach().clone())
 
 
 class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
     """Batch normalisation of the active channels; built as ``nn.BatchNorm2d``, with its state dict.
 
-    Training updates the running statistics of the active channels in place and leaves the others alone. All
-    subnets share them, and another width upstream means other activations: recalibrate
-    (``jdkd.train.calibrate.calibrate_bn``) before a subnet is scored or exported. ``momentum=None`` averages
-    over every batch that the layer saw, whichever subnet was active. ``active_channels`` says how many are
-    active now.
+    Training updates the running statistics of the active channels in place and leaves the others alone. Another width
+    upstream means other activations: recalibrate (``jdkd.train.calibrate_bn``) before a subnet is scored or exported.
+    ``momentum=None`` averages over every batch that the statistics saw, whichever subnet was active.
+    ``active_channels`` says how many are active now.
+
+    Args:
+        args, kwargs: as for ``nn.BatchNorm2d``.
+        statistics: ``"shared"``: one set for all subnets. ``"own"``: one for every subnet of ``set_subnet``, for menus
+            of subnets (Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2). A set begins as a copy of the
+            shared one, ``[C_max]``, and is in the state dict under ``own``, which a plain layer does not read.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args, statistics: str = "shared", **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        if statistics not in STATISTICS:
+            raise InputError(f"statistics={statistics!r}; choose one of {', '.join(STATISTICS)}")
+        if statistics == "own":
+            if self.running_mean is None:
+                raise InputError(
+                    "statistics='own' and track_running_stats=False leave nothing to keep; choose 'shared'"
+                )
+            self.own = nn.ModuleDict()
         self.set_active()
 
-    def set_active(self, channels: ChannelsLike = None) -> None:
+    def set_active(self, channels: ChannelsLike = None, name: str | None = None) -> None:
         """Chooses the channels that the next forwards normalise; the host does not wait.
 
         Args:
             channels: None (all), the number of leading channels, or distinct indices in the order of the
                 input.
+            name: of the statistics, where subnets have their own; None: the shared ones.
 
         Raises:
             InputError: if the supernet has no such channels; the active ones stay as they were.
         """
         try:
-            part = self.part(channels)
+            part = self.part(channels, name)
         except InputError as error:
             raise explained(self, error) from None
         self._put(part)
 
-    def part(self, channels: ChannelsLike = None) -> _Norm:
+    def part(self, channels: ChannelsLike = None, name: str | None = None) -> _Norm:
         """Reads what :meth:`set_active` is given, and activates nothing."""
-        return _Norm(active_channels(channels, self.num_features, "channels"))
+        if name is not None and not name.isidentifier():
+            raise InputError(f"name={name!r} cannot name statistics; give letters, digits and underscores")
+        if name is not None and not self.has_own_statistics:
+            raise InputError(
+                f"name={name!r} but all subnets share the statistics; build the layer with statistics='own'"
+            )
+        return _Norm(active_channels(channels, self.num_features, "channels"), name)
 
     @property
     def active_channels(self) -> int:
         return self._record.active.channels.count
 
+    @property
+    def has_own_statistics(self) -> bool:
+        """Whether every subnet has running statistics of its own."""
+        return "own" in self._modules
+
+    @property
+    def active_statistics(self) -> nn.Module:
+        """What holds the running statistics in use: ``running_mean`` and ``running_var``, ``[C_max]``, and
+        ``num_batches_tracked``."""
+        return self._statistics(self._record.active.name)
+
+    def _statistics(self, name: str | None) -> nn.Module:
+        return self if name is None else self.own[name]
+
+    def _put(self, given: _Norm, *rest: Any, **options: Any) -> None:
+        if given.name is not None and given.name not in self.own:
+            self.own[given.name] = _Statistics(self)
+        super()._put(given, *rest, **options)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.has_own_statistics:  # children are loaded next
+            start = f"{prefix}own."
+            for name in {key[len(start) :].partition(".")[0] for key in state_dict if key.startswith(start)}:
+                if name not in self.own:
+                    self.own[name] = _Statistics(self)
+
     def forward(self, x: Tensor) -> Tensor:
         self._check_input_dim(x)
-        active = self._now().channels
+        active, name = self._now()
         check_channels(x, active.count, dim=1, where=type(self).__name__)
-        if active.index is None and active.count == self.num_features:
+        if name is None and active.index is None and active.count == self.num_features:
             return super().forward(x)
         weight, bias = part_of(self.weight, active), part_of(self.bias, active)  # [C]
-        mean, variance = part_of(self.running_mean, active), part_of(self.running_var, active)  # [C]
+        own = self._statistics(name)
+        mean, variance = part_of(own.running_mean, active), part_of(own.running_var, active)  # [C]
         tracks = self.training and mean is not None
         if tracks:
-            self.num_batches_tracked.add_(1)
+            own.num_batches_tracked.add_(1)
         momentum = self.momentum
         if momentum is None:
-            momentum = 1.0 / float(self.num_batches_tracked) if tracks else 0.0
+            momentum = 1.0 / float(own.num_batches_tracked) if tracks else 0.0
         from_batch = self.training or mean is None
         y = F.batch_norm(x, mean, variance, weight, bias, from_batch, momentum, self.eps)
         if tracks and active.index is not None:
             index = on_device(active.index, mean.device)
             # Past the version counter, as batch_norm writes: another subnet in the graph may hold a view.
-            self.running_mean.data.index_copy_(0, index, mean)
-            self.running_var.data.index_copy_(0, index, variance)
+            own.running_mean.data.index_copy_(0, index, mean)
+            own.running_var.data.index_copy_(0, index, variance)
         return y
 
     def export(self) -> nn.BatchNorm2d:
@@ -86,9 +147,11 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         plain = nn.BatchNorm2d(
             active.count, self.eps, self.momentum, self.affine, self.track_running_stats, device="meta"
         )
-        names = ("weight", "bias", "running_mean", "running_var")
-        parts = {name: part_of(getattr(self, name), active) for name in names}
-        return filled(plain, self, **parts, num_batches_tracked=self.num_batches_tracked)
+        own = self.active_statistics
+        homes = {"weight": self, "bias": self, "running_mean": own, "running_var": own}
+        parts = {name: part_of(getattr(home, name), active) for name, home in homes.items()}
+        return filled(plain, self, **parts, num_batches_tracked=own.num_batches_tracked)
 
     def extra_repr(self) -> str:
-        return f"active={self.active_channels}/{self.num_features}, {super().extra_repr()}"
+        own = ", statistics='own'" if self.has_own_statistics else ""
+        return f"active={self.active_channels}/{self.num_features}, {super().extra_repr()}{own}"

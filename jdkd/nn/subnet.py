@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +44,11 @@ class Subnet:
             given = dict(getattr(self, name))
             pairs = tuple((key, _frozen(given[key], f"{name}[{key!r}]")) for key in sorted(given))
             object.__setattr__(self, name, pairs)
+
+    @property
+    def id(self) -> str:
+        """A short name of what is active, by its contents: ``s`` and 12 hexadecimal digits."""
+        return "s" + hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
 
     def to_json(self) -> dict[str, dict[str, Any]]:
         """Returns: what :meth:`from_json` reads, of ints, lists and dicts alone."""
@@ -127,7 +134,7 @@ def _parts(
             parts.append((layer, stages.get(layer) or layer.part()))
         elif isinstance(layer, Elastic):
             try:
-                parts.append((layer, _part(layer, sides.pop(path, {}), kernels.pop(path, None))))
+                parts.append((layer, _part(layer, sides.pop(path, {}), kernels.pop(path, None), subnet)))
             except InputError as error:
                 of = f" (groups {', '.join(names[path])})" if path in names else ""
                 raise InputError(f"set_subnet: {path}{of}: {error}") from None
@@ -141,7 +148,7 @@ def _parts(
     return parts
 
 
-def _part(layer: Elastic, sides: Mapping[str, Channels], kernel: int | tuple[int, ...] | None) -> tuple:
+def _part(layer: Elastic, sides: Mapping[str, Channels], kernel: int | tuple[int, ...] | None, subnet: Subnet) -> tuple:
     if kernel is not None and not isinstance(layer, ElasticConv2d):
         raise InputError(f"kernel_size={kernel!r} for a {type(layer).__name__}; only convolutions have one")
     if isinstance(layer, ElasticConv2d):
@@ -149,7 +156,7 @@ def _part(layer: Elastic, sides: Mapping[str, Channels], kernel: int | tuple[int
     if isinstance(layer, ElasticLinear):
         return layer.part(sides.get("in"), sides.get("out"))
     assert isinstance(layer, ElasticBatchNorm2d)
-    return layer.part(sides.get("out"))
+    return layer.part(sides.get("out"), subnet.id if layer.has_own_statistics else None)
 
 
 def export(model: nn.Module) -> nn.Module:

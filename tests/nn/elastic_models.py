@@ -68,8 +68,8 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def supernet(seed: int = 0) -> Net:
-    net = Net(ElasticConv2d, ElasticBatchNorm2d, ElasticLinear, ElasticStage)
+def supernet(seed: int = 0, norm=ElasticBatchNorm2d) -> Net:
+    net = Net(ElasticConv2d, norm, ElasticLinear, ElasticStage)
     net.elastic_groups = ElasticGroups(GROUPS, {"stage": "stage"})
     return randomised(net, seed)
 

@@ -1,13 +1,26 @@
 """Batch-norm statistics over several batches, against the pooled data in float64."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from jdkd.errors import InputError
+from jdkd.nn import ElasticBatchNorm2d, Subnet, export, set_subnet
 from jdkd.train import calibrate_bn
 from tests.detectors import detector, small_spec
+from tests.nn.elastic_models import supernet
+
+MENU = [Subnet({"stream": [6, 1, 2], "stage.0.inner": 3}), Subnet({"stream": 2}, depths={"stage": 2})]
+
+
+def own_statistics():
+    model = supernet(norm=functools.partial(ElasticBatchNorm2d, statistics="own"))
+    for norm in (module for module in model.modules() if isinstance(module, ElasticBatchNorm2d)):
+        norm.reset_running_stats()
+    return model
 
 
 def uneven_batches() -> list[Tensor]:
@@ -99,8 +112,6 @@ def test_frozen_norms_are_left_alone():
 
 
 def test_channels_that_are_not_active_keep_their_statistics():
-    from jdkd.nn import ElasticBatchNorm2d
-
     norm = ElasticBatchNorm2d(4)
     norm.running_mean.fill_(7.0)
     norm.running_var.fill_(9.0)
@@ -128,3 +139,35 @@ def test_no_batches_are_an_error_and_an_error_changes_nothing():
         calibrate_bn(model, breaking())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_several_subnets_are_calibrated_while_the_batches_are_read_once():
+    model, batches = own_statistics(), [torch.randn(2, 3, 6, 6) * k for k in (1, 2)]
+    set_subnet(model, MENU[0])
+    read = iter(batches)  # cannot be read twice
+    calibrate_bn(model, read, MENU)
+    for subnet in MENU:
+        alone = own_statistics()
+        set_subnet(alone, subnet)
+        plain = export(alone)
+        calibrate_bn(plain, batches)
+        set_subnet(model, subnet)
+        for found, wanted in zip(export(model).buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(found, wanted)
+    assert not torch.equal(model.bn.active_statistics.running_mean, model.bn.running_mean)
+
+
+def test_the_active_subnet_stays_active():
+    model = own_statistics()
+    set_subnet(model, MENU[1])
+    calibrate_bn(model, [torch.randn(2, 3, 6, 6)], MENU[:1])
+    assert model.bn.active_channels == 2
+    assert torch.equal(model.bn.active_statistics.running_mean, torch.zeros(8))
+
+
+def test_subnets_that_share_statistics_are_refused():
+    model = supernet()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"2 subnets, which share the statistics of bn; .* statistics='own'"):
+        calibrate_bn(model, [torch.randn(2, 3, 6, 6)], MENU)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
