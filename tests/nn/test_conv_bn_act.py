@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdkd.errors import InputError
 from jdkd.nn import ConvBNAct, ElasticConvBNAct, ElasticGroups, Subnet, export, set_subnet
 from jdkd.testing import assert_within_twice
+from tests.dispatched import Dispatched
 
 UNITS = {
     "3x3": {"kernel_size": 3, "padding": 1},
@@ -22,18 +22,6 @@ UNITS = {
 units = pytest.mark.parametrize("options", UNITS.values(), ids=UNITS)
 CHANNELS = {"all": (None, None), "leading": (5, 5), "listed": ([6, 0, 3], [6, 0, 3])}
 channels = pytest.mark.parametrize("active", CHANNELS.values(), ids=CHANNELS)
-
-
-class Dispatched(TorchDispatchMode):
-    """The names of the ATen operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def _unit(options: dict) -> ElasticConvBNAct:
