@@ -7,7 +7,6 @@ depends on shapes, layout and dtype alone, so the host never waits; a compiled g
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -161,7 +160,7 @@ PATHS = (
         ),
         2**30,
         (),
-        "one matrix product with the shared weight where it lies, and what follows it in the same pass",
+        "one matrix product with the shared weight where it lies, the bias in the same pass",
     ),
     Path(
         "implicit_gemm",
@@ -177,8 +176,8 @@ PATHS = (
         (),
         2**63,
         (),
-        "ATen on the active part: a view of leading channels, a copy of listed ones; on two CPU cores no slower than "
-        "an operator of ours around it, and 80 microseconds a call less; not measured on a GPU",
+        "ATen on the active part: a view of leading channels, a copy of listed ones; it measured fastest on a CPU, and "
+        "nothing was measured on a GPU",
     ),
 )
 _KERNELS = {path.name: path for path in PATHS if path.operator}
@@ -246,7 +245,7 @@ def is_channels_last(x: Tensor) -> bool:
 def dtype_of(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of ``x`` is computed in: autocast's, where autocast is on."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if kind in _DEVICES and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def choose(call: Call) -> str:
@@ -262,6 +261,28 @@ def choose(call: Call) -> str:
         InputError: if ``use_backend`` or ``JDKD_BACKEND`` asks for a backend that cannot run here.
     """
     return next(path.name for path in PATHS if objection(path, call) is None)
+
+
+def explained(call: Call) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+    """Says why a call takes its path.
+
+    Args:
+        call: what :func:`call_of` says of it.
+
+    Returns:
+        Name of the path; what speaks for it; name of every other path, and why it is not taken.
+
+    Raises:
+        InputError: as :func:`choose`.
+    """
+    chosen = choose(call)
+    path = next(path for path in PATHS if path.name == chosen)
+    others = [(path.name, objection(path, call) or f"{chosen} comes first") for path in PATHS if path.name != chosen]
+    if path.operator is None:
+        return chosen, path.why, tuple(others)
+    region = None if _asked_for(path.operator) else _region(path, call.product)
+    rule = f"it measured fastest ({region})" if region else "it was asked for"
+    return chosen, f"{rule}; {path.why}", tuple(others)
 
 
 def objection(path: Path, call: Call) -> str | None:
@@ -296,7 +317,10 @@ def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int]) -> bool:
 
 def only_aten() -> bool:
     """Whether no kernel was asked for and none has measured fastest anywhere: the usual case, at once."""
-    return _backend.requested() is None and not any(path.fastest for path in PATHS)
+    for path in PATHS:
+        if path.fastest:
+            return False
+    return _backend.requested() is None
 
 
 def _unwanted(path: Path, product: Product) -> str | None:
@@ -305,24 +329,35 @@ def _unwanted(path: Path, product: Product) -> str | None:
         return f"it takes tensors on {' or '.join(_DEVICES)}"
     if _selected(path.operator, product.device.type, product.dtype) == "triton":
         return None
+    if asked := _asked_for(path.operator):
+        return f"the backend {asked} was asked for"
     if not path.fastest:
         return ON_REQUEST
-    if reason := _held_back(path.operator):
-        return reason
-    covered = any(region.covers(product) for region in path.fastest)
-    return None if covered else f"other calls measured fastest: {'; '.join(map(str, path.fastest))}"
+    if missing := _missing(path.operator):
+        return missing
+    return None if _region(path, product) else "it is outside of the regions where it measured fastest"
+
+
+def _region(path: Path, product: Product) -> Region | None:
+    for region in path.fastest:
+        if region.covers(product):
+            return region
+    return None
 
 
 def _selected(op: str, device: str, dtype: torch.dtype) -> str:
     return _backend.select(op, torch.empty(0, device=device, dtype=dtype))
 
 
-def _held_back(op: str) -> str | None:
-    requested, available = _backend.requested(), _backend.available(op)
-    return f"the backend {requested} was asked for" if requested in available else available["triton"]
+def _asked_for(op: str) -> str | None:
+    requested = _backend.requested()
+    return requested if requested in _backend.explain(op) else None
 
 
-@functools.lru_cache(maxsize=64)
+def _missing(op: str) -> str | None:
+    return _backend.available(op)["triton"]
+
+
 def _kind(device: torch.device) -> str:
     if device.type != "cuda":
         return device.type
@@ -331,7 +366,7 @@ def _kind(device: torch.device) -> str:
 
 
 # What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
-for _constant in (only_aten, _selected, _held_back, _kind):
+for _constant in (only_aten, _selected, _asked_for, _missing, _kind):
     _constant._dynamo_marked_constant = True
 
 

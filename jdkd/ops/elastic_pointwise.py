@@ -25,8 +25,8 @@ from jdkd.reference import elastic_pointwise as reference
 _OP = "elastic_pointwise"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_backend.register(_OP, "reference", why="the kernel has not been timed on a GPU")
-_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES)
+_backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
+_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why="where the elastic paths say so")
 
 
 def elastic_pointwise_conv2d(
