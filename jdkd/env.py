@@ -121,9 +121,10 @@ def _operators() -> list[tuple[str, str]]:
 
 
 def _forms(module: ModuleType) -> list[tuple[str, str]]:
-    """The forms in which an operator is computed, where it has several: the first that takes a call."""
-    op = module.__name__.rpartition(".")[2].removesuffix("_forms")
-    return [(f"{op}: {form.name}", f"{form.when} ({form.why})") for form in getattr(module, "FORMS", ())]
+    """The forms or paths in which an operator is computed, where it has several: the first that takes a call."""
+    op, _, table = module.__name__.rpartition(".")[2].rpartition("_")
+    rows = getattr(module, table.upper(), ()) if table in ("forms", "paths") else ()
+    return [(f"{op}: {row.name}", f"{row.when} ({row.why})") for row in rows]
 
 
 if __name__ == "__main__":

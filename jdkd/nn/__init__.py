@@ -7,6 +7,7 @@ from jdkd.nn.coupling import ElasticGroups, Side, Stage
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
+from jdkd.nn.explanation import Explanation, explain
 from jdkd.nn.masked import masked
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint
@@ -22,12 +23,14 @@ __all__ = [
     "ElasticGroups",
     "ElasticLinear",
     "ElasticStage",
+    "Explanation",
     "PKDLoss",
     "PearsonTap",
     "Side",
     "Stage",
     "Subnet",
     "checkpoint",
+    "explain",
     "export",
     "masked",
     "set_subnet",

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
-from jdkd.ops.active_channels import Channels, ChannelsLike, active_part
-from jdkd.ops.elastic_conv import check_channels
+from jdkd.ops import elastic_paths
+from jdkd.ops.active_channels import Channels, ChannelsLike, active_part, crop
+from jdkd.ops.elastic_conv import check_channels, convolve
+from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
 from jdkd.ops.kernel_size import KernelLike
 
 
@@ -54,9 +56,10 @@ class ElasticConvBNAct(ConvBNAct):
     """See :class:`ConvBNAct`; of an elastic convolution without bias and an elastic batch normalisation.
 
     In training the parts run one after another. In evaluation the running statistics of the active channels are folded
-    into a scale and a shift. Where the active filters have fewer numbers than the output, they take the scale, anew at
-    every forward since any of these may change, and no pass over the output is left of the normalisation. Hooks of the
-    parts run only where the parts do.
+    into a scale and a shift. On the path of the 1x1 product (see :func:`jdkd.nn.explain`) these, the residual and the
+    ReLU are part of it. Elsewhere, where the active filters have fewer numbers than the output, they take the scale,
+    anew at every forward since any of these may change, and no pass over the output is left of the normalisation.
+    Hooks of the parts run only where the parts do.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as for ``nn.Conv2d``.
@@ -107,31 +110,70 @@ class ElasticConvBNAct(ConvBNAct):
         self.bn._put(self.bn.part(part.outputs))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        bn = self.bn
-        if bn.training or bn.running_mean is None:
+        if self._normalises_by_batch():
             return super().forward(x, residual)
-        conv = self.conv
-        active, normed = conv._now(), bn._now().channels
+        active, normed = self._active(x)
+        route, conv = self._route(x, active), self.conv
+        if route == "parts":
+            return super().forward(x, residual)
+        scale, shift = self._folded(normed)
+        if route == "one pass":
+            return self._in_one_pass(x, active, scale, shift, residual)
+        filters = conv._filters(active)  # [Cout, Cin / groups, kh, kw]
+        filters = (filters * scale[:, None, None, None]).to(filters.dtype)
+        x, padding = conv._padded(x, active)
+        whole, window = self._whole(active), (conv.stride, padding, conv.dilation, active.groups)
+        return self._ended(convolve(x, filters, shift.to(filters.dtype), *whole, *window), residual)
+
+    def _whole(self, active: Any) -> tuple[Channels, Channels]:
+        """The channels of folded filters, all of which are active."""
+        return Channels(active.inputs.count), Channels(active.outputs.count)
+
+    def _normalises_by_batch(self) -> bool:
+        return self.bn.training or self.bn.running_mean is None
+
+    def _active(self, x: Tensor) -> tuple[Any, Channels]:
+        """What is active of the convolution and of the normalisation; raises InputError where they do not fit."""
+        active, normed = self.conv._now(), self.bn._now().channels
         where = type(self).__name__
-        bn._check_input_dim(x)
+        self.bn._check_input_dim(x)
         check_channels(x, active.inputs.count, dim=1, where=where)
         if normed.count != active.outputs.count:
             raise InputError(
                 f"{where}: conv makes {active.outputs.count} channels and bn has {normed.count} active; set both, or "
                 "the unit"
             )
-        filters = conv._filters(active)  # [Cout, Cin / groups, kh, kw]
-        if filters.numel() > self._outputs(x, normed.count):
-            return super().forward(x, residual)
-        scale, shift = self._folded(normed)
-        filters = (filters * scale[:, None, None, None]).to(filters.dtype)
-        x, padding = conv._padded(x, active)
-        y = F.conv2d(x, filters, shift.to(filters.dtype), conv.stride, padding, conv.dilation, active.groups)
-        return self._ended(y, residual)
+        return active, normed
 
-    def _outputs(self, x: Tensor, channels: int) -> int:
-        """Numbers in the output, border aside."""
-        return x.shape[0] * channels * x.shape[-2] * x.shape[-1] // (self.conv.stride[0] * self.conv.stride[1])
+    def _route(self, x: Tensor, active: Any) -> str:
+        """How an evaluation runs: in ``"one pass"``, with ``"folded"`` filters, or as ``"parts"``."""
+        conv = self.conv
+        takes_one = not elastic_paths.only_aten() and active.border is None and not conv._is_transformed(active)
+        if takes_one and elastic_paths.choose(conv._call(x, active)) == "pointwise":
+            return "one pass"
+        columns = active.inputs.count if conv.groups == 1 else conv.weight.shape[1]
+        kernel = active.kernel or conv.kernel_size
+        filters = active.outputs.count * columns * kernel[0] * kernel[1]
+        outputs = x.shape[0] * active.outputs.count * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])
+        return "parts" if filters > outputs else "folded"
+
+    def _in_one_pass(self, x: Tensor, active: Any, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
+        """The 1x1 product with everything that follows it, unless the residual needs promotion or broadcasting."""
+        conv = self.conv
+        size = elastic_paths.out_size(x.shape[2:], (1, 1), conv.stride, (0, 0), (1, 1))
+        shape = (x.shape[0], active.outputs.count, *size)
+        joins = residual is None or (residual.shape == shape and residual.dtype == elastic_paths.dtype_of(x))
+        y = elastic_pointwise_conv2d(
+            x,
+            crop(conv.weight, active.kernel),
+            out_channels=active.outputs.count,
+            stride=conv.stride[0],
+            scale=scale,
+            shift=shift,
+            residual=residual if joins else None,
+            activation="relu" if joins and self.relu else "none",
+        )
+        return y if joins else self._ended(y, residual)
 
     def _folded(self, active: Channels) -> tuple[Tensor, Tensor]:
         """Scale and shift of the active channels, ``[Cout]``, in float32 at least."""

@@ -13,6 +13,7 @@ from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic, active_over_all, explained, filled, part_of
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
 from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
+from jdkd.ops.elastic_paths import Call, call_of
 from jdkd.ops.kernel_size import (
     KernelLike,
     Padding,
@@ -147,6 +148,15 @@ class ElasticConv2d(Elastic, nn.Conv2d):
 
     def _is_transformed(self, active: _Convolution) -> bool:
         return self.kernel_transform and active.kernel is not None
+
+    def _call(self, x: Tensor, active: _Convolution) -> Call:
+        """What the path of a forward depends on; nothing is computed."""
+        image, padding = x, active.padding
+        if active.border is not None:
+            image, padding = self._padded(torch.empty_like(x, device="meta"), active)
+        call = call_of(image, active.inputs, active.outputs, active.kernel or self.kernel_size, self.stride, padding,
+                       self.dilation, active.groups)  # fmt: skip
+        return call._replace(product=call.product._replace(device=x.device))
 
     def _filters(self, active: _Convolution) -> Tensor:
         """Returns: the active filters, ``[Cout, Cin / groups, kh, kw]``."""

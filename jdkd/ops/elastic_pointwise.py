@@ -5,8 +5,7 @@ place where the kernel can (:func:`jdkd.kernels.elastic_pointwise.readable_in_pl
 is a folded batch normalisation with activation and residual, or the statistics that a batch normalisation in training
 needs. The gradient of the epilogue is plain torch around ``jdkd::elastic_pointwise_bwd``.
 
-ATen on the slice is the default: the kernel has not been timed on a GPU, so it is asked for with
-``JDKD_BACKEND=triton`` or ``use_backend("triton")``.
+ATen on the slice is the default; :mod:`jdkd.ops.elastic_paths` says when the kernel runs.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from jdkd import _backend
 from jdkd.errors import InputError
+from jdkd.ops import elastic_paths
 from jdkd.ops.active_channels import Channels, active_channels, gather, scatter
 from jdkd.reference import elastic_pointwise as reference
 
 _OP = "elastic_pointwise"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_backend.register(_OP, "reference", why="the kernel has not been timed on a GPU")
-_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES)
+_backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
+_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why="where the elastic paths say so")
 
 
 def elastic_pointwise_conv2d(
@@ -52,7 +52,7 @@ def elastic_pointwise_conv2d(
         out_channels: leading output channels that are active; None is all.
         stride: 1 or 2, in pixels, both ways.
         scale: ``[Cout]``, of a folded batch normalisation, with ``shift``; or None.
-        shift: ``[Cout]``, or None.
+        shift: ``[Cout]``, or None; alone it is a bias.
         residual: ``[N, Cout, OH, OW]``, added; or None.
         activation: ``"none"``; ``"relu"``, after the residual; ``"relu_then_add"``, before it.
 
@@ -67,11 +67,10 @@ def elastic_pointwise_conv2d(
     """
     count = _checked(x, weight, out_channels, stride)
     _check_epilogue(x, count, stride, scale, shift, residual, activation)
-    x = _autocast(x)
-    if scale is not None and shift is not None:
-        wide = reference.wide_dtype(x.dtype)
-        scale, shift = scale.to(wide), shift.to(wide)
-    residual = None if residual is None else _autocast(residual)
+    x = x.to(elastic_paths.dtype_of(x))
+    wide = reference.wide_dtype(x.dtype)
+    scale, shift = (None if vector is None else vector.to(wide) for vector in (scale, shift))
+    residual = None if residual is None else residual.to(x.dtype)
     return _ElasticPointwise.apply(x, weight, scale, shift, residual, count, stride, activation, False)[0]
 
 
@@ -97,7 +96,7 @@ def elastic_pointwise_conv2d_stats(
     """
     count = _checked(x, weight, out_channels, stride)
     settings = (None, None, None, count, stride, "none", True)
-    y, stats = _ElasticPointwise.apply(_autocast(x), weight, *settings)
+    y, stats = _ElasticPointwise.apply(x.to(elastic_paths.dtype_of(x)), weight, *settings)
     return y, stats[0], stats[1]
 
 
@@ -129,9 +128,8 @@ def _check_epilogue(
 ) -> None:  # fmt: skip
     if activation not in reference.ACTIVATIONS:
         raise InputError(f"activation={activation!r}; choose one of {', '.join(reference.ACTIVATIONS)}")
-    if (scale is None) != (shift is None):
-        given, missing = ("shift", "scale") if scale is None else ("scale", "shift")
-        raise InputError(f"{given} is given without {missing}; give both or neither")
+    if scale is not None and shift is None:
+        raise InputError("scale is given without shift; give both, or shift alone as a bias")
     for name, vector in (("scale", scale), ("shift", shift)):
         if vector is not None and (vector.shape != (count,) or vector.device != x.device):
             raise InputError(
@@ -150,11 +148,6 @@ def _check_epilogue(
         raise InputError(f"residual is {residual.dtype} and x {x.dtype}; cast the residual to {x.dtype}")
 
 
-def _autocast(x: Tensor) -> Tensor:
-    """Casts as autocast does before a convolution; the weight is cast where it is packed."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-
-
 class _ElasticPointwise(torch.autograd.Function):
     """The autograd rule around the operators: returns y and its moments, ``[2, Cout]`` or empty."""
 
@@ -171,7 +164,7 @@ class _ElasticPointwise(torch.autograd.Function):
             shift if activation == "relu_then_add" else None,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.window, ctx.activation, ctx.affine = (out_channels, stride), activation, scale is not None
+        ctx.window, ctx.activation = (out_channels, stride), activation
         if not stats:
             ctx.mark_non_differentiable(moments)
         return y, moments
@@ -196,12 +189,12 @@ class _ElasticPointwise(torch.autograd.Function):
             dresidual = dout if ctx.activation == "relu" else dresidual
         dscale = dshift = None
         if needs_shift:
-            dshift = dout.sum((0, 2, 3), dtype=scale.dtype)
+            dshift = dout.sum((0, 2, 3), dtype=reference.wide_dtype(dout.dtype))
         if needs_scale:  # sum over positions of dout conv = sum over Cin of W (dout^T x)
             active = weight[:out_channels, : x.shape[1]].to(scale.dtype)
             _, unscaled = run(dout, x, active, stride, [False, True])
             dscale = (active * unscaled).flatten(1).sum(1)
-        if ctx.affine:
+        if scale is not None:
             dout = (dout * scale[:, None, None]).to(x.dtype)
         dx, dweight = run(dout, x, weight, stride, [needs_x, needs_weight])
         return (
@@ -242,11 +235,6 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _kernel_runs(x: Tensor, y: Tensor) -> bool:
-    positions = y.numel() // max(1, y.shape[1])
-    return 0 < positions < 2**30 and _backend.select(_OP, x) == "triton"
-
-
 def _allow_tf32() -> bool:
     return torch.backends.cudnn.conv.fp32_precision == "tf32"
 
@@ -269,9 +257,11 @@ def _forward(
     out_channels: int, stride: int, activation: str, stats: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     y = _empty(x, x.shape[0], out_channels, *_out_size(x, stride))
-    if _kernel_runs(x, y):
+    if elastic_paths.kernel_runs("pointwise", x, y.shape):
         from jdkd.kernels.elastic_pointwise import elastic_pointwise_fwd
 
+        if shift is not None and scale is None:
+            scale = torch.ones_like(shift)
         moments = elastic_pointwise_fwd(
             _channels_last(x), _operand(weight, out_channels, x.shape[1], x.dtype), y, stride=stride,
             scale=None if scale is None else scale.contiguous(), shift=None if shift is None else shift.contiguous(),
@@ -282,7 +272,7 @@ def _forward(
     part = _part(weight, out_channels, x)
     total = torch.ops.aten.convolution(x, part, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1)
     moments = reference.moments(total) if stats else x.new_empty(0, dtype=reference.wide_dtype(x.dtype))
-    if scale is not None or residual is not None or activation != "none":
+    if shift is not None or residual is not None or activation != "none":
         total = reference.epilogue(total, scale, shift, residual, activation)
     return _channels_last(total), moments
 
@@ -305,7 +295,7 @@ def _backward(
     dout: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = dout.shape[1]
-    if not _kernel_runs(x, dout):
+    if not elastic_paths.kernel_runs("pointwise", x, dout.shape):
         dx, dpart, _ = torch.ops.aten.convolution_backward(
             dout, x, _part(weight, rows, x), None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [*wanted, False]
         )

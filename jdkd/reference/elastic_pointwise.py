@@ -31,7 +31,7 @@ def epilogue(
 
     Args:
         total: ``[N, C, H, W]``.
-        scale: ``[C]``, with ``shift``; or None.
+        scale: ``[C]``, or None.
         shift: ``[C]``, or None.
         residual: shape of ``total``, or None.
         activation: ``"none"``; ``"relu"``, last of all; ``"relu_then_add"``, before the residual.
@@ -40,8 +40,10 @@ def epilogue(
         Shape and dtype of ``total``.
     """
     y = total.to(wide_dtype(total.dtype))
-    if scale is not None and shift is not None:
-        y = y * scale[:, None, None] + shift[:, None, None]
+    if scale is not None:
+        y = y * scale[:, None, None]
+    if shift is not None:
+        y = y + shift[:, None, None]
     if activation == "relu_then_add":
         y = y.relu()
     if residual is not None:

@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from jdkd._backend import use_backend
 from jdkd.errors import InputError
 from jdkd.nn import ConvBNAct, ElasticConvBNAct, ElasticGroups, Subnet, export, set_subnet
 from jdkd.testing import assert_within_twice
+from tests.dispatched import Dispatched
 
+OP = "elastic_pointwise"
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
 UNITS = {
     "3x3": {"kernel_size": 3, "padding": 1},
     "1x1": {"kernel_size": 1, "relu": False},
@@ -22,18 +25,6 @@ UNITS = {
 units = pytest.mark.parametrize("options", UNITS.values(), ids=UNITS)
 CHANNELS = {"all": (None, None), "leading": (5, 5), "listed": ([6, 0, 3], [6, 0, 3])}
 channels = pytest.mark.parametrize("active", CHANNELS.values(), ids=CHANNELS)
-
-
-class Dispatched(TorchDispatchMode):
-    """The names of the ATen operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def _unit(options: dict) -> ElasticConvBNAct:
@@ -62,19 +53,10 @@ def _activate(unit: ElasticConvBNAct, active: tuple) -> torch.Tensor:
 def test_the_unit_equals_its_parts(options, active, with_residual, training):
     unit = _unit(options)
     x = _activate(unit, active)
-    plain, exact = unit.train(training).export(), unit.export().double()
+    plain = unit.train(training).export()
     assert type(plain) is ConvBNAct and type(plain.conv) is nn.Conv2d and type(plain.bn) is nn.BatchNorm2d
-    shape = copy.deepcopy(plain).eval()(x).shape
-    residual = torch.randn(shape) if with_residual else None
-    dout = torch.randn(shape)
-    found = {}
-    for name, module, dtype in (("ours", unit, x.dtype), ("eager", plain, x.dtype), ("exact", exact, torch.float64)):
-        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, residual) if t is not None]
-        y = module(*leaves)
-        y.backward(dout.to(dtype))
-        found[name] = [y.detach(), *(leaf.grad for leaf in leaves)]
-    for i, what in enumerate(["y", "dx", "dresidual"][: len(found["ours"])]):
-        assert_within_twice(*(found[name][i] for name in ("ours", "eager", "exact")), what=what)
+    residual = torch.randn(copy.deepcopy(plain).eval()(x).shape) if with_residual else None
+    _assert_equals_its_parts(unit, plain, x, residual)
     rows = torch.arange(8)[: active[1]] if not isinstance(active[1], list) else torch.tensor(active[1])
     for ours, theirs in ((unit.bn.weight, plain.bn.weight), (unit.bn.bias, plain.bn.bias)):
         torch.testing.assert_close(ours.grad[rows], theirs.grad, rtol=1e-4, atol=1e-4)
@@ -84,6 +66,20 @@ def test_the_unit_equals_its_parts(options, active, with_residual, training):
         torch.testing.assert_close(unit.conv.weight.grad[at], plain.conv.weight.grad, rtol=1e-4, atol=1e-4)
         unit.conv.weight.grad[at] = 0
         assert not unit.conv.weight.grad.any(), "an inactive weight has a gradient"
+
+
+def _assert_equals_its_parts(unit: nn.Module, plain: nn.Module, x: torch.Tensor, residual: torch.Tensor | None) -> None:
+    """Holds output and gradients of a unit to the 2x rule; the plain one gets its gradients too."""
+    exact = copy.deepcopy(plain).double()
+    dout = torch.randn(copy.deepcopy(plain).eval()(x).shape)
+    found = {}
+    for name, module, dtype in (("ours", unit, x.dtype), ("eager", plain, x.dtype), ("exact", exact, torch.float64)):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, residual) if t is not None]
+        y = module(*leaves)
+        y.backward(dout.to(dtype))
+        found[name] = [y.detach(), *(leaf.grad for leaf in leaves)]
+    for i, what in enumerate(["y", "dx", "dresidual"][: len(found["ours"])]):
+        assert_within_twice(*(found[name][i] for name in ("ours", "eager", "exact")), what=what)
 
 
 def test_evaluation_makes_no_pass_for_the_normalisation():
@@ -96,6 +92,89 @@ def test_evaluation_makes_no_pass_for_the_normalisation():
     with Dispatched() as dispatched, torch.no_grad():
         unit(x[:, :, :1, :1])
     assert any("batch_norm" in name for name in dispatched.names), "filters larger than the output stay as they are"
+
+
+POINTWISE = {
+    "plain": ({"kernel_size": 1, "relu": False}, (5, 5)),
+    "strided": ({"kernel_size": 1, "stride": 2}, (8, 3)),
+    "centre": ({"kernel_size": 3, "padding": 1}, (5, 7, 1)),
+}
+pointwise = pytest.mark.parametrize(("options", "active"), POINTWISE.values(), ids=POINTWISE)
+
+
+@pointwise
+@pytest.mark.parametrize("residual", ["none", "like", "broadcast", "wider"])
+def test_one_pass_equals_the_parts(backend, device, options, active, residual):
+    unit = _unit(options).eval()
+    unit.set_active(*active)
+    plain = unit.export()
+    x = torch.randn(2, unit.conv.active_in_channels, 9, 8).contiguous(memory_format=torch.channels_last)
+    y = plain(x)
+    residuals = {"none": None, "like": torch.randn_like(y), "broadcast": torch.randn_like(y[:, :1, :1])}
+    residuals["wider"] = torch.randn_like(y).double()
+    given, plain = residuals[residual], plain.to(device)
+    x, given, unit = x.to(device), None if given is None else given.to(device), unit.to(device)
+    if residual == "wider":
+        torch.testing.assert_close(unit(x, given), plain(x, given), rtol=1e-5, atol=1e-5)
+        return
+    _assert_equals_its_parts(unit, plain, x, given)
+    for ours, theirs in ((unit.bn.weight, plain.bn.weight), (unit.bn.bias, plain.bn.bias)):
+        torch.testing.assert_close(ours.grad[: len(theirs)], theirs.grad, rtol=1e-4, atol=1e-4)
+        assert not ours.grad[len(theirs) :].any()
+    spare = (options["kernel_size"] - unit.conv.active_kernel_size[0]) // 2
+    active_weight = (*(slice(count) for count in plain.conv.weight.shape[:2]), spare, spare)
+    gradient = unit.conv.weight.grad
+    torch.testing.assert_close(gradient[active_weight], plain.conv.weight.grad[..., 0, 0], rtol=1e-4, atol=1e-4)
+    gradient[active_weight] = 0
+    assert not gradient.any(), "an inactive weight has a gradient"
+
+
+@pointwise
+def test_evaluation_is_one_operator_where_the_product_takes_all(backend, device, options, active):
+    unit = _unit(options).eval().to(device)
+    unit.set_active(*active)
+    x = torch.randn(2, unit.conv.active_in_channels, 9, 8, device=device).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), Dispatched() as dispatched:
+        y = unit(x)
+    with torch.no_grad(), Dispatched() as joined:
+        unit(x, torch.zeros_like(y))
+    for names in (dispatched.names, joined.names):
+        ran = [name for name in names if name in ("elastic_pointwise_fwd", "convolution", "add_", "relu_")]
+        assert ran == ["elastic_pointwise_fwd"] or backend == "reference"
+    assert ("elastic_pointwise_fwd" in dispatched.names) == (backend == "triton")
+
+
+def test_listed_channels_and_training_keep_their_route(backend, device):
+    unit = _unit({"kernel_size": 1}).to(device)
+    x = torch.randn(2, 8, 9, 8, device=device).contiguous(memory_format=torch.channels_last)
+    for training, active in ((True, (None, 5)), (False, (None, [6, 1]))):
+        unit.train(training).set_active(*active)
+        plain = unit.export()
+        torch.testing.assert_close(unit(x), plain(x), rtol=1e-5, atol=1e-5)
+        assert unit(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_autocast_in_one_pass_computes_as_the_parts_do(backend, device):
+    unit = _unit({"kernel_size": 1}).eval().to(device)
+    unit.set_active(5, 7)
+    x = torch.randn(2, 5, 9, 8, device=device).contiguous(memory_format=torch.channels_last)
+    residual, plain = torch.randn(2, 7, 9, 8, device=device), unit.export()
+    with torch.autocast(device, torch.bfloat16):
+        for other in (residual, residual.bfloat16()):
+            with use_backend("reference"):
+                expected = plain(x, other)
+            y = unit(x, other)
+            assert y.dtype == expected.dtype
+            torch.testing.assert_close(y.float(), expected.float(), rtol=2**-5, atol=2**-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")  # by dynamo
+def test_one_pass_compiles_into_one_graph(backend, device):
+    torch._dynamo.reset()
+    unit = _unit({"kernel_size": 1}).eval().to(device)
+    unit.set_active(5, 7)
+    x = torch.randn(2, 5, 9, 8, device=device).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(torch.compile(unit, fullgraph=True, backend="aot_eager")(x), unit(x))
 
 
 def test_a_frozen_normalisation_folds_while_the_model_trains():

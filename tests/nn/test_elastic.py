@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from jdkd.errors import InputError
 from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
+from tests.dispatched import Dispatched
 
 CHANNELS = [
     pytest.param(None, None, id="all"),
@@ -25,18 +25,6 @@ CONVOLUTIONS = [
     pytest.param({"kernel_size": 3, "padding": "same"}, id="same"),
     pytest.param({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, id="reflect"),
 ]
-
-
-class Dispatched(TorchDispatchMode):
-    """The names of the ATen operators that run inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
 
 
 def _images(channels: int, *, channels_last: bool = False) -> torch.Tensor:

@@ -10,12 +10,15 @@ from jdkd._backend import use_backend
 from jdkd.errors import InputError
 from jdkd.functional import elastic_conv2d
 from jdkd.ops.active_channels import Channels, active_part
-from jdkd.ops.elastic_conv import _ElasticConv
+from jdkd.ops.elastic_implicit_gemm import _ElasticConv
 from jdkd.reference.elastic_conv import elastic_depthwise_conv2d
 from tests.ops.elastic_conv_cases import Problem, assert_close_as_eager, assert_within_twice, results
 
 OP = "elastic_conv"
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # by the interpreter
+    pytest.mark.usefixtures("exact_products"),
+]
 PROBLEMS = {
     "all": Problem(window={"padding": 1}),
     "leading": Problem(3, 4, window={"padding": 1}),
@@ -36,14 +39,6 @@ PROBLEMS = {
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 by_dynamo = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _runs(dtype: torch.dtype, device: str) -> bool:

@@ -17,7 +17,10 @@ from jdkd.ops.elastic_pointwise import (
 from tests.ops.elastic_pointwise_cases import EPILOGUES, Problem, assert_matches_float64, results
 
 OP = "elastic_pointwise"
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # by the interpreter
+    pytest.mark.usefixtures("exact_products"),
+]
 PROBLEMS = {
     "whole": Problem(),
     "leading": Problem((40, 48), (24, 16)),
@@ -30,14 +33,6 @@ PROBLEMS = {
 }
 problems = pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
 by_dynamo = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _with(problem: Problem, **changes) -> Problem:

@@ -14,16 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from tests.ops.elastic_pointwise_cases import EPILOGUES, Problem, assert_matches_float64
 
 OP = "elastic_pointwise"
-pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # by the interpreter
+    pytest.mark.usefixtures("exact_products"),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def _exact_products():
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = allowed
 
 
 @st.composite

@@ -1,0 +1,378 @@
+"""Which way an elastic convolution is computed: the first row of :data:`PATHS` that takes a call.
+
+A Triton kernel runs where it was asked for (``JDKD_BACKEND=triton``, ``use_backend("triton")``), and unasked where it
+measured fastest: in a :class:`Region` of its row. Regions are data, filled in from committed results. The choice
+depends on shapes, layout and dtype alone, so the host never waits; a compiled graph keeps its first answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from jdkd import _backend
+from jdkd.ops.active_channels import Channels
+from jdkd.ops.kernel_size import Padding, pair
+
+_ANY = (1, 2**63)
+_DEVICES = ("cuda", "cpu")  # where a kernel can run
+
+
+class Product(NamedTuple):
+    """A convolution as a matrix product, ``[positions, Cin kh kw]`` times ``[Cin kh kw, Cout]``.
+
+    Args:
+        device: of the image.
+        dtype: that it is computed in.
+        positions: ``N * OH * OW``.
+        in_channels: active.
+        out_channels: active.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    positions: int
+    in_channels: int
+    out_channels: int
+
+
+class Call(NamedTuple):
+    """What the choice depends on.
+
+    Args:
+        product: its size, where and in which dtype.
+        kernel: active taps, vertical and horizontal.
+        stride: in pixels, likewise.
+        padding: of the active kernel, in pixels, likewise; or ``"same"``.
+        groups: active groups.
+        is_listed: whether channels are listed, and not the leading ones.
+        is_channels_last: whether the image lies in memory so and in no other way.
+        is_batch: whether there is a dimension of images.
+    """
+
+    product: Product
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    groups: int
+    is_listed: bool
+    is_channels_last: bool
+    is_batch: bool
+
+    def __str__(self) -> str:
+        product = self.product
+        channels = f"{product.in_channels}->{product.out_channels} {'listed' if self.is_listed else 'leading'} channels"
+        layout = "channels-last" if self.is_channels_last else "not channels-last"
+        return (
+            f"{channels}, {_by(self.kernel)} kernel, stride {_by(self.stride)}, padding "
+            f"{self.padding if isinstance(self.padding, str) else _by(self.padding)}, groups {self.groups}, "
+            f"{product.positions} positions, {_name(product.dtype)}, {layout}, on {product.device}"
+        )
+
+
+class Region(NamedTuple):
+    """Calls for which a path measured fastest.
+
+    Args:
+        device: ``"cpu"``, or a compute capability, ``"sm_90"``.
+        dtypes: that are computed in.
+        source: the committed result that says so.
+        positions: from the first and below the second, ``N * OH * OW``.
+        in_channels: active, likewise.
+        out_channels: active, likewise.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    source: str
+    positions: tuple[int, int] = _ANY
+    in_channels: tuple[int, int] = _ANY
+    out_channels: tuple[int, int] = _ANY
+
+    def covers(self, product: Product) -> bool:
+        sizes = ("positions", "in_channels", "out_channels")
+        return (
+            self.device == _kind(product.device)
+            and product.dtype in self.dtypes
+            and all(getattr(self, size)[0] <= getattr(product, size) < getattr(self, size)[1] for size in sizes)
+        )
+
+    def __str__(self) -> str:
+        sizes = ("positions", "in_channels", "out_channels")
+        bounds = [f"{size} {getattr(self, size)}" for size in sizes if getattr(self, size) != _ANY]
+        return ", ".join([self.device, *map(_name, self.dtypes), *bounds, self.source])
+
+
+class Condition(NamedTuple):
+    """What a call must be for a path to take it, in words too."""
+
+    words: str
+    holds: Callable[[Call], bool]
+
+
+class Path(NamedTuple):
+    """One way to compute an elastic convolution.
+
+    Args:
+        name: what explanations call it.
+        operator: row of the backend table whose Triton kernel runs; None: no kernel of ours.
+        takes: conditions, all of which must hold.
+        limit: positions must be fewer.
+        fastest: where it measured fastest; without a region a kernel runs on request only.
+        why: what speaks for it, one clause.
+    """
+
+    name: str
+    operator: str | None
+    takes: tuple[Condition, ...]
+    limit: int
+    fastest: tuple[Region, ...]
+    why: str
+
+    @property
+    def when(self) -> str:
+        """Its conditions and its rule, in words."""
+        if self.operator is None:
+            return "everything else"
+        rule = f"where it measured fastest: {'; '.join(map(str, self.fastest))}" if self.fastest else ON_REQUEST
+        return f"{', '.join(condition.words for condition in self.takes)}; {rule}"
+
+
+ON_REQUEST = 'on request only (JDKD_BACKEND=triton, use_backend("triton")), since it was not measured on a GPU'
+_BATCH = Condition("a batch of images", lambda call: call.is_batch)
+_ONE_GROUP = Condition("one group", lambda call: call.groups == 1)
+
+PATHS = (
+    Path(
+        "pointwise",
+        "elastic_pointwise",
+        (
+            _BATCH,
+            _ONE_GROUP,
+            Condition("a 1x1 kernel", lambda call: call.kernel == (1, 1)),
+            Condition("stride 1 or 2, both ways alike", lambda call: call.stride in ((1, 1), (2, 2))),
+            Condition("no padding", lambda call: call.padding == (0, 0)),
+            Condition("leading channels", lambda call: not call.is_listed),
+            Condition("a channels-last image", lambda call: call.is_channels_last),
+        ),
+        2**30,
+        (),
+        "one matrix product with the shared weight where it lies, the bias in the same pass",
+    ),
+    Path(
+        "implicit_gemm",
+        "elastic_conv",
+        (_BATCH, _ONE_GROUP, Condition("padding in pixels", lambda call: call.padding != "same")),
+        2**31,
+        (),
+        "the active filters are read where they lie, through lists too, and never copied",
+    ),
+    Path(
+        "aten",
+        None,
+        (),
+        2**63,
+        (),
+        "ATen on the active part: a view of leading channels, a copy of listed ones; it measured fastest on a CPU, and "
+        "nothing was measured on a GPU",
+    ),
+)
+_KERNELS = {path.name: path for path in PATHS if path.operator}
+
+
+def call_of(
+    x: Tensor,
+    inputs: Channels,
+    outputs: Channels,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> Call:
+    """Describes a convolution with channels that have been read already.
+
+    Args:
+        x: ``[N, Cin, H, W]`` or ``[Cin, H, W]``; its values are not looked at.
+        inputs: active input channels.
+        outputs: active output channels.
+        kernel: active taps, ``(kh, kw)``.
+        stride: in pixels.
+        padding: of the active kernel, in pixels, or ``"same"`` or ``"valid"``.
+        dilation: in pixels.
+        groups: active groups.
+
+    Returns:
+        What :func:`choose` takes.
+    """
+    kernel, stride, is_batch = pair(kernel), pair(stride), x.dim() == 4
+    padding = "same" if padding == "same" else pair(0 if padding == "valid" else padding)
+    height, width = out_size(x.shape[-2:], kernel, stride, padding, pair(dilation))
+    product = Product(
+        x.device,
+        dtype_of(x),
+        (x.shape[0] if is_batch else 1) * height * width,
+        inputs.count,
+        outputs.count,
+    )
+    is_listed = inputs.index is not None or outputs.index is not None
+    return Call(product, kernel, stride, padding, groups, is_listed, is_channels_last(x), is_batch)
+
+
+def out_size(
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Height and width that a convolution makes of ``size``; all in pixels, vertical and horizontal."""
+    if isinstance(padding, str):
+        return size[0], size[1]
+    reach = [dilation[d] * (kernel[d] - 1) + 1 for d in (0, 1)]  # of the window
+    height, width = ((size[d] + 2 * padding[d] - reach[d]) // stride[d] + 1 for d in (0, 1))
+    return height, width
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` ``[N, C, H, W]`` is dense channels-last and nothing else."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def dtype_of(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of ``x`` is computed in: autocast's, where autocast is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if kind in _DEVICES and torch.is_autocast_enabled(kind) else x.dtype
+
+
+def choose(call: Call) -> str:
+    """Picks the path of a call.
+
+    Args:
+        call: what :func:`call_of` says of it.
+
+    Returns:
+        Name of a row of :data:`PATHS`.
+
+    Raises:
+        InputError: if ``use_backend`` or ``JDKD_BACKEND`` asks for a backend that cannot run here.
+    """
+    return next(path.name for path in PATHS if objection(path, call) is None)
+
+
+def explained(call: Call) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+    """Says why a call takes its path.
+
+    Args:
+        call: what :func:`call_of` says of it.
+
+    Returns:
+        Name of the path; what speaks for it; name of every other path, and why it is not taken.
+
+    Raises:
+        InputError: as :func:`choose`.
+    """
+    chosen = choose(call)
+    path = next(path for path in PATHS if path.name == chosen)
+    others = [(path.name, objection(path, call) or f"{chosen} comes first") for path in PATHS if path.name != chosen]
+    if path.operator is None:
+        return chosen, path.why, tuple(others)
+    region = None if _asked_for(path.operator) else _region(path, call.product)
+    rule = f"it measured fastest ({region})" if region else "it was asked for"
+    return chosen, f"{rule}; {path.why}", tuple(others)
+
+
+def objection(path: Path, call: Call) -> str | None:
+    """Says why a path does not take a call, or None if it does; raises as :func:`choose` does."""
+    for condition in path.takes:
+        if not condition.holds(call):
+            return f"it takes {condition.words}"
+    if call.product.positions >= path.limit:
+        return f"it takes fewer than {path.limit} positions"
+    return None if path.operator is None else _unwanted(path, call.product)
+
+
+def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int]) -> bool:
+    """Whether an operator runs the Triton kernel of a path, its tensors being what that path takes.
+
+    Args:
+        name: of the path.
+        x: ``[N, Cin, H, W]``.
+        out_shape: ``[N, Cout, OH, OW]``.
+
+    Returns:
+        True if the kernel was asked for, or measured fastest here.
+
+    Raises:
+        InputError: if the backend that was asked for cannot run here.
+    """
+    path = _KERNELS[name]
+    n, out_channels, height, width = out_shape
+    product = Product(x.device, x.dtype, n * height * width, x.shape[1], out_channels)
+    return 0 < product.positions < path.limit and _unwanted(path, product) is None
+
+
+def only_aten() -> bool:
+    """Whether no kernel was asked for and none has measured fastest anywhere: the usual case, at once."""
+    for path in PATHS:
+        if path.fastest:
+            return False
+    return _backend.requested() is None
+
+
+def _unwanted(path: Path, product: Product) -> str | None:
+    """Why the kernel of a path stays out, though it takes the call."""
+    if product.device.type not in _DEVICES:
+        return f"it takes tensors on {' or '.join(_DEVICES)}"
+    if _selected(path.operator, product.device.type, product.dtype) == "triton":
+        return None
+    if asked := _asked_for(path.operator):
+        return f"the backend {asked} was asked for"
+    if not path.fastest:
+        return ON_REQUEST
+    if missing := _missing(path.operator):
+        return missing
+    return None if _region(path, product) else "it is outside of the regions where it measured fastest"
+
+
+def _region(path: Path, product: Product) -> Region | None:
+    for region in path.fastest:
+        if region.covers(product):
+            return region
+    return None
+
+
+def _selected(op: str, device: str, dtype: torch.dtype) -> str:
+    return _backend.select(op, torch.empty(0, device=device, dtype=dtype))
+
+
+def _asked_for(op: str) -> str | None:
+    requested = _backend.requested()
+    return requested if requested in _backend.explain(op) else None
+
+
+def _missing(op: str) -> str | None:
+    return _backend.available(op)["triton"]
+
+
+def _kind(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+# What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
+for _constant in (only_aten, _selected, _asked_for, _missing, _kind):
+    _constant._dynamo_marked_constant = True
+
+
+def _by(numbers: tuple[int, int]) -> str:
+    return f"{numbers[0]}x{numbers[1]}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,136 @@
+"""What a layer says of the path that its next forward takes, and that the forward takes it."""
+
+import pytest
+import torch
+from torch import nn
+
+from jdkd._backend import use_backend
+from jdkd.errors import InputError
+from jdkd.nn import ElasticConv2d, ElasticConvBNAct, ElasticLinear, explain
+from tests.dispatched import Dispatched
+
+OP = "elastic_conv"
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
+OPERATOR = {"pointwise": "elastic_pointwise_fwd", "implicit_gemm": "elastic_conv_fwd", "aten": "convolution"}
+CONVOLUTIONS = {
+    "1x1": ({"kernel_size": 1}, (5, 4), "pointwise"),
+    "1x1 listed": ({"kernel_size": 1}, (5, [4, 0]), "implicit_gemm"),
+    "centre": ({"kernel_size": 3, "padding": 1}, (5, 4, 1), "pointwise"),
+    "3x3": ({"kernel_size": 3, "padding": 1}, (5, [4, 0]), "implicit_gemm"),
+    "reflect": ({"kernel_size": 3, "padding": 1, "padding_mode": "reflect"}, (5, 4), "implicit_gemm"),
+    "same": ({"kernel_size": 3, "padding": "same"}, (5, 4), "aten"),
+    "depthwise": ({"kernel_size": 3, "groups": 8}, (5, None), "aten"),
+    "transform": ({"kernel_size": 5, "padding": 2, "kernel_transform": True}, (5, 4, 3), "aten"),
+}
+convolutions = pytest.mark.parametrize(
+    ("options", "active", "path"), CONVOLUTIONS.values(), ids=[name.replace(" ", "-") for name in CONVOLUTIONS]
+)
+
+
+def _image(channels: int, device: str) -> torch.Tensor:
+    return torch.randn(2, channels, 9, 8, device=device).contiguous(memory_format=torch.channels_last)
+
+
+def _ran(layer: nn.Module, x: torch.Tensor) -> str:
+    """The first operator of a convolution in a forward."""
+    with torch.no_grad(), Dispatched() as dispatched:
+        layer(x)
+    return next(name for name in dispatched.names if name in OPERATOR.values())
+
+
+@convolutions
+def test_a_forward_takes_the_path_that_was_explained(backend, device, options, active, path):
+    conv = ElasticConv2d(8, 8, **options).to(device)
+    conv.set_active(*active)
+    x = _image(5, device)
+    found = explain(conv, x)
+    assert found.path == (path if backend == "triton" else "aten")
+    assert _ran(conv, x) == OPERATOR[found.path]
+    assert found.path not in dict(found.others)
+
+
+@convolutions
+def test_an_evaluation_unit_takes_the_path_that_was_explained(backend, device, options, active, path):
+    unit = ElasticConvBNAct(8, 8, **options).to(device)
+    unit.set_active(*active)
+    x = _image(5, device)
+    for training in (True, False):
+        unit.train(training)
+        found = explain(unit, x)
+        assert _ran(unit, x) == OPERATOR[found.path]
+        assert ("by themselves" in found.why) == training
+    if path == "pointwise" and backend == "triton":
+        assert "normalisation, residual and ReLU too" in found.why
+
+
+def test_filters_larger_than_the_output_leave_a_unit_in_parts():
+    unit = ElasticConvBNAct(8, 8, 3, padding=1).eval()
+    assert "take the scale" in explain(unit, _image(8, "cpu")).why
+    assert "by themselves" in explain(unit, _image(8, "cpu")[:, :, :1, :1]).why
+
+
+def test_explaining_computes_nothing(device):
+    conv = ElasticConv2d(8, 8, 3, padding=1).to(device)
+    unit = ElasticConvBNAct(8, 8, 1).to(device).eval()
+    x = _image(8, device)
+    with Dispatched() as dispatched:
+        explain(conv, x)
+        explain(unit, x)
+        explain(ElasticLinear(8, 3), torch.empty(2, 8, device="meta"))
+    assert not {name for name in dispatched.names if name.startswith(("conv", "elastic", "linear", "_to_copy"))}
+
+
+def test_a_shape_will_do():
+    conv = ElasticConv2d(8, 8, 3)
+    assert explain(conv, torch.empty(1, 8, 1000, 1000, device="meta")).path == "aten"
+
+
+def test_the_lines_can_be_read():
+    conv = ElasticConv2d(64, 128, 1)
+    conv.set_active(32, [5, 100])
+    with use_backend("reference"):
+        lines = str(explain(conv, torch.zeros(2, 32, 7, 5))).splitlines()
+    assert lines[0] == (
+        "ElasticConv2d: 32->2 listed channels, 1x1 kernel, stride 1x1, padding 0x0, groups 1, 70 positions, float32, "
+        "not channels-last, on cpu"
+    )
+    assert [line.split(":")[0] for line in lines[1:]] == ["aten", "not pointwise", "not implicit_gemm"]
+    assert lines[2].endswith("it takes leading channels") and lines[3].endswith("reference was asked for")
+
+
+def test_an_explanation_cannot_be_changed():
+    found = explain(ElasticLinear(8, 3), torch.zeros(2, 8))
+    assert (found.path, found.others) == ("aten", ()) and "8->3 features" in str(found)
+    with pytest.raises(AttributeError):
+        found.path = "another"
+    assert hash(found) == hash(explain(ElasticLinear(8, 3), torch.zeros(2, 8)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (ElasticConv2d(8, 8, 3), torch.zeros(1, 7, 5, 5)),
+        (ElasticConvBNAct(8, 8, 3), torch.zeros(1, 7, 5, 5)),
+        (ElasticConvBNAct(8, 8, 3).eval(), torch.zeros(1, 7, 5, 5)),
+        (ElasticLinear(8, 3), torch.zeros(2, 7)),
+    ],
+    ids=["conv", "unit", "unit-eval", "linear"],
+)
+def test_refuses_an_input_as_the_forward_does(layer, x):
+    with pytest.raises(InputError) as of_forward:
+        layer(x)
+    with pytest.raises(InputError) as of_explanation:
+        explain(layer, x)
+    assert str(of_explanation.value) == str(of_forward.value)
+
+
+def test_refuses_a_backend_as_the_forward_does(device):
+    conv = ElasticConv2d(8, 8, 1, device=device)
+    for ask in (conv, lambda x: explain(conv, x)):
+        with use_backend("cuda"), pytest.raises(InputError, match="no backend 'cuda'"):
+            ask(_image(8, device))
+
+
+def test_a_plain_layer_has_no_paths():
+    with pytest.raises(InputError, match="no paths for Conv2d; give ElasticConvBNAct, ElasticConv2d, ElasticLinear"):
+        explain(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 1, 1))
