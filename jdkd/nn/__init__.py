@@ -8,6 +8,7 @@ from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
 from jdkd.nn.masked import masked
+from jdkd.nn.packing import pack_forwards, packed
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint
 from jdkd.nn.stage import ElasticStage
@@ -30,5 +31,7 @@ __all__ = [
     "checkpoint",
     "export",
     "masked",
+    "pack_forwards",
+    "packed",
     "set_subnet",
 ]
