@@ -10,10 +10,10 @@ packed before. These take the slices of the shared weights, as do layers of whic
 parameter was exchanged, since the weights were packed.
 
 With ``grad_mode="main_grad"`` the gradients of packed weights are added in place to ``weight.main_grad``, or else to
-``weight.grad``, past autograd. Gradient hooks of the weights see None, ``register_post_accumulate_grad_hook`` and
-``torch.autograd.grad`` see nothing, and there is no second derivative. What is not packed, biases too, still gets its
-gradient from autograd, in ``grad``. ``DistributedDataParallel`` averages what is in ``grad`` and knows nothing of
-``main_grad``: average that yourself before the optimiser steps.
+``weight.grad``, past autograd. Gradient hooks of the weights see None and ``torch.autograd.grad`` finds nothing. What
+is not packed, biases too, still gets its gradient from autograd, in ``grad``. ``DistributedDataParallel`` averages what
+is in ``grad``; of ``main_grad`` it knows nothing, nor do gradient scalers and optimisers: average it yourself, and hand
+it to the optimiser. Neither mode has a second derivative with respect to a packed weight.
 """
 
 from __future__ import annotations
