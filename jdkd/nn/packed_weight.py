@@ -24,33 +24,28 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class Basis(NamedTuple):
-    """What the packed part of a layer depends on, apart from the numbers in the weight."""
+class Packed(NamedTuple):
+    """The packed part of a layer's weight, and what it depends on apart from the numbers in the weight."""
 
+    part: Tensor | None  # [Cout, Cin / groups, kh, kw] or [Cout, Cin]; None: no copy is needed
     record: Record
     weight: Tensor | None
-    dtype: torch.dtype | None  # to compute in; None: this weight is not packed
+    dtype: torch.dtype | None  # computed in; None: this weight is never packed
     capturing: bool  # into a CUDA graph, whose replays are to pack again
-
-    def same(self, other: Basis) -> bool:
-        return self.record is other.record and self.weight is other.weight and self[2:] == other[2:]
-
-
-class Packed(NamedTuple):
-    """The packed part of a layer's weight."""
-
-    part: Tensor | None  # [Cout, Cin / groups, kh, kw] or [Cout, Cin]; None: the shared weight needs no copy
-    basis: Basis
     packing: Packing
 
     def fits(self, layer: ElasticWeight) -> bool:
         """Whether it may stand for the active weight of a layer now."""
-        basis, part = self.basis, self.part
-        if not basis.same(layer._basis(self.packing)):
+        weight = self.weight
+        if layer._record is not self.record or layer._parameters.get("weight") is not weight:
             return False
-        if part is None or not torch.is_grad_enabled():
+        if self.dtype is None:
             return True
-        return part.requires_grad == basis.weight.requires_grad and not part.is_inference()
+        if self.dtype is not _computed_in(weight, self.packing) or self.capturing is not _is_captured(weight):
+            return False
+        if self.part is None or not torch.is_grad_enabled():
+            return True
+        return self.part.requires_grad is weight.requires_grad and not self.part.is_inference()
 
 
 class ElasticWeight(Elastic):
@@ -79,14 +74,6 @@ class ElasticWeight(Elastic):
         packed, self._packed = self._packed, None
         return None if packed is None else packed.part
 
-    def _basis(self, packing: Packing) -> Basis:
-        weight = self._parameters.get("weight")
-        plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in DTYPES
-        if not plain or weight.device.type == "meta":
-            return Basis(self._record, weight, None, False)
-        capturing = weight.is_cuda and torch.cuda.is_current_stream_capturing()
-        return Basis(self._record, weight, packing.dtype or _computed_in(weight), capturing)
-
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which nobody packs
         return {name: value for name, value in vars(self).items() if name not in ("_packing", "_packed")}
 
@@ -104,45 +91,60 @@ def pack_together(layers: Mapping[str, ElasticWeight], packing: Packing) -> None
     if torch._C._are_functorch_transforms_active():
         return
     found: dict[str, Packed] = {}
-    launches: dict[tuple, list[tuple[str, Basis, Part]]] = {}
+    launches: dict[tuple, list[tuple[str, Packed, Part]]] = {}
     for path, layer in layers.items():
-        basis, part = layer._basis(packing), layer._weight_part()
-        if part is None or not _needs_copy(basis, part, packing.grad_mode):
-            found[path] = Packed(None, basis, packing)
+        packed, part = _unpacked(layer, packing), layer._weight_part()
+        if part is None or not _needs_copy(packed, part):
+            found[path] = packed
             continue
-        weight = basis.weight
+        weight = packed.weight
         if packing.grad_mode == "main_grad" and weight.requires_grad and not weight.is_leaf:
             raise InputError(f"{path}.weight is no leaf and keeps no gradient; use grad_mode='autograd'")
-        launches.setdefault((weight.device, weight.dtype, basis.dtype), []).append((path, basis, part))
+        launches.setdefault((weight.device, weight.dtype, packed.dtype), []).append((path, packed, part))
     for (_, _, dtype), entries in launches.items():
-        weights = [basis.weight for _, basis, _ in entries]
+        weights = [packed.weight for _, packed, _ in entries]
         views = packed_weights(weights, [part for *_, part in entries], dtype, packing.grad_mode)
-        for (path, basis, _), view in zip(entries, views, strict=True):
-            found[path] = Packed(view if basis.weight.requires_grad else view.detach(), basis, packing)
+        for (path, packed, _), view in zip(entries, views, strict=True):
+            found[path] = Packed(view if packed.weight.requires_grad else view.detach(), *packed[1:])
     for path, packed in found.items():
         vars(layers[path])["_packed"] = packed  # nn.Module's own way takes a microsecond for each
+
+
+def _unpacked(layer: ElasticWeight, packing: Packing) -> Packed:
+    weight = layer._parameters.get("weight")
+    plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in DTYPES and weight.device.type != "meta"
+    if not plain:
+        return Packed(None, layer._record, weight, None, False, packing)
+    return Packed(None, layer._record, weight, _computed_in(weight, packing), _is_captured(weight), packing)
+
+
+def _computed_in(weight: Tensor, packing: Packing) -> torch.dtype:
+    if packing.dtype is not None:
+        return packing.dtype
+    own, device = weight.dtype, weight.device.type
+    if own is not torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return own
+
+
+def _is_captured(weight: Tensor) -> bool:
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _needs_copy(packed: Packed, part: Part) -> bool:
+    weight, dtype = packed.weight, packed.dtype
+    if dtype is None:
+        return False
+    into_main = packed.packing.grad_mode == "main_grad" and getattr(weight, "main_grad", None) is not None
+    if dtype is not weight.dtype or into_main or part.kernel is not None:
+        return True
+    for channels, maximum in zip((part.rows, part.columns), weight.shape, strict=False):
+        if channels is not None and (channels.index is not None or channels.count != maximum):
+            return True
+    is_last = weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last)
+    return not (is_last or weight.is_contiguous())
 
 
 def packed_bias(bias: Tensor | None, outputs: Channels, dtype: torch.dtype) -> Tensor | None:
     """The active part of a bias, ``[Cout]``, in the dtype of packed weights."""
     return None if bias is None else part_of(bias, outputs).to(dtype)
-
-
-def _computed_in(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    if weight.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
-
-
-def _needs_copy(basis: Basis, part: Part, grad_mode: str) -> bool:
-    weight = basis.weight
-    if basis.dtype is None:
-        return False
-    if basis.dtype != weight.dtype or (grad_mode == "main_grad" and getattr(weight, "main_grad", None) is not None):
-        return True
-    for channels, maximum in zip((part.rows, part.columns), weight.shape, strict=False):
-        if channels is not None and (channels.index is not None or channels.count != maximum):
-            return True
-    is_dense = weight.is_contiguous() or (weight.dim() == 4 and weight.is_contiguous(memory_format=torch.channels_last))
-    return part.kernel is not None or not is_dense
