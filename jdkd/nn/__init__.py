@@ -9,6 +9,7 @@ from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
 from jdkd.nn.explanation import Explanation, explain
 from jdkd.nn.masked import masked
+from jdkd.nn.packing import pack_forwards, packed
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint
 from jdkd.nn.stage import ElasticStage
@@ -33,5 +34,7 @@ __all__ = [
     "explain",
     "export",
     "masked",
+    "pack_forwards",
+    "packed",
     "set_subnet",
 ]

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.elastic import Elastic, active_over_all, explained, filled, part_of
+from jdkd.nn.elastic import active_over_all, explained, filled, part_of
+from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
 from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
 from jdkd.ops.elastic_paths import Call, call_of
@@ -23,6 +24,7 @@ from jdkd.ops.kernel_size import (
     transform_sizes,
     transformed,
 )
+from jdkd.ops.pack import Part
 
 
 class _Convolution(NamedTuple):
@@ -36,7 +38,7 @@ class _Convolution(NamedTuple):
     border: tuple[int, ...] | None  # left, right, above, below, in pixels, where padding is not of zeros
 
 
-class ElasticConv2d(Elastic, nn.Conv2d):
+class ElasticConv2d(ElasticWeight, nn.Conv2d):
     """See :func:`jdkd.functional.elastic_conv2d`; built as ``nn.Conv2d``, with its state dict.
 
     ``active_in_channels``, ``active_out_channels`` and ``active_kernel_size`` say what is active now.
@@ -127,18 +129,17 @@ class ElasticConv2d(Elastic, nn.Conv2d):
         if self._is_transformed(active):
             return F.conv2d(x, self._filters(active), part_of(self.bias, active.outputs), self.stride, padding,
                             self.dilation, active.groups)  # fmt: skip
-        return convolve(
-            x,
-            self.weight,
-            self.bias,
-            active.inputs,
-            active.outputs,
-            self.stride,
-            padding,
-            self.dilation,
-            active.groups,
-            active.kernel,
-        )
+        weight, bias, inputs, outputs, kernel = self.weight, self.bias, active.inputs, active.outputs, active.kernel
+        if (packed := self._packed_weight()) is not None:
+            weight, bias = packed, packed_bias(bias, outputs, packed.dtype)
+            inputs, outputs, kernel = Channels(inputs.count), Channels(outputs.count), None
+        return convolve(x, weight, bias, inputs, outputs, self.stride, padding, self.dilation, active.groups, kernel)
+
+    def _weight_part(self) -> Part | None:
+        active = self._record.active
+        if self._is_transformed(active):
+            return None
+        return Part(active.outputs, active.inputs if self.groups == 1 else None, active.kernel)
 
     def _padded(self, x: Tensor, active: _Convolution) -> tuple[Tensor, Padding]:
         """The image, and the zeros that are still to be put around it."""
@@ -159,7 +160,11 @@ class ElasticConv2d(Elastic, nn.Conv2d):
         return call._replace(product=call.product._replace(device=x.device))
 
     def _filters(self, active: _Convolution) -> Tensor:
-        """Returns: the active filters, ``[Cout, Cin / groups, kh, kw]``."""
+        """Returns: the active filters, ``[Cout, Cin / groups, kh, kw]``; packed ones if there are."""
+        packed = self._packed_weight()
+        return self._shared_filters(active) if packed is None else packed
+
+    def _shared_filters(self, active: _Convolution) -> Tensor:
         columns = active.inputs if self.groups == 1 else None
         if not self._is_transformed(active):
             return active_part(self.weight, active.outputs, columns, active.kernel)
@@ -176,7 +181,7 @@ class ElasticConv2d(Elastic, nn.Conv2d):
             active.inputs.count, active.outputs.count, self.active_kernel_size, self.stride, active.padding,
             self.dilation, active.groups, self.bias is not None, self.padding_mode, device="meta",
         )  # fmt: skip
-        return filled(plain, self, weight=self._filters(active), bias=part_of(self.bias, active.outputs))
+        return filled(plain, self, weight=self._shared_filters(active), bias=part_of(self.bias, active.outputs))
 
     def extra_repr(self) -> str:
         kernel = (

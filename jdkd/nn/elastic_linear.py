@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.elastic import Elastic, active_over_all, explained, filled, part_of
+from jdkd.nn.elastic import active_over_all, explained, filled, part_of
+from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, active_part
 from jdkd.ops.elastic_conv import check_channels
+from jdkd.ops.pack import Part
 
 
 class _Features(NamedTuple):
@@ -20,7 +22,7 @@ class _Features(NamedTuple):
     outputs: Channels
 
 
-class ElasticLinear(Elastic, nn.Linear):
+class ElasticLinear(ElasticWeight, nn.Linear):
     """A linear layer over active features; built as ``nn.Linear``, with its state dict.
 
     ``active_in_channels`` and ``active_out_channels`` say how many are active now.
@@ -64,8 +66,14 @@ class ElasticLinear(Elastic, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         inputs, outputs = self._now()
         check_channels(x, inputs.count, dim=-1, where=type(self).__name__)
+        if (packed := self._packed_weight()) is not None:
+            return F.linear(x, packed, packed_bias(self.bias, outputs, packed.dtype))
         weight = active_part(self.weight, outputs, inputs)  # [out, in]
         return F.linear(x, weight, part_of(self.bias, outputs))
+
+    def _weight_part(self) -> Part:
+        inputs, outputs = self._record.active
+        return Part(outputs, inputs)
 
     def export(self) -> nn.Linear:
         """Returns: a plain linear layer with a copy of the active features, equal in output."""

@@ -1,4 +1,7 @@
-"""Activation checkpointing with the subnet of the forward; how a change is noticed is in :mod:`jdkd.nn.elastic`."""
+"""Activation checkpointing with the subnet of the forward, and with its packed weights.
+
+How a change of subnet is noticed is in :mod:`jdkd.nn.elastic`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic
+from jdkd.nn.packed_weight import ElasticWeight
 
 
 class Snapshot:
-    """The subnet of a model at one moment, to be brought back for the length of a ``with``.
+    """The subnet of a model at one moment, and its packed weights, to be brought back for the length of a ``with``.
 
     Args:
         model: holds the elastic layers; and modules whose tuple ``depths`` says how many of their blocks run.
@@ -23,6 +27,7 @@ class Snapshot:
         modules = list(model.modules())
         self._kept = [(module, "_record", module._record) for module in modules if isinstance(module, Elastic)]
         self._kept += [(m, "depths", m.depths) for m in modules if isinstance(getattr(m, "depths", None), tuple)]
+        self._kept += [(module, "_packed", module._packed) for module in modules if isinstance(module, ElasticWeight)]
         self._before: list[list[Any]] = []
 
     def __enter__(self) -> None:

@@ -1,0 +1,80 @@
+"""Two gloo processes that train on packed weights under DistributedDataParallel; prints, as JSON, what is wrong.
+
+Run as ``python -m tests.nn.packing_ddp``. For each mode: the parameters whose gradients are not those of one process
+that saw both batches. Depth changes from step to step, hence ``find_unused_parameters``.
+"""
+
+import json
+import tempfile
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from jdkd.nn import pack_forwards, set_subnet
+from tests.nn.elastic_models import supernet
+from tests.nn.packing_cases import SUBNETS, small
+
+NAMES = ("listed", "depth", "kernel sizes")
+
+
+def batch(rank: int) -> Tensor:
+    return torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(rank))
+
+
+def alone(name: str) -> dict[str, Tensor]:
+    net = small(name)
+    for rank in range(2):
+        (net(batch(rank)).square().sum() / 2).backward()
+    return {path: gradient_of(parameter) for path, parameter in net.named_parameters()}
+
+
+def gradient_of(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def wrong(rank: int, mode: str, own_gradients: bool = False, by_hand: bool = False) -> list[str]:
+    net = supernet()
+    weights = {path: parameter for path, parameter in net.named_parameters() if parameter.dim() > 1}
+    wrapped = DistributedDataParallel(net, find_unused_parameters=True, gradient_as_bucket_view=by_hand)
+    found = set()
+    with pack_forwards(net, grad_mode=mode):
+        for name in NAMES:
+            set_subnet(net, SUBNETS[name])
+            net.zero_grad()
+            for weight in weights.values() if own_gradients else ():
+                weight.main_grad = torch.zeros_like(weight)
+            wrapped(batch(rank)).square().sum().backward()
+            if by_hand:
+                for weight in weights.values():
+                    dist.all_reduce(weight.main_grad)
+                    weight.main_grad /= 2
+            expected = alone(name)
+            for path, parameter in net.named_parameters():
+                gradient = parameter.main_grad if own_gradients and path in weights else gradient_of(parameter)
+                if not torch.allclose(gradient, expected[path], rtol=1e-4, atol=1e-4):
+                    found.add(path)
+    return sorted(found)
+
+
+def work(rank: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    found = {
+        "autograd": wrong(rank, "autograd"),
+        "main_grad, in grad": wrong(rank, "main_grad"),
+        "main_grad, averaged by hand": wrong(rank, "main_grad", own_gradients=True, by_hand=True),
+        "main_grad, left alone": wrong(rank, "main_grad", own_gradients=True),
+        "copied": sorted(path for path, parameter in supernet().named_parameters() if parameter.dim() > 1),
+    }
+    gathered = [None, None]
+    dist.all_gather_object(gathered, found)
+    if rank == 0:
+        print(json.dumps(gathered))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(work, (f"{folder}/rendezvous",), nprocs=2)
