@@ -171,9 +171,14 @@ def aligned(numel: int, itemsize: int) -> int:
     return (numel + unit - 1) // unit * unit
 
 
-def packed_views(buffer: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-    """Returns: the packed weights in their flat buffer, one a part; 4-D ones channels-last."""
-    views, offset = [], 0
+def packed_numel(sizes: Sequence[int], itemsize: int) -> int:
+    """Returns: elements of a flat buffer of packed weights."""
+    return sum(aligned(_product(sizes[i : i + 4]), itemsize) for i in range(0, len(sizes), 4))
+
+
+def packed_views(buffer: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], offset: int = 0) -> list[Tensor]:
+    """Returns: the packed weights in their flat buffer from ``offset`` on, one a part; 4-D ones channels-last."""
+    views = []
     for i, weight in enumerate(weights):
         r, c, h, w = sizes[4 * i : 4 * i + 4]
         if weight.dim() == 4:
