@@ -39,7 +39,7 @@ def zeros(numel: int, like: Tensor) -> Tensor:
         return torch.zeros(numel, dtype=like.dtype, device=like.device)
     memory, is_fresh = _taken(_gradient_pages, numel * like.element_size())
     buffer = _on_pages(memory, numel, like.dtype)
-    return buffer
+    return buffer if is_fresh else buffer.zero_()
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
