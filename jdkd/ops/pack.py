@@ -260,13 +260,8 @@ def _pack(
         packed = reference.pack(weights, *_plain(rows, columns, sizes, buffer.device), dtype)
         for view, part in zip(packed_views(buffer, weights, sizes), packed, strict=True):
             view.copy_(part)
-    elif backend == "triton":
-        from jdkd.kernels import pack as kernels
-
-        pointers, is_aligned = _uploaded(table, weights)
-        kernels.pack(pointers, weights[0], *table.tensors(), buffer, is_aligned)
     else:
-        torch.ops.jdkd_C.pack(weights, *table.tensors(), buffer)
+        _launch("pack", backend, table, weights, buffer)
     return buffer
 
 
@@ -285,13 +280,8 @@ def _unpack(
     if backend == "reference":
         views = dense_views(buffer, like)
         reference.unpack_add_(views, *_plain(rows, columns, sizes, buffer.device), packed)
-    elif backend == "triton":
-        from jdkd.kernels import pack as kernels
-
-        pointers, is_aligned = _uploaded(table, packed)
-        kernels.unpack(pointers, packed[0], *table.tensors(), buffer, is_aligned)
     else:
-        torch.ops.jdkd_C.unpack(packed, *table.tensors(), buffer)
+        _launch("unpack", backend, table, packed, buffer)
     return buffer
 
 
@@ -312,13 +302,7 @@ def _unpack_add_(
     if backend == "reference":
         reference.unpack_add_(gradients, *_plain(rows, columns, sizes, gradients[0].device), packed)
         return
-    if backend == "triton":
-        from jdkd.kernels import pack as kernels
-
-        pointers, is_aligned = _uploaded(table, [*gradients, *packed])
-        kernels.unpack_add_(pointers, gradients[0], *table.tensors(), packed[0], is_aligned)
-    else:
-        torch.ops.jdkd_C.unpack_add_(gradients, *table.tensors(), packed)
+    _launch("unpack_add_", backend, table, gradients, packed)
     torch.autograd.graph.increment_version(gradients)
 
 
@@ -341,10 +325,19 @@ def _plain(
     return *active, list(zip(sizes[2::4], sizes[3::4], strict=True))
 
 
-def _uploaded(table: PackTable, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """Addresses on the device, and whether all are multiples of 16 bytes."""
-    addresses = tuple([tensor.data_ptr() for tensor in tensors])
-    return table.addresses(addresses), all(address % 16 == 0 for address in addresses)
+def _launch(op: str, backend: str, table: PackTable, tensors: list[Tensor], other: Tensor | list[Tensor]) -> None:
+    """A launch of a compiled kernel over all parts of a table; ``other`` is the flat buffer, or what is added."""
+    if backend == "triton":
+        from jdkd.kernels import pack as kernels
+
+        one, singles = (other, tensors) if isinstance(other, Tensor) else (other[0], [*tensors, *other])
+        addresses = tuple([tensor.data_ptr() for tensor in singles])
+        is_aligned = all(address % 16 == 0 for address in addresses)
+        shared, packed = (one, tensors[0]) if op == "unpack" else (tensors[0], one)
+        kernels.launch(op, table.addresses(addresses), shared, packed, *table.tensors(), is_aligned)
+    else:
+        given = table.tensors() if backend == "cuda" else (table.parts, None, table.index)
+        getattr(torch.ops.jdkd_C, op)(tensors, *given, other)
 
 
 def _pack_fake(
