@@ -161,7 +161,31 @@ def _pack_kernel(
             _move(shared + own, packed + (r.to(tl.int64) * taps + t) * across + c, inside, ACTION, INTERPRETED)
 
 
-def _launch(action, pointers, shared, packed, parts, pieces, index, aligned) -> None:
+def launch(
+    op: str,
+    pointers: torch.Tensor,
+    shared: torch.Tensor,
+    packed: torch.Tensor,
+    parts: torch.Tensor,
+    pieces: torch.Tensor,
+    index: torch.Tensor,
+    aligned: bool,
+) -> None:
+    """Packs all parts, or brings their gradients back.
+
+    Args:
+        op: ``"pack"``, ``"unpack_add_"`` or ``"unpack"``.
+        pointers: addresses of the single tensors, int64: of the shared weights ``[P]``, of the shared gradients and
+            then the packed ones ``[2 P]``, or of the packed gradients ``[P]``.
+        shared: any of the shared tensors, for its dtype; of ``"unpack"`` the zeros that it fills in.
+        packed: any of the packed tensors, for its dtype; of ``"pack"`` where the packed weights go. Flat buffers begin
+            at multiples of 16 bytes.
+        parts: ``[P, 16]`` int64.
+        pieces: ``[pieces, 4]`` int32.
+        index: all lists, int64.
+        aligned: whether all addresses are multiples of 16 bytes.
+    """
+    action = {"pack": PACK, "unpack_add_": ADD, "unpack": SET}[op]
     vector = 16 // min(shared.element_size(), packed.element_size())
     interpreted = not isinstance(_pack_kernel, triton.JITFunction)
     elsewhere = shared.is_cuda and shared.device.index != torch.cuda.current_device()
@@ -170,75 +194,6 @@ def _launch(action, pointers, shared, packed, parts, pieces, index, aligned) -> 
             pointers, shared, packed, parts, pieces, index, len(parts),
             ACTION=action, ALIGNED=aligned, V=vector, INTERPRETED=interpreted, **BLOCK,
         )  # fmt: skip
-
-
-def pack(
-    pointers: torch.Tensor,
-    weight: torch.Tensor,
-    parts: torch.Tensor,
-    pieces: torch.Tensor,
-    index: torch.Tensor,
-    flat: torch.Tensor,
-    aligned: bool,
-) -> None:
-    """Writes all packed weights into ``flat``.
-
-    Args:
-        pointers: addresses of the shared weights, ``[P]`` int64.
-        weight: any of them, for its dtype.
-        parts: ``[P, 16]`` int64.
-        pieces: ``[pieces, 4]`` int32.
-        index: all lists, int64.
-        flat: where the packed weights go; at a multiple of 16 bytes.
-        aligned: whether all addresses are multiples of 16 bytes.
-    """
-    _launch(PACK, pointers, weight, flat, parts, pieces, index, aligned)
-
-
-def unpack_add_(
-    pointers: torch.Tensor,
-    gradient: torch.Tensor,
-    parts: torch.Tensor,
-    pieces: torch.Tensor,
-    index: torch.Tensor,
-    packed: torch.Tensor,
-    aligned: bool,
-) -> None:
-    """Adds packed gradients to shared ones in place.
-
-    Args:
-        pointers: addresses of the shared gradients, then of the packed ones, ``[2 P]`` int64.
-        gradient: any of the shared ones, for its dtype.
-        parts: as for :func:`pack`.
-        pieces: as for :func:`pack`.
-        index: as for :func:`pack`.
-        packed: any of the packed ones, for its dtype.
-        aligned: as for :func:`pack`.
-    """
-    _launch(ADD, pointers, gradient, packed, parts, pieces, index, aligned)
-
-
-def unpack(
-    pointers: torch.Tensor,
-    packed: torch.Tensor,
-    parts: torch.Tensor,
-    pieces: torch.Tensor,
-    index: torch.Tensor,
-    flat: torch.Tensor,
-    aligned: bool,
-) -> None:
-    """Writes packed gradients into the zeros of ``flat``.
-
-    Args:
-        pointers: addresses of the packed gradients, ``[P]`` int64.
-        packed: any of them, for its dtype.
-        parts: as for :func:`pack`.
-        pieces: as for :func:`pack`.
-        index: as for :func:`pack`.
-        flat: zeros; at a multiple of 16 bytes.
-        aligned: as for :func:`pack`.
-    """
-    _launch(SET, pointers, flat, packed, parts, pieces, index, aligned)
 
 
 def aot_variants() -> list[dict]:

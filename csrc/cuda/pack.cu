@@ -6,12 +6,11 @@
 // Numerics: float32 in registers, rounded once to nearest; between equal dtypes a copy of the value.
 // Deterministic: yes, one thread owns an element. Limits: 64-bit offsets; the gradients of one launch are distinct.
 #include "common/cuda.h"
+#include "common/element_type.cuh"
+#include "common/vec.cuh"
 #include "ops/pack.h"
 
 #include <algorithm>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <type_traits>
 
 namespace jdkd::pack {
 namespace {
@@ -26,25 +25,17 @@ struct Pointers {
   int first, count;
 };
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
 template <class T>
 __device__ __forceinline__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(x);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(x);
-  } else {
-    return x;
-  }
+  T rounded;
+  assign(rounded, x);
+  return rounded;
 }
 
 // What the shared side becomes.
 template <Action action, class S>
 __device__ __forceinline__ S unpacked(S shared, float packed) {
-  return from_float<S>(action == Action::kAdd ? to_float(shared) + packed : packed);
+  return from_float<S>(action == Action::kAdd ? as_float(shared) + packed : packed);
 }
 
 // V elements side by side, moved by 16 bytes at a time where there are so many.
@@ -63,7 +54,7 @@ __device__ __forceinline__ void transfer(S* shared, P* packed) {
     PackedVector to;
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      to.at[i] = from_float<P>(to_float(from.at[i]));
+      to.at[i] = from_float<P>(as_float(from.at[i]));
     }
     *reinterpret_cast<PackedVector*>(packed) = to;
   } else {
@@ -74,7 +65,7 @@ __device__ __forceinline__ void transfer(S* shared, P* packed) {
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      to.at[i] = unpacked<action>(to.at[i], to_float(from.at[i]));
+      to.at[i] = unpacked<action>(to.at[i], as_float(from.at[i]));
     }
     *reinterpret_cast<SharedVector*>(shared) = to;
   }
@@ -106,8 +97,6 @@ struct Work {
   }
 };
 
-__device__ __forceinline__ bool is_wide(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // Runs of columns on both sides, V at a time.
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void copy_piece(const Work<S, P>& work) {
@@ -135,7 +124,7 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
   const int64_t first = static_cast<int64_t>(work.first_column) * taps;
   const bool flat = work.part.column_list < 0 && work.part.column_stride == taps && work.part.tap_w_stride == 1 &&
       work.part.taps_w == taps && work.part.row_stride % 4 == 0 && first % 4 == 0 && per_row % 4 == 0 &&
-      is_wide(work.shared);
+      is_pack_aligned(work.shared);
   const int step = flat ? 4 : 1, total = work.rows * per_row;
   for (int i = threadIdx.x * step; i < total; i += kThreads * step) {
     const int r = i / per_row, at = i - r * per_row;
@@ -151,7 +140,7 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
       for (int k = 0; k < 4; ++k) {
         float* cell = row + t * pitch + c;
         if constexpr (action == Action::kPack) {
-          *cell = to_float(values.at[k]);
+          *cell = as_float(values.at[k]);
         } else {
           values.at[k] = unpacked<action>(values.at[k], *cell);
         }
@@ -202,7 +191,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(
       static_cast<int>(min(part.tile_rows, part.rows - piece.row)),
       static_cast<int>(part.taps_h * part.taps_w),
       static_cast<int>(min(part.tile_columns, part.columns - piece.column))};
-  const bool packed_wide = is_wide(work.packed) && part.columns % V == 0;  // pieces begin at multiples of V
+  const bool packed_wide = is_pack_aligned(work.packed) && part.columns % V == 0;  // pieces begin at multiples of V
   if (part.mode == kTurn) {
     const int pitch = (work.columns + 3) / 4 * 4 + 4;
     if constexpr (action == Action::kPack) {
@@ -218,23 +207,10 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(
       __syncthreads();
       turn_shared_side<action>(work, cells, pitch);
     }
-  } else if (part.mode == kCopy && packed_wide && is_wide(work.shared)) {
+  } else if (part.mode == kCopy && packed_wide && is_pack_aligned(work.shared)) {
     copy_piece<action, V>(work);
   } else {
     gather_piece<action>(work);
-  }
-}
-
-// Calls launch(T{}) with an element type.
-template <class Launch>
-void dispatch(ScalarType type, const Launch& launch) {
-  switch (type) {
-    case ScalarType::Float:
-      return launch(float{});
-    case ScalarType::BFloat16:
-      return launch(__nv_bfloat16{});
-    default:
-      return launch(__half{});
   }
 }
 
@@ -256,6 +232,7 @@ template <Action action>
 void launch(
     const Tensor& like, const Table& table, ScalarType shared_type, ScalarType packed_type, const Side& shared,
     const Side& packed) {
+  check(table.pieces != nullptr, "pack: pieces are missing");
   check(table.piece_count <= 0x7fffffff, "pack: ", table.piece_count, " pieces are more than a grid holds");
   const cudaStream_t stream = current_stream(like);
   for (int64_t first = 0; first < table.part_count; first += kMaxParts) {
@@ -276,7 +253,7 @@ void launch(
   }
 }
 
-void pack(std::vector<Tensor> weights, Tensor parts, Tensor pieces, Tensor index, Tensor flat) {
+void pack(std::vector<Tensor> weights, Tensor parts, std::optional<Tensor> pieces, Tensor index, Tensor flat) {
   const Table table("pack", parts, pieces, index);
   const ScalarType type = check_tensors("pack", "weights", weights, table), packed_type = check_flat("pack", flat);
   const torch::stable::accelerator::DeviceGuard guard(flat.get_device_index());
@@ -284,7 +261,7 @@ void pack(std::vector<Tensor> weights, Tensor parts, Tensor pieces, Tensor index
 }
 
 void unpack_add_(
-    std::vector<Tensor> gradients, Tensor parts, Tensor pieces, Tensor index, std::vector<Tensor> packed) {
+    std::vector<Tensor> gradients, Tensor parts, std::optional<Tensor> pieces, Tensor index, std::vector<Tensor> packed) {
   const Table table("unpack_add_", parts, pieces, index);
   const ScalarType type = check_tensors("unpack_add_", "gradients", gradients, table);
   const ScalarType packed_type = check_tensors("unpack_add_", "packed gradients", packed, table);
@@ -292,7 +269,7 @@ void unpack_add_(
   launch<Action::kAdd>(gradients[0], table, type, packed_type, Side(gradients), Side(packed));
 }
 
-void unpack(std::vector<Tensor> packed, Tensor parts, Tensor pieces, Tensor index, Tensor flat) {
+void unpack(std::vector<Tensor> packed, Tensor parts, std::optional<Tensor> pieces, Tensor index, Tensor flat) {
   const Table table("unpack", parts, pieces, index);
   const ScalarType packed_type = check_tensors("unpack", "packed gradients", packed, table);
   const ScalarType type = check_flat("unpack", flat);

@@ -1,5 +1,6 @@
 // Launchers of the Pearson loss on CUDA, and their registration.
 #include "common/cuda.h"
+#include "common/element_type.cuh"
 #include "cuda/pearson_kernels.cuh"
 
 #include <algorithm>
@@ -80,19 +81,6 @@ struct Plan {
     }
   }
 };
-
-// Calls launch(T{}) with the element type of the tensors.
-template <class Launch>
-void dispatch(ScalarType type, const Launch& launch) {
-  switch (type) {
-    case ScalarType::Float:
-      return launch(float{});
-    case ScalarType::BFloat16:
-      return launch(__nv_bfloat16{});
-    default:
-      return launch(__half{});
-  }
-}
 
 void check_one_dtype(const char* op, const std::vector<Tensor>& x, const std::vector<Tensor>& y) {
   for (size_t i = 0; i < x.size(); ++i) {

@@ -10,6 +10,7 @@
 
 #include "common/checks.h"
 
+#include <optional>
 #include <vector>
 
 namespace jdkd::pack {
@@ -46,11 +47,11 @@ struct Piece {
 // The three tensors of a table, checked.
 struct Table {
   const Part* parts;     // on the device of the weights
-  const Piece* pieces;   // likewise
+  const Piece* pieces;   // likewise; null where the caller cuts the parts itself
   const int64_t* index;  // all lists, likewise
   int64_t part_count, piece_count;
 
-  Table(const char* op, const Tensor& parts, const Tensor& pieces, const Tensor& index);
+  Table(const char* op, const Tensor& parts, const std::optional<Tensor>& pieces, const Tensor& index);
 };
 
 // Checks that there is a tensor a part, all of one supported dtype, and returns that dtype.

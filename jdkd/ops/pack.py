@@ -22,7 +22,7 @@ from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, on_device
 from jdkd.ops.pack_memory import empty, zeros
-from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_views, table_of
+from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_numel, packed_views, table_of
 from jdkd.reference import pack as reference
 
 _OP = "pack"
@@ -32,6 +32,7 @@ for _name in ("cuda", "triton", "cpu"):
 _backend.register(_OP, "reference")
 
 GRAD_MODES = ("autograd", "main_grad")
+GROUP_BYTES = 8 << 20  # of dense gradients that a CPU makes together
 
 
 class Part(NamedTuple):
@@ -135,10 +136,10 @@ def packed_weights(
         weights: shared weights, as for :func:`pack`.
         parts: what is active of each.
         dtype: of the copies.
-        grad_mode: ``"autograd"`` gives every weight a dense gradient, zero where inactive; all of them are views of
-            one buffer. ``"main_grad"`` adds to ``weight.main_grad``, or else ``weight.grad``, in place, and creates
-            it if missing. It writes only what is active; hooks on the weights see None, and
-            ``DistributedDataParallel`` reduces nothing.
+        grad_mode: ``"autograd"`` gives every weight a dense gradient, zero where inactive: views of one buffer, on
+            a CPU of one for a few neighbours. ``"main_grad"`` adds to ``weight.main_grad``, or else
+            ``weight.grad``, in place, and creates it if missing. It writes only what is active; hooks on the weights
+            see None, and ``DistributedDataParallel`` reduces nothing.
 
     Returns:
         As :func:`pack`.
@@ -153,16 +154,39 @@ def packed_weights(
             if weight.requires_grad and not weight.is_leaf:
                 raise InputError(f"weight {place} is no leaf and keeps no gradient; use grad_mode='autograd'")
     flat = _flattened(weights, parts, "weights")
-    return list(_PackedWeights.apply(dtype, grad_mode, *flat, *weights))
+    with torch.no_grad():
+        buffer = torch.ops.jdkd.pack(list(weights), *flat, dtype)
+    packed, offset = [], 0
+    for places in _groups(weights, grad_mode):
+        own = flat.kept(places)
+        packed += _PackedWeights.apply(buffer, offset, grad_mode, *own, *[weights[i] for i in places])
+        offset += packed_numel(own.sizes, dtype.itemsize)
+    return packed
+
+
+def _groups(weights: Sequence[Tensor], grad_mode: str) -> list[Sequence[int]]:
+    """Neighbours whose gradients are made together: all of them on a GPU; on a CPU what a cache holds until it is
+    added to the weights' own."""
+    if weights[0].device.type != "cpu" or grad_mode == "main_grad" or not torch.is_grad_enabled():
+        return [range(len(weights))]
+    first, size, groups = 0, 0, []
+    for place, weight in enumerate(weights):
+        more = weight.numel() * weight.element_size()
+        if size + more > GROUP_BYTES and place > first:
+            groups.append(range(first, place))
+            first, size = place, 0
+        size += more
+    return [*groups, range(first, len(weights))]
 
 
 class _PackedWeights(torch.autograd.Function):
-    """The autograd rule: linear, so all that is kept is where the weights lie."""
+    """The autograd rule of a group: linear, so all that is kept is where the weights lie."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        dtype: torch.dtype,
+        buffer: Tensor,  # [all packed weights], written
+        offset: int,  # of the group's first one
         grad_mode: str,
         rows: list[Tensor | None],
         columns: list[Tensor | None],
@@ -171,13 +195,12 @@ class _PackedWeights(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.flat, ctx.grad_mode, ctx.weights = _Flat(rows, columns, sizes), grad_mode, weights
         ctx.set_materialize_grads(False)
-        buffer = torch.ops.jdkd.pack(list(weights), rows, columns, sizes, dtype)
-        return tuple(packed_views(buffer, weights, sizes))
+        return tuple(packed_views(buffer, weights, sizes, offset))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *packed: Tensor | None) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[5:]
+        needed = ctx.needs_input_grad[6:]
         places = [i for i, gradient in enumerate(packed) if gradient is not None and needed[i]]
         found: list[Tensor | None] = [None] * len(packed)
         if places and ctx.grad_mode == "main_grad":
@@ -188,7 +211,7 @@ class _PackedWeights(torch.autograd.Function):
             buffer = torch.ops.jdkd.unpack([packed[i] for i in places], like, *flat)
             for i, gradient in zip(places, dense_views(buffer, like), strict=True):
                 found[i] = gradient
-        return (None, None, None, None, None, *found)
+        return (*(None,) * 6, *found)
 
 
 def _accumulate(weights: Sequence[Tensor], flat: _Flat, packed: Sequence[Tensor | None], places: list[int]) -> None:
@@ -237,13 +260,8 @@ def _pack(
         packed = reference.pack(weights, *_plain(rows, columns, sizes, buffer.device), dtype)
         for view, part in zip(packed_views(buffer, weights, sizes), packed, strict=True):
             view.copy_(part)
-    elif backend == "triton":
-        from jdkd.kernels import pack as kernels
-
-        pointers, is_aligned = _uploaded(table, weights)
-        kernels.pack(pointers, weights[0], *table.tensors(), buffer, is_aligned)
     else:
-        torch.ops.jdkd_C.pack(weights, *table.tensors(), buffer)
+        _launch("pack", backend, table, weights, buffer)
     return buffer
 
 
@@ -262,13 +280,8 @@ def _unpack(
     if backend == "reference":
         views = dense_views(buffer, like)
         reference.unpack_add_(views, *_plain(rows, columns, sizes, buffer.device), packed)
-    elif backend == "triton":
-        from jdkd.kernels import pack as kernels
-
-        pointers, is_aligned = _uploaded(table, packed)
-        kernels.unpack(pointers, packed[0], *table.tensors(), buffer, is_aligned)
     else:
-        torch.ops.jdkd_C.unpack(packed, *table.tensors(), buffer)
+        _launch("unpack", backend, table, packed, buffer)
     return buffer
 
 
@@ -289,13 +302,7 @@ def _unpack_add_(
     if backend == "reference":
         reference.unpack_add_(gradients, *_plain(rows, columns, sizes, gradients[0].device), packed)
         return
-    if backend == "triton":
-        from jdkd.kernels import pack as kernels
-
-        pointers, is_aligned = _uploaded(table, [*gradients, *packed])
-        kernels.unpack_add_(pointers, gradients[0], *table.tensors(), packed[0], is_aligned)
-    else:
-        torch.ops.jdkd_C.unpack_add_(gradients, *table.tensors(), packed)
+    _launch("unpack_add_", backend, table, gradients, packed)
     torch.autograd.graph.increment_version(gradients)
 
 
@@ -318,10 +325,19 @@ def _plain(
     return *active, list(zip(sizes[2::4], sizes[3::4], strict=True))
 
 
-def _uploaded(table: PackTable, tensors: Sequence[Tensor]) -> tuple[Tensor, bool]:
-    """Addresses on the device, and whether all are multiples of 16 bytes."""
-    addresses = tuple([tensor.data_ptr() for tensor in tensors])
-    return table.addresses(addresses), all(address % 16 == 0 for address in addresses)
+def _launch(op: str, backend: str, table: PackTable, tensors: list[Tensor], other: Tensor | list[Tensor]) -> None:
+    """A launch of a compiled kernel over all parts of a table; ``other`` is the flat buffer, or what is added."""
+    if backend == "triton":
+        from jdkd.kernels import pack as kernels
+
+        one, singles = (other, tensors) if isinstance(other, Tensor) else (other[0], [*tensors, *other])
+        addresses = tuple([tensor.data_ptr() for tensor in singles])
+        is_aligned = all(address % 16 == 0 for address in addresses)
+        shared, packed = (one, tensors[0]) if op == "unpack" else (tensors[0], one)
+        kernels.launch(op, table.addresses(addresses), shared, packed, *table.tensors(), is_aligned)
+    else:
+        given = table.tensors() if backend == "cuda" else (table.parts, None, table.index)
+        getattr(torch.ops.jdkd_C, op)(tensors, *given, other)
 
 
 def _pack_fake(

@@ -16,15 +16,17 @@ from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # bytes
 
-_kept_pages: list[mmap.mmap] = []
+_packed_pages: list[mmap.mmap] = []  # the last ones, packed weights live on them
+_gradient_pages: list[mmap.mmap] = []
+_KEPT = 2  # buffers of each kind
 _lock = threading.Lock()
 
 
 def zeros(numel: int, like: Tensor) -> Tensor:
-    """A buffer of zeros; a large one on Linux is cleared by the operating system, and only where it is written.
+    """A buffer of zeros; a large one on Linux takes the pages of one that is gone, which are still in a cache.
 
-    Untouched pages are read from one page of zeros. Clearing the dense gradients of ResNet-50 takes longer than
-    filling in those of a subnet of half its width.
+    Fresh pages are cleared by the operating system, and only where they are written; untouched ones are read from one
+    page of zeros.
 
     Args:
         numel: elements.
@@ -35,7 +37,9 @@ def zeros(numel: int, like: Tensor) -> Tensor:
     """
     if not _is_mapped(numel, like.dtype, like.device):
         return torch.zeros(numel, dtype=like.dtype, device=like.device)
-    return _on_pages(_pages(numel * like.element_size()), numel, like.dtype)
+    memory, is_fresh = _taken(_gradient_pages, numel * like.element_size())
+    buffer = _on_pages(memory, numel, like.dtype)
+    return buffer if is_fresh else buffer.zero_()
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -54,21 +58,25 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """
     if not _is_mapped(numel, dtype, device):
         return torch.empty(numel, dtype=dtype, device=device)
-    size = numel * dtype.itemsize
-    with _lock:
-        for place in range(len(_kept_pages)):
-            memory = _kept_pages[place]
-            is_free = sys.getrefcount(memory) == 3  # the list, this name and the call: no tensor
-            if is_free and size + 2 * HUGE_PAGE <= len(memory) <= 2 * size + 2 * HUGE_PAGE:
-                _kept_pages.append(_kept_pages.pop(place))
-                return _on_pages(memory, numel, dtype)
-        _kept_pages.append(_pages(size))
-        del _kept_pages[:-2]
-        return _on_pages(_kept_pages[-1], numel, dtype)
+    return _on_pages(_taken(_packed_pages, numel * dtype.itemsize)[0], numel, dtype)
 
 
 def _is_mapped(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and numel * dtype.itemsize >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+
+
+def _taken(kept: list[mmap.mmap], size: int) -> tuple[mmap.mmap, bool]:
+    """Pages that nobody uses, or else fresh ones, and whether they are fresh; the last ones are kept."""
+    with _lock:
+        for place in range(len(kept)):
+            memory = kept[place]
+            is_free = sys.getrefcount(memory) == 3  # the list, this name and the call: no tensor
+            if is_free and size + 2 * HUGE_PAGE <= len(memory) <= 2 * size + 2 * HUGE_PAGE:
+                kept.append(kept.pop(place))
+                return memory, False
+        kept.append(_pages(size))
+        del kept[:-_KEPT]
+        return kept[-1], True
 
 
 def _pages(size: int) -> mmap.mmap:

@@ -14,6 +14,7 @@ The layout of a row of the table is ``csrc/ops/pack.h``'s ``Part``.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ COPY, GATHER, TURN = range(3)
 PIECE = 4096  # elements of a piece, about
 TURN_CELLS = 4608  # floats of on-chip memory in which a piece is turned
 ALIGNMENT = 128  # bytes, of every part in a flat buffer
-MAX_TABLES = 64
+MAX_TABLES = 256
 MAX_RUN = 2**30  # elements of a merged dimension
 
 Size4 = tuple[int, int, int, int]  # rows, columns, kh', kw' of a part
@@ -84,10 +85,17 @@ class PackTable:
         parts = torch.tensor(fields, dtype=torch.int64)  # [P, 16]
         self.index = index  # [lists together] int64
         self.parts = on_device(parts, device)
-        self.pieces = on_device(_pieces(parts), device)  # [pieces, 4] int32: part, first row, first column, 0
+        self._pieces = on_device(_pieces(parts), device) if device.type != "cpu" else None
         self.pointers: tuple[tuple[int, ...], Tensor] | None = None  # what a kernel without pointer arguments reads
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # of the upload
         self.uploaded_event = None if self.stream is None else self.stream.record_event()
+
+    @property
+    def pieces(self) -> Tensor:
+        """Part, first row, first column and 0 of each, ``[pieces, 4]`` int32."""
+        if self._pieces is None:  # the kernel of the CPU cuts its own
+            self._pieces = _pieces(self.parts)
+        return self._pieces
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Returns: parts, pieces and index, ready for the current stream; kept for good once a CUDA graph has them."""
@@ -144,7 +152,7 @@ def table_of(
         InputError: if a part does not fit its weight.
     """
     first = weights[0]
-    shapes = tuple([tuple(weight.shape) for weight in weights])
+    shapes = tuple([weight.shape for weight in weights])
     lists = tuple([None if index is None else (id(index), _version(index)) for index in (*rows, *columns)])
     itemsizes = first.element_size(), dtype.itemsize
     key = shapes, tuple(strides), lists, tuple(sizes), itemsizes, first.device
@@ -153,7 +161,7 @@ def table_of(
             _tables.move_to_end(key)
             return table
     of_parts = [tuple(sizes[i : i + 4]) for i in range(0, len(sizes), 4)]
-    table = PackTable(shapes, strides, rows, columns, of_parts, itemsizes, first.device)
+    table = PackTable([tuple(shape) for shape in shapes], strides, rows, columns, of_parts, itemsizes, first.device)
     with _lock:
         _tables[key] = table
         while len(_tables) > MAX_TABLES:
@@ -171,9 +179,14 @@ def aligned(numel: int, itemsize: int) -> int:
     return (numel + unit - 1) // unit * unit
 
 
-def packed_views(buffer: Tensor, weights: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-    """Returns: the packed weights in their flat buffer, one a part; 4-D ones channels-last."""
-    views, offset = [], 0
+def packed_numel(sizes: Sequence[int], itemsize: int) -> int:
+    """Returns: elements of a flat buffer of packed weights."""
+    return sum(aligned(_product(sizes[i : i + 4]), itemsize) for i in range(0, len(sizes), 4))
+
+
+def packed_views(buffer: Tensor, weights: Sequence[Tensor], sizes: Sequence[int], offset: int = 0) -> list[Tensor]:
+    """Returns: the packed weights in their flat buffer from ``offset`` on, one a part; 4-D ones channels-last."""
+    views = []
     for i, weight in enumerate(weights):
         r, c, h, w = sizes[4 * i : 4 * i + 4]
         if weight.dim() == 4:
@@ -249,6 +262,7 @@ def _joined_lists(lists: Sequence[Tensor | None], device: torch.device) -> tuple
     return torch.cat([on_device(index, device) for index in present]), places
 
 
+@functools.lru_cache(maxsize=4096)  # blocks repeat, and subnets share most of their parts
 def _fields(
     shape: tuple[int, ...], stride: tuple[int, ...], size: Size4, lists: tuple[int, int], itemsizes: tuple[int, int]
 ) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
+from jdkd.ops import pack
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.pack import GRAD_MODES, Part, packed_weights
 from tests.ops.pack_cases import LAST, active_mask, channels, on, sliced, subnet, weight
@@ -35,6 +36,25 @@ def test_gradients_are_those_of_indexing(backend, device):
     for ours, theirs in zip(weights, plain, strict=True):
         assert torch.equal(ours.grad, theirs.grad)
         assert ours.grad.stride() == ours.stride()
+
+
+@pytest.mark.parametrize(("group_bytes", "groups"), [(1, 7), (20 << 10, 3), (1 << 20, 1)])
+def test_gradients_that_a_cpu_makes_in_groups_are_those_of_indexing(monkeypatch, group_bytes, groups):
+    made = []
+    monkeypatch.setattr(pack, "zeros", lambda numel, like: made.append(numel) or torch.zeros(numel))
+    monkeypatch.setattr(pack, "GROUP_BYTES", group_bytes)
+    weights, parts = leaves("cpu")
+    weights[3].requires_grad_(False)
+    packed = packed_weights(weights, parts, torch.bfloat16)
+    given = [torch.randn_like(view) for view in packed]
+    used = [place for place, view in enumerate(packed) if view.requires_grad]
+    torch.autograd.backward([packed[place] for place in used], [given[place] for place in used])
+    assert len(made) == groups and weights[3].grad is None
+    for place, (whole, part, view) in enumerate(zip(weights, parts, packed, strict=True)):
+        assert torch.equal(view, sliced(whole.detach(), part).bfloat16())
+        if place != 3:
+            assert torch.equal(sliced(whole.grad, part), given[place].float())
+            assert not whole.grad[~active_mask(whole, part)].any()
 
 
 @pytest.mark.parametrize("mode", GRAD_MODES)

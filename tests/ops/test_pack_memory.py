@@ -38,11 +38,20 @@ def test_a_view_or_a_gradient_graph_keeps_the_pages():
 def test_pages_that_nobody_uses_are_taken_again_and_at_most_two_buffers_are_kept():
     buffers = [empty(LARGE, torch.float32, CPU) for _ in range(5)]
     addresses = {buffer.data_ptr() for buffer in buffers}
-    assert len(addresses) == 5 and len(pack_memory._kept_pages) == 2
+    assert len(addresses) == 5 and len(pack_memory._packed_pages) == 2
     del buffers
     gc.collect()
     again = [empty(LARGE - 3, torch.float32, CPU), empty(2 * LARGE, torch.float16, CPU)]
     assert {buffer.data_ptr() for buffer in again} <= addresses
+
+
+def test_a_gradient_that_lives_is_never_overwritten_and_one_that_is_gone_gives_its_pages():
+    kept = zeros(LARGE, torch.empty(0)).fill_(5.0)
+    others = [zeros(LARGE, torch.empty(0)).fill_(1.0) for _ in range(3)]
+    addresses = {other.data_ptr() for other in others}
+    del others
+    again = zeros(LARGE, torch.empty(0))
+    assert again.data_ptr() in addresses and not again.any() and (kept == 5.0).all()
 
 
 def test_zeros_are_zeros_and_start_a_storage():
