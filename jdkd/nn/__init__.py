@@ -7,6 +7,7 @@ from jdkd.nn.coupling import ElasticGroups, Side, Stage
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
+from jdkd.nn.levels import ElasticLevelsConv2d, LevelsConv2d
 from jdkd.nn.masked import masked
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint
@@ -20,8 +21,10 @@ __all__ = [
     "ElasticConv2d",
     "ElasticConvBNAct",
     "ElasticGroups",
+    "ElasticLevelsConv2d",
     "ElasticLinear",
     "ElasticStage",
+    "LevelsConv2d",
     "PKDLoss",
     "PearsonTap",
     "Side",
