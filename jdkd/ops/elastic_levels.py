@@ -125,9 +125,7 @@ def _pixels(padding: Padding, size: tuple[int, int]) -> tuple[int, int]:
         if padding not in ("same", "valid"):
             raise InputError(f'padding={padding!r}; give pixels, "same" or "valid"')
         if padding == "same" and not size[0] % 2 == size[1] % 2 == 1:
-            raise InputError(
-                f"padding='same' needs an odd kernel and this one is {size[0]}x{size[1]}; give pixels"
-            )
+            raise InputError(f"padding='same' needs an odd kernel and this one is {size[0]}x{size[1]}; give pixels")
         return (size[0] // 2, size[1] // 2) if padding == "same" else (0, 0)
     pixels = pair(padding)
     if min(pixels) < 0:
