@@ -155,7 +155,7 @@ def tile(
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}
     block_n = 32 if out_channels <= 32 else 64
     fills_the_gpu = triton.cdiv(positions, 128) * triton.cdiv(out_channels, block_n) >= 132
-    block_m = 128 if fills_the_gpu and not (listed and itemsize == 4) else 64
+    block_m = 128 if fills_the_gpu and not (listed and (itemsize == 4 or not channels_last)) else 64
     deep = itemsize == 2 and channels_last and not listed
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64 if deep else 32}
 

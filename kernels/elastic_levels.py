@@ -253,7 +253,7 @@ def elastic_levels_fwd(
     positions = [y.numel() // out_channels for y in ys]
     blocks = tile(
         sum(positions), whole or weight.shape[0], itemsize=xs[0].element_size(), wide=options["WIDE"],
-        ieee=xs[0].dtype == torch.float32 and not allow_tf32, tma=options["TMA"],
+        ieee=options["PRECISION"] == "ieee", tma=options["TMA"],
     )  # fmt: skip
     programs = sum(triton.cdiv(m, blocks["BLOCK_M"]) for m in positions) * triton.cdiv(out_channels, blocks["BLOCK_N"])
     w_r, w_s, w_o = _weight_strides(weight)
@@ -278,7 +278,7 @@ def settings(xs: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], weight: tor
         "WIDE_Y": wide_y,
         "V": vector,
         "TMA": tma,
-        "PRECISION": "tf32" if allow_tf32 else "ieee",
+        "PRECISION": "ieee" if xs[0].dtype == torch.float32 and not allow_tf32 else "tf32",
         # Triton's interpreter multiplies bf16 wrongly.
         "DOT_IN_FP32": not isinstance(_elastic_levels_fwd_kernel, triton.JITFunction),
     }
@@ -316,9 +316,10 @@ def aot_variants() -> list[dict]:
     variants = []
     for dtype, _, precision in AOT_KINDS:
         for label, constants, blocks in aot_tiles(dtype, precision):
+            largest = "128x128" in label
             for levels, wide_y in ((5, True), (1, True), (5, False)):
-                # Five levels need most; a single one, and rows of odd length, are seen where tiles are largest.
-                if (levels, wide_y) == (5, True) or (dtype in ("bf16", "fp32") and "128x128" in label):
+                # Five levels need most. The rest is seen where tiles are largest, and fp16 is bf16 but for the type.
+                if largest or (dtype != "fp16" and (levels, wide_y) == (5, True)):
                     settings = constants | {"LEVELS": levels, "RELU": True, "WIDE_Y": wide_y, "DOT_IN_FP32": False}
                     name = f"{label} x{levels}{'' if wide_y else ', odd Cout'}"
                     variants.append(_variant(name, dtype, settings | blocks))
