@@ -7,11 +7,18 @@ The forward is an implicit GEMM of M = N OH OW output positions with K = KH KW C
 
 where O and I name the active channels of the supernet: the leading ones, or lists. Only W and bias are
 addressed through them; x and y are physically slim.
+
+Leading channels of dense channels-last images, with a weight that can be read in place or has been packed, take the
+kernel of ``elastic_levels.py`` as a pyramid of one level: 16-byte copies of x, tensor descriptors on the weight. The
+kernel here takes the rest: lists, other layouts, a weight of another dtype.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+from .elastic_levels import Window, elastic_levels_fwd, fits
+from .elastic_pointwise import on_device
 
 # Eight warps are never used: in this version range Triton 3x3 convolutions with 8 or more were seen
 # miscompiled.
@@ -46,6 +53,7 @@ def _elastic_conv_fwd_kernel(
     dilation_h,
     dilation_w,
     HAS_BIAS: tl.constexpr,
+    RELU: tl.constexpr,
     IN_LISTED: tl.constexpr,
     OUT_LISTED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -61,7 +69,7 @@ def _elastic_conv_fwd_kernel(
     **Reads / Writes**: x KH KW cdiv(Cout, BLOCK_N) times at most (neighbouring taps hit the L1), the active
     weight once per row of tiles; writes y once.
     **Numerics**: products in the dtype of x (the weight is cast after the load; fp32 as TF32 where PRECISION
-    says so), sums in fp32, bias added in fp32, rounded once.
+    says so), sums, bias and ReLU in fp32, rounded once.
     **Deterministic**: yes, one program sums one tile in a fixed order.
     **Limits**: positions < 2^31. The taps are nested loops with run-time bounds and never one flattened loop.
     """
@@ -117,6 +125,8 @@ def _elastic_conv_fwd_kernel(
                 total = tl.dot(a, b, total, input_precision=PRECISION)
     if HAS_BIAS:
         total += tl.load(bias_ptr + row, mask=is_out, other=0.0).to(tl.float32)[None, :]
+    if RELU:
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     y_pixel = y_ptr + n.to(tl.int64) * y_n + p.to(tl.int64) * y_h + q.to(tl.int64) * y_w
     tl.store(
         y_pixel[:, None] + o.to(tl.int64)[None, :] * y_c,
@@ -128,11 +138,11 @@ def _elastic_conv_fwd_kernel(
 def tile(
     positions: int, out_channels: int, *, itemsize: int, channels_last: bool, listed: bool, ieee: bool
 ) -> dict[str, int]:
-    """Chooses a tile from a short fixed list, so that a width never seen before tunes nothing.
+    """Chooses a tile from a short fixed list, by the whole layer, so that its widths share what is compiled.
 
     Args:
         positions: N * OH * OW.
-        out_channels: active output channels.
+        out_channels: output channels of the supernet.
         itemsize: bytes of an element of x.
         channels_last: whether the channels of x lie side by side.
         listed: whether channels are listed and not leading.
@@ -145,7 +155,7 @@ def tile(
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}
     block_n = 32 if out_channels <= 32 else 64
     fills_the_gpu = triton.cdiv(positions, 128) * triton.cdiv(out_channels, block_n) >= 132
-    block_m = 128 if fills_the_gpu and not (listed and itemsize == 4) else 64
+    block_m = 128 if fills_the_gpu and not (listed and (itemsize == 4 or not channels_last)) else 64
     deep = itemsize == 2 and channels_last and not listed
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64 if deep else 32}
 
@@ -161,6 +171,9 @@ def elastic_conv_fwd(
     padding: tuple[int, int],
     dilation: tuple[int, int],
     allow_tf32: bool,
+    *,
+    relu: bool = False,
+    whole: int = 0,
 ) -> None:
     """Launches the forward into ``y``.
 
@@ -175,27 +188,34 @@ def elastic_conv_fwd(
         padding: zeros on each side (vertical, horizontal), in pixels.
         dilation: distance between taps (vertical, horizontal), in pixels.
         allow_tf32: whether fp32 products may be rounded to TF32.
+        relu: whether negative values become zero.
+        whole: output channels of the supernet, Cout_max; 0 means those of ``weight``.
     """
+    if in_index is None and out_index is None and fits([x], [y], weight):
+        window = Window(tuple(stride), tuple(padding), tuple(dilation))
+        elastic_levels_fwd([x], weight, bias, [y], window, relu=relu, whole=whole, allow_tf32=allow_tf32)
+        return
     batch, out_channels, out_height, out_width = y.shape
     positions = batch * out_height * out_width
     blocks = tile(
         positions,
-        out_channels,
+        whole or weight.shape[0],
         itemsize=x.element_size(),
         channels_last=x.stride(1) == 1,
         listed=in_index is not None or out_index is not None,
         ieee=x.dtype == torch.float32 and not allow_tf32,
     )
     grid = (triton.cdiv(positions, blocks["BLOCK_M"]) * triton.cdiv(out_channels, blocks["BLOCK_N"]),)
-    _elastic_conv_fwd_kernel[grid](
-        x, weight, weight if bias is None else bias, y,
-        weight if in_index is None else in_index, weight if out_index is None else out_index,
-        positions, x.shape[1], out_channels, x.shape[2], x.shape[3], out_height, out_width,
-        *x.stride(), *weight.stride(), *y.stride(),
-        weight.shape[2], weight.shape[3], *stride, *padding, *dilation,
-        HAS_BIAS=bias is not None, IN_LISTED=in_index is not None, OUT_LISTED=out_index is not None,
-        PRECISION="tf32" if allow_tf32 else "ieee",
-        # Triton's interpreter multiplies bf16 wrongly.
-        DOT_IN_FP32=not isinstance(_elastic_conv_fwd_kernel, triton.JITFunction),
-        num_warps=NUM_WARPS, num_stages=NUM_STAGES, **blocks,
-    )  # fmt: skip
+    with on_device(x):
+        _elastic_conv_fwd_kernel[grid](
+            x, weight, weight if bias is None else bias, y,
+            weight if in_index is None else in_index, weight if out_index is None else out_index,
+            positions, x.shape[1], out_channels, x.shape[2], x.shape[3], out_height, out_width,
+            *x.stride(), *weight.stride(), *y.stride(),
+            weight.shape[2], weight.shape[3], *stride, *padding, *dilation,
+            HAS_BIAS=bias is not None, RELU=relu, IN_LISTED=in_index is not None, OUT_LISTED=out_index is not None,
+            PRECISION="tf32" if allow_tf32 else "ieee",
+            # Triton's interpreter multiplies bf16 wrongly.
+            DOT_IN_FP32=not isinstance(_elastic_conv_fwd_kernel, triton.JITFunction),
+            num_warps=NUM_WARPS, num_stages=NUM_STAGES, **blocks,
+        )  # fmt: skip

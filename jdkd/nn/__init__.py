@@ -8,6 +8,7 @@ from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
 from jdkd.nn.explanation import Explanation, explain
+from jdkd.nn.levels import ElasticLevelsConv2d, LevelsConv2d
 from jdkd.nn.masked import masked
 from jdkd.nn.packing import pack_forwards, packed
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
@@ -22,9 +23,11 @@ __all__ = [
     "ElasticConv2d",
     "ElasticConvBNAct",
     "ElasticGroups",
+    "ElasticLevelsConv2d",
     "ElasticLinear",
     "ElasticStage",
     "Explanation",
+    "LevelsConv2d",
     "PKDLoss",
     "PearsonTap",
     "Side",

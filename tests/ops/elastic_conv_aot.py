@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from jdkd.kernels import elastic_conv as kernels
 from tests.aot import TARGET, disassembled
+from tests.tap_loops import loops_around_products
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 WHOLE = ("in_channels", "out_channels", "x_n", "x_h", "x_w", "w_o", "w_r", "w_s", "y_n", "y_h", "y_w")
@@ -68,7 +69,7 @@ def compile_for_sm90(case: dict):
             if name in WHOLE and (case["channels_last"] or name.endswith("channels")):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     constants |= dict(
-        HAS_BIAS=True, IN_LISTED=case["listed"], OUT_LISTED=case["listed"], PRECISION=case["precision"],
+        HAS_BIAS=True, RELU=True, IN_LISTED=case["listed"], OUT_LISTED=case["listed"], PRECISION=case["precision"],
         DOT_IN_FP32=False, **case["tile"],
     )  # fmt: skip
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -83,6 +84,7 @@ def measure(case: dict) -> dict:
     ptx = compiled.asm["ptx"]
     return case | {
         "warps": compiled.metadata.num_warps,
+        "loops": sorted({*loops_around_products(compiled.asm["ttir"]), *loops_around_products(compiled.asm["ttgir"])}),
         "shared_bytes": compiled.metadata.shared,
         "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),

@@ -1,0 +1,108 @@
+"""Convolutions that all levels of a pyramid share, as the heads of RPN, RetinaNet and FCOS have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from jdkd.errors import InputError
+from jdkd.nn.elastic import filled, part_of
+from jdkd.nn.elastic_conv import ElasticConv2d
+from jdkd.ops.active_channels import Channels
+from jdkd.ops.elastic_levels import ACTIVATIONS, convolve_levels
+
+Levels = Tensor | Iterable[Tensor] | Mapping
+
+
+def _each(levels: Levels, convolve: Callable[[list[Tensor]], list[Tensor]]) -> Tensor | list[Tensor] | dict:
+    """Hands all levels over at once, and returns the results as the levels were given."""
+    if isinstance(levels, Tensor):
+        return convolve([levels])[0]
+    if isinstance(levels, Mapping):
+        return dict(zip(levels, convolve(list(levels.values())), strict=True))
+    return convolve(list(levels))
+
+
+def _checked(activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise InputError(f"activation={activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    return activation
+
+
+class LevelsConv2d(nn.Conv2d):
+    """``nn.Conv2d`` with its state dict, that runs on every level it is given.
+
+    Args:
+        args, kwargs: as for ``nn.Conv2d``.
+        activation: ``"none"`` or ``"relu"``, applied to the result.
+    """
+
+    def __init__(self, *args, activation: str = "none", **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation = _checked(activation)
+
+    def forward(self, levels: Levels) -> Tensor | list[Tensor] | dict:
+        """Args and Returns: as :class:`ElasticLevelsConv2d`."""
+        return _each(levels, lambda xs: [self._convolved(x) for x in xs])
+
+    def _convolved(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return F.relu(y) if self.activation == "relu" else y
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+class ElasticLevelsConv2d(ElasticConv2d):
+    """See :func:`jdkd.functional.elastic_conv2d_levels`; an :class:`ElasticConv2d` shared by the levels of a pyramid.
+
+    Args:
+        args, kwargs: as for :class:`ElasticConv2d`; stride and dilation 1, one group, padding with zeros.
+        activation: ``"none"`` or ``"relu"``, applied to the result.
+
+    Raises:
+        InputError: on other strides, dilations, groups, paddings or activations.
+    """
+
+    def __init__(self, *args, activation: str = "none", **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation = _checked(activation)
+        window = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
+        if window != {"stride": (1, 1), "dilation": (1, 1), "groups": 1} or self.padding_mode != "zeros":
+            raise InputError(
+                f"ElasticLevelsConv2d: stride={self.stride}, dilation={self.dilation}, groups={self.groups}, "
+                f"padding_mode={self.padding_mode!r}; leave them as they are by default, or use an ElasticConv2d"
+            )
+
+    def forward(self, levels: Levels) -> Tensor | list[Tensor] | dict:
+        """Convolves every level.
+
+        Args:
+            levels: ``[N, Cin, H, W]`` each: a sequence, a mapping from names, or a single one.
+
+        Returns:
+            ``[N, Cout, OH, OW]`` each: a list, a dict of the same names, or a single one.
+        """
+        return _each(levels, self._convolved)
+
+    def _convolved(self, xs: list[Tensor]) -> list[Tensor]:
+        active = self._now()
+        weight, bias, inputs, outputs, kernel = self.weight, self.bias, active.inputs, active.outputs, active.kernel
+        if self._is_transformed(active):
+            weight, bias = self._filters(active), part_of(self.bias, active.outputs)
+            inputs, outputs, kernel = Channels(inputs.count), Channels(outputs.count), None
+        return convolve_levels(xs, weight, bias, inputs, outputs, active.padding, kernel, self.activation)
+
+    def export(self) -> LevelsConv2d:
+        """Returns: a plain convolution of levels with a copy of what is active, equal in output."""
+        active = self._record.active
+        plain = LevelsConv2d(
+            active.inputs.count, active.outputs.count, self.active_kernel_size, padding=active.padding,
+            bias=self.bias is not None, device="meta", activation=self.activation,
+        )  # fmt: skip
+        return filled(plain, self, weight=self._filters(active), bias=part_of(self.bias, active.outputs))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"

@@ -1,0 +1,354 @@
+"""Elastic convolution of all levels of a pyramid with one shared weight, as the heads on P3 to P7 do it.
+
+Two routes, as in :mod:`jdkd.ops.elastic_conv`. **Composed** (the default): the active part of the weight is taken,
+cast and laid out once for all levels, ATen convolves level by level, and autograd adds the gradients of the levels
+while they are slim. **Operators**: ``jdkd::elastic_levels_fwd`` and ``_bwd``, opaque to the compiler, under one
+``autograd.Function``; the forward may be one launch of a Triton kernel for all levels. Either way one dense gradient
+reaches the shared weight, however many levels there are.
+
+The kernel has not been timed on a GPU, so it is asked for with ``JDKD_BACKEND=triton`` or ``use_backend("triton")``.
+The gradients are ATen's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from jdkd import _backend
+from jdkd.errors import InputError
+from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part, gather, on_device, scatter
+from jdkd.ops.elastic_conv import conv_channels
+from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
+
+_OP = "elastic_levels"
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("none", "relu")
+
+_backend.register(_OP, "reference", why="ATen level by level on the active part of the weight")
+_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why="only on request, since it has not been timed on a GPU yet")
+
+
+def elastic_conv2d_levels(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    in_channels: ChannelsLike = None,
+    out_channels: ChannelsLike = None,
+    kernel_size: KernelLike = None,
+    padding: Padding = 0,
+    activation: str = "none",
+) -> list[Tensor]:
+    """Convolves all levels of a pyramid with the active channels of one shared weight, at stride 1.
+
+    Equal to ``[elastic_conv2d(x, weight, bias, ...) for x in xs]`` with the activation behind it. The weight gets one
+    gradient, the sum over levels, exactly zero outside the active part.
+
+    Args:
+        xs: levels ``[N, Cin, H, W]``, the active input channels only, of one dtype on one device; sizes may differ.
+        weight: shared weight, ``[Cout_max, Cin_max, kh, kw]``, cast to the dtype of ``xs``.
+        bias: shared bias, ``[Cout_max]``, or None.
+        in_channels: active input channels: None (all), the number of leading ones, or a list or 1-D integer tensor of
+            distinct indices.
+        out_channels: active output channels, likewise.
+        kernel_size: active centre of the kernel, in taps, of the same parity; None: all of it.
+        padding: zeros on each side of every image under the whole kernel, in pixels, or ``"same"`` or ``"valid"``. A
+            smaller kernel takes as many pixels less.
+        activation: ``"none"`` or ``"relu"``.
+
+    Returns:
+        Levels ``[N, Cout, OH, OW]``, in the order of ``xs``.
+
+    Raises:
+        InputError: if there is no level, levels differ in dtype or device, or channels, kernel or padding do not fit.
+
+    Source:
+        Heads shared by all levels: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4; leading
+        channels of one shared weight: Cai et al., Once-for-All, ICLR 2020, section 3.2.
+    """
+    inputs, outputs, _ = conv_channels(weight, 1, in_channels, out_channels)
+    kernel = active_kernel(kernel_size, weight.shape[2:])
+    padding = active_padding(kernel, weight.shape[2:], padding, 1)
+    return convolve_levels(xs, weight, bias, inputs, outputs, padding, kernel, activation)
+
+
+def convolve_levels(
+    xs: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: Channels,
+    outputs: Channels,
+    padding: Padding,
+    kernel: Kernel,
+    activation: str,
+) -> list[Tensor]:
+    """Convolves with channels that have been read already; arguments as :func:`elastic_conv2d_levels`.
+
+    Args:
+        xs: levels ``[N, Cin, H, W]``.
+        weight: ``[Cout_max, Cin_max, kh, kw]``.
+        bias: ``[Cout_max]`` or None.
+        inputs: active input channels.
+        outputs: active output channels.
+        padding: of the active kernel, in pixels, or ``"same"`` or ``"valid"``.
+        kernel: active centre of the kernel; None: all of it.
+        activation: one of :data:`ACTIVATIONS`.
+
+    Returns:
+        Levels ``[N, Cout, OH, OW]``.
+    """
+    size = kernel or (weight.shape[2], weight.shape[3])
+    pixels = _pixels(padding, size)
+    _check(xs, weight, inputs.count, size, pixels, activation)
+    xs = [_autocast(x) for x in xs]
+    relu = activation == "relu"
+    if _kernel_runs(xs[0]):
+        tail = (outputs.count, size, pixels, relu)
+        return list(_ElasticLevels.apply(weight, bias, inputs.index, outputs.index, *tail, *xs))
+    part = active_part(weight, outputs, inputs, kernel).to(xs[0].dtype)  # [Cout, Cin, kh, kw]
+    if len(xs) > 1:  # once, which ATen would do for every level
+        part = part.contiguous(memory_format=_layout(xs[0]))
+    if bias is not None:
+        bias = active_part(bias, outputs).to(xs[0].dtype)  # [Cout]
+    ys = [F.conv2d(x, part, bias, padding=pixels) for x in xs]
+    return [y.relu() for y in ys] if relu else ys
+
+
+def _pixels(padding: Padding, size: tuple[int, int]) -> tuple[int, int]:
+    """Padding of a kernel in pixels; raises InputError on what has none."""
+    if isinstance(padding, str):
+        if padding not in ("same", "valid"):
+            raise InputError(f'padding={padding!r}; give pixels, "same" or "valid"')
+        if padding == "same" and not size[0] % 2 == size[1] % 2 == 1:
+            raise InputError(f"padding='same' needs an odd kernel and this one is {size[0]}x{size[1]}; give pixels")
+        return (size[0] // 2, size[1] // 2) if padding == "same" else (0, 0)
+    pixels = pair(padding)
+    if min(pixels) < 0:
+        raise InputError(f"padding={padding!r}; give no fewer than 0 pixels")
+    return pixels
+
+
+def _check(
+    xs: Sequence[Tensor], weight: Tensor, channels: int, size: tuple[int, int], pixels: tuple[int, int],
+    activation: str,
+) -> None:  # fmt: skip
+    """Raises InputError on what no backend takes."""
+    if activation not in ACTIVATIONS:
+        raise InputError(f"activation={activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+    if isinstance(xs, Tensor) or not xs:
+        what = "a single tensor" if isinstance(xs, Tensor) else "no level"
+        raise InputError(f"xs is {what}; give a list of levels [N, Cin, H, W]")
+    for i, x in enumerate(xs):
+        if x.dim() != 4 or not x.is_floating_point():
+            raise InputError(f"level {i} is a {x.dim()}-dimensional {x.dtype} tensor; give floating [N, Cin, H, W]")
+        if x.dtype != xs[0].dtype or x.device != xs[0].device:
+            raise InputError(
+                f"level {i} is {x.dtype} on {x.device} and level 0 {xs[0].dtype} on {xs[0].device}; give all levels "
+                "one dtype on one device"
+            )
+        if x.shape[1] != channels:
+            raise InputError(
+                f"level {i} has {x.shape[1]} channels but {channels} input channels are active; activate as many as it "
+                "has"
+            )
+        if any(x.shape[2 + d] + 2 * pixels[d] < size[d] for d in (0, 1)):
+            raise InputError(
+                f"level {i} is {x.shape[2]}x{x.shape[3]} pixels, less than the {size[0]}x{size[1]} kernel under "
+                f"padding={pixels}; pad more, or leave the level out"
+            )
+    if weight.device != xs[0].device:
+        raise InputError(f"the levels are on {xs[0].device} and weight on {weight.device}; move one of them")
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Casts as autocast does before a convolution; the weight is cast where its active part is taken."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    """Channels-last where ``x`` is nothing else."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _kernel_runs(x: Tensor) -> bool:
+    """Whether the Triton kernel was asked for and takes ``x``; a compiled graph keeps its first answer."""
+    if x.device.type not in ("cuda", "cpu"):
+        return False
+    if torch.compiler.is_compiling():
+        return _selected(x.device.type, x.dtype) == "triton"
+    return _backend.select(_OP, x) == "triton"
+
+
+def _selected(device: str, dtype: torch.dtype) -> str:
+    return _backend.select(_OP, torch.empty(0, device=device, dtype=dtype))
+
+
+# What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
+_selected._dynamo_marked_constant = True
+
+
+class _ElasticLevels(torch.autograd.Function):
+    """The autograd rule around the operators: one gradient of the weight for all levels."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
+        out_channels: int, kernel: tuple[int, int], padding: tuple[int, int], relu: bool, *xs: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        in_index, out_index = (on_device(index, weight.device) for index in (in_index, out_index))
+        ctx.has_bias, ctx.relu, ctx.tail = bias is not None, relu, (out_channels, kernel, padding)
+        ctx.set_materialize_grads(False)
+        ys = torch.ops.jdkd.elastic_levels_fwd(xs, weight, bias, in_index, out_index, *ctx.tail, relu)
+        ctx.save_for_backward(weight, in_index, out_index, *xs, *(ys if relu else ()))
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+        weight, in_index, out_index, *images = ctx.saved_tensors
+        needs_weight, needs_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[1]
+        needs_xs = ctx.needs_input_grad[8:]
+        live = [i for i, dout in enumerate(douts) if dout is not None]  # levels that a loss has seen
+        if not live:
+            return (None,) * (8 + len(douts))
+        xs, used = [images[i] for i in live], [douts[i] for i in live]
+        if ctx.relu:  # the sign of the output tells
+            ys = [images[len(douts) + i] for i in live]
+            used = [torch.ops.aten.threshold_backward(dout, y, 0) for dout, y in zip(used, ys, strict=True)]
+        wanted = [any(needs_xs), needs_weight, needs_bias]
+        dxs, dweight, dbias = torch.ops.jdkd.elastic_levels_bwd(
+            used, xs, weight, in_index, out_index, *ctx.tail, wanted
+        )
+        of = dict(zip(live, dxs, strict=False))
+        return (
+            dweight if needs_weight else None, dbias if needs_bias else None, *[None] * 6,
+            *(of.get(i) if needed else None for i, needed in enumerate(needs_xs)),
+        )  # fmt: skip
+
+
+_library = torch.library.Library("jdkd", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_library.define(
+    "elastic_levels_fwd(Tensor[] xs, Tensor weight, Tensor? bias, Tensor? in_index, Tensor? out_index, "
+    "SymInt out_channels, SymInt[2] kernel, SymInt[2] padding, bool relu) -> Tensor[]",
+    tags=_TAGS,
+)
+_library.define(
+    "elastic_levels_bwd(Tensor[] douts, Tensor[] xs, Tensor weight, Tensor? in_index, Tensor? out_index, "
+    "SymInt out_channels, SymInt[2] kernel, SymInt[2] padding, bool[3] wanted) -> (Tensor[], Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _outputs(xs: Sequence[Tensor], out_channels: int, kernel: Sequence[int], padding: Sequence[int]) -> list[Tensor]:
+    sizes = [[x.shape[2 + d] + 2 * padding[d] - kernel[d] + 1 for d in (0, 1)] for x in xs]
+    return [_empty(x, x.shape[0], out_channels, *size) for x, size in zip(xs, sizes, strict=True)]
+
+
+def _part(weight: Tensor, rows: Channels, columns: Channels, kernel: Kernel, dtype: torch.dtype) -> Tensor:
+    """The active part for ATen, dense channels-last, ``[Cout, Cin, kh, kw]``."""
+    return gather(weight, rows, columns, kernel).to(dtype, memory_format=torch.channels_last)
+
+
+def _forward(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
+    out_channels: int, kernel: Sequence[int], padding: Sequence[int], relu: bool,
+) -> list[Tensor]:  # fmt: skip
+    rows, columns = Channels(out_channels, out_index), Channels(xs[0].shape[1], in_index)
+    bias = None if bias is None else gather(bias, rows, Channels(1))  # [Cout]
+    if _backend.select(_OP, xs[0]) == "triton":
+        from jdkd.kernels.elastic_levels import small
+
+        xs, ys = [_channels_last(x) for x in xs], _outputs(xs, out_channels, kernel, padding)
+        if small(xs, ys):
+            _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu)
+            return ys
+    part = _part(weight, rows, columns, tuple(kernel), xs[0].dtype)
+    bias = None if bias is None else bias.to(part.dtype)
+    ys = [torch.ops.aten.convolution(x, part, bias, [1, 1], padding, [1, 1], False, [0, 0], 1) for x in xs]
+    return [_channels_last(y.relu_() if relu else y) for y in ys]
+
+
+def _launch(
+    xs: list[Tensor], weight: Tensor, bias: Tensor | None, ys: list[Tensor], rows: Channels, columns: Channels,
+    kernel: tuple[int, int], padding: tuple[int, int], relu: bool,
+) -> None:  # fmt: skip
+    """Runs the kernel on the weight where it lies, or on a packed copy of its active part."""
+    from jdkd.kernels.elastic_levels import Window, elastic_levels_fwd, readable_in_place
+
+    dtype, leading = xs[0].dtype, (Channels(weight.shape[0]), Channels(weight.shape[1]))
+    operand = gather(weight, *leading, kernel)  # a view: the centre
+    if rows.index is not None or columns.index is not None or not readable_in_place(operand, dtype):
+        part = gather(weight, rows, columns, kernel)
+        vector = 16 // dtype.itemsize
+        width = (columns.count + vector - 1) // vector * vector  # rows of whole 16 bytes
+        packed = weight.new_empty((rows.count, *kernel, width), dtype=dtype)[..., : columns.count]
+        operand = packed.copy_(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    elastic_levels_fwd(
+        xs, operand, bias, ys, Window(padding=padding), relu=relu, whole=weight.shape[0], allow_tf32=allow_tf32
+    )
+
+
+def _forward_fake(
+    xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
+    out_channels: int, kernel: Sequence[int], padding: Sequence[int], relu: bool,
+) -> list[Tensor]:  # fmt: skip
+    return _outputs(xs, out_channels, kernel, padding)
+
+
+def _backward(
+    douts: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, in_index: Tensor | None, out_index: Tensor | None,
+    out_channels: int, kernel: Sequence[int], padding: Sequence[int], wanted: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    kernel = (kernel[0], kernel[1])
+    rows, columns = Channels(out_channels, out_index), Channels(xs[0].shape[1], in_index)
+    part = _part(weight, rows, columns, kernel, xs[0].dtype)
+    wide = torch.promote_types(part.dtype, torch.float32)
+    dxs, dpart, dbias = [], None, None
+    for dout, x in zip(douts, xs, strict=True):
+        dx, *sums = torch.ops.aten.convolution_backward(
+            dout, x, part, [out_channels], [1, 1], padding, [1, 1], False, [0, 0], 1, wanted
+        )
+        dxs += [_channels_last(dx)] if wanted[0] else []
+        dpart, dbias = (
+            (one.to(wide) if total is None else total.add_(one)) if want else None
+            for total, one, want in zip((dpart, dbias), sums, wanted[1:], strict=True)
+        )
+    empty = weight.new_empty
+    return (
+        dxs,
+        scatter(dpart, weight, rows, columns, kernel) if wanted[1] else empty(0),
+        scatter(dbias, empty(weight.shape[0]), rows, Channels(1)) if wanted[2] else empty(0),
+    )
+
+
+def _backward_fake(
+    douts: Sequence[Tensor], xs: Sequence[Tensor], weight: Tensor, in_index: Tensor | None, out_index: Tensor | None,
+    out_channels: int, kernel: Sequence[int], padding: Sequence[int], wanted: Sequence[bool],
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    return (
+        [_empty(x, *x.shape) for x in xs] if wanted[0] else [],
+        torch.empty_like(weight) if wanted[1] else weight.new_empty(0),
+        weight.new_empty(weight.shape[0] if wanted[2] else 0),
+    )
+
+
+_library.impl("elastic_levels_fwd", _forward, "CompositeExplicitAutograd")
+_library.impl("elastic_levels_bwd", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("jdkd::elastic_levels_fwd", _forward_fake, lib=_library)
+torch.library.register_fake("jdkd::elastic_levels_bwd", _backward_fake, lib=_library)
