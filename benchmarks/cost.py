@@ -6,6 +6,7 @@ allocator, so that compiled graphs and C++ operators are counted like everything
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -65,11 +66,14 @@ def cost(provider: Provider, inputs: Any, device: str) -> Cost:
     return _cost_gpu(provider, inputs) if device == "cuda" else _cost_cpu(provider, inputs)
 
 
-def host_seconds(provider: Provider, inputs: Any, device: str, calls: int = 20) -> float:
-    """How long the host is busy with one call: a median. On a CPU it takes inputs of next to no size to see that."""
+def host_seconds(provider: Provider, inputs: Any, device: str, calls: int = 20, seconds: float = math.inf) -> float:
+    """How long the host is busy with one call: a median. On a CPU it takes inputs of next to no size to see that.
+
+    Of ``calls`` calls, or of as many as begin within ``seconds``.
+    """
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    samples = []
-    for _ in range(calls):
+    samples, deadline = [], time.perf_counter() + seconds
+    while len(samples) < calls and (not samples or time.perf_counter() < deadline):
         wait()
         begin = time.perf_counter()
         provider(inputs)

@@ -7,8 +7,8 @@ whatever else the machine does meets them all alike.
 On a GPU a round replays a CUDA graph that runs a provider over several sets of inputs, together at least
 three times the L2 cache, so that data comes from memory; outputs are poisoned and compared again after the
 last replay, which shows that the graph did touch every set. Host time per call is measured apart, without
-the graph; on a CPU on inputs so small that the host's work is all there is. What else a call costs is in
-:mod:`benchmarks.cost`.
+the graph; on a CPU on inputs so small that the host's work is all there is. What makes the host wait no graph can hold:
+it is called instead, and its row says so. What else a call costs is in :mod:`benchmarks.cost`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-3, torch.float16: 5e-3}
 # What people run today may be far off in half precision: the eager Pearson loss errs by 10 % in float16. It is timed
 # all the same, and its row says by how much it errs.
 LOOSE_TOLERANCE = 0.2
-TINY_CALLS = 200
+TINY_CALLS, TINY_SECONDS = 200, 1.0
+WAITS = "called without a CUDA graph, which cannot hold what the host waits for"
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
 
 
@@ -46,12 +47,15 @@ class Case:
         layout: ``NCHW`` or ``channels-last``.
         make: draws one set of inputs on the device.
         exact: from inputs to the outputs that all providers are held to, in float32.
-        providers: from inputs to outputs; the first is the baseline.
+        providers: from inputs to outputs; the first is the baseline. What a row should say besides may be an attribute
+            ``note``, read after the last call.
         least_bytes: what any implementation must read and write, where forward and backward are calls of their own
             and nothing stays in a cache between them.
         loose: providers that are held only to :data:`LOOSE_TOLERANCE`, as the baseline always is; one of them that errs
             by more, or does not run, is left out, and the others are timed.
         tiny: draws inputs of next to no size, for the host's time on a CPU.
+        waits: providers that make the host wait for the device.
+        tolerance: relative error allowed to those that are not loose, where :data:`TOLERANCES` does not fit.
     """
 
     op: str
@@ -65,6 +69,8 @@ class Case:
     least_bytes: int
     loose: Collection[str] = ()
     tiny: Callable[[], Any] | None = None
+    waits: Collection[str] = ()
+    tolerance: float | None = None
 
     def __str__(self) -> str:
         return f"{self.op} {self.label} {str(self.dtype)[6:]} {self.layout} {self.mode}"
@@ -74,7 +80,8 @@ class Case:
 class Timing:
     """Seconds per call of one provider: all samples, the host's share where it was measured apart, and other costs.
 
-    ``error`` is the largest difference of an output from the exact one, in norm, relative.
+    ``error`` is the largest difference of an output from the exact one, in norm, relative; ``note`` is what else there
+    is to say.
     """
 
     provider: str
@@ -82,6 +89,7 @@ class Timing:
     error: float
     host_seconds: float | None = None
     cost: Cost | None = None
+    note: str | None = None
 
     @property
     def median(self) -> float:
@@ -108,7 +116,7 @@ def check_agreement(case: Case, name: str, outputs: Sequence[Tensor], exact: Seq
     if len(outputs) != len(exact):
         raise Disagreement(f"{case}: {name} returns {len(outputs)} outputs, expected are {len(exact)}")
     loose = name in case.loose or name == next(iter(case.providers))
-    allowed = LOOSE_TOLERANCE if loose else TOLERANCES[case.dtype]
+    allowed = LOOSE_TOLERANCE if loose else case.tolerance or TOLERANCES[case.dtype]
     worst = 0.0
     for index, (ours, theirs) in enumerate(zip(outputs, exact, strict=True)):
         error = (torch.dist(ours.double(), theirs.double()) / torch.linalg.vector_norm(theirs.double())).item()
@@ -188,8 +196,8 @@ def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
         tiny = case.tiny()
         for name in errors:
             case.providers[name](tiny)
-            host[name] = host_seconds(case.providers[name], tiny, "cpu", TINY_CALLS)
-    return [Timing(name, samples[name], errors[name], host[name], costs[name]) for name in errors]
+            host[name] = host_seconds(case.providers[name], tiny, "cpu", TINY_CALLS, TINY_SECONDS)
+    return [Timing(name, samples[name], errors[name], host[name], costs[name], _note(case, name)) for name in errors]
 
 
 def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
@@ -216,12 +224,21 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
         return max(check_agreement(case, name, found, wanted) for found, wanted in zip(outputs, exact, strict=True))
 
     def prepared(name: str, provider: Provider) -> tuple[float, float, Cost]:
-        captured[name] = _captured(provider, sets)
+        captured[name] = _called(provider, sets) if name in case.waits else _captured(provider, sets)
         return verified(name), host_seconds(provider, first, "cuda"), cost(provider, first, "cuda")
 
     found = _of_each(case, prepared)
     samples = _rounds({name: lambda name=name: replay(name) for name in found}, seconds)
-    return [Timing(name, samples[name], max(found[name][0], verified(name)), *found[name][1:]) for name in found]
+    return [
+        Timing(name, samples[name], max(error, verified(name)), host, costs, _note(case, name, WAITS))
+        for name, (error, host, costs) in found.items()
+    ]
+
+
+def _note(case: Case, name: str, of_waiting: str | None = None) -> str | None:
+    """What a row of the provider says besides."""
+    notes = [getattr(case.providers[name], "note", None), of_waiting if name in case.waits else None]
+    return "; ".join(filter(None, notes)) or None
 
 
 def _of_each(case: Case, ask: Callable[[str, Provider], Any]) -> dict[str, Any]:
@@ -246,6 +263,26 @@ def _nbytes(inputs: Any) -> int:
     elif not isinstance(inputs, Sequence):
         inputs = getattr(inputs, "__dict__", {}).values()
     return sum(_nbytes(part) for part in inputs if not isinstance(part, str | int | float | bool | None))
+
+
+@dataclass(frozen=True)
+class _Calls:
+    """Stands in for a graph of what none can hold."""
+
+    provider: Provider
+    sets: Sequence[Any]
+    outputs: list[Sequence[Tensor]]
+
+    def replay(self) -> None:
+        self.outputs[:] = [self.provider(inputs) for inputs in self.sets]
+
+
+def _called(provider: Provider, sets: Sequence[Any]) -> tuple[_Calls, list[Sequence[Tensor]]]:
+    """Calls of the provider over all sets, and the outputs of the last ones."""
+    outputs: list[Sequence[Tensor]] = []
+    calls = _Calls(provider, sets, outputs)
+    calls.replay()
+    return calls, outputs
 
 
 def _captured(provider: Provider, sets: Sequence[Any]) -> tuple[torch.cuda.CUDAGraph, list[Sequence[Tensor]]]:

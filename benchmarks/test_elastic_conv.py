@@ -8,7 +8,7 @@ from benchmarks.harness import Case, check_agreement
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
-    elastic_conv.case("P3", width, listed, torch.float32, mode, DEVICE)
+    elastic_conv.case(elastic_conv.P3, width, listed, torch.float32, mode, DEVICE)
     for width, listed in ((1.0, False), (0.5, False), (0.5, True))
     for mode in ("forward", "forward+backward")
 ]

@@ -18,25 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks.conv_shapes import backbone
 from benchmarks.harness import Case, Provider
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.pack import Part, pack, packed_weights
 from jdkd.reference import pack as reference
 
 NAME = "pack"
-STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # width and blocks of the stages of ResNet-50
 LAYOUTS = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}
-
-
-def resnet50() -> list[tuple[int, int, int, int]]:
-    """Returns: the shapes ``[Cout, Cin, kh, kw]`` of its 53 convolutions."""
-    shapes, channels = [(64, 3, 7, 7)], 64
-    for width, blocks in STAGES:
-        for block in range(blocks):
-            shapes += [(width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
-            shapes += [(4 * width, channels, 1, 1)] if block == 0 else []
-            channels = 4 * width
-    return shapes
 
 
 @dataclass(frozen=True)
@@ -62,11 +51,12 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
 
 def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, listed: bool = False) -> Case:
     """All layers at one width; ``listed`` takes every other channel instead of the leading ones."""
-    shapes = resnet50()
-    parts = [
-        Part(active(o, width, listed, device), active(i, 1.0 if i == 3 else width, listed, device))
-        for o, i, *_ in shapes
-    ]
+    layers = backbone("faster_rcnn_r50_fpn")
+    shapes = [(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel) for layer in layers]
+    parts = []
+    for layer, (rows, columns, *_) in zip(layers, shapes, strict=True):
+        inputs, outputs = layer.active(width)
+        parts.append(Part(active(outputs, rows, listed, device), active(inputs, columns, listed, device)))
     backward, first = mode != "forward", mode.startswith("first")
     runs: dict[str, Run] = {"slice_contiguous": slice_contiguous, "jdkd": autograd}
     if backward and not first:
@@ -100,8 +90,7 @@ def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, 
     )
 
 
-def active(maximum: int, width: float, listed: bool, device: str) -> Channels:
-    count = int(maximum * width)
+def active(count: int, maximum: int, listed: bool, device: str) -> Channels:
     if not listed or count == maximum:
         return Channels(count)
     order = [*range(0, maximum, 2), *range(1, maximum, 2)]

@@ -1,0 +1,259 @@
+"""A training step of a supernet: four subnets, forward and backward, on one batch, and a step of the optimiser.
+
+The network is the backbone and the pyramid of a detector, its inner widths and its depths elastic as in the teacher
+pool: R50-FPN, and R18-FPN where a CPU is to do it in seconds. The subnets are those of a sandwich step: the largest,
+the smallest, and two between. Weights are float32 and channels-last; in bfloat16 the forward runs under autocast. The
+loss is the mean square of every level.
+
+``slice_contiguous`` is the supernet as once-for-all writes it: layers that slice their weight and copy the slice at
+every forward. ``jdkd`` are the elastic layers as they are; ``jdkd packed`` packs all active weights of a subnet in one
+launch at every forward, and in ``jdkd packed main_grad`` their gradients are added in place. The step of the optimiser
+is a whole one of length zero, so that every call starts from the same weights.
+
+Every provider gives the four losses and the gradients of all shared weights, and they must agree before they are timed.
+Time on a GPU is that of a CUDA graph, and the host's is measured apart, without one; on a CPU the host's is that of the
+same network at an eighth of its width, on 32x32 images. ``least_bytes`` counts every weight: read by the forward, its
+gradient written, and both read and momentum and weight moved on by the optimiser.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import jdkd.nn
+from benchmarks.harness import Case
+from jdkd.detect import DetectorSpec, channel_groups, named_spec
+from jdkd.detect.groups import inner_group
+from jdkd.detect.resnet import STAGES, Backbone, Layers
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, Stage, Subnet, set_subnet
+
+NAME = "supernet_step"
+R50, R18 = "faster_rcnn_r50_fpn", "faster_rcnn_r18_fpn"
+NAMES = {R50: "R50-FPN", R18: "R18-FPN"}
+SUBNETS = ((1.0, 1.0), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # shares of the inner widths and of the depths
+WHOLE, SMALL, TINY = (800, 1344), (128, 224), (32, 32)  # images, in pixels
+# Of the gradients of a whole network, where roundings of its many layers add up.
+TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+
+
+class Features(nn.Module):
+    """What a detector has under its heads, at the path that it has there.
+
+    Args:
+        spec: of the detector.
+        layers: what the backbone is made of.
+    """
+
+    def __init__(self, spec: DetectorSpec, layers: Layers) -> None:
+        super().__init__()
+        self.backbone = Backbone(spec, layers)
+
+    def forward(self, images: Tensor) -> list[Tensor]:  # [N, 3, H, W] -> P2 to P6
+        return [*self.backbone(images).values()]
+
+
+class SlicedConv2d(nn.Conv2d):
+    """A convolution of the leading channels: those that come in, and the first ``active`` that go out."""
+
+    active: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight[: self.active, : x.shape[1]].contiguous(memory_format=torch.channels_last)
+        return F.conv2d(x, weight, None, self.stride, self.padding)
+
+
+class SlicedBatchNorm2d(nn.BatchNorm2d):
+    """A batch normalisation of the leading channels that come in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        vectors = (v[: x.shape[1]] for v in (self.running_mean, self.running_var, self.weight, self.bias))
+        return F.batch_norm(x, *vectors, training=self.training, momentum=self.momentum, eps=self.eps)
+
+
+SLICED = Layers(conv=SlicedConv2d, norm=SlicedBatchNorm2d)
+ELASTIC = Layers(conv=ElasticConv2d, norm=ElasticBatchNorm2d)
+
+
+@dataclass(frozen=True)
+class Net:
+    """A supernet that is trained, and how a subnet of :data:`SUBNETS`, by its number, becomes the active one."""
+
+    model: Features
+    optimizer: torch.optim.Optimizer
+    activate: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch, and a supernet for each provider, all with the same weights."""
+
+    images: Tensor  # [N, 3, H, W]
+    nets: dict[str, Net]
+
+
+def cases(device: str, full: bool = False) -> Iterator[Case]:
+    """The cases for a device: whole images on a GPU, and on a CPU a small network on small ones unless ``full``."""
+    if device == "cuda":
+        for dtype in (torch.bfloat16, torch.float32):
+            yield case(R50, WHOLE, dtype, device)
+        return
+    yield case(R18, SMALL, torch.float32, device)
+    if full:
+        for size in (SMALL, WHOLE):
+            yield case(R50, size, torch.float32, device)
+
+
+def case(
+    detector: str, size: tuple[int, int], dtype: torch.dtype, device: str, images: int = 2, width: float = 1.0
+) -> Case:
+    """One step.
+
+    Args:
+        detector: a named spec.
+        size: of the images, in pixels.
+        dtype: float32, or what autocast computes in.
+        device: ``cpu`` or ``cuda``.
+        images: the batch.
+        width: of the detector, over the published one.
+    """
+    spec, narrow = (named_spec(detector, classes=["object"], width=share * width) for share in (1, 0.125))
+    runs = {"slice_contiguous": sliced, "jdkd": elastic}
+    if hasattr(jdkd.nn, "pack_forwards"):
+        runs["jdkd packed"] = functools.partial(packed, grad_mode="autograd")
+        runs["jdkd packed main_grad"] = functools.partial(packed, grad_mode="main_grad")
+
+    def make(spec: DetectorSpec = spec, size: tuple[int, int] = size) -> Inputs:
+        batch = torch.randn(images, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+        nets = {name: build(spec, device) for name, build in runs.items()}
+        nets["exact"] = sliced(spec, device)
+        state = nets["exact"].model.state_dict()
+        for net in nets.values():
+            net.model.load_state_dict(state)
+        return Inputs(batch, nets)
+
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in Features(spec, Layers()).parameters())
+    return Case(
+        NAME,
+        f"{NAMES[detector]}{'' if width == 1 else f' x{width:g}'} {size[0]}x{size[1]} N={images}",
+        "training step",
+        dtype,
+        "channels-last",
+        make,
+        lambda given: step(given.nets["exact"], given.images, dtype),
+        {name: Provided(name, dtype) for name in runs},
+        7 * 4 * weights,
+        tiny=lambda: make(narrow, TINY),
+        tolerance=TOLERANCES[dtype],
+    )
+
+
+def step(net: Net, images: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Trains all subnets by one batch.
+
+    Args:
+        net: the supernet.
+        images: ``[N, 3, H, W]``.
+        dtype: float32, or that of autocast.
+
+    Returns:
+        The losses of the subnets, and the gradient of every weight.
+    """
+    net.optimizer.zero_grad(set_to_none=True)
+    losses = []
+    for number in range(len(SUBNETS)):
+        net.activate(number)
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            levels = net.model(images)
+        loss = sum(level.float().square().mean() for level in levels)
+        loss.backward()
+        losses.append(loss.detach())
+    net.optimizer.step()
+    return [*losses, *(parameter.grad for parameter in net.model.parameters())]
+
+
+@dataclass(frozen=True)
+class Provided:
+    """The step of a provider's own net."""
+
+    name: str
+    dtype: torch.dtype
+
+    def __call__(self, given: Inputs) -> list[Tensor]:
+        return step(given.nets[self.name], given.images, self.dtype)
+
+
+def sliced(spec: DetectorSpec, device: str) -> Net:
+    """The supernet as once-for-all writes it."""
+    model = Features(spec, SLICED)
+    body = model.backbone.body
+
+    def activate(number: int) -> None:
+        body.depths = depths(spec, number)
+        for stage, blocks in enumerate(inner_channels(spec, number)):
+            for block, widths in zip(getattr(body, STAGES[stage]), blocks, strict=False):
+                for k, width in enumerate(widths, start=1):
+                    getattr(block, f"conv{k}").active = width
+
+    return trained(model, activate, device)
+
+
+def elastic(spec: DetectorSpec, device: str) -> Net:
+    """The supernet of elastic layers, whose subnets one switch sets."""
+    model, body = Features(spec, ELASTIC), "backbone.body"
+    inner = {name: group for name, group in channel_groups(spec).items() if ".inner" in name}
+    stages = {name: Stage(f"{body}.{name}", owner=body, place=place) for place, name in enumerate(STAGES)}
+    model.elastic_groups = ElasticGroups.from_tensors(inner, stages)
+    subnets = [subnet(spec, number) for number in range(len(SUBNETS))]
+    return trained(model, lambda number: set_subnet(model, subnets[number]), device)
+
+
+def packed(spec: DetectorSpec, device: str, grad_mode: str) -> Net:
+    """The same on packed weights."""
+    net = elastic(spec, device)
+    jdkd.nn.pack_forwards(net.model, grad_mode=grad_mode)
+    return net
+
+
+def subnet(spec: DetectorSpec, number: int) -> Subnet:
+    """A subnet of :data:`SUBNETS`, as data."""
+    channels = {
+        inner_group(stage, block, k): width
+        for stage, blocks in enumerate(inner_channels(spec, number))
+        for block, widths in enumerate(blocks)
+        for k, width in enumerate(widths)
+    }
+    return Subnet(channels, depths=dict(zip(STAGES, depths(spec, number), strict=True)))
+
+
+def depths(spec: DetectorSpec, number: int) -> tuple[int, ...]:
+    """Blocks of every stage that run."""
+    return tuple(max(1, round(SUBNETS[number][1] * depth)) for depth in spec.depths)
+
+
+def inner_channels(spec: DetectorSpec, number: int) -> list[list[tuple[int, ...]]]:
+    """Inner channels of every block that runs, by stages."""
+    share = SUBNETS[number][0]
+    return [
+        [tuple(int(width * share) for width in block) for block in stage.blocks[:depth]]
+        for stage, depth in zip(spec.stages, depths(spec, number), strict=True)
+    ]
+
+
+def trained(model: Features, activate: Callable[[int], None], device: str) -> Net:
+    """The net in training, with an optimiser whose state is there already, as it must be when a graph is captured."""
+    model.to(device=device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+    state: dict[str, Any] = optimizer.state
+    for parameter in model.parameters():
+        state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return Net(model, optimizer, activate)
