@@ -65,7 +65,7 @@ class ElasticConvBNAct(ConvBNAct):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as for ``nn.Conv2d``.
         relu: whether a ReLU ends the unit.
         kernel_transform: see :class:`ElasticConv2d`.
-        eps, momentum: of the normalisation.
+        eps, momentum, statistics: of the normalisation, see :class:`ElasticBatchNorm2d`.
         device, dtype: of both.
     """
 
@@ -84,6 +84,7 @@ class ElasticConvBNAct(ConvBNAct):
         kernel_transform: bool = False,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        statistics: str = "shared",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -92,7 +93,7 @@ class ElasticConvBNAct(ConvBNAct):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
             kernel_transform=kernel_transform, **where,
         )  # fmt: skip
-        super().__init__(conv, ElasticBatchNorm2d(out_channels, eps, momentum, **where), relu)
+        super().__init__(conv, ElasticBatchNorm2d(out_channels, eps, momentum, statistics=statistics, **where), relu)
 
     def set_active(
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
@@ -163,9 +164,10 @@ class ElasticConvBNAct(ConvBNAct):
         size = elastic_paths.out_size(x.shape[2:], (1, 1), conv.stride, (0, 0), (1, 1))
         shape = (x.shape[0], active.outputs.count, *size)
         joins = residual is None or (residual.shape == shape and residual.dtype == elastic_paths.dtype_of(x))
+        weight = conv._packed_weight()
         y = elastic_pointwise_conv2d(
             x,
-            crop(conv.weight, active.kernel),
+            crop(conv.weight, active.kernel) if weight is None else weight,
             out_channels=active.outputs.count,
             stride=conv.stride[0],
             scale=scale,
@@ -177,10 +179,10 @@ class ElasticConvBNAct(ConvBNAct):
 
     def _folded(self, active: Channels) -> tuple[Tensor, Tensor]:
         """Scale and shift of the active channels, ``[Cout]``, in float32 at least."""
-        bn = self.bn
+        bn, own = self.bn, self.bn.active_statistics
         mean, variance, weight, bias = (
             active_part(vector, active).to(torch.promote_types(vector.dtype, torch.float32))
-            for vector in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+            for vector in (own.running_mean, own.running_var, bn.weight, bn.bias)
         )
         scale = weight * torch.rsqrt(variance + bn.eps)
         return scale, bias - mean * scale

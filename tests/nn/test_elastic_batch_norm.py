@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticBatchNorm2d, Subnet, set_subnet
+from jdkd.nn import ElasticBatchNorm2d, ElasticConvBNAct, Subnet, set_subnet
 from jdkd.nn import export as exported
 from tests.nn import elastic_models
 from tests.nn.elastic_models import images
@@ -62,6 +62,15 @@ def test_exports_carry_the_statistics_in_use():
     set_subnet(net, LISTED)
     net.train()(x)
     torch.testing.assert_close(exported(net.eval())(x), net(x))
+
+
+def test_a_unit_normalises_with_the_statistics_in_use():
+    unit = ElasticConvBNAct(3, 6, 3, statistics="own").eval()
+    unit.bn.set_active(6, name="a")
+    unit.bn.active_statistics.running_mean.fill_(2.0)
+    x = torch.randn(2, 3, 9, 9)
+    torch.testing.assert_close(unit(x), unit.bn(unit.conv(x)).relu())
+    assert not torch.allclose(unit(x), nn.BatchNorm2d(6).eval()(unit.conv(x)).relu())
 
 
 def test_a_state_dict_holds_every_set_and_loads_into_a_fresh_supernet():
