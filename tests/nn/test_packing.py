@@ -131,7 +131,7 @@ def test_writes_inside_are_not_seen_but_exchanged_parameters_are(write):
         if net.stem.weight is before[0]:
             torch.testing.assert_close(y, nn.functional.conv2d(x, before[1], padding=1))
         else:
-            torch.testing.assert_close(y, nn.functional.conv2d(x, net.stem._filters(net.stem._now()), padding=1))
+            torch.testing.assert_close(y, nn.functional.conv2d(x, net.stem._shared_filters(net.stem._now()), padding=1))
 
 
 @writes
@@ -280,6 +280,18 @@ def test_modes_of_autograd_may_change_inside(monkeypatch):
             net(images())
         scope.__exit__(None, None, None)
         torch.testing.assert_close(net.stage[0].conv1.weight.grad, plain.stage[0].conv1.weight.grad)
+
+
+def test_what_was_packed_for_inference_serves_no_gradient_of_images():
+    net = small().requires_grad_(False)
+    with torch.inference_mode():
+        scope = packed(net)
+        scope.__enter__()
+    x = images().requires_grad_()
+    net.stem(x).sum().backward()
+    net(x).sum().backward()
+    scope.__exit__(None, None, None)
+    assert x.grad.all()
 
 
 def test_weights_may_be_frozen_and_thawed_inside():
