@@ -142,8 +142,8 @@ def pack_forwards(model: nn.Module, *, dtype: torch.dtype | None = None, grad_mo
     """Lets every forward of a model, from now on, pack the active weights of its elastic layers in one launch.
 
     For training: whatever wrote to the weights before a forward is seen by it, and nothing packed survives it but in
-    its graph; only one that ends in a KeyboardInterrupt leaves it to the layers until the next forward. Layers called on
-    their own use slices. Inside :func:`packed` nothing is packed for the forward. A copy of the model does not pack.
+    its graph; only one that ends in a KeyboardInterrupt leaves it to the layers until the next forward. Layers called
+    on their own use slices. Inside :func:`packed` nothing is packed for the forward. A copy of the model does not pack.
 
     Activation checkpointing inside the model is right: a recomputation packs the weight of each layer alone, and
     :func:`jdkd.nn.checkpoint` keeps the packed weights of the forward. Remove the handle after the backward.
