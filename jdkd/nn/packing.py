@@ -7,7 +7,8 @@ What stays as it is without packing: batch normalisation; kernel transforms; wei
 dtype wanted; weights that are computed at every access, as by ``torch.nn.utils.parametrize``, or are tensors of a
 subclass; what ``torch.compile`` compiles; and calls under the transforms of ``torch.func``, unless the weights were
 packed before. These take the slices of the shared weights, as do layers of which another part was made active, or whose
-parameter was exchanged, since the weights were packed.
+parameter was exchanged, since the weights were packed. A forward that a CUDA graph captures packs inside the graph, and
+so does every replay.
 
 With ``grad_mode="main_grad"`` the gradients of packed weights are added in place to ``weight.main_grad``, or else to
 ``weight.grad``, past autograd. Gradient hooks of the weights see None and ``torch.autograd.grad`` finds nothing. What
@@ -141,8 +142,8 @@ def pack_forwards(model: nn.Module, *, dtype: torch.dtype | None = None, grad_mo
     """Lets every forward of a model, from now on, pack the active weights of its elastic layers in one launch.
 
     For training: whatever wrote to the weights before a forward is seen by it, and nothing packed survives it but in
-    its graph. Layers called on their own use slices. Inside :func:`packed` nothing is packed for the forward. A copy of
-    the model does not pack.
+    its graph; only one that ends in a KeyboardInterrupt leaves it to the layers until the next forward. Layers called
+    on their own use slices. Inside :func:`packed` nothing is packed for the forward. A copy of the model does not pack.
 
     Activation checkpointing inside the model is right: a recomputation packs the weight of each layer alone, and
     :func:`jdkd.nn.checkpoint` keeps the packed weights of the forward. Remove the handle after the backward.
