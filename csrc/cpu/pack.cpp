@@ -4,7 +4,6 @@
 // turned in a buffer that stays in the first cache; everything else is runs of columns.
 #include "common/vec.h"
 #include "cpu/convert.h"
-#include "cpu/pack_turn.h"
 #include "ops/pack.h"
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -30,7 +29,6 @@ constexpr int64_t kRun = 2048;          // elements converted at a time
 constexpr int64_t kPrefetch = 1024;     // bytes of the next run
 constexpr int64_t kLine = 64;           // bytes of a cache line
 constexpr int64_t kGrain = 4;           // pieces a task at least
-constexpr int64_t kBand = 16384;        // elements of some rows of a dense gradient, about
 constexpr int64_t kStreamed = 8 << 20;  // bytes of packed weights from which on they are written past the caches
 
 int64_t itemsize(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
@@ -138,6 +136,51 @@ struct Job {
   bool is_whole() const { return part->taps_h == 1 && part->tap_w_stride == 1 && part->column_stride == taps(); }
 };
 
+// Between run [n, taps] and cells [taps, n], of which the taps lie `pitch` apart; T is the number of taps where it is
+// known, else 0. Blocks of eight columns keep what is written side by side. Turning eight by eight in registers gained
+// 3 % in all.
+template <Action action, int T>
+JDKD_INLINE void turn(float* __restrict__ run, int64_t n, int64_t taps, float* __restrict__ cells, int64_t pitch) {
+  constexpr int64_t kBlock = action == Action::kPack ? 8 : 1;
+  const int64_t count = T ? T : taps;
+  const auto block = [&](int64_t c, int64_t size) JDKD_INLINE_LAMBDA {
+    for (int64_t t = 0; t < count; ++t) {
+      for (int64_t k = 0; k < size; ++k) {
+        float &shared = run[(c + k) * count + t], &cell = cells[t * pitch + c + k];
+        if constexpr (action == Action::kPack) {
+          cell = shared;
+        } else {
+          shared = action == Action::kAdd ? shared + cell : cell;
+        }
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + kBlock <= n; c += kBlock) {
+    block(c, kBlock);
+  }
+  for (; c < n; ++c) {
+    block(c, 1);
+  }
+}
+
+template <Action action>
+JDKD_INLINE void turn_any(float* run, int64_t n, int64_t taps, float* cells, int64_t pitch) {
+  taps == 9 ? turn<action, 9>(run, n, taps, cells, pitch) : turn<action, 0>(run, n, taps, cells, pitch);
+}
+
+JDKD_CLONES void turn_floats_in(float* run, int64_t n, int64_t taps, float* cells, int64_t pitch) {
+  turn_any<Action::kPack>(run, n, taps, cells, pitch);
+}
+
+JDKD_CLONES void turn_floats_add(float* run, int64_t n, int64_t taps, float* cells, int64_t pitch) {
+  turn_any<Action::kAdd>(run, n, taps, cells, pitch);
+}
+
+JDKD_CLONES void turn_floats_set(float* run, int64_t n, int64_t taps, float* cells, int64_t pitch) {
+  turn_any<Action::kSet>(run, n, taps, cells, pitch);
+}
+
 // Columns first..first + n of a row, element by element, between the shared side and cells [taps, n], those of a tap
 // `pitch` apart.
 template <Action action, class T>
@@ -171,11 +214,11 @@ void turn_row(const Job& job, int64_t row, int64_t first, int64_t n, float* cell
   } else {
     float* run = reinterpret_cast<float*>(shared) + first * job.part->column_stride;
     if constexpr (action == Action::kPack) {
-      turn_in(run, n, job.taps(), cells, pitch);
+      turn_floats_in(run, n, job.taps(), cells, pitch);
     } else if constexpr (action == Action::kAdd) {
-      turn_add(run, n, job.taps(), cells, pitch);
+      turn_floats_add(run, n, job.taps(), cells, pitch);
     } else {
-      turn_set(run, n, job.taps(), cells, pitch);
+      turn_floats_set(run, n, job.taps(), cells, pitch);
     }
   }
 }
@@ -246,16 +289,6 @@ std::vector<Piece> cut(const std::vector<Job>& jobs) {
   return pieces;
 }
 
-// Columns first..first + n of a row.
-template <Action action>
-void move_row(const Job& job, int64_t row, int64_t first, int64_t n, std::vector<float>& cells) {
-  if (job.has_runs()) {
-    move_runs<action>(job, row, first, n);
-  } else {
-    move_turned<action>(job, row, first, n, cells);
-  }
-}
-
 template <Action action>
 void work_pieces(const std::vector<Job>& jobs) {
   const std::vector<Piece> pieces = cut(jobs);
@@ -268,52 +301,14 @@ void work_pieces(const std::vector<Job>& jobs) {
       const int64_t last = std::min(part.rows, piece.row + part.tile_rows);
       const int64_t n = std::min(part.tile_columns, part.columns - piece.column);
       for (int64_t row = piece.row; row < last; ++row) {
-        move_row<action>(job, row, piece.column, n, cells);
-      }
-    }
-    end_of_streams();
-  });
-}
-
-// Some rows of a dense gradient.
-struct Band {
-  const Job* job;
-  char* memory;  // of all of them
-  int64_t bytes, row_bytes;
-  std::vector<int64_t> packed_rows;  // what becomes of each row; -1: zeros
-};
-
-// Cuts `numel` elements at `dense` into bands, a part whose rows are merged into bands without rows.
-void cut_dense(const Job& job, char* dense, int64_t numel, std::vector<Band>& bands) {
-  const Part& part = *job.part;
-  const int64_t stride = part.rows > 1 ? part.row_stride : kBand, rows = (numel + stride - 1) / stride;
-  std::vector<int64_t> packed_rows(rows, -1);
-  for (int64_t row = 0; part.rows > 1 && row < part.rows; ++row) {
-    packed_rows[part.row_list < 0 ? row : job.index[part.row_list + row]] = row;
-  }
-  const int64_t height = std::max<int64_t>(1, kBand / stride);
-  for (int64_t row = 0; row < rows; row += height) {
-    const int64_t last = std::min(rows, row + height), end = std::min(numel, last * stride);
-    bands.push_back(
-        {&job, at(dense, row * stride, job.shared_type), (end - row * stride) * itemsize(job.shared_type),
-         stride * itemsize(job.shared_type), {packed_rows.begin() + row, packed_rows.begin() + last}});
-  }
-}
-
-// Clears each row and fills it while it is in the first cache.
-void work_bands(const std::vector<Band>& bands) {
-  torch::stable::parallel_for(0, static_cast<int64_t>(bands.size()), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> cells;
-    for (int64_t i = begin; i < end; ++i) {
-      const Band& band = bands[i];
-      for (size_t r = 0; r < band.packed_rows.size(); ++r) {
-        const int64_t first = r * band.row_bytes;
-        std::memset(band.memory + first, 0, std::min(band.row_bytes, band.bytes - first));
-        if (band.packed_rows[r] >= 0) {
-          move_row<Action::kSet>(*band.job, band.packed_rows[r], 0, band.job->part->columns, cells);
+        if (job.has_runs()) {
+          move_runs<action>(job, row, piece.column, n);
+        } else {
+          move_turned<action>(job, row, piece.column, n, cells);
         }
       }
     }
+    end_of_streams();
   });
 }
 
@@ -349,38 +344,16 @@ void unpack_add_(
   work_pieces<Action::kAdd>(jobs);
 }
 
-std::vector<Job> dense_jobs(
-    const char* op, const Table& table, const std::vector<Tensor>& packed, const Tensor& flat) {
-  const ScalarType from = pack::check_tensors(op, "packed gradients", packed, table);
-  const ScalarType type = pack::check_flat(op, flat);
+void unpack(std::vector<Tensor> packed, Tensor parts, std::optional<Tensor>, Tensor index, Tensor flat) {
+  const Table table("unpack", parts, std::nullopt, index);
+  const ScalarType from = pack::check_tensors("unpack", "packed gradients", packed, table);
+  const ScalarType type = pack::check_flat("unpack", flat);
   std::vector<Job> jobs;
   for (int64_t i = 0; i < table.part_count; ++i) {
     char* dense = at(data(flat), table.parts[i].dense_offset, type);
     jobs.push_back(job_of(table, i, dense, type, data(packed[i]), from));
   }
-  return jobs;
-}
-
-void unpack(std::vector<Tensor> packed, Tensor parts, std::optional<Tensor>, Tensor index, Tensor flat) {
-  const Table table("unpack", parts, std::nullopt, index);
-  work_pieces<Action::kSet>(dense_jobs("unpack", table, packed, flat));
-}
-
-void unpack_over(std::vector<Tensor> packed, Tensor parts, std::optional<Tensor>, Tensor index, Tensor flat) {
-  const Table table("unpack_over", parts, std::nullopt, index);
-  const std::vector<Job> jobs = dense_jobs("unpack_over", table, packed, flat);
-  std::vector<Band> bands;
-  std::vector<Job> merged;  // whose rows are
-  for (int64_t i = 0; i < table.part_count; ++i) {
-    const int64_t begin = table.parts[i].dense_offset;
-    const int64_t end = i + 1 < table.part_count ? table.parts[i + 1].dense_offset : flat.numel();
-    cut_dense(jobs[i], at(data(flat), begin, jobs[i].shared_type), end - begin, bands);
-    if (jobs[i].part->rows == 1) {
-      merged.push_back(jobs[i]);
-    }
-  }
-  work_bands(bands);
-  work_pieces<Action::kSet>(merged);
+  work_pieces<Action::kSet>(jobs);
 }
 
 }  // namespace
@@ -390,5 +363,4 @@ STABLE_TORCH_LIBRARY_IMPL(jdkd_C, CPU, m) {
   m.impl("pack", TORCH_BOX(&jdkd::cpu::pack));
   m.impl("unpack_add_", TORCH_BOX(&jdkd::cpu::unpack_add_));
   m.impl("unpack", TORCH_BOX(&jdkd::cpu::unpack));
-  m.impl("unpack_over", TORCH_BOX(&jdkd::cpu::unpack_over));
 }

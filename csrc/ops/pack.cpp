@@ -60,6 +60,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jdkd_C, m) {
   m.def("pack(Tensor[] weights, Tensor parts, Tensor? pieces, Tensor index, Tensor(a!) flat) -> ()");
   m.def("unpack_add_(Tensor(a!)[] gradients, Tensor parts, Tensor? pieces, Tensor index, Tensor[] packed) -> ()");
   m.def("unpack(Tensor[] packed, Tensor parts, Tensor? pieces, Tensor index, Tensor(a!) flat) -> ()");
-  // on a CPU: unpack into memory of any contents
-  m.def("unpack_over(Tensor[] packed, Tensor parts, Tensor? pieces, Tensor index, Tensor(a!) flat) -> ()");
 }

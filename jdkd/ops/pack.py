@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, on_device
-from jdkd.ops.pack_memory import empty, for_gradients
+from jdkd.ops.pack_memory import empty, zeros
 from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_numel, packed_views, table_of
 from jdkd.reference import pack as reference
 
@@ -276,11 +276,7 @@ def _unpack(
     packed = _as_packed(packed, sizes)
     backend = _selected(like[0], packed[0].dtype)
     table = table_of(like, [dense_strides(weight) for weight in like], rows, columns, sizes, packed[0].dtype)
-    if backend == "cpu":
-        buffer, is_clear = for_gradients(table.dense_numel, like[0])
-        _launch("unpack" if is_clear else "unpack_over", backend, table, packed, buffer)
-        return buffer
-    buffer = like[0].new_zeros(table.dense_numel)
+    buffer = zeros(table.dense_numel, like[0])
     if backend == "reference":
         views = dense_views(buffer, like)
         reference.unpack_add_(views, *_plain(rows, columns, sizes, buffer.device), packed)

@@ -22,23 +22,24 @@ _KEPT = 2  # buffers of each kind
 _lock = threading.Lock()
 
 
-def for_gradients(numel: int, like: Tensor) -> tuple[Tensor, bool]:
-    """A buffer for dense gradients on a CPU; a large one on Linux takes the pages of one that is gone.
+def zeros(numel: int, like: Tensor) -> Tensor:
+    """A buffer of zeros; a large one on Linux takes the pages of one that is gone, which are still in a cache.
 
-    Those are still in a cache. Fresh pages are cleared by the operating system, and only where they are written;
-    untouched ones are read from one page of zeros.
+    Fresh pages are cleared by the operating system, and only where they are written; untouched ones are read from one
+    page of zeros.
 
     Args:
         numel: elements.
         like: for the dtype and the device.
 
     Returns:
-        ``[numel]``, and whether it holds zeros; else its contents are undefined.
+        ``[numel]``.
     """
     if not _is_mapped(numel, like.dtype, like.device):
-        return torch.empty(numel, dtype=like.dtype, device=like.device), False
+        return torch.zeros(numel, dtype=like.dtype, device=like.device)
     memory, is_fresh = _taken(_gradient_pages, numel * like.element_size())
-    return _on_pages(memory, numel, like.dtype), is_fresh
+    buffer = _on_pages(memory, numel, like.dtype)
+    return buffer if is_fresh else buffer.zero_()
 
 
 def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from jdkd.ops import pack_memory
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.pack import Part, pack
-from jdkd.ops.pack_memory import HUGE_PAGE, empty, for_gradients
+from jdkd.ops.pack_memory import HUGE_PAGE, empty, zeros
 from tests.ops.pack_cases import weight
 
 CPU = torch.device("cpu")
@@ -46,21 +46,17 @@ def test_pages_that_nobody_uses_are_taken_again_and_at_most_two_buffers_are_kept
 
 
 def test_a_gradient_that_lives_is_never_overwritten_and_one_that_is_gone_gives_its_pages():
-    kept, is_clear = for_gradients(LARGE, torch.empty(0))
-    kept.fill_(5.0)
-    others = [for_gradients(LARGE, torch.empty(0))[0].fill_(1.0) for _ in range(3)]
+    kept = zeros(LARGE, torch.empty(0)).fill_(5.0)
+    others = [zeros(LARGE, torch.empty(0)).fill_(1.0) for _ in range(3)]
     addresses = {other.data_ptr() for other in others}
     del others
-    again, is_clear = for_gradients(LARGE, torch.empty(0))
-    assert again.data_ptr() in addresses and not is_clear and (kept == 5.0).all()
+    again = zeros(LARGE, torch.empty(0))
+    assert again.data_ptr() in addresses and not again.any() and (kept == 5.0).all()
 
 
-def test_fresh_pages_are_zeros_and_start_a_storage():
-    buffers = []
+def test_zeros_are_zeros_and_start_a_storage():
     for _ in range(3):
-        buffers.append(for_gradients(LARGE + 1, torch.empty(0)))
-        buffer, is_clear = buffers[-1]
+        buffer = zeros(LARGE + 1, torch.empty(0))
         assert buffer.storage_offset() == 0 and buffer.data_ptr() % 128 == 0
-        assert not is_clear or not buffer.any()
+        assert not buffer.any()
         buffer.fill_(1.0)
-    assert [is_clear for _, is_clear in buffers].count(True) >= 1  # at most two were there
