@@ -12,10 +12,6 @@
 #include <algorithm>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 namespace jdkd::cpu {
 namespace {
 
@@ -27,33 +23,13 @@ using torch::stable::Tensor;
 
 constexpr int64_t kRun = 2048;          // elements converted at a time
 constexpr int64_t kPrefetch = 1024;     // bytes of the next run
-constexpr int64_t kLine = 64;           // bytes of a cache line
 constexpr int64_t kGrain = 4;           // pieces a task at least
-constexpr int64_t kStreamed = 8 << 20;  // bytes of packed weights from which on they are written past the caches
 
 int64_t itemsize(ScalarType type) { return type == ScalarType::Float ? 4 : 2; }
 
 char* at(char* base, int64_t elements, ScalarType type) { return base + elements * itemsize(type); }
 
 // ---- runs: n elements side by side on both sides ----
-
-// Writes whole cache lines without reading them first, which an ordinary store does.
-void stream_lines(const char* from, int64_t bytes, char* to) {
-#if defined(__x86_64__)
-  for (int64_t i = 0; i < bytes; i += sizeof(__m128i)) {
-    _mm_stream_si128(
-        reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-  }
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
-void end_of_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
-}
 
 void convert_run(Cursor from, int64_t n, char* to, ScalarType type) {
   if (from.type == type) {
@@ -75,22 +51,6 @@ JDKD_CLONES void add_floats(const float* __restrict__ from, int64_t n, float* __
   }
 }
 
-// convert_run that streams what comes in whole lines.
-void stream_run(Cursor from, int64_t n, char* to, ScalarType type) {
-  if (reinterpret_cast<uintptr_t>(to) % kLine != 0 || n * itemsize(type) % kLine != 0) {
-    convert_run(from, n, to, type);
-  } else if (from.type == type) {
-    stream_lines(from.at, n * from.itemsize(), to);
-  } else {
-    alignas(kLine) char lines[kRun * sizeof(float)];
-    for (int64_t i = 0; i < n; i += kRun) {
-      const int64_t some = std::min(kRun, n - i);
-      convert_run(from + i, some, lines, type);
-      stream_lines(lines, some * itemsize(type), at(to, i, type));
-    }
-  }
-}
-
 void add_run(Cursor from, int64_t n, char* to, ScalarType type) {
   alignas(64) float added[kRun], sums[kRun];
   for (int64_t i = 0; i < n; i += kRun) {
@@ -106,32 +66,6 @@ void add_run(Cursor from, int64_t n, char* to, ScalarType type) {
   }
 }
 
-// ---- single elements of the shared side ----
-
-float get(const char* base, int64_t i, ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return reinterpret_cast<const float*>(base)[i];
-    case ScalarType::BFloat16:
-      return reinterpret_cast<const c10::BFloat16*>(base)[i];
-    default:
-      return reinterpret_cast<const c10::Half*>(base)[i];
-  }
-}
-
-void put(char* base, int64_t i, ScalarType type, float value) {
-  switch (type) {
-    case ScalarType::Float:
-      reinterpret_cast<float*>(base)[i] = value;
-      return;
-    case ScalarType::BFloat16:
-      reinterpret_cast<c10::BFloat16*>(base)[i] = value;
-      return;
-    default:
-      reinterpret_cast<c10::Half*>(base)[i] = value;
-  }
-}
-
 // ---- a part ----
 
 // One part and the memory of both sides; taps are walked in the order of packed memory.
@@ -142,7 +76,6 @@ struct Job {
   ScalarType shared_type;
   char* packed;
   ScalarType packed_type;
-  bool streams = false;  // to the packed side
 
   int64_t taps() const { return part->taps_h * part->taps_w; }
   int64_t tap(int64_t t) const {
@@ -207,32 +140,44 @@ JDKD_CLONES void turn_floats_set(float* run, int64_t n, int64_t taps, float* cel
   turn_any<Action::kSet>(run, n, taps, cells, pitch);
 }
 
-// Columns first..first + n of a row, between the shared side and cells [taps, n], those of a tap `pitch` apart.
+// Columns first..first + n of a row, element by element, between the shared side and cells [taps, n], those of a tap
+// `pitch` apart.
+template <Action action, class T>
+void gather_row(const Job& job, T* shared, int64_t first, int64_t n, float* cells, int64_t pitch) {
+  const int64_t stride = job.part->column_stride;
+  const int64_t* list = job.part->column_list < 0 ? nullptr : job.index + job.part->column_list + first;
+  for (int64_t t = 0; t < job.taps(); ++t) {
+    T* from = shared + job.tap(t);
+    float* cell = cells + t * pitch;
+    for (int64_t c = 0; c < n; ++c) {
+      T& value = from[(list ? list[c] : first + c) * stride];
+      if constexpr (action == Action::kPack) {
+        cell[c] = static_cast<float>(value);
+      } else {
+        value = static_cast<T>(action == Action::kAdd ? static_cast<float>(value) + cell[c] : cell[c]);
+      }
+    }
+  }
+}
+
+// The same, by the fastest way there is.
 template <Action action>
 void turn_row(const Job& job, int64_t row, int64_t first, int64_t n, float* cells, int64_t pitch) {
-  const Part& part = *job.part;
   char* shared = job.shared_row(row);
-  if (job.is_whole() && part.column_list < 0 && job.shared_type == ScalarType::Float) {
-    float* run = reinterpret_cast<float*>(shared) + first * part.column_stride;
+  if (job.shared_type == ScalarType::BFloat16) {
+    gather_row<action>(job, reinterpret_cast<c10::BFloat16*>(shared), first, n, cells, pitch);
+  } else if (job.shared_type == ScalarType::Half) {
+    gather_row<action>(job, reinterpret_cast<c10::Half*>(shared), first, n, cells, pitch);
+  } else if (!job.is_whole() || job.part->column_list >= 0) {
+    gather_row<action>(job, reinterpret_cast<float*>(shared), first, n, cells, pitch);
+  } else {
+    float* run = reinterpret_cast<float*>(shared) + first * job.part->column_stride;
     if constexpr (action == Action::kPack) {
       turn_floats_in(run, n, job.taps(), cells, pitch);
     } else if constexpr (action == Action::kAdd) {
       turn_floats_add(run, n, job.taps(), cells, pitch);
     } else {
       turn_floats_set(run, n, job.taps(), cells, pitch);
-    }
-    return;
-  }
-  for (int64_t c = 0; c < n; ++c) {
-    const int64_t column = part.column_list < 0 ? first + c : job.index[part.column_list + first + c];
-    for (int64_t t = 0; t < job.taps(); ++t) {
-      const int64_t place = column * part.column_stride + job.tap(t);
-      float& cell = cells[t * pitch + c];
-      if constexpr (action == Action::kPack) {
-        cell = get(shared, place, job.shared_type);
-      } else {
-        put(shared, place, job.shared_type, action == Action::kAdd ? get(shared, place, job.shared_type) + cell : cell);
-      }
     }
   }
 }
@@ -254,7 +199,7 @@ void move_runs(const Job& job, int64_t row, int64_t first, int64_t n) {
       prefetch(t + 1 < taps ? job.shared_run(row, t + 1, first) : job.shared_run(row + 1, 0, first), bytes);
     }
     if constexpr (action == Action::kPack) {
-      (job.streams ? stream_run : convert_run)({shared, job.shared_type}, n, packed, job.packed_type);
+      convert_run({shared, job.shared_type}, n, packed, job.packed_type);
     } else if constexpr (action == Action::kAdd) {
       add_run({packed, job.packed_type}, n, shared, job.shared_type);
     } else {
@@ -269,7 +214,7 @@ void move_turned(const Job& job, int64_t row, int64_t first, int64_t n, std::vec
   if (row + 1 < job.part->rows && job.is_whole()) {
     prefetch(job.shared_run(row + 1, 0, first * job.part->column_stride), kPrefetch);
   }
-  if (job.packed_type == ScalarType::Float && !job.streams) {
+  if (job.packed_type == ScalarType::Float) {
     float* packed = reinterpret_cast<float*>(job.packed_run(row, 0, first));
     turn_row<action>(job, row, first, n, packed, job.part->columns);
     return;
@@ -279,8 +224,7 @@ void move_turned(const Job& job, int64_t row, int64_t first, int64_t n, std::vec
   if constexpr (action == Action::kPack) {
     turn_row<action>(job, row, first, n, cells.data(), n);
     for (int64_t t = 0; t < taps; ++t) {
-      const Cursor run(cells.data() + t * n, ScalarType::Float);
-      (job.streams ? stream_run : convert_run)(run, n, job.packed_run(row, t, first), job.packed_type);
+      round_floats(cells.data() + t * n, n, job.packed_run(row, t, first), job.packed_type);
     }
   } else {
     for (int64_t t = 0; t < taps; ++t) {
@@ -322,7 +266,6 @@ void work_pieces(const std::vector<Job>& jobs) {
         }
       }
     }
-    end_of_streams();
   });
 }
 
@@ -341,7 +284,6 @@ void pack(std::vector<Tensor> weights, Tensor parts, std::optional<Tensor>, Tens
   std::vector<Job> jobs;
   for (int64_t i = 0; i < table.part_count; ++i) {
     jobs.push_back(job_of(table, i, data(weights[i]), type, at(data(flat), table.parts[i].packed_offset, to), to));
-    jobs.back().streams = flat.numel() * itemsize(to) >= kStreamed;
   }
   work_pieces<Action::kPack>(jobs);
 }
