@@ -139,7 +139,7 @@ def packed_weights(
         grad_mode: ``"autograd"`` gives every weight a dense gradient, zero where inactive: views of one buffer, on
             a CPU of one for a few neighbours. ``"main_grad"`` adds to ``weight.main_grad``, or else
             ``weight.grad``, in place, and creates it if missing. It writes only what is active; hooks on the weights
-            see None, and ``DistributedDataParallel`` reduces nothing.
+            see None, and of ``main_grad`` ``DistributedDataParallel`` knows nothing.
 
     Returns:
         As :func:`pack`.
