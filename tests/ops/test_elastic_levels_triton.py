@@ -25,11 +25,12 @@ ROUNDING = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-20}
 
 
 def shipped() -> list:
-    """Every tile of every dtype, by descriptors and by pointers."""
+    """Every tile of every dtype, by descriptors and by pointers; of fp16, which is tiled as bf16 is, the largest."""
     found = []
     for dtype, _, precision in elastic_levels.AOT_KINDS:
         for label, constants, blocks in elastic_levels.aot_tiles(dtype, precision):
-            found.append(pytest.param(DTYPES[dtype], precision == "tf32", constants, blocks, id=label))
+            if dtype != "fp16" or "128x128" in label:
+                found.append(pytest.param(DTYPES[dtype], precision == "tf32", constants, blocks, id=label))
     return found
 
 
