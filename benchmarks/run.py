@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, record
+from benchmarks import goals, harness, record
 
 
 def all_cases(ops: list[str], device: str, full: bool) -> Iterator[harness.Case]:
@@ -91,6 +91,8 @@ def main(words: list[str] | None = None) -> int:
         if given.save:
             record.append(record.result_file(device, case.op), rows)
     print("\n" + record.tables(done))
+    for op in sorted({row["op"] for row in done} & goals.GOALS.keys()):
+        print(f"\nGoals of {op}\n\n{goals.table(op, done)}")
     if left:
         print(f"\nnot measured, out of time: {'; '.join(left)}")
     return 1 if wrong else 0

@@ -74,7 +74,7 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
         chosen += [(P3, width, False, "forward", 2) for width in (0.75, 0.25)]
     for dtype in dtypes:
         for number, (label, width, listed, mode, images) in enumerate(chosen):
-            yield case(label, width, listed, dtype, mode, device, images, compiled=number == 0 or device == "cuda")
+            yield case(label, width, listed, dtype, mode, device, images, compiled=number == 0)
 
 
 def case(
