@@ -90,6 +90,7 @@ bench() {
 }
 
 bench elastic_conv 55 42 0.4
+bench elastic_levels 25 12 0.4
 bench supernet_step 60 20 3
 bench pack 30 20 0.4
 bench elastic_pointwise 45 30 0.4

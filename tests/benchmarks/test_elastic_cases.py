@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import conv_shapes, goals, harness
-from benchmarks.cases import elastic_conv, elastic_pointwise, pack, supernet_step
+from benchmarks.cases import elastic_conv, elastic_levels, elastic_pointwise, pack, supernet_step
 from benchmarks.cost import host_seconds
 
 SMALL = (5, 6)  # what stands for the images of the cases, in pixels
@@ -70,6 +70,16 @@ def test_the_graphs_of_torch_compile_are_counted(small, monkeypatch):
     assert_agree(case)
     assert case.providers["torch.compile"].note == f"{len(graphs)} graphs compiled for 4 widths"
     assert len(graphs) > 1, "widths are sizes of the weight, and another size is another graph"
+
+
+@pytest.mark.parametrize("mode", elastic_levels.MODES)
+def test_convolutions_of_all_levels_agree(mode, monkeypatch):
+    levels = [dataclasses.replace(shape, size=SMALL) for shape in elastic_levels.head()]
+    assert [shape.size[0] for shape in elastic_levels.head()] == [200, 100, 50, 25, 13]
+    monkeypatch.setattr(elastic_levels, "head", lambda: levels)
+    left_out = () if hasattr(elastic_levels.jdkd.functional, "elastic_conv2d_levels") else ("jdkd",)
+    for pyramid in elastic_levels.PYRAMIDS:
+        assert_agree(elastic_levels.case(pyramid, 0.5, torch.float32, mode, "cpu"), *left_out)
 
 
 @pytest.mark.parametrize("layout", pack.LAYOUTS)
