@@ -87,3 +87,8 @@ def test_rows_of_another_case_say_nothing_to_a_goal():
 def test_a_row_says_what_its_provider_notes():
     (row,) = rows(Timing("torch.compile", [1e-3] * 3, 0, note="4 graphs"))
     assert row["note"] == "4 graphs" and run.describe(row).endswith("4 graphs")
+
+
+def test_operators_take_turns_so_that_each_shows_its_goal():
+    found = [case.op for case, _ in zip(run.all_cases(["elastic_conv", "pack"], "cpu", False), range(4), strict=False)]
+    assert found == ["elastic_conv", "pack"] * 2
