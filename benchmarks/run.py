@@ -25,7 +25,7 @@ from benchmarks import goals, harness, record
 
 
 def all_cases(ops: list[str], device: str, full: bool) -> Iterator[harness.Case]:
-    """The cases of the operators asked for, of all if none is; the operators take turns, each its most telling first."""
+    """The cases of the operators asked for, of all if none is; they take turns, each its most telling first."""
     names = sorted(path.stem for path in (Path(__file__).parent / "cases").glob("[a-z]*.py"))
     if unknown := set(ops) - set(names):
         raise SystemExit(f"there is no benchmark of {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
