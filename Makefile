@@ -59,9 +59,9 @@ format: setup  ## let ruff sort imports, mend what it safely can, and lay out th
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: setup  ## benchmarks against the eager formulas, on the device at hand
+bench: setup  ## benchmarks against what people run today, on the device at hand
 	$(PY) -m benchmarks.run
-	$(PY) -m pytest -q benchmarks/test_pearson.py benchmarks/test_elastic_conv.py --benchmark-columns=min,median,max,rounds
+	$(PY) -m pytest -q benchmarks --benchmark-columns=min,median,max,rounds
 
 demo: setup  ## digit scenes, a base detector, the joint search; all under runs/demo, resumable
 	$(VENV)/bin/jdkd data digits $(DEMO)/data $(DEMO_DATA) --seed $(DEMO_SEED) --resume

@@ -82,11 +82,20 @@ find_tests() {
 step build 170 "$PYTHON" setup.py --quiet build_ext --inplace
 step env 40 "$PYTHON" -m jdkd.env
 find_tests
-step tests 200 "$PYTHON" -m pytest -m gpu -q --continue-on-collection-errors -p no:cacheprovider -W default \
+step tests 190 "$PYTHON" -m pytest -m gpu -q --continue-on-collection-errors -p no:cacheprovider -W default \
   --junitxml "$OUT/junit.xml" "${gpu_tests[@]}"
-step pearson 130 "$PYTHON" -m benchmarks.run pearson --seconds 1 --limit 95 --out "$OUT/kernels.jsonl"
-step elastic_conv 60 "$PYTHON" -m benchmarks.run elastic_conv --seconds 0.5 --limit 45 --out "$OUT/kernels.jsonl"
-step latency 110 "$PYTHON" -m benchmarks.latency --seconds 15 --out "$OUT/latency.jsonl"
+# bench OP SECONDS LAST EACH: cases of one operator, EACH seconds of rounds a case; none begins after LAST seconds.
+bench() {
+  step "$1" "$2" "$PYTHON" -m benchmarks.run "$1" --seconds "$4" --limit "$3" --out "$OUT/kernels.jsonl"
+}
+
+bench elastic_conv 55 42 0.4
+bench elastic_levels 25 12 0.4
+bench supernet_step 60 20 3
+bench pack 30 20 0.4
+bench elastic_pointwise 45 30 0.4
+bench pearson 90 65 0.8
+step latency 75 "$PYTHON" -m benchmarks.latency --seconds 10 --out "$OUT/latency.jsonl"
 
 printf '\n== steps (commit %s, %s s)\n' "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" "$SECONDS" |
   tee -a "$SUMMARY"

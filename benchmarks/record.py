@@ -184,10 +184,14 @@ def _family(row: Row) -> str:
     return row["provider"].partition(" ")[0]
 
 
-def _cell(row: Row) -> str:
-    microseconds, gain = row["median_us"], row["times_baseline"]
+def duration(microseconds: float) -> str:
+    """A time in the unit that reads best."""
     factor, unit = next(scale for scale in _UNITS if microseconds >= scale[0] or scale[0] == 1)
-    text = f"{microseconds / factor:.3g} {unit}"
+    return f"{microseconds / factor:.3g} {unit}"
+
+
+def _cell(row: Row) -> str:
+    text, gain = duration(row["median_us"]), row["times_baseline"]
     member = row["provider"].partition(" ")[2]
     notes = [f"{gain:.1f}×"] if gain not in (None, 1) else []
     notes += [member] if member else []

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -20,20 +21,23 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import harness, record
+from benchmarks import goals, harness, record
 
 
 def all_cases(ops: list[str], device: str, full: bool) -> Iterator[harness.Case]:
-    """The cases of the operators asked for, of all if none is."""
+    """The cases of the operators asked for, of all if none is; they take turns, each its most telling first."""
     names = sorted(path.stem for path in (Path(__file__).parent / "cases").glob("[a-z]*.py"))
     if unknown := set(ops) - set(names):
         raise SystemExit(f"there is no benchmark of {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
+    by_op = []
     for name in ops or names:
         module = importlib.import_module(f"benchmarks.cases.{name}")
         if hasattr(module, "cases"):
-            yield from module.cases(device, full)
+            by_op.append(module.cases(device, full))
         else:
             print(f"{name}: not run, benchmarks/cases/{name}.py offers no cases(device, full)", file=sys.stderr)
+    for turn in itertools.zip_longest(*by_op):
+        yield from filter(None, turn)
 
 
 def describe(row: record.Row) -> str:
@@ -91,6 +95,8 @@ def main(words: list[str] | None = None) -> int:
         if given.save:
             record.append(record.result_file(device, case.op), rows)
     print("\n" + record.tables(done))
+    for op in sorted({row["op"] for row in done} & goals.GOALS.keys()):
+        print(f"\nGoals of {op}\n\n{goals.table(op, done)}")
     if left:
         print(f"\nnot measured, out of time: {'; '.join(left)}")
     return 1 if wrong else 0

@@ -35,4 +35,4 @@ def test_every_flag_that_the_readme_shows_exists(command):
 
 def test_every_table_says_what_the_result_files_say():
     assert rendered(README) == README
-    assert README.count("<!-- results of") == 3
+    assert README.count("<!-- results of") == 5

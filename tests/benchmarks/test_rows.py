@@ -2,8 +2,8 @@
 
 import torch
 
-from benchmarks import record, run
-from benchmarks.cases import pearson
+from benchmarks import goals, record, run
+from benchmarks.cases import elastic_conv, pearson
 from benchmarks.cost import Cost
 from benchmarks.harness import Timing
 
@@ -61,3 +61,34 @@ def test_a_match_picks_cases_by_words_of_their_names(capsys, monkeypatch):
     assert run.main(words) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("pearson ")]
     assert shown == ["pearson P7 N=1 float32 NCHW forward"]
+
+
+def half_width(device, **seconds):
+    case = elastic_conv.case(elastic_conv.P3, 0.5, False, torch.float32, "forward", "cpu")
+    timings = [Timing(name.replace("_of_", " "), [value] * 3, 0) for name, value in seconds.items()]
+    return record.rows(case, timings, {**COMMON, "device": device, "cuda": None})
+
+
+def test_a_goal_is_read_off_the_rows_of_its_device():
+    found = half_width("Some CPU", mask_multiply=0.17, full_width=0.16, jdkd_of_triton=0.05, jdkd=0.04)
+    found += half_width("Another CPU", full_width=0.1)
+    device, _, _, _, line, missing, *rest = goals.table("elastic_conv", found).splitlines()
+    assert device == "Some CPU:"
+    assert "| jdkd 40 ms | full_width 160 ms | 0.250 of the time | at most 0.35 of the time |" in line
+    assert "| not measured |" in missing and "x1 N=2" in missing
+    assert rest == ["", "On a GPU: not measured."]
+
+
+def test_rows_of_another_case_say_nothing_to_a_goal():
+    found = [{**row, "dtype": "bfloat16"} for row in half_width("Some CPU", full_width=0.16, jdkd=0.04)]
+    assert goals.table("elastic_conv", found) == "On a CPU: not measured.\n\nOn a GPU: not measured."
+
+
+def test_a_row_says_what_its_provider_notes():
+    (row,) = rows(Timing("torch.compile", [1e-3] * 3, 0, note="4 graphs"))
+    assert row["note"] == "4 graphs" and run.describe(row).endswith("4 graphs")
+
+
+def test_operators_take_turns_so_that_each_shows_its_goal():
+    found = [case.op for case, _ in zip(run.all_cases(["elastic_conv", "pack"], "cpu", False), range(4), strict=False)]
+    assert found == ["elastic_conv", "pack"] * 2
