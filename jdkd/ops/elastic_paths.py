@@ -344,9 +344,9 @@ def _unwanted(path: Path, product: Product) -> str | None:
         return f"the backend {asked} was asked for"
     if not path.fastest:
         return ON_REQUEST
-    if missing := _missing(path.operator):
-        return missing
-    return None if _region(path, product) else "it is outside of the regions where it measured fastest"
+    if not _region(path, product):
+        return "it is outside of the regions where it measured fastest"
+    return _missing(path.operator)
 
 
 def _region(path: Path, product: Product) -> Region | None:
@@ -366,7 +366,10 @@ def _asked_for(op: str) -> str | None:
 
 
 def _missing(op: str) -> str | None:
-    return _backend.available(op)["triton"]
+    return _availability(op)["triton"]
+
+
+_availability = functools.lru_cache(maxsize=8)(_backend.available)
 
 
 def _kind(device: torch.device) -> str:
