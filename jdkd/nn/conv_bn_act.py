@@ -148,8 +148,8 @@ class ElasticConvBNAct(ConvBNAct):
 
     def _route(self, x: Tensor, active: Any) -> str:
         """How an evaluation runs: in ``"one pass"``, with ``"folded"`` filters, or as ``"parts"``."""
-        conv = self.conv
-        takes_one = not elastic_paths.only_aten() and active.border is None and not conv._is_transformed(active)
+        conv, only_aten = self.conv, elastic_paths.only_aten(x.device.type)
+        takes_one = not only_aten and active.border is None and not conv._is_transformed(active)
         if takes_one and elastic_paths.choose(conv._call(x, active)) == "pointwise":
             return "one pass"
         columns = active.inputs.count if conv.groups == 1 else conv.weight.shape[1]

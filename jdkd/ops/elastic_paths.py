@@ -7,6 +7,7 @@ depends on shapes, layout and dtype alone, so the host never waits; a compiled g
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -260,7 +261,16 @@ def choose(call: Call) -> str:
     Raises:
         InputError: if ``use_backend`` or ``JDKD_BACKEND`` asks for a backend that cannot run here.
     """
+    if torch.compiler.is_compiling() or _backend.requested() is not None:
+        return _first(call)
+    return _measured(call)
+
+
+def _first(call: Call) -> str:
     return next(path.name for path in PATHS if objection(path, call) is None)
+
+
+_measured = functools.lru_cache(maxsize=1024)(_first)
 
 
 def explained(call: Call) -> tuple[str, str, tuple[tuple[str, str], ...]]:
@@ -315,11 +325,12 @@ def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int]) -> bool:
     return 0 < product.positions < path.limit and _unwanted(path, product) is None
 
 
-def only_aten() -> bool:
-    """Whether no kernel was asked for and none has measured fastest anywhere: the usual case, at once."""
+def only_aten(device: str) -> bool:
+    """Whether no kernel was asked for and none measured fastest on this type of device: the usual case, at once."""
     for path in PATHS:
-        if path.fastest:
-            return False
+        for region in path.fastest:
+            if region.device == device or (device == "cuda" and region.device.startswith("sm_")):
+                return False
     return _backend.requested() is None
 
 
@@ -333,9 +344,9 @@ def _unwanted(path: Path, product: Product) -> str | None:
         return f"the backend {asked} was asked for"
     if not path.fastest:
         return ON_REQUEST
-    if missing := _missing(path.operator):
-        return missing
-    return None if _region(path, product) else "it is outside of the regions where it measured fastest"
+    if not _region(path, product):
+        return "it is outside of the regions where it measured fastest"
+    return _missing(path.operator)
 
 
 def _region(path: Path, product: Product) -> Region | None:
@@ -355,7 +366,10 @@ def _asked_for(op: str) -> str | None:
 
 
 def _missing(op: str) -> str | None:
-    return _backend.available(op)["triton"]
+    return _availability(op)["triton"]
+
+
+_availability = functools.lru_cache(maxsize=8)(_backend.available)
 
 
 def _kind(device: torch.device) -> str:

@@ -12,7 +12,7 @@ from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d, elastic_pointwi
 from jdkd.reference import elastic_pointwise as reference
 from jdkd.testing import assert_within_twice
 
-EPILOGUES = ("plain", "affine", "bottleneck", "add", "relu_then_add", "stats")
+EPILOGUES = ("plain", "bias", "affine", "bottleneck", "add", "relu_then_add", "stats")
 FP32 = ("mean", "variance", "dscale", "dshift")
 
 
@@ -36,6 +36,8 @@ class Problem:
         shapes = {"x": (n, columns, height, width), "weight": self.weight}
         if self.epilogue in ("affine", "bottleneck", "relu_then_add"):
             shapes |= {"scale": (rows,), "shift": (rows,)}
+        if self.epilogue == "bias":
+            shapes["shift"] = (rows,)
         if self.epilogue in ("bottleneck", "add", "relu_then_add"):
             shapes["residual"] = (n, rows, *out)
         drawn = {}

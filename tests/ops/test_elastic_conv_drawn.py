@@ -51,7 +51,29 @@ def _problems(draw) -> Problem:
     )
 
 
+@st.composite
+def _products(draw) -> Problem:
+    """What the path of the 1x1 product takes."""
+    whole = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    return Problem(
+        inputs=draw(st.integers(1, whole[1])),
+        outputs=draw(st.integers(1, whole[0])),
+        weight=(*whole, 1, 1),
+        image=(draw(st.integers(1, 3)), draw(st.integers(1, 9)), draw(st.integers(2, 9))),
+        window={"stride": draw(st.integers(1, 2)), "dilation": draw(st.integers(1, 2))},
+        bias=draw(st.booleans()),
+        channels_last=True,
+        seed=draw(st.integers(0, 999)),
+    )
+
+
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(problem=_problems())
 def test_matches_float64_wherever_it_is_drawn(backend, device, problem):
+    assert_within_twice(problem, torch.float32, device)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(problem=_products())
+def test_a_1x1_product_matches_float64_wherever_it_is_drawn(backend, device, problem):
     assert_within_twice(problem, torch.float32, device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,12 +79,12 @@ def test_every_call_has_its_path_and_the_reasons(backend, device, changes, path,
 
 def test_a_kernel_waits_until_it_is_asked_for(monkeypatch, device):
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    assert elastic_paths.only_aten()
+    assert elastic_paths.only_aten(device)
     chosen, why, others = explained(_call(device))
     assert chosen == "aten" and "nothing was measured on a GPU" in why
     assert all("JDKD_BACKEND=triton" in reason for _, reason in others)
     monkeypatch.setenv("JDKD_BACKEND", "triton")
-    assert not elastic_paths.only_aten() and choose(_call(device)) == "pointwise"
+    assert not elastic_paths.only_aten(device) and choose(_call(device)) == "pointwise"
     monkeypatch.setenv("JDKD_BACKEND", "cuda")  # of other operators
     assert choose(_call(device)) == "aten"
 
@@ -185,7 +187,7 @@ def test_autocast_keeps_the_gradient_of_the_master(backend, device):
 
 
 @pytest.fixture
-def measured(monkeypatch, device) -> Region:
+def measured(monkeypatch, device) -> Iterator[Region]:
     """A region in which the 1x1 kernel is said to be the fastest here; nobody asks for a backend."""
     if device == "cpu" and not interpreting():
         pytest.skip("no kernel runs on a CPU without Triton's interpreter")
@@ -195,7 +197,9 @@ def measured(monkeypatch, device) -> Region:
     planted = tuple(path._replace(fastest=(region,)) if path.name == "pointwise" else path for path in PATHS)
     monkeypatch.setattr(elastic_paths, "PATHS", planted)
     monkeypatch.setattr(elastic_paths, "_KERNELS", {path.name: path for path in planted[:2]})
-    return region
+    elastic_paths._measured.cache_clear()
+    yield region
+    elastic_paths._measured.cache_clear()
 
 
 @by_dynamo
@@ -231,6 +235,7 @@ def test_a_region_reaches_into_the_operators(monkeypatch, measured, device):
 def test_outside_of_a_region_nothing_changes(measured, device, outside):
     assert choose(_call(device)) == "pointwise"
     assert choose(_call(device, **outside)) == "aten"
+    assert elastic_paths.only_aten("cpu" if device == "cuda" else "cuda"), "another device has no regions"
 
 
 @by_dynamo
