@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import jdkd.functional
 from benchmarks.conv_shapes import ConvShape, calls
 from benchmarks.harness import TOLERANCES, Case
 from jdkd._backend import use_backend
+from jdkd.functional import elastic_conv2d_levels
 
 NAME = "elastic_levels"
 PYRAMIDS = {"P2-P6": slice(None), "P4-P6": slice(2, None)}
@@ -44,8 +44,8 @@ def head() -> list[ConvShape]:
 
 
 def cases(device: str, full: bool = False) -> Iterator[Case]:
-    """The cases for a device, where the package has the operator; on a CPU, whose levels run in turn, if ``full``."""
-    if not hasattr(jdkd.functional, "elastic_conv2d_levels") or not (full or device == "cuda"):
+    """The cases for a device; on a CPU, whose levels run in turn, if ``full``."""
+    if not (full or device == "cuda"):
         return
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32,)
     widths, batches = (WIDTHS, (1, 2, 8)) if full else ((0.5, 1.0), (2, 1))
@@ -125,7 +125,7 @@ def exported(given: Inputs) -> tuple[list[Tensor], Tensor]:
 
 def elastic(given: Inputs) -> tuple[list[Tensor], Tensor]:
     outputs, inputs = given.exported[0].shape[:2]
-    levels = jdkd.functional.elastic_conv2d_levels(
+    levels = elastic_conv2d_levels(
         given.levels, given.weight, given.bias, in_channels=inputs, out_channels=outputs, padding=1, activation="relu"
     )
     return levels, given.weight

@@ -27,12 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import jdkd.nn
 from benchmarks.harness import Case
 from jdkd.detect import DetectorSpec, channel_groups, named_spec
 from jdkd.detect.groups import inner_group
 from jdkd.detect.resnet import STAGES, Backbone, Layers
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, Stage, Subnet, set_subnet
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, Stage, Subnet, pack_forwards, set_subnet
 
 NAME = "supernet_step"
 R50, R18 = "faster_rcnn_r50_fpn", "faster_rcnn_r18_fpn"
@@ -126,10 +125,12 @@ def case(
         width: of the detector, over the published one.
     """
     spec, narrow = (named_spec(detector, classes=["object"], width=share * width) for share in (1, 0.125))
-    runs = {"slice_contiguous": sliced, "jdkd": elastic}
-    if hasattr(jdkd.nn, "pack_forwards"):
-        runs["jdkd packed"] = functools.partial(packed, grad_mode="autograd")
-        runs["jdkd packed main_grad"] = functools.partial(packed, grad_mode="main_grad")
+    runs = {
+        "slice_contiguous": sliced,
+        "jdkd": elastic,
+        "jdkd packed": functools.partial(packed, grad_mode="autograd"),
+        "jdkd packed main_grad": functools.partial(packed, grad_mode="main_grad"),
+    }
 
     def make(spec: DetectorSpec = spec, size: tuple[int, int] = size) -> Inputs:
         batch = torch.randn(images, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
@@ -220,7 +221,7 @@ def elastic(spec: DetectorSpec, device: str) -> Net:
 def packed(spec: DetectorSpec, device: str, grad_mode: str) -> Net:
     """The same on packed weights."""
     net = elastic(spec, device)
-    jdkd.nn.pack_forwards(net.model, grad_mode=grad_mode)
+    pack_forwards(net.model, grad_mode=grad_mode)
     return net
 
 
