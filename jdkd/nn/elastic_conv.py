@@ -155,8 +155,11 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         image, padding = x, active.padding
         if active.border is not None:
             image, padding = self._padded(torch.empty_like(x, device="meta"), active)
-        call = call_of(image, active.inputs, active.outputs, active.kernel or self.kernel_size, self.stride, padding,
-                       self.dilation, active.groups)  # fmt: skip
+        inputs, outputs = active.inputs, active.outputs
+        if self._packed_weight() is not None:
+            inputs, outputs = Channels(inputs.count), Channels(outputs.count)
+        call = call_of(image, inputs, outputs, active.kernel or self.kernel_size, self.stride, padding, self.dilation,
+                       active.groups)  # fmt: skip
         return call._replace(product=call.product._replace(device=x.device))
 
     def _filters(self, active: _Convolution) -> Tensor:

@@ -21,12 +21,13 @@ def small(monkeypatch):
         monkeypatch.setattr(case, "distinct", lambda: shapes)
 
 
-def assert_agree(case):
+def assert_agree(case, *left_out):
     torch.manual_seed(0)
     inputs = case.make()
     exact = case.exact(inputs)
     for name, provider in case.providers.items():
-        harness.check_agreement(case, name, provider(inputs), exact)
+        if name not in left_out:
+            harness.check_agreement(case, name, provider(inputs), exact)
 
 
 def test_shapes_are_those_of_the_specs():
@@ -111,7 +112,8 @@ def test_the_gradients_of_a_training_step_agree(training_step):
     case, inputs = training_step
     exact = case.exact(inputs)
     for name, provider in case.providers.items():
-        harness.check_agreement(case, name, provider(inputs), exact)
+        if name not in left_out:
+            harness.check_agreement(case, name, provider(inputs), exact)
         again = provider(inputs)
         assert all(map(torch.equal, again, provider(inputs))), "a call starts from other weights than the last"
 

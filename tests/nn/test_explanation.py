@@ -6,7 +6,7 @@ from torch import nn
 
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticConvBNAct, ElasticLinear, explain
+from jdkd.nn import ElasticConv2d, ElasticConvBNAct, ElasticLinear, explain, packed
 from tests.dispatched import Dispatched
 
 OP = "elastic_conv"
@@ -134,3 +134,14 @@ def test_refuses_a_backend_as_the_forward_does(device):
 def test_a_plain_layer_has_no_paths():
     with pytest.raises(InputError, match="no paths for Conv2d; give ElasticConvBNAct, ElasticConv2d, ElasticLinear"):
         explain(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 1, 1))
+
+
+def test_packed_lists_count_as_leading_channels():
+    conv = ElasticConv2d(8, 8, 1)
+    conv.set_active(5, [4, 0])
+    x = _image(5, "cpu")
+    with torch.no_grad(), use_backend("triton"):
+        assert explain(conv, x).path == "implicit_gemm"
+        with packed(conv):
+            assert explain(conv, x).path == "pointwise"
+            assert _ran(conv, x) == OPERATOR["pointwise"]
