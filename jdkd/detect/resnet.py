@@ -20,6 +20,7 @@ class Layers:
 
     conv: Callable[..., nn.Module] = nn.Conv2d
     norm: Callable[..., nn.Module] = nn.BatchNorm2d
+    stage: Callable[..., nn.Module] = nn.Sequential
 
 
 FROZEN = Layers(norm=FrozenBatchNorm2d)
@@ -61,11 +62,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The trunk: stem and four stages.
-
-    ``depths`` is how many blocks of each stage run; fewer than there are skips the last ones (elastic depth,
-    Cai et al., ICLR 2020).
-    """
+    """The trunk: stem and four stages."""
 
     def __init__(self, spec: DetectorSpec, layers: Layers):
         super().__init__()
@@ -79,8 +76,7 @@ class ResNet(nn.Module):
                 stride = 2 if i == 0 and number > 0 else 1
                 blocks.append(Block(channels, inner, stage.width, stride, layers))
                 channels = stage.width
-            setattr(self, name, nn.Sequential(*blocks))
-        self.depths = spec.depths
+            setattr(self, name, layers.stage(*blocks))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -89,9 +85,7 @@ class ResNet(nn.Module):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         levels = OrderedDict()
         for number, name in enumerate(STAGES):
-            for block in getattr(self, name)[: self.depths[number]]:
-                x = block(x)
-            levels[str(number)] = x
+            levels[str(number)] = x = getattr(self, name)(x)
         return levels
 
 

@@ -2,6 +2,7 @@
 :mod:`jdkd.functional`.
 """
 
+from jdkd.nn.candidates import Candidate, score_candidates
 from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, Side, Stage
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
@@ -17,6 +18,7 @@ from jdkd.nn.stage import ElasticStage
 from jdkd.nn.subnet import Subnet, export, set_subnet
 
 __all__ = [
+    "Candidate",
     "ConvBNAct",
     "DISTLoss",
     "ElasticBatchNorm2d",
@@ -39,5 +41,6 @@ __all__ = [
     "masked",
     "pack_forwards",
     "packed",
+    "score_candidates",
     "set_subnet",
 ]

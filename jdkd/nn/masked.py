@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+import dataclasses
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,10 @@ from jdkd.nn.elastic import Elastic
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, active_part
 from jdkd.ops.elastic_conv import conv_channels
 
+_ABSENT = object()  # where a dictionary had no such entry
 
-class _Swap(NamedTuple):
+
+class Swap(NamedTuple):
     """An entry of a module's dictionary, and what stands there while the candidate runs."""
 
     home: dict[str, Any]
@@ -24,11 +27,46 @@ class _Swap(NamedTuple):
     value: Any
 
 
+class Change(NamedTuple):
+    """What a candidate makes of one module.
+
+    Args:
+        module: whose entries are replaced.
+        kept: the active channels by side, or the name of a child that does not run.
+        key: equal for changes that are known to be the same.
+        where: path and groups, for errors.
+    """
+
+    module: nn.Module
+    kept: Mapping[str, Channels] | str
+    key: Hashable
+    where: str
+
+    @property
+    def site(self) -> nn.Module:
+        """The layer, or the module that does not run."""
+        return self.module._modules[self.kept] if isinstance(self.kept, str) else self.module
+
+    def swaps(self) -> list[Swap]:
+        """What to put where; listed channels are gathered here."""
+        if isinstance(self.kept, str):
+            child = _Skipped().train(self.site.training)
+            return [Swap(self.module._modules, self.kept, child)]
+        try:
+            return list(_slim(self.module, self.kept))
+        except InputError as error:
+            raise InputError(f"masked: {self.where}: {error}") from None
+
+
+class _Skipped(nn.Identity):
+    """Stands for a module that does not run."""
+
+
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
     masks: Mapping[str, ChannelsLike],
-    groups: ElasticGroups | Mapping[str, Any],
+    groups: ElasticGroups | Mapping[str, Any] | None = None,
     *,
     skip: Collection[str] = (),
 ) -> Iterator[nn.Module]:
@@ -45,7 +83,7 @@ def masked(
         masks: active channels of groups, by name: the number of leading ones, or distinct indices. The other groups
             stay whole.
         groups: which channels are coupled; by layers, or by names of tensors as :meth:`ElasticGroups.from_tensors`
-            reads them.
+            reads them; the model's own ``elastic_groups`` if left out.
         skip: paths of residual blocks, or of other modules that give what they take in shape, that do not run.
 
     Yields:
@@ -54,31 +92,42 @@ def masked(
     Raises:
         InputError: if masks do not fit the model, or it is in training mode; names module, group and values.
     """
-    groups = groups if isinstance(groups, ElasticGroups) else ElasticGroups.from_tensors(groups)
-    swaps = _swaps(model, masks, groups, skip)
-    before = [_Swap(home, key, home[key]) for home, key, _ in swaps]
+    swaps = [swap for change in changes(model, masks, groups, skip) for swap in change.swaps()]
+    with swapped(swaps):
+        yield model
+
+
+@contextlib.contextmanager
+def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
+    """Puts every value in its place for the length of a ``with``; afterwards everything is what it was."""
+    before = [Swap(home, key, home.get(key, _ABSENT)) for home, key, _ in swaps]
     try:
         for home, key, value in swaps:
             home[key] = value
-        yield model
+        yield
     finally:
-        for home, key, value in before:
-            home[key] = value
+        for home, key, value in reversed(before):
+            if value is _ABSENT:
+                home.pop(key, None)
+            else:
+                home[key] = value
 
 
-def _swaps(
-    model: nn.Module, masks: Mapping[str, ChannelsLike], groups: ElasticGroups, skip: Collection[str]
-) -> list[_Swap]:
-    modules = dict(model.named_modules())
-    for path, layer in modules.items():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and layer.running_mean is not None:
-            raise InputError(
-                f"masked: {path}, a {type(layer).__name__}, is in training mode and would write the statistics of "
-                "the model; call model.eval()"
-            )
+def changes(
+    model: nn.Module,
+    masks: Mapping[str, ChannelsLike],
+    groups: ElasticGroups | Mapping[str, Any] | None,
+    skip: Collection[str],
+) -> list[Change]:
+    """Reads a candidate, arguments as :func:`masked`, and changes nothing."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    groups = _declared(model, groups, modules)
     sizes = groups.sizes(modules)
-    sides: dict[str, dict[str, Channels]] = {}
-    names: dict[str, list[str]] = {}
+    found = [_skipped(modules, path) for path in skip]
+    running = {m for path, m in modules.items() if not any(f"{path}.".startswith(f"{block}.") for block in skip)}
+    sides: dict[nn.Module, dict[str, Channels]] = {}
+    keys: dict[nn.Module, dict[str, Hashable]] = {}
+    names: dict[nn.Module, list[str]] = {}
     for name, value in masks.items():
         if name not in sizes:
             raise InputError(f"masked: there is no group {name!r}; name one of {', '.join(sizes) or 'those declared'}")
@@ -86,27 +135,64 @@ def _swaps(
         if channels.index is None and channels.count == sizes[name]:
             continue
         for path, side, times in groups.groups[name]:
-            sides.setdefault(path, {})[side] = repeated(channels, times)
-            names.setdefault(path, []).append(name)
-    swaps = [swap for path in skip for swap in _skipped(modules, path)]
-    for path, chosen in sides.items():
-        if any(path == block or path.startswith(f"{block}.") for block in skip):
-            continue
-        try:
-            swaps += _slim(modules[path], chosen)
-        except InputError as error:
-            raise InputError(f"masked: {path} (groups {', '.join(names[path])}): {error}") from None
-    return swaps
+            layer = modules[path]
+            if layer not in running:
+                continue
+            sides.setdefault(layer, {})[side] = repeated(channels, times)
+            keys.setdefault(layer, {})[side] = (name, _identity(channels))
+            names.setdefault(layer, [path]).append(name)
+    for layer, kept in sides.items():
+        path, *of = names[layer]
+        found.append(Change(layer, kept, (layer, *sorted(keys[layer].items())), f"{path} (groups {', '.join(of)})"))
+    return found
 
 
-def _skipped(modules: Mapping[str, nn.Module], path: str) -> Iterator[_Swap]:
+def _declared(
+    model: nn.Module, groups: ElasticGroups | Mapping[str, Any] | None, modules: Mapping[str, nn.Module]
+) -> ElasticGroups:
+    """The groups of what there is: in a candidate of a candidate, without the blocks that were left out before."""
+    for path, layer in modules.items():
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and layer.running_mean is not None:
+            raise InputError(
+                f"masked: {path}, a {type(layer).__name__}, is in training mode and would write the statistics of "
+                "the model; call model.eval()"
+            )
+    groups = groups if groups is not None else getattr(model, "elastic_groups", None)
+    if groups is None:
+        raise InputError(
+            f"masked: {type(model).__name__} does not say which of its channels are coupled; set its elastic_groups "
+            "to an ElasticGroups, or give one"
+        )
+    groups = groups if isinstance(groups, ElasticGroups) else ElasticGroups.from_tensors(groups)
+    out = tuple(f"{path}." for path, module in modules.items() if isinstance(module, _Skipped))
+    left = {name: [s for s in sides if not f"{s.module}.".startswith(out)] for name, sides in groups.groups.items()}
+    home: dict[tuple[nn.Module | None, str], tuple[str, str]] = {}
+    for name, sides in left.items():
+        for path, side, _ in sides:
+            other = home.setdefault((modules.get(path), side), (name, path))
+            if path in modules and other[0] != name:
+                raise InputError(
+                    f"masked: {path} and {other[1]} are one module, and its side {side!r} is in the groups {name!r} "
+                    f"and {other[0]!r}; put what is coupled in one group"
+                )
+    return dataclasses.replace(groups, groups={name: sides for name, sides in left.items() if sides})
+
+
+def _identity(channels: Channels) -> Hashable:
+    """Equal for channels that are known to be the same without making the host wait."""
+    if channels.index is None:
+        return channels.count
+    return tuple(channels.index.tolist()) if channels.index.device.type == "cpu" else id(channels.index)
+
+
+def _skipped(modules: Mapping[str, nn.Module], path: str) -> Change:
     parent, _, name = path.rpartition(".")
     if not path or path not in modules:
         raise InputError(f"masked: skip names the module {path!r}, which {type(modules['']).__name__} does not have")
-    yield _Swap(modules[parent]._modules, name, nn.Identity().train(modules[path].training))
+    return Change(modules[parent], name, (modules[parent], name), path)
 
 
-def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[_Swap]:
+def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[Swap]:
     """What makes a layer its active part."""
     if isinstance(layer, Elastic):
         raise InputError(f"{type(layer).__name__} is an elastic layer; use set_subnet for its model")
@@ -127,11 +213,11 @@ def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[_Swap]:
         )
     for name, value in numbers.items():
         if name in vars(layer):
-            yield _Swap(vars(layer), name, value)
+            yield Swap(vars(layer), name, value)
     for home in (layer._parameters, layer._buffers):
         for name, tensor in home.items():
             if tensor is not None and tensor.dim() > 0:
-                yield _Swap(home, name, _part(tensor, outputs, columns))
+                yield Swap(home, name, _part(tensor, outputs, columns))
 
 
 def _part(tensor: Tensor, rows: Channels, columns: Channels | None) -> Tensor:

@@ -5,11 +5,11 @@ from torch import nn
 from jdkd.detect import NEW, build, channel_groups, inherit
 from jdkd.detect.groups import inner_group
 from jdkd.detect.resnet import STAGES, Layers
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, Stage, set_subnet
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, set_subnet
 from jdkd.nn import Subnet as Active
 from jdkd.pool.space import Space, Subnet
 
-ELASTIC = Layers(conv=ElasticConv2d, norm=ElasticBatchNorm2d)
+ELASTIC = Layers(ElasticConv2d, ElasticBatchNorm2d, ElasticStage)
 
 
 class Supernet:
@@ -26,8 +26,7 @@ class Supernet:
         self.model.load_state_dict(largest.state_dict())
         self.model.to(next(largest.parameters()).device)
         inner = {name: group for name, group in channel_groups(space.largest).items() if ".inner" in name}
-        body = "backbone.body"
-        stages = {name: Stage(f"{body}.{name}", owner=body, place=number) for number, name in enumerate(STAGES)}
+        stages = {name: f"backbone.body.{name}" for name in STAGES}
         self.model.elastic_groups = ElasticGroups.from_tensors(inner, stages)
         self.active = space.everything
 

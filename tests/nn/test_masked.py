@@ -121,6 +121,73 @@ def test_candidates_of_candidates():
     _assert_untouched(model, before)
 
 
+def test_a_candidate_of_a_shallower_candidate():
+    model, x = _plain(), images()
+    pruned = _pruned(model, {"stream": [6, 2], "stage.0.inner": 4})
+    pruned.stage[1] = nn.Identity()
+    before = _fingerprint(model)
+    with masked(model, {"stage.0.inner": 4}, DECLARED, skip=["stage.1"]):
+        with masked(model, {"stream": [6, 2]}, DECLARED):
+            torch.testing.assert_close(model(x), pruned(x))
+        with (
+            pytest.raises(InputError, match=r"no group 'stage\.1\.inner'"),
+            masked(model, {"stage.1.inner": 2}, DECLARED),
+        ):
+            pass
+    _assert_untouched(model, before)
+
+
+def test_a_layer_at_two_paths_is_masked_at_both_and_runs_where_it_is_not_skipped():
+    shared = nn.Conv2d(6, 6, 1)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Sequential(shared), shared, nn.Conv2d(6, 2, 1)).eval()
+    sides = [("0", "out"), ("1.0", "in"), ("1.0", "out"), ("3", "in")]
+    kept, x = [5, 0, 2], images()
+    pruned = copy.deepcopy(model)
+    pruned[0].weight.data, pruned[0].bias.data = model[0].weight[kept], model[0].bias[kept]
+    pruned[2].weight.data, pruned[2].bias.data = shared.weight[kept][:, kept], shared.bias[kept]
+    pruned[3].weight.data = model[3].weight[:, kept]
+    before = _fingerprint(model)
+    for declared in (sides, [*sides, ("2", "in"), ("2", "out")]):
+        with masked(model, {"g": kept}, ElasticGroups({"g": declared})):
+            torch.testing.assert_close(model(x), pruned(x))
+    with masked(model, {"g": kept}, ElasticGroups({"g": sides}), skip=["1"]):
+        torch.testing.assert_close(model(x), nn.Sequential(pruned[0], pruned[2], pruned[3])(x))
+    _assert_untouched(model, before)
+    apart = ElasticGroups({"g": [("0", "out"), ("1.0", "in")], "h": [("1.0", "out"), ("2", "in")]})
+    with pytest.raises(InputError, match=r"2 and 1\.0 are one module, and its side 'in' is in the groups 'h' and 'g'"):
+        with masked(model, {"g": 2}, apart):
+            pass
+
+
+def test_layers_that_share_a_weight_are_masked_each_for_itself():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    model[2].weight = model[0].weight
+    x = torch.randn(3, 4)
+    hidden = model[0](x)[:, :2] @ model[1].weight[:, :2].T + model[1].bias
+    expected = model[2](hidden)[:, :3]
+    groups = ElasticGroups({"a": [("0", "out"), ("1", "in")], "b": [("2", "out")]})
+    with masked(model, {"a": 2, "b": 3}, groups):
+        torch.testing.assert_close(model(x), expected)
+    assert model[2].weight is model[0].weight
+
+
+def test_the_groups_of_the_model_are_taken_if_none_are_given():
+    model, x = _plain(), images()
+    with pytest.raises(InputError, match="Net does not say which of its channels are coupled"), masked(model, {}):
+        pass
+    model.elastic_groups, pruned = DECLARED, _pruned(model, {"stream": 5})
+    with masked(model, {"stream": 5}):
+        torch.testing.assert_close(model(x), pruned(x))
+
+
+def test_refuses_a_weight_that_is_computed():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)).eval()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.raises(InputError, match=r"group 'g' names side 'out' of 0"):
+        with masked(model, {"g": 2}, ElasticGroups({"g": [("0", "out"), ("1", "in")]})):
+            pass
+
+
 def test_a_gradient_reaches_the_input_and_no_weight():
     model, x = _plain(), images().requires_grad_()
     with masked(model, MASKS["listed"], DECLARED):

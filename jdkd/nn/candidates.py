@@ -1,0 +1,120 @@
+"""Many pruned candidates of a model over one batch, where what they share runs once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from jdkd.errors import InputError
+from jdkd.nn.coupling import ElasticGroups
+from jdkd.nn.masked import Change, Swap, changes, swapped
+from jdkd.nn.reuse import Reuse
+from jdkd.ops.active_channels import ChannelsLike
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A pruned candidate of a model.
+
+    Args:
+        masks: active channels of groups, by name, as :func:`masked` takes them.
+        skip: paths of blocks that do not run.
+    """
+
+    masks: Mapping[str, ChannelsLike] = field(default_factory=dict)
+    skip: Collection[str] = ()
+
+
+def score_candidates(
+    model: nn.Module,
+    candidates: Sequence[Candidate | Mapping[str, ChannelsLike]],
+    batch: Any,
+    groups: ElasticGroups | Mapping[str, Any] | None = None,
+    *,
+    score: Callable[[Any], Any] | None = None,
+    share: bool = True,
+) -> list[Any]:
+    """Runs many pruned candidates of a model over one batch, without gradients; what they share runs once.
+
+    Results are those of :func:`masked`, one candidate after the other. A module whose part under a candidate is that
+    under an earlier one, and whose inputs are known to be the same, gives what it gave then. So candidates run in an
+    order in which neighbours begin alike, as far as modules run in the order of their registration. Of every module
+    the newest outputs are kept, about as much as a training forward keeps. A module that writes into its inputs runs
+    again, and so does one whose output was written since; one with a hook on a module inside it runs again, so that
+    the hook does.
+
+    Args:
+        model: a plain model in evaluation mode, as :func:`masked` takes it.
+        candidates: masks by group, or :class:`Candidate` where blocks are skipped too.
+        batch: what the model is called with; a tuple holds several arguments.
+        groups: which channels are coupled, as :func:`masked` takes them.
+        score: makes a result of an output, so that outputs need not be kept; runs outside the candidate.
+        share: False runs everything for every candidate. It is for modules that draw at random or keep a state in
+            evaluation, that read what is neither an argument nor inside them, or whose outputs are written behind
+            PyTorch's back (``.data``, a replayed CUDA graph).
+
+    Returns:
+        ``score(output)``, or the output, of every candidate in the order given. Outputs that are equal may be the same
+        tensors.
+
+    Raises:
+        InputError: if a candidate does not fit the model, or that is in training mode; names candidate, module, group
+            and values. The model is what it was, after any exception.
+    """
+    for path, module in model.named_modules():
+        if module.training:
+            raise InputError(
+                f"score_candidates: {path or 'the model'}, a {type(module).__name__}, is in training mode; call "
+                "model.eval()"
+            )
+    plans = []
+    for number, candidate in enumerate(candidates):
+        masks, skip = (candidate.masks, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
+        try:
+            plans.append(changes(model, masks, groups, skip))
+        except InputError as error:
+            raise InputError(f"score_candidates: candidate {number}: {error}") from None
+    results: list[Any] = [None] * len(plans)
+    reuse = Reuse(model) if share else None
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = tree_map(_versioned, batch if isinstance(batch, tuple) else (batch,))
+        for number, swaps in _in_order(model, plans):
+            parts = [(change.module, change.key) for change in plans[number]]
+            with swapped(swaps), reuse.of(parts) if reuse else contextlib.nullcontext():
+                output = model(*inputs)
+            results[number] = output if score is None else score(output)
+    return results
+
+
+def _versioned(value: Any) -> Any:
+    """A tensor that was made in inference mode does not count what is written into it, and a copy does."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+def _in_order(model: nn.Module, plans: Sequence[Sequence[Change]]) -> Iterator[tuple[int, list[Swap]]]:
+    """Candidates with their parts, so that neighbours begin alike; a part that serves several is made once."""
+    places = {module: place for place, module in enumerate(model.modules())}
+    kinds: dict[Any, int] = {}
+    ranks = []
+    for plan in plans:
+        rank = sorted((places[change.site], kinds.setdefault(change.key, len(kinds))) for change in plan)
+        ranks.append((*rank, (len(places), 0)))  # of two that begin alike, first the one that differs from then on
+    uses = Counter(change.key for plan in plans for change in plan)
+    made: dict[Any, list[Swap]] = {}
+    for number in sorted(range(len(plans)), key=ranks.__getitem__):
+        swaps = []
+        for change in plans[number]:
+            if change.key not in made:
+                made[change.key] = change.swaps()
+            swaps += made[change.key]
+            uses[change.key] -= 1
+            if not uses[change.key]:
+                del made[change.key]
+        yield number, swaps

@@ -1,0 +1,167 @@
+"""Outputs of modules, given again where nothing that they depend on has changed.
+
+Tensors are known by numbers, each for as long as the tensor's version counter stands still. The same function of the
+same numbers makes the same values, so its outputs get the numbers that they had before: what follows a function, or
+an activation in place, is known again although those run again. (Value numbering, as compilers do it: Alpern, Wegman
+and Zadeck, POPL 1988.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import pickle
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from functools import partial
+from io import BytesIO
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as calls_of_all
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from jdkd.nn.masked import Swap, swapped
+
+
+class _Answer(NamedTuple):
+    """What a module gave last, at one place of a forward."""
+
+    question: Hashable
+    structure: bytes  # of its outputs
+    tensors: list[Tensor]
+    versions: list[int]
+
+    def holds(self, question: Hashable) -> bool:
+        return self.question == question and [tensor._version for tensor in self.tensors] == self.versions
+
+
+class Reuse(TorchFunctionMode):
+    """Lets the modules of a model give again what they gave, in forwards that run inside :meth:`of`.
+
+    Args:
+        model: in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._above: dict[nn.Module, set[nn.Module]] = defaultdict(set)  # a module and all that it lies in
+        paths = dict(model.named_modules(remove_duplicate=False))
+        for path, module in paths.items():
+            steps = itertools.accumulate(path.split("."), "{}.{}".format)
+            self._above[module].update((model, *(paths[step] for step in steps if step)))
+        hooked = {over for m in self._above if _has_hooks(m) for over in self._above[m] if over is not m}
+        free = [module for module in self._above if module not in hooked]
+        self._forwards = [Swap(vars(m), "forward", partial(self._call, m, m.forward)) for m in free]
+        self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> its version and number
+        self._fresh = itertools.count()
+        self._known: dict[Hashable, list[int]] = {}  # numbers of the outputs of a module, or of a function
+        self._answers: dict[tuple[nn.Module, int], _Answer] = {}  # by module and how often it had been called
+
+    @contextlib.contextmanager
+    def of(self, parts: Iterable[tuple[nn.Module, Hashable]]) -> Iterator[None]:
+        """For one forward.
+
+        Args:
+            parts: modules that are not whole, and what tells their part apart from others.
+        """
+        self._called: Counter[nn.Module] = Counter()
+        self._parts: dict[nn.Module, set[Hashable]] = defaultdict(set)
+        for module, part in parts:
+            for above in self._above[module]:
+                self._parts[above].add(part)
+        with swapped(self._forwards), self:
+            yield
+
+    def _call(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
+        place = module, self._called[module]
+        self._called[module] += 1
+        part = frozenset(self._parts.get(module, ()))
+        question = self._question((module, part), args, kwargs)
+        answer = self._answers.pop(place, None)
+        if answer is not None and answer.holds(question):
+            self._answers[place] = answer
+            self._number(question, answer.tensors)
+            return unpacked(answer.structure, answer.tensors)
+        del answer  # before memory is needed
+        output = forward(*args, **kwargs)
+        made = packed(output)
+        if question is not None and made is not None:
+            if self._question((module, part), args, kwargs) == question:  # it has not written into its inputs
+                self._answers[place] = _Answer(question, *made, [tensor._version for tensor in made[1]])
+            self._number(question, made[1])
+        return output
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ == "__get__":  # of an attribute
+            return func(*args, **kwargs)
+        question = self._question(func, args, kwargs)
+        output = func(*args, **kwargs)
+        made = packed(output)
+        if question is not None and made is not None:
+            self._number(question, made[1])
+        return output
+
+    def _question(self, function: Hashable, args: tuple, kwargs: dict[str, Any]) -> Hashable:
+        """What an output depends on; None if that cannot be told."""
+        asked = packed((args, kwargs))
+        return asked and (function, asked[0], tuple(map(self._number_of, asked[1])))
+
+    def _number_of(self, tensor: Tensor) -> int:
+        version, number = self._numbers.get(tensor, (None, 0))
+        if version != tensor._version:
+            number = next(self._fresh)
+            self._numbers[tensor] = tensor._version, number
+        return number
+
+    def _number(self, question: Hashable, tensors: Sequence[Tensor]) -> None:
+        """Gives outputs the numbers that they had before."""
+        known = self._known.setdefault(question, [self._number_of(tensor) for tensor in tensors])
+        for tensor, number in zip(tensors, known, strict=True):
+            self._numbers[tensor] = tensor._version, number
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    everywhere = calls_of_all._global_forward_hooks or calls_of_all._global_forward_pre_hooks
+    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
+
+
+class _Packer(pickle.Pickler):
+    """Writes containers by value, and tensors by their place in a list."""
+
+    def __init__(self, file: BytesIO) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if isinstance(value, Tensor) and not value.is_inference():
+            self.tensors.append(value)
+            return len(self.tensors) - 1
+        if isinstance(value, Tensor | nn.Module):
+            raise pickle.PicklingError(f"nothing tells when a {type(value).__name__} was written")
+        return None
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, structure: bytes, tensors: Sequence[Tensor]) -> None:
+        super().__init__(BytesIO(structure))
+        self.persistent_load = tensors.__getitem__
+
+
+def packed(value: Any) -> tuple[bytes, list[Tensor]] | None:
+    """Parts what a function takes or gives into its structure and its tensors; None where that cannot be done."""
+    packer = _Packer(file := BytesIO())
+    try:
+        with torch._C.DisableTorchFunction():
+            packer.dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError):
+        return None
+    return file.getvalue(), packer.tensors
+
+
+def unpacked(structure: bytes, tensors: Sequence[Tensor]) -> Any:
+    """The value that :func:`packed` parted, in containers of its own."""
+    return _Unpacker(structure, tensors).load()

@@ -1,0 +1,287 @@
+"""Many candidates at once: equal to one by one, bit for bit, and what they share runs once."""
+
+import sys
+from collections import Counter, OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from jdkd.errors import InputError
+from jdkd.nn import Candidate, ElasticGroups, masked, score_candidates
+from tests.nn.elastic_models import GROUPS, Net, images, randomised
+
+CANDIDATES = [
+    Candidate({"stage.2.inner": [5, 0]}),
+    {"stream": [6, 1, 2], "stage.1.inner": 2},
+    Candidate(skip=["stage.1"]),
+    {},
+    {"stage.2.inner": 3},
+    Candidate({"stage.0.inner": 4}, skip=["stage.2"]),
+    {"stage.2.inner": [5, 0]},
+    {"stream": [6, 1, 2], "stage.1.inner": 4},
+]
+
+
+def counted(model: nn.Module) -> Counter:
+    """Counts calls of modules by path, of those too whose outputs are given again; hooks would change what is."""
+    calls = Counter()
+    for path, module in model.named_modules():
+
+        def forward(*args, path=path, run=module.forward, **kwargs):
+            calls[path] += 1
+            return run(*args, **kwargs)
+
+        module.forward = forward
+    return calls
+
+
+def one_by_one(model, candidates, batch, groups) -> list:
+    results = []
+    for candidate in candidates:
+        masks, skip = (candidate.masks, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
+        with masked(model, masks, groups, skip=skip), torch.no_grad():
+            results.append(model(*batch) if isinstance(batch, tuple) else model(batch))
+    return results
+
+
+def assert_equal(ours: list, theirs: list) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def plain() -> Net:
+    model = randomised(Net(), seed=3)
+    model.elastic_groups = ElasticGroups(GROUPS)
+    return model
+
+
+class Chain(nn.Module):
+    """Layers of one width in a row, each with a group of its own between it and the next."""
+
+    def __init__(self, *between: nn.Module, layers: int = 4):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3 if i == 0 else 6, 6, 1) for i in range(layers))
+        self.between = nn.ModuleList(between or [nn.Identity()] * layers)
+        pairs = range(layers - 1)
+        self.elastic_groups = ElasticGroups({f"{i}": [(f"convs.{i}", "out"), (f"convs.{i + 1}", "in")] for i in pairs})
+        self.eval()
+
+    def forward(self, x):
+        for conv, between in zip(self.convs, self.between, strict=True):
+            x = between(conv(x))
+        return x
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_results_are_those_of_one_by_one_in_the_order_given(share):
+    model, x = plain(), images()
+    expected = one_by_one(model, CANDIDATES, x, model.elastic_groups)
+    assert_equal(score_candidates(model, CANDIDATES, x, share=share), expected)
+    assert "forward" not in vars(model.stem)
+    scores = score_candidates(model, CANDIDATES, x, model.elastic_groups, score=torch.Tensor.sum, share=share)
+    assert_equal(scores, [output.sum() for output in expected])
+
+
+def test_what_candidates_share_runs_once_and_what_differs_runs():
+    model = plain()
+    calls = counted(model)
+    inner = [{"stage.2.inner": width} for width in (1, 2, 3, 3)]
+    score_candidates(model, [*inner, Candidate(skip=["stage.1"]), {}], images())
+    assert calls["stem"] == calls["bn"] == 1, "nothing before the first mask runs twice"
+    assert calls["stage.0"] == 1 and calls["stage.1"] == 1
+    assert calls["stage.2"] == calls["head"] == 5, "two of six candidates are equal"
+    assert calls[""] == 5
+
+
+def test_order_does_not_cost_what_is_shared():
+    model = Chain()
+    calls = counted(model)
+    score_candidates(model, [{"2": 1, "0": 2}, {"2": 2}, {"0": 2}, {"2": 1}, {"0": 3}, {"0": 2, "2": 2}], images())
+    assert [calls[f"convs.{i}"] for i in range(4)] == [3, 3, 6, 6]
+
+
+def test_equal_lists_are_gathered_once(monkeypatch):
+    room = sys.modules["jdkd.nn.masked"]
+    gathered = []
+    part = room._part
+    monkeypatch.setattr(room, "_part", lambda *args: gathered.append(args) or part(*args))
+    candidates = [{"0": [4, 2], "2": [width]} for width in (1, 2, 3, 4)]
+    model = Chain()
+    score_candidates(model, candidates, images())
+    assert len(gathered) == 4 + 4 * 4, "weights and biases of two layers, and of two others four times"
+
+
+class Adding(nn.Module):
+    def forward(self, x):
+        return x.add_(1)
+
+
+class Doubled(nn.Module):
+    """Calls a layer that it does not own alone."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(self.inner(x) + 1)
+
+
+class Named(nn.Module):
+    """Gives a dictionary, and keeps the one it gave: what its caller does to that must not come back."""
+
+    def forward(self, x):
+        return OrderedDict(a=x + 1, b=[x])
+
+
+class Reading(nn.Module):
+    """Mutates the containers and writes the tensors that it is given."""
+
+    def forward(self, levels):
+        levels["b"].append(levels.pop("a"))
+        levels["b"][0] += 1
+        return sum(levels["b"])
+
+
+class Calling(nn.Module):
+    """A function, as a module that nothing is known of."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x, *unknown):
+        return self.function(x)
+
+
+SHARED = nn.Conv2d(6, 6, 1)
+WHOLE = [nn.Identity(), nn.Identity()]  # between layers that are masked
+BETWEEN = {
+    "activations in place": [nn.ReLU(inplace=True)] * 4,
+    "writers of their inputs": [nn.Sequential(nn.BatchNorm2d(6), Adding()), Adding(), Adding(), nn.Identity()],
+    "dictionaries": [nn.Sequential(Named(), Reading()), nn.Identity(), nn.Sequential(Named(), Reading()), Adding()],
+    "a module used twice": [Doubled(SHARED), *WHOLE, Doubled(SHARED)],
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
+def test_what_was_written_since_is_not_given_again(between):
+    model, x = Chain(*between), images()
+    candidates = [{"2": 2}, {"2": 3}, {}, {"1": [5, 1]}, {"1": [5, 1], "2": 1}]
+    expected = one_by_one(model, candidates, x, model.elastic_groups)
+    assert_equal(score_candidates(model, candidates, x), expected)
+    assert torch.equal(x, images())
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU(inplace=True), Calling(torch.relu_), Calling(torch.relu)])
+def test_what_follows_a_function_or_an_activation_in_place_is_shared(relu):
+    model = Chain(nn.Identity(), relu, nn.Identity(), nn.Identity())
+    calls = counted(model)
+    score_candidates(model, [{"2": 2}, {"2": 3}, {}], images())
+    written = 1 if relu.__class__ is Calling and relu.function is torch.relu else 3
+    assert [calls[f"convs.{i}"] for i in range(4)] == [1, written, 3, 3]
+
+
+def test_a_result_that_its_caller_writes_is_not_given_again():
+    model = Chain()
+    expected = one_by_one(model, [{}, {}], images(), model.elastic_groups)
+    assert_equal(
+        score_candidates(model, [{}, {}], images(), score=lambda output: output.mul_(2)), [e * 2 for e in expected]
+    )
+
+
+def test_hooks_run_for_every_candidate():
+    model = plain()
+    seen = []
+    model.stage[0].conv1.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    model.stage[0].bn2.register_forward_hook(lambda module, args, output: output.add_(1))
+    expected = one_by_one(model, CANDIDATES, images(), model.elastic_groups)
+    one = list(seen)
+    seen.clear()
+    assert_equal(score_candidates(model, CANDIDATES, images()), expected)
+    assert sorted(seen) == sorted(one)
+    handle = nn.modules.module.register_module_forward_hook(lambda *state: seen.append(state[0]))
+    try:
+        score_candidates(model, [{}, {}], images())
+    finally:
+        handle.remove()
+    assert [type(module) for module in seen].count(Net) == 2
+    assert seen.count(model.stage[0].conv1) == 2
+
+
+def test_what_cannot_be_told_apart_runs_again():
+    class Called(nn.Module):
+        def forward(self, x, function):
+            return function(x)
+
+    class Lambdas(Chain):
+        def forward(self, x):
+            return super().forward(self.between[0](x, lambda y: y + self.shift))
+
+    model = Lambdas(Called())
+    model.between = nn.ModuleList([Called(), *[nn.Identity()] * 3])
+    model.shift = 0.0
+
+    def forward(x):
+        model.shift += 1
+        return Chain.forward(model, x)
+
+    model.between[0].forward = lambda x, function=lambda y: y: function(x)
+    model.eval()
+    calls = counted(model)
+    score_candidates(model, [{}, {}], images(), score=lambda output: None)
+    assert calls["between.0"] == 1 + 1
+
+
+def test_images_of_inference_mode_are_shared_too():
+    model = Chain()
+    calls = counted(model)
+    with torch.inference_mode():
+        x = torch.randn(2, 3, 6, 6)
+        results = score_candidates(model, [{"2": 2}, {"2": 3}], x)
+        assert_equal(results, one_by_one(model, [{"2": 2}, {"2": 3}], x, model.elastic_groups))
+    assert calls["convs.0"] == 1 + 2
+
+
+def test_several_arguments():
+    class Two(Chain):
+        def forward(self, x, y, scale=None):
+            return super().forward(x + y)
+
+    model = Two()
+    batch = images(), torch.ones(())
+    assert_equal(score_candidates(model, [{"0": 2}], batch), one_by_one(model, [{"0": 2}], batch, model.elastic_groups))
+
+
+def test_the_model_stays_after_an_exception():
+    model = plain()
+    state = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    with pytest.raises(RuntimeError, match="expected input"):
+        score_candidates(model, CANDIDATES, torch.zeros(1, 4, 6, 6))
+    with pytest.raises(ZeroDivisionError):
+        score_candidates(model, CANDIDATES, images(), score=lambda output: 1 / 0)
+    assert state == {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("candidates", "words"),
+    [
+        ([{}, {"stream": 9}], ["candidate 1", "group 'stream'", "9", "has 8"]),
+        ([Candidate(skip=["stage.7"])], ["candidate 0", "'stage.7'"]),
+    ],
+)
+def test_refuses_candidates_that_do_not_fit(candidates, words):
+    with pytest.raises(InputError) as caught:
+        score_candidates(plain(), candidates, images())
+    for word in ["score_candidates", *words]:
+        assert word in str(caught.value)
+
+
+def test_refuses_training_mode_and_a_model_without_groups():
+    model = plain()
+    model.head.train()
+    with pytest.raises(InputError, match=r"score_candidates: head, a Linear, is in training mode; call model.eval"):
+        score_candidates(model, [{}], images())
+    with pytest.raises(InputError, match="Conv2d does not say which of its channels are coupled"):
+        score_candidates(nn.Conv2d(3, 3, 1).eval(), [{}], images())
