@@ -2,6 +2,7 @@
 :mod:`jdkd.functional`.
 """
 
+from jdkd.nn.compilation import compile_elastic
 from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, Side, Stage
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
@@ -28,6 +29,7 @@ __all__ = [
     "Stage",
     "Subnet",
     "checkpoint",
+    "compile_elastic",
     "export",
     "masked",
     "set_subnet",

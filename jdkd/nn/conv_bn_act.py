@@ -108,7 +108,8 @@ class ElasticConvBNAct(ConvBNAct):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         bn = self.bn
-        if bn.training or bn.running_mean is None:
+        compiled = torch.compiler.is_compiling() and bn._in_regions  # the compiler folds by itself
+        if bn.training or bn.running_mean is None or compiled:
             return super().forward(x, residual)
         conv = self.conv
         active, normed = conv._now(), bn._now().channels
