@@ -1,6 +1,7 @@
 """A supernet that is compiled once: how often the compiler ran over many subnets, and that what it made is right."""
 
 import copy
+import itertools
 import random
 
 import pytest
@@ -24,7 +25,12 @@ from jdkd.nn import (
 )
 from tests.nn.elastic_models import BLOCKS, GROUPS, Net, images, randomised, supernet
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning"),  # by dynamo
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),  # by dynamo
+    pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*is deprecated:DeprecationWarning"),  # by inductor
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning"),  # by eager
+]
 CONVOLUTIONS = {
     "3x3": {"kernel_size": 3, "padding": 1, "stride": 2},
     "uneven": {"kernel_size": (4, 5), "padding": (3, 4), "dilation": 2, "bias": False},
@@ -83,19 +89,18 @@ def _assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
         torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: name + text)
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_twenty_subnets_compile_every_block_once(training):
-    net, eager = supernet().train(training), supernet().train(training)
+def test_twenty_subnets_compile_a_block_once():
+    net, eager = supernet().train(), supernet().train()
     counter = _counted(net, "aot_eager", fullgraph=True)
-    for subnet in _drawn(20, depth=3):
+    for subnet in _drawn(20, depth=1):
         _assert_same(_step(net, subnet), _step(eager, subnet))
-        assert counter.frame_count == len(BLOCKS)
+        assert counter.frame_count == 1
 
 
 def test_a_depth_compiles_the_blocks_that_had_not_run():
     net, eager = supernet(), supernet()
     counter, deepest = _counted(net), 0
-    for depth in (1, 1, 3, 2, 1, 3):
+    for depth in (1, 1, 3, 2, 1, 3):  # in evaluation
         deepest = max(depth, deepest)
         for subnet in _drawn(3, depth=depth):
             _assert_same(_step(net, subnet), _step(eager, subnet))
@@ -106,9 +111,9 @@ def test_a_first_compile_takes_equal_widths_for_no_rule():
     net, eager = supernet(), supernet()
     counter = _counted(net)
     for stream, inner in ((6, 6), (5, 5), (6, 3), (4, 6), (8, 2)):
-        subnet = Subnet({"stream": stream, **{f"{block}.inner": inner for block in BLOCKS}})
+        subnet = Subnet({"stream": stream, "stage.0.inner": inner}, depths={"stage": 1})
         _assert_same(_step(net, subnet), _step(eager, subnet))
-    assert counter.frame_count == len(BLOCKS)
+    assert counter.frame_count == 1
 
 
 def test_one_channel_is_right_at_a_compile_more():
@@ -123,19 +128,20 @@ def test_one_channel_is_right_at_a_compile_more():
 def test_another_image_size_costs_one_compile_for_all_sizes():
     net, eager = supernet(), supernet()
     counter = _counted(net)
-    for size, subnet in zip((6, 9, 7, 12), _drawn(4, depth=3), strict=True):
+    for size, subnet in zip((6, 9, 7, 12), _drawn(4, depth=1), strict=True):
         x = torch.randn(2, 3, size, size + 1)
         _assert_same(_step(net, subnet, x=x), _step(eager, subnet, x=x))
-    assert counter.frame_count <= 2 * len(BLOCKS)
+    assert counter.frame_count == 2
 
 
 def test_two_subnets_share_one_backward():
     net, eager = supernet(), supernet()
     _counted(net, "aot_eager")
-    for first, second in zip(_drawn(6), reversed(_drawn(6)), strict=True):
+    for first, second in itertools.pairwise(_drawn(6, depth=1)):
         _assert_same(_step(net, first, second), _step(eager, first, second))
 
 
+@pytest.mark.slow
 def test_inductor_compiles_it():
     net, eager = supernet().train(), supernet().train()
     counter = _counted(net, "inductor", fullgraph=True)
@@ -144,12 +150,14 @@ def test_inductor_compiles_it():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("options", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
-def test_every_convolution_is_right_whatever_is_active(options):
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_every_convolution_is_right_whatever_is_active(name):
+    options = CONVOLUTIONS[name]
+    layout = torch.channels_last if name in ("3x3", "reflect") else torch.contiguous_format
     torch.manual_seed(0)
     net = nn.Sequential(ElasticConv2d(12, 12, **options), nn.Softplus())
-    for name, parameter in net.named_parameters():
-        if "transform" in name:
+    for key, parameter in net.named_parameters():
+        if "transform" in key:
             nn.init.normal_(parameter, std=0.3)
     eager = copy.deepcopy(net)
     counter = _counted(net, "aot_eager", fullgraph=True)
@@ -160,18 +168,17 @@ def test_every_convolution_is_right_whatever_is_active(options):
         channels = count if several or number % 2 else list(range(12))[::-1][:count]
         for kernel in smaller:
             grads = []
-            x = torch.randn(2, count, 11, 12)
-            x = x.contiguous(memory_format=torch.channels_last) if number > 1 else x
+            x = torch.randn(2, count, 11, 12).contiguous(memory_format=layout)
             for model in (net, eager):
                 model[0].set_active(channels, channels, kernel)
                 leaf = x.clone().requires_grad_()
                 y = model(leaf)
                 found = torch.autograd.grad(y.square().sum(), [leaf, *model.parameters()], allow_unused=True)
-                leaves = (leaf, *model.parameters())
-                grads.append([y, *(torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True))])
+                pairs = zip((leaf, *model.parameters()), found, strict=True)
+                grads.append([y, *(torch.zeros_like(p) if grad is None else grad for p, grad in pairs)])
             for ours, theirs in zip(*grads, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-4)
-    assert counter.frame_count <= 2  # one for each layout
+    assert counter.frame_count == 1
 
 
 def test_a_head_of_units_and_linear_layers_is_one_region():
@@ -215,9 +222,9 @@ def test_blocks_of_a_plain_container_are_regions_too():
 
     net, eager = built(), built()
     counter, deepest = _counted(net, fullgraph=True), 0
-    for subnet in _drawn(10):
-        subnet = Subnet(subnet.channels, (), subnet.depths)
-        deepest = max(deepest, dict(subnet.depths)["stage"])
+    for depth in (1, 2, 1):
+        subnet = Subnet(_drawn(3)[depth].channels, (), {"stage": depth})
+        deepest = max(deepest, depth)
         _assert_same(_step(net, subnet), _step(eager, subnet))
         assert counter.frame_count == deepest
 
@@ -225,14 +232,11 @@ def test_blocks_of_a_plain_container_are_regions_too():
 def test_a_plain_compile_is_right_too():
     net, eager = supernet(), supernet()
     compiled = torch.compile(net, backend="aot_eager")
-    for subnet in _drawn(3):
+    for subnet in _drawn(2, depth=1):
         set_subnet(net, subnet)
+        compiled(images()).square().sum().backward()
         set_subnet(eager, subnet)
-        torch.testing.assert_close(compiled(images()), eager(images()))
-    set_subnet(net, Subnet())
-    set_subnet(eager, Subnet())
-    compiled(images()).sum().backward()
-    eager(images()).sum().backward()
+        eager(images()).square().sum().backward()
     for ours, theirs in zip(net.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
 
@@ -252,7 +256,7 @@ def test_copies_and_exports_are_not_compiled():
     keys = list(net.state_dict())
     counter = _counted(net)
     assert list(net.state_dict()) == keys
-    set_subnet(net, Subnet({"stream": 3}, {"stage.0.conv1": 3}))
+    set_subnet(net, Subnet({"stream": 3}, {"stage.0.conv1": 3}, {"stage": 1}))
     for plain in (copy.deepcopy(net), export(net)):
         torch.testing.assert_close(plain(images()), net(images()))
         before = counter.frame_count
@@ -264,7 +268,7 @@ def test_copies_and_exports_are_not_compiled():
 def test_a_checkpoint_of_compiled_blocks_keeps_its_subnet(use_reentrant):
     net, eager = supernet(), supernet()
     _counted(net)
-    first, second = (Subnet({"stage.0.inner": rows}) for rows in ([0, 1], [3, 5]))
+    first, second = (Subnet({"stage.0.inner": rows}, depths={"stage": 1}) for rows in ([0, 1], [3, 5]))
     x = torch.randn(2, 8, 5, 5).requires_grad_()
     set_subnet(eager, first)
     expected = torch.autograd.grad(eager.stage(x).square().sum(), x)
@@ -279,5 +283,5 @@ def test_a_checkpoint_of_compiled_blocks_keeps_its_subnet(use_reentrant):
 
 
 def test_refuses_what_is_no_module():
-    with pytest.raises(InputError, match="compile_elastic: model is a function; give an nn.Module"):
+    with pytest.raises(InputError, match=r"compile_elastic: model is a function; give an nn.Module"):
         compile_elastic(lambda x: x)
