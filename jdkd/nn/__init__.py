@@ -3,6 +3,7 @@
 """
 
 from jdkd.nn.candidates import Candidate, score_candidates
+from jdkd.nn.compilation import compile_elastic
 from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, Side, Stage
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
@@ -36,6 +37,7 @@ __all__ = [
     "Stage",
     "Subnet",
     "checkpoint",
+    "compile_elastic",
     "explain",
     "export",
     "masked",

@@ -111,7 +111,8 @@ class ElasticConvBNAct(ConvBNAct):
         self.bn._put(self.bn.part(part.outputs))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._normalises_by_batch():
+        compiled = torch.compiler.is_compiling() and self.bn._in_regions  # the compiler folds by itself
+        if compiled or self._normalises_by_batch():
             return super().forward(x, residual)
         active, normed = self._active(x)
         route, conv = self._route(x, active), self.conv

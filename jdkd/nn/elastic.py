@@ -35,6 +35,7 @@ class Record(NamedTuple):
     given: tuple  # as it was set; lists in host memory where the user gave them so
     active: tuple  # the same with its lists beside the weights
     since: Moment
+    traced: tuple | None = None  # the same with tensors whose lengths are the counts, where compile_elastic wants them
 
 
 def now() -> Moment:
@@ -51,6 +52,7 @@ class Elastic(nn.Module):
     """A layer of which a part is active; what a part is, subclasses say, as a named tuple."""
 
     _record: Record
+    _in_regions = False  # whether compile_elastic compiles what runs this layer
 
     def _put(self, given: tuple, since: Moment | None = None, moved: dict[tuple, Tensor] | None = None) -> None:
         """Replaces what is active; what stays the same keeps its date, unless one is given.
@@ -65,7 +67,8 @@ class Elastic(nn.Module):
             and same(self._record.given, given)
         ):
             return
-        self._record = Record(given, self._beside_the_weights(given, {} if moved is None else moved), moment)
+        active = self._beside_the_weights(given, {} if moved is None else moved)
+        self._record = Record(given, active, moment, self._traced(active) if self._in_regions else None)
 
     def _now(self) -> Any:
         """What a forward uses.
@@ -74,9 +77,28 @@ class Elastic(nn.Module):
             InputError: in a recomputation, if it was set after the forward that is recomputed.
         """
         record = self._record
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if torch.compiler.is_compiling():
+            return record.active if record.traced is None else self._in_graph(record.traced)
+        if torch._C._current_graph_task_id() != -1:
             self._check_age(record.since)
         return record.active
+
+    def _traced(self, active: tuple) -> tuple:
+        """What is active, with index tensors for its channels, leading ones too."""
+        return type(active)(*(self._traced_index(part) for part in active))
+
+    def _traced_index(self, channels: Channels) -> Tensor:
+        """Active channels as ``[count]`` int64 beside the weights, of a length that compilers take for a symbol."""
+        index = channels.index
+        if index is None:
+            index = torch.arange(channels.count, device=self._home())
+        index = index.detach()  # no two layers hold one object, as compilers guard that too
+        torch._dynamo.maybe_mark_dynamic(index, 0)
+        return index
+
+    def _in_graph(self, traced: tuple) -> Any:
+        """What a forward uses in a graph whose symbols are the lengths of ``traced``."""
+        return type(traced)(*(Channels(index.shape[0], index) for index in traced))
 
     def _check_age(self, since: Moment) -> None:
         here = _recomputation()
@@ -92,8 +114,7 @@ class Elastic(nn.Module):
         listed = [isinstance(part, Channels) and part.index is not None for part in given]
         if not any(listed):
             return given
-        tensors = (*self._parameters.values(), *self._buffers.values())
-        home = next((tensor.device for tensor in tensors if tensor is not None), None)
+        home = self._home()
         if home is None:
             return given
 
@@ -105,10 +126,13 @@ class Elastic(nn.Module):
 
         return type(given)(*(at_home(part) if far else part for part, far in zip(given, listed, strict=True)))
 
+    def _home(self) -> torch.device | None:
+        tensors = (*self._parameters.values(), *self._buffers.values())
+        return next((tensor.device for tensor in tensors if tensor is not None), None)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Elastic:
         super()._apply(fn, recurse)
-        given, _, since = self._record
-        self._put(given, since)
+        self._put(self._record.given, self._record.since)
         return self
 
 

@@ -14,6 +14,7 @@ from jdkd.nn.elastic import active_over_all, explained, filled, part_of
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
 from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
+from jdkd.ops.elastic_conv_traced import choice, convolve_traced, transformed_traced
 from jdkd.ops.elastic_paths import Call, call_of
 from jdkd.ops.kernel_size import (
     KernelLike,
@@ -36,6 +37,15 @@ class _Convolution(NamedTuple):
     kernel: Kernel
     padding: Padding
     border: tuple[int, ...] | None  # left, right, above, below, in pixels, where padding is not of zeros
+
+
+class _TracedConvolution(NamedTuple):
+    """The same for a compiler, see :mod:`jdkd.ops.elastic_conv_traced`."""
+
+    in_index: Tensor  # [Cin]
+    out_index: Tensor  # [Cout]
+    choice: Tensor  # [4]
+    step: Tensor | None  # [1], of the kernel transform
 
 
 class ElasticConv2d(ElasticWeight, nn.Conv2d):
@@ -124,6 +134,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         active = self._now()
+        if isinstance(active, _TracedConvolution):
+            return self._forward_traced(x, active)
         check_channels(x, active.inputs.count, dim=-3, where=type(self).__name__)
         x, padding = self._padded(x, active)
         if self._is_transformed(active):
@@ -172,6 +184,26 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         if not self._is_transformed(active):
             return active_part(self.weight, active.outputs, columns, active.kernel)
         return transformed(active_part(self.weight, active.outputs, columns), active.kernel, self._transforms())
+
+    def _traced(self, active: _Convolution) -> _TracedConvolution:
+        index = self._traced_index(active.inputs), self._traced_index(active.outputs)
+        step = None
+        if self.kernel_transform:
+            size = (active.kernel or self.kernel_size)[0]
+            step = torch.tensor([(self.kernel_size[0] - size) // 2], device=self.weight.device)
+        return _TracedConvolution(*index, choice(active.inputs, active.outputs, active.kernel, self.weight), step)
+
+    def _in_graph(self, traced: _TracedConvolution) -> _TracedConvolution:
+        return traced
+
+    def _forward_traced(self, x: Tensor, active: _TracedConvolution) -> Tensor:
+        check_channels(x, active.in_index.shape[0], dim=-3, where=type(self).__name__)
+        weight, padding = self.weight, self.padding
+        if self.padding_mode != "zeros":
+            x, padding = F.pad(x, self._border(None), mode=self.padding_mode), 0
+        if active.step is not None:
+            weight = transformed_traced(weight, active.step, self._transforms())
+        return convolve_traced(x, weight, self.bias, *active[:3], self.stride, padding, self.dilation, self.groups)
 
     def _transforms(self) -> Mapping[tuple[int, int], Tensor]:
         steps = transform_sizes(self.kernel_size[0])

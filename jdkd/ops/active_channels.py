@@ -227,6 +227,8 @@ def scatter(part: Tensor, like: Tensor, rows: Channels, columns: Channels, kerne
 class _Gather(torch.autograd.Function):
     """Autograd of :func:`gather`; linear, so its second derivative is :class:`_Scatter`'s first."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
         tensor: Tensor, rows: int, columns: int, row_index: Tensor | None, column_index: Tensor | None, kernel: Kernel
@@ -247,6 +249,8 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     """Autograd of :func:`scatter`."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(

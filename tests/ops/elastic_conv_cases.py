@@ -21,21 +21,35 @@ class Problem:
 
     inputs: ChannelsLike = None
     outputs: ChannelsLike = None
-    weight: tuple[int, int, int, int] = (7, 5, 3, 3)  # Cout_max, Cin_max, kh, kw
+    weight: tuple[int, int, int, int] = (7, 5, 3, 3)  # Cout_max, Cin_max / groups, kh, kw
     image: tuple[int, int, int] = (2, 6, 7)  # N, H, W
     window: dict = field(default_factory=dict)  # stride, padding, dilation
     kernel: int | tuple[int, int] | None = None
     bias: bool = True
     channels_last: bool = False
     seed: int = 0
+    groups: int = 1
+
+    @property
+    def kept(self) -> list[int]:
+        """Active groups, in order, by whichever side says so."""
+        side, size = (
+            (self.outputs, self.weight[0] // self.groups) if self.inputs is None else (self.inputs, self.weight[1])
+        )
+        return list(dict.fromkeys(index // size for index in listed(side, size * self.groups)))
 
     @property
     def rows(self) -> list[int]:
-        return listed(self.outputs, self.weight[0])
+        return (
+            listed(self.outputs, self.weight[0]) if self.groups == 1 else self._of_kept(self.weight[0] // self.groups)
+        )
 
     @property
     def columns(self) -> list[int]:
-        return listed(self.inputs, self.weight[1])
+        return listed(self.inputs, self.weight[1]) if self.groups == 1 else self._of_kept(self.weight[1])
+
+    def _of_kept(self, size: int) -> list[int]:
+        return [group * size + k for group in self.kept for k in range(size)]
 
     def tensors(self, dtype: torch.dtype, device: str) -> list[Tensor | None]:
         """Draws x ``[N, Cin, H, W]``, weight ``[Cout_max, Cin_max, kh, kw]`` and bias ``[Cout_max]``."""
@@ -64,21 +78,38 @@ class Problem:
     def reference(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The whole kernel under the whole padding, zero where it is inactive."""
         weight = torch.where(self.centre.to(weight.device), weight, 0)
+        if self.groups > 1:
+            weight = self._ungrouped(weight)
         return reference.elastic_conv2d(
             x, weight, bias, in_channels=self.columns, out_channels=self.rows, **self.window
+        )
+
+    def _ungrouped(self, weight: Tensor) -> Tensor:
+        """``[Cout_max, Cin_max, kh, kw]``, zero between a group and another."""
+        per = weight.shape[1]
+        blocks = weight.chunk(self.groups)
+        return torch.cat(
+            [F.pad(block, (0, 0, 0, 0, per * k, per * (self.groups - 1 - k))) for k, block in enumerate(blocks)]
         )
 
     def sliced(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """ATen's convolution of what is active."""
         (height, width), (above, left) = self.weight[2:], self.crop
-        part = weight[self.rows][:, self.columns, above : height - above, left : width - left]
+        columns = self.columns if self.groups == 1 else slice(None)
+        part = weight[self.rows][:, columns, above : height - above, left : width - left]
         padding, dilation = pair(self.window.get("padding", 0)), pair(self.window.get("dilation", 1))
         less = [p - d * c for p, d, c in zip(padding, dilation, self.crop, strict=True)]
         bias = None if bias is None else bias[self.rows]
-        return F.conv2d(x, part, bias, **{**self.window, "padding": less})
+        groups = 1 if self.groups == 1 else len(self.kept)
+        return F.conv2d(x, part, bias, **{**self.window, "padding": less}, groups=groups)
 
     def ours(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        active = {"in_channels": self.inputs, "out_channels": self.outputs, "kernel_size": self.kernel}
+        active = {
+            "in_channels": self.inputs,
+            "out_channels": self.outputs,
+            "kernel_size": self.kernel,
+            "groups": self.groups,
+        }
         return elastic_conv2d(x, weight, bias, **active, **self.window)
 
 

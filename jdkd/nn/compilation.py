@@ -1,0 +1,114 @@
+"""A supernet under ``torch.compile``: compiled in pieces, whose graphs stay when the subnet changes.
+
+Left to itself the compiler takes every number it meets for a constant and compiles a whole model again for every
+subnet, until it gives up after eight. Here the numbers of active channels are lengths of tensors that it is told to
+take for symbols, convolutions are operators that it does not look into (:mod:`jdkd.ops.elastic_conv_traced`), and a
+loop over elastic depth is no part of any graph.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from jdkd.errors import InputError
+from jdkd.nn.elastic import Elastic
+from jdkd.nn.stage import ElasticStage
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile_elastic(model: Model, **options: Any) -> Model:
+    """Compiles a model with elastic layers, in place, so that a change of subnet does not compile it again.
+
+    The model is cut into regions at its elastic depth: each block of an :class:`ElasticStage`, or of a container that
+    ``model.elastic_groups`` declares as a stage, is a region, and so is every other module that holds no stage and has
+    layers within. What runs the stages, and layers that stand beside them, run as they did. A model without stages is
+    one region. A region compiles when it first runs, and again
+
+    - never for another number or list of channels, or another kernel size, except where one single channel is active
+      (a size of 1 is a constant to the compiler, and costs one compile a place);
+    - never for another depth: blocks that had not run before compile when they do;
+    - once for another batch or image size, as with ``torch.compile``, for training and evaluation, and for gradients
+      on and off.
+
+    ``torch.compiler.reset()`` forgets what was compiled; copies and :func:`export` are not compiled.
+
+    Args:
+        model: any module; it is changed in place. Parameters, state dict and the subnet stay what they are.
+        options: for ``torch.compile``: ``backend``, ``mode``, ``fullgraph`` and so on. CUDA graphs of
+            ``mode="reduce-overhead"`` leave the elastic convolutions out.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: if ``model`` is no module, or its groups name stages that it does not have.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"compile_elastic: model is a {type(model).__name__}; give an nn.Module")
+    loops, containers = _stages(model)
+    for path, region in _regions("model", model, loops, containers):
+        _compile(path, region, options)
+    return model
+
+
+def _stages(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
+    """The modules that run stages, and the containers of blocks."""
+    modules = dict(model.named_modules())
+    containers = {module for module in modules.values() if isinstance(module, ElasticStage)}
+    loops = set(containers)
+    groups = getattr(model, "elastic_groups", None)
+    if groups is not None:
+        groups.read_depths(modules, {})
+        for blocks, owner, _ in groups.stages.values():
+            containers.add(modules[blocks])
+            loops.add(modules[blocks if owner is None else owner])
+    return loops, containers
+
+
+def _regions(
+    path: str, module: nn.Module, loops: set[nn.Module], containers: set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The largest modules within which no stage lies, by path; layers by themselves are none."""
+    is_list = type(module).forward is nn.Module.forward
+    if module in containers or is_list or any(inner in loops or inner in containers for inner in module.modules()):
+        for name, child in module.named_children():
+            yield from _regions(f"{path}.{name}", child, loops, containers)
+    elif next(module.children(), None) is not None:
+        yield path, module
+
+
+def _compile(path: str, region: nn.Module, options: dict[str, Any]) -> None:
+    layers = [module for module in region.modules() if isinstance(module, Elastic)]
+    for layer in layers:
+        layer._in_regions = True
+        layer._record = layer._record._replace(traced=layer._traced(layer._record.active))
+    compiled = torch.compile(_with_own_code(path), **options)
+
+    def run(*inputs: Any, **named: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return region._call_impl(*inputs, **named)
+        if torch._C._current_graph_task_id() != -1:  # a checkpointed region: see jdkd.nn.elastic
+            for layer in layers:
+                layer._now()
+        for value in pytree.tree_leaves((inputs, named)):
+            if isinstance(value, Tensor) and value.dim() > 1:
+                torch._dynamo.maybe_mark_dynamic(value, 1)  # [N, C, ...]
+        return compiled(region, *inputs, **named)
+
+    region._compiled_call_impl = run
+
+
+def _with_own_code(path: str) -> Callable[..., Any]:
+    """What calls a region: a function with a code of its own, by which the compiler counts and limits its compiles."""
+
+    def call(region: nn.Module, *inputs: Any, **named: Any) -> Any:
+        return region._call_impl(*inputs, **named)
+
+    return types.FunctionType(call.__code__.replace(co_name=path), globals())

@@ -1,0 +1,178 @@
+"""Elastic models under torch.func, autocast, torch.export, CUDA graphs and distributed training."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.parallel import DistributedDataParallel
+
+from jdkd.errors import InputError
+from jdkd.nn import Subnet, export, set_subnet
+from tests.nn.elastic_models import SMALL, images, supernet
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:DeprecationWarning")  # by jvp
+LEADING = Subnet({"stream": 5, "stage.0.inner": 3}, {"stage.0.conv1": 3})
+SUBNETS = {"leading": LEADING, "listed": Subnet(**SMALL)}
+subnets = pytest.mark.parametrize("subnet", SUBNETS.values(), ids=SUBNETS)
+STEPS = (*SUBNETS.values(), Subnet({"stream": 7}, depths={"stage": 1}), Subnet(depths={"stage": 2}))
+
+
+def _functional(subnet: Subnet, training: bool = False):
+    """A model of one subnet, its parameters, and the model as a function of these and of images."""
+    net = supernet().train(training)
+    set_subnet(net, subnet)
+    parameters = {name: parameter.detach() for name, parameter in net.named_parameters()}
+    return net, parameters, lambda parameters, x: functional_call(net, parameters, (x,))
+
+
+def _gradients(net: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Of the parameters, zero where one took no part."""
+    net.zero_grad()
+    net(x).square().sum().backward()
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in net.named_parameters()
+    }
+
+
+@subnets
+def test_grad_of_a_functional_call_is_that_of_the_model(subnet):
+    net, parameters, call = _functional(subnet)
+    found = grad(lambda parameters: call(parameters, images()).square().sum())(parameters)
+    torch.testing.assert_close(found, _gradients(net, images()))
+
+
+@subnets
+def test_vmap_runs_over_images_and_over_an_ensemble(subnet):
+    _, parameters, call = _functional(subnet)
+    several = torch.stack([images(), images() * 2, images() - 1])
+    together = vmap(call, (None, 0))(parameters, several)
+    torch.testing.assert_close(together, torch.stack([call(parameters, x) for x in several]), rtol=1e-4, atol=1e-4)
+    ensemble = [parameters, {name: 1.1 * parameter for name, parameter in parameters.items()}]
+    stacked = {name: torch.stack([member[name] for member in ensemble]) for name in parameters}
+    together = vmap(call, (0, None))(stacked, images())
+    each = torch.stack([call(member, images()) for member in ensemble])
+    torch.testing.assert_close(together, each, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_single_images_add_up():
+    _, parameters, call = _functional(LEADING)
+
+    def loss(parameters, x):
+        return call(parameters, x).square().sum()
+
+    each = vmap(grad(lambda parameters, x: loss(parameters, x[None])), (None, 0))(parameters, images())
+    summed = {name: gradient.sum(0) for name, gradient in each.items()}
+    torch.testing.assert_close(summed, grad(loss)(parameters, images()), rtol=1e-4, atol=1e-4)
+
+
+@subnets
+def test_jvp_over_images_is_the_derivative(subnet):
+    net, parameters, call = _functional(subnet)
+    parameters = {name: parameter.double() for name, parameter in parameters.items()}
+    net.double()
+    x, step = images().double(), 1e-6
+    direction = torch.ones_like(x)
+    _, tangent = jvp(lambda x: call(parameters, x), (x,), (direction,))
+    difference = (call(parameters, x + step) - call(parameters, x - step)) / (2 * step)
+    torch.testing.assert_close(tangent, difference, rtol=1e-4, atol=1e-6)
+
+
+def test_jvp_over_listed_weights_is_refused():
+    _, parameters, call = _functional(SUBNETS["listed"])
+    with pytest.raises(NotImplementedError, match="jvp"):
+        jvp(lambda parameters: call(parameters, images()), (parameters,), (parameters,))
+
+
+@subnets
+def test_statistics_that_a_transform_cannot_write_are_refused_as_torchs_are(subnet):
+    _, parameters, call = _functional(subnet, training=True)
+    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+        grad(lambda parameters: call(parameters, images()).square().sum())(parameters)
+
+
+@subnets
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_autocast_is_as_close_as_that_of_the_export(subnet, dtype):
+    net = supernet()
+    set_subnet(net, subnet)
+    exact, plain = net(images()), export(net)
+    with torch.autocast("cpu", dtype):
+        y, other = net(images()), plain(images())
+    assert y.dtype == other.dtype == dtype
+    error, allowed = ((each.float() - exact).abs().max() for each in (y, other))
+    assert error <= 2 * allowed + torch.finfo(dtype).eps * exact.abs().max()
+    y.float().square().sum().backward()
+    found = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
+    assert found and all(gradient.dtype == torch.float32 and gradient.isfinite().all() for gradient in found)
+
+
+@subnets
+def test_a_fixed_subnet_is_exported_by_torch(subnet):
+    net = supernet()
+    set_subnet(net, subnet)
+    for model in (net, export(net)):
+        program = torch.export.export(model, (images(),))
+        torch.testing.assert_close(program.module()(images()), net(images()), rtol=1e-5, atol=1e-5)
+
+
+def test_synchronised_normalisations_are_refused_by_name():
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(supernet()))
+    with pytest.raises(InputError, match="bn, of the groups stream, is a SyncBatchNorm; build it as an elastic layer"):
+        set_subnet(net, LEADING)
+
+
+def _rank(rank: int, folder: str) -> None:
+    """One of two processes: a subnet a step, half of the images, gradients kept."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    net = supernet()
+    parallel = DistributedDataParallel(net, find_unused_parameters=True)
+    found = []
+    for subnet in STEPS:
+        set_subnet(net, subnet)
+        found.append(_gradients(parallel, images()[rank : rank + 1]))
+    torch.save(found, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_gradients_of_one(tmp_path: Path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
+    net = supernet()
+    for step, subnet in enumerate(STEPS):
+        set_subnet(net, subnet)
+        for name, gradient in _gradients(net, images()).items():
+            for rank in ranks:
+                torch.testing.assert_close(rank[step][f"module.{name}"], gradient / 2, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@subnets
+def test_a_fixed_subnet_is_captured_in_a_cuda_graph(subnet):
+    net = supernet().cuda()
+    set_subnet(net, subnet)
+    x = images().cuda()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            _gradients(net, x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    net.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        y = net(x)
+        y.square().sum().backward()
+    captured = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+    x.copy_(2 * images())
+    graph.replay()
+    found = y.clone(), {name: gradient.clone() for name, gradient in captured.items()}
+    expected = _gradients(net, x)
+    torch.testing.assert_close(found[0], net(x))
+    torch.testing.assert_close(found[1], {name: expected[name] for name in captured})
