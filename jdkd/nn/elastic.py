@@ -85,7 +85,7 @@ class Elastic(nn.Module):
 
     def _traced(self, active: tuple) -> tuple:
         """What is active, with index tensors for its channels, leading ones too."""
-        return type(active)(*(self._traced_index(part) for part in active))
+        return type(active)(*(self._traced_index(part) if isinstance(part, Channels) else part for part in active))
 
     def _traced_index(self, channels: Channels) -> Tensor:
         """Active channels as ``[count]`` int64 beside the weights, of a length that compilers take for a symbol."""
@@ -98,7 +98,7 @@ class Elastic(nn.Module):
 
     def _in_graph(self, traced: tuple) -> Any:
         """What a forward uses in a graph whose symbols are the lengths of ``traced``."""
-        return type(traced)(*(Channels(index.shape[0], index) for index in traced))
+        return type(traced)(*(Channels(part.shape[0], part) if isinstance(part, Tensor) else part for part in traced))
 
     def _check_age(self, since: Moment) -> None:
         here = _recomputation()
