@@ -31,7 +31,7 @@ from benchmarks.harness import Case
 from jdkd.detect import DetectorSpec, channel_groups, named_spec
 from jdkd.detect.groups import inner_group
 from jdkd.detect.resnet import STAGES, Backbone, Layers
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, Stage, Subnet, pack_forwards, set_subnet
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Subnet, pack_forwards, set_subnet
 
 NAME = "supernet_step"
 R50, R18 = "faster_rcnn_r50_fpn", "faster_rcnn_r18_fpn"
@@ -78,8 +78,8 @@ class SlicedBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, *vectors, training=self.training, momentum=self.momentum, eps=self.eps)
 
 
-SLICED = Layers(conv=SlicedConv2d, norm=SlicedBatchNorm2d)
-ELASTIC = Layers(conv=ElasticConv2d, norm=ElasticBatchNorm2d)
+SLICED = Layers(conv=SlicedConv2d, norm=SlicedBatchNorm2d, stage=ElasticStage)
+ELASTIC = Layers(conv=ElasticConv2d, norm=ElasticBatchNorm2d, stage=ElasticStage)
 
 
 @dataclass(frozen=True)
@@ -199,9 +199,10 @@ def sliced(spec: DetectorSpec, device: str) -> Net:
     body = model.backbone.body
 
     def activate(number: int) -> None:
-        body.depths = depths(spec, number)
-        for stage, blocks in enumerate(inner_channels(spec, number)):
-            for block, widths in zip(getattr(body, STAGES[stage]), blocks, strict=False):
+        for name, depth, blocks in zip(STAGES, depths(spec, number), inner_channels(spec, number), strict=True):
+            stage = getattr(body, name)
+            stage.set_active(depth)
+            for block, widths in zip(stage, blocks, strict=False):
                 for k, width in enumerate(widths, start=1):
                     getattr(block, f"conv{k}").active = width
 
@@ -210,10 +211,9 @@ def sliced(spec: DetectorSpec, device: str) -> Net:
 
 def elastic(spec: DetectorSpec, device: str) -> Net:
     """The supernet of elastic layers, whose subnets one switch sets."""
-    model, body = Features(spec, ELASTIC), "backbone.body"
+    model = Features(spec, ELASTIC)
     inner = {name: group for name, group in channel_groups(spec).items() if ".inner" in name}
-    stages = {name: Stage(f"{body}.{name}", owner=body, place=place) for place, name in enumerate(STAGES)}
-    model.elastic_groups = ElasticGroups.from_tensors(inner, stages)
+    model.elastic_groups = ElasticGroups.from_tensors(inner, {name: f"backbone.body.{name}" for name in STAGES})
     subnets = [subnet(spec, number) for number in range(len(SUBNETS))]
     return trained(model, lambda number: set_subnet(model, subnets[number]), device)
 

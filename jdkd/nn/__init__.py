@@ -5,7 +5,7 @@
 from jdkd.nn.candidates import Candidate, score_candidates
 from jdkd.nn.compilation import compile_elastic
 from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
-from jdkd.nn.coupling import ElasticGroups, Side, Stage
+from jdkd.nn.coupling import ElasticGroups, Side
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
@@ -34,7 +34,6 @@ __all__ = [
     "PKDLoss",
     "PearsonTap",
     "Side",
-    "Stage",
     "Subnet",
     "checkpoint",
     "compile_elastic",

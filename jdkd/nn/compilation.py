@@ -26,10 +26,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def compile_elastic(model: Model, **options: Any) -> Model:
     """Compiles a model with elastic layers, in place, so that a change of subnet does not compile it again.
 
-    The model is cut into regions at its elastic depth: each block of an :class:`ElasticStage`, or of a container that
-    ``model.elastic_groups`` declares as a stage, is a region, and so is every other module that holds no stage and has
-    layers within. What runs the stages, and layers that stand beside them, run as they did. A model without stages is
-    one region. A region compiles when it first runs, and again
+    The model is cut into regions at its elastic depth: each block of an :class:`ElasticStage` is a region, and so is
+    every other module that holds no stage and has layers within. What runs the stages, and layers that stand beside
+    them, run as they did. A model without stages is one region. A region compiles when it first runs, and again
 
     - never for another number or list of channels, or another kernel size, except where one single channel is active
       (a size of 1 is a constant to the compiler, and costs one compile a place);
@@ -48,38 +47,21 @@ def compile_elastic(model: Model, **options: Any) -> Model:
         The model.
 
     Raises:
-        InputError: if ``model`` is no module, or its groups name stages that it does not have.
+        InputError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile_elastic: model is a {type(model).__name__}; give an nn.Module")
-    loops, containers = _stages(model)
-    for path, region in _regions("model", model, loops, containers):
+    for path, region in _regions("model", model):
         _compile(path, region, options)
     return model
 
 
-def _stages(model: nn.Module) -> tuple[set[nn.Module], set[nn.Module]]:
-    """The modules that run stages, and the containers of blocks."""
-    modules = dict(model.named_modules())
-    containers = {module for module in modules.values() if isinstance(module, ElasticStage)}
-    loops = set(containers)
-    groups = getattr(model, "elastic_groups", None)
-    if groups is not None:
-        groups.read_depths(modules, {})
-        for blocks, owner, _ in groups.stages.values():
-            containers.add(modules[blocks])
-            loops.add(modules[blocks if owner is None else owner])
-    return loops, containers
-
-
-def _regions(
-    path: str, module: nn.Module, loops: set[nn.Module], containers: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
+def _regions(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The largest modules within which no stage lies, by path; layers by themselves are none."""
     is_list = type(module).forward is nn.Module.forward
-    if module in containers or is_list or any(inner in loops or inner in containers for inner in module.modules()):
+    if is_list or any(isinstance(inner, ElasticStage) for inner in module.modules()):
         for name, child in module.named_children():
-            yield from _regions(f"{path}.{name}", child, loops, containers)
+            yield from _regions(f"{path}.{name}", child)
     elif next(module.children(), None) is not None:
         yield path, module
 

@@ -31,20 +31,6 @@ class Side(NamedTuple):
     repeat: int = 1
 
 
-class Stage(NamedTuple):
-    """Blocks in a row, of which the first ones run.
-
-    Args:
-        blocks: path of an :class:`ElasticStage`, or of any container of blocks.
-        owner: path of the module that runs the blocks of a plain container, as many as its tuple ``depths`` says.
-        place: of the stage in that tuple.
-    """
-
-    blocks: str
-    owner: str | None = None
-    place: int = 0
-
-
 @dataclass(frozen=True)
 class ElasticGroups:
     """The groups of coupled channels and the stages of a model, by name.
@@ -58,20 +44,19 @@ class ElasticGroups:
 
     Args:
         groups: the sides of layers that share their channels, as :class:`Side` or ``(module, side[, repeat])``.
-        stages: where depth is elastic.
+        stages: paths of :class:`ElasticStage`, by name.
 
     Raises:
         InputError: on a side that there is not, or one that is in two groups.
     """
 
     groups: Mapping[str, Sequence[Side | tuple]]
-    stages: Mapping[str, Stage | str] = field(default_factory=dict)
+    stages: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = {name: tuple(Side(*side) for side in sides) for name, sides in self.groups.items()}
-        stages = {name: Stage(s) if isinstance(s, str) else Stage(*s) for name, s in self.stages.items()}
         object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "stages", dict(self.stages))
         home: dict[tuple[str, str], str] = {}
         for name, sides in groups.items():
             for module, side, repeat in sides:
@@ -88,13 +73,13 @@ class ElasticGroups:
                 home[module, side] = name
 
     @classmethod
-    def from_tensors(cls, groups: Mapping[str, Any], stages: Mapping[str, Stage | str] | None = None) -> ElasticGroups:
+    def from_tensors(cls, groups: Mapping[str, Any], stages: Mapping[str, str] | None = None) -> ElasticGroups:
         """Reads a declaration by names of tensors.
 
         Args:
             groups: by name, anything with ``producers``, pairs (tensor name, dimension), and ``consumers``, triples
                 (tensor name, dimension, repeat).
-            stages: where depth is elastic.
+            stages: paths of :class:`ElasticStage`, by name.
 
         Returns:
             The same by layers: dimension 0 of a tensor is the side ``"out"``, dimension 1 ``"in"``.
@@ -129,7 +114,7 @@ class ElasticGroups:
             sizes[name] = counts[0]
         return sizes
 
-    def read_depths(self, modules: Mapping[str, nn.Module], depths: Mapping[str, int]) -> list[tuple[nn.Module, tuple]]:
+    def read_depths(self, modules: Mapping[str, nn.Module], depths: Mapping[str, int]) -> dict[ElasticStage, tuple]:
         """Reads how many blocks of every stage are to run.
 
         Args:
@@ -137,8 +122,7 @@ class ElasticGroups:
             depths: of some of them; the others run as a whole.
 
         Returns:
-            What holds the depths, each with its new ones: an :class:`ElasticStage` with its part, or the owner of plain
-            stages with a tuple.
+            The stages, each with its part.
 
         Raises:
             InputError: if there is no such stage, or it has fewer blocks.
@@ -148,27 +132,17 @@ class ElasticGroups:
                 f"set_subnet: the subnet has a depth for the stage {unknown!r} and the model declares "
                 f"{', '.join(self.stages) or 'none'}; name one of those"
             )
-        owned: dict[str, list[int]] = {}
-        found: list[tuple[nn.Module, tuple]] = []
-        for name, (path, owner, place) in self.stages.items():
-            blocks = _module(modules, path, f"stage {name!r}")
-            depth = active_depth(depths.get(name), len(blocks), f"set_subnet: depth of stage {name!r}")
-            if owner is not None:
-                now = getattr(_module(modules, owner, f"stage {name!r}"), "depths", None)
-                if not isinstance(now, tuple) or not 0 <= place < len(now):
-                    raise InputError(
-                        f"ElasticGroups: stage {name!r} is number {place} of the tuple depths of {owner}, whose depths "
-                        f"are {now!r}; name its owner and its place"
-                    )
-                owned.setdefault(owner, list(now))[place] = depth
-            elif isinstance(blocks, ElasticStage):
-                found.append((blocks, blocks.part(depth)))
-            else:
+        parts = {}
+        for name, path in self.stages.items():
+            stage = _module(modules, path, f"stage {name!r}")
+            if not isinstance(stage, ElasticStage):
                 raise InputError(
-                    f"ElasticGroups: stage {name!r} is {path}, a {type(blocks).__name__}; build it as an ElasticStage, "
-                    "or name the owner whose tuple depths says how many blocks run"
+                    f"ElasticGroups: stage {name!r} is {path}, a {type(stage).__name__}; build it as an ElasticStage"
                 )
-        return [*found, *((modules[owner], tuple(depth)) for owner, depth in owned.items())]
+            parts[stage] = stage.part(
+                active_depth(depths.get(name), len(stage), f"set_subnet: depth of stage {name!r}")
+            )
+        return parts
 
 
 def repeated(channels: Channels, times: int) -> Channels:

@@ -20,13 +20,12 @@ class Snapshot:
     """The subnet of a model at one moment, and its packed weights, to be brought back for the length of a ``with``.
 
     Args:
-        model: holds the elastic layers; and modules whose tuple ``depths`` says how many of their blocks run.
+        model: holds the elastic layers.
     """
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
         self._kept = [(module, "_record", module._record) for module in modules if isinstance(module, Elastic)]
-        self._kept += [(m, "depths", m.depths) for m in modules if isinstance(getattr(m, "depths", None), tuple)]
         self._kept += [(module, "_packed", module._packed) for module in modules if isinstance(module, ElasticWeight)]
         self._before: list[list[Any]] = []
 

@@ -95,25 +95,18 @@ def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = 
             "elastic_groups to an ElasticGroups, or give one"
         )
     modules = dict(model.named_modules())
-    owners = groups.read_depths(modules, dict(subnet.depths))
-    stages = {owner: part for owner, part in owners if isinstance(owner, ElasticStage)}
-    plain = [(owner, part) for owner, part in owners if not isinstance(owner, ElasticStage)]
-    changes = _parts(modules, groups, subnet, stages)
+    changes = _parts(modules, groups, subnet)
     moment = now()  # one for all layers: a change of depth dates those whose channels stay, too
-    unchanged = all(same(layer._record.given, part) for layer, part in changes)
-    if unchanged and all(owner.depths == part for owner, part in plain) and moment.recomputation is None:
+    if moment.recomputation is None and all(same(layer._record.given, part) for layer, part in changes):
         return
     moved: dict[tuple, Tensor] = {}
     for layer, part in changes:
         layer._put(part, moment, moved)
-    for owner, part in plain:
-        owner.depths = part
 
 
-def _parts(
-    modules: Mapping[str, nn.Module], groups: ElasticGroups, subnet: Subnet, stages: Mapping[nn.Module, tuple]
-) -> list[tuple[Elastic, tuple]]:
+def _parts(modules: Mapping[str, nn.Module], groups: ElasticGroups, subnet: Subnet) -> list[tuple[Elastic, tuple]]:
     """Every elastic layer of a model with the part of it that is to be active."""
+    stages = groups.read_depths(modules, dict(subnet.depths))
     sides: dict[str, dict[str, Channels]] = {}
     names: dict[str, list[str]] = {}
     chosen, sizes = dict(subnet.channels), groups.sizes(modules)
@@ -167,7 +160,7 @@ def export(model: nn.Module) -> nn.Module:
 
     Returns:
         A copy in which plain layers with the active slice stand for the elastic ones, equal in output. Nothing that is
-        inactive is copied. A tuple ``depths`` keeps its blocks: those that do not run are copied, and do not run.
+        inactive is copied.
     """
     plain: dict[int, Any] = {}
     for module in reversed([*model.modules()]):  # children before their parents

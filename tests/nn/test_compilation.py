@@ -12,18 +12,16 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import jdkd.nn
 from jdkd.errors import InputError
 from jdkd.nn import (
-    ElasticBatchNorm2d,
     ElasticConv2d,
     ElasticConvBNAct,
     ElasticGroups,
     ElasticLinear,
-    Stage,
     Subnet,
     compile_elastic,
     export,
     set_subnet,
 )
-from tests.nn.elastic_models import BLOCKS, GROUPS, Net, images, randomised, supernet
+from tests.nn.elastic_models import BLOCKS, images, randomised, supernet
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning"),  # by dynamo
@@ -198,35 +196,6 @@ def test_a_head_of_units_and_linear_layers_is_one_region():
         subnet = Subnet({"inner": inner}, {"unit.conv": kernel})
         _assert_same(_step(head, subnet, x=x), _step(eager, subnet, x=x))
     assert counter.frame_count == 1
-
-
-def test_blocks_of_a_plain_container_are_regions_too():
-    class Owner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = Net(ElasticConv2d, ElasticBatchNorm2d, ElasticLinear, nn.Sequential)
-            self.depths = (3,)
-
-        def forward(self, x):
-            net = self.net
-            x = net.bn(net.stem(x)).relu()
-            for block in net.stage[: self.depths[0]]:
-                x = block(x)
-            return net.head(net.pool(x).flatten(1))
-
-    def built() -> Owner:
-        owner = randomised(Owner())
-        groups = {name: [(f"net.{path}", *side) for path, *side in sides] for name, sides in GROUPS.items()}
-        owner.elastic_groups = ElasticGroups(groups, {"stage": Stage("net.stage", "", 0)})
-        return owner
-
-    net, eager = built(), built()
-    counter, deepest = _counted(net, fullgraph=True), 0
-    for depth in (1, 2, 1):
-        subnet = Subnet(_drawn(3)[depth].channels, (), {"stage": depth})
-        deepest = max(deepest, depth)
-        _assert_same(_step(net, subnet), _step(eager, subnet))
-        assert counter.frame_count == deepest
 
 
 def test_a_plain_compile_is_right_too():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Stage, Subnet, export, set_subnet
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Subnet, export, set_subnet
 from jdkd.nn.elastic import Elastic
 from tests.nn.elastic_models import GROUPS, SMALL, Net, images, randomised, supernet
 
@@ -103,21 +103,6 @@ def test_layers_of_a_group_share_a_list_where_their_weights_are():
     assert net.head._record.active.inputs.index.tolist() == [24, 25, 26, 27, 4, 5, 6, 7]
 
 
-def test_a_stage_may_belong_to_a_plain_module():
-    class Owner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer1, self.layer2 = nn.Sequential(nn.ReLU(), nn.ReLU()), nn.Sequential(nn.ReLU())
-            self.depths = (2, 1)
-
-    model = nn.ModuleDict({"body": Owner()})
-    model.elastic_groups = ElasticGroups({}, {"first": Stage("body.layer1", owner="body", place=0)})
-    set_subnet(model, Subnet(depths={"first": 1}))
-    assert model["body"].depths == (1, 1)
-    set_subnet(model, Subnet())
-    assert model["body"].depths == (2, 1)
-
-
 def test_a_copy_of_a_model_has_a_subnet_of_its_own():
     net, x = supernet(), images()
     set_subnet(net, Subnet(**SMALL))
@@ -195,8 +180,6 @@ def test_refuses_a_plain_layer_in_a_group_and_a_model_without_a_declaration():
         set_subnet(net, Subnet())
     with pytest.raises(InputError, match="stage 'stage' is stage, a Sequential; build it as an ElasticStage"):
         set_subnet(net, Subnet(), ElasticGroups({}, {"stage": "stage"}))
-    with pytest.raises(InputError, match="number 0 of the tuple depths of bn, whose depths are None"):
-        set_subnet(net, Subnet(), ElasticGroups({}, {"stage": Stage("stage", owner="bn")}))
 
 
 def test_a_group_that_is_cut_is_named():
