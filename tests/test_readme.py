@@ -21,7 +21,7 @@ def test_every_example_runs(number, capsys):
 
 
 def test_there_is_an_example_for_each_kind_of_user():
-    assert len(EXAMPLES) == 5 and {"train", "search", "eval", "latency"} <= set(COMMANDS)
+    assert len(EXAMPLES) == 6 and {"train", "search", "eval", "latency"} <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
