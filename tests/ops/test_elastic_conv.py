@@ -298,3 +298,12 @@ def test_refuses_channels_that_do_not_fit(arguments, words):
         elastic_conv2d(x, weight, bias, **arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("channels", [2, 7, 9])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_strided_1x1_of_few_channels_is_right_where_onednn_is_not(device, channels, groups):
+    window = {"stride": 2, "padding": 0}
+    for outputs in (8, 30):
+        sizes = {"weight": (outputs, channels, 1, 1), "image": (2, 11, 9), "window": window, "groups": groups}
+        assert_within_twice(Problem(**sizes, channels_last=True), torch.float32, device)
