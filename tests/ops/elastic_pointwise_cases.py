@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -57,8 +58,13 @@ class Problem:
             return elastic_pointwise_conv2d_stats(x, weight, **window)
         return (elastic_pointwise_conv2d(x, weight, **window, **epilogue, activation=self.activation),)
 
-    def specified(self, x: Tensor, weight: Tensor, **epilogue: Tensor) -> tuple[Tensor, ...]:
+    def specified(
+        self, x: Tensor, weight: Tensor, *, rounding: torch.dtype | None = None, **epilogue: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The specification; its gradients are products of what has been rounded to ``rounding``, if given."""
         total = reference.elastic_pointwise(x, weight, out_channels=self.active[0], stride=self.stride)
+        if rounding is not None:
+            total.register_hook(lambda dtotal: dtotal.to(rounding).to(dtotal))
         if self.epilogue == "stats":
             return total, *reference.moments(total)
         operands = [epilogue.get(name) for name in ("scale", "shift", "residual")]
@@ -90,8 +96,11 @@ def assert_matches_float64(problem: Problem, dtype: torch.dtype, device: str, *,
     found = results(problem.ours, tensors)
     douts = found.pop("douts")
     eager, exact = (
-        results(problem.specified, {name: tensor.to(wide) for name, tensor in tensors.items()}, douts)
-        for wide in (torch.float32, torch.float64)
+        results(function, {name: tensor.to(wide) for name, tensor in tensors.items()}, douts)
+        for function, wide in (
+            (partial(problem.specified, rounding=dtype), torch.float32),
+            (problem.specified, torch.float64),
+        )
     )
     for name, value in found.items():
         assert value.dtype == (torch.float32 if name in FP32 else dtype), name

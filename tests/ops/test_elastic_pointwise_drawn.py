@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("hypothesis")
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 
 from tests.ops.elastic_pointwise_cases import EPILOGUES, Problem, assert_matches_float64
 
@@ -19,6 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("exact_products"),
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDED_TWICE = Problem(weight=(1, 17), active=(1, 16), image=(1, 1, 8), stride=2, epilogue="relu_then_add", seed=1)
 
 
 @st.composite
@@ -37,6 +38,7 @@ def _problems(draw) -> Problem:
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(problem=_problems(), dtype=st.sampled_from(DTYPES), descriptors=st.booleans())
+@example(ROUNDED_TWICE, torch.float16, True)
 def test_matches_float64_wherever_it_is_drawn(backend, device, problem, dtype, descriptors):
     dtype = torch.float32 if backend == "reference" else dtype
     route = contextlib.nullcontext()
