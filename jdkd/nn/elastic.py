@@ -135,6 +135,10 @@ class Elastic(nn.Module):
         self._put(self._record.given, self._record.since)
         return self
 
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which nobody compiles
+        state = {name: value for name, value in super().__getstate__().items() if name != "_in_regions"}
+        return state | {"_record": self._record._replace(traced=None)}
+
 
 def same(a: tuple, b: tuple) -> bool:
     """Whether two parts are known to be the same without making the host wait."""
