@@ -77,9 +77,8 @@ def _compile(path: str, region: nn.Module, options: dict[str, Any]) -> None:
     def run(*inputs: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
             return region._call_impl(*inputs, **named)
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed region: see jdkd.nn.elastic
-            for layer in layers:
-                layer._now()
+        for layer in layers:  # where a checkpointed region sees that its subnet has changed: no graph looks at that
+            layer._now()
         for value in pytree.tree_leaves((inputs, named)):
             if isinstance(value, Tensor) and value.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(value, 1)  # [N, C, ...]
