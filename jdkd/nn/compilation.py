@@ -34,7 +34,8 @@ def compile_elastic(model: Model, **options: Any) -> Model:
       (a size of 1 is a constant to the compiler, and costs one compile a place);
     - never for another depth: blocks that had not run before compile when they do;
     - once for another batch or image size, as with ``torch.compile``, for training and evaluation, and for gradients
-      on and off.
+      on and off;
+    - once for every subnet where batch norms keep statistics of their own.
 
     ``torch.compiler.reset()`` forgets what was compiled; copies and :func:`export` are not compiled.
 
@@ -62,7 +63,7 @@ def _regions(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if is_list or any(isinstance(inner, ElasticStage) for inner in module.modules()):
         for name, child in module.named_children():
             yield from _regions(f"{path}.{name}", child)
-    elif next(module.children(), None) is not None:
+    elif not isinstance(module, Elastic) and next(module.children(), None) is not None:
         yield path, module
 
 
@@ -76,9 +77,8 @@ def _compile(path: str, region: nn.Module, options: dict[str, Any]) -> None:
     def run(*inputs: Any, **named: Any) -> Any:
         if torch.compiler.is_compiling():
             return region._call_impl(*inputs, **named)
-        if torch._C._current_graph_task_id() != -1:  # a checkpointed region: see jdkd.nn.elastic
-            for layer in layers:
-                layer._now()
+        for layer in layers:  # where a checkpointed region sees that its subnet has changed: no graph looks at that
+            layer._now()
         for value in pytree.tree_leaves((inputs, named)):
             if isinstance(value, Tensor) and value.dim() > 1:
                 torch._dynamo.maybe_mark_dynamic(value, 1)  # [N, C, ...]

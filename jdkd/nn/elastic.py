@@ -1,11 +1,9 @@
 """What every elastic layer holds: the part of it that is active, and since when.
 
 Activation checkpointing runs a forward again inside the backward pass, where a layer meets the subnet that is active
-by then. Shapes do not tell: two lists of equal length give equal shapes, and the reentrant form compares nothing.
-Autograd numbers its nodes in the order of their creation, so a layer notes the number at which its subnet was set. In
-a recomputation the node that autograd is at was created with the forward, by either form of checkpointing: if its
-number is the smaller one, the subnet is younger than the forward. Outside a backward pass this costs one look at a
-thread-local number.
+by then. Shapes do not tell: two lists of equal length give equal shapes, and the reentrant form compares nothing. So
+layers note when their subnet was set, see :mod:`jdkd.nn.moment`. Outside a backward pass this costs a look or two at
+thread-local state.
 """
 
 from __future__ import annotations
@@ -17,16 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
+from jdkd.nn.moment import Moment, now
 from jdkd.ops.active_channels import Channels, active_part, on_device
 
 Plain = TypeVar("Plain", bound=nn.Module)
-
-
-class Moment(NamedTuple):
-    """When something was set: autograd's next number, and the recomputation it was set in, if any."""
-
-    sequence: int
-    recomputation: tuple[int, int] | None  # graph task and node
 
 
 class Record(NamedTuple):
@@ -36,16 +28,6 @@ class Record(NamedTuple):
     active: tuple  # the same with its lists beside the weights
     since: Moment
     traced: tuple | None = None  # the same with tensors whose lengths are the counts, where compile_elastic wants them
-
-
-def now() -> Moment:
-    """Returns: the present moment of this thread."""
-    return Moment(torch._C._autograd._get_sequence_nr(), _recomputation())
-
-
-def _recomputation() -> tuple[int, int] | None:
-    task = torch._C._current_graph_task_id()
-    return None if task == -1 else (task, torch._C._current_autograd_node()._sequence_nr())
 
 
 class Elastic(nn.Module):
@@ -74,12 +56,14 @@ class Elastic(nn.Module):
         """What a forward uses.
 
         Raises:
-            InputError: in a recomputation, if it was set after the forward that is recomputed.
+            InputError: in a recomputation, unless it was surely set before the forward that is recomputed.
         """
         record = self._record
         if torch.compiler.is_compiling():
             return record.active if record.traced is None else self._in_graph(record.traced)
-        if torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() == -1:
+            record.since.meet()
+        else:
             self._check_age(record.since)
         return record.active
 
@@ -101,13 +85,16 @@ class Elastic(nn.Module):
         return type(traced)(*(Channels(part.shape[0], part) if isinstance(part, Tensor) else part for part in traced))
 
     def _check_age(self, since: Moment) -> None:
-        here = _recomputation()
-        if since.recomputation == here or (since.recomputation is None and since.sequence <= here[1]):
+        if since.is_of_forward():
             return
+        if since.is_of_one_thread() or since.recomputation is not None:
+            when, remedy = "after the checkpointed forward", "run backward before the next set_subnet"
+        else:
+            when = "in another thread, and perhaps after the checkpointed forward"
+            remedy = "run set_subnet, forward and backward in one thread"
         raise InputError(
-            f"{type(self).__name__}: its subnet was set after the checkpointed forward that is being recomputed, and "
-            "is another one perhaps; run backward before the next set_subnet, or use jdkd.nn.checkpoint, which brings "
-            "back the subnet of the forward"
+            f"{type(self).__name__}: its subnet was set {when} that is being recomputed, and is another one perhaps; "
+            f"{remedy}, or use jdkd.nn.checkpoint, which brings back the subnet of the forward"
         )
 
     def _beside_the_weights(self, given: tuple, moved: dict[tuple, Tensor]) -> tuple:
@@ -134,6 +121,10 @@ class Elastic(nn.Module):
         super()._apply(fn, recurse)
         self._put(self._record.given, self._record.since)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which nobody compiles and no forward has met
+        state = {name: value for name, value in super().__getstate__().items() if name != "_in_regions"}
+        return state | {"_record": self._record._replace(since=Moment({}), traced=None)}
 
 
 def same(a: tuple, b: tuple) -> bool:

@@ -44,7 +44,8 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         args, kwargs: as for ``nn.BatchNorm2d``.
         statistics: ``"shared"``: one set for all subnets. ``"own"``: one for every subnet of ``set_subnet``, for menus
             of subnets (Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2). A set begins as a copy of the
-            shared one, ``[C_max]``, and is in the state dict under ``own``, which a plain layer does not read.
+            shared one, ``[C_max]``, and is in the state dict under ``own``, which a plain layer does not read. Under
+            :func:`compile_elastic` every subnet compiles once then, since a graph knows its statistics by name.
     """
 
     def __init__(self, *args, statistics: str = "shared", **kwargs) -> None:
@@ -84,6 +85,8 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
             raise InputError(
                 f"name={name!r} but all subnets share the statistics; build the layer with statistics='own'"
             )
+        if name is not None and name not in self.own and hasattr(self.own, name):
+            raise InputError(f"name={name!r} is an attribute of every module; give the statistics another name")
         return _Norm(active_channels(channels, self.num_features, "channels"), name)
 
     @property

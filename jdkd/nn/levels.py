@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import filled, part_of
-from jdkd.nn.elastic_conv import ElasticConv2d
+from jdkd.nn.elastic_conv import ElasticConv2d, _TracedConvolution
+from jdkd.nn.packed_weight import packed_bias
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.elastic_levels import ACTIVATIONS, convolve_levels
 
@@ -89,9 +90,16 @@ class ElasticLevelsConv2d(ElasticConv2d):
 
     def _convolved(self, xs: list[Tensor]) -> list[Tensor]:
         active = self._now()
+        if isinstance(active, _TracedConvolution):
+            ys = [self._forward_traced(x, active) for x in xs]
+            return [F.relu(y) for y in ys] if self.activation == "relu" else ys
         weight, bias, inputs, outputs, kernel = self.weight, self.bias, active.inputs, active.outputs, active.kernel
-        if self._is_transformed(active):
-            weight, bias = self._filters(active), part_of(self.bias, active.outputs)
+        packed = self._packed_weight()
+        if packed is not None:
+            weight, bias = packed, packed_bias(bias, outputs, packed.dtype)
+        elif self._is_transformed(active):
+            weight, bias = self._shared_filters(active), part_of(bias, outputs)
+        if weight is not self.weight:
             inputs, outputs, kernel = Channels(inputs.count), Channels(outputs.count), None
         return convolve_levels(xs, weight, bias, inputs, outputs, active.padding, kernel, self.activation)
 
@@ -102,7 +110,7 @@ class ElasticLevelsConv2d(ElasticConv2d):
             active.inputs.count, active.outputs.count, self.active_kernel_size, padding=active.padding,
             bias=self.bias is not None, device="meta", activation=self.activation,
         )  # fmt: skip
-        return filled(plain, self, weight=self._filters(active), bias=part_of(self.bias, active.outputs))
+        return filled(plain, self, weight=self._shared_filters(active), bias=part_of(self.bias, active.outputs))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, activation={self.activation}"

@@ -75,7 +75,7 @@ class ElasticWeight(Elastic):
         return None if packed is None else packed.part
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which nobody packs
-        return {name: value for name, value in vars(self).items() if name not in ("_packing", "_packed")}
+        return {name: value for name, value in super().__getstate__().items() if name not in ("_packing", "_packed")}
 
 
 def pack_together(layers: Mapping[str, ElasticWeight], packing: Packing) -> None:

@@ -47,17 +47,21 @@ class Packing:
         """The layers that no packing inside of this one has taken over."""
         return {path: layer for path, layer in self.layers.items() if layer._packing is self}
 
+    def _read(self) -> dict[str, ElasticWeight]:
+        """Those of them that read packed weights: what :func:`compile_elastic` compiles does not."""
+        return {path: layer for path, layer in self._own().items() if not layer._in_regions}
+
     def _pack(self, *_: object) -> None:
         if not torch.compiler.is_compiling():
             self._drop()  # what a KeyboardInterrupt left behind
-            pack_together(self._own(), self)
+            pack_together(self._read(), self)
 
     def _pack_if_stale(self, *_: object) -> None:
         if torch.compiler.is_compiling():
             return
-        own = self._own()
-        if not all(layer._packed is not None and layer._packed.fits(layer) for layer in own.values()):
-            pack_together(own, self)
+        read = self._read()
+        if not all(layer._packed is not None and layer._packed.fits(layer) for layer in read.values()):
+            pack_together(read, self)
 
     def _drop(self, *_: object) -> None:
         if not torch.compiler.is_compiling():
@@ -108,7 +112,8 @@ def packed(model: nn.Module, *, dtype: torch.dtype | None = None, grad_mode: str
 
     For frozen evaluation, and for several micro-batches of one step; a backward may run for each, inside or after. A
     forward of the model after a change of subnet, autocast or grad mode packs anew. **Writes into weights inside are
-    not seen**: let optimisers step outside, or use :func:`pack_forwards`. A ``with`` inside another packs for itself.
+    not seen** by packed layers, but are by those that are active as a whole, so that one forward may mix old and new
+    weights: let optimisers step outside, or use :func:`pack_forwards`. A ``with`` inside another packs for itself.
 
     Args:
         model: holds the elastic layers.

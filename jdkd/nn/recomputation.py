@@ -1,6 +1,6 @@
 """Activation checkpointing with the subnet of the forward, and with its packed weights.
 
-How a change of subnet is noticed is in :mod:`jdkd.nn.elastic`.
+How a change of subnet is noticed is in :mod:`jdkd.nn.moment`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic
+from jdkd.nn.moment import recomputation
 from jdkd.nn.packed_weight import ElasticWeight
 
 
@@ -28,6 +29,10 @@ class Snapshot:
         self._kept = [(module, "_record", module._record) for module in modules if isinstance(module, Elastic)]
         self._kept += [(module, "_packed", module._packed) for module in modules if isinstance(module, ElasticWeight)]
         self._before: list[list[Any]] = []
+        if recomputation() is None:
+            for module in modules:
+                if isinstance(module, Elastic):
+                    module._record.since.meet()  # before autograd numbers the node of a checkpoint
 
     def __enter__(self) -> None:
         self._before.append([getattr(module, name) for module, name, _ in self._kept])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from jdkd.nn.elastic import Elastic
 class _Depth(NamedTuple):
     """The active part of a stage."""
 
-    depth: int
+    depth: int | None  # None: all blocks that there are
 
 
 class ElasticStage(Elastic, nn.Sequential):
@@ -32,7 +33,7 @@ class ElasticStage(Elastic, nn.Sequential):
         """Chooses how many blocks the next forwards run.
 
         Args:
-            depth: the first ones; None: all.
+            depth: the first ones; None: all, those that are added later too.
 
         Raises:
             InputError: if the stage has no such number of blocks; the active ones stay as they were.
@@ -45,10 +46,11 @@ class ElasticStage(Elastic, nn.Sequential):
 
     @property
     def active_depth(self) -> int:
-        return self._record.active.depth
+        depth = self._record.active.depth
+        return len(self) if depth is None else depth
 
     def forward(self, x: Tensor) -> Tensor:
-        for block, _ in zip(self._modules.values(), range(self._now().depth), strict=False):
+        for block in itertools.islice(self._modules.values(), self._now().depth):
             x = block(x)
         return x
 
@@ -61,10 +63,10 @@ class ElasticStage(Elastic, nn.Sequential):
         return f"active={self.active_depth}/{len(self)} blocks"
 
 
-def active_depth(value: int | None, blocks: int, argument: str) -> int:
-    """Reads a number of blocks; raises InputError on one that there are not."""
+def active_depth(value: int | None, blocks: int, argument: str) -> int | None:
+    """Reads a number of blocks, None for all; raises InputError on one that there are not."""
     if value is None:
-        return blocks
+        return None
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= blocks:
         raise InputError(f"{argument}={value!r} of {blocks} blocks; give a number from 1 to {blocks}")
     return value

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.nn.conv_bn_act import ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, repeated
-from jdkd.nn.elastic import Elastic, now, same
+from jdkd.nn.elastic import Elastic, same
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
+from jdkd.nn.moment import now
 from jdkd.nn.stage import ElasticStage
 from jdkd.ops.active_channels import Channels, active_channels
 

@@ -146,6 +146,8 @@ def _same(a: Channels, b: Channels) -> bool:
 
 def check_channels(x: Tensor, count: int, *, dim: int, where: str) -> None:
     """Raises InputError unless dimension ``dim`` of ``x`` holds ``count`` active channels."""
+    if not -x.dim() <= dim < x.dim():
+        raise InputError(f"{where}: x has shape {tuple(x.shape)}, which has no dimension {dim} of channels; give one")
     if x.shape[dim] != count:
         raise InputError(
             f"{where}: x has {x.shape[dim]} channels but {count} input channels are active; activate as many as x has"

@@ -215,12 +215,18 @@ class _PackedWeights(torch.autograd.Function):
 
 
 def _accumulate(weights: Sequence[Tensor], flat: _Flat, packed: Sequence[Tensor | None], places: list[int]) -> None:
-    """Adds to the weights' own gradients; a weight that was packed twice takes a launch for each."""
+    """Adds to the weights' own gradients, a launch for each dtype and device of these; a weight that was packed twice
+    takes a launch for each."""
     while places:
         first = {id(weights[i]): i for i in reversed(places)}
         own = [i for i in places if first[id(weights[i])] == i]
-        gradients = [_own_gradient(weights[i]) for i in own]
-        torch.ops.jdkd.unpack_add_(gradients, *flat.kept(own), [packed[i] for i in own])
+        launches: dict[tuple, list[tuple[int, Tensor]]] = {}
+        for i in own:
+            gradient = _own_gradient(weights[i])
+            launches.setdefault((gradient.dtype, gradient.device), []).append((i, gradient))
+        for entries in launches.values():
+            alike, gradients = zip(*entries, strict=True)
+            torch.ops.jdkd.unpack_add_(list(gradients), *flat.kept(alike), [packed[i] for i in alike])
         places = [i for i in places if i not in own]
 
 

@@ -12,16 +12,21 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import jdkd.nn
 from jdkd.errors import InputError
 from jdkd.nn import (
+    ElasticBatchNorm2d,
     ElasticConv2d,
     ElasticConvBNAct,
     ElasticGroups,
     ElasticLinear,
+    ElasticStage,
     Subnet,
     compile_elastic,
     export,
+    pack_forwards,
+    packed,
     set_subnet,
 )
 from tests.nn.elastic_models import BLOCKS, images, randomised, supernet
+from tests.nn.packing_cases import SUBNETS, launches
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning"),  # by dynamo
@@ -249,6 +254,33 @@ def test_a_checkpoint_of_compiled_blocks_keeps_its_subnet(use_reentrant):
     torch.testing.assert_close(x.grad, *expected)
     with pytest.raises(InputError, match="subnet was set after the checkpointed forward"):
         late.backward()
+
+
+def test_a_norm_with_statistics_of_its_own_is_no_region():
+    norm = ElasticBatchNorm2d(4, statistics="own").eval()
+    net = nn.Sequential(norm, ElasticStage(nn.Sequential(ElasticConv2d(4, 4, 1))))
+    counter, x = _counted(net), torch.randn(1, 4, 2, 2)
+    for name in ("one", "other"):
+        norm.set_active(4, name)
+        net(x)
+    assert counter.frame_count == 1
+
+
+def test_what_is_compiled_is_not_packed_and_its_copy_is(monkeypatch):
+    net = supernet()
+    _counted(net)
+    twin, plain, counts = copy.deepcopy(net), supernet(), launches(monkeypatch)
+    set_subnet(net, SUBNETS["listed"])
+    expected = net(images())
+    with pack_forwards(net), packed(net):
+        torch.testing.assert_close(net(images()), expected)
+    assert sum(counts) == 2  # stem and head
+    counts.clear()
+    for other in (twin, plain):
+        set_subnet(other, SUBNETS["listed"])
+        with packed(other):
+            torch.testing.assert_close(other(images()), expected)
+    assert counts[0] == counts[1] > 2
 
 
 def test_refuses_what_is_no_module():

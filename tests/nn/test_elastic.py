@@ -293,6 +293,29 @@ def test_says_which_channels_disagree(layer, x):
         layer(x)
 
 
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(ElasticConv2d(6, 12, 3), torch.zeros(6, 4)), (ElasticLinear(6, 12), torch.tensor(0.0))],
+    ids=["conv", "linear"],
+)
+def test_says_that_an_input_has_no_channels(layer, x):
+    with pytest.raises(InputError, match=rf"{type(layer).__name__}: x has shape .* no dimension -\d of channels"):
+        layer(x)
+
+
+def test_copies_and_pickles_of_a_compiled_layer_are_not_compiled():
+    conv, x = ElasticConv2d(3, 4, 1), torch.ones(1, 3, 2, 2)
+    conv.compile(backend="eager")
+    conv.set_active(out_channels=2)
+    expected = conv(x)
+    twin = copy.deepcopy(conv)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(conv))(x), expected)
+    with torch.no_grad():
+        twin.weight.zero_()
+        twin.bias.zero_()
+    assert not twin(x).any()
+
+
 def test_a_small_supernet_trains_through_its_subnets():
     torch.manual_seed(0)
     conv, norm, head = ElasticConv2d(3, 16, 3, padding=1), ElasticBatchNorm2d(16), ElasticLinear(16, 2)

@@ -113,6 +113,7 @@ def test_a_subnet_is_named_by_what_it_holds():
         (lambda: ElasticBatchNorm2d(4, statistics="own", track_running_stats=False), "track_running_stats=False"),
         (lambda: ElasticBatchNorm2d(4).set_active(2, name="a"), "name='a' but all subnets share .* statistics='own'"),
         (lambda: ElasticBatchNorm2d(4, statistics="own").set_active(2, name="a.b"), "name='a.b' cannot name"),
+        (lambda: ElasticBatchNorm2d(4, statistics="own").set_active(2, name="pop"), "name='pop' is an attribute"),
     ],
 )
 def test_refuses_what_it_cannot_keep(build, words):

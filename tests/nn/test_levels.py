@@ -1,11 +1,24 @@
 """The elastic convolution that the levels of a pyramid share: equal to what it exports, however levels are given."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticGroups, ElasticLevelsConv2d, LevelsConv2d, Subnet, export, set_subnet
+from jdkd.nn import (
+    ElasticConv2d,
+    ElasticGroups,
+    ElasticLevelsConv2d,
+    LevelsConv2d,
+    Subnet,
+    compile_elastic,
+    export,
+    packed,
+    set_subnet,
+)
 
 CHANNELS = [
     pytest.param(None, None, None, id="all"),
@@ -76,6 +89,48 @@ def test_a_head_of_a_whole_model_takes_subnets_and_exports():
             torch.testing.assert_close(y, expected)
     sum(y.sum() for y in head(xs)).backward()
     assert head.tower.weight.grad[[7, 0, 2]].any() and not head.tower.weight.grad[[1, 3, 4, 5, 6]].any()
+
+
+@pytest.mark.parametrize("activation", ["none", "relu"])
+def test_a_compiled_head_is_compiled_once(activation):
+    torch.compiler.reset()
+    head = nn.Sequential(ElasticLevelsConv2d(6, 8, 5, padding=2, activation=activation))
+    eager, xs = copy.deepcopy(head), _levels(6)
+    counter = CompileCounter()
+    compile_elastic(head, backend=counter)
+    for outputs, kernel in ((8, 5), ([5, 2, 0], 3), (4, 1)):
+        for net in (head, eager):
+            net[0].set_active(None, outputs, kernel)
+        for y, expected in zip(head(xs), eager(xs), strict=True):
+            torch.testing.assert_close(y, expected)
+    assert counter.frame_count == 1
+    torch.compiler.reset()
+
+
+def test_reads_its_packed_weight_and_hands_the_gradient_to_main_grad():
+    layer, plain, xs = ElasticLevelsConv2d(6, 12, 5, padding=2), ElasticLevelsConv2d(6, 12, 5, padding=2), _levels(3)
+    plain.load_state_dict(layer.state_dict())
+    for each in (layer, plain):
+        each.set_active([3, 0, 4], [11, 2], 3)
+    layer.weight.main_grad = torch.zeros_like(layer.weight)
+    with packed(layer, grad_mode="main_grad"):
+        ys = layer(xs)
+        sum(y.square().sum() for y in ys).backward()
+    expected = plain(xs)
+    sum(y.square().sum() for y in expected).backward()
+    for y, other in zip(ys, expected, strict=True):
+        torch.testing.assert_close(y, other)
+    assert layer.weight.grad is None
+    torch.testing.assert_close(layer.weight.main_grad, plain.weight.grad)
+    torch.testing.assert_close(layer.bias.grad, plain.bias.grad)
+
+
+def test_exports_the_shared_weight_and_not_the_packed_one():
+    layer = ElasticLevelsConv2d(6, 12, 3, padding=1)
+    layer.set_active(4, 5)
+    with packed(layer, dtype=torch.bfloat16):
+        exported = layer.export()
+    assert exported.weight.dtype == torch.float32 and torch.equal(exported.weight, layer.weight[:5, :4])
 
 
 def test_says_what_it_does():

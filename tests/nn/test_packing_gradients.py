@@ -101,6 +101,25 @@ def test_gradients_go_to_main_grad_where_there_is_one(scope):
 
 
 @scopes
+def test_main_gradients_of_several_dtypes_are_added_in_one_backward(scope):
+    net, other = small().to(torch.bfloat16), small().to(torch.bfloat16)
+    weights = _weights(net)
+    for weight in [*weights.values()][::2]:
+        weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+    x = images().to(torch.bfloat16)
+    with scope(net, grad_mode="main_grad"):
+        step(net, x)
+    with scope(other, grad_mode="autograd"):
+        step(other, x)
+    for path, expected in _weights(other).items():
+        weight = weights[path]
+        found = weight.main_grad if hasattr(weight, "main_grad") else weight.grad
+        assert (found is None) == (expected.grad is None) or not found.any()
+        if expected.grad is not None:
+            torch.testing.assert_close(found.to(torch.bfloat16), expected.grad)
+
+
+@scopes
 @modes
 def test_gradients_under_autocast_are_those_of_slices(mode, scope):
     for name in ("leading", "listed"):

@@ -197,3 +197,13 @@ def test_a_stage_runs_its_first_blocks():
     with pytest.raises(InputError, match=r"depth=4 of 3 blocks; give a number from 1 to 3"):
         stage.set_active(4)
     assert stage.active_depth == 2
+
+
+def test_a_stage_that_is_active_as_a_whole_runs_blocks_that_are_added():
+    stage, x = ElasticStage(), torch.randn(3)
+    stage.append(nn.ReLU()).append(nn.Softplus())
+    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
+    assert stage.active_depth == 2 and len(export(stage)) == 2
+    stage.set_active(2)
+    stage.append(nn.Tanh())
+    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
