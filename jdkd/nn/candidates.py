@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups
 from jdkd.nn.masked import Change, Swap, changes, swapped
-from jdkd.nn.reuse import Reuse
+from jdkd.nn.reuse import Reuse, packed, unpacked
 from jdkd.ops.active_channels import ChannelsLike
 
 
@@ -58,11 +58,11 @@ def score_candidates(
         score: makes a result of an output, so that outputs need not be kept; runs outside the candidate.
         share: False runs everything for every candidate. It is for modules that draw at random or keep a state in
             evaluation, that read what is neither an argument nor inside them, or whose outputs are written behind
-            PyTorch's back (``.data``, a replayed CUDA graph).
+            PyTorch's back (``.data``, a replayed CUDA graph, a kernel that writes into anything but new
+            ``torch.empty`` memory).
 
     Returns:
-        ``score(output)``, or the output, of every candidate in the order given. Outputs that are equal may be the same
-        tensors.
+        ``score(output)``, or the output, of every candidate in the order given.
 
     Raises:
         InputError: if a candidate does not fit the model, or that is in training mode; names candidate, module, group
@@ -89,8 +89,19 @@ def score_candidates(
             parts = [(change.module, change.key) for change in plans[number]]
             with swapped(swaps), reuse.of(parts) if reuse else contextlib.nullcontext():
                 output = model(*inputs)
-            results[number] = output if score is None else score(output)
+            result = output if score is None else score(output)
+            results[number] = _own(result) if reuse else result
     return results
+
+
+def _own(result: Any) -> Any:
+    """The result in memory of its own: a later candidate may be given the same tensors, and write into them."""
+    made = packed(result)
+    if made is None:
+        return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, result)
+    structure, tensors = made
+    copies = {id(tensor): tensor.clone() for tensor in tensors}
+    return unpacked(structure, [copies[id(tensor)] for tensor in tensors])
 
 
 def _versioned(value: Any) -> Any:

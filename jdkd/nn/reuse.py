@@ -2,18 +2,18 @@
 
 Tensors are known by numbers, each for as long as the tensor's version counter stands still. The same function of the
 same numbers makes the same values, so its outputs get the numbers that they had before: what follows a function, or
-an activation in place, is known again although those run again. (Value numbering, as compilers do it: Alpern, Wegman
-and Zadeck, POPL 1988.)
+an activation in place, is known again although those run again. What a function takes from memory or draws at random
+is new each time. (Value numbering, as compilers do it: Alpern, Wegman and Zadeck, POPL 1988.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import pickle
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import partial
 from io import BytesIO
 from typing import Any, NamedTuple
 
@@ -54,7 +54,7 @@ class Reuse(TorchFunctionMode):
             self._above[module].update((model, *(paths[step] for step in steps if step)))
         hooked = {over for m in self._above if _has_hooks(m) for over in self._above[m] if over is not m}
         free = [module for module in self._above if module not in hooked]
-        self._forwards = [Swap(vars(m), "forward", partial(self._call, m, m.forward)) for m in free]
+        self._forwards = [Swap(vars(m), "forward", functools.partial(self._call, m, m.forward)) for m in free]
         self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> its version and number
         self._fresh = itertools.count()
         self._known: dict[Hashable, list[int]] = {}  # numbers of the outputs of a module, or of a function
@@ -98,7 +98,7 @@ class Reuse(TorchFunctionMode):
         kwargs = kwargs or {}
         if func.__name__ == "__get__":  # of an attribute
             return func(*args, **kwargs)
-        question = self._question(func, args, kwargs)
+        question = self._question(func, args, kwargs) if _is_determined(func.__name__) else None
         output = func(*args, **kwargs)
         made = packed(output)
         if question is not None and made is not None:
@@ -122,6 +122,20 @@ class Reuse(TorchFunctionMode):
         known = self._known.setdefault(question, [self._number_of(tensor) for tensor in tensors])
         for tensor, number in zip(tensors, known, strict=True):
             self._numbers[tensor] = tensor._version, number
+
+
+@functools.cache
+def _is_determined(name: str) -> bool:
+    """Whether the outputs of a function follow from its inputs; those of memory and of chance do not."""
+    name = name.partition(".")[0]  # of an overload
+    taken, drawn = ("empty", "resize"), ("dropout", "gumbel", "fractional_max_pool")
+    if name == "new" or any(word in name for word in taken + drawn):
+        return False
+    operator = getattr(torch.ops.aten, name, None)
+    if not isinstance(operator, torch._ops.OpOverloadPacket):
+        return True
+    tags = (getattr(operator, overload).tags for overload in operator.overloads())
+    return not any(torch.Tag.nondeterministic_seeded in of_one for of_one in tags)
 
 
 def _has_hooks(module: nn.Module) -> bool:

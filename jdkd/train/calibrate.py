@@ -43,8 +43,8 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
             are read once, and the active subnet stays. Left out, what is active is calibrated.
 
     Raises:
-        InputError: there is no batch, although there is something to calibrate; or several subnets share the
-            statistics.
+        InputError: there is no batch, or no subnet, although there is something to calibrate; or several subnets
+            share the statistics.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
     if not norms:
@@ -52,6 +52,10 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
     if subnets is None:
         _calibrate(model, batches, norms, [contextlib.nullcontext()])
         return
+    if not subnets:
+        raise InputError(
+            "calibrate_bn was given 0 subnets and needs at least 1; leave subnets out to calibrate what is active."
+        )
     sharing = [n for n, m in model.named_modules() if m in norms and not getattr(m, "has_own_statistics", False)]
     if sharing and len(subnets) > 1:
         raise InputError(
@@ -158,7 +162,7 @@ class _Pool:
         count = inputs[0].numel() // max(1, inputs[0].shape[1])  # [N, C, H, W]
         if not count:
             return
-        mean = self.home.running_mean.double()
+        mean = self.home.running_mean.to(torch.float64, copy=True)  # the next batch writes into the statistics
         spread = self.home.running_var.double() * (count - 1)  # the stored variance is the unbiased one
         if not self.count:
             self.count, self.mean, self.spread = count, mean, spread

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -154,12 +155,33 @@ class Calling(nn.Module):
         return self.function(x)
 
 
+class Filled(nn.Module):
+    """Writes as a kernel does that PyTorch does not know of, into memory that was only taken."""
+
+    def __init__(self, take: Callable[[torch.Size], torch.Tensor]):
+        super().__init__()
+        self.take = take
+
+    def forward(self, x):
+        taken = self.take(x.shape)
+        taken.numpy()[...] = x.numpy()
+        return taken
+
+
 SHARED = nn.Conv2d(6, 6, 1)
+LIKE = torch.zeros(())
+TAKEN = {
+    "empty": torch.empty,
+    "empty_like": lambda shape: torch.empty_like(LIKE.expand(shape), memory_format=torch.contiguous_format),
+    "new_empty": LIKE.new_empty,
+    "aten.empty": torch.ops.aten.empty.memory_format,
+}
 WHOLE = [nn.Identity(), nn.Identity()]  # between layers that are masked
 BETWEEN = {
     "activations in place": [nn.ReLU(inplace=True)] * 4,
     "writers of their inputs": [nn.Sequential(nn.BatchNorm2d(6), Adding()), Adding(), Adding(), nn.Identity()],
     "dictionaries": [nn.Sequential(Named(), Reading()), nn.Identity(), nn.Sequential(Named(), Reading()), Adding()],
+    **{f"{name} filled unseen": [Filled(take)] * 4 for name, take in TAKEN.items()},
     "a module used twice": [Doubled(SHARED), *WHOLE, Doubled(SHARED)],
 }
 
@@ -167,7 +189,7 @@ BETWEEN = {
 @pytest.mark.parametrize("between", BETWEEN.values(), ids=BETWEEN)
 def test_what_was_written_since_is_not_given_again(between):
     model, x = Chain(*between), images()
-    candidates = [{"2": 2}, {"2": 3}, {}, {"1": [5, 1]}, {"1": [5, 1], "2": 1}]
+    candidates = [{"2": 2}, {"2": 3}, {}, {"1": [5, 1], "2": 1}, {"1": [5, 1]}, {"1": [0, 2]}]
     expected = one_by_one(model, candidates, x, model.elastic_groups)
     assert_equal(score_candidates(model, candidates, x), expected)
     assert torch.equal(x, images())
@@ -188,6 +210,31 @@ def test_a_result_that_its_caller_writes_is_not_given_again():
     assert_equal(
         score_candidates(model, [{}, {}], images(), score=lambda output: output.mul_(2)), [e * 2 for e in expected]
     )
+
+
+SCORES = {
+    "output": None,
+    "several": lambda output: {"twice": [output, output[0]], "half": output[:, :3]},
+    "NumPy's": lambda output: output.numpy(),
+    "with a function": lambda output: [output[:, :3], lambda: None],  # cannot be pickled
+}
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_a_result_stays_when_a_later_candidate_writes_what_it_shares(score):
+    block = nn.Sequential(Calling(torch.relu_), nn.Conv2d(6, 6, 1))
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 1), block).eval(), images()
+    candidates = [Candidate(skip=["1"]), {}]
+    expected = one_by_one(model, candidates, x, ElasticGroups({}))
+    found = score_candidates(model, candidates, x, ElasticGroups({}), score=score)
+    for result, output in zip(found, expected, strict=True):
+        wanted = output if score is None else score(output)
+        assert_equal(*([value[0] if isinstance(value, list) else value] for value in (result, wanted)))
+
+
+def test_a_tensor_that_a_result_names_twice_is_copied_once():
+    (found,) = score_candidates(Chain(), [{}], images(), score=lambda output: {"once": output, "twice": [output]})
+    assert found["once"] is found["twice"][0]
 
 
 def test_hooks_run_for_every_candidate():
@@ -231,6 +278,31 @@ def test_what_cannot_be_told_apart_runs_again():
     calls = counted(model)
     score_candidates(model, [{}, {}], images(), score=lambda output: None)
     assert calls["between.0"] == 1 + 1
+
+
+@pytest.mark.parametrize(
+    "draw", [torch.rand_like, lambda x: nn.functional.dropout(x, 0.5), nn.functional.gumbel_softmax]
+)
+def test_what_a_function_draws_at_random_is_new(draw):
+    class Drawing(Chain):
+        def forward(self, x):
+            return super().forward(draw(x))
+
+    model = Drawing()
+    calls = counted(model)
+    score_candidates(model, [{"2": 2}, {"2": 3}], images())
+    assert [calls[f"convs.{i}"] for i in range(4)] == [2, 2, 2, 2]
+
+
+def test_dropout_in_evaluation_is_no_draw():
+    class Dropping(Chain):
+        def forward(self, x):
+            return super().forward(nn.functional.dropout(x, 0.5, self.training))
+
+    model = Dropping()
+    calls = counted(model)
+    score_candidates(model, [{"2": 2}, {"2": 3}], images())
+    assert [calls[f"convs.{i}"] for i in range(4)] == [1, 1, 2, 2]
 
 
 def test_images_of_inference_mode_are_shared_too():

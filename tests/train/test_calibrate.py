@@ -48,6 +48,14 @@ def test_mean_and_variance_are_those_of_all_batches_together():
     assert (variance / averaged)[0] > 1.5, "the batches must differ for this test to mean anything"
 
 
+def test_statistics_in_float64_are_pooled_too():
+    norm, batches = nn.BatchNorm2d(2).double(), [batch.double() for batch in uneven_batches()]
+    calibrate_bn(nn.Sequential(norm), batches)
+    values = torch.cat([batch.transpose(0, 1).flatten(1) for batch in batches], dim=1)  # [C, n]
+    torch.testing.assert_close(norm.running_mean, values.mean(1))
+    torch.testing.assert_close(norm.running_var, values.var(1))
+
+
 def test_a_large_mean_costs_no_accuracy():
     norm = nn.BatchNorm2d(2)
     batches = [batch * 0.1 + 1e3 for batch in uneven_batches()]
@@ -163,6 +171,11 @@ def test_the_active_subnet_stays_active():
     calibrate_bn(model, [torch.randn(2, 3, 6, 6)], MENU[:1])
     assert model.bn.active_channels == 2
     assert torch.equal(model.bn.active_statistics.running_mean, torch.zeros(8))
+
+
+def test_no_subnets_are_an_error_that_says_so():
+    with pytest.raises(InputError, match="given 0 subnets and needs at least 1; leave subnets out"):
+        calibrate_bn(own_statistics(), [torch.randn(2, 3, 6, 6)], [])
 
 
 def test_subnets_that_share_statistics_are_refused():
