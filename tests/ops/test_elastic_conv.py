@@ -130,6 +130,15 @@ def test_takes_strided_inputs_and_weights(backend, device, name):
     torch.testing.assert_close(problem.ours(x, flat[3:].view(weight.shape), bias), expected)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", ["leading", "listed", "1x1-strided"])
+def test_takes_a_strided_bias(backend, device, name, channels_last):
+    problem = Problem(**{**vars(PROBLEMS[name]), "channels_last": channels_last})
+    x, weight, bias = problem.tensors(torch.float32, device)
+    gaps = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)[:, 0]  # stride 2
+    torch.testing.assert_close(problem.ours(x, weight, gaps), problem.ours(x, weight, bias))
+
+
 def test_autocast_computes_in_low_precision_and_keeps_the_gradient_of_the_master(backend, device):
     problem = PROBLEMS["leading"]
     tensors = problem.tensors(torch.float32, device)
