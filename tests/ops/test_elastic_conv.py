@@ -31,6 +31,8 @@ PROBLEMS = {
     "1x1": Problem([3, 1], 4, weight=(7, 5, 1, 1)),
     "1x1-strided": Problem(4, 4, weight=(7, 5, 1, 1), window={"stride": 2}),
     "wide": Problem(70, [*range(60, 130)], weight=(130, 90, 3, 3), image=(1, 6, 5), window={"padding": 1}),
+    "vectors": Problem(16, [*range(8, 32)], weight=(40, 24, 3, 3), window={"padding": 1}),
+    "vectors-listed-in": Problem([*range(4, 20)], 24, weight=(40, 24, 3, 3), window={"stride": 2}),
     "one": Problem([0], [0], weight=(1, 1, 3, 3), image=(1, 3, 3)),
     "centre": Problem(weight=(7, 5, 5, 5), kernel=3, window={"padding": 2}),
     "centre-leading": Problem(3, 4, weight=(7, 5, 5, 5), kernel=1, window={"padding": (2, 3), "stride": 2}),
