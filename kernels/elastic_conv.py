@@ -11,6 +11,10 @@ addressed through them; x and y are physically slim.
 Leading channels of dense channels-last images, with a weight that can be read in place or has been packed, take the
 kernel of ``elastic_levels.py`` as a pyramid of one level: 16-byte copies of x, tensor descriptors on the weight. The
 kernel here takes the rest: lists, other layouts, a weight of another dtype.
+
+Sizes, widths and strides are ordinary arguments. What is compiled depends on the dtypes, the epilogue, the tile, which
+tensors have their channels side by side (``X_LAST``, ``W_LAST``, ``Y_LAST``) and on one property of the widths: whether
+all rows that are read or written are whole 16-byte vectors (``WIDE``).
 """
 
 import torch
@@ -18,7 +22,7 @@ import triton
 import triton.language as tl
 
 from .elastic_levels import Window, elastic_levels_fwd, fits
-from .elastic_pointwise import on_device
+from .elastic_pointwise import _whole_vectors, on_device
 
 # Eight warps are never used: in this version range Triton 3x3 convolutions with 8 or more were seen
 # miscompiled.
@@ -26,7 +30,11 @@ NUM_WARPS = 4
 NUM_STAGES = 3
 
 
-@triton.jit(do_not_specialize=["positions", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=[
+    "positions", "in_channels", "out_channels", "height", "width", "out_height", "out_width",
+    "x_n", "x_c", "x_h", "x_w", "w_o", "w_i", "w_r", "w_s", "y_n", "y_c", "y_h", "y_w",
+    "kernel_h", "kernel_w", "stride_h", "stride_w", "padding_h", "padding_w", "dilation_h", "dilation_w",
+], do_not_specialize_on_alignment=["bias_ptr", "in_index_ptr", "out_index_ptr"])  # fmt: skip
 def _elastic_conv_fwd_kernel(
     x_ptr,  # [N, Cin, H, W], any strides
     weight_ptr,  # [Cout_max, Cin_max, KH, KW], any strides
@@ -56,6 +64,11 @@ def _elastic_conv_fwd_kernel(
     RELU: tl.constexpr,
     IN_LISTED: tl.constexpr,
     OUT_LISTED: tl.constexpr,
+    X_LAST: tl.constexpr,
+    W_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
+    WIDE: tl.constexpr,
+    V: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT_IN_FP32: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -71,8 +84,20 @@ def _elastic_conv_fwd_kernel(
     **Numerics**: products in the dtype of x (the weight is cast after the load; fp32 as TF32 where PRECISION
     says so), sums, bias and ReLU in fp32, rounded once.
     **Deterministic**: yes, one program sums one tile in a fixed order.
-    **Limits**: positions < 2^31. The taps are nested loops with run-time bounds and never one flattened loop.
+    **Limits**: positions < 2^30. The taps are nested loops with run-time bounds and never one flattened loop.
     """
+    if W_LAST:
+        w_i = 1
+    if WIDE:
+        in_channels, out_channels = _whole_vectors(in_channels, V), _whole_vectors(out_channels, V)
+        if X_LAST:
+            x_c = 1
+            x_n, x_h, x_w = _whole_vectors(x_n, V), _whole_vectors(x_h, V), _whole_vectors(x_w, V)
+        if W_LAST and not IN_LISTED:
+            w_o, w_r, w_s = _whole_vectors(w_o, V), _whole_vectors(w_r, V), _whole_vectors(w_s, V)
+        if Y_LAST:
+            y_c = 1
+            y_n, y_h, y_w = _whole_vectors(y_n, V), _whole_vectors(y_h, V), _whole_vectors(y_w, V)
     tiles_n = tl.cdiv(out_channels, BLOCK_N)
     tile_m = tl.program_id(0) // tiles_n
     tile_n = tl.program_id(0) % tiles_n
@@ -136,17 +161,18 @@ def _elastic_conv_fwd_kernel(
 
 
 def tile(
-    positions: int, out_channels: int, *, itemsize: int, channels_last: bool, listed: bool, ieee: bool
+    positions: int, out_channels: int, *, itemsize: int, channels_last: bool, listed: bool, ieee: bool, wide: bool
 ) -> dict[str, int]:
     """Chooses a tile from a short fixed list, by the whole layer, so that its widths share what is compiled.
 
     Args:
         positions: N * OH * OW.
         out_channels: output channels of the supernet.
-        itemsize: bytes of an element of x.
+        itemsize: bytes of an element of x or of the weight, whichever is larger.
         channels_last: whether the channels of x lie side by side.
         listed: whether channels are listed and not leading.
         ieee: whether products are exact fp32, which the tensor cores do not do.
+        wide: whether rows of channels are whole 16-byte vectors.
 
     Returns:
         ``BLOCK_M``, ``BLOCK_N`` and ``BLOCK_K``, none of which spills registers on sm_90.
@@ -156,6 +182,8 @@ def tile(
     block_n = 32 if out_channels <= 32 else 64
     fills_the_gpu = triton.cdiv(positions, 128) * triton.cdiv(out_channels, block_n) >= 132
     block_m = 128 if fills_the_gpu and not (listed and (itemsize == 4 or not channels_last)) else 64
+    if not wide or (block_m == 64 and itemsize == 4 and not channels_last):
+        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}
     deep = itemsize == 2 and channels_last and not listed
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 64 if deep else 32}
 
@@ -197,13 +225,17 @@ def elastic_conv_fwd(
         return
     batch, out_channels, out_height, out_width = y.shape
     positions = batch * out_height * out_width
+    vector = 16 // x.element_size()
+    by_rows = (x, y, weight) if in_index is None else (x, y)
+    wide = x.shape[1] % vector == out_channels % vector == 0 and all(_in_vectors(t, vector) for t in by_rows)
     blocks = tile(
         positions,
         whole or weight.shape[0],
-        itemsize=x.element_size(),
+        itemsize=max(x.element_size(), weight.element_size()),
         channels_last=x.stride(1) == 1,
         listed=in_index is not None or out_index is not None,
         ieee=x.dtype == torch.float32 and not allow_tf32,
+        wide=wide,
     )
     grid = (triton.cdiv(positions, blocks["BLOCK_M"]) * triton.cdiv(out_channels, blocks["BLOCK_N"]),)
     with on_device(x):
@@ -214,8 +246,15 @@ def elastic_conv_fwd(
             *x.stride(), *weight.stride(), *y.stride(),
             weight.shape[2], weight.shape[3], *stride, *padding, *dilation,
             HAS_BIAS=bias is not None, RELU=relu, IN_LISTED=in_index is not None, OUT_LISTED=out_index is not None,
+            X_LAST=x.stride(1) == 1, W_LAST=weight.stride(1) == 1, Y_LAST=y.stride(1) == 1, WIDE=wide, V=vector,
             PRECISION="tf32" if allow_tf32 else "ieee",
             # Triton's interpreter multiplies bf16 wrongly.
             DOT_IN_FP32=not isinstance(_elastic_conv_fwd_kernel, triton.JITFunction),
             num_warps=NUM_WARPS, num_stages=NUM_STAGES, **blocks,
         )  # fmt: skip
+
+
+def _in_vectors(tensor: torch.Tensor, vector: int) -> bool:
+    """Whether rows of channels begin at multiples of ``vector`` elements, where channels lie side by side at all."""
+    steps = [tensor.stride(dim) for dim in (0, 2, 3) if tensor.shape[dim] > 1]
+    return tensor.stride(1) != 1 or all(step % vector == 0 for step in steps)

@@ -136,6 +136,7 @@ def _forward_triton(
     from jdkd.kernels.elastic_conv import elastic_conv_fwd
 
     y = _empty_output(x, shape)
+    bias = None if bias is None else bias.contiguous()
     allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     elastic_conv_fwd(x, weight, bias, y, in_index, out_index, stride, padding, dilation, allow_tf32)
     return y

@@ -275,6 +275,7 @@ def _forward(
 
         xs, ys = [_channels_last(x) for x in xs], _outputs(xs, out_channels, kernel, padding)
         if small(xs, ys):
+            bias = None if bias is None else bias.contiguous()
             _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu)
             return ys
     part = _part(weight, rows, columns, tuple(kernel), xs[0].dtype)

@@ -167,7 +167,7 @@ PATHS = (
         "implicit_gemm",
         "elastic_conv",
         (_BATCH, _ONE_GROUP, Condition("padding in pixels", lambda call: call.padding != "same")),
-        2**31,
+        2**30,
         (),
         "the active filters are read where they lie, through lists too, and never copied",
     ),

@@ -16,11 +16,10 @@ from tests.aot import TARGET, disassembled
 from tests.tap_loops import loops_around_products
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-WHOLE = ("in_channels", "out_channels", "x_n", "x_h", "x_w", "w_o", "w_r", "w_s", "y_n", "y_h", "y_w")
 
 
 def configurations() -> list[dict]:
-    """The largest tile of every kind of input, which needs most, and all tiles of the common kind."""
+    """The largest tile of every kind of input, which needs most, all tiles of the common kind, and odd widths."""
     found = []
     kinds = [
         ("bf16", "bf16", "tf32"),
@@ -34,44 +33,43 @@ def configurations() -> list[dict]:
     common = ("bf16", "bf16", True, False, "tf32")
     found += [_case(*common, positions=100), _case(*common, positions=100, out_channels=32)]
     found.append(_case("fp16", "fp16", True, False, "tf32", positions=10_000_000))
-    return [*found, {**_case(*common, positions=10_000_000), "taps": 1}]
+    found.append(_case("fp32", "fp32", False, False, "tf32", positions=100))
+    for x, listed in itertools.product(("bf16", "fp32"), (True, False)):
+        found.append(_case(x, x, True, listed, "tf32", positions=100, wide=False))
+    return found
 
 
-def _case(x, weight, channels_last, listed, precision, *, positions, out_channels=64) -> dict:
+def _case(x, weight, channels_last, listed, precision, *, positions, out_channels=64, wide=True) -> dict:
     tile = kernels.tile(
-        positions, out_channels, itemsize=TYPES[x], channels_last=channels_last, listed=listed,
-        ieee=precision == "ieee",
+        positions, out_channels, itemsize=max(TYPES[x], TYPES[weight]), channels_last=channels_last, listed=listed,
+        ieee=precision == "ieee", wide=wide,
     )  # fmt: skip
     return {
         "x": x, "weight": weight, "channels_last": channels_last, "listed": listed, "precision": precision,
-        "taps": 3, "tile": tile,
+        "wide": wide, "tile": tile,
     }  # fmt: skip
 
 
 def compile_for_sm90(case: dict):
-    """Compiles one configuration as a launch with sizes divisible by 16 would."""
+    """Compiles one configuration as a launch with a bias would."""
     kernel = kernels._elastic_conv_fwd_kernel
-    signature, constants, attributes = {}, {}, {}
-    ones = {"stride_h", "stride_w", "dilation_h", "dilation_w"}
-    ones |= {"kernel_h", "kernel_w"} if case["taps"] == 1 else {"padding_h", "padding_w"}
-    ones |= {"x_c", "y_c", "w_i"} if case["channels_last"] else {"x_w", "y_w", "w_s"}
+    constants = dict.fromkeys(("X_LAST", "W_LAST", "Y_LAST"), case["channels_last"])
+    constants |= dict(
+        HAS_BIAS=True, RELU=True, IN_LISTED=case["listed"], OUT_LISTED=case["listed"], PRECISION=case["precision"],
+        WIDE=case["wide"], V=16 // TYPES[case["x"]], DOT_IN_FP32=False, **case["tile"],
+    )  # fmt: skip
+    signature, attributes = {}, {}
     for position, parameter in enumerate(kernel.params):
         name = parameter.name
-        if parameter.is_constexpr or name in ones:
+        if parameter.is_constexpr:
             signature[name] = "constexpr"
-            constants |= {name: 1} if name in ones else {}
         elif name.endswith("_ptr"):
             kind = case["weight"] if name in ("weight_ptr", "bias_ptr") else case["x"]
             signature[name] = "*i64" if name.endswith("index_ptr") else f"*{kind}"
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            if name in ("x_ptr", "weight_ptr", "y_ptr"):
+                attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "i32"
-            if name in WHOLE and (case["channels_last"] or name.endswith("channels")):
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    constants |= dict(
-        HAS_BIAS=True, RELU=True, IN_LISTED=case["listed"], OUT_LISTED=case["listed"], PRECISION=case["precision"],
-        DOT_IN_FP32=False, **case["tile"],
-    )  # fmt: skip
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": kernels.NUM_WARPS, "num_stages": kernels.NUM_STAGES}
     return triton.compile(source, target=TARGET, options=options)

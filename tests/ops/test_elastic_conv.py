@@ -31,6 +31,8 @@ PROBLEMS = {
     "1x1": Problem([3, 1], 4, weight=(7, 5, 1, 1)),
     "1x1-strided": Problem(4, 4, weight=(7, 5, 1, 1), window={"stride": 2}),
     "wide": Problem(70, [*range(60, 130)], weight=(130, 90, 3, 3), image=(1, 6, 5), window={"padding": 1}),
+    "vectors": Problem(16, [*range(8, 32)], weight=(40, 24, 3, 3), window={"padding": 1}),
+    "vectors-listed-in": Problem([*range(4, 20)], 24, weight=(40, 24, 3, 3), window={"stride": 2}),
     "one": Problem([0], [0], weight=(1, 1, 3, 3), image=(1, 3, 3)),
     "centre": Problem(weight=(7, 5, 5, 5), kernel=3, window={"padding": 2}),
     "centre-leading": Problem(3, 4, weight=(7, 5, 5, 5), kernel=1, window={"padding": (2, 3), "stride": 2}),
@@ -128,6 +130,15 @@ def test_takes_strided_inputs_and_weights(backend, device, name):
     torch.testing.assert_close(problem.ours(wide[..., ::2], transposed, bias), expected)
     flat = torch.cat([torch.full((3,), torch.nan, device=device), weight.flatten()])
     torch.testing.assert_close(problem.ours(x, flat[3:].view(weight.shape), bias), expected)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", ["leading", "listed", "1x1-strided"])
+def test_takes_a_strided_bias(backend, device, name, channels_last):
+    problem = Problem(**{**vars(PROBLEMS[name]), "channels_last": channels_last})
+    x, weight, bias = problem.tensors(torch.float32, device)
+    gaps = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)[:, 0]  # stride 2
+    torch.testing.assert_close(problem.ours(x, weight, gaps), problem.ours(x, weight, bias))
 
 
 def test_autocast_computes_in_low_precision_and_keeps_the_gradient_of_the_master(backend, device):

@@ -48,6 +48,14 @@ def test_matches_float64_in_outputs_and_gradients(backend, device, pyramid, chan
     assert_matches_float64(pyramid.of(channels_last=channels_last), torch.float32, device)
 
 
+@pytest.mark.parametrize("name", ["leading", "listed"])
+def test_takes_a_strided_bias(backend, device, name):
+    pyramid = PYRAMIDS[name]
+    weight, bias, *xs = pyramid.tensors(torch.float32, device)
+    gaps = torch.stack([bias, torch.full_like(bias, torch.nan)], 1)[:, 0]  # stride 2
+    torch.testing.assert_close(pyramid.ours(weight, gaps, *xs), pyramid.ours(weight, bias, *xs))
+
+
 @pytest.mark.parametrize("name", ["leading", "listed", "wide"])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])

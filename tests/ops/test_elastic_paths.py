@@ -47,8 +47,8 @@ def _call(device: str = "cpu", dtype: torch.dtype = torch.float32, positions: in
     [
         ({}, "pointwise", None),
         ({"stride": (2, 2)}, "pointwise", None),
-        ({"positions": 2**30}, "implicit_gemm", "fewer than 1073741824 positions"),
-        ({"positions": 2**31}, "aten", "fewer than 1073741824 positions"),
+        ({"positions": 2**30 - 1}, "pointwise", None),
+        ({"positions": 2**30}, "aten", "fewer than 1073741824 positions"),
         ({"kernel": (3, 3)}, "implicit_gemm", "a 1x1 kernel"),
         ({"stride": (1, 2)}, "implicit_gemm", "stride 1 or 2, both ways alike"),
         ({"stride": (3, 3)}, "implicit_gemm", "stride 1 or 2, both ways alike"),
