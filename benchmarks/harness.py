@@ -13,16 +13,17 @@ it is called instead, and its row says so. What else a call costs is in :mod:`be
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.cost import Cost, Provider, cost, host_seconds
 
@@ -255,14 +256,28 @@ def _of_each(case: Case, ask: Callable[[str, Provider], Any]) -> dict[str, Any]:
 
 
 def _nbytes(inputs: Any) -> int:
-    """Bytes of all tensors in nested inputs."""
+    """Bytes of all tensors in nested inputs, each once."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(inputs, set()))
+
+
+def _tensors(inputs: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in nested inputs that were not seen before; of a module its parameters and buffers."""
+    if isinstance(inputs, str | int | float | bool | None) or id(inputs) in seen:
+        return
+    seen.add(id(inputs))
     if isinstance(inputs, Tensor):
-        return inputs.numel() * inputs.element_size()
-    if isinstance(inputs, Mapping):
-        inputs = inputs.values()
-    elif not isinstance(inputs, Sequence):
-        inputs = getattr(inputs, "__dict__", {}).values()
-    return sum(_nbytes(part) for part in inputs if not isinstance(part, str | int | float | bool | None))
+        yield inputs
+        return
+    if isinstance(inputs, nn.Module):
+        parts = itertools.chain(inputs.parameters(), inputs.buffers())
+    elif isinstance(inputs, Mapping):
+        parts = inputs.values()
+    elif isinstance(inputs, Sequence):
+        parts = inputs
+    else:
+        parts = getattr(inputs, "__dict__", {}).values()
+    for part in parts:
+        yield from _tensors(part, seen)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ def small(monkeypatch):
 def assert_agree(case, *left_out):
     torch.manual_seed(0)
     inputs = case.make()
+    assert harness._nbytes(inputs) > 0
     exact = case.exact(inputs)
     for name, provider in case.providers.items():
         if name not in left_out:
@@ -123,6 +124,14 @@ def test_a_step_trains_four_subnets_of_their_own(training_step):
     assert len({loss.item() for loss in losses}) == len(losses) == 4
     weights = [*inputs.nets["jdkd"].model.parameters()]
     assert len(case.exact(inputs)) == 4 + len(weights)
+
+
+def test_the_inputs_of_a_training_step_are_weighed(training_step):
+    _, inputs = training_step
+    nets = [[*net.model.parameters(), *net.model.buffers()] for net in inputs.nets.values()]
+    weights = sum(tensor.nbytes for net in nets for tensor in net)
+    momenta = sum(parameter.nbytes for net in inputs.nets.values() for parameter in net.model.parameters())
+    assert harness._nbytes(inputs) == inputs.images.nbytes + weights + momenta
 
 
 def test_a_layer_that_ignored_its_width_would_be_seen(training_step, monkeypatch):

@@ -102,3 +102,10 @@ def test_nothing_is_kept_without_a_graph():
 def test_an_operator_counts_once_whatever_it_calls():
     found = cost(lambda given: [torch.nn.functional.conv2d(given, given).relu()], torch.ones(1, 1, 2, 2), "cpu")
     assert found.dispatched_ops == 2
+
+
+def test_bytes_of_inputs_count_every_tensor_once():
+    image, norm = torch.ones(8), torch.nn.BatchNorm1d(2)
+    norm.inside = [norm]  # a module may lead back to itself, as packed layers do
+    own = 2 * (2 * 4) + 2 * (2 * 4) + 8  # weight and bias, running mean and variance, and how many batches
+    assert harness._nbytes({"a": [image, (image, "P3", 2, None)], "net": norm, "again": norm}) == 32 + own
