@@ -11,6 +11,8 @@ from jdkd.errors import InputError
 from jdkd.nn.conv_bn_act import ElasticConvBNAct
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
+from jdkd.nn.levels import ElasticLevelsConv2d, Levels, listed
+from jdkd.ops import elastic_levels
 from jdkd.ops.elastic_conv import check_channels
 from jdkd.ops.elastic_paths import Call, dtype_of, explained
 
@@ -34,15 +36,17 @@ class Explanation(NamedTuple):
         return "\n".join([self.call, f"{self.path}: {self.why}", *(f"not {name}: {why}" for name, why in self.others)])
 
 
-def explain(layer: nn.Module, x: Tensor) -> Explanation:
+def explain(layer: nn.Module, x: Levels) -> Explanation:
     """Says which path the next forward of an elastic layer takes, and why; nothing is computed and nobody waits.
 
-    The paths are the table :data:`jdkd.ops.elastic_paths.PATHS`.
+    The paths are the table :data:`jdkd.ops.elastic_paths.PATHS`, and for levels of a pyramid the kernel of
+    :mod:`jdkd.ops.elastic_levels` or ATen.
 
     Args:
-        layer: :class:`ElasticConv2d`, :class:`ElasticConvBNAct` or :class:`ElasticLinear`.
+        layer: :class:`ElasticConv2d`, :class:`ElasticConvBNAct`, :class:`ElasticLevelsConv2d` or
+            :class:`ElasticLinear`.
         x: the layer's input, active channels only; its values are not looked at, and a tensor on the meta device will
-            do for the shape.
+            do for the shape. For levels as their layer takes them.
 
     Returns:
         The path, the reason, and the reasons against the others.
@@ -66,6 +70,19 @@ def _of_convolution(conv: ElasticConv2d, x: Tensor) -> Explanation:
         why = "the kernel transform makes new filters at every forward, and ATen convolves with them"
         return _explanation(conv, call)._replace(path="aten", why=why, others=())
     return _explanation(conv, call)
+
+
+def _of_levels(conv: ElasticLevelsConv2d, x: Levels) -> Explanation:
+    active, xs = conv._now(), listed(x)
+    path, why, other = elastic_levels.explained(
+        xs, conv.weight.device, active.inputs.count, conv.active_kernel_size, active.padding, conv.activation
+    )
+    calls = [conv._call(x, active) for x in xs]
+    product = calls[0].product._replace(positions=sum(call.product.positions for call in calls))
+    call = calls[0]._replace(product=product, is_channels_last=all(call.is_channels_last for call in calls))
+    note = "; the kernel transform makes new filters at every forward" if conv._is_transformed(active) else ""
+    count = "1 level" if len(xs) == 1 else f"{len(xs)} levels"
+    return Explanation(f"{type(conv).__name__}: {count}, {call}", path, why + note, (other,))
 
 
 def _of_unit(unit: ElasticConvBNAct, x: Tensor) -> Explanation:
@@ -97,6 +114,7 @@ def _explanation(layer: nn.Module, call: Call, note: str = "") -> Explanation:
 
 _WORDS: dict[type, Callable[..., Explanation]] = {
     ElasticConvBNAct: _of_unit,
+    ElasticLevelsConv2d: _of_levels,
     ElasticConv2d: _of_convolution,
     ElasticLinear: _of_linear,
 }

@@ -17,13 +17,19 @@ from jdkd.ops.elastic_levels import ACTIVATIONS, convolve_levels
 Levels = Tensor | Iterable[Tensor] | Mapping
 
 
+def listed(levels: Levels) -> list[Tensor]:
+    """The levels without their names."""
+    if isinstance(levels, Tensor):
+        return [levels]
+    return list(levels.values() if isinstance(levels, Mapping) else levels)
+
+
 def _each(levels: Levels, convolve: Callable[[list[Tensor]], list[Tensor]]) -> Tensor | list[Tensor] | dict:
     """Hands all levels over at once, and returns the results as the levels were given."""
+    ys = convolve(listed(levels))
     if isinstance(levels, Tensor):
-        return convolve([levels])[0]
-    if isinstance(levels, Mapping):
-        return dict(zip(levels, convolve(list(levels.values())), strict=True))
-    return convolve(list(levels))
+        return ys[0]
+    return dict(zip(levels, ys, strict=True)) if isinstance(levels, Mapping) else ys
 
 
 def _checked(activation: str) -> str:

@@ -23,10 +23,12 @@ from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part, gather, on_device, scatter
 from jdkd.ops.elastic_conv import conv_channels
+from jdkd.ops.elastic_paths import ON_REQUEST, dtype_of
 from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
 
 _OP = "elastic_levels"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_DEVICES = ("cuda", "cpu")  # where the kernel can run
 ACTIVATIONS = ("none", "relu")
 
 _backend.register(_OP, "reference", why="ATen level by level on the active part of the weight")
@@ -104,7 +106,7 @@ def convolve_levels(
     """
     size = kernel or (weight.shape[2], weight.shape[3])
     pixels = _pixels(padding, size)
-    _check(xs, weight, inputs.count, size, pixels, activation)
+    _check(xs, weight.device, inputs.count, size, pixels, activation)
     xs = [_autocast(x) for x in xs]
     relu = activation == "relu"
     if _kernel_runs(xs[0]):
@@ -117,6 +119,48 @@ def convolve_levels(
         bias = active_part(bias, outputs).to(xs[0].dtype)  # [Cout]
     ys = [F.conv2d(x, part, bias, padding=pixels) for x in xs]
     return [y.relu() for y in ys] if relu else ys
+
+
+def explained(
+    xs: Sequence[Tensor], device: torch.device, in_channels: int, size: tuple[int, int], padding: Padding,
+    activation: str,
+) -> tuple[str, str, tuple[str, str]]:  # fmt: skip
+    """Says which path :func:`convolve_levels` takes, and why; nothing is computed.
+
+    Args:
+        xs: levels ``[N, Cin, H, W]``; their values are not looked at.
+        device: of the weight; that of the levels too, unless it is the meta device.
+        in_channels: active.
+        size: active taps, vertical and horizontal.
+        padding: of the active kernel, in pixels, or ``"same"`` or ``"valid"``.
+        activation: one of :data:`ACTIVATIONS`.
+
+    Returns:
+        Name of the path; what speaks for it; name of the other one, and why it is not taken.
+
+    Raises:
+        InputError: as the convolution.
+    """
+    pixels = _pixels(padding, size)
+    on_meta = any(x.is_meta for x in xs)
+    _check(xs, torch.device("meta") if on_meta else device, in_channels, size, pixels, activation)
+    if (objection := _objection(xs, size, pixels)) is None:
+        return _OP, "it was asked for; one launch for all levels", ("aten", f"{_OP} comes first")
+    return "aten", "ATen level by level on the active part, which is taken once for all levels", (_OP, objection)
+
+
+def _objection(xs: Sequence[Tensor], size: tuple[int, int], pixels: tuple[int, int]) -> str | None:
+    """Why the kernel does not run, or None if it does."""
+    kind = xs[0].device.type
+    if kind not in _DEVICES:
+        return f"it takes tensors on {' or '.join(_DEVICES)}"
+    if _selected(kind, dtype_of(xs[0])) != "triton":
+        asked = _backend.requested()
+        return f"the backend {asked} was asked for" if asked in _backend.explain(_OP) else ON_REQUEST
+    from jdkd.kernels.elastic_levels import MAX_PIXELS, small
+
+    images = [torch.empty_like(x, device="meta") for x in xs]
+    return None if small(images, _outputs(images, 1, size, pixels)) else f"it takes up to {MAX_PIXELS} pixels a level"
 
 
 def _pixels(padding: Padding, size: tuple[int, int]) -> tuple[int, int]:
@@ -134,7 +178,7 @@ def _pixels(padding: Padding, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _check(
-    xs: Sequence[Tensor], weight: Tensor, channels: int, size: tuple[int, int], pixels: tuple[int, int],
+    xs: Sequence[Tensor], device: torch.device, channels: int, size: tuple[int, int], pixels: tuple[int, int],
     activation: str,
 ) -> None:  # fmt: skip
     """Raises InputError on what no backend takes."""
@@ -161,8 +205,8 @@ def _check(
                 f"level {i} is {x.shape[2]}x{x.shape[3]} pixels, less than the {size[0]}x{size[1]} kernel under "
                 f"padding={pixels}; pad more, or leave the level out"
             )
-    if weight.device != xs[0].device:
-        raise InputError(f"the levels are on {xs[0].device} and weight on {weight.device}; move one of them")
+    if device != xs[0].device:
+        raise InputError(f"the levels are on {xs[0].device} and weight on {device}; move one of them")
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -178,7 +222,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _kernel_runs(x: Tensor) -> bool:
     """Whether the Triton kernel was asked for and takes ``x``; a compiled graph keeps its first answer."""
-    if x.device.type not in ("cuda", "cpu"):
+    if x.device.type not in _DEVICES:
         return False
     if torch.compiler.is_compiling():
         return _selected(x.device.type, x.dtype) == "triton"

@@ -6,7 +6,7 @@ from torch import nn
 
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticConvBNAct, ElasticLinear, explain, packed
+from jdkd.nn import ElasticConv2d, ElasticConvBNAct, ElasticLevelsConv2d, ElasticLinear, explain, packed
 from tests.dispatched import Dispatched
 
 OP = "elastic_conv"
@@ -63,6 +63,27 @@ def test_an_evaluation_unit_takes_the_path_that_was_explained(backend, device, o
         assert "normalisation, residual and ReLU too" in found.why
 
 
+@pytest.mark.parametrize("transform", [False, True], ids=["centre", "transform"])
+def test_a_forward_of_levels_takes_the_path_that_was_explained(backend, device, transform):
+    head = ElasticLevelsConv2d(8, 8, 5, padding=2, activation="relu", kernel_transform=transform).to(device)
+    head.set_active(5, [4, 0], 3)
+    levels = {"p3": _image(5, device), "p4": _image(5, device)[..., :4, :4]}
+    found = explain(head, levels)
+    assert found.path == ("elastic_levels" if backend == "triton" else "aten")
+    with torch.no_grad(), Dispatched() as dispatched:
+        head(levels)
+    assert ("elastic_levels_fwd" in dispatched.names) == (found.path == "elastic_levels")
+    assert len(found.others) == 1 and found.path not in dict(found.others)
+    assert "2 levels, 5->2 listed channels, 3x3 kernel" in found.call and "176 positions" in found.call
+    assert ("transform" in found.why) == transform
+
+
+def test_shapes_of_levels_will_do():
+    head, level = ElasticLevelsConv2d(8, 8, 3), torch.empty(1, 8, 100, 100, device="meta")
+    assert explain(head, [level, level]).others == (("elastic_levels", "it takes tensors on cuda or cpu"),)
+    assert ": 1 level, 8->8" in explain(head, torch.zeros(1, 8, 5, 5)).call
+
+
 def test_filters_larger_than_the_output_leave_a_unit_in_parts():
     unit = ElasticConvBNAct(8, 8, 3, padding=1).eval()
     assert "take the scale" in explain(unit, _image(8, "cpu")).why
@@ -113,8 +134,11 @@ def test_an_explanation_cannot_be_changed():
         (ElasticConvBNAct(8, 8, 3), torch.zeros(1, 7, 5, 5)),
         (ElasticConvBNAct(8, 8, 3).eval(), torch.zeros(1, 7, 5, 5)),
         (ElasticLinear(8, 3), torch.zeros(2, 7)),
+        (ElasticLevelsConv2d(8, 8, 3), [torch.zeros(1, 8, 5, 5), torch.zeros(1, 7, 5, 5)]),
+        (ElasticLevelsConv2d(8, 8, 3), {}),
+        (ElasticLevelsConv2d(8, 8, 3), torch.zeros(1, 8, 2, 5)),
     ],
-    ids=["conv", "unit", "unit-eval", "linear"],
+    ids=["conv", "unit", "unit-eval", "linear", "levels", "no level", "small level"],
 )
 def test_refuses_an_input_as_the_forward_does(layer, x):
     with pytest.raises(InputError) as of_forward:
@@ -132,7 +156,7 @@ def test_refuses_a_backend_as_the_forward_does(device):
 
 
 def test_a_plain_layer_has_no_paths():
-    with pytest.raises(InputError, match="no paths for Conv2d; give ElasticConvBNAct, ElasticConv2d, ElasticLinear"):
+    with pytest.raises(InputError, match="no paths for Conv2d; give ElasticConvBNAct, ElasticLevelsConv2d, "):
         explain(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 1, 1))
 
 
