@@ -86,7 +86,8 @@ def _check_alike(tensors: Sequence[Tensor], what: str) -> None:
 def pack(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
     """Copies the active parts of all weights into one buffer, in one launch and without a gradient.
 
-    The host does not wait. The first call of a subnet uploads its table; later ones can be captured in a CUDA graph.
+    The host does not wait. The first call of a subnet uploads its table; later ones can be captured in a CUDA graph,
+    which keeps the table until the process ends.
 
     Args:
         weights: shared weights of one dtype, on one device, any strides.
@@ -98,7 +99,8 @@ def pack(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -
         memory, ``[Cout, Cin]`` or ``[C]``.
 
     Raises:
-        InputError: if a part does not fit its weight, or the weights are of several dtypes or devices.
+        InputError: if a part does not fit its weight, the weights are of several dtypes or devices, or the first call
+            of a subnet is to be captured.
     """
     flat = _flattened(weights, parts, "weights")
     with torch.no_grad():

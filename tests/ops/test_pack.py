@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -179,6 +180,42 @@ def test_tables_are_kept_but_never_more_than_the_bound(monkeypatch):
     for count in [*range(1, 33), 32, 31]:
         pack([whole], [Part(Channels(count))], torch.float32)
     assert len(made) == 32 and len(pack_table._tables) == 5
+
+
+def test_addresses_are_uploaded_again_for_another_stream(monkeypatch):
+    pack([weight((32, 4))], [Part(Channels(7))], torch.float32)
+    table, current = next(reversed(pack_table._tables.values())), ["one"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(table, "stream", "one")
+    first = table.addresses((1, 2))
+    assert table.addresses((1, 2)) is first
+    current[0] = "two"
+    second = table.addresses((1, 2))
+    assert second is not first and table.addresses((1, 2)) is second
+    current[0] = "one"  # what "two" uploaded may not have arrived
+    assert table.addresses((1, 2)) is not second and table.addresses((3,)).tolist() == [3]
+
+
+def test_a_captured_call_keeps_a_table_and_the_addresses_once(monkeypatch):
+    pack([weight((32, 4))], [Part(Channels(9))], torch.float32)
+    table = next(reversed(pack_table._tables.values()))
+    monkeypatch.setattr(pack_table, "_captured", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(table, "stream", "one")
+    for _ in range(3):
+        assert table.addresses((1, 2)).tolist() == [1, 2] and len(table.tensors()) == 3
+    assert pack_table._captured == {table} and list(table.replayed) == [(1, 2)]
+
+
+def test_a_table_is_never_built_while_a_graph_is_captured(monkeypatch):
+    whole = SimpleNamespace(shape=(8, 4), device=torch.device("cuda"), element_size=lambda: 4)
+    known = list(pack_table._tables)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(InputError, match="run this subnet once before the capture"):
+        pack_table.table_of([whole], [(4, 1)], [None], [None], [8, 4, 1, 1], torch.float32)
+    assert list(pack_table._tables) == known
 
 
 @pytest.mark.parametrize(("part", "words"), [
