@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.ops import pack_table
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.pack import Part, pack, unpack_add_
+from jdkd.ops.pack import Part, _unpack, _unpack_add_, pack, unpack_add_
 from tests.ops.pack_cases import DTYPES, LAST, active_mask, channels, on, sliced, subnet, weight
 
 OP = "pack"
@@ -246,6 +246,15 @@ def test_refusals_come_before_anything_is_written(backend, device):
     with pytest.raises(InputError, match="weights were given for 2 parts"):
         pack(gradients[:1], parts, torch.float32)
     assert all(torch.equal(g, k) for g, k in zip(gradients, kept, strict=True))
+
+
+def test_packed_gradients_on_another_device_are_refused():
+    parts, good, elsewhere = ([None], [None], [2, 4, 1, 1]), weight((4, 4)), torch.ones(2, 4, device="meta")
+    with pytest.raises(InputError, match="on meta but"):
+        _unpack_add_([good], *parts, [elsewhere])
+    with pytest.raises(InputError, match="on meta but"):
+        _unpack([elsewhere], [good], *parts)
+    assert torch.equal(good, weight((4, 4)))
 
 
 def test_two_runs_give_the_same_bits(backend, device):
