@@ -148,7 +148,9 @@ def _pack_kernel(
             r, t = first_row + run // taps, run % taps
             own = _active(index_ptr, row_list, r, inside) * row_stride + _tap(part, t) + offset + c
             theirs = (r.to(tl.int64) * taps + t) * across + c
-            own, theirs = tl.multiple_of(own, V), tl.multiple_of(theirs, V)
+            # Steps of the shared side are whole 16-byte vectors of its own elements, of which V may hold two.
+            own = tl.multiple_of(own, 128 // shared_ptr.dtype.element_ty.primitive_bitwidth)
+            theirs = tl.multiple_of(theirs, V)
             _move(shared + own[:, None] + lane, packed + theirs[:, None] + lane, inside[:, None], ACTION, INTERPRETED)
     else:
         for first in range(0, rows * taps * columns, BLOCK):

@@ -86,7 +86,8 @@ def _check_alike(tensors: Sequence[Tensor], what: str) -> None:
 def pack(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
     """Copies the active parts of all weights into one buffer, in one launch and without a gradient.
 
-    The host does not wait. The first call of a subnet uploads its table; later ones can be captured in a CUDA graph.
+    The host does not wait. The first call of a subnet uploads its table; later ones can be captured in a CUDA graph,
+    which keeps the table until the process ends.
 
     Args:
         weights: shared weights of one dtype, on one device, any strides.
@@ -98,7 +99,8 @@ def pack(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -
         memory, ``[Cout, Cin]`` or ``[C]``.
 
     Raises:
-        InputError: if a part does not fit its weight, or the weights are of several dtypes or devices.
+        InputError: if a part does not fit its weight, the weights are of several dtypes or devices, or the first call
+            of a subnet is to be captured.
     """
     flat = _flattened(weights, parts, "weights")
     with torch.no_grad():
@@ -114,11 +116,12 @@ def unpack_add_(gradients: Sequence[Tensor], parts: Sequence[Part], packed_gradi
     Args:
         gradients: shaped as the shared weights, of one dtype, distinct and without overlap.
         parts: what is active of each.
-        packed_gradients: shaped as :func:`pack` returns them, of one dtype; copied first unless they lie in memory as
-            packed weights do.
+        packed_gradients: shaped as :func:`pack` returns them, of one dtype, on the device of the gradients; copied
+            first unless they lie in memory as packed weights do.
 
     Raises:
-        InputError: if a part or a packed gradient does not fit, or a gradient is given twice.
+        InputError: as :func:`pack`; if a packed gradient does not fit or is on another device; or if a gradient is
+            given twice.
     """
     flat = _flattened(gradients, parts, "gradients")
     if len(packed_gradients) != len(parts):
@@ -239,9 +242,13 @@ def _own_gradient(weight: Tensor) -> Tensor:
     return weight.grad
 
 
-def _as_packed(gradients: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+def _as_packed(gradients: Sequence[Tensor], sizes: Sequence[int], device: torch.device) -> list[Tensor]:
     """Packed gradients in the memory order of packed weights, checked."""
     _check_alike(gradients, "packed gradient")
+    if gradients[0].device != device:
+        raise InputError(
+            f"the packed gradients are on {gradients[0].device} but what they are added to on {device}; move them there"
+        )
     dense = []
     for i, gradient in enumerate(gradients):
         expected = tuple(sizes[4 * i : 4 * i + 4])[: gradient.dim()]
@@ -279,7 +286,7 @@ def _unpack(
     sizes: list[int],
 ) -> Tensor:
     _check_alike(like, "weight")
-    packed = _as_packed(packed, sizes)
+    packed = _as_packed(packed, sizes, like[0].device)
     backend = _selected(like[0], packed[0].dtype)
     table = table_of(like, [dense_strides(weight) for weight in like], rows, columns, sizes, packed[0].dtype)
     buffer = zeros(table.dense_numel, like[0])
@@ -299,7 +306,7 @@ def _unpack_add_(
     packed: list[Tensor],
 ) -> None:
     _check_alike(gradients, "gradient")
-    packed = _as_packed(packed, sizes)
+    packed = _as_packed(packed, sizes, gradients[0].device)
     if len({gradient.data_ptr() for gradient in gradients}) < len(gradients):
         raise InputError("a gradient is given twice; add its parts in calls of their own")
     backend = _selected(gradients[0], packed[0].dtype)

@@ -10,6 +10,7 @@ import contextlib
 import mmap
 import sys
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,14 +70,21 @@ def _taken(kept: list[mmap.mmap], size: int) -> tuple[mmap.mmap, bool]:
     """Pages that nobody uses, or else fresh ones, and whether they are fresh; the last ones are kept."""
     with _lock:
         for place in range(len(kept)):
-            memory = kept[place]
-            is_free = sys.getrefcount(memory) == 3  # the list, this name and the call: no tensor
-            if is_free and size + 2 * HUGE_PAGE <= len(memory) <= 2 * size + 2 * HUGE_PAGE:
+            if _references(kept, place) > _UNUSED:
+                continue  # a tensor lives there
+            if size + 2 * HUGE_PAGE <= len(kept[place]) <= 2 * size + 2 * HUGE_PAGE:
                 kept.append(kept.pop(place))
-                return memory, False
+                return kept[-1], False
         kept.append(_pages(size))
         del kept[:-_KEPT]
         return kept[-1], True
+
+
+def _references(kept: Sequence[object], place: int) -> int:
+    return sys.getrefcount(kept[place])
+
+
+_UNUSED = _references([object()], 0)  # the list's and the call's own, which Python's versions count differently
 
 
 def _pages(size: int) -> mmap.mmap:

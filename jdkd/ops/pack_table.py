@@ -10,6 +10,9 @@ work of every backend, and gets one of three modes:
 * ``GATHER``: element by element, for whatever else there is.
 
 The layout of a row of the table is ``csrc/ops/pack.h``'s ``Part``.
+
+A CUDA graph reads tables and addresses again whenever it is replayed, and does not tell when it is gone. What it reads
+is kept until the process ends: a table once, and for the Triton kernel every set of addresses, 8 bytes each.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +89,8 @@ class PackTable:
         self.index = index  # [lists together] int64
         self.parts = on_device(parts, device)
         self._pieces = on_device(_pieces(parts), device) if device.type != "cpu" else None
-        self.pointers: tuple[tuple[int, ...], Tensor] | None = None  # what a kernel without pointer arguments reads
+        self.pointers: tuple[Any, Tensor] | None = None  # what a kernel without pointer arguments reads, and its key
+        self.replayed: dict[tuple[int, ...], Tensor] = {}  # addresses in pinned memory that graphs copy from
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None  # of the upload
         self.uploaded_event = None if self.stream is None else self.stream.record_event()
 
@@ -98,11 +102,11 @@ class PackTable:
         return self._pieces
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns: parts, pieces and index, ready for the current stream; kept for good once a CUDA graph has them."""
+        """Returns: parts, pieces and index, ready for the current stream."""
         found = self.parts, self.pieces, self.index
         if self.stream is not None:
             if torch.cuda.is_current_stream_capturing():
-                _captured.append(self)
+                _captured.add(self)
             elif (stream := torch.cuda.current_stream(self.device)) != self.stream:
                 stream.wait_event(self.uploaded_event)
                 for tensor in found:
@@ -110,21 +114,21 @@ class PackTable:
         return found
 
     def addresses(self, addresses: tuple[int, ...]) -> Tensor:
-        """Returns: addresses on the device, ``[n]`` int64, copied only if they are not those of the last call."""
+        """Returns: addresses on the device, ``[n]`` int64, copied unless they and the stream are the last call's."""
         if self.stream is not None and torch.cuda.is_current_stream_capturing():
-            host = torch.tensor(addresses, dtype=torch.int64).pin_memory()
-            _captured.append((host, host.to(self.device, non_blocking=True)))  # a replay copies again
-            return _captured[-1][1]
-        if self.pointers is None or self.pointers[0] != addresses or self._elsewhere():
-            self.pointers = addresses, on_device(torch.tensor(addresses, dtype=torch.int64), self.device)
-        return self.pointers[1]
-
-    def _elsewhere(self) -> bool:
-        return self.stream is not None and torch.cuda.current_stream(self.device) != self.stream
+            _captured.add(self)
+            if addresses not in self.replayed:
+                self.replayed[addresses] = torch.tensor(addresses, dtype=torch.int64).pin_memory()
+            return self.replayed[addresses].to(self.device, non_blocking=True)  # a replay copies again
+        key = addresses, None if self.stream is None else torch.cuda.current_stream(self.device)
+        pointers = self.pointers  # another thread may exchange them
+        if pointers is None or pointers[0] != key:
+            pointers = self.pointers = key, on_device(torch.tensor(addresses, dtype=torch.int64), self.device)
+        return pointers[1]
 
 
 _tables: OrderedDict[tuple, PackTable] = OrderedDict()
-_captured: list[object] = []  # what CUDA graphs read when they are replayed
+_captured: set[PackTable] = set()  # what CUDA graphs read when they are replayed
 _lock = threading.Lock()  # backward passes run on threads of their own
 
 
@@ -149,7 +153,7 @@ def table_of(
         dtype: of the packed side.
 
     Raises:
-        InputError: if a part does not fit its weight.
+        InputError: if a part does not fit its weight, or the table would have to be built while a graph is captured.
     """
     first = weights[0]
     shapes = tuple([weight.shape for weight in weights])
@@ -160,6 +164,11 @@ def table_of(
         if (table := _tables.get(key)) is not None:
             _tables.move_to_end(key)
             return table
+    if first.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise InputError(
+            f"a CUDA graph is captured on {first.device}, and these {len(weights)} weights have no table yet; "
+            "run this subnet once before the capture"
+        )
     of_parts = [tuple(sizes[i : i + 4]) for i in range(0, len(sizes), 4)]
     table = PackTable([tuple(shape) for shape in shapes], strides, rows, columns, of_parts, itemsizes, first.device)
     with _lock:

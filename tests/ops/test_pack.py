@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.ops import pack_table
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.pack import Part, pack, unpack_add_
+from jdkd.ops.pack import Part, _unpack, _unpack_add_, pack, unpack_add_
 from tests.ops.pack_cases import DTYPES, LAST, active_mask, channels, on, sliced, subnet, weight
 
 OP = "pack"
@@ -181,6 +182,42 @@ def test_tables_are_kept_but_never_more_than_the_bound(monkeypatch):
     assert len(made) == 32 and len(pack_table._tables) == 5
 
 
+def test_addresses_are_uploaded_again_for_another_stream(monkeypatch):
+    pack([weight((32, 4))], [Part(Channels(7))], torch.float32)
+    table, current = next(reversed(pack_table._tables.values())), ["one"]
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(table, "stream", "one")
+    first = table.addresses((1, 2))
+    assert table.addresses((1, 2)) is first
+    current[0] = "two"
+    second = table.addresses((1, 2))
+    assert second is not first and table.addresses((1, 2)) is second
+    current[0] = "one"  # what "two" uploaded may not have arrived
+    assert table.addresses((1, 2)) is not second and table.addresses((3,)).tolist() == [3]
+
+
+def test_a_captured_call_keeps_a_table_and_the_addresses_once(monkeypatch):
+    pack([weight((32, 4))], [Part(Channels(9))], torch.float32)
+    table = next(reversed(pack_table._tables.values()))
+    monkeypatch.setattr(pack_table, "_captured", set())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(table, "stream", "one")
+    for _ in range(3):
+        assert table.addresses((1, 2)).tolist() == [1, 2] and len(table.tensors()) == 3
+    assert pack_table._captured == {table} and list(table.replayed) == [(1, 2)]
+
+
+def test_a_table_is_never_built_while_a_graph_is_captured(monkeypatch):
+    whole = SimpleNamespace(shape=(8, 4), device=torch.device("cuda"), element_size=lambda: 4)
+    known = list(pack_table._tables)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(InputError, match="run this subnet once before the capture"):
+        pack_table.table_of([whole], [(4, 1)], [None], [None], [8, 4, 1, 1], torch.float32)
+    assert list(pack_table._tables) == known
+
+
 @pytest.mark.parametrize(("part", "words"), [
     (Part(Channels(9), Channels(4)), "part 0 has 9 rows"),
     (Part(Channels(8), Channels(5)), "part 0 has 5 columns"),
@@ -209,6 +246,15 @@ def test_refusals_come_before_anything_is_written(backend, device):
     with pytest.raises(InputError, match="weights were given for 2 parts"):
         pack(gradients[:1], parts, torch.float32)
     assert all(torch.equal(g, k) for g, k in zip(gradients, kept, strict=True))
+
+
+def test_packed_gradients_on_another_device_are_refused():
+    parts, good, elsewhere = ([None], [None], [2, 4, 1, 1]), weight((4, 4)), torch.ones(2, 4, device="meta")
+    with pytest.raises(InputError, match="on meta but"):
+        _unpack_add_([good], *parts, [elsewhere])
+    with pytest.raises(InputError, match="on meta but"):
+        _unpack([elsewhere], [good], *parts)
+    assert torch.equal(good, weight((4, 4)))
 
 
 def test_two_runs_give_the_same_bits(backend, device):
