@@ -49,7 +49,7 @@ class Case:
         make: draws one set of inputs on the device.
         exact: from inputs to the outputs that all providers are held to, in float32.
         providers: from inputs to outputs; the first is the baseline. What a row should say besides may be an attribute
-            ``note``, read after the last call.
+            ``note``, and what a provider counted one ``counts``, read after the last call.
         least_bytes: what any implementation must read and write, where forward and backward are calls of their own
             and nothing stays in a cache between them.
         loose: providers that are held only to :data:`LOOSE_TOLERANCE`, as the baseline always is; one of them that errs
@@ -57,6 +57,7 @@ class Case:
         tiny: draws inputs of next to no size, for the host's time on a CPU.
         waits: providers that make the host wait for the device.
         tolerance: relative error allowed to those that are not loose, where :data:`TOLERANCES` does not fit.
+        restore: sets what providers add to back to what it was drawn as, before they are checked; it is not timed.
     """
 
     op: str
@@ -72,6 +73,7 @@ class Case:
     tiny: Callable[[], Any] | None = None
     waits: Collection[str] = ()
     tolerance: float | None = None
+    restore: Callable[[Any], None] | None = None
 
     def __str__(self) -> str:
         return f"{self.op} {self.label} {str(self.dtype)[6:]} {self.layout} {self.mode}"
@@ -82,7 +84,7 @@ class Timing:
     """Seconds per call of one provider: all samples, the host's share where it was measured apart, and other costs.
 
     ``error`` is the largest difference of an output from the exact one, in norm, relative; ``note`` is what else there
-    is to say.
+    is to say, and ``counts`` what the provider counted.
     """
 
     provider: str
@@ -91,6 +93,7 @@ class Timing:
     host_seconds: float | None = None
     cost: Cost | None = None
     note: str | None = None
+    counts: Mapping[str, int] | None = None
 
     @property
     def median(self) -> float:
@@ -198,7 +201,10 @@ def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
         for name in errors:
             case.providers[name](tiny)
             host[name] = host_seconds(case.providers[name], tiny, "cpu", TINY_CALLS, TINY_SECONDS)
-    return [Timing(name, samples[name], errors[name], host[name], costs[name], _note(case, name)) for name in errors]
+    return [
+        Timing(name, samples[name], errors[name], host[name], costs[name], _note(case, name), _counts(case, name))
+        for name in errors
+    ]
 
 
 def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
@@ -221,6 +227,8 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
         graph, outputs = captured[name]
         for output in (output for of_set in outputs for output in of_set):
             output.fill_(float("nan"))
+        for inputs in sets if case.restore else ():
+            case.restore(inputs)
         graph.replay()
         return max(check_agreement(case, name, found, wanted) for found, wanted in zip(outputs, exact, strict=True))
 
@@ -231,7 +239,9 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
     found = _of_each(case, prepared)
     samples = _rounds({name: lambda name=name: replay(name) for name in found}, seconds)
     return [
-        Timing(name, samples[name], max(error, verified(name)), host, costs, _note(case, name, WAITS))
+        Timing(
+            name, samples[name], max(error, verified(name)), host, costs, _note(case, name, WAITS), _counts(case, name)
+        )
         for name, (error, host, costs) in found.items()
     ]
 
@@ -240,6 +250,11 @@ def _note(case: Case, name: str, of_waiting: str | None = None) -> str | None:
     """What a row of the provider says besides."""
     notes = [getattr(case.providers[name], "note", None), of_waiting if name in case.waits else None]
     return "; ".join(filter(None, notes)) or None
+
+
+def _counts(case: Case, name: str) -> Mapping[str, int] | None:
+    """What a provider counted itself."""
+    return getattr(case.providers[name], "counts", None)
 
 
 def _of_each(case: Case, ask: Callable[[str, Provider], Any]) -> dict[str, Any]:

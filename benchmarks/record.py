@@ -105,6 +105,7 @@ def rows(case: Case, timings: Sequence[Timing], common: Row) -> list[Row]:
                 "bytes_per_s": round(rate),
                 "of_copy": round(rate / common["copy_bytes_per_s"], 4),
                 "note": timing.note,
+                "counts": timing.counts,
                 **common,
             }
         )
