@@ -4,11 +4,12 @@ A :class:`Case` is data: inputs, an exact result, providers (the eager baseline 
 move. Providers must agree with the exact result before anything is timed. They take turns in every round, so that
 whatever else the machine does meets them all alike.
 
-On a GPU a round replays a CUDA graph that runs a provider over several sets of inputs, together at least
-three times the L2 cache, so that data comes from memory; outputs are poisoned and compared again after the
-last replay, which shows that the graph did touch every set. Host time per call is measured apart, without
-the graph; on a CPU on inputs so small that the host's work is all there is. What makes the host wait no graph can hold:
-it is called instead, and its row says so. What else a call costs is in :mod:`benchmarks.cost`.
+On a GPU a round replays a CUDA graph that runs a provider over several sets of inputs, of which anybody touches at
+least three times the L2 cache, so that data comes from memory; it is queued behind a sleep, so that the host's launch
+is not timed. Outputs are poisoned and compared again after the last replay, which shows that the graph did touch every
+set. Host time per call is measured apart, without the graph; on a CPU on inputs so small that the host's work is all
+there is. What makes the host wait no graph can hold: it is called instead, and its row says so. What else a call costs
+is in :mod:`benchmarks.cost`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ LOOSE_TOLERANCE = 0.2
 TINY_CALLS, TINY_SECONDS = 200, 1.0
 WAITS = "called without a CUDA graph, which cannot hold what the host waits for"
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MAX_SLEEP = 1 << 27  # cycles of a GPU, about a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -152,20 +154,40 @@ def copy_bandwidth(device: str) -> float:
     size = (256 if device == "cpu" else 1024) << 20
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    samples = []
+    samples, watch = [], Stopwatch()
     for _ in range(12):
         if device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            samples.append(begin.elapsed_time(end) / 1e3)
+            samples.append(watch(lambda: target.copy_(source)))
         else:
             begin_time = time.perf_counter()
             target.copy_(source)
             samples.append(time.perf_counter() - begin_time)
     return 2 * source.numel() / statistics.median(samples[2:])
+
+
+class Stopwatch:
+    """Seconds that a GPU takes for what is launched, without the host's time for the launch.
+
+    The launch is queued behind a sleep. Where that ends before all is queued, the launch is repeated behind a longer
+    one.
+    """
+
+    def __init__(self) -> None:
+        self.cycles = 100_000
+
+    def __call__(self, launch: Callable[[], Any], waits: bool = False) -> float:
+        """Times a launch; ``waits``: it makes the host wait, so that no sleep can hide it."""
+        while True:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(self.cycles)
+            begin.record()
+            launch()
+            end.record()
+            late = begin.query()
+            end.synchronize()
+            if waits or not late or self.cycles >= MAX_SLEEP:
+                return begin.elapsed_time(end) / 1e3
+            self.cycles *= 2
 
 
 def _rounds(runs: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
@@ -210,18 +232,14 @@ def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
 def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
     first = case.make()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    count = max(2, min(256, math.ceil(3 * l2 / _nbytes(first))))
+    exact = [case.exact(first)]
+    count = _number_of_sets(case, first, exact[0], l2, torch.cuda.mem_get_info()[0])
     sets = [first, *(case.make() for _ in range(count - 1))]
-    exact = [case.exact(inputs) for inputs in sets]
-    captured = {}
+    exact += [case.exact(inputs) for inputs in sets[1:]]
+    captured, watch = {}, Stopwatch()
 
     def replay(name: str) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        captured[name][0].replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / count
+        return watch(captured[name][0].replay, waits=name in case.waits) / count
 
     def verified(name: str) -> float:
         graph, outputs = captured[name]
@@ -244,6 +262,20 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
         )
         for name, (error, host, costs) in found.items()
     ]
+
+
+def _number_of_sets(case: Case, inputs: Any, exact: Sequence[Tensor], l2: int, free: int) -> int:
+    """How many sets of inputs make what any provider touches three times the L2 cache, if half of the free memory holds
+    them with the exact outputs and those of every provider.
+
+    Args:
+        case: what is timed; providers may leave a part of the inputs alone, but not its ``least_bytes``.
+        inputs, exact: one set, and its exact outputs.
+        l2, free: bytes of the cache and of the memory that is free.
+    """
+    own = _nbytes(inputs)
+    each = own + (1 + len(case.providers)) * _nbytes(exact)
+    return max(2, min(math.ceil(3 * l2 / min(own, case.least_bytes)), free // 2 // each))
 
 
 def _note(case: Case, name: str, of_waiting: str | None = None) -> str | None:
