@@ -1,5 +1,6 @@
 """Rows of results, the tables made of them, and which cases a run picks."""
 
+import pytest
 import torch
 
 from benchmarks import conv_shapes, goals, record, run
@@ -115,6 +116,18 @@ def test_a_limit_is_read_off_a_row_and_its_counts():
     row = {**row, "case": limit.case, "mode": limit.mode, "layout": limit.layout}
     counts = {"host_syncs": 0, "kernels_compiled": 3, "graphs_compiled": 0}
     assert limit.cells([{**row, "counts": counts}])[4] == "0 host syncs, 3 kernels compiled"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_a_row_says_whether_convolutions_may_use_tf32(precision, monkeypatch):
+    monkeypatch.setattr(record, "device_name", lambda device: "Some GPU")
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = precision
+        assert record.environment("cuda", 4e12)["tf32"] is (precision == "tf32")
+        assert record.environment("cpu", 4e12)["tf32"] is None
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 def test_a_row_says_what_its_provider_counts():
