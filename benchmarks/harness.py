@@ -14,6 +14,7 @@ is in :mod:`benchmarks.cost`.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import statistics
@@ -230,6 +231,8 @@ def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
 
 
 def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
+    gc.collect()  # what the case before left behind, so that its memory is free
+    torch.cuda.empty_cache()
     first = case.make()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     exact = [case.exact(first)]
