@@ -3,10 +3,12 @@
 The shapes come of the specs themselves: a detector is built without memory, features and region proposals run over one
 800x1344 image, to which 800x1333 is padded, and every convolution that is called is noted. A side of a layer is elastic
 if :func:`jdkd.detect.channel_groups` has it in a group; the image's three channels and the predictions are in none.
+P7, which one-stage detectors have and these do not, is there with the 3x3 convolution of a head.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from jdkd.detect import build, channel_groups, named_spec
 
 DETECTORS = ("faster_rcnn_r50_fpn", "faster_rcnn_r101_fpn")
+P6, P7 = "P6 rpn 3x3 256->256", "P7 head 3x3 256->256"
 IMAGE = (800, 1344)
 
 
@@ -108,7 +111,7 @@ def backbone(detector: str) -> tuple[ConvShape, ...]:
 
 @functools.cache
 def distinct() -> dict[str, ConvShape]:
-    """Every distinct shape of all :data:`DETECTORS`, by the label of its first call.
+    """Every distinct shape of all :data:`DETECTORS`, by the label of its first call, and that of P7.
 
     R101-FPN repeats layers of R50-FPN and adds no shape; the region proposals share the pyramid's 3x3 up to P5.
     """
@@ -116,4 +119,6 @@ def distinct() -> dict[str, ConvShape]:
     for detector in DETECTORS:
         for call in calls(detector):
             first.setdefault(call.shape, call.label)
-    return {label: shape for shape, label in first.items()}
+    found = {label: shape for shape, label in first.items()}
+    height, width = found[P6].size
+    return {**found, P7: dataclasses.replace(found[P6], size=(math.ceil(height / 2), math.ceil(width / 2)))}

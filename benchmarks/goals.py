@@ -1,18 +1,22 @@
 """What elastic convolutions are to reach, as data, and what rows of results say to it.
 
-A goal compares providers of one case, which took turns in one process. What only a GPU can show is asked of a GPU
-alone. Where there is no row nothing is claimed.
+A :class:`Goal` compares providers of one case, which took turns in one process: rows of two runs are not compared. An
+:class:`Overall` takes such comparisons over all convolutions, a :class:`Limit` stands for itself. What only a GPU can
+show is asked of a GPU alone. Where there is no row nothing is claimed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import record
+from benchmarks import conv_shapes, record
 from benchmarks.record import Row
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+NOT_MEASURED = "not measured"
 
 
 @dataclass(frozen=True)
@@ -39,26 +43,107 @@ class Goal:
     layout: str = "channels-last"
 
     def pair(self, rows: Sequence[Row]) -> tuple[Row, Row] | None:
-        """The two rows that it compares, ours first; None where one is missing."""
-        names = ("case", "mode", "dtype", "layout")
-        own = [row for row in rows if all(row[name] == getattr(self, name) for name in names)]
-        ours = [row for row in own if row["provider"] == self.ours or row["provider"].startswith(f"{self.ours} ")]
+        """The two rows that it compares, ours first, both of the run that timed theirs; None where one is missing."""
+        own = _of_case(self, rows)
         theirs = [row for row in own if row["provider"] == self.theirs]
-        return (min(ours, key=lambda row: row["median_us"]), theirs[0]) if ours and theirs else None
+        ours = [row for row in own if row["provider"] == self.ours or row["provider"].startswith(f"{self.ours} ")]
+        ours = [row for row in ours if theirs and _run(row) == _run(theirs[0])]
+        return (min(ours, key=lambda row: row["median_us"]), theirs[0]) if ours else None
+
+    def gain(self, rows: Sequence[Row]) -> float | None:
+        """How many times as fast ours is."""
+        pair = self.pair(rows)
+        return None if pair is None else pair[1]["median_us"] / pair[0]["median_us"]
 
     def cells(self, rows: Sequence[Row]) -> list[str]:
         """A line of the table."""
         wanted = (
             f"at least {self.least:g}×" if self.least else f"at most {self.most:g} of the time" if self.most else ""
         )
-        line = [f"{self.case} {self.dtype} {self.layout}", self.mode]
-        pair = self.pair(rows)
-        if pair is None:
-            return [*line, self.ours, self.theirs, "not measured", wanted]
-        ours, theirs = pair
-        gain = theirs["median_us"] / ours["median_us"]
+        line, pair, gain = [_named_case(self), self.mode], self.pair(rows), self.gain(rows)
+        if pair is None or gain is None:
+            return [*line, self.ours, self.theirs, NOT_MEASURED, wanted]
         measured = f"{1 / gain:.3f} of the time" if self.most else f"{gain:.2f}×"
         return [*line, *map(_named, pair), measured, wanted]
+
+
+@dataclass(frozen=True)
+class Overall:
+    """How the time of one provider is to compare with that of another, over every convolution of the detectors.
+
+    Args:
+        device, mode, dtype, ours, theirs, layout: as for :class:`Goal`.
+        case: what the labels of the cases end in, behind that of the convolution.
+        mean: how many times as fast ours is to be, as a geometric mean.
+        least: how many times as fast ours is to be everywhere.
+    """
+
+    device: str
+    case: str
+    mode: str
+    dtype: str
+    ours: str
+    theirs: str
+    mean: float
+    least: float
+    layout: str = "channels-last"
+
+    def goals(self) -> list[Goal]:
+        """Its comparisons, one a convolution."""
+        named = (self.mode, self.dtype, self.ours, self.theirs, self.least, None, self.layout)
+        return [Goal(self.device, f"{label} {self.case}", *named) for label in conv_shapes.distinct()]
+
+    def cells(self, rows: Sequence[Row]) -> list[str]:
+        """A line of the table."""
+        goals = self.goals()
+        gains = [gain for goal in goals if (gain := goal.gain(rows)) is not None]
+        measured = f"{NOT_MEASURED}, {len(gains)} of {len(goals)} were" if gains else NOT_MEASURED
+        if len(gains) == len(goals):
+            measured = f"{math.exp(math.fsum(map(math.log, gains)) / len(gains)):.2f}×, {min(gains):.2f}× and more"
+        wanted = f"mean at least {self.mean:g}×, none below {self.least:g}×"
+        every = dataclasses.replace(self, case=f"all convolutions {self.case}")
+        return [_named_case(every), self.mode, self.ours, self.theirs, measured, wanted]
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one provider may take in one case.
+
+    Args:
+        device, case, mode, dtype, layout: as for :class:`Goal`.
+        ours: a provider.
+        most: of fields of its row, or of its ``counts``, the most that is allowed.
+    """
+
+    device: str
+    case: str
+    mode: str
+    dtype: str
+    ours: str
+    most: Mapping[str, float]
+    layout: str = "channels-last"
+
+    def cells(self, rows: Sequence[Row]) -> list[str]:
+        """A line of the table."""
+        found = [row for row in _of_case(self, rows) if row["provider"] == self.ours]
+        values = {**found[0], **(found[0].get("counts") or {})} if found else {}
+        measured = ", ".join(_amount(name, values.get(name)) for name in self.most) if found else NOT_MEASURED
+        wanted = ", ".join(_amount(name, most) for name, most in self.most.items())
+        return [_named_case(self), self.mode, self.ours, "", measured, f"at most {wanted}"]
+
+
+def _of_case(goal: Goal | Limit, rows: Sequence[Row]) -> list[Row]:
+    names = ("case", "mode", "dtype", "layout")
+    return [row for row in rows if all(row[name] == getattr(goal, name) for name in names)]
+
+
+def _run(row: Row) -> tuple[str | None, str | None]:
+    """What rows of one run have in common."""
+    return row.get("time"), row.get("commit")
+
+
+def _named_case(goal: Goal | Overall | Limit) -> str:
+    return f"{goal.case} {goal.dtype} {goal.layout}"
 
 
 def _named(row: Row) -> str:
@@ -66,21 +151,40 @@ def _named(row: Row) -> str:
     return f"{row['provider']} {record.duration(row['median_us'])}{host}"
 
 
-def _conv(device: str, dtype: str) -> list[Goal]:
+def _amount(name: str, value: float | None) -> str:
+    if name == "median_us":
+        return record.duration(value) if value is not None else f"time {NOT_MEASURED}"
+    words = name.replace("_", " ")
+    return f"{words} {NOT_MEASURED}" if value is None else f"{value:g} {words}"
+
+
+def _conv(device: str, dtype: str) -> list[Goal | Overall]:
     half, whole = "P3 fpn 3x3 256->256 x0.5 N=2", "P3 fpn 3x3 256->256 x1 N=2"
     if device == "cpu":
         return [
             Goal(device, half, "forward", dtype, "jdkd", "full_width", most=0.35),
             Goal(device, whole, "forward", dtype, "jdkd", "exported", most=1.05),
         ]
-    sliced = {(3, 2): 0.95, (4, 2): 0.95, (5, 2): 1.5, (3, 1): 1.5, (4, 1): 1.5, (5, 1): 1.5}  # level, images
-    cases = {key: "P{} fpn 3x3 256->256 x0.5 N={}".format(*key) for key in sliced}
+    convs = {level: f"P{level} fpn 3x3 256->256" for level in (3, 4, 5)} | {6: conv_shapes.P6, 7: conv_shapes.P7}
+    sliced = {(3, 2): 0.95, (4, 2): 0.95, **{(level, 2): 1.5 for level in (5, 6, 7)}}  # level, images
+    sliced |= {(level, 1): 1.5 for level in convs}
+    masked = {(3, "full_width"): 3.2, (4, "full_width"): 2.5, (3, "mask_multiply"): 3.2, (4, "mask_multiply"): 2.5}
+    named = ("forward", dtype, "jdkd")
     return [
-        Goal(device, half, "forward", dtype, "jdkd", "full_width", least=3.2),
-        Goal(device, cases[4, 2], "forward", dtype, "jdkd", "full_width", least=2.5),
-        Goal(device, half, "forward", dtype, "jdkd", "mask_multiply", least=3.2),
-        *(Goal(device, cases[key], "forward", dtype, "jdkd", "slice_contiguous", least=sliced[key]) for key in sliced),
+        *(Goal(device, f"{convs[level]} x0.5 N=2", *named, other, least) for (level, other), least in masked.items()),
+        *(
+            Goal(device, f"{convs[level]} x0.5 N={images}", *named, "slice_contiguous", least)
+            for (level, images), least in sliced.items()
+        ),
+        Overall(device, "x0.5 N=2", *named, "slice_contiguous", mean=1.0, least=0.95),
     ]
+
+
+def _levels() -> list[Goal]:
+    least = {"P5-P7 rpn 3x3 256->256 x0.5 N=2": 1.5, "P2-P6 rpn 3x3 256->256 x0.5 N=2": 0.95}
+    least |= {case.replace("N=2", "N=1"): 1.5 for case in least}
+    named = ("forward", "bfloat16", "jdkd", "slice_contiguous")
+    return [Goal("cuda", case, *named, least=gain) for case, gain in least.items()]
 
 
 def _pointwise(label: str) -> list[Goal]:
@@ -88,16 +192,31 @@ def _pointwise(label: str) -> list[Goal]:
     return [Goal(*case, "eager", least=1.3), Goal(*case, "torch.compile", least=1.0)]
 
 
-def _pack(layout: str) -> list[Goal]:
+def _pack(layout: str) -> list[Goal | Limit]:
     case = ("cpu", "ResNet-50 x0.5", "forward+backward", "float32")
+    limits = {"forward": 25, "unpack": 40}  # microseconds
     return [
-        Goal(*case, f"jdkd {mode}", "slice_contiguous", least=least, layout=layout)
-        for mode, least in (("main_grad", 3.0), ("autograd", 1.3))
+        *(
+            Goal(*case, f"jdkd {mode}", "slice_contiguous", least=least, layout=layout)
+            for mode, least in (("main_grad", 3.0), ("autograd", 1.3))
+        ),
+        *(
+            Limit("cuda", "37.9M of ResNet-101 x0.5", mode, "bfloat16", "jdkd", most, layout)
+            for mode, most in ((mode, {"median_us": limit, "kernels": 1}) for mode, limit in limits.items())
+        ),
     ]
 
 
-GOALS = {
+def _changes() -> list[Limit]:
+    waits = {"host_syncs": 0, "kernels_compiled": 0}
+    most = {"jdkd": waits, "jdkd triton": waits, "jdkd packed": waits, "jdkd torch.compile": {"graphs_compiled": 1}}
+    case = ("cuda", "R18-FPN 128x224 N=2", "evaluation", "bfloat16")
+    return [Limit(*case, provider, limits) for provider, limits in most.items()]
+
+
+GOALS: dict[str, list[Goal | Overall | Limit]] = {
     "elastic_conv": [*_conv("cpu", "float32"), *_conv("cuda", "bfloat16")],
+    "elastic_levels": [*_levels()],
     "pack": [*_pack("NCHW"), *_pack("channels-last")],
     "elastic_pointwise": [
         goal
@@ -108,6 +227,7 @@ GOALS = {
         Goal("cpu", "R18-FPN 128x224 N=2", "training step", "float32", "jdkd", "slice_contiguous"),
         Goal("cuda", "R50-FPN 800x1344 N=2", "training step", "bfloat16", "jdkd", "slice_contiguous", least=1.5),
     ],
+    "subnet_change": [*_changes()],
 }
 
 
@@ -125,12 +245,13 @@ def table(op: str, rows: Sequence[Row]) -> str:
         by_device: dict[str, list[Row]] = {}
         for row in own:
             by_device.setdefault(row["device"], []).append(row)
-        found = {of: rows for of, rows in by_device.items() if any(goal.pair(rows) for goal in goals)}
-        parts += [f"{of}:\n\n{_of_device(goals, rows)}" for of, rows in found.items()]
-        parts += [f"On a {name}: not measured."] if goals and not found else []
+        found = {of: [goal.cells(rows) for goal in goals] for of, rows in by_device.items()}
+        found = {of: lines for of, lines in found.items() if any(line[4] != NOT_MEASURED for line in lines)}
+        parts += [f"{of}:\n\n{_of_device(lines)}" for of, lines in found.items()]
+        parts += [f"On a {name}: {NOT_MEASURED}."] if goals and not found else []
     return "\n\n".join(parts)
 
 
-def _of_device(goals: Sequence[Goal], rows: Sequence[Row]) -> str:
+def _of_device(goals: Sequence[Sequence[str]]) -> str:
     lines = [["case", "mode", "ours", "against", "measured", "goal"], ["---"] * 2 + ["---:"] * 4]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *(goal.cells(rows) for goal in goals)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *goals])

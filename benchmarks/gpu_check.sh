@@ -1,20 +1,27 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in one go and under 9 minutes:  benchmarks/gpu_check.sh OUT
+# What only a GPU can show, in two parts of at most 9 minutes each:  benchmarks/gpu_check.sh OUT [tests|benchmarks|all]
 #
 # Needs a CUDA device, a CUDA toolkit, and a python3 (or PYTHON=...) with torch, triton and pytest; no network. It
-# compiles jdkd._C in place for this device, runs `pytest -m gpu`, the kernel cases and the latency table, and leaves
-# in OUT: summary.txt, steps.jsonl, log.txt, junit.xml, kernels.jsonl, latency.jsonl.
+# compiles jdkd._C in place for this device. The tests are `pytest -m gpu`, and those of small shapes again under
+# compute-sanitizer where that is found; the benchmarks are the kernel cases and the latency table. It leaves in OUT:
+# summary.txt, steps.jsonl, log.txt, and of its part junit.xml, or kernels.jsonl and latency.jsonl.
 # A step that fails or runs out of time does not stop the next; the exit code is 1 if any did, 2 if none could start.
 set -uo pipefail
 
-LIMIT=515 # seconds for all steps together
+LIMIT=540 # seconds for the steps of a part together, the build included
 
 refuse() {
   echo "gpu_check: $1" >&2
   exit 2
 }
 
-[[ $# -eq 1 ]] || refuse "give one folder for the results: benchmarks/gpu_check.sh OUT"
+[[ $# -eq 1 || $# -eq 2 ]] || refuse "give one folder for the results: benchmarks/gpu_check.sh OUT [PART]"
+PART=${2:-all}
+case $PART in
+  tests | benchmarks) ;;
+  all) LIMIT=$((2 * LIMIT)) ;;
+  *) refuse "there is no part $PART; choose tests, benchmarks or all" ;;
+esac
 PYTHON=${PYTHON:-python3}
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
 [[ ! -e $1 || -d $1 ]] || refuse "$1 is a file; give a folder"
@@ -67,35 +74,63 @@ step() {
 
 # find_tests: fills gpu_tests with the files that have GPU tests, less those that need a package which is not here.
 find_tests() {
-  local file answer
+  local -a files
+  local -A missing=()
+  local file package
+  mapfile -t files < <(grep -rlE 'mark\.gpu|^OP = ' tests --include='test_*.py' | sort)
+  while read -r file package; do
+    missing[$file]=$package
+  done < <(timeout 60 "$PYTHON" -m pytest --collect-only -q -m gpu --continue-on-collection-errors -W default \
+    -p no:cacheprovider "${files[@]}" 2>&1 </dev/null |
+    awk -F"'" '/ ERROR collecting / { split($0, words, " "); file = words[4] }
+               /No module named/ && $2 !~ /^jdkd/ { print file, $2 }')
   gpu_tests=()
-  while read -r file; do
-    answer=$("$PYTHON" -m pytest --collect-only -q -W default -p no:cacheprovider "$file" 2>&1 </dev/null)
-    if answer=$(grep -oE "No module named '[^']*'" <<<"$answer") && [[ $answer != *"'jdkd"* ]]; then
-      echo "left out: $file, $(head -n 1 <<<"$answer")" | tee -a "$LOG" "$SUMMARY"
+  for file in "${files[@]}"; do
+    if [[ -n ${missing[$file]:-} ]]; then
+      echo "left out: $file, there is no module ${missing[$file]}" | tee -a "$LOG" "$SUMMARY"
     else
       gpu_tests+=("$file")
     fi
-  done < <(grep -rlE 'mark\.gpu|^OP = ' tests --include='test_*.py' | sort)
+  done
 }
 
-step build 170 "$PYTHON" setup.py --quiet build_ext --inplace
-step env 40 "$PYTHON" -m jdkd.env
-find_tests
-step tests 190 "$PYTHON" -m pytest -m gpu -q --continue-on-collection-errors -p no:cacheprovider -W default \
-  --junitxml "$OUT/junit.xml" "${gpu_tests[@]}"
+# run_tests NAME SECONDS FILES...: their GPU tests, under the words of `under`; a report of its own.
+run_tests() {
+  local name=$1 seconds=$2
+  shift 2
+  step "$name" "$seconds" "${under[@]}" "$PYTHON" -m pytest -m gpu -q --continue-on-collection-errors \
+    -p no:cacheprovider -W default --junitxml "$OUT/junit${under:+_$name}.xml" "$@"
+}
+
 # bench OP SECONDS LAST EACH: cases of one operator, EACH seconds of rounds a case; none begins after LAST seconds.
 bench() {
   step "$1" "$2" "$PYTHON" -m benchmarks.run "$1" --seconds "$4" --limit "$3" --out "$OUT/kernels.jsonl"
 }
 
-bench elastic_conv 55 42 0.4
-bench elastic_levels 25 12 0.4
-bench supernet_step 60 20 3
-bench pack 30 20 0.4
-bench elastic_pointwise 45 30 0.4
-bench pearson 90 65 0.8
-step latency 75 "$PYTHON" -m benchmarks.latency --seconds 10 --out "$OUT/latency.jsonl"
+step build 150 "$PYTHON" setup.py --quiet build_ext --inplace
+if [[ $PART != benchmarks ]]; then
+  step env 30 "$PYTHON" -m jdkd.env
+  find_tests # at most 60 seconds
+  under=()
+  run_tests tests 210 "${gpu_tests[@]}"
+  PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+  if command -v compute-sanitizer >/dev/null; then
+    under=(compute-sanitizer --tool memcheck --error-exitcode 3)
+    run_tests sanitizer 90 tests/ops/test_{pack,elastic_conv,elastic_levels,elastic_pointwise}.py
+  else
+    echo "sanitizer: not run, there is no compute-sanitizer" | tee -a "$LOG" "$SUMMARY"
+  fi
+fi
+if [[ $PART != tests ]]; then
+  bench elastic_conv 110 85 0.4
+  bench elastic_levels 20 10 0.4
+  bench supernet_step 50 20 3
+  bench subnet_change 50 20 1
+  bench pack 25 15 0.4
+  bench elastic_pointwise 30 20 0.4
+  bench pearson 60 40 0.8
+  step latency 45 "$PYTHON" -m benchmarks.latency --seconds 10 --out "$OUT/latency.jsonl"
+fi
 
 printf '\n== steps (commit %s, %s s)\n' "$(git rev-parse --short HEAD 2>/dev/null || echo unknown)" "$SECONDS" |
   tee -a "$SUMMARY"

@@ -4,15 +4,17 @@ A :class:`Case` is data: inputs, an exact result, providers (the eager baseline 
 move. Providers must agree with the exact result before anything is timed. They take turns in every round, so that
 whatever else the machine does meets them all alike.
 
-On a GPU a round replays a CUDA graph that runs a provider over several sets of inputs, together at least
-three times the L2 cache, so that data comes from memory; outputs are poisoned and compared again after the
-last replay, which shows that the graph did touch every set. Host time per call is measured apart, without
-the graph; on a CPU on inputs so small that the host's work is all there is. What makes the host wait no graph can hold:
-it is called instead, and its row says so. What else a call costs is in :mod:`benchmarks.cost`.
+On a GPU a round replays a CUDA graph that runs a provider over several sets of inputs, of which anybody touches at
+least three times the L2 cache, so that data comes from memory; it is queued behind a sleep, so that the host's launch
+is not timed. Outputs are poisoned and compared again after the last replay, which shows that the graph did touch every
+set. Host time per call is measured apart, without the graph; on a CPU on inputs so small that the host's work is all
+there is. What makes the host wait no graph can hold: it is called instead, and its row says so. What else a call costs
+is in :mod:`benchmarks.cost`.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import statistics
@@ -34,6 +36,7 @@ LOOSE_TOLERANCE = 0.2
 TINY_CALLS, TINY_SECONDS = 200, 1.0
 WAITS = "called without a CUDA graph, which cannot hold what the host waits for"
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+MAX_SLEEP = 1 << 27  # cycles of a GPU, about a tenth of a second
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Case:
         make: draws one set of inputs on the device.
         exact: from inputs to the outputs that all providers are held to, in float32.
         providers: from inputs to outputs; the first is the baseline. What a row should say besides may be an attribute
-            ``note``, read after the last call.
+            ``note``, and what a provider counted one ``counts``, read after the last call.
         least_bytes: what any implementation must read and write, where forward and backward are calls of their own
             and nothing stays in a cache between them.
         loose: providers that are held only to :data:`LOOSE_TOLERANCE`, as the baseline always is; one of them that errs
@@ -57,6 +60,7 @@ class Case:
         tiny: draws inputs of next to no size, for the host's time on a CPU.
         waits: providers that make the host wait for the device.
         tolerance: relative error allowed to those that are not loose, where :data:`TOLERANCES` does not fit.
+        restore: sets what providers add to back to what it was drawn as, before they are checked; it is not timed.
     """
 
     op: str
@@ -72,6 +76,7 @@ class Case:
     tiny: Callable[[], Any] | None = None
     waits: Collection[str] = ()
     tolerance: float | None = None
+    restore: Callable[[Any], None] | None = None
 
     def __str__(self) -> str:
         return f"{self.op} {self.label} {str(self.dtype)[6:]} {self.layout} {self.mode}"
@@ -82,7 +87,7 @@ class Timing:
     """Seconds per call of one provider: all samples, the host's share where it was measured apart, and other costs.
 
     ``error`` is the largest difference of an output from the exact one, in norm, relative; ``note`` is what else there
-    is to say.
+    is to say, and ``counts`` what the provider counted.
     """
 
     provider: str
@@ -91,6 +96,7 @@ class Timing:
     host_seconds: float | None = None
     cost: Cost | None = None
     note: str | None = None
+    counts: Mapping[str, int] | None = None
 
     @property
     def median(self) -> float:
@@ -149,20 +155,40 @@ def copy_bandwidth(device: str) -> float:
     size = (256 if device == "cpu" else 1024) << 20
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    samples = []
+    samples, watch = [], Stopwatch()
     for _ in range(12):
         if device == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            target.copy_(source)
-            end.record()
-            end.synchronize()
-            samples.append(begin.elapsed_time(end) / 1e3)
+            samples.append(watch(lambda: target.copy_(source)))
         else:
             begin_time = time.perf_counter()
             target.copy_(source)
             samples.append(time.perf_counter() - begin_time)
     return 2 * source.numel() / statistics.median(samples[2:])
+
+
+class Stopwatch:
+    """Seconds that a GPU takes for what is launched, without the host's time for the launch.
+
+    The launch is queued behind a sleep. Where that ends before all is queued, the launch is repeated behind a longer
+    one.
+    """
+
+    def __init__(self) -> None:
+        self.cycles = 100_000
+
+    def __call__(self, launch: Callable[[], Any], waits: bool = False) -> float:
+        """Times a launch; ``waits``: it makes the host wait, so that no sleep can hide it."""
+        while True:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            torch.cuda._sleep(self.cycles)
+            begin.record()
+            launch()
+            end.record()
+            late = begin.query()
+            end.synchronize()
+            if waits or not late or self.cycles >= MAX_SLEEP:
+                return begin.elapsed_time(end) / 1e3
+            self.cycles *= 2
 
 
 def _rounds(runs: Mapping[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
@@ -198,29 +224,32 @@ def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
         for name in errors:
             case.providers[name](tiny)
             host[name] = host_seconds(case.providers[name], tiny, "cpu", TINY_CALLS, TINY_SECONDS)
-    return [Timing(name, samples[name], errors[name], host[name], costs[name], _note(case, name)) for name in errors]
+    return [
+        Timing(name, samples[name], errors[name], host[name], costs[name], _note(case, name), _counts(case, name))
+        for name in errors
+    ]
 
 
 def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
+    gc.collect()  # what the case before left behind, so that its memory is free
+    torch.cuda.empty_cache()
     first = case.make()
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    count = max(2, min(256, math.ceil(3 * l2 / _nbytes(first))))
+    exact = [case.exact(first)]
+    count = _number_of_sets(case, first, exact[0], l2, torch.cuda.mem_get_info()[0])
     sets = [first, *(case.make() for _ in range(count - 1))]
-    exact = [case.exact(inputs) for inputs in sets]
-    captured = {}
+    exact += [case.exact(inputs) for inputs in sets[1:]]
+    captured, watch = {}, Stopwatch()
 
     def replay(name: str) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        captured[name][0].replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / count
+        return watch(captured[name][0].replay, waits=name in case.waits) / count
 
     def verified(name: str) -> float:
         graph, outputs = captured[name]
         for output in (output for of_set in outputs for output in of_set):
             output.fill_(float("nan"))
+        for inputs in sets if case.restore else ():
+            case.restore(inputs)
         graph.replay()
         return max(check_agreement(case, name, found, wanted) for found, wanted in zip(outputs, exact, strict=True))
 
@@ -231,15 +260,36 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
     found = _of_each(case, prepared)
     samples = _rounds({name: lambda name=name: replay(name) for name in found}, seconds)
     return [
-        Timing(name, samples[name], max(error, verified(name)), host, costs, _note(case, name, WAITS))
+        Timing(
+            name, samples[name], max(error, verified(name)), host, costs, _note(case, name, WAITS), _counts(case, name)
+        )
         for name, (error, host, costs) in found.items()
     ]
+
+
+def _number_of_sets(case: Case, inputs: Any, exact: Sequence[Tensor], l2: int, free: int) -> int:
+    """How many sets of inputs make what any provider touches three times the L2 cache, if half of the free memory holds
+    them with the exact outputs and those of every provider.
+
+    Args:
+        case: what is timed; providers may leave a part of the inputs alone, but not its ``least_bytes``.
+        inputs, exact: one set, and its exact outputs.
+        l2, free: bytes of the cache and of the memory that is free.
+    """
+    own = _nbytes(inputs)
+    each = own + (1 + len(case.providers)) * _nbytes(exact)
+    return max(2, min(math.ceil(3 * l2 / min(own, case.least_bytes)), free // 2 // each))
 
 
 def _note(case: Case, name: str, of_waiting: str | None = None) -> str | None:
     """What a row of the provider says besides."""
     notes = [getattr(case.providers[name], "note", None), of_waiting if name in case.waits else None]
     return "; ".join(filter(None, notes)) or None
+
+
+def _counts(case: Case, name: str) -> Mapping[str, int] | None:
+    """What a provider counted itself."""
+    return getattr(case.providers[name], "counts", None)
 
 
 def _of_each(case: Case, ask: Callable[[str, Provider], Any]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ def environment(device: str, copy_bandwidth: float) -> Row:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if gpu else None,
         "triton": version("triton") if gpu else None,
-        "tf32": torch.backends.cuda.matmul.allow_tf32 if gpu else None,
+        "tf32": torch.backends.cudnn.conv.fp32_precision == "tf32" if gpu else None,  # for cuDNN and our kernels
         "commit": command("git", "rev-parse", "--short=12", "HEAD"),
         "sources": sources_hash(),
         "load": round(os.getloadavg()[0], 2),
@@ -105,6 +105,7 @@ def rows(case: Case, timings: Sequence[Timing], common: Row) -> list[Row]:
                 "bytes_per_s": round(rate),
                 "of_copy": round(rate / common["copy_bytes_per_s"], 4),
                 "note": timing.note,
+                "counts": timing.counts,
                 **common,
             }
         )

@@ -48,6 +48,7 @@ def describe(row: record.Row) -> str:
     others += [f"{row[name] / 1e6:.3g} MB {name[:4]}" for name in ("peak_bytes", "kept_bytes") if row[name] is not None]
     others += [f"{row[name]} {name}" for name in ("kernels", "dispatched_ops") if row[name] is not None]
     others += [f"host {row['host_us']:.0f} us"] if row["host_us"] is not None else []
+    others += [f"{count} {name.replace('_', ' ')}" for name, count in (row["counts"] or {}).items()]
     others += [row["note"]] if row["note"] else []
     return (
         f"  {row['provider']:<27}{row['median_us']:>12.1f} us  [{low:.1f}, {high:.1f}]  {gain:>8} "

@@ -21,15 +21,15 @@ any.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.conv_shapes import ConvShape, distinct
+from benchmarks.conv_shapes import P6, P7, ConvShape, distinct
+from benchmarks.graphs import Graphs
 from benchmarks.harness import Case
 from jdkd._backend import use_backend
 from jdkd.nn import ElasticConv2d
@@ -66,14 +66,16 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
         return
     chosen: list[tuple[str, float, bool, str, int]] = [(P3, width, False, "forward", 2) for width in (0.5, 1.0)]
     if device == "cuda":
-        chosen += [(label, 0.5, False, "forward", 2) for label in (P4, P5)]
-        chosen += [(label, 0.5, False, "forward", 1) for label in (P3, P4, P5)]
+        chosen += [(label, 0.5, False, "forward", 2) for label in (P4, P5, P6, P7)]
+        chosen += [(label, 0.5, False, "forward", 1) for label in (P3, P4, P5, P6, P7)]
     chosen += [(P3, 0.5, False, "forward+backward", 2), (P3, 0.5, True, "forward", 2)]
     chosen += [("layer2 1x1 512->128", 0.5, False, "forward", 2), ("layer4 3x3 512->512", 0.5, False, "forward", 2)]
     if device == "cuda":
         chosen += [(P3, width, False, "forward", 2) for width in (0.75, 0.25)]
     for dtype in dtypes:
-        for number, (label, width, listed, mode, images) in enumerate(chosen):
+        every = distinct() if dtype == torch.bfloat16 else ()
+        own = dict.fromkeys([*chosen, *((label, 0.5, False, "forward", 2) for label in every)])
+        for number, (label, width, listed, mode, images) in enumerate(own):
             yield case(label, width, listed, dtype, mode, device, images, compiled=number == 0)
 
 
@@ -236,17 +238,17 @@ class Compiled:
 
     def __init__(self, shape: ConvShape, listed: bool) -> None:
         self.shape, self.listed = shape, listed
-        self.graphs, self.note = 0, None
+        self.graphs, self.note = Graphs(), None
         self.run: Callable[..., Tensor] | None = None
 
     def __call__(self, given: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         if self.run is None:
             torch.compiler.reset()
-            self.run = torch.compile(self.convolve, backend=self.count)
+            self.run = torch.compile(self.convolve, backend=self.graphs)
             x = given.slim
             for width in WIDTHS:
                 self.of(drawn(self.shape, width, self.listed, len(x), x.device.type, x.dtype))
-            self.note = f"{self.graphs} graphs compiled for {len(WIDTHS)} widths"
+            self.note = f"{self.graphs.count} graphs compiled for {len(WIDTHS)} widths"
         return self.of(given), given.slim, given.layer.weight
 
     def of(self, given: Inputs) -> Tensor:
@@ -258,15 +260,6 @@ class Compiled:
     ) -> Tensor:
         weight, bias = sliced(weight, bias, rows, columns, listed)
         return F.conv2d(x, weight, bias, self.shape.stride, self.shape.padding)
-
-    def count(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        self.graphs += 1
-        return self.compile(graph, inputs)
-
-    def compile(self, graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx
-
-        return compile_fx(graph, inputs)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The 3x3 convolution and ReLU that a head shares over all levels, one launch for all against one for each.
 
-The levels are those of the region proposals of R50-FPN, P2 to P6, or the three smallest of them, which fill no GPU;
-channels-last. ``slice_contiguous`` copies the active weights once and runs level after level, ``exported`` is the plain
-``nn.Conv2d`` of the subnet; ``jdkd triton`` is the launch for all levels. Gradients that go back are the outputs, as
-rounded, so half precision is allowed twice its error. ``least_bytes`` counts everything active once, gradients included
-where there are any.
+The levels are those of the region proposals of R50-FPN, P2 to P6, or P5 to P7 as one-stage detectors have them, which
+fill no GPU; channels-last. ``slice_contiguous`` copies the active weights once and runs level after level, ``exported``
+is the plain ``nn.Conv2d`` of the subnet; ``jdkd triton`` is the launch for all levels. Gradients that go back are the
+outputs, as rounded, so half precision is allowed twice its error. ``least_bytes`` counts everything active once,
+gradients included where there are any.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.conv_shapes import ConvShape, calls
+from benchmarks.conv_shapes import P7, ConvShape, calls, distinct
 from benchmarks.harness import TOLERANCES, Case
 from jdkd._backend import use_backend
 from jdkd.functional import elastic_conv2d_levels
 
 NAME = "elastic_levels"
-PYRAMIDS = {"P2-P6": slice(None), "P4-P6": slice(2, None)}
+PYRAMIDS = {"P5-P7": slice(3, None), "P2-P6": slice(5)}
 WIDTHS = (1.0, 0.75, 0.5, 0.25)
 MODES = ("forward", "forward+backward")
 
@@ -39,8 +39,9 @@ class Inputs:
 
 
 def head() -> list[ConvShape]:
-    """The hidden layer of the region proposals, as each level meets it."""
-    return [call.shape for call in calls("faster_rcnn_r50_fpn") if call.module.startswith("rpn.head.conv.")]
+    """The hidden layer of the region proposals, as each level meets it, and as P7 would."""
+    found = [call.shape for call in calls("faster_rcnn_r50_fpn") if call.module.startswith("rpn.head.conv.")]
+    return [*found, distinct()[P7]]
 
 
 def cases(device: str, full: bool = False) -> Iterator[Case]:

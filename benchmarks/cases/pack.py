@@ -1,9 +1,10 @@
-"""The weights of a subnet of ResNet-50 at half width: packed, and their gradients brought back. No convolution runs.
+"""The weights of a subnet of a ResNet at half width: packed, and their gradients brought back. No convolution runs.
 
 ``slice_contiguous`` is what supernets do: every layer slices its weight and copies the slice, and autograd brings the
 gradient back. In ``forward+backward`` gradients are there already and are added to, as for every subnet of a step but
 the first: in ``jdkd main_grad`` one launch adds them in place; in ``jdkd autograd`` the weights get dense ones, which
-torch adds. In ``first forward+backward`` there are none yet.
+torch adds. In ``first forward+backward`` there are none yet. ``forward`` is the pack alone, and ``unpack`` the addition
+in place alone, without autograd.
 
 ``least_bytes`` counts the active weights: read and written once by a pack; packed gradients read, and the shared ones
 read and written, by the way back. On a CPU jdkd maps its large buffers itself, so the peak memory of a row leaves them
@@ -12,6 +13,7 @@ out: the packed weights, and in ``jdkd autograd`` the pages of the dense gradien
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,10 +23,12 @@ from torch import Tensor
 from benchmarks.conv_shapes import backbone
 from benchmarks.harness import Case, Provider
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.pack import Part, pack, packed_weights
+from jdkd.ops.pack import Part, pack, packed_weights, unpack_add_
 from jdkd.reference import pack as reference
 
 NAME = "pack"
+# A detector whose backbone it is, and how many of its convolutions; all of ResNet-101 but the last block are 37.9 M.
+NETWORKS = {"ResNet-50": ("faster_rcnn_r50_fpn", 53), "37.9M of ResNet-101": ("faster_rcnn_r101_fpn", 101)}
 LAYOUTS = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
@@ -40,6 +44,9 @@ class Inputs:
 def cases(device: str, full: bool = False) -> Iterator[Case]:
     """The cases for a device."""
     dtypes = (torch.bfloat16, torch.float32) if device == "cuda" else (torch.float32, torch.bfloat16)
+    if device == "cuda":
+        for layout, mode in itertools.product(LAYOUTS, ("forward", "unpack")):
+            yield case(0.5, torch.bfloat16, layout, mode, device, network="37.9M of ResNet-101")
     for dtype in dtypes:
         for layout in LAYOUTS:
             for width in (0.5, 1.0, 0.25) if full else (0.5,):
@@ -49,9 +56,19 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
                 yield case(0.5, dtype, layout, "forward+backward", device, listed=True)
 
 
-def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, listed: bool = False) -> Case:
-    """All layers at one width; ``listed`` takes every other channel instead of the leading ones."""
-    layers = backbone("faster_rcnn_r50_fpn")
+def case(
+    width: float,
+    dtype: torch.dtype,
+    layout: str,
+    mode: str,
+    device: str,
+    listed: bool = False,
+    network: str = "ResNet-50",
+) -> Case:
+    """All layers of a network of :data:`NETWORKS` at one width; ``listed`` takes every other channel instead of the
+    leading ones."""
+    detector, count = NETWORKS[network]
+    layers = backbone(detector)[:count]
     shapes = [(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel) for layer in layers]
     parts = []
     for layer, (rows, columns, *_) in zip(layers, shapes, strict=True):
@@ -59,7 +76,7 @@ def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, 
         parts.append(Part(active(outputs, rows, listed, device), active(inputs, columns, listed, device)))
     backward, first = mode != "forward", mode.startswith("first")
     runs: dict[str, Run] = {"slice_contiguous": slice_contiguous, "jdkd": autograd}
-    if backward and not first:
+    if mode == "forward+backward":
         runs = {"slice_contiguous": slice_contiguous, "jdkd autograd": autograd, "jdkd main_grad": main_grad}
 
     def make() -> Inputs:
@@ -79,14 +96,18 @@ def case(width: float, dtype: torch.dtype, layout: str, mode: str, device: str, 
     )
     return Case(
         NAME,
-        f"ResNet-50 x{width:g}{' listed' if listed else ''}",
+        f"{network} x{width:g}{' listed' if listed else ''}",
         mode,
         dtype,
         layout,
         make,
-        lambda given: exact(given, backward),
-        {name: provided(name, run, dtype, backward, first, device) for name, run in runs.items()},
-        numbers * (4 + dtype.itemsize) + backward * numbers * ((4 if first else 8) + dtype.itemsize),
+        lambda given: exact(given, mode),
+        {
+            name: added(name) if mode == "unpack" else provided(name, run, dtype, backward, first)
+            for name, run in runs.items()
+        },
+        numbers * ((mode != "unpack") * (4 + dtype.itemsize) + backward * ((4 if first else 8) + dtype.itemsize)),
+        restore=restore if backward and not first else None,
     )
 
 
@@ -97,8 +118,14 @@ def active(count: int, maximum: int, listed: bool, device: str) -> Channels:
     return Channels(count, torch.tensor(order[:count], device=device))
 
 
-def exact(given: Inputs, backward: bool) -> list[Tensor]:
-    """The packed weights, and the gradients after one step if ``backward``, float32."""
+def restore(given: Inputs) -> None:
+    """Sets the gradients that are added to back to zero."""
+    for weights in given.weights.values():
+        torch._foreach_zero_([weight.grad for weight in weights])
+
+
+def exact(given: Inputs, mode: str) -> list[Tensor]:
+    """The packed weights, but not of an ``unpack``, and the gradients after one step, but not of a ``forward``."""
     weights = next(iter(given.weights.values()))
     rows, columns = (
         [channels.count if channels.index is None else channels.index for channels in side]
@@ -106,9 +133,9 @@ def exact(given: Inputs, backward: bool) -> list[Tensor]:
     )
     kernels = [None] * len(weights)
     with torch.no_grad():
-        packed = reference.pack(weights, rows, columns, kernels, torch.float32)
-        gradients = [torch.zeros_like(weight) for weight in weights] if backward else []
-        if backward:
+        packed = reference.pack(weights, rows, columns, kernels, torch.float32) if mode != "unpack" else []
+        gradients = [torch.zeros_like(weight) for weight in weights] if mode != "forward" else []
+        if gradients:
             reference.unpack_add_(gradients, rows, columns, kernels, given.packed_gradients)
     return [*packed, *gradients]
 
@@ -137,7 +164,22 @@ def main_grad(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dty
     return packed_weights(weights, parts, dtype, "main_grad")
 
 
-def provided(name: str, run: Run, dtype: torch.dtype, backward: bool, first: bool, device: str) -> Provider:
+def added(name: str) -> Provider:
+    """The gradients of a provider's own weights, to which the packed ones are added without autograd."""
+
+    def provider(given: Inputs) -> list[Tensor]:
+        gradients = [weight.grad for weight in given.weights[name]]
+        if name == "jdkd":
+            unpack_add_(gradients, given.parts, given.packed_gradients)
+            return gradients
+        for gradient, (rows, columns, _), own in zip(gradients, given.parts, given.packed_gradients, strict=True):
+            gradient[: rows.count, : columns.count] += own
+        return gradients
+
+    return provider
+
+
+def provided(name: str, run: Run, dtype: torch.dtype, backward: bool, first: bool) -> Provider:
     """The packed weights of a run, and the gradients that it has added to if ``backward``."""
 
     def provider(given: Inputs) -> list[Tensor]:
@@ -145,8 +187,6 @@ def provided(name: str, run: Run, dtype: torch.dtype, backward: bool, first: boo
         if first:
             for weight in weights:
                 weight.grad = None
-        elif backward and device == "cuda":  # a replay is compared after its outputs were poisoned
-            torch._foreach_zero_([weight.grad for weight in weights])
         with torch.set_grad_enabled(backward):
             packed = run(weights, given.parts, dtype)
         if backward:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import conv_shapes, goals, harness
-from benchmarks.cases import elastic_conv, elastic_levels, elastic_pointwise, pack, supernet_step
+from benchmarks.cases import elastic_conv, elastic_levels, elastic_pointwise, pack, subnet_change, supernet_step
 from benchmarks.cost import host_seconds
+from benchmarks.graphs import Graphs
+from jdkd.detect import named_spec
 
 SMALL = (5, 6)  # what stands for the images of the cases, in pixels
 
@@ -29,11 +32,16 @@ def assert_agree(case, *left_out):
     for name, provider in case.providers.items():
         if name not in left_out:
             harness.check_agreement(case, name, provider(inputs), exact)
+            if case.restore:  # what was added to starts again
+                case.restore(inputs)
+                harness.check_agreement(case, name, provider(inputs), exact)
 
 
 def test_shapes_are_those_of_the_specs():
-    shapes = conv_shapes.distinct()
+    shapes = dict(conv_shapes.distinct())
     places = {call.shape for detector in conv_shapes.DETECTORS for call in conv_shapes.calls(detector)}
+    p7 = shapes.pop(conv_shapes.P7)
+    assert p7.size == (7, 11) and dataclasses.replace(p7, size=shapes[conv_shapes.P6].size) in places
     assert len(shapes) == 42 and set(shapes.values()) == places, "two shapes under one label"
     assert [len(conv_shapes.calls(detector)) for detector in conv_shapes.DETECTORS] == [76, 127]
     p3 = shapes[elastic_conv.P3]
@@ -52,7 +60,7 @@ def test_all_cases_are_every_shape_batch_width_choice_and_mode():
     choices = [f"x{width}{listed}" for width in ("0.75", "0.5", "0.25") for listed in ("", " listed")]
     expected = itertools.product(conv_shapes.distinct(), ["x1", *choices], (1, 2, 8), elastic_conv.MODES)
     assert sorted(found) == sorted((f"{label} {choice} N={images}", mode) for label, choice, images, mode in expected)
-    assert len(found) == 42 * 7 * 3 * 2
+    assert len(found) == 43 * 7 * 3 * 2
 
 
 @pytest.mark.parametrize("mode", elastic_conv.MODES)
@@ -65,7 +73,7 @@ def test_convolutions_agree(label, listed, mode, small):
 
 def test_the_graphs_of_torch_compile_are_counted(small, monkeypatch):
     graphs = []
-    monkeypatch.setattr(elastic_conv.Compiled, "compile", lambda _, graph, inputs: graphs.append(graph) or graph)
+    monkeypatch.setattr(Graphs, "compile", lambda _, graph, inputs: graphs.append(graph) or graph)
     case = elastic_conv.case("P6 rpn 3x3 256->256", 0.5, False, torch.float32, "forward", "cpu", compiled=True)
     assert case.providers["torch.compile"].note is None
     assert_agree(case)
@@ -76,7 +84,7 @@ def test_the_graphs_of_torch_compile_are_counted(small, monkeypatch):
 @pytest.mark.parametrize("mode", elastic_levels.MODES)
 def test_convolutions_of_all_levels_agree(mode, monkeypatch):
     levels = [dataclasses.replace(shape, size=SMALL) for shape in elastic_levels.head()]
-    assert [shape.size[0] for shape in elastic_levels.head()] == [200, 100, 50, 25, 13]
+    assert [shape.size[0] for shape in elastic_levels.head()] == [200, 100, 50, 25, 13, 7]
     monkeypatch.setattr(elastic_levels, "head", lambda: levels)
     for pyramid in elastic_levels.PYRAMIDS:
         assert_agree(elastic_levels.case(pyramid, 0.5, torch.float32, mode, "cpu"))
@@ -86,7 +94,7 @@ def test_convolutions_of_all_levels_agree(mode, monkeypatch):
 def test_packed_weights_and_gradients_agree(layout, monkeypatch):
     few = conv_shapes.backbone("faster_rcnn_r50_fpn")[:8]
     monkeypatch.setattr(pack, "backbone", lambda detector: few)
-    for mode in ("forward", "first forward+backward", "forward+backward"):
+    for mode in ("forward", "first forward+backward", "forward+backward", "unpack"):
         assert_agree(pack.case(0.5, torch.float32, layout, mode, "cpu"))
     assert_agree(pack.case(0.25, torch.bfloat16, layout, "forward+backward", "cpu", listed=True))
 
@@ -94,12 +102,47 @@ def test_packed_weights_and_gradients_agree(layout, monkeypatch):
 def test_weight_handling_is_that_of_all_convolutions_of_the_backbone():
     shapes = conv_shapes.backbone("faster_rcnn_r50_fpn")
     assert len(shapes) == 53 and sum(s.in_channels * s.out_channels * s.kernel**2 for s in shapes) == 23_454_912
+    detector, count = pack.NETWORKS["37.9M of ResNet-101"]
+    shapes = conv_shapes.backbone(detector)[:count]
+    assert sum(s.in_channels * s.out_channels * s.kernel**2 for s in shapes) == 37_938_368
 
 
 @pytest.mark.parametrize("mode", elastic_pointwise.MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_pass_and_several_agree(mode, dtype, small):
     assert_agree(elastic_pointwise.case(elastic_pointwise.LAYERS[1], 0.5, dtype, mode, "cpu"), "torch.compile")
+
+
+@pytest.mark.filterwarnings("ignore:.*Function.*instantiated:DeprecationWarning")  # by dynamo
+def test_changes_of_subnet_are_counted(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(Graphs, "compile", lambda _, graph, inputs: graph)
+    monkeypatch.setattr(subnet_change, "CHANGES", 2)
+    case = subnet_change.case(supernet_step.R18, (32, 32), torch.float32, "cpu", width=0.125)
+    assert_agree(case)
+    counts = {name: provider.counts for name, provider in case.providers.items()}
+    assert case.providers["jdkd torch.compile"].graphs.count > 0
+    nothing = {"host_syncs": 0, "kernels_compiled": 0, "graphs_compiled": 0}
+    assert counts == {"slice_contiguous": None, **dict.fromkeys(("jdkd", "jdkd packed", "jdkd torch.compile"), nothing)}
+
+
+def test_kernels_that_triton_compiles_are_counted():
+    from triton import knobs
+
+    before = knobs.runtime.jit_post_compile_hook
+    with subnet_change.kernels_compiled() as kernels:
+        knobs.runtime.jit_post_compile_hook(key="", repr="conv", already_compiled=False)
+    assert kernels == ["conv"] and knobs.runtime.jit_post_compile_hook is before
+
+
+def test_subnets_are_the_whole_one_and_others_of_leading_and_listed_channels():
+    spec = named_spec(supernet_step.R18, classes=["object"])
+    whole, *others = subnet_change.subnets(spec)
+    widths = [width for stage in spec.stages for block in stage.blocks for width in block]
+    assert sorted(count for _, count in whole.channels) == sorted(widths)
+    assert len(others) == 1 + subnet_change.CHANGES and len({subnet.id for subnet in others}) == len(others)
+    listed = [any(not isinstance(channels, int) for _, channels in subnet.channels) for subnet in others]
+    assert listed[0] and {False, True} == set(listed[1:]) and not any(listed[1::2])
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +187,25 @@ def test_a_layer_that_ignored_its_width_would_be_seen(training_step, monkeypatch
         harness.check_agreement(case, "jdkd", case.providers["jdkd"](inputs), exact)
 
 
-def test_every_goal_is_a_case_that_runs_unasked():
-    modules = (elastic_conv, pack, elastic_pointwise, supernet_step)
-    assert set(goals.GOALS) == {module.NAME for module in modules}
-    for module in modules:
-        for goal in goals.GOALS[module.NAME]:
+@pytest.mark.parametrize(
+    "module", [elastic_conv, elastic_levels, pack, elastic_pointwise, supernet_step, subnet_change], ids=str
+)
+def test_every_goal_is_a_case_that_runs_unasked(module):
+    found = {device: [*module.cases(device)] for device in goals.DEVICES}
+    for given in goals.GOALS[module.NAME]:
+        for goal in given.goals() if isinstance(given, goals.Overall) else [given]:
             fits = [
                 case
-                for case in module.cases(goal.device)
+                for case in found[goal.device]
                 if (case.label, case.mode, str(case.dtype)[6:], case.layout)
                 == (goal.case, goal.mode, goal.dtype, goal.layout)
             ]
-            assert len(fits) == 1 and {goal.ours, goal.theirs} <= set(fits[0].providers), goal
+            assert len(fits) == 1 and {goal.ours, getattr(goal, "theirs", goal.ours)} <= set(fits[0].providers), goal
+
+
+def test_every_kernel_but_the_loss_has_goals_on_a_gpu():
+    asked = {op for op, found in goals.GOALS.items() if any(goal.device == "cuda" for goal in found)}
+    assert asked == {path.stem for path in Path(pack.__file__).parent.glob("[a-z]*.py")} - {"pearson"}
 
 
 def test_the_first_rows_of_a_cpu_are_the_goals_of_the_convolution():

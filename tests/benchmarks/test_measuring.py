@@ -104,6 +104,67 @@ def test_an_operator_counts_once_whatever_it_calls():
     assert found.dispatched_ops == 2
 
 
+def test_as_many_sets_as_make_what_a_provider_touches_three_times_the_cache():
+    image, exact = torch.ones(MEGABYTE), [torch.ones(MEGABYTE)]  # 4 MB each; least_bytes is what a slim one touches
+    case = dataclasses.replace(case_of(eager=twice, ours=twice), least_bytes=MEGABYTE)
+    assert harness._number_of_sets(case, image, exact, 50 * MEGABYTE, 1 << 40) == 150
+    assert harness._number_of_sets(case, image, exact, 50 * MEGABYTE, 16 * 2 * 10 * MEGABYTE) == 10, "half the memory"
+    assert harness._number_of_sets(case, image, exact, 50 * MEGABYTE, 0) == 2
+    whole = dataclasses.replace(case, least_bytes=1 << 30)
+    assert harness._number_of_sets(whole, image, exact, 50 * MEGABYTE, 1 << 40) == 38, "inputs count once"
+
+
+class Gpu:
+    """Stands in for a GPU; a launch keeps the host busy for ``hosts`` cycles."""
+
+    def __init__(self, monkeypatch, hosts):
+        self.asked, self.asleep, self.hosts = [], 0, hosts
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event(self))
+
+    def sleep(self, cycles):
+        self.asleep = cycles
+        self.asked.append(cycles)
+
+    def launch(self):
+        self.asleep -= self.hosts
+        self.asked.append("launch")
+
+
+class Event:
+    def __init__(self, gpu):
+        self.gpu = gpu
+
+    def record(self):
+        self.gpu.asked.append("event")
+
+    def query(self):
+        return self.gpu.asleep <= 0
+
+    def synchronize(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 7.0
+
+
+def test_a_launch_is_queued_behind_a_sleep_that_outlasts_it(monkeypatch):
+    gpu = Gpu(monkeypatch, hosts=150_000)
+    watch = harness.Stopwatch()
+    assert watch(gpu.launch) == 7e-3
+    behind = ["event", "launch", "event"]
+    assert gpu.asked == [100_000, *behind, 200_000, *behind]
+    watch(gpu.launch)
+    assert gpu.asked[8:] == [200_000, *behind], "the next launch knows how long"
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_launch_that_no_sleep_outlasts_is_timed_all_the_same(waits, monkeypatch):
+    gpu = Gpu(monkeypatch, hosts=1 << 60)
+    assert harness.Stopwatch()(gpu.launch, waits) == 7e-3
+    assert len(gpu.asked) == (4 if waits else 4 * 12)
+
+
 def test_bytes_of_inputs_count_every_tensor_once():
     image, norm = torch.ones(8), torch.nn.BatchNorm1d(2)
     norm.inside = [norm]  # a module may lead back to itself, as packed layers do

@@ -1,8 +1,9 @@
 """Rows of results, the tables made of them, and which cases a run picks."""
 
+import pytest
 import torch
 
-from benchmarks import goals, record, run
+from benchmarks import conv_shapes, goals, record, run
 from benchmarks.cases import elastic_conv, pearson
 from benchmarks.cost import Cost
 from benchmarks.harness import Timing
@@ -63,10 +64,10 @@ def test_a_match_picks_cases_by_words_of_their_names(capsys, monkeypatch):
     assert shown == ["pearson P7 N=1 float32 NCHW forward"]
 
 
-def half_width(device, **seconds):
-    case = elastic_conv.case(elastic_conv.P3, 0.5, False, torch.float32, "forward", "cpu")
+def half_width(device, time="noon", label=elastic_conv.P3, dtype=torch.float32, cuda=None, **seconds):
+    case = elastic_conv.case(label, 0.5, False, dtype, "forward", "cpu")
     timings = [Timing(name.replace("_of_", " "), [value] * 3, 0) for name, value in seconds.items()]
-    return record.rows(case, timings, {**COMMON, "device": device, "cuda": None})
+    return record.rows(case, timings, {**COMMON, "device": device, "time": time, "cuda": cuda})
 
 
 def test_a_goal_is_read_off_the_rows_of_its_device():
@@ -82,6 +83,56 @@ def test_a_goal_is_read_off_the_rows_of_its_device():
 def test_rows_of_another_case_say_nothing_to_a_goal():
     found = [{**row, "dtype": "bfloat16"} for row in half_width("Some CPU", full_width=0.16, jdkd=0.04)]
     assert goals.table("elastic_conv", found) == "On a CPU: not measured.\n\nOn a GPU: not measured."
+
+
+def test_a_goal_compares_rows_of_one_run():
+    first = half_width("Some CPU", full_width=0.16, jdkd=0.08, jdkd_of_triton=0.01)
+    later = half_width("Some CPU", "one", full_width=0.16, jdkd=0.04)
+    goal = goals.GOALS["elastic_conv"][0]
+    assert goal.gain(first) == 16 and goal.gain(record.latest(first + later)) == 4
+    assert goal.gain(record.latest(first + half_width("Some CPU", "one", full_width=0.16))) is None
+
+
+def test_a_goal_over_all_convolutions_wants_every_one():
+    (overall,) = (goal for goal in goals.GOALS["elastic_conv"] if isinstance(goal, goals.Overall))
+    seconds = {"slice_contiguous": 0.2, "jdkd": 0.1}
+    found = []
+    for number, label in enumerate(conv_shapes.distinct()):
+        ours = 0.05 if number == 0 else 0.8 if number == 1 else 0.1  # 4, 1/4 and 2 times as fast
+        found += half_width("GPU", label=label, dtype=torch.bfloat16, cuda="13", **{**seconds, "jdkd": ours})
+    mean = 2 ** (41 / 43)
+    assert overall.cells(found)[4] == f"{mean:.2f}×, 0.25× and more"
+    assert overall.cells(found[2:])[4] == "not measured, 42 of 43 were"
+    assert overall.cells([])[4:] == ["not measured", "mean at least 1×, none below 0.95×"]
+
+
+def test_a_limit_is_read_off_a_row_and_its_counts():
+    (limit,) = (g for g in goals.GOALS["pack"] if (g.mode, g.layout) == ("unpack", "NCHW"))
+    row = {"case": limit.case, "mode": "unpack", "dtype": "bfloat16", "layout": "NCHW", "provider": "jdkd"}
+    assert limit.cells([{**row, "median_us": 38, "kernels": 1}])[4:] == ["38 µs, 1 kernels", "at most 40 µs, 1 kernels"]
+    assert limit.cells([{**row, "median_us": 38, "kernels": None}])[4] == "38 µs, kernels not measured"
+    assert limit.cells([{**row, "provider": "slice_contiguous", "median_us": 38, "kernels": 1}])[4] == "not measured"
+    (limit,) = (g for g in goals.GOALS["subnet_change"] if g.ours == "jdkd")
+    row = {**row, "case": limit.case, "mode": limit.mode, "layout": limit.layout}
+    counts = {"host_syncs": 0, "kernels_compiled": 3, "graphs_compiled": 0}
+    assert limit.cells([{**row, "counts": counts}])[4] == "0 host syncs, 3 kernels compiled"
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_a_row_says_whether_convolutions_may_use_tf32(precision, monkeypatch):
+    monkeypatch.setattr(record, "device_name", lambda device: "Some GPU")
+    before = torch.backends.cudnn.conv.fp32_precision
+    try:
+        torch.backends.cudnn.conv.fp32_precision = precision
+        assert record.environment("cuda", 4e12)["tf32"] is (precision == "tf32")
+        assert record.environment("cpu", 4e12)["tf32"] is None
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+
+
+def test_a_row_says_what_its_provider_counts():
+    (row,) = rows(Timing("jdkd", [1e-3] * 3, 0, counts={"host_syncs": 2}))
+    assert row["counts"] == {"host_syncs": 2} and run.describe(row).endswith("2 host syncs")
 
 
 def test_a_row_says_what_its_provider_notes():
