@@ -1,8 +1,9 @@
 """Does this teacher match? The correlation of two pyramids, measured without training."""
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,36 @@ from jdkd.train.inputs import normalised
 from jdkd.train.modes import mode
 
 
+class Seen(NamedTuple):
+    """What a detector made of one batch.
+
+    Args:
+        pyramid: name -> level ``[N, C, H, W]``.
+        size: height and width in pixels of what its backbone saw.
+    """
+
+    pyramid: Mapping[str, Tensor]
+    size: tuple[int, int]
+
+
+@torch.no_grad()
+def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[Seen]:
+    """What a detector makes of each batch at its own input size, for :func:`correlations` of many students with it.
+
+    Args:
+        model, batches: as :func:`correlations` takes a teacher and batches.
+
+    Returns:
+        One a batch, on the model's device.
+    """
+    with mode(model, training=False):
+        return [_seen(model, normalised(model, batch)) for batch in batches]
+
+
 @torch.no_grad()
 def correlations(
     student: nn.Module,
-    teacher: nn.Module,
+    teacher: nn.Module | Sequence[Seen],
     batches: Iterable[Any],
     channels: Tensor | Sequence[int] | None = None,
     levels: Sequence[int] | None = None,
@@ -31,7 +58,8 @@ def correlations(
     student's. A channel that never changes correlates with nothing (r = 0).
 
     Args:
-        student, teacher: detectors with a ``backbone`` that returns a pyramid; run in evaluation mode.
+        student, teacher: detectors with a ``backbone`` that returns a pyramid; run in evaluation mode. Instead of the
+            teacher, what :func:`pyramids` made of it and of the same batches, at its own input size.
         batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
@@ -42,23 +70,33 @@ def correlations(
         stride -> mean of 1 - r over channels.
 
     Raises:
-        InputError: there is no batch, no level matches, or channel counts differ.
+        InputError: there is no batch, or more than pyramids; no level matches, or channel counts differ.
     """
     index = as_index(channels)
     pools: dict[int, _Comoments] = {}
-    with mode(student, training=False), mode(teacher, training=False):
-        for batch in batches:
-            seen = normalised(student, batch)  # [N, 3, H, W]
-            teacher.to(seen.device)
-            index = None if index is None else index.to(seen.device)
-            shown = normalised(teacher, batch) if own_size else renormalised(seen, student, teacher)
-            sizes = {"size": tuple(seen.shape[-2:]), "teacher_size": tuple(shown.shape[-2:])}
-            pairs = pair_levels(student.backbone(seen), teacher.backbone(shown), levels=levels, **sizes)
-            for stride, (ours, theirs) in pairs.items():
-                pools.setdefault(stride, _Comoments()).take(ours, select_channels(theirs, ours, index))
+    runs = isinstance(teacher, nn.Module)
+    with mode(student, training=False), mode(teacher, training=False) if runs else contextlib.nullcontext():
+        for number, batch in enumerate(batches):
+            shown = normalised(student, batch)  # [N, 3, H, W]
+            index = None if index is None else index.to(shown.device)
+            ours = _seen(student, shown)
+            if runs:
+                teacher.to(shown.device)
+                shown = normalised(teacher, batch) if own_size else renormalised(shown, student, teacher)
+            elif number == len(teacher):
+                raise InputError(f"correlations was given {number} pyramids and more batches; give one for each batch.")
+            theirs = _seen(teacher, shown) if runs else teacher[number]
+            pairs = pair_levels(ours.pyramid, theirs.pyramid, ours.size, levels, teacher_size=theirs.size)
+            for stride, (own, other) in pairs.items():
+                pools.setdefault(stride, _Comoments()).take(own, select_channels(other, own, index))
     if not pools:
         raise InputError("correlations was given 0 batches and needs at least 1; give it some images.")
     return {stride: pool.distance() for stride, pool in sorted(pools.items())}
+
+
+def _seen(model: nn.Module, batch: Tensor) -> Seen:
+    """The pyramid of a normalised batch ``[N, 3, H, W]``."""
+    return Seen(model.backbone(batch), tuple(batch.shape[-2:]))
 
 
 @dataclass

@@ -1,11 +1,13 @@
 """Screening: many students proposed, none trained, one chosen."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from jdkd.distill import correlations
+from jdkd.distill import correlations, pyramids
+from jdkd.distill.correlation import Seen
 from jdkd.errors import InputError
 from jdkd.latency import deployable
 from jdkd.morph import draw
@@ -51,16 +53,17 @@ def screen(parent: nn.Module, setting: Setting, rng: random.Random) -> Proposal:
         rng: the source of chance.
     """
     count = setting.config.proposals
+    seen = pyramids(parent, setting.probe())
     proposals = []
     for done in range(count):
-        proposals.append(_propose(parent, setting, rng))
+        proposals.append(_propose(parent, seen, setting, rng))
         setting.progress("screening students", done + 1, count, {"r": proposals[-1].similarity})
     report = setting.timed({str(i): deployable(proposal.student) for i, proposal in enumerate(proposals)})
     timed = [replace(p, latency_ratio=setting.quiet_ratio(report, str(i))) for i, p in enumerate(proposals)]
     return max(timed, key=lambda proposal: proposal.worth(setting.config.target_latency))
 
 
-def _propose(parent: nn.Module, setting: Setting, rng: random.Random) -> Proposal:
+def _propose(parent: nn.Module, seen: Sequence[Seen], setting: Setting, rng: random.Random) -> Proposal:
     base = setting.base.spec
     sizes = sorted({max(32, round(base.min_size * share / 32) * 32) for share in setting.config.resolutions})
     student, actions, kept = parent, [], tuple(range(parent.spec.fpn))
@@ -75,5 +78,5 @@ def _propose(parent: nn.Module, setting: Setting, rng: random.Random) -> Proposa
         kept = tuple(kept[channel] for channel in morph.channels.get("fpn", range(len(kept))))
         actions.append(morph.action)
     setting.calibrated(student)
-    distances = correlations(student, parent, setting.probe(), channels=kept, own_size=True).values()
+    distances = correlations(student, seen, setting.probe(), channels=kept).values()
     return Proposal("; ".join(actions), student, kept, 1 - sum(distances) / len(distances))

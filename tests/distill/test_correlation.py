@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from jdkd.distill import correlations
+from jdkd.distill import correlations, pyramids
 from jdkd.errors import InputError
 from tests.detectors import detector, small_spec
 from tests.distill.pyramids import PyramidDetector, batch
@@ -77,6 +77,21 @@ def test_a_teacher_may_look_at_its_own_input_size(images):
     measured = correlations(small, large, [images], own_size=True)
     assert list(measured) == [4, 8, 16, 32]
     assert all(0.01 < distance < 1 for distance in measured.values())
+
+
+def test_pyramids_of_a_teacher_serve_many_students(images):
+    teacher = detector(small_spec(), seed=3).train()
+    batches = [images, images[::-1]]
+    seen = pyramids(teacher, batches)
+    assert teacher.training
+    calls = teacher.backbone.register_forward_hook(lambda *state: pytest.fail("the teacher ran again"))
+    found = [correlations(detector(small_spec(min_size=size)), seen, batches) for size in (32, 64)]
+    calls.remove()
+    for size, distances in zip((32, 64), found, strict=True):
+        student = detector(small_spec(min_size=size))
+        assert distances == correlations(student, teacher, batches, own_size=True)
+    with pytest.raises(InputError, match="given 2 pyramids and more batches; give one for each batch"):
+        correlations(teacher, seen, [*batches, images])
 
 
 def test_no_batches_are_an_error(student, teacher):

@@ -4,13 +4,16 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
+from torch import nn
 
+from jdkd.distill import correlations
 from jdkd.latency import Latency, LatencyReport, ModelLatency
 from jdkd.pool import Member, Space, Subnet
-from jdkd.search import matching
+from jdkd.search import matching, screening
 from jdkd.search.screening import HEADROOM, Proposal
 from jdkd.search.setting import Setting
-from tests.detectors import small_spec
+from tests.detectors import detector, small_spec
 
 
 def proposal(similarity: float, ratio: float) -> Proposal:
@@ -30,6 +33,29 @@ def test_a_burst_of_other_work_does_not_decide_a_timing():
     for samples in (quiet, disturbed):
         models = {name: ModelLatency(end_to_end=Latency(tuple(times))) for name, times in samples.items()}
         assert Setting.quiet_ratio(LatencyReport(models, {}, {}), "student") == pytest.approx(0.8)
+
+
+def test_the_parent_looks_once_for_all_proposals(monkeypatch):
+    probe = [list(torch.rand(2, 3, 64, 80, generator=torch.Generator().manual_seed(seed))) for seed in range(2)]
+    parent, alike = detector(small_spec()), detector(small_spec())
+    looks, found, expected = [], [], []
+
+    def compared(student, seen, batches, channels):
+        expected.append(correlations(student, alike, probe, channels=channels, own_size=True))
+        found.append(correlations(student, seen, batches, channels=channels))
+        return found[-1]
+
+    monkeypatch.setattr(screening, "correlations", compared)
+    parent.backbone.register_forward_hook(lambda *state: looks.append(state))
+    config = SimpleNamespace(proposals=3, resolutions=(0.5, 1.0), target_latency=0.8)
+    setting = SimpleNamespace(
+        config=config, base=parent, probe=lambda: iter(probe), calibrated=nn.Module.eval, timed=lambda models: None,
+        quiet_ratio=lambda report, name: 0.5, progress=lambda *state: None,
+    )  # fmt: skip
+    chosen = screening.screen(parent, setting, random.Random(0))
+    assert len(looks) == len(probe)
+    assert found == expected and len(found) == 3
+    assert chosen.similarity == max(1 - sum(r.values()) / len(r) for r in found) > 0
 
 
 @pytest.fixture
