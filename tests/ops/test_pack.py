@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import pack_table
 from jdkd.ops.active_channels import Channels
@@ -255,6 +256,22 @@ def test_packed_gradients_on_another_device_are_refused():
     with pytest.raises(InputError, match="on meta but"):
         _unpack([elsewhere], [good], *parts)
     assert torch.equal(good, weight((4, 4)))
+
+
+@pytest.mark.parametrize("shared", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_claims_no_alignment_that_is_not_there(monkeypatch, shared, dtype):
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    if not _backend.interpreting():
+        pytest.skip("runs in Triton's interpreter")
+    claims = []
+    monkeypatch.setattr(
+        interpreter.TensorHandle, "set_attr", lambda self, key, n: claims.append(not (self.data % n).any())
+    )
+    whole = weight((24, 16 + 16 // shared.itemsize, 3, 3), dtype=shared, last=True)  # steps of one vector and more
+    with _backend.use_backend("triton"):
+        (found,) = pack([whole], [Part(channels([5, 2, 1], 24), Channels(16))], dtype)
+    assert claims and all(claims) and torch.equal(found, whole[[5, 2, 1], :16].to(dtype))
 
 
 def test_two_runs_give_the_same_bits(backend, device):
