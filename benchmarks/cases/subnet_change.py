@@ -137,11 +137,8 @@ class Provided:
             for subnet in others:
                 set_subnet(net.model, subnet)
                 self.run(net, images)
-        return {
-            "host_syncs": len(syncs),
-            "kernels_compiled": len(kernels),
-            "graphs_compiled": self.graphs.count - graphs,
-        }
+        on_gpu = {"host_syncs": len(syncs), "kernels_compiled": len(kernels)} if images.is_cuda else {}
+        return {**on_gpu, "graphs_compiled": self.graphs.count - graphs}
 
 
 def subnets(spec: DetectorSpec) -> Iterator[Subnet]:

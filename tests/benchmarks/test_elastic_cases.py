@@ -122,7 +122,7 @@ def test_changes_of_subnet_are_counted(monkeypatch):
     assert_agree(case)
     counts = {name: provider.counts for name, provider in case.providers.items()}
     assert case.providers["jdkd torch.compile"].graphs.count > 0
-    nothing = {"host_syncs": 0, "kernels_compiled": 0, "graphs_compiled": 0}
+    nothing = {"graphs_compiled": 0}
     assert counts == {"slice_contiguous": None, **dict.fromkeys(("jdkd", "jdkd packed", "jdkd torch.compile"), nothing)}
 
 
