@@ -13,6 +13,7 @@ from jdkd.errors import InputError
 from jdkd.nn.elastic import active_over_all, explained, filled, part_of
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
+from jdkd.ops.aten_conv import conv2d
 from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
 from jdkd.ops.elastic_conv_traced import choice, convolve_traced, transformed_traced
 from jdkd.ops.elastic_paths import Call, call_of
@@ -139,8 +140,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         check_channels(x, active.inputs.count, dim=-3, where=type(self).__name__)
         x, padding = self._padded(x, active)
         if self._is_transformed(active):
-            return F.conv2d(x, self._filters(active), part_of(self.bias, active.outputs), self.stride, padding,
-                            self.dilation, active.groups)  # fmt: skip
+            bias = part_of(self.bias, active.outputs)
+            return conv2d(x, self._filters(active), bias, self.stride, padding, self.dilation, active.groups)
         weight, bias, inputs, outputs, kernel = self.weight, self.bias, active.inputs, active.outputs, active.kernel
         if (packed := self._packed_weight()) is not None:
             weight, bias = packed, packed_bias(bias, outputs, packed.dtype)

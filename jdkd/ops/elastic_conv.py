@@ -11,7 +11,6 @@ paths, and when another one is taken.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from jdkd.errors import InputError
@@ -24,6 +23,7 @@ from jdkd.ops.active_channels import (
     active_part,
     crop,
 )
+from jdkd.ops.aten_conv import conv2d
 from jdkd.ops.elastic_implicit_gemm import implicit_gemm
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
 from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
@@ -198,18 +198,4 @@ def convolve(
     columns = inputs if groups == 1 else Channels(weight.shape[1])
     part = active_part(weight, outputs, columns, kernel)  # [Cout, Cin / groups, kh, kw]
     bias = None if bias is None else active_part(bias, outputs)  # [Cout]
-    if x.device.type == "cpu" and _reads_one_position_of_several(part, stride, padding):
-        rows, columns = pair(stride)
-        x, stride = x[..., ::rows, ::columns], 1
-    return F.conv2d(x, part, bias, stride, padding, dilation, groups)
-
-
-def _reads_one_position_of_several(part: Tensor, stride: int | tuple[int, int], padding: Padding) -> bool:
-    """Whether this is a strided 1x1 of few channels, whose gradient of the filter oneDNN computes wrongly.
-
-    Up to PyTorch 2.11 at least, it writes past its workspace if a channels-last image has fewer channels than a vector
-    has lanes (2 to 7 with AVX2, 15 with AVX-512): wrong values and a damaged heap (oneDNN's issue 6035).
-    """
-    return (
-        part.shape[1] < 16 and part.shape[2:] == (1, 1) and pair(stride) != (1, 1) and padding in (0, (0, 0), "valid")
-    )
+    return conv2d(x, part, bias, stride, padding, dilation, groups)

@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from jdkd import _backend
 from jdkd.ops import elastic_paths
 from jdkd.ops.active_channels import Channels, gather, on_device, scatter
+from jdkd.ops.aten_conv import conv2d_gradients
 
 _OP = "elastic_conv"
 _Pair = Sequence[int]  # vertical, horizontal, in pixels
@@ -155,9 +156,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows, columns = _rows_columns(x, weight, in_index, out_index, out_channels, groups)
     part = gather(weight, rows, columns).to(x.dtype)  # [Cout, Cin / groups, kh, kw]
-    dx, dpart, dbias = torch.ops.aten.convolution_backward(
-        dout, x, part, [out_channels], stride, padding, dilation, False, [0, 0], groups, wanted
-    )
+    dx, dpart, dbias = conv2d_gradients(dout, x, part, stride, padding, dilation, groups, wanted)
     empty = weight.new_empty
     return (
         dx.contiguous(memory_format=_layout(x)) if wanted[0] else x.new_empty(0),

@@ -22,6 +22,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part, gather, on_device, scatter
+from jdkd.ops.aten_conv import conv2d_gradients
 from jdkd.ops.elastic_conv import conv_channels
 from jdkd.ops.elastic_paths import ON_REQUEST, dtype_of
 from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
@@ -366,9 +367,7 @@ def _backward(
     wide = torch.promote_types(part.dtype, torch.float32)
     dxs, dpart, dbias = [], None, None
     for dout, x in zip(douts, xs, strict=True):
-        dx, *sums = torch.ops.aten.convolution_backward(
-            dout, x, part, [out_channels], [1, 1], padding, [1, 1], False, [0, 0], 1, wanted
-        )
+        dx, *sums = conv2d_gradients(dout, x, part, 1, padding, 1, 1, wanted)
         dxs += [_channels_last(dx)] if wanted[0] else []
         dpart, dbias = (
             (one.to(wide) if total is None else total.add_(one)) if want else None

@@ -20,6 +20,7 @@ from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import elastic_paths
 from jdkd.ops.active_channels import Channels, active_channels, gather, scatter
+from jdkd.ops.aten_conv import conv2d_gradients
 from jdkd.reference import elastic_pointwise as reference
 
 _OP = "elastic_pointwise"
@@ -296,9 +297,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = dout.shape[1]
     if not elastic_paths.kernel_runs("pointwise", x, dout.shape):
-        dx, dpart, _ = torch.ops.aten.convolution_backward(
-            dout, x, _part(weight, rows, x), None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1, [*wanted, False]
-        )
+        dx, dpart, _ = conv2d_gradients(dout, x, _part(weight, rows, x), stride, 0, 1, 1, [*wanted, False])
         dweight = weight.new_empty(0)
         if wanted[1]:
             dpart = dpart.reshape(rows, x.shape[1], *weight.shape[2:])

@@ -309,15 +309,3 @@ def test_refuses_channels_that_do_not_fit(arguments, words):
         elastic_conv2d(x, weight, bias, **arguments)
     for word in words:
         assert word in str(caught.value)
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_aten_never_strides_over_a_1x1_of_few_channels(monkeypatch, groups):
-    # oneDNN's gradient of the filter damages the heap there, often without a wrong value to see.
-    seen, aten = [], F.conv2d
-    monkeypatch.setattr(F, "conv2d", lambda *args: seen.append(args[3]) or aten(*args))
-    for channels, stride in [(7, (2, 1)), (7, 2), (16, 2)]:
-        weight, x = torch.randn(8, channels, 1, 1), torch.randn(1, channels * groups, 9, 8)
-        y = elastic_conv2d(x, weight, stride=stride, groups=groups)
-        torch.testing.assert_close(y, aten(x, weight, None, stride, 0, 1, groups))
-    assert seen == [1, 1, 2]
