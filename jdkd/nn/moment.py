@@ -9,6 +9,7 @@ which it knows by a name in torch's thread-local state: that one goes along into
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
 import threading
@@ -25,6 +26,7 @@ class _Thread(threading.local):
 
     def __init__(self):
         self.name = next(_ticks)
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.name))  # torch takes one, and gives it back with the thread
         torch._C._stash_obj_in_tls(_KEY, self.name)
 
 

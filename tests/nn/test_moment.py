@@ -2,6 +2,7 @@
 
 import itertools
 import pickle
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -163,3 +164,9 @@ def test_threads_of_autograd_know_the_thread_that_called_them(use_reentrant):
     conv.set_active(out_channels=[3, 5])
     with pytest.raises(InputError, match="run backward before the next set_subnet"):
         loss.backward()
+
+
+def test_torch_gives_back_no_reference_but_its_own(monkeypatch):
+    monkeypatch.setattr(moment, "_ticks", itertools.count(1_000_000))  # small numbers Python keeps itself
+    names, alike = _elsewhere(lambda: [moment._Thread().name]), [object()]
+    assert sys.getrefcount(names[0]) == sys.getrefcount(alike[0])
