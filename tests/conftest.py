@@ -63,6 +63,29 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", params, indirect=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    """Triton's interpreter patches its language for a kernel, and at every call inside of it once more, a third of its
+    time; here a launch does it once for each module that its functions are from."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime import interpreter
+
+    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
+
+    def patch_once(function):
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    def launch_anew(executor, *args, **kwargs):
+        patched.clear()
+        return launch(executor, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # What compiles ahead of time comes first: workers steal from the end, so that no two compile the same.
     items.sort(key=lambda item: not item.path.stem.endswith("_aot"))
