@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -166,7 +167,12 @@ def test_threads_of_autograd_know_the_thread_that_called_them(use_reentrant):
         loss.backward()
 
 
-def test_torch_gives_back_no_reference_but_its_own(monkeypatch):
+def test_torch_holds_a_reference_that_is_counted(monkeypatch):
     monkeypatch.setattr(moment, "_ticks", itertools.count(1_000_000))  # small numbers Python keeps itself
-    names, alike = _elsewhere(lambda: [moment._Thread().name]), [object()]
-    assert sys.getrefcount(names[0]) == sys.getrefcount(alike[0])
+
+    def references() -> tuple[int, int]:
+        named, alike = moment._Thread(), SimpleNamespace(name=object())
+        return sys.getrefcount(named.name), sys.getrefcount(alike.name)
+
+    found, own = _elsewhere(references)
+    assert found == own + 1
