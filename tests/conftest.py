@@ -87,8 +87,8 @@ def quick_interpreter() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # What compiles ahead of time comes first: workers steal from the end, so that no two compile the same.
-    items.sort(key=lambda item: not item.path.stem.endswith("_aot"))
+    # Long ones come first: workers steal from the end, so that no two make the same and none waits at the end.
+    items.sort(key=lambda item: not item.path.stem.endswith(("_aot", "test_search", "test_packaging")))
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):
