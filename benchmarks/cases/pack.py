@@ -16,6 +16,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,6 +180,19 @@ def added(name: str) -> Provider:
     return provider
 
 
+class _Consumed(torch.autograd.Function):
+    """What computes with the packed weights: a loss whose gradients with respect to them are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: Sequence[Tensor], *packed: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return packed[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.gradients
+
+
 def provided(name: str, run: Run, dtype: torch.dtype, backward: bool, first: bool) -> Provider:
     """The packed weights of a run, and the gradients that it has added to if ``backward``."""
 
@@ -190,7 +204,7 @@ def provided(name: str, run: Run, dtype: torch.dtype, backward: bool, first: boo
         with torch.set_grad_enabled(backward):
             packed = run(weights, given.parts, dtype)
         if backward:
-            torch.autograd.backward(packed, given.packed_gradients)
+            _Consumed.apply(given.packed_gradients, *packed).backward()
         return [*(view.detach() for view in packed), *(weight.grad for weight in weights if backward)]
 
     return provider
