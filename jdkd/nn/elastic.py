@@ -41,16 +41,14 @@ class Elastic(nn.Module):
 
         ``moved`` collects the lists that were brought to a device, so that layers of one group share them.
         """
-        moment = since or now()
-        if (
-            since is None
-            and moment.recomputation is None
-            and "_record" in vars(self)
-            and same(self._record.given, given)
-        ):
+        before = vars(self).get("_record")
+        moment = since or now(() if before is None else (before.since,))
+        if since is None and moment.recomputation is None and before is not None and same(before.given, given):
             return
-        active = self._beside_the_weights(given, {} if moved is None else moved)
-        self._record = Record(given, active, moment, self._traced(active) if self._in_regions else None)
+        with torch.inference_mode(False):  # where tensors would be made that no backward pass can save
+            given = type(given)(*(_lasting(part) for part in given))
+            active = self._beside_the_weights(given, {} if moved is None else moved)
+            self._record = Record(given, active, moment, self._traced(active) if self._in_regions else None)
 
     def _now(self) -> Any:
         """What a forward uses.
@@ -117,6 +115,12 @@ class Elastic(nn.Module):
         tensors = (*self._parameters.values(), *self._buffers.values())
         return next((tensor.device for tensor in tensors if tensor is not None), None)
 
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        home, lists = self._home(), (part.index for part in self._record.active if isinstance(part, Channels))
+        if any(index is not None and index.device != home for index in lists):  # another tensor was assigned
+            self._put(self._record.given, self._record.since)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Elastic:
         super()._apply(fn, recurse)
         self._put(self._record.given, self._record.since)
@@ -125,6 +129,13 @@ class Elastic(nn.Module):
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which nobody compiles and no forward has met
         state = {name: value for name, value in super().__getstate__().items() if name != "_in_regions"}
         return state | {"_record": self._record._replace(since=Moment({}), traced=None)}
+
+
+def _lasting(part: Any) -> Any:
+    """A part whose list, if it has one, was not made in inference mode."""
+    if isinstance(part, Channels) and part.index is not None and part.index.is_inference():
+        return Channels(part.count, part.index.clone())
+    return part
 
 
 def same(a: tuple, b: tuple) -> bool:

@@ -4,7 +4,8 @@ Autograd numbers its nodes in the order of their creation, in every thread by it
 autograd is at was created with the forward, by either form of checkpointing: a subnet is the one of that forward if it
 was there before the thread of the forward made this number. So a moment notes autograd's number where it was set, and
 where forwards of other threads first meet it. A backward pass is taken to be of forwards of the thread that called it,
-which it knows by a name in torch's thread-local state: that one goes along into autograd's own threads.
+which it knows by a name in torch's thread-local state: that one goes along into autograd's own threads. If that thread
+never met the subnet but an earlier one, there is no telling whose forward it was.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import ctypes
 import itertools
 import math
 import threading
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
 _KEY = "jdkd_thread"
 _ticks = itertools.count(1)
+_OTHERS = 0  # the name of all threads that are no longer told apart
+_MOST = 64  # threads that are
 
 
 class _Thread(threading.local):
@@ -42,6 +46,7 @@ class Moment(NamedTuple):
         thread: in which it was set; None: in a recomputation.
         sequence: autograd's next number in that thread.
         recomputation: that it was set in, if any: graph task and node.
+        earlier: threads whose forwards met what was set before.
     """
 
     numbers: dict[int, int]
@@ -49,12 +54,17 @@ class Moment(NamedTuple):
     thread: int | None = None
     sequence: int = 0
     recomputation: tuple[int, int] | None = None
+    earlier: frozenset[int] = frozenset()
 
     def meet(self) -> None:
         """Notes a forward of this thread, outside of a backward pass."""
         thread = _thread.name
         if thread not in self.numbers:
             self.numbers[thread] = self._number(thread)
+            if len(self.numbers) > _MOST:  # as with a thread for every request
+                self.numbers[_OTHERS] = max(self.numbers.values())
+                for name in [name for name in self.numbers if name not in (_OTHERS, thread)]:
+                    self.numbers.pop(name, None)
 
     def _number(self, thread: int) -> int:
         if thread == self.thread:
@@ -66,19 +76,27 @@ class Moment(NamedTuple):
         here = recomputation()
         if self.recomputation == here:
             return True
-        number = self.numbers.get(_caller())
-        return (max(self.numbers.values(), default=math.inf) if number is None else number) <= here[1]
+        caller = _caller()
+        number = self.numbers.get(caller)
+        if number is None:
+            if not self.earlier.isdisjoint((caller, _OTHERS)):
+                return False
+            number = max(self.numbers.values(), default=math.inf)
+        return number <= here[1]
 
     def is_of_one_thread(self) -> bool:
         """Whether it was set by the thread that called the backward pass, and met by no other one."""
         return {self.thread, *self.numbers} == {_caller()}
 
 
-def now() -> Moment:
-    """Returns: the present moment of this thread."""
+def now(before: Iterable[Moment] = ()) -> Moment:
+    """Returns: the present moment of this thread; ``before`` holds those that it replaces."""
     here = recomputation()
     thread = _thread.name if here is None else None
-    return Moment({}, next(_ticks), thread, torch._C._autograd._get_sequence_nr(), here)
+    earlier = frozenset().union(*({*moment.earlier, *moment.numbers} for moment in before))
+    if len(earlier) > _MOST:
+        earlier = frozenset({_OTHERS})
+    return Moment({}, next(_ticks), thread, torch._C._autograd._get_sequence_nr(), here, earlier)
 
 
 def recomputation() -> tuple[int, int] | None:

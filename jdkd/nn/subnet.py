@@ -97,7 +97,8 @@ def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = 
         )
     modules = dict(model.named_modules())
     changes = _parts(modules, groups, subnet)
-    moment = now()  # one for all layers: a change of depth dates those whose channels stay, too
+    before = {id(layer._record.since): layer._record.since for layer, _ in changes}
+    moment = now(before.values())  # one for all layers: a change of depth dates those whose channels stay, too
     if moment.recomputation is None and all(same(layer._record.given, part) for layer, part in changes):
         return
     moved: dict[tuple, Tensor] = {}

@@ -82,7 +82,7 @@ def _listed(indices: Sequence[int], maximum: int, argument: str) -> Channels:
         raise InputError(f"{argument} holds index {twice} twice; list every active channel once")
     if all(index == k for k, index in enumerate(indices)):
         return Channels(len(indices))
-    return Channels(len(indices), torch.tensor(indices, dtype=torch.int64))
+    return Channels(len(indices), torch.tensor(indices, dtype=torch.int64, device="cpu"))
 
 
 def _check_count(count: int, maximum: int, argument: str) -> None:

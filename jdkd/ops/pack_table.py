@@ -85,7 +85,7 @@ class PackTable:
             _check_part(i, shape, size)
             own = _fields(shape, stride, size, (places[i], places[len(shapes) + i]), itemsizes)
             fields.append((*own, self.offsets[i], self.dense_offsets[i]))
-        parts = torch.tensor(fields, dtype=torch.int64)  # [P, 16]
+        parts = torch.tensor(fields, dtype=torch.int64, device="cpu")  # [P, 16]
         self.index = index  # [lists together] int64
         self.parts = on_device(parts, device)
         self._pieces = on_device(_pieces(parts), device) if device.type != "cpu" else None
@@ -118,12 +118,13 @@ class PackTable:
         if self.stream is not None and torch.cuda.is_current_stream_capturing():
             _captured.add(self)
             if addresses not in self.replayed:
-                self.replayed[addresses] = torch.tensor(addresses, dtype=torch.int64).pin_memory()
+                self.replayed[addresses] = torch.tensor(addresses, dtype=torch.int64, device="cpu").pin_memory()
             return self.replayed[addresses].to(self.device, non_blocking=True)  # a replay copies again
         key = addresses, None if self.stream is None else torch.cuda.current_stream(self.device)
         pointers = self.pointers  # another thread may exchange them
         if pointers is None or pointers[0] != key:
-            pointers = self.pointers = key, on_device(torch.tensor(addresses, dtype=torch.int64), self.device)
+            on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+            pointers = self.pointers = key, on_device(on_host, self.device)
         return pointers[1]
 
 
@@ -266,7 +267,7 @@ def _joined_lists(lists: Sequence[Tensor | None], device: torch.device) -> tuple
         total += 0 if index is None else index.numel()
     present = [index for index in lists if index is not None]
     if all(index.device.type == "cpu" for index in present):  # one transfer
-        joined = torch.cat(present) if present else torch.zeros(1, dtype=torch.int64)
+        joined = torch.cat(present) if present else torch.zeros(1, dtype=torch.int64, device="cpu")
         return on_device(joined, device), places
     return torch.cat([on_device(index, device) for index in present]), places
 
@@ -346,7 +347,7 @@ def _pieces(parts: Tensor) -> Tensor:
     rows, columns, tile_rows, tile_columns = parts[:, 0], parts[:, 1], parts[:, 12], parts[:, 13]
     across = (columns + tile_columns - 1) // tile_columns  # [P]
     counts = (rows + tile_rows - 1) // tile_rows * across  # [P]
-    part = torch.repeat_interleave(torch.arange(len(parts)), counts)  # [pieces]
-    local = torch.arange(len(part)) - (counts.cumsum(0) - counts)[part]
+    part = torch.repeat_interleave(torch.arange(len(parts), device="cpu"), counts)  # [pieces]
+    local = torch.arange(len(part), device="cpu") - (counts.cumsum(0) - counts)[part]
     row, column = local // across[part] * tile_rows[part], local % across[part] * tile_columns[part]
     return torch.stack([part, row, column, torch.zeros_like(part)], 1).to(torch.int32)

@@ -9,6 +9,7 @@ from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear
+from jdkd.ops.active_channels import Channels
 from tests.dispatched import Dispatched
 
 CHANNELS = [
@@ -172,6 +173,39 @@ def test_lists_outlive_a_module_without_memory():
     layer.to_empty(device="cpu")
     assert layer._record.active.inputs.index.tolist() == [4, 1]
     assert layer._record.active.outputs.index.tolist() == [0, 7]
+
+
+def test_lists_follow_weights_that_are_assigned():
+    with torch.device("meta"):
+        conv = ElasticConv2d(8, 8, 3)
+    conv.set_active([1, 3], [2, 4])
+    state = nn.Conv2d(8, 8, 3).state_dict()
+    conv.load_state_dict(state, assign=True)
+    x = torch.randn(1, 2, 5, 5)
+    torch.testing.assert_close(conv(x), conv.export()(x))
+    record = conv._record
+    conv.load_state_dict(state)
+    assert conv._record is record
+
+
+def test_lists_are_kept_on_the_host_whatever_the_default_device():
+    with torch.device("meta"):
+        conv = ElasticConv2d(8, 8, 3)
+        conv.set_active([1, 3], [2, 4])
+    conv.to_empty(device="cpu").reset_parameters()
+    x = torch.randn(1, 2, 5, 5)
+    torch.testing.assert_close(conv(x), conv.export()(x))
+
+
+def test_a_subnet_that_was_set_in_inference_mode_trains():
+    conv, linear, index = ElasticConv2d(8, 8, 3), ElasticLinear(8, 4), torch.tensor([2, 4])
+    with torch.inference_mode():
+        conv.set_active([1, 3], index + 0)
+        linear.set_active(Channels(2, index + 0))
+    y = linear(conv(torch.randn(1, 2, 5, 5)).mean((2, 3)))
+    y.sum().backward()
+    assert conv.weight.grad.flatten(2).any(2).nonzero().tolist() == [[2, 1], [2, 3], [4, 1], [4, 3]]
+    assert linear.weight.grad.any(0).nonzero().flatten().tolist() == [2, 4]
 
 
 def test_changing_the_subnet_runs_no_operator():

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import jdkd.nn
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, moment
+from jdkd.nn import ElasticConv2d, ElasticGroups, Subnet, moment, set_subnet
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
 DEPTH = 70  # of backward passes within each other: from 60 on autograd takes a thread of its own
@@ -36,7 +37,7 @@ def _conv(rows: list[int]) -> ElasticConv2d:
     return conv
 
 
-def _loss(conv: ElasticConv2d, use_reentrant: bool, checkpoint: Callable = torch_checkpoint) -> torch.Tensor:
+def _loss(conv: nn.Module, use_reentrant: bool, checkpoint: Callable = torch_checkpoint) -> torch.Tensor:
     x = torch.ones(1, 4, 2, 2, requires_grad=True)  # [N, C, H, W]
     return checkpoint(conv, x, use_reentrant=use_reentrant).sum()
 
@@ -95,10 +96,47 @@ def test_another_thread_may_call_the_backward_pass(use_reentrant):
     conv = _conv([0, 1])
     _elsewhere(_loss(conv, use_reentrant).backward)
     assert _rows(conv) == [0, 1]
-    conv.set_active(out_channels=[3, 5])
-    conv.zero_grad()
+    conv = _conv([0, 1])
     _elsewhere(lambda: _loss(conv, use_reentrant)).backward()
-    assert _rows(conv) == [3, 5]
+    assert _rows(conv) == [0, 1]
+
+
+@reentrant
+@pytest.mark.parametrize("late", [1, 100], ids=["one forward", "many"])
+def test_raises_where_only_another_thread_has_met_the_new_subnet(late, use_reentrant):
+    conv = _conv([0, 1])
+    loss = _loss(conv, use_reentrant)
+    conv.set_active(out_channels=[3, 5])
+    for _ in range(late):
+        _elsewhere(lambda: conv(torch.ones(1, 4, 2, 2)))
+    with pytest.raises(InputError, match=r"or use jdkd\.nn\.checkpoint"):
+        loss.backward()
+    conv.set_active(out_channels=[2, 4])
+    _elsewhere(lambda: conv(torch.ones(1, 4, 2, 2)))
+    with pytest.raises(InputError, match=r"or use jdkd\.nn\.checkpoint"):
+        loss.backward()
+
+
+@reentrant
+def test_a_whole_model_notes_who_ran_its_earlier_subnets(use_reentrant):
+    model = nn.Sequential(ElasticConv2d(4, 8, 1, bias=False))
+    model.elastic_groups = ElasticGroups({"a": [("0", "out")]})
+    set_subnet(model, Subnet({"a": [0, 1]}))
+    loss = _loss(model, use_reentrant)
+    set_subnet(model, Subnet({"a": [3, 5]}))
+    _elsewhere(lambda: model(torch.ones(1, 4, 2, 2)))
+    with pytest.raises(InputError, match=r"or use jdkd\.nn\.checkpoint"):
+        loss.backward()
+
+
+def test_threads_that_come_and_go_are_not_all_remembered():
+    conv = _conv([0, 1])
+    for rows in ([3, 5], [2, 4], [1, 6]):
+        conv.set_active(out_channels=rows)
+        for _ in range(moment._MOST + 5):
+            _elsewhere(lambda: conv(torch.ones(1, 4, 2, 2)))
+        assert len(conv._record.since.numbers) <= moment._MOST
+        assert len(conv._record.since.earlier) <= moment._MOST
 
 
 @reentrant
