@@ -11,10 +11,11 @@ parameter was exchanged, since the weights were packed. A forward that a CUDA gr
 so does every replay.
 
 With ``grad_mode="main_grad"`` the gradients of packed weights are added in place to ``weight.main_grad``, or else to
-``weight.grad``, past autograd. Gradient hooks of the weights see None and ``torch.autograd.grad`` finds nothing. What
-is not packed, biases too, still gets its gradient from autograd, in ``grad``. ``DistributedDataParallel`` averages what
-is in ``grad``; of ``main_grad`` it knows nothing, nor do gradient scalers and optimisers: average it yourself, and hand
-it to the optimiser. Neither mode has a second derivative with respect to a packed weight.
+``weight.grad``, past autograd. Gradient hooks of the weights see None, and ``torch.autograd.grad`` finds nothing and
+adds nothing. What is not packed, biases too, still gets its gradient from autograd, in ``grad``.
+``DistributedDataParallel`` averages what is in ``grad``; of ``main_grad`` it knows nothing, nor do gradient scalers and
+optimisers: average it yourself, and hand it to the optimiser. Neither mode has a second derivative with respect to a
+packed weight.
 """
 
 from __future__ import annotations
@@ -117,8 +118,9 @@ def packed(model: nn.Module, *, dtype: torch.dtype | None = None, grad_mode: str
 
     Args:
         model: holds the elastic layers.
-        dtype: to compute in: float32, bfloat16 or float16; None: that of autocast where it is on, else that of each
-            weight.
+        dtype: of the packed weights: float32, bfloat16 or float16; None: that of autocast where it is on, else that
+            of each weight. What stays as it is without packing keeps its own: a model that has such layers computes
+            under autocast.
         grad_mode: ``"autograd"``, or ``"main_grad"`` to add gradients in place; see :mod:`jdkd.nn.packing` for what
             that bypasses.
 
@@ -139,8 +141,9 @@ def packed(model: nn.Module, *, dtype: torch.dtype | None = None, grad_mode: str
     finally:
         hook.remove()
         for layer, outer, part in before:
-            removed = outer is not None and not outer.layers
-            layer._packing, layer._packed = (None, None) if removed else (outer, part)
+            ended = outer is not None and not outer.layers
+            layer._packing, layer._packed = (None, None) if ended else (outer, part)
+        packing.layers = {}  # of an end before that of a with inside, as of another thread's
 
 
 def pack_forwards(model: nn.Module, *, dtype: torch.dtype | None = None, grad_mode: str = "autograd") -> PackedForwards:

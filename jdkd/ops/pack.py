@@ -140,9 +140,10 @@ def packed_weights(
         parts: what is active of each.
         dtype: of the copies.
         grad_mode: ``"autograd"`` gives every weight a dense gradient, zero where inactive: views of one buffer, on
-            a CPU of one for a few neighbours. ``"main_grad"`` adds to ``weight.main_grad``, or else
-            ``weight.grad``, in place, and creates it if missing. It writes only what is active; hooks on the weights
-            see None, and of ``main_grad`` ``DistributedDataParallel`` knows nothing.
+            a CPU of one for a few neighbours, which lives as long as any of them. ``"main_grad"`` adds to
+            ``weight.main_grad``, or else ``weight.grad``, in place, and creates it if missing. It writes only what is
+            active, and nothing that ``autograd.grad`` or ``backward(inputs=)`` leave alone; hooks on the weights see
+            None, and of ``main_grad`` ``DistributedDataParallel`` knows nothing.
 
     Returns:
         As :func:`pack`.
@@ -207,7 +208,8 @@ class _PackedWeights(torch.autograd.Function):
         places = [i for i, gradient in enumerate(packed) if gradient is not None and needed[i]]
         found: list[Tensor | None] = [None] * len(packed)
         if places and ctx.grad_mode == "main_grad":
-            _accumulate(ctx.weights, ctx.flat, packed, places)
+            leaves = [leaf for leaf, _ in ctx.next_functions[1:]]  # the first one is the buffer's
+            _accumulate(ctx.weights, ctx.flat, packed, [i for i in places if _is_reached(leaves[i])])
         elif places:
             like = [ctx.weights[i] for i in places]
             flat = ctx.flat.kept(places)
@@ -233,13 +235,27 @@ def _accumulate(weights: Sequence[Tensor], flat: _Flat, packed: Sequence[Tensor 
         places = [i for i in places if i not in own]
 
 
+def _is_reached(leaf: Any) -> bool:
+    """Whether this backward pass adds to the gradient of a leaf: not under ``autograd.grad``, nor if it is none of the
+    ``inputs`` of ``backward``."""
+    try:
+        return torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # autograd.grad asks for the leaf itself
+        return False
+
+
 def _own_gradient(weight: Tensor) -> Tensor:
-    main = getattr(weight, "main_grad", None)
-    if main is not None:
-        return main
-    if weight.grad is None:
-        weight.grad = torch.zeros_like(weight)
-    return weight.grad
+    gradient, name = getattr(weight, "main_grad", None), "main_grad"
+    if gradient is None:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        gradient, name = weight.grad, "grad"
+    if gradient.shape != weight.shape or torch._debug_has_internal_overlap(gradient) == 1:
+        raise InputError(
+            f"{name} of a weight {tuple(weight.shape)} has shape {tuple(gradient.shape)} and strides "
+            f"{gradient.stride()}; give one of the weight's shape, in memory of its own for every element"
+        )
+    return gradient
 
 
 def _as_packed(gradients: Sequence[Tensor], sizes: Sequence[int], device: torch.device) -> list[Tensor]:

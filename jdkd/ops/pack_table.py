@@ -83,6 +83,9 @@ class PackTable:
         fields = []
         for i, (shape, stride, size) in enumerate(zip(shapes, strides, sizes, strict=True)):
             _check_part(i, shape, size)
+            for dim, listed in enumerate((rows[i], columns[i])):
+                if listed is not None:
+                    _check_list(i, ("rows", "columns")[dim], listed, size[dim], shape[dim])
             own = _fields(shape, stride, size, (places[i], places[len(shapes) + i]), itemsizes)
             fields.append((*own, self.offsets[i], self.dense_offsets[i]))
         parts = torch.tensor(fields, dtype=torch.int64, device="cpu")  # [P, 16]
@@ -257,6 +260,18 @@ def _check_part(place: int, shape: tuple[int, ...], size: Size4) -> None:
         crop_origin(whole[2:], size[2:])
     except InputError as error:
         raise InputError(f"part {place}: {error}") from None
+
+
+def _check_list(place: int, what: str, index: Tensor, count: int, maximum: int) -> None:
+    if index.dtype != torch.int64 or index.shape != (count,):
+        raise InputError(
+            f"part {place} lists its {count} {what} in {index.dtype} {tuple(index.shape)}; give int64 [{count}]"
+        )
+    if index.device.type == "cpu" and not 0 <= int(index.min()) <= int(index.max()) < maximum:
+        raise InputError(
+            f"part {place} lists {what} from {int(index.min())} to {int(index.max())} but its weight has {maximum}; "
+            f"list indices from 0 to {maximum - 1}"
+        )
 
 
 def _joined_lists(lists: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, list[int]]:

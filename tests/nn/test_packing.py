@@ -205,6 +205,21 @@ def test_the_inner_of_two_packs_for_itself(monkeypatch):
         assert torch.equal(net(images()), frozen) and len(counts) == 3
 
 
+def test_the_outer_of_two_may_end_first():
+    net = small()
+    first, second = packed(net), packed(net)
+    with torch.no_grad():
+        for scope in (first, second):
+            scope.__enter__()
+        expected = net(images())
+        first.__exit__(None, None, None)
+        torch.testing.assert_close(net(images()), expected)
+        second.__exit__(None, None, None)
+        net.stem.weight.mul_(2)
+        assert not torch.equal(net(images()), expected)
+    assert all(layer._packing is layer._packed is None for layer in net.modules() if isinstance(layer, ElasticConv2d))
+
+
 def test_a_handle_removed_inside_a_with_stays_removed(monkeypatch):
     net = small()
     handle = pack_forwards(net)

@@ -174,6 +174,30 @@ def test_main_grad_goes_past_hooks_and_the_functional_interface(scope):
             torch.autograd.grad(net(images()).sum(), net.stem.weight)
 
 
+@scopes
+def test_main_grad_adds_only_where_the_backward_pass_adds(scope):
+    net, expected = small(), _sliced("listed")
+    x = images().requires_grad_()
+    with scope(net, grad_mode="main_grad"):
+        loss = net(x).square().sum()
+        torch.autograd.grad(loss, [x, net.stem.weight], retain_graph=True, allow_unused=True)
+        assert all(weight.grad is None for weight in _weights(net).values())
+        loss.backward(inputs=[net.stem.weight])
+    found = {path: weight.grad for path, weight in _weights(net).items() if weight.grad is not None}
+    assert_same(found, {"stem.weight": expected["stem.weight"]})
+
+
+@pytest.mark.parametrize("gradient", [torch.zeros(2, 2), torch.zeros(1).expand(8, 8)], ids=["small", "expanded"])
+def test_main_grad_refuses_memory_that_does_not_fit(gradient):
+    net = nn.Sequential(ElasticLinear(8, 8), ElasticLinear(8, 8))
+    net[0].set_active(4, 4)
+    net[1].set_active(4, 4)
+    net[0].weight.main_grad = gradient
+    with pack_forwards(net, grad_mode="main_grad"), pytest.raises(InputError, match=r"main_grad of a weight \(8, 8\)"):
+        net(torch.ones(1, 4)).sum().backward()
+    assert not gradient.any()
+
+
 def test_autograd_runs_hooks_on_whole_gradients():
     net, seen, accumulated = small(), [], []
     net.stem.weight.register_hook(lambda gradient: seen.append(gradient.shape))

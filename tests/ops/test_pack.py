@@ -224,6 +224,10 @@ def test_a_table_is_never_built_while_a_graph_is_captured(monkeypatch):
     (Part(Channels(8), Channels(5)), "part 0 has 5 columns"),
     (Part(Channels(8), None, (2, 3)), "no centre crop"),
     (Part(Channels(8), None, (5, 3)), "no centre crop"),
+    (Part(Channels(3, torch.tensor([0, 1])), Channels(4)), "lists its 3 rows in torch.int64"),
+    (Part(Channels(8), Channels(2, torch.tensor([0, 1], dtype=torch.int32))), "columns in torch.int32"),
+    (Part(Channels(2, torch.tensor([0, -1])), Channels(4)), "lists rows from -1 to 0"),
+    (Part(Channels(8), Channels(2, torch.tensor([4, 0]))), "its weight has 4; list indices from 0 to 3"),
 ])  # fmt: skip
 def test_a_part_that_does_not_fit_is_refused(backend, device, part, words):
     with pytest.raises(InputError, match=words):
