@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+from jdkd.ops import pack_memory
 
 Provider = Callable[[Any], Sequence[Tensor]]
 
@@ -118,8 +121,14 @@ def _holds_graph(outputs: Sequence[Tensor]) -> bool:
 
 
 def _profiled(call: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], list[int], int]:
-    """What a call returns, the bytes in use after every allocation and release, and how many operators it ran."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    """What a call returns, the bytes in use after every allocation and release, and how many operators it ran.
+
+    Buffers that jdkd would map itself come from torch here, which sees no others.
+    """
+    with (
+        mock.patch.object(pack_memory, "MAPPED_FROM", math.inf),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record,
+    ):
         outputs = call()
     # FunctionEvents add up what happens inside an operator, where the peak may lie; the events beneath do not.
     events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -7,8 +7,7 @@ torch adds. In ``first forward+backward`` there are none yet. ``forward`` is the
 in place alone, without autograd.
 
 ``least_bytes`` counts the active weights: read and written once by a pack; packed gradients read, and the shared ones
-read and written, by the way back. On a CPU jdkd maps its large buffers itself, so the peak memory of a row leaves them
-out: the packed weights, and in ``jdkd autograd`` the pages of the dense gradients that are written.
+read and written, by the way back.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 2 << 20  # bytes
+MAPPED_FROM = HUGE_PAGE  # bytes of a buffer that is mapped here
 
 _packed_pages: list[mmap.mmap] = []  # the last ones, packed weights live on them
 _gradient_pages: list[mmap.mmap] = []
@@ -63,7 +64,7 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _is_mapped(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
-    return device.type == "cpu" and numel * dtype.itemsize >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE")
+    return device.type == "cpu" and numel * dtype.itemsize >= MAPPED_FROM and hasattr(mmap, "MADV_HUGEPAGE")
 
 
 def _taken(kept: list[mmap.mmap], size: int) -> tuple[mmap.mmap, bool]:

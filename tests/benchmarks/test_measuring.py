@@ -7,6 +7,8 @@ import torch
 
 from benchmarks import harness
 from benchmarks.cost import Step, cost
+from jdkd.ops.active_channels import Channels
+from jdkd.ops.pack import Part, pack
 
 MEGABYTE = 1 << 20
 
@@ -79,6 +81,12 @@ def test_peak_memory_sees_inside_an_operator():
     given = torch.ones(512, 512)
     found = cost(lambda given: [given.logsumexp(1)], given, "cpu")  # a row of results, and a whole image on the way
     assert found.peak_bytes > given.nbytes
+
+
+def test_peak_memory_counts_buffers_that_are_mapped_otherwise():
+    weight = torch.ones(1024, 2048)
+    found = cost(lambda given: pack([given], [Part(Channels(512))], torch.float32), weight, "cpu")
+    assert found.peak_bytes >= 512 * 2048 * 4
 
 
 def test_what_is_kept_for_the_backward_counts_once_and_without_inputs():
