@@ -31,6 +31,11 @@ class _Statistics(nn.Module):
         for name, buffer in of._buffers.items():
             self.register_buffer(name, None if buffer is None else buffer.detach().clone())
 
+    def reset_parameters(self) -> None:  # under this name, as FSDP asks every module that holds tensors
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                buffer.fill_(name == "running_var")
+
 
 class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
     """Batch normalisation of the active channels; built as ``nn.BatchNorm2d``, with its state dict.
@@ -106,6 +111,12 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
 
     def _statistics(self, name: str | None) -> nn.Module:
         return self if name is None else self.own[name]
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if self.track_running_stats and self.has_own_statistics:
+            for statistics in self.own.values():
+                statistics.reset_parameters()
 
     def _put(self, given: _Norm, *rest: Any, **options: Any) -> None:
         if given.name is not None and given.name not in self.own:

@@ -78,6 +78,12 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
             eye = torch.eye(smaller**2, dtype=self.weight.dtype, device=self.weight.device)  # [k' k', k' k']
             self.register_parameter(f"transform_{larger}to{smaller}", nn.Parameter(eye))
 
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if getattr(self, "kernel_transform", False):  # nn.Conv2d calls this before there are any
+            for matrix in self._transforms().values():
+                nn.init.eye_(matrix)
+
     def set_active(
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
     ) -> None:

@@ -100,6 +100,30 @@ def test_sets_follow_their_layer_to_another_dtype_and_into_a_copy():
     assert twin.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("module_by_module", [False, True], ids=["layer", "modules"])
+def test_a_norm_built_without_memory_resets_every_set(module_by_module):
+    norm = ElasticBatchNorm2d(4, statistics="own", device="meta")
+    norm.set_active(2, name="narrow")
+    if module_by_module:  # as FSDP does
+        for module in norm.modules():
+            if any(True for _ in module.buffers(recurse=False)):
+                _filled_with_7(module.to_empty(device="cpu", recurse=False))
+                module.reset_parameters()
+    else:
+        _filled_with_7(norm.to_empty(device="cpu")).reset_parameters()
+    for home in (norm, norm.own["narrow"]):
+        assert torch.equal(home.running_mean, torch.zeros(4)) and torch.equal(home.running_var, torch.ones(4))
+        assert home.num_batches_tracked == 0
+    assert torch.equal(norm.weight, torch.ones(4))
+
+
+def _filled_with_7(module: nn.Module) -> nn.Module:
+    for tensor in module.state_dict().values():
+        if not tensor.is_meta:
+            tensor.fill_(7)
+    return module
+
+
 def test_a_subnet_is_named_by_what_it_holds():
     assert NARROW.id == Subnet.from_json(NARROW.to_json()).id
     assert len({NARROW.id, LISTED.id, Subnet().id}) == 3
