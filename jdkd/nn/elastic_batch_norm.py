@@ -140,13 +140,15 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         weight, bias = part_of(self.weight, active), part_of(self.bias, active)  # [C]
         own = self._statistics(name)
         mean, variance = part_of(own.running_mean, active), part_of(own.running_var, active)  # [C]
-        tracks = self.training and mean is not None
+        from_batch = self.training or mean is None
+        tracks = self.training and self.track_running_stats and mean is not None
         if tracks:
             own.num_batches_tracked.add_(1)
+        elif from_batch:
+            mean = variance = None
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / float(own.num_batches_tracked) if tracks else 0.0
-        from_batch = self.training or mean is None
         y = F.batch_norm(x, mean, variance, weight, bias, from_batch, momentum, self.eps)
         if tracks and active.index is not None:
             index = on_device(active.index, mean.device)
