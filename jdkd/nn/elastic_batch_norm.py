@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -135,7 +136,8 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         self._check_input_dim(x)
         active, name = self._now()
         check_channels(x, active.count, dim=1, where=type(self).__name__)
-        if name is None and active.index is None and active.count == self.num_features:
+        in_transform = torch._C._are_functorch_transforms_active()
+        if name is None and active.index is None and active.count == self.num_features and not in_transform:
             return super().forward(x)
         weight, bias = part_of(self.weight, active), part_of(self.bias, active)  # [C]
         own = self._statistics(name)
@@ -149,12 +151,16 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / float(own.num_batches_tracked) if tracks else 0.0
+        if tracks and in_transform:  # vmap loses what batch_norm writes into a view of a batch
+            mean, variance = (part.clone(memory_format=torch.contiguous_format) for part in (mean, variance))
         y = F.batch_norm(x, mean, variance, weight, bias, from_batch, momentum, self.eps)
-        if tracks and active.index is not None:
+        if tracks and (in_transform or active.index is not None):
             index = on_device(active.index, mean.device)
-            # Past the version counter, as batch_norm writes: another subnet in the graph may hold a view.
-            own.running_mean.data.index_copy_(0, index, mean)
-            own.running_var.data.index_copy_(0, index, variance)
+            for whole, part in ((own.running_mean, mean), (own.running_var, variance)):
+                if in_transform:
+                    whole[slice(active.count) if index is None else index] = part
+                else:  # past the version counter, as batch_norm writes: another subnet in the graph may hold a view
+                    whole.data.index_copy_(0, index, part)
         return y
 
     def export(self) -> nn.BatchNorm2d:
