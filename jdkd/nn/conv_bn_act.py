@@ -21,6 +21,10 @@ from jdkd.ops.kernel_size import KernelLike
 class ConvBNAct(nn.Module):
     """A convolution, its batch normalisation, a residual and a ReLU, in this order: plain layers, one after another.
 
+    Residual and ReLU work in place on what ``bn`` returns, as torchvision's ``nn.ReLU(inplace=True)`` does. Where one
+    of them follows, a hook of ``bn`` that keeps its output sees it overwritten, and torch refuses full backward hooks
+    of ``bn``.
+
     Args:
         conv: any convolution.
         bn: normalises what it makes.

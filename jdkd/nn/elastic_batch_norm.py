@@ -41,6 +41,9 @@ class _Statistics(nn.Module):
 class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
     """Batch normalisation of the active channels; built as ``nn.BatchNorm2d``, with its state dict.
 
+    Sets of own statistics are further keys: once there is one, a plain state dict loads with ``strict=False``, and
+    leaves the sets as they are.
+
     Training updates the running statistics of the active channels in place and leaves the others alone. Another width
     upstream means other activations: recalibrate (``jdkd.train.calibrate_bn``) before a subnet is scored or exported.
     ``momentum=None`` averages over every batch that the statistics saw, whichever subnet was active.

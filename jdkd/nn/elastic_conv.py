@@ -52,13 +52,16 @@ class _TracedConvolution(NamedTuple):
 class ElasticConv2d(ElasticWeight, nn.Conv2d):
     """See :func:`jdkd.functional.elastic_conv2d`; built as ``nn.Conv2d``, with its state dict.
 
+    Kernel transforms are further keys: where there are any, a plain state dict loads with ``strict=False``, and leaves
+    them as they are.
+
     ``active_in_channels``, ``active_out_channels`` and ``active_kernel_size`` say what is active now.
 
     Args:
         args, kwargs: as for ``nn.Conv2d``.
         kernel_transform: learn a matrix for every step from a kernel size to the next smaller one, ``transform_5to3``
             and so on, shared by all channels and the identity at birth (Cai et al., Once-for-All, ICLR 2020, section
-            3.2). They are in the state dict. Filters are transformed at every forward, and ATen convolves with them.
+            3.2). Filters are transformed at every forward, and ATen convolves with them.
     """
 
     def __init__(self, *args, kernel_transform: bool = False, **kwargs) -> None:
