@@ -21,6 +21,10 @@ from jdkd.ops.kernel_size import KernelLike
 class ConvBNAct(nn.Module):
     """A convolution, its batch normalisation, a residual and a ReLU, in this order: plain layers, one after another.
 
+    Residual and ReLU work in place on what ``bn`` returns, as torchvision's ``nn.ReLU(inplace=True)`` does. Where one
+    of them follows, a hook of ``bn`` that keeps its output sees it overwritten, and torch refuses full backward hooks
+    of ``bn``.
+
     Args:
         conv: any convolution.
         bn: normalises what it makes.
@@ -60,6 +64,9 @@ class ElasticConvBNAct(ConvBNAct):
     ReLU are part of it. Elsewhere, where the active filters have fewer numbers than the output, they take the scale,
     anew at every forward since any of these may change, and no pass over the output is left of the normalisation.
     Hooks of the parts run only where the parts do.
+
+    ``bn`` is to stay elastic. ``nn.SyncBatchNorm.convert_sync_batchnorm`` would replace it; the unit refuses to run
+    then, to be set and to be exported, in training too. Export the subnet first, and convert what comes out.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as for ``nn.Conv2d``.
@@ -103,6 +110,7 @@ class ElasticConvBNAct(ConvBNAct):
         Raises:
             InputError: if the supernet has no such channels or taps; the active ones stay as they were.
         """
+        self._check_bn()
         try:
             part = self.conv.part(in_channels, out_channels, kernel_size)
         except InputError as error:
@@ -111,6 +119,7 @@ class ElasticConvBNAct(ConvBNAct):
         self.bn._put(self.bn.part(part.outputs))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_bn()
         compiled = torch.compiler.is_compiling() and self.bn._in_regions  # the compiler folds by itself
         if compiled or self._normalises_by_batch():
             return super().forward(x, residual)
@@ -126,6 +135,14 @@ class ElasticConvBNAct(ConvBNAct):
         x, padding = conv._padded(x, active)
         whole, window = self._whole(active), (conv.stride, padding, conv.dilation, active.groups)
         return self._ended(convolve(x, filters, shift.to(filters.dtype), *whole, *window), residual)
+
+    def _check_bn(self) -> None:
+        """Raises InputError where something has replaced the elastic normalisation; wrappers of it may."""
+        if not hasattr(self.bn, "_now"):
+            raise InputError(
+                f"{type(self).__name__}: bn is a {type(self.bn).__name__} and no ElasticBatchNorm2d any more; leave "
+                "the layers of a supernet elastic, and convert what jdkd.nn.export makes of a subnet"
+            )
 
     def _whole(self, active: Any) -> tuple[Channels, Channels]:
         """The channels of folded filters, all of which are active."""
@@ -190,10 +207,12 @@ class ElasticConvBNAct(ConvBNAct):
 
     def export(self) -> ConvBNAct:
         """Returns: the unit of plain layers, with a copy of what is active, equal in output up to rounding."""
+        self._check_bn()
         return self.exported({id(layer): layer.export() for layer in (self.conv, self.bn)})
 
     def exported(self, plain: dict[int, Any]) -> ConvBNAct:
         """The same of layers that were exported before; ``plain`` holds them by identity."""
+        self._check_bn()
         unit = ConvBNAct(plain[id(self.conv)], plain[id(self.bn)], self.relu)
         unit.training = self.training
         return unit

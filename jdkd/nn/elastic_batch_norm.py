@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,9 +32,17 @@ class _Statistics(nn.Module):
         for name, buffer in of._buffers.items():
             self.register_buffer(name, None if buffer is None else buffer.detach().clone())
 
+    def reset_parameters(self) -> None:  # under this name, as FSDP asks every module that holds tensors
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                buffer.fill_(name == "running_var")
+
 
 class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
     """Batch normalisation of the active channels; built as ``nn.BatchNorm2d``, with its state dict.
+
+    Sets of own statistics are further keys: once there is one, a plain state dict loads with ``strict=False``, and
+    leaves the sets as they are.
 
     Training updates the running statistics of the active channels in place and leaves the others alone. Another width
     upstream means other activations: recalibrate (``jdkd.train.calibrate_bn``) before a subnet is scored or exported.
@@ -107,6 +116,12 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
     def _statistics(self, name: str | None) -> nn.Module:
         return self if name is None else self.own[name]
 
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        if self.track_running_stats and self.has_own_statistics:
+            for statistics in self.own.values():
+                statistics.reset_parameters()
+
     def _put(self, given: _Norm, *rest: Any, **options: Any) -> None:
         if given.name is not None and given.name not in self.own:
             self.own[given.name] = _Statistics(self)
@@ -124,24 +139,31 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         self._check_input_dim(x)
         active, name = self._now()
         check_channels(x, active.count, dim=1, where=type(self).__name__)
-        if name is None and active.index is None and active.count == self.num_features:
+        in_transform = torch._C._are_functorch_transforms_active()
+        if name is None and active.index is None and active.count == self.num_features and not in_transform:
             return super().forward(x)
         weight, bias = part_of(self.weight, active), part_of(self.bias, active)  # [C]
         own = self._statistics(name)
         mean, variance = part_of(own.running_mean, active), part_of(own.running_var, active)  # [C]
-        tracks = self.training and mean is not None
+        from_batch = self.training or mean is None
+        tracks = self.training and self.track_running_stats and mean is not None
         if tracks:
             own.num_batches_tracked.add_(1)
+        elif from_batch:
+            mean = variance = None
         momentum = self.momentum
         if momentum is None:
             momentum = 1.0 / float(own.num_batches_tracked) if tracks else 0.0
-        from_batch = self.training or mean is None
+        if tracks and in_transform:  # vmap loses what batch_norm writes into a view of a batch
+            mean, variance = (part.clone(memory_format=torch.contiguous_format) for part in (mean, variance))
         y = F.batch_norm(x, mean, variance, weight, bias, from_batch, momentum, self.eps)
-        if tracks and active.index is not None:
+        if tracks and (in_transform or active.index is not None):
             index = on_device(active.index, mean.device)
-            # Past the version counter, as batch_norm writes: another subnet in the graph may hold a view.
-            own.running_mean.data.index_copy_(0, index, mean)
-            own.running_var.data.index_copy_(0, index, variance)
+            for whole, part in ((own.running_mean, mean), (own.running_var, variance)):
+                if in_transform:
+                    whole[slice(active.count) if index is None else index] = part
+                else:  # past the version counter, as batch_norm writes: another subnet in the graph may hold a view
+                    whole.data.index_copy_(0, index, part)
         return y
 
     def export(self) -> nn.BatchNorm2d:

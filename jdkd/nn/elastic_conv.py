@@ -52,13 +52,16 @@ class _TracedConvolution(NamedTuple):
 class ElasticConv2d(ElasticWeight, nn.Conv2d):
     """See :func:`jdkd.functional.elastic_conv2d`; built as ``nn.Conv2d``, with its state dict.
 
+    Kernel transforms are further keys: where there are any, a plain state dict loads with ``strict=False``, and leaves
+    them as they are.
+
     ``active_in_channels``, ``active_out_channels`` and ``active_kernel_size`` say what is active now.
 
     Args:
         args, kwargs: as for ``nn.Conv2d``.
         kernel_transform: learn a matrix for every step from a kernel size to the next smaller one, ``transform_5to3``
             and so on, shared by all channels and the identity at birth (Cai et al., Once-for-All, ICLR 2020, section
-            3.2). They are in the state dict. Filters are transformed at every forward, and ATen convolves with them.
+            3.2). Filters are transformed at every forward, and ATen convolves with them.
     """
 
     def __init__(self, *args, kernel_transform: bool = False, **kwargs) -> None:
@@ -77,6 +80,12 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         for larger, smaller in transform_sizes(self.kernel_size[0]):
             eye = torch.eye(smaller**2, dtype=self.weight.dtype, device=self.weight.device)  # [k' k', k' k']
             self.register_parameter(f"transform_{larger}to{smaller}", nn.Parameter(eye))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if getattr(self, "kernel_transform", False):  # nn.Conv2d calls this before there are any
+            for matrix in self._transforms().values():
+                nn.init.eye_(matrix)
 
     def set_active(
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None

@@ -8,7 +8,7 @@ from torch import nn
 
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
-from jdkd.nn import ConvBNAct, ElasticConvBNAct, ElasticGroups, Subnet, export, set_subnet
+from jdkd.nn import ConvBNAct, ElasticConvBNAct, ElasticGroups, Subnet, explain, export, set_subnet
 from jdkd.testing import assert_within_twice
 from tests.dispatched import Dispatched
 
@@ -254,3 +254,17 @@ def test_refuses_what_does_not_fit_and_stays_as_it_was():
     unit.bn.set_active(5)
     with pytest.raises(InputError, match="conv makes 6 channels and bn has 5 active"):
         unit(torch.zeros(1, 4, 9, 9))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("width", [5, 8])
+def test_refuses_a_synchronised_normalisation(width, training):
+    unit = _unit(UNITS["3x3"]).train(training)
+    unit.set_active(width, width)
+    plain = nn.SyncBatchNorm.convert_sync_batchnorm(export(unit))
+    assert type(plain.bn) is nn.SyncBatchNorm and plain.bn.num_features == width
+    unit, x = nn.SyncBatchNorm.convert_sync_batchnorm(unit), torch.zeros(1, width, 4, 4)
+    calls = [lambda: unit(x), lambda: unit.set_active(4), unit.export, lambda: export(unit), lambda: explain(unit, x)]
+    for call in calls:
+        with pytest.raises(InputError, match=r"ElasticConvBNAct: bn is a SyncBatchNorm and no .*jdkd.nn.export"):
+            call()

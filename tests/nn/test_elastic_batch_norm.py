@@ -57,6 +57,24 @@ def test_a_set_begins_as_a_copy_of_the_shared_one_and_comes_back():
     torch.testing.assert_close(net(x), moved, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", [None, "mine"], ids=["shared", "own"])
+@pytest.mark.parametrize("channels", [4, 3, [2, 0]], ids=["all", "leading", "listed"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_statistics_that_are_no_longer_tracked_stay_and_are_read_in_evaluation(channels, name, momentum):
+    norm = elastic_models.randomised(ElasticBatchNorm2d(4, momentum=momentum, statistics="own" if name else "shared"))
+    norm.set_active(channels, name)
+    norm.track_running_stats = False
+    plain = nn.BatchNorm2d(norm.active_channels, momentum=momentum)
+    plain.load_state_dict(norm.export().state_dict())
+    plain.track_running_stats = False
+    before, x = copy.deepcopy(norm.state_dict()), torch.randn(2, norm.active_channels, 5, 5)
+    for training in (True, False):
+        expected = plain.train(training)(x)
+        torch.testing.assert_close(norm.train(training)(x), expected)
+        torch.testing.assert_close(norm.export()(x), expected)
+    assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
+
+
 def test_exports_carry_the_statistics_in_use():
     net, x = supernet(), images()
     set_subnet(net, LISTED)
@@ -98,6 +116,30 @@ def test_sets_follow_their_layer_to_another_dtype_and_into_a_copy():
     assert norm.active_statistics.num_batches_tracked == 0
     assert twin.active_statistics.num_batches_tracked == 1
     assert twin.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("module_by_module", [False, True], ids=["layer", "modules"])
+def test_a_norm_built_without_memory_resets_every_set(module_by_module):
+    norm = ElasticBatchNorm2d(4, statistics="own", device="meta")
+    norm.set_active(2, name="narrow")
+    if module_by_module:  # as FSDP does
+        for module in norm.modules():
+            if any(True for _ in module.buffers(recurse=False)):
+                _filled_with_7(module.to_empty(device="cpu", recurse=False))
+                module.reset_parameters()
+    else:
+        _filled_with_7(norm.to_empty(device="cpu")).reset_parameters()
+    for home in (norm, norm.own["narrow"]):
+        assert torch.equal(home.running_mean, torch.zeros(4)) and torch.equal(home.running_var, torch.ones(4))
+        assert home.num_batches_tracked == 0
+    assert torch.equal(norm.weight, torch.ones(4))
+
+
+def _filled_with_7(module: nn.Module) -> nn.Module:
+    for tensor in module.state_dict().values():
+        if not tensor.is_meta:
+            tensor.fill_(7)
+    return module
 
 
 def test_a_subnet_is_named_by_what_it_holds():

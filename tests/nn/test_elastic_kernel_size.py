@@ -122,6 +122,16 @@ def test_transforms_are_in_the_state_dict_only_where_asked_for():
     torch.testing.assert_close(other(x), layer(x), rtol=0, atol=0)
 
 
+def test_reset_parameters_makes_transforms_the_identity_again():
+    meta = ElasticConv2d(6, 6, 5, padding=2, kernel_transform=True, device="meta")
+    for layer in (_layer(CONVOLUTIONS["transform"]), meta.to_empty(device="cpu")):
+        layer.transform_3to1.data.fill_(7.0)
+        layer.reset_parameters()
+        assert torch.equal(layer.transform_5to3, torch.eye(9)) and torch.equal(layer.transform_3to1, torch.eye(1))
+        assert layer.transform_5to3.requires_grad and layer.transform_5to3.is_leaf
+        assert layer.weight.std() < 0.1, "uniform with a bound of 1 / sqrt(150), as nn.Conv2d draws it"
+
+
 def test_repr_shows_the_taps_that_are_active():
     layer = _layer(CONVOLUTIONS["transform"])
     assert "taps" not in repr(layer) and "kernel_transform=True" in repr(layer)

@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.func import functional_call, grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, stack_module_state, vmap
 from torch.nn.parallel import DistributedDataParallel
 
 from jdkd.errors import InputError
-from jdkd.nn import Subnet, export, set_subnet
-from tests.nn.elastic_models import SMALL, images, supernet
+from jdkd.nn import ElasticBatchNorm2d, Subnet, export, set_subnet
+from tests.nn.elastic_models import SMALL, images, randomised, supernet
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*is deprecated:DeprecationWarning")  # by jvp
 LEADING = Subnet({"stream": 5, "stage.0.inner": 3}, {"stage.0.conv1": 3})
@@ -93,6 +93,59 @@ def test_statistics_that_a_transform_cannot_write_are_refused_as_torchs_are(subn
     _, parameters, call = _functional(subnet, training=True)
     with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
         grad(lambda parameters: call(parameters, images()).square().sum())(parameters)
+
+
+scatters = pytest.mark.filterwarnings("ignore:.*batching rule for aten..index_copy_:UserWarning")  # in gradients
+
+
+@scatters
+@subnets
+def test_an_ensemble_in_training_moves_the_statistics_of_every_member(subnet):
+    members = [supernet(seed).train() for seed in range(3)]
+    for member in members:
+        set_subnet(member, subnet)
+    parameters, buffers = stack_module_state(members)
+    x = images()
+    together = vmap(lambda *state: functional_call(members[0], state, (x,)))(parameters, buffers)
+    together.square().sum().backward()
+    for i, member in enumerate(members):
+        y = member(x)
+        torch.testing.assert_close(together[i], y, rtol=1e-4, atol=1e-4)
+        found = {name: value[i] for name, value in buffers.items()}
+        torch.testing.assert_close(found, dict(member.named_buffers()), rtol=1e-4, atol=1e-4)
+        y.square().sum().backward()
+        for name, parameter in member.named_parameters():
+            if parameter.grad is not None:
+                torch.testing.assert_close(parameters[name].grad[i], parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+@scatters
+@pytest.mark.parametrize("members_last", [False, True])
+@pytest.mark.parametrize("name", [None, "mine"], ids=["shared", "own"])
+def test_widths_of_an_ensemble_take_turns_before_one_backward(name, members_last):
+    norms = [randomised(ElasticBatchNorm2d(8, statistics="own"), seed).train() for seed in range(3)]
+    _activate(norms, 8, name)
+    parameters, buffers = stack_module_state(norms)
+    if members_last:  # in memory
+        buffers = {key: value.movedim(0, -1).contiguous().movedim(-1, 0) for key, value in buffers.items()}
+    losses = [0.0, 0.0]
+    for channels in (8, 5, [6, 1, 2], 8, 3):
+        _activate(norms, channels, name)
+        x = torch.randn(3, 2, norms[0].active_channels, 5, 5)
+        together = vmap(lambda *args: functional_call(norms[0], args[:2], args[2:]))(parameters, buffers, x)
+        each = torch.stack([norm(x[i]) for i, norm in enumerate(norms)])
+        torch.testing.assert_close(together, each)
+        losses = [loss + y.pow(3).sum() for loss, y in zip(losses, (together, each), strict=True)]
+    sum(losses).backward()
+    for i, norm in enumerate(norms):
+        torch.testing.assert_close({key: value[i] for key, value in buffers.items()}, dict(norm.named_buffers()))
+        for key, parameter in norm.named_parameters():
+            torch.testing.assert_close(parameters[key].grad[i], parameter.grad, rtol=1e-4, atol=1e-4)
+
+
+def _activate(norms: list[ElasticBatchNorm2d], channels, name: str | None) -> None:
+    for norm in norms:
+        norm.set_active(channels, name)
 
 
 @subnets
