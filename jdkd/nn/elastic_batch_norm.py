@@ -29,8 +29,9 @@ class _Statistics(nn.Module):
 
     def __init__(self, of: nn.BatchNorm2d):
         super().__init__()
-        for name, buffer in of._buffers.items():
-            self.register_buffer(name, None if buffer is None else buffer.detach().clone())
+        with torch.inference_mode(False):  # where buffers would be made that training cannot update
+            for name, buffer in of._buffers.items():
+                self.register_buffer(name, None if buffer is None else buffer.detach().clone())
 
     def reset_parameters(self) -> None:  # under this name, as FSDP asks every module that holds tensors
         for name, buffer in self._buffers.items():

@@ -161,3 +161,16 @@ def test_a_subnet_is_named_by_what_it_holds():
 def test_refuses_what_it_cannot_keep(build, words):
     with pytest.raises(InputError, match=words):
         build()
+
+
+def test_a_subnet_that_was_first_set_in_inference_mode_trains():
+    net, x = supernet(), images()
+    with torch.inference_mode():
+        set_subnet(net.eval(), LISTED)
+        net(x)
+    net.train()(x).sum().backward()
+    fresh = supernet()
+    set_subnet(fresh, LISTED)
+    fresh.train()(x).sum().backward()
+    for (name, found), expected in zip(net.state_dict().items(), fresh.state_dict().values(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
