@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from jdkd.errors import InputError
 from jdkd.nn.stage import ElasticStage, active_depth
@@ -167,18 +169,31 @@ def _channels_of(modules: Mapping[str, nn.Module], group: str, side: Side) -> in
     """Channels at one side of a layer."""
     where = f"group {group!r}"
     layer = _module(modules, side.module, where)
-    kinds = layer._parameters, layer._buffers
-    tensors = (kind.get(name) for name in ("weight", "running_mean") for kind in kinds)
-    tensor = next((tensor for tensor in tensors if tensor is not None), None)
-    if tensor is None or (tensor.dim() == 1 and side.side == "in"):
+    features = _features(layer)[SIDES.index(side.side)]
+    if features is None:
         raise InputError(
             f"ElasticGroups: {where} names side {side.side!r} of {side.module}, a {type(layer).__name__}, which has no "
             "such channels; name convolutions, linear layers and the 'out' of batch normalisations"
         )
-    features = tensor.shape[1] * getattr(layer, "groups", 1) if side.side == "in" else tensor.shape[0]
     if features % side.repeat:
         raise InputError(
             f"ElasticGroups: {where} counts {side.repeat} features a channel at {side.module} ({side.side}), which has "
             f"{features}; give a divisor"
         )
     return features // side.repeat
+
+
+def _features(layer: nn.Module) -> tuple[int | None, int | None]:
+    """Features that a layer reads and makes, by its attributes: the weight may be computed when it is asked for."""
+    if isinstance(layer, _ConvNd):
+        return layer.in_channels, layer.out_channels
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, _BatchNorm):
+        return None, layer.num_features
+    kinds = layer._parameters, layer._buffers
+    tensors = (kind.get(name) for name in ("weight", "running_mean") for kind in kinds)
+    tensor = next((tensor for tensor in tensors if tensor is not None), None)
+    if tensor is None:
+        return None, None
+    return None if tensor.dim() == 1 else tensor.shape[1] * getattr(layer, "groups", 1), tensor.shape[0]

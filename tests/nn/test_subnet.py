@@ -6,9 +6,20 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torchvision.ops import FrozenBatchNorm2d
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Subnet, export, set_subnet
+from jdkd.nn import (
+    ElasticBatchNorm2d,
+    ElasticConv2d,
+    ElasticGroups,
+    ElasticLinear,
+    ElasticStage,
+    Subnet,
+    export,
+    set_subnet,
+)
 from jdkd.nn.elastic import Elastic
 from tests.nn.elastic_models import GROUPS, SMALL, Net, images, randomised, supernet
 
@@ -180,6 +191,46 @@ def test_refuses_a_plain_layer_in_a_group_and_a_model_without_a_declaration():
         set_subnet(net, Subnet())
     with pytest.raises(InputError, match="stage 'stage' is stage, a Sequential; build it as an ElasticStage"):
         set_subnet(net, Subnet(), ElasticGroups({}, {"stage": "stage"}))
+
+
+def _computed(name: str, layer: nn.Module) -> nn.Module:
+    """A layer whose weight is computed of other tensors."""
+    if name == "l1_unstructured":
+        return prune.l1_unstructured(layer, "weight", 0.3)
+    return getattr(nn.utils.parametrizations, name)(layer)
+
+
+@pytest.mark.parametrize("name", ["spectral_norm", "weight_norm", "l1_unstructured"])
+@pytest.mark.parametrize("active", [4, [6, 1, 2]], ids=["leading", "listed"])
+def test_layers_with_a_computed_weight_are_set(name, active):
+    conv, linear = _computed(name, ElasticConv2d(3, 8, 3)), _computed(name, ElasticLinear(32, 5))
+    net = nn.Sequential(conv, ElasticBatchNorm2d(8), nn.Flatten(), linear)
+    net.elastic_groups = ElasticGroups({"a": [("0", "out"), ("1", "out"), ("3", "in", 4)]})
+    net.eval()  # another power iteration at every look at the weight otherwise
+    set_subnet(net, Subnet({"a": active}))
+    rows = torch.arange(active) if isinstance(active, int) else torch.tensor(active)
+    x = torch.randn(2, 3, 4, 4)
+    y = conv(x)
+    torch.testing.assert_close(y, nn.functional.conv2d(x, conv.weight[rows], conv.bias[rows]))
+    columns = (rows[:, None] * 4 + torch.arange(4)).flatten()
+    expected = nn.functional.linear(net[1](y).flatten(1), linear.weight[:, columns], linear.bias)
+    torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(export(net)(x), expected)
+
+
+def test_a_norm_of_buffers_alone_has_its_channels_counted():
+    net = nn.Sequential(FrozenBatchNorm2d(8), ElasticBatchNorm2d(8, affine=False), nn.Conv2d(8, 8, 1))
+    modules = dict(net.named_modules())
+    groups = ElasticGroups({"a": [("0", "out"), ("1", "out"), ("2", "in")]})
+    assert groups.sizes(modules) == {"a": 8}
+    with pytest.raises(InputError, match="side 'in' of 0, a FrozenBatchNorm2d, which has no such channels"):
+        ElasticGroups({"a": [("0", "in")]}).sizes(modules)
+
+
+def test_a_norm_without_tensors_is_set():
+    net = nn.Sequential(ElasticBatchNorm2d(8, affine=False, track_running_stats=False))
+    set_subnet(net, Subnet({"a": 3}), ElasticGroups({"a": [("0", "out")]}))
+    assert net(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4) and net[0].active_channels == 3
 
 
 def test_a_group_that_is_cut_is_named():
