@@ -258,3 +258,11 @@ def test_a_stage_that_is_active_as_a_whole_runs_blocks_that_are_added():
     stage.set_active(2)
     stage.append(nn.Tanh())
     torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
+
+
+def test_a_stage_has_no_more_active_blocks_than_blocks():
+    stage, x = ElasticStage(nn.ReLU(), nn.Softplus(), nn.Tanh()), torch.randn(3)
+    stage.set_active(3)
+    del stage[2]
+    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
+    assert stage.active_depth == len(export(stage)) == 2 and "active=2/2 blocks" in repr(stage)
