@@ -238,12 +238,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
         tensor, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel = inputs
-        ctx.save_for_backward(tensor, row_index, column_index)
+        ctx.shape, ctx.strides, ctx.dtype = tensor.shape, tensor.stride(), tensor.dtype  # it may be written into
+        ctx.save_for_backward(row_index, column_index)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, row_index, column_index = ctx.saved_tensors
-        full = _Scatter.apply(grad, tensor.detach(), ctx.rows, ctx.columns, row_index, column_index, ctx.kernel)
+        row_index, column_index = ctx.saved_tensors
+        like = grad.new_empty_strided(ctx.shape, ctx.strides, dtype=ctx.dtype)
+        full = _Scatter.apply(grad, like, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel)
         return full, *[None] * 5
 
 
