@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -49,14 +49,17 @@ class ElasticGroups:
         stages: paths of :class:`ElasticStage`, by name.
 
     Raises:
-        InputError: on a side that there is not, or one that is in two groups.
+        InputError: on what is no side, a side that there is not, or one that is in two groups.
     """
 
     groups: Mapping[str, Sequence[Side | tuple]]
     stages: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        groups = {name: tuple(Side(*side) for side in sides) for name, sides in self.groups.items()}
+        for what, given in (("groups", self.groups), ("stages", self.stages)):
+            if not isinstance(given, Mapping):
+                raise InputError(f"ElasticGroups: {what}={given!r}; give a mapping from names")
+        groups = {name: _sides(name, sides) for name, sides in self.groups.items()}
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "stages", dict(self.stages))
         home: dict[tuple[str, str], str] = {}
@@ -145,6 +148,21 @@ class ElasticGroups:
                 active_depth(depths.get(name), len(stage), f"set_subnet: depth of stage {name!r}")
             )
         return parts
+
+
+def _sides(group: str, given: Any) -> tuple[Side, ...]:
+    """Reads the sides of one group."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"ElasticGroups: group {group!r} is {given!r}; give a list of pairs (module, side)")
+    sides = []
+    for side in given:
+        if not isinstance(side, tuple | list) or len(side) not in (2, 3):
+            raise InputError(
+                f"ElasticGroups: group {group!r} holds {side!r}; give pairs (module, side), such as ('conv1', 'out'), "
+                "or triples (module, side, repeat)"
+            )
+        sides.append(Side(*side))
+    return tuple(sides)
 
 
 def repeated(channels: Channels, times: int) -> Channels:

@@ -36,6 +36,37 @@ def test_a_subnet_is_data():
         Subnet.from_json({"widths": [1.0]})
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Subnet(5), r"Subnet: channels=5; give a mapping"),
+        (lambda: Subnet(depths="stage"), r"Subnet: depths='stage'; give a mapping"),
+        (lambda: Subnet.from_json({"channels": None}), r"Subnet: channels=None; give a mapping"),
+        (lambda: Subnet.from_json([1]), r"Subnet.from_json: fields=\[1\]; give the dict that to_json returns"),
+        (lambda: set_subnet(supernet(), {"stream": 3}), r"set_subnet: subnet=\{'stream': 3\} is a dict; give a Subnet"),
+        (lambda: ElasticGroups({"a": ["0.out"]}), r"group 'a' holds '0.out'; give pairs \(module, side\)"),
+        (lambda: ElasticGroups({"a": [("0",)]}), r"group 'a' holds \('0',\); give pairs"),
+        (lambda: ElasticGroups({"a": "0.out"}), r"group 'a' is '0.out'; give a list of pairs"),
+        (lambda: ElasticGroups({"a": None}), r"group 'a' is None; give a list of pairs"),
+        (lambda: ElasticGroups([("0", "out")]), r"groups=\[\('0', 'out'\)\]; give a mapping from names"),
+        (lambda: ElasticGroups({}, ["stage"]), r"stages=\['stage'\]; give a mapping from names"),
+    ],
+)
+def test_says_what_to_give_instead(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_two_ways_to_write_the_same_channels_are_two_subnets():
+    same = [Subnet({"stream": 8}), Subnet({"stream": list(range(8))}), Subnet()]
+    assert len(set(same)) == len({subnet.id for subnet in same}) == 3
+    net, shown = supernet(), set()
+    for subnet in same:
+        set_subnet(net, subnet)
+        shown.add(repr(net))
+    assert len(shown) == 1
+
+
 @pytest.mark.parametrize("value", [0.5, "3", [1, 0.5], True, [True], None, torch.ones(2)])
 def test_a_subnet_holds_counts_and_lists_alone(value):
     with pytest.raises(InputError, match=r"Subnet: channels\['a'\]"):
