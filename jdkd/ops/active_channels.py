@@ -238,13 +238,13 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
         tensor, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel = inputs
-        ctx.shape, ctx.strides, ctx.dtype = tensor.shape, tensor.stride(), tensor.dtype  # it may be written into
-        ctx.save_for_backward(row_index, column_index)
+        # Only its shape, layout and dtype are read: as .data it may be written into before backward. vmap has no .data.
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        ctx.save_for_backward(tensor if transformed else tensor.data, row_index, column_index)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        row_index, column_index = ctx.saved_tensors
-        like = grad.new_empty_strided(ctx.shape, ctx.strides, dtype=ctx.dtype)
+        like, row_index, column_index = ctx.saved_tensors
         full = _Scatter.apply(grad, like, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel)
         return full, *[None] * 5
 
