@@ -37,6 +37,9 @@ def compile_elastic(model: Model, **options: Any) -> Model:
       on and off;
     - once for every subnet where batch norms keep statistics of their own.
 
+    Where ``padding_mode`` is not ``"zeros"``, a smaller kernel pads by the border of the whole kernel and leaves out
+    what it does not read. A map too small for that border is refused by torch, though the layer would run by itself.
+
     ``torch.compiler.reset()`` forgets what was compiled; copies and :func:`export` are not compiled.
 
     Args:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from jdkd.errors import InputError
 from jdkd.nn.stage import ElasticStage, active_depth
@@ -47,14 +49,17 @@ class ElasticGroups:
         stages: paths of :class:`ElasticStage`, by name.
 
     Raises:
-        InputError: on a side that there is not, or one that is in two groups.
+        InputError: on what is no side, a side that there is not, or one that is in two groups.
     """
 
     groups: Mapping[str, Sequence[Side | tuple]]
     stages: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        groups = {name: tuple(Side(*side) for side in sides) for name, sides in self.groups.items()}
+        for what, given in (("groups", self.groups), ("stages", self.stages)):
+            if not isinstance(given, Mapping):
+                raise InputError(f"ElasticGroups: {what}={given!r}; give a mapping from names")
+        groups = {name: _sides(name, sides) for name, sides in self.groups.items()}
         object.__setattr__(self, "groups", groups)
         object.__setattr__(self, "stages", dict(self.stages))
         home: dict[tuple[str, str], str] = {}
@@ -145,6 +150,21 @@ class ElasticGroups:
         return parts
 
 
+def _sides(group: str, given: Any) -> tuple[Side, ...]:
+    """Reads the sides of one group."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"ElasticGroups: group {group!r} is {given!r}; give a list of pairs (module, side)")
+    sides = []
+    for side in given:
+        if not isinstance(side, tuple | list) or len(side) not in (2, 3):
+            raise InputError(
+                f"ElasticGroups: group {group!r} holds {side!r}; give pairs (module, side), such as ('conv1', 'out'), "
+                "or triples (module, side, repeat)"
+            )
+        sides.append(Side(*side))
+    return tuple(sides)
+
+
 def repeated(channels: Channels, times: int) -> Channels:
     """Returns: the features of active channels, where each channel has ``times`` consecutive ones."""
     if times == 1 or channels.index is None:
@@ -167,18 +187,31 @@ def _channels_of(modules: Mapping[str, nn.Module], group: str, side: Side) -> in
     """Channels at one side of a layer."""
     where = f"group {group!r}"
     layer = _module(modules, side.module, where)
-    kinds = layer._parameters, layer._buffers
-    tensors = (kind.get(name) for name in ("weight", "running_mean") for kind in kinds)
-    tensor = next((tensor for tensor in tensors if tensor is not None), None)
-    if tensor is None or (tensor.dim() == 1 and side.side == "in"):
+    features = _features(layer)[SIDES.index(side.side)]
+    if features is None:
         raise InputError(
             f"ElasticGroups: {where} names side {side.side!r} of {side.module}, a {type(layer).__name__}, which has no "
             "such channels; name convolutions, linear layers and the 'out' of batch normalisations"
         )
-    features = tensor.shape[1] * getattr(layer, "groups", 1) if side.side == "in" else tensor.shape[0]
     if features % side.repeat:
         raise InputError(
             f"ElasticGroups: {where} counts {side.repeat} features a channel at {side.module} ({side.side}), which has "
             f"{features}; give a divisor"
         )
     return features // side.repeat
+
+
+def _features(layer: nn.Module) -> tuple[int | None, int | None]:
+    """Features that a layer reads and makes, by its attributes: the weight may be computed when it is asked for."""
+    if isinstance(layer, _ConvNd):
+        return layer.in_channels, layer.out_channels
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, _BatchNorm):
+        return None, layer.num_features
+    kinds = layer._parameters, layer._buffers
+    tensors = (kind.get(name) for name in ("weight", "running_mean") for kind in kinds)
+    tensor = next((tensor for tensor in tensors if tensor is not None), None)
+    if tensor is None:
+        return None, None
+    return None if tensor.dim() == 1 else tensor.shape[1] * getattr(layer, "groups", 1), tensor.shape[0]

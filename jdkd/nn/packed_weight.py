@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic, Record, part_of
 from jdkd.ops.active_channels import Channels
+from jdkd.ops.elastic_paths import dtype_of
 from jdkd.ops.pack import Part, packed_weights
 
 if TYPE_CHECKING:
@@ -119,12 +120,7 @@ def _unpacked(layer: ElasticWeight, packing: Packing) -> Packed:
 
 
 def _computed_in(weight: Tensor, packing: Packing) -> torch.dtype:
-    if packing.dtype is not None:
-        return packing.dtype
-    own, device = weight.dtype, weight.device.type
-    if own is not torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return own
+    return dtype_of(weight) if packing.dtype is None else packing.dtype
 
 
 def _is_captured(weight: Tensor) -> bool:

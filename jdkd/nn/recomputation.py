@@ -60,7 +60,8 @@ def checkpoint(
         inputs: its arguments.
         model: holds every elastic layer that runs; ``function`` itself if it is a module.
         use_reentrant: which of torch's two forms.
-        options: for ``torch.utils.checkpoint.checkpoint``.
+        options: for ``torch.utils.checkpoint.checkpoint``; the function gets those that are none of its options, as
+            keyword arguments, unless ``use_reentrant``.
 
     Returns:
         What the function returns.
@@ -75,8 +76,8 @@ def checkpoint(
         )
     subnet = Snapshot(model)
 
-    def run(*inputs: Any) -> Any:
+    def run(*inputs: Any, **named: Any) -> Any:
         with subnet:
-            return function(*inputs)
+            return function(*inputs, **named)
 
     return torch_checkpoint.checkpoint(run, *inputs, use_reentrant=use_reentrant, **options)

@@ -47,7 +47,7 @@ class ElasticStage(Elastic, nn.Sequential):
     @property
     def active_depth(self) -> int:
         depth = self._record.active.depth
-        return len(self) if depth is None else depth
+        return len(self) if depth is None else min(depth, len(self))  # blocks may have been deleted
 
     def forward(self, x: Tensor) -> Tensor:
         for block in itertools.islice(self._modules.values(), self._now().depth):

@@ -34,6 +34,10 @@ class Subnet:
             is not named is active as a whole.
         kernel_sizes: of convolutions, by their path in the model, in taps. The others run with their whole kernel.
         depths: blocks that run, by the name of the stage. The others run as a whole.
+
+    Subnets are equal as data. ``{"a": 2}`` and ``{"a": [0, 1]}`` activate the same channels and are two subnets, with
+    two ids and, in layers with ``statistics="own"``, two sets of statistics; so are a group at the number of all its
+    channels and a group that is not named. Write what is to be one subnet in one way.
     """
 
     channels: Mapping[str, int | Sequence[int]] | Pairs = field(default=())
@@ -42,7 +46,7 @@ class Subnet:
 
     def __post_init__(self) -> None:
         for name in ("channels", "kernel_sizes", "depths"):
-            given = dict(getattr(self, name))
+            given = _mapping(getattr(self, name), name)
             pairs = tuple((key, _frozen(given[key], f"{name}[{key!r}]")) for key in sorted(given))
             object.__setattr__(self, name, pairs)
 
@@ -61,9 +65,19 @@ class Subnet:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Subnet:
         """Reads what :meth:`to_json` gave; raises InputError on fields that it does not have."""
+        if not isinstance(fields, Mapping):
+            raise InputError(f"Subnet.from_json: fields={fields!r}; give the dict that to_json returns")
         if unknown := sorted(fields.keys() - cls.__dataclass_fields__.keys()):
             raise InputError(f"Subnet: there are no fields {unknown}; give {', '.join(cls.__dataclass_fields__)}")
         return cls(**fields)
+
+
+def _mapping(value: Any, what: str) -> dict[str, Any]:
+    """Reads a field of a subnet: a mapping, or pairs."""
+    try:
+        return dict(value)
+    except (TypeError, ValueError):
+        raise InputError(f"Subnet: {what}={value!r}; give a mapping from names, such as {{'a': 4}}") from None
 
 
 def _frozen(value: Any, what: str) -> int | tuple[int, ...]:
@@ -89,6 +103,8 @@ def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = 
     Raises:
         InputError: if the subnet does not fit the model, or the declaration does not; names module, group and values.
     """
+    if not isinstance(subnet, Subnet):
+        raise InputError(f"set_subnet: subnet={subnet!r} is a {type(subnet).__name__}; give a Subnet")
     groups = groups if groups is not None else getattr(model, "elastic_groups", None)
     if groups is None:
         raise InputError(

@@ -238,12 +238,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
         tensor, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel = inputs
-        ctx.save_for_backward(tensor, row_index, column_index)
+        # Only its shape, layout and dtype are read: as .data it may be written into before backward. vmap has no .data.
+        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+        ctx.save_for_backward(tensor if transformed else tensor.data, row_index, column_index)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tensor, row_index, column_index = ctx.saved_tensors
-        full = _Scatter.apply(grad, tensor.detach(), ctx.rows, ctx.columns, row_index, column_index, ctx.kernel)
+        like, row_index, column_index = ctx.saved_tensors
+        full = _Scatter.apply(grad, like, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel)
         return full, *[None] * 5
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import FunctionCtx
 
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, Kernel, crop
+from jdkd.ops.elastic_paths import dtype_of
 from jdkd.ops.kernel_size import Padding, pair, transform_sizes, transformed
 
 _Pair = Sequence[int]  # vertical, horizontal, in pixels
@@ -73,12 +74,14 @@ def convolve_traced(
         ``[N, Cout, OH, OW]`` or ``[Cout, OH, OW]``.
 
     Raises:
-        InputError: on a dtype of ``x`` that is not the weight's, outside of autocast.
+        InputError: on a dtype of ``x`` that is not the weight's, once autocast has cast both.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    elif x.dtype != weight.dtype:
-        raise InputError(f"x is {x.dtype} and the weight is {weight.dtype}; give both one dtype, or use autocast")
+    if dtype_of(x) != dtype_of(weight):
+        raise InputError(
+            f"x is {x.dtype} and the weight is {weight.dtype}; give both one dtype, or use autocast, which casts all "
+            "but float64"
+        )
+    x = x.to(dtype_of(x))
     window = pair(dilation)
     if padding == "same":
         spare = [d * (size - 1) for d, size in zip(window, weight.shape[2:], strict=True)]

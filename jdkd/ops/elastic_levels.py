@@ -108,7 +108,7 @@ def convolve_levels(
     size = kernel or (weight.shape[2], weight.shape[3])
     pixels = _pixels(padding, size)
     _check(xs, weight.device, inputs.count, size, pixels, activation)
-    xs = [_autocast(x) for x in xs]
+    xs = [x.to(dtype_of(x)) for x in xs]
     relu = activation == "relu"
     if _kernel_runs(xs[0]):
         tail = (outputs.count, size, pixels, relu)
@@ -208,11 +208,6 @@ def _check(
             )
     if device != xs[0].device:
         raise InputError(f"the levels are on {xs[0].device} and weight on {device}; move one of them")
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Casts as autocast does before a convolution; the weight is cast where its active part is taken."""
-    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -244,9 +244,10 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
-    """The dtype that a convolution of ``x`` is computed in: autocast's, where autocast is on."""
+    """The dtype in which a convolution takes a tensor: autocast's, where it is on, but float64 stays what it is."""
+    casts = x.is_floating_point() and x.dtype is not torch.float64 and not x.is_meta  # meta has no autocast
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if kind in _DEVICES and torch.is_autocast_enabled(kind) else x.dtype
+    return torch.get_autocast_dtype(kind) if casts and torch.is_autocast_enabled(kind) else x.dtype
 
 
 def choose(call: Call) -> str:

@@ -145,7 +145,7 @@ def _check_epilogue(
             f"residual has shape {tuple(residual.shape)} on {residual.device}, but the result {shape} on {x.device}; "
             "give it that shape there"
         )
-    if residual.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if elastic_paths.dtype_of(residual) != elastic_paths.dtype_of(x):
         raise InputError(f"residual is {residual.dtype} and x {x.dtype}; cast the residual to {x.dtype}")
 
 

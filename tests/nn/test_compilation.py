@@ -283,6 +283,19 @@ def test_what_is_compiled_is_not_packed_and_its_copy_is(monkeypatch):
     assert counts[0] == counts[1] > 2
 
 
+def test_autocast_leaves_float64_as_eager_layers_do():
+    net, x = nn.Sequential(ElasticConv2d(4, 8, 3).double(), nn.ReLU()), torch.randn(1, 4, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = net(x.double())
+        _counted(net)
+        torch.testing.assert_close(net(x.double()), expected)
+        assert expected.dtype == torch.float64
+        with pytest.raises(RuntimeError, match=r"expected scalar type|should be the same"):
+            net[0](x)
+        with pytest.raises(InputError, match=r"x is torch.float32 and the weight is torch.float64"):
+            net(x)
+
+
 def test_refuses_what_is_no_module():
     with pytest.raises(InputError, match=r"compile_elastic: model is a function; give an nn.Module"):
         compile_elastic(lambda x: x)

@@ -231,6 +231,25 @@ def test_leading_channels_are_views_and_their_gradient_is_written_once():
     assert sum(name in ("copy_", "clone", "add", "slice_backward") for name in dispatched.names) == 1
 
 
+@pytest.mark.parametrize("layer", [ElasticConv2d(4, 6, 3), ElasticLinear(4, 6)], ids=["conv", "linear"])
+def test_a_listed_parameter_may_be_written_before_backward(layer):
+    layer.set_active(out_channels=[4, 1])
+    x = torch.randn(2, 4, 5, 5) if isinstance(layer, ElasticConv2d) else torch.randn(2, 4)
+    y = layer(x)
+    expected = torch.autograd.grad(y.square().sum(), [*layer.parameters()], retain_graph=True)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(1)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), [*layer.parameters()]), expected)
+
+
+def test_a_listed_gradient_lies_in_memory_as_its_parameter():
+    layer = ElasticConv2d(4, 6, 3).to(memory_format=torch.channels_last)
+    layer.set_active(out_channels=[4, 1])
+    (gradient,) = torch.autograd.grad(layer(torch.randn(2, 4, 5, 5)).sum(), [layer.weight])
+    assert gradient.stride() == layer.weight.stride()
+
+
 def test_repr_shows_active_over_all():
     conv, linear, norm = ElasticConv2d(6, 12, 3), ElasticLinear(6, 12), ElasticBatchNorm2d(12)
     conv.set_active(4, [0, 5])

@@ -119,6 +119,17 @@ def test_the_lines_can_be_read():
     assert lines[2].endswith("it takes leading channels") and lines[3].endswith("reference was asked for")
 
 
+@pytest.mark.parametrize("kind", [ElasticConv2d, ElasticLevelsConv2d, ElasticConvBNAct, ElasticLinear])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_says_the_dtype_that_autocast_computes_in(kind, dtype):
+    layer = (kind(8, 8) if kind is ElasticLinear else kind(8, 8, 1)).to(dtype).eval()
+    x = torch.randn((2, 8) if kind is ElasticLinear else (2, 8, 3, 3), dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        computed = layer(x).dtype
+        assert str(computed).removeprefix("torch.") in explain(layer, x).call
+    assert computed == (torch.float64 if dtype == torch.float64 else torch.bfloat16)
+
+
 def test_an_explanation_cannot_be_changed():
     found = explain(ElasticLinear(8, 3), torch.zeros(2, 8))
     assert (found.path, found.others) == ("aten", ()) and "8->3 features" in str(found)

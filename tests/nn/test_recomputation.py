@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import jdkd.nn
 from jdkd.errors import InputError
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticStage, Subnet, set_subnet
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticConvBNAct, ElasticStage, Subnet, set_subnet
 from tests.nn.elastic_models import SMALL, supernet
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
@@ -153,6 +153,17 @@ def test_a_checkpoint_within_a_checkpoint(use_reentrant):
     loss.backward()
     for name, expected in _without_checkpoint(first).items():
         torch.testing.assert_close(_gradients(net, x)[name], expected)
+
+
+def test_a_function_gets_its_keyword_arguments():
+    unit, plain = ElasticConvBNAct(4, 4, 1), ElasticConvBNAct(4, 4, 1)
+    plain.load_state_dict(unit.state_dict())
+    x, found = torch.randn(2, 4, 3, 3), []
+    for layer, run in ((unit, jdkd.nn.checkpoint), (plain, lambda unit, *inputs, **named: unit(*inputs, **named))):
+        residual = torch.ones(2, 4, 3, 3, requires_grad=True)
+        run(layer, x, residual=residual).square().sum().backward()
+        found.append((layer.conv.weight.grad, residual.grad))
+    torch.testing.assert_close(*found)
 
 
 def test_says_that_it_needs_the_model():

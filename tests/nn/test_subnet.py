@@ -6,9 +6,20 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torchvision.ops import FrozenBatchNorm2d
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Subnet, export, set_subnet
+from jdkd.nn import (
+    ElasticBatchNorm2d,
+    ElasticConv2d,
+    ElasticGroups,
+    ElasticLinear,
+    ElasticStage,
+    Subnet,
+    export,
+    set_subnet,
+)
 from jdkd.nn.elastic import Elastic
 from tests.nn.elastic_models import GROUPS, SMALL, Net, images, randomised, supernet
 
@@ -23,6 +34,37 @@ def test_a_subnet_is_data():
         subnet.channels = ()
     with pytest.raises(InputError, match=r"no fields \['widths'\]; give channels, kernel_sizes, depths"):
         Subnet.from_json({"widths": [1.0]})
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Subnet(5), r"Subnet: channels=5; give a mapping"),
+        (lambda: Subnet(depths="stage"), r"Subnet: depths='stage'; give a mapping"),
+        (lambda: Subnet.from_json({"channels": None}), r"Subnet: channels=None; give a mapping"),
+        (lambda: Subnet.from_json([1]), r"Subnet.from_json: fields=\[1\]; give the dict that to_json returns"),
+        (lambda: set_subnet(supernet(), {"stream": 3}), r"set_subnet: subnet=\{'stream': 3\} is a dict; give a Subnet"),
+        (lambda: ElasticGroups({"a": ["0.out"]}), r"group 'a' holds '0.out'; give pairs \(module, side\)"),
+        (lambda: ElasticGroups({"a": [("0",)]}), r"group 'a' holds \('0',\); give pairs"),
+        (lambda: ElasticGroups({"a": "0.out"}), r"group 'a' is '0.out'; give a list of pairs"),
+        (lambda: ElasticGroups({"a": None}), r"group 'a' is None; give a list of pairs"),
+        (lambda: ElasticGroups([("0", "out")]), r"groups=\[\('0', 'out'\)\]; give a mapping from names"),
+        (lambda: ElasticGroups({}, ["stage"]), r"stages=\['stage'\]; give a mapping from names"),
+    ],
+)
+def test_says_what_to_give_instead(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_two_ways_to_write_the_same_channels_are_two_subnets():
+    same = [Subnet({"stream": 8}), Subnet({"stream": list(range(8))}), Subnet()]
+    assert len(set(same)) == len({subnet.id for subnet in same}) == 3
+    net, shown = supernet(), set()
+    for subnet in same:
+        set_subnet(net, subnet)
+        shown.add(repr(net))
+    assert len(shown) == 1
 
 
 @pytest.mark.parametrize("value", [0.5, "3", [1, 0.5], True, [True], None, torch.ones(2)])
@@ -182,6 +224,46 @@ def test_refuses_a_plain_layer_in_a_group_and_a_model_without_a_declaration():
         set_subnet(net, Subnet(), ElasticGroups({}, {"stage": "stage"}))
 
 
+def _computed(name: str, layer: nn.Module) -> nn.Module:
+    """A layer whose weight is computed of other tensors."""
+    if name == "l1_unstructured":
+        return prune.l1_unstructured(layer, "weight", 0.3)
+    return getattr(nn.utils.parametrizations, name)(layer)
+
+
+@pytest.mark.parametrize("name", ["spectral_norm", "weight_norm", "l1_unstructured"])
+@pytest.mark.parametrize("active", [4, [6, 1, 2]], ids=["leading", "listed"])
+def test_layers_with_a_computed_weight_are_set(name, active):
+    conv, linear = _computed(name, ElasticConv2d(3, 8, 3)), _computed(name, ElasticLinear(32, 5))
+    net = nn.Sequential(conv, ElasticBatchNorm2d(8), nn.Flatten(), linear)
+    net.elastic_groups = ElasticGroups({"a": [("0", "out"), ("1", "out"), ("3", "in", 4)]})
+    net.eval()  # another power iteration at every look at the weight otherwise
+    set_subnet(net, Subnet({"a": active}))
+    rows = torch.arange(active) if isinstance(active, int) else torch.tensor(active)
+    x = torch.randn(2, 3, 4, 4)
+    y = conv(x)
+    torch.testing.assert_close(y, nn.functional.conv2d(x, conv.weight[rows], conv.bias[rows]))
+    columns = (rows[:, None] * 4 + torch.arange(4)).flatten()
+    expected = nn.functional.linear(net[1](y).flatten(1), linear.weight[:, columns], linear.bias)
+    torch.testing.assert_close(net(x), expected)
+    torch.testing.assert_close(export(net)(x), expected)
+
+
+def test_a_norm_of_buffers_alone_has_its_channels_counted():
+    net = nn.Sequential(FrozenBatchNorm2d(8), ElasticBatchNorm2d(8, affine=False), nn.Conv2d(8, 8, 1))
+    modules = dict(net.named_modules())
+    groups = ElasticGroups({"a": [("0", "out"), ("1", "out"), ("2", "in")]})
+    assert groups.sizes(modules) == {"a": 8}
+    with pytest.raises(InputError, match="side 'in' of 0, a FrozenBatchNorm2d, which has no such channels"):
+        ElasticGroups({"a": [("0", "in")]}).sizes(modules)
+
+
+def test_a_norm_without_tensors_is_set():
+    net = nn.Sequential(ElasticBatchNorm2d(8, affine=False, track_running_stats=False))
+    set_subnet(net, Subnet({"a": 3}), ElasticGroups({"a": [("0", "out")]}))
+    assert net(torch.randn(2, 3, 4, 4)).shape == (2, 3, 4, 4) and net[0].active_channels == 3
+
+
 def test_a_group_that_is_cut_is_named():
     net = nn.Sequential(ElasticConv2d(6, 6, 3, groups=2))
     with pytest.raises(InputError, match=r"set_subnet: 0 \(groups g\): in_channels=4 cuts through a group of 3"):
@@ -207,3 +289,11 @@ def test_a_stage_that_is_active_as_a_whole_runs_blocks_that_are_added():
     stage.set_active(2)
     stage.append(nn.Tanh())
     torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
+
+
+def test_a_stage_has_no_more_active_blocks_than_blocks():
+    stage, x = ElasticStage(nn.ReLU(), nn.Softplus(), nn.Tanh()), torch.randn(3)
+    stage.set_active(3)
+    del stage[2]
+    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
+    assert stage.active_depth == len(export(stage)) == 2 and "active=2/2 blocks" in repr(stage)

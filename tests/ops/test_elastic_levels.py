@@ -159,6 +159,16 @@ def test_autocast_computes_in_low_precision_and_keeps_the_gradient_of_the_master
         assert (found[name] - value).abs().max() <= 2**-5 * value.abs().max(), name
 
 
+@pytest.mark.parametrize("master", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+def test_autocast_leaves_levels_in_float64(device, master):
+    pyramid = PYRAMIDS["listed"]
+    weight, bias, *xs = pyramid.tensors(torch.float64, device)
+    with torch.autocast(device, torch.bfloat16):
+        ys = pyramid.ours(weight.to(master), bias.to(master), *xs)
+    expected = pyramid.reference(weight.to(master).double(), bias.to(master).double(), *xs)
+    torch.testing.assert_close(ys, expected)
+
+
 def test_a_master_in_fp32_serves_levels_in_half_precision(backend, device):
     pyramid = PYRAMIDS["wide"]
     weight, bias, *xs = pyramid.tensors(torch.float32, device)

@@ -15,7 +15,9 @@ from jdkd.functional import elastic_conv2d
 from jdkd.ops import elastic_paths
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.elastic_conv import convolve
-from jdkd.ops.elastic_paths import PATHS, Call, Product, Region, call_of, choose, explained
+from jdkd.ops.elastic_implicit_gemm import implicit_gemm
+from jdkd.ops.elastic_paths import PATHS, Call, Product, Region, call_of, choose, dtype_of, explained
+from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
 from tests.dispatched import Dispatched
 from tests.ops.elastic_conv_cases import Problem, assert_close_as_eager, assert_within_twice, results
 
@@ -184,6 +186,17 @@ def test_autocast_keeps_the_gradient_of_the_master(backend, device):
         assert found[name].dtype == torch.float32
     for name, value in exact.items():
         assert (found[name] - value).abs().max() <= 2**-6 * value.abs().max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_autocast_casts_what_it_casts_of_a_convolution(dtype):
+    x, weight = torch.ones(1, 2, 3, 3, dtype=dtype), torch.ones(4, 2, 1, 1, dtype=dtype)
+    assert dtype_of(x) == dtype
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dtype_of(x) == torch.nn.functional.conv2d(x, weight).dtype
+        assert dtype_of(x.to("meta")) == dtype
+        implicit = implicit_gemm(x, weight, None, Channels(2), Channels(4), (1, 1), (0, 0), (1, 1))
+        assert implicit.dtype == elastic_pointwise_conv2d(x, weight).dtype == dtype_of(x)
 
 
 @pytest.fixture

@@ -159,6 +159,14 @@ def test_a_master_of_another_dtype_keeps_its_gradient(backend, device):
         assert (found[name] - exact[name]).abs().max() <= 2**-6 * exact[name].abs().max(), name
 
 
+def test_autocast_takes_a_residual_that_it_casts(backend, device):
+    x, weight = torch.ones(1, 8, 2, 2, device=device), torch.ones(8, 8, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        assert elastic_pointwise_conv2d(x, weight, residual=x.bfloat16()).dtype == torch.bfloat16
+        with pytest.raises(InputError, match=r"residual is torch.float64 and x torch.float32"):
+            elastic_pointwise_conv2d(x, weight, residual=x.double())
+
+
 @pytest.mark.parametrize("unneeded", ["x", "weight"])
 def test_what_needs_no_gradient_gets_none(backend, device, unneeded):
     tensors = PROBLEMS["leading"].tensors(torch.float32, device)
