@@ -53,7 +53,8 @@ def checkpoint(
 ) -> Any:
     """Runs a function without keeping its activations; it is recomputed with the subnet of this forward.
 
-    ``torch.utils.checkpoint.checkpoint`` is safe too, but raises where a subnet was set between forward and backward.
+    ``torch.utils.checkpoint.checkpoint`` raises where a subnet was set between forward and backward. It cannot where
+    it runs what plain ``torch.compile`` compiled, which looks at no moment: give that, and its ``model``, to this one.
 
     Args:
         function: what to run, a module or a function of one.
