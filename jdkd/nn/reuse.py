@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as calls_of_all
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jdkd.nn.masked import Swap, swapped
@@ -89,7 +90,8 @@ class Reuse(TorchFunctionMode):
         output = forward(*args, **kwargs)
         made = packed(output)
         if question is not None and made is not None:
-            if self._question((module, part), args, kwargs) == question:  # it has not written into its inputs
+            unwritten = self._question((module, part), args, kwargs) == question
+            if unwritten and not _may_alias(made[1], packed((args, kwargs))[1]):
                 self._answers[place] = _Answer(question, *made, [tensor._version for tensor in made[1]])
             self._number(question, made[1])
         return output
@@ -122,6 +124,22 @@ class Reuse(TorchFunctionMode):
         known = self._known.setdefault(question, [self._number_of(tensor) for tensor in tensors])
         for tensor, number in zip(tensors, known, strict=True):
             self._numbers[tensor] = tensor._version, number
+
+
+def _may_alias(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether a write into an output could be one into an input; then no output of before can stand for it."""
+    try:
+        with torch._C.DisableTorchFunction():
+            taken = {_memory(tensor) for tensor in inputs}
+            return any(_memory(tensor) in taken for tensor in outputs)
+    except NotImplementedError:
+        return True
+
+
+def _memory(tensor: Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):  # it holds other tensors; a sparse one raises by itself
+        raise NotImplementedError
+    return tensor.untyped_storage()._cdata
 
 
 @functools.cache

@@ -204,6 +204,74 @@ def test_what_follows_a_function_or_an_activation_in_place_is_shared(relu):
     assert [calls[f"convs.{i}"] for i in range(4)] == [1, written, 3, 3]
 
 
+class Aliased(nn.Module):
+    """Writes in place what a module gave as it took it, and reads what that took."""
+
+    def __init__(self, alias: nn.Module):
+        super().__init__()
+        self.pre, self.alias, self.fc = nn.Conv2d(3, 6, 1), alias, nn.Conv2d(6, 6, 1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        taken = self.pre(x) * 1.0
+        self.act(self.alias(taken))
+        return self.fc(taken)
+
+
+ALIASES = [nn.Dropout(), nn.Identity(), nn.Flatten(), nn.Unflatten(1, (2, 3)), nn.Sequential()]
+
+
+@pytest.mark.parametrize("alias", [*ALIASES, nn.Sequential(nn.Identity(), nn.Flatten())], ids=repr)
+def test_what_shares_memory_with_its_input_is_not_given_again(alias):
+    model, x = Aliased(alias).eval(), images()
+    candidates = [Candidate(skip=["act"]), {}]
+    expected = one_by_one(model, candidates, x, ElasticGroups({}))
+    assert not torch.equal(*expected)
+    assert_equal(score_candidates(model, candidates, x, ElasticGroups({})), expected)
+
+
+def test_what_follows_a_module_that_shares_memory_with_its_input_is_shared():
+    model = Chain(nn.Dropout(), nn.Unflatten(1, (6,)), nn.Identity(), nn.Identity())
+    calls = counted(model)
+    score_candidates(model, [{"2": 2}, {"2": 3}, {}], images())
+    assert [calls[f"convs.{i}"] for i in range(4)] == [1, 1, 3, 3]
+    assert calls["between.0"] == calls["between.1"] == 3
+
+
+class Unequal(nn.Module):
+    """Writes a view in place, of tensors whose memory is not theirs alone to name."""
+
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.make, self.view, self.act = make, Calling(lambda x: x.unsqueeze(-1)), Calling(torch.relu_)
+
+    def forward(self, x):
+        taken = self.make(x) * 1.0
+        self.act(self.view(taken))
+        return torch.cat([row.flatten() for row in taken.unbind()])
+
+
+LAYOUTS = {
+    "strided": lambda x: x,
+    "jagged": lambda x: torch.nested.nested_tensor([x[:1], x], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_view_is_not_given_again_in_any_layout(make):
+    model, x = Unequal(make).eval(), torch.randn(3, 4)
+    candidates = [Candidate(skip=["act"]), {}]
+    expected = one_by_one(model, candidates, x, ElasticGroups({}))
+    assert not torch.equal(*expected)
+    assert_equal(score_candidates(model, candidates, x, ElasticGroups({})), expected)
+
+
+def test_sparse_tensors_pass():
+    model = nn.Sequential(Calling(torch.Tensor.to_sparse), Calling(torch.relu), Calling(torch.Tensor.to_dense))
+    x, groups = torch.randn(3, 4), ElasticGroups({})
+    assert_equal(score_candidates(model.eval(), [{}, {}], x, groups), one_by_one(model, [{}, {}], x, groups))
+
+
 def test_a_result_that_its_caller_writes_is_not_given_again():
     model = Chain()
     expected = one_by_one(model, [{}, {}], images(), model.elastic_groups)
