@@ -57,6 +57,8 @@ class Reuse(TorchFunctionMode):
         free = [module for module in self._above if module not in hooked]
         self._forwards = [Swap(vars(m), "forward", functools.partial(self._call, m, m.forward)) for m in free]
         self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> its version and number
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        self._kinds = {"cpu", "cuda", *(tensor.device.type for tensor in tensors)}  # of devices
         self._fresh = itertools.count()
         self._known: dict[Hashable, list[int]] = {}  # numbers of the outputs of a module, or of a function
         self._answers: dict[tuple[nn.Module, int], _Answer] = {}  # by module and how often it had been called
@@ -110,7 +112,12 @@ class Reuse(TorchFunctionMode):
     def _question(self, function: Hashable, args: tuple, kwargs: dict[str, Any]) -> Hashable:
         """What an output depends on; None if that cannot be told."""
         asked = packed((args, kwargs))
-        return asked and (function, asked[0], tuple(map(self._number_of, asked[1])))
+        return asked and (function, asked[0], self._autocast(), tuple(map(self._number_of, asked[1])))
+
+    def _autocast(self) -> Hashable:
+        if not torch._C._is_any_autocast_enabled():
+            return None
+        return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in self._kinds)
 
     def _number_of(self, tensor: Tensor) -> int:
         version, number = self._numbers.get(tensor, (None, 0))

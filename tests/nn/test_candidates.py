@@ -204,6 +204,29 @@ def test_what_follows_a_function_or_an_activation_in_place_is_shared(relu):
     assert [calls[f"convs.{i}"] for i in range(4)] == [1, written, 3, 3]
 
 
+def test_what_ran_in_another_precision_is_not_given_again():
+    class Twice(nn.Module):
+        """In bfloat16 once, if the block runs, and then as it is called."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.block = nn.Conv2d(3, 3, 1), Calling(self.first)
+
+        def first(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.conv(x).float()
+
+        def forward(self, x):
+            return self.conv(self.block(x))
+
+    model, x = Twice().eval(), images()
+    candidates = [Candidate(skip=["block"]), {}, Candidate(skip=["block"])]
+    for whole in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
+            expected = one_by_one(model, candidates, x, ElasticGroups({}))
+            assert_equal(score_candidates(model, candidates, x, ElasticGroups({})), expected)
+
+
 class Aliased(nn.Module):
     """Writes in place what a module gave as it took it, and reads what that took."""
 
