@@ -78,6 +78,10 @@ class Reuse(TorchFunctionMode):
         with swapped(self._forwards), self:
             yield
 
+    def forget(self) -> None:
+        """Lets no module give again what it gave so far."""
+        self._answers.clear()
+
     def _call(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         place = module, self._called[module]
         self._called[module] += 1

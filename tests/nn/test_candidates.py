@@ -323,6 +323,79 @@ def test_a_result_stays_when_a_later_candidate_writes_what_it_shares(score):
         assert_equal(*([value[0] if isinstance(value, list) else value] for value in (result, wanted)))
 
 
+class Held:
+    """Holds a tensor where nothing but its own code finds it."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+
+@pytest.mark.parametrize("at", ["score", "output", "elsewhere"])
+def test_what_a_result_holds_unseen_stays_when_a_later_candidate_writes_it(at):
+    class Writing(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return Held(y) if at == "output" else y
+
+    block = nn.Sequential(Calling(torch.relu_), nn.Conv2d(6, 6, 1))
+    model, x = Writing(nn.Conv2d(3, 6, 1), block).eval(), images()
+    candidates, kept = [Candidate(skip=["1"]), {}], []
+    expected = one_by_one(model, candidates, x, ElasticGroups({}))
+    score = {"score": Held, "output": None, "elsewhere": lambda y: kept.append((y, y.clone()))}[at]
+    found = score_candidates(model, candidates, x, ElasticGroups({}), score=score)
+    if at == "elsewhere":
+        assert len(kept) == 2 and all(torch.equal(now, then) for now, then in kept)
+    else:
+        assert_equal([value.held for value in found], [getattr(value, "held", value) for value in expected])
+
+
+def test_a_score_that_writes_its_output_does_not_undo_sharing():
+    model = Chain()
+    calls = counted(model)
+    score_candidates(model, [{}, {}], images(), score=lambda output: Held(output.zero_()))
+    assert [calls[f"convs.{i}"] for i in range(4)] == [1, 1, 1, 1]
+
+
+WRITERS = {
+    "tensor": lambda x: x.sub_(1),
+    "view": lambda x: x[:, 0].mul_(2),
+    "list": lambda x: x[0].sub_(1),
+    "dictionary": lambda x: x["image"].sub_(1),
+}
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_refuses_a_candidate_that_writes_the_batch(kind, share):
+    class Writing(Chain):
+        def forward(self, x):
+            if self.convs[1].out_channels == 3:
+                WRITERS[kind](x)
+            return super().forward({"list": lambda: x[0], "dictionary": lambda: x["image"]}.get(kind, lambda: x)())
+
+    model, x = Writing(), images()
+    batch = {"list": [x], "dictionary": {"image": x}}.get(kind, x)
+    score_candidates(model, [{"1": 2}, {}], batch, share=share)
+    with pytest.raises(InputError, match=r"candidate 1 .* wrote into the batch in place.* x = x\.clone\(\)"):
+        score_candidates(model, [{}, {"1": 3}], batch, share=share)
+    assert model.convs[1].out_channels == 6
+
+
+def test_every_candidate_gets_containers_of_its_own():
+    class Popping(Chain):
+        def forward(self, levels):
+            return super().forward(levels["images"].pop())
+
+    model, x = Popping(), images()
+    batch = {"images": [x]}
+    found = score_candidates(model, [{"1": 2}, {}], batch)
+    assert_equal(found, [one_by_one(model, [c], {"images": [x]}, model.elastic_groups)[0] for c in ({"1": 2}, {})])
+    assert len(batch["images"]) == 1
+
+
 def test_a_tensor_that_a_result_names_twice_is_copied_once():
     (found,) = score_candidates(Chain(), [{}], images(), score=lambda output: {"once": output, "twice": [output]})
     assert found["once"] is found["twice"][0]
@@ -439,6 +512,23 @@ def test_refuses_candidates_that_do_not_fit(candidates, words):
         score_candidates(plain(), candidates, images())
     for word in ["score_candidates", *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "words"),
+    [
+        ({"stream": 3}, r"candidates=\{'stream': 3\} is no list of candidates; give \[\{\.\.\.\}, \.\.\.\]"),
+        (Candidate({"stream": 3}), r"candidates=Candidate\(.* is no list of candidates"),
+        ("stream", "candidates='stream' is no list of candidates"),
+        (None, "candidates=None is no list of candidates"),
+        ([{}, "stream"], "candidate 1 is 'stream'; give masks by group, {group: channels}, or a Candidate"),
+        ([Candidate(skip="stage.1")], "candidate 0: masked: skip='stage.1' is no list of paths"),
+        ([Candidate(None)], "candidate 0: masked: masks=None is no mapping"),
+    ],
+)
+def test_refuses_candidates_of_other_kinds(candidates, words):
+    with pytest.raises(InputError, match=f"score_candidates: {words}"):
+        score_candidates(plain(), candidates, images())
 
 
 def test_refuses_training_mode_and_a_model_without_groups():
