@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups
@@ -46,27 +46,28 @@ def score_candidates(
     Results are those of :func:`masked`, one candidate after the other. A module whose part under a candidate is that
     under an earlier one, and whose inputs are known to be the same, gives what it gave then. So candidates run in an
     order in which neighbours begin alike, as far as modules run in the order of their registration. Of every module
-    the newest outputs are kept, about as much as a training forward keeps. A module that writes into its inputs runs
-    again, and so does one whose output was written since; one with a hook on a module inside it runs again, so that
-    the hook does.
+    the newest outputs are kept, about as much as a training forward keeps. A module that writes into its inputs, or
+    gives a view of them, runs again, and so does one whose output was written since; one with a hook on a module
+    inside it runs again, so that the hook does. A model whose output cannot be pickled shares nothing.
 
     Args:
         model: a plain model in evaluation mode, as :func:`masked` takes it.
         candidates: masks by group, or :class:`Candidate` where blocks are skipped too.
-        batch: what the model is called with; a tuple holds several arguments.
+        batch: what the model is called with; a tuple holds several arguments. It may not be written in place.
         groups: which channels are coupled, as :func:`masked` takes them.
-        score: makes a result of an output, so that outputs need not be kept; runs outside the candidate.
+        score: makes a result of an output, so that outputs need not be kept; runs outside the candidate. What it is
+            given is its own.
         share: False runs everything for every candidate. It is for modules that draw at random or keep a state in
             evaluation, that read what is neither an argument nor inside them, or whose outputs are written behind
-            PyTorch's back (``.data``, a replayed CUDA graph, a kernel that writes into anything but new
-            ``torch.empty`` memory).
+            PyTorch's back (``.data``, ``.numpy()``, DLPack, a replayed CUDA graph, a kernel that writes into anything
+            but new ``torch.empty`` memory).
 
     Returns:
         ``score(output)``, or the output, of every candidate in the order given.
 
     Raises:
-        InputError: if a candidate does not fit the model, or that is in training mode; names candidate, module, group
-            and values. The model is what it was, after any exception.
+        InputError: if a candidate does not fit the model, or writes into the batch, or the model is in training mode;
+            names candidate, module, group and values. The model is what it was, after any exception.
     """
     for path, module in model.named_modules():
         if module.training:
@@ -75,7 +76,14 @@ def score_candidates(
                 "model.eval()"
             )
     plans = []
+    if isinstance(candidates, Candidate | Mapping | str) or not isinstance(candidates, Iterable):
+        raise InputError(f"score_candidates: candidates={candidates!r} is no list of candidates; give [{{...}}, ...]")
     for number, candidate in enumerate(candidates):
+        if not isinstance(candidate, Candidate | Mapping):
+            raise InputError(
+                f"score_candidates: candidate {number} is {candidate!r}; give masks by group, {{group: channels}}, or "
+                "a Candidate"
+            )
         masks, skip = (candidate.masks, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
         try:
             plans.append(changes(model, masks, groups, skip))
@@ -85,23 +93,40 @@ def score_candidates(
     reuse = Reuse(model) if share else None
     with torch.inference_mode(False), torch.no_grad():
         inputs = tree_map(_versioned, batch if isinstance(batch, tuple) else (batch,))
+        given = _tensors_of(inputs)
+        versions = [tensor._version for tensor in given]
         for number, swaps in _in_order(model, plans):
             parts = [(change.module, change.key) for change in plans[number]]
             with swapped(swaps), reuse.of(parts) if reuse else contextlib.nullcontext():
-                output = model(*inputs)
+                output = model(*tree_map(lambda value: value, inputs))  # in containers of its own
+            if reuse:
+                if packed(output) is None:
+                    reuse.forget()
+                output = _own(output)
             result = output if score is None else score(output)
-            results[number] = _own(result) if reuse else result
+            results[number] = result if score is None or not reuse else _own(result)
+            if versions != [tensor._version for tensor in given]:
+                raise InputError(
+                    f"score_candidates: candidate {number} or its score wrote into the batch in place, so that the "
+                    "next would see another; let the model copy what it writes, as in x = x.clone()"
+                )
+            del output, result  # before memory is needed
     return results
 
 
-def _own(result: Any) -> Any:
-    """The result in memory of its own: a later candidate may be given the same tensors, and write into them."""
-    made = packed(result)
+def _own(value: Any) -> Any:
+    """The same in memory of its own: a later candidate may be given the same tensors, and write into them."""
+    made = packed(value)
     if made is None:
-        return tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, result)
+        return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
     structure, tensors = made
     copies = {id(tensor): tensor.clone() for tensor in tensors}
     return unpacked(structure, [copies[id(tensor)] for tensor in tensors])
+
+
+def _tensors_of(inputs: tuple) -> list[Tensor]:
+    made = packed(inputs)
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)] if made is None else made[1]
 
 
 def _versioned(value: Any) -> Any:

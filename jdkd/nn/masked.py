@@ -16,6 +16,7 @@ from jdkd.nn.elastic import Elastic
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, active_part
 from jdkd.ops.elastic_conv import conv_channels
 
+STATISTICS = ("running_mean", "running_var")
 _ABSENT = object()  # where a dictionary had no such entry
 
 
@@ -76,7 +77,11 @@ def masked(
     are those of the network that was physically pruned. Leading channels are views. Listed ones are gathered once, on
     entry, so that writes to the model's weights inside are not seen. Parameters are then slim, require no gradient and
     belong to the candidate, as does the state dict. On exit, after an exception too, the model is what it was: the same
-    tensors, unchanged. Use it in one thread at a time; candidates of candidates may be nested.
+    tensors, unchanged unless they were written in place inside. A write into leading parameters reaches the model's
+    own. Running statistics of the batch norms that a mask narrows are copies, so that calibrating them leaves the
+    model's alone. What no mask narrows, such as a batch norm outside all groups, is the model's and is written as ever.
+    Only weight, bias and running statistics are narrowed; what else a subclass holds stays whole. Use it in one thread
+    at a time; candidates of candidates may be nested.
 
     Args:
         model: of ``nn.Conv2d``, ``nn.Linear`` and batch normalisations, frozen ones too, in evaluation mode.
@@ -120,6 +125,12 @@ def changes(
     skip: Collection[str],
 ) -> list[Change]:
     """Reads a candidate, arguments as :func:`masked`, and changes nothing."""
+    if not isinstance(masks, Mapping):
+        raise InputError(
+            f"masked: masks={masks!r} is no mapping; give {{group: channels}}, or {{}} for the whole model"
+        )
+    if isinstance(skip, str) or not isinstance(skip, Collection) or not all(isinstance(path, str) for path in skip):
+        raise InputError(f"masked: skip={skip!r} is no list of paths; give some, as in ['layer1.1'], or ()")
     modules = dict(model.named_modules(remove_duplicate=False))
     groups = _declared(model, groups, modules)
     sizes = groups.sizes(modules)
@@ -163,7 +174,7 @@ def _declared(
             f"masked: {type(model).__name__} does not say which of its channels are coupled; set its elastic_groups "
             "to an ElasticGroups, or give one"
         )
-    groups = groups if isinstance(groups, ElasticGroups) else ElasticGroups.from_tensors(groups)
+    groups = groups if isinstance(groups, ElasticGroups) else _from_tensors(groups)
     out = tuple(f"{path}." for path, module in modules.items() if isinstance(module, _Skipped))
     left = {name: [s for s in sides if not f"{s.module}.".startswith(out)] for name, sides in groups.groups.items()}
     home: dict[tuple[nn.Module | None, str], tuple[str, str]] = {}
@@ -176,6 +187,18 @@ def _declared(
                     f"and {other[0]!r}; put what is coupled in one group"
                 )
     return dataclasses.replace(groups, groups={name: sides for name, sides in left.items() if sides})
+
+
+def _from_tensors(groups: Mapping[str, Any]) -> ElasticGroups:
+    if not isinstance(groups, Mapping):
+        raise InputError(f"masked: groups={groups!r} is a {type(groups).__name__}; give an ElasticGroups")
+    for name, group in groups.items():
+        if not (hasattr(group, "producers") and hasattr(group, "consumers")):
+            raise InputError(
+                f"masked: groups has {group!r} for {name!r}, which has no producers and consumers; put sides of layers "
+                "into an ElasticGroups, ElasticGroups(groups)"
+            )
+    return ElasticGroups.from_tensors(groups)
 
 
 def _identity(channels: Channels) -> Hashable:
@@ -194,6 +217,7 @@ def _skipped(modules: Mapping[str, nn.Module], path: str) -> Change:
 
 def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[Swap]:
     """What makes a layer its active part."""
+    names: tuple[str, ...] = ("weight", "bias")
     if isinstance(layer, Elastic):
         raise InputError(f"{type(layer).__name__} is an elastic layer; use set_subnet for its model")
     if isinstance(layer, nn.Conv2d):
@@ -207,6 +231,9 @@ def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[Swap]:
     elif "running_mean" in layer._buffers:
         columns, outputs = None, sides["out"]
         numbers = {"num_features": outputs.count}
+        names += STATISTICS
+        if layer._buffers.get("num_batches_tracked") is not None:
+            yield Swap(layer._buffers, "num_batches_tracked", layer.num_batches_tracked.clone())
     else:
         raise InputError(
             f"{type(layer).__name__} cannot be masked; group nn.Conv2d, nn.Linear and batch normalisations"
@@ -215,9 +242,10 @@ def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[Swap]:
         if name in vars(layer):
             yield Swap(vars(layer), name, value)
     for home in (layer._parameters, layer._buffers):
-        for name, tensor in home.items():
-            if tensor is not None and tensor.dim() > 0:
-                yield Swap(home, name, _part(tensor, outputs, columns))
+        for name in names:
+            if home.get(name) is not None:
+                part = _part(home[name], outputs, columns)
+                yield Swap(home, name, part.clone() if name in STATISTICS else part)
 
 
 def _part(tensor: Tensor, rows: Channels, columns: Channels | None) -> Tensor:

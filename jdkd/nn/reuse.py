@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as calls_of_all
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from jdkd.nn.masked import Swap, swapped
@@ -56,6 +57,8 @@ class Reuse(TorchFunctionMode):
         free = [module for module in self._above if module not in hooked]
         self._forwards = [Swap(vars(m), "forward", functools.partial(self._call, m, m.forward)) for m in free]
         self._numbers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # tensor -> its version and number
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        self._kinds = {"cpu", "cuda", *(tensor.device.type for tensor in tensors)}  # of devices
         self._fresh = itertools.count()
         self._known: dict[Hashable, list[int]] = {}  # numbers of the outputs of a module, or of a function
         self._answers: dict[tuple[nn.Module, int], _Answer] = {}  # by module and how often it had been called
@@ -75,6 +78,10 @@ class Reuse(TorchFunctionMode):
         with swapped(self._forwards), self:
             yield
 
+    def forget(self) -> None:
+        """Lets no module give again what it gave so far."""
+        self._answers.clear()
+
     def _call(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         place = module, self._called[module]
         self._called[module] += 1
@@ -89,7 +96,8 @@ class Reuse(TorchFunctionMode):
         output = forward(*args, **kwargs)
         made = packed(output)
         if question is not None and made is not None:
-            if self._question((module, part), args, kwargs) == question:  # it has not written into its inputs
+            unwritten = self._question((module, part), args, kwargs) == question
+            if unwritten and not _may_alias(made[1], packed((args, kwargs))[1]):
                 self._answers[place] = _Answer(question, *made, [tensor._version for tensor in made[1]])
             self._number(question, made[1])
         return output
@@ -108,7 +116,12 @@ class Reuse(TorchFunctionMode):
     def _question(self, function: Hashable, args: tuple, kwargs: dict[str, Any]) -> Hashable:
         """What an output depends on; None if that cannot be told."""
         asked = packed((args, kwargs))
-        return asked and (function, asked[0], tuple(map(self._number_of, asked[1])))
+        return asked and (function, asked[0], self._autocast(), tuple(map(self._number_of, asked[1])))
+
+    def _autocast(self) -> Hashable:
+        if not torch._C._is_any_autocast_enabled():
+            return None
+        return tuple(torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) for kind in self._kinds)
 
     def _number_of(self, tensor: Tensor) -> int:
         version, number = self._numbers.get(tensor, (None, 0))
@@ -122,6 +135,22 @@ class Reuse(TorchFunctionMode):
         known = self._known.setdefault(question, [self._number_of(tensor) for tensor in tensors])
         for tensor, number in zip(tensors, known, strict=True):
             self._numbers[tensor] = tensor._version, number
+
+
+def _may_alias(outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> bool:
+    """Whether a write into an output could be one into an input; then no output of before can stand for it."""
+    try:
+        with torch._C.DisableTorchFunction():
+            taken = {_memory(tensor) for tensor in inputs}
+            return any(_memory(tensor) in taken for tensor in outputs)
+    except NotImplementedError:
+        return True
+
+
+def _memory(tensor: Tensor) -> int:
+    if is_traceable_wrapper_subclass(tensor):  # it holds other tensors; a sparse one raises by itself
+        raise NotImplementedError
+    return tensor.untyped_storage()._cdata
 
 
 @functools.cache

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from jdkd.errors import InputError
 from jdkd.nn import Subnet, set_subnet
@@ -30,9 +32,9 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
 
     One pass serves all layers, as is usual: while it runs, each layer normalises with the statistics of the
     batch at hand, so what a deep layer sees is what it saw in training, not what the new running statistics
-    of the layers before it would give. Frozen batch norms and those without running statistics are left
-    alone; an elastic batch norm is calibrated in the channels that are active. The result depends on model
-    and batches alone.
+    of the layers before it would give. Batch norms may be of 1 to 3 dimensions, and synchronised ones in one
+    process. Frozen batch norms and those without running statistics are left alone; an elastic batch norm is
+    calibrated in the channels that are active. The result depends on model and batches alone.
 
     Args:
         model: a detector, of which only the backbone runs unless there are batch norms elsewhere (these see
@@ -44,11 +46,15 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
 
     Raises:
         InputError: there is no batch, or no subnet, although there is something to calibrate; or several subnets
-            share the statistics.
+            share the statistics; or a layer has no shape yet, gets 1 value a channel, or takes its statistics over
+            several processes. Names the layer.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return
+    for path, norm in model.named_modules():
+        if norm in norms:
+            _check(path, norm)
     if subnets is None:
         _calibrate(model, batches, norms, [contextlib.nullcontext()])
         return
@@ -70,19 +76,38 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
         _calibrate(model, batches, norms, kept)
 
 
+def _check(path: str, norm: _BatchNorm) -> None:
+    """Refuses a norm whose batches cannot be pooled here."""
+    where = f"calibrate_bn: {_named(path, norm)}"
+    if is_lazy(norm.running_mean):
+        raise InputError(f"{where} has no shape yet; run the model once before")
+    if isinstance(norm, nn.SyncBatchNorm) and distributed.is_available() and distributed.is_initialized():
+        processes, kind = distributed.get_world_size(norm.process_group), norm.running_mean.device.type
+        if processes > 1 or kind == "cpu":
+            raise InputError(
+                f"{where} takes its statistics over the {processes} process(es) of its group, on {kind}; calibrate a "
+                "copy of the model with nn.BatchNorm2d in its place, or before the process group begins"
+            )
+
+
+def _named(path: str, norm: _BatchNorm) -> str:
+    return f"{path or 'the model'}, a {type(norm).__name__},"
+
+
 def _calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    norms: list[nn.BatchNorm2d],
+    norms: list[_BatchNorm],
     subnets: Sequence[contextlib.AbstractContextManager],
 ) -> None:
     """Calibrates what is active inside each of ``subnets``; changes nothing on an error."""
     pools = []
+    paths = {module: path for path, module in model.named_modules()}
     with contextlib.ExitStack() as before, mode(model, training=False):
         for subnet in subnets:
             with subnet:
                 homes = {norm: getattr(norm, "active_statistics", norm) for norm in norms}
-            pools.append({norm: _Pool(home) for norm, home in homes.items()})
+            pools.append({norm: _Pool(home, _named(paths[norm], norm)) for norm, home in homes.items()})
             for home in homes.values():
                 before.enter_context(_restored(home))
         for norm in norms:
@@ -103,6 +128,7 @@ def _restored(home: nn.Module) -> Iterator[None]:
     """Running statistics that say what they saw inside, and are what they were afterwards."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     kept = [(getattr(home, name), getattr(home, name).clone()) for name in names]
+    home.running_mean.zero_()  # a momentum of 1 leaves 0 of what was there, and of NaN or infinity that is NaN
     home.running_var.fill_(UNSEEN)
     try:
         yield
@@ -112,7 +138,7 @@ def _restored(home: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _of_one_batch(norm: nn.BatchNorm2d) -> Iterator[None]:
+def _of_one_batch(norm: _BatchNorm) -> Iterator[None]:
     """Lets the running statistics after a forward be those of its batch."""
     momentum, norm.momentum = norm.momentum, 1.0
     norm.train()
@@ -123,9 +149,10 @@ def _of_one_batch(norm: nn.BatchNorm2d) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hooked(pools: Mapping[nn.BatchNorm2d, _Pool]) -> Iterator[None]:
+def _hooked(pools: Mapping[_BatchNorm, _Pool]) -> Iterator[None]:
     """Every forward of a norm goes into its pool."""
-    hooks = [norm.register_forward_hook(pool.take) for norm, pool in pools.items()]
+    hooks = [norm.register_forward_pre_hook(pool.check) for norm, pool in pools.items()]
+    hooks += [norm.register_forward_hook(pool.take) for norm, pool in pools.items()]
     try:
         yield
     finally:
@@ -133,7 +160,12 @@ def _hooked(pools: Mapping[nn.BatchNorm2d, _Pool]) -> Iterator[None]:
             hook.remove()
 
 
-def _forward(model: nn.Module, batch: Any, norms: list[nn.BatchNorm2d]) -> None:
+def _count(x: Tensor) -> int:
+    """Values a channel of ``[N, C, ...]``."""
+    return x.numel() // max(1, x.shape[1])
+
+
+def _forward(model: nn.Module, batch: Any, norms: list[_BatchNorm]) -> None:
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         model(normalised(model, batch))
@@ -150,16 +182,26 @@ class _Pool:
 
     Args:
         home: holds the norm's running statistics.
+        name: of the norm, for errors.
     """
 
     home: nn.Module
+    name: str
     count: int = 0
     mean: Tensor | None = None  # [C] float64
     spread: Tensor | None = None  # [C] float64
 
-    def take(self, norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def check(self, norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
+        """Forward pre-hook: refuses a batch that has no variance."""
+        if norm.training and _count(inputs[0]) == 1:
+            raise InputError(
+                f"calibrate_bn: {self.name} was given {tuple(inputs[0].shape)}, 1 value a channel, which has no "
+                "variance; give batches of more images"
+            )
+
+    def take(self, norm: _BatchNorm, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Forward hook: merges the batch whose statistics the norm has just stored."""
-        count = inputs[0].numel() // max(1, inputs[0].shape[1])  # [N, C, H, W]
+        count = _count(inputs[0])
         if not count:
             return
         mean = self.home.running_mean.to(torch.float64, copy=True)  # the next batch writes into the statistics

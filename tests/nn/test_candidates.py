@@ -204,6 +204,97 @@ def test_what_follows_a_function_or_an_activation_in_place_is_shared(relu):
     assert [calls[f"convs.{i}"] for i in range(4)] == [1, written, 3, 3]
 
 
+def test_what_ran_in_another_precision_is_not_given_again():
+    class Twice(nn.Module):
+        """In bfloat16 once, if the block runs, and then as it is called."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.block = nn.Conv2d(3, 3, 1), Calling(self.first)
+
+        def first(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.conv(x).float()
+
+        def forward(self, x):
+            return self.conv(self.block(x))
+
+    model, x = Twice().eval(), images()
+    candidates = [Candidate(skip=["block"]), {}, Candidate(skip=["block"])]
+    for whole in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
+            expected = one_by_one(model, candidates, x, ElasticGroups({}))
+            assert_equal(score_candidates(model, candidates, x, ElasticGroups({})), expected)
+
+
+class Aliased(nn.Module):
+    """Writes in place what a module gave as it took it, and reads what that took."""
+
+    def __init__(self, alias: nn.Module):
+        super().__init__()
+        self.pre, self.alias, self.fc = nn.Conv2d(3, 6, 1), alias, nn.Conv2d(6, 6, 1)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        taken = self.pre(x) * 1.0
+        self.act(self.alias(taken))
+        return self.fc(taken)
+
+
+ALIASES = [nn.Dropout(), nn.Identity(), nn.Flatten(), nn.Unflatten(1, (2, 3)), nn.Sequential()]
+
+
+@pytest.mark.parametrize("alias", [*ALIASES, nn.Sequential(nn.Identity(), nn.Flatten())], ids=repr)
+def test_what_shares_memory_with_its_input_is_not_given_again(alias):
+    model, x = Aliased(alias).eval(), images()
+    candidates = [Candidate(skip=["act"]), {}]
+    expected = one_by_one(model, candidates, x, ElasticGroups({}))
+    assert not torch.equal(*expected)
+    assert_equal(score_candidates(model, candidates, x, ElasticGroups({})), expected)
+
+
+def test_what_follows_a_module_that_shares_memory_with_its_input_is_shared():
+    model = Chain(nn.Dropout(), nn.Unflatten(1, (6,)), nn.Identity(), nn.Identity())
+    calls = counted(model)
+    score_candidates(model, [{"2": 2}, {"2": 3}, {}], images())
+    assert [calls[f"convs.{i}"] for i in range(4)] == [1, 1, 3, 3]
+    assert calls["between.0"] == calls["between.1"] == 3
+
+
+class Unequal(nn.Module):
+    """Writes a view in place, of tensors whose memory is not theirs alone to name."""
+
+    def __init__(self, make: Callable[[torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.make, self.view, self.act = make, Calling(lambda x: x.unsqueeze(-1)), Calling(torch.relu_)
+
+    def forward(self, x):
+        taken = self.make(x) * 1.0
+        self.act(self.view(taken))
+        return torch.cat([row.flatten() for row in taken.unbind()])
+
+
+LAYOUTS = {
+    "strided": lambda x: x,
+    "jagged": lambda x: torch.nested.nested_tensor([x[:1], x], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_view_is_not_given_again_in_any_layout(make):
+    model, x = Unequal(make).eval(), torch.randn(3, 4)
+    candidates = [Candidate(skip=["act"]), {}]
+    expected = one_by_one(model, candidates, x, ElasticGroups({}))
+    assert not torch.equal(*expected)
+    assert_equal(score_candidates(model, candidates, x, ElasticGroups({})), expected)
+
+
+def test_sparse_tensors_pass():
+    model = nn.Sequential(Calling(torch.Tensor.to_sparse), Calling(torch.relu), Calling(torch.Tensor.to_dense))
+    x, groups = torch.randn(3, 4), ElasticGroups({})
+    assert_equal(score_candidates(model.eval(), [{}, {}], x, groups), one_by_one(model, [{}, {}], x, groups))
+
+
 def test_a_result_that_its_caller_writes_is_not_given_again():
     model = Chain()
     expected = one_by_one(model, [{}, {}], images(), model.elastic_groups)
@@ -230,6 +321,79 @@ def test_a_result_stays_when_a_later_candidate_writes_what_it_shares(score):
     for result, output in zip(found, expected, strict=True):
         wanted = output if score is None else score(output)
         assert_equal(*([value[0] if isinstance(value, list) else value] for value in (result, wanted)))
+
+
+class Held:
+    """Holds a tensor where nothing but its own code finds it."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __reduce__(self):
+        raise TypeError("cannot be pickled")
+
+
+@pytest.mark.parametrize("at", ["score", "output", "elsewhere"])
+def test_what_a_result_holds_unseen_stays_when_a_later_candidate_writes_it(at):
+    class Writing(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return Held(y) if at == "output" else y
+
+    block = nn.Sequential(Calling(torch.relu_), nn.Conv2d(6, 6, 1))
+    model, x = Writing(nn.Conv2d(3, 6, 1), block).eval(), images()
+    candidates, kept = [Candidate(skip=["1"]), {}], []
+    expected = one_by_one(model, candidates, x, ElasticGroups({}))
+    score = {"score": Held, "output": None, "elsewhere": lambda y: kept.append((y, y.clone()))}[at]
+    found = score_candidates(model, candidates, x, ElasticGroups({}), score=score)
+    if at == "elsewhere":
+        assert len(kept) == 2 and all(torch.equal(now, then) for now, then in kept)
+    else:
+        assert_equal([value.held for value in found], [getattr(value, "held", value) for value in expected])
+
+
+def test_a_score_that_writes_its_output_does_not_undo_sharing():
+    model = Chain()
+    calls = counted(model)
+    score_candidates(model, [{}, {}], images(), score=lambda output: Held(output.zero_()))
+    assert [calls[f"convs.{i}"] for i in range(4)] == [1, 1, 1, 1]
+
+
+WRITERS = {
+    "tensor": lambda x: x.sub_(1),
+    "view": lambda x: x[:, 0].mul_(2),
+    "list": lambda x: x[0].sub_(1),
+    "dictionary": lambda x: x["image"].sub_(1),
+}
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("kind", WRITERS)
+def test_refuses_a_candidate_that_writes_the_batch(kind, share):
+    class Writing(Chain):
+        def forward(self, x):
+            if self.convs[1].out_channels == 3:
+                WRITERS[kind](x)
+            return super().forward({"list": lambda: x[0], "dictionary": lambda: x["image"]}.get(kind, lambda: x)())
+
+    model, x = Writing(), images()
+    batch = {"list": [x], "dictionary": {"image": x}}.get(kind, x)
+    score_candidates(model, [{"1": 2}, {}], batch, share=share)
+    with pytest.raises(InputError, match=r"candidate 1 .* wrote into the batch in place.* x = x\.clone\(\)"):
+        score_candidates(model, [{}, {"1": 3}], batch, share=share)
+    assert model.convs[1].out_channels == 6
+
+
+def test_every_candidate_gets_containers_of_its_own():
+    class Popping(Chain):
+        def forward(self, levels):
+            return super().forward(levels["images"].pop())
+
+    model, x = Popping(), images()
+    batch = {"images": [x]}
+    found = score_candidates(model, [{"1": 2}, {}], batch)
+    assert_equal(found, [one_by_one(model, [c], {"images": [x]}, model.elastic_groups)[0] for c in ({"1": 2}, {})])
+    assert len(batch["images"]) == 1
 
 
 def test_a_tensor_that_a_result_names_twice_is_copied_once():
@@ -348,6 +512,23 @@ def test_refuses_candidates_that_do_not_fit(candidates, words):
         score_candidates(plain(), candidates, images())
     for word in ["score_candidates", *words]:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "words"),
+    [
+        ({"stream": 3}, r"candidates=\{'stream': 3\} is no list of candidates; give \[\{\.\.\.\}, \.\.\.\]"),
+        (Candidate({"stream": 3}), r"candidates=Candidate\(.* is no list of candidates"),
+        ("stream", "candidates='stream' is no list of candidates"),
+        (None, "candidates=None is no list of candidates"),
+        ([{}, "stream"], "candidate 1 is 'stream'; give masks by group, {group: channels}, or a Candidate"),
+        ([Candidate(skip="stage.1")], "candidate 0: masked: skip='stage.1' is no list of paths"),
+        ([Candidate(None)], "candidate 0: masked: masks=None is no mapping"),
+    ],
+)
+def test_refuses_candidates_of_other_kinds(candidates, words):
+    with pytest.raises(InputError, match=f"score_candidates: {words}"):
+        score_candidates(plain(), candidates, images())
 
 
 def test_refuses_training_mode_and_a_model_without_groups():

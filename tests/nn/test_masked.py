@@ -102,6 +102,66 @@ def test_leading_channels_are_views_of_the_weights():
         assert model.stem.weight.shape[0] == 5
 
 
+@pytest.mark.parametrize("masks", [{"stream": 5}, {"stream": [6, 1, 2]}], ids=["leading", "listed"])
+def test_statistics_that_are_calibrated_are_those_of_the_candidate(masks):
+    model, x = _plain(), images()
+    before = _fingerprint(model)
+    with masked(model, masks, DECLARED):
+        of_parent = model.bn.running_mean.clone()
+        model.bn.train()
+        model(x)
+        model.bn.eval()
+        assert model.bn.num_batches_tracked == before["values"]["bn.num_batches_tracked"] + 1
+        assert not torch.equal(model.bn.running_mean, of_parent)
+    _assert_untouched(model, before)
+
+
+def test_what_is_written_into_leading_weights_reaches_the_model():
+    model = _plain()
+    weight = model.stem.weight.detach().clone()
+    with masked(model, {"stream": 5}, DECLARED):
+        model.stem.weight.zero_()
+    weight[:5] = 0
+    assert torch.equal(model.stem.weight, weight)
+
+
+def test_a_batch_norm_outside_all_groups_is_written_as_ever():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)).eval()
+    with masked(model, {"g": 2}, ElasticGroups({"g": [("0", "out"), ("1", "in")]})):
+        model[2].train()
+        model(images())
+    assert model[2].num_batches_tracked == 1
+
+
+def test_what_else_a_subclass_holds_stays_whole():
+    class Gated(nn.Conv2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("table", torch.arange(8.0))
+            self.register_buffer("running_mean", torch.arange(8.0))
+            self.gains = nn.Parameter(torch.arange(8.0))
+
+        def forward(self, x):
+            return super().forward(x) * self.table[-1] + self.gains[-1] - self.running_mean[-1]
+
+    class Tabled(nn.BatchNorm2d):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.register_buffer("table", torch.arange(8.0))
+
+        def forward(self, x):
+            return super().forward(x) + self.table[-1]
+
+    model, x = nn.Sequential(Gated(3, 4, 1), Tabled(4), nn.Conv2d(4, 2, 1)).eval(), images()
+    pruned = copy.deepcopy(model)
+    pruned[0].weight.data, pruned[0].bias.data = model[0].weight[:2], model[0].bias[:2]
+    pruned[1] = Tabled(2).eval()
+    pruned[2].weight.data = model[2].weight[:, :2]
+    groups = ElasticGroups({"g": [("0", "out"), ("1", "out"), ("2", "in")]})
+    with masked(model, {"g": 2}, groups):
+        torch.testing.assert_close(model(x), pruned(x))
+
+
 def test_blocks_can_be_left_out():
     model, x = _plain(), images()
     pruned = _pruned(model, MASKS["listed"])
@@ -217,6 +277,24 @@ def test_refuses_masks_that_do_not_fit(masks, skip, words):
     for word in ["masked", *words]:
         assert word in str(caught.value)
     _assert_untouched(model, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "words"),
+    [
+        ((None, DECLARED), {}, "masks=None is no mapping; give {group: channels}"),
+        (([3], DECLARED), {}, r"masks=\[3\] is no mapping"),
+        (({"stream": 3}, GROUPS), {}, r"groups has .* for 'stream', .* put sides of layers into an ElasticGroups"),
+        (({"stream": 3}, [("stem", "out")]), {}, r"groups=\[\('stem', 'out'\)\] is a list; give an ElasticGroups"),
+        (({}, DECLARED), {"skip": "stage.1"}, "skip='stage.1' is no list of paths"),
+        (({}, DECLARED), {"skip": None}, "skip=None is no list of paths"),
+        (({}, DECLARED), {"skip": iter(["stage.1"])}, "skip=<.*> is no list of paths"),
+        (({}, DECLARED), {"skip": [1]}, r"skip=\[1\] is no list of paths"),
+    ],
+)
+def test_refuses_arguments_of_other_kinds(arguments, options, words):
+    with pytest.raises(InputError, match=f"masked: {words}"), masked(_plain(), *arguments, **options):
+        pass
 
 
 def test_refuses_training_mode_and_layers_it_does_not_know():

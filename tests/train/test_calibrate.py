@@ -63,6 +63,57 @@ def test_a_large_mean_costs_no_accuracy():
     torch.testing.assert_close(norm.running_var, pooled(batches)[1], rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+def test_statistics_that_are_no_numbers_are_left_behind(broken):
+    norm, batches = nn.BatchNorm2d(2), uneven_batches()
+    norm.running_mean[0] = norm.running_var[1] = broken
+    calibrate_bn(nn.Sequential(norm), batches)
+    mean, variance = pooled(batches)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+
+
+NORMS = {
+    "1d": (nn.BatchNorm1d, nn.Flatten(2)),
+    "1d of rows": (nn.BatchNorm1d, nn.AdaptiveAvgPool2d(1)),
+    "3d": (nn.BatchNorm3d, nn.Unflatten(3, (1, -1))),
+    "synchronised": (nn.SyncBatchNorm, nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_batch_norms_of_every_kind_are_calibrated(name):
+    kind, shape = NORMS[name]
+    rows = nn.Flatten(1) if name == "1d of rows" else nn.Identity()
+    norm, batches = kind(2), uneven_batches()[1:]
+    calibrate_bn(nn.Sequential(shape, rows, norm), batches)
+    mean, variance = pooled([shape(batch) for batch in batches])
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+
+
+def test_a_synchronised_norm_of_several_processes_is_refused_by_name(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.SyncBatchNorm(2))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
+    with pytest.raises(InputError, match=r"1, a SyncBatchNorm, takes its statistics over the 4 process"):
+        calibrate_bn(model, uneven_batches())
+    assert model[1].num_batches_tracked == 0 and not model[1].running_mean.any()
+
+
+def test_a_norm_without_a_shape_is_refused_by_name():
+    with pytest.raises(InputError, match=r"0, a LazyBatchNorm2d, has no shape yet; run the model once"):
+        calibrate_bn(nn.Sequential(nn.LazyBatchNorm2d()), uneven_batches())
+
+
+def test_a_batch_without_variance_is_refused_by_name():
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.BatchNorm1d(2))
+    batches = [torch.rand(3, 2, 4, 4), torch.rand(1, 2, 4, 4)]
+    with pytest.raises(InputError, match=r"2, a BatchNorm1d, was given \(1, 2\), 1 value a channel.* more images"):
+        calibrate_bn(model, batches)
+    assert model[2].running_mean.eq(0).all() and model[2].running_var.eq(1).all()
+
+
 def test_layers_that_are_called_several_times_pool_all_calls():
     class Shared(nn.Module):
         def __init__(self) -> None:
