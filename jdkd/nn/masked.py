@@ -220,6 +220,11 @@ def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[Swap]:
     names: tuple[str, ...] = ("weight", "bias")
     if isinstance(layer, Elastic):
         raise InputError(f"{type(layer).__name__} is an elastic layer; use set_subnet for its model")
+    if isinstance(layer, nn.Conv2d | nn.Linear) and layer._parameters.get("weight") is None:
+        raise InputError(
+            f"the weight of this {type(layer).__name__} is computed at every forward; make it a parameter first, as by "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
     if isinstance(layer, nn.Conv2d):
         inputs, outputs, kept = conv_channels(layer.weight, layer.groups, sides.get("in"), sides.get("out"))
         columns = inputs if layer.groups == 1 else None
