@@ -236,8 +236,7 @@ def _accumulate(weights: Sequence[Tensor], flat: _Flat, packed: Sequence[Tensor 
 
 
 def _is_reached(leaf: Any) -> bool:
-    """Whether this backward pass adds to the gradient of a leaf: not under ``autograd.grad``, nor if it is none of the
-    ``inputs`` of ``backward``."""
+    """Whether this backward pass is to add to a leaf, unlike ``autograd.grad`` and ``backward(inputs=[others])``."""
     try:
         return torch._C._will_engine_execute_node(leaf)
     except RuntimeError:  # autograd.grad asks for the leaf itself
@@ -245,11 +244,10 @@ def _is_reached(leaf: Any) -> bool:
 
 
 def _own_gradient(weight: Tensor) -> Tensor:
-    gradient, name = getattr(weight, "main_grad", None), "main_grad"
-    if gradient is None:
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        gradient, name = weight.grad, "grad"
+    name = "grad" if getattr(weight, "main_grad", None) is None else "main_grad"
+    if getattr(weight, name) is None:
+        weight.grad = torch.zeros_like(weight)
+    gradient = getattr(weight, name)
     if gradient.shape != weight.shape or torch._debug_has_internal_overlap(gradient) == 1:
         raise InputError(
             f"{name} of a weight {tuple(weight.shape)} has shape {tuple(gradient.shape)} and strides "
@@ -386,10 +384,6 @@ def _unpack_fake(
     return like[0].new_empty(sum(aligned(weight.numel(), weight.element_size()) for weight in like))
 
 
-def _unpack_add_fake(*_: Any) -> None:
-    return None
-
-
 _library = torch.library.Library("jdkd", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 _PARTS = "Tensor?[] rows, Tensor?[] columns, SymInt[] sizes"
@@ -399,7 +393,7 @@ _library.define(f"unpack_add_(Tensor(a!)[] gradients, {_PARTS}, Tensor[] packed)
 for _name, _body, _fake in (
     ("pack", _pack, _pack_fake),
     ("unpack", _unpack, _unpack_fake),
-    ("unpack_add_", _unpack_add_, _unpack_add_fake),
+    ("unpack_add_", _unpack_add_, lambda *_: None),
 ):
     _library.impl(_name, _body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"jdkd::{_name}", _fake, lib=_library)
