@@ -110,17 +110,16 @@ class ElasticConvBNAct(ConvBNAct):
         Raises:
             InputError: if the supernet has no such channels or taps; the active ones stay as they were.
         """
-        self._check_bn()
+        bn = self._norm
         try:
             part = self.conv.part(in_channels, out_channels, kernel_size)
         except InputError as error:
             raise InputError(f"{type(self).__name__}.set_active: {error}") from None
         self.conv._put(part)
-        self.bn._put(self.bn.part(part.outputs))
+        bn._put(bn.part(part.outputs))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        self._check_bn()
-        compiled = torch.compiler.is_compiling() and self.bn._in_regions  # the compiler folds by itself
+        compiled = torch.compiler.is_compiling() and self._norm._in_regions  # the compiler folds by itself
         if compiled or self._normalises_by_batch():
             return super().forward(x, residual)
         active, normed = self._active(x)
@@ -136,20 +135,24 @@ class ElasticConvBNAct(ConvBNAct):
         whole, window = self._whole(active), (conv.stride, padding, conv.dilation, active.groups)
         return self._ended(convolve(x, filters, shift.to(filters.dtype), *whole, *window), residual)
 
-    def _check_bn(self) -> None:
-        """Raises InputError where something has replaced the elastic normalisation; wrappers of it may."""
-        if not hasattr(self.bn, "_now"):
+    @property
+    def _norm(self) -> ElasticBatchNorm2d:
+        """The elastic normalisation; raises InputError where something has replaced it. Wrappers of it may."""
+        bn = self.bn
+        if not hasattr(bn, "_now"):
             raise InputError(
-                f"{type(self).__name__}: bn is a {type(self.bn).__name__} and no ElasticBatchNorm2d any more; leave "
-                "the layers of a supernet elastic, and convert what jdkd.nn.export makes of a subnet"
+                f"{type(self).__name__}: bn is a {type(bn).__name__} and no ElasticBatchNorm2d any more; leave the "
+                "layers of a supernet elastic, and convert what jdkd.nn.export makes of a subnet"
             )
+        return bn
 
     def _whole(self, active: Any) -> tuple[Channels, Channels]:
         """The channels of folded filters, all of which are active."""
         return Channels(active.inputs.count), Channels(active.outputs.count)
 
     def _normalises_by_batch(self) -> bool:
-        return self.bn.training or self.bn.running_mean is None
+        bn = self._norm
+        return bn.training or bn.running_mean is None
 
     def _active(self, x: Tensor) -> tuple[Any, Channels]:
         """What is active of the convolution and of the normalisation; raises InputError where they do not fit."""
@@ -207,12 +210,10 @@ class ElasticConvBNAct(ConvBNAct):
 
     def export(self) -> ConvBNAct:
         """Returns: the unit of plain layers, with a copy of what is active, equal in output up to rounding."""
-        self._check_bn()
-        return self.exported({id(layer): layer.export() for layer in (self.conv, self.bn)})
+        return self.exported({id(layer): layer.export() for layer in (self.conv, self._norm)})
 
     def exported(self, plain: dict[int, Any]) -> ConvBNAct:
         """The same of layers that were exported before; ``plain`` holds them by identity."""
-        self._check_bn()
-        unit = ConvBNAct(plain[id(self.conv)], plain[id(self.bn)], self.relu)
+        unit = ConvBNAct(plain[id(self.conv)], plain[id(self._norm)], self.relu)
         unit.training = self.training
         return unit

@@ -88,9 +88,19 @@ class ElasticGroups:
 
         Returns:
             The same by layers: dimension 0 of a tensor is the side ``"out"``, dimension 1 ``"in"``.
+
+        Raises:
+            InputError: on what is no such mapping.
         """
+        if not isinstance(groups, Mapping):
+            raise InputError(f"ElasticGroups: groups={groups!r} is a {type(groups).__name__}; give an ElasticGroups")
         read = {}
         for name, group in groups.items():
+            if not (hasattr(group, "producers") and hasattr(group, "consumers")):
+                raise InputError(
+                    f"ElasticGroups: groups has {group!r} for {name!r}, which has no producers and consumers; put "
+                    "sides of layers into an ElasticGroups, ElasticGroups(groups)"
+                )
             named = [*((tensor, dim, 1) for tensor, dim in group.producers), *group.consumers]
             sides = [Side(tensor.rpartition(".")[0], SIDES[1 - dim], repeat) for tensor, dim, repeat in named]
             read[name] = tuple(dict.fromkeys(sides))

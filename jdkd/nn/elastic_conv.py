@@ -113,7 +113,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
     ) -> _Convolution:
         """Reads what :meth:`set_active` is given, and activates nothing."""
-        inputs, outputs, groups = conv_channels(self.weight, self.groups, in_channels, out_channels)
+        shape = self.out_channels, self.in_channels // self.groups  # a weight may be computed when it is asked for
+        inputs, outputs, groups = conv_channels(shape, self.groups, in_channels, out_channels)
         kernel = active_kernel(kernel_size, self.kernel_size)
         if self.kernel_transform and kernel is not None and kernel[0] != kernel[1]:
             raise InputError(

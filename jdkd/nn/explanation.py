@@ -87,7 +87,6 @@ def _of_levels(conv: ElasticLevelsConv2d, x: Levels) -> Explanation:
 
 def _of_unit(unit: ElasticConvBNAct, x: Tensor) -> Explanation:
     route = "parts"
-    unit._check_bn()
     if not unit._normalises_by_batch():
         active, _ = unit._active(x)
         route = unit._route(x, active)

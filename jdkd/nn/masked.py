@@ -174,7 +174,7 @@ def _declared(
             f"masked: {type(model).__name__} does not say which of its channels are coupled; set its elastic_groups "
             "to an ElasticGroups, or give one"
         )
-    groups = groups if isinstance(groups, ElasticGroups) else _from_tensors(groups)
+    groups = groups if isinstance(groups, ElasticGroups) else ElasticGroups.from_tensors(groups)
     out = tuple(f"{path}." for path, module in modules.items() if isinstance(module, _Skipped))
     left = {name: [s for s in sides if not f"{s.module}.".startswith(out)] for name, sides in groups.groups.items()}
     home: dict[tuple[nn.Module | None, str], tuple[str, str]] = {}
@@ -187,18 +187,6 @@ def _declared(
                     f"and {other[0]!r}; put what is coupled in one group"
                 )
     return dataclasses.replace(groups, groups={name: sides for name, sides in left.items() if sides})
-
-
-def _from_tensors(groups: Mapping[str, Any]) -> ElasticGroups:
-    if not isinstance(groups, Mapping):
-        raise InputError(f"masked: groups={groups!r} is a {type(groups).__name__}; give an ElasticGroups")
-    for name, group in groups.items():
-        if not (hasattr(group, "producers") and hasattr(group, "consumers")):
-            raise InputError(
-                f"masked: groups has {group!r} for {name!r}, which has no producers and consumers; put sides of layers "
-                "into an ElasticGroups, ElasticGroups(groups)"
-            )
-    return ElasticGroups.from_tensors(groups)
 
 
 def _identity(channels: Channels) -> Hashable:
@@ -226,7 +214,7 @@ def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[Swap]:
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
     if isinstance(layer, nn.Conv2d):
-        inputs, outputs, kept = conv_channels(layer.weight, layer.groups, sides.get("in"), sides.get("out"))
+        inputs, outputs, kept = conv_channels(layer.weight.shape, layer.groups, sides.get("in"), sides.get("out"))
         columns = inputs if layer.groups == 1 else None
         numbers = {"in_channels": inputs.count, "out_channels": outputs.count, "groups": kept}
     elif isinstance(layer, nn.Linear):

@@ -10,6 +10,8 @@ paths, and when another one is taken.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,7 @@ def elastic_conv2d(
     Source:
         Leading channels and centres of one shared weight: Cai et al., Once-for-All, ICLR 2020, section 3.2.
     """
-    inputs, outputs, active_groups = conv_channels(weight, groups, in_channels, out_channels)
+    inputs, outputs, active_groups = conv_channels(weight.shape, groups, in_channels, out_channels)
     kernel = active_kernel(kernel_size, weight.shape[2:])
     padding = active_padding(kernel, weight.shape[2:], padding, dilation)
     check_channels(x, inputs.count, dim=-3, where="elastic_conv2d")
@@ -81,12 +83,12 @@ def elastic_conv2d(
 
 
 def conv_channels(
-    weight: Tensor, groups: int, in_channels: ChannelsLike, out_channels: ChannelsLike
+    shape: Sequence[int], groups: int, in_channels: ChannelsLike, out_channels: ChannelsLike
 ) -> tuple[Channels, Channels, int]:
     """Reads the active channels of a convolution.
 
     Args:
-        weight: ``[Cout_max, Cin_max / groups, kh, kw]``.
+        shape: of the shared weight: ``Cout_max``, ``Cin_max / groups`` and what follows.
         groups: groups of the whole convolution.
         in_channels: active input channels as given by the user.
         out_channels: active output channels as given by the user.
@@ -97,7 +99,7 @@ def conv_channels(
     Raises:
         InputError: see :func:`elastic_conv2d`.
     """
-    out_maximum, per_group = weight.shape[:2]
+    out_maximum, per_group = shape[:2]
     if groups == 1:
         inputs = active_channels(in_channels, per_group, "in_channels")
         return inputs, active_channels(out_channels, out_maximum, "out_channels"), 1

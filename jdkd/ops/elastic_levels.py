@@ -74,7 +74,7 @@ def elastic_conv2d_levels(
         Heads shared by all levels: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4; leading
         channels of one shared weight: Cai et al., Once-for-All, ICLR 2020, section 3.2.
     """
-    inputs, outputs, _ = conv_channels(weight, 1, in_channels, out_channels)
+    inputs, outputs, _ = conv_channels(weight.shape, 1, in_channels, out_channels)
     kernel = active_kernel(kernel_size, weight.shape[2:])
     padding = active_padding(kernel, weight.shape[2:], padding, 1)
     return convolve_levels(xs, weight, bias, inputs, outputs, padding, kernel, activation)

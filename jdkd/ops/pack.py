@@ -239,15 +239,16 @@ def _is_reached(leaf: Any) -> bool:
     """Whether this backward pass is to add to a leaf, unlike ``autograd.grad`` and ``backward(inputs=[others])``."""
     try:
         return torch._C._will_engine_execute_node(leaf)
-    except RuntimeError:  # autograd.grad asks for the leaf itself
-        return False
+    except RuntimeError as error:
+        if "autograd.grad" not in str(error):
+            raise
+        return False  # it asks for the leaf itself
 
 
 def _own_gradient(weight: Tensor) -> Tensor:
     name = "grad" if getattr(weight, "main_grad", None) is None else "main_grad"
-    if getattr(weight, name) is None:
-        weight.grad = torch.zeros_like(weight)
-    gradient = getattr(weight, name)
+    if (gradient := getattr(weight, name)) is None:
+        gradient = weight.grad = torch.zeros_like(weight)
     if gradient.shape != weight.shape or torch._debug_has_internal_overlap(gradient) == 1:
         raise InputError(
             f"{name} of a weight {tuple(weight.shape)} has shape {tuple(gradient.shape)} and strides "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +49,15 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
             share the statistics; or a layer has no shape yet, gets 1 value a channel, or takes its statistics over
             several processes. Names the layer.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = {
+        module: f"calibrate_bn: {path or 'the model'}, a {type(module).__name__},"
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
     if not norms:
         return
-    for path, norm in model.named_modules():
-        if norm in norms:
-            _check(path, norm)
+    for norm, where in norms.items():
+        _check(norm, where)
     if subnets is None:
         _calibrate(model, batches, norms, [contextlib.nullcontext()])
         return
@@ -76,9 +79,8 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
         _calibrate(model, batches, norms, kept)
 
 
-def _check(path: str, norm: _BatchNorm) -> None:
+def _check(norm: _BatchNorm, where: str) -> None:
     """Refuses a norm whose batches cannot be pooled here."""
-    where = f"calibrate_bn: {_named(path, norm)}"
     if is_lazy(norm.running_mean):
         raise InputError(f"{where} has no shape yet; run the model once before")
     if isinstance(norm, nn.SyncBatchNorm) and distributed.is_available() and distributed.is_initialized():
@@ -90,24 +92,19 @@ def _check(path: str, norm: _BatchNorm) -> None:
             )
 
 
-def _named(path: str, norm: _BatchNorm) -> str:
-    return f"{path or 'the model'}, a {type(norm).__name__},"
-
-
 def _calibrate(
     model: nn.Module,
     batches: Iterable[Any],
-    norms: list[_BatchNorm],
+    norms: Mapping[_BatchNorm, str],
     subnets: Sequence[contextlib.AbstractContextManager],
 ) -> None:
     """Calibrates what is active inside each of ``subnets``; changes nothing on an error."""
     pools = []
-    paths = {module: path for path, module in model.named_modules()}
     with contextlib.ExitStack() as before, mode(model, training=False):
         for subnet in subnets:
             with subnet:
                 homes = {norm: getattr(norm, "active_statistics", norm) for norm in norms}
-            pools.append({norm: _Pool(home, _named(paths[norm], norm)) for norm, home in homes.items()})
+            pools.append({norm: _Pool(home, norms[norm]) for norm, home in homes.items()})
             for home in homes.values():
                 before.enter_context(_restored(home))
         for norm in norms:
@@ -165,7 +162,7 @@ def _count(x: Tensor) -> int:
     return x.numel() // max(1, x.shape[1])
 
 
-def _forward(model: nn.Module, batch: Any, norms: list[_BatchNorm]) -> None:
+def _forward(model: nn.Module, batch: Any, norms: Collection[_BatchNorm]) -> None:
     backbone = getattr(model, "backbone", None)
     if backbone is None:
         model(normalised(model, batch))
@@ -182,11 +179,11 @@ class _Pool:
 
     Args:
         home: holds the norm's running statistics.
-        name: of the norm, for errors.
+        where: how errors name the norm.
     """
 
     home: nn.Module
-    name: str
+    where: str
     count: int = 0
     mean: Tensor | None = None  # [C] float64
     spread: Tensor | None = None  # [C] float64
@@ -195,7 +192,7 @@ class _Pool:
         """Forward pre-hook: refuses a batch that has no variance."""
         if norm.training and _count(inputs[0]) == 1:
             raise InputError(
-                f"calibrate_bn: {self.name} was given {tuple(inputs[0].shape)}, 1 value a channel, which has no "
+                f"{self.where} was given {tuple(inputs[0].shape)}, 1 value a channel, which has no "
                 "variance; give batches of more images"
             )
 

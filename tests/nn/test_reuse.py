@@ -252,6 +252,15 @@ def test_what_a_result_holds_unseen_stays_when_a_later_candidate_writes_it(at):
         assert_equal([value.held for value in found], [getattr(value, "held", value) for value in expected])
 
 
+def test_what_a_hook_caught_stays_when_a_later_candidate_writes_it():
+    block, caught = nn.Sequential(Calling(torch.relu_), nn.Conv2d(6, 6, 1)), []
+    model, x = nn.Sequential(nn.Conv2d(3, 6, 1), block, nn.Identity()).eval(), images()
+    model[2].register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    candidates = [Candidate(skip=["1"]), {}]
+    expected = one_by_one(model, candidates, x, ElasticGroups({}))
+    assert_equal(score_candidates(model, candidates, x, ElasticGroups({}), score=lambda _: caught[-1]), expected)
+
+
 def test_a_score_that_writes_its_output_does_not_undo_sharing():
     model = Chain()
     calls = counted(model)

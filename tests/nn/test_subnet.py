@@ -249,6 +249,15 @@ def test_layers_with_a_computed_weight_are_set(name, active):
     torch.testing.assert_close(export(net)(x), expected)
 
 
+def test_a_change_of_subnet_computes_no_weight():
+    conv = _computed("spectral_norm", ElasticConv2d(3, 8, 3))  # in training every look at the weight iterates
+    before = {name: value.clone() for name, value in conv.state_dict().items()}
+    net = nn.Sequential(conv, ElasticBatchNorm2d(8))
+    net.elastic_groups = ElasticGroups({"a": [("0", "out"), ("1", "out")]})
+    set_subnet(net, Subnet({"a": 4}))
+    assert all(torch.equal(value, before[name]) for name, value in conv.state_dict().items())
+
+
 def test_a_norm_of_buffers_alone_has_its_channels_counted():
     net = nn.Sequential(FrozenBatchNorm2d(8), ElasticBatchNorm2d(8, affine=False), nn.Conv2d(8, 8, 1))
     modules = dict(net.named_modules())
