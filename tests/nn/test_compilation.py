@@ -266,6 +266,17 @@ def test_a_norm_with_statistics_of_its_own_is_no_region():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
+def test_our_checkpoint_of_a_plainly_compiled_layer_keeps_its_subnet(use_reentrant):
+    conv = ElasticConv2d(4, 8, 1, bias=False)
+    compiled, x = torch.compile(conv, backend="eager"), torch.ones(1, 4, 2, 2, requires_grad=True)
+    conv.set_active(out_channels=[0, 2])
+    loss = jdkd.nn.checkpoint(compiled, x, model=conv, use_reentrant=use_reentrant).sum()
+    conv.set_active(out_channels=[3, 5])
+    loss.backward()
+    assert conv.weight.grad.flatten(1).any(1).nonzero().flatten().tolist() == [0, 2]
+
+
 def test_what_is_compiled_is_not_packed_and_its_copy_is(monkeypatch):
     net = supernet()
     _counted(net)
