@@ -23,6 +23,7 @@ _ROOMS = (
     "latency",
     "morph",
     "nn",
+    "notices",
     "ops",
     "patch",
     "pool",

@@ -63,6 +63,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", params, indirect=True)
 
 
+@pytest.fixture(autouse=True)
+def notices_are_said_again() -> None:
+    """What one test was told once, the next is told again."""
+    from jdkd import notices
+
+    notices._said.clear()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> None:
     """Triton's interpreter patches its language for a kernel, and at every call inside of it once more, a third of its

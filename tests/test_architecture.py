@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    "errors files run_folder",
+    "errors files notices run_folder",
     "kernels reference",
     "_ext",
     "_backend",

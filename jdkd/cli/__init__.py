@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Union
 
 from jdkd.cli.failures import Interrupted, full_disk
 from jdkd.errors import InputError
+from jdkd.notices import Notice
 
 REFUSED = 2
 """Exit code for what the user can act on: bad input, a full disk, Ctrl-C, a package that is not installed."""
@@ -26,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        _parse(argv)()
+        with _notices_as_lines():
+            _parse(argv)()
         sys.stdout.flush()
         return 0
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
@@ -78,6 +82,23 @@ def _parse(argv: list[str]) -> Callable[[], None]:
         args=argv,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+
+
+@contextmanager
+def _notices_as_lines() -> Iterator[None]:
+    """Prints each :class:`Notice` as one line on stderr instead of a warning with a line of our code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Notice)
+        otherwise = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, Notice):
+                print(f"jdkd: {' '.join(str(message).split())}", file=sys.stderr)
+            else:
+                otherwise(message, category, *where, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _refuse(sentence: str) -> int:

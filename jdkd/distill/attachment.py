@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.hooks import Hook
 from jdkd.distill.teacher import TeacherView
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
 
 LOSS = "loss_pkd"
 
@@ -111,16 +111,7 @@ def attach(
         InputError: one has no neck, the two share parameters, or the student has a teacher already; and, when the
             student runs, no levels pair up or its training forward returns no dict.
     """
-    student, teacher = _unwrapped(student), _unwrapped(teacher)
+    student, teacher = unwrapped(student), unwrapped(teacher)
     view = TeacherView(student, teacher, neck=neck, teacher_neck=teacher_neck)
     how = {"loss_weight": loss_weight, "levels": levels, "channels": channels}
     return Attachment(student, FeatureDistiller(student, teacher, view=view, **how, **options))
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The detector inside ``DistributedDataParallel`` and ``torch.compile``."""
-    while True:
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner

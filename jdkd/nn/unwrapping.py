@@ -1,0 +1,17 @@
+"""The model inside torch's own wrappers."""
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel``, ``DataParallel``, ``AveragedModel`` and ``torch.compile``, however
+    they are nested; a model that none of them wraps as it is.
+    """
+    while True:
+        wraps = isinstance(model, DistributedDataParallel | DataParallel | AveragedModel)
+        inner = model.module if wraps else getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
