@@ -206,6 +206,7 @@ def test_a_base_without_spec_or_with_foreign_weights_is_refused(tmp_path):
 @pytest.mark.parametrize("block", ["basic", "bottleneck"])
 @pytest.mark.parametrize("norm", ["batch", "frozen"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:RCNN always returns")
 def test_a_detector_can_be_scripted(block, norm):
     model = detector(small_spec(block, norm=norm))
     model.roi_heads.score_thresh = 0.0

@@ -3,8 +3,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
 
+from jdkd.errors import InputError
 from jdkd.latency import count, deployable, measure
 from jdkd.latency.deployable import batch_norms
 
@@ -105,3 +107,14 @@ def test_oblong_images_do_not_set_the_scales_of_a_foreign_detector(model, seen):
     model = seen(model)
     model([OBLONG])
     assert model.roi_heads.box_roi_pool.scales == SCALES
+
+
+def test_the_detector_inside_a_wrapper_is_folded(model):
+    copy_ = deployable(AveragedModel(model))
+    assert type(copy_) is type(model) and batch_norms(copy_) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_refused():
+    with pytest.raises(InputError, match="deployable cannot look into the model, a scripted"):
+        deployable(torch.jit.script(nn.Conv2d(3, 4, 1)))
