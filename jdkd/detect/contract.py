@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jdkd.detect.groups import channel_groups
 from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
@@ -14,14 +15,14 @@ FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
 
 
 def own_detector(model: nn.Module, what: str) -> nn.Module:
-    """The detector inside torch's wrappers, if it carries the spec that it was built from.
+    """The detector inside torch's wrappers, if it carries the spec that it was built from and still fits it.
 
     Args:
         model: anything.
         what: who asks, as the message begins.
 
     Raises:
-        InputError: it carries none.
+        InputError: it carries none, or its layers are no longer those of the spec.
     """
     inner = unwrapped(model)
     if not isinstance(getattr(inner, "spec", None), DetectorSpec):
@@ -30,6 +31,16 @@ def own_detector(model: nn.Module, what: str) -> nn.Module:
             f"{type(inner).__name__} without one: build(named_spec(...)) a detector of its architecture, and copy "
             "what fits of its state dict with jdkd.detect.load_weights"
         )
+    state = inner.state_dict()
+    for group in channel_groups(inner.spec).values():
+        for name, dim in group.producers:
+            size = f"has {state[name].shape[dim]} channels" if name in state else "is gone"
+            if size != f"has {group.size} channels":
+                raise InputError(
+                    f"{what} takes a detector as its spec describes it, where {name} has {group.size} channels; in "
+                    f"this one it {size}: give the detector that it was before jdkd.latency.deployable or another "
+                    "change to its layers"
+                )
     return inner
 
 

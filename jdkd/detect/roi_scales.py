@@ -50,8 +50,8 @@ def fix_roi_scales(model: nn.Module) -> list[str]:
         if not (strides := _strides(owner)):
             where, kind = next(iter(pools.values())), type(owner).__name__
             say_once(
-                f"{kind}: the scales of {where} cannot be told from the backbone, which takes no square image; they "
-                "are inferred from the first batch, so let that be of images about as high as wide"
+                f"{kind}: the scales of {where} cannot be checked, as no backbone beside it takes a square image; it "
+                "infers them from the first batch, so let that be of images about as high as wide"
             )
             continue
         for pool, name in pools.items():
@@ -70,8 +70,8 @@ def fix_roi_scales(model: nn.Module) -> list[str]:
 
 
 def _by_owner(model: nn.Module) -> dict[nn.Module, dict[MultiScaleRoIAlign, str]]:
-    """The pools and their names, by the innermost module that holds them beside a backbone."""
-    owner_of: dict[MultiScaleRoIAlign, nn.Module] = {}
+    """The pools and their names, by the innermost module that holds them beside a backbone, or by the model."""
+    owner_of = {module: model for module in model.modules() if isinstance(module, MultiScaleRoIAlign)}
     for module in model.modules():  # parents come before their children
         if isinstance(getattr(module, "backbone", None), nn.Module):
             owner_of |= {pool: module for pool in module.modules() if isinstance(pool, MultiScaleRoIAlign)}
@@ -84,6 +84,8 @@ def _by_owner(model: nn.Module) -> dict[nn.Module, dict[MultiScaleRoIAlign, str]
 
 def _strides(owner: nn.Module) -> dict[str, float]:
     """Stride of every level of the owner's backbone, by name; nothing where it does not run."""
+    if not isinstance(getattr(owner, "backbone", None), nn.Module):
+        return {}
     backbone = unwrapped(owner.backbone)
     if isinstance(backbone, Backbone):
         return backbone.strides

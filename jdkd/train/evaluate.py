@@ -82,7 +82,7 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("max_detections", most)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    _require_same_classes(inner, dataset.classes)
+    _require_same_classes(inner, dataset.classes, dataset.label_to_category)
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
     findings = Findings(type(inner).__name__, dataset.label_to_category)
@@ -156,7 +156,7 @@ def _score(dataset: Any, found: list[dict[str, Any]], most: int) -> Scores:
     return Scores(*stats[:3], stats, lines, most)
 
 
-def _require_same_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
+def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
     """Refuses a detector that was made for other classes, or for the same ones in another order.
 
     Where the number of classes does not show, :class:`Findings` checks the labels.
@@ -170,10 +170,10 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
     else:
         return
     if known != len(classes):
-        raise InputError(
-            f"the detector knows {known} classes and the dataset has {len(classes)}; evaluate it on the data "
-            "it was made for, or train one for this data."
-        )
+        remedy = "evaluate it on the data it was made for, or train one for this data"
+        if known == categories[-1]:
+            remedy = "if its labels are category ids, as torchvision's of COCO are, wrap it so that label k is class k"
+        raise InputError(f"the detector knows {known} classes and the dataset has {len(classes)}; {remedy}.")
     if spec is not None and spec.classes != tuple(classes) and sorted(spec.classes) == sorted(classes):
         raise InputError(
             f"the detector has its classes in the order {', '.join(spec.classes)} and the dataset in the "

@@ -20,6 +20,7 @@ from jdkd.detect import (
     save,
 )
 from jdkd.errors import InputError
+from jdkd.latency import deployable
 from tests.detectors import CLASSES, assert_same, detector, masked, outputs, small_spec
 
 
@@ -250,3 +251,13 @@ def test_a_model_without_a_spec_is_refused_before_anything_is_written(wrapper, t
         inherit(plain, small_spec())
     save(tmp_path / "b", wrapper(detector(small_spec())))
     assert load(tmp_path / "b").spec == small_spec()
+
+
+def test_a_folded_detector_is_not_saved_under_a_spec_that_it_no_longer_fits(tmp_path):
+    with pytest.raises(InputError, match=r"save takes .* where backbone\.body\.bn1\.weight .* it is gone.*deployable"):
+        save(tmp_path / "a", deployable(detector(small_spec())))
+    model = detector(small_spec())
+    model.backbone.body.layer1[0].conv1 = nn.Conv2d(16, 9, 3)
+    with pytest.raises(InputError, match=r"inherit takes .*layer1\.0\.conv1\.weight has 8 channels.*it has 9 channels"):
+        inherit(model, model.spec)
+    assert not (tmp_path / "a").exists()

@@ -124,6 +124,8 @@ def test_a_backbone_of_one_image_size_is_asked_with_its_own():
 def test_a_backbone_that_cannot_be_asked_is_named():
     model = foreign(side=31)
     model.transform.min_size = (64,)
-    with pytest.warns(Notice, match=r"FasterRCNN: the scales of roi_heads\.box_roi_pool cannot be told"):
+    with pytest.warns(Notice, match=r"FasterRCNN: the scales of roi_heads\.box_roi_pool cannot be checked"):
         fix_roi_scales(model)
+    with pytest.warns(Notice, match=r"RoIHeads: the scales of box_roi_pool cannot be checked"):
+        fix_roi_scales(model.roi_heads)
     assert scales(model) == [None]

@@ -116,6 +116,21 @@ def test_another_number_of_classes_is_named(scenes):
         evaluate(plain, scenes, **CPU)
 
 
+def test_a_detector_that_numbers_by_category_id_is_told_from_one_of_other_classes(scenes):
+    model = detector(small_spec(classes=tuple(f"category {k}" for k in range(1, 12))))  # the ids are 3, 7 and 11
+    del model.spec
+    with pytest.raises(InputError, match="knows 11 classes and the dataset has 3; if its labels are category ids"):
+        evaluate(model, scenes, **CPU)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:RCNN always returns")
+def test_a_scripted_detector_scores_what_it_was_made_from(scenes):
+    model = detector(small_spec())
+    model.roi_heads.score_thresh = 0.0
+    assert evaluate(torch.jit.script(model), scenes, **CPU).stats == evaluate(model, scenes, **CPU).stats
+
+
 def test_the_same_classes_in_another_order_are_refused(tmp_path):
     other = write_scenes(tmp_path, images=2, classes=CLASSES[::-1])
     with pytest.raises(InputError, match="order cat, dog, bird and the dataset in the order bird, dog, cat"):
