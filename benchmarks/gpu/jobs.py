@@ -1,0 +1,156 @@
+"""Commands under a deadline: what they print goes to a file as it comes, and whatever they started ends with them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.plan import Job
+
+ROOT = Path(__file__).resolve().parents[2]
+EVENT = "@@ "  # begins a line that is for the driver: JSON
+GRACE = 2.0  # seconds from the request to end to the end
+Event = dict[str, Any]
+
+
+def tell(**event: Any) -> None:
+    """Tells the driver something."""
+    print(EVENT + json.dumps(event), flush=True)
+
+
+class Process:
+    """One command in a process group of its own.
+
+    Args:
+        job: what to run.
+        env: all of its variables.
+        write: takes a file's name and a line.
+        heard: takes an event.
+    """
+
+    def __init__(
+        self, job: Job, env: Mapping[str, str], write: Callable[[str, str], None], heard: Callable[[Event], None]
+    ) -> None:
+        self.job, self.write, self.heard = job, write, heard
+        self.process = subprocess.Popen(
+            list(job.words or ()), cwd=ROOT, env={**env, **job.env}, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+        self.listener = threading.Thread(target=self._listen, daemon=True)
+        self.listener.start()
+
+    def _listen(self) -> None:
+        for line in self.process.stdout:
+            event = _event(line)
+            if event is not None:
+                self.heard(event)
+            self.write(self.job.prints_to, f"[{self.job.name}] {line.rstrip()}")
+
+    def wait(self, until: float) -> int | None:
+        """The exit code, or None where it still runs at a time of the monotonic clock."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(max(0.0, until - time.monotonic()))
+        return self.process.poll()
+
+    def end(self) -> None:
+        """Ends it and whatever it started."""
+        if self.process.poll() is None:
+            self._signal(signal.SIGTERM)
+            self.wait(time.monotonic() + GRACE / 2)
+        self._signal(signal.SIGKILL)
+        self.wait(time.monotonic() + GRACE / 2)
+        self.listener.join(GRACE / 2)  # a process that no signal ends may hold the pipe
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, number)
+
+
+def _event(line: str) -> Event | None:
+    if not line.startswith(EVENT):
+        return None
+    try:
+        return json.loads(line.removeprefix(EVENT))
+    except ValueError:
+        return None  # cut off where a process died
+
+
+class Jobs:
+    """Starts commands and writes what they print.
+
+    Args:
+        out: the folder of results.
+        env: variables of every command.
+    """
+
+    def __init__(self, out: Path, env: Mapping[str, str]) -> None:
+        self.out, self.env = out, env
+        self.running: list[Process] = []
+        self._lock = threading.Lock()
+
+    def say(self, line: str) -> None:
+        """Says a line to whoever watches and to the log."""
+        print(line, flush=True)
+        self.write("log.txt", line)
+
+    def write(self, file: str, line: str) -> None:
+        with self._lock, (self.out / file).open("a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+
+    def start(self, job: Job, heard: Callable[[Event], None]) -> Process:
+        """Starts a command.
+
+        Raises:
+            OSError: if there is none.
+        """
+        process = Process(job, self.env, self.write, heard)
+        self.running.append(process)
+        return process
+
+    def stop(self, process: Process) -> None:
+        process.end()
+        self.running.remove(process)
+
+    def end(self) -> None:
+        """Ends all that run."""
+        for process in list(self.running):
+            self.stop(process)
+
+    def side_by_side(self, jobs: Sequence[Job], seconds: float) -> list[dict[str, Any]]:
+        """Runs commands at once; those that run at the deadline are ended.
+
+        Returns:
+            For each its name, and exit code, seconds, whether it ran out of time and its events; or why it was not run.
+        """
+        begin = time.monotonic()
+        outcomes, processes = [], {}
+        for job in jobs:
+            outcome: dict[str, Any] = {"job": job.name, "events": []}
+            outcomes.append(outcome)
+            if job.words is None:
+                outcome["why"] = job.why
+                continue
+            try:
+                processes[job.name] = self.start(job, outcome["events"].append)
+            except OSError as error:
+                outcome |= {"rc": 127, "why": str(error)}
+        waiting = dict(processes)
+        while waiting:
+            late = time.monotonic() > begin + seconds - GRACE
+            for name in [name for name, process in waiting.items() if late or process.process.poll() is not None]:
+                process = waiting.pop(name)
+                timed_out = process.process.poll() is None
+                self.stop(process)
+                outcome = next(outcome for outcome in outcomes if outcome["job"] == name)
+                taken = round(time.monotonic() - begin, 1)
+                outcome |= {"rc": process.process.poll(), "timed_out": timed_out, "seconds": taken}
+            time.sleep(0.02)
+        return outcomes
