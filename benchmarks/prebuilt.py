@@ -94,10 +94,15 @@ def build(include: Path) -> Path:
     replaced = {Path(source).with_suffix(".o").parts[-1] for source in OF_PYTHON}
     kept = [path for path in objects if path.name not in replaced]
     if len(kept) != len(objects) - len(OF_PYTHON):
-        raise SystemExit(f"build/ has {len(objects)} objects, and not one each of {', '.join(OF_PYTHON)}: clean it first")
+        raise SystemExit(
+            f"build/ has {len(objects)} objects, and not one each of {', '.join(OF_PYTHON)}: clean it first"
+        )
     cuda = 'JDKD_CUDA_VERSION ""' not in config.read_text()
     libraries = ["c10", "torch", "torch_cpu", *(["cudart", "c10_cuda", "torch_cuda"] if cuda else [])]
-    places = [*cpp_extension.library_paths(), *(str(link.parent) for link in ROOT.glob("build/temp.*/cudart/libcudart.so"))]
+    places = [
+        *cpp_extension.library_paths(),
+        *(str(link.parent) for link in ROOT.glob("build/temp.*/cudart/libcudart.so")),
+    ]
     target = FOLDER / f"_C{suffix}"
     _run([*compiler, "-shared", "-fopenmp", *kept, *own, *(f"-L{p}" for p in places), *(f"-l{n}" for n in libraries),
           "-o", target])  # fmt: skip

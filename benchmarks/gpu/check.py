@@ -75,17 +75,17 @@ class Check:
 
     def one(self, part: plan.Part) -> dict[str, Any]:
         """Runs the jobs of a part side by side."""
-        seconds, begin = min(part.seconds, self.left()), time.monotonic()
+        seconds, begin = min(part.seconds + part.late, self.left()), time.monotonic()
         if seconds < min(5, part.seconds):
             return self.done(summary.not_run(part.name, "no time is left"))
         outcomes = self.jobs.side_by_side(part.jobs, seconds)
-        record = {"part": part.name, "seconds": round(time.monotonic() - begin, 1), "limit": round(seconds, 1)}
+        record = {"part": part.name, "seconds": round(time.monotonic() - begin, 1), "limit": round(seconds)}
         return self.done(record | {"jobs": outcomes})
 
     def built(self) -> list[plan.Part]:
         """What compiles the extension, and looks at the machine again."""
         self.jobs.say("no extension that fits was carried: it is compiled here")
-        return [plan.build(self.place), plan.Part("machine again", 8, (plan.machine(self.place),))]
+        return [plan.build(self.place), plan.looked_at(self.place, "machine again")]
 
     def done(self, record: dict[str, Any]) -> dict[str, Any]:
         """Keeps the record of a part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.plan import Job
+from benchmarks.gpu.plan import UNTIL, Job
 
 ROOT = Path(__file__).resolve().parents[2]
 EVENT = "@@ "  # begins a line that is for the driver: JSON
@@ -48,11 +49,12 @@ class Process:
         self.listener.start()
 
     def _listen(self) -> None:
-        for line in self.process.stdout:
-            event = _event(line)
-            if event is not None:
-                self.heard(event)
-            self.write(self.job.prints_to, f"[{self.job.name}] {line.rstrip()}")
+        with self.process.stdout as printed:
+            for line in printed:
+                event = _event(line)
+                if event is not None:
+                    self.heard(event)
+                self.write(self.job.prints_to, f"[{self.job.name}] {line.rstrip()}")
 
     def wait(self, until: float) -> int | None:
         """The exit code, or None where it still runs at a time of the monotonic clock."""
@@ -130,7 +132,7 @@ class Jobs:
         Returns:
             For each its name, and exit code, seconds, whether it ran out of time and its events; or why it was not run.
         """
-        begin = time.monotonic()
+        begin, until = time.monotonic(), f"{time.time() + seconds - 2 * GRACE:.1f}"
         outcomes, processes = [], {}
         for job in jobs:
             outcome: dict[str, Any] = {"job": job.name, "events": []}
@@ -139,7 +141,8 @@ class Jobs:
                 outcome["why"] = job.why
                 continue
             try:
-                processes[job.name] = self.start(job, outcome["events"].append)
+                words = [until if word == UNTIL else word for word in job.words]
+                processes[job.name] = self.start(dataclasses.replace(job, words=words), outcome["events"].append)
             except OSError as error:
                 outcome |= {"rc": 127, "why": str(error)}
         waiting = dict(processes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -23,33 +24,30 @@ def extension(device: str) -> tuple[str, bool]:
         return _ext.why_missing() or "missing", False
     torch_too = "" if info["torch"] == torch.__version__ else f", built with torch {info['torch']}"
     kernels = info[f"{device}_ops"]
-    return f"{', '.join(kernels) or 'no kernels'} for {' '.join(info['arch_list']) or 'no GPU'}{torch_too}", bool(kernels)
+    return f"{', '.join(kernels) or 'no kernels'} for {' '.join(info['arch_list']) or 'no GPU'}{torch_too}", bool(
+        kernels
+    )
 
 
-def facts(device: str) -> tuple[dict[str, object], bool]:
-    """What is to be known of the machine, and whether the extension serves."""
+def facts(device: str) -> Iterator[tuple[str, object]]:
+    """What is to be known of the machine, the quickest first."""
+    common = record.environment(device, 0.0)
+    yield from ((name, common[name]) for name in ("device", "driver", "torch", "cuda", "triton", "sources", "commit"))
+    yield "python", platform.python_version()
+    yield "csrc", prebuilt.sources()
     text, fits = extension(device)
-    found: dict[str, object] = {
-        "device": record.device_name(device),
-        "python": platform.python_version(),
-        "sources": record.sources_hash(),
-        "csrc": prebuilt.sources(),
-        "commit": record.commit(),
-        "extension": text,
-        **{name: value for name, value in record.environment(device, 0.0).items() if name in ("driver", "torch", "cuda", "triton")},
-    }
+    yield "extension", text
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found |= {
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "L2 MB": round(properties.L2_cache_size / 1e6),
-            f"nvidia-smi {CLOCKS}": record.command("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"),
-        }
+        yield "capability", f"{properties.major}.{properties.minor}"
+        yield "multiprocessors", properties.multi_processor_count
+        yield "L2 MB", round(properties.L2_cache_size / 1e6)
+        yield CLOCKS, record.command("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
         if fits:
-            *_, found["largest_cluster"] = torch.ops.jdkd_C.pearson_single_chip(0)
-    found["copy GB/s, random bytes"] = round(harness.copy_bandwidth(device) / 1e9, 1)
-    return found, fits
+            yield "largest_cluster", torch.ops.jdkd_C.pearson_single_chip(0)[-1]
+    yield "copy GB/s, random bytes", round(harness.copy_bandwidth(device) / 1e9, 1)
+    if device == "cuda":
+        yield f"{CLOCKS}, after", record.command("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
 
 
 def main(words: list[str] | None = None) -> int:
@@ -59,11 +57,9 @@ def main(words: list[str] | None = None) -> int:
     if given.device == "cuda" and not torch.cuda.is_available():
         tell(failed="machine", why=f"torch {torch.__version__} sees no CUDA device")
         return 1
-    found, fits = facts(given.device)
-    tell(machine=found)
-    for name, value in found.items():
-        print(f"{name}: {value}")
-    return 0 if fits else NO_EXTENSION
+    for name, value in facts(given.device):
+        tell(machine={name: value})
+    return 0 if extension(given.device)[1] else NO_EXTENSION
 
 
 if __name__ == "__main__":

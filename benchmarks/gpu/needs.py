@@ -28,7 +28,7 @@ def missing(file: str, has: Callable[[str], bool]) -> str | None:
         has: whether a package is there.
     """
     seen: set[Path] = set()
-    todo = [ROOT / file]
+    todo = [ROOT / file, *(path for folder in Path(file).parents if (path := ROOT / folder / "conftest.py").is_file())]
     while todo:
         path = todo.pop()
         if path in seen:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,6 +14,7 @@ OPS = ("pearson", "pearson_single", "pack", "elastic_pointwise", "elastic_levels
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 OUR_KERNELS = "regex=pearson|pack|elastic"  # in mangled names, compiled and Triton's
 UNCACHED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else a read past a tensor lands in another one, unseen
+UNTIL = "{until}"  # a word for which the time is put in, in seconds since 1970, after which a job begins nothing new
 BUILD_SECONDS = 120  # where no extension that fits was carried; it is taken from the last parts
 
 
@@ -42,11 +45,13 @@ class Part:
         name: what the records call it.
         seconds: its share; one that ends early leaves the rest to nobody, one that overruns is ended.
         jobs: commands that run side by side; none: a part of the one benchmark process.
+        late: seconds that it may overrun, at the cost of the last parts.
     """
 
     name: str
     seconds: int
     jobs: tuple[Job, ...] = ()
+    late: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def first(place: Place) -> list[Part]:
     smokes = [_smoke(place, op) for op in OPS]
     tests = [_tests(place, place.tests), *(_sanitized(place, tool, number) for number, tool in enumerate(SANITIZERS))]
     return [
-        Part("machine", 8, (machine(place),)),
+        looked_at(place),
         Part("smoke", 30, (*smokes, _verdicts(place))),
         Part("tests", 150, tuple(tests)),
         *(Part(name, seconds) for name, seconds in TIMED.items()),
@@ -101,24 +106,26 @@ def again(place: Place, before: Mapping[str, Sequence[str]]) -> list[Part]:
 
     Args:
         place: where.
-        before: names of failed operators under ``smoke``, of failed tests under ``tests``, of benchmark parts under
-            ``timed``.
+        before: names of operators that failed under ``smoke``, of tests under ``tests``, of tools that found something
+            under ``sanitizers``, of benchmark parts under ``timed``.
     """
-    parts = [Part("machine", 8, (machine(place),))]
-    ops, tests, timed = (list(before.get(name, ())) for name in ("smoke", "tests", "timed"))
-    if not (ops or tests or timed):
+    parts = [looked_at(place)]
+    ops, tests, tools, timed = (list(before.get(name, ())) for name in ("smoke", "tests", "sanitizers", "timed"))
+    if not (ops or tests or tools or timed):
         return [*parts, Part("profile", 165, (_profile(place),))]
     if ops:
         parts.append(Part("smoke", 30, tuple(_smoke(place, op) for op in ops)))
-    if tests:
-        parts.append(Part("tests", 50, (_tests(place, tests),)))
+    if tests or tools:
+        jobs = [_tests(place, tests)] if tests else []
+        parts.append(Part("tests", 60, (*jobs, *(_sanitized(place, tool, n) for n, tool in enumerate(tools)))))
     left = AGAIN - 7 - sum(part.seconds for part in parts)
     wanted = sum(TIMED[name] for name in timed)
     return [*parts, *(Part(name, min(TIMED[name], left * TIMED[name] // wanted)) for name in timed)]
 
 
-def machine(place: Place) -> Job:
-    return Job("machine", place.run("machine", "--device", place.device))
+def looked_at(place: Place, name: str = "machine") -> Part:
+    """What the machine is; the first import of torch may read all of it from a disk, and is waited for."""
+    return Part(name, 8, (Job("machine", place.run("machine", "--device", place.device)),), late=22)
 
 
 def build(place: Place) -> Part:
@@ -132,17 +139,18 @@ def timed(place: Place, parts: Mapping[str, float], skipped: int) -> list[str]:
 
     Args:
         place: where.
-        parts: seconds that each part may begin cases in.
+        parts: seconds that each part may begin cases in, the start of the process included.
         skipped: cases of the first part that are done, or broke the process before.
     """
     given = [f"{name}:{seconds:.0f}" for name, seconds in parts.items()]
     files = ("--kernels", place.file("kernels.jsonl"), "--latency", place.file("latency.jsonl"))
-    return place.run("timed", "--device", place.device, *files, "--skip", str(skipped), *given)
+    began = ("--began", f"{time.time():.1f}", "--skip", str(skipped))
+    return place.run("timed", "--device", place.device, *files, *began, *given)
 
 
 def _smoke(place: Place, op: str) -> Job:
-    words = ("--device", place.device, "--seconds", "20", "--out", place.file("smoke.jsonl"))
-    return Job(f"smoke {op}", place.run("smoke", op, *words))
+    words = ["--device", place.device, "--until", UNTIL, "--out", place.file("smoke.jsonl")]
+    return Job(f"smoke {op}", place.run("smoke", op, *words, *([] if place.device == "cuda" else ["--brief"])))
 
 
 def _verdicts(place: Place) -> Job:
@@ -160,7 +168,7 @@ def _tests(place: Place, tests: Sequence[str]) -> Job:
     words = [place.python, "-m", "pytest", "-m", "gpu", "-q", "--continue-on-collection-errors", "--tb=short"]
     words += ["-p", "no:cacheprovider", "-W", "default", "-p", "benchmarks.gpu.reports"]
     words += ["--rows", place.file("tests.jsonl")]
-    words += ["-n", "8", "--dist", "worksteal"] if place.has("xdist") else []
+    words += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"] if place.has("xdist") else []
     # A thread ends the process where a signal would wait for the driver of a kernel that never returns.
     words += ["--timeout=60", "--timeout-method=thread"] if place.has("pytest_timeout") else []
     return Job("pytest", [*words, *tests])
@@ -172,8 +180,9 @@ def _sanitized(place: Place, tool: str, number: int) -> Job:
     if program is None:
         return Job(name, None, why="there is no compute-sanitizer")
     words = [program, "--tool", tool, "--error-exitcode", "9", "--report-api-errors", "no", "--print-limit", "20"]
-    words += ["--target-processes", "application-only", "--kernel-name", OUR_KERNELS, "--port", str(49152 + 100 * number)]
-    smoke = ("--device", place.device, "--brief", "--seconds", "105", "--under", tool)
+    words += ["--target-processes", "application-only", "--kernel-name", OUR_KERNELS]
+    words += ["--port", str(49152 + 100 * number)]
+    smoke = ("--device", place.device, "--brief", "--until", UNTIL, "--under", tool)
     words += place.run("smoke", *OPS, *smoke, "--out", place.file("smoke.jsonl"))
     return Job(name, words, UNCACHED, "sanitizer.txt")
 

@@ -112,9 +112,7 @@ def pearson_one_pass(device: str, repeats: int, brief: bool) -> Iterator[Check]:
             found.append((name, (students, teachers)))
             yield name, on(backend, lambda s=students, t=teachers: _single_is_exact(s, t))
     for name, (students, teachers) in found:
-        yield f"{name} repeats", on(
-            backend, lambda s=students, t=teachers: equal_bits(lambda: _single(s, t), repeats)
-        )
+        yield f"{name} repeats", on(backend, lambda s=students, t=teachers: equal_bits(lambda: _single(s, t), repeats))
     for name, (students, teachers) in found if device == "cuda" and not brief else ():
         yield f"{name} captured", on(backend, lambda s=students, t=teachers: _captured(s, t))
 
@@ -232,8 +230,9 @@ def levels(device: str, repeats: int, brief: bool) -> Iterator[Check]:
         def run(own: cases.Pyramid = own, tensors: list[Tensor | None] = tensors) -> list[Tensor]:
             return [*cases.results(own.ours, tensors)[0].values()]
 
-        yield f"{backend} {str(dtype)[6:]} repeats{' relu' if relu else ''}", on(
-            backend, lambda run=run: equal_bits(run, repeats)
+        yield (
+            f"{backend} {str(dtype)[6:]} repeats{' relu' if relu else ''}",
+            on(backend, lambda run=run: equal_bits(run, repeats)),
         )
 
 
@@ -257,8 +256,9 @@ def conv(device: str, repeats: int, brief: bool) -> Iterator[Check]:
         def run(own: cases.Problem = own, tensors: list[Tensor | None] = tensors) -> list[Tensor]:
             return [*cases.results(own.ours, tensors).values()]
 
-        yield f"{backend} {str(dtype)[6:]} {'nhwc' if last else 'nchw'} repeats", on(
-            backend, lambda run=run: equal_bits(run, repeats)
+        yield (
+            f"{backend} {str(dtype)[6:]} {'nhwc' if last else 'nchw'} repeats",
+            on(backend, lambda run=run: equal_bits(run, repeats)),
         )
 
 
@@ -274,7 +274,7 @@ def smoke(op: str, device: str, repeats: int, until: float, brief: bool, out: Pa
     """Runs the checks of an operator. Returns: whether all that were begun passed."""
     right, left = True, []
     for name, check in CHECKS[op](device, repeats, brief):
-        if time.monotonic() > until:
+        if time.time() > until:
             left.append(name)
             continue
         torch.manual_seed(0)
@@ -310,18 +310,18 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.smoke", description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="+", choices=OPS, metavar="OP")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--seconds", type=float, default=60, help="begin no check after so many")
+    parser.add_argument("--until", type=float, help="begin no check after this time, in seconds since 1970")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--brief", action="store_true", help="few checks and two repeats, for a sanitizer")
     parser.add_argument("--under", help="the tool that watches, for the rows")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args(words)
-    begin = time.monotonic()
+    begin = time.time()
+    share = (given.until - begin if given.until else 600) / len(given.ops)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # with NaN, so that a forgotten output cell shows
     torch.backends.cudnn.allow_tf32 = False  # float32 is held to float32
     repeats = 2 if given.brief else given.repeats
-    share = given.seconds / len(given.ops)
     verdicts = [
         smoke(op, given.device, repeats, begin + share * (number + 1), given.brief, given.out, given.under)
         for number, op in enumerate(given.ops)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.plan import OPS, SANITIZERS, TIMED
+
 Record = dict[str, Any]
 
 
@@ -88,7 +90,8 @@ class Summary:
         for part, why in facts["failed"].items():
             lines += [f"{part}: {name}: {' '.join(str(text).split())[:300]}" for name, text in why.items()]
         for record in self.records:
-            lines += ["", f"{record['part']}, not begun: {'; '.join(record['not_begun'])}"] if record.get("not_begun") else []
+            left = record.get("not_begun") or []
+            lines += ["", f"{record['part']}, not begun: {'; '.join(left)}"] if left else []
             lines += ["", record["goals"]] if record.get("goals") else []
         return "\n".join(lines)
 
@@ -122,9 +125,9 @@ def failures(before: Path | None) -> Mapping[str, list[str]]:
     if before is None:
         return {}
     failed = json.loads(before.read_text(encoding="utf-8").splitlines()[-1])["failed"]
-    from benchmarks.gpu.plan import OPS, TIMED
-
     # A smoke's failure is named "smoke OP" where it broke, and "OP check" where a check did.
     smoke = [op for op in OPS if any(op in name.split() for name in failed.get("smoke", {}))]
     tests = [name for name in failed.get("tests", {}) if "::" in name]
-    return {"smoke": smoke, "tests": tests, "timed": [name for name in TIMED if name in failed]}
+    found = " ".join(failed.get("tests", {}))
+    tools = [tool for tool in SANITIZERS if f"sanitizer {tool}" in found]
+    return {"smoke": smoke, "tests": tests, "sanitizers": tools, "timed": [name for name in TIMED if name in failed]}

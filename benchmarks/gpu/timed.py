@@ -150,7 +150,11 @@ REHEARSED: dict[str, Callable[[], list[Made]]] = {
         lambda: elastic_levels.case("P5-P7", 0.25, FP32, "forward", "cpu", 1),
     ],
     "conv": lambda: [lambda: elastic_conv.case(P7, 0.5, False, FP32, "forward", "cpu", 1)],
-    "supernet": lambda: [lambda: supernet_step.case(supernet_step.R18, (64, 64), FP32, "cpu", width=0.25)],
+    "supernet": lambda: [
+        lambda: dataclasses.replace(
+            supernet_step.case(supernet_step.R18, (64, 64), FP32, "cpu", images=1, width=0.125), tiny=None
+        )
+    ],
     "compile": lambda: [lambda: pearson.case("P7", 1, FP32, NCHW, "forward", "cpu")],
 }
 
@@ -229,14 +233,15 @@ class Parts:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    begin = time.monotonic()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.timed", description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="+", metavar="PART:SECONDS", help=f"of {', '.join(TIMED)}")
     parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--kernels", type=Path, required=True)
     parser.add_argument("--latency", type=Path, required=True)
     parser.add_argument("--skip", type=int, default=0, help="cases of the first part")
+    parser.add_argument("--began", type=float, default=time.time(), help="when this process was started, since 1970")
     given = parser.parse_args(words)
+    begin = time.monotonic() - (time.time() - given.began)
     torch.manual_seed(0)
     parts = Parts(given.device, given.kernels, given.latency)
     shares = dict(share.rsplit(":", 1) for share in given.parts)

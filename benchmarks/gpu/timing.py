@@ -50,7 +50,8 @@ class Timing:
                 record["failed"][case or part.name] = broke
                 if case is None or seconds - (time.monotonic() - begin) < AGAIN_SECONDS:
                     break
-            self.done(record | self._told(part.name, record["failed"]) | {"seconds": round(time.monotonic() - begin, 1)})
+            taken = round(time.monotonic() - begin, 1)
+            self.done(record | self._told(part.name, record["failed"]) | {"seconds": taken})
         if process is not None:
             self.jobs.stop(process)
 
