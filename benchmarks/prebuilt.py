@@ -69,8 +69,7 @@ def version_of(include: Path) -> str:
 
 def build(include: Path) -> Path:
     """Builds the extension for the Python of these headers. Returns: its path."""
-    import torch
-    from torch.utils import cpp_extension
+    import torch  # whose libraries it is linked with
 
     version = version_of(include)
     suffix = re.sub(r"cpython-\d+", f"cpython-{version}", sysconfig.get_config_var("EXT_SUFFIX"))
@@ -98,13 +97,10 @@ def build(include: Path) -> Path:
             f"build/ has {len(objects)} objects, and not one each of {', '.join(OF_PYTHON)}: clean it first"
         )
     cuda = 'JDKD_CUDA_VERSION ""' not in config.read_text()
-    libraries = ["c10", "torch", "torch_cpu", *(["cudart", "c10_cuda", "torch_cuda"] if cuda else [])]
-    places = [
-        *cpp_extension.library_paths(),
-        *(str(link.parent) for link in ROOT.glob("build/temp.*/cudart/libcudart.so")),
-    ]
+    libraries = ["c10", "torch", "torch_cpu", *(["c10_cuda", "torch_cuda"] if cuda else [])]
+    torch_libraries = Path(torch.__file__).parent / "lib"  # they bring the CUDA runtime along
     target = FOLDER / f"_C{suffix}"
-    _run([*compiler, "-shared", "-fopenmp", *kept, *own, *(f"-L{p}" for p in places), *(f"-l{n}" for n in libraries),
+    _run([*compiler, "-shared", "-fopenmp", *kept, *own, f"-L{torch_libraries}", *(f"-l{n}" for n in libraries),
           "-o", target])  # fmt: skip
     (FOLDER / "sources").write_text(sources() + "\n")
     shutil.rmtree(scratch)

@@ -190,8 +190,7 @@ class Parts:
             tell(part=part, case=str(case))
             done += self.case(part, case)
             longest = max(longest, time.monotonic() - begin)
-        told = [f"Goals of {op}\n\n{goals.table(op, done)}" for op in dict.fromkeys(row["op"] for row in done)]
-        tell(end=part, part=part, left=left, goals="\n\n".join(told) if self.device == "cuda" else "")
+        tell(end=part, part=part, left=left, goals=told(done) if self.device == "cuda" else "")
 
     def case(self, part: str, case: Case) -> list[record.Row]:
         """Times one case. Returns: its rows."""
@@ -230,6 +229,12 @@ class Parts:
                 if time.monotonic() > until:
                     break
         tell(end=part, part=part, left=[])
+
+
+def told(done: Sequence[record.Row]) -> str:
+    """What rows say to the goals of their operators."""
+    ops = [op for op in dict.fromkeys(row["op"] for row in done) if op in goals.GOALS]
+    return "\n\n".join(f"Goals of {op}\n\n{goals.table(op, done)}" for op in ops)
 
 
 def main(words: Sequence[str] | None = None) -> int:
