@@ -21,6 +21,7 @@ from torch import nn
 from benchmarks import record
 from benchmarks.record import Row
 from jdkd.latency import LatencyReport, count, deployable, measure
+from jdkd.latency.cost import Cost
 from jdkd.latency.protocol import MODES
 
 LADDER = ((1.0, 1.0), (0.75, 1.0), (0.5, 1.0), (0.5, 0.5))  # width and depth, both over the base's
@@ -85,6 +86,7 @@ def measured(
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator) for _ in range(IMAGES)]
     shipped = {name: deployable(model) for name, model in models.items()}
+    costs = {name: count(model.to(device), size) for name, model in models.items()}
     base, *students = shipped
     for name in students or [base]:
         for mode in MODES:
@@ -94,22 +96,20 @@ def measured(
                 warmup_seconds=warmup_seconds, warmup_limit=3 * warmup_seconds, modes=(mode,),
             )  # fmt: skip
             if report.models[base].modes():  # the backbone is replayed on a GPU alone
-                yield rows(report, models, weights)
+                yield rows(report, costs, weights)
 
 
-def rows(report: LatencyReport, models: Mapping[str, nn.Module], weights: str) -> list[Row]:
+def rows(report: LatencyReport, costs: Mapping[str, Cost], weights: str) -> list[Row]:
     """One JSON-able row for every detector and mode.
 
     Args:
         report: the measurement.
-        models: what was measured, among others.
+        costs: of the detectors by name, before they were made deployable.
         weights: ``random`` or ``trained``.
     """
     stored = report.to_json()
-    size = tuple(map(int, report.protocol["image_sizes"][0].split("x")))
     made = []
     for name, entry in stored["models"].items():
-        cost = count(models[name], size)
         made += [
             {
                 "case": "latency",
@@ -117,8 +117,8 @@ def rows(report: LatencyReport, models: Mapping[str, nn.Module], weights: str) -
                 "base": report.base,
                 "mode": mode,
                 "weights": weights,
-                "params": cost.params,
-                "gmacs": cost.gmacs,
+                "params": costs[name].params,
+                "gmacs": costs[name].gmacs,
                 **entry[mode],
                 "facts": entry["facts"],
                 "environment": report.environment,

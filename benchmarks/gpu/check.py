@@ -24,7 +24,7 @@ from benchmarks.gpu.jobs import ROOT, Jobs
 from benchmarks.gpu.timing import Timing
 
 REFUSED = 2
-NO_EXTENSION = 3  # exit code of the machine's part
+NO_EXTENSION, NO_DEVICE = 3, 5  # exit codes of the machine's part
 
 
 class Stopped(BaseException):
@@ -59,7 +59,10 @@ class Check:
                 part = todo.pop(0)
                 if part.jobs:
                     record = self.one(part)
-                    if part.name == "machine" and self.place.device == "cuda" and _asks_for_build(record):
+                    codes = [job.get("rc") for job in record.get("jobs", ())]
+                    if NO_DEVICE in codes:
+                        return REFUSED
+                    if part.name == "machine" and self.place.device == "cuda" and NO_EXTENSION in codes:
                         todo = [*self.built(), *todo]
                 else:
                     timed = [part, *(later for later in todo if not later.jobs)]
@@ -85,7 +88,8 @@ class Check:
     def built(self) -> list[plan.Part]:
         """What compiles the extension, and looks at the machine again."""
         self.jobs.say("no extension that fits was carried: it is compiled here")
-        return [plan.build(self.place), plan.looked_at(self.place, "machine again")]
+        capability = self.summary.facts()["machine"].get("capability", "")
+        return [plan.build(self.place, capability), plan.looked_at(self.place, "machine again")]
 
     def done(self, record: dict[str, Any]) -> dict[str, Any]:
         """Keeps the record of a part."""
@@ -94,10 +98,6 @@ class Check:
         self.summary.write()
         self.jobs.say(summary.line(record))
         return record
-
-
-def _asks_for_build(record: Mapping[str, Any]) -> bool:
-    return any(job.get("rc") == NO_EXTENSION for job in record.get("jobs", ()))
 
 
 def environment(place: plan.Place) -> dict[str, str]:
@@ -163,7 +163,7 @@ def main(words: Sequence[str], plans: Mapping[str, Callable[..., list[plan.Part]
     if make is not None:
         parts = make(place)
     elif given.run == "again":
-        parts = plan.again(place, summary.failures(given.before))
+        parts = plan.again(place, given.before)
     else:
         place = plan.Place(*[*vars(place).values()][:5], tests_here(check.jobs.say), place.commands)
         parts = plan.first(place)
@@ -187,8 +187,10 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace | None:
         refusal = refusal if any(given.out.iterdir()) else None
     except OSError as error:
         refusal = f"{given.out} cannot be made: {error.strerror}; give a folder that can"
-    if given.before is not None and not given.before.is_file():
-        refusal = f"{given.before} is no file; give the summary.txt of the first run"
+    try:
+        given.before = summary.failures(given.before) if given.before else {}
+    except (OSError, ValueError, KeyError, IndexError):
+        refusal = f"{given.before} is no summary of a run; give the summary.txt of the first one"
     if refusal:
         print(f"gpu_check: {refusal}", file=sys.stderr)
         return None

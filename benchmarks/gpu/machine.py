@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks import harness, prebuilt, record
-from benchmarks.gpu.check import NO_EXTENSION
+from benchmarks.gpu.check import NO_DEVICE, NO_EXTENSION
 from benchmarks.gpu.jobs import tell
 from jdkd import _ext
 
@@ -56,7 +56,7 @@ def main(words: list[str] | None = None) -> int:
     given = parser.parse_args(words)
     if given.device == "cuda" and not torch.cuda.is_available():
         tell(failed="machine", why=f"torch {torch.__version__} sees no CUDA device")
-        return 1
+        return NO_DEVICE
     for name, value in facts(given.device):
         tell(machine={name: value})
     return 0 if extension(given.device)[1] else NO_EXTENSION

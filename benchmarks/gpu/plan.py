@@ -128,10 +128,16 @@ def looked_at(place: Place, name: str = "machine") -> Part:
     return Part(name, 8, (Job("machine", place.run("machine", "--device", place.device)),), late=22)
 
 
-def build(place: Place) -> Part:
-    """Compiles the extension in place."""
+def build(place: Place, capability: str) -> Part:
+    """Compiles the extension in place, for the device that is here alone.
+
+    Args:
+        place: where.
+        capability: of the device, such as ``9.0``; Hopper's own instructions are among what is compiled for it.
+    """
     words = [place.python, "setup.py", "--quiet", "build_ext", "--inplace"]
-    return Part("build", BUILD_SECONDS, (Job("build", words, {"JDKD_BUILD_EXT": "1"}),))
+    archs = {"TORCH_CUDA_ARCH_LIST": f"{capability}a" if capability == "9.0" else capability} if capability else {}
+    return Part("build", BUILD_SECONDS, (Job("build", words, {"JDKD_BUILD_EXT": "1", **archs}),))
 
 
 def timed(place: Place, parts: Mapping[str, float], skipped: int) -> list[str]:

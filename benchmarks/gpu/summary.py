@@ -120,10 +120,8 @@ def _machine(records: list[Record]) -> dict[str, Any]:
     return {name: value for event in events for name, value in event.get("machine", {}).items()}
 
 
-def failures(before: Path | None) -> Mapping[str, list[str]]:
-    """What failed, of the summary of a run: operators of the smoke, tests, and benchmark parts."""
-    if before is None:
-        return {}
+def failures(before: Path) -> Mapping[str, list[str]]:
+    """What failed, of the summary of a run: operators of the smoke, tests, sanitizers, and benchmark parts."""
     failed = json.loads(before.read_text(encoding="utf-8").splitlines()[-1])["failed"]
     # A smoke's failure is named "smoke OP" where it broke, and "OP check" where a check did.
     smoke = [op for op in OPS if any(op in name.split() for name in failed.get("smoke", {}))]

@@ -176,6 +176,27 @@ def test_what_no_time_is_left_for_is_told(checked):
     assert rc == 1 and told["failed"] == {"last": {"last": "no time is left"}}
 
 
+def test_without_an_extension_one_is_compiled_for_the_device_that_is_here(checked, monkeypatch, tmp_path):
+    capable = 'print(\'@@ {"machine": {"capability": "9.0"}}\'); raise SystemExit(%d)'
+    built, right = [], plan.build
+
+    def build(place, capability):
+        built.append(right(place, capability).jobs[0].env["TORCH_CUDA_ARCH_LIST"])
+        return part("build", 10, "print()")
+
+    monkeypatch.setattr(plan, "build", build)
+    monkeypatch.setattr(plan, "looked_at", lambda place, name: part(name, 10, capable % 0))
+    own = check.Check(place(tmp_path), 60, "first")
+    assert own.follow([part("machine", 10, capable % check.NO_EXTENSION), part("next", 10, "print()")]) == 1
+    assert built == ["9.0a"]
+    assert [record["part"] for record in own.summary.records] == ["machine", "build", "machine again", "next"]
+
+
+def test_without_a_device_nothing_else_is_run(checked):
+    rc, told = checked([part("machine", 10, f"raise SystemExit({check.NO_DEVICE})"), part("next", 10, "print()")])
+    assert rc == check.REFUSED and [own["part"] for own in told["parts"]] == ["machine"]
+
+
 def test_everything_that_passes_is_said_to(checked, tmp_path):
     rc, told = checked([part("good", 10, 'print(\'@@ {"machine": {"device": "H100"}}\')')])
     assert rc == 0 and told["ok"] and told["machine"] == {"device": "H100"}
@@ -319,6 +340,9 @@ def test_a_folder_with_results_is_refused_before_anything_runs(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["kernels.jsonl"]
     file = script(tmp_path / "kernels.jsonl")
     assert file.returncode == 2 and "cannot be made" in file.stderr
+    (tmp_path / "no.txt").write_text("nothing")
+    foreign = script(tmp_path / "new", "again", tmp_path / "no.txt")
+    assert foreign.returncode == 2 and "is no summary of a run" in foreign.stderr
     unknown = script(tmp_path / "new", "everything")
     assert unknown.returncode == 2 and "everything" in unknown.stderr
     assert script(tmp_path / "new", PYTHON="no-such-python").returncode == 2
