@@ -7,6 +7,7 @@ It imports Python's own modules alone. A part that fails, crashes, hangs or over
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import signal
 import sys
@@ -152,7 +153,7 @@ def main(words: Sequence[str], plans: Mapping[str, Callable[..., list[plan.Part]
     out = given.out.resolve()
     place = plan.Place(
         sys.executable, "cpu" if rehearsal else "cuda", str(out), needs.has, tool, [],
-        lambda name: (ROOT / "jdkd" / "cli" / f"{name}.py").is_file(),
+        (ROOT / "jdkd" / "check.py").is_file(),
     )  # fmt: skip
     check = Check(place, plan.AGAIN if given.run == "again" else plan.LIMIT, given.run)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -165,8 +166,7 @@ def main(words: Sequence[str], plans: Mapping[str, Callable[..., list[plan.Part]
     elif given.run == "again":
         parts = plan.again(place, given.before)
     else:
-        place = plan.Place(*[*vars(place).values()][:5], tests_here(check.jobs.say), place.commands)
-        parts = plan.first(place)
+        parts = plan.first(dataclasses.replace(place, tests=tests_here(check.jobs.say)))
     return check.follow(parts)
 
 

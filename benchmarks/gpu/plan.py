@@ -65,7 +65,7 @@ class Place:
         has: whether a Python package is there.
         tool: the path of a program, or None.
         tests: the test files to run; those left out are named by the driver.
-        commands: whether ``jdkd`` has a command of this name.
+        checks: whether there is ``jdkd.check``.
     """
 
     python: str
@@ -74,7 +74,7 @@ class Place:
     has: Callable[[str], bool]
     tool: Callable[[str], str | None]
     tests: Sequence[str]
-    commands: Callable[[str], bool]
+    checks: bool
 
     def run(self, module: str, *words: str) -> list[str]:
         """A module of this package as a command."""
@@ -160,12 +160,10 @@ def _smoke(place: Place, op: str) -> Job:
 
 
 def _verdicts(place: Place) -> Job:
-    """``jdkd check``, which sees for itself whether the kernels are right here."""
-    if not place.commands("check"):
-        return Job("jdkd check", None, why="jdkd has no such command")
-    if not place.has("tyro"):
-        return Job("jdkd check", None, why="there is no module tyro")
-    return Job("jdkd check", [place.python, "-m", "jdkd", "check"])
+    """``jdkd check``, without its command line's packages: jdkd sees for itself whether the kernels are right here."""
+    if not place.checks:
+        return Job("jdkd check", None, why="this jdkd does not check its kernels itself")
+    return Job("jdkd check", place.run("verdicts", "--until", UNTIL))
 
 
 def _tests(place: Place, tests: Sequence[str]) -> Job:

@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import harness, latency, prebuilt
-from benchmarks.gpu import reports, smoke, timed
+from benchmarks import goals, harness, latency, prebuilt
+from benchmarks.cases import pearson
+from benchmarks.gpu import reports, smoke, timed, verdicts
 from benchmarks.gpu.plan import OPS, TIMED
 from benchmarks.harness import Case
 from jdkd import _ext
@@ -92,6 +94,33 @@ def test_levels_are_found_for_clusters_of_every_size(itemsize, largest):
     assert [*found] == [size for size in smoke.CLUSTERS if size <= largest]
     for cluster, shape in found.items():
         assert _ext.module().pearson_plan([shape], itemsize, *HOPPER[:3], largest)["launches"][0]["cluster"] == cluster
+
+
+def test_what_jdkd_finds_wrong_itself_is_told(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jdkd.check", SimpleNamespace(lines=lambda rows: [row.op for row in rows]))
+    monkeypatch.setattr("jdkd.check", sys.modules["jdkd.check"], raising=False)
+    made = [
+        SimpleNamespace(
+            op=op, form="forward", backend="cuda", dtype="x", state="wrong", what="", error="", is_wrong=bad
+        )
+        for op, bad in (("pack", False), ("pearson", True), ("late", True))
+    ]
+    assert verdicts.follow(made[:1], float("inf")) and not verdicts.follow(made, float("inf"))
+    assert [event["failed"] for event in events(capsys.readouterr().out)] == [
+        "pearson forward cuda x",
+        "late forward cuda x",
+    ]
+    assert verdicts.follow(made, 0) and "out of time" in capsys.readouterr().out
+
+
+def test_every_goal_of_a_gpu_but_the_sweep_is_timed(monkeypatch):
+    monkeypatch.setattr(pearson, "compiled", lambda autotuned=False: {"torch.compile": pearson.batch_norm_loss})
+    made = [case() for name in TIMED if name != "latency" for case in timed.cases(name, "cuda")]
+    found = {(case.op, case.label, case.mode, str(case.dtype)[6:], case.layout) for case in made}
+    for op, wanted in goals.GOALS.items():
+        for goal in wanted:
+            if goal.device == "cuda" and not isinstance(goal, goals.Overall):
+                assert (op, goal.case, goal.mode, goal.dtype, goal.layout) in found
 
 
 def test_every_operator_has_a_smoke():
