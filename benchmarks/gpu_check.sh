@@ -15,4 +15,5 @@ command -v "$PYTHON" >/dev/null || {
   echo "gpu_check: there is no $PYTHON; set PYTHON" >&2
   exit 2
 }
-PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 exec "$PYTHON" -m benchmarks.gpu "$@"
+export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+exec "$PYTHON" -m benchmarks.gpu "$@"

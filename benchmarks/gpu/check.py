@@ -72,7 +72,7 @@ class Check:
         except Stopped:
             self.summary.stopped = True
         finally:
-            self.jobs.end()
+            self.jobs.stop_all()
             self.summary.seconds = time.monotonic() - self.started
             self.summary.write()
         return 1 if self.summary.failed() else 0
@@ -110,7 +110,6 @@ def environment(place: plan.Place) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": f"{cache}/inductor",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
     }
     if place.device == "cpu":
         own["CUDA_VISIBLE_DEVICES"] = ""

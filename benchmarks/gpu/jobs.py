@@ -62,18 +62,23 @@ class Process:
             self.process.wait(max(0.0, until - time.monotonic()))
         return self.process.poll()
 
-    def end(self) -> None:
-        """Ends it and whatever it started."""
-        if self.process.poll() is None:
-            self._signal(signal.SIGTERM)
-            self.wait(time.monotonic() + GRACE / 2)
-        self._signal(signal.SIGKILL)
-        self.wait(time.monotonic() + GRACE / 2)
-        self.listener.join(GRACE / 2)  # a process that no signal ends may hold the pipe
-
-    def _signal(self, number: int) -> None:
+    def signal(self, number: int) -> None:
+        """Signals it and whatever it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
+
+
+def end(processes: Sequence[Process]) -> None:
+    """Ends commands and whatever they started, all within :data:`GRACE`."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            if number == signal.SIGKILL or process.process.poll() is None:
+                process.signal(number)
+        until = time.monotonic() + GRACE / 2
+        for process in processes:
+            process.wait(until)
+    for process in processes:
+        process.listener.join(0.2)  # a process that no signal ends may hold the pipe
 
 
 def _event(line: str) -> Event | None:
@@ -117,14 +122,15 @@ class Jobs:
         self.running.append(process)
         return process
 
-    def stop(self, process: Process) -> None:
-        process.end()
-        self.running.remove(process)
+    def stop(self, processes: Sequence[Process]) -> None:
+        """Ends commands."""
+        end(processes)
+        for process in processes:
+            self.running.remove(process)
 
-    def end(self) -> None:
+    def stop_all(self) -> None:
         """Ends all that run."""
-        for process in list(self.running):
-            self.stop(process)
+        self.stop(list(self.running))
 
     def side_by_side(self, jobs: Sequence[Job], seconds: float) -> list[dict[str, Any]]:
         """Runs commands at once; those that run at the deadline are ended.
@@ -145,15 +151,14 @@ class Jobs:
                 processes[job.name] = self.start(dataclasses.replace(job, words=words), outcome["events"].append)
             except OSError as error:
                 outcome |= {"rc": 127, "why": str(error)}
-        waiting = dict(processes)
-        while waiting:
+        while processes:
             late = time.monotonic() > begin + seconds - GRACE
-            for name in [name for name, process in waiting.items() if late or process.process.poll() is not None]:
-                process = waiting.pop(name)
-                timed_out = process.process.poll() is None
-                self.stop(process)
-                outcome = next(outcome for outcome in outcomes if outcome["job"] == name)
-                taken = round(time.monotonic() - begin, 1)
-                outcome |= {"rc": process.process.poll(), "timed_out": timed_out, "seconds": taken}
+            over = [name for name, process in processes.items() if late or process.process.poll() is not None]
+            timed_out = {name: processes[name].process.poll() is None for name in over}
+            self.stop([processes[name] for name in over])
+            for outcome in outcomes:
+                if (name := outcome["job"]) in over:
+                    taken, rc = round(time.monotonic() - begin, 1), processes.pop(name).process.poll()
+                    outcome |= {"rc": rc, "timed_out": timed_out[name], "seconds": taken}
             time.sleep(0.02)
         return outcomes

@@ -37,27 +37,26 @@ class Timing:
             if seconds < 5:
                 self.done(record | {"why": "no time is left", "seconds": 0.0})
                 continue
-            broke = None
+            begun = 0
             while True:
                 if process is None:
                     process = self._started(parts[number:], seconds - (time.monotonic() - begin), part.name)
                 broke = self._watched(process, part.name, begin + seconds - GRACE)
                 if broke is None:
                     break
-                self.jobs.stop(process)
-                process = None
-                case = self._last("case", part.name)
-                record["failed"][case or part.name] = broke
-                if case is None or seconds - (time.monotonic() - begin) < AGAIN_SECONDS:
+                self.jobs.stop([process])
+                process, begun, before = None, self._begun(part.name), begun
+                record["failed"][self._last("case", part.name) if begun > before else part.name] = broke
+                if begun == before or seconds - (time.monotonic() - begin) < AGAIN_SECONDS:
                     break
             taken = round(time.monotonic() - begin, 1)
             self.done(record | self._told(part.name, record["failed"]) | {"seconds": taken})
         if process is not None:
-            self.jobs.stop(process)
+            self.jobs.stop([process])
 
     def _started(self, parts: Sequence[plan.Part], seconds: float, name: str) -> Process:
         """A process for these parts; of the first only the cases that were not begun yet, in the seconds left."""
-        begun = sum("case" in event and event["part"] == name for event in self.events)
+        begun = self._begun(name)
         shares = {part.name: min(part.seconds, seconds if part.name == name else part.seconds) for part in parts}
         words = plan.timed(self.place, {part: share - GRACE - 1 for part, share in shares.items()}, begun)
         return self.jobs.start(plan.Job("timed", words), self.events.append)
@@ -75,6 +74,10 @@ class Timing:
             time.sleep(0.05)
         return "it ran out of time"
 
+    def _begun(self, name: str) -> int:
+        """How many cases of a part were begun."""
+        return sum("case" in event and event["part"] == name for event in self.events)
+
     def _last(self, key: str, name: str) -> str | None:
         found = [event[key] for event in self.events if key in event and event["part"] == name]
         return found[-1] if found else None
@@ -84,5 +87,5 @@ class Timing:
         own = [event for event in self.events if event.get("part") == name]
         failed = {event["failed"]: event["why"] for event in own if "failed" in event}
         ended = [event for event in self.events if event.get("end") == name]
-        told = {"cases": sum("case" in event for event in own), "failed": failed | broken}
+        told = {"cases": self._begun(name), "failed": failed | broken}
         return told | ({"not_begun": ended[-1]["left"], "goals": ended[-1].get("goals", "")} if ended else {})

@@ -140,6 +140,12 @@ def test_a_part_that_overruns_is_ended_and_the_next_begins(checked, tmp_path):
     assert "[slow 0] begun" in log and "[slow 1] beside" in log and "[next 0] next" in log
 
 
+def test_many_that_overrun_are_ended_together(checked):
+    stubborn = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " + HANGS
+    _, told = checked([part("slow", 4, *[stubborn] * 6)])
+    assert len(told["failed"]["slow"]) == 6 and told["parts"][0]["seconds"] < 4 + 2
+
+
 def test_what_a_part_started_ends_with_it(checked, tmp_path):
     started = tmp_path / "pid"
     code = (
@@ -283,6 +289,20 @@ def test_a_case_that_breaks_the_process_takes_no_other_with_it(checked, timer, t
     assert rc == 1 and [*told["failed"]["pearson"]] == ["two"] and "exit code -6" in told["failed"]["pearson"]["two"]
     log = (tmp_path / "log.txt").read_text()
     assert all(log.count(f"row of {part} {case}") == 1 for part in ("pearson", "pack") for case in ("one", "three"))
+
+
+def test_a_process_that_begins_no_second_time_is_not_blamed_on_the_case_before(checked, timer, monkeypatch):
+    timer("if (part, case) == ('pearson', 'two'): import os; os.abort()")
+    first = plan.timed
+    broken = [sys.executable, "-c", "raise SystemExit(9)"]
+    monkeypatch.setattr(
+        plan, "timed", lambda place, parts, skipped: broken if skipped else first(place, parts, skipped)
+    )
+    _, told = checked([plan.Part("pearson", 60)], limit=100)
+    assert told["failed"]["pearson"] == {
+        "two": "the process ended with exit code -6",
+        "pearson": "the process ended with exit code 9",
+    }
 
 
 def test_a_case_that_hangs_costs_its_part_and_no_more(checked, timer, tmp_path):
