@@ -41,6 +41,7 @@ class Process:
         self, job: Job, env: Mapping[str, str], write: Callable[[str, str], None], heard: Callable[[Event], None]
     ) -> None:
         self.job, self.write, self.heard = job, write, heard
+        self.last = ""  # of what it printed: where it broke, most likely the reason
         self.process = subprocess.Popen(
             list(job.words or ()), cwd=ROOT, env={**env, **job.env}, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
@@ -54,6 +55,8 @@ class Process:
                 event = _event(line)
                 if event is not None:
                     self.heard(event)
+                elif line.strip():
+                    self.last = line.strip()
                 self.write(self.job.prints_to, f"[{self.job.name}] {line.rstrip()}")
 
     def wait(self, until: float) -> int | None:
@@ -158,7 +161,8 @@ class Jobs:
             self.stop([processes[name] for name in over])
             for outcome in outcomes:
                 if (name := outcome["job"]) in over:
-                    taken, rc = round(time.monotonic() - begin, 1), processes.pop(name).process.poll()
-                    outcome |= {"rc": rc, "timed_out": timed_out[name], "seconds": taken}
+                    taken, process = round(time.monotonic() - begin, 1), processes.pop(name)
+                    outcome |= {"rc": process.process.poll(), "timed_out": timed_out[name], "seconds": taken}
+                    outcome["last"] = process.last
             time.sleep(0.02)
         return outcomes

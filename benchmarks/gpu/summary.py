@@ -30,7 +30,7 @@ def problems(record: Record) -> dict[str, str]:
         if job.get("timed_out"):
             found[job["job"]] = "it ran out of time"
         elif job["rc"] != 0 and not told:
-            found[job["job"]] = job.get("why") or f"exit code {job['rc']}"
+            found[job["job"]] = job.get("why") or f"exit code {job['rc']}: {job.get('last', '')}"
     return found
 
 

@@ -70,7 +70,7 @@ class Timing:
             if any(event.get("end") == name for event in self.events):
                 return None
             if rc is not None:
-                return f"the process ended with exit code {rc}"
+                return f"the process ended with exit code {rc}: {process.last}"
             time.sleep(0.05)
         return "it ran out of time"
 
