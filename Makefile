@@ -61,7 +61,6 @@ format: setup  ## let ruff sort imports, mend what it safely can, and lay out th
 
 bench: setup  ## benchmarks against what people run today, on the device at hand
 	$(PY) -m benchmarks.run
-	$(PY) -m pytest -q benchmarks --benchmark-columns=min,median,max,rounds
 
 demo: setup  ## digit scenes, a base detector, the joint search; all under runs/demo, resumable
 	$(VENV)/bin/jdkd data digits $(DEMO)/data $(DEMO_DATA) --seed $(DEMO_SEED) --resume

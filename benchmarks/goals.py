@@ -1,7 +1,8 @@
-"""What elastic convolutions are to reach, as data, and what rows of results say to it.
+"""What the kernels are to reach, as data, and what rows of results say to it.
 
 A :class:`Goal` compares providers of one case, which took turns in one process: rows of two runs are not compared. An
-:class:`Overall` takes such comparisons over all convolutions, a :class:`Limit` stands for itself. What only a GPU can
+:class:`Overall` takes such comparisons over all convolutions, a :class:`Limit` stands for itself, and a :class:`Floor`
+for the bytes that anybody must move, at the speed at which the same process copied. What only a GPU can
 show is asked of a GPU alone. Where there is no row nothing is claimed.
 """
 
@@ -17,6 +18,7 @@ from benchmarks.record import Row
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 NOT_MEASURED = "not measured"
+PEARSON_TABLE = 64 << 10  # bytes: losses, and two sides of five numbers for each of 1280 channels, rounded up by torch
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,7 @@ class Goal:
         """The two rows that it compares, ours first, both of the run that timed theirs; None where one is missing."""
         own = _of_case(self, rows)
         theirs = [row for row in own if row["provider"] == self.theirs]
-        ours = [row for row in own if row["provider"] == self.ours or row["provider"].startswith(f"{self.ours} ")]
-        ours = [row for row in ours if theirs and _run(row) == _run(theirs[0])]
+        ours = [row for row in own if _family(row, self.ours) and theirs and _run(row) == _run(theirs[0])]
         return (min(ours, key=lambda row: row["median_us"]), theirs[0]) if ours else None
 
     def gain(self, rows: Sequence[Row]) -> float | None:
@@ -132,7 +133,38 @@ class Limit:
         return [_named_case(self), self.mode, self.ours, "", measured, f"at most {wanted}"]
 
 
-def _of_case(goal: Goal | Limit, rows: Sequence[Row]) -> list[Row]:
+@dataclass(frozen=True)
+class Floor:
+    """How near a provider is to come to the time that a copy of the least bytes takes.
+
+    Args:
+        device, case, mode, dtype, ours, layout: as for :class:`Goal`.
+        most: its time over that of the copy.
+    """
+
+    device: str
+    case: str
+    mode: str
+    dtype: str
+    ours: str
+    most: float
+    layout: str = "channels-last"
+
+    def cells(self, rows: Sequence[Row]) -> list[str]:
+        """A line of the table."""
+        found = [row for row in _of_case(self, rows) if _family(row, self.ours) and row["of_copy"]]
+        best = min(found, key=lambda row: row["median_us"], default=None)
+        line = [_named_case(self), self.mode, _named(best) if best else self.ours, "copy of the least bytes"]
+        measured = f"{1 / best['of_copy']:.2f} of the time" if best else NOT_MEASURED
+        return [*line, measured, f"at most {self.most:g} of the time"]
+
+
+def _family(row: Row, ours: str) -> bool:
+    """Whether a row is of a provider, or of one of several that begin with it."""
+    return row["provider"] == ours or row["provider"].startswith(f"{ours} ")
+
+
+def _of_case(goal: Goal | Limit | Floor, rows: Sequence[Row]) -> list[Row]:
     names = ("case", "mode", "dtype", "layout")
     return [row for row in rows if all(row[name] == getattr(goal, name) for name in names)]
 
@@ -142,7 +174,7 @@ def _run(row: Row) -> tuple[str | None, str | None]:
     return row.get("time"), row.get("commit")
 
 
-def _named_case(goal: Goal | Overall | Limit) -> str:
+def _named_case(goal: Goal | Overall | Limit | Floor) -> str:
     return f"{goal.case} {goal.dtype} {goal.layout}"
 
 
@@ -207,6 +239,37 @@ def _pack(layout: str) -> list[Goal | Limit]:
     ]
 
 
+def _pearson() -> list[Goal | Floor | Limit]:
+    """Of the five levels of a detector: how near to their floor in bytes, how much faster than what people run, and
+    what is kept for the backward: dS of the single pass, else five numbers a channel for each side."""
+    large, small, bf16 = "P3-P7 N=16", "P3-P7 N=2", "bfloat16"
+    wanted = {"forward": (1.05, None, None), "forward+backward": (1.15, 15, 3.4), "tap": (1.15, 8, 2)}
+    goals: list[Goal | Floor | Limit] = []
+    for layout in ("NCHW", "channels-last"):
+        for mode, (floor, eager, compiled) in wanted.items():
+            # A loss alone makes 3 passes in a single one, which takes NCHW; split it makes 5.
+            split = 5 / 3 if (mode, layout) == ("forward+backward", "channels-last") else 1
+            case = ("cuda", large, mode, bf16, "jdkd")
+            goals.append(Floor(*case, most=round(floor * split, 2), layout=layout))
+            if eager and layout == "NCHW":
+                goals.append(Goal(*case, "eager", least=eager, layout=layout))
+                goals.append(Goal(*case, "torch.compile", least=compiled, layout=layout))
+    # 16 us of bytes on an H200 are 23 on an H100; what is launched besides takes the other half.
+    goals.append(Floor("cuda", small, "forward+backward", bf16, "jdkd", most=1.5, layout="NCHW"))
+    goals += [
+        Limit("cuda", large, "tap", bf16, f"jdkd {name}", {"kept_bytes": PEARSON_TABLE}, "NCHW")
+        for name in ("triton", "cuda")
+    ]
+    gradients = 16 * 256 * (100 * 168 + 50 * 84 + 25 * 42 + 13 * 21 + 7 * 11) * 2
+    kept = {"kept_bytes": gradients + PEARSON_TABLE}
+    goals.append(Limit("cuda", large, "forward+backward", bf16, "jdkd single", kept, "NCHW"))
+    cpu = ("cpu", "P3 N=2", "forward+backward", "float32", "jdkd")
+    return [
+        *goals,
+        *(Goal(*cpu, other, least, layout="NCHW") for other, least in (("eager", 10), ("torch.compile", 2))),
+    ]
+
+
 def _changes() -> list[Limit]:
     waits = {"host_syncs": 0, "kernels_compiled": 0}
     most = {"jdkd": waits, "jdkd triton": waits, "jdkd packed": waits, "jdkd torch.compile": {"graphs_compiled": 1}}
@@ -214,7 +277,8 @@ def _changes() -> list[Limit]:
     return [Limit(*case, provider, limits) for provider, limits in most.items()]
 
 
-GOALS: dict[str, list[Goal | Overall | Limit]] = {
+GOALS: dict[str, list[Goal | Overall | Limit | Floor]] = {
+    "pearson": [*_pearson()],
     "elastic_conv": [*_conv("cpu", "float32"), *_conv("cuda", "bfloat16")],
     "elastic_levels": [*_levels()],
     "pack": [*_pack("NCHW"), *_pack("channels-last")],

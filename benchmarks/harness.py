@@ -36,6 +36,7 @@ LOOSE_TOLERANCE = 0.2
 TINY_CALLS, TINY_SECONDS = 200, 1.0
 WAITS = "called without a CUDA graph, which cannot hold what the host waits for"
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 MAX_SLEEP = 1 << 27  # cycles of a GPU, about a tenth of a second
 
 
@@ -133,27 +134,30 @@ def check_agreement(case: Case, name: str, outputs: Sequence[Tensor], exact: Seq
     return worst
 
 
-def measure(case: Case, device: str, seconds: float) -> list[Timing]:
+def measure(case: Case, device: str, seconds: float, wrong: dict[str, str] | None = None) -> list[Timing]:
     """Checks and times all providers of a case.
 
     Args:
         case: what to time.
         device: ``cpu`` or ``cuda``.
         seconds: how long the rounds may take, together; at least :data:`MIN_ROUNDS` are run.
+        wrong: filled with what is wrong with providers that are not loose, by their names; the others are timed.
 
     Returns:
         One timing a provider, the baseline's first.
 
     Raises:
-        Disagreement: if a provider that is not loose computes something else.
+        Disagreement: if a provider that is not loose computes something else, and ``wrong`` is not given.
     """
-    return _measure_gpu(case, seconds) if device == "cuda" else _measure_cpu(case, seconds)
+    return _measure_gpu(case, seconds, wrong) if device == "cuda" else _measure_cpu(case, seconds, wrong)
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of a plain copy that no cache holds: the yardstick of a process."""
-    size = (256 if device == "cpu" else 1024) << 20
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    """Bytes per second, read and written, of a plain copy that no cache holds: the yardstick of a process.
+
+    The bytes are random: constant ones are moved faster, and would flatter whoever is measured by them.
+    """
+    source = copied(COPY_BYTES[device], device)
     target = torch.zeros_like(source)
     samples, watch = [], Stopwatch()
     for _ in range(12):
@@ -164,6 +168,11 @@ def copy_bandwidth(device: str) -> float:
             target.copy_(source)
             samples.append(time.perf_counter() - begin_time)
     return 2 * source.numel() / statistics.median(samples[2:])
+
+
+def copied(size: int, device: str) -> Tensor:
+    """``[size]`` random bytes."""
+    return torch.randint(256, (size,), dtype=torch.uint8, device=device)
 
 
 class Stopwatch:
@@ -204,11 +213,11 @@ def _rounds(runs: Mapping[str, Callable[[], float]], seconds: float) -> dict[str
     return samples
 
 
-def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
+def _measure_cpu(case: Case, seconds: float, wrong: dict[str, str] | None) -> list[Timing]:
     inputs = case.make()
     exact = case.exact(inputs)
     # The check is also the warm-up.
-    errors = _of_each(case, lambda name, provider: check_agreement(case, name, provider(inputs), exact))
+    errors = _of_each(case, lambda name, provider: check_agreement(case, name, provider(inputs), exact), wrong)
 
     def timed(provider: Provider) -> float:
         begin = time.perf_counter()
@@ -230,7 +239,7 @@ def _measure_cpu(case: Case, seconds: float) -> list[Timing]:
     ]
 
 
-def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
+def _measure_gpu(case: Case, seconds: float, wrong: dict[str, str] | None) -> list[Timing]:
     gc.collect()  # what the case before left behind, so that its memory is free
     torch.cuda.empty_cache()
     first = case.make()
@@ -244,7 +253,7 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
     def replay(name: str) -> float:
         return watch(captured[name][0].replay, waits=name in case.waits) / count
 
-    def verified(name: str) -> float:
+    def verified(name: str, _: Provider | None = None) -> float:
         graph, outputs = captured[name]
         for output in (output for of_set in outputs for output in of_set):
             output.fill_(float("nan"))
@@ -257,13 +266,13 @@ def _measure_gpu(case: Case, seconds: float) -> list[Timing]:
         captured[name] = _called(provider, sets) if name in case.waits else _captured(provider, sets)
         return verified(name), host_seconds(provider, first, "cuda"), cost(provider, first, "cuda")
 
-    found = _of_each(case, prepared)
+    found = _of_each(case, prepared, wrong)
     samples = _rounds({name: lambda name=name: replay(name) for name in found}, seconds)
+    later = _of_each(case, verified, wrong, found)
     return [
-        Timing(
-            name, samples[name], max(error, verified(name)), host, costs, _note(case, name, WAITS), _counts(case, name)
-        )
+        Timing(name, samples[name], max(error, later[name]), host, costs, _note(case, name, WAITS), _counts(case, name))
         for name, (error, host, costs) in found.items()
+        if name in later
     ]
 
 
@@ -292,15 +301,25 @@ def _counts(case: Case, name: str) -> Mapping[str, int] | None:
     return getattr(case.providers[name], "counts", None)
 
 
-def _of_each(case: Case, ask: Callable[[str, Provider], Any]) -> dict[str, Any]:
-    """What every provider answers, in their order, without the loose ones that fail."""
+def _of_each(
+    case: Case,
+    ask: Callable[[str, Provider], Any],
+    wrong: dict[str, str] | None,
+    names: Collection[str] | None = None,
+) -> dict[str, Any]:
+    """What every provider, or those of ``names``, answers, in their order, without the loose ones that fail; and
+    without the others that do, if ``wrong`` is there to say why."""
     answers = {}
     for name, provider in case.providers.items():
+        if names is not None and name not in names:
+            continue
         try:
             answers[name] = ask(name, provider)
         except Exception as error:  # whatever a compiler raises
             if name not in case.loose:
-                raise
+                if wrong is None:
+                    raise
+                wrong[name] = f"{type(error).__name__}: {error}"
             print(f"  {name} is left out: {type(error).__name__}: {error}", file=sys.stderr)
     return answers
 

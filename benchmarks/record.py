@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -48,14 +49,22 @@ def sources_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+def command(*words: str) -> str | None:
+    """What a command prints, at the root of the checkout; None where it is missing, fails or says nothing."""
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit that this checkout is at, if git knows; a copy without git has the hash of its sources."""
+    return command("git", "rev-parse", "--short=12", "HEAD")
+
+
 def environment(device: str, copy_bandwidth: float) -> Row:
     """What every row of one run has in common."""
-
-    def command(*words: str) -> str | None:
-        try:
-            return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip() or None
-        except (OSError, subprocess.CalledProcessError):
-            return None
 
     def version(package: str) -> str | None:
         try:
@@ -72,7 +81,7 @@ def environment(device: str, copy_bandwidth: float) -> Row:
         "cuda": torch.version.cuda if gpu else None,
         "triton": version("triton") if gpu else None,
         "tf32": torch.backends.cudnn.conv.fp32_precision == "tf32" if gpu else None,  # for cuDNN and our kernels
-        "commit": command("git", "rev-parse", "--short=12", "HEAD"),
+        "commit": commit(),
         "sources": sources_hash(),
         "load": round(os.getloadavg()[0], 2),
         "copy_bytes_per_s": round(copy_bandwidth),

@@ -16,7 +16,7 @@ import importlib
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -56,6 +56,32 @@ def describe(row: record.Row) -> str:
     )
 
 
+def timed(
+    case: harness.Case, device: str, seconds: float, common: record.Row, out: Sequence[Path] = ()
+) -> tuple[list[record.Row], dict[str, str]]:
+    """Times one case, and appends its rows to files before anything else is begun.
+
+    Args:
+        case: what to time.
+        device: ``cpu`` or ``cuda``.
+        seconds: of rounds.
+        common: see :func:`benchmarks.record.environment`.
+        out: files of rows.
+
+    Returns:
+        The rows; and what is wrong with providers that were left out, by their names.
+    """
+    print(case, flush=True)
+    wrong: dict[str, str] = {}
+    rows = record.rows(case, harness.measure(case, device, seconds, wrong), common)
+    for path in out:
+        record.append(path, rows)
+    print(
+        "\n".join([*map(describe, rows), *(f"  {name} is not timed: {why}" for name, why in wrong.items())]), flush=True
+    )
+    return rows, wrong
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="*", help="operators; all if none is named")
@@ -82,19 +108,11 @@ def main(words: list[str] | None = None) -> int:
         if not given.full and time.monotonic() - started > given.limit:
             left.append(str(case))
             continue
-        print(case, flush=True)
-        try:
-            rows = record.rows(case, harness.measure(case, device, given.seconds), common)
-        except harness.Disagreement as error:
-            print(f"  not timed: {error}", file=sys.stderr)
-            wrong += 1
-            continue
-        print("\n".join(map(describe, rows)), flush=True)
+        out = [given.out] if given.out else []
+        out += [record.result_file(device, case.op)] if given.save else []
+        rows, failed = timed(case, device, given.seconds, common, out)
         done += rows
-        if given.out:
-            record.append(given.out, rows)
-        if given.save:
-            record.append(record.result_file(device, case.op), rows)
+        wrong += bool(failed)
     print("\n" + record.tables(done))
     for op in sorted({row["op"] for row in done} & goals.GOALS.keys()):
         print(f"\nGoals of {op}\n\n{goals.table(op, done)}")

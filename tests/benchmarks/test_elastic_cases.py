@@ -156,9 +156,9 @@ def test_the_gradients_of_a_training_step_agree(training_step):
     case, inputs = training_step
     exact = case.exact(inputs)
     for name, provider in case.providers.items():
-        harness.check_agreement(case, name, provider(inputs), exact)
-        again = provider(inputs)
-        assert all(map(torch.equal, again, provider(inputs))), "a call starts from other weights than the last"
+        found = [output.clone() for output in provider(inputs)]
+        harness.check_agreement(case, name, found, exact)
+        assert all(map(torch.equal, found, provider(inputs))), "a call starts from other weights than the last"
 
 
 def test_a_step_trains_four_subnets_of_their_own(training_step):
@@ -203,9 +203,9 @@ def test_every_goal_is_a_case_that_runs_unasked(module):
             assert len(fits) == 1 and {goal.ours, getattr(goal, "theirs", goal.ours)} <= set(fits[0].providers), goal
 
 
-def test_every_kernel_but_the_loss_has_goals_on_a_gpu():
+def test_every_kernel_has_goals_on_a_gpu():
     asked = {op for op, found in goals.GOALS.items() if any(goal.device == "cuda" for goal in found)}
-    assert asked == {path.stem for path in Path(pack.__file__).parent.glob("[a-z]*.py")} - {"pearson"}
+    assert asked == {path.stem for path in Path(pack.__file__).parent.glob("[a-z]*.py")}
 
 
 def test_the_first_rows_of_a_cpu_are_the_goals_of_the_convolution():

@@ -143,3 +143,27 @@ def test_a_row_says_what_its_provider_notes():
 def test_operators_take_turns_so_that_each_shows_its_goal():
     found = [case.op for case, _ in zip(run.all_cases(["elastic_conv", "pack"], "cpu", False), range(4), strict=False)]
     assert found == ["elastic_conv", "pack"] * 2
+
+
+def test_a_floor_is_the_time_of_a_copy_of_the_least_bytes():
+    (floor,) = (g for g in goals.GOALS["pearson"] if isinstance(g, goals.Floor) and g.case == "P3-P7 N=2")
+    row = {"case": floor.case, "mode": floor.mode, "dtype": floor.dtype, "layout": floor.layout}
+    found = [
+        {**row, "provider": name, "median_us": us, "host_us": None, "of_copy": 16 / us}
+        for name, us in (("eager", 16), ("jdkd cuda", 32), ("jdkd single", 20))
+    ]
+    line = floor.cells(found)
+    assert line[2] == "jdkd single 20 µs" and line[4:] == ["1.25 of the time", "at most 1.5 of the time"]
+    assert floor.cells(found[:1])[4] == "not measured"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_every_goal_of_the_pearson_loss_is_a_case_that_a_run_times(device, monkeypatch):
+    monkeypatch.setattr(pearson, "compiled", lambda autotuned=False: {"torch.compile": None})
+    monkeypatch.setattr(pearson, "inputs", None)
+    names = {(case.label, case.mode, str(case.dtype)[6:], case.layout) for case in pearson.cases("cpu", True)}
+    wanted = [goal for goal in goals.GOALS["pearson"] if goal.device == device]
+    assert wanted and any(isinstance(goal, goals.Goal) for goal in wanted)
+    for goal in wanted:
+        label = goal.case.replace("N=16", "N=1")
+        assert (label, goal.mode, goal.dtype, goal.layout) in names

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,7 +98,7 @@ def like(case: Case, variant: Case) -> Case:
     return replace(case, dtype=variant.dtype, channels_last=variant.channels_last)
 
 
-def eager(students: list[Tensor], teachers: list[Tensor], dtype: torch.dtype, upstream: float) -> list[Tensor]:
+def eager(students: Sequence[Tensor], teachers: Sequence[Tensor], dtype: torch.dtype, upstream: float) -> list[Tensor]:
     """Loss and gradients of the formula as written, computed in ``dtype``; students' first."""
     x = [level.detach().to(dtype).requires_grad_() for level in (*students, *teachers)]
     loss = reference.pkd_loss(x[: len(students)], x[len(students) :], WEIGHT)
@@ -139,18 +139,44 @@ def check(case: Case, device: str = "cpu", *, tap: bool = False) -> None:
     else:
         loss = pkd_loss(students, teachers, WEIGHT)
         loss.backward(torch.full_like(loss, case.upstream))
-    exact = eager(students, teachers, torch.float64, case.upstream)
-    rough = eager(students, teachers, torch.float32, case.upstream)
     assert loss.dtype == torch.float32
     assert loss.shape == ()
-    # Float32 sums of squares, 1e-7 of them wrong, that all but cancel near r = 1: see "Residual" in the reference.
-    assert_within_twice(loss.detach(), rough[0], exact[0], what="loss", scale=exact[0].clamp(min=case.loss_unit))
-    for i, ((x, _), unit, rough_dx, exact_dx) in enumerate(zip(pairs, units, rough[1:], exact[1:], strict=True)):
+    for x, _ in pairs:
         assert x.grad.dtype == x.dtype
         assert x.grad.stride() == x.stride()
-        if tap and i < len(heads):
+    gradients = [x.grad for x, _ in pairs]
+    assert_as_exact_as_eager(loss, gradients, students, teachers, case.upstream, heads if tap else (), case.loss_unit)
+
+
+def assert_as_exact_as_eager(
+    loss: Tensor,
+    gradients: Sequence[Tensor],
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    upstream: float = 1.0,
+    heads: Sequence[Tensor] = (),
+    loss_unit: float = 1e-2,
+) -> None:
+    """Holds a loss and its gradients to the 2x rule: eager is computed in float32, its gradient rounded once.
+
+    Args:
+        loss: scalar.
+        gradients: of the students, or of the students and then of the teachers.
+        students, teachers: levels ``[N, C, H, W]`` as the kernel got them.
+        upstream: gradient of the loss.
+        heads: gradients that were added to the students' own, or none.
+        loss_unit: see :class:`Case`.
+    """
+    exact = eager(students, teachers, torch.float64, upstream)
+    rough = eager(students, teachers, torch.float32, upstream)
+    # Float32 sums of squares, 1e-7 of them wrong, that all but cancel near r = 1: see "Residual" in the reference.
+    assert_within_twice(loss.detach(), rough[0], exact[0], what="loss", scale=exact[0].clamp(min=loss_unit))
+    pairs = [*zip(students, teachers, strict=True), *zip(teachers, students, strict=True)][: len(gradients)]
+    for i, ((x, y), dx) in enumerate(zip(pairs, gradients, strict=True)):
+        unit, rough_dx, exact_dx = gradient_unit(x, y, upstream), rough[1 + i], exact[1 + i]
+        if i < len(heads):
             rough_dx, exact_dx = rough_dx + heads[i].float(), exact_dx + heads[i].double()
             unit = 2 * unit
         if x.dtype == torch.bfloat16 and _backend.select("pearson", x) == "triton" and _backend.interpreting():
             unit = 4 * unit  # the interpreter cuts float32 off to bfloat16, where a GPU rounds
-        assert_within_twice(x.grad, rough_dx.to(x.dtype), exact_dx, what=f"gradient {i}", scale=unit)
+        assert_within_twice(dx, rough_dx.to(x.dtype), exact_dx, what=f"gradient {i}", scale=unit)
