@@ -1,5 +1,7 @@
 """Files that appear whole or not at all."""
 
+import errno
+import hashlib
 import json
 import os
 from contextlib import suppress
@@ -36,6 +38,125 @@ def write_whole(file: Path, content: str | bytes | memoryview) -> None:
 def write_json(file: Path, content: Any) -> None:
     """Writes ``content`` as indented JSON; see :func:`write_whole`."""
     write_whole(file, json.dumps(content, indent=2) + "\n")
+
+
+def read_text(file: Path, remedy: str) -> str:
+    """The UTF-8 text in ``file``.
+
+    Args:
+        file: what to read.
+        remedy: what to do where it cannot be read, for the message.
+
+    Raises:
+        InputError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); {remedy}.") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); {remedy}.") from None
+
+
+def read_json(file: Path, remedy: str) -> Any:
+    """The JSON in ``file``; arguments and errors as of :func:`read_text`, and text that is not JSON is refused too."""
+    try:
+        return json.loads(read_text(file, remedy))
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({error}); {remedy}.") from None
+
+
+def content_hash(*files: Path) -> str:
+    """SHA-256 of what the files hold, one after the other, 64 hexadecimal digits; wherever they lie.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{file} cannot be read ({error.strerror}); give a file that can.") from None
+    return digest.hexdigest()
+
+
+def claim_folder(folder: Path, name: str) -> bool:
+    """Makes sure that ``folder`` is there and can be written to.
+
+    Args:
+        folder: made with its parents if it is missing.
+        name: the argument that named it, for the message.
+
+    Returns:
+        Whether it was made now.
+
+    Raises:
+        InputError: it cannot be made or written to: a file stands there or on the way, a link leads nowhere, the
+            name is too long, the disk is read-only. Folders that were made on the way are removed again.
+    """
+    made: list[Path] = []
+    try:
+        if not folder.is_dir():
+            for part in (*reversed(folder.parents), folder):
+                if not part.is_dir():
+                    part.mkdir()
+                    made.append(part)
+        probe = folder / f".{os.getpid()}.partial"
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:
+        for part in reversed(made):
+            with suppress(OSError):
+                part.rmdir()
+        raise InputError(
+            f"{name} {_shortened(folder)} cannot be a folder to write to: {_obstacle(folder, error)}; give another."
+        ) from None
+    return bool(made)
+
+
+def require_file(file: Path, name: str) -> None:
+    """Checks before any work that ``file`` can be written afterwards; what stands there is untouched.
+
+    Args:
+        file: where a result is to go; its folder exists.
+        name: the argument that named it, for the message.
+
+    Raises:
+        InputError: it cannot.
+    """
+    partial = file.with_name(f".{file.name}.partial")
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if file.is_symlink() and not file.exists():
+            raise FileNotFoundError(errno.ENOENT, "a link that leads nowhere")
+        partial.touch()
+        partial.unlink()
+    except (OSError, ValueError) as error:
+        obstacle = _obstacle(file, error)
+        raise InputError(f"{name} {_shortened(file)} cannot be written: {obstacle}; give another file.") from None
+
+
+def _obstacle(path: Path, error: Exception) -> str:
+    """Why ``path`` cannot be made, as far as a look tells."""
+    with suppress(OSError, ValueError):
+        for part in (path, *path.parents):
+            if part.is_symlink() and not part.exists():
+                return f"{part} is a link to {os.readlink(part)}, which does not exist"
+            if part.exists() and not part.is_dir() and part != path:
+                return f"{part} is a file"
+            if not part.exists() and part.parent.is_dir() and getattr(error, "errno", None) == errno.ENOENT:
+                return f"{part} does not exist and cannot be made"
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _shortened(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 200 else f"{text[:90]}...{text[-60:]}"
 
 
 def unwritable(file: Path, error: OSError) -> InputError:

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
-from jdkd.files import write_json
+from jdkd.files import claim_folder, read_json, write_json
 
 RUN_FILE = "run.json"
+FORMAT = 2  # of the record; 1 told data and weights apart by where they lay
 
 
 class RunFolder:
     """A folder that belongs to one run, and says which: its `run.json` holds command, settings and state.
 
-    A run is told from another by its kind and its identity. The identity is what a resumed run must have in
-    common with the one that it carries on (data, seeds, budgets); what may differ (device, number of workers)
-    stays out.
+    A run is told from another by its kind and its identity: what a resumed run must have in common with the one
+    that it carries on. That is what data, weights and settings are (fingerprints, seeds, budgets), never where they
+    lie or what they run on: folders may be renamed, the device and the number of workers may change.
 
     Args:
         path: the folder; it need not exist yet.
@@ -40,6 +41,7 @@ class RunFolder:
         *,
         resume: bool = False,
         command: Sequence[str] = (),
+        where: Mapping[str, Any] | None = None,
     ) -> bool:
         """Take the folder for a run, or carry on the run that is in it.
 
@@ -48,23 +50,26 @@ class RunFolder:
             identity: JSON-able settings that make this run the one it is.
             resume: carry on what the folder holds; an empty folder is begun all the same.
             command: how the run was called, for the record.
+            where: JSON-able facts that are no part of the identity, such as the paths of the data and the device; a
+                resumed run records its own.
 
         Returns:
             Whether a run that was in the folder is carried on.
 
         Raises:
             InputError: the folder holds another run, or one with other settings, or files that no run left
-                there. Nothing has been written then.
+                there, or it cannot be written to. Nothing has been written then.
         """
         wanted = json.loads(json.dumps(identity))
         found = self.read()
         if found is None:
             self._require_empty()
-            self._is_new = not self.path.exists()
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._is_new = claim_folder(self.path, "the folder of the run")
             record = {
+                "format": FORMAT,
                 "kind": kind,
                 "identity": wanted,
+                "where": dict(where or {}),
                 "command": list(command),
                 "versions": versions(),
             }
@@ -82,11 +87,19 @@ class RunFolder:
                 f"{self.path} holds a `jdkd {found['kind']}` and cannot be resumed as `jdkd {kind}`; give "
                 "its own folder."
             )
+        if found["format"] != FORMAT:
+            raise InputError(
+                f"{self.path} was begun by another version of jdkd, whose record (format {found['format']}, here "
+                f"{FORMAT}) does not say what data it was; give another folder."
+            )
         if differing := list(_differences(found["identity"], wanted)):
             raise InputError(
                 f"{self.path} cannot be resumed with other settings: {'; '.join(differing)}; resume with the "
                 "same, or give another folder."
             )
+        claim_folder(self.path, "the folder of the run")
+        if where is not None and json.loads(json.dumps(where)) != found["where"]:
+            self._write({**found, "where": dict(where)})
         return True
 
     def finish(self, **facts: Any) -> None:
@@ -106,21 +119,28 @@ class RunFolder:
         Raises:
             InputError: there is one that cannot be read.
         """
-        if not self.file.is_file():
-            return None
         try:
-            record = json.loads(self.file.read_text())
-            return {"finished": None, **record, "kind": record["kind"], "identity": record["identity"]}
-        except (ValueError, KeyError, TypeError) as error:
+            if not self.file.is_file():
+                return None
+        except OSError:  # a name that no file can have
+            return None
+        record = read_json(self.file, "give another folder")
+        if not isinstance(record, dict) or not {"kind", "identity", "started"} <= record.keys():
+            got = f"has {', '.join(map(str, record))}" if isinstance(record, dict) else f"is a {type(record).__name__}"
             raise InputError(
-                f"{self.file} is not the record of a run ({type(error).__name__}: {error}); give another folder."
-            ) from error
+                f"{self.file} is not the record of a run: it {got}, not kind, identity and started; give another "
+                "folder."
+            )
+        return {"format": 1, "finished": None, "where": {}, **record}
 
     def _require_empty(self) -> None:
         """Raise InputError where the folder is a file or holds something that is not ours."""
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path} is a file and cannot hold a run; give a folder.")
-        strangers = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        try:
+            if self.path.exists() and not self.path.is_dir():
+                raise InputError(f"{self.path} is a file and cannot hold a run; give a folder.")
+            strangers = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+        except OSError:  # what is wrong with it is said where it is made
+            return
         if strangers:
             raise InputError(
                 f"{self.path} holds {', '.join(strangers[:3])}{' and more' if len(strangers) > 3 else ''} "

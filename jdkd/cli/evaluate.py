@@ -9,7 +9,7 @@ from typing import Literal
 
 from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
-from jdkd.files import write_json
+from jdkd.files import require_file, write_json
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Eval:
         from jdkd.train import evaluate
 
         device = resolve_device(self.device)
+        if self.json is not None:
+            require_file(self.json, "--json")
         model = load(self.ckpt)
         dataset = CocoDetectionDataset(self.source.split(self.split))
         cost = count(model)

@@ -54,12 +54,11 @@ class DataFlags:
         return resolve_split(name, self.data, getattr(self, f"{name}_images"), getattr(self, f"{name}_annotations"))
 
 
-def describe(train: Split, val: Split) -> dict[str, str]:
-    """Absolute paths of two splits, for the identity of a run."""
-    named = {"train": train, "val": val}
+def whereabouts(*splits: Split) -> dict[str, str]:
+    """Absolute paths of splits, for the record of a run."""
     return {
-        f"{name}_{part}": str(getattr(split, part).resolve())
-        for name, split in named.items()
+        f"{split.name}_{part}": str(getattr(split, part).resolve())
+        for split in splits
         for part in ("images", "annotations")
     }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
-from jdkd.files import write_json
+from jdkd.files import require_file, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,6 +55,8 @@ class Latency:
         from jdkd.latency import count, deployable, measure
 
         device = resolve_device(self.device)
+        if self.out is not None:
+            require_file(self.out, "--out")
         folders = _named([self.base, *self.students])
         detectors = {name: load(folder) for name, folder in folders.items()}
         images, origin = self._images()
@@ -111,8 +113,8 @@ def _recorded(base: Path) -> Any:
     from jdkd.run_folder import RunFolder
 
     for folder in (base, base.resolve().parent):
-        data = ((RunFolder(folder).read() or {}).get("identity") or {}).get("data")
-        if not isinstance(data, dict):
+        data = (RunFolder(folder).read() or {}).get("where", {}).get("data", {})
+        if not {"val_images", "val_annotations"} <= data.keys():
             continue
         split = Split(Path(data["val_images"]), Path(data["val_annotations"]), "val")
         if split.images.is_dir() and split.annotations.is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, describe, resolve_device
+from jdkd.cli.flags import DataFlags, resolve_device, whereabouts
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.run_folder import RunFolder
@@ -76,8 +76,9 @@ class Search:
         with keeping(run, "every finished candidate and the last checkpoint"), Progress() as progress:
             folders = {name: str(path.resolve()) for name in ("base", "teacher_pool") if (path := given[name])}
             same = ("target_latency", "steps", "candidates", "batch_size", "lr", "amp", "seed")
-            identity = {name: given[name] for name in same} | folders | {"data": describe(train, val), "device": device}
-            run.begin("search", identity, resume=self.resume, command=["jdkd", *sys.argv[1:]])
+            identity = {name: given[name] for name in same} | folders
+            where = {"data": whereabouts(train, val), "device": device}
+            run.begin("search", identity, resume=self.resume, command=["jdkd", *sys.argv[1:]], where=where)
             result = search(config, progress=progress)
             plot, page = write_report(self.out)
             run.finish()

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, describe, resolve_device
+from jdkd.cli.flags import DataFlags, resolve_device, whereabouts
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
-from jdkd.files import write_json
+from jdkd.files import content_hash, read_text, write_json
 from jdkd.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -88,9 +88,9 @@ class Train:
         spec, config = self._spec(train.classes), self._config(train)
         run = RunFolder(self.out)
         with keeping(run, f"the checkpoint of every {self.checkpoint_every} steps and of the last one"):
-            identity = self._identity(spec, config, describe(*splits))
-            command = ["jdkd", *sys.argv[1:]]
-            resumed = run.begin("train", identity, resume=self.resume, command=command)
+            identity = self._identity(spec, config, train, val)
+            record = {"command": ["jdkd", *sys.argv[1:]], "where": {"data": whereabouts(*splits), "device": device}}
+            resumed = run.begin("train", identity, resume=self.resume, **record)
             torch.manual_seed(self.seed)
             model = build(spec)
             if self.weights is not None:
@@ -128,10 +128,8 @@ class Train:
                 f"--width {self.width:g} and --depth {self.depth:g} multiply a named spec, but --spec is the "
                 f"file {file}; change the file or name a spec."
             )
-        try:
-            spec = DetectorSpec.from_json(file.read_text(), source=str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--spec {file} cannot be read ({error}); give a JSON file or a named spec.") from error
+        text = read_text(file, "give --spec a JSON file or a named spec")
+        spec = DetectorSpec.from_json(text, source=str(file))
         if spec.classes != tuple(classes):
             raise InputError(
                 f"{file} has the classes {', '.join(spec.classes[:5])} ({len(spec.classes)}), the data "
@@ -147,13 +145,19 @@ class Train:
         names = {field.name for field in dataclasses.fields(TrainConfig)} & vars(self).keys()
         return TrainConfig(**{**{name: getattr(self, name) for name in names}, "flip": flip})
 
-    def _identity(self, spec: DetectorSpec, config: TrainConfig, data: dict[str, str]) -> dict[str, Any]:
+    def _identity(
+        self, spec: DetectorSpec, config: TrainConfig, train: CocoDetectionDataset, val: CocoDetectionDataset
+    ) -> dict[str, Any]:
         """What a resumed training must have in common with the first one."""
-        training = dataclasses.asdict(config)
-        for immaterial in ("workers", "log_every", "checkpoint_every"):
-            del training[immaterial]
-        weights = str(self.weights.resolve()) if self.weights else None
-        return {"spec": json.loads(spec.to_json()), "weights": weights, "data": data, "training": training}
+        from jdkd.train.config import RESUME_MAY_CHANGE
+
+        training = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_MAY_CHANGE}
+        return {
+            "spec": json.loads(spec.to_json()),
+            "weights": self.weights and content_hash(self.weights),
+            "data": {"train": train.fingerprint, "val": val.fingerprint},
+            "training": training,
+        }
 
 
 def _open(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionDataset]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jdkd.errors import InputError
-from jdkd.files import unwritable
+from jdkd.files import claim_folder, unwritable
 
 CLASSES = tuple(str(digit) for digit in range(10))
 TRAIN_DIGITS = 1400  # of scikit-learn's 1,797; the others appear in val scenes only
@@ -64,13 +65,15 @@ def write_digit_scenes(
     Raises:
         InputError: a number is out of range, ``out`` holds something else, or the disk is full.
     """
-    out, request = Path(out).resolve(), Request(train, val, size, seed)
+    given, request = Path(out), Request(train, val, size, seed)
     _check(request)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        _require_same(out, request, resume)
+    if _holds_something(given):
+        _require_same(given.resolve(), request, resume)
         return
-    if out == Path.cwd():
-        raise InputError(f"{out} is the folder you are in, which cannot be put in place whole; name a new folder")
+    if os.path.abspath(given) == os.getcwd():
+        raise InputError(f"{given} is the folder you are in, which cannot be put in place whole; name a new folder")
+    made = claim_folder(given, "the folder of the scenes")
+    out = given.resolve()
     report = progress or (lambda done, total, facts: None)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -82,6 +85,9 @@ def write_digit_scenes(
         raise unwritable(out, error) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        if made:
+            with suppress(OSError):  # it holds the scenes by now, or was ours alone
+                out.rmdir()
 
 
 def _write_split(folder: Path, split: str, request: Request, scene_done: Callable[[int], None]) -> None:
@@ -237,6 +243,13 @@ def _check(request: Request) -> None:
     for name, value in asdict(request).items():
         if value < least[name]:
             raise InputError(f"{name} is {value} but must be at least {least[name]}; give a larger one")
+
+
+def _holds_something(out: Path) -> bool:
+    try:
+        return out.is_file() or (out.is_dir() and any(out.iterdir()))
+    except (OSError, ValueError):  # a name that no file can have, which is refused where it is made
+        return False
 
 
 def _require_same(out: Path, request: Request, resume: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from jdkd.detect.build import build
 from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
-from jdkd.files import write_whole
+from jdkd.files import read_text, write_whole
 
 SPEC, WEIGHTS = "spec.json", "weights.safetensors"
 
@@ -36,7 +36,8 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     for name in (SPEC, WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder} is no detector: it has no {name}; give a folder written by `jdkd train`.")
-    model = build(DetectorSpec.from_json((folder / SPEC).read_text(), source=str(folder / SPEC)))
+    text = read_text(folder / SPEC, "give a folder written by `jdkd train`")
+    model = build(DetectorSpec.from_json(text, source=str(folder / SPEC)))
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:

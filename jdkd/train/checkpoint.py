@@ -1,9 +1,6 @@
 """The state of an unfinished training on disk: written whole or not at all, read without running code."""
 
-import hashlib
 import io
-import json
-import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ from jdkd.errors import InputError
 from jdkd.files import write_whole
 
 CHECKPOINT = "checkpoint.pt"
+FIELDS = {"step", "seconds", "losses", "model", "optimizer", "scaler", "config", "data"}
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
@@ -31,16 +29,23 @@ def read(folder: Path) -> dict[str, Any] | None:
     """The checkpoint in ``folder``, on the CPU; None if there is none.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or none of ours.
     """
     file = folder / CHECKPOINT
     if not file.is_file():
         return None
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error type of its own
         reason = str(error).partition("\n")[0]
         raise InputError(f"checkpoint {file} cannot be read ({reason}); delete it to start again.") from error
+    if not isinstance(state, dict) or not state.keys() >= FIELDS:
+        got = f"the fields {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
+        raise InputError(
+            f"checkpoint {file} is not one that a training left: it holds {got}, not {', '.join(sorted(FIELDS))}; move "
+            "it away, or give another folder."
+        )
+    return state
 
 
 def require_same(what: str, before: dict[str, Any], now: dict[str, Any], ignore: Iterable[str] = ()) -> None:
@@ -58,16 +63,11 @@ def require_same(what: str, before: dict[str, Any], now: dict[str, Any], ignore:
     ]
     if differing:
         raise InputError(
-            f"cannot resume with another {what}: {'; '.join(differing)}; resume with the same {what}, or "
-            "train into another folder."
+            f"cannot resume with other {what}: {'; '.join(differing)}; resume with the same {what}, or train into "
+            "another folder."
         )
 
 
 def data_identity(dataset: Any) -> dict[str, Any]:
-    """What makes a dataset this one: its classes and a digest of its images' ids."""
-    ids = json.dumps(list(dataset.image_ids)).encode()
-    return {
-        "classes": list(dataset.classes),
-        "images": len(dataset),
-        "image_ids": hashlib.sha256(ids).hexdigest()[:16],
-    }
+    """What makes a dataset this one, wherever it lies: its classes, how many images, and its fingerprint."""
+    return {"classes": list(dataset.classes), "images": len(dataset), "fingerprint": dataset.fingerprint}

@@ -8,7 +8,7 @@ from jdkd.errors import InputError
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "off", "bf16", "fp16")
 # These decide how fast a training runs and what it writes, not what it computes: resuming may change them.
-IMMATERIAL = frozenset({"workers", "log_every", "checkpoint_every"})
+RESUME_MAY_CHANGE = frozenset({"workers", "log_every", "checkpoint_every"})
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from jdkd.data import batches
 from jdkd.errors import InputError
+from jdkd.notices import say_once
 from jdkd.train import checkpoint
-from jdkd.train.config import IMMATERIAL, TrainConfig
+from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
 from jdkd.train.divergence import DivergenceError, Watch
 from jdkd.train.interrupt import uninterrupted
 from jdkd.train.log import Log
@@ -146,6 +147,10 @@ class _Run:
         self._logged = (0, 0.0)  # step and seconds of the last log line
 
     @property
+    def precision(self) -> str:
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    @property
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._resumed
 
@@ -202,12 +207,14 @@ class _Run:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "precision": self.precision,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the loss was not scaled
+            self.scaler.load_state_dict(state["scaler"])
         self.step, self.losses, self._before = state["step"], state["losses"], state["seconds"]
         self._logged = (self.step, self.seconds)
 
@@ -252,7 +259,7 @@ class _Home:
 
     def __init__(self, folder: Path, run: _Run, data: dict[str, Any], resume: bool) -> None:
         self.folder, self.run, self.data = folder, run, data
-        self.config = dataclasses.asdict(run.config) | {"amp": str(run.dtype or "off")}
+        self.config = dataclasses.asdict(run.config)
         if not resume and (folder / checkpoint.CHECKPOINT).exists():
             raise InputError(f"{folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder.")
         self._open(checkpoint.read(folder) if resume else None)
@@ -264,8 +271,13 @@ class _Home:
 
     def _open(self, state: dict[str, Any] | None) -> None:
         if state is not None:
-            checkpoint.require_same("config", state["config"], self.config, ignore=IMMATERIAL)
-            checkpoint.require_same("dataset", state["data"], self.data)
+            checkpoint.require_same("config", state["config"], self.config, ignore=RESUME_MAY_CHANGE)
+            checkpoint.require_same("data", state["data"], self.data)
+            if (before := state.get("precision")) not in (None, now := self.run.precision):
+                say_once(
+                    f"the training in {self.folder} was begun in {before} and goes on in {now}, as amp "
+                    f"{self.run.config.amp!r} has it on {self.run.device}: it will not end where either would alone"
+                )
             try:
                 self.run.restore(state)
             except (RuntimeError, ValueError, KeyError) as error:

@@ -32,8 +32,10 @@ class Log:
 
 
 def _step(line: bytes) -> float:
-    """The step of a log line; one that a crash cut short counts as the future."""
+    """The step of a log line; one that a crash cut short, or that is none of ours, counts as the future."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return float("inf")
+    step = row.get("step") if isinstance(row, dict) else None
+    return step if isinstance(step, int | float) and not isinstance(step, bool) else float("inf")

@@ -44,6 +44,51 @@ def test_a_folder_that_is_no_run(jdkd, train_arguments, tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} == {"thesis.tex"}
 
 
+OBSTACLES = {
+    "under a file": ("file/runs/out", "file is a file"),
+    "a link to nowhere": ("link", "link is a link to nowhere, which does not exist"),
+    "below a link to nowhere": ("link/out", "link is a link to nowhere, which does not exist"),
+    "a name too long": ("x" * 300, "File name too long"),
+    "a path too long": ("/".join(["y" * 200] * 30), "File name too long"),
+    "in /proc": ("/proc/out", "/proc/out does not exist and cannot be made"),
+    "no name a file can have": ("a\0b", "null"),
+}
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("command", ["train", "search", "data", "eval", "latency"])
+def test_where_nothing_can_be_written_is_said_before_any_work(
+    jdkd, trained, squares, train_arguments, tmp_path, monkeypatch, command, obstacle
+):
+    def worked(*arguments, **options):
+        raise AssertionError("it worked before it looked where to write")
+
+    for work in ("jdkd.train.fit", "jdkd.train.evaluate", "jdkd.latency.measure", "jdkd.data.digits.scene"):
+        monkeypatch.setattr(work, worked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("years of work")
+    (tmp_path / "link").symlink_to("nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    name, words = OBSTACLES[obstacle]
+    answer = jdkd(
+        *{
+            "train": (*train_arguments, "--out", name),
+            "search": ("search", "--base", trained, "--data", squares, "--out", name, "--steps", 18),
+            "data": ("data", "digits", name, "--train", 1, "--val", 1),
+            "eval": ("eval", trained, "--data", squares, "--json", name),
+            "latency": ("latency", trained, "--data", squares, "--out", name, "--seconds", 0, "--rounds", 1),
+        }[command]
+    )
+    _refused(answer, words)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["train", "search"])
+def test_resuming_a_run_needs_a_name_that_can_be(jdkd, train_arguments, trained, squares, command):
+    arguments = train_arguments if command == "train" else ("search", "--base", trained, "--data", squares)
+    _refused(jdkd(*arguments, "--out", "x" * 300, "--resume"), "File name too long")
+
+
 def test_a_folder_of_another_command(jdkd, trained, squares):
     answer = jdkd("search", "--base", trained, "--data", squares, "--out", trained, "--resume")
     _refused(answer, "jdkd train", "jdkd search")
@@ -59,7 +104,7 @@ def test_a_folder_of_another_command(jdkd, trained, squares):
         (("--spec", "missing.json"), ("missing.json", "cannot be read")),
         (("--width", "0"), ("width", "0")),
         (("--steps", "-1"), ("steps", "-1")),
-        (("--weights", "none.pth"), ("none.pth", "does not exist")),
+        (("--weights", "none.pth"), ("none.pth", "cannot be read", "No such file")),
         (("--optimizer", "adamw", "--flip", "2"), ("flip", "2")),
     ],
 )
@@ -83,6 +128,50 @@ def test_no_data_at_all(jdkd, trained):
 def test_an_unknown_flag_is_refused_by_name(jdkd, trained):
     answer = jdkd("eval", trained, "--dataa", "x")
     assert answer.code == 2 and "--dataa" in answer.err and "Traceback" not in answer.err
+
+
+def test_a_spec_that_is_not_utf8(jdkd, trained, squares, tmp_path):
+    wrong = tmp_path / "wrong"
+    shutil.copytree(trained, wrong)
+    (wrong / "spec.json").write_bytes("{}".encode("utf-16"))
+    _refused(jdkd("eval", wrong, "--data", squares), wrong / "spec.json", "not UTF-8", "byte 0")
+    arguments = ("train", "--spec", wrong / "spec.json", "--data", squares, "--out", tmp_path / "out")
+    _refused(jdkd(*arguments), wrong / "spec.json", "not UTF-8")
+
+
+def test_a_record_that_is_not_utf8_or_of_another_version(jdkd, trained, train_arguments, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    record = json.loads((out / "run.json").read_text())
+    del record["format"]
+    (out / "run.json").write_text(json.dumps(record))
+    _refused(jdkd(*train_arguments, "--out", out, "--resume"), "another version of jdkd", "format 1")
+    (out / "run.json").write_bytes(b"\xff\xfe")
+    _refused(jdkd(*train_arguments, "--out", out, "--resume"), out / "run.json", "not UTF-8")
+
+
+def test_a_run_is_resumed_where_data_weights_and_itself_have_moved(jdkd, trained, train_arguments, squares, tmp_path):
+    weights, moved, data, out = (
+        tmp_path / "a.safetensors",
+        tmp_path / "b.safetensors",
+        tmp_path / "data",
+        tmp_path / "o",
+    )
+    shutil.copy(trained / "weights.safetensors", weights)
+    assert jdkd(*train_arguments, "--out", out, "--weights", weights).code == 0
+    weights.rename(moved)
+    shutil.copytree(squares, data)
+    out = out.rename(tmp_path / "p")
+    arguments = list(train_arguments)
+    arguments[arguments.index("--data") + 1] = str(data)
+    answer = jdkd(*arguments, "--out", out, "--weights", moved, "--resume")
+    assert answer.code == 0, answer.err
+    assert json.loads((out / "run.json").read_text())["where"]["data"]["val_images"] == str(data / "val2017")
+    change = json.loads((data / "annotations" / "instances_val2017.json").read_text())
+    change["annotations"][0]["bbox"][0] += 1
+    (data / "annotations" / "instances_val2017.json").write_text(json.dumps(change))
+    _refused(jdkd(*arguments, "--out", out, "--weights", moved, "--resume"), "data.val was", "data.val was")
+    _refused(jdkd(*train_arguments, "--out", out, "--weights", trained / "spec.json", "--resume"), "weights was")
 
 
 def test_a_base_without_spec_or_with_weights_that_do_not_fit(jdkd, trained, squares, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from jdkd.errors import InputError
+from jdkd.notices import Notice
 from jdkd.train import DivergenceError, TrainConfig, fit
 from jdkd.train.divergence import Watch
 from tests.detectors import detector, small_spec
@@ -152,7 +153,7 @@ def test_refuses_other_data(scenes, tmp_path):
     config = TrainConfig(steps=2, batch_size=1)
     fit(Toy(), scenes, config, **CPU, folder=tmp_path / "run")
     other = write_scenes(tmp_path / "data", images=5)
-    with pytest.raises(InputError, match=r"another dataset.*images was 12 and is 5"):
+    with pytest.raises(InputError, match=r"other data.*images was 12 and is 5"):
         fit(Toy(), other, config, **CPU, folder=tmp_path / "run", resume=True)
 
 
@@ -170,6 +171,38 @@ def test_a_damaged_checkpoint_is_named(scenes, tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"checkpoint .*checkpoint\.pt cannot be read"):
         fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [{"step": 3}, [1, 2], torch.zeros(2), {"model": {}, "epoch": 1}])
+def test_a_foreign_checkpoint_is_refused_and_kept(scenes, tmp_path, content):
+    torch.save(content, tmp_path / "checkpoint.pt")
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(InputError, match=r"checkpoint\.pt is not one that a training left: it holds"):
+        fit(Toy(), scenes, TrainConfig(steps=1, batch_size=1), **CPU, folder=tmp_path, resume=True)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_log_lines_that_are_none_of_ours_are_dropped(scenes, tmp_path):
+    config = TrainConfig(steps=2, batch_size=1, log_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Toy(), scenes, config, **CPU, folder=tmp_path, progress=interrupt_at(1))
+    lines = (tmp_path / "log.jsonl").read_text()
+    (tmp_path / "log.jsonl").write_bytes(
+        b'{"loss": 1}\n[1]\n{"step": "two"}\n\xff\nnull\n{"step": true}\n' + lines.encode()
+    )
+    fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2]
+
+
+def test_another_precision_on_another_device_is_resumed_and_said(scenes, tmp_path):
+    config = TrainConfig(steps=2, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Toy(), scenes, config, **CPU, folder=tmp_path, progress=interrupt_at(1))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    scaled = torch.amp.GradScaler("cpu", enabled=True).state_dict()
+    torch.save({**state, "precision": "float16", "scaler": scaled}, tmp_path / "checkpoint.pt")
+    with pytest.warns(Notice, match="begun in float16 and goes on in float32, as amp 'auto' has it on cpu"):
+        assert fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True).steps == 2
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(scenes, tmp_path):
