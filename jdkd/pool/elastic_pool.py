@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,11 @@ from jdkd.pool.supernet import Supernet, grow
 from jdkd.train import evaluate
 
 POOL = "pool.json"
-UNRELATED = 0.9  # a mean 1 - r to the base above this means that the pool shares no features with it
 
 
 @dataclass(frozen=True)
 class Member:
-    """A subnet that was scored: COCO mAP on the selection split, parameters, and 1 - r to the base."""
+    """A subnet that was scored: COCO mAP on the images that select, parameters, and 1 - r to the base."""
 
     subnet: Subnet
     map: float
@@ -52,6 +52,8 @@ class TeacherPool:
         device: where teachers live.
         members: the subnets that were scored, best first.
         steps: training steps that the pool took.
+        trained_on, scored_on: fingerprints of the training images and of those that the scores are of; None where they
+            are not known.
     """
 
     supernet: Supernet
@@ -61,6 +63,8 @@ class TeacherPool:
     device: torch.device | str
     members: list[Member] = field(default_factory=list)
     steps: int = 0
+    trained_on: str | None = None
+    scored_on: str | None = None
 
     @property
     def space(self) -> Space:
@@ -77,6 +81,18 @@ class TeacherPool:
         distances = correlations(base.to(self.device), teacher, probe).values()
         scores = evaluate(teacher, selection, device=self.device, batch_size=self.batch_size)
         return Member(subnet, scores.map, parameter_count(teacher), sum(distances) / len(distances))
+
+    def score_members(
+        self, subnets: Sequence[Subnet], base: nn.Module, selection: Any, progress: Progress | None = None
+    ) -> None:
+        """Scores these subnets, each once, on these images; they become the members, best first."""
+        members = []
+        for subnet in dict.fromkeys(subnets):
+            members.append(self.score(subnet, base, selection))
+            if progress:
+                progress("pool: scoring", len(members), len(set(subnets)), {"mAP": members[-1].map})
+        self.members = sorted(members, key=lambda member: -member.map)
+        self.scored_on = selection.fingerprint
 
 
 def train_pool(
@@ -97,7 +113,7 @@ def train_pool(
     Args:
         base: the detector that the students descend from.
         dataset: training images.
-        selection: images that scores are taken on; none of them is trained on.
+        selection: images that scores are taken on; none of them is trained on, nor was the base.
         recipe: phases and settings.
         folder: where the pool is kept; once finished it holds ``spec.json``, ``weights.safetensors`` and
             ``pool.json``.
@@ -120,15 +136,12 @@ def train_pool(
     shrink(supernet, dataset, recipe, working, device=device, resume=resume, progress=progress)
     steps = sum(recipe.config(number).steps for number in range(len(recipe.phases)))
     pool = TeacherPool(supernet, dataset, recipe.train.batch_size, recipe.train.seed, device, steps=steps)
+    pool.trained_on = dataset.fingerprint
     rng = random.Random(recipe.train.seed)
     subnets = [space.everything, space.smallest]
     while len(subnets) < scored:
         subnets.append(space.sample(rng))
-    for done, subnet in enumerate(dict.fromkeys(subnets[:scored]), start=1):
-        pool.members.append(pool.score(subnet, base, selection))
-        if progress:
-            progress("pool: scoring", done, scored, {"mAP": pool.members[-1].map})
-    pool.members.sort(key=lambda member: -member.map)
+    pool.score_members(subnets[:scored], base, selection, progress)
     _save_pool(folder, pool)
     shutil.rmtree(working)
     return pool
@@ -159,6 +172,7 @@ def load_pool(folder: Path | str, base: nn.Module, dataset: Any, *, device: torc
             )
     pool = TeacherPool(Supernet(space, largest), dataset, facts["batch_size"], facts["seed"], device, members)
     pool.steps = facts["steps"]
+    pool.trained_on, pool.scored_on = facts.get("trained_on"), facts.get("scored_on")
     return pool
 
 
@@ -171,5 +185,7 @@ def _save_pool(folder: Path, pool: TeacherPool) -> None:
         "batch_size": pool.batch_size,
         "seed": pool.seed,
         "steps": pool.steps,
+        "trained_on": pool.trained_on,
+        "scored_on": pool.scored_on,
     }
     write_json(folder / POOL, facts)

@@ -142,6 +142,11 @@ def test_an_interrupted_pool_ends_as_an_uninterrupted_one(digits, tmp_path):
     assert [m.map for m in read.members] == sorted((m.map for m in read.members), reverse=True)
     subnet = read.members[-1].subnet
     assert_same(outputs(read.teacher(subnet)), outputs(whole.teacher(subnet)))
+    assert (read.trained_on, read.scored_on) == (train.fingerprint, selection.fingerprint)
+    subnets = {member.subnet for member in read.members}
+    read.score_members([*subnets, *subnets], base, train)
+    assert {member.subnet for member in read.members} == subnets and len(read.members) == len(subnets)
+    assert read.scored_on == train.fingerprint and read.members != whole.members
 
 
 def test_a_pool_that_cannot_teach_the_base_is_refused(digits, tmp_path):

@@ -1,0 +1,29 @@
+import pytest
+
+from jdkd.data import write_digit_scenes
+from jdkd.detect import save
+from jdkd.search.setting import open_setting
+from tests.detectors import detector, small_spec
+from tests.search.small_search import config_of, steady_measure
+
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A base and its data."""
+    folder = tmp_path_factory.mktemp("search")
+    write_digit_scenes(folder / "data", train=12, val=6, size=64, seed=0)
+    save(folder / "base", detector(small_spec(classes=DIGITS)))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def setting(folder, tmp_path_factory):
+    return open_setting(config_of(folder, tmp_path_factory.mktemp("none")), lambda *state: None)
+
+
+@pytest.fixture
+def steady(monkeypatch):
+    """Latencies that depend on the architecture alone."""
+    monkeypatch.setattr("jdkd.search.setting.measure", steady_measure)
