@@ -92,18 +92,11 @@ class Archive:
 
     def __init__(self, file: Path) -> None:
         self._columns = [(field.name, _column_type(str(field.type))) for field in fields(Candidate)]
-        columns = ", ".join(f"{name} {kind}" for name, kind in self._columns)
-        columns = columns.replace("number INTEGER", "number INTEGER PRIMARY KEY")
-        timings = "spec_id TEXT, stage TEXT, machine TEXT, environment TEXT, samples TEXT, base_samples TEXT"
         self._db = sqlite3.connect(":memory:")
         try:
             self._db = sqlite3.connect(file)
             self._db.execute("PRAGMA synchronous = FULL")
-            self._require_format(file)
-            with self._db:
-                self._db.execute(f"CREATE TABLE IF NOT EXISTS candidates ({columns})")
-                self._db.execute(f"CREATE TABLE IF NOT EXISTS timings (number INTEGER PRIMARY KEY, {timings})")
-                self._db.execute(f"PRAGMA user_version = {FORMAT}")
+            self._require_tables(file)
             self.candidates = [_from_row(row) for row in self._rows()]
         except sqlite3.DatabaseError as error:
             self.close()
@@ -179,14 +172,24 @@ class Archive:
             for candidate in self.candidates
         ]
 
-    def _require_format(self, file: Path) -> None:
-        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+    def _require_tables(self, file: Path) -> None:
+        """Lays out a new file; refuses one of another version; leaves any other alone."""
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (found,) = self._db.execute("PRAGMA user_version").fetchone()
         if tables and found != FORMAT:
             raise InputError(
                 f"{file} was written by another version of jdkd (format {found or 1}, here {FORMAT}), whose latency "
                 "ratios mean something else; search into another folder, or read it with the jdkd that wrote it."
             )
+        if not tables:
+            columns = ", ".join(f"{name} {kind}" for name, kind in self._columns)
+            columns = columns.replace("number INTEGER", "number INTEGER PRIMARY KEY")
+            timings = "spec_id TEXT, stage TEXT, machine TEXT, environment TEXT, samples TEXT, base_samples TEXT"
+            with self._db:
+                self._db.execute("BEGIN")
+                self._db.execute(f"CREATE TABLE candidates ({columns})")
+                self._db.execute(f"CREATE TABLE timings (number INTEGER PRIMARY KEY, {timings})")
+                self._db.execute(f"PRAGMA user_version = {FORMAT}")
 
     def _rows(self) -> list[dict[str, Any]]:
         names = [name for name, _ in self._columns]
