@@ -32,7 +32,8 @@ def pretend(monkeypatch):
             timing = Timing(spec.id, "brief", environment, (20.0, 20.0), (20.0, 20.0))
             base = {
                 "number": 0, "id": "000", "parent": None, "kind": "base", "action": "base", "teacher": None,
-                "spec": spec, "spec_id": spec.id, "feature_channels": (0,), "map": 0.4, "map50": 0.6, "steps": 0, "lineage_steps": 0,
+                "spec": spec, "spec_id": spec.id, "feature_channels": (0,),
+                "map": 0.4, "map50": 0.6, "steps": 0, "lineage_steps": 0,
                 "cycles": (), "params": 1000, "gmacs": 0.1, "seconds": 1.0,
             }  # fmt: skip
             run = RunFolder(config.out)
