@@ -16,16 +16,16 @@ from jdkd.detect import load, parameter_count, save
 from jdkd.distill import correlations
 from jdkd.errors import InputError
 from jdkd.files import write_json
-from jdkd.pool.shrinking import Progress, Recipe, calibrate, shrink
+from jdkd.pool.shrinking import PoolTrainConfig, Progress, calibrate, progressive_shrinking
 from jdkd.pool.space import Space, Subnet
-from jdkd.pool.supernet import Supernet, grow
+from jdkd.pool.supernet import Supernet, grow_base
 from jdkd.train import evaluate
 
 POOL = "pool.json"
 
 
 @dataclass(frozen=True)
-class Member:
+class ScoredSubnet:
     """A subnet that was scored: COCO mAP on the images that select, parameters, and 1 - r to the base."""
 
     subnet: Subnet
@@ -37,7 +37,7 @@ class Member:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Member":
+    def from_json(cls, fields: dict[str, Any]) -> "ScoredSubnet":
         return cls(**{**fields, "subnet": Subnet.from_json(fields["subnet"])})
 
 
@@ -61,7 +61,7 @@ class TeacherPool:
     batch_size: int
     seed: int
     device: torch.device | str
-    members: list[Member] = field(default_factory=list)
+    members: list[ScoredSubnet] = field(default_factory=list)
     steps: int = 0
     trained_on: str | None = None
     scored_on: str | None = None
@@ -74,13 +74,13 @@ class TeacherPool:
         """The subnet as a detector of its own, recalibrated and in evaluation mode."""
         return calibrate(self.supernet.extract(subnet), self.dataset, self.batch_size, self.seed, self.device)
 
-    def score(self, subnet: Subnet, base: nn.Module, selection: Any) -> Member:
+    def score(self, subnet: Subnet, base: nn.Module, selection: Any) -> ScoredSubnet:
         """Measures one subnet."""
         teacher = self.teacher(subnet)
         probe = batches(selection, batch_size=self.batch_size, steps=2, seed=self.seed, device=self.device)
         distances = correlations(base.to(self.device), teacher, probe).values()
         scores = evaluate(teacher, selection, device=self.device, batch_size=self.batch_size)
-        return Member(subnet, scores.map, parameter_count(teacher), sum(distances) / len(distances))
+        return ScoredSubnet(subnet, scores.map, parameter_count(teacher), sum(distances) / len(distances))
 
     def score_members(
         self, subnets: Sequence[Subnet], base: nn.Module, selection: Any, progress: Progress | None = None
@@ -99,7 +99,7 @@ def train_pool(
     base: nn.Module,
     dataset: Any,
     selection: Any,
-    recipe: Recipe,
+    config: PoolTrainConfig,
     folder: Path | str,
     *,
     space: Space | None = None,
@@ -114,10 +114,10 @@ def train_pool(
         base: the detector that the students descend from.
         dataset: training images.
         selection: images that scores are taken on; none of them is trained on, nor was the base.
-        recipe: phases and settings.
+        config: phases and settings.
         folder: where the pool is kept; once finished it holds ``spec.json``, ``weights.safetensors`` and
             ``pool.json``.
-        space: depths and widths; by default :meth:`Space.around` the base.
+        space: depths and widths; by default :meth:`Space.from_base`.
         scored: subnets to score afterwards, the largest and the smallest among them, so that the spread is known.
         device: where to train.
         resume: carry on from what ``folder`` holds; a finished pool is only read.
@@ -129,16 +129,16 @@ def train_pool(
     folder = Path(folder)
     if resume and (folder / POOL).exists():
         return load_pool(folder, base, dataset, device=device)
-    space = space or Space.around(base.spec)
-    torch.manual_seed(recipe.train.seed)  # fresh channels of the grown network
-    supernet = Supernet(space, grow(base, space))
+    space = space or Space.from_base(base.spec)
+    torch.manual_seed(config.train.seed)  # fresh channels of the grown network
+    supernet = Supernet(space, grow_base(base, space))
     working = folder / "training"
-    shrink(supernet, dataset, recipe, working, device=device, resume=resume, progress=progress)
-    steps = sum(recipe.config(number).steps for number in range(len(recipe.phases)))
-    pool = TeacherPool(supernet, dataset, recipe.train.batch_size, recipe.train.seed, device, steps=steps)
+    progressive_shrinking(supernet, dataset, config, working, device=device, resume=resume, progress=progress)
+    steps = sum(config.phase_config(number).steps for number in range(len(config.phases)))
+    pool = TeacherPool(supernet, dataset, config.train.batch_size, config.train.seed, device, steps=steps)
     pool.trained_on = dataset.fingerprint
-    rng = random.Random(recipe.train.seed)
-    subnets = [space.everything, space.smallest]
+    rng = random.Random(config.train.seed)
+    subnets = [space.largest, space.smallest]
     while len(subnets) < scored:
         subnets.append(space.sample(rng))
     pool.score_members(subnets[:scored], base, selection, progress)
@@ -158,7 +158,7 @@ def load_pool(folder: Path | str, base: nn.Module, dataset: Any, *, device: torc
         facts = json.loads((folder / POOL).read_text())
         largest = load(folder, device)
         space = Space.from_json(largest.spec, facts["space"])
-        members = [Member.from_json(member) for member in facts["members"]]
+        members = [ScoredSubnet.from_json(member) for member in facts["members"]]
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder} holds no finished teacher pool ({error}); give the pool folder of an earlier search."

@@ -89,7 +89,7 @@ class Row:
     def cells(self) -> list[str]:
         """The row as text, in the order of :data:`HEADINGS`."""
         ratio = _number(self.ratio, ".3f")
-        if self.interval:
+        if self.interval and self.interval[0] < self.interval[1]:  # the base's ratio to itself has no width
             ratio += f" ({self.interval[0]:.3f}–{self.interval[1]:.3f})"
         milliseconds = " / ".join(_number(value, ".1f") for value in (self.p50, self.p90, self.p99))
         size = _number(None if self.params is None else self.params / 1e6, ".2f")

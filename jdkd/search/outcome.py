@@ -14,7 +14,7 @@ from jdkd.latency import Latency, Ratio, count, deployable
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate, Cycle
 from jdkd.search.choice import choose, contender
-from jdkd.search.setting import Setting
+from jdkd.search.context import SearchContext
 from jdkd.search.timing import LONG
 from jdkd.train import Scores, evaluate, fit
 
@@ -26,35 +26,35 @@ MEANING = (
 )
 
 
-def conclude(archive: Archive, pool_steps: int, setting: Setting) -> dict[str, Any]:
+def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[str, Any]:
     """Writes ``student/`` and ``result.json`` and returns what is in the latter.
 
     The controls are the base trained for as long as the student's lineage: ``control`` in the same stretches
     of the learning-rate cycle, each with a fresh optimizer, ``control_single`` in one uninterrupted cycle. Latency is
     that of an architecture, so theirs is the base's.
     """
-    config = setting.config
-    student = _chosen(archive, setting)
+    config = context.config
+    student = _chosen(archive, context)
     single = (Cycle(student.lineage_steps, 0, student.lineage_steps, config.lr),)
     detectors = {
-        "base": setting.base,
-        "control": _control("control", student.cycles, setting),
-        "control_single": _control("control_single", single, setting),
+        "base": context.base,
+        "control": _control("control", student.cycles, context),
+        "control_single": _control("control_single", single, context),
         "student": load(config.out / "candidates" / f"{student.number:03d}", config.device),
     }
     save(config.out / "student", detectors["student"])
     latency, result = archive.latency(student.spec_id), {}
     for name, detector in detectors.items():
         scores = evaluate(
-            deployable(detector), setting.report.dataset, device=config.device, batch_size=config.batch_size
+            deployable(detector), context.report.dataset, device=config.device, batch_size=config.batch_size
         )
-        setting.progress("scoring", len(result) + 1, len(detectors), {"mAP": scores.map})
+        context.progress("scoring", len(result) + 1, len(detectors), {"mAP": scores.map})
         own = (latency.own, latency.ratio) if name == "student" else (latency.base, Ratio(1.0, 1.0, 1.0))
-        result[name] = _row(detector, scores, *own, 0 if name == "base" else student.lineage_steps, setting)
+        result[name] = _row(detector, scores, *own, 0 if name == "base" else student.lineage_steps, context)
     result |= {
         "seed": config.seed,
-        "selection": setting.selection.to_json(),
-        "report": setting.report.to_json(),
+        "selection": context.selection.to_json(),
+        "report": context.report.to_json(),
         "device": archive.timings(student.spec_id)[-1].environment,
         "versions": versions(),
         "command": shlex.join(config.command),
@@ -69,27 +69,27 @@ def conclude(archive: Archive, pool_steps: int, setting: Setting) -> dict[str, A
     return result
 
 
-def _chosen(archive: Archive, setting: Setting) -> Candidate:
+def _chosen(archive: Archive, context: SearchContext) -> Candidate:
     """The student; whoever may be it is timed at length first, and its samples join those that it has."""
-    target = setting.config.target_latency
+    target = context.config.target_latency
     while True:
         students = archive.candidates[1:]
         ids = {student.spec_id for student in students}
-        timed = {i for i in ids for t in archive.timings(i) if (t.stage, t.machine) == (LONG, setting.machine)}
+        timed = {i for i in ids for t in archive.timings(i) if (t.stage, t.machine) == (LONG, context.machine)}
         candidate = contender(students, target, timed)
         if candidate is None:
             return choose(students, target)
-        detector = load(setting.config.out / "candidates" / f"{candidate.number:03d}", setting.config.device)
-        archive.add_timing(setting.timed({candidate.spec_id: detector}, LONG)[candidate.spec_id])
+        detector = load(context.config.out / "candidates" / f"{candidate.number:03d}", context.config.device)
+        archive.add_timing(context.timed({candidate.spec_id: detector}, LONG)[candidate.spec_id])
 
 
-def _control(name: str, cycles: tuple[Cycle, ...], setting: Setting) -> nn.Module:
+def _control(name: str, cycles: tuple[Cycle, ...], context: SearchContext) -> nn.Module:
     """The base after the given stretches of training, without a teacher and without a change."""
-    config = setting.config
+    config = context.config
     folder = config.out / "controls" / name
-    model = copy.deepcopy(setting.base)
+    model = copy.deepcopy(context.base)
     for number, cycle in enumerate(cycles):
-        train = setting.training(
+        train = context.training(
             cycle.steps,
             seed=CONTROL_SEED + number,
             lr=cycle.lr,
@@ -97,17 +97,17 @@ def _control(name: str, cycles: tuple[Cycle, ...], setting: Setting) -> nn.Modul
             cycle_steps=cycle.total,
         )
         fit(
-            model, setting.train, train, device=config.device, folder=folder / str(number), resume=True,
-            progress=lambda *state: setting.progress(name.replace("_", ", "), *state),
+            model, context.train, train, device=config.device, folder=folder / str(number), resume=True,
+            progress=lambda *state: context.progress(name.replace("_", ", "), *state),
         )  # fmt: skip
-    save(folder, setting.calibrated(model))
+    save(folder, context.calibrated(model))
     return load(folder, config.device)
 
 
 def _row(
-    detector: nn.Module, scores: Scores, latency: Latency, ratio: Ratio, steps: int, setting: Setting
+    detector: nn.Module, scores: Scores, latency: Latency, ratio: Ratio, steps: int, context: SearchContext
 ) -> dict[str, Any]:
-    cost = count(detector, tuple(setting.timing_images[0].shape[1:]))
+    cost = count(detector, tuple(context.timing_images[0].shape[1:]))
     return {
         "map": scores.map,
         "map50": scores.map50,

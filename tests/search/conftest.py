@@ -2,7 +2,7 @@ import pytest
 
 from jdkd.data import write_digit_scenes
 from jdkd.detect import save
-from jdkd.search.setting import open_setting
+from jdkd.search.context import open_context
 from tests.detectors import detector, small_spec
 from tests.search.small_search import config_of, steady_measure
 
@@ -19,11 +19,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def setting(folder, tmp_path_factory):
-    return open_setting(config_of(folder, tmp_path_factory.mktemp("none")), lambda *state: None)
+def context(folder, tmp_path_factory):
+    return open_context(config_of(folder, tmp_path_factory.mktemp("none")), lambda *state: None)
 
 
 @pytest.fixture
 def steady(monkeypatch):
     """Latencies that depend on the architecture alone."""
-    monkeypatch.setattr("jdkd.search.setting.measure", steady_measure)
+    monkeypatch.setattr("jdkd.search.context.measure", steady_measure)

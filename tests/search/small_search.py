@@ -31,7 +31,7 @@ def steady_measure(models, images, *, device, rounds, progress=None, **schedule)
 
 
 if __name__ == "__main__":  # a search in a process of its own, to be killed: says what it is at
-    import jdkd.search.setting
+    import jdkd.search.context
 
-    jdkd.search.setting.measure = steady_measure
+    jdkd.search.context.measure = steady_measure
     search(config_of(Path(sys.argv[1]), Path(sys.argv[2])), lambda *state: print(*state[:2], flush=True))

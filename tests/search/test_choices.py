@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from jdkd.distill import correlations
-from jdkd.pool import Member, Space, Subnet
+from jdkd.pool import ScoredSubnet, Space, Subnet
 from jdkd.search import matching, pareto_front, screening
 from jdkd.search.choice import choose, contender, fitness
-from jdkd.search.screening import HEADROOM, Proposal
+from jdkd.search.screening import TARGET_MARGIN, Proposal
 from tests.detectors import detector, small_spec
 from tests.search.rows import candidate, timing
 
@@ -22,10 +22,10 @@ def proposal(similarity: float, ratio: float) -> Proposal:
 
 
 def test_below_the_aim_only_kept_features_count():
-    aim = HEADROOM * 0.8
-    assert proposal(0.9, aim).worth(0.8) == 0.9 == proposal(0.9, 0.3).worth(0.8)
-    assert proposal(0.8, 0.7).worth(0.8) > proposal(1.0, 1.0).worth(0.8), "an unchanged student is not worth training"
-    assert proposal(0.9, 0.9).worth(0.8) < proposal(0.9, 0.85).worth(0.8)
+    aim = TARGET_MARGIN * 0.8
+    assert proposal(0.9, aim).score(0.8) == 0.9 == proposal(0.9, 0.3).score(0.8)
+    assert proposal(0.8, 0.7).score(0.8) > proposal(1.0, 1.0).score(0.8), "an unchanged student is not worth training"
+    assert proposal(0.9, 0.9).score(0.8) < proposal(0.9, 0.85).score(0.8)
 
 
 def test_the_parent_looks_once_for_all_proposals(monkeypatch):
@@ -41,12 +41,12 @@ def test_the_parent_looks_once_for_all_proposals(monkeypatch):
     monkeypatch.setattr(screening, "correlations", compared)
     parent.backbone.register_forward_hook(lambda *state: looks.append(state))
     config = SimpleNamespace(proposals=3, resolutions=(0.5, 1.0), target_latency=0.8)
-    setting = SimpleNamespace(
+    context = SimpleNamespace(
         config=config, base=parent, probe=lambda: iter(probe), calibrated=nn.Module.eval,
         timed=lambda models: {spec_id: timing((5.0, 5.0), spec_id=spec_id) for spec_id in models},
         progress=lambda *state: None,
     )  # fmt: skip
-    chosen = screening.screen(parent, {}, setting, random.Random(0))
+    chosen = screening.screen(parent, {}, context, random.Random(0))
     assert len(looks) == len(probe)
     assert found == expected and len(found) == 3
     assert chosen.similarity == max(1 - sum(r.values()) / len(r) for r in found) > 0
@@ -63,30 +63,32 @@ def test_an_architecture_that_the_search_knows_is_not_timed_again(monkeypatch):
         timed.append(list(models))
         return {spec_id: timing((9.0, 9.0), spec_id=spec_id) for spec_id in models}
 
-    setting = SimpleNamespace(
+    context = SimpleNamespace(
         config=SimpleNamespace(proposals=3, target_latency=0.8), probe=lambda: None, timed=measured,
         progress=lambda *state: done.append(state),
     )  # fmt: skip
-    assert screening.screen(None, {other.id: 0.7}, setting, None).latency_ratio == 0.7
+    assert screening.screen(None, {other.id: 0.7}, context, None).latency_ratio == 0.7
     assert timed == [[one.id]]
     done.clear()
-    assert screening.screen(None, {one.id: 0.9, other.id: 0.7}, setting, None).action == "2"
+    assert screening.screen(None, {one.id: 0.9, other.id: 0.7}, context, None).action == "2"
     assert len(timed) == 1
 
 
 def test_a_proposal_whose_features_are_no_numbers_is_never_chosen():
-    assert max((proposal(math.nan, 0.5), proposal(-1.0, 2.0)), key=lambda p: p.worth(0.8)).similarity == -1.0
+    assert max((proposal(math.nan, 0.5), proposal(-1.0, 2.0)), key=lambda p: p.score(0.8)).similarity == -1.0
 
 
 @pytest.fixture
 def pool():
     """Three scored teachers and the memory of what else was scored."""
-    space = Space.around(small_spec())
+    space = Space.from_base(small_spec())
     smaller = Subnet(space.smallest.depths, (space.widths[0], *space.widths[-1:] * 3))
-    members = [Member(s, map, 1, 0.2) for s, map in ((space.everything, 0.6), (smaller, 0.55), (space.smallest, 0.4))]
+    members = [
+        ScoredSubnet(s, map, 1, 0.2) for s, map in ((space.largest, 0.6), (smaller, 0.55), (space.smallest, 0.4))
+    ]
 
     def score(subnet, base, selection):
-        return Member(subnet, 0.1, 1, 0.2)
+        return ScoredSubnet(subnet, 0.1, 1, 0.2)
 
     return SimpleNamespace(space=space, members=members, teacher=lambda subnet: subnet, score=score)
 
@@ -96,11 +98,11 @@ def matched(pool, student_map, correlation, monkeypatch, present=None) -> tuple[
         return {4: 1 - correlation.get(teacher, 0.5), 8: 1 - correlation.get(teacher, 0.5)}
 
     monkeypatch.setattr(matching, "correlations", distances)
-    setting = SimpleNamespace(
+    context = SimpleNamespace(
         base=None, selection=SimpleNamespace(dataset=None), progress=lambda *state: None, probe=lambda: iter(())
     )
-    present = present or pool.space.everything
-    return matching.match(None, student_map, (0,), present, pool, setting, random.Random(0))
+    present = present or pool.space.largest
+    return matching.match(None, student_map, (0,), present, pool, context, random.Random(0))
 
 
 def test_the_teacher_that_is_ahead_and_speaks_the_language_is_chosen(pool, monkeypatch):
@@ -130,13 +132,13 @@ def test_a_teacher_that_is_ahead_but_unrelated_is_not_chosen(pool, unrelated, mo
 @pytest.mark.parametrize("score", [-1.0, math.nan])
 def test_a_teacher_without_a_score_is_not_chosen(pool, score, monkeypatch):
     best, second, _ = (member.subnet for member in pool.members)
-    pool.members[0] = Member(best, score, 1, 0.2)
+    pool.members[0] = ScoredSubnet(best, score, 1, 0.2)
     assert matched(pool, 0.3, {best: 0.99}, monkeypatch)[0] == second
 
 
 def test_of_teachers_that_promise_the_same_the_present_one_stays(pool, monkeypatch):
     subnets = [member.subnet for member in pool.members]
-    pool.members = [Member(subnet, 0.6, 1, 0.2) for subnet in subnets]
+    pool.members = [ScoredSubnet(subnet, 0.6, 1, 0.2) for subnet in subnets]
     for present in subnets:
         assert matched(pool, 0.3, {}, monkeypatch, present)[0] == present
 

@@ -34,7 +34,7 @@ def finished(folder):
     """Folder and result of a search that ran to its end, and what it told of its progress."""
     told = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jdkd.search.setting.measure", steady_measure)
+        patch.setattr("jdkd.search.context.measure", steady_measure)
         result = search(config_of(folder, folder / "out"), lambda what, *state: told.add(what))
     return folder / "out", result, told
 
@@ -137,10 +137,10 @@ def test_renamed_folders_are_the_same_search(folder, finished, tmp_path):
     assert again == json.loads(json.dumps(finished[1]))
 
 
-def test_the_device_is_where_a_search_runs_and_not_what_it_is(setting):
-    identity, where = setting.identity(), setting.where()
+def test_the_device_is_where_a_search_runs_and_not_what_it_is(context):
+    identity, where = context.identity(), context.where()
     assert "device" not in json.dumps(identity) and where["device"] == "cpu"
-    moved = replace(setting, config=replace(setting.config, device="cuda:1"))
+    moved = replace(context, config=replace(context.config, device="cuda:1"))
     assert moved.identity() == identity and moved.where() != where
 
 
@@ -177,7 +177,7 @@ def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, finished
     out = folder / "moved"
     shutil.copytree(finished[0], out)
     (out / "result.json").unlink()
-    monkeypatch.setattr("jdkd.search.setting.environment", lambda device: environment(device) | {"device_name": "new"})
+    monkeypatch.setattr("jdkd.search.context.environment", lambda device: environment(device) | {"device_name": "new"})
     measured = []
 
     def measure(models, images, **options):
@@ -185,7 +185,7 @@ def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, finished
         report = steady_measure(models, images, **options)
         return replace(report, environment=report.environment | {"device_name": "new"})
 
-    monkeypatch.setattr("jdkd.search.setting.measure", measure)
+    monkeypatch.setattr("jdkd.search.context.measure", measure)
     with pytest.warns(Notice, match="goes on on new.* timed again"):
         result = search(config_of(folder, out, resume=True))
     assert set.union(*measured) == {spec_id for (spec_id,) in archived(out, "spec_id")}

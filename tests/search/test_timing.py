@@ -48,13 +48,13 @@ def test_pooling_narrows_the_spread():
     assert spread[4] < 0.7 * spread[1]
 
 
-def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(setting):
-    base, other = setting.base.spec, small_spec(fpn=8)
-    timings = setting.timed({base.id: build(base).eval(), other.id: build(other).eval()})
+def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(context):
+    base, other = context.base.spec, small_spec(fpn=8)
+    timings = context.timed({base.id: build(base).eval(), other.id: build(other).eval()})
     assert timings.keys() == {base.id, other.id} and {t.stage for t in timings.values()} == {BRIEF}
     assert timings[base.id].samples == timings[base.id].base_samples == timings[other.id].base_samples
-    assert len(timings[other.id].samples) == 2 * setting.config.latency_rounds
+    assert len(timings[other.id].samples) == 2 * context.config.latency_rounds
     assert pooled([timings[base.id]]).ratio.interval == (1.0, 1.0)
-    assert {t.machine for t in timings.values()} == {setting.machine}
-    at_length = setting.timed({other.id: build(other).eval()}, LONG)[other.id]
+    assert {t.machine for t in timings.values()} == {context.machine}
+    at_length = context.timed({other.id: build(other).eval()}, LONG)[other.id]
     assert at_length.stage == LONG and len(at_length.samples) == 5 * len(timings[other.id].samples)

@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int, dict[str, float]], None]  # what, done, tota
 
 
 @dataclass
-class Setting:
+class SearchContext:
     """The constants of a search.
 
     Args:
@@ -137,7 +137,7 @@ class Setting:
         return {"data": data, "base": str(config.base.resolve()), "device": config.device}
 
 
-def open_setting(config: SearchConfig, progress: Progress) -> Setting:
+def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
     """Loads the base and the data.
 
     Raises:
@@ -157,7 +157,7 @@ def open_setting(config: SearchConfig, progress: Progress) -> Setting:
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
-    return Setting(config, base, deployable(base), train, selection, report, images, progress)
+    return SearchContext(config, base, deployable(base), train, selection, report, images, progress)
 
 
 def _say_if_trained_elsewhere(base: Path, train: CocoDetectionDataset) -> None:
