@@ -7,7 +7,7 @@ from jdkd.detect import save
 from jdkd.notices import Notice
 from jdkd.search.context import open_context
 from tests.detectors import detector, small_spec
-from tests.search.small_search import config_of, steady_measure
+from tests.search.small_search import config_of, make_steady
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -30,5 +30,5 @@ def context(folder, tmp_path_factory):
 
 @pytest.fixture
 def steady(monkeypatch):
-    """Latencies that depend on the architecture alone."""
-    monkeypatch.setattr("jdkd.search.context.measure", steady_measure)
+    """A search that takes the same decisions every time, and little else."""
+    make_steady(monkeypatch)

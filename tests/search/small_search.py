@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
 from jdkd.data import resolve_splits
@@ -30,8 +31,13 @@ def steady_measure(models, images, *, device, rounds, progress=None, **schedule)
     return LatencyReport(taken, environment(torch.device(device)), {})
 
 
-if __name__ == "__main__":  # a search in a process of its own, to be killed: says what it is at
-    import jdkd.search.context
+def make_steady(patch) -> None:
+    """Latencies that depend on the architecture alone, and the least of what takes long."""
+    patch.setattr("jdkd.search.context.measure", steady_measure)
+    patch.setattr("jdkd.pool.shrinking.CALIBRATION_BATCHES", 1)
+    patch.setattr("jdkd.search.matching.NEIGHBOURS", 1)
 
-    jdkd.search.context.measure = steady_measure
+
+if __name__ == "__main__":  # a search in a process of its own, to be killed: says what it is at
+    make_steady(pytest.MonkeyPatch())
     search(config_of(Path(sys.argv[1]), Path(sys.argv[2])), lambda *state: print(*state[:2], flush=True))

@@ -23,7 +23,7 @@ from jdkd.search import plan, search
 from jdkd.search.archive import ARCHIVE, Archive
 from jdkd.search.loop import TEACHERS
 from tests.detectors import detector, small_spec
-from tests.search.small_search import config_of, steady_measure
+from tests.search.small_search import config_of, make_steady, steady_measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
 DECIDED = "number, id, parent, kind, action, teacher, spec, map, map50, latency_ratio, lineage_steps, cycles"
@@ -34,7 +34,7 @@ def finished(folder):
     """Folder and result of a search that ran to its end, and what it told of its progress."""
     told = set()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jdkd.search.context.measure", steady_measure)
+        make_steady(patch)
         result = search(config_of(folder, folder / "out"), lambda what, *state: told.add(what))
     return folder / "out", result, told
 

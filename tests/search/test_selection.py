@@ -15,7 +15,7 @@ from jdkd.search.selection import divide
 
 @pytest.fixture
 def scenes(tmp_path):
-    """Writes a split: one tuple of labels an image; equal ``looks`` give equal files."""
+    """Writes a split: one tuple of labels an image, those of crowds negative; equal ``looks`` give equal files."""
 
     def write(name, labels, looks=None, names=None, classes=2):
         folder = tmp_path / name
@@ -30,8 +30,8 @@ def scenes(tmp_path):
             "images": [{"id": i, "file_name": n, "width": 16, "height": 16} for i, n in enumerate(names)],
             "categories": [{"id": k, "name": f"class {k}"} for k in range(1, classes + 1)],
             "annotations": [
-                {"id": number, "image_id": i, "category_id": label, "bbox": [1, 1, 8, 8], "area": 64, "iscrowd": 0}
-                for number, (i, label) in enumerate(boxes, start=1)
+                {"id": n, "image_id": i, "category_id": abs(k), "bbox": [1, 1, 8, 8], "area": 64, "iscrowd": int(k < 0)}
+                for n, (i, k) in enumerate(boxes, start=1)
             ],
         }
         (folder / "boxes.json").write_text(json.dumps(content))
@@ -80,7 +80,7 @@ def test_both_halves_have_boxes_where_two_images_have(scenes):
         assert [len(part.dataset) for part in parts] == [len(val) // 2, len(val) - len(val) // 2]
 
 
-@pytest.mark.parametrize("labels", [[BOTH], [(), BOTH], [(), (), BOTH, ()]])
+@pytest.mark.parametrize("labels", [[BOTH], [(), BOTH], [(), (), BOTH, ()], [BOTH, (-1,)]])
 def test_a_split_too_small_to_halve_is_refused_with_the_remedy(scenes, labels):
     with pytest.raises(InputError, match=rf"{len(labels)} images.*1 of them with a box.*--selection-annotations"):
         divide(scenes("train", [BOTH]), scenes("val", labels))
