@@ -98,7 +98,7 @@ def _data(result: dict[str, Any]) -> str:
     """Which images the search chose on, and which ones its result is of."""
     told = {"selection": "The search chose on", "report": "The result below is of"}
     sentences = [f"{words} {images}." for role, words in told.items() if (images := images_of(result, role))]
-    after = ["No detector of this search was trained on any of them."] if sentences else []
+    after = ["None of them is a training image of this search."] if sentences else []
     return escape(" ".join(sentences + after))
 
 
