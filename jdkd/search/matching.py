@@ -31,7 +31,7 @@ def match(
 
     Args:
         student: the detector to be taught.
-        student_map: its score on the selection split.
+        student_map: its score on the images that select.
         feature_channels: pool FPN channel opposite each of the student's.
         present: its teacher so far.
         pool: the teachers; neighbours of the present one that had no score are scored and remembered.

@@ -1,7 +1,6 @@
 """How a search ends: the student is chosen, the controls are trained, everything is scored on the reporting images."""
 
 import copy
-import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from jdkd.detect import load, save
-from jdkd.files import write_json
+from jdkd.files import read_json, write_json
 from jdkd.latency import Latency, Ratio, count, deployable
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate, Cycle
@@ -123,4 +122,4 @@ def _row(
 def read_result(out: Path) -> dict[str, Any] | None:
     """The result of a finished search, or None."""
     file = out / RESULT
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file, "remove it and resume the search that wrote it") if file.is_file() else None

@@ -127,6 +127,13 @@ def test_a_search_interrupted_again_and_again_reaches_the_same_archive(folder, f
         assert result[name] == finished[1][name]
 
 
+def test_a_result_that_is_broken_is_named(folder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "result.json").write_text("{")
+    with pytest.raises(InputError, match=r"result\.json is not JSON.*remove it and resume"):
+        search(config_of(folder, tmp_path / "out", resume=True))
+
+
 def test_renamed_folders_are_the_same_search(folder, finished, tmp_path):
     there = tmp_path / "elsewhere"
     for name in ("data", "base", "out"):
