@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, resolve_device, whereabouts
+from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from jdkd.data import Split
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,10 @@ class Search:
     out: Path
     """Folder for student, result.json, archive.sqlite, pareto.png, report.html."""
     source: DataFlags = field(default_factory=DataFlags)
+    selection_images: Path | None = None
+    """Folder of images to select on; all of val reports then [half of val selects, the other half reports]."""
+    selection_annotations: Path | None = None
+    """COCO annotations of the images to select on; no detector may have been trained on them."""
     teacher_pool: Path | None = None
     """Folder of a finished teacher pool; without it, one is grown from the base."""
     target_latency: float = 0.53
@@ -41,7 +49,7 @@ class Search:
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: on a GPU."""
     latency_seconds: float = 10.0
-    """How long the final measurement lasts."""
+    """How long the timing of a student that may be chosen lasts."""
     seed: int = 0
     """Decides everything that is drawn."""
     workers: int = 0
@@ -57,31 +65,15 @@ class Search:
         from jdkd.report import result_table, write_report
         from jdkd.search import SearchConfig, search
 
-        device, (train, val) = resolve_device(self.device), self.source.splits()
-        settings = (
-            "base",
-            "out",
-            "teacher_pool",
-            "target_latency",
-            "steps",
-            "candidates",
-            "batch_size",
-            "lr",
-            "amp",
-        )
-        settings += ("latency_seconds", "seed", "workers", "resume")
-        given = {name: getattr(self, name) for name in settings}
-        config = SearchConfig(**given, train=train, val=val, device=device)
+        (train, val), selection = self.source.splits(), self._selection()
+        settings = {field.name for field in dataclasses.fields(SearchConfig)} & vars(self).keys()
+        given = {name: getattr(self, name) for name in settings} | {"device": resolve_device(self.device)}
+        command = ("jdkd", *sys.argv[1:])
+        config = SearchConfig(**given, train=train, val=val, selection=selection, command=command)
         run = RunFolder(self.out)
         with keeping(run, "every finished candidate and the last checkpoint"), Progress() as progress:
-            folders = {name: str(path.resolve()) for name in ("base", "teacher_pool") if (path := given[name])}
-            same = ("target_latency", "steps", "candidates", "batch_size", "lr", "amp", "seed")
-            identity = {name: given[name] for name in same} | folders
-            where = {"data": whereabouts(train, val), "device": device}
-            run.begin("search", identity, resume=self.resume, command=["jdkd", *sys.argv[1:]], where=where)
             result = search(config, progress=progress)
             plot, page = write_report(self.out)
-            run.finish()
         Console().print(result_table(result))
         for path in (self.out / "student", self.out / "result.json", self.out / "archive.sqlite", plot, page):
             print(path)
@@ -91,3 +83,22 @@ class Search:
                 f"the base's time and misses --target-latency {self.target_latency:g}; it is the best found: "
                 "ask for less, or give more --candidates and --steps."
             )
+
+    def _selection(self) -> Split | None:
+        """The images to select on, where they are given.
+
+        Raises:
+            InputError: only one of the two flags is given, or what it names does not exist.
+        """
+        from jdkd.data import resolve_split
+
+        images, annotations = self.selection_images, self.selection_annotations
+        if images is None and annotations is None:
+            return None
+        if images is None or annotations is None:
+            given, missing = ("annotations", "images") if images is None else ("images", "annotations")
+            raise InputError(
+                f"--selection-{given} is given without --selection-{missing}; give both, or neither to select on half "
+                "of val."
+            )
+        return resolve_split("selection", None, images, annotations)

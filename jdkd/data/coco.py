@@ -150,6 +150,16 @@ class CocoDetectionDataset(Dataset):
         return [(self._all.file_names[row], *self._all.sizes[row].tolist()[::-1]) for row in self._rows]
 
     @property
+    def files(self) -> list[Path]:
+        """Where the images lie, in order of index."""
+        return [self.split.images / self._all.file_names[row] for row in self._rows]
+
+    @property
+    def labels(self) -> list[np.ndarray]:
+        """Labels [M] of each image's boxes, in order of index; no image is read."""
+        return [self._all.labels[self._all.offsets[row] : self._all.offsets[row + 1]] for row in self._rows]
+
+    @property
     def mirror_symmetric(self) -> bool:
         info = self._all.raw.get("info")
         return not (isinstance(info, dict) and info.get("mirror_symmetric") is False)

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,17 @@ from jdkd.detect import load, parameter_count, save
 from jdkd.distill import correlations
 from jdkd.errors import InputError
 from jdkd.files import write_json
-from jdkd.pool.shrinking import Progress, Recipe, calibrate, shrink
+from jdkd.pool.shrinking import PoolTrainConfig, Progress, calibrate, progressive_shrinking
 from jdkd.pool.space import Space, Subnet
-from jdkd.pool.supernet import Supernet, grow
+from jdkd.pool.supernet import Supernet, grow_base
 from jdkd.train import evaluate
 
 POOL = "pool.json"
-UNRELATED = 0.9  # a mean 1 - r to the base above this means that the pool shares no features with it
 
 
 @dataclass(frozen=True)
-class Member:
-    """A subnet that was scored: COCO mAP on the selection split, parameters, and 1 - r to the base."""
+class ScoredSubnet:
+    """A subnet that was scored: COCO mAP on the images that select, parameters, and 1 - r to the base."""
 
     subnet: Subnet
     map: float
@@ -37,7 +37,7 @@ class Member:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> "Member":
+    def from_json(cls, fields: dict[str, Any]) -> "ScoredSubnet":
         return cls(**{**fields, "subnet": Subnet.from_json(fields["subnet"])})
 
 
@@ -52,6 +52,8 @@ class TeacherPool:
         device: where teachers live.
         members: the subnets that were scored, best first.
         steps: training steps that the pool took.
+        trained_on, scored_on: fingerprints of the training images and of those that the scores are of; None where they
+            are not known.
     """
 
     supernet: Supernet
@@ -59,8 +61,10 @@ class TeacherPool:
     batch_size: int
     seed: int
     device: torch.device | str
-    members: list[Member] = field(default_factory=list)
+    members: list[ScoredSubnet] = field(default_factory=list)
     steps: int = 0
+    trained_on: str | None = None
+    scored_on: str | None = None
 
     @property
     def space(self) -> Space:
@@ -70,20 +74,32 @@ class TeacherPool:
         """The subnet as a detector of its own, recalibrated and in evaluation mode."""
         return calibrate(self.supernet.extract(subnet), self.dataset, self.batch_size, self.seed, self.device)
 
-    def score(self, subnet: Subnet, base: nn.Module, selection: Any) -> Member:
+    def score(self, subnet: Subnet, base: nn.Module, selection: Any) -> ScoredSubnet:
         """Measures one subnet."""
         teacher = self.teacher(subnet)
         probe = batches(selection, batch_size=self.batch_size, steps=2, seed=self.seed, device=self.device)
         distances = correlations(base.to(self.device), teacher, probe).values()
         scores = evaluate(teacher, selection, device=self.device, batch_size=self.batch_size)
-        return Member(subnet, scores.map, parameter_count(teacher), sum(distances) / len(distances))
+        return ScoredSubnet(subnet, scores.map, parameter_count(teacher), sum(distances) / len(distances))
+
+    def score_members(
+        self, subnets: Sequence[Subnet], base: nn.Module, selection: Any, progress: Progress | None = None
+    ) -> None:
+        """Scores these subnets, each once, on these images; they become the members, best first."""
+        members = []
+        for subnet in dict.fromkeys(subnets):
+            members.append(self.score(subnet, base, selection))
+            if progress:
+                progress("pool: scoring", len(members), len(set(subnets)), {"mAP": members[-1].map})
+        self.members = sorted(members, key=lambda member: -member.map)
+        self.scored_on = selection.fingerprint
 
 
 def train_pool(
     base: nn.Module,
     dataset: Any,
     selection: Any,
-    recipe: Recipe,
+    config: PoolTrainConfig,
     folder: Path | str,
     *,
     space: Space | None = None,
@@ -97,11 +113,11 @@ def train_pool(
     Args:
         base: the detector that the students descend from.
         dataset: training images.
-        selection: images that scores are taken on; none of them is trained on.
-        recipe: phases and settings.
+        selection: images that scores are taken on; none of them is trained on, nor was the base.
+        config: phases and settings.
         folder: where the pool is kept; once finished it holds ``spec.json``, ``weights.safetensors`` and
             ``pool.json``.
-        space: depths and widths; by default :meth:`Space.around` the base.
+        space: depths and widths; by default :meth:`Space.from_base`.
         scored: subnets to score afterwards, the largest and the smallest among them, so that the spread is known.
         device: where to train.
         resume: carry on from what ``folder`` holds; a finished pool is only read.
@@ -113,22 +129,19 @@ def train_pool(
     folder = Path(folder)
     if resume and (folder / POOL).exists():
         return load_pool(folder, base, dataset, device=device)
-    space = space or Space.around(base.spec)
-    torch.manual_seed(recipe.train.seed)  # fresh channels of the grown network
-    supernet = Supernet(space, grow(base, space))
+    space = space or Space.from_base(base.spec)
+    torch.manual_seed(config.train.seed)  # fresh channels of the grown network
+    supernet = Supernet(space, grow_base(base, space))
     working = folder / "training"
-    shrink(supernet, dataset, recipe, working, device=device, resume=resume, progress=progress)
-    steps = sum(recipe.config(number).steps for number in range(len(recipe.phases)))
-    pool = TeacherPool(supernet, dataset, recipe.train.batch_size, recipe.train.seed, device, steps=steps)
-    rng = random.Random(recipe.train.seed)
-    subnets = [space.everything, space.smallest]
+    progressive_shrinking(supernet, dataset, config, working, device=device, resume=resume, progress=progress)
+    steps = sum(config.phase_config(number).steps for number in range(len(config.phases)))
+    pool = TeacherPool(supernet, dataset, config.train.batch_size, config.train.seed, device, steps=steps)
+    pool.trained_on = dataset.fingerprint
+    rng = random.Random(config.train.seed)
+    subnets = [space.largest, space.smallest]
     while len(subnets) < scored:
         subnets.append(space.sample(rng))
-    for done, subnet in enumerate(dict.fromkeys(subnets[:scored]), start=1):
-        pool.members.append(pool.score(subnet, base, selection))
-        if progress:
-            progress("pool: scoring", done, scored, {"mAP": pool.members[-1].map})
-    pool.members.sort(key=lambda member: -member.map)
+    pool.score_members(subnets[:scored], base, selection, progress)
     _save_pool(folder, pool)
     shutil.rmtree(working)
     return pool
@@ -145,7 +158,7 @@ def load_pool(folder: Path | str, base: nn.Module, dataset: Any, *, device: torc
         facts = json.loads((folder / POOL).read_text())
         largest = load(folder, device)
         space = Space.from_json(largest.spec, facts["space"])
-        members = [Member.from_json(member) for member in facts["members"]]
+        members = [ScoredSubnet.from_json(member) for member in facts["members"]]
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(
             f"{folder} holds no finished teacher pool ({error}); give the pool folder of an earlier search."
@@ -159,6 +172,7 @@ def load_pool(folder: Path | str, base: nn.Module, dataset: Any, *, device: torc
             )
     pool = TeacherPool(Supernet(space, largest), dataset, facts["batch_size"], facts["seed"], device, members)
     pool.steps = facts["steps"]
+    pool.trained_on, pool.scored_on = facts.get("trained_on"), facts.get("scored_on")
     return pool
 
 
@@ -171,5 +185,7 @@ def _save_pool(folder: Path, pool: TeacherPool) -> None:
         "batch_size": pool.batch_size,
         "seed": pool.seed,
         "steps": pool.steps,
+        "trained_on": pool.trained_on,
+        "scored_on": pool.scored_on,
     }
     write_json(folder / POOL, facts)

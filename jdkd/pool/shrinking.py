@@ -33,27 +33,27 @@ class Phase:
     Args:
         name: what the log calls it.
         share: of the pool's forward-backward passes.
-        opened: upper share of every range that subnets are drawn from (0: the largest network alone).
+        top_fraction: upper share of every range that subnets are drawn from (0: the largest network alone).
         subnets: drawn per step, besides the largest network.
         lr: peak learning rate, relative to the pool's.
     """
 
     name: str
     share: float
-    opened: float
+    top_fraction: float
     subnets: int
     lr: float
 
 
 PHASES = (
-    Phase("largest", share=0.70, opened=0.0, subnets=0, lr=1.0),
-    Phase("middle", share=0.15, opened=0.5, subnets=1, lr=0.4),
-    Phase("full", share=0.15, opened=1.0, subnets=1, lr=0.4),
+    Phase("largest", share=0.70, top_fraction=0.0, subnets=0, lr=1.0),
+    Phase("middle", share=0.15, top_fraction=0.5, subnets=1, lr=0.4),
+    Phase("full", share=0.15, top_fraction=1.0, subnets=1, lr=0.4),
 )
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PoolTrainConfig:
     """How a pool is trained.
 
     Args:
@@ -68,7 +68,7 @@ class Recipe:
     feature_weight: float = 6.0
     head_weight: float = 1.0
 
-    def config(self, number: int) -> TrainConfig:
+    def phase_config(self, number: int) -> TrainConfig:
         """Settings of phase ``number`` (from 0)."""
         phase = self.phases[number]
         steps = max(1, round(phase.share * self.train.steps / (1 + phase.subnets)))
@@ -76,29 +76,29 @@ class Recipe:
         return replace(self.train, **fields, seed=self.train.seed + 1 + number)
 
 
-def shrink(
+def progressive_shrinking(
     supernet: Supernet,
     dataset: Any,
-    recipe: Recipe,
+    config: PoolTrainConfig,
     folder: Path,
     *,
     device: torch.device | str,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> None:
-    """Trains a supernet through the phases of a recipe, in place.
+    """Trains a supernet through the phases of its training, in place.
 
     Args:
         supernet: as grown from the base.
         dataset: training images.
-        recipe: phases and settings.
+        config: phases and settings.
         folder: where the phases keep their checkpoints and the frozen largest network.
         device: where to train.
         resume: carry on from what ``folder`` holds.
         progress: told after every step.
     """
-    for number, phase in enumerate(recipe.phases):
-        config = recipe.config(number)
+    for number, phase in enumerate(config.phases):
+        training = config.phase_config(number)
         told = progress and (lambda *state, name=phase.name: progress(f"pool: {name}", *state))
         how = {
             "device": device,
@@ -107,15 +107,15 @@ def shrink(
             "progress": told,
         }
         if not phase.subnets:
-            fit(supernet.model, dataset, config, **how)
+            fit(supernet.model, dataset, training, **how)
             continue
-        teacher = _frozen_largest(supernet, dataset, config, folder / "largest", device)
+        teacher = _frozen_largest(supernet, dataset, training, folder / "largest", device)
         supernet.sort_channels()
-        weights = {"feature_weight": recipe.feature_weight, "head_weight": recipe.head_weight}
+        weights = {"feature_weight": config.feature_weight, "head_weight": config.head_weight}
         with Distiller(supernet.model, teacher, reuse=True, **weights) as distiller:
-            losses = _sandwich(supernet, distiller, phase, config.seed)
-            fit(supernet.model, dataset, config, losses=losses, **how)
-        supernet.activate(supernet.space.everything)
+            losses = _sandwich(supernet, distiller, phase, training.seed)
+            fit(supernet.model, dataset, training, losses=losses, **how)
+        supernet.activate(supernet.space.largest)
 
 
 def calibrate(model: nn.Module, dataset: Any, batch_size: int, seed: int, device: torch.device | str) -> nn.Module:
@@ -132,17 +132,17 @@ def _frozen_largest(
 ) -> nn.Module:
     """The largest network as it was before any subnet was trained; kept, so that a resumed run has the same."""
     if not (folder / WEIGHTS).exists():
-        largest = supernet.extract(supernet.space.everything)
+        largest = supernet.extract(supernet.space.largest)
         save(folder, calibrate(largest, dataset, config.batch_size, config.seed, device))
     return load(folder, device)
 
 
 def _sandwich(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int) -> Losses:
     """Every step trains the largest network and then subnets, which are also distilled (Yu et al., ECCV 2020)."""
-    space = supernet.space.opened(phase.opened)
+    space = supernet.space.top_fraction(phase.top_fraction)
 
     def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
-        supernet.activate(supernet.space.everything)
+        supernet.activate(supernet.space.largest)
         distiller.view.silent = True
         yield supernet.model(images, targets)
         distiller.view.silent = False

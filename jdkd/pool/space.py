@@ -36,17 +36,17 @@ class Space:
     """Every subnet of a supernet.
 
     Args:
-        largest: the supernet's own architecture.
+        largest_spec: the supernet's own architecture.
         depths: per stage, the numbers of blocks that may run, ascending.
         widths: shares of the inner channels that may run, ascending to 1.
     """
 
-    largest: DetectorSpec
+    largest_spec: DetectorSpec
     depths: tuple[tuple[int, ...], ...]
     widths: tuple[float, ...]
 
     @classmethod
-    def around(cls, base: DetectorSpec, extra_depth: int = 1, width: float = 1.5, steps: int = 3) -> "Space":
+    def from_base(cls, base: DetectorSpec, extra_depth: int = 1, width: float = 1.5, steps: int = 3) -> "Space":
         """The space from the base's size up to one deeper and wider.
 
         Args:
@@ -81,7 +81,7 @@ class Space:
         return cls(base.replace(stages=stages), depths, shares)
 
     @property
-    def everything(self) -> Subnet:
+    def largest(self) -> Subnet:
         """The largest subnet: the supernet itself."""
         return Subnet(tuple(choices[-1] for choices in self.depths), (self.widths[-1],) * len(self.depths))
 
@@ -89,13 +89,13 @@ class Space:
     def smallest(self) -> Subnet:
         return Subnet(tuple(choices[0] for choices in self.depths), (self.widths[0],) * len(self.depths))
 
-    def opened(self, share: float) -> "Space":
+    def top_fraction(self, share: float) -> "Space":
         """The upper ``share`` of every range: 0 is the largest network alone, 1 the whole space."""
 
         def upper(choices: Sequence) -> tuple:
             return tuple(choices[round((1 - share) * (len(choices) - 1)) :])
 
-        return Space(self.largest, tuple(upper(choices) for choices in self.depths), upper(self.widths))
+        return Space(self.largest_spec, tuple(upper(choices) for choices in self.depths), upper(self.widths))
 
     def sample(self, rng: random.Random) -> Subnet:
         """A subnet drawn uniformly, stage by stage."""
@@ -134,7 +134,7 @@ class Space:
 
     def inner_widths(self, subnet: Subnet, stage: int) -> tuple[tuple[int, ...], ...]:
         """Inner channels of every block of ``stage`` that runs."""
-        blocks = self.largest.stages[stage].blocks[: subnet.depths[stage]]
+        blocks = self.largest_spec.stages[stage].blocks[: subnet.depths[stage]]
         return tuple(tuple(min(full, round_width(subnet.widths[stage] * full)) for full in block) for block in blocks)
 
     def spec(self, subnet: Subnet) -> DetectorSpec:
@@ -145,13 +145,14 @@ class Space:
         """
         self.check(subnet)
         stages = tuple(
-            Stage(stage.width, self.inner_widths(subnet, number)) for number, stage in enumerate(self.largest.stages)
+            Stage(stage.width, self.inner_widths(subnet, number))
+            for number, stage in enumerate(self.largest_spec.stages)
         )
-        return self.largest.replace(stages=stages)
+        return self.largest_spec.replace(stages=stages)
 
     def to_json(self) -> dict[str, Any]:
         return {"depths": self.depths, "widths": self.widths}
 
     @classmethod
-    def from_json(cls, largest: DetectorSpec, fields: dict[str, Any]) -> "Space":
-        return cls(largest, tuple(tuple(choices) for choices in fields["depths"]), tuple(fields["widths"]))
+    def from_json(cls, largest_spec: DetectorSpec, fields: dict[str, Any]) -> "Space":
+        return cls(largest_spec, tuple(tuple(choices) for choices in fields["depths"]), tuple(fields["widths"]))

@@ -18,18 +18,18 @@ class Supernet:
 
     Args:
         space: which subnets there are.
-        largest: a plain detector of ``space.largest`` whose weights are taken over.
+        largest: a plain detector of ``space.largest_spec`` whose weights are taken over.
     """
 
     def __init__(self, space: Space, largest: nn.Module):
         self.space = space
-        self.model = build(space.largest, ELASTIC)
+        self.model = build(space.largest_spec, ELASTIC)
         self.model.load_state_dict(largest.state_dict())
         self.model.to(next(largest.parameters()).device)
-        inner = {name: group for name, group in channel_groups(space.largest).items() if ".inner" in name}
+        inner = {name: group for name, group in channel_groups(space.largest_spec).items() if ".inner" in name}
         stages = {name: f"backbone.body.{name}" for name in STAGES}
         self.model.elastic_groups = ElasticGroups.from_tensors(inner, stages)
-        self.active = space.everything
+        self.active = space.largest
 
     def activate(self, subnet: Subnet) -> None:
         """From now on a forward of ``model`` runs this subnet; nothing is copied.
@@ -67,19 +67,19 @@ class Supernet:
         Importance is the L1 norm of the weights that read a channel (Cai et al., ICLR 2020). The function of
         the largest network does not change.
         """
-        self.activate(self.space.everything)
+        self.activate(self.space.largest)
         state = self.model.state_dict()
         order = {}
-        for name, group in channel_groups(self.space.largest).items():
+        for name, group in channel_groups(self.space.largest_spec).items():
             if ".inner" in name:
                 ((reader, dim, _),) = group.consumers
                 strength = state[reader].abs().movedim(dim, 0).flatten(1).sum(1)
                 order[name] = strength.argsort(descending=True, stable=True).tolist()
-        self.model.load_state_dict(inherit(self.model, self.space.largest, channels=order).state_dict())
+        self.model.load_state_dict(inherit(self.model, self.space.largest_spec, channels=order).state_dict())
 
 
-def grow(base: nn.Module, space: Space) -> nn.Module:
-    """The largest network of ``space``, born from the base without a change of its function.
+def grow_base(base: nn.Module, space: Space) -> nn.Module:
+    """The largest network of ``space``, made from the base without a change of its function.
 
     What a teacher can teach depends on a shared feature basis, so a pool grows out of the base instead of
     being trained beside it.
@@ -96,11 +96,11 @@ def grow(base: nn.Module, space: Space) -> nn.Module:
     """
     base = own_detector(base, "grow")
     before, blocks, channels = channel_groups(base.spec), [], {}
-    for number, stage in enumerate(space.largest.stages):
+    for number, stage in enumerate(space.largest_spec.stages):
         depth = base.spec.stages[number].depth
         blocks.append((*range(depth), *[NEW] * (stage.depth - depth)))
         for block, widths in enumerate(stage.blocks[:depth]):
             for k, width in enumerate(widths):
                 name = inner_group(number, block, k)
                 channels[name] = (*range(before[name].size), *[NEW] * (width - before[name].size))
-    return inherit(base, space.largest, channels=channels, blocks=blocks)
+    return inherit(base, space.largest_spec, channels=channels, blocks=blocks)

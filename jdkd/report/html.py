@@ -10,7 +10,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from jdkd.report.outcome import HEADINGS, Outcome, rows, verdict
+from jdkd.report.outcome import HEADINGS, Outcome, images_of, rows, verdict
 from jdkd.search.archive import Candidate
 
 _COLUMNS = (
@@ -37,6 +37,7 @@ def page(outcome: Outcome, plot: bytes) -> str:
         title="Joint search for a student detector",
         verdict=escape(verdict(result)),
         image=f"data:image/png;base64,{base64.b64encode(plot).decode()}",
+        data=_data(result),
         result=_table(HEADINGS, [(row.cells(), row.key == "student") for row in measured]),
         lineage=_lineage(outcome.line),
         candidates=_table(_COLUMNS, [(_cells(one, one.id in best), one.id == student) for one in outcome.candidates]),
@@ -93,11 +94,19 @@ def _lineage(line: Sequence[Candidate]) -> str:
     return f"<ol>{''.join(items)}</ol>{after}"
 
 
+def _data(result: dict[str, Any]) -> str:
+    """Which images the search chose on, and which ones its result is of."""
+    told = {"selection": "The search chose on", "report": "The result below is of"}
+    sentences = [f"{words} {images}." for role, words in told.items() if (images := images_of(result, role))]
+    after = ["None of them is a training image of this search."] if sentences else []
+    return escape(" ".join(sentences + after))
+
+
 def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Machine, seed, time that the candidates took, and versions, by name."""
     device = result.get("device")
     facts = dict(device) if isinstance(device, dict) else {"device": device}
-    facts |= {name: result.get(name) for name in ("seed", "target_latency", "pool_steps")}
+    facts |= {name: result.get(name) for name in ("seed", "target_latency", "latency_ratio_is", "pool_steps")}
     if result.get("seconds") is not None:
         facts["time_of_all_candidates"] = f"{result['seconds'] / 60:.1f} min"
     facts |= result.get("versions") or {}

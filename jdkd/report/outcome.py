@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
-from jdkd.search.archive import ARCHIVE, Archive, Candidate, pareto_front
+from jdkd.search.archive import ARCHIVE, Archive, Candidate
+from jdkd.search.choice import pareto_front
 from jdkd.search.outcome import RESULT
 
 NAMES = {
@@ -25,8 +26,8 @@ class Outcome:
     """A finished search.
 
     Args:
-        result: contents of `result.json`; its scores are on the validation split.
-        candidates: the archive, in order; their scores are on the selection split.
+        result: contents of `result.json`; its scores are on the images that report.
+        candidates: the archive, in order; their scores are on the images that select.
         front: those of them that no other beats, fastest first.
         line: the student and its ancestors, the base first.
     """
@@ -60,14 +61,14 @@ def read_outcome(folder: Path) -> Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """Final scores of one network on the validation split; None where it was not measured.
+    """Final scores of one network on the images that report; None where it was not measured.
 
     Args:
         key: its name in `result.json`.
         title: what it is, in words.
         map, map50: in 0..1.
         p50, p90, p99: end-to-end latency in ms.
-        ratio, interval: of the median latency to the base's, with its 95 % interval.
+        ratio, interval: of the architecture's median latency to the base's, with its 95 % interval.
         params, gmacs: size and arithmetic.
         train_steps: optimizer steps.
     """
@@ -88,7 +89,7 @@ class Row:
     def cells(self) -> list[str]:
         """The row as text, in the order of :data:`HEADINGS`."""
         ratio = _number(self.ratio, ".3f")
-        if self.interval:
+        if self.interval and self.interval[0] < self.interval[1]:  # the base's ratio to itself has no width
             ratio += f" ({self.interval[0]:.3f}–{self.interval[1]:.3f})"
         milliseconds = " / ".join(_number(value, ".1f") for value in (self.p50, self.p90, self.p99))
         size = _number(None if self.params is None else self.params / 1e6, ".2f")
@@ -170,6 +171,22 @@ def verdict(result: dict[str, Any]) -> str:
     if result.get("target_met"):
         return f"{taken}; {target:g} was asked for."
     return f"{taken} and misses the {target:g} that was asked for; it is the best found."
+
+
+def images_of(result: dict[str, Any], role: str) -> str:
+    """Which images selected or reported, as a phrase; empty where the result does not say.
+
+    Args:
+        result: of :func:`read_result`.
+        role: `selection` or `report`.
+    """
+    part = result.get(role)
+    if not isinstance(part, dict):
+        return ""
+    return (
+        f"{part['images']:,} images with {part['boxes']:,} boxes of {part['annotations']} in {part['image_folder']} "
+        f"({part['which']})"
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -34,9 +34,9 @@ FINAL = {
 
 
 def pareto_plot(outcome: Outcome) -> bytes:
-    """Plot mAP against latency: the search on the selection split, and beside it what came out on validation.
+    """Plot mAP against latency: the search on the images that select, beside it what came out on those that report.
 
-    The two splits score differently, so they have panels of their own. Latency is relative to the base, timed
+    They score differently, so they have panels of their own. Latency is relative to the base, timed
     in turn with it, which holds up where a machine's speed drifts during a search; the upper axis gives ms.
 
     Args:
@@ -60,6 +60,7 @@ def pareto_plot(outcome: Outcome) -> bytes:
         search, final = figure.subplots(1, 2, width_ratios=(3, 2))
         _plot_search(search, outcome)
         _plot_final(final, rows(outcome.result))
+        final.set_title(f"Result: {_counted(outcome, 'report')}, 95 % intervals")
         base_ms = (outcome.result["base"].get("latency_ms") or {}).get("p50")
         for axes in (search, final):
             _dress(axes, base_ms, outcome.result.get("target_latency"))
@@ -89,7 +90,7 @@ def _plot_search(axes: Axes, outcome: Outcome) -> None:
     for name, points in (("base", [one for one in candidates if one.kind == "base"]), ("student", line[-1:])):
         if points:
             axes.plot(*_xy(points), linestyle="none", markeredgecolor="white", label=name, zorder=4, **FINAL[name])
-    axes.set_title(f"Search: {len(candidates)} candidates, selection split")
+    axes.set_title(f"Search: {len(candidates)} candidates, {_counted(outcome, 'selection')}")
     axes.set_ylabel("mAP (COCO, IoU 0.50:0.95)")
 
 
@@ -104,7 +105,6 @@ def _plot_final(axes: Axes, measured: Sequence[Row]) -> None:
         axes.errorbar(
             [row.ratio], [row.map], xerr=error, label=f"{row.title} ({row.map:.3f})", **look, **FINAL[row.key]
         )
-    axes.set_title("Result: validation split, 95 % intervals")
 
 
 def _dress(axes: Axes, base_ms: float | None, target: float | None) -> None:
@@ -119,6 +119,12 @@ def _dress(axes: Axes, base_ms: float | None, target: float | None) -> None:
         upper.tick_params(labelsize=9, colors=GREY)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", fontsize=9, framealpha=0.9)
+
+
+def _counted(outcome: Outcome, role: str) -> str:
+    part = outcome.result.get(role)
+    named = {"selection": "selecting", "report": "reporting"}[role]
+    return f"{part['images']:,} {named} images" if isinstance(part, dict) else f"{named} images"
 
 
 def _xy(candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:

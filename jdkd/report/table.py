@@ -24,7 +24,8 @@ def result_table(result: dict[str, Any]) -> Table:
     from rich import box
     from rich.table import Table
 
-    title, caption = "Scores on the validation split", verdict(result) or None
+    images = [(result.get(role) or {}).get("images", "?") for role in ("report", "selection")]
+    title, caption = "Scores on {} images, chosen on {} others".format(*images), verdict(result) or None
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=title, caption=caption)
     table.collapse_padding = True
     for heading in HEADINGS:

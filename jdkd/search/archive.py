@@ -1,18 +1,22 @@
-"""The archive of a search: append-only SQLite, one row per finished candidate."""
+"""The archive of a search in SQLite: one row per finished candidate, one per measurement of its latency."""
 
 import json
+import math
 import sqlite3
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from jdkd.detect import DetectorSpec
 from jdkd.errors import InputError
 from jdkd.pool import Subnet
+from jdkd.search.timing import PooledLatency, Timing, pooled
 
 ARCHIVE = "archive.sqlite"
+FORMAT = 2  # 1 kept one latency a candidate, without the base's samples beside it
 _TYPES = {"int": "INTEGER", "float": "REAL", "str": "TEXT"}
+_JSON = ("feature_channels", "latency_interval")
+_UNTIMED = {"latency_p50": math.nan, "latency_ratio": math.nan, "latency_interval": (math.nan, math.nan)}
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,18 @@ class Candidate:
         action: what was done to the parent, in words.
         teacher: the pool subnet that taught it; None for the base.
         spec: its architecture.
+        spec_id: of its architecture; what ``timings`` in the archive are kept under.
         feature_channels: pool FPN channel opposite each of its own.
-        map, map50: COCO scores on the selection split.
-        latency_p50: milliseconds end to end, median.
-        latency_ratio: latency over the base's, interleaved in one measurement, at the 20th percentiles.
-        latency_samples: every timed call, in milliseconds.
+        map, map50: COCO scores on the images that select.
         steps: training steps of its own.
         lineage_steps: those and its ancestors', the base's own training left out.
         cycles: the stretches of training of its lineage, oldest first.
         params, gmacs: size and cost at its input size.
         seconds: wall-clock time that it took.
+        latency_p50: milliseconds end to end, median.
+        latency_ratio: median latency over the base's. This, the median and the interval are of the architecture,
+            pooled over all its measurements (:func:`jdkd.search.timing.pooled`), so equal ones have equal ratios.
+        latency_interval: of the ratio, 95 %.
     """
 
     number: int
@@ -56,62 +62,87 @@ class Candidate:
     action: str
     teacher: Subnet | None
     spec: DetectorSpec
+    spec_id: str
     feature_channels: tuple[int, ...]
     map: float
     map50: float
-    latency_p50: float
-    latency_ratio: float
-    latency_samples: tuple[float, ...]
     steps: int
     lineage_steps: int
     cycles: tuple[Cycle, ...]
     params: int
     gmacs: float
     seconds: float
-
-
-def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other beats in mAP without being slower; fastest first."""
-    front: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.latency_ratio, -c.map)):
-        if not front or candidate.map > front[-1].map:
-            front.append(candidate)
-    return front
+    latency_p50: float
+    latency_ratio: float
+    latency_interval: tuple[float, float]
 
 
 class Archive:
-    """Every finished candidate of a search, in the order they finished.
+    """Every finished candidate of a search, in the order they finished, and every measurement of their latency.
+
+    Nothing is ever taken out. What a candidate's row says of latency follows from the rows of ``timings`` and is
+    brought up to date with each.
 
     Args:
         file: the database; created if it does not exist.
 
     Raises:
-        InputError: the file is not such a database.
+        InputError: the file is not such a database, or one of another version.
     """
 
     def __init__(self, file: Path) -> None:
         self._columns = [(field.name, _column_type(str(field.type))) for field in fields(Candidate)]
-        columns = ", ".join(f"{name} {kind}" for name, kind in self._columns)
-        columns = columns.replace("number INTEGER", "number INTEGER PRIMARY KEY")
+        self._db = sqlite3.connect(":memory:")
         try:
             self._db = sqlite3.connect(file)
             self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute(f"CREATE TABLE IF NOT EXISTS candidates ({columns})")
+            self._require_tables(file)
             self.candidates = [_from_row(row) for row in self._rows()]
         except sqlite3.DatabaseError as error:
             self.close()
             raise InputError(f"{file} is no archive of a search ({error}); search into another folder.") from None
+        except InputError:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return len(self.candidates)
 
-    def add(self, candidate: Candidate) -> None:
-        """Appends a candidate; once this returns, it survives a crash."""
+    def add(self, timing: Timing, **known: Any) -> Candidate:
+        """Appends a candidate with a measurement of its latency; once this returns, both survive a crash.
+
+        Args:
+            timing: of the candidate's architecture.
+            known: every field of the candidate but those of its latency.
+        """
+        candidate = Candidate(**known, **_UNTIMED)
         row = _to_row(candidate)
-        marks = ", ".join("?" * len(row))
         with self._db:
-            self._db.execute(f"INSERT INTO candidates VALUES ({marks})", row)
+            self._db.execute(f"INSERT INTO candidates VALUES ({', '.join('?' * len(row))})", row)
+            latency = self._insert(timing)
         self.candidates.append(candidate)
+        self._show(timing.spec_id, latency)
+        return self.candidates[-1]
+
+    def add_timing(self, timing: Timing) -> PooledLatency:
+        """Appends a measurement and brings every candidate of that architecture up to date."""
+        with self._db:
+            latency = self._insert(timing)
+        self._show(timing.spec_id, latency)
+        return latency
+
+    def timings(self, spec_id: str) -> list[Timing]:
+        """All measurements of an architecture, the latest last."""
+        found = self._db.execute(
+            "SELECT spec_id, stage, environment, samples, base_samples FROM timings WHERE spec_id = ? ORDER BY number",
+            (spec_id,),
+        )
+        return [Timing(name, stage, *map(json.loads, rest)) for name, stage, *rest in found]
+
+    def latency(self, spec_id: str) -> PooledLatency:
+        """What is known of an architecture's latency on the machine that it was last timed on."""
+        timings = self.timings(spec_id)
+        return pooled([timing for timing in timings if timing.machine == timings[-1].machine])
 
     def lineage(self, candidate: Candidate) -> list[Candidate]:
         """The candidate and its ancestors, the base first."""
@@ -124,10 +155,52 @@ class Archive:
     def close(self) -> None:
         self._db.close()
 
+    def _insert(self, timing: Timing) -> PooledLatency:
+        """Writes a measurement, and what follows from it, inside the caller's transaction."""
+        written = [json.dumps(value) for value in (timing.environment, timing.samples, timing.base_samples)]
+        row = (timing.spec_id, timing.stage, timing.machine, *written)
+        self._db.execute(f"INSERT INTO timings VALUES (NULL, {', '.join('?' * len(row))})", row)
+        latency = self.latency(timing.spec_id)
+        shown = _shown(latency)
+        values = (*list(shown.values())[:-1], json.dumps(shown["latency_interval"]), timing.spec_id)
+        self._db.execute(f"UPDATE candidates SET {' = ?, '.join(shown)} = ? WHERE spec_id = ?", values)
+        return latency
+
+    def _show(self, spec_id: str, latency: PooledLatency) -> None:
+        self.candidates = [
+            replace(candidate, **_shown(latency)) if candidate.spec_id == spec_id else candidate
+            for candidate in self.candidates
+        ]
+
+    def _require_tables(self, file: Path) -> None:
+        """Lays out a new file; refuses one of another version; leaves any other alone."""
+        (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (found,) = self._db.execute("PRAGMA user_version").fetchone()
+        if tables and found != FORMAT:
+            raise InputError(
+                f"{file} was written by another version of jdkd (format {found or 1}, here {FORMAT}), whose latency "
+                "ratios mean something else; search into another folder, or read it with the jdkd that wrote it."
+            )
+        if not tables:
+            columns = ", ".join(f"{name} {kind}" for name, kind in self._columns)
+            columns = columns.replace("number INTEGER", "number INTEGER PRIMARY KEY")
+            timings = "spec_id TEXT, stage TEXT, machine TEXT, environment TEXT, samples TEXT, base_samples TEXT"
+            with self._db:
+                self._db.execute("BEGIN")
+                self._db.execute(f"CREATE TABLE candidates ({columns})")
+                self._db.execute(f"CREATE TABLE timings (number INTEGER PRIMARY KEY, {timings})")
+                self._db.execute(f"PRAGMA user_version = {FORMAT}")
+
     def _rows(self) -> list[dict[str, Any]]:
         names = [name for name, _ in self._columns]
         found = self._db.execute(f"SELECT {', '.join(names)} FROM candidates ORDER BY number")
         return [dict(zip(names, row, strict=True)) for row in found]
+
+
+def _shown(latency: PooledLatency) -> dict[str, Any]:
+    """What a candidate's row says of its architecture's latency."""
+    ratio = latency.ratio
+    return {"latency_p50": latency.own.p50, "latency_ratio": ratio.value, "latency_interval": ratio.interval}
 
 
 def _column_type(annotation: str) -> str:
@@ -142,7 +215,7 @@ def _to_row(candidate: Candidate) -> list[Any]:
     values["spec"] = candidate.spec.to_json(indent=None)
     values["teacher"] = candidate.teacher and json.dumps(candidate.teacher.to_json())
     values["cycles"] = json.dumps([asdict(cycle) for cycle in candidate.cycles])
-    for name in ("feature_channels", "latency_samples"):
+    for name in _JSON:
         values[name] = json.dumps(values[name])
     return list(values.values())
 
@@ -151,6 +224,6 @@ def _from_row(row: dict[str, Any]) -> Candidate:
     row["spec"] = DetectorSpec.from_json(row["spec"], source=f"candidate {row['number']}")
     row["teacher"] = row["teacher"] and Subnet.from_json(json.loads(row["teacher"]))
     row["cycles"] = tuple(Cycle(**cycle) for cycle in json.loads(row["cycles"]))
-    for name in ("feature_channels", "latency_samples"):
+    for name in _JSON:
         row[name] = tuple(json.loads(row[name]))
     return Candidate(**row)

@@ -17,7 +17,9 @@ class SearchConfig:
 
     Args:
         base: folder of the base detector.
-        train, val: the data; students are selected on images held out of ``train`` and reported on ``val``.
+        train, val: the data; everything is trained on all of ``train``.
+        selection: images that teachers and students are selected on, while all of ``val`` reports; by default one half
+            of ``val`` selects and the other reports (:func:`jdkd.search.selection.divide`).
         out: folder that everything is written to.
         teacher_pool: folder of a finished pool; by default one is grown from the base.
         target_latency: wanted latency over the base's, end to end; 0.53 is what Joint-DetNAS publishes.
@@ -28,17 +30,20 @@ class SearchConfig:
         batch_size, lr, amp, workers: of every training; ``lr`` is the peak.
         feature_weight, head_weight: of the distillation (Pearson loss per level; class logits).
         resolutions: short sides that students may choose from, over the base's.
-        latency_rounds: rounds in which a candidate is timed; the final measurement takes five times as many.
-        latency_seconds: how long the final measurement lasts at least.
+        latency_rounds: rounds in which every candidate is timed; those that may be chosen are timed again, in five
+            times as many.
+        latency_seconds: how long the timing of one that may be chosen lasts at least.
         seed: decides everything that is drawn.
         device: where to run.
         resume: carry on from what ``out`` holds.
+        command: how the search was called, for the record.
     """
 
     base: Path
     train: Split
     val: Split
     out: Path
+    selection: Split | None = None
     teacher_pool: Path | None = None
     target_latency: float = 0.53
     steps: int | None = None
@@ -56,13 +61,14 @@ class SearchConfig:
     seed: int = 0
     device: str = "cpu"
     resume: bool = False
+    command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 < self.target_latency <= 1:
             raise InputError(
                 f"target_latency is a fraction of the base's latency and must be in (0, 1], got {self.target_latency}."
             )
-        for name, least in (("candidates", 1), ("proposals", 1), ("batch_size", 1)):
+        for name, least in (("candidates", 1), ("proposals", 1), ("batch_size", 1), ("latency_rounds", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
 

@@ -22,20 +22,21 @@ from torch import Tensor, nn
 
 from jdkd.detect import load, save
 from jdkd.distill import Distiller
-from jdkd.errors import InputError
 from jdkd.files import write_json
-from jdkd.latency import Cost, count, deployable
-from jdkd.pool import Member, Recipe, Subnet, TeacherPool, load_pool, train_pool
-from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle, pareto_front
+from jdkd.latency import count, deployable
+from jdkd.notices import say_once
+from jdkd.pool import PoolTrainConfig, ScoredSubnet, Subnet, TeacherPool, load_pool, train_pool
+from jdkd.run_folder import RunFolder
+from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle
+from jdkd.search.choice import fitness, pareto_front
 from jdkd.search.config import Plan, SearchConfig, plan
+from jdkd.search.context import Progress, SearchContext, open_context
 from jdkd.search.matching import match
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.screening import screen
-from jdkd.search.setting import Progress, Setting, open_setting
 from jdkd.train import evaluate, fit
 
-WITHOUT_IMITATION = 0.1  # share of a candidate's steps that a new teacher keeps silent
-PRESSURE = 2.0  # exponent of the latency in a parent's fitness (the form is MnasNet's, Tan et al., CVPR 2019)
+DISTILL_DELAY = 0.1  # share of a candidate's steps that a new teacher keeps silent
 TOURNAMENT = 3  # members of the front that are drawn, of whom the fittest becomes the parent
 TEACHERS = "teachers.json"
 
@@ -63,61 +64,101 @@ def search(config: SearchConfig, progress: Progress | None = None) -> dict[str, 
         The result, as written to ``result.json``.
 
     Raises:
-        InputError: the base, the data, the pool or the budget cannot be used, or ``out`` holds another search.
+        InputError: the base, the data, the pool or the budget cannot be used, or ``out`` holds another search;
+            nothing has been written then.
     """
-    if config.resume and (finished := read_result(config.out)):
-        return finished
-    if not config.resume and (config.out / ARCHIVE).exists():
-        raise InputError(f"{config.out} holds another search ({ARCHIVE}); resume it or give another folder.")
-    setting = open_setting(config, progress or (lambda *state: None))
-    budget = plan(config, len(setting.train))
-    config.out.mkdir(parents=True, exist_ok=True)
-    pool = _pool(setting, budget)
+    context = open_context(config, progress or (lambda *state: None))
+    budget = plan(config, len(context.train))
+    given = config.teacher_pool and _given_pool(config.teacher_pool, context)
+    run = RunFolder(config.out)
+    how = {"resume": config.resume, "command": config.command, "where": context.where()}
+    run.begin("search", context.identity(), **how)
+    result = read_result(config.out) or _searched(context, budget, given)
+    if not run.read()["finished"]:
+        run.finish()
+    return result
+
+
+def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -> dict[str, Any]:
+    """The result of a search that has not come to its end yet."""
+    config = context.config
     archive = Archive(config.out / ARCHIVE)
     try:
+        pool = given or _grown_pool(context, budget)
+        _remember(pool, context)
         if not archive.candidates:
-            archive.add(_base(setting))
+            _add_base(archive, context)
+        _time_on_this_machine(archive, context)
         for number in range(len(archive), budget.candidates + 1):
-            _raise_candidate(number, archive, pool, setting, budget)
-            setting.progress("candidates", number, budget.candidates, {"mAP": archive.candidates[-1].map})
-        return conclude(archive, pool.steps, setting)
+            _run_candidate(number, archive, pool, context, budget)
+            context.progress("candidates", number, budget.candidates, {"mAP": archive.candidates[-1].map})
+        return conclude(archive, pool.steps, context)
     finally:
         archive.close()
 
 
-def fitness(candidate: Candidate, target: float) -> float:
-    """mAP, reduced where the latency misses the target: what is too slow yet is worth little as a parent."""
-    return candidate.map * min(1.0, target / candidate.latency_ratio) ** PRESSURE
-
-
-def _pool(setting: Setting, budget: Plan) -> TeacherPool:
-    config = setting.config
-    if config.teacher_pool:
-        pool = load_pool(config.teacher_pool, setting.base, setting.train, device=config.device)
-    else:
-        recipe = Recipe(setting.training(budget.pool, seed=100, lr=2 * config.lr), head_weight=1.0)
-        pool = train_pool(
-            setting.base,
-            setting.train,
-            setting.selection,
-            recipe,
-            config.out / "pool",
-            device=config.device,
-            resume=config.resume,
-            progress=setting.progress,
+def _given_pool(folder: Path, context: SearchContext) -> TeacherPool:
+    """The pool of an earlier search."""
+    pool = load_pool(folder, context.base, context.train, device=context.config.device)
+    if pool.trained_on != context.train.fingerprint:
+        what = "was trained on other data than" if pool.trained_on else "does not say whether it was trained on"
+        say_once(
+            f"the teacher pool in {folder} {what} {context.train.split.annotations}; if it saw images that select, its "
+            "scores there flatter it."
         )
-    remembered = config.out / TEACHERS
-    if remembered.exists():
-        pool.members = [Member.from_json(member) for member in json.loads(remembered.read_text())]
     return pool
 
 
-def _base(setting: Setting) -> Candidate:
+def _grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
+    """The pool that this search grows from its base."""
+    config = context.config
+    return train_pool(
+        context.base,
+        context.train,
+        context.selection.dataset,
+        PoolTrainConfig(context.training(budget.pool, seed=100, lr=2 * config.lr), head_weight=1.0),
+        config.out / "pool",
+        device=config.device,
+        resume=config.resume,
+        progress=context.progress,
+    )
+
+
+def _remember(pool: TeacherPool, context: SearchContext) -> None:
+    """Gives the pool the members that this search has scored; a pool that was scored on other images is scored anew."""
+    file, selection = context.config.out / TEACHERS, context.selection.dataset
+    if file.exists():
+        pool.members = [ScoredSubnet.from_json(member) for member in json.loads(file.read_text())]
+    elif pool.scored_on != selection.fingerprint:
+        pool.score_members([member.subnet for member in pool.members], context.base, selection, context.progress)
+        _write_teachers(pool, context)
+        _write_teachers(pool, context)
+
+
+def _write_teachers(pool: TeacherPool, context: SearchContext) -> None:
+    write_json(context.config.out / TEACHERS, [member.to_json() for member in pool.members])
+
+
+def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
+    """Times again what was only timed on another machine, where a search goes on elsewhere: ratios do not mix."""
+    away = {c.spec_id: c for c in archive.candidates if archive.timings(c.spec_id)[-1].machine != context.machine}
+    if away:
+        elsewhere = archive.timings(next(iter(away)))[-1].machine
+        say_once(
+            f"this search was timed on {elsewhere} and goes on on {context.machine}: the {len(away)} architectures "
+            "that it has are timed again."
+        )
+    for spec_id, candidate in away.items():
+        archive.add_timing(context.timed({spec_id: _detector(candidate, context)})[spec_id])
+
+
+def _add_base(archive: Archive, context: SearchContext) -> None:
     """The base as the first entry of the archive."""
-    spec = setting.base.spec
-    return _measured(
-        setting.base,
-        setting,
+    spec = context.base.spec
+    _archive(
+        context.base,
+        archive,
+        context,
         number=0,
         id=f"000-{spec.id[:8]}",
         parent=None,
@@ -132,33 +173,34 @@ def _base(setting: Setting) -> Candidate:
     )
 
 
-def _raise_candidate(number: int, archive: Archive, pool: TeacherPool, setting: Setting, budget: Plan) -> None:
+def _run_candidate(number: int, archive: Archive, pool: TeacherPool, context: SearchContext, budget: Plan) -> None:
     """Decides, inherits, trains, scores, times and archives one candidate."""
     begun = time.perf_counter()
-    config = setting.config
+    config = context.config
     folder = config.out / "candidates" / f"{number:03d}"
-    decision = _decided(folder, number, archive, pool, setting)
+    decision = _decided(folder, number, archive, pool, context)
     parent = next(candidate for candidate in archive.candidates if candidate.id == decision.parent)
-    student = load(folder / "born", config.device)
+    student = load(folder / "init", config.device)
     steps = budget.per_candidate
     cycle = Cycle(steps, (number - 1) * steps, budget.lineage, config.lr)
-    train = setting.training(steps, seed=number, cycle_start=cycle.start, cycle_steps=cycle.total)
-    silent = round(WITHOUT_IMITATION * steps) if decision.new_teacher else 0
+    train = context.training(steps, seed=number, cycle_start=cycle.start, cycle_steps=cycle.total)
+    silent = round(DISTILL_DELAY * steps) if decision.new_teacher else 0
     with _taught(student, pool.teacher(decision.teacher), decision.feature_channels, silent, config) as losses:
         fit(
             student,
-            setting.train,
+            context.train,
             train,
             device=config.device,
             losses=losses,
             folder=folder / "training",
             resume=True,
-            progress=lambda *state: setting.progress(f"candidate {number}: {decision.action}", *state),
+            progress=lambda *state: context.progress(f"candidate {number}: {decision.action}", *state),
         )
-    save(folder, setting.calibrated(student))
-    candidate = _measured(
+    save(folder, context.calibrated(student))
+    _archive(
         student,
-        setting,
+        archive,
+        context,
         number=number,
         id=f"{number:03d}-{student.spec.id[:8]}",
         parent=parent.id,
@@ -171,12 +213,11 @@ def _raise_candidate(number: int, archive: Archive, pool: TeacherPool, setting: 
         cycles=(*parent.cycles, cycle),
         begun=begun,
     )
-    archive.add(candidate)
-    for leftover in ("training", "born"):
+    for leftover in ("training", "init"):
         shutil.rmtree(folder / leftover)
 
 
-def _decided(folder: Path, number: int, archive: Archive, pool: TeacherPool, setting: Setting) -> Decision:
+def _decided(folder: Path, number: int, archive: Archive, pool: TeacherPool, context: SearchContext) -> Decision:
     """The decision for this candidate: the one on disk if there is one, or a new one."""
     file = folder / "decision.json"
     if file.exists():
@@ -186,30 +227,30 @@ def _decided(folder: Path, number: int, archive: Archive, pool: TeacherPool, set
             "feature_channels": tuple(fields["feature_channels"]),
         }
         return Decision(**fields | lists)
-    decision, student = _decide(number, archive, pool, setting)
-    save(folder / "born", student)
-    write_json(setting.config.out / TEACHERS, [member.to_json() for member in pool.members])
+    decision, student = _decide(number, archive, pool, context)
+    save(folder / "init", student)
+    _write_teachers(pool, context)
     write_json(file, {**vars(decision), "teacher": decision.teacher.to_json()})
     return decision
 
 
-def _decide(number: int, archive: Archive, pool: TeacherPool, setting: Setting) -> tuple[Decision, nn.Module]:
+def _decide(number: int, archive: Archive, pool: TeacherPool, context: SearchContext) -> tuple[Decision, nn.Module]:
     """Odd candidates change the student, even ones the teacher."""
-    config = setting.config
+    config = context.config
     rng = random.Random(f"{config.seed}/{number}")
     torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
     front = pareto_front(archive.candidates)
     drawn = rng.sample(front, min(TOURNAMENT, len(front)))
     parent = max(drawn, key=lambda candidate: fitness(candidate, config.target_latency))
-    student = setting.base if parent.kind == "base" else load(_folder(config.out, parent), config.device)
+    student = _detector(parent, context)
     present = parent.teacher or pool.members[0].subnet
     if number % 2:
-        chosen = screen(student, setting, rng)
+        known = {candidate.spec_id: candidate.latency_ratio for candidate in archive.candidates}
+        chosen = screen(student, known, context, rng)
         channels = tuple(parent.feature_channels[channel] for channel in chosen.kept)
         new = parent.teacher is None
         return Decision(parent.id, "morph", chosen.action, present, channels, new), chosen.student
-    teacher = match(student, parent.map, parent.feature_channels, present, pool, setting, rng)
-    action = f"learn from {teacher}" if teacher != present else f"stay with {teacher}"
+    teacher, action = match(student, parent.map, parent.feature_channels, present, pool, context, rng)
     new = teacher != parent.teacher
     return Decision(parent.id, "teacher", action, teacher, parent.feature_channels, new), student
 
@@ -230,26 +271,29 @@ def _taught(
         yield losses
 
 
-def _measured(student: nn.Module, setting: Setting, *, begun: float, **known: Any) -> Candidate:
-    """Scores and times a detector as it would be deployed."""
-    config, deployed = setting.config, deployable(student)
-    scores = evaluate(deployed, setting.selection, device=config.device, batch_size=config.batch_size)
-    report = setting.timed({"student": deployed})
-    latency = report.models["student"].end_to_end
-    cost: Cost = count(student, tuple(setting.timing_images[0].shape[1:]))
-    return Candidate(
+def _archive(student: nn.Module, archive: Archive, context: SearchContext, *, begun: float, **known: Any) -> None:
+    """Scores and times a detector as it would be deployed, and archives it."""
+    config, spec = context.config, student.spec
+    scores = evaluate(
+        deployable(student), context.selection.dataset, device=config.device, batch_size=config.batch_size
+    )
+    timing = context.timed({spec.id: student})[spec.id]
+    cost = count(student, tuple(context.timing_images[0].shape[1:]))
+    archive.add(
+        timing,
         **known,
-        spec=student.spec,
+        spec=spec,
+        spec_id=spec.id,
         map=scores.map,
         map50=scores.map50,
-        latency_p50=latency.p50,
-        latency_ratio=setting.quiet_ratio(report, "student"),
-        latency_samples=tuple(latency.samples),
         params=cost.params,
         gmacs=cost.gmacs,
         seconds=time.perf_counter() - begun,
     )
 
 
-def _folder(out: Path, candidate: Candidate) -> Path:
-    return out / "candidates" / f"{candidate.number:03d}"
+def _detector(candidate: Candidate, context: SearchContext) -> nn.Module:
+    """A candidate as the search left it."""
+    if candidate.kind == "base":
+        return context.base
+    return load(context.config.out / "candidates" / f"{candidate.number:03d}", context.config.device)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from jdkd.distill import correlations
-from jdkd.pool import Member, Subnet, TeacherPool
-from jdkd.search.setting import Setting
+from jdkd.pool import Subnet, TeacherPool
+from jdkd.search.context import SearchContext
 
 NEIGHBOURS = 3  # unscored subnets that are looked at, around the present teacher
 
@@ -18,34 +18,43 @@ def match(
     feature_channels: Sequence[int],
     present: Subnet,
     pool: TeacherPool,
-    setting: Setting,
+    context: SearchContext,
     rng: random.Random,
-) -> Subnet:
+) -> tuple[Subnet, str]:
     """The teacher that promises the student most, measured without training.
 
-    A teacher promises what it is ahead of the student in mAP, times the mean r of their features: one that is
-    far ahead but speaks of something else has nothing to say, nor has one that is the student's equal. (Our
-    choice; Joint-DetNAS searches for the matching teacher by training with it.)
+    A teacher's score is what it is ahead of the student in mAP, times the mean r of their features. One that is far
+    ahead but whose features have nothing to do with the student's (r of 0 or less, or undefined) has none, nor has one
+    that is no better than the student. Where none has any the present one stays, as nothing speaks for another; it also
+    stays where another scores just as much. (Our choice; Joint-DetNAS searches for the matching
+    teacher by training with it.)
 
     Args:
         student: the detector to be taught.
-        student_map: its score on the selection split.
+        student_map: its score on the images that select.
         feature_channels: pool FPN channel opposite each of the student's.
         present: its teacher so far.
         pool: the teachers; neighbours of the present one that had no score are scored and remembered.
-        setting: data and device of the search.
+        context: data and device of the search.
         rng: the source of chance.
+
+    Returns:
+        The teacher, and what is done, in words.
     """
     known = {member.subnet for member in pool.members}
     fresh = [subnet for _ in range(NEIGHBOURS) if (subnet := pool.space.mutate(present, rng)) not in known]
     for done, subnet in enumerate(dict.fromkeys(fresh), start=1):
-        pool.members.append(pool.score(subnet, setting.base, setting.selection))
-        setting.progress("scoring teachers", done, len(fresh), {"mAP": pool.members[-1].map})
-
-    def promise(member: Member) -> float:
-        distances = correlations(
-            student, pool.teacher(member.subnet), setting.probe(), channels=feature_channels
-        ).values()
-        return (member.map - student_map) * (1 - sum(distances) / len(distances))
-
-    return max(pool.members, key=promise).subnet
+        pool.members.append(pool.score(subnet, context.base, context.selection.dataset))
+        context.progress("scoring teachers", done, len(fresh), {"mAP": pool.members[-1].map})
+    scores = {}
+    for member in sorted(pool.members, key=lambda member: member.subnet != present):  # of equals the first stays
+        ahead = member.map - student_map
+        if ahead > 0:
+            probe = context.probe()
+            distances = correlations(student, pool.teacher(member.subnet), probe, channels=feature_channels).values()
+            scores[member.subnet] = ahead * (1 - sum(distances) / len(distances))
+    scores = {subnet: score for subnet, score in scores.items() if score > 0}
+    if not scores:
+        return present, f"stay with {present}, no related teacher is ahead"
+    best = max(scores, key=scores.get)
+    return best, f"learn from {best}" if best != present else f"stay with {present}"

@@ -1,70 +1,65 @@
-"""How a search ends: the student is chosen, the controls are trained, everything is scored and timed once more."""
+"""How a search ends: the student is chosen, the controls are trained, everything is scored on the reporting images."""
 
 import copy
-import json
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from jdkd.detect import load, save
-from jdkd.files import write_json
-from jdkd.latency import REPORTED, LatencyReport, count, deployable, measure
+from jdkd.files import read_json, write_json
+from jdkd.latency import Latency, Ratio, count, deployable
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate, Cycle
-from jdkd.search.setting import Setting
+from jdkd.search.choice import choose, contender
+from jdkd.search.context import SearchContext
+from jdkd.search.timing import LONG
 from jdkd.train import Scores, evaluate, fit
 
 RESULT = "result.json"
 CONTROL_SEED = 900
+MEANING = (
+    "median end to end over the base's, timed in turn; all measurements of one architecture pooled, each scaled to the "
+    "base's median in the latest; every sample is in archive.sqlite, table timings"
+)
 
 
-def choose(candidates: list[Candidate], target: float) -> Candidate:
-    """The best of those that meet the target latency, or the fastest where none does."""
-    fast = [candidate for candidate in candidates if candidate.latency_ratio <= target]
-    return max(fast, key=lambda c: c.map) if fast else min(candidates, key=lambda c: c.latency_ratio)
-
-
-def conclude(archive: Archive, pool_steps: int, setting: Setting) -> dict[str, Any]:
+def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[str, Any]:
     """Writes ``student/`` and ``result.json`` and returns what is in the latter.
 
     The controls are the base trained for as long as the student's lineage: ``control`` in the same stretches
-    of the learning-rate cycle, each with a fresh optimizer, ``control_single`` in one uninterrupted cycle.
+    of the learning-rate cycle, each with a fresh optimizer, ``control_single`` in one uninterrupted cycle. Latency is
+    that of an architecture, so theirs is the base's.
     """
-    config = setting.config
-    student = choose(archive.candidates[1:], config.target_latency)
+    config = context.config
+    student = _chosen(archive, context)
     single = (Cycle(student.lineage_steps, 0, student.lineage_steps, config.lr),)
     detectors = {
-        "base": setting.base,
-        "control": _control("control", student.cycles, setting),
-        "control_single": _control("control_single", single, setting),
+        "base": context.base,
+        "control": _control("control", student.cycles, context),
+        "control_single": _control("control_single", single, context),
         "student": load(config.out / "candidates" / f"{student.number:03d}", config.device),
     }
     save(config.out / "student", detectors["student"])
-    deployed = {name: deployable(detector) for name, detector in detectors.items()}
-    scores = {}
-    for name, model in deployed.items():
-        scores[name] = evaluate(model, setting.val, device=config.device, batch_size=config.batch_size)
-        setting.progress("scoring", len(scores), len(deployed), {"mAP": scores[name].map})
-    report = measure(
-        deployed,
-        setting.timing_images,
-        device=config.device,
-        rounds=5 * config.latency_rounds,
-        min_seconds=config.latency_seconds,
-        warmup_seconds=min(REPORTED.warmup_seconds, config.latency_seconds),
-        progress=lambda *state: setting.progress("timing", *state),
-    )
-    steps = {name: 0 if name == "base" else student.lineage_steps for name in detectors}
-    result = {name: _row(name, detectors[name], scores[name], report, steps[name], setting) for name in detectors}
+    latency, result = archive.latency(student.spec_id), {}
+    for name, detector in detectors.items():
+        scores = evaluate(
+            deployable(detector), context.report.dataset, device=config.device, batch_size=config.batch_size
+        )
+        context.progress("scoring", len(result) + 1, len(detectors), {"mAP": scores.map})
+        own = (latency.own, latency.ratio) if name == "student" else (latency.base, Ratio(1.0, 1.0, 1.0))
+        result[name] = _row(detector, scores, *own, 0 if name == "base" else student.lineage_steps, context)
     result |= {
         "seed": config.seed,
-        "device": report.environment,
+        "selection": context.selection.to_json(),
+        "report": context.report.to_json(),
+        "device": archive.timings(student.spec_id)[-1].environment,
         "versions": versions(),
-        "command": " ".join(["jdkd", *sys.argv[1:]]),
+        "command": shlex.join(config.command),
         "target_latency": config.target_latency,
-        "target_met": result["student"]["latency_ratio"] <= config.target_latency,
+        "target_met": student.latency_ratio <= config.target_latency,
+        "latency_ratio_is": MEANING,
         "student_id": student.id,
         "pool_steps": pool_steps,
         "seconds": sum(candidate.seconds for candidate in archive.candidates),
@@ -73,13 +68,27 @@ def conclude(archive: Archive, pool_steps: int, setting: Setting) -> dict[str, A
     return result
 
 
-def _control(name: str, cycles: tuple[Cycle, ...], setting: Setting) -> nn.Module:
+def _chosen(archive: Archive, context: SearchContext) -> Candidate:
+    """The student; whoever may be it is timed at length first, and its samples join those that it has."""
+    target = context.config.target_latency
+    while True:
+        students = archive.candidates[1:]
+        ids = {student.spec_id for student in students}
+        timed = {i for i in ids for t in archive.timings(i) if (t.stage, t.machine) == (LONG, context.machine)}
+        candidate = contender(students, target, timed)
+        if candidate is None:
+            return choose(students, target)
+        detector = load(context.config.out / "candidates" / f"{candidate.number:03d}", context.config.device)
+        archive.add_timing(context.timed({candidate.spec_id: detector}, LONG)[candidate.spec_id])
+
+
+def _control(name: str, cycles: tuple[Cycle, ...], context: SearchContext) -> nn.Module:
     """The base after the given stretches of training, without a teacher and without a change."""
-    config = setting.config
+    config = context.config
     folder = config.out / "controls" / name
-    model = copy.deepcopy(setting.base)
+    model = copy.deepcopy(context.base)
     for number, cycle in enumerate(cycles):
-        train = setting.training(
+        train = context.training(
             cycle.steps,
             seed=CONTROL_SEED + number,
             lr=cycle.lr,
@@ -87,18 +96,17 @@ def _control(name: str, cycles: tuple[Cycle, ...], setting: Setting) -> nn.Modul
             cycle_steps=cycle.total,
         )
         fit(
-            model, setting.train, train, device=config.device, folder=folder / str(number), resume=True,
-            progress=lambda *state: setting.progress(name.replace("_", ", "), *state),
+            model, context.train, train, device=config.device, folder=folder / str(number), resume=True,
+            progress=lambda *state: context.progress(name.replace("_", ", "), *state),
         )  # fmt: skip
-    save(folder, setting.calibrated(model))
+    save(folder, context.calibrated(model))
     return load(folder, config.device)
 
 
 def _row(
-    name: str, detector: nn.Module, scores: Scores, report: LatencyReport, steps: int, setting: Setting
+    detector: nn.Module, scores: Scores, latency: Latency, ratio: Ratio, steps: int, context: SearchContext
 ) -> dict[str, Any]:
-    latency, ratio = report.models[name].end_to_end, report.ratio(name)
-    cost = count(detector, tuple(setting.timing_images[0].shape[1:]))
+    cost = count(detector, tuple(context.timing_images[0].shape[1:]))
     return {
         "map": scores.map,
         "map50": scores.map50,
@@ -114,4 +122,4 @@ def _row(
 def read_result(out: Path) -> dict[str, Any] | None:
     """The result of a finished search, or None."""
     file = out / RESULT
-    return json.loads(file.read_text()) if file.is_file() else None
+    return read_json(file, "remove it and resume the search that wrote it") if file.is_file() else None

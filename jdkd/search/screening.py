@@ -1,7 +1,8 @@
 """Screening: many students proposed, none trained, one chosen."""
 
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -9,13 +10,13 @@ from torch import nn
 from jdkd.distill import correlations, pyramids
 from jdkd.distill.correlation import Seen
 from jdkd.errors import InputError
-from jdkd.latency import deployable
 from jdkd.morph import draw
-from jdkd.search.setting import Setting
+from jdkd.search.context import SearchContext
+from jdkd.search.timing import pooled
 
 MOST_ACTIONS = 3  # actions that one proposal may combine, as SP-NAS draws them (Jiang et al., CVPR 2020)
-SLOWNESS = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
-HEADROOM = 0.93  # of the target is aimed at: training changes what NMS has to do
+LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
+TARGET_MARGIN = 0.93  # of the target is aimed at: training changes what NMS has to do
 
 
 @dataclass(frozen=True)
@@ -36,36 +37,42 @@ class Proposal:
     similarity: float
     latency_ratio: float = float("nan")
 
-    def worth(self, target: float) -> float:
+    def score(self, target: float) -> float:
         """What training it promises: features kept, less what it is slower than a little under the target."""
-        return self.similarity - SLOWNESS * max(0.0, self.latency_ratio / (HEADROOM * target) - 1)
+        score = self.similarity - LATENCY_PENALTY * max(0.0, self.latency_ratio / (TARGET_MARGIN * target) - 1)
+        return score if score == score else -math.inf  # features that are not numbers keep nothing
 
 
-def screen(parent: nn.Module, setting: Setting, rng: random.Random) -> Proposal:
+def screen(parent: nn.Module, known: Mapping[str, float], context: SearchContext, rng: random.Random) -> Proposal:
     """Proposes students, rewrites each physically, measures it, and returns the most promising.
 
     Nothing is trained. What an action has damaged is read off the correlation of the child's features with
-    its parent's; what it has saved is timed against the base, all in one interleaved measurement.
+    its parent's; what it has saved is timed against the base, all in one interleaved measurement. An architecture that
+    the search knows is not timed again. These times only rank proposals: detections, and with them the cost of NMS,
+    change in training, so they are not pooled with those of candidates.
 
     Args:
         parent: the detector to change.
-        setting: data, base and device of the search.
+        known: latency ratios of the architectures that the search has timed, by id.
+        context: data, base and device of the search.
         rng: the source of chance.
     """
-    count = setting.config.proposals
-    seen = pyramids(parent, setting.probe())
+    count = context.config.proposals
+    seen = pyramids(parent, context.probe())
     proposals = []
     for done in range(count):
-        proposals.append(_propose(parent, seen, setting, rng))
-        setting.progress("screening students", done + 1, count, {"r": proposals[-1].similarity})
-    report = setting.timed({str(i): deployable(proposal.student) for i, proposal in enumerate(proposals)})
-    timed = [replace(p, latency_ratio=setting.quiet_ratio(report, str(i))) for i, p in enumerate(proposals)]
-    return max(timed, key=lambda proposal: proposal.worth(setting.config.target_latency))
+        proposals.append(_propose(parent, seen, context, rng))
+        context.progress("screening students", done + 1, count, {"r": proposals[-1].similarity})
+    unknown = {p.student.spec.id: p.student for p in proposals if p.student.spec.id not in known}
+    timings = context.timed(unknown) if unknown else {}
+    ratios = {spec_id: pooled([timing]).ratio.value for spec_id, timing in timings.items()} | dict(known)
+    timed = [replace(proposal, latency_ratio=ratios[proposal.student.spec.id]) for proposal in proposals]
+    return max(timed, key=lambda proposal: proposal.score(context.config.target_latency))
 
 
-def _propose(parent: nn.Module, seen: Sequence[Seen], setting: Setting, rng: random.Random) -> Proposal:
-    base = setting.base.spec
-    sizes = sorted({max(32, round(base.min_size * share / 32) * 32) for share in setting.config.resolutions})
+def _propose(parent: nn.Module, seen: Sequence[Seen], context: SearchContext, rng: random.Random) -> Proposal:
+    base = context.base.spec
+    sizes = sorted({max(32, round(base.min_size * share / 32) * 32) for share in context.config.resolutions})
     student, actions, kept = parent, [], tuple(range(parent.spec.fpn))
     for _ in range(rng.randint(1, MOST_ACTIONS)):
         try:
@@ -77,6 +84,6 @@ def _propose(parent: nn.Module, seen: Sequence[Seen], setting: Setting, rng: ran
         student = morph.apply(student)
         kept = tuple(kept[channel] for channel in morph.channels.get("fpn", range(len(kept))))
         actions.append(morph.action)
-    setting.calibrated(student)
-    distances = correlations(student, seen, setting.probe(), channels=kept).values()
+    context.calibrated(student)
+    distances = correlations(student, seen, context.probe(), channels=kept).values()
     return Proposal("; ".join(actions), student, kept, 1 - sum(distances) / len(distances))

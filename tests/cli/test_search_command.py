@@ -4,7 +4,9 @@ from contextlib import closing
 import pytest
 
 from jdkd.detect import load
-from jdkd.search.archive import Archive, Candidate
+from jdkd.run_folder import RunFolder
+from jdkd.search.archive import Archive
+from jdkd.search.timing import Timing
 
 ENTRY = {
     "map": 0.4,
@@ -26,30 +28,19 @@ def pretend(monkeypatch):
         def search(config, progress):
             configs.append(config)
             spec = load(config.base).spec
-            base = Candidate(
-                number=0,
-                id="000",
-                parent=None,
-                kind="base",
-                action="base",
-                teacher=None,
-                spec=spec,
-                feature_channels=(0,),
-                map=0.4,
-                map50=0.6,
-                latency_p50=20.0,
-                latency_ratio=1.0,
-                latency_samples=(20.0,),
-                steps=0,
-                lineage_steps=0,
-                cycles=(),
-                params=1000,
-                gmacs=0.1,
-                seconds=1.0,
-            )
+            environment = {"device": "cpu", "device_name": "a cpu", "threads": 1, "torch": "2.11"}
+            timing = Timing(spec.id, "brief", environment, (20.0, 20.0), (20.0, 20.0))
+            base = {
+                "number": 0, "id": "000", "parent": None, "kind": "base", "action": "base", "teacher": None,
+                "spec": spec, "spec_id": spec.id, "feature_channels": (0,),
+                "map": 0.4, "map50": 0.6, "steps": 0, "lineage_steps": 0,
+                "cycles": (), "params": 1000, "gmacs": 0.1, "seconds": 1.0,
+            }  # fmt: skip
+            run = RunFolder(config.out)
+            run.begin("search", {"seed": config.seed}, resume=config.resume, command=config.command)
             with closing(Archive(config.out / "archive.sqlite")) as archive:
                 if not archive.candidates:
-                    archive.add(base)
+                    archive.add(timing, **base)
             progress("candidates", 1, 1, {"mAP": 0.4})
             if isinstance(outcome, BaseException):
                 raise outcome
@@ -61,6 +52,7 @@ def pretend(monkeypatch):
                 "student_id": "000",
             }
             (config.out / "result.json").write_text(json.dumps(result))
+            run.finish()
             return result
 
         monkeypatch.setattr("jdkd.search.search", search)
@@ -80,6 +72,7 @@ def test_ends_with_a_table_a_report_and_the_paths(jdkd, pretend, arguments, tmp_
     assert answer.code == 0, answer.err
     (config,) = configs
     assert (config.steps, config.seed, config.device, config.target_latency) == (40, 3, "cpu", 0.53)
+    assert config.selection is None and config.command[:2] == ("jdkd", "search") and "40" in config.command
     for name in ("student", "result.json", "archive.sqlite", "pareto.png", "report.html"):
         assert str(tmp_path / "out" / name) in answer.out
     assert (tmp_path / "out" / "pareto.png").is_file() and (tmp_path / "out" / "report.html").is_file()
@@ -114,3 +107,28 @@ def test_a_full_disk_in_the_middle(jdkd, pretend, arguments, tmp_path):
     pretend(sqlite3.OperationalError("database or disk is full"))
     answer = jdkd(*arguments)
     assert answer.code == 2 and "disk is full" in answer.err and str(tmp_path / "out") in answer.err
+
+
+def test_images_to_select_on_are_given_by_both_flags(jdkd, pretend, arguments, squares, tmp_path):
+    configs = pretend(0.5)
+    flags = {"--selection-images": squares / "val2017", "--selection-annotations": squares / "annotations"}
+    for flag, value in flags.items():
+        (other,) = flags.keys() - {flag}
+        answer = jdkd(*arguments, flag, value)
+        assert answer.code == 2 and f"{flag} is given without {other}; give both" in answer.err
+    missing = squares / "annotations" / "missing.json"
+    answer = jdkd(*arguments, "--selection-images", squares / "val2017", "--selection-annotations", missing)
+    assert answer.code == 2 and f"{missing} does not exist" in answer.err and "--selection-annotations" in answer.err
+    assert not configs and not (tmp_path / "out").exists()
+    annotations = squares / "annotations" / "instances_val2017.json"
+    assert jdkd(*arguments, "--selection-images", squares / "val2017", "--selection-annotations", annotations).code == 0
+    (config,) = configs
+    assert (config.selection.images, config.selection.annotations) == (squares / "val2017", annotations)
+
+
+def test_a_selection_of_images_that_report_is_refused_before_anything_is_written(jdkd, arguments, squares, tmp_path):
+    flags = "--selection-images", squares / "val2017", "--selection-annotations"
+    answer = jdkd(*arguments, *flags, squares / "annotations" / "instances_val2017.json")
+    assert answer.code == 2 and "Traceback" not in answer.err
+    assert "all 4 images" in answer.err and "are validation images, which report too" in answer.err
+    assert not (tmp_path / "out").exists()

@@ -67,7 +67,7 @@ def test_with_a_mask_on_every_group_a_detector_equals_the_pruned_one(name, norm,
 def test_a_masked_detector_equals_the_exported_subnet(name):
     spec = tiny(name)
     plain = detector(spec)
-    supernet = Supernet(Space.around(spec, extra_depth=0, width=1), plain).model.eval()
+    supernet = Supernet(Space.from_base(spec, extra_depth=0, width=1), plain).model.eval()
     masks = {name: kept for name, kept in lists_of(spec, listed=True).items() if ".inner" in name}
     depths = {f"layer{number}": stage.depth - 1 for number, stage in enumerate(spec.stages, start=1)}
     set_subnet(supernet, Subnet(masks, depths=depths))

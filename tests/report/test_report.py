@@ -10,14 +10,18 @@ from jdkd.detect import named_spec
 from jdkd.errors import InputError
 from jdkd.pool import Subnet
 from jdkd.report import read_outcome, result_table, write_report
-from jdkd.search.archive import Archive, Candidate, Cycle
+from jdkd.search.archive import Archive, Cycle
+from jdkd.search.timing import Timing
 
 SPEC = named_spec("faster_rcnn_r18_fpn", ["a", "b"], width=0.25)
 
 
-def _candidate(number, score, ratio, parent=None, kind="morph", action="prune 20 % of <inner> & FPN"):
+def _added(archive, number, score, ratio, parent=None, kind="morph", action="prune 20 % of <inner> & FPN"):
     own = 0 if parent is None else 100
-    return Candidate(
+    environment = {"device": "cpu", "device_name": "a cpu", "threads": 1, "torch": "2.11"}
+    timing = Timing(f"spec {number}", "brief", environment, (20 * ratio,) * 4, (20.0,) * 4)
+    return archive.add(
+        timing,
         number=number,
         id=f"{number:03d}",
         parent=None if parent is None else f"{parent:03d}",
@@ -28,9 +32,7 @@ def _candidate(number, score, ratio, parent=None, kind="morph", action="prune 20
         feature_channels=(0, 1, 2),
         map=score,
         map50=min(1, 1.7 * score),
-        latency_p50=20 * ratio,
-        latency_ratio=ratio,
-        latency_samples=(20 * ratio,) * 4,
+        spec_id=f"spec {number}",
         steps=own,
         lineage_steps=own * number,
         cycles=() if parent is None else (Cycle(100, 0, 300, 2e-3),),
@@ -40,14 +42,14 @@ def _candidate(number, score, ratio, parent=None, kind="morph", action="prune 20
     )
 
 
-def _candidates(count=24):
+def _fill(archive, count=24):
     generator = random.Random(0)
-    yield _candidate(0, 0.38, 1.0, kind="base", action="base")
+    _added(archive, 0, 0.38, 1.0, kind="base", action="base")
     for number in range(1, count):
         ratio = generator.uniform(0.5, 1.05)
         score = 0.30 + 0.2 * ratio**0.5 + generator.gauss(0, 0.02)
         kind = generator.choice(["morph", "teacher"])
-        yield _candidate(number, score, ratio, generator.randrange(number), kind)
+        _added(archive, number, score, ratio, generator.randrange(number), kind)
 
 
 def _entry(score, p50, ratio, steps):
@@ -63,6 +65,11 @@ def _entry(score, p50, ratio, steps):
     }
 
 
+def _part(images, boxes, which):
+    where = {"image_folder": "data/val2017", "annotations": "data/instances_val2017.json"}
+    return {**where, "which": which, "images": images, "boxes": boxes}
+
+
 @pytest.fixture
 def result():
     return {
@@ -70,6 +77,8 @@ def result():
         "control": _entry(0.44, 20.0, 1.0, 700),
         "control_single": _entry(0.46, 20.1, 1.003, 700),
         "student": _entry(0.49, 12.0, 0.6, 700),
+        "selection": _part(50, 120, "half, the lower SHA-256 of image files"),
+        "report": _part(51, 130, "half, the higher SHA-256 of image files"),
         "seed": 0,
         "device": "cpu",
         "versions": {"torch": "2.11.0", "jdkd": "0.1.0"},
@@ -84,8 +93,7 @@ def result():
 @pytest.fixture
 def folder(tmp_path, result):
     with closing(Archive(tmp_path / "archive.sqlite")) as archive:
-        for candidate in _candidates():
-            archive.add(candidate)
+        _fill(archive)
     (tmp_path / "result.json").write_text(json.dumps(result))
     return tmp_path
 
@@ -108,6 +116,9 @@ def test_page_says_what_there_is_to_say(folder):
     assert "jdkd search --base &#x27;a folder&#x27;" in text
     assert "prune 20 % of &lt;inner&gt; &amp; FPN, taught by 3x1 4x1 6x0.5 3x0.5" in text
     assert "0.600 (0.590–0.612)" in text and "12.0 / 13.2 / 16.8" in text
+    where = "of data/instances_val2017.json in data/val2017"
+    assert f"chose on 50 images with 120 boxes {where} (half, the lower SHA-256 of image files)" in text
+    assert f"result below is of 51 images with 130 boxes {where} (half, the higher SHA-256" in text
 
 
 def test_report_leaves_the_archive_alone_and_can_be_written_again(folder):
@@ -142,7 +153,7 @@ def test_table_fits_a_terminal_and_tells_the_target(result):
         console.print(result_table(result))
         text = console.export_text()
     assert "0.600 (0.590–0.612)" in text and "misses the 0.53" in text
-    assert "control_single" in text
+    assert "control_single" in text and "Scores on 51 images, chosen on 50 others" in text
     assert result_table({"base": result["base"]}).row_count == 1
 
 

@@ -1,5 +1,6 @@
 """The archive: append-only, whole after a crash, and the front it holds."""
 
+import json
 import sqlite3
 from contextlib import closing
 
@@ -7,58 +8,79 @@ import pytest
 
 from jdkd.errors import InputError
 from jdkd.pool import Subnet
-from jdkd.search import Archive, Candidate, Cycle, pareto_front
-from jdkd.search.loop import fitness
-from jdkd.search.outcome import choose
+from jdkd.search import Archive, Cycle
+from jdkd.search.timing import pooled
 from tests.detectors import small_spec
-
-
-def candidate(number=0, *, map=0.4, ratio=1.0, parent=None, **changes) -> Candidate:
-    known = {
-        "number": number, "id": f"{number:03d}", "parent": parent, "kind": "morph", "action": "prune", "map": map,
-        "teacher": Subnet((2, 2, 2, 2), (1.0, 0.5, 1.0, 1.0)), "spec": small_spec(), "feature_channels": (0, 3),
-        "map50": 0.6, "latency_p50": 20.0, "latency_ratio": ratio, "latency_samples": (19.5, 20.5), "steps": 5,
-        "lineage_steps": 5, "cycles": (Cycle(5, 0, 10, 1e-3),), "params": 7, "gmacs": 0.5, "seconds": 1.0,
-    }  # fmt: skip
-    return Candidate(**known | changes)
+from tests.search.rows import known, timing
 
 
 def test_what_goes_in_comes_out_after_reopening(tmp_path):
-    rows = [candidate(0, teacher=None, cycles=()), candidate(1, parent="000")]
     with closing(Archive(tmp_path / "a.sqlite")) as archive:
-        for row in rows:
-            archive.add(row)
+        base = archive.add(timing(), **known(0, teacher=None, cycles=()))
+        child = archive.add(timing(), **known(1, parent="000"))
+        rows = [base, child]
+        assert archive.candidates == rows
     with closing(Archive(tmp_path / "a.sqlite")) as again:
         assert again.candidates == rows
         assert again.lineage(rows[1]) == rows
+    assert child.cycles == (Cycle(5, 0, 10, 1e-3),) and child.teacher == Subnet((2, 2, 2, 2), (1.0, 0.5, 1.0, 1.0))
 
 
 def test_a_number_is_archived_once(tmp_path):
     with closing(Archive(tmp_path / "a.sqlite")) as archive:
-        archive.add(candidate(1))
+        archive.add(timing(), **known(1))
         with pytest.raises(sqlite3.IntegrityError):
-            archive.add(candidate(1))
-        assert len(archive) == 1
+            archive.add(timing(), **known(1))
+        assert len(archive) == len(archive.timings(small_spec().id)) == 1, "neither the row nor its timing is kept"
+
+
+def test_equal_architectures_have_equal_ratios_whatever_their_own_timing_said(tmp_path):
+    first, second = timing((7.0, 6.8)), timing((6.4, 6.2))
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
+        archive.add(first, **known(1))
+        other = archive.add(timing((5.0, 5.0), spec_id="other"), **known(2, spec_id="other"))
+        archive.add(second, **known(3))
+        one, unlike, two = archive.candidates
+        both = pooled([first, second]).ratio
+        assert one.latency_ratio == two.latency_ratio == both.value and one.latency_interval == both.interval
+        assert unlike == other
+    with closing(sqlite3.connect(tmp_path / "a.sqlite")) as raw:
+        ratios = raw.execute("SELECT latency_ratio FROM candidates WHERE number != 2").fetchall()
+        assert ratios == [(both.value,)] * 2
+        kept = raw.execute(
+            "SELECT samples, base_samples FROM timings WHERE spec_id != 'other' ORDER BY number"
+        ).fetchall()
+    assert [tuple(map(tuple, map(json.loads, row))) for row in kept] == [
+        (t.samples, t.base_samples) for t in (first, second)
+    ]
+
+
+def test_a_later_timing_brings_every_row_of_its_architecture_up_to_date(tmp_path):
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
+        for number in (1, 2):
+            archive.add(timing((7.0, 7.0)), **known(number))
+        latency = archive.add_timing(timing((5.0,) * 40, (10.0,) * 40, stage="long"))
+        shown = archive.candidates
+    assert {c.latency_ratio for c in shown} == {latency.ratio.value} == {0.5}
+    with closing(Archive(tmp_path / "a.sqlite")) as again:
+        assert again.candidates == shown
+
+
+def test_timings_of_two_machines_are_not_pooled(tmp_path):
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
+        archive.add(timing((9.0, 9.0)), **known(1))
+        archive.add_timing(timing((5.0, 5.0), device_name="another"))
+        assert archive.candidates[0].latency_ratio == 0.5
+
+
+def test_an_archive_of_an_earlier_version_is_refused_with_a_sentence(tmp_path):
+    with closing(sqlite3.connect(tmp_path / "a.sqlite")) as old:
+        old.execute("CREATE TABLE candidates (number INTEGER PRIMARY KEY, latency_ratio REAL, latency_samples TEXT)")
+    with pytest.raises(InputError, match=r"another version of jdkd \(format 1, here 2\).*another folder"):
+        Archive(tmp_path / "a.sqlite")
 
 
 def test_a_file_that_is_no_archive_is_refused(tmp_path):
     (tmp_path / "a.sqlite").write_text("no database, but long enough to be read as the header of one " * 4)
     with pytest.raises(InputError, match="no archive of a search"):
         Archive(tmp_path / "a.sqlite")
-
-
-def test_the_front_holds_what_nothing_beats():
-    a, b, c, d = (
-        candidate(0, map=0.40, ratio=1.0),
-        candidate(1, map=0.38, ratio=0.8),
-        candidate(2, map=0.37, ratio=0.9),
-        candidate(3, map=0.41, ratio=1.1),
-    )
-    assert pareto_front([a, b, c, d]) == [b, a, d]
-
-
-def test_the_student_is_the_best_that_meets_the_target_or_the_fastest():
-    slow, fast, faster = (candidate(i, map=m, ratio=r) for i, (m, r) in enumerate(((0.5, 0.9), (0.4, 0.7), (0.3, 0.6))))
-    assert choose([slow, fast, faster], target=0.8) is fast
-    assert choose([slow, fast, faster], target=0.5) is faster
-    assert fitness(fast, 0.7) == fast.map and fitness(slow, 0.7) < slow.map

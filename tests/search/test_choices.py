@@ -1,5 +1,6 @@
 """How a search chooses: proposals, timings under a burst of other work, teachers."""
 
+import math
 import random
 from types import SimpleNamespace
 
@@ -8,12 +9,12 @@ import torch
 from torch import nn
 
 from jdkd.distill import correlations
-from jdkd.latency import Latency, LatencyReport, ModelLatency
-from jdkd.pool import Member, Space, Subnet
-from jdkd.search import matching, screening
-from jdkd.search.screening import HEADROOM, Proposal
-from jdkd.search.setting import Setting
+from jdkd.pool import ScoredSubnet, Space, Subnet
+from jdkd.search import matching, pareto_front, screening
+from jdkd.search.choice import choose, contender, fitness
+from jdkd.search.screening import TARGET_MARGIN, Proposal
 from tests.detectors import detector, small_spec
+from tests.search.rows import candidate, timing
 
 
 def proposal(similarity: float, ratio: float) -> Proposal:
@@ -21,18 +22,10 @@ def proposal(similarity: float, ratio: float) -> Proposal:
 
 
 def test_below_the_aim_only_kept_features_count():
-    aim = HEADROOM * 0.8
-    assert proposal(0.9, aim).worth(0.8) == 0.9 == proposal(0.9, 0.3).worth(0.8)
-    assert proposal(0.8, 0.7).worth(0.8) > proposal(1.0, 1.0).worth(0.8), "an unchanged student is not worth training"
-    assert proposal(0.9, 0.9).worth(0.8) < proposal(0.9, 0.85).worth(0.8)
-
-
-def test_a_burst_of_other_work_does_not_decide_a_timing():
-    quiet = {"base": [10.0] * 10, "student": [8.0] * 10}
-    disturbed = {"base": [10.0] * 10, "student": [8.0] * 4 + [50.0] * 6}
-    for samples in (quiet, disturbed):
-        models = {name: ModelLatency(end_to_end=Latency(tuple(times))) for name, times in samples.items()}
-        assert Setting.quiet_ratio(LatencyReport(models, {}, {}), "student") == pytest.approx(0.8)
+    aim = TARGET_MARGIN * 0.8
+    assert proposal(0.9, aim).score(0.8) == 0.9 == proposal(0.9, 0.3).score(0.8)
+    assert proposal(0.8, 0.7).score(0.8) > proposal(1.0, 1.0).score(0.8), "an unchanged student is not worth training"
+    assert proposal(0.9, 0.9).score(0.8) < proposal(0.9, 0.85).score(0.8)
 
 
 def test_the_parent_looks_once_for_all_proposals(monkeypatch):
@@ -48,43 +41,106 @@ def test_the_parent_looks_once_for_all_proposals(monkeypatch):
     monkeypatch.setattr(screening, "correlations", compared)
     parent.backbone.register_forward_hook(lambda *state: looks.append(state))
     config = SimpleNamespace(proposals=3, resolutions=(0.5, 1.0), target_latency=0.8)
-    setting = SimpleNamespace(
-        config=config, base=parent, probe=lambda: iter(probe), calibrated=nn.Module.eval, timed=lambda models: None,
-        quiet_ratio=lambda report, name: 0.5, progress=lambda *state: None,
+    context = SimpleNamespace(
+        config=config, base=parent, probe=lambda: iter(probe), calibrated=nn.Module.eval,
+        timed=lambda models: {spec_id: timing((5.0, 5.0), spec_id=spec_id) for spec_id in models},
+        progress=lambda *state: None,
     )  # fmt: skip
-    chosen = screening.screen(parent, setting, random.Random(0))
+    chosen = screening.screen(parent, {}, context, random.Random(0))
     assert len(looks) == len(probe)
     assert found == expected and len(found) == 3
     assert chosen.similarity == max(1 - sum(r.values()) / len(r) for r in found) > 0
 
 
+def test_an_architecture_that_the_search_knows_is_not_timed_again(monkeypatch):
+    one, same, other = small_spec(), small_spec(), small_spec(fpn=8)
+    drawn = [Proposal(f"{i}", SimpleNamespace(spec=spec), (), 0.9) for i, spec in enumerate((one, same, other))]
+    monkeypatch.setattr(screening, "_propose", lambda *given: drawn[len(done)])
+    monkeypatch.setattr(screening, "pyramids", lambda *given: None)
+    done, timed = [], []
+
+    def measured(models):
+        timed.append(list(models))
+        return {spec_id: timing((9.0, 9.0), spec_id=spec_id) for spec_id in models}
+
+    context = SimpleNamespace(
+        config=SimpleNamespace(proposals=3, target_latency=0.8), probe=lambda: None, timed=measured,
+        progress=lambda *state: done.append(state),
+    )  # fmt: skip
+    assert screening.screen(None, {other.id: 0.7}, context, None).latency_ratio == 0.7
+    assert timed == [[one.id]]
+    done.clear()
+    assert screening.screen(None, {one.id: 0.9, other.id: 0.7}, context, None).action == "2"
+    assert len(timed) == 1
+
+
+def test_a_proposal_whose_features_are_no_numbers_is_never_chosen():
+    assert max((proposal(math.nan, 0.5), proposal(-1.0, 2.0)), key=lambda p: p.score(0.8)).similarity == -1.0
+
+
 @pytest.fixture
 def pool():
     """Three scored teachers and the memory of what else was scored."""
-    space = Space.around(small_spec())
+    space = Space.from_base(small_spec())
     smaller = Subnet(space.smallest.depths, (space.widths[0], *space.widths[-1:] * 3))
-    members = [Member(s, map, 1, 0.2) for s, map in ((space.everything, 0.6), (smaller, 0.55), (space.smallest, 0.4))]
+    members = [
+        ScoredSubnet(s, map, 1, 0.2) for s, map in ((space.largest, 0.6), (smaller, 0.55), (space.smallest, 0.4))
+    ]
 
     def score(subnet, base, selection):
-        return Member(subnet, 0.1, 1, 0.2)
+        return ScoredSubnet(subnet, 0.1, 1, 0.2)
 
     return SimpleNamespace(space=space, members=members, teacher=lambda subnet: subnet, score=score)
 
 
-def matched(pool, student_map: float, correlation: dict[Subnet, float], monkeypatch) -> Subnet:
+def matched(pool, student_map, correlation, monkeypatch, present=None) -> tuple[Subnet, str]:
     def distances(student, teacher, probe, channels):
         return {4: 1 - correlation.get(teacher, 0.5), 8: 1 - correlation.get(teacher, 0.5)}
 
     monkeypatch.setattr(matching, "correlations", distances)
-    setting = SimpleNamespace(base=None, selection=None, progress=lambda *state: None, probe=lambda: iter(()))
-    return matching.match(None, student_map, (0,), pool.space.everything, pool, setting, random.Random(0))
+    context = SimpleNamespace(
+        base=None, selection=SimpleNamespace(dataset=None), progress=lambda *state: None, probe=lambda: iter(())
+    )
+    present = present or pool.space.largest
+    return matching.match(None, student_map, (0,), present, pool, context, random.Random(0))
 
 
 def test_the_teacher_that_is_ahead_and_speaks_the_language_is_chosen(pool, monkeypatch):
     best, second, third = (member.subnet for member in pool.members)
-    assert matched(pool, 0.3, {}, monkeypatch) == best
-    assert matched(pool, 0.3, {best: 0.1, second: 0.9}, monkeypatch) == second
-    assert matched(pool, 0.39, {best: 0.0, second: 0.0, third: 0.9}, monkeypatch) == third
+    assert matched(pool, 0.3, {}, monkeypatch) == (best, f"stay with {best}")
+    assert matched(pool, 0.3, {best: 0.1, second: 0.9}, monkeypatch) == (second, f"learn from {second}")
+    assert matched(pool, 0.39, {best: 0.0, second: 0.0, third: 0.9}, monkeypatch)[0] == third
+
+
+@pytest.mark.parametrize("student_map", [0.6, 0.7, 1.0])
+@pytest.mark.parametrize("relation", [0.9, 0.05, 0.0, -0.9])
+def test_once_no_teacher_is_ahead_the_present_one_stays(pool, student_map, relation, monkeypatch):
+    best, second, third = (member.subnet for member in pool.members)
+    for present in (best, second, third):
+        chosen, action = matched(pool, student_map, {third: relation}, monkeypatch, present)
+        assert chosen == present and action == f"stay with {present}, no related teacher is ahead"
+
+
+@pytest.mark.parametrize("unrelated", [0.0, -0.8, math.nan])
+def test_a_teacher_that_is_ahead_but_unrelated_is_not_chosen(pool, unrelated, monkeypatch):
+    best, second, third = (member.subnet for member in pool.members)
+    assert matched(pool, 0.3, {best: unrelated, second: 0.01, third: unrelated}, monkeypatch, third)[0] == second
+    everywhere = dict.fromkeys((best, second, third), unrelated)
+    assert matched(pool, 0.3, everywhere, monkeypatch, third)[0] == third
+
+
+@pytest.mark.parametrize("score", [-1.0, math.nan])
+def test_a_teacher_without_a_score_is_not_chosen(pool, score, monkeypatch):
+    best, second, _ = (member.subnet for member in pool.members)
+    pool.members[0] = ScoredSubnet(best, score, 1, 0.2)
+    assert matched(pool, 0.3, {best: 0.99}, monkeypatch)[0] == second
+
+
+def test_of_teachers_that_promise_the_same_the_present_one_stays(pool, monkeypatch):
+    subnets = [member.subnet for member in pool.members]
+    pool.members = [ScoredSubnet(subnet, 0.6, 1, 0.2) for subnet in subnets]
+    for present in subnets:
+        assert matched(pool, 0.3, {}, monkeypatch, present)[0] == present
 
 
 def test_neighbours_that_were_scored_are_remembered(pool, monkeypatch):
@@ -93,3 +149,48 @@ def test_neighbours_that_were_scored_are_remembered(pool, monkeypatch):
     fresh = pool.members[before:]
     assert 1 <= len(fresh) <= matching.NEIGHBOURS
     assert len({member.subnet for member in pool.members}) == len(pool.members)
+
+
+def test_the_front_holds_what_nothing_beats():
+    a, b, c, d = (
+        candidate(0, map=0.40, ratio=1.0),
+        candidate(1, map=0.38, ratio=0.8),
+        candidate(2, map=0.37, ratio=0.9),
+        candidate(3, map=0.41, ratio=1.1),
+    )
+    assert pareto_front([a, b, c, d]) == [b, a, d]
+
+
+def test_the_student_is_the_best_that_meets_the_target_or_the_fastest():
+    slow, fast, faster = (candidate(i, map=m, ratio=r) for i, (m, r) in enumerate(((0.5, 0.9), (0.4, 0.7), (0.3, 0.6))))
+    assert choose([slow, fast, faster], target=0.8) is fast
+    assert choose([slow, fast, faster], target=0.5) is faster
+    assert fitness(fast, 0.7) == fast.map and fitness(slow, 0.7) < slow.map
+
+
+def test_of_one_architecture_the_better_is_the_student():
+    worse, better = candidate(1, map=0.3, ratio=0.9), candidate(2, map=0.4, ratio=0.9)
+    for target in (0.95, 0.5):
+        assert choose([worse, better], target) is choose([better, worse], target) is better
+        assert pareto_front([worse, better]) == [better]
+
+
+def test_whoever_may_be_the_student_is_timed_at_length_before_one_is_chosen():
+    slow = candidate(1, map=0.6, ratio=0.95, interval=(0.9, 1.0))
+    near = candidate(2, map=0.5, ratio=0.83, interval=(0.78, 0.88))
+    sure, worse = candidate(3, map=0.4, ratio=0.6), candidate(4, map=0.3, ratio=0.5)
+    students, timed = [worse, sure, near, slow], set()
+    assert contender(students, 0.8, timed) is near, "by its interval it may meet the target"
+    assert contender(students, 0.8, timed | {near.spec_id}) is sure, "it does not, and the next one may"
+    assert contender(students, 0.8, timed | {near.spec_id, sure.spec_id}) is None
+    met = candidate(2, map=0.5, ratio=0.79, interval=(0.785, 0.795))
+    assert contender([worse, sure, met, slow], 0.8, {met.spec_id}) is None
+    assert choose([worse, sure, met, slow], 0.8) is met
+
+
+def test_where_no_one_meets_the_target_the_fastest_is_timed_at_length():
+    slow, fast = candidate(1, map=0.6, ratio=0.95), candidate(2, map=0.5, ratio=0.9)
+    assert contender([slow, fast], 0.5, set()) is fast
+    assert contender([slow, fast], 0.5, {fast.spec_id}) is None
+    slower = candidate(2, map=0.5, ratio=0.97)
+    assert contender([slow, slower], 0.5, {slower.spec_id}) is slow, "at length it was not the fastest"

@@ -2,126 +2,217 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from jdkd.data import resolve_splits, write_digit_scenes
+from jdkd.data import Split
 from jdkd.detect import load, save
 from jdkd.errors import InputError
-from jdkd.search import SearchConfig, plan, search
-from jdkd.search.archive import ARCHIVE
+from jdkd.latency.clock import environment
+from jdkd.notices import Notice
+from jdkd.run_folder import RunFolder
+from jdkd.search import plan, search
+from jdkd.search.archive import ARCHIVE, Archive
+from jdkd.search.loop import TEACHERS
 from tests.detectors import detector, small_spec
+from tests.search.small_search import config_of, make_steady, steady_measure
 
-DIGITS = tuple(str(digit) for digit in range(10))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("search")
-    write_digit_scenes(folder / "data", train=16, val=4, size=64, seed=0)
-    save(folder / "base", detector(small_spec(classes=DIGITS)))
-    return folder
-
-
-def config_of(folder, out, **changes) -> SearchConfig:
-    train, val = resolve_splits(folder / "data")
-    small = SearchConfig(
-        folder / "base", train, val, out, target_latency=0.95, steps=40, candidates=2, proposals=2, batch_size=2,
-        lr=1e-4, latency_rounds=2, latency_seconds=0.0,
-    )  # fmt: skip
-    return replace(small, **changes)
+pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
+DECIDED = "number, id, parent, kind, action, teacher, spec, map, map50, latency_ratio, lineage_steps, cycles"
 
 
 @pytest.fixture(scope="module")
 def finished(folder):
     """Folder and result of a search that ran to its end, and what it told of its progress."""
     told = set()
-    result = search(config_of(folder, folder / "out"), lambda what, done, total, values: told.add(what))
+    with pytest.MonkeyPatch.context() as patch:
+        make_steady(patch)
+        result = search(config_of(folder, folder / "out"), lambda what, *state: told.add(what))
     return folder / "out", result, told
 
 
-def archived(out, columns="*") -> list[tuple]:
+def archived(out, columns=DECIDED) -> list[tuple]:
     with closing(sqlite3.connect(out / ARCHIVE)) as archive:
-        return archive.execute(f"SELECT {columns} FROM candidates").fetchall()
+        return archive.execute(f"SELECT {columns} FROM candidates ORDER BY number").fetchall()
 
 
 def test_a_search_leaves_a_student_a_result_and_an_archive(folder, finished):
     out, result, told = finished
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
-    budget = plan(config_of(folder, out), 14)
-    for name in ("base", "control", "control_single", "student"):
-        row = result[name]
-        assert {"map", "map50", "latency_ms", "params", "gmacs", "train_steps"} <= row.keys()
-        assert row["latency_ms"]["p50"] <= row["latency_ms"]["p90"] <= row["latency_ms"]["p99"]
-        assert row["latency_ratio_interval"][0] <= row["latency_ratio"] <= row["latency_ratio_interval"][1]
-    assert (
-        result["control"]["train_steps"] == result["student"]["train_steps"] == result["control_single"]["train_steps"]
-    )
-    assert result["target_met"] is (result["student"]["latency_ratio"] <= 0.95)
-    student = load(out / "student")
-    rows = (
-        sqlite3.connect(out / ARCHIVE)
-        .execute("SELECT number, kind, parent, steps, spec, id FROM candidates")
-        .fetchall()
-    )
-    assert [row[:2] for row in rows] == [(0, "base"), (1, "morph"), (2, "teacher")]
-    assert [row[3] for row in rows] == [0, budget.per_candidate, budget.per_candidate]
-    assert student.spec.to_json(indent=None) in [row[4] for row in rows if row[5] == result["student_id"]]
+    budget = plan(config_of(folder, out), 12)
+    steps = {name: result[name]["train_steps"] for name in ("base", "control", "control_single", "student")}
+    assert steps.pop("base") == 0 and len(set(steps.values())) == 1
+    rows = archived(out, "number, kind, steps, spec, id")
+    assert [row[:3] for row in rows] == [
+        (0, "base", 0), (1, "morph", budget.per_candidate), (2, "teacher", budget.per_candidate)
+    ]  # fmt: skip
+    (spec,) = [row[3] for row in rows if row[4] == result["student_id"]]
+    assert load(out / "student").spec.to_json(indent=None) == spec
     assert {"pool: largest", "pool: full", "screening students", "control", "timing"} <= told
     assert not list(out.glob("candidates/*/training")), "what only a resume needs is cleared away"
+    assert result["command"] == "jdkd search --base 'a folder'"
+    assert RunFolder(out).read()["finished"]
 
 
-RUN = """
-import sys
-from pathlib import Path
-from dataclasses import replace
-sys.path.insert(0, {root!r})
-from tests.search.test_search import config_of
-from jdkd.search import search
-folder = Path({folder!r})
-def tell(what, done, total, values):
-    print(what, done, flush=True)
-search(config_of(folder, folder / "killed", resume={resume}), tell)
-"""
+def test_the_result_the_archive_and_the_target_know_one_ratio(finished):
+    out, result, _ = finished
+    with closing(Archive(out / ARCHIVE)) as archive:
+        (student,) = (one for one in archive.candidates if one.id == result["student_id"])
+        timings = archive.timings(student.spec_id)
+        assert all(
+            len(t.samples) == len(t.base_samples) for one in archive.candidates for t in archive.timings(one.spec_id)
+        )
+    told, base = result["student"], result["base"]
+    assert told["latency_ratio"] == student.latency_ratio
+    assert told["latency_ratio_interval"] == list(student.latency_interval)
+    assert told["latency_ratio"] == pytest.approx(told["latency_ms"]["p50"] / base["latency_ms"]["p50"])
+    assert result["target_met"] is (student.latency_ratio <= 0.95)
+    assert [t.stage for t in timings].count("long") == 1, "who is chosen was timed at length, once"
+    assert base["latency_ratio"] == result["control"]["latency_ratio"] == result["control_single"]["latency_ratio"] == 1
+    assert "architecture" in result["latency_ratio_is"]
 
 
-def start(folder, resume: bool) -> subprocess.Popen:
-    root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
-    code = RUN.format(root=root, folder=str(folder), resume=resume)
+def test_what_selects_and_what_reports_are_named_and_disjoint(folder, finished):
+    out, result, _ = finished
+    selection, report = result["selection"], result["report"]
+    assert selection["images"] == report["images"] == 3 and selection["boxes"] > 0 < report["boxes"]
+    assert selection["annotations"] == report["annotations"] == str(config_of(folder, out).val.annotations)
+    assert selection["fingerprint"] != report["fingerprint"]
+    pool = json.loads((out / "pool" / "pool.json").read_text())
+    assert pool["scored_on"] == selection["fingerprint"], "teachers are scored on the images that students are"
+    identity = RunFolder(out).read()["identity"]["data"]
+    assert pool["trained_on"] == identity["train"] not in (selection["fingerprint"], report["fingerprint"])
+
+
+def test_a_killed_search_resumes_and_reaches_the_same_archive(folder, finished, steady):
+    out, root = folder / "killed", Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.search.small_search", str(folder), str(out)]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core would spin
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=alone)
-
-
-def test_a_killed_search_resumes_and_archives_every_candidate_once(folder):
-    with start(folder, resume=False) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone, cwd=root) as process:
         for line in process.stdout:
             if line.startswith("candidate 2"):
                 break
         process.send_signal(signal.SIGKILL)
-    before = archived(folder / "killed")
-    assert [row[0] for row in before] == [0, 1]
-    assert not (folder / "killed" / "result.json").exists()
-    with start(folder, resume=True) as process:
-        lines = process.stdout.read().splitlines()
-    assert process.returncode == 0
-    assert not any(line.startswith(("pool: largest", "candidate 1:")) for line in lines), "nothing finished is redone"
-    after = archived(folder / "killed")
-    assert after[:2] == before and [row[0] for row in after] == [0, 1, 2]
-    assert (folder / "killed" / "result.json").exists()
+    before, told = archived(out), []
+    assert [row[0] for row in before] == [0, 1] and not (out / "result.json").exists()
+    search(config_of(folder, out, resume=True), lambda what, *state: told.append(what))
+    assert not any(what.startswith(("pool: ", "candidate 1:")) for what in told), "nothing finished is redone"
+    assert archived(out)[:2] == before
+    assert archived(out) == archived(finished[0])
 
 
-def test_a_finished_pool_serves_another_search(folder, finished):
-    pool, out = finished[0] / "pool", folder / "again"
-    before = (pool / "pool.json").stat().st_mtime_ns
-    result = search(config_of(folder, out, teacher_pool=pool, seed=1, steps=12))
+def test_a_search_interrupted_again_and_again_reaches_the_same_archive(folder, finished, steady):
+    out, config = folder / "interrupted", config_of(folder, folder / "interrupted", resume=True)
+    moments = ("pool: largest", "pool: scoring", "screening students", "candidate 1", "candidates", "scoring teachers")
+    for moment in (*moments, "timing", "control", "scoring"):
+
+        def stop(what, *state, moment=moment):
+            if what.startswith(moment):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            search(config, stop)
+        assert RunFolder(out).read()["finished"] is None and not (out / "result.json").exists()
+    result = search(config)
+    assert archived(out) == archived(finished[0])
+    for name in ("base", "control", "control_single", "student"):
+        assert result[name] == finished[1][name]
+
+
+def test_a_result_that_is_broken_is_named(folder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "result.json").write_text("{")
+    with pytest.raises(InputError, match=r"result\.json is not JSON.*remove it and resume"):
+        search(config_of(folder, tmp_path / "out", resume=True))
+
+
+def test_renamed_folders_are_the_same_search(folder, finished, tmp_path):
+    there = tmp_path / "elsewhere"
+    for name in ("data", "base", "out"):
+        shutil.copytree(folder / name, there / name)
+    shutil.move(there / "base", tmp_path / "another name")
+    config = config_of(there, there / "out", base=tmp_path / "another name", workers=3, resume=True)
+    told = []
+    again = search(config, lambda what, *state: told.append(what))
+    assert not [what for what in told if not what.startswith("check ")], "data are looked at, and nothing is done"
+    assert again == json.loads(json.dumps(finished[1]))
+
+
+def test_the_device_is_where_a_search_runs_and_not_what_it_is(context):
+    identity, where = context.identity(), context.where()
+    assert "device" not in json.dumps(identity) and where["device"] == "cpu"
+    moved = replace(context, config=replace(context.config, device="cuda:1"))
+    assert moved.identity() == identity and moved.where() != where
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": 7}, "seed was 0 and is 7"),
+        ({"proposals": 5}, "proposals was 2 and is 5"),
+        ({"feature_weight": 1.0}, "feature_weight was 6.0 and is 1.0"),
+    ],
+)
+def test_another_search_is_refused_in_its_folder(folder, finished, changes, says):
+    before = (finished[0] / "run.json").read_bytes()
+    with pytest.raises(InputError, match="already holds a run"):
+        search(config_of(folder, finished[0], **changes))
+    with pytest.raises(InputError, match=says):
+        search(config_of(folder, finished[0], resume=True, **changes))
+    assert (finished[0] / "run.json").read_bytes() == before
+
+
+def test_other_weights_or_images_are_another_search(folder, finished, tmp_path):
+    save(tmp_path / "base", detector(load(folder / "base").spec, seed=1))
+    with pytest.raises(InputError, match=r"base\.weights was"):
+        search(config_of(folder, finished[0], resume=True, base=tmp_path / "base"))
+    val = config_of(folder, finished[0]).val
+    content = json.loads(val.annotations.read_text())
+    content["annotations"].pop()
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"data\.(report|selection) was"):
+        search(config_of(folder, finished[0], resume=True, val=Split(val.images, tmp_path / "val.json")))
+
+
+def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, finished, steady, monkeypatch):
+    out = folder / "moved"
+    shutil.copytree(finished[0], out)
+    (out / "result.json").unlink()
+    monkeypatch.setattr("jdkd.search.context.environment", lambda device: environment(device) | {"device_name": "new"})
+    measured = []
+
+    def measure(models, images, **options):
+        measured.append(set(models))
+        report = steady_measure(models, images, **options)
+        return replace(report, environment=report.environment | {"device_name": "new"})
+
+    monkeypatch.setattr("jdkd.search.context.measure", measure)
+    with pytest.warns(Notice, match="goes on on new.* timed again"):
+        result = search(config_of(folder, out, resume=True))
+    assert set.union(*measured) == {spec_id for (spec_id,) in archived(out, "spec_id")}
+    assert result["device"]["device_name"] == "new"
+
+
+def test_a_finished_pool_serves_another_search_and_is_scored_on_its_images(folder, finished, steady, tmp_path):
+    pool, out = finished[0] / "pool", tmp_path / "again"
+    before, whole = (pool / "pool.json").read_bytes(), config_of(folder, out).val
+    train = config_of(folder, out).train
+    config = config_of(folder, out, teacher_pool=pool, seed=1, steps=3, candidates=1, val=train, train=whole)
+    with pytest.warns(Notice, match="was trained on other data than"):
+        result = search(config)
     assert result["seed"] == 1 and not (out / "pool").exists()
-    assert (pool / "pool.json").stat().st_mtime_ns == before
+    assert (pool / "pool.json").read_bytes() == before
+    scores = [(teacher["subnet"], teacher["map"]) for teacher in json.loads((out / TEACHERS).read_text())]
+    known = [(member["subnet"], member["map"]) for member in json.loads(before)["members"]]
+    assert sorted(map(str, (s for s, _ in scores))) == sorted(map(str, (s for s, _ in known))) and scores != known
 
 
 @pytest.mark.parametrize(
@@ -131,6 +222,8 @@ def test_a_finished_pool_serves_another_search(folder, finished):
         ({"target_latency": 0.0}, r"must be in \(0, 1\], got 0.0"),
         ({"target_latency": 1.5}, "got 1.5"),
         ({"candidates": 0}, "candidates must be at least 1, got 0"),
+        ({"latency_rounds": 0}, "latency_rounds must be at least 1, got 0"),
+        ({"teacher_pool": Path("no pool")}, "holds no finished teacher pool"),
     ],
 )
 def test_a_search_that_cannot_be_planned_is_refused_before_anything_is_written(folder, tmp_path, changes, says):
@@ -139,10 +232,30 @@ def test_a_search_that_cannot_be_planned_is_refused_before_anything_is_written(f
     assert not (tmp_path / "out").exists()
 
 
+def test_a_val_without_boxes_to_select_on_is_refused_before_anything_is_written(folder, tmp_path):
+    val = config_of(folder, tmp_path).val
+    content = json.loads(val.annotations.read_text())
+    first = content["images"][0]["id"]
+    content["annotations"] = [record for record in content["annotations"] if record["image_id"] == first]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="6 images to select and to report on, 1 of them with a box"):
+        search(config_of(folder, tmp_path / "out", val=Split(val.images, tmp_path / "val.json")))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_base_of_other_classes_is_refused(folder, tmp_path):
     save(tmp_path / "base", detector(small_spec()))
     with pytest.raises(InputError, match=r"3 \(cat, dog, bird\).*10 \(0, 1, 2, 3, 4, ...\)"):
         search(config_of(folder, tmp_path / "out", base=tmp_path / "base"))
+
+
+def test_a_base_that_was_trained_on_other_images_is_said(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    (tmp_path / "base" / "run.json").write_text(
+        json.dumps({"kind": "train", "started": "today", "identity": {"data": {"train": "another"}}})
+    )
+    with pytest.warns(Notice, match="was trained on other data"), pytest.raises(InputError, match="too few"):
+        search(config_of(folder, tmp_path / "out", base=tmp_path / "base", steps=3))
 
 
 def test_the_budget_covers_pool_candidates_and_both_controls(folder):
@@ -153,14 +266,11 @@ def test_the_budget_covers_pool_candidates_and_both_controls(folder):
     assert plan(replace(config, teacher_pool=folder), 100).pool == 0
 
 
-def test_a_finished_search_is_read_and_not_measured_again(folder, finished):
-    out, result, _ = finished
-    before = (out / "result.json").stat().st_mtime_ns
-    again = search(config_of(folder, out, resume=True), lambda *state: pytest.fail("something was done"))
-    assert again == json.loads(json.dumps(result))
-    assert (out / "result.json").stat().st_mtime_ns == before
-
-
-def test_a_folder_that_holds_another_search_is_refused(folder, finished):
-    with pytest.raises(InputError, match="holds another search"):
-        search(config_of(folder, finished[0], seed=7))
+def test_the_folder_of_an_earlier_version_is_refused_with_a_sentence(folder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "run.json").read_text())
+    record["identity"] = {"data": {"train_images": "/a/b"}, "device": "cpu"}
+    del record["format"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"begun by another version of jdkd.*give another folder"):
+        search(config_of(folder, tmp_path / "old", resume=True))

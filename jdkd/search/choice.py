@@ -1,0 +1,53 @@
+"""Which candidate is worth a child, which ones may be the student, and which one is."""
+
+from collections.abc import Container, Sequence
+
+from jdkd.search.archive import Candidate
+
+LATENCY_EXPONENT = 2.0  # in a parent's fitness (the form is MnasNet's, Tan et al., CVPR 2019)
+
+
+def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other beats in mAP without being slower; fastest first."""
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.latency_ratio, -c.map)):
+        if not front or candidate.map > front[-1].map:
+            front.append(candidate)
+    return front
+
+
+def fitness(candidate: Candidate, target: float) -> float:
+    """mAP, reduced where the latency misses the target: what is too slow yet is worth little as a parent."""
+    return candidate.map * min(1.0, target / candidate.latency_ratio) ** LATENCY_EXPONENT
+
+
+def choose(candidates: Sequence[Candidate], target: float) -> Candidate:
+    """The best of those that meet the target latency, or the fastest where none does; of equals the faster, better."""
+    fast = [candidate for candidate in candidates if candidate.latency_ratio <= target]
+    if fast:
+        return max(fast, key=lambda c: (c.map, -c.latency_ratio))
+    return min(candidates, key=lambda c: (c.latency_ratio, -c.map))
+
+
+def contender(candidates: Sequence[Candidate], target: float, timed: Container[str]) -> Candidate | None:
+    """The next candidate that has to be timed at length before one can be chosen.
+
+    From the best mAP down, that is whoever may meet the target by the interval of its ratio, until one that was
+    timed at length does meet it; where none does, the fastest.
+
+    Args:
+        candidates: all that can be chosen.
+        target: wanted latency over the base's.
+        timed: ids of the architectures that were timed at length.
+
+    Returns:
+        The candidate, or None where :func:`choose` may decide.
+    """
+    for candidate in sorted(candidates, key=lambda c: (-c.map, c.latency_ratio)):
+        if candidate.spec_id in timed:
+            if candidate.latency_ratio <= target:
+                return None
+        elif min(candidate.latency_ratio, candidate.latency_interval[0]) <= target:
+            return candidate
+    fastest = choose(candidates, target)
+    return None if fastest.spec_id in timed else fastest

@@ -1,0 +1,176 @@
+"""What stays the same during a search: the base, the data and how they are divided."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jdkd.data import CocoDetectionDataset, batches
+from jdkd.detect import load
+from jdkd.detect.checkpoint import SPEC, WEIGHTS
+from jdkd.errors import InputError
+from jdkd.files import content_hash
+from jdkd.latency import QUICK, REPORTED, deployable, measure
+from jdkd.latency.clock import environment
+from jdkd.notices import say_once
+from jdkd.pool.elastic_pool import POOL
+from jdkd.run_folder import RunFolder
+from jdkd.search.config import SearchConfig
+from jdkd.search.selection import Part, divide
+from jdkd.search.timing import BRIEF, LONG, Timing, machine_of
+from jdkd.train import TrainConfig, calibrate_bn
+
+TIMING_IMAGES = 8
+PROBE_BATCHES = 3
+MATERIAL = (
+    *("target_latency", "steps", "candidates", "proposals", "batch_size", "lr", "amp", "seed"),
+    *("feature_weight", "head_weight", "resolutions"),
+)  # settings that make a search the one it is
+
+Progress = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, values
+
+
+@dataclass
+class SearchContext:
+    """The constants of a search.
+
+    Args:
+        config: what was asked for.
+        base: the base detector, on the device, in evaluation mode.
+        deployed_base: the base as it would be deployed; latencies are relative to it.
+        train: to train on.
+        selection, report: to select on and to report on; no image is in two of the three.
+        timing_images: what latency is measured with, uint8 ``[3, H, W]``.
+        progress: told what is going on.
+    """
+
+    config: SearchConfig
+    base: nn.Module
+    deployed_base: nn.Module
+    train: CocoDetectionDataset
+    selection: Part
+    report: Part
+    timing_images: list[Tensor]
+    progress: Progress
+
+    def probe(self) -> Iterator[Any]:
+        """A few training batches, always the same: for recalibration and for correlations."""
+        config = self.config
+        return batches(
+            self.train,
+            batch_size=config.batch_size,
+            steps=PROBE_BATCHES,
+            seed=config.seed,
+            device=config.device,
+        )
+
+    def calibrated(self, model: nn.Module) -> nn.Module:
+        """The model with recalibrated batch norms, in evaluation mode on the device."""
+        calibrate_bn(model.to(self.config.device), self.probe())
+        return model.eval()
+
+    def timed(self, detectors: Mapping[str, nn.Module], stage: str = BRIEF) -> dict[str, Timing]:
+        """One interleaved measurement of the base and of other architectures.
+
+        Args:
+            detectors: by the id of their architecture; one of the base's own is not timed, as its ratio is 1.
+            stage: how long.
+
+        Returns:
+            By the same ids, and the base's.
+        """
+        config, base = self.config, self.base.spec.id
+        models = {base: self.deployed_base}
+        models |= {spec_id: deployable(model) for spec_id, model in detectors.items() if spec_id != base}
+        schedule, rounds = vars(QUICK), config.latency_rounds
+        if stage == LONG:
+            schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
+            schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, config.latency_seconds)
+        measured = measure(
+            models,
+            self.timing_images,
+            device=config.device,
+            modes=("end_to_end",),
+            progress=(lambda *state: self.progress("timing", *state)) if stage == LONG else None,
+            **schedule | {"rounds": rounds},
+        )
+        samples = {name: model.end_to_end.samples for name, model in measured.models.items()}
+        return {name: Timing(name, stage, measured.environment, own, samples[base]) for name, own in samples.items()}
+
+    @property
+    def machine(self) -> str:
+        """Where the search runs now, as :attr:`Timing.machine` has it."""
+        return machine_of(environment(torch.device(self.config.device)))
+
+    def training(self, steps: int, seed: int, **changes: Any) -> TrainConfig:
+        """Settings of one training; ``seed`` tells the trainings of a search apart."""
+        config = self.config
+        settings = {"lr": config.lr, "flip": 0.5 if self.train.mirror_symmetric else 0.0, "checkpoint_every": 25}
+        settings |= {"batch_size": config.batch_size, "amp": config.amp, "workers": config.workers}
+        return TrainConfig(steps=steps, seed=1000 * config.seed + seed, **settings | changes)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed search must have in common with the first: what data, weights and settings are."""
+        config, pool = self.config, self.config.teacher_pool
+        parts = {"train": self.train, "selection": self.selection.dataset, "report": self.report.dataset}
+        return {
+            "base": {"spec": self.base.spec.id, "weights": content_hash(config.base / WEIGHTS)},
+            "teacher_pool": pool and content_hash(*(pool / name for name in (POOL, SPEC, WEIGHTS))),
+            "data": {name: dataset.fingerprint for name, dataset in parts.items()},
+            **{name: getattr(config, name) for name in MATERIAL},
+        }
+
+    def where(self) -> dict[str, Any]:
+        """Where data and base lie, and the device: for the record."""
+        config = self.config
+        splits = {"train": config.train, "val": config.val, "selection": config.selection}
+        data = {
+            f"{name}_{part}": str(getattr(split, part).resolve())
+            for name, split in splits.items()
+            if split is not None
+            for part in ("images", "annotations")
+        }
+        return {"data": data, "base": str(config.base.resolve()), "device": config.device}
+
+
+def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
+    """Loads the base and the data.
+
+    Raises:
+        InputError: one of them cannot be used, or they do not belong together.
+    """
+    base = load(config.base, config.device)
+    splits = {"training": config.train, "validation": config.val, "selection": config.selection}
+    opened = {name: CocoDetectionDataset(split) for name, split in splits.items() if split is not None}
+    for name, dataset in opened.items():
+        if dataset.classes != base.spec.classes:
+            raise InputError(
+                f"the base in {config.base} knows the classes {_short(base.spec.classes)}, the {name} data has "
+                f"{_short(dataset.classes)}; give the data that the base was made for."
+            )
+    train = opened["training"]
+    _say_if_trained_elsewhere(config.base, train)
+    selection, report = divide(train, opened["validation"], opened.get("selection"))
+    count = min(TIMING_IMAGES, len(selection.dataset))
+    images = [selection.dataset[i][0] for i in range(count)]
+    return SearchContext(config, base, deployable(base), train, selection, report, images, progress)
+
+
+def _say_if_trained_elsewhere(base: Path, train: CocoDetectionDataset) -> None:
+    """A base that was trained on other images may know those that select."""
+    known = None
+    with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
+        known = RunFolder(base).read()["identity"]["data"]["train"]
+    if known and known != train.fingerprint:
+        say_once(
+            f"by its {RunFolder(base).file.name} the base in {base} was trained on other data than "
+            f"{train.split.annotations}; if it saw images that select or report, its scores there flatter it."
+        )
+
+
+def _short(classes: tuple[str, ...]) -> str:
+    return f"{len(classes)} ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"

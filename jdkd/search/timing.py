@@ -1,0 +1,74 @@
+"""How fast an architecture is: every measurement of it in a search, pooled into one ratio to the base."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from jdkd.latency import Latency, Ratio, bootstrap_ratio, percentile
+
+BRIEF, LONG = "brief", "long"  # stages: every candidate is timed briefly, those that may be chosen at length
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measurement of an architecture in turn with the base.
+
+    Args:
+        spec_id: the architecture.
+        stage: :data:`BRIEF` or :data:`LONG`.
+        environment: device, threads and versions, as :mod:`jdkd.latency` reports them.
+        samples, base_samples: milliseconds end to end, two per round, in the order in which they were taken.
+    """
+
+    spec_id: str
+    stage: str
+    environment: dict[str, Any]
+    samples: tuple[float, ...]
+    base_samples: tuple[float, ...]
+
+    @property
+    def machine(self) -> str:
+        """Where it was taken; timings of two machines are not pooled."""
+        return machine_of(self.environment)
+
+
+def machine_of(environment: dict[str, Any]) -> str:
+    """What a latency depends on besides the model: processor or GPU, threads, torch."""
+    threads = [f"{environment['threads']} threads"] if environment["device"] == "cpu" else []
+    return ", ".join([environment["device_name"], *threads, f"torch {environment['torch']}"])
+
+
+@dataclass(frozen=True)
+class PooledLatency:
+    """What all measurements of one architecture say together.
+
+    Args:
+        own, base: times of the architecture and of the base, in ms.
+        ratio: of their medians, with its 95 % interval.
+    """
+
+    own: Latency
+    base: Latency
+
+    @cached_property
+    def ratio(self) -> Ratio:
+        return bootstrap_ratio(self.own.samples, self.base.samples)
+
+
+def pooled(timings: Sequence[Timing]) -> PooledLatency:
+    """The ratio of medians over all samples of one architecture on one machine.
+
+    For one measurement this is the ratio that :class:`jdkd.latency.LatencyReport` gives. Between two measurements a
+    machine's speed may drift, which hits base and student alike: each is scaled to the base's median in the latest.
+
+    Args:
+        timings: at least one, the latest last.
+    """
+    medians = [percentile(timing.base_samples, 50) for timing in timings]
+    scales = [medians[-1] / median for median in medians]
+
+    def scaled(name: str) -> Latency:
+        return Latency(tuple(ms * k for timing, k in zip(timings, scales, strict=True) for ms in getattr(timing, name)))
+
+    return PooledLatency(scaled("samples"), scaled("base_samples"))

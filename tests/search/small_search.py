@@ -1,0 +1,43 @@
+"""A joint search in miniature, and a clock that tells it the same every time."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from jdkd.data import resolve_splits
+from jdkd.latency import Latency, LatencyReport, ModelLatency
+from jdkd.latency.clock import environment
+from jdkd.search import SearchConfig, search
+
+
+def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
+    train, val = resolve_splits(folder / "data")
+    small = SearchConfig(
+        folder / "base", train, val, out, target_latency=0.95, steps=24, candidates=2, proposals=2, batch_size=2,
+        lr=1e-4, latency_rounds=2, latency_seconds=0.0, command=("jdkd", "search", "--base", "a folder"),
+    )  # fmt: skip
+    return replace(small, **changes)
+
+
+def steady_measure(models, images, *, device, rounds, progress=None, **schedule) -> LatencyReport:
+    """In place of :func:`jdkd.latency.measure`: time grows with parameters, so that equal searches choose alike."""
+    if progress:
+        progress(rounds, rounds, {})
+    times = {name: 10 + 1e-4 * sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    taken = {name: ModelLatency(end_to_end=Latency((time,) * 2 * rounds)) for name, time in times.items()}
+    return LatencyReport(taken, environment(torch.device(device)), {})
+
+
+def make_steady(patch) -> None:
+    """Latencies that depend on the architecture alone, and the least of what takes long."""
+    patch.setattr("jdkd.search.context.measure", steady_measure)
+    patch.setattr("jdkd.pool.shrinking.CALIBRATION_BATCHES", 1)
+    patch.setattr("jdkd.search.matching.NEIGHBOURS", 1)
+
+
+if __name__ == "__main__":  # a search in a process of its own, to be killed: says what it is at
+    make_steady(pytest.MonkeyPatch())
+    search(config_of(Path(sys.argv[1]), Path(sys.argv[2])), lambda *state: print(*state[:2], flush=True))

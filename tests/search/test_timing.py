@@ -1,0 +1,60 @@
+"""One estimator of latency: pooled by architecture, unmoved by drift."""
+
+import random
+
+import pytest
+import torch
+
+from jdkd.detect import build
+from jdkd.latency import Latency, LatencyReport, ModelLatency, percentile
+from jdkd.search.timing import BRIEF, LONG, pooled
+from tests.detectors import small_spec
+from tests.search.rows import timing
+
+
+def noisy(rng: random.Random, rounds=20, ratio=0.6, speed=1.0):
+    """A measurement under other work: now and then a call takes longer."""
+    base = [speed * 10 * (1 + rng.random() * (3 if rng.random() < 0.3 else 0.05)) for _ in range(2 * rounds)]
+    own = [speed * 10 * ratio * (1 + rng.random() * (3 if rng.random() < 0.3 else 0.05)) for _ in range(2 * rounds)]
+    return timing(own, base)
+
+
+def test_one_measurement_gives_the_ratio_that_is_published():
+    one = noisy(random.Random(0))
+    models = {"base": one.base_samples, "student": one.samples}
+    report = LatencyReport({n: ModelLatency(end_to_end=Latency(t)) for n, t in models.items()}, {}, {})
+    assert pooled([one]).ratio == report.ratio("student")
+
+
+def test_a_machine_that_is_slower_the_second_time_does_not_move_the_ratio():
+    slow, fast = timing((16.0,) * 6, (20.0,) * 6), timing((*[8.0] * 5, 17.0), (10.0,) * 6)
+    for order in ([slow, fast], [fast, slow]):  # as they stand, the medians of both together are 16 and 15
+        assert pooled(order).ratio.value == pytest.approx(0.8) == pooled(order).ratio.low
+        assert pooled(order).base.p50 == percentile(order[-1].base_samples, 50), "in ms of the latest measurement"
+
+
+def test_the_ratio_is_that_of_the_medians_that_stand_beside_it():
+    rng = random.Random(1)
+    latency = pooled([noisy(rng), noisy(rng, speed=2.5), noisy(rng, rounds=60)])
+    assert latency.own.n == latency.base.n == 200
+    assert latency.ratio.value == pytest.approx(latency.own.p50 / latency.base.p50, rel=1e-12)
+
+
+def test_pooling_narrows_the_spread():
+    rng, spread = random.Random(2), {}
+    for count in (1, 4):
+        found = [pooled([noisy(rng, speed=1 + rng.random()) for _ in range(count)]) for _ in range(40)]
+        spread[count] = torch.tensor([latency.own.p50 / latency.base.p50 for latency in found]).std()
+    assert spread[4] < 0.7 * spread[1]
+
+
+def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(context):
+    base, other = context.base.spec, small_spec(fpn=8)
+    timings = context.timed({base.id: build(base).eval(), other.id: build(other).eval()})
+    assert timings.keys() == {base.id, other.id} and {t.stage for t in timings.values()} == {BRIEF}
+    assert timings[base.id].samples == timings[base.id].base_samples == timings[other.id].base_samples
+    assert len(timings[other.id].samples) == 2 * context.config.latency_rounds
+    assert pooled([timings[base.id]]).ratio.interval == (1.0, 1.0)
+    assert {t.machine for t in timings.values()} == {context.machine}
+    at_length = context.timed({other.id: build(other).eval()}, LONG)[other.id]
+    assert at_length.stage == LONG and len(at_length.samples) == 5 * len(timings[other.id].samples)
