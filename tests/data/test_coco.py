@@ -122,6 +122,43 @@ def test_a_pickled_dataset_leaves_the_ground_truth_behind_and_rebuilds_it(tmp_pa
     assert set(pickle.loads(pickle.dumps(dataset)).coco.imgs) == {10, 11, 12}
 
 
+def test_the_fingerprint_is_of_what_the_data_are_and_not_of_where_they_lie(tmp_path):
+    def laid_out_otherwise(content):
+        content["annotations"].reverse()
+        content["images"].reverse()
+        content["info"] = {"year": 2017}
+
+    here, there = folders.write(tmp_path / "here"), folders.write(tmp_path / "there", laid_out_otherwise, name="train")
+    dataset = CocoDetectionDataset(here)
+    assert len(dataset.fingerprint) == 64
+    assert CocoDetectionDataset(there).subset([0, 1]).fingerprint == dataset.subset([0, 1]).fingerprint
+    assert pickle.loads(pickle.dumps(dataset)).fingerprint == dataset.fingerprint
+    assert dataset.subset([0, 1, 2]).fingerprint == dataset.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c["annotations"][0]["bbox"].__setitem__(2, 4.5),
+        lambda c: c["annotations"][0].update(category_id=7),
+        lambda c: c["annotations"][0].update(image_id=12),
+        lambda c: c["annotations"].pop(0),
+        lambda c: c["images"][0].update(width=25),
+        lambda c: c["images"][0].update(file_name="1.png"),
+        lambda c: c["categories"][0].update(name="sieben"),
+    ],
+)
+def test_another_box_label_name_size_or_class_is_another_fingerprint(tmp_path, change):
+    sound, changed = folders.write(tmp_path / "a"), folders.write(tmp_path / "b", change)
+    assert CocoDetectionDataset(changed).fingerprint != CocoDetectionDataset(sound).fingerprint
+
+
+def test_a_subset_has_a_fingerprint_of_its_own(tmp_path):
+    dataset = CocoDetectionDataset(folders.write(tmp_path))
+    found = [dataset.subset(rows).fingerprint for rows in ([0, 1, 2], [2, 1, 0], [0, 1], [2])]
+    assert len(set(found)) == 4
+
+
 @pytest.mark.parametrize(("info", "expected"), [({}, True), (None, True), ({"mirror_symmetric": False}, False)])
 def test_the_file_says_whether_its_classes_may_be_mirrored(tmp_path, info, expected):
     assert CocoDetectionDataset(folders.write(tmp_path, lambda c: c.update(info=info))).mirror_symmetric is expected
