@@ -21,7 +21,7 @@ def gradient(width=6, height=4):
 
 def read(path, width=6, height=4):
     """Pixels [height, width, 3] as read."""
-    return read_image(path, width, height).permute(1, 2, 0).numpy()
+    return read_image(path, (width, height)).permute(1, 2, 0).numpy()
 
 
 def test_rgb_is_read_as_it_is(tmp_path):
@@ -110,7 +110,7 @@ def test_it_is_shown_upright_where_both_sizes_agree(tmp_path):
 
 def test_another_size_than_annotated_is_refused_with_both(tmp_path):
     oriented(tmp_path / "a.png", gradient(6, 4), ROTATED)
-    with pytest.raises(InputError, match=r"a\.png is 4 x 6 pixels but its annotations say 5 x 4; correct"):
+    with pytest.raises(InputError, match=r"a\.png is 4 x 6 pixels but its annotations say 5 x 4; put the image"):
         read(tmp_path / "a.png", 5, 4)
 
 
@@ -122,7 +122,9 @@ def truncated(path):
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.gif", "a.webp"])
 def test_a_truncated_image_is_named(tmp_path, name):
     truncated(tmp_path / name)
-    with pytest.raises(InputError, match=rf"image .*/{name} cannot be read \(.*\): .*; replace it or remove it"):
+    with pytest.raises(
+        InputError, match=rf"image .*/{name} cannot be read \(.*\): .*; put a sound copy of it in its place"
+    ):
         read(tmp_path / name, 64, 64)
 
 
@@ -133,9 +135,12 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content):
         read(tmp_path / "a.png")
 
 
-def test_samples_without_a_range_are_refused(tmp_path):
-    Image.fromarray(np.zeros((4, 6), dtype=np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(InputError, match="floating-point samples"):
+@pytest.mark.parametrize("dtype", ["float32", "int32", "int16"])
+def test_samples_without_a_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.zeros((4, 6), dtype=dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(
+        InputError, match=r"a\.tiff has samples of 32 bits or with a sign .*; save it with 8 or 16 bits"
+    ):
         read(tmp_path / "a.tiff")
 
 
