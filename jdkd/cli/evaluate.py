@@ -38,9 +38,9 @@ class Eval:
 
         device = resolve_device(self.device)
         model = load(self.ckpt)
-        dataset = CocoDetectionDataset(self.source.split(self.split))
         cost = count(model)
         with Progress() as progress:
+            dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
             scores = evaluate(
                 deployable(model),
                 dataset,

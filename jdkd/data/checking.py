@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from jdkd.data.splits import Split
 
 Progress = Callable[[int, int], object]
 
+SEVERITIES = ("error", "repair", "warning")
 READERS = 8  # threads; most of their time is waiting for the disk
 
 
@@ -25,16 +27,36 @@ class Inspection:
     """What was found in a split.
 
     Attributes:
+        split: where it lies.
         annotations: the usable part of the annotations, or None.
         files: [N] where each of their images lies, relative to the images folder.
         digests: [N] of each file's bytes, where every image was decoded.
         problems: everything that is wrong, errors first.
     """
 
+    split: Split
     annotations: Annotations | None
     files: list[str]
     digests: list[bytes]
     problems: list[Problem]
+
+    @property
+    def summary(self) -> str:
+        """What the split holds and how much is wrong with it, in one line."""
+        wrong = count_by_severity(self.problems)
+        found = self.annotations
+        if found is None:
+            return f"nothing usable: {wrong}"
+        holds = f"{len(found.image_ids):,} images, {len(found.boxes):,} boxes, {len(found.classes)} classes"
+        return f"{holds}: {wrong or 'nothing wrong'}"
+
+
+def count_by_severity(problems: Sequence[Problem]) -> str:
+    """How many errors, repairs and warnings there are, in words."""
+    counts = Counter()
+    for problem in problems:
+        counts[problem.severity] += problem.count
+    return ", ".join(f"{counts[one]:,} {one}{'s' if counts[one] > 1 else ''}" for one in SEVERITIES if counts[one])
 
 
 def inspect_split(split: Split, *, decode: bool = False, progress: Progress | None = None) -> Inspection:
@@ -48,7 +70,7 @@ def inspect_split(split: Split, *, decode: bool = False, progress: Progress | No
     """
     annotations, problems = inspect_annotations(split.annotations)
     if annotations is None:
-        return Inspection(None, [], [], problems)
+        return Inspection(split, None, [], [], problems)
     listing = _Listing(split.images)
     files = [listing.find(name) for name in annotations.file_names]
     faults: dict[int, ImageFault] = {}
@@ -76,8 +98,63 @@ def inspect_split(split: Split, *, decode: bool = False, progress: Progress | No
                 progress(done, len(present))
     names = [name if file is None else file for name, file in zip(annotations.file_names, files, strict=True)]
     problems += _as_problems(split, names, faults)
+    problems += _same_bytes(split, names, digests)
     problems.sort(key=lambda problem: problem.severity != "error")
-    return Inspection(annotations, names, digests, problems)
+    return Inspection(split, annotations, names, digests, problems)
+
+
+def compare_splits(train: Inspection, val: Inspection) -> list[Problem]:
+    """What is wrong with two splits together: other classes, or images of one in the other.
+
+    Args:
+        train, val: as of :func:`inspect_split`, their images decoded.
+    """
+    if train.annotations is None or val.annotations is None:
+        return []
+    problems = []
+    classes = train.annotations.classes, val.annotations.classes
+    if classes[0] != classes[1]:
+        known = [f"{', '.join(names[:5])} ({len(names)})" for names in classes]
+        what = f"has the classes {known[1]}, the training data {known[0]}"
+        problems.append(
+            Problem("other classes", val.split.annotations, [0], lambda _: what, "give splits of one data set")
+        )
+    seen = {digest: name for name, digest in zip(train.files, train.digests, strict=True) if digest}
+    shared = [row for row, digest in enumerate(val.digests) if digest in seen]
+    if shared:
+        problems.append(
+            Problem(
+                "images that are in the training data too",
+                val.split.images,
+                shared,
+                lambda row: f"image {val.files[row]} is {train.split.images / seen[val.digests[row]]}",
+                "scored, though the detector was trained on them",
+                "warning",
+                len(val.files),
+            )
+        )
+    return problems
+
+
+def _same_bytes(split: Split, names: list[str], digests: list[bytes]) -> list[Problem]:
+    """Images whose file is a copy of another one."""
+    first: dict[bytes, int] = {}
+    copies = [row for row, digest in enumerate(digests) if digest and first.setdefault(digest, row) != row]
+    copies = [row for row in copies if names[row] != names[first[digests[row]]]]
+    what, done = "images that are copies of another", "used as often, each time with its own boxes only"
+    if not copies:
+        return []
+    return [
+        Problem(
+            what,
+            split.images,
+            copies,
+            lambda row: f"image {names[row]} is the same as {names[first[digests[row]]]}",
+            done,
+            "warning",
+            len(names),
+        )
+    ]
 
 
 def _in_threads(task: Callable[[int], object], places: Sequence[int]) -> Iterator:

@@ -92,7 +92,10 @@ def open_setting(config: SearchConfig, progress: Progress) -> Setting:
         InputError: one of them cannot be used, or they do not belong together.
     """
     base = load(config.base, config.device)
-    everything, val = CocoDetectionDataset(config.train), CocoDetectionDataset(config.val)
+    everything, val = (
+        CocoDetectionDataset(split, lambda done, total, name=name: progress(f"check {name} images", done, total, {}))
+        for name, split in (("training", config.train), ("validation", config.val))
+    )
     for name, split in (("training", everything), ("validation", val)):
         if split.classes != base.spec.classes:
             raise InputError(
