@@ -2,14 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from jdkd.data import in_order
 from jdkd.errors import InputError
 from jdkd.train.modes import mode
 
@@ -61,31 +61,14 @@ def evaluate(
     found: list[dict[str, Any]] = []
     done = 0
     with mode(model.to(device), training=False), torch.inference_mode():
-        for images, image_ids in _batches(dataset, batch_size, workers):
-            detections = model([image.to(device).float() / 255 for image in images])
-            for image_id, detection in zip(image_ids, detections, strict=True):
-                found += _as_results(image_id, detection, dataset.label_to_category)
-            done += len(images)
+        for items in in_order(dataset, batch_size=batch_size, workers=workers):
+            detections = model([image.to(device).float() / 255 for image, _ in items])
+            for (_, target), detection in zip(items, detections, strict=True):
+                found += _as_results(target["image_id"], detection, dataset.label_to_category)
+            done += len(items)
             if progress:
                 progress(done, len(dataset))
     return _score(dataset, found)
-
-
-def _batches(dataset: Any, batch_size: int, workers: int) -> Iterator[tuple[tuple[Tensor, ...], list[int]]]:
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_unstacked,
-        generator=torch.Generator(),  # leaves the caller's generator alone
-    )
-    for items in loader:
-        images, targets = zip(*items, strict=True)
-        yield images, [target["image_id"] for target in targets]
-
-
-def _unstacked(items: list[Any]) -> list[Any]:
-    return items
 
 
 def _as_results(image_id: int, detection: dict[str, Tensor], categories: list[int]) -> list[dict[str, Any]]:
