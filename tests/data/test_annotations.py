@@ -3,90 +3,14 @@
 import json
 import math
 import time
-import warnings
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from jdkd.data.annotations import inspect_annotations, read_annotations
-from jdkd.data.boxes import ROUNDING
 from jdkd.errors import InputError
-from jdkd.notices import Notice
 
-WIDTH, HEIGHT = 40, 30
-
-
-def image(number: int, **changes: Any) -> dict[str, Any]:
-    return {"id": number, "file_name": f"{number}.png", "width": WIDTH, "height": HEIGHT, **changes}
-
-
-def box(number: int, image_id: int, category_id: int = 7, bbox: Any = (5, 6, 10, 8), **changes: Any) -> dict[str, Any]:
-    bbox = list(bbox) if isinstance(bbox, tuple) else bbox
-    return {"id": number, "image_id": image_id, "category_id": category_id, "bbox": bbox, **changes}
-
-
-def content(**changes: Any) -> dict[str, Any]:
-    """A sound annotation file: images 20 and 10, categories 90 ("dog") and 7 ("cat"), a box on each image."""
-    sound = {
-        "images": [image(20), image(10)],
-        "categories": [{"id": 90, "name": "dog"}, {"id": 7, "name": "cat"}],
-        "annotations": [box(1, 20, 90), box(2, 10, 7, (1.5, 2.5, 3, 4))],
-    }
-    return {**sound, **changes}
-
-
-def only(*annotations: dict[str, Any]) -> dict[str, Any]:
-    return content(annotations=list(annotations))
-
-
-def without(record: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in record.items() if name != key}
-
-
-def write_annotations(file: Path, what: Any) -> Path:
-    """Writes text as it is and anything else as JSON."""
-    file.write_text(what if isinstance(what, str) else json.dumps(what))
-    return file
-
-
-@pytest.fixture
-def read(tmp_path):
-    """Writes what it is given as an annotation file, and reads that."""
-    return lambda what: read_annotations(write_annotations(tmp_path / "instances.json", what))
-
-
-@pytest.fixture
-def refusal(tmp_path, read):
-    """The one sentence with which reading what it is given is refused."""
-
-    def of(what):
-        with pytest.raises(InputError) as caught:
-            read(what)
-        sentence = str(caught.value)
-        assert sentence.startswith(f"{tmp_path / 'instances.json'}: "), "the sentence names the file"
-        assert "\n" not in sentence and "; " in sentence, "one sentence, with a remedy after the semicolon"
-        return sentence
-
-    return of
-
-
-@pytest.fixture
-def repair(tmp_path):
-    """What is read from what it is given, and the one sentence that says what was put right."""
-
-    def of(what):
-        file = write_annotations(tmp_path / "instances.json", what)
-        with pytest.warns(Notice) as said:
-            found = read_annotations(file)
-        (notice,) = said
-        with pytest.raises(InputError, match="; --strict refuses that: correct the file"):
-            read_annotations(file, strict=True)
-        assert str(notice.message).startswith(f"{file}: ")
-        return found, str(notice.message)
-
-    return of
+from .annotation_files import HEIGHT, WIDTH, box, content, image, only, without, write_annotations
 
 
 def test_a_sound_file_comes_out_as_arrays_in_order_of_ids(read):
@@ -221,24 +145,6 @@ def test_iscrowd_is_0_or_1(refusal, value):
     assert f'annotation 2 has "iscrowd" {value!r}, not 0 or 1' in sentence
 
 
-@pytest.mark.parametrize("value", [-1, 0, 1e11, 100, math.nan, math.inf, -math.inf, 10**400, "80", [80], True])
-def test_an_area_that_cannot_be_is_the_boxs_and_said(repair, value):
-    found, said = repair(only(box(1, 10, area=70), box(2, 20, area=value)))
-    assert found.truth.areas.tolist() == [70, 80]
-    assert "1 of 2 areas that cannot be, replaced by the area of the box: annotation 2 has area" in said
-    assert f"{value!r}, its box 10 x 8 px" in said
-
-
-@pytest.mark.parametrize("value", [0.5, 40, 80, 99])  # of a segmentation, of the box, of all pixels it touches
-def test_an_area_that_can_be_is_kept(read, value):
-    assert read(only(box(1, 10, area=value))).truth.areas.tolist() == [value]
-
-
-def test_a_cut_box_has_no_larger_area_than_what_is_left(repair):
-    found, said = repair(only(box(1, 10, bbox=(35, 0, 10, 10), area=100), box(2, 20, bbox=(35, 0, 10, 10), area=30)))
-    assert found.truth.areas.tolist() == [50, 30] and "areas" not in said
-
-
 def test_an_unknown_image_is_named(refusal):
     sentence = refusal(only(box(1, 10), box(2, 555), box(3, 556)))
     assert "annotation 2 refers to image 555, which is not among the 2 images (and 1 more" in sentence
@@ -269,67 +175,6 @@ def test_an_image_without_pixels_is_refused(refusal, size):
     assert f"image 20 is {size[0]} x {size[1]} pixels; correct its width and height" in sentence
 
 
-@pytest.mark.parametrize("bbox", [(5, 6, 0, 8), (5, 6, 10, 0), (5, 6, -3, 8), (5, 6, 10, -0.5), (30.0, 6, 1e-7, 8)])
-def test_a_box_without_area_is_left_out_and_said(repair, bbox):
-    found, said = repair(only(*(box(i, 20, bbox=bbox) for i in range(2, 7)), box(1, 10)))
-    assert found.offsets.tolist() == [0, 1, 1] and found.truth.ids.tolist() == [1]
-    assert "5 of 6 boxes without area, left out, for example: annotation 2 [" in said
-    assert said.count("annotation") == 3 and f"[{', '.join(f'{number:g}' for number in bbox)}] in 20.png" in said
-    assert said.count(f"of {WIDTH} x {HEIGHT} px") == 3
-
-
-@pytest.mark.parametrize("bbox", [(41, 6, 1, 8), (5, -1, 10, 1), (1000, 1000, 10, 10), (-10, 0, 10, 5), (40, 0, 9, 9)])
-def test_a_box_outside_its_image_is_left_out_and_said(repair, bbox):
-    found, said = repair(only(box(1, 10), box(2, 20, bbox=bbox)))
-    assert found.offsets.tolist() == [0, 1, 1] and found.truth.ids.tolist() == [1]
-    shown = ", ".join(f"{number:g}" for number in bbox)
-    assert f"1 of 2 boxes outside their image, left out: annotation 2 [{shown}] in 20.png of 40 x 30 px" in said
-
-
-@pytest.mark.parametrize(
-    ("bbox", "left"),
-    [
-        ((-2.5, 6, 10, 8), [0, 6, 7.5, 14]),
-        ((5, -3, 10, 8), [5, 0, 15, 5]),
-        ((31, 6, 10, 8), [31, 6, 40, 14]),
-        ((5, 25, 10, 1e9), [5, 25, 15, 30]),
-        ((-500, -500, 1000, 1000), [0, 0, 40, 30]),
-    ],
-)
-def test_a_box_over_the_edge_is_cut_and_said(repair, bbox, left):
-    found, said = repair(only(box(1, 10), box(2, 20, bbox=bbox)))
-    assert found.boxes[1].tolist() == left
-    assert found.truth.boxes[1].tolist() == [*left[:2], left[2] - left[0], left[3] - left[1]]
-    assert "1 of 2 boxes over the edge of their image, clipped: annotation 2 [" in said and "20.png" in said
-
-
-def test_boxes_that_look_like_two_corners_are_cut_with_a_word_on_it(repair):
-    corners = [box(i, 10, bbox=(20 + i, 15, 39, 29)) for i in (1, 2)]
-    assert "though all of them fit as [left, top, right, bottom]" in repair(only(*corners))[1]
-
-
-def test_each_kind_of_repair_is_said_for_itself(tmp_path):
-    kinds = [(5, 6, 0, 8), (50, 6, 3, 8), (35, 6, 10, 8)]
-    file = write_annotations(tmp_path / "a.json", only(box(9, 10), *(box(i, 10, bbox=b) for i, b in enumerate(kinds))))
-    with pytest.warns(Notice) as said:
-        read_annotations(file)
-    assert len(said) == 3
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        read_annotations(file)  # once a file
-
-
-@pytest.mark.parametrize("over", [0, 0.01, ROUNDING])
-def test_an_overhang_of_rounding_is_cut_without_a_word(read, over):
-    found = read(only(box(1, 10, bbox=(-over, -over, WIDTH + 2 * over, HEIGHT + 2 * over))))
-    assert found.boxes.tolist() == [[0, 0, WIDTH, HEIGHT]]
-
-
-def test_a_box_inside_is_not_touched(read):
-    found = read(only(box(1, 10, bbox=(0.25, 0.5, 39.75, 29.5)), box(2, 20, bbox=(39.5, 29.5, 0.5, 0.5))))
-    assert found.boxes.tolist() == [[0.25, 0.5, 40, 30], [39.5, 29.5, 40, 30]]
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -345,14 +190,6 @@ def test_an_empty_split_is_refused(refusal, changes, said):
     assert "empty split" in sentence or "categories" in changes
 
 
-def test_crowd_regions_are_no_targets_and_may_lie_anywhere(read):
-    crowd = box(3, 10, bbox=(-50, 0, 500, 0), iscrowd=1)
-    found = read(only(box(1, 20), crowd, box(2, 10, iscrowd=0)))
-    assert found.offsets.tolist() == [0, 1, 2]
-    assert found.truth.ids.tolist() == [1, 3, 2] and found.truth.crowd.tolist() == [False, True, False]
-    assert found.truth.boxes[1].tolist() == [-50, 0, 500, 0]
-
-
 def test_an_image_without_boxes_has_an_empty_range(read):
     found = read(content(images=[image(10), image(15), image(20)]))
     assert found.image_ids.tolist() == [10, 15, 20]
@@ -363,12 +200,6 @@ def test_ids_that_were_written_as_floats_are_integers(read):
     as_pandas_writes = {**box(1, 10), "image_id": 10.0, "category_id": 7.0}
     found = read(content(images=[image(20), image(10, width=40.0)], annotations=[as_pandas_writes]))
     assert found.offsets.tolist() == [0, 1, 1] and found.sizes.dtype == np.int64
-
-
-def test_a_file_of_left_out_boxes_alone_is_an_empty_split(refusal):
-    assert "0 crowd regions and 2 boxes without area or outside" in refusal(
-        only(*(box(i, 10, bbox=(5, 6, 0, 8)) for i in (1, 2)))
-    )
 
 
 @pytest.mark.parametrize(
