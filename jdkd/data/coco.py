@@ -92,13 +92,15 @@ class CocoDetectionDataset(Dataset):
         """
         found, rows = self._all, self._rows
         names = [found.file_names[row].replace("\\", "/") for row in rows]
-        mine = [slice(found.offsets[row], found.offsets[row + 1]) for row in rows]
+        counts = found.offsets[rows + 1] - found.offsets[rows]
+        shift = found.offsets[rows] - (np.cumsum(counts) - counts)  # from a box's place here to its place in the file
+        mine = np.arange(counts.sum()) + np.repeat(shift, counts)
         columns = (
             (found.image_ids[rows], "<i8"),
             (found.sizes[rows], "<i8"),
-            (found.offsets[rows + 1] - found.offsets[rows], "<i8"),
-            (np.concatenate([found.boxes[part] for part in mine]), "<f4"),
-            (np.concatenate([found.labels[part] for part in mine]), "<i8"),
+            (counts, "<i8"),
+            (found.boxes[mine], "<f4"),
+            (found.labels[mine], "<i8"),
         )
         digest = hashlib.sha256(json.dumps([self.classes, names]).encode())
         for column, kind in columns:

@@ -36,8 +36,8 @@ def read_ahead(source: Batches, numbers: Sequence[int], workers: int, pin: bool 
         pin: put images into pinned memory.
 
     Raises:
-        InputError: the process may not open as many files as the workers need; while iterating, whatever reading a
-            batch raises.
+        InputError: the process may not open as many files as the workers need; while iterating, a worker died, or
+            whatever reading a batch raises.
     """
     if workers == 0 or not len(numbers):
         return (source[number] for number in numbers)
@@ -56,7 +56,18 @@ def _unpacked(source: Batches, numbers: Sequence[int], workers: int, pin: bool) 
         pin_memory=pin,
         generator=torch.Generator(),  # otherwise the loader draws its workers' seed from the global generator
     )
-    for packed in loader:
+    batches = iter(loader)
+    for _ in numbers:
+        try:
+            packed = next(batches)
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(
+                f"one of {workers} worker processes died ({reason}), which mostly means that memory or shared memory "
+                "ran out; give fewer --workers, or 0"
+            ) from error
         if isinstance(packed, InputError):
             raise packed
         yield _unpack(*packed)

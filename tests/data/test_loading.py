@@ -1,5 +1,7 @@
 """Batch k is a function of (seed, k), however it is read."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from jdkd.data import CocoDetectionDataset, batches, in_order
+from jdkd.data.reading_ahead import read_ahead
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 
@@ -155,6 +158,30 @@ def test_in_order_every_image_comes_once_with_its_pixels_and_targets(dataset, wo
     for (image, target), (expected, truth) in zip((i for items in stream for i in items), dataset, strict=True):
         assert torch.equal(image, expected) and target["image_id"] == truth["image_id"]
         assert torch.equal(target["boxes"], truth["boxes"]) and torch.equal(target["labels"], truth["labels"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_in_order_an_unreadable_image_is_one_sentence(dataset, workers):
+    (dataset.split.images / "4.png").unlink()
+    with pytest.raises(InputError, match=r"4\.png is missing; put it there") as refusal:
+        list(in_order(dataset, batch_size=3, workers=workers))
+    assert "Traceback" not in str(refusal.value)
+
+
+class Deadly:
+    """Batches whose third ends the process that reads it, as the kernel does when memory runs out."""
+
+    def __getitem__(self, number):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [(torch.zeros(3, 2, 2, dtype=torch.uint8), {})]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_worker_that_is_killed_is_one_sentence():
+    with pytest.raises(InputError, match=r"one of 1 worker processes died .* give fewer --workers, or 0"):
+        list(read_ahead(Deadly(), range(5), workers=1))
 
 
 def test_a_sliver_that_mirroring_would_close_is_no_box(tmp_path):
