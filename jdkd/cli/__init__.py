@@ -56,19 +56,20 @@ def _parse(argv: list[str]) -> Callable[[], None]:
     """The command that the arguments name; what tyro refuses ends the process with exit code 2."""
     import tyro
 
-    from jdkd.cli.data import Data
+    from jdkd.cli.data import Check, Digits
     from jdkd.cli.env import Env
     from jdkd.cli.evaluate import Eval
     from jdkd.cli.latency import Latency
     from jdkd.cli.search import Search
     from jdkd.cli.train import Train
 
-    def named(name: str, command: type, *markers: Any) -> Any:
+    def named(name: str, command: Any, *markers: Any) -> Any:
         return Annotated[(command, tyro.conf.subcommand(name=name), *markers)]
 
     positional = tyro.conf.PositionalRequiredArgs
+    data = Union[named("digits", Digits, positional), named("check", Check, positional)]  # noqa: UP007
     commands = (
-        named("data", Data, positional),
+        named("data", data),
         named("train", Train),
         named("search", Search),
         named("eval", Eval, positional),

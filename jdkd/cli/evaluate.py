@@ -42,9 +42,9 @@ class Eval:
         if self.json is not None:
             require_file(self.json, "--json")
         model = load(self.ckpt)
-        dataset = CocoDetectionDataset(self.source.split(self.split))
         cost = count(model)
         with Progress() as progress:
+            dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
             scores = evaluate(
                 deployable(model),
                 dataset,

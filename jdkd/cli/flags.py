@@ -27,11 +27,13 @@ class DataFlags:
     """Folder of the validation images."""
     val_annotations: Path | None = None
     """COCO annotations of the validation images."""
+    strict: bool = False
+    """Refuse boxes without area or over the edge of their image, instead of leaving them out or cutting them."""
 
     @property
     def given(self) -> bool:
-        """Whether any of the flags was given."""
-        return any(value is not None for value in vars(self).values())
+        """Whether any of the flags that name data was given."""
+        return any(value is not None for name, value in vars(self).items() if name != "strict")
 
     def splits(self) -> tuple[Split, Split]:
         """The training and the validation split.
@@ -51,7 +53,8 @@ class DataFlags:
         """
         from jdkd.data import resolve_split
 
-        return resolve_split(name, self.data, getattr(self, f"{name}_images"), getattr(self, f"{name}_annotations"))
+        images, annotations = getattr(self, f"{name}_images"), getattr(self, f"{name}_annotations")
+        return resolve_split(name, self.data, images, annotations, self.strict)
 
 
 def whereabouts(*splits: Split) -> dict[str, str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
-from jdkd.errors import InputError
 from jdkd.files import require_file, write_json
 
 if TYPE_CHECKING:
@@ -81,13 +80,15 @@ class Latency:
 
     def _images(self) -> tuple[list[Tensor], str]:
         """Images to measure on, and where they come from."""
+        from jdkd.data import CocoDetectionDataset, read_image
+
         if self.images:
-            return [_read(file) for file in self.images], f"{len(self.images)} image files"
+            return [read_image(file) for file in self.images], f"{len(self.images)} image files"
         split = self.source.split("val") if self.source.given else _recorded(self.base)
         if split is not None:
-            from jdkd.data import CocoDetectionDataset
-
-            dataset = CocoDetectionDataset(split)
+            with Progress() as progress:
+                split = replace(split, strict=self.source.strict)
+                dataset = CocoDetectionDataset(split, progress.task("check images"))
             chosen = min(self.count, len(dataset))
             return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}"
         return _photographs(), (
@@ -128,24 +129,6 @@ def _photographs() -> list[Tensor]:
     from sklearn.datasets import load_sample_images
 
     return [torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous() for image in load_sample_images().images]
-
-
-def _read(file: Path) -> Tensor:
-    """An image file, uint8 [3, H, W].
-
-    Raises:
-        InputError: it is missing or no image.
-    """
-    import torch
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except OSError as error:
-        raise InputError(f"--images {file} cannot be read ({error}); give image files.") from error
-    pixels = torch.frombuffer(bytearray(upright.tobytes()), dtype=torch.uint8)
-    return pixels.view(upright.height, upright.width, 3).permute(2, 0, 1).contiguous()
 
 
 def _table(report: LatencyReport, costs: dict[str, Any]) -> Table:

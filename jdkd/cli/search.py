@@ -101,4 +101,4 @@ class Search:
                 f"--selection-{given} is given without --selection-{missing}; give both, or neither to select on half "
                 "of val."
             )
-        return resolve_split("selection", None, images, annotations)
+        return resolve_split("selection", None, images, annotations, self.source.strict)

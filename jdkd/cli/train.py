@@ -170,7 +170,8 @@ def _open(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionD
     """
     from jdkd.data import CocoDetectionDataset
 
-    train, val = (CocoDetectionDataset(split) for split in splits)
+    with Progress() as progress:
+        train, val = (CocoDetectionDataset(split, progress.task(f"check {split.name} images")) for split in splits)
     if train.classes != val.classes:
         raise InputError(
             f"the training data have the classes {', '.join(train.classes[:5])} ({len(train.classes)}), the "

@@ -1,35 +1,45 @@
-"""See :func:`read_annotations`."""
+"""See :func:`inspect_annotations`."""
 
 from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from jdkd.errors import InputError
+from jdkd.data.boxes import clean
+from jdkd.data.problems import Problem, refuse
+from jdkd.data.records import PLURALS, Records
 
-# Real COCO boxes overhang their image by rounding; up to this many pixels are cut off, more is an error.
-OVERHANG = 2.0
+LISTS = ("images", "annotations", "categories")
 
-# The only two annotations of COCO's own instances_train2017.json without height, as (annotation id, image id).
-# They are left out, so that the published file opens; any other box without area is an error.
-PUBLISHED_SLIPS = ((918, 200365), (2206849, 550395))
+
+@dataclass(frozen=True)
+class GroundTruth:
+    """What detections are scored against, crowd regions included, in the order of the file."""
+
+    ids: np.ndarray  # [G] int64
+    rows: np.ndarray  # [G] which of the images
+    labels: np.ndarray  # [G] int64 in 1..K
+    boxes: np.ndarray  # [G, 4] float64 x, y, width, height in pixels, inside the image
+    areas: np.ndarray  # [G] float64 px^2
+    crowd: np.ndarray  # [G] bool
 
 
 @dataclass(frozen=True)
 class Annotations:
-    """A checked COCO annotation file as flat arrays, images in order of their id.
+    """A cleaned COCO annotation file as flat arrays, images in order of their id.
 
-    Boxes ``offsets[i]:offsets[i + 1]`` belong to image ``i``. Crowd regions are in ``raw`` only.
+    Boxes ``offsets[i]:offsets[i + 1]`` belong to image ``i``. Crowd regions are in ``truth`` only.
     """
 
-    raw: dict[str, Any]  # the file itself, without segmentations
+    info: dict[str, Any]
     image_ids: np.ndarray  # [N] int64, ascending
     file_names: list[str]  # [N], relative to the images folder
     sizes: np.ndarray  # [N, 2] int64, width and height
@@ -38,69 +48,77 @@ class Annotations:
     boxes: np.ndarray  # [A, 4] float32 xyxy in pixels, inside the image
     labels: np.ndarray  # [A] int64 in 1..K
     offsets: np.ndarray  # [N + 1] int64
+    truth: GroundTruth
 
 
-def read_annotations(path: Path) -> Annotations:
-    """Read a COCO annotation file and check all of it at once.
+def read_annotations(path: Path, strict: bool = False) -> Annotations:
+    """Read a COCO annotation file, say what was put right, and refuse it if anything else is wrong.
 
-    The checks run on whole columns, so that COCO's 860,000 annotations take seconds. Segmentations are
-    dropped after reading: they are most of the memory and box detection never looks at them.
+    Args:
+        path: a COCO "instances" JSON file.
+        strict: refuse also what would be put right.
+
+    Raises:
+        InputError: :func:`inspect_annotations` finds an error.
+    """
+    annotations, problems = inspect_annotations(path)
+    refuse(problems, strict)
+    return annotations
+
+
+def inspect_annotations(path: Path) -> tuple[Annotations | None, list[Problem]]:
+    """Read a COCO annotation file and find everything that is wrong with it.
+
+    Boxes without area, or of which nothing lies inside the image, are left out, boxes over its edge are cut, and
+    areas that cannot be are replaced: these are repairs. Everything else is an error. Segmentations are dropped:
+    they are most of the memory and box detection never looks at them.
 
     Args:
         path: a COCO "instances" JSON file.
 
     Returns:
-        The file as flat arrays; boxes that overhang the image by at most :data:`OVERHANG` pixels are cut to it.
-
-    Raises:
-        InputError: the file is missing, not JSON, lacks a key, repeats an id, holds no image or no box, or an
-            annotation refers to an unknown image or category, lies outside its image or has no area.
+        annotations: the sound part of the file, all of it where there is no error; None without a sound image.
+        problems: errors first.
     """
-    raw = _load(path)
-    images, annotations, categories = (raw[key] for key in ("images", "annotations", "categories"))
-    if not images:
-        raise InputError(f"{path} is an empty split: it lists 0 images; give a file that lists at least one")
-    if not categories:
-        raise InputError(f"{path} lists 0 categories; give a file that names the classes to detect")
+    problems: list[Problem] = []
+    raw = _load(path, problems)
+    images, annotations, categories = (
+        Records(kind, path, raw.get(key, []), problems)
+        for kind, key in zip(("image", "annotation", "category"), LISTS, strict=True)
+    )
+    sizes, file_names, names = _sizes(images), _file_names(images), categories.strings("name")
+    image_order, category_order = _sound_by_id(images), _sound_by_id(categories)
+    image_ids, category_ids = images.ids[image_order], categories.ids[category_order]
+    rows = _lookup(annotations, "image_id", images, image_ids)
+    labels = _lookup(annotations, "category_id", categories, category_ids) + 1
+    boxes = annotations.numbers("bbox", 4).astype(np.float64)  # [A, 4] x, y, width, height
+    crowd = _crowd(annotations)
+    if not len(image_ids):
+        _require_content(path, images, annotations, categories, crowd, crowd, problems)
+        return None, _errors_first(problems)
 
-    image_ids = _ids(path, images, "image")
-    category_ids = _ids(path, categories, "category")
-    annotation_ids = _ids(path, annotations, "annotation")
-    order, category_order = np.argsort(image_ids), np.argsort(category_ids)
-    sizes = _sizes(path, images)[order]
-    file_names = _strings(path, images, "image", "file_name")
-    names = _strings(path, categories, "category", "name")
-    image_ids, category_ids = image_ids[order], category_ids[category_order]
-
-    rows = _lookup(path, annotations, annotation_ids, "image_id", image_ids)
-    labels = _lookup(path, annotations, annotation_ids, "category_id", category_ids) + 1
-    boxes = _column(path, annotations, "annotation", "bbox", width=4).astype(np.float64)
-    boxes[:, 2:] += boxes[:, :2]
-    _column(path, [record for record in annotations if record.get("area") is not None], "annotation", "area")
-    crowd = _crowd(path, annotations)
-    flat = boxes[:, 3] == boxes[:, 1]
-    slips = [flat & (annotation_ids == slip) & (image_ids[rows] == image) for slip, image in PUBLISHED_SLIPS]
-    kept = ~(crowd | np.any(slips, axis=0))
-    if not kept.any():
-        raise InputError(
-            f"{path} is an empty split: its {len(images)} images hold no box to detect "
-            f"({len(annotations)} annotations, of them {int(crowd.sum())} crowd regions); give an annotated file"
-        )
-    inside = _clip(path, boxes, sizes[rows], annotation_ids, image_ids[rows], kept)
-
+    sizes, file_names = sizes[image_order], [file_names[place] for place in image_order]
+    corners, kept, areas = clean(annotations, boxes, sizes[rows], crowd, lambda place: file_names[rows[place]])
+    _require_content(path, images, annotations, categories, crowd, kept, problems)
+    cut = kept & (corners != np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)).any(axis=1)
+    sides = corners[:, 2:] - corners[:, :2]
+    inside = np.where(cut[:, None], np.concatenate([corners[:, :2], sides], axis=1), boxes)  # [A, 4]
+    true = kept | (crowd & annotations.sound)
     by_image = np.argsort(rows, kind="stable")
     by_image = by_image[kept[by_image]]
-    return Annotations(
-        raw=raw,
+    found = Annotations(
+        info=raw["info"] if isinstance(raw.get("info"), dict) else {},
         image_ids=image_ids,
-        file_names=[file_names[i] for i in order],
+        file_names=file_names,
         sizes=sizes,
-        classes=tuple(names[i] for i in category_order),
+        classes=tuple(names[place] for place in category_order),
         categories=category_ids,
-        boxes=inside[by_image].astype(np.float32),
+        boxes=corners[by_image].astype(np.float32),
         labels=labels[by_image],
         offsets=np.searchsorted(rows[by_image], np.arange(len(image_ids) + 1)),
+        truth=GroundTruth(annotations.ids[true], rows[true], labels[true], inside[true], areas[true], crowd[true]),
     )
+    return found, _errors_first(problems)
 
 
 @contextmanager
@@ -115,175 +133,160 @@ def _no_gc() -> Iterator[None]:
             gc.enable()
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    """The object in the file, its three lists being lists; what is not is left out and a problem."""
+
+    def wrong(kind: str, what: str, remedy: str) -> None:
+        problems.append(Problem(kind, path, [0], lambda _: what, remedy))
+
+    another = "give a COCO annotation file"
     try:
         with _no_gc(), open(path, encoding="utf-8-sig") as file:
             raw = json.load(file)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); give a COCO annotation file") from error
+        wrong("no JSON", f"is not JSON ({error})", another)
+        return {}
     except OSError as error:
-        raise InputError(f"cannot read {path} ({error.strerror}); give a COCO annotation file") from error
+        wrong("not readable", f"cannot be read ({error.strerror})", another)
+        return {}
     if not isinstance(raw, dict):
-        raise InputError(f"{path} holds a {type(raw).__name__}, not an object; give a COCO annotation file")
-    for key in ("images", "annotations", "categories"):
+        wrong("no COCO annotations", f"holds a {type(raw).__name__}, not an object", another)
+        return {}
+    for key in LISTS:
         if not isinstance(raw.get(key), list):
             found = "has no" if key not in raw else f"has {type(raw[key]).__name__} instead of a list as"
-            raise InputError(f'{path} {found} "{key}"; a COCO annotation file lists images, annotations, categories')
-        for place, record in enumerate(raw[key]):
-            if not isinstance(record, dict):
-                raise InputError(f'"{key}"[{place}] of {path} is {record!r}, not an object; repair or remove it')
-    for record in raw["annotations"]:
-        record.pop("segmentation", None)
+            remedy = "a COCO annotation file lists images, annotations, categories"
+            wrong(f"no {key}", f'{found} "{key}"', remedy)
+            raw.pop(key, None)
     return raw
 
 
-def _values(path: Path, records: Sequence[dict], kind: str, key: str) -> list[Any]:
-    try:
-        return [record[key] for record in records]
-    except KeyError:
-        place = next(i for i, record in enumerate(records) if key not in record)
-        named = f"{kind} {records[place]['id']}" if "id" in records[place] else f"{kind} number {place}"
-        raise InputError(f'{named} of {path} has no "{key}"; add it or remove the {kind}') from None
+def _sound_by_id(records: Records) -> np.ndarray:
+    """Places of the sound records in order of id."""
+    places = np.flatnonzero(records.sound)
+    return places[np.argsort(records.ids[places])]
 
 
-def _column(path: Path, records: Sequence[dict], kind: str, key: str, width: int = 1) -> np.ndarray:
-    """Returns the numbers under `key` of all records: [len(records)] or, with a width, [len(records), width]."""
-    shape = (len(records),) if width == 1 else (len(records), width)
-    values = _values(path, records, kind, key)
-    column = _finite(values, shape)
-    if column is not None:
-        return column
-    for record, value in zip(records, values, strict=True):
-        if _finite([value], (1, *shape[1:])) is None:
-            wanted = "a finite number" if width == 1 else f"a list of {width} finite numbers"
-            raise InputError(
-                f'"{key}" of {kind} {record.get("id", "without id")} in {path} is {value!r}, not {wanted}; '
-                f"correct it or remove the {kind}"
-            )
-    raise InputError(f'"{key}" of the {kind} records in {path} are not numbers of one kind; make them all numbers')
-
-
-def _finite(values: list[Any], shape: tuple[int, ...]) -> np.ndarray | None:
-    if not values:
-        return np.zeros(shape, dtype=np.int64)
-    try:
-        column = np.array(values)
-    except (ValueError, TypeError, OverflowError):
-        return None
-    right = column.shape == shape and column.dtype.kind in "iuf" and np.isfinite(column).all()
-    return column if right else None
-
-
-def _integers(path: Path, records: Sequence[dict], kind: str, key: str) -> np.ndarray:
-    column = _column(path, records, kind, key)
-    if column.dtype.kind != "i":
-        values = [record[key] for record in records]
-        place = next(i for i, v in enumerate(values) if not isinstance(v, int) or abs(v) > np.iinfo(np.int64).max)
-        raise InputError(
-            f'"{key}" of {kind} number {place} in {path} is {values[place]!r}, not an integer of 64 bits; '
-            f"correct it or remove the {kind}"
-        )
-    return column.astype(np.int64)
-
-
-def _ids(path: Path, records: Sequence[dict], kind: str) -> np.ndarray:
-    """Returns the distinct ids of all records [len(records)] int64."""
-    ids = _integers(path, records, kind, "id")
-    unique, counts = np.unique(ids, return_counts=True)
-    if len(unique) < len(ids):
-        repeated = unique[counts > 1]
-        places = np.flatnonzero(ids == repeated[0])[:2]
-        raise InputError(
-            f"{kind} id {repeated[0]} stands {counts[counts > 1][0]} times in {path} (records number {places[0]} "
-            f"and {places[1]}{_others(len(repeated), 'repeated id')}); give every {kind} an id of its own"
-        )
-    return ids
-
-
-def _sizes(path: Path, images: Sequence[dict]) -> np.ndarray:
-    sizes = np.stack([_integers(path, images, "image", key) for key in ("width", "height")], axis=1)
-    bad = np.flatnonzero((sizes < 1).any(axis=1))
-    if bad.size:
-        width, height = sizes[bad[0]]
-        raise InputError(
-            f"image {images[bad[0]]['id']} of {path} is {width} x {height} pixels"
-            f"{_others(bad.size, 'image')}; correct its width and height"
-        )
+def _sizes(images: Records) -> np.ndarray:
+    """Width and height of all images: [N, 2] int64."""
+    sizes = np.stack([images.integers(key) for key in ("width", "height")], axis=1)
+    bad = (sizes < 1).any(axis=1)
+    bad[images.unread.get("width", []) + images.unread.get("height", [])] = False
+    images.fault(
+        "images without pixels",
+        bad,
+        lambda place: f"is {sizes[place, 0]} x {sizes[place, 1]} pixels",
+        "correct its width and height",
+    )
     return sizes
 
 
-def _strings(path: Path, records: Sequence[dict], kind: str, key: str) -> list[str]:
-    values = _values(path, records, kind, key)
-    for record, value in zip(records, values, strict=True):
-        if not isinstance(value, str) or not value:
-            raise InputError(f'"{key}" of {kind} {record["id"]} in {path} is {value!r}; give it a name')
-    return values
-
-
-def _crowd(path: Path, annotations: Sequence[dict]) -> np.ndarray:
-    """Returns which annotations are crowd regions: [A] bool."""
-    flags = [record.get("iscrowd", 0) for record in annotations]
-    wrong = next((place for place, flag in enumerate(flags) if flag not in (0, 1)), None)
-    if wrong is not None:
-        raise InputError(
-            f'"iscrowd" of annotation {annotations[wrong]["id"]} in {path} is {flags[wrong]!r}, not 0 or 1; '
-            "correct it or remove it, which means 0"
+def _file_names(images: Records) -> list[str]:
+    """The file names, which stay inside the images folder: [N]."""
+    names = images.strings("file_name")
+    faults = {
+        "names that no file can have": (_impossible, "holds a NUL or half a surrogate pair", "rename the file"),
+        "names outside the images folder": (
+            _escapes,
+            "is an absolute path or leads out of the images folder",
+            "give it relative to the images folder",
+        ),
+    }
+    for kind, (is_bad, what, remedy) in faults.items():
+        bad = [place for place, name in enumerate(names) if is_bad(name)]
+        images.fault(kind, bad, lambda place, what=what: f'has "file_name" {names[place]!r}, which {what}', remedy)
+    normal = [name.replace("\\", "/") for name in names]
+    counts = Counter(normal)
+    if len(counts) < len(normal):
+        first = {name: place for place, name in reversed(list(enumerate(normal)))}
+        again = images.sound & np.array([first[name] != place for place, name in enumerate(normal)], dtype=bool)
+        images.repair(
+            "files listed more than once",
+            again,
+            lambda place: f"has {names[place]}, as {images.name(first[normal[place]])} has",
+            "used as often, each time with its own boxes only",
+            "warning",
         )
-    return np.array(flags, dtype=bool)
+    return names
 
 
-def _lookup(
-    path: Path, annotations: Sequence[dict], annotation_ids: np.ndarray, key: str, known: np.ndarray
-) -> np.ndarray:
-    """Returns the place of each annotation's `key` among the ascending ids `known`: [A] int64."""
-    wanted = _integers(path, annotations, "annotation", key)
-    places = np.searchsorted(known, wanted).clip(max=len(known) - 1)
-    unknown = np.flatnonzero(known[places] != wanted)
-    if unknown.size:
-        noun = key.removesuffix("_id")
-        plural = {"image": "images", "category": "categories"}[noun]
-        raise InputError(
-            f"annotation {annotation_ids[unknown[0]]} of {path} refers to {noun} {wanted[unknown[0]]}, which is "
-            f"not among its {len(known)} {plural}{_others(unknown.size, 'such annotation')}; "
-            f"add the {noun} or remove the annotation"
-        )
-    return places
+def _impossible(name: str) -> bool:
+    return (not name.isascii() and any("\ud800" <= letter <= "\udfff" for letter in name)) or "\0" in name
 
 
-def _clip(
+def _escapes(name: str) -> bool:
+    normal = name.replace("\\", "/")
+    if normal.startswith("/") or normal[1:3] == ":/":
+        return True
+    depth = 0
+    for part in PurePosixPath(normal).parts if ".." in normal else ():
+        depth += -1 if part == ".." else 1
+        if depth < 0:
+            return True
+    return False
+
+
+def _crowd(annotations: Records) -> np.ndarray:
+    """Which annotations are crowd regions: [A] bool."""
+    flags = [record.get("iscrowd", 0) for record in annotations.records]
+    bad = [place for place, flag in enumerate(flags) if flag not in (0, 1)]
+    annotations.fault(
+        'annotations with a wrong "iscrowd"',
+        bad,
+        lambda place: f'has "iscrowd" {flags[place]!r}, not 0 or 1',
+        "correct it or remove it, which means 0",
+    )
+    return np.array([flag == 1 for flag in flags], dtype=bool)
+
+
+def _lookup(annotations: Records, key: str, others: Records, usable: np.ndarray) -> np.ndarray:
+    """The place of each annotation's ``key`` among the ascending ids ``usable``: [A] int64, 0 where there is none.
+
+    What refers to a record that is not in the file is a fault; what refers to a faulty one is only left out.
+    """
+    wanted = annotations.integers(key)
+    places = np.searchsorted(usable, wanted).clip(max=max(0, len(usable) - 1))
+    lost = usable[places] != wanted if len(usable) else np.ones(len(wanted), dtype=bool)
+    unknown = lost.copy()
+    unknown[annotations.unread.get(key, [])] = False
+    unknown[unknown] = ~np.isin(wanted[unknown], others.ids)
+    plural = PLURALS[others.kind]
+
+    def describe(place: int) -> str:
+        return f"refers to {others.kind} {wanted[place]}, which is not among the {len(others)} {plural}"
+
+    annotations.fault(f"an unknown {others.kind}", unknown, describe, f"add the {others.kind} or remove the annotation")
+    annotations.sound &= ~lost
+    return np.where(lost, 0, places)
+
+
+def _require_content(
     path: Path,
-    boxes: np.ndarray,
-    sizes: np.ndarray,
-    annotation_ids: np.ndarray,
-    image_ids: np.ndarray,
+    images: Records,
+    annotations: Records,
+    categories: Records,
+    crowd: np.ndarray,
     kept: np.ndarray,
-) -> np.ndarray:
-    """Cut boxes [A, 4] xyxy to their images' sizes [A, 2]; refuse those without area or clearly outside."""
-
-    def refuse(bad: np.ndarray, what: str) -> None:
-        if not bad.any():
-            return
-        place = np.flatnonzero(bad)[0]
-        x, y, right, bottom = boxes[place]
-        width, height = sizes[place]
-        more = _others(int(bad.sum()), "such box", "such boxes")
-        raise InputError(
-            f"annotation {annotation_ids[place]} of {path} {what}: bbox [{x:g}, {y:g}, {right - x:g}, {bottom - y:g}] "
-            f"in image {image_ids[place]} of {width} x {height} px{more}; "
-            "correct it, remove it, or set its iscrowd to 1 to have the region ignored"
+    problems: list[Problem],
+) -> None:
+    """Find that there is nothing to detect, where that is not a consequence of other errors."""
+    if any(problem.severity == "error" for problem in problems):
+        return
+    if not len(images):
+        what, remedy = "is an empty split: it lists 0 images", "give a file that lists at least one"
+    elif not len(categories):
+        what, remedy = "lists 0 categories", "give a file that names the classes to detect"
+    elif not kept.any():
+        left_out = int((~kept & ~crowd).sum())
+        what = (
+            f"is an empty split: its {len(images)} images hold no box to detect ({len(annotations)} annotations, "
+            f"of them {int(crowd.sum())} crowd regions and {left_out} boxes without area or outside their image)"
         )
-
-    limit = np.concatenate([sizes, sizes], axis=1)  # [A, 4]
-    inside = np.clip(boxes, 0, limit)
-    stored = boxes.astype(np.float32)  # what trains; a sliver may lose its width in it
-    refuse(kept & (stored[:, 2:] <= stored[:, :2]).any(axis=1), "has a box of zero or negative area")
-    overhang = np.abs(boxes - inside).max(axis=1, initial=0)
-    lost = (inside[:, 2:] <= inside[:, :2]).any(axis=1)
-    refuse(kept & (lost | (overhang > OVERHANG)), "has a box outside its image")
-    return inside
+        remedy = "give an annotated file"
+    else:
+        return
+    problems.append(Problem("nothing to detect", path, [0], lambda _: what, remedy))
 
 
-def _others(count: int, noun: str, plural: str | None = None) -> str:
-    if count < 2:
-        return ""
-    return f", and {count - 1} more {noun if count == 2 else plural or noun + 's'}"
+def _errors_first(problems: list[Problem]) -> list[Problem]:
+    return sorted(problems, key=lambda problem: problem.severity != "error")

@@ -1,4 +1,4 @@
-"""See :func:`batches`."""
+"""See :func:`batches` and :func:`in_order`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from jdkd.data.coco import CocoDetectionDataset
+from jdkd.data.reading_ahead import Items, read_ahead
 from jdkd.errors import InputError
 
 Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
@@ -67,66 +67,69 @@ def batches(
             raise InputError(f"{name} is {value} but must be at least {least}; give a larger one")
     if not 0 <= flip <= 1:
         raise InputError(f"flip is {flip} but is a probability; give a value from 0 to 1")
-    return _stream(_Batches(dataset, batch_size, seed, flip), range(start, steps), workers, torch.device(device))
+    device = torch.device(device)
+    source, numbers = _Batches(dataset, batch_size, seed, flip), range(start, steps)
+    return _on_device(read_ahead(source, numbers, workers, pin=device.type == "cuda"), device)
 
 
-def _stream(source: _Batches, numbers: range, workers: int, device: torch.device) -> Iterator[Batch]:
-    for read in _read(source, numbers, workers, pin=device.type == "cuda"):
-        if isinstance(read, InputError):
-            raise read
-        images, targets = read
+def in_order(dataset: CocoDetectionDataset, *, batch_size: int, workers: int = 0) -> Iterator[Items]:
+    """Yield all images of a data set with their targets, in order, in lists of at most ``batch_size``.
+
+    Args:
+        dataset: what to read.
+        batch_size: images per list.
+        workers: processes that read ahead; 0 reads in this process.
+
+    Raises:
+        InputError: an argument is out of range; while iterating, an image cannot be read.
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value < least:
+            raise InputError(f"{name} is {value} but must be at least {least}; give a larger one")
+    slices = _Slices(dataset, batch_size)
+    return read_ahead(slices, range(-(-len(dataset) // batch_size)), workers)
+
+
+def _on_device(batches: Iterator[Items], device: torch.device) -> Iterator[Batch]:
+    for items in batches:
         yield (
-            [F.to_dtype(image.to(device, non_blocking=True), torch.float32, scale=True) for image in images],
+            [F.to_dtype(image.to(device, non_blocking=True), torch.float32, scale=True) for image, _ in items],
             [
                 {
                     key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                     for key, value in target.items()
                 }
-                for target in targets
+                for _, target in items
             ],
         )
 
 
-def _read(source: _Batches, numbers: range, workers: int, pin: bool) -> Iterator[Batch | InputError]:
-    if workers == 0:
-        return (source[number] for number in numbers)
-    loader = DataLoader(
-        source,
-        batch_size=None,  # an item is a whole batch already
-        sampler=numbers,
-        num_workers=min(workers, len(numbers)),
-        collate_fn=_as_is,
-        pin_memory=pin,
-        generator=torch.Generator(),  # otherwise the loader draws its workers' seed from the global generator
-    )
-    return iter(loader)
+class _Slices:
+    """Batches by number, in order."""
+
+    def __init__(self, dataset: CocoDetectionDataset, batch_size: int) -> None:
+        self.dataset, self.batch_size = dataset, batch_size
+
+    def __getitem__(self, number: int) -> Items:
+        first = number * self.batch_size
+        return [self.dataset[index] for index in range(first, min(first + self.batch_size, len(self.dataset)))]
 
 
-def _as_is(batch: Batch | InputError) -> Batch | InputError:
-    return batch
-
-
-class _Batches(Dataset):
-    """Batches by number; images still uint8. A read error is an item too, so that a worker can hand it over."""
+class _Batches:
+    """Shuffled and mirrored batches by number; images still uint8."""
 
     def __init__(self, dataset: CocoDetectionDataset, batch_size: int, seed: int, flip: float) -> None:
         self.dataset, self.batch_size, self.seed, self.flip = dataset, batch_size, seed, flip
 
-    def __getitem__(self, number: int) -> Batch | InputError:
-        size = len(self.dataset)
-        first = number * self.batch_size
+    def __getitem__(self, number: int) -> Items:
+        size, first = len(self.dataset), number * self.batch_size
         flips = np.random.default_rng((self.seed, _FLIP, number)).random(self.batch_size) < self.flip
-        images, targets = [], []
-        try:
-            for place, mirrored in zip(range(first, first + self.batch_size), flips, strict=True):
-                epoch, rank = divmod(place, size)
-                image, target = self.dataset[_permutation(self.seed, epoch, size)[rank]]
-                image, target = _mirror(image, target) if mirrored else (image, target)
-                images.append(image)
-                targets.append(target)
-        except InputError as error:
-            return error
-        return images, targets
+        items = []
+        for place, mirrored in zip(range(first, first + self.batch_size), flips, strict=True):
+            epoch, rank = divmod(place, size)
+            item = self.dataset[_permutation(self.seed, epoch, size)[rank]]
+            items.append(_mirror(*item) if mirrored else item)
+        return items
 
 
 @lru_cache(maxsize=4)

@@ -94,7 +94,7 @@ def grow_base(base: nn.Module, space: Space) -> nn.Module:
     Raises:
         InputError: the base was not built from a spec.
     """
-    base = own_detector(base, "grow")
+    base = own_detector(base, "grow_base")
     before, blocks, channels = channel_groups(base.spec), [], {}
     for number, stage in enumerate(space.largest_spec.stages):
         depth = base.spec.stages[number].depth

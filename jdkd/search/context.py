@@ -145,7 +145,11 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
     """
     base = load(config.base, config.device)
     splits = {"training": config.train, "validation": config.val, "selection": config.selection}
-    opened = {name: CocoDetectionDataset(split) for name, split in splits.items() if split is not None}
+    opened = {
+        name: CocoDetectionDataset(split, lambda *done, name=name: progress(f"check {name} images", *done, {}))
+        for name, split in splits.items()
+        if split is not None
+    }
     for name, dataset in opened.items():
         if dataset.classes != base.spec.classes:
             raise InputError(

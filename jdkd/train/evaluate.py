@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
+from jdkd.data import in_order
 from jdkd.detect import fix_roi_scales
 from jdkd.detect.contract import detections
 from jdkd.detect.input_size import require_visible
@@ -88,11 +88,11 @@ def evaluate(
     findings = Findings(type(inner).__name__, dataset.label_to_category)
     done = 0
     with mode(model.to(device), training=False), _capped(model, max_detections), torch.inference_mode():
-        for images, image_ids in _batches(dataset, batch_size, workers):
-            found = detections(model, [image.to(device).float() / 255 for image in images])
-            for image_id, detection in zip(image_ids, found, strict=True):
-                findings.add(image_id, detection)
-            done += len(images)
+        for items in in_order(dataset, batch_size=batch_size, workers=workers):
+            found = detections(model, [image.to(device).float() / 255 for image, _ in items])
+            for (_, target), detection in zip(items, found, strict=True):
+                findings.add(target["image_id"], detection)
+            done += len(items)
             if progress:
                 progress(done, len(dataset))
     return _score(dataset, findings.close(), most)
@@ -111,23 +111,6 @@ def _capped(model: nn.Module, most: int | None) -> Iterator[None]:
     finally:
         for head, cap in zip(heads, before, strict=True):
             head.detections_per_img = cap
-
-
-def _batches(dataset: Any, batch_size: int, workers: int) -> Iterator[tuple[tuple[Tensor, ...], list[int]]]:
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=_unstacked,
-        generator=torch.Generator(),  # leaves the caller's generator alone
-    )
-    for items in loader:
-        images, targets = zip(*items, strict=True)
-        yield images, [target["image_id"] for target in targets]
-
-
-def _unstacked(items: list[Any]) -> list[Any]:
-    return items
 
 
 def _score(dataset: Any, found: list[dict[str, Any]], most: int) -> Scores:

@@ -208,8 +208,7 @@ def _damaged(squares, tmp_path, name, change):
     [
         (lambda content: content["annotations"][0].update(image_id=999), "999"),
         (lambda content: content["annotations"][0].update(category_id=77), "77"),
-        (lambda content: content["annotations"][0].update(bbox=[60, 60, 30, 30]), "60"),
-        (lambda content: content["annotations"][0].update(bbox=[5, 5, 0, 10]), "0"),
+        (lambda content: content["annotations"][0].update(bbox=[5, 5, 10]), "[5, 5, 10]"),
         (lambda content: content["images"].clear(), "image"),
         (lambda content: content["images"][0].update(file_name="gone.png"), "gone.png"),
     ],

@@ -7,11 +7,12 @@ from contextlib import redirect_stdout
 
 import pytest
 import torch
+from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
 from jdkd.data import CocoDetectionDataset, Split, resolve_split, resolve_splits
-from jdkd.data.annotations import OVERHANG
 from jdkd.errors import InputError
+from jdkd.notices import Notice
 
 from . import folders
 
@@ -66,14 +67,8 @@ def test_opening_and_indexing_print_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("first_id", [-1, 0, 1])
-def test_perfect_detections_score_one_whatever_the_annotation_ids(tmp_path, first_id):
-    def number_from(content):  # pycocotools alone takes id 0 for "unmatched", and needs area and iscrowd
-        for i, record in enumerate(content["annotations"]):
-            record["id"] = first_id + i
-            del record["area"]
-
-    coco = CocoDetectionDataset(folders.write(tmp_path, number_from)).coco
+def perfect(coco):
+    """COCO's twelve numbers of detections that are the ground truth itself."""
     found = [
         {"image_id": a["image_id"], "category_id": a["category_id"], "bbox": a["bbox"], "score": 0.9}
         for a in coco.anns.values()
@@ -82,7 +77,40 @@ def test_perfect_detections_score_one_whatever_the_annotation_ids(tmp_path, firs
     with redirect_stdout(io.StringIO()):
         scores = COCOeval(coco, coco.loadRes(found), "bbox")
         scores.evaluate(), scores.accumulate(), scores.summarize()
-    assert scores.stats[0] == pytest.approx(1)
+    return scores.stats
+
+
+@pytest.mark.parametrize("first_id", [-1, 0, 1])
+def test_perfect_detections_score_one_whatever_the_annotation_ids(tmp_path, first_id):
+    def number_from(content):  # pycocotools alone takes id 0 for "unmatched", and needs area and iscrowd
+        for i, record in enumerate(content["annotations"]):
+            record["id"] = first_id + i
+            del record["area"]
+
+    assert perfect(CocoDetectionDataset(folders.write(tmp_path, number_from)).coco)[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("area", [-1, 0, 1e11, float("nan"), "20", [20]])
+def test_perfect_detections_score_one_whatever_the_areas(tmp_path, area):
+    split = folders.write(tmp_path, lambda c: [record.update(area=area) for record in c["annotations"]])
+    with pytest.warns(Notice, match="3 of 6 areas that cannot be, replaced by the area of the box"):
+        dataset = CocoDetectionDataset(split)
+    stats = perfect(dataset.coco)
+    assert stats[0] == stats[3] == pytest.approx(1), "all are small"
+    assert stats[4] == stats[5] == -1, "none is medium or large"
+
+
+def test_boxes_that_were_cut_or_left_out_are_scored_as_they_are_trained(tmp_path):
+    def spoil(content):
+        for record, bbox in zip(content["annotations"], ([-9, 3, 99, 4], [5, 5, 0, 0], [99, 0, 5, 5]), strict=False):
+            record.update(bbox=bbox)
+
+    with pytest.warns(Notice) as said:
+        dataset = CocoDetectionDataset(folders.write(tmp_path, spoil))
+    assert len(said) == 3
+    assert [a["bbox"] for a in dataset.coco.anns.values() if not a["iscrowd"]] == [[0, 3, folders.WIDTH, 4]]
+    assert [len(target["boxes"]) for _, target in dataset] == [0, 1, 0]
+    assert perfect(dataset.coco)[0] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("areas", [(None, None, None), (3, None, 7.5)])
@@ -143,14 +171,21 @@ def test_the_fingerprint_is_of_what_the_data_are_and_not_of_where_they_lie(tmp_p
         lambda c: c["annotations"][0].update(category_id=7),
         lambda c: c["annotations"][0].update(image_id=12),
         lambda c: c["annotations"].pop(0),
-        lambda c: c["images"][0].update(width=25),
-        lambda c: c["images"][0].update(file_name="1.png"),
+        lambda c: c["images"][0].update(file_name="./2.png"),
         lambda c: c["categories"][0].update(name="sieben"),
     ],
 )
 def test_another_box_label_name_size_or_class_is_another_fingerprint(tmp_path, change):
     sound, changed = folders.write(tmp_path / "a"), folders.write(tmp_path / "b", change)
     assert CocoDetectionDataset(changed).fingerprint != CocoDetectionDataset(sound).fingerprint
+
+
+def test_another_size_is_another_fingerprint(tmp_path):
+    split = folders.write(tmp_path)
+    before = CocoDetectionDataset(split).fingerprint
+    split = folders.write(tmp_path, lambda c: c["images"][0].update(width=25))
+    Image.new("RGB", (25, folders.HEIGHT)).save(split.images / "2.png")
+    assert CocoDetectionDataset(split).fingerprint != before
 
 
 def test_a_subset_has_a_fingerprint_of_its_own(tmp_path):
@@ -164,51 +199,26 @@ def test_the_file_says_whether_its_classes_may_be_mirrored(tmp_path, info, expec
     assert CocoDetectionDataset(folders.write(tmp_path, lambda c: c.update(info=info))).mirror_symmetric is expected
 
 
-def test_a_tiny_overhang_is_cut_off_in_training_only(tmp_path):
-    overhanging = [-OVERHANG, 3, folders.WIDTH + 2 * OVERHANG, 4]
-    dataset = CocoDetectionDataset(folders.write(tmp_path, lambda c: box(c, overhanging)))
-    assert dataset[1][1]["boxes"].tolist() == [[0, 3, folders.WIDTH, 7]]
-    assert dataset.coco.anns[110]["bbox"] == overhanging
-
-
-def test_the_two_flat_boxes_of_published_coco_are_left_out(tmp_path):
-    def as_published(content):
-        content["images"][0]["id"] = 200365
-        for record in content["annotations"]:
-            record["image_id"] = {12: 200365}.get(record["image_id"], record["image_id"])
-        content["annotations"][1].update(id=918, bbox=[3.65, 8.33, 1.03, 0.0])
-
-    assert len(CocoDetectionDataset(folders.write(tmp_path, as_published))[2][1]["boxes"]) == 1
-
-
 REFUSED = {
-    "has a box of zero or negative area: bbox [1, 2, 0, 5] in image 11 of 24 x 16": lambda c: box(c, [1, 2, 0, 5]),
-    "annotation 110 of": lambda c: box(c, [1, 2, 4, -5]),
-    "a box of zero or negative area: bbox [9, 2, 1e-09, 5]": lambda c: box(c, [9, 2, 1e-9, 5]),
-    "has a box outside its image: bbox [22, 2, 5, 5] in image 11 of 24 x 16": lambda c: box(c, [22, 2, 5, 5]),
-    "has a box outside its image: bbox [24.5, 2, 1, 5]": lambda c: box(c, [24.5, 2, 1, 5]),
-    ", and 1 more such box; correct it, remove it, or set its iscrowd": lambda c: [
-        a.update(bbox=[0, 0, 0, 1]) for a in c["annotations"][:2]
-    ],
-    '"bbox" of annotation 110': lambda c: box(c, [1, 2, 3]),
-    "is [1, 2, 3, 'x'], not a list of 4 finite numbers": lambda c: box(c, [1, 2, 3, "x"]),
-    "is [1, 2, nan, 4]": lambda c: box(c, [1, 2, float("nan"), 4]),
-    "refers to image 99, which is not among its 3 images": lambda c: c["annotations"][0].update(image_id=99),
-    "refers to category 5, which is not among its 2 categories": lambda c: c["annotations"][0].update(category_id=5),
-    "image id 12 stands 2 times": lambda c: c["images"][1].update(id=12),
-    "category id 7 stands 2 times": lambda c: c["categories"][1].update(id=7),
-    "annotation id 110 stands 2 times": lambda c: c["annotations"][1].update(id=110),
-    "image number 1 of": lambda c: c["images"][1].pop("id"),
-    '"id" of image a in': lambda c: c["images"][1].update(id="a"),
-    "is 1.5, not an integer": lambda c: c["images"][1].update(id=1.5),
+    'annotation 110 has "bbox" [1, 2, 3], not': lambda c: box(c, [1, 2, 3]),
+    "[1, 2, 3, 'x'], not a list of 4 finite numbers": lambda c: box(c, [1, 2, 3, "x"]),
+    "[1, 2, nan, 4]": lambda c: box(c, [1, 2, float("nan"), 4]),
+    "refers to image 99, which is not among the 3 images": lambda c: c["annotations"][0].update(image_id=99),
+    "refers to category 5, which is not among the 2 categories": lambda c: c["annotations"][0].update(category_id=5),
+    "image 12 stands 2 times": lambda c: c["images"][1].update(id=12),
+    "category 7 stands 2 times": lambda c: c["categories"][1].update(id=7),
+    "annotation 110 stands 2 times": lambda c: c["annotations"][1].update(id=110),
+    "image number 1 has no": lambda c: c["images"][1].pop("id"),
+    "image a has \"id\" 'a', not an integer": lambda c: c["images"][1].update(id="a"),
+    "1.5, not an integer": lambda c: c["images"][1].update(id=1.5),
     'has no "bbox"; add it or remove the annotation': lambda c: c["annotations"][0].pop("bbox"),
     'has no "width"': lambda c: c["images"][0].pop("width"),
-    "image 12 of": lambda c: c["images"][0].update(height=0),
-    '"file_name" of image 12': lambda c: c["images"][0].update(file_name=""),
-    '"name" of category 7': lambda c: c["categories"][0].update(name=None),
+    "image 12 is 24 x 0 pixels": lambda c: c["images"][0].update(height=0),
+    'image 12 has "file_name"': lambda c: c["images"][0].update(file_name=""),
+    'category 7 has "name" None': lambda c: c["categories"][0].update(name=None),
     'has no "categories"': lambda c: c.pop("categories"),
     'has dict instead of a list as "images"': lambda c: c.update(images={}),
-    '"annotations"[0] of': lambda c: c["annotations"].insert(0, 5),
+    '"annotations"[0] is 5': lambda c: c["annotations"].insert(0, 5),
     "is an empty split: it lists 0 images": lambda c: c.update(images=[], annotations=[]),
     "is an empty split: its 3 images hold no box to detect (0 annotations": lambda c: c.update(annotations=[]),
     "of them 3 crowd regions": lambda c: c.update(annotations=c["annotations"][3:]),
@@ -244,7 +254,7 @@ def test_json_of_another_kind_is_refused(tmp_path):
 def test_missing_images_are_found_on_opening(tmp_path):
     split = folders.write(tmp_path)
     (split.images / "1.png").unlink()
-    with pytest.raises(InputError, match=r"1 of the 3 images .*/1\.png; .*--val-images"):
+    with pytest.raises(InputError, match=r"val2017: image .*/1\.png is missing; .*--val-images"):
         CocoDetectionDataset(split)
 
 

@@ -1,11 +1,13 @@
 """Every kind of image file becomes RGB as its annotations mean it; a broken one is named."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from jdkd.data import CocoDetectionDataset
-from jdkd.data.images import read_image
+from jdkd.data import CocoDetectionDataset, images
+from jdkd.data.images import ImageFault, no_warnings, read_image, verify_image
 from jdkd.errors import InputError
 
 from . import folders
@@ -21,7 +23,7 @@ def gradient(width=6, height=4):
 
 def read(path, width=6, height=4):
     """Pixels [height, width, 3] as read."""
-    return read_image(path, width, height).permute(1, 2, 0).numpy()
+    return read_image(path, (width, height)).permute(1, 2, 0).numpy()
 
 
 def test_rgb_is_read_as_it_is(tmp_path):
@@ -110,7 +112,7 @@ def test_it_is_shown_upright_where_both_sizes_agree(tmp_path):
 
 def test_another_size_than_annotated_is_refused_with_both(tmp_path):
     oriented(tmp_path / "a.png", gradient(6, 4), ROTATED)
-    with pytest.raises(InputError, match=r"a\.png is 4 x 6 pixels but its annotations say 5 x 4; correct"):
+    with pytest.raises(InputError, match=r"a\.png is 4 x 6 pixels but its annotations say 5 x 4; put the image"):
         read(tmp_path / "a.png", 5, 4)
 
 
@@ -122,7 +124,9 @@ def truncated(path):
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.gif", "a.webp"])
 def test_a_truncated_image_is_named(tmp_path, name):
     truncated(tmp_path / name)
-    with pytest.raises(InputError, match=rf"image .*/{name} cannot be read \(.*\): .*; replace it or remove it"):
+    with pytest.raises(
+        InputError, match=rf"image .*/{name} cannot be read \(.*\): .*; put a sound copy of it in its place"
+    ):
         read(tmp_path / name, 64, 64)
 
 
@@ -133,10 +137,127 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content):
         read(tmp_path / "a.png")
 
 
-def test_samples_without_a_range_are_refused(tmp_path):
-    Image.fromarray(np.zeros((4, 6), dtype=np.float32)).save(tmp_path / "a.tiff")
-    with pytest.raises(InputError, match="floating-point samples"):
+@pytest.mark.parametrize("dtype", ["float32", "int32", "int16"])
+def test_samples_without_a_range_are_refused(tmp_path, dtype):
+    Image.fromarray(np.zeros((4, 6), dtype=dtype)).save(tmp_path / "a.tiff")
+    with pytest.raises(
+        InputError, match=r"a\.tiff has samples of 32 bits or with a sign .*; save it with 8 or 16 bits"
+    ):
         read(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("times", [1.0, 1.9, 2.1])
+def test_an_image_above_pillows_limit_is_refused_with_advice_and_one_below_read(tmp_path, monkeypatch, times):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(24 / times))
+    if times < 2:
+        assert (read(tmp_path / "a.png") == gradient()).all()
+        return
+    with pytest.raises(InputError, match=r"a\.png has more than the 22 pixels that Pillow decodes; cut it into tiles"):
+        read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.tiff", "a.png", "a.webp"])
+def test_of_several_frames_the_first_is_read(tmp_path, name):
+    first, second = (Image.new("RGB", (6, 4), colour) for colour in ((250, 0, 0), (0, 0, 250)))
+    exact = {"lossless": True} if name == "a.webp" else {}
+    first.save(tmp_path / name, save_all=True, append_images=[second], **exact)
+    assert (read(tmp_path / name) == (250, 0, 0)).all()
+
+
+def test_damaged_exif_data_do_not_make_an_image_unreadable(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=b"Exif\0\0no TIFF at all", quality=95)
+    assert read(tmp_path / "a.jpg").shape == (4, 6, 3)
+
+
+def test_a_png_with_a_wrong_checksum_is_named(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    place = content.index(b"IDAT")
+    content[place + 8] ^= 1
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.png cannot be read \(.*\): it is truncated or damaged"):
+        read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda path: path.touch(), "it is empty"),
+        (lambda path: path.mkdir(), "it is a folder"),
+        (lambda path: path.symlink_to("nowhere"), "it is a link to nothing"),
+        (os.mkfifo, "it is no file"),
+        (lambda path: path.write_text("<html>not found</html>"), "it is not an image of a kind that Pillow knows"),
+    ],
+)
+def test_what_is_there_in_place_of_an_image_is_said(tmp_path, make, what):
+    make(tmp_path / "a.jpg")
+    for attempt in (read, lambda path: verify_image(path, (6, 4), decode=False)):
+        with pytest.raises((InputError, ImageFault), match=f"cannot be read: {what}"):
+            attempt(tmp_path / "a.jpg")
+
+
+KINDS = {
+    "a.jpg": {},
+    "progressive.jpg": {"progressive": True},
+    "a.png": {},
+    "a.gif": {},
+    "a.bmp": {},
+    "a.webp": {},
+    "a.tiff": {},
+    "packed.tiff": {"compression": "tiff_lzw"},
+    "a.ppm": {},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_fast_check_finds_truncation_at_any_place(tmp_path, name):
+    file = tmp_path / name
+    Image.effect_noise((64, 48), 90).convert("RGB").save(file, **KINDS[name])
+    whole = file.read_bytes()
+    verify_image(file, (64, 48), decode=False)
+    for kept in (len(whole) - 30, len(whole) // 2, 40):
+        file.write_bytes(whole[:kept])
+        with pytest.raises(ImageFault, match="cannot be read"), no_warnings():
+            verify_image(file, (64, 48), decode=False)
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "a.ppm"])
+def test_the_fast_check_decodes_no_sound_image(tmp_path, monkeypatch, name):
+    Image.fromarray(gradient()).save(tmp_path / name, **KINDS[name])
+    monkeypatch.setattr(images, "_decoded", None)
+    verify_image(tmp_path / name, (6, 4), decode=False)
+
+
+def test_what_lies_behind_the_end_of_a_photograph_is_no_damage(tmp_path):
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg")
+    with open(tmp_path / "a.jpg", "ab") as file:
+        file.write(b"trailer of a telephone")
+    verify_image(tmp_path / "a.jpg", (6, 4), decode=False)
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_check_takes_the_sizes_that_reading_takes(tmp_path, orientation, decode):
+    oriented(tmp_path / "a.png", gradient(6, 4), orientation)
+    for size in ((6, 4), (4, 6), (5, 4)):
+        try:
+            read(tmp_path / "a.png", *size)
+        except InputError:
+            with pytest.raises(ImageFault, match="pixels but its annotations say"):
+                verify_image(tmp_path / "a.png", size, decode=decode)
+        else:
+            verify_image(tmp_path / "a.png", size, decode=decode)
+
+
+def test_damage_inside_is_found_by_decoding(tmp_path):
+    Image.effect_noise((64, 48), 90).save(tmp_path / "a.png")
+    content = bytearray((tmp_path / "a.png").read_bytes())
+    content[len(content) // 2] ^= 255
+    (tmp_path / "a.png").write_bytes(content)
+    verify_image(tmp_path / "a.png", (64, 48), decode=False)
+    with pytest.raises(ImageFault, match="cannot be read"), no_warnings():
+        verify_image(tmp_path / "a.png", (64, 48), decode=True)
 
 
 def test_an_image_that_vanished_after_opening_is_named(tmp_path):

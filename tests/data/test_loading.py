@@ -1,12 +1,19 @@
 """Batch k is a function of (seed, k), however it is read."""
 
+import os
+import signal
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
-from jdkd.data import CocoDetectionDataset, batches
+from jdkd.data import CocoDetectionDataset, batches, in_order
+from jdkd.data.reading_ahead import read_ahead
 from jdkd.errors import InputError
+from jdkd.notices import Notice
 
 from . import folders
 
@@ -127,15 +134,95 @@ def test_the_global_random_state_is_left_alone(dataset, workers):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_truncated_image_stops_with_one_sentence_and_not_before_its_batch(dataset, workers):
+def test_an_image_truncated_meanwhile_stops_with_one_sentence_and_not_before_its_batch(dataset, workers):
     file = dataset.split.images / "3.png"
+    before = dataset.fingerprint
     file.write_bytes(file.read_bytes()[:60])
     stream = ids_one_by_one(batches(dataset, batch_size=1, steps=IMAGES, seed=0, workers=workers))
     shown: list[int] = []
     with pytest.raises(InputError) as refusal:
         shown.extend(stream)  # extends by what comes before the error
-    assert str(file) in str(refusal.value) and "\n" not in str(refusal.value)
+    sentence = str(refusal.value)
+    assert str(file) in sentence and "\n" not in sentence and "Traceback" not in sentence
     assert 0 < len(shown) < IMAGES and 13 not in shown
+    assert "put a sound copy of it in its place" in sentence and "remove" not in sentence
+    folders.write(file.parents[1], images=IMAGES)  # does as advised: the data are the same, a run may be resumed
+    assert CocoDetectionDataset(dataset.split).fingerprint == before
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_in_order_every_image_comes_once_with_its_pixels_and_targets(dataset, workers):
+    stream = list(in_order(dataset, batch_size=3, workers=workers))
+    assert [len(items) for items in stream] == [3, 3, 1]
+    for (image, target), (expected, truth) in zip((i for items in stream for i in items), dataset, strict=True):
+        assert torch.equal(image, expected) and target["image_id"] == truth["image_id"]
+        assert torch.equal(target["boxes"], truth["boxes"]) and torch.equal(target["labels"], truth["labels"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_in_order_an_unreadable_image_is_one_sentence(dataset, workers):
+    (dataset.split.images / "4.png").unlink()
+    with pytest.raises(InputError, match=r"4\.png is missing; put it there") as refusal:
+        list(in_order(dataset, batch_size=3, workers=workers))
+    assert "Traceback" not in str(refusal.value)
+
+
+class Deadly:
+    """Batches whose third ends the process that reads it, as the kernel does when memory runs out."""
+
+    def __getitem__(self, number):
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return [(torch.zeros(3, 2, 2, dtype=torch.uint8), {})]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_worker_that_is_killed_is_one_sentence():
+    with pytest.raises(InputError, match=r"one of 1 worker processes died .* give fewer --workers, or 0"):
+        list(read_ahead(Deadly(), range(5), workers=1))
+
+
+def test_a_sliver_that_mirroring_would_close_is_no_box(tmp_path):
+    def slivers(content):
+        for record, width in zip(content["annotations"], (5e-7, 1e-5, 3e-5), strict=False):
+            record.update(bbox=[0, 2, width, 5], area=None)
+
+    with pytest.warns(Notice, match="2 of 6 boxes without area, left out"):
+        dataset = CocoDetectionDataset(folders.write(tmp_path, slivers))
+    for _, targets in batches(dataset, batch_size=3, steps=4, seed=0, flip=1.0):
+        boxes = torch.cat([target["boxes"] for target in targets])
+        assert len(boxes) == 1 and (boxes[:, 2:] > boxes[:, :2]).all()
+
+
+FEW_FILES = """
+import os, resource, sys
+from pathlib import Path
+from jdkd.data import CocoDetectionDataset, Split, batches
+from jdkd.errors import InputError
+
+folder = Path(sys.argv[1])
+dataset = CocoDetectionDataset(Split(folder / "val2017", folder / "annotations/instances_val2017.json"))
+for soft, hard, workers in ((40, 4096, 2), (64, 64, 3), (64, 64, 2)):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        stream = batches(dataset, batch_size=16, steps=6, seed=0, workers=workers)
+        print(sum(len(images) for images, _ in stream), "images")
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not limit open files")
+def test_a_low_limit_of_open_files_is_raised_or_said_with_advice_that_works(dataset):
+    command = [sys.executable, "-W", "ignore", "-c", FEW_FILES, str(dataset.split.images.parent)]
+    root = Path(__file__).parents[2]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=root)
+    assert (answer.returncode, answer.stderr) == (0, "")
+    raised, refused, as_advised = answer.stdout.splitlines()
+    assert raised == as_advised == "96 images"
+    assert "3 worker processes need about" in refused and "may open 64" in refused and "give --workers 2" in refused
 
 
 @pytest.mark.parametrize(

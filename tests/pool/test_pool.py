@@ -161,5 +161,5 @@ def test_a_pool_that_cannot_teach_the_base_is_refused(digits, tmp_path):
 
 
 def test_only_a_detector_with_a_spec_can_grow(base):
-    with pytest.raises(InputError, match=r"grow takes a detector .* got a Linear without one"):
-        grow(torch.nn.Linear(1, 1), Space.around(base.spec))
+    with pytest.raises(InputError, match=r"grow_base takes a detector .* got a Linear without one"):
+        grow_base(torch.nn.Linear(1, 1), Space.from_base(base.spec))

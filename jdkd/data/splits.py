@@ -1,0 +1,92 @@
+"""See :func:`resolve_splits`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from jdkd.errors import InputError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where the images and the annotation file of one split lie.
+
+    Attributes:
+        images: folder of the images.
+        annotations: COCO annotation file.
+        name: "train" or "val", which only serves to name the flags in messages.
+        strict: refuse what would otherwise be put right on reading.
+    """
+
+    images: Path
+    annotations: Path
+    name: str = ""
+    strict: bool = False
+
+
+def resolve_splits(
+    data: str | os.PathLike | None = None,
+    train_images: str | os.PathLike | None = None,
+    train_annotations: str | os.PathLike | None = None,
+    val_images: str | os.PathLike | None = None,
+    val_annotations: str | os.PathLike | None = None,
+    strict: bool = False,
+) -> tuple[Split, Split]:
+    """Find the training and the validation split of a COCO-format data set.
+
+    Args:
+        data: a folder in the COCO layout (``annotations/instances_{train,val}2017.json``, ``train2017/``,
+            ``val2017/``); needed for whatever the other four do not name.
+        train_images: folder of the training images.
+        train_annotations: annotation file of the training images.
+        val_images: folder of the validation images.
+        val_annotations: annotation file of the validation images.
+        strict: refuse boxes without area or over the edge of their image instead of putting them right.
+
+    Returns:
+        The two splits, whose folders and files exist.
+
+    Raises:
+        InputError: something is not given or does not exist.
+    """
+    train = resolve_split("train", data, train_images, train_annotations, strict)
+    return train, resolve_split("val", data, val_images, val_annotations, strict)
+
+
+def resolve_split(
+    name: str,
+    data: str | os.PathLike | None = None,
+    images: str | os.PathLike | None = None,
+    annotations: str | os.PathLike | None = None,
+    strict: bool = False,
+) -> Split:
+    """Find one split, ``name`` being "train" or "val"; see :func:`resolve_splits`."""
+    flags = f"--{name}-images", f"--{name}-annotations"
+    if data is None and (images is None or annotations is None):
+        missing = [flag for flag, value in zip(flags, (images, annotations), strict=True) if value is None]
+        raise InputError(
+            f"no {name} data: neither --data nor {' and '.join(missing)} is given; "
+            f"give --data DIR in the COCO layout, or both {flags[0]} and {flags[1]}"
+        )
+    if data is not None and not Path(data).is_dir() and (images is None or annotations is None):
+        raise InputError(f"--data {data} is not a folder; give an existing folder in the COCO layout")
+    split = Split(
+        images=Path(images) if images is not None else Path(data) / f"{name}2017",
+        annotations=Path(annotations) if annotations is not None else _default_annotations(Path(data), name),
+        name=name,
+        strict=strict,
+    )
+    if not split.annotations.is_file():
+        folder = split.annotations.parent
+        found = sorted(path.name for path in folder.glob("*.json"))
+        beside = f"{folder} holds {', '.join(found[:5])}" if found else f"{folder} holds no .json file"
+        raise InputError(f"annotation file {split.annotations} does not exist ({beside}); name it with {flags[1]}")
+    if not split.images.is_dir():
+        raise InputError(f"image folder {split.images} does not exist; name the folder with {flags[0]}")
+    return split
+
+
+def _default_annotations(data: Path, name: str) -> Path:
+    return data / "annotations" / f"instances_{name}2017.json"
