@@ -4,6 +4,7 @@ from jdkd.detect.build import build, parameter_count
 from jdkd.detect.checkpoint import LoadReport, load, load_weights, save
 from jdkd.detect.groups import Group, channel_groups
 from jdkd.detect.inherit import NEW, inherit
+from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round_width
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Stage",
     "build",
     "channel_groups",
+    "fix_roi_scales",
     "inherit",
     "load",
     "load_weights",

@@ -7,6 +7,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign
 
 from jdkd.detect.resnet import FROZEN, Backbone, Layers
+from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.spec import DetectorSpec
 
 ROI_SIZE = 7
@@ -44,6 +45,7 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
         box_positive_fraction=spec.positives,
     )
     model.spec = spec
+    fix_roi_scales(model)
     return model
 
 

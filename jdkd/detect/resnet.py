@@ -90,7 +90,11 @@ class ResNet(nn.Module):
 
 
 class Backbone(nn.Module):
-    """ResNet and FPN (Lin et al., CVPR 2017): an image batch in, P2-P6 out, keyed as torchvision keys them."""
+    """ResNet and FPN (Lin et al., CVPR 2017): an image batch in, P2-P6 out, keyed as torchvision keys them.
+
+    Attributes:
+        strides: pixels of the image per cell of each level.
+    """
 
     def __init__(self, spec: DetectorSpec, layers: Layers):
         super().__init__()
@@ -98,6 +102,7 @@ class Backbone(nn.Module):
         widths = [stage.width for stage in spec.stages]
         self.fpn = FeaturePyramidNetwork(widths, spec.fpn, extra_blocks=LastLevelMaxPool())
         self.out_channels = spec.fpn
+        self.strides = dict(zip(("0", "1", "2", "3", "pool"), (4, 8, 16, 32, 64), strict=True))
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":  # [N, 3, H, W] -> {"0", "1", "2", "3", "pool"}
         return self.fpn(self.body(x))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from jdkd.detect import fix_roi_scales
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -53,6 +55,7 @@ def count(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
     Returns:
         Parameters and GMACs.
     """
+    fix_roi_scales(model)
     bare = copy.copy(model)
     bare._modules = dict(model._modules)
     if hasattr(model, "rpn"):

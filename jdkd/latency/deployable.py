@@ -11,6 +11,8 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+from jdkd.detect import fix_roi_scales
+
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
@@ -37,6 +39,7 @@ def deployable(model: nn.Module) -> nn.Module:
         The deployable copy, on the device of `model`. Outputs agree up to the rounding of the folded weights.
     """
     model = copy.deepcopy(model).eval().requires_grad_(False)
+    fix_roi_scales(model)
     occurrences = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for conv_name, norm_name in list(_conv_norm_pairs(model, "")):
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jdkd.detect import fix_roi_scales
 from jdkd.errors import InputError
 from jdkd.latency.calls import Call, backbone_replay, check_images, end_to_end, model_only
 from jdkd.latency.clock import Clock, clock_for, environment, gpu_state
@@ -171,7 +172,7 @@ def measure(
     before = gpu_state(device)
     with torch.inference_mode(), _cudnn_benchmark(device):
         for model in models.values():
-            model.to(device)
+            fix_roi_scales(model.to(device))
         made = {mode: {name: MODES[mode](model, batches, device) for name, model in models.items()} for mode in modes}
         calls = {mode: named for mode, named in made.items() if None not in named.values()}
         samples, run = interleave(calls, len(batches), schedule, clock_for(device), progress)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from jdkd.detect import fix_roi_scales
 from jdkd.errors import InputError
 from jdkd.train.modes import mode
 
@@ -58,6 +59,7 @@ def evaluate(
         InputError: the detector's classes are not the dataset's.
     """
     _require_same_classes(model, dataset.classes)
+    fix_roi_scales(model)
     found: list[dict[str, Any]] = []
     done = 0
     with mode(model.to(device), training=False), torch.inference_mode():

@@ -95,6 +95,15 @@ def test_prints_nothing_and_tells_how_far_it_is(scenes, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_oblong_images_do_not_set_the_scales_of_a_foreign_detector(tmp_path):
+    data = write_scenes(tmp_path, images=2, size=(60, 192))
+    model = detector(small_spec(min_size=128, max_size=128))
+    pool = model.roi_heads.box_roi_pool
+    pool.scales = pool.map_levels = None  # as torchvision's own builders leave them
+    evaluate(model, data, **CPU)
+    assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
 def test_another_number_of_classes_is_named(scenes):
     with pytest.raises(InputError, match="knows 2 classes and the dataset has 3"):
         evaluate(detector(small_spec(classes=("cat", "dog"))), scenes, **CPU)
