@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from jdkd.distill import correlations, pyramids
-from jdkd.distill.correlation import Seen
+from jdkd.distill.correlation import PyramidSnapshot
 from jdkd.errors import InputError
 from jdkd.latency import deployable
 from jdkd.morph import draw
@@ -63,7 +63,7 @@ def screen(parent: nn.Module, setting: Setting, rng: random.Random) -> Proposal:
     return max(timed, key=lambda proposal: proposal.worth(setting.config.target_latency))
 
 
-def _propose(parent: nn.Module, seen: Sequence[Seen], setting: Setting, rng: random.Random) -> Proposal:
+def _propose(parent: nn.Module, seen: Sequence[PyramidSnapshot], setting: Setting, rng: random.Random) -> Proposal:
     base = setting.base.spec
     sizes = sorted({max(32, round(base.min_size * share / 32) * 32) for share in setting.config.resolutions})
     student, actions, kept = parent, [], tuple(range(parent.spec.fpn))

@@ -15,6 +15,7 @@ from jdkd.distill import attach
 from jdkd.distill.neck import Pyramid, levels_of
 from jdkd.errors import InputError
 from jdkd.functional import pkd_loss
+from jdkd.notices import Notice
 from tests.detectors import detector, small_spec
 from tests.distill.pyramids import PyramidDetector
 
@@ -113,8 +114,13 @@ def test_a_dense_student_learns_from_a_two_stage_teacher_at_the_strides_both_hav
     teacher = detector(small_spec(fpn=256))
     student = retinanet().train()
     with attach(student, teacher) as handle:
-        step(student, images, targets)
+        with pytest.warns(Notice) as said:
+            step(student, images, targets)
         assert list(handle.losses) == [8, 16, 32]
+    assert sorted(str(notice.message).split(" are")[0] for notice in said) == [
+        "the student's levels of stride [64, 128]",
+        "the teacher's levels of stride [4]",
+    ]
     with attach(student, teacher, levels=[16], level_weights=[0.5]) as handle:
         losses = step(student, images, targets)
         assert list(handle.losses) == [16]
@@ -256,13 +262,15 @@ def test_a_missing_neck_is_named(student, teacher):
 
 
 def test_what_cannot_be_distilled_is_refused(student, teacher, images, targets):
-    with pytest.raises(InputError, match=r"share the parameter .*copy\.deepcopy"):
+    with pytest.raises(InputError, match=r"one and the same FasterRCNN; .*copy\.deepcopy"):
         attach(student, student)
+    with pytest.raises(InputError, match=r"share the parameter .*copy\.deepcopy"):
+        attach(student, copy.copy(student))
     handle = attach(student, teacher)
     with pytest.raises(InputError, match="already has a teacher attached; remove"):
         attach(student, teacher)
     handle.remove()
-    with attach(student, PyramidDetector(16, {"a": 2}), neck="backbone"):
+    with attach(student, PyramidDetector(16, {"a": 2}), neck="backbone", teacher_normalisation="same"):
         with pytest.raises(InputError, match=r"levels of stride \[4, 8, 16, 32\] and the teacher of stride \[2\]"):
             student(images, targets)
     pyramid, images = PyramidDetector(4, {"a": 4}), list(torch.rand(2, 3, 32, 32))
@@ -273,7 +281,7 @@ def test_what_cannot_be_distilled_is_refused(student, teacher, images, targets):
         pyramid.forward = lambda images: pyramid.backbone(images)
         with pytest.raises(InputError, match=r"Pyramid was given a list, .* tensor \[N, 3, H, W\]"):
             pyramid(images)
-    with pytest.raises(TypeError, match="momentum"):
+    with pytest.raises(InputError, match="takes no option momentum; choose from level_weights"):
         attach(student, teacher, momentum=0.9)
 
 
