@@ -66,6 +66,15 @@ class Normalisation:
         mean, std = ([float(f"{value:.6g}") for value in values] for values in (self.mean, self.std))
         return f"mean {mean}, std {std}, white {self.scale:g}, {self.order} ({self.source})"
 
+    def equals(self, other: Normalisation) -> bool:
+        """Whether images are the same either way, up to how the numbers were rounded."""
+        sides = [
+            [value / one.scale for value in (*one.mean, *one.std)] + [float(ORDERS.index(one.order))]
+            for one in (self, other)
+        ]
+        close = (math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-8) for a, b in zip(*sides, strict=False))
+        return len(sides[0]) == len(sides[1]) and all(close)
+
     def raw(self) -> Normalisation:
         """Images that are yet to be normalised so."""
         return Normalisation((0.0,), (1.0,), self.scale, self.order, f"before {self.source}")
@@ -92,7 +101,7 @@ def normalisation_of(chain: Sequence[nn.Module], entrance: nn.Module, who: str) 
         if declared is not None:
             one, applied_inside = declared
             found.append(one.raw() if applied_inside and module is entrance else one)
-    if len(set(found)) > 1:
+    if any(not one.equals(found[0]) for one in found):
         raise InputError(
             f"the {who} normalises images in more than one place: {'; '.join(map(str, found))}; pass "
             f"{who}_normalisation, what its backbone gets in the end"
@@ -155,7 +164,7 @@ class Conversion:
     @property
     def is_needed(self) -> bool:
         """Whether the two differ, as far as is known."""
-        return self.ours is not None and self.theirs is not None and self.ours != self.theirs
+        return self.ours is not None and self.theirs is not None and not self.ours.equals(self.theirs)
 
     def __call__(self, batch: Tensor, inside: Tensor | None = None) -> Tensor:
         """Converts a batch.
