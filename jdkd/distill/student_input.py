@@ -27,11 +27,13 @@ class StudentInput:
         images: ``[N, C, H, W]``, detached.
         mask: ``[N, H, W]`` or ``[N, 1, H, W]``, which pixels are no padding, if it was given one.
         others: what else it was given, by the names of the parameters.
+        name: of the parameter that the images were.
     """
 
     images: Tensor
     mask: Tensor | None = None
     others: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     @classmethod
     def of(cls, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StudentInput | None:
@@ -51,9 +53,9 @@ class StudentInput:
             return None
         images, others = four[name], {other: value for other, value in named.items() if other != name}
         shapes = {(images.shape[0], *images.shape[2:]), (images.shape[0], 1, *images.shape[2:])}
-        masks = [(n, v) for n, v in others.items() if isinstance(v, Tensor) and tuple(v.shape) in shapes]
-        mask = next((value == 0 if "padding" in name else value for name, value in masks), None)
-        return cls(images.detach(), mask, others)
+        masks = [(k, v) for k, v in others.items() if isinstance(v, Tensor) and tuple(v.shape) in shapes]
+        mask = next((value == 0 if "padding" in other else value for other, value in masks), None)
+        return cls(images.detach(), mask, others, name)
 
     @property
     def inside(self) -> Tensor | None:
@@ -67,7 +69,8 @@ class StudentInput:
             InputError: it cannot do without something that the student was not given.
         """
         parameters = parameters_of(module)
-        name = next((name for name in IMAGES if name in parameters), next(iter(parameters), None))
+        others = [name for name in parameters if name not in (*MASKS, *TARGETS)]
+        name = next((name for name in (*IMAGES, self.name, *others) if name in parameters), None)
         if name is None:
             return (images,), {}
         given: dict[str, Any] = {}
