@@ -10,6 +10,7 @@ from jdkd.distill.gradients import check_gradient
 from jdkd.distill.hooks import Hook
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
 
 
 class HeadDistiller:
@@ -39,6 +40,7 @@ class HeadDistiller:
         loss_weight: float = 1.0,
         runner: TeacherRunner | None = None,
     ) -> None:
+        student, teacher = unwrapped(student), unwrapped(teacher)
         for who, model in (("student", student), ("teacher", teacher)):
             if not hasattr(model, "roi_heads"):
                 raise InputError(

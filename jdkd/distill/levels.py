@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from numbers import Integral
 from typing import NamedTuple
 
@@ -125,7 +125,8 @@ def as_index(channels: Tensor | Sequence[int] | None) -> Tensor | None:
     if channels is None:
         return None
     try:
-        index = torch.as_tensor(channels if isinstance(channels, Tensor) else list(channels))
+        ordered = not isinstance(channels, Mapping | Set | str)
+        index = torch.as_tensor(channels if isinstance(channels, Tensor) else list(channels) if ordered else [])
     except (TypeError, ValueError, RuntimeError):
         index = torch.zeros(0)
     whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -311,3 +313,28 @@ def test_holds_under_autocast_and_loss_scaling(dtype, student, teacher, images, 
         scaled, unscaled = autocast_step(2.0**8)
     assert plain == scaled == pytest.approx(exact, rel=0.02)
     assert torch.cosine_similarity(unscaled, gradient, dim=0) > 0.9999
+
+
+def test_needs_torch_alone():
+    program = """
+import sys
+for name in ("torchvision", "pycocotools", "safetensors", "PIL", "matplotlib", "rich", "tyro", "numpy"):
+    sys.modules[name] = None
+import torch
+from jdkd.distill import attach
+
+class Detector(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Conv2d(3, 4, 4, 4)
+    def forward(self, images):
+        return {"loss": self.backbone(images).square().mean()}
+
+student = Detector().train()
+with attach(student, Detector()) as handle:
+    student(torch.rand(2, 3, 16, 16))["loss"].backward()
+print(list(handle.losses))
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == "[4]"

@@ -88,7 +88,20 @@ def test_levels_larger_than_the_images_are_refused():
 
 BAD = {
     "levels": [8, 8.0, "8", "P3", [], [8, 8], [8.5], [True], [0], [-8], [None], {"a": 1}],
-    "channels": [3, "abc", [], [0.5, 1.5], [True, False], [-1, 0], [[0, 1]], [0, 0], torch.rand(4), [None]],
+    "channels": [
+        3,
+        "abc",
+        [],
+        [0.5, 1.5],
+        [True, False],
+        [-1, 0],
+        [[0, 1]],
+        [0, 0],
+        torch.rand(4),
+        [None],
+        {0: 1},
+        {0},
+    ],
     "loss_weight": ["6", None, float("nan"), float("inf"), -1, [6], True, torch.ones(2)],
     "statistics": ["image"],
     "zero_variance": ["drop"],
