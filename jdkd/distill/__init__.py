@@ -1,9 +1,19 @@
 """One detector taught by another, through forward hooks; neither is changed."""
 
-from jdkd.distill.attachment import Attachment, attach
+from jdkd.distill.attachment import DistillationHandle, attach
 from jdkd.distill.correlation import correlations, pyramids
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller
+from jdkd.distill.normalisation import Normalisation
 
-__all__ = ["Attachment", "Distiller", "FeatureDistiller", "HeadDistiller", "attach", "correlations", "pyramids"]
+__all__ = [
+    "DistillationHandle",
+    "Distiller",
+    "FeatureDistiller",
+    "HeadDistiller",
+    "Normalisation",
+    "attach",
+    "correlations",
+    "pyramids",
+]

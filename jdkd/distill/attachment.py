@@ -1,29 +1,38 @@
 """Distillation of a detector in somebody else's training loop, by a single call."""
 
-from collections.abc import Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 
-from jdkd.distill.feature import FeatureDistiller
+from jdkd.distill.feature import FeatureDistiller, as_weight
 from jdkd.distill.hooks import Hook
-from jdkd.distill.teacher import TeacherView
+from jdkd.distill.outputs import with_loss
+from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
-from jdkd.nn.unwrapping import unwrapped
 
-LOSS = "loss_pkd"
+OPTIONS = ("level_weights", "statistics", "zero_variance", "group")
 
 
-class Attachment:
+class DistillationHandle:
     """A student that is being distilled; made by :func:`attach`, and a context manager that ends with ``remove``."""
 
-    def __init__(self, student: nn.Module, distiller: FeatureDistiller) -> None:
-        if any(isinstance(getattr(hook, "function", None), Attachment) for hook in student._forward_hooks.values()):
+    def __init__(self, distiller: FeatureDistiller) -> None:
+        self._student, self._neck = distiller.runner.student, distiller.runner.neck
+        hooks = [*self._student._forward_hooks.values(), *self._neck._forward_hooks.values()]
+        if any(isinstance(_holder(hook), DistillationHandle) for hook in hooks):
             raise InputError(
-                f"the student ({type(student).__name__}) already has a teacher attached; remove() that attachment first"
+                f"the student ({type(self._student).__name__}) already has a teacher attached; remove() that "
+                "attachment first"
             )
+        self._is_inside = False  # the student's forward
+        self._hooks = [self._neck.register_forward_hook(Hook(self._neck_ran))]
         self._distiller = distiller.__enter__()
-        self._hook = student.register_forward_hook(Hook(self))
+        self._hooks.append(self._student.register_forward_pre_hook(Hook(self._begun), prepend=True))
+        self._hooks.append(self._student.register_forward_hook(Hook(self)))
 
     @property
     def loss_weight(self) -> float:
@@ -32,18 +41,19 @@ class Attachment:
 
     @loss_weight.setter
     def loss_weight(self, weight: float) -> None:
-        self._distiller.tap.loss_weight = weight
+        self._distiller.tap.loss_weight = as_weight(weight)
 
     @property
     def losses(self) -> dict[int, Tensor]:
-        """Stride -> weighted loss of the level in the last step, a detached scalar on the student's device."""
+        """Stride -> weighted loss of the levels in the last step, a detached scalar on the student's device."""
         return self._distiller.level_losses
 
     def remove(self) -> None:
         """Leaves student and teacher as they were before; once is enough."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        if self._hooks:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks = []
             self._distiller.__exit__()
 
     def __enter__(self) -> Self:
@@ -52,17 +62,36 @@ class Attachment:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def __call__(self, student: nn.Module, inputs: tuple[Any, ...], losses: Any) -> dict[str, Tensor] | None:
-        """The student's losses and the teacher's; a forward hook."""
+    def __call__(self, student: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Mapping[str, Any] | None:
+        """The student's outputs with the teacher's loss; a forward hook."""
+        self._is_inside = False
         if not student.training:
             return None
-        if not isinstance(losses, Mapping) or LOSS in losses:
-            got = f"a {type(losses).__name__}" if not isinstance(losses, Mapping) else f"a loss {LOSS} of its own"
+        if not self._distiller.has_loss:
+            name = type(student).__name__
             raise InputError(
-                f"the student ({type(student).__name__}) returned {got} in training mode, and attach adds {LOSS} to a "
-                "dict of losses; use jdkd.distill.FeatureDistiller or jdkd.nn.PearsonTap in your training step"
+                f"the student ({name}) did not call its {type(self._neck).__name__} in training mode, "
+                "so there is no pyramid to distil; name the submodule that returns its pyramid with neck"
             )
-        return {**losses, LOSS: self._distiller.loss()}
+        return with_loss(outputs, self._distiller.loss(), type(student).__name__)
+
+    def _begun(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if student is not self._student and student.training:
+            raise InputError(
+                f"the student ({type(student).__name__}) is a copy that DataParallel made, and copies have no teacher; "
+                "train with DistributedDataParallel"
+            )
+        self._is_inside = True
+
+    def _neck_ran(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Any) -> None:
+        """Refuses a pyramid whose loss nobody would get, as the student's own forward does not run."""
+        alone = self._student.training and torch.is_grad_enabled() and not self._is_inside
+        if alone and torch._C._current_graph_task_id() == -1:  # a checkpoint runs it once more during backward
+            raise InputError(
+                f"the student's {type(neck).__name__} ran outside of the forward of {type(self._student).__name__}, "
+                "which was attached, so that no loss could be added to what that returns; attach the module that your "
+                "training step calls"
+            )
 
 
 def attach(
@@ -70,12 +99,14 @@ def attach(
     teacher: nn.Module,
     loss_weight: float = 6.0,
     *,
-    levels: Sequence[int] | None = None,
+    levels: Iterable[int] | None = None,
     channels: Tensor | Sequence[int] | None = None,
     neck: str | None = None,
     teacher_neck: str | None = None,
+    student_normalisation: Any = None,
+    teacher_normalisation: Any = None,
     **options: Any,
-) -> Attachment:
+) -> DistillationHandle:
     """Lets a teacher add ``loss_pkd`` to the losses that a detector returns in training mode.
 
     The Pearson loss (PKD; Cao et al., NeurIPS 2022) between both pyramids, their levels paired by stride, for
@@ -87,31 +118,57 @@ def attach(
                 loss = sum(student(images, targets).values())
                 ...
 
+    Of outputs that have an entry ``loss``, the total, as Hugging Face's models return them, the loss is added to that
+    one instead. The outputs keep their type.
+
     Forward hooks do it: nothing is added to the student's parameters, buffers or state dict. Until ``remove`` the
     teacher is in evaluation mode without gradients; it sees the student's images at their size, normalised its own
     way, and only up to its neck. In evaluation mode nothing runs. Attach before or after wrapping in
     ``DistributedDataParallel``, which needs no ``find_unused_parameters``. Deep copies of the student, such as a
-    running average, are not distilled.
+    running average, are not distilled. What torchvision's RoI pools took for their scales is set right in both.
+
+    How a detector normalises is read off torchvision's ``transform``, OpenMMLab's ``data_preprocessor``, detectron2's
+    ``pixel_mean``, a ``normalize`` module, an ``image_processor``, or timm's ``pretrained_cfg``; what is not found
+    there is given here.
 
     Args:
         student: the detector to train.
-        teacher: another, moved to the student's device when first run.
+        teacher: another, moved to the student's device when first run. Either may be wrapped, in
+            ``DistributedDataParallel``, ``AveragedModel``, ``torch.compile`` or a module around one detector.
         loss_weight: weight of each level; the paper's configurations use 6 for two-stage and 10 for one-stage pairs.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's, where they are not as many.
-        neck: dotted name of the student's submodule that returns the pyramid, a tensor, sequence or mapping of
+        neck: dotted name of the student's submodule that returns the pyramid, a tensor, or sequences and mappings of
             ``[N, C, H, W]``; by default ``neck`` or else ``backbone``.
         teacher_neck: the teacher's; by default as the student's.
+        student_normalisation, teacher_normalisation: how the images are normalised that reach each backbone:
+            ``(mean, std)``, ``(mean, std, scale, order)`` with ``scale`` 1 or 255 and ``order`` ``"rgb"`` or ``"bgr"``,
+            an image processor that holds them, or ``"same"`` where both get the same images.
         **options: level_weights, statistics, zero_variance and group of :func:`jdkd.functional.pearson_tap`.
 
     Returns:
         A handle: ``losses`` for logging, ``loss_weight``, ``remove()``.
 
     Raises:
-        InputError: one has no neck, the two share parameters, or the student has a teacher already; and, when the
-            student runs, no levels pair up or its training forward returns no dict.
+        InputError: one has no neck, the two share parameters, one alone says how it normalises, an argument is none of
+            what it may be, or the student has a teacher already; and, when the student runs, no levels pair up, its
+            training forward returns no losses, or no gradient would reach it from the teacher's.
     """
-    student, teacher = unwrapped(student), unwrapped(teacher)
-    view = TeacherView(student, teacher, neck=neck, teacher_neck=teacher_neck)
-    how = {"loss_weight": loss_weight, "levels": levels, "channels": channels}
-    return Attachment(student, FeatureDistiller(student, teacher, view=view, **how, **options))
+    unknown = sorted(options.keys() - set(OPTIONS))
+    if unknown:
+        raise InputError(f"attach takes no option {', '.join(unknown)}; choose from {', '.join(OPTIONS)}")
+    runner = TeacherRunner(
+        student,
+        teacher,
+        neck=neck,
+        teacher_neck=teacher_neck,
+        student_normalisation=student_normalisation,
+        teacher_normalisation=teacher_normalisation,
+    )
+    chosen = {"loss_weight": loss_weight, "levels": levels, "channels": channels}
+    return DistillationHandle(FeatureDistiller(student, teacher, runner=runner, **chosen, **options))
+
+
+def _holder(hook: Any) -> Any:
+    function = getattr(hook, "function", None)
+    return getattr(function, "__self__", function)

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jdkd.distill.levels import as_index, pair_levels, select_channels
-from jdkd.distill.teacher import renormalised
+from jdkd.distill.levels import as_index, as_strides, check_index, pair_levels, select_channels
+from jdkd.distill.neck import levels_of
+from jdkd.distill.route import BACKBONE, route_of
+from jdkd.distill.teacher import conversion_between
 from jdkd.errors import InputError
-from jdkd.train.inputs import normalised
-from jdkd.train.modes import mode
 
 
-class Seen(NamedTuple):
+class PyramidSnapshot(NamedTuple):
     """What a detector made of one batch.
 
     Args:
@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
 
 @torch.no_grad()
-def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[Seen]:
+def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[PyramidSnapshot]:
     """What a detector makes of each batch at its own input size, for :func:`correlations` of many students with it.
 
     Args:
@@ -37,6 +37,9 @@ def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[Seen]:
     Returns:
         One a batch, on the model's device.
     """
+    from jdkd.train.inputs import normalised
+    from jdkd.train.modes import mode
+
     with mode(model, training=False):
         return [_seen(model, normalised(model, batch)) for batch in batches]
 
@@ -44,7 +47,7 @@ def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[Seen]:
 @torch.no_grad()
 def correlations(
     student: nn.Module,
-    teacher: nn.Module | Sequence[Seen],
+    teacher: nn.Module | Sequence[PyramidSnapshot],
     batches: Iterable[Any],
     channels: Tensor | Sequence[int] | None = None,
     levels: Sequence[int] | None = None,
@@ -67,14 +70,21 @@ def correlations(
             sees, so that what a smaller input loses counts too.
 
     Returns:
-        stride -> mean of 1 - r over channels.
+        stride -> mean of 1 - r over channels, and over levels where several have one stride.
 
     Raises:
-        InputError: there is no batch, or more than pyramids; no level matches, or channel counts differ.
+        InputError: there is no batch, or more than pyramids; no level matches, or channel counts differ; one says how
+            it normalises images and the other does not.
     """
-    index = as_index(channels)
-    pools: dict[int, _Comoments] = {}
+    from jdkd.train.inputs import normalised
+    from jdkd.train.modes import mode
+
+    index, levels = as_index(channels), as_strides(levels)
+    pools: dict[tuple[int, int], _Comoments] = {}  # (stride, place among the levels of that stride)
     runs = isinstance(teacher, nn.Module)
+    convert = None
+    if runs and not own_size:
+        convert = conversion_between(route_of(student, "student", BACKBONE), route_of(teacher, "teacher", BACKBONE))
     with mode(student, training=False), mode(teacher, training=False) if runs else contextlib.nullcontext():
         for number, batch in enumerate(batches):
             shown = normalised(student, batch)  # [N, 3, H, W]
@@ -82,21 +92,25 @@ def correlations(
             ours = _seen(student, shown)
             if runs:
                 teacher.to(shown.device)
-                shown = normalised(teacher, batch) if own_size else renormalised(shown, student, teacher)
+                shown = normalised(teacher, batch) if convert is None else convert(shown)
             elif number == len(teacher):
                 raise InputError(f"correlations was given {number} pyramids and more batches; give one for each batch.")
             theirs = _seen(teacher, shown) if runs else teacher[number]
             pairs = pair_levels(ours.pyramid, theirs.pyramid, ours.size, levels, teacher_size=theirs.size)
-            for stride, (own, other) in pairs.items():
-                pools.setdefault(stride, _Comoments()).take(own, select_channels(other, own, index))
+            check_index(index, pairs)
+            for place, pair in enumerate(pairs):
+                pools.setdefault((pair.stride, place), _Comoments()).take(pair.student, select_channels(pair, index))
     if not pools:
         raise InputError("correlations was given 0 batches and needs at least 1; give it some images.")
-    return {stride: pool.distance() for stride, pool in sorted(pools.items())}
+    distances: dict[int, list[float]] = {}
+    for (stride, _), pool in sorted(pools.items()):
+        distances.setdefault(stride, []).append(pool.distance())
+    return {stride: sum(values) / len(values) for stride, values in distances.items()}
 
 
-def _seen(model: nn.Module, batch: Tensor) -> Seen:
+def _seen(model: nn.Module, batch: Tensor) -> PyramidSnapshot:
     """The pyramid of a normalised batch ``[N, 3, H, W]``."""
-    return Seen(model.backbone(batch), tuple(batch.shape[-2:]))
+    return PyramidSnapshot(levels_of(model.backbone(batch)), tuple(batch.shape[-2:]))
 
 
 @dataclass

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller
-from jdkd.distill.teacher import TeacherView
+from jdkd.distill.teacher import TeacherRunner
 
 
 class Distiller:
     """Feature and head distillation from one teacher, whose backbone runs once per forward of the student.
 
-    It runs during the student's forward, for the features; ``view.silent = True`` before a forward whose losses will
-    not be asked for spares it.
+    It runs during the student's forward, for the features; ``runner.enabled = False`` before a forward whose losses
+    will not be asked for spares it.
 
     Args:
         student, teacher: detectors; see :class:`FeatureDistiller` and :class:`HeadDistiller`.
@@ -24,7 +24,7 @@ class Distiller:
         channels: ``[C_student]``, the teacher's channel opposite each of the student's.
         levels: strides of the levels to compare.
         reuse: keep the teacher's features while the student is given the very same images, for several
-            subnets in one step; see :class:`TeacherView`.
+            subnets in one step; see :class:`TeacherRunner`.
     """
 
     def __init__(
@@ -38,14 +38,14 @@ class Distiller:
         levels: Sequence[int] | None = None,
         reuse: bool = False,
     ) -> None:
-        self.view = view = TeacherView(student, teacher, reuse=reuse)
+        self.runner = runner = TeacherRunner(student, teacher, reuse=reuse)
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
         if feature_weight:
             self.terms["loss_pkd"] = FeatureDistiller(
-                student, teacher, loss_weight=feature_weight, channels=channels, levels=levels, view=view
+                student, teacher, loss_weight=feature_weight, channels=channels, levels=levels, runner=runner
             )
         if head_weight:
-            self.terms["loss_head_kd"] = HeadDistiller(student, teacher, loss_weight=head_weight, view=view)
+            self.terms["loss_head_kd"] = HeadDistiller(student, teacher, loss_weight=head_weight, runner=runner)
         self._entered = ExitStack()
 
     def __enter__(self) -> Self:

@@ -1,16 +1,23 @@
 """Distillation through the features: the Pearson loss between two pyramids."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from jdkd.distill.gradients import check_gradient
 from jdkd.distill.hooks import Hook
-from jdkd.distill.levels import as_index, pair_levels, select_channels
+from jdkd.distill.levels import as_index, as_strides, check_index, pair_levels, select_channels
 from jdkd.distill.neck import Pyramid, levels_of, with_levels
-from jdkd.distill.teacher import TeacherView
+from jdkd.distill.teacher import TeacherRunner
+from jdkd.errors import InputError
 from jdkd.nn import PearsonTap
+from jdkd.ops.pearson_settings import settings_of
 
 
 class FeatureDistiller:
@@ -26,17 +33,20 @@ class FeatureDistiller:
 
     In training mode the loss is computed as soon as the student's neck has run, and the heads are given the levels
     that :func:`jdkd.functional.pearson_tap` returns in place of the neck's: the same numbers, whose gradients are
-    added where the loss's is computed. In evaluation mode, or while ``view.silent`` is set, nothing runs.
+    added where the loss's is computed. In evaluation mode, or while ``runner.enabled`` is False, nothing runs.
 
     Args:
-        student, teacher: detectors; see :class:`TeacherView`. Their heads may differ in every way.
+        student, teacher: detectors; see :class:`TeacherRunner`. Their heads may differ in every way.
         loss_weight: weight of each level; the paper's configurations use 6 for two-stage and 10 for one-stage
             pairs. At 0 (it may be changed: ``tap.loss_weight``) the loss is 0 and nothing runs.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's, where the student's
             pyramid was pruned.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
-        view: a shared view of the teacher; by default its own.
-        **options: level_weights, statistics, zero_variance and group of :func:`jdkd.functional.pearson_tap`.
+        runner: a shared runner of the teacher; by default its own.
+        level_weights, statistics, zero_variance, group: see :func:`jdkd.functional.pearson_tap`.
+
+    Raises:
+        InputError: an argument is none of what it may be.
     """
 
     def __init__(
@@ -46,23 +56,30 @@ class FeatureDistiller:
         *,
         loss_weight: float = 6.0,
         channels: Tensor | Sequence[int] | None = None,
-        levels: Sequence[int] | None = None,
-        view: TeacherView | None = None,
-        **options: Any,
+        levels: Iterable[int] | None = None,
+        runner: TeacherRunner | None = None,
+        level_weights: Sequence[float] | None = None,
+        statistics: str = "batch",
+        zero_variance: str = "keep",
+        group: ProcessGroup | None = None,
     ) -> None:
-        self.view = view or TeacherView(student, teacher)
-        self.tap = PearsonTap(loss_weight, return_levels=True, **options)
-        self.levels = None if levels is None else tuple(levels)
+        options = {"statistics": statistics, "zero_variance": zero_variance, "group": group}
+        settings_of(len(level_weights) if hasattr(level_weights, "__len__") else 0, level_weights, 1.0, **options)
+        self.levels = as_strides(levels)
+        self._channels, self._has_checked_channels = as_index(channels), False
+        self.tap = PearsonTap(as_weight(loss_weight), return_levels=True, level_weights=level_weights, **options)
+        self.runner = runner or TeacherRunner(student, teacher)
         self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
-        self._channels = as_index(channels)
         self._loss: Tensor | None = None
+        self._begun_with_gradients = True
+        self._ran_with_gradients = False
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
-        self.view.__enter__()
+        self.runner.__enter__()
         self._hooks = [
-            self.view.student.register_forward_pre_hook(Hook(self._begun), prepend=True),
-            self.view.neck.register_forward_hook(Hook(self._arrived)),
+            self.runner.student.register_forward_pre_hook(Hook(self._begun), prepend=True),
+            self.runner.neck.register_forward_hook(Hook(self._arrived)),
         ]
         return self
 
@@ -70,23 +87,32 @@ class FeatureDistiller:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._loss = [], None
-        self.view.__exit__(*error)
+        self.runner.__exit__(*error)
 
     def loss(self) -> Tensor:
         """The loss of the student's last forward, a scalar in fp32; once per forward.
 
         Raises:
             RuntimeError: the student has not run, in training mode, since the last call.
+            InputError: the loss is a constant, as no gradient can reach the student through its pyramid.
         """
         if self._loss is None:
             raise RuntimeError(
                 "the student has not run in training mode since the last loss(): call it first, inside the with block"
             )
         loss, self._loss = self._loss, None
+        if self.tap.loss_weight and self._begun_with_gradients:
+            check_gradient(loss, self.runner.student, "pyramid", ran_with_gradients=self._ran_with_gradients)
         return loss
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the student's neck has run since the last loss was taken."""
+        return self._loss is not None
 
     def _begun(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._loss = None
+        self._begun_with_gradients = torch.is_grad_enabled()
 
     def _arrived(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Pyramid) -> Pyramid | None:
         """Adds the loss, as a neck may run more than once; returns what the heads get in place of the pyramid.
@@ -94,21 +120,39 @@ class FeatureDistiller:
         Raises:
             InputError: no level matches, or channel counts differ.
         """
-        view = self.view
-        if view.silent or not view.student.training:
+        runner = self.runner
+        if not runner.enabled or not runner.student.training:
             return None
         if self._loss is None:
-            self.level_losses = {}
+            self.level_losses, self._ran_with_gradients = {}, False
+        self._ran_with_gradients |= torch.is_grad_enabled()
         if not self.tap.loss_weight:
-            self._loss = torch.zeros((), device=view.device)
+            self._loss = torch.zeros((), device=runner.device)
             return None
-        pairs = pair_levels(levels_of(pyramid), levels_of(view.teacher_pyramid), view.size, self.levels)
+        pairs = pair_levels(levels_of(pyramid), levels_of(runner.teacher_pyramid), runner.size, self.levels)
         if self._channels is not None:
-            self._channels = self._channels.to(view.device)
-        students = [student for student, _ in pairs.values()]
-        teachers = [select_channels(teacher, student, self._channels) for student, teacher in pairs.values()]
-        tapped, loss, losses = self.tap(students, teachers)
+            if not self._has_checked_channels:
+                check_index(self._channels, pairs)
+                self._has_checked_channels = True
+            self._channels = self._channels.to(runner.device)
+        students = [pair.student for pair in pairs]
+        tapped, loss, losses = self.tap(students, [select_channels(pair, self._channels) for pair in pairs])
         self._loss = loss if self._loss is None else self._loss + loss
-        for stride, own in zip(pairs, losses.unbind(), strict=True):
-            self.level_losses[stride] = self.level_losses.get(stride, 0) + own
+        for pair, own in zip(pairs, losses.unbind(), strict=True):
+            self.level_losses[pair.stride] = self.level_losses.get(pair.stride, 0) + own
         return with_levels(pyramid, students, tapped)
+
+
+def as_weight(weight: Any) -> float:
+    """The weight of a loss.
+
+    Raises:
+        InputError: it is no finite number from 0 up.
+    """
+    try:
+        number = math.nan if isinstance(weight, str | bytes | bool) else float(weight)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise InputError(f"loss_weight is {weight!r}; give a finite number, 0 or above")
+    return number

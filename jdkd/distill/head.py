@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jdkd.distill.gradients import check_gradient
 from jdkd.distill.hooks import Hook
-from jdkd.distill.teacher import TeacherView
+from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
 
 
 class HeadDistiller:
@@ -24,7 +26,7 @@ class HeadDistiller:
     Args:
         student, teacher: two-stage detectors as torchvision's, for the same classes.
         loss_weight: weight of the loss.
-        view: a shared view of the teacher; by default its own.
+        runner: a shared runner of the teacher; by default its own.
 
     Raises:
         InputError: one of the two has no box head, or they know different numbers of classes.
@@ -36,8 +38,9 @@ class HeadDistiller:
         teacher: nn.Module,
         *,
         loss_weight: float = 1.0,
-        view: TeacherView | None = None,
+        runner: TeacherRunner | None = None,
     ) -> None:
+        student, teacher = unwrapped(student), unwrapped(teacher)
         for who, model in (("student", student), ("teacher", teacher)):
             if not hasattr(model, "roi_heads"):
                 raise InputError(
@@ -50,15 +53,16 @@ class HeadDistiller:
                 f"the student knows {ours} classes and the teacher {theirs}, and head distillation needs the "
                 "same; distil the features only."
             )
-        self.view = view or TeacherView(student, teacher)
+        self.runner = runner or TeacherRunner(student, teacher)
         self.loss_weight = loss_weight
         self._hooks: list[Any] = []
         self._regions: tuple[list[Tensor], list[tuple[int, int]]] | None = None
         self._logits: Tensor | None = None  # [R, 1 + K]
+        self._ran_with_gradients = False
 
     def __enter__(self) -> Self:
-        self.view.__enter__()
-        heads = self.view.student.roi_heads
+        self.runner.__enter__()
+        heads = self.runner.student.roi_heads
         self._hooks = [
             heads.box_roi_pool.register_forward_pre_hook(Hook(self._see_regions)),
             heads.box_predictor.register_forward_hook(Hook(self._see_logits)),
@@ -69,21 +73,24 @@ class HeadDistiller:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._regions, self._logits = [], None, None
-        self.view.__exit__(*error)
+        self.runner.__exit__(*error)
 
     def loss(self) -> Tensor:
         """The loss of the student's last forward, a scalar in fp32; once per forward.
 
         Raises:
             RuntimeError: the student has not run since the last call.
+            InputError: the loss is a constant, as no gradient can reach the student through its class logits.
         """
         if self._logits is None or self._regions is None:
             raise RuntimeError("the student has not run since the last loss(): call it first, inside the with block")
         (regions, sizes), logits = self._regions, self._logits
         self._regions = self._logits = None
+        if self._ran_with_gradients:
+            check_gradient(logits, self.runner.student, "class logits", ran_with_gradients=True)
         with torch.no_grad():
-            heads = self.view.teacher.roi_heads
-            pooled = heads.box_roi_pool(self.view.teacher_pyramid, regions, sizes)  # [R, C, 7, 7]
+            heads = self.runner.teacher.roi_heads
+            pooled = heads.box_roi_pool(self.runner.teacher_pyramid, regions, sizes)  # [R, C, 7, 7]
             taught, _ = heads.box_predictor(heads.box_head(pooled))  # [R, 1 + K]
         divergence = F.kl_div(
             F.log_softmax(logits.float(), dim=1),
@@ -98,4 +105,4 @@ class HeadDistiller:
         self._regions = [region.detach() for region in regions], list(sizes)
 
     def _see_logits(self, predictor: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        self._logits = output[0]
+        self._logits, self._ran_with_gradients = output[0], torch.is_grad_enabled()

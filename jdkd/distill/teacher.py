@@ -1,4 +1,6 @@
-"""The teacher's view of the batch that the student has just seen."""
+"""The teacher, run on the batch that the student has just seen."""
+
+from __future__ import annotations
 
 from typing import Any, NamedTuple, Self
 from weakref import WeakKeyDictionary
@@ -7,30 +9,42 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.distill.hooks import Hook
-from jdkd.distill.neck import Pyramid, entrance, find_neck, run_to_neck
+from jdkd.distill.neck import Pyramid
+from jdkd.distill.normalisation import SAME, Conversion, conversion, normalisation_from, normalisation_of
+from jdkd.distill.roi_scales import set_roi_scales_of
+from jdkd.distill.route import Route, module_of, route_of
+from jdkd.distill.student_input import StudentInput, parameters_of
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.notices import say_once
+
+Sizes = list[tuple[int, int]]  # height and width of every image before it was padded
 
 
-class TeacherView:
+class TeacherRunner:
     """Watches what enters a student and, when asked, runs the teacher on the same batch, up to its neck.
 
-    A context manager that may be entered several times over, so that several losses share one view. While it
-    is entered the teacher is in evaluation mode and needs no gradients; afterwards (when the last view leaves it,
+    A context manager that may be entered several times over, so that several losses share one runner. While it
+    is entered the teacher is in evaluation mode and needs no gradients; afterwards (when the last one leaves it,
     if several students share it) it is as it was, but for the device. The
     teacher runs without a graph, on the student's device, at most once per forward of the student, and never
     becomes part of it.
 
     Args:
-        student, teacher: detectors with a submodule that returns a pyramid (see :func:`find_neck`) and that images
-            ``[N, 3, H, W]`` reach through their ``backbone``, or else as the first argument. If the two normalise
-            images differently (``transform.image_mean`` and ``image_std``), the batch is converted.
+        student, teacher: detectors with a submodule that returns a pyramid and that images ``[N, C, H, W]`` reach
+            through a ``backbone``, or else as an argument; wrapped or not, see :func:`route_of`. If the two normalise
+            images differently, the batch is converted, see :func:`normalisation_of`.
         reuse: keep the teacher's pyramid while the student is given the very same images, as when several
             subnets are trained in one step. Only for a teacher that does not change in between.
         neck, teacher_neck: dotted names of the submodules that return the pyramids, where they are others than
             ``neck`` or ``backbone``; the teacher's is as the student's unless given.
+        student_normalisation, teacher_normalisation: how the images are normalised that reach the backbones, where
+            the models do not say it or say something else: ``(mean, std)``, ``(mean, std, scale, order)``, an image
+            processor, a :class:`Normalisation`, or ``"same"`` if both get the same images.
 
     Raises:
-        InputError: the two share parameters, so that freezing one would freeze the other, or one has no neck.
+        InputError: the two share parameters, so that freezing one would freeze the other; one has no neck; or one
+            normalises its images and nothing says how the other does.
     """
 
     def __init__(
@@ -41,20 +55,27 @@ class TeacherView:
         reuse: bool = False,
         neck: str | None = None,
         teacher_neck: str | None = None,
+        student_normalisation: Any = None,
+        teacher_normalisation: Any = None,
     ) -> None:
-        shared = {id(parameter) for parameter in student.parameters()}
-        for name, parameter in teacher.named_parameters():
-            if id(parameter) in shared:
-                raise InputError(
-                    f"teacher and student share the parameter {name}; teach with a copy of the teacher (copy.deepcopy)."
-                )
-        self.student, self.teacher, self.reuse = student, teacher, reuse
-        self.neck = find_neck(student, "student", neck)
-        self.teacher_neck = find_neck(teacher, "teacher", neck if teacher_neck is None else teacher_neck)
-        self.silent = False  # whether losses that are computed during the student's forward are left out
+        student, teacher = module_of(student, "student"), module_of(teacher, "teacher")
+        self.student, self.teacher, self.reuse = unwrapped(student), unwrapped(teacher), reuse
+        _check_apart(self.student, self.teacher)
+        self._route = route_of(student, "student", neck)
+        self._teacher_route = route_of(teacher, "teacher", neck if teacher_neck is None else teacher_neck)
+        self.neck = self._route.neck
+        self._names = tuple(parameters_of(self._route.entrance))
+        says = student_normalisation, teacher_normalisation
+        self._convert = conversion_between(self._route, self._teacher_route, *says)
+        _say_if_compiled(teacher, self._teacher_route)
+        for model in (self.student, self.teacher):
+            set_roi_scales_of(model)
+        self.enabled = True  # whether losses that are computed during the student's forward are wanted
         self._entered = 0
         self._hooks: list[Any] = []
-        self._batch: Tensor | None = None  # [N, 3, H, W], as the student normalised it
+        self._batch: StudentInput | None = None
+        self._sizes: Sizes | None = None  # of the batch's images, and of those that are about to become one
+        self._next_sizes: Sizes | None = None
         self._taught: Pyramid | None = None
         self._images: tuple[tuple[Tensor, int], ...] = ()
         self._same_images = False
@@ -63,7 +84,10 @@ class TeacherView:
         self._entered += 1
         if self._entered == 1:
             _hold(self.teacher)
-            hooks = [entrance(self.student).register_forward_pre_hook(Hook(self._see), with_kwargs=True)]
+            hooks = [self._route.entrance.register_forward_pre_hook(Hook(self._see), with_kwargs=True)]
+            transform = getattr(self._route.chain[-1], "transform", None)
+            if isinstance(transform, nn.Module):
+                hooks.append(transform.register_forward_hook(Hook(self._see_sizes)))
             if self.reuse:
                 hooks.append(self.student.register_forward_pre_hook(Hook(self._see_images), prepend=True))
             self._hooks = hooks
@@ -76,55 +100,65 @@ class TeacherView:
                 hook.remove()
             _release(self.teacher)
             self._hooks, self._images = [], ()
-            self._batch = self._taught = None
+            self._batch = self._taught = self._sizes = self._next_sizes = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width in pixels of the batch."""
-        return tuple(self._seen().shape[-2:])
+        return tuple(self._seen().images.shape[-2:])
 
     @property
     def device(self) -> torch.device:
-        return self._seen().device
+        return self._seen().images.device
 
     @property
     def teacher_pyramid(self) -> Pyramid:
         """The teacher's levels for the student's last batch; kept only where they may be asked for again."""
         if self._taught is not None:
             return self._taught
-        batch = self._seen()
-        first = next((parameter for parameter in self.teacher.parameters() if parameter.is_floating_point()), batch)
-        if first.device != batch.device:
-            self.teacher.to(batch.device)
+        seen = self._seen()
+        images = seen.images
+        inside = None
+        first = next((parameter for parameter in self.teacher.parameters() if parameter.is_floating_point()), images)
+        if first.device != images.device:
+            self.teacher.to(images.device)
         if self.teacher.training:  # a container that holds both may have put it there
             self.teacher.eval()
         with torch.no_grad():
-            shown = renormalised(batch, self.student, self.teacher).to(first.dtype)
-            taught = run_to_neck(self.teacher, self.teacher_neck, shown)
+            if self._convert.is_needed:
+                inside = seen.inside if self._sizes is None else _inside(self._sizes, images)
+            taught = self._teacher_route.run(seen, self._convert(images, inside).to(first.dtype))
         if self.reuse or self._entered > 1:
             self._taught = taught
         return taught
 
-    def _seen(self) -> Tensor:
+    def _seen(self) -> StudentInput:
         if self._batch is None:
             raise RuntimeError("the student has not seen a batch since its teacher was attached: call it first")
         return self._batch
 
     def _see(self, entered: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        batch = next(iter((*args, *kwargs.values())), None)
-        if not isinstance(batch, Tensor) or batch.dim() != 4:
+        batch = StudentInput.of(self._names, args, kwargs)
+        if batch is None:
             if not self.student.training:
                 return
-            got = f"shape {tuple(batch.shape)}" if isinstance(batch, Tensor) else f"a {type(batch).__name__}"
+            given = next(iter((*args, *kwargs.values())), None)
+            got = f"shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
             raise InputError(
                 f"the student's {type(entered).__name__} was given {got}, and the teacher needs the same images as a "
                 "tensor [N, 3, H, W]; give the student a backbone that is called with one"
             )
-        keep = self._same_images and self._batch is not None and self._batch.shape == batch.shape
+        keep = self._same_images and self._batch is not None and self._batch.images.shape == batch.images.shape
         self._same_images = False
-        self._batch = batch.detach()
+        self._batch, self._sizes, self._next_sizes = batch, self._next_sizes, None
         if not keep:
             self._taught = None
+
+    def _see_sizes(self, transform: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps how high and wide the images are inside a padded batch, as torchvision's transform says."""
+        images = output[0] if isinstance(output, tuple) and output else output
+        sizes = getattr(images, "image_sizes", None)
+        self._next_sizes = None if sizes is None else [tuple(size) for size in sizes]
 
     def _see_images(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
         images = tuple((image, image._version) for image in inputs[0]) if inputs else ()
@@ -135,6 +169,56 @@ class TeacherView:
         self._images = images
 
 
+def conversion_between(ours: Route, theirs: Route, student_says: Any = None, teacher_says: Any = None) -> Conversion:
+    """The way from the images of a student's backbone to those of a teacher's.
+
+    Args:
+        ours, theirs: the ways of the images through both.
+        student_says, teacher_says: how they are normalised, see :class:`TeacherRunner`; by default as the models say.
+
+    Raises:
+        InputError: one says how it normalises and the other does not.
+    """
+    if SAME in [says for says in (student_says, teacher_says) if isinstance(says, str)]:
+        return Conversion(None, None)
+    found = []
+    for who, route, says in (("student", ours, student_says), ("teacher", theirs, teacher_says)):
+        own = says is None
+        found.append(normalisation_of(route.chain, route.entrance, who) if own else normalisation_from(says, who))
+    return conversion(*found, *(type(route.chain[-1]).__name__ for route in (ours, theirs)))
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    remedy = "teach with a copy of the teacher (copy.deepcopy)."
+    if student is teacher:
+        raise InputError(f"teacher and student are one and the same {type(student).__name__}; {remedy}")
+    shared = {id(parameter) for parameter in student.parameters()}
+    for name, parameter in teacher.named_parameters():
+        if id(parameter) in shared:
+            raise InputError(f"teacher and student share the parameter {name}; {remedy}")
+
+
+def _say_if_compiled(teacher: nn.Module, route: Route) -> None:
+    """A teacher that was compiled as a whole cannot be run up to its neck as such."""
+    parts = {id(module) for module in route.entrance.modules()}
+    whole = [module for module in teacher.modules() if id(module) not in parts]
+    if any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module in whole):
+        say_once(
+            "the teacher was compiled as a whole, and runs uncompiled: distillation needs it up to its neck alone; "
+            "compile its backbone instead (teacher.backbone.compile())"
+        )
+
+
+def _inside(sizes: Sizes, images: Tensor) -> Tensor | None:
+    """bool ``[N, H, W]``, True where the images of these sizes are; None if they are not those of the batch."""
+    if len(sizes) != len(images):
+        return None
+    height, width = images.shape[-2:]
+    rows, columns = (torch.arange(length, device=images.device) for length in (height, width))
+    sides = torch.tensor(sizes).to(images.device, non_blocking=True)  # [N, 2]
+    return (rows < sides[:, :1])[:, :, None] & (columns < sides[:, 1:])[:, None, :]
+
+
 class _Held(NamedTuple):
     """How a teacher was before it taught: the modes of its modules, and which parameters wanted gradients."""
 
@@ -142,7 +226,7 @@ class _Held(NamedTuple):
     gradients: list[tuple[nn.Parameter, bool]]
 
 
-_held: WeakKeyDictionary[nn.Module, list[_Held]] = WeakKeyDictionary()  # one entry a view that is entered
+_held: WeakKeyDictionary[nn.Module, list[_Held]] = WeakKeyDictionary()  # one entry a runner that is entered
 
 
 def _hold(teacher: nn.Module) -> None:
@@ -164,18 +248,3 @@ def _release(teacher: nn.Module) -> None:
     for parameter, required in entries[0].gradients:
         parameter.requires_grad_(required)
     del _held[teacher]
-
-
-def renormalised(batch: Tensor, student: nn.Module, teacher: nn.Module) -> Tensor:
-    """A batch (``[N, 3, H, W]``) that the student normalised, as the teacher would have normalised it."""
-    ours, theirs = getattr(student, "transform", None), getattr(teacher, "transform", None)
-    if ours is None or theirs is None:
-        return batch
-    same = list(ours.image_mean) == list(theirs.image_mean) and list(ours.image_std) == list(theirs.image_std)
-    if same:
-        return batch
-    mean, std, mean_t, std_t = (
-        batch.new_tensor(values)[:, None, None]  # [3, 1, 1]
-        for values in (ours.image_mean, ours.image_std, theirs.image_mean, theirs.image_std)
-    )
-    return (batch * std + (mean - mean_t)) / std_t

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor
 
 from jdkd.errors import InputError
+from jdkd.notices import say_once
+from jdkd.ops.pearson_strides import pairs_of, strides_of
 from jdkd.reference.pearson import Features
 
 PAIRINGS = ("index", "stride")
@@ -18,13 +19,16 @@ PAIRINGS = ("index", "stride")
 def as_levels(features: Features, name: str) -> list[Tensor]:
     """The levels of a tensor, iterable or mapping, each ``[N, C, H, W]``.
 
+    A mapping may hold lists and tuples of levels, and None, as a model's output with ``feature_maps`` does; of one that
+    has ``feature_maps`` nothing else is taken.
+
     Raises:
         InputError: one is no dense floating ``[N, C, H, W]`` with elements.
     """
     if isinstance(features, Tensor):
         levels = [features]
     elif isinstance(features, Mapping):
-        levels = list(features.values())
+        levels = [level for _, value in entries_with_levels(features) for level in _listed(value)]
     elif isinstance(features, Iterable):
         levels = list(features)
     else:
@@ -43,7 +47,7 @@ def as_levels(features: Features, name: str) -> list[Tensor]:
 def in_order_of(student: Features, teacher: Features) -> Features:
     """The teacher's levels in the order of the student's where both are mappings of the same names."""
     if isinstance(student, Mapping) and isinstance(teacher, Mapping) and student.keys() == teacher.keys():
-        return [teacher[name] for name in student]
+        return {name: teacher[name] for name in student}
     return teacher
 
 
@@ -52,12 +56,33 @@ def rebuilt(features: Features, levels: Sequence[Tensor]) -> Features:
     if isinstance(features, Tensor):
         return levels[0]
     if isinstance(features, Mapping):
-        outer = copy.copy(features) if isinstance(features, MutableMapping) else {}
-        outer.update(zip(features, levels, strict=True))
+        outer = copy.copy(features) if isinstance(features, MutableMapping) else dict(features)
+        remaining = iter(levels)
+        for name, value in entries_with_levels(features):
+            inside = [next(remaining) for _ in _listed(value)]
+            if inside:
+                outer[name] = rebuilt(value, inside)
         return outer
     if isinstance(features, tuple):
         return features._make(levels) if hasattr(features, "_make") else tuple(levels)
     return list(levels)
+
+
+FEATURE_MAPS = "feature_maps"  # Hugging Face's name for a backbone's levels, beside which it may give other tensors
+
+
+def entries_with_levels(features: Mapping) -> list[tuple[str, object]]:
+    """The entries of a mapping that hold levels."""
+    if features.get(FEATURE_MAPS) is not None:
+        return [(FEATURE_MAPS, features[FEATURE_MAPS])]
+    return list(features.items())
+
+
+def _listed(value: object) -> Sequence:
+    """The levels in one entry of a mapping."""
+    if value is None:
+        return ()
+    return value if isinstance(value, list | tuple) else (value,)
 
 
 def paired(
@@ -93,6 +118,8 @@ def paired(
             f"no level of the student, of sizes {_sizes(students)}, has the stride of one of the teacher, of sizes "
             f"{_sizes(teachers)}; run both on images of one size and pass levels that have strides in common"
         )
+    if pairing == "stride" and levels is None:
+        _say_what_is_left_out(students, teachers, opposite)
     if levels is not None:
         if not levels or not set(levels) <= set(opposite) or len(set(levels)) < len(levels):
             raise InputError(
@@ -112,17 +139,25 @@ def paired(
 
 
 def _by_stride(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> dict[int, int]:
-    """For every student level the teacher level that is closest in size, if it is within a factor of sqrt 2."""
-    opposite: dict[int, int] = {}
-    for index, student in enumerate(students):
-        away = [
-            max(abs(math.log2(a / b)) for a, b in zip(student.shape[2:], teacher.shape[2:], strict=True))
-            for teacher in teachers
-        ]
-        closest = away.index(min(away))
-        if away[closest] < 0.5 and closest not in opposite.values():
-            opposite[index] = closest
-    return opposite
+    """For every student level with a partner, the teacher level of its stride, relative to the finest of all."""
+    sizes = [tuple(level.shape[2:]) for level in (*students, *teachers)]
+    finest = max(sizes, key=lambda size: size[0] * size[1])
+    ours = strides_of(sizes[: len(students)], finest, "student")
+    theirs = strides_of(sizes[len(students) :], finest, "teacher")
+    return dict(pairs_of(ours, theirs))
+
+
+def _say_what_is_left_out(students: Sequence[Tensor], teachers: Sequence[Tensor], opposite: Mapping[int, int]) -> None:
+    if torch.compiler.is_compiling():
+        return
+    for who, levels, paired_up in (("student", students, opposite.keys()), ("teacher", teachers, opposite.values())):
+        alone = [level for index, level in enumerate(levels) if index not in paired_up]
+        if alone:
+            say_once(
+                f"pairing='stride' leaves out the {who}'s levels of sizes {_sizes(alone)}: the other has none of their "
+                "stride",
+                key=f"pairing by stride, {who}, {len(levels)} levels, {len(alone)} left out",
+            )
 
 
 def _sizes(levels: Sequence[Tensor]) -> str:

@@ -143,9 +143,9 @@ def _sandwich(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int)
 
     def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
         supernet.activate(supernet.space.largest)
-        distiller.view.silent = True
+        distiller.runner.enabled = False
         yield supernet.model(images, targets)
-        distiller.view.silent = False
+        distiller.runner.enabled = True
         rng = random.Random(f"{seed}/{step}")
         for _ in range(phase.subnets):
             supernet.activate(space.sample(rng))

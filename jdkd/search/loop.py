@@ -264,7 +264,7 @@ def _taught(
     with Distiller(student, teacher, channels=channels, **weights) as distiller:
 
         def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
-            distiller.view.silent = step < silent
+            distiller.runner.enabled = step >= silent
             own = student(images, targets)
             yield own if step < silent else own | distiller.losses()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from jdkd.distill import correlations, pyramids
-from jdkd.distill.correlation import Seen
+from jdkd.distill.correlation import PyramidSnapshot
 from jdkd.errors import InputError
 from jdkd.morph import draw
 from jdkd.search.context import SearchContext
@@ -70,7 +70,9 @@ def screen(parent: nn.Module, known: Mapping[str, float], context: SearchContext
     return max(timed, key=lambda proposal: proposal.score(context.config.target_latency))
 
 
-def _propose(parent: nn.Module, seen: Sequence[Seen], context: SearchContext, rng: random.Random) -> Proposal:
+def _propose(
+    parent: nn.Module, seen: Sequence[PyramidSnapshot], context: SearchContext, rng: random.Random
+) -> Proposal:
     base = context.base.spec
     sizes = sorted({max(32, round(base.min_size * share / 32) * 32) for share in context.config.resolutions})
     student, actions, kept = parent, [], tuple(range(parent.spec.fpn))

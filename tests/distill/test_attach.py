@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +17,7 @@ from jdkd.distill import attach
 from jdkd.distill.neck import Pyramid, levels_of
 from jdkd.errors import InputError
 from jdkd.functional import pkd_loss
+from jdkd.notices import Notice
 from tests.detectors import detector, small_spec
 from tests.distill.pyramids import PyramidDetector
 
@@ -113,8 +116,13 @@ def test_a_dense_student_learns_from_a_two_stage_teacher_at_the_strides_both_hav
     teacher = detector(small_spec(fpn=256))
     student = retinanet().train()
     with attach(student, teacher) as handle:
-        step(student, images, targets)
+        with pytest.warns(Notice) as said:
+            step(student, images, targets)
         assert list(handle.losses) == [8, 16, 32]
+    assert sorted(str(notice.message).split(" are")[0] for notice in said) == [
+        "the student's levels of stride [64, 128]",
+        "the teacher's levels of stride [4]",
+    ]
     with attach(student, teacher, levels=[16], level_weights=[0.5]) as handle:
         losses = step(student, images, targets)
         assert list(handle.losses) == [16]
@@ -256,13 +264,15 @@ def test_a_missing_neck_is_named(student, teacher):
 
 
 def test_what_cannot_be_distilled_is_refused(student, teacher, images, targets):
-    with pytest.raises(InputError, match=r"share the parameter .*copy\.deepcopy"):
+    with pytest.raises(InputError, match=r"one and the same FasterRCNN; .*copy\.deepcopy"):
         attach(student, student)
+    with pytest.raises(InputError, match=r"share the parameter .*copy\.deepcopy"):
+        attach(student, copy.copy(student))
     handle = attach(student, teacher)
     with pytest.raises(InputError, match="already has a teacher attached; remove"):
         attach(student, teacher)
     handle.remove()
-    with attach(student, PyramidDetector(16, {"a": 2}), neck="backbone"):
+    with attach(student, PyramidDetector(16, {"a": 2}), neck="backbone", teacher_normalisation="same"):
         with pytest.raises(InputError, match=r"levels of stride \[4, 8, 16, 32\] and the teacher of stride \[2\]"):
             student(images, targets)
     pyramid, images = PyramidDetector(4, {"a": 4}), list(torch.rand(2, 3, 32, 32))
@@ -273,7 +283,7 @@ def test_what_cannot_be_distilled_is_refused(student, teacher, images, targets):
         pyramid.forward = lambda images: pyramid.backbone(images)
         with pytest.raises(InputError, match=r"Pyramid was given a list, .* tensor \[N, 3, H, W\]"):
             pyramid(images)
-    with pytest.raises(TypeError, match="momentum"):
+    with pytest.raises(InputError, match="takes no option momentum; choose from level_weights"):
         attach(student, teacher, momentum=0.9)
 
 
@@ -303,3 +313,28 @@ def test_holds_under_autocast_and_loss_scaling(dtype, student, teacher, images, 
         scaled, unscaled = autocast_step(2.0**8)
     assert plain == scaled == pytest.approx(exact, rel=0.02)
     assert torch.cosine_similarity(unscaled, gradient, dim=0) > 0.9999
+
+
+def test_needs_torch_alone():
+    program = """
+import sys
+for name in ("torchvision", "pycocotools", "safetensors", "PIL", "matplotlib", "rich", "tyro", "numpy"):
+    sys.modules[name] = None
+import torch
+from jdkd.distill import attach
+
+class Detector(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Conv2d(3, 4, 4, 4)
+    def forward(self, images):
+        return {"loss": self.backbone(images).square().mean()}
+
+student = Detector().train()
+with attach(student, Detector()) as handle:
+    student(torch.rand(2, 3, 16, 16))["loss"].backward()
+print(list(handle.losses))
+"""
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stdout.strip() == "[4]"

@@ -103,9 +103,9 @@ def test_nothing_runs_the_teacher_unless_a_loss_is_asked_for(student, teacher, i
     with Distiller(student, teacher, feature_weight=0, head_weight=1):
         student(images, targets)
     with Distiller(student, teacher, head_weight=1) as distiller:
-        distiller.view.silent = True
+        distiller.runner.enabled = False
         student(images, targets)
         assert not calls
-        distiller.view.silent = False
+        distiller.runner.enabled = True
         student(images, targets)
         assert len(calls) == 1 and distiller.losses().keys() == {"loss_pkd", "loss_head_kd"}

@@ -1,0 +1,70 @@
+"""What a detector returns in training mode, with one more loss in it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+from jdkd.errors import InputError
+
+LOSS = "loss_pkd"
+TOTAL = "loss"  # under this name Hugging Face's models return the sum of their losses, which is what trainers read
+
+
+def with_loss(outputs: Any, loss: Tensor, who: str) -> Mapping[str, Any]:
+    """A detector's outputs, of the same type, with a loss added to them.
+
+    Args:
+        outputs: a mapping. Where it has an entry ``loss``, the total that is trained on, the loss is added to that;
+            else all of it is losses, and this one comes beside them as ``loss_pkd``.
+        loss: a scalar.
+        who: what errors call the detector.
+
+    Raises:
+        InputError: these are neither a mapping with a total nor one of losses.
+    """
+    remedy = "use jdkd.distill.FeatureDistiller or jdkd.nn.PearsonTap in your training step"
+    if not isinstance(outputs, Mapping):
+        raise InputError(
+            f"the student ({who}) returned a {type(outputs).__name__} in training mode, and attach adds {LOSS} to a "
+            f"dict of losses; {remedy}"
+        )
+    if outputs.get(TOTAL) is not None:
+        total = outputs[TOTAL]
+        if not isinstance(total, Tensor) or total.numel() != 1:
+            raise InputError(
+                f"the student ({who}) returned {_described(total)} as its {TOTAL}, and attach adds to a "
+                f"scalar; {remedy}"
+            )
+        return _changed(outputs, TOTAL, total + loss.to(total))
+    if LOSS in outputs:
+        raise InputError(
+            f"the student ({who}) returned a loss {LOSS} of its own in training mode, and attach adds {LOSS}; {remedy}"
+        )
+    for name, value in outputs.items():
+        if not _is_loss(value):
+            raise InputError(
+                f"the student ({who}) returned {_described(value)} as {name} and no {TOTAL} in training mode, and "
+                f"attach adds {LOSS} to a dict of scalar losses; give it targets, so that it has a loss, or {remedy}"
+            )
+    return _changed(outputs, LOSS, loss)
+
+
+def _is_loss(value: Any) -> bool:
+    """Whether that is a scalar, or a list of one a level, as OpenMMLab's heads return them."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_loss, value))
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _changed(outputs: Mapping[str, Any], name: str, value: Tensor) -> Mapping[str, Any]:
+    changed = copy.copy(outputs) if isinstance(outputs, MutableMapping) else dict(outputs)
+    changed[name] = value
+    return changed
+
+
+def _described(value: Any) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,219 @@
+"""The way of the images through a detector: where they enter, and where its pyramid comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from jdkd.distill.neck import Pyramid
+from jdkd.distill.student_input import StudentInput, parameters_of
+from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
+
+NECKS = ("neck", "backbone")  # where a pyramid comes out in OpenMMLab's detectors, and in torchvision's
+BACKBONE = "backbone"
+HOLDERS = ("ema", "module", "model", "ema_model")  # where objects that are no modules keep a model
+
+
+def module_of(model: Any, who: str) -> nn.Module:
+    """The model itself, or the one that a running average which is no module holds.
+
+    Raises:
+        InputError: there is none.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    held = (getattr(model, name, None) for name in HOLDERS)
+    found = next((one for one in held if isinstance(one, nn.Module)), None)
+    if found is None:
+        raise InputError(f"the {who} is {_named(model)}; pass a detector, a torch.nn.Module")
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """The way of the images through a detector.
+
+    Args:
+        caller: the module whose forward takes images past the entrance to the neck.
+        entrance: what the normalised images go into: the backbone that is next to the neck, or else the caller.
+        neck: what returns the pyramid.
+        chain: the modules around the entrance, from the model that was given inwards.
+    """
+
+    caller: nn.Module
+    entrance: nn.Module
+    neck: nn.Module
+    chain: tuple[nn.Module, ...]
+
+    def run(self, seen: StudentInput, images: Tensor) -> Pyramid:
+        """The pyramid of images ``[N, C, H, W]``, normalised as the entrance expects; nothing runs after the neck.
+
+        Args:
+            seen: how the student was given its images; masks of padding are passed on to a detector that takes them.
+            images: ``[N, C, H, W]``.
+
+        Raises:
+            InputError: the neck is not on the way of the images, or the entrance asks for something unknown.
+        """
+        if self.neck is self.entrance:
+            return self._enter(self.entrance, seen, images)
+        inside = any(module is self.neck for module in self.entrance.modules())
+        caller = self.entrance if inside else self.caller
+        with ExitStack() as stack:
+            stack.callback(self.neck.register_forward_hook(_stop).remove)
+            if caller is not self.entrance:  # what it makes of the images on the way, such as resizing, is replaced
+                swap = _swapped(images)
+                stack.callback(self.entrance.register_forward_pre_hook(swap, with_kwargs=True).remove)
+            try:
+                self._enter(caller, seen, images)
+            except _Reached as reached:
+                return reached.pyramid
+        raise InputError(
+            f"{type(caller).__name__} never called {type(self.neck).__name__}, which teacher_neck names, on a batch of "
+            "images; name a submodule that it calls"
+        )
+
+    def _enter(self, module: nn.Module, seen: StudentInput, images: Tensor) -> Any:
+        args, kwargs = seen.arguments_for(module, images)
+        return module(*args, **kwargs)
+
+
+def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
+    """Finds the way of the images through a detector, wherever wrappers have put it.
+
+    Args:
+        model: a detector, or what wraps one: ``DistributedDataParallel``, ``AveragedModel``, ``torch.compile``, or
+            a module with one detector in it.
+        who: what errors call it.
+        path: dotted name of the submodule that returns the pyramid, in the model as given, without torch's wrappers,
+            or in the detector inside ("" is the model itself); by default ``neck``, or else ``backbone``.
+
+    Raises:
+        InputError: there is no such submodule, or several detectors have one.
+    """
+    if path is not None and not isinstance(path, str):
+        raise InputError(f"{'teacher_neck' if who == 'teacher' else 'neck'} is {path!r}; pass a dotted name, or None")
+    inner = unwrapped(model)
+    holders = _holders(inner, NECKS)
+    if path is None:
+        if len(holders) == 1:
+            prefix, holder = holders[0]
+            neck = next(name for name in NECKS if _child(holder, name) is not None)
+            return _route(inner, f"{prefix}.{neck}".lstrip("."), who)
+        raise InputError(_nowhere(inner, who, " or ".join(NECKS), holders))
+    for root in (model, inner):
+        if _has(root, path):
+            return _route(root, path, who)
+    if len(holders) == 1 and _has(holders[0][1], path):
+        return _route(inner, f"{holders[0][0]}.{path}".rstrip("."), who)
+    raise InputError(_nowhere(inner, who, path, []))
+
+
+def _route(root: nn.Module, path: str, who: str) -> Route:
+    neck = root.get_submodule(path)
+    names = path.split(".") if path else []
+    chain = [root, *(root.get_submodule(".".join(names[: i + 1])) for i in range(len(names) - 1))]
+    owner = next((module for module in reversed(chain) if _child(module, BACKBONE) is not None), None)
+    if owner is not None:
+        around = tuple(chain[: chain.index(owner) + 1])
+        return Route(owner, _child(owner, BACKBONE), neck, around)
+    holders = _holders(root, (BACKBONE,))
+    if len(holders) == 1:
+        prefix, owner = holders[0]
+        names = prefix.split(".")
+        around = tuple(root.get_submodule(".".join(names[:i])) for i in range(len(names) + 1))
+        return Route(root, owner.backbone, neck, around)
+    inmost = _inmost(chain)
+    transform = getattr(inmost, "transform", None)
+    if hasattr(transform, "image_mean") and hasattr(transform, "min_size"):
+        raise InputError(
+            f"the {who} ({type(inmost).__name__}) resizes and normalises images in its transform, and has no backbone "
+            "that could be given them after that; keep what follows the transform in a submodule called backbone"
+        )
+    return Route(inmost, inmost, neck, tuple(chain[: chain.index(inmost) + 1]))
+
+
+def _inmost(chain: list[nn.Module]) -> nn.Module:
+    """The model inside modules on the way to a neck that have no weights but those of the next, as wrappers do."""
+    model = chain[0]
+    for module in chain[1:]:
+        weights = {id(parameter) for parameter in module.parameters()}
+        if any(id(parameter) not in weights for parameter in model.parameters()):
+            break
+        model = module
+    return model
+
+
+def _holders(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
+    """The outermost modules with a child of one of these names, and where they are."""
+    found: list[tuple[str, nn.Module]] = []
+    waiting = [("", model)]
+    while waiting:
+        prefix, module = waiting.pop(0)
+        if any(_child(module, name) is not None for name in names):
+            if all(module is not other for _, other in found):
+                found.append((prefix, module))
+        else:
+            waiting += [(f"{prefix}.{name}".lstrip("."), child) for name, child in module.named_children()]
+    return found
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    child = getattr(module, name, None)
+    return child if isinstance(child, nn.Module) else None
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        root.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _nowhere(model: nn.Module, who: str, wanted: str, holders: list[tuple[str, nn.Module]]) -> str:
+    argument = "teacher_neck" if who == "teacher" else "neck"
+    children = ", ".join(name for name, _ in model.named_children()) or "none"
+    if holders:
+        places = ", ".join(prefix for prefix, _ in holders)
+        return (
+            f"the {who} ({type(model).__name__}) holds several detectors ({places}); pass the one that is meant, or "
+            f"the dotted path of its pyramid as {argument}"
+        )
+    return (
+        f"the {who} ({type(model).__name__}) has no submodule {wanted}; name the one that returns its pyramid with "
+        f"{argument}, a dotted path (its children: {children})"
+    )
+
+
+def _named(value: object) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _swapped(images: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]:
+    """A hook that lets an entrance be called with these images in place of its own."""
+
+    def swap(entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
+        own = StudentInput.of(parameters_of(entrance), args, kwargs)
+        if own is None:
+            return (images, *args[1:]), kwargs
+        same = lambda value: isinstance(value, Tensor) and value.data_ptr() == own.images.data_ptr()  # noqa: E731
+        changed = {name: images if same(value) else value for name, value in kwargs.items()}
+        return tuple(images if same(value) else value for value in args), changed
+
+    return swap
+
+
+class _Reached(Exception):
+    def __init__(self, pyramid: Pyramid) -> None:
+        super().__init__("the neck was reached")
+        self.pyramid = pyramid
+
+
+def _stop(neck: nn.Module, inputs: tuple[Any, ...], pyramid: Pyramid) -> None:
+    raise _Reached(pyramid)

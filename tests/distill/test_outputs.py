@@ -1,0 +1,130 @@
+"""What a student returns keeps its type, and holds the teacher's loss where a trainer looks for it."""
+
+from collections import OrderedDict, UserDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jdkd.distill import attach
+from jdkd.errors import InputError
+from jdkd.functional import pearson_tap, pkd_loss
+from tests.distill.frameworks import BackboneOutput, DetectionOutput, HuggingFace, Levels, head_loss
+
+
+class Returning(nn.Module):
+    """Returns its levels' loss as ``kind`` makes it."""
+
+    def __init__(self, kind: object, seed: int = 0) -> None:
+        super().__init__()
+        self.backbone, self.kind = Levels(seed), kind
+
+    def forward(self, x: Tensor) -> object:
+        return self.kind(head_loss(self.backbone(x)))
+
+
+def images() -> Tensor:
+    return torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+
+
+def expected(student: nn.Module, teacher: nn.Module) -> Tensor:
+    return pkd_loss(student.backbone(images()), teacher.backbone(images()), 6.0)
+
+
+def test_an_output_object_keeps_its_type_and_its_total_loss_has_the_teachers():
+    student, teacher = HuggingFace().train(), HuggingFace(1)
+    alone = student(images(), labels=[])
+    with attach(student, teacher) as handle:
+        outputs = student(pixel_values=images(), labels=[])
+    levels = (model.model.backbone(images(), None).feature_maps for model in (student, teacher))
+    added = pkd_loss(*levels, 6.0)
+    torch.testing.assert_close(sum(handle.losses.values()), added.detach())
+    assert type(outputs) is DetectionOutput and list(outputs) == list(alone) == ["loss", "logits"]
+    torch.testing.assert_close(outputs.loss, alone.loss + added)
+    assert outputs["loss"] is outputs.loss is outputs[0], "entry, attribute and place are in step"
+    outputs["loss"].backward()
+    assert student.model.backbone.fine.weight.grad.abs().sum() > 0
+    assert torch.equal(outputs.logits, alone.logits)
+
+
+def test_the_heads_get_the_tapped_levels_in_an_output_object_of_the_same_type():
+    student, teacher, seen = HuggingFace().train(), HuggingFace(1), []
+    with attach(student, teacher) as handle:
+        student(images(), labels=[])
+        hooks = student.model.backbone._forward_hooks
+        student.model.backbone.register_forward_hook(lambda module, given, output: seen.append(output))
+        student(images(), labels=[])
+        assert len(hooks) == 3 and list(handle.losses) == [4, 8]
+    output = seen[0]
+    assert type(output) is BackboneOutput and type(output.feature_maps) is tuple
+    assert all("PearsonLoss" in level.grad_fn.name() for level in output.feature_maps)
+    assert output["feature_maps"] is output.feature_maps and output.feature_maps[0] is output.hidden_states[1]
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict])
+def test_mappings_with_a_total_and_mappings_of_losses(kind):
+    teacher = Returning(dict, seed=1)
+    total = Returning(lambda loss: kind({"loss": loss, "logits": torch.zeros(2, 5)})).train()
+    with attach(total, teacher):
+        outputs = total(images())
+    assert type(outputs) is kind and list(outputs) == ["loss", "logits"]
+    torch.testing.assert_close(outputs["loss"], head_loss(total.backbone(images())) + expected(total, teacher))
+    several = Returning(lambda loss: kind({"loss_cls": [loss, loss], "loss_box": loss, "acc": 0.5})).train()
+    with attach(several, teacher):
+        outputs = several(images())
+    assert type(outputs) is kind and list(outputs) == ["loss_cls", "loss_box", "acc", "loss_pkd"]
+    torch.testing.assert_close(outputs["loss_pkd"], expected(several, teacher))
+
+
+def test_a_dict_that_a_student_keeps_is_not_written_to():
+    kept = {}
+    student = Returning(lambda loss: kept.update(loss=loss) or kept).train()
+    with attach(student, Returning(dict, seed=1)):
+        outputs = student(images())
+    assert outputs["loss"] > kept["loss"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (lambda loss: loss, "returned a Tensor in training mode"),
+        (lambda loss: (loss, {}), "returned a tuple in training mode"),
+        (lambda loss: [loss], "returned a list in training mode"),
+        (lambda loss: None, "returned a NoneType in training mode"),
+        (
+            lambda loss: {"logits": loss.expand(2, 5)},
+            r"returned a tensor \[2, 5\] as logits and no loss .* give it targets",
+        ),
+        (lambda loss: DetectionOutput(logits=loss.expand(2, 5)), "as logits and no loss in training mode"),
+        (lambda loss: {"loss": None, "boxes": "none"}, "returned a NoneType as loss"),
+        (lambda loss: {"loss": loss.expand(3)}, r"returned a tensor \[3\] as its loss, and attach adds to a scalar"),
+        (lambda loss: {"loss": {"box": loss}}, "returned a dict as its loss"),
+        (lambda loss: {"loss_pkd": loss}, "returned a loss loss_pkd of its own"),
+    ],
+)
+def test_what_holds_no_losses_is_refused(kind, message):
+    student = Returning(kind).train()
+    with attach(student, Returning(dict, seed=1)), pytest.raises(InputError, match=message):
+        student(images())
+
+
+def test_a_student_without_labels_is_refused():
+    student = HuggingFace().train()
+    with (
+        attach(student, HuggingFace(1)),
+        pytest.raises(InputError, match=r"no loss in training mode.* give it targets"),
+    ):
+        student(images())
+    with attach(student, HuggingFace(1)), pytest.raises(InputError, match="returned a tuple"):
+        student(images(), labels=[], return_dict=False)
+
+
+def test_the_tap_takes_output_objects_too():
+    levels, others = (Levels(seed)(images()) for seed in (0, 1))
+    output = BackboneOutput(feature_maps=tuple(levels), hidden_states=(images(), *levels))
+    features, loss = pearson_tap(output, BackboneOutput(feature_maps=tuple(others)))
+    torch.testing.assert_close(loss, pkd_loss(levels, others))
+    torch.testing.assert_close(pkd_loss(output, others), loss)
+    assert type(features) is BackboneOutput and type(features.feature_maps) is tuple
+    assert features["feature_maps"] is features.feature_maps and features.hidden_states[1] is levels[0]
+    assert all("PearsonLoss" in level.grad_fn.name() for level in features.feature_maps)
