@@ -16,7 +16,8 @@ from jdkd.nn.packing import pack_forwards, packed
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint
 from jdkd.nn.stage import ElasticStage
-from jdkd.nn.subnet import Subnet, export, set_subnet
+from jdkd.nn.subnet import Subnet
+from jdkd.nn.switching import export, set_subnet
 
 __all__ = [
     "Candidate",

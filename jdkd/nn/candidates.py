@@ -16,6 +16,7 @@ from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups
 from jdkd.nn.masked import Change, Swap, changes, swapped
 from jdkd.nn.reuse import Reuse, packed, unpacked
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import ChannelsLike
 
 
@@ -51,7 +52,8 @@ def score_candidates(
     inside it runs again, so that the hook does. A model whose output cannot be pickled shares nothing.
 
     Args:
-        model: a plain model in evaluation mode, as :func:`masked` takes it.
+        model: a plain model in evaluation mode, as :func:`masked` takes it. What wraps it does not run, such as a graph
+            of ``torch.compile``.
         candidates: masks by group, or :class:`Candidate` where blocks are skipped too.
         batch: what the model is called with; a tuple holds several arguments. It may not be written in place.
         groups: which channels are coupled, as :func:`masked` takes them.
@@ -69,6 +71,7 @@ def score_candidates(
         InputError: if a candidate does not fit the model, or writes into the batch, or the model is in training mode;
             names candidate, module, group and values. The model is what it was, after any exception.
     """
+    model = unwrapped(model)
     for path, module in model.named_modules():
         if module.training:
             raise InputError(

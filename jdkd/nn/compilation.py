@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic
 from jdkd.nn.stage import ElasticStage
+from jdkd.nn.unwrapping import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +44,8 @@ def compile_elastic(model: Model, **options: Any) -> Model:
     ``torch.compiler.reset()`` forgets what was compiled; copies and :func:`export` are not compiled.
 
     Args:
-        model: any module; it is changed in place. Parameters, state dict and the subnet stay what they are.
+        model: any module; it is changed in place, and inside what wraps it, as ``DistributedDataParallel`` does.
+            Parameters, state dict and the subnet stay what they are.
         options: for ``torch.compile``: ``backend``, ``mode``, ``fullgraph`` and so on. CUDA graphs of
             ``mode="reduce-overhead"`` leave the elastic convolutions out.
 
@@ -55,7 +57,7 @@ def compile_elastic(model: Model, **options: Any) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile_elastic: model is a {type(model).__name__}; give an nn.Module")
-    for path, region in _regions("model", model):
+    for path, region in _regions("model", unwrapped(model)):
         _compile(path, region, options)
     return model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
+from jdkd.nn.elastic import Elastic
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
+from jdkd.nn.subnet import Subnet
+from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops import elastic_paths
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_part, crop
 from jdkd.ops.elastic_conv import check_channels, convolve
@@ -49,11 +53,19 @@ class ConvBNAct(nn.Module):
 
     def _ended(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:
-            y = y.add_(residual) if y.dtype == residual.dtype else y + residual
+            y = _joined(y, residual)
         return F.relu(y, inplace=True) if self.relu else y
 
     def extra_repr(self) -> str:
         return f"relu={self.relu}"
+
+
+def _joined(y: Tensor, residual: Tensor) -> Tensor:
+    """The sum, in place where it has the dtype of ``y``."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles both sides of an "and"
+        if isinstance(y, Proxy):  # a graph of torch.fx has no branches
+            return y + residual
+    return y.add_(residual) if y.dtype == residual.dtype else y + residual
 
 
 class ElasticConvBNAct(ConvBNAct):
@@ -72,7 +84,7 @@ class ElasticConvBNAct(ConvBNAct):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as for ``nn.Conv2d``.
         relu: whether a ReLU ends the unit.
         kernel_transform: see :class:`ElasticConv2d`.
-        eps, momentum, statistics: of the normalisation, see :class:`ElasticBatchNorm2d`.
+        eps, momentum, statistics, subnets: of the normalisation, see :class:`ElasticBatchNorm2d`.
         device, dtype: of both.
     """
 
@@ -85,13 +97,14 @@ class ElasticConvBNAct(ConvBNAct):
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
         *,
+        padding_mode: str = "zeros",
         relu: bool = True,
         kernel_transform: bool = False,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         statistics: str = "shared",
+        subnets: Iterable[Subnet | str] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -100,7 +113,8 @@ class ElasticConvBNAct(ConvBNAct):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
             kernel_transform=kernel_transform, **where,
         )  # fmt: skip
-        super().__init__(conv, ElasticBatchNorm2d(out_channels, eps, momentum, statistics=statistics, **where), relu)
+        bn = ElasticBatchNorm2d(out_channels, eps, momentum, statistics=statistics, subnets=subnets, **where)
+        super().__init__(conv, bn, relu)
 
     def set_active(
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
@@ -119,6 +133,8 @@ class ElasticConvBNAct(ConvBNAct):
         bn._put(bn.part(part.outputs))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_node(self, x, x, residual)
         compiled = torch.compiler.is_compiling() and self._norm._in_regions  # the compiler folds by itself
         if compiled or self._normalises_by_batch():
             return super().forward(x, residual)
@@ -134,6 +150,8 @@ class ElasticConvBNAct(ConvBNAct):
         x, padding = conv._padded(x, active)
         whole, window = self._whole(active), (conv.stride, padding, conv.dilation, active.groups)
         return self._ended(convolve(x, filters, shift.to(filters.dtype), *whole, *window), residual)
+
+    __prepare_scriptable__ = Elastic.__prepare_scriptable__
 
     @property
     def _norm(self) -> ElasticBatchNorm2d:

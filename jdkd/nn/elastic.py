@@ -71,7 +71,7 @@ class Elastic(nn.Module):
 
     def _traced_index(self, channels: Channels) -> Tensor:
         """Active channels as ``[count]`` int64 beside the weights, of a length that compilers take for a symbol."""
-        index = channels.index
+        index = on_device(channels.index, self._home())
         if index is None:
             index = torch.arange(channels.count, device=self._home())
         index = index.detach()  # no two layers hold one object, as compilers guard that too
@@ -100,7 +100,7 @@ class Elastic(nn.Module):
         if not any(listed):
             return given
         home = self._home()
-        if home is None:
+        if home is None or home.type == "meta":  # where lists would lose what they hold
             return given
 
         def at_home(part: Channels) -> Channels:
@@ -128,7 +128,37 @@ class Elastic(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which nobody compiles and no forward has met
         state = {name: value for name, value in super().__getstate__().items() if name != "_in_regions"}
-        return state | {"_record": self._record._replace(since=Moment({}), traced=None)}
+        given = self._record.given
+        kept = type(given)(*(_Listed.of(part) if isinstance(part, Channels) else part for part in given))
+        return state | {"_record": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kept = state["_record"]
+        super().__setstate__({name: value for name, value in state.items() if name != "_record"})
+        self._put(type(kept)(*(part.channels() if isinstance(part, _Listed) else part for part in kept)), Moment({}))
+
+    def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks for
+        raise InputError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose active part changes; script what "
+            "jdkd.nn.export(model) gives, or use torch.jit.trace or torch.export for the active subnet"
+        )
+
+
+class _Listed(NamedTuple):
+    """Channels in a pickle, where a list in host memory is no tensor: no ``map_location`` moves it."""
+
+    count: int
+    index: tuple[int, ...] | Tensor | None
+
+    @classmethod
+    def of(cls, channels: Channels) -> _Listed:
+        count, index = channels
+        return cls(count, tuple(index.tolist()) if index is not None and index.device.type == "cpu" else index)
+
+    def channels(self) -> Channels:
+        if isinstance(self.index, tuple):
+            return Channels(self.count, torch.tensor(self.index, dtype=torch.int64, device="cpu"))
+        return Channels(*self)
 
 
 def _lasting(part: Any) -> Any:

@@ -12,6 +12,7 @@ from jdkd.nn.conv_bn_act import ElasticConvBNAct
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
 from jdkd.nn.levels import ElasticLevelsConv2d, Levels, listed
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops import elastic_levels
 from jdkd.ops.elastic_conv import check_channels
 from jdkd.ops.elastic_paths import Call, dtype_of, explained
@@ -54,6 +55,7 @@ def explain(layer: nn.Module, x: Levels) -> Explanation:
     Raises:
         InputError: if ``layer`` is another module; and as the forward, if ``x`` or the backend asked for does not fit.
     """
+    layer = unwrapped(layer)
     for kind, words in _WORDS.items():
         if isinstance(layer, kind):
             return words(layer, x)

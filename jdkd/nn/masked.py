@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups, repeated
 from jdkd.nn.elastic import Elastic
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, active_part
 from jdkd.ops.elastic_conv import conv_channels
 
@@ -84,7 +85,8 @@ def masked(
     at a time; candidates of candidates may be nested.
 
     Args:
-        model: of ``nn.Conv2d``, ``nn.Linear`` and batch normalisations, frozen ones too, in evaluation mode.
+        model: of ``nn.Conv2d``, ``nn.Linear`` and batch normalisations, frozen ones too, in evaluation mode; inside
+            ``DistributedDataParallel``, ``AveragedModel`` or ``torch.compile`` too. Paths are the model's own.
         masks: active channels of groups, by name: the number of leading ones, or distinct indices. The other groups
             stay whole.
         groups: which channels are coupled; by layers, or by names of tensors as :meth:`ElasticGroups.from_tensors`
@@ -131,6 +133,7 @@ def changes(
         )
     if isinstance(skip, str) or not isinstance(skip, Collection) or not all(isinstance(path, str) for path in skip):
         raise InputError(f"masked: skip={skip!r} is no list of paths; give some, as in ['layer1.1'], or ()")
+    model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     groups = _declared(model, groups, modules)
     sizes = groups.sizes(modules)
