@@ -82,7 +82,7 @@ def test_a_wrapped_layer_is_explained_and_a_wrapped_model_compiled():
     assert explain(DataParallel(layer), images()) == explain(layer, images())
     net = compile_elastic(DataParallel(supernet()), backend="eager")
     assert net.module.stage[0]._compiled_call_impl is not None and net._compiled_call_impl is None
-    set_subnet(net, LISTED)
+    set_subnet(net, Subnet(**SMALL, depths={"stage": 1}))  # one block is compiled
     torch.testing.assert_close(net(images()), export(net)(images()))
 
 
