@@ -15,9 +15,9 @@ from jdkd.nn.elastic import Elastic, same
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
-from jdkd.nn.moment import now
 from jdkd.nn.stage import ElasticStage
 from jdkd.nn.subnet import Subnet
+from jdkd.nn.subnet_epoch import SubnetEpoch
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import Channels, active_channels
 
@@ -49,12 +49,14 @@ def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = 
     modules = dict(model.named_modules())
     changes = _parts(modules, groups, subnet)
     before = {id(layer._record.since): layer._record.since for layer, _ in changes}
-    moment = now(before.values())  # one for all layers: a change of depth dates those whose channels stay, too
-    if moment.recomputation is None and all(same(layer._record.given, part) for layer, part in changes):
+    epoch = SubnetEpoch.current(
+        before.values()
+    )  # one for all layers: a change of depth dates those whose channels stay, too
+    if epoch.recomputation is None and all(same(layer._record.given, part) for layer, part in changes):
         return
     moved: dict[tuple, Tensor] = {}
     for layer, part in changes:
-        layer._put(part, moment, moved)
+        layer._put(part, epoch, moved)
 
 
 def _parts(modules: Mapping[str, nn.Module], groups: ElasticGroups, subnet: Subnet) -> list[tuple[Elastic, tuple]]:
