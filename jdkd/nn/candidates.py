@@ -44,12 +44,13 @@ def score_candidates(
 ) -> list[Any]:
     """Runs many pruned candidates of a model over one batch, without gradients; what they share runs once.
 
-    Results are those of :func:`masked`, one candidate after the other. A module whose part under a candidate is that
-    under an earlier one, and whose inputs are known to be the same, gives what it gave then. So candidates run in an
-    order in which neighbours begin alike, as far as modules run in the order of their registration. Of every module
-    the newest outputs are kept, about as much as a training forward keeps. A module that writes into its inputs, or
-    gives a view of them, runs again, and so does one whose output was written since; one with a hook on a module
-    inside it runs again, so that the hook does. A model whose output cannot be pickled shares nothing.
+    Results are those of :func:`masked`, one candidate after the other. The newest output of every module is cached, in
+    all about as much memory as a training forward keeps. A module returns its cached output where its active channels
+    are those of an earlier candidate and its inputs are known to be the same. Candidates that begin alike run one after
+    another, for modules that run in the order of their registration.
+
+    Not cached are modules that write into their inputs or return a view of them, those whose output was written into
+    since, and those that contain a module with a hook. A model whose output cannot be pickled shares nothing.
 
     Args:
         model: a plain model in evaluation mode, as :func:`masked` takes it. What wraps it does not run, such as a graph

@@ -1,8 +1,8 @@
 """A supernet under ``torch.compile``: compiled in pieces, whose graphs stay when the subnet changes.
 
 Left to itself the compiler takes every number it meets for a constant and compiles a whole model again for every
-subnet, until it gives up after eight. Here the numbers of active channels are lengths of tensors that it is told to
-take for symbols, convolutions are operators that it does not look into (:mod:`jdkd.ops.elastic_conv_traced`), and a
+subnet, until it gives up after eight. Here the numbers of active channels are lengths of tensors, marked as
+dynamic, convolutions are operators that it does not look into (:mod:`jdkd.ops.elastic_conv_traced`), and a
 loop over elastic depth is no part of any graph.
 """
 

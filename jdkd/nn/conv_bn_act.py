@@ -71,10 +71,14 @@ def _joined(y: Tensor, residual: Tensor) -> Tensor:
 class ElasticConvBNAct(ConvBNAct):
     """See :class:`ConvBNAct`; of an elastic convolution without bias and an elastic batch normalisation.
 
-    In training the parts run one after another. In evaluation the running statistics of the active channels are folded
-    into a scale and a shift. On the path of the 1x1 product (see :func:`jdkd.nn.explain`) these, the residual and the
-    ReLU are part of it. Elsewhere, where the active filters have fewer numbers than the output, they take the scale,
-    anew at every forward since any of these may change, and no pass over the output is left of the normalisation.
+    In training the parts run one after another. In evaluation the normalisation is folded into a scale and a shift of
+    each active channel, and there are three ways to run it, of which :func:`jdkd.nn.explain` names the one taken:
+
+    - the kernel of 1x1 convolutions applies scale, shift, residual and ReLU while it writes the output;
+    - where the active filters are smaller than the output, the filters are multiplied by the scale and the shift is the
+      bias, computed at every forward since weights and statistics may have changed;
+    - elsewhere the parts run one after another, as in training.
+
     Hooks of the parts run only where the parts do.
 
     ``bn`` is to stay elastic. ``nn.SyncBatchNorm.convert_sync_batchnorm`` would replace it; the unit refuses to run

@@ -1,9 +1,9 @@
 """What every elastic layer holds: the part of it that is active, and since when.
 
-Activation checkpointing runs a forward again inside the backward pass, where a layer runs the subnet that is active
-by then. Shapes do not tell: two lists of equal length give equal shapes, and the reentrant form compares nothing. So
-layers note when their subnet was set, see :mod:`jdkd.nn.subnet_epoch`. Outside a backward pass this costs a look or two at
-thread-local state.
+Activation checkpointing runs a forward again inside the backward pass, where a layer would run the subnet active by
+then. Shapes cannot reveal it: two lists of equal length give equal shapes, and the reentrant form compares nothing. So
+layers note when their subnet was set, see :mod:`jdkd.nn.subnet_epoch`. Outside a backward pass this costs one or two
+reads of thread-local state.
 """
 
 from __future__ import annotations
@@ -135,9 +135,8 @@ class Elastic(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         kept = state["_record"]
         super().__setstate__({name: value for name, value in state.items() if name != "_record"})
-        self._put(
-            type(kept)(*(part.channels() if isinstance(part, _Listed) else part for part in kept)), SubnetEpoch({})
-        )
+        given = type(kept)(*(part.channels() if isinstance(part, _Listed) else part for part in kept))
+        self._put(given, SubnetEpoch({}))
 
     def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks for
         raise InputError(
@@ -171,7 +170,7 @@ def _lasting(part: Any) -> Any:
 
 
 def same(a: tuple, b: tuple) -> bool:
-    """Whether two parts are known to be the same without making the host wait."""
+    """Whether two parts are known to be the same without a device synchronisation."""
     return type(a) is type(b) and all(_same_entry(p, q) for p, q in zip(a, b, strict=True))
 
 

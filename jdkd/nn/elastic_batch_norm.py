@@ -99,7 +99,7 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         self.set_active()
 
     def set_active(self, channels: ChannelsLike = None, name: str | None = None) -> None:
-        """Chooses the channels that the next forwards normalise; the host does not wait.
+        """Chooses the channels that the next forwards normalise; no device synchronisation.
 
         Args:
             channels: None (all), the number of leading channels, or distinct indices in the order of the

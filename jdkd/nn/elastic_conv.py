@@ -109,7 +109,7 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
     def set_active(
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
     ) -> None:
-        """Chooses what the next forwards use; no weight is copied and the host does not wait.
+        """Chooses what the next forwards use; no weight is copied, no device synchronisation.
 
         Args:
             in_channels: None (all), the number of leading channels, or distinct indices in the order of the

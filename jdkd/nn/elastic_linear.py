@@ -42,7 +42,7 @@ class ElasticLinear(ElasticWeight, nn.Linear):
         self.set_active()
 
     def set_active(self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None) -> None:
-        """Chooses the features that the next forwards use; no weight is copied and the host does not wait.
+        """Chooses the features that the next forwards use; no weight is copied, no device synchronisation.
 
         Args:
             in_channels: input features: None (all), the number of leading ones, or distinct indices.

@@ -38,7 +38,9 @@ class Explanation(NamedTuple):
 
 
 def explain(layer: nn.Module, x: Levels) -> Explanation:
-    """Says which path the next forward of an elastic layer takes, and why; nothing is computed and nobody waits.
+    """Says which path the next forward of an elastic layer takes, and why; nothing is computed.
+
+    There is no device synchronisation.
 
     The paths are the table :data:`jdkd.ops.elastic_paths.PATHS`, and for levels of a pyramid the kernel of
     :mod:`jdkd.ops.elastic_levels` or ATen.

@@ -193,7 +193,7 @@ def _declared(
 
 
 def _identity(channels: Channels) -> Hashable:
-    """Equal for channels that are known to be the same without making the host wait."""
+    """Equal for channels that are known to be the same without a device synchronisation."""
     if channels.index is None:
         return channels.count
     return tuple(channels.index.tolist()) if channels.index.device.type == "cpu" else id(channels.index)

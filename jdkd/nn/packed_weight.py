@@ -79,8 +79,9 @@ class ElasticWeight(Elastic):
     def _packed_weight(self) -> Tensor | None:
         """The packed active weight; None where the layer is to take its slice.
 
-        A recomputation finds nothing packed if the forward of the model did its packing and is over. It packs this one
-        weight then, so that it saves the tensors that the forward saved, and its gradient goes the same way.
+        What :func:`jdkd.nn.pack_forwards` packed is dropped at the end of a forward, and a checkpointed part is recomputed
+        later. The recomputation packs this one weight again, so that it saves the same tensors as the forward did and
+        the gradient takes the same way.
         """
         if torch.compiler.is_compiling():
             return None

@@ -25,7 +25,7 @@ from jdkd.ops.active_channels import Channels, active_channels
 def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = None) -> None:
     """Makes a subnet the active one of a whole model: from now on a forward runs it.
 
-    Nothing is copied, and the host does not wait. Everything is checked before anything changes. What the subnet does
+    Nothing is copied, and there is no device synchronisation. Everything is checked before anything changes. What the subnet does
     not name is active as a whole, elastic layers outside every group too.
 
     Args:
@@ -49,9 +49,7 @@ def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = 
     modules = dict(model.named_modules())
     changes = _parts(modules, groups, subnet)
     before = {id(layer._record.since): layer._record.since for layer, _ in changes}
-    epoch = SubnetEpoch.current(
-        before.values()
-    )  # one for all layers: a change of depth dates those whose channels stay, too
+    epoch = SubnetEpoch.current(before.values())  # one for all: a change of depth dates layers whose channels stay, too
     if epoch.recomputation is None and all(same(layer._record.given, part) for layer, part in changes):
         return
     moved: dict[tuple, Tensor] = {}

@@ -33,8 +33,8 @@ Kernel = tuple[int, int] | None  # height and width of the centre of a kernel, i
 def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channels:
     """Reads what a user may give as active channels.
 
-    Indices in host memory are checked and kept in the order given; those on a device are not, since looking
-    at them would make the host wait: there only their number and dtype are checked.
+    Indices in host memory are checked and kept in the order given; those on a device are not, since reading
+    them would synchronise the device: there only their number and dtype are checked.
 
     Args:
         value: None (all), the number of leading channels, or distinct indices, as a sequence, an array or a 1-D
@@ -110,7 +110,7 @@ def _check_index_tensor(index: Tensor, argument: str) -> None:
     if index.dtype == torch.bool:
         raise InputError(
             f"{argument} is a boolean mask over {index.numel()} channels; give indices, "
-            "mask.nonzero().flatten(): counting a mask on a device makes the host wait"
+            "mask.nonzero().flatten(): counting a mask synchronises its device"
         )
     if index.is_meta:
         raise InputError(f"{argument} is on the meta device and holds no indices; list them in host memory")
@@ -121,7 +121,7 @@ def _check_index_tensor(index: Tensor, argument: str) -> None:
 
 
 def on_device(index: Tensor | None, device: torch.device) -> Tensor | None:
-    """Brings indices to a device without making the host wait.
+    """Brings indices to a device without a synchronisation.
 
     Args:
         index: ``[count]`` int64, or None.
