@@ -79,9 +79,9 @@ class ElasticWeight(Elastic):
     def _packed_weight(self) -> Tensor | None:
         """The packed active weight; None where the layer is to take its slice.
 
-        What :func:`jdkd.nn.pack_forwards` packed is dropped at the end of a forward, and a checkpointed part is recomputed
-        later. The recomputation packs this one weight again, so that it saves the same tensors as the forward did and
-        the gradient takes the same way.
+        What :func:`jdkd.nn.pack_forwards` packed is dropped at the end of a forward, and a checkpointed part is
+        recomputed later. The recomputation packs this one weight again, so that it saves the same tensors as the
+        forward did and the gradient takes the same way.
         """
         if torch.compiler.is_compiling():
             return None

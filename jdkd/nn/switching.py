@@ -25,8 +25,8 @@ from jdkd.ops.active_channels import Channels, active_channels
 def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = None) -> None:
     """Makes a subnet the active one of a whole model: from now on a forward runs it.
 
-    Nothing is copied, and there is no device synchronisation. Everything is checked before anything changes. What the subnet does
-    not name is active as a whole, elastic layers outside every group too.
+    Nothing is copied, and there is no device synchronisation. Everything is checked before anything changes. What the
+    subnet does not name is active as a whole, elastic layers outside every group too.
 
     Args:
         model: holds the elastic layers; inside ``DistributedDataParallel``, ``DataParallel``, ``AveragedModel`` or
