@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups
 from jdkd.nn.masked import Change, Swap, changes, swapped
-from jdkd.nn.reuse import Reuse, packed, unpacked
+from jdkd.nn.output_cache import OutputCache, packed, unpacked
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import ChannelsLike
 
@@ -94,21 +94,21 @@ def score_candidates(
         except InputError as error:
             raise InputError(f"score_candidates: candidate {number}: {error}") from None
     results: list[Any] = [None] * len(plans)
-    reuse = Reuse(model) if share else None
+    cache = OutputCache(model) if share else None
     with torch.inference_mode(False), torch.no_grad():
         inputs = tree_map(_versioned, batch if isinstance(batch, tuple) else (batch,))
         given = _tensors_of(inputs)
         versions = [tensor._version for tensor in given]
         for number, swaps in _in_order(model, plans):
             parts = [(change.module, change.key) for change in plans[number]]
-            with swapped(swaps), reuse.of(parts) if reuse else contextlib.nullcontext():
+            with swapped(swaps), cache.of(parts) if cache else contextlib.nullcontext():
                 output = model(*tree_map(lambda value: value, inputs))  # in containers of its own
-            if reuse:
+            if cache:
                 if packed(output) is None:
-                    reuse.forget()
+                    cache.clear()
                 output = _own(output)
             result = output if score is None else score(output)
-            results[number] = result if score is None or not reuse else _own(result)
+            results[number] = result if score is None or not cache else _own(result)
             if versions != [tensor._version for tensor in given]:
                 raise InputError(
                     f"score_candidates: candidate {number} or its score wrote into the batch in place, so that the "
