@@ -5,7 +5,7 @@
 from jdkd.nn.candidates import Candidate, score_candidates
 from jdkd.nn.compilation import compile_elastic
 from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
-from jdkd.nn.coupling import ElasticGroups, Side
+from jdkd.nn.coupling import ChannelSlot, ElasticGroups
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
@@ -21,6 +21,7 @@ from jdkd.nn.switching import export, set_subnet
 
 __all__ = [
     "Candidate",
+    "ChannelSlot",
     "ConvBNAct",
     "DISTLoss",
     "ElasticBatchNorm2d",
@@ -34,7 +35,6 @@ __all__ = [
     "LevelsConv2d",
     "PKDLoss",
     "PearsonTap",
-    "Side",
     "Subnet",
     "checkpoint",
     "compile_elastic",

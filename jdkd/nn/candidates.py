@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups
-from jdkd.nn.masked import Change, Swap, changes, swapped
+from jdkd.nn.masked import Edit, Swap, edits, swapped
 from jdkd.nn.output_cache import OutputCache, packed, unpacked
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import ChannelsLike
@@ -25,11 +25,11 @@ class Candidate:
     """A pruned candidate of a model.
 
     Args:
-        masks: active channels of groups, by name, as :func:`masked` takes them.
+        keep: active channels of groups, by name, as :func:`masked` takes them.
         skip: paths of blocks that do not run.
     """
 
-    masks: Mapping[str, ChannelsLike] = field(default_factory=dict)
+    keep: Mapping[str, ChannelsLike] = field(default_factory=dict)
     skip: Collection[str] = ()
 
 
@@ -55,7 +55,7 @@ def score_candidates(
     Args:
         model: a plain model in evaluation mode, as :func:`masked` takes it. What wraps it does not run, such as a graph
             of ``torch.compile``.
-        candidates: masks by group, or :class:`Candidate` where blocks are skipped too.
+        candidates: channels to keep by group, or :class:`Candidate` where blocks are skipped too.
         batch: what the model is called with; a tuple holds several arguments. It may not be written in place.
         groups: which channels are coupled, as :func:`masked` takes them.
         score: makes a result of an output, so that outputs need not be kept; runs outside the candidate. What it is
@@ -85,12 +85,12 @@ def score_candidates(
     for number, candidate in enumerate(candidates):
         if not isinstance(candidate, Candidate | Mapping):
             raise InputError(
-                f"score_candidates: candidate {number} is {candidate!r}; give masks by group, {{group: channels}}, or "
-                "a Candidate"
+                f"score_candidates: candidate {number} is {candidate!r}; give channels by group, {{group: channels}}, "
+                "or a Candidate"
             )
-        masks, skip = (candidate.masks, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
+        keep, skip = (candidate.keep, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
         try:
-            plans.append(changes(model, masks, groups, skip))
+            plans.append(edits(model, keep, groups, skip))
         except InputError as error:
             raise InputError(f"score_candidates: candidate {number}: {error}") from None
     results: list[Any] = [None] * len(plans)
@@ -100,7 +100,7 @@ def score_candidates(
         given = _tensors_of(inputs)
         versions = [tensor._version for tensor in given]
         for number, swaps in _in_order(model, plans):
-            parts = [(change.module, change.key) for change in plans[number]]
+            parts = [(edit.module, edit.key) for edit in plans[number]]
             with swapped(swaps), cache.of(parts) if cache else contextlib.nullcontext():
                 output = model(*tree_map(lambda value: value, inputs))  # in containers of its own
             if cache:
@@ -138,23 +138,23 @@ def _versioned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def _in_order(model: nn.Module, plans: Sequence[Sequence[Change]]) -> Iterator[tuple[int, list[Swap]]]:
+def _in_order(model: nn.Module, plans: Sequence[Sequence[Edit]]) -> Iterator[tuple[int, list[Swap]]]:
     """Candidates with their parts, so that neighbours begin alike; a part that serves several is made once."""
     places = {module: place for place, module in enumerate(model.modules())}
     kinds: dict[Any, int] = {}
     ranks = []
     for plan in plans:
-        rank = sorted((places[change.site], kinds.setdefault(change.key, len(kinds))) for change in plan)
+        rank = sorted((places[edit.site], kinds.setdefault(edit.key, len(kinds))) for edit in plan)
         ranks.append((*rank, (len(places), 0)))  # of two that begin alike, first the one that differs from then on
-    uses = Counter(change.key for plan in plans for change in plan)
+    uses = Counter(edit.key for plan in plans for edit in plan)
     made: dict[Any, list[Swap]] = {}
     for number in sorted(range(len(plans)), key=ranks.__getitem__):
         swaps = []
-        for change in plans[number]:
-            if change.key not in made:
-                made[change.key] = change.swaps()
-            swaps += made[change.key]
-            uses[change.key] -= 1
-            if not uses[change.key]:
-                del made[change.key]
+        for edit in plans[number]:
+            if edit.key not in made:
+                made[edit.key] = edit.swaps()
+            swaps += made[edit.key]
+            uses[edit.key] -= 1
+            if not uses[edit.key]:
+                del made[edit.key]
         yield number, swaps

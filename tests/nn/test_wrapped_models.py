@@ -65,15 +65,15 @@ def test_a_wrapped_supernet_is_set_exported_and_packed(wrap):
 
 @wrappers
 def test_a_wrapped_plain_model_is_masked_and_scored(wrap):
-    plain, masks = randomised(Net()), {"stream": [6, 1, 2], "stage.0.inner": 2}
+    plain, keep = randomised(Net()), {"stream": [6, 1, 2], "stage.0.inner": 2}
     plain.elastic_groups = supernet().elastic_groups
-    with masked(plain, masks):
+    with masked(plain, keep):
         expected = plain(images())
     wrapper = wrap(plain)
-    with masked(wrapper, masks, skip=[]) as same:
+    with masked(wrapper, keep, skip=[]) as same:
         assert same is wrapper
         torch.testing.assert_close(wrapper(images()), expected)
-    (found,) = score_candidates(wrapper, [masks], images())
+    (found,) = score_candidates(wrapper, [keep], images())
     torch.testing.assert_close(found, expected)
 
 
