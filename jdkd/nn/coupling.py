@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from jdkd.errors import InputError
 from jdkd.nn.stage import ElasticStage, active_depth
 from jdkd.ops.active_channels import Channels
+from jdkd.ops.integers import integer
 
 SIDES = ("in", "out")
 
@@ -171,7 +172,13 @@ def _sides(group: str, given: Any) -> tuple[ChannelSlot, ...]:
                 f"ElasticGroups: group {group!r} holds {side!r}; give pairs (module, side), such as ('conv1', 'out'), "
                 "or triples (module, side, repeat)"
             )
-        sides.append(ChannelSlot(*side))
+        slot = ChannelSlot(*side)
+        if (repeat := integer(slot.repeat)) is None:
+            raise InputError(
+                f"ElasticGroups: group {group!r} has repeat {slot.repeat!r} of {slot.module}; give an int, the features "
+                "of one channel"
+            )
+        sides.append(slot._replace(repeat=repeat))
     return tuple(sides)
 
 

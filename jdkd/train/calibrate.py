@@ -69,7 +69,7 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
     if sharing and len(subnets) > 1:
         raise InputError(
             f"calibrate_bn was given {len(subnets)} subnets, which share the statistics of {sharing[0]}; build it as "
-            "ElasticBatchNorm2d(..., statistics='own'), or calibrate one subnet and use it before the next"
+            "ElasticBatchNorm2d(..., statistics='own', subnets=[...]), or calibrate one and use it before the next"
         )
     with SubnetState(model):
         kept = []

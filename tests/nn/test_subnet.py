@@ -49,6 +49,8 @@ def test_a_subnet_is_data():
         (lambda: ElasticGroups({"a": ["0.out"]}), r"group 'a' holds '0.out'; give pairs \(module, side\)"),
         (lambda: ElasticGroups({"a": [("0",)]}), r"group 'a' holds \('0',\); give pairs"),
         (lambda: ElasticGroups({"a": "0.out"}), r"group 'a' is '0.out'; give a list of pairs"),
+        (lambda: ElasticGroups({"a": [("0", "in", 4.0)]}), r"group 'a' has repeat 4.0 of 0; give an int"),
+        (lambda: ElasticGroups({"a": [("0", "in", True)]}), r"group 'a' has repeat True of 0; give an int"),
         (lambda: ElasticGroups({"a": None}), r"group 'a' is None; give a list of pairs"),
         (lambda: ElasticGroups([("0", "out")]), r"groups=\[\('0', 'out'\)\]; give a mapping from names"),
         (lambda: ElasticGroups({}, ["stage"]), r"stages=\['stage'\]; give a mapping from names"),
@@ -113,6 +115,11 @@ def test_no_subnet_is_made_of_what_is_no_integer(value):
             continue  # taps, in both directions
         with pytest.raises(InputError, match=rf"Subnet: {name}\['a'\]"):
             Subnet(**{name: {"a": value}})
+
+
+def test_a_repeat_is_an_integer_of_any_kind():
+    groups = ElasticGroups({"a": [("0", "in", np.int64(4))]})
+    assert groups == ElasticGroups({"a": [("0", "in", 4)]}) and type(groups.groups["a"][0].repeat) is int
 
 
 def test_names_in_a_subnet_are_text():
