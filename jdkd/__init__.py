@@ -5,13 +5,20 @@
 """
 
 import importlib
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import module_from_spec
 from pathlib import Path
 
 __version__ = "0.1.0.dev0"
 
-# In a bare checkout or an editable install kernels/ lies beside this package; in a wheel it lies inside.
-if not Path(__file__).with_name("kernels").is_dir():
-    __path__.append(str(Path(__file__).resolve().parents[1]))
+# In a bare checkout or an editable install kernels/ lies beside this package; in a wheel it lies inside. It alone is
+# made known: with the checkout's root on __path__, jdkd.tests and jdkd.setup could be imported too.
+_BESIDE = Path(__file__).resolve().parents[1] / "kernels"
+if _BESIDE.is_dir() and not Path(__file__).with_name("kernels").is_dir():
+    _spec = ModuleSpec(f"{__name__}.kernels", None, is_package=True)
+    _spec.submodule_search_locations = [str(_BESIDE)]
+    kernels = sys.modules[_spec.name] = module_from_spec(_spec)
 
 _ROOMS = (
     "data",

@@ -20,6 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the backgro
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read once, when triton is first imported
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")  # as it would compile six programs to find out what runs
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 if importlib.util.find_spec("hypothesis"):

@@ -33,7 +33,7 @@ MAX_LINES = 400
 
 
 def imports(tree: ast.Module, package: str) -> Iterator[tuple[str, int, bool]]:
-    """Yields every imported module: dotted name, line, and whether it is imported inside a function."""
+    """Yields every imported module: dotted name, line, and whether that is inside a function or for type checkers."""
 
     def names(node: ast.AST) -> list[str]:
         if isinstance(node, ast.Import):
@@ -54,8 +54,8 @@ def imports(tree: ast.Module, package: str) -> Iterator[tuple[str, int, bool]]:
             yield name, node.lineno, inside
         inside = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
         for child in ast.iter_child_nodes(node):
-            if not (isinstance(child, ast.If) and ast.unparse(child.test).endswith("TYPE_CHECKING")):
-                yield from walk(child, inside)
+            checked = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+            yield from walk(child, inside or (checked and child in node.body))
 
     return walk(tree, False)
 
@@ -82,6 +82,56 @@ def import_violations(root: Path) -> list[str]:
     return found
 
 
+def modules_of(root: Path) -> dict[str, Path]:
+    """The modules of the package, by dotted name; a package is the module of its ``__init__``."""
+    found = {}
+    for path in sorted([*root.glob("jdkd/**/*.py"), *root.glob("kernels/*.py")]):
+        parts = path.relative_to(root).with_suffix("").parts
+        parts = ("jdkd", *parts) if parts[0] == "kernels" else parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """Which modules of the package every module of it imports, wherever in its file and for whatever purpose."""
+    modules = modules_of(root)
+    graph: dict[str, set[str]] = {name: set() for name in modules}
+    for name, path in modules.items():
+        package = name if path.stem == "__init__" else name.rpartition(".")[0]
+        for imported, _, _ in imports(ast.parse(path.read_text()), package):
+            while imported and imported not in modules:  # an attribute of a module
+                imported = imported.rpartition(".")[0]
+            if imported:
+                graph[name].add(imported)
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The sets of nodes that reach each other; a node that names itself is one."""
+
+    def reached(start: str) -> set[str]:
+        found: set[str] = set()
+        waiting = [*graph[start]]
+        while waiting:
+            if (node := waiting.pop()) not in found:
+                found.add(node)
+                waiting += graph[node]
+        return found
+
+    reach = {node: reached(node) for node in graph}
+    return sorted({tuple(sorted({b for b in reach[a] if a in reach[b]})) for a in graph if a in reach[a]})
+
+
+def room_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same of rooms; the package's own ``__init__`` names them all and is none."""
+    rooms: dict[str, set[str]] = {room: set() for name in graph if (room := room_of(name))}
+    for name, imported in graph.items():
+        for room in filter(None, map(room_of, imported)):
+            if (home := room_of(name)) and home != room:
+                rooms[home].add(room)
+    return rooms
+
+
 def judge(home: str, name: str, inside: bool) -> Iterator[str]:
     """Yields what is wrong with importing ``name`` from the room ``home``."""
     top, room = name.split(".")[0], room_of(name)
@@ -101,6 +151,20 @@ def judge(home: str, name: str, inside: bool) -> Iterator[str]:
         yield "kernels is imported as jdkd.kernels"
 
 
+def command_line_readers(root: Path) -> list[str]:
+    """Where ``sys.argv`` is read outside of the command line: ``file:line``."""
+    found = []
+    for path in sorted(root.glob("jdkd/**/*.py")):
+        if path.relative_to(root).parts[1] not in ("cli", "__main__.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+                by_name = isinstance(node, ast.ImportFrom) and node.module == "sys" and {"argv", "orig_argv"} & {*names}
+                read = isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.argv", "sys.orig_argv")
+                if read or by_name:
+                    found.append(f"{path.relative_to(root)}:{node.lineno}")
+    return found
+
+
 def source_files() -> list[Path]:
     folders = ("jdkd", "kernels", "csrc", "tests", "benchmarks")
     suffixes = {".py", ".cpp", ".cu", ".h", ".cuh", ".sh"}
@@ -112,11 +176,51 @@ def test_imports_keep_to_the_floors_and_rooms():
     assert import_violations(ROOT) == []
 
 
+def test_no_imports_run_in_a_circle():
+    graph = import_graph(ROOT)
+    assert len(graph) > 100 and sum(map(len, graph.values())) > 300
+    assert circles(graph) == [] and circles(room_graph(graph)) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("import jdkd.nn.b", "import jdkd.nn.a"),
+        ("from jdkd.nn import b", "def f():\n    from .a import thing"),
+        ("from jdkd.nn.b import thing", "if TYPE_CHECKING:\n    from jdkd.nn.a import Thing"),
+        ("from . import b", "from jdkd.nn import Thing"),  # of the package, whose __init__ imports a
+    ],
+)
+def test_a_planted_circle_is_caught(tmp_path, first, second):
+    room = tmp_path / "jdkd/nn"
+    room.mkdir(parents=True)
+    (room / "__init__.py").write_text("from jdkd.nn.a import Thing\n")
+    (room / "a.py").write_text(first + "\n")
+    (room / "b.py").write_text("import math\nfrom jdkd.nn import c\n")
+    (room / "c.py").write_text("")
+    assert circles(import_graph(tmp_path)) == []
+    (room / "b.py").write_text(second + "\n")
+    (circle,) = circles(import_graph(tmp_path))
+    assert {"jdkd.nn.a", "jdkd.nn.b"} <= set(circle) and "jdkd.nn.c" not in circle
+
+
+def test_a_planted_circle_of_rooms_is_caught(tmp_path):
+    files = {"train/a": "import jdkd.distill.c", "distill/b": "import jdkd.train.d", "distill/c": "", "train/d": ""}
+    for name, line in files.items():
+        path = tmp_path / f"jdkd/{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line)
+    graph = import_graph(tmp_path)
+    assert circles(graph) == [] and circles(room_graph(graph)) == [("distill", "train")]
+
+
 @pytest.mark.parametrize(
     ("file", "line", "expected"),
     [
         ("jdkd/ops/pearson.py", "from jdkd.nn import PKDLoss", "ops is on a floor left of nn"),
         ("jdkd/ops/pearson.py", "def f():\n    from ..search import run", "ops is on a floor left of search"),
+        ("jdkd/ops/pearson.py", "if TYPE_CHECKING:\n    from jdkd.nn import PKDLoss", "ops is on a floor left of nn"),
+        ("jdkd/ops/pearson.py", "if TYPE_CHECKING: ...\nelse:\n    import rich", "optional package rich"),
         ("jdkd/ops/pearson.py", "import triton", "only inside functions of ops"),
         ("jdkd/ops/pearson.py", "from jdkd import cli", "ops is on a floor left of cli"),
         ("jdkd/latency/measure.py", "def f():\n    import triton.testing", "only inside functions of ops"),
@@ -144,6 +248,7 @@ def test_a_planted_violation_is_caught(tmp_path, file, line, expected):
         ("jdkd/ops/pearson.py", "def f():\n    import triton\n    from jdkd.kernels import pearson"),
         ("jdkd/nn/loss.py", "from jdkd import functional\nfrom jdkd.nn import linear\nfrom . import linear"),
         ("jdkd/cli.py", "from jdkd import __version__\ndef main():\n    import tyro"),
+        ("jdkd/report/table.py", "if TYPE_CHECKING:\n    from rich.table import Table"),
         ("jdkd/_ext.py", "import importlib\nimportlib.import_module('jdkd._C')"),
         ("kernels/pearson.py", "import math\nimport triton.language as tl\nimport torch"),
     ],
@@ -164,6 +269,21 @@ def test_importing_the_package_loads_nothing_heavy(modules):
     command = [sys.executable, "-c", script]
     answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (answer.returncode, answer.stdout.strip()) == (0, ""), answer.stderr
+
+
+def test_the_command_line_is_read_in_cli_alone():
+    assert command_line_readers(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["import sys\nprint(sys.argv[1:])", "from sys import argv", "import sys; sys.orig_argv"]
+)
+def test_a_planted_look_at_the_command_line_is_caught(tmp_path, line):
+    for room in ("search", "cli"):
+        (tmp_path / "jdkd" / room).mkdir(parents=True)
+        (tmp_path / "jdkd" / room / "run.py").write_text(line)
+    (found,) = command_line_readers(tmp_path)
+    assert found.startswith("jdkd/search/run.py:")
 
 
 def test_files_are_small():

@@ -1,5 +1,6 @@
 """What a wheel holds, which installs find the kernels, how JDKD_BUILD_EXT behaves, and what is in jdkd._C."""
 
+import importlib
 import os
 import re
 import shutil
@@ -14,8 +15,11 @@ from jdkd import _ext
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("jdkd", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+NOT_OURS = ("tests", "setup", "benchmarks")  # beside the package in a checkout
 FIND_KERNELS = (
-    "import importlib, pkgutil, jdkd, jdkd.kernels;"
+    "import importlib, pkgutil, jdkd, jdkd.kernels; from jdkd import kernels; from importlib.util import find_spec;"
+    f"found = [name for name in {NOT_OURS!r} if find_spec(f'jdkd.{{name}}')]; assert not found, found;"
+    "assert find_spec('jdkd.kernels').submodule_search_locations and kernels is jdkd.kernels;"
     "print(jdkd.__file__, *(importlib.import_module(f'jdkd.kernels.{m.name}').__file__"
     " for m in pkgutil.iter_modules(jdkd.kernels.__path__)), sep='\\n')"
 )
@@ -42,6 +46,9 @@ def checkout(tmp_path_factory) -> Path:
             shutil.copytree(ROOT / name, copy / name, ignore=ignored)
         else:
             shutil.copy2(ROOT / name, copy / name)
+    for name in ("tests", "benchmarks"):
+        (copy / name).mkdir()
+        (copy / name / "__init__.py").write_text("")
     return copy
 
 
@@ -91,6 +98,12 @@ def test_an_installed_wheel_finds_its_kernels(wheel, tmp_path):
 def test_a_bare_checkout_finds_its_kernels(checkout, tmp_path):
     found = run("-c", FIND_KERNELS, cwd=tmp_path, PYTHONPATH=str(checkout)).stdout.split()
     assert len(found) > 1 and all(Path(path).parent == checkout / "kernels" for path in found[1:])
+
+
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_what_lies_beside_the_package_is_no_part_of_it(name):
+    with pytest.raises(ModuleNotFoundError, match=f"No module named 'jdkd.{name}'"):
+        importlib.import_module(f"jdkd.{name}")
 
 
 @pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])

@@ -5,7 +5,7 @@
 from jdkd.nn.candidates import Candidate, score_candidates
 from jdkd.nn.compilation import compile_elastic
 from jdkd.nn.conv_bn_act import ConvBNAct, ElasticConvBNAct
-from jdkd.nn.coupling import ElasticGroups, Side
+from jdkd.nn.coupling import ChannelSlot, ElasticGroups
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
@@ -16,10 +16,12 @@ from jdkd.nn.packing import pack_forwards, packed
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint
 from jdkd.nn.stage import ElasticStage
-from jdkd.nn.subnet import Subnet, export, set_subnet
+from jdkd.nn.subnet import Subnet
+from jdkd.nn.switching import export, set_subnet
 
 __all__ = [
     "Candidate",
+    "ChannelSlot",
     "ConvBNAct",
     "DISTLoss",
     "ElasticBatchNorm2d",
@@ -33,7 +35,6 @@ __all__ = [
     "LevelsConv2d",
     "PKDLoss",
     "PearsonTap",
-    "Side",
     "Subnet",
     "checkpoint",
     "compile_elastic",

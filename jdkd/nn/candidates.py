@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups
-from jdkd.nn.masked import Change, Swap, changes, swapped
-from jdkd.nn.reuse import Reuse, packed, unpacked
+from jdkd.nn.masked import Edit, Swap, edits, swapped
+from jdkd.nn.output_cache import OutputCache, packed, unpacked
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import ChannelsLike
 
 
@@ -24,11 +25,11 @@ class Candidate:
     """A pruned candidate of a model.
 
     Args:
-        masks: active channels of groups, by name, as :func:`masked` takes them.
+        keep: active channels of groups, by name, as :func:`masked` takes them.
         skip: paths of blocks that do not run.
     """
 
-    masks: Mapping[str, ChannelsLike] = field(default_factory=dict)
+    keep: Mapping[str, ChannelsLike] = field(default_factory=dict)
     skip: Collection[str] = ()
 
 
@@ -43,16 +44,18 @@ def score_candidates(
 ) -> list[Any]:
     """Runs many pruned candidates of a model over one batch, without gradients; what they share runs once.
 
-    Results are those of :func:`masked`, one candidate after the other. A module whose part under a candidate is that
-    under an earlier one, and whose inputs are known to be the same, gives what it gave then. So candidates run in an
-    order in which neighbours begin alike, as far as modules run in the order of their registration. Of every module
-    the newest outputs are kept, about as much as a training forward keeps. A module that writes into its inputs, or
-    gives a view of them, runs again, and so does one whose output was written since; one with a hook on a module
-    inside it runs again, so that the hook does. A model whose output cannot be pickled shares nothing.
+    Results are those of :func:`masked`, one candidate after the other. The newest output of every module is cached, in
+    all about as much memory as a training forward keeps. A module returns its cached output where its active channels
+    are those of an earlier candidate and its inputs are known to be the same. Candidates that begin alike run one after
+    another, for modules that run in the order of their registration.
+
+    Not cached are modules that write into their inputs or return a view of them, those whose output was written into
+    since, and those that contain a module with a hook. A model whose output cannot be pickled shares nothing.
 
     Args:
-        model: a plain model in evaluation mode, as :func:`masked` takes it.
-        candidates: masks by group, or :class:`Candidate` where blocks are skipped too.
+        model: a plain model in evaluation mode, as :func:`masked` takes it. What wraps it does not run, such as a graph
+            of ``torch.compile``.
+        candidates: channels to keep by group, or :class:`Candidate` where blocks are skipped too.
         batch: what the model is called with; a tuple holds several arguments. It may not be written in place.
         groups: which channels are coupled, as :func:`masked` takes them.
         score: makes a result of an output, so that outputs need not be kept; runs outside the candidate. What it is
@@ -69,6 +72,7 @@ def score_candidates(
         InputError: if a candidate does not fit the model, or writes into the batch, or the model is in training mode;
             names candidate, module, group and values. The model is what it was, after any exception.
     """
+    model = unwrapped(model)
     for path, module in model.named_modules():
         if module.training:
             raise InputError(
@@ -81,30 +85,30 @@ def score_candidates(
     for number, candidate in enumerate(candidates):
         if not isinstance(candidate, Candidate | Mapping):
             raise InputError(
-                f"score_candidates: candidate {number} is {candidate!r}; give masks by group, {{group: channels}}, or "
-                "a Candidate"
+                f"score_candidates: candidate {number} is {candidate!r}; give channels by group, {{group: channels}}, "
+                "or a Candidate"
             )
-        masks, skip = (candidate.masks, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
+        keep, skip = (candidate.keep, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
         try:
-            plans.append(changes(model, masks, groups, skip))
+            plans.append(edits(model, keep, groups, skip))
         except InputError as error:
             raise InputError(f"score_candidates: candidate {number}: {error}") from None
     results: list[Any] = [None] * len(plans)
-    reuse = Reuse(model) if share else None
+    cache = OutputCache(model) if share else None
     with torch.inference_mode(False), torch.no_grad():
         inputs = tree_map(_versioned, batch if isinstance(batch, tuple) else (batch,))
         given = _tensors_of(inputs)
         versions = [tensor._version for tensor in given]
         for number, swaps in _in_order(model, plans):
-            parts = [(change.module, change.key) for change in plans[number]]
-            with swapped(swaps), reuse.of(parts) if reuse else contextlib.nullcontext():
+            parts = [(edit.module, edit.key) for edit in plans[number]]
+            with swapped(swaps), cache.of(parts) if cache else contextlib.nullcontext():
                 output = model(*tree_map(lambda value: value, inputs))  # in containers of its own
-            if reuse:
+            if cache:
                 if packed(output) is None:
-                    reuse.forget()
+                    cache.clear()
                 output = _own(output)
             result = output if score is None else score(output)
-            results[number] = result if score is None or not reuse else _own(result)
+            results[number] = result if score is None or not cache else _own(result)
             if versions != [tensor._version for tensor in given]:
                 raise InputError(
                     f"score_candidates: candidate {number} or its score wrote into the batch in place, so that the "
@@ -134,23 +138,23 @@ def _versioned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
-def _in_order(model: nn.Module, plans: Sequence[Sequence[Change]]) -> Iterator[tuple[int, list[Swap]]]:
+def _in_order(model: nn.Module, plans: Sequence[Sequence[Edit]]) -> Iterator[tuple[int, list[Swap]]]:
     """Candidates with their parts, so that neighbours begin alike; a part that serves several is made once."""
     places = {module: place for place, module in enumerate(model.modules())}
     kinds: dict[Any, int] = {}
     ranks = []
     for plan in plans:
-        rank = sorted((places[change.site], kinds.setdefault(change.key, len(kinds))) for change in plan)
+        rank = sorted((places[edit.site], kinds.setdefault(edit.key, len(kinds))) for edit in plan)
         ranks.append((*rank, (len(places), 0)))  # of two that begin alike, first the one that differs from then on
-    uses = Counter(change.key for plan in plans for change in plan)
+    uses = Counter(edit.key for plan in plans for edit in plan)
     made: dict[Any, list[Swap]] = {}
     for number in sorted(range(len(plans)), key=ranks.__getitem__):
         swaps = []
-        for change in plans[number]:
-            if change.key not in made:
-                made[change.key] = change.swaps()
-            swaps += made[change.key]
-            uses[change.key] -= 1
-            if not uses[change.key]:
-                del made[change.key]
+        for edit in plans[number]:
+            if edit.key not in made:
+                made[edit.key] = edit.swaps()
+            swaps += made[edit.key]
+            uses[edit.key] -= 1
+            if not uses[edit.key]:
+                del made[edit.key]
         yield number, swaps

@@ -1,8 +1,8 @@
 """A supernet under ``torch.compile``: compiled in pieces, whose graphs stay when the subnet changes.
 
 Left to itself the compiler takes every number it meets for a constant and compiles a whole model again for every
-subnet, until it gives up after eight. Here the numbers of active channels are lengths of tensors that it is told to
-take for symbols, convolutions are operators that it does not look into (:mod:`jdkd.ops.elastic_conv_traced`), and a
+subnet, until it gives up after eight. Here the numbers of active channels are lengths of tensors, marked as
+dynamic, convolutions are operators that it does not look into (:mod:`jdkd.ops.elastic_conv_traced`), and a
 loop over elastic depth is no part of any graph.
 """
 
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic
 from jdkd.nn.stage import ElasticStage
+from jdkd.nn.unwrapping import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,7 +44,8 @@ def compile_elastic(model: Model, **options: Any) -> Model:
     ``torch.compiler.reset()`` forgets what was compiled; copies and :func:`export` are not compiled.
 
     Args:
-        model: any module; it is changed in place. Parameters, state dict and the subnet stay what they are.
+        model: any module; it is changed in place, and inside what wraps it, as ``DistributedDataParallel`` does.
+            Parameters, state dict and the subnet stay what they are.
         options: for ``torch.compile``: ``backend``, ``mode``, ``fullgraph`` and so on. CUDA graphs of
             ``mode="reduce-overhead"`` leave the elastic convolutions out.
 
@@ -55,7 +57,7 @@ def compile_elastic(model: Model, **options: Any) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"compile_elastic: model is a {type(model).__name__}; give an nn.Module")
-    for path, region in _regions("model", model):
+    for path, region in _regions("model", unwrapped(model)):
         _compile(path, region, options)
     return model
 

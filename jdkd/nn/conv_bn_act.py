@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
+from jdkd.nn.elastic import Elastic
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
+from jdkd.nn.subnet import Subnet
+from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops import elastic_paths
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_part, crop
 from jdkd.ops.elastic_conv import check_channels, convolve
@@ -49,20 +53,32 @@ class ConvBNAct(nn.Module):
 
     def _ended(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:
-            y = y.add_(residual) if y.dtype == residual.dtype else y + residual
+            y = _joined(y, residual)
         return F.relu(y, inplace=True) if self.relu else y
 
     def extra_repr(self) -> str:
         return f"relu={self.relu}"
 
 
+def _joined(y: Tensor, residual: Tensor) -> Tensor:
+    """The sum, in place where it has the dtype of ``y``."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 - TorchScript compiles both sides of an "and"
+        if isinstance(y, Proxy):  # a graph of torch.fx has no branches
+            return y + residual
+    return y.add_(residual) if y.dtype == residual.dtype else y + residual
+
+
 class ElasticConvBNAct(ConvBNAct):
     """See :class:`ConvBNAct`; of an elastic convolution without bias and an elastic batch normalisation.
 
-    In training the parts run one after another. In evaluation the running statistics of the active channels are folded
-    into a scale and a shift. On the path of the 1x1 product (see :func:`jdkd.nn.explain`) these, the residual and the
-    ReLU are part of it. Elsewhere, where the active filters have fewer numbers than the output, they take the scale,
-    anew at every forward since any of these may change, and no pass over the output is left of the normalisation.
+    In training the parts run one after another. In evaluation the normalisation is folded into a scale and a shift of
+    each active channel, and there are three ways to run it, of which :func:`jdkd.nn.explain` names the one taken:
+
+    - the kernel of 1x1 convolutions applies scale, shift, residual and ReLU while it writes the output;
+    - where the active filters are smaller than the output, the filters are multiplied by the scale and the shift is the
+      bias, computed at every forward since weights and statistics may have changed;
+    - elsewhere the parts run one after another, as in training.
+
     Hooks of the parts run only where the parts do.
 
     ``bn`` is to stay elastic. ``nn.SyncBatchNorm.convert_sync_batchnorm`` would replace it; the unit refuses to run
@@ -72,7 +88,7 @@ class ElasticConvBNAct(ConvBNAct):
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, padding_mode: as for ``nn.Conv2d``.
         relu: whether a ReLU ends the unit.
         kernel_transform: see :class:`ElasticConv2d`.
-        eps, momentum, statistics: of the normalisation, see :class:`ElasticBatchNorm2d`.
+        eps, momentum, statistics, subnets: of the normalisation, see :class:`ElasticBatchNorm2d`.
         device, dtype: of both.
     """
 
@@ -85,13 +101,14 @@ class ElasticConvBNAct(ConvBNAct):
         padding: int | tuple[int, int] | str = 0,
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
-        padding_mode: str = "zeros",
         *,
+        padding_mode: str = "zeros",
         relu: bool = True,
         kernel_transform: bool = False,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         statistics: str = "shared",
+        subnets: Iterable[Subnet | str] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
@@ -100,7 +117,8 @@ class ElasticConvBNAct(ConvBNAct):
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, False, padding_mode,
             kernel_transform=kernel_transform, **where,
         )  # fmt: skip
-        super().__init__(conv, ElasticBatchNorm2d(out_channels, eps, momentum, statistics=statistics, **where), relu)
+        bn = ElasticBatchNorm2d(out_channels, eps, momentum, statistics=statistics, subnets=subnets, **where)
+        super().__init__(conv, bn, relu)
 
     def set_active(
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
@@ -119,6 +137,8 @@ class ElasticConvBNAct(ConvBNAct):
         bn._put(bn.part(part.outputs))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_node(self, x, x, residual)
         compiled = torch.compiler.is_compiling() and self._norm._in_regions  # the compiler folds by itself
         if compiled or self._normalises_by_batch():
             return super().forward(x, residual)
@@ -134,6 +154,8 @@ class ElasticConvBNAct(ConvBNAct):
         x, padding = conv._padded(x, active)
         whole, window = self._whole(active), (conv.stride, padding, conv.dilation, active.groups)
         return self._ended(convolve(x, filters, shift.to(filters.dtype), *whole, *window), residual)
+
+    __prepare_scriptable__ = Elastic.__prepare_scriptable__
 
     @property
     def _norm(self) -> ElasticBatchNorm2d:

@@ -14,11 +14,12 @@ from torch.nn.modules.conv import _ConvNd
 from jdkd.errors import InputError
 from jdkd.nn.stage import ElasticStage, active_depth
 from jdkd.ops.active_channels import Channels
+from jdkd.ops.integers import integer
 
 SIDES = ("in", "out")
 
 
-class Side(NamedTuple):
+class ChannelSlot(NamedTuple):
     """One side of a layer: the channels it reads, or those it makes.
 
     Args:
@@ -45,14 +46,14 @@ class ElasticGroups:
         set_subnet(model, Subnet({"inner": 32}, kernel_sizes={"conv1": 3}, depths={"layer1": 2}))
 
     Args:
-        groups: the sides of layers that share their channels, as :class:`Side` or ``(module, side[, repeat])``.
+        groups: the sides of layers that share their channels, as :class:`ChannelSlot` or ``(module, side[, repeat])``.
         stages: paths of :class:`ElasticStage`, by name.
 
     Raises:
         InputError: on what is no side, a side that there is not, or one that is in two groups.
     """
 
-    groups: Mapping[str, Sequence[Side | tuple]]
+    groups: Mapping[str, Sequence[ChannelSlot | tuple]]
     stages: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ class ElasticGroups:
                     "sides of layers into an ElasticGroups, ElasticGroups(groups)"
                 )
             named = [*((tensor, dim, 1) for tensor, dim in group.producers), *group.consumers]
-            sides = [Side(tensor.rpartition(".")[0], SIDES[1 - dim], repeat) for tensor, dim, repeat in named]
+            sides = [ChannelSlot(tensor.rpartition(".")[0], SIDES[1 - dim], repeat) for tensor, dim, repeat in named]
             read[name] = tuple(dict.fromkeys(sides))
         return cls(read, stages or {})
 
@@ -160,7 +161,7 @@ class ElasticGroups:
         return parts
 
 
-def _sides(group: str, given: Any) -> tuple[Side, ...]:
+def _sides(group: str, given: Any) -> tuple[ChannelSlot, ...]:
     """Reads the sides of one group."""
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(f"ElasticGroups: group {group!r} is {given!r}; give a list of pairs (module, side)")
@@ -171,7 +172,13 @@ def _sides(group: str, given: Any) -> tuple[Side, ...]:
                 f"ElasticGroups: group {group!r} holds {side!r}; give pairs (module, side), such as ('conv1', 'out'), "
                 "or triples (module, side, repeat)"
             )
-        sides.append(Side(*side))
+        slot = ChannelSlot(*side)
+        if (repeat := integer(slot.repeat)) is None:
+            raise InputError(
+                f"ElasticGroups: group {group!r} has repeat {slot.repeat!r} of {slot.module}; give an int, the features "
+                "of one channel"
+            )
+        sides.append(slot._replace(repeat=repeat))
     return tuple(sides)
 
 
@@ -193,7 +200,7 @@ def _module(modules: Mapping[str, nn.Module], path: str, where: str) -> nn.Modul
         ) from None
 
 
-def _channels_of(modules: Mapping[str, nn.Module], group: str, side: Side) -> int:
+def _channels_of(modules: Mapping[str, nn.Module], group: str, side: ChannelSlot) -> int:
     """Channels at one side of a layer."""
     where = f"group {group!r}"
     layer = _module(modules, side.module, where)

@@ -1,9 +1,9 @@
 """What every elastic layer holds: the part of it that is active, and since when.
 
-Activation checkpointing runs a forward again inside the backward pass, where a layer meets the subnet that is active
-by then. Shapes do not tell: two lists of equal length give equal shapes, and the reentrant form compares nothing. So
-layers note when their subnet was set, see :mod:`jdkd.nn.moment`. Outside a backward pass this costs a look or two at
-thread-local state.
+Activation checkpointing runs a forward again inside the backward pass, where a layer would run the subnet active by
+then. Shapes cannot reveal it: two lists of equal length give equal shapes, and the reentrant form compares nothing. So
+layers note when their subnet was set, see :mod:`jdkd.nn.subnet_epoch`. Outside a backward pass this costs one or two
+reads of thread-local state.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.moment import Moment, now
+from jdkd.nn.subnet_epoch import SubnetEpoch
 from jdkd.ops.active_channels import Channels, active_part, on_device
 
 Plain = TypeVar("Plain", bound=nn.Module)
@@ -26,7 +26,7 @@ class Record(NamedTuple):
 
     given: tuple  # as it was set; lists in host memory where the user gave them so
     active: tuple  # the same with its lists beside the weights
-    since: Moment
+    since: SubnetEpoch
     traced: tuple | None = None  # the same with tensors whose lengths are the counts, where compile_elastic wants them
 
 
@@ -36,19 +36,19 @@ class Elastic(nn.Module):
     _record: Record
     _in_regions = False  # whether compile_elastic compiles what runs this layer
 
-    def _put(self, given: tuple, since: Moment | None = None, moved: dict[tuple, Tensor] | None = None) -> None:
+    def _put(self, given: tuple, since: SubnetEpoch | None = None, moved: dict[tuple, Tensor] | None = None) -> None:
         """Replaces what is active; what stays the same keeps its date, unless one is given.
 
         ``moved`` collects the lists that were brought to a device, so that layers of one group share them.
         """
         before = vars(self).get("_record")
-        moment = since or now(() if before is None else (before.since,))
-        if since is None and moment.recomputation is None and before is not None and same(before.given, given):
+        epoch = since or SubnetEpoch.current(() if before is None else (before.since,))
+        if since is None and epoch.recomputation is None and before is not None and same(before.given, given):
             return
         with torch.inference_mode(False):  # where tensors would be made that no backward pass can save
             given = type(given)(*(_lasting(part) for part in given))
             active = self._beside_the_weights(given, {} if moved is None else moved)
-            self._record = Record(given, active, moment, self._traced(active) if self._in_regions else None)
+            self._record = Record(given, active, epoch, self._traced(active) if self._in_regions else None)
 
     def _now(self) -> Any:
         """What a forward uses.
@@ -60,7 +60,7 @@ class Elastic(nn.Module):
         if torch.compiler.is_compiling():
             return record.active if record.traced is None else self._in_graph(record.traced)
         if torch._C._current_graph_task_id() == -1:
-            record.since.meet()
+            record.since.observe()
         else:
             self._check_age(record.since)
         return record.active
@@ -71,7 +71,7 @@ class Elastic(nn.Module):
 
     def _traced_index(self, channels: Channels) -> Tensor:
         """Active channels as ``[count]`` int64 beside the weights, of a length that compilers take for a symbol."""
-        index = channels.index
+        index = on_device(channels.index, self._home())
         if index is None:
             index = torch.arange(channels.count, device=self._home())
         index = index.detach()  # no two layers hold one object, as compilers guard that too
@@ -82,7 +82,7 @@ class Elastic(nn.Module):
         """What a forward uses in a graph whose symbols are the lengths of ``traced``."""
         return type(traced)(*(Channels(part.shape[0], part) if isinstance(part, Tensor) else part for part in traced))
 
-    def _check_age(self, since: Moment) -> None:
+    def _check_age(self, since: SubnetEpoch) -> None:
         if since.is_of_forward():
             return
         if since.is_of_one_thread() or since.recomputation is not None:
@@ -100,7 +100,7 @@ class Elastic(nn.Module):
         if not any(listed):
             return given
         home = self._home()
-        if home is None:
+        if home is None or home.type == "meta":  # where lists would lose what they hold
             return given
 
         def at_home(part: Channels) -> Channels:
@@ -126,9 +126,40 @@ class Elastic(nn.Module):
         self._put(self._record.given, self._record.since)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which nobody compiles and no forward has met
+    def __getstate__(self) -> dict[str, Any]:  # of copies and pickles, which nobody compiles and no forward has run
         state = {name: value for name, value in super().__getstate__().items() if name != "_in_regions"}
-        return state | {"_record": self._record._replace(since=Moment({}), traced=None)}
+        given = self._record.given
+        kept = type(given)(*(_Listed.of(part) if isinstance(part, Channels) else part for part in given))
+        return state | {"_record": kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        kept = state["_record"]
+        super().__setstate__({name: value for name, value in state.items() if name != "_record"})
+        given = type(kept)(*(part.channels() if isinstance(part, _Listed) else part for part in kept))
+        self._put(given, SubnetEpoch({}))
+
+    def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks for
+        raise InputError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose active part changes; script what "
+            "jdkd.nn.export(model) gives, or use torch.jit.trace or torch.export for the active subnet"
+        )
+
+
+class _Listed(NamedTuple):
+    """Channels in a pickle, where a list in host memory is no tensor: no ``map_location`` moves it."""
+
+    count: int
+    index: tuple[int, ...] | Tensor | None
+
+    @classmethod
+    def of(cls, channels: Channels) -> _Listed:
+        count, index = channels
+        return cls(count, tuple(index.tolist()) if index is not None and index.device.type == "cpu" else index)
+
+    def channels(self) -> Channels:
+        if isinstance(self.index, tuple):
+            return Channels(self.count, torch.tensor(self.index, dtype=torch.int64, device="cpu"))
+        return Channels(*self)
 
 
 def _lasting(part: Any) -> Any:
@@ -139,7 +170,7 @@ def _lasting(part: Any) -> Any:
 
 
 def same(a: tuple, b: tuple) -> bool:
-    """Whether two parts are known to be the same without making the host wait."""
+    """Whether two parts are known to be the same without a device synchronisation."""
     return type(a) is type(b) and all(_same_entry(p, q) for p, q in zip(a, b, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic, explained, filled, part_of
+from jdkd.nn.subnet import Subnet
+from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, on_device
 from jdkd.ops.elastic_conv import check_channels
 
@@ -42,41 +44,67 @@ class _Statistics(nn.Module):
 class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
     """Batch normalisation of the active channels; built as ``nn.BatchNorm2d``, with its state dict.
 
-    Sets of own statistics are further keys: once there is one, a plain state dict loads with ``strict=False``, and
-    leaves the sets as they are.
-
     Training updates the running statistics of the active channels in place and leaves the others alone. Another width
     upstream means other activations: recalibrate (``jdkd.train.calibrate_bn``) before a subnet is scored or exported.
     ``momentum=None`` averages over every batch that the statistics saw, whichever subnet was active.
     ``active_channels`` says how many are active now.
 
+    Sets of own statistics are there from the start, in the order of their names, so that copies of a model, the ranks
+    of ``DistributedDataParallel`` and state dicts line up. They are in the state dict under ``own``. That of a plain
+    layer, which has none, loads too: every set becomes a copy of its statistics.
+
     Args:
-        args, kwargs: as for ``nn.BatchNorm2d``.
-        statistics: ``"shared"``: one set for all subnets. ``"own"``: one for every subnet of ``set_subnet``, for menus
-            of subnets (Yu et al., Slimmable Neural Networks, ICLR 2019, section 3.2). A set begins as a copy of the
-            shared one, ``[C_max]``, and is in the state dict under ``own``, which a plain layer does not read. Under
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for ``nn.BatchNorm2d``.
+        statistics: ``"shared"``: one set for all subnets. ``"own"``: one for every subnet of ``subnets`` (Yu et al.,
+            Slimmable Neural Networks, ICLR 2019, section 3.2), ``[C_max]`` each, which :func:`set_subnet` makes the
+            active one; the layer's shared set is for what :meth:`set_active` gives no name. Under
             :func:`compile_elastic` every subnet compiles once then, since a graph knows its statistics by name.
+        subnets: that have own statistics, as :class:`Subnet` or, for :meth:`set_active`, by a name; no others can be
+            set later.
+
+    Raises:
+        InputError: if statistics are to be kept of no subnet, or subnets are given that share theirs.
     """
 
-    def __init__(self, *args, statistics: str = "shared", **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        statistics: str = "shared",
+        subnets: Iterable[Subnet | str] = (),
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
         if statistics not in STATISTICS:
             raise InputError(f"statistics={statistics!r}; choose one of {', '.join(STATISTICS)}")
+        names = _names(subnets)
         if statistics == "own":
             if self.running_mean is None:
                 raise InputError(
                     "statistics='own' and track_running_stats=False leave nothing to keep; choose 'shared'"
                 )
-            self.own = nn.ModuleDict()
+            if not names:
+                raise InputError(
+                    "statistics='own' and no subnets to keep them of; list all that will be set, as in "
+                    "subnets=[Subnet({'stream': 8}), ...], or choose 'shared'"
+                )
+            self.own = nn.ModuleDict({name: _Statistics(self) for name in names})
+        elif names:
+            raise InputError(f"subnets names {len(names)} and statistics={statistics!r} keeps one set; choose 'own'")
         self.set_active()
 
     def set_active(self, channels: ChannelsLike = None, name: str | None = None) -> None:
-        """Chooses the channels that the next forwards normalise; the host does not wait.
+        """Chooses the channels that the next forwards normalise; no device synchronisation.
 
         Args:
             channels: None (all), the number of leading channels, or distinct indices in the order of the
                 input.
-            name: of the statistics, where subnets have their own; None: the shared ones.
+            name: of one of ``subnets``, whose own statistics are used; None: the shared ones.
 
         Raises:
             InputError: if the supernet has no such channels; the active ones stay as they were.
@@ -89,14 +117,16 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
 
     def part(self, channels: ChannelsLike = None, name: str | None = None) -> _Norm:
         """Reads what :meth:`set_active` is given, and activates nothing."""
-        if name is not None and not name.isidentifier():
-            raise InputError(f"name={name!r} cannot name statistics; give letters, digits and underscores")
         if name is not None and not self.has_own_statistics:
             raise InputError(
                 f"name={name!r} but all subnets share the statistics; build the layer with statistics='own'"
             )
-        if name is not None and name not in self.own and hasattr(self.own, name):
-            raise InputError(f"name={name!r} is an attribute of every module; give the statistics another name")
+        if name is not None and name not in self.own:
+            shown = [*self.own][:4] + ["..."] * (len(self.own) > 4)
+            raise InputError(
+                f"name={name!r} is none of the {len(self.own)} subnets that have statistics ({', '.join(shown)}); list "
+                "every subnet where the layer is built, ElasticBatchNorm2d(..., statistics='own', subnets=[...])"
+            )
         return _Norm(active_channels(channels, self.num_features, "channels"), name)
 
     @property
@@ -123,20 +153,16 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
             for statistics in self.own.values():
                 statistics.reset_parameters()
 
-    def _put(self, given: _Norm, *rest: Any, **options: Any) -> None:
-        if given.name is not None and given.name not in self.own:
-            self.own[given.name] = _Statistics(self)
-        super()._put(given, *rest, **options)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *rest: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.has_own_statistics:  # children are loaded next
-            start = f"{prefix}own."
-            for name in {key[len(start) :].partition(".")[0] for key in state_dict if key.startswith(start)}:
-                if name not in self.own:
-                    self.own[name] = _Statistics(self)
+        if self.has_own_statistics and not any(key.startswith(f"{prefix}own.") for key in state_dict):
+            for buffer in self._buffers:  # of a plain layer; children are loaded next, from this dict
+                for name in self.own if f"{prefix}{buffer}" in state_dict else ():
+                    state_dict[f"{prefix}own.{name}.{buffer}"] = state_dict[f"{prefix}{buffer}"].clone()
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_node(self, x, x)
         self._check_input_dim(x)
         active, name = self._now()
         check_channels(x, active.count, dim=1, where=type(self).__name__)
@@ -181,3 +207,18 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
     def extra_repr(self) -> str:
         own = ", statistics='own'" if self.has_own_statistics else ""
         return f"active={self.active_channels}/{self.num_features}, {super().extra_repr()}{own}"
+
+
+def _names(subnets: Iterable[Subnet | str]) -> list[str]:
+    """Names of sets of statistics, in an order that does not depend on the one given."""
+    if isinstance(subnets, Subnet | str) or not isinstance(subnets, Iterable):
+        raise InputError(f"subnets={subnets!r} is no list of subnets; give [Subnet(...), ...]")
+    names = set()
+    for subnet in subnets:
+        name = subnet.id if isinstance(subnet, Subnet) else subnet
+        if not isinstance(name, str) or not name.isidentifier():
+            raise InputError(f"subnets holds {name!r}; give Subnets, or names of letters, digits and underscores")
+        if hasattr(nn.ModuleDict(), name):
+            raise InputError(f"subnets holds {name!r}, an attribute of every module; give the statistics another name")
+        names.add(name)
+    return sorted(names)

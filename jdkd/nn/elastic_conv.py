@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.nn.elastic import active_over_all, explained, filled, part_of
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
+from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
 from jdkd.ops.aten_conv import conv2d
 from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
@@ -58,14 +59,32 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
     ``active_in_channels``, ``active_out_channels`` and ``active_kernel_size`` say what is active now.
 
     Args:
-        args, kwargs: as for ``nn.Conv2d``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            for ``nn.Conv2d``.
         kernel_transform: learn a matrix for every step from a kernel size to the next smaller one, ``transform_5to3``
             and so on, shared by all channels and the identity at birth (Cai et al., Once-for-All, ICLR 2020, section
             3.2). Filters are transformed at every forward, and ATen convolves with them.
     """
 
-    def __init__(self, *args, kernel_transform: bool = False, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        kernel_transform: bool = False,
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
         self.kernel_transform = kernel_transform
         if kernel_transform:
             self._add_transforms()
@@ -90,7 +109,7 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
     def set_active(
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
     ) -> None:
-        """Chooses what the next forwards use; no weight is copied and the host does not wait.
+        """Chooses what the next forwards use; no weight is copied, no device synchronisation.
 
         Args:
             in_channels: None (all), the number of leading channels, or distinct indices in the order of the
@@ -144,6 +163,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         return self._record.active.kernel or pair(self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_node(self, x, x)
         active = self._now()
         if isinstance(active, _TracedConvolution):
             return self._forward_traced(x, active)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import active_over_all, explained, filled, part_of
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
+from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, active_part
 from jdkd.ops.elastic_conv import check_channels
 from jdkd.ops.pack import Part
@@ -28,12 +30,19 @@ class ElasticLinear(ElasticWeight, nn.Linear):
     ``active_in_channels`` and ``active_out_channels`` say how many are active now.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
         self.set_active()
 
     def set_active(self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None) -> None:
-        """Chooses the features that the next forwards use; no weight is copied and the host does not wait.
+        """Chooses the features that the next forwards use; no weight is copied, no device synchronisation.
 
         Args:
             in_channels: input features: None (all), the number of leading ones, or distinct indices.
@@ -64,6 +73,8 @@ class ElasticLinear(ElasticWeight, nn.Linear):
         return self._record.active.outputs.count
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_node(self, x, x)
         inputs, outputs = self._now()
         check_channels(x, inputs.count, dim=-1, where=type(self).__name__)
         if (packed := self._packed_weight()) is not None:

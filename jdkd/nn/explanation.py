@@ -12,6 +12,7 @@ from jdkd.nn.conv_bn_act import ElasticConvBNAct
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
 from jdkd.nn.levels import ElasticLevelsConv2d, Levels, listed
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops import elastic_levels
 from jdkd.ops.elastic_conv import check_channels
 from jdkd.ops.elastic_paths import Call, dtype_of, explained
@@ -37,7 +38,9 @@ class Explanation(NamedTuple):
 
 
 def explain(layer: nn.Module, x: Levels) -> Explanation:
-    """Says which path the next forward of an elastic layer takes, and why; nothing is computed and nobody waits.
+    """Says which path the next forward of an elastic layer takes, and why; nothing is computed.
+
+    There is no device synchronisation.
 
     The paths are the table :data:`jdkd.ops.elastic_paths.PATHS`, and for levels of a pyramid the kernel of
     :mod:`jdkd.ops.elastic_levels` or ATen.
@@ -54,6 +57,7 @@ def explain(layer: nn.Module, x: Levels) -> Explanation:
     Raises:
         InputError: if ``layer`` is another module; and as the forward, if ``x`` or the backend asked for does not fit.
     """
+    layer = unwrapped(layer)
     for kind, words in _WORDS.items():
         if isinstance(layer, kind):
             return words(layer, x)

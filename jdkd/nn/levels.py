@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from jdkd.errors import InputError
 from jdkd.nn.elastic import filled, part_of
 from jdkd.nn.elastic_conv import ElasticConv2d, _TracedConvolution
 from jdkd.nn.packed_weight import packed_bias
+from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.elastic_levels import ACTIVATIONS, convolve_levels
 
@@ -32,6 +35,14 @@ def _each(levels: Levels, convolve: Callable[[list[Tensor]], list[Tensor]]) -> T
     return dict(zip(levels, ys, strict=True)) if isinstance(levels, Mapping) else ys
 
 
+def _proxy(levels: Levels) -> Proxy | None:
+    """What stands for a level while ``torch.fx`` traces."""
+    if isinstance(levels, Proxy):
+        return levels
+    entries = listed(levels) if isinstance(levels, Mapping | Sequence) else ()  # an iterator could be read but once
+    return next((level for level in entries if isinstance(level, Proxy)), None)
+
+
 def _checked(activation: str) -> str:
     if activation not in ACTIVATIONS:
         raise InputError(f"activation={activation!r}; choose one of {', '.join(ACTIVATIONS)}")
@@ -42,17 +53,43 @@ class LevelsConv2d(nn.Conv2d):
     """``nn.Conv2d`` with its state dict, that runs on every level it is given.
 
     Args:
-        args, kwargs: as for ``nn.Conv2d``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            for ``nn.Conv2d``.
         activation: ``"none"`` or ``"relu"``, applied to the result.
     """
 
-    def __init__(self, *args, activation: str = "none", **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "none",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
         self.activation = _checked(activation)
 
     def forward(self, levels: Levels) -> Tensor | list[Tensor] | dict:
         """Args and Returns: as :class:`ElasticLevelsConv2d`."""
+        if (proxy := _proxy(levels)) is not None:
+            return as_node(self, proxy, levels)
         return _each(levels, lambda xs: [self._convolved(x) for x in xs])
+
+    def __prepare_scriptable__(self) -> Any:  # what torch.jit.script asks for
+        raise InputError(
+            f"torch.jit.script cannot compile {type(self).__name__}, which takes one level, a list or a dict; use "
+            "torch.jit.trace or torch.export"
+        )
 
     def _convolved(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -66,15 +103,35 @@ class ElasticLevelsConv2d(ElasticConv2d):
     """See :func:`jdkd.functional.elastic_conv2d_levels`; an :class:`ElasticConv2d` shared by the levels of a pyramid.
 
     Args:
-        args, kwargs: as for :class:`ElasticConv2d`; stride and dilation 1, one group, padding with zeros.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype,
+            kernel_transform: as for :class:`ElasticConv2d`; stride and dilation 1, one group, padding with zeros.
         activation: ``"none"`` or ``"relu"``, applied to the result.
 
     Raises:
         InputError: on other strides, dilations, groups, paddings or activations.
     """
 
-    def __init__(self, *args, activation: str = "none", **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        kernel_transform: bool = False,
+        activation: str = "none",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype, kernel_transform=kernel_transform,
+        )  # fmt: skip
         self.activation = _checked(activation)
         window = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
         if window != {"stride": (1, 1), "dilation": (1, 1), "groups": 1} or self.padding_mode != "zeros":
@@ -92,6 +149,8 @@ class ElasticLevelsConv2d(ElasticConv2d):
         Returns:
             ``[N, Cout, OH, OW]`` each: a list, a dict of the same names, or a single one.
         """
+        if (proxy := _proxy(levels)) is not None:
+            return as_node(self, proxy, levels)
         return _each(levels, self._convolved)
 
     def _convolved(self, xs: list[Tensor]) -> list[Tensor]:

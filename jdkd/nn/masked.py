@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.nn.coupling import ElasticGroups, repeated
 from jdkd.nn.elastic import Elastic
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, active_part
 from jdkd.ops.elastic_conv import conv_channels
 
@@ -28,13 +29,13 @@ class Swap(NamedTuple):
     value: Any
 
 
-class Change(NamedTuple):
+class Edit(NamedTuple):
     """What a candidate makes of one module.
 
     Args:
         module: whose entries are replaced.
         kept: the active channels by side, or the name of a child that does not run.
-        key: equal for changes that are known to be the same.
+        key: equal for edits that are known to be the same.
         where: path and groups, for errors.
     """
 
@@ -66,7 +67,7 @@ class _Skipped(nn.Identity):
 @contextlib.contextmanager
 def masked(
     model: nn.Module,
-    masks: Mapping[str, ChannelsLike],
+    keep: Mapping[str, ChannelsLike],
     groups: ElasticGroups | Mapping[str, Any] | None = None,
     *,
     skip: Collection[str] = (),
@@ -78,14 +79,15 @@ def masked(
     entry, so that writes to the model's weights inside are not seen. Parameters are then slim, require no gradient and
     belong to the candidate, as does the state dict. On exit, after an exception too, the model is what it was: the same
     tensors, unchanged unless they were written in place inside. A write into leading parameters reaches the model's
-    own. Running statistics of the batch norms that a mask narrows are copies, so that calibrating them leaves the
-    model's alone. What no mask narrows, such as a batch norm outside all groups, is the model's and is written as ever.
+    own. Running statistics of the batch norms that are narrowed are copies, so that calibrating them leaves the
+    model's alone. What is not narrowed, such as a batch norm outside all groups, is the model's and is written as ever.
     Only weight, bias and running statistics are narrowed; what else a subclass holds stays whole. Use it in one thread
     at a time; candidates of candidates may be nested.
 
     Args:
-        model: of ``nn.Conv2d``, ``nn.Linear`` and batch normalisations, frozen ones too, in evaluation mode.
-        masks: active channels of groups, by name: the number of leading ones, or distinct indices. The other groups
+        model: of ``nn.Conv2d``, ``nn.Linear`` and batch normalisations, frozen ones too, in evaluation mode; inside
+            ``DistributedDataParallel``, ``AveragedModel`` or ``torch.compile`` too. Paths are the model's own.
+        keep: active channels of groups, by name: the number of leading ones, or distinct indices. The other groups
             stay whole.
         groups: which channels are coupled; by layers, or by names of tensors as :meth:`ElasticGroups.from_tensors`
             reads them; the model's own ``elastic_groups`` if left out.
@@ -95,9 +97,9 @@ def masked(
         The model.
 
     Raises:
-        InputError: if masks do not fit the model, or it is in training mode; names module, group and values.
+        InputError: if what is kept does not fit the model, or it is in training mode; names module, group and values.
     """
-    swaps = [swap for change in changes(model, masks, groups, skip) for swap in change.swaps()]
+    swaps = [swap for edit in edits(model, keep, groups, skip) for swap in edit.swaps()]
     with swapped(swaps):
         yield model
 
@@ -118,19 +120,18 @@ def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
                 home[key] = value
 
 
-def changes(
+def edits(
     model: nn.Module,
-    masks: Mapping[str, ChannelsLike],
+    keep: Mapping[str, ChannelsLike],
     groups: ElasticGroups | Mapping[str, Any] | None,
     skip: Collection[str],
-) -> list[Change]:
-    """Reads a candidate, arguments as :func:`masked`, and changes nothing."""
-    if not isinstance(masks, Mapping):
-        raise InputError(
-            f"masked: masks={masks!r} is no mapping; give {{group: channels}}, or {{}} for the whole model"
-        )
+) -> list[Edit]:
+    """Reads a candidate, arguments as :func:`masked`, and touches nothing."""
+    if not isinstance(keep, Mapping):
+        raise InputError(f"masked: keep={keep!r} is no mapping; give {{group: channels}}, or {{}} for the whole model")
     if isinstance(skip, str) or not isinstance(skip, Collection) or not all(isinstance(path, str) for path in skip):
         raise InputError(f"masked: skip={skip!r} is no list of paths; give some, as in ['layer1.1'], or ()")
+    model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     groups = _declared(model, groups, modules)
     sizes = groups.sizes(modules)
@@ -139,7 +140,7 @@ def changes(
     sides: dict[nn.Module, dict[str, Channels]] = {}
     keys: dict[nn.Module, dict[str, Hashable]] = {}
     names: dict[nn.Module, list[str]] = {}
-    for name, value in masks.items():
+    for name, value in keep.items():
         if name not in sizes:
             raise InputError(f"masked: there is no group {name!r}; name one of {', '.join(sizes) or 'those declared'}")
         channels = active_channels(value, sizes[name], f"masked: group {name!r}")
@@ -154,7 +155,7 @@ def changes(
             names.setdefault(layer, [path]).append(name)
     for layer, kept in sides.items():
         path, *of = names[layer]
-        found.append(Change(layer, kept, (layer, *sorted(keys[layer].items())), f"{path} (groups {', '.join(of)})"))
+        found.append(Edit(layer, kept, (layer, *sorted(keys[layer].items())), f"{path} (groups {', '.join(of)})"))
     return found
 
 
@@ -190,17 +191,17 @@ def _declared(
 
 
 def _identity(channels: Channels) -> Hashable:
-    """Equal for channels that are known to be the same without making the host wait."""
+    """Equal for channels that are known to be the same without a device synchronisation."""
     if channels.index is None:
         return channels.count
     return tuple(channels.index.tolist()) if channels.index.device.type == "cpu" else id(channels.index)
 
 
-def _skipped(modules: Mapping[str, nn.Module], path: str) -> Change:
+def _skipped(modules: Mapping[str, nn.Module], path: str) -> Edit:
     parent, _, name = path.rpartition(".")
     if not path or path not in modules:
         raise InputError(f"masked: skip names the module {path!r}, which {type(modules['']).__name__} does not have")
-    return Change(modules[parent], name, (modules[parent], name), path)
+    return Edit(modules[parent], name, (modules[parent], name), path)
 
 
 def _slim(layer: nn.Module, sides: Mapping[str, Channels]) -> Iterator[Swap]:

@@ -8,7 +8,7 @@ the parameter; :mod:`jdkd.nn.packing` says where that matters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,29 @@ from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic, Record, part_of
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.elastic_paths import dtype_of
-from jdkd.ops.pack import Part, packed_weights
-
-if TYPE_CHECKING:
-    from jdkd.nn.packing import Packing
+from jdkd.ops.pack import GRAD_MODES, Part, packed_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class WeightPacking:
+    """How the weights of layers are packed; whose layers they are, :mod:`jdkd.nn.packing` says.
+
+    Args:
+        dtype: of packed weights; None: that in which a forward computes.
+        grad_mode: one of :data:`GRAD_MODES`.
+        where: the function that errors name.
+
+    Raises:
+        InputError: on another mode or dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype | None, grad_mode: str, where: str):
+        if grad_mode not in GRAD_MODES:
+            raise InputError(f"{where}: grad_mode={grad_mode!r} is none of {', '.join(GRAD_MODES)}")
+        if dtype is not None and dtype not in DTYPES:
+            raise InputError(f"{where}: dtype={dtype!r} is not packed; choose float32, bfloat16 or float16, or None")
+        self.dtype, self.grad_mode = dtype, grad_mode
 
 
 class Packed(NamedTuple):
@@ -33,7 +50,7 @@ class Packed(NamedTuple):
     weight: Tensor | None
     dtype: torch.dtype | None  # computed in; None: this weight is never packed
     capturing: bool  # into a CUDA graph, whose replays are to pack again
-    packing: Packing
+    packing: WeightPacking
 
     def fits(self, layer: ElasticWeight) -> bool:
         """Whether it may stand for the active weight of a layer now."""
@@ -52,7 +69,7 @@ class Packed(NamedTuple):
 class ElasticWeight(Elastic):
     """An elastic layer with a shared weight, which can be packed together with those of other layers."""
 
-    _packing: Packing | None = None  # who packs this layer
+    _packing: WeightPacking | None = None  # who packs this layer
     _packed: Packed | None = None
 
     def _weight_part(self) -> Part | None:
@@ -62,8 +79,9 @@ class ElasticWeight(Elastic):
     def _packed_weight(self) -> Tensor | None:
         """The packed active weight; None where the layer is to take its slice.
 
-        A recomputation finds nothing packed if the forward of the model did its packing and is over. It packs this one
-        weight then, so that it saves the tensors that the forward saved, and its gradient goes the same way.
+        What :func:`jdkd.nn.pack_forwards` packed is dropped at the end of a forward, and a checkpointed part is
+        recomputed later. The recomputation packs this one weight again, so that it saves the same tensors as the
+        forward did and the gradient takes the same way.
         """
         if torch.compiler.is_compiling():
             return None
@@ -79,7 +97,7 @@ class ElasticWeight(Elastic):
         return {name: value for name, value in super().__getstate__().items() if name not in ("_packing", "_packed")}
 
 
-def pack_together(layers: Mapping[str, ElasticWeight], packing: Packing) -> None:
+def pack_together(layers: Mapping[str, ElasticWeight], packing: WeightPacking) -> None:
     """Packs the active weights of layers, in one launch for each device and dtype.
 
     Args:
@@ -111,7 +129,7 @@ def pack_together(layers: Mapping[str, ElasticWeight], packing: Packing) -> None
         vars(layers[path])["_packed"] = packed  # nn.Module's own way takes a microsecond for each
 
 
-def _unpacked(layer: ElasticWeight, packing: Packing) -> Packed:
+def _unpacked(layer: ElasticWeight, packing: WeightPacking) -> Packed:
     weight = layer._parameters.get("weight")
     plain = type(weight) in (nn.Parameter, Tensor) and weight.dtype in DTYPES and weight.device.type != "meta"
     if not plain:
@@ -119,7 +137,7 @@ def _unpacked(layer: ElasticWeight, packing: Packing) -> Packed:
     return Packed(None, layer._record, weight, _computed_in(weight, packing), _is_captured(weight), packing)
 
 
-def _computed_in(weight: Tensor, packing: Packing) -> torch.dtype:
+def _computed_in(weight: Tensor, packing: WeightPacking) -> torch.dtype:
     return dtype_of(weight) if packing.dtype is None else packing.dtype
 
 

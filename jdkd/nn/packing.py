@@ -28,19 +28,14 @@ import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.nn.packed_weight import DTYPES, ElasticWeight, pack_together
-from jdkd.ops.pack import GRAD_MODES
+from jdkd.nn.packed_weight import ElasticWeight, WeightPacking, pack_together
 
 
-class Packing:
+class Packing(WeightPacking):
     """Who packs the layers of a model, and how; made by :func:`packed` and :func:`pack_forwards`."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None, grad_mode: str, where: str):
-        if grad_mode not in GRAD_MODES:
-            raise InputError(f"{where}: grad_mode={grad_mode!r} is none of {', '.join(GRAD_MODES)}")
-        if dtype is not None and dtype not in DTYPES:
-            raise InputError(f"{where}: dtype={dtype!r} is not packed; choose float32, bfloat16 or float16, or None")
-        self.dtype, self.grad_mode = dtype, grad_mode
+        super().__init__(dtype, grad_mode, where)
         self.layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, ElasticWeight)}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 

@@ -1,6 +1,6 @@
 """Activation checkpointing with the subnet of the forward, and with its packed weights.
 
-How a change of subnet is noticed is in :mod:`jdkd.nn.moment`.
+How a change of subnet is noticed is in :mod:`jdkd.nn.subnet_epoch`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic
-from jdkd.nn.moment import recomputation
 from jdkd.nn.packed_weight import ElasticWeight
+from jdkd.nn.subnet_epoch import recomputation
 
 
-class Snapshot:
+class SubnetState:
     """The subnet of a model at one moment, and its packed weights, to be brought back for the length of a ``with``.
 
     Args:
@@ -32,7 +32,7 @@ class Snapshot:
         if recomputation() is None:
             for module in modules:
                 if isinstance(module, Elastic):
-                    module._record.since.meet()  # before autograd numbers the node of a checkpoint
+                    module._record.since.observe()  # before autograd numbers the node of a checkpoint
 
     def __enter__(self) -> None:
         self._before.append([getattr(module, name) for module, name, _ in self._kept])
@@ -53,8 +53,9 @@ def checkpoint(
 ) -> Any:
     """Runs a function without keeping its activations; it is recomputed with the subnet of this forward.
 
-    ``torch.utils.checkpoint.checkpoint`` raises where a subnet was set between forward and backward. It cannot where
-    it runs what plain ``torch.compile`` compiled, which looks at no moment: give that, and its ``model``, to this one.
+    Elastic layers under ``torch.utils.checkpoint.checkpoint`` raise an error where a subnet was set between forward and
+    backward. What plain ``torch.compile`` compiled does not check this, and would recompute with the wrong subnet: run
+    it by this function, with its ``model``.
 
     Args:
         function: what to run, a module or a function of one.
@@ -75,10 +76,10 @@ def checkpoint(
         raise InputError(
             f"checkpoint: {function!r} is no module; give the model whose elastic layers it runs as model="
         )
-    subnet = Snapshot(model)
+    state = SubnetState(model)
 
     def run(*inputs: Any, **named: Any) -> Any:
-        with subnet:
+        with state:
             return function(*inputs, **named)
 
     return torch_checkpoint.checkpoint(run, *inputs, use_reentrant=use_reentrant, **options)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic
+from jdkd.nn.symbolic import Proxy, as_node
+from jdkd.ops.integers import integer
 
 
 class _Depth(NamedTuple):
@@ -50,6 +52,8 @@ class ElasticStage(Elastic, nn.Sequential):
         return len(self) if depth is None else min(depth, len(self))  # blocks may have been deleted
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, Proxy):
+            return as_node(self, x, x)
         for block in itertools.islice(self._modules.values(), self._now().depth):
             x = block(x)
         return x
@@ -67,6 +71,7 @@ def active_depth(value: int | None, blocks: int, argument: str) -> int | None:
     """Reads a number of blocks, None for all; raises InputError on one that there are not."""
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= blocks:
+    depth = integer(value)
+    if depth is None or not 1 <= depth <= blocks:
         raise InputError(f"{argument}={value!r} of {blocks} blocks; give a number from 1 to {blocks}")
-    return value
+    return depth

@@ -9,13 +9,14 @@ half of what the autograd of two ``index_select`` costs (256x256x3x3 at half wid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from jdkd.errors import InputError
+from jdkd.ops.integers import integer, plain
 
 
 class Channels(NamedTuple):
@@ -32,12 +33,12 @@ Kernel = tuple[int, int] | None  # height and width of the centre of a kernel, i
 def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channels:
     """Reads what a user may give as active channels.
 
-    Indices in host memory are checked and kept in the order given; those on a device are not, since looking
-    at them would make the host wait: there only their number and dtype are checked.
+    Indices in host memory are checked and kept in the order given; those on a device are not, since reading
+    them would synchronise the device: there only their number and dtype are checked.
 
     Args:
-        value: None (all), the number of leading channels, or distinct indices, as a sequence or a 1-D integer
-            tensor; :class:`Channels` that were read before keep their indices unchecked.
+        value: None (all), the number of leading channels, or distinct indices, as a sequence, an array or a 1-D
+            integer tensor; :class:`Channels` that were read before keep their indices unchecked.
         maximum: channels of the shared tensor.
         argument: what errors call it.
 
@@ -53,36 +54,46 @@ def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channel
     if isinstance(value, Channels):
         _check_count(value.count, maximum, argument)
         return value
-    if isinstance(value, int) and not isinstance(value, bool):
-        _check_count(value, maximum, argument)
-        return Channels(value)
+    if (count := integer(value)) is not None:
+        _check_count(count, maximum, argument)
+        return Channels(count)
     if isinstance(value, Tensor):
         _check_index_tensor(value, argument)
-        if value.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _listed(value.tolist(), maximum, argument)
-        _check_count(value.numel(), maximum, argument)
-        return Channels(value.numel(), value.long())
-    if isinstance(value, bool) or not isinstance(value, Sequence) or isinstance(value, str):
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            _check_count(value.numel(), maximum, argument)
+            return Channels(value.numel(), value.long())
+    listed = plain(value)
+    if not isinstance(listed, Sequence) or isinstance(listed, str | bytes):
         raise InputError(f"{argument}={value!r} is no channel count; give an int, a list of indices or None for all")
-    return _listed(value, maximum, argument)
+    return _listed(listed, maximum, argument)
 
 
-def _listed(indices: Sequence[int], maximum: int, argument: str) -> Channels:
-    _check_count(len(indices), maximum, argument)
+def _listed(given: Sequence[Any], maximum: int, argument: str) -> Channels:
+    _check_count(len(given), maximum, argument)
+    indices = [integer(entry) for entry in given]
+    if None in indices:
+        entry = given[indices.index(None)]
+        raise InputError(
+            f"{argument} holds {entry!r}; list the indices of the active channels as ints"
+            + (", not a mask" if isinstance(plain(entry), bool) else "")
+        )
+    check_distinct(indices, maximum, argument)
+    if indices == list(range(len(indices))):
+        return Channels(len(indices))
+    return Channels(len(indices), torch.tensor(indices, dtype=torch.int64, device="cpu"))
+
+
+def check_distinct(indices: Sequence[int], maximum: int | None, argument: str) -> None:
+    """Raises InputError on an index that is negative, not below ``maximum`` (None: unknown), or given twice."""
     for index in indices:
-        if isinstance(index, bool) or not isinstance(index, int):
-            raise InputError(f"{argument} holds {index!r}; list the indices of the active channels as ints")
-        if not 0 <= index < maximum:
-            raise InputError(
-                f"{argument} holds index {index} but the supernet has {maximum} channels; list indices "
-                f"from 0 to {maximum - 1}"
-            )
+        if index < 0 or (maximum is not None and index >= maximum):
+            has, to = ("counts from 0", "from 0 on") if maximum is None else (
+                f"has {maximum} channels", f"from 0 to {maximum - 1}"
+            )  # fmt: skip
+            raise InputError(f"{argument} holds index {index} but the supernet {has}; list indices {to}")
     if len(set(indices)) != len(indices):
         twice = next(index for index in indices if list(indices).count(index) > 1)
         raise InputError(f"{argument} holds index {twice} twice; list every active channel once")
-    if all(index == k for k, index in enumerate(indices)):
-        return Channels(len(indices))
-    return Channels(len(indices), torch.tensor(indices, dtype=torch.int64, device="cpu"))
 
 
 def _check_count(count: int, maximum: int, argument: str) -> None:
@@ -99,8 +110,10 @@ def _check_index_tensor(index: Tensor, argument: str) -> None:
     if index.dtype == torch.bool:
         raise InputError(
             f"{argument} is a boolean mask over {index.numel()} channels; give indices, "
-            "mask.nonzero().flatten(): counting a mask on a device makes the host wait"
+            "mask.nonzero().flatten(): counting a mask synchronises its device"
         )
+    if index.is_meta:
+        raise InputError(f"{argument} is on the meta device and holds no indices; list them in host memory")
     if index.dim() != 1 or index.is_floating_point() or index.is_complex():
         raise InputError(
             f"{argument} is a {index.dim()}-dimensional {index.dtype} tensor; give a 1-dimensional integer one"
@@ -108,7 +121,7 @@ def _check_index_tensor(index: Tensor, argument: str) -> None:
 
 
 def on_device(index: Tensor | None, device: torch.device) -> Tensor | None:
-    """Brings indices to a device without making the host wait.
+    """Brings indices to a device without a synchronisation.
 
     Args:
         index: ``[count]`` int64, or None.

@@ -1,13 +1,14 @@
-"""The elastic convolution as a compiler may see it: no number in its graph changes with the subnet.
+"""The elastic convolution under ``torch.compile``: an operator whose graph stays valid for every subnet.
 
-How many channels are active is the length of two index tensors, which are symbols once their dimension is marked as
-dynamic. Leading channels have an index tensor too, and their weights are still read in place. What no shape depends on
-goes past the graph in a small tensor in host memory, :func:`choice`: the active kernel, and on which side channels are
-leading ones. The output of a smaller kernel under its smaller padding is as large as that of the whole kernel under
-the whole padding, so a change of kernel size is none to the graph.
+A compiler specialises on every Python number it sees. So the numbers of active channels reach the graph as the lengths
+of two index tensors, dimensions that are marked as dynamic; leading channels have an index tensor too, though their
+weights are still read in place. What no shape depends on goes in a small tensor in host memory, :func:`choice`, that
+the compiler does not look into: the active kernel size, and whether input and output channels are listed. The output of
+a smaller kernel under its smaller padding is as large as that of the whole kernel under the whole padding, so another
+kernel size does not change the graph either.
 
-The operators run those of :mod:`jdkd.ops.elastic_conv`. They refuse CUDA graphs, whose replay would not read the
-choice again.
+The operators run those of :mod:`jdkd.ops.elastic_conv`. They are marked as unsafe in CUDA graphs, whose replay would
+not read the choice again.
 """
 
 from __future__ import annotations

@@ -46,7 +46,8 @@ def implicit_gemm(
         ``[N, Cout, OH, OW]``, in the layout of ``x`` and the dtype that a convolution of it is computed in.
     """
     x = x.to(elastic_paths.dtype_of(x))
-    return _ElasticConv.apply(x, weight, bias, inputs.index, outputs.index, outputs.count, stride, padding, dilation, 1)
+    lists = on_device(inputs.index, weight.device), on_device(outputs.index, weight.device)
+    return _ElasticConv.apply(x, weight, bias, *lists, outputs.count, stride, padding, dilation, 1)
 
 
 class _ElasticConv(torch.autograd.Function):

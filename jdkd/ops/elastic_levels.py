@@ -111,8 +111,8 @@ def convolve_levels(
     xs = [x.to(dtype_of(x)) for x in xs]
     relu = activation == "relu"
     if _kernel_runs(xs[0]):
-        tail = (outputs.count, size, pixels, relu)
-        return list(_ElasticLevels.apply(weight, bias, inputs.index, outputs.index, *tail, *xs))
+        lists = on_device(inputs.index, weight.device), on_device(outputs.index, weight.device)
+        return list(_ElasticLevels.apply(weight, bias, *lists, outputs.count, size, pixels, relu, *xs))
     part = active_part(weight, outputs, inputs, kernel).to(xs[0].dtype)  # [Cout, Cin, kh, kw]
     if len(xs) > 1:  # once, which ATen would do for every level
         part = part.contiguous(memory_format=_layout(xs[0]))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Kernel, crop
+from jdkd.ops.integers import integer, integers
 
 KernelLike = int | Sequence[int] | None
 Padding = int | Sequence[int] | str
@@ -39,8 +40,9 @@ def active_kernel(value: KernelLike, maximum: Sequence[int]) -> Kernel:
     """
     if value is None:
         return None
-    numbers = [value] if isinstance(value, int) else list(value) if isinstance(value, Sequence) else []
-    if len(numbers) not in (1, 2) or any(isinstance(k, bool) or not isinstance(k, int) for k in numbers):
+    size = integer(value)
+    numbers = integers(value) if size is None else [size]
+    if numbers is None or len(numbers) not in (1, 2):
         raise InputError(f"kernel_size={value!r} is no kernel size; give an int, a pair of ints or None for all")
     kernel, maximum = pair(numbers if len(numbers) == 2 else numbers[0]), pair(maximum)
     for size, full in zip(kernel, maximum, strict=True):

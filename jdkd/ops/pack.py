@@ -86,8 +86,8 @@ def _check_alike(tensors: Sequence[Tensor], what: str) -> None:
 def pack(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
     """Copies the active parts of all weights into one buffer, in one launch and without a gradient.
 
-    The host does not wait. The first call of a subnet uploads its table; later ones can be captured in a CUDA graph,
-    which keeps the table until the process ends.
+    There is no device synchronisation. The first call of a subnet uploads its table; later ones can be captured in a
+    CUDA graph, which keeps the table until the process ends.
 
     Args:
         weights: shared weights of one dtype, on one device, any strides.

@@ -144,7 +144,7 @@ def table_of(
     sizes: Sequence[int],
     dtype: torch.dtype,
 ) -> PackTable:
-    """The table of a subnet: one of the last :data:`MAX_TABLES`, or a new one, built without making the host wait.
+    """The table of a subnet: one of the last :data:`MAX_TABLES`, or a new one, built without a device synchronisation.
 
     The key holds all that the table depends on, and no address of a weight: storages may be exchanged at any time.
 

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from jdkd.detect.contract import not_scripted
 from jdkd.errors import InputError
 from jdkd.nn import Subnet, set_subnet
-from jdkd.nn.recomputation import Snapshot
+from jdkd.nn.recomputation import SubnetState
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.train.inputs import images_of, normalised
 from jdkd.train.modes import mode
@@ -73,13 +73,13 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
     if sharing and len(subnets) > 1:
         raise InputError(
             f"calibrate_bn was given {len(subnets)} subnets, which share the statistics of {sharing[0]}; build it as "
-            "ElasticBatchNorm2d(..., statistics='own'), or calibrate one subnet and use it before the next"
+            "ElasticBatchNorm2d(..., statistics='own', subnets=[...]), or calibrate one and use it before the next"
         )
-    with Snapshot(model):
+    with SubnetState(model):
         kept = []
         for subnet in subnets:
             set_subnet(model, subnet)
-            kept.append(Snapshot(model))
+            kept.append(SubnetState(model))
         _calibrate(model, batches, norms, kept)
 
 

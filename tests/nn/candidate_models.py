@@ -25,8 +25,8 @@ def counted(model: nn.Module) -> Counter:
 def one_by_one(model, candidates, batch, groups) -> list:
     results = []
     for candidate in candidates:
-        masks, skip = (candidate.masks, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
-        with masked(model, masks, groups, skip=skip), torch.no_grad():
+        keep, skip = (candidate.keep, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
+        with masked(model, keep, groups, skip=skip), torch.no_grad():
             results.append(model(*batch) if isinstance(batch, tuple) else model(batch))
     return results
 

@@ -175,9 +175,9 @@ def test_refuses_candidates_that_do_not_fit(candidates, words):
         (Candidate({"stream": 3}), r"candidates=Candidate\(.* is no list of candidates"),
         ("stream", "candidates='stream' is no list of candidates"),
         (None, "candidates=None is no list of candidates"),
-        ([{}, "stream"], "candidate 1 is 'stream'; give masks by group, {group: channels}, or a Candidate"),
+        ([{}, "stream"], "candidate 1 is 'stream'; give channels by group, {group: channels}, or a Candidate"),
         ([Candidate(skip="stage.1")], "candidate 0: masked: skip='stage.1' is no list of paths"),
-        ([Candidate(None)], "candidate 0: masked: masks=None is no mapping"),
+        ([Candidate(None)], "candidate 0: masked: keep=None is no mapping"),
     ],
 )
 def test_refuses_candidates_of_other_kinds(candidates, words):

@@ -6,9 +6,18 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticBatchNorm2d, ElasticConvBNAct, Subnet, set_subnet
+from jdkd.nn import (
+    ElasticBatchNorm2d,
+    ElasticConv2d,
+    ElasticConvBNAct,
+    ElasticLinear,
+    ElasticStage,
+    Subnet,
+    set_subnet,
+)
 from jdkd.nn import export as exported
 from tests.nn import elastic_models
 from tests.nn.elastic_models import images
@@ -17,7 +26,9 @@ NARROW = Subnet({"stream": 5, "stage.1.inner": 2})
 LISTED = Subnet({"stream": [6, 1, 2, 5, 0], "stage.1.inner": [3, 0]})
 
 
-supernet = functools.partial(elastic_models.supernet, norm=functools.partial(ElasticBatchNorm2d, statistics="own"))
+MENU = (NARROW, LISTED, Subnet())
+own_norm = functools.partial(ElasticBatchNorm2d, statistics="own", subnets=MENU)
+supernet = functools.partial(elastic_models.supernet, norm=own_norm)
 
 
 def shared_statistics(net: nn.Module) -> list[torch.Tensor]:
@@ -44,11 +55,27 @@ def test_training_a_subnet_moves_its_own_statistics_alone(subnet):
     assert all(torch.equal(a, b) for a, b in zip(other, net.bn.active_statistics.buffers(), strict=True))
 
 
-def test_a_set_begins_as_a_copy_of_the_shared_one_and_comes_back():
+def test_sets_of_a_plain_state_dict_are_copies_of_its_statistics():
+    plain, x = elastic_models.randomised(elastic_models.Net()), images()
+    fresh = elastic_models.Net(ElasticConv2d, own_norm, ElasticLinear, ElasticStage)
+    fresh.elastic_groups = supernet().elastic_groups
+    fresh.load_state_dict(plain.state_dict())  # strictly
+    for subnet in (Subnet(), NARROW):
+        set_subnet(fresh.eval(), subnet)
+        shared = elastic_models.supernet()
+        shared.load_state_dict(plain.state_dict())
+        set_subnet(shared, subnet)
+        torch.testing.assert_close(fresh(x), shared(x), rtol=0, atol=0)
+    fresh.train()(x)
+    assert not torch.equal(fresh.bn.own[NARROW.id].running_mean, fresh.bn.own[LISTED.id].running_mean)
+    assert torch.equal(fresh.bn.own[LISTED.id].running_mean, plain.bn.running_mean)
+
+
+def test_a_set_comes_back_with_its_subnet():
     net, x = supernet(), images()
+    set_subnet(net, Subnet())
     whole = net(x)
     set_subnet(net, NARROW)
-    torch.testing.assert_close(net.bn.active_statistics.running_var, net.bn.running_var, rtol=0, atol=0)
     net.train()(x)
     moved = net.eval()(x)
     set_subnet(net, Subnet())
@@ -57,11 +84,53 @@ def test_a_set_begins_as_a_copy_of_the_shared_one_and_comes_back():
     torch.testing.assert_close(net(x), moved, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("set_before", [False, True])
+def test_buffers_line_up_with_those_of_an_average_made_before_any_subnet_was_set(set_before):
+    net = supernet().train()
+    if set_before:
+        set_subnet(net, NARROW)
+    average = AveragedModel(net, use_buffers=True)
+    names = [name for name, _ in net.named_buffers()]
+    for subnet in (LISTED, NARROW):
+        set_subnet(net, subnet)
+        net(images())
+    average.update_parameters(net)  # the first one copies
+    assert [name for name, _ in average.module.named_buffers()] == names == [name for name, _ in net.named_buffers()]
+    for name, buffer in net.named_buffers():
+        torch.testing.assert_close(average.module.get_buffer(name), buffer, msg=name)
+    average.module.load_state_dict(net.state_dict())
+
+
+def test_the_order_of_sets_is_not_that_in_which_subnets_are_given():
+    orders = [MENU, MENU[::-1], (*MENU, NARROW)]
+    keys = {tuple(ElasticBatchNorm2d(8, statistics="own", subnets=menu).state_dict()) for menu in orders}
+    assert len(keys) == 1
+
+
+def test_a_subnet_that_was_not_declared_is_refused_with_the_remedy_and_nothing_changes():
+    net = supernet()
+    set_subnet(net, NARROW)
+    before, keys = repr(net), list(net.state_dict())
+    with pytest.raises(InputError) as caught:
+        set_subnet(net, Subnet({"stream": 3}))
+    for words in ("set_subnet: bn (groups stream)", Subnet({"stream": 3}).id, "none of the 3 subnets", "subnets=[...]"):
+        assert words in str(caught.value)
+    assert repr(net) == before and list(net.state_dict()) == keys
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_a_state_dict_of_another_menu_is_refused(change):
+    menu = (NARROW,) if change == "unexpected" else (*MENU, Subnet({"stream": 3}))
+    with pytest.raises(RuntimeError, match=rf"(?s){change.title()} key.*own\."):
+        ElasticBatchNorm2d(8, statistics="own", subnets=menu).load_state_dict(supernet().bn.state_dict())
+
+
 @pytest.mark.parametrize("name", [None, "mine"], ids=["shared", "own"])
 @pytest.mark.parametrize("channels", [4, 3, [2, 0]], ids=["all", "leading", "listed"])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_statistics_that_are_no_longer_tracked_stay_and_are_read_in_evaluation(channels, name, momentum):
-    norm = elastic_models.randomised(ElasticBatchNorm2d(4, momentum=momentum, statistics="own" if name else "shared"))
+    own = {"statistics": "own", "subnets": [name]} if name else {}
+    norm = elastic_models.randomised(ElasticBatchNorm2d(4, momentum=momentum, **own))
     norm.set_active(channels, name)
     norm.track_running_stats = False
     plain = nn.BatchNorm2d(norm.active_channels, momentum=momentum)
@@ -83,7 +152,7 @@ def test_exports_carry_the_statistics_in_use():
 
 
 def test_a_unit_normalises_with_the_statistics_in_use():
-    unit = ElasticConvBNAct(3, 6, 3, statistics="own").eval()
+    unit = ElasticConvBNAct(3, 6, 3, statistics="own", subnets=["a"]).eval()
     unit.bn.set_active(6, name="a")
     unit.bn.active_statistics.running_mean.fill_(2.0)
     x = torch.randn(2, 3, 9, 9)
@@ -108,7 +177,7 @@ def test_a_state_dict_holds_every_set_and_loads_into_a_fresh_supernet():
 
 
 def test_sets_follow_their_layer_to_another_dtype_and_into_a_copy():
-    norm = ElasticBatchNorm2d(4, statistics="own")
+    norm = ElasticBatchNorm2d(4, statistics="own", subnets=["narrow"])
     norm.set_active(2, name="narrow")
     twin = copy.deepcopy(norm).double()
     assert twin.active_statistics.running_mean.dtype == torch.float64
@@ -120,7 +189,7 @@ def test_sets_follow_their_layer_to_another_dtype_and_into_a_copy():
 
 @pytest.mark.parametrize("module_by_module", [False, True], ids=["layer", "modules"])
 def test_a_norm_built_without_memory_resets_every_set(module_by_module):
-    norm = ElasticBatchNorm2d(4, statistics="own", device="meta")
+    norm = ElasticBatchNorm2d(4, statistics="own", subnets=["narrow"], device="meta")
     norm.set_active(2, name="narrow")
     if module_by_module:  # as FSDP does
         for module in norm.modules():
@@ -148,14 +217,24 @@ def test_a_subnet_is_named_by_what_it_holds():
     assert NARROW.id.isidentifier()
 
 
+def own(subnets):
+    return ElasticBatchNorm2d(4, statistics="own", subnets=subnets)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
         (lambda: ElasticBatchNorm2d(4, statistics="mine"), "statistics='mine'; choose one of shared, own"),
         (lambda: ElasticBatchNorm2d(4, statistics="own", track_running_stats=False), "track_running_stats=False"),
         (lambda: ElasticBatchNorm2d(4).set_active(2, name="a"), "name='a' but all subnets share .* statistics='own'"),
-        (lambda: ElasticBatchNorm2d(4, statistics="own").set_active(2, name="a.b"), "name='a.b' cannot name"),
-        (lambda: ElasticBatchNorm2d(4, statistics="own").set_active(2, name="pop"), "name='pop' is an attribute"),
+        (lambda: own(["a"]).set_active(2, name="b"), r"name='b' is none of the 1 subnets that have statistics \(a\)"),
+        (lambda: own([]), r"statistics='own' and no subnets to keep them of; list all .* subnets=\[Subnet"),
+        (lambda: own(["a.b"]), "subnets holds 'a.b'; give Subnets, or names of letters"),
+        (lambda: own(["pop"]), "subnets holds 'pop', an attribute"),
+        (lambda: own(["training"]), "subnets holds 'training', an attribute"),
+        (lambda: own([{"stream": 3}]), "subnets holds {'stream': 3}; give Subnets"),
+        (lambda: own(NARROW), r"subnets=Subnet\(.* is no list"),
+        (lambda: ElasticBatchNorm2d(4, subnets=MENU), "subnets names 3 and statistics='shared' keeps one set"),
     ],
 )
 def test_refuses_what_it_cannot_keep(build, words):

@@ -11,23 +11,23 @@ from jdkd.nn import ElasticGroups, Subnet, export, masked, set_subnet
 from tests.nn.elastic_models import BLOCKS, GROUPS, Net, images, randomised, supernet
 
 DECLARED = ElasticGroups(GROUPS)
-MASKS = {
+KEPT = {
     "none": {},
     "leading": {"stream": 5, "stage.1.inner": 2},
     "listed": {"stream": [6, 1, 2], "stage.0.inner": [3], "stage.2.inner": torch.tensor([5, 0])},
     "permuted": {"stage.1.inner": [5, 4, 3, 2, 1, 0]},
 }
-masks_of = pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)
+kept_of = pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
 
 
 def _plain() -> Net:
     return randomised(Net(), seed=3)
 
 
-def _pruned(model: Net, masks: dict) -> nn.Module:
+def _pruned(model: Net, keep: dict) -> nn.Module:
     net = supernet()
     net.load_state_dict(model.state_dict())
-    set_subnet(net, Subnet(masks))
+    set_subnet(net, Subnet(keep))
     return export(net)
 
 
@@ -51,12 +51,12 @@ def _assert_untouched(model: nn.Module, before: dict) -> None:
     assert after == before
 
 
-@masks_of
-def test_a_candidate_equals_the_pruned_network_and_the_model_stays(masks):
+@kept_of
+def test_a_candidate_equals_the_pruned_network_and_the_model_stays(keep):
     model, x = _plain(), images()
     before, whole = _fingerprint(model), model(x)
-    pruned = _pruned(model, masks)
-    with masked(model, masks, DECLARED) as candidate:
+    pruned = _pruned(model, keep)
+    with masked(model, keep, DECLARED) as candidate:
         assert candidate is model
         torch.testing.assert_close(model(x), pruned(x))
         for name, tensor in model.state_dict().items():
@@ -69,16 +69,16 @@ def test_a_candidate_equals_the_pruned_network_and_the_model_stays(masks):
 def test_the_model_stays_after_an_exception():
     model = _plain()
     before = _fingerprint(model)
-    with pytest.raises(RuntimeError, match="expected input"), masked(model, MASKS["listed"], DECLARED, skip=BLOCKS[:1]):
+    with pytest.raises(RuntimeError, match="expected input"), masked(model, KEPT["listed"], DECLARED, skip=BLOCKS[:1]):
         model(torch.zeros(1, 4, 6, 6))
     _assert_untouched(model, before)
 
 
-@masks_of
-def test_inactive_channels_are_never_computed(masks):
+@kept_of
+def test_inactive_channels_are_never_computed(keep):
     model, x = _plain(), images()
-    pruned = _pruned(model, masks)
-    for name, kept in masks.items():
+    pruned = _pruned(model, keep)
+    for name, kept in keep.items():
         size = {"stream": 8}.get(name, 6)
         active = range(kept) if isinstance(kept, int) else torch.as_tensor(kept).tolist()
         dropped = torch.tensor([c for c in range(size) if c not in active], dtype=torch.int64)
@@ -90,7 +90,7 @@ def test_inactive_channels_are_never_computed(masks):
                     tensor.index_fill_(1, entries, torch.nan)
                 elif side == "out" and tensor.dim() > 0:
                     tensor.index_fill_(0, entries, torch.nan)
-    with masked(model, masks, DECLARED):
+    with masked(model, keep, DECLARED):
         torch.testing.assert_close(model(x), pruned(x))
 
 
@@ -102,11 +102,11 @@ def test_leading_channels_are_views_of_the_weights():
         assert model.stem.weight.shape[0] == 5
 
 
-@pytest.mark.parametrize("masks", [{"stream": 5}, {"stream": [6, 1, 2]}], ids=["leading", "listed"])
-def test_statistics_that_are_calibrated_are_those_of_the_candidate(masks):
+@pytest.mark.parametrize("keep", [{"stream": 5}, {"stream": [6, 1, 2]}], ids=["leading", "listed"])
+def test_statistics_that_are_calibrated_are_those_of_the_candidate(keep):
     model, x = _plain(), images()
     before = _fingerprint(model)
-    with masked(model, masks, DECLARED):
+    with masked(model, keep, DECLARED):
         of_parent = model.bn.running_mean.clone()
         model.bn.train()
         model(x)
@@ -164,10 +164,10 @@ def test_what_else_a_subclass_holds_stays_whole():
 
 def test_blocks_can_be_left_out():
     model, x = _plain(), images()
-    pruned = _pruned(model, MASKS["listed"])
+    pruned = _pruned(model, KEPT["listed"])
     pruned.stage[1] = nn.Identity()
     before = _fingerprint(model)
-    with masked(model, {**MASKS["listed"], "stage.1.inner": 2}, DECLARED, skip=["stage.1"]):
+    with masked(model, {**KEPT["listed"], "stage.1.inner": 2}, DECLARED, skip=["stage.1"]):
         torch.testing.assert_close(model(x), pruned(x))
     _assert_untouched(model, before)
 
@@ -250,14 +250,14 @@ def test_refuses_a_weight_that_is_computed():
 
 def test_a_gradient_reaches_the_input_and_no_weight():
     model, x = _plain(), images().requires_grad_()
-    with masked(model, MASKS["listed"], DECLARED):
+    with masked(model, KEPT["listed"], DECLARED):
         model(x).sum().backward()
     assert x.grad.any()
     assert model.stem.weight.grad is None
 
 
 @pytest.mark.parametrize(
-    ("masks", "skip", "words"),
+    ("keep", "skip", "words"),
     [
         ({"stream": 9}, (), ["group 'stream'", "9", "has 8"]),
         ({"stream": [0, 8]}, (), ["group 'stream'", "index 8"]),
@@ -269,10 +269,10 @@ def test_a_gradient_reaches_the_input_and_no_weight():
         ({}, [""], ["''"]),
     ],
 )
-def test_refuses_masks_that_do_not_fit(masks, skip, words):
+def test_refuses_channels_that_do_not_fit(keep, skip, words):
     model = _plain()
     before = _fingerprint(model)
-    with pytest.raises(InputError) as caught, masked(model, masks, DECLARED, skip=skip):
+    with pytest.raises(InputError) as caught, masked(model, keep, DECLARED, skip=skip):
         pass
     for word in ["masked", *words]:
         assert word in str(caught.value)
@@ -282,8 +282,8 @@ def test_refuses_masks_that_do_not_fit(masks, skip, words):
 @pytest.mark.parametrize(
     ("arguments", "options", "words"),
     [
-        ((None, DECLARED), {}, "masked: masks=None is no mapping; give {group: channels}"),
-        (([3], DECLARED), {}, r"masked: masks=\[3\] is no mapping"),
+        ((None, DECLARED), {}, "masked: keep=None is no mapping; give {group: channels}"),
+        (([3], DECLARED), {}, r"masked: keep=\[3\] is no mapping"),
         (
             ({"stream": 3}, GROUPS),
             {},

@@ -1,8 +1,5 @@
 """Packed layers under torch.compile and torch.func, and in DistributedDataParallel: right, or as without packing."""
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -119,15 +116,3 @@ def test_functional_calls_give_what_they_give_without(name, call: Callable, scop
         for found, value in zip(call(net), expected, strict=True):
             assert (found - value).norm() <= 1e-5 * value.norm()
         torch.testing.assert_close(net(images()), small(name)(images()))
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
-def test_distributed_training_averages_the_gradients_of_packed_weights():
-    command = [sys.executable, "-m", "tests.nn.packing_ddp"]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
-    assert answer.returncode == 0, answer.stderr
-    ranks = json.loads(answer.stdout.splitlines()[-1])
-    assert len(ranks) == 2
-    for found in ranks:
-        assert found["autograd"] == found["main_grad, in grad"] == found["main_grad, averaged by hand"] == []
-        assert found["main_grad, left alone"] == found["copied"]

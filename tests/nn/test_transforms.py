@@ -1,14 +1,11 @@
 """Elastic models under torch.func, autocast, torch.export, CUDA graphs and distributed training."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.func import functional_call, grad, jvp, stack_module_state, vmap
-from torch.nn.parallel import DistributedDataParallel
 
 from jdkd.errors import InputError
 from jdkd.nn import ElasticBatchNorm2d, Subnet, export, set_subnet
@@ -123,7 +120,8 @@ def test_an_ensemble_in_training_moves_the_statistics_of_every_member(subnet):
 @pytest.mark.parametrize("members_last", [False, True])
 @pytest.mark.parametrize("name", [None, "mine"], ids=["shared", "own"])
 def test_widths_of_an_ensemble_take_turns_before_one_backward(name, members_last):
-    norms = [randomised(ElasticBatchNorm2d(8, statistics="own"), seed).train() for seed in range(3)]
+    own = {"statistics": "own", "subnets": ["mine"]}
+    norms = [randomised(ElasticBatchNorm2d(8, **own), seed).train() for seed in range(3)]
     _activate(norms, 8, name)
     parameters, buffers = stack_module_state(norms)
     if members_last:  # in memory
@@ -177,32 +175,6 @@ def test_synchronised_normalisations_are_refused_by_name():
     net = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(supernet()))
     with pytest.raises(InputError, match="bn, of the groups stream, is a SyncBatchNorm; build it as an elastic layer"):
         set_subnet(net, LEADING)
-
-
-def _rank(rank: int, folder: str) -> None:
-    """One of two processes: a subnet a step, half of the images, gradients kept."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    net = supernet()
-    parallel = DistributedDataParallel(net, find_unused_parameters=True)
-    found = []
-    for subnet in STEPS:
-        set_subnet(net, subnet)
-        found.append(_gradients(parallel, images()[rank : rank + 1]))
-    torch.save(found, f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_processes_make_the_gradients_of_one(tmp_path: Path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)]
-    net = supernet()
-    for step, subnet in enumerate(STEPS):
-        set_subnet(net, subnet)
-        for name, gradient in _gradients(net, images()).items():
-            for rank in ranks:
-                torch.testing.assert_close(rank[step][f"module.{name}"], gradient / 2, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

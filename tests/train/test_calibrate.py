@@ -18,7 +18,7 @@ MENU = [Subnet({"stream": [6, 1, 2], "stage.0.inner": 3}), Subnet({"stream": 2},
 
 
 def own_statistics():
-    model = supernet(norm=functools.partial(ElasticBatchNorm2d, statistics="own"))
+    model = supernet(norm=functools.partial(ElasticBatchNorm2d, statistics="own", subnets=MENU))
     for norm in (module for module in model.modules() if isinstance(module, ElasticBatchNorm2d)):
         norm.reset_running_stats()
     return model

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import jdkd.nn
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticGroups, Subnet, moment, set_subnet
+from jdkd.nn import ElasticConv2d, ElasticGroups, Subnet, set_subnet, subnet_epoch
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
 DEPTH = 70  # of backward passes within each other: from 60 on autograd takes a thread of its own
@@ -133,10 +133,10 @@ def test_threads_that_come_and_go_are_not_all_remembered():
     conv = _conv([0, 1])
     for rows in ([3, 5], [2, 4], [1, 6]):
         conv.set_active(out_channels=rows)
-        for _ in range(moment._MOST + 5):
+        for _ in range(subnet_epoch._MOST + 5):
             _elsewhere(lambda: conv(torch.ones(1, 4, 2, 2)))
-        assert len(conv._record.since.numbers) <= moment._MOST
-        assert len(conv._record.since.earlier) <= moment._MOST
+        assert len(conv._record.since.numbers) <= subnet_epoch._MOST
+        assert len(conv._record.since.earlier) <= subnet_epoch._MOST
 
 
 @reentrant
@@ -160,7 +160,7 @@ def test_a_model_from_another_process_is_checkpointed(use_reentrant, monkeypatch
     conv = _conv([0, 1])
     _loss(conv, use_reentrant).backward()
     saved = pickle.dumps(conv)
-    monkeypatch.setattr(moment, "_ticks", itertools.count(conv._record.since.thread))  # where both count the same
+    monkeypatch.setattr(subnet_epoch, "_ticks", itertools.count(conv._record.since.thread))  # where both count the same
 
     def step():
         loaded = pickle.loads(saved)
@@ -206,10 +206,10 @@ def test_threads_of_autograd_know_the_thread_that_called_them(use_reentrant):
 
 
 def test_torch_holds_a_reference_that_is_counted(monkeypatch):
-    monkeypatch.setattr(moment, "_ticks", itertools.count(1_000_000))  # small numbers Python keeps itself
+    monkeypatch.setattr(subnet_epoch, "_ticks", itertools.count(1_000_000))  # small numbers Python keeps itself
 
     def references() -> tuple[int, int]:
-        named, alike = moment._Thread(), SimpleNamespace(name=object())
+        named, alike = subnet_epoch._Thread(), SimpleNamespace(name=object())
         return sys.getrefcount(named.name), sys.getrefcount(alike.name)
 
     found, own = _elsewhere(references)

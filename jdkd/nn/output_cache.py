@@ -1,4 +1,4 @@
-"""Outputs of modules, given again where nothing that they depend on has changed.
+"""A cache of the outputs of modules, valid where nothing that they depend on has changed.
 
 Tensors are known by numbers, each for as long as the tensor's version counter stands still. The same function of the
 same numbers makes the same values, so its outputs get the numbers that they had before: what follows a function, or
@@ -27,20 +27,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from jdkd.nn.masked import Swap, swapped
 
 
-class _Answer(NamedTuple):
+class _Entry(NamedTuple):
     """What a module gave last, at one place of a forward."""
 
-    question: Hashable
+    key: Hashable
     structure: bytes  # of its outputs
     tensors: list[Tensor]
     versions: list[int]
 
-    def holds(self, question: Hashable) -> bool:
-        return self.question == question and [tensor._version for tensor in self.tensors] == self.versions
+    def holds(self, key: Hashable) -> bool:
+        return self.key == key and [tensor._version for tensor in self.tensors] == self.versions
 
 
-class Reuse(TorchFunctionMode):
-    """Lets the modules of a model give again what they gave, in forwards that run inside :meth:`of`.
+class OutputCache(TorchFunctionMode):
+    """Caches the outputs of a model's modules, in forwards that run inside :meth:`of`.
 
     Args:
         model: in evaluation mode.
@@ -61,7 +61,7 @@ class Reuse(TorchFunctionMode):
         self._kinds = {"cpu", "cuda", *(tensor.device.type for tensor in tensors)}  # of devices
         self._fresh = itertools.count()
         self._known: dict[Hashable, list[int]] = {}  # numbers of the outputs of a module, or of a function
-        self._answers: dict[tuple[nn.Module, int], _Answer] = {}  # by module and how often it had been called
+        self._entries: dict[tuple[nn.Module, int], _Entry] = {}  # by module and how often it had been called
 
     @contextlib.contextmanager
     def of(self, parts: Iterable[tuple[nn.Module, Hashable]]) -> Iterator[None]:
@@ -78,42 +78,42 @@ class Reuse(TorchFunctionMode):
         with swapped(self._forwards), self:
             yield
 
-    def forget(self) -> None:
-        """Lets no module give again what it gave so far."""
-        self._answers.clear()
+    def clear(self) -> None:
+        """Drops every cached output."""
+        self._entries.clear()
 
     def _call(self, module: nn.Module, forward: Callable, *args: Any, **kwargs: Any) -> Any:
         place = module, self._called[module]
         self._called[module] += 1
         part = frozenset(self._parts.get(module, ()))
-        question = self._question((module, part), args, kwargs)
-        answer = self._answers.pop(place, None)
-        if answer is not None and answer.holds(question):
-            self._answers[place] = answer
-            self._number(question, answer.tensors)
-            return unpacked(answer.structure, answer.tensors)
-        del answer  # before memory is needed
+        key = self._key((module, part), args, kwargs)
+        entry = self._entries.pop(place, None)
+        if entry is not None and entry.holds(key):
+            self._entries[place] = entry
+            self._number(key, entry.tensors)
+            return unpacked(entry.structure, entry.tensors)
+        del entry  # before memory is needed
         output = forward(*args, **kwargs)
         made = packed(output)
-        if question is not None and made is not None:
-            unwritten = self._question((module, part), args, kwargs) == question
+        if key is not None and made is not None:
+            unwritten = self._key((module, part), args, kwargs) == key
             if unwritten and not _may_alias(made[1], packed((args, kwargs))[1]):
-                self._answers[place] = _Answer(question, *made, [tensor._version for tensor in made[1]])
-            self._number(question, made[1])
+                self._entries[place] = _Entry(key, *made, [tensor._version for tensor in made[1]])
+            self._number(key, made[1])
         return output
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func.__name__ == "__get__":  # of an attribute
             return func(*args, **kwargs)
-        question = self._question(func, args, kwargs) if _is_determined(func.__name__) else None
+        key = self._key(func, args, kwargs) if _is_determined(func.__name__) else None
         output = func(*args, **kwargs)
         made = packed(output)
-        if question is not None and made is not None:
-            self._number(question, made[1])
+        if key is not None and made is not None:
+            self._number(key, made[1])
         return output
 
-    def _question(self, function: Hashable, args: tuple, kwargs: dict[str, Any]) -> Hashable:
+    def _key(self, function: Hashable, args: tuple, kwargs: dict[str, Any]) -> Hashable:
         """What an output depends on; None if that cannot be told."""
         asked = packed((args, kwargs))
         return asked and (function, asked[0], self._autocast(), tuple(map(self._number_of, asked[1])))
@@ -130,9 +130,9 @@ class Reuse(TorchFunctionMode):
             self._numbers[tensor] = tensor._version, number
         return number
 
-    def _number(self, question: Hashable, tensors: Sequence[Tensor]) -> None:
+    def _number(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
         """Gives outputs the numbers that they had before."""
-        known = self._known.setdefault(question, [self._number_of(tensor) for tensor in tensors])
+        known = self._known.setdefault(key, [self._number_of(tensor) for tensor in tensors])
         for tensor, number in zip(tensors, known, strict=True):
             self._numbers[tensor] = tensor._version, number
 

@@ -1,11 +1,14 @@
-"""When a subnet was set, so that the recomputation of a checkpointed forward knows whether it came later.
+"""When a subnet was set, so that the recomputation of a checkpointed forward can tell whether it was set later.
 
-Autograd numbers its nodes in the order of their creation, in every thread by itself. In a recomputation the node that
-autograd is at was created with the forward, by either form of checkpointing: a subnet is the one of that forward if it
-was there before the thread of the forward made this number. So a moment notes autograd's number where it was set, and
-where forwards of other threads first meet it. A backward pass is taken to be of forwards of the thread that called it,
-which it knows by a name in torch's thread-local state: that one goes along into autograd's own threads. If that thread
-never met the subnet but an earlier one, there is no telling whose forward it was.
+A recomputation has to run the subnet of its forward. Autograd gives every node of a graph a sequence number, counted up
+in each thread on its own, and both forms of checkpointing create the node that is recomputed during the forward. So:
+a subnet that was active before that node had its number is the subnet of the forward; one that came later is not.
+
+- Setting a subnet makes an epoch (:meth:`SubnetEpoch.current`), with the sequence number of the setting thread.
+- A forward in another thread notes the number of its own thread, once an epoch (:meth:`SubnetEpoch.observe`).
+- A backward pass is taken to belong to forwards of the thread that called it. Autograd runs it in threads of its own,
+  so the caller is known by a name in torch's thread-local state, which torch hands on to those threads.
+- If that thread ran forwards under an earlier epoch only, nobody can say whose forward it was, and it is refused.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ _MOST = 64  # threads that are
 
 
 class _Thread(threading.local):
-    """The thread that looks: its name is the tick at which it met its first elastic layer."""
+    """The thread that looks: its name is the tick at which it ran its first elastic layer."""
 
     def __init__(self):
         self.name = next(_ticks)
@@ -37,16 +40,16 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class Moment(NamedTuple):
-    """When something was set.
+class SubnetEpoch(NamedTuple):
+    """When a subnet was set.
 
     Args:
-        numbers: by thread whose forwards met it: autograd's number there at which it was surely set.
-        tick: in the order of all moments and threads; 0: before all threads.
+        numbers: by thread whose forwards observed it: a sequence number there before which it was surely set.
+        tick: in the order of all epochs and threads; 0: before all threads.
         thread: in which it was set; None: in a recomputation.
-        sequence: autograd's next number in that thread.
+        sequence: autograd's next sequence number in that thread.
         recomputation: that it was set in, if any: graph task and node.
-        earlier: threads whose forwards met what was set before.
+        earlier: threads whose forwards observed what was set before.
     """
 
     numbers: dict[int, int]
@@ -56,7 +59,17 @@ class Moment(NamedTuple):
     recomputation: tuple[int, int] | None = None
     earlier: frozenset[int] = frozenset()
 
-    def meet(self) -> None:
+    @classmethod
+    def current(cls, replaced: Iterable[SubnetEpoch] = ()) -> SubnetEpoch:
+        """Returns: the epoch that begins in this thread with this call; ``replaced`` holds those that it ends."""
+        here = recomputation()
+        thread = _thread.name if here is None else None
+        earlier = frozenset().union(*({*epoch.earlier, *epoch.numbers} for epoch in replaced))
+        if len(earlier) > _MOST:
+            earlier = frozenset({_OTHERS})
+        return cls({}, next(_ticks), thread, torch._C._autograd._get_sequence_nr(), here, earlier)
+
+    def observe(self) -> None:
         """Notes a forward of this thread, outside of a backward pass."""
         thread = _thread.name
         if thread not in self.numbers:
@@ -85,18 +98,8 @@ class Moment(NamedTuple):
         return number <= here[1]
 
     def is_of_one_thread(self) -> bool:
-        """Whether it was set by the thread that called the backward pass, and met by no other one."""
+        """Whether it was set by the thread that called the backward pass, and observed by no other one."""
         return {self.thread, *self.numbers} == {_caller()}
-
-
-def now(before: Iterable[Moment] = ()) -> Moment:
-    """Returns: the present moment of this thread; ``before`` holds those that it replaces."""
-    here = recomputation()
-    thread = _thread.name if here is None else None
-    earlier = frozenset().union(*({*moment.earlier, *moment.numbers} for moment in before))
-    if len(earlier) > _MOST:
-        earlier = frozenset({_OTHERS})
-    return Moment({}, next(_ticks), thread, torch._C._autograd._get_sequence_nr(), here, earlier)
 
 
 def recomputation() -> tuple[int, int] | None:
@@ -106,5 +109,5 @@ def recomputation() -> tuple[int, int] | None:
 
 
 def _caller() -> int | None:
-    """The name of the thread that called the backward pass; None if it has met no elastic layer."""
+    """The name of the thread that called the backward pass; None if it has run no elastic layer."""
     return torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else None

@@ -1,9 +1,12 @@
-"""Two gloo processes that train on packed weights under DistributedDataParallel; prints, as JSON, what is wrong.
+"""Two gloo processes that train a supernet under DistributedDataParallel; prints, as JSON, what is wrong in each.
 
-Run as ``python -m tests.nn.packing_ddp``. For each mode: the parameters whose gradients are not those of one process
-that saw both batches. Depth changes from step to step, hence ``find_unused_parameters``.
+Run as ``python -m tests.nn.two_processes``: parameters whose gradients are not those of one process that saw both
+batches, by how weights are packed; and own statistics that are not those of the first process. Depth changes from step
+to step, hence ``find_unused_parameters``.
 """
 
+import contextlib
+import functools
 import json
 import tempfile
 
@@ -12,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from jdkd.nn import pack_forwards, set_subnet
+from jdkd.nn import ElasticBatchNorm2d, pack_forwards, set_subnet
 from tests.nn.elastic_models import supernet
 from tests.nn.packing_cases import SUBNETS, small
 
@@ -34,14 +37,14 @@ def gradient_of(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def wrong(rank: int, mode: str, own_gradients: bool = False, by_hand: bool = False) -> list[str]:
+def wrong(rank: int, mode: str | None, own_gradients: bool = False, by_hand: bool = False) -> list[str]:
     net = supernet()
     weights = {path: parameter for path, parameter in net.named_parameters() if parameter.dim() > 1}
     wrapped = DistributedDataParallel(net, find_unused_parameters=True, gradient_as_bucket_view=by_hand)
     found = set()
-    with pack_forwards(net, grad_mode=mode):
+    with pack_forwards(net, grad_mode=mode) if mode else contextlib.nullcontext():
         for name in NAMES:
-            set_subnet(net, SUBNETS[name])
+            set_subnet(wrapped, SUBNETS[name])
             net.zero_grad()
             for weight in weights.values() if own_gradients else ():
                 weight.main_grad = torch.zeros_like(weight)
@@ -58,10 +61,30 @@ def wrong(rank: int, mode: str, own_gradients: bool = False, by_hand: bool = Fal
     return sorted(found)
 
 
+def strangers(rank: int) -> list[str]:
+    """Own statistics that the processes do not share after a forward of each subnet; they begin with different ones."""
+    menu = [SUBNETS[name] for name in (NAMES if rank else reversed(NAMES))]
+    net = supernet(norm=functools.partial(ElasticBatchNorm2d, statistics="own", subnets=menu)).train()
+    for name, buffer in net.named_buffers():
+        buffer.fill_(rank + len(name))
+    wrapped = DistributedDataParallel(net, find_unused_parameters=True)
+    for name in NAMES:
+        set_subnet(wrapped, SUBNETS[name])
+        wrapped(batch(rank))
+    wrapped(batch(0))  # a forward begins with the buffers of the first process
+    found = {name: buffer.tolist() for name, buffer in net.named_buffers() if ".own." in name}
+    gathered: list = [None, None]
+    dist.all_gather_object(gathered, found)
+    first, second = gathered
+    return sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
+
+
 def work(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     found = {
+        "slices": wrong(rank, None),
+        "own statistics": strangers(rank),
         "autograd": wrong(rank, "autograd"),
         "main_grad, in grad": wrong(rank, "main_grad"),
         "main_grad, averaged by hand": wrong(rank, "main_grad", own_gradients=True, by_hand=True),
@@ -77,4 +100,5 @@ def work(rank: int, rendezvous: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (f"{folder}/rendezvous",), nprocs=2)
+        arguments = (f"{folder}/rendezvous",)
+        torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="fork")  # torch is imported once
