@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -37,7 +38,7 @@ class Emulation:
 
     @contextmanager
     def memory(self, where: str) -> Iterator[None]:
-        """Puts whatever torch allocates between guard pages: at the ``"begin"`` of its pages, or up to their ``"end"``."""
+        """Puts what torch allocates between guard pages: at the ``"begin"`` of its pages, or up to their ``"end"``."""
         self._library.guard_memory(MEMORY[where])
         try:
             yield
@@ -95,3 +96,9 @@ def shared_folder(factory: pytest.TempPathFactory) -> Path:
     """A folder of this run of the tests, the same one for all its processes."""
     own = factory.getbasetemp()
     return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def placed(level: Tensor, offset: int) -> Tensor:
+    """A copy that begins ``offset`` elements into its memory, and ends where that ends."""
+    memory = torch.full((offset + level.numel(),), float("nan"), dtype=level.dtype)
+    return memory.as_strided(level.shape, level.stride(), offset).copy_(level.detach())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from jdkd.reference import pearson as reference
+from tests.ops.emulated import placed
 from tests.ops.pearson_cases import (
     CASES,
-    DTYPES,
     PLAIN,
     WEIGHT,
     Case,
@@ -34,12 +34,6 @@ class Loss(NamedTuple):
     losses: Tensor
     table: Tensor
     moments: Tensor
-
-
-def placed(level: Tensor, offset: int) -> Tensor:
-    """A copy that begins ``offset`` elements into its memory, and ends where that ends."""
-    memory = torch.full((offset + level.numel(),), float("nan"), dtype=level.dtype)
-    return memory.as_strided(level.shape, level.stride(), offset).copy_(level.detach())
 
 
 def run(ops, case: Case, offsets: Sequence[int] = (0, 0, 0), *, tap: bool = False) -> None:

@@ -133,7 +133,7 @@ inline float bits_as_float(unsigned bits) {
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 #define __syncthreads() emulation::sync_block(JDKD_SITE)
-#define __syncwarp() emulation::meet(emulation::warp().barrier)
+#define __syncwarp() emulation::sync_warp(JDKD_SITE)
 #define __shfl_sync(mask, value, from) emulation::exchange(value, from, JDKD_SITE)
 #define __shfl_xor_sync(mask, value, other) emulation::exchange(value, emulation::lane() ^ (other), JDKD_SITE)
 #define __shfl_down_sync(mask, value, by) \

@@ -210,6 +210,11 @@ inline void check_site(Site site) {
   own.lanes = (own.lanes + 1) % own.alive;
 }
 
+inline void sync_warp(Site site) {
+  check_site(site);
+  meet(warp().barrier);
+}
+
 inline void sync_block(Site site) {
   check_site(site);
   meet(here().all);
@@ -218,10 +223,9 @@ inline void sync_block(Site site) {
 template <typename T>
 T exchange(T value, int from, Site site) {
   static_assert(sizeof(T) <= sizeof(double));
-  check_site(site);
   double* slots = warp().slots[current->shuffles++ % 2];
   std::memcpy(slots + lane(), &value, sizeof(T));
-  meet(warp().barrier);
+  sync_warp(site);
   std::memcpy(&value, slots + from, sizeof(T));
   return value;
 }

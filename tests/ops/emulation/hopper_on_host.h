@@ -73,14 +73,14 @@ inline void named_barrier(int id, int threads, const char* file = __builtin_FILE
 inline int cluster_rank() { return emulation::current->block; }
 inline int cluster_size() { return static_cast<int>(emulation::blocks.size()); }
 inline void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emulation::check_site({file, line});
+  emulation::sync_warp({file, line});
   emulation::current->in_cluster = emulation::arrive(emulation::cluster);
 }
 inline void cluster_arrive_relaxed(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
   cluster_arrive(file, line);
 }
 inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emulation::check_site({file, line});
+  emulation::sync_warp({file, line});
   emulation::wait(emulation::cluster, emulation::current->in_cluster);
 }
 template <typename T>
