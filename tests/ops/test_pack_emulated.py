@@ -13,7 +13,7 @@ from jdkd._backend import use_backend
 from jdkd.ops import pack as pack_op
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.pack import Part, pack, packed_weights, unpack_add_
-from tests.ops.emulated import Emulation
+from tests.ops.emulated import Emulation, placed
 from tests.ops.pack_cases import channels, weight
 
 # Stems, 3x3 of one piece and of several, 1x1, depthwise and grouped, linear, bias; some of no whole vectors.
@@ -60,17 +60,21 @@ def drawn_parts(draw: random.Random) -> Iterator[tuple[tuple[int, ...], bool, Pa
         yield shape, draw.random() < 0.5, Part(drawn_channels(draw, shape[0]), columns, kernel)
 
 
-def everything(weights: list[Tensor], parts: list[Part], gradients: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def everything(
+    weights: list[Tensor], parts: list[Part], gradients: list[Tensor], dtype: torch.dtype, offset: int = 0
+) -> list[Tensor]:
     """Packed weights, dense gradients, and gradients added in place."""
-    leaves = [whole.clone().requires_grad_() for whole in weights]
+    leaves = [placed(whole, offset).requires_grad_() for whole in weights]
     packed = packed_weights(leaves, parts, dtype)
     torch.autograd.backward(packed, gradients)
-    added = [whole.clone() for whole in weights]
+    added = [placed(whole, offset) for whole in weights]
     unpack_add_(added, parts, gradients)
     return [*(view.detach() for view in packed), *(leaf.grad for leaf in leaves), *added]
 
 
-def run(emulation: Emulation, seed: int, shared: torch.dtype, dtype: torch.dtype, where: str) -> None:
+def run(
+    emulation: Emulation, seed: int, shared: torch.dtype, dtype: torch.dtype, where: str, offset: int = 0
+) -> None:
     """Packs drawn parts, brings their gradients back in both ways, and compares bits."""
     drawn = list(drawn_parts(random.Random(seed)))
     parts = [part for *_, part in drawn]
@@ -80,16 +84,16 @@ def run(emulation: Emulation, seed: int, shared: torch.dtype, dtype: torch.dtype
             shapes = [view.shape for view in pack(weights, parts, dtype)]
             gradients = [weight(shape, 100 + i, dtype, seed % 2 == 0) for i, shape in enumerate(shapes)]
             expected = everything(weights, parts, gradients, dtype)
-        found = everything(weights, parts, gradients, dtype)
+        found = everything(weights, parts, gradients, dtype, offset)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.stride() == theirs.stride() and torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("where", ["begin", "end"])
+@pytest.mark.parametrize(("where", "offset"), [("begin", 0), ("end", 0), ("begin", 1)])
 @pytest.mark.parametrize(("shared", "dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_drawn_parts_have_the_bits_of_the_reference(as_on_cuda, seed, shared, dtype, where):
-    run(as_on_cuda, seed, shared, dtype, where)
+def test_drawn_parts_have_the_bits_of_the_reference(as_on_cuda, seed, shared, dtype, where, offset):
+    run(as_on_cuda, seed, shared, dtype, where, offset)
 
 
 def test_more_parts_than_a_launch_takes(as_on_cuda):

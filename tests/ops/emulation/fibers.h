@@ -1,7 +1,8 @@
 // The threads of CUDA on the host, one fiber each.
 //
 // The blocks of a grid run one after the other, those of a cluster together. Threads take turns in a random order: one
-// goes on until it waits for others. Shared memory is poison before a block begins.
+// goes on until it waits for others. A warp is preferred for a while, and a block of a cluster stands still for a while,
+// so that some run far ahead. Shared memory is poison before a block begins.
 #pragma once
 
 #include "guarded_memory.h"
@@ -34,6 +35,7 @@ struct Site {
   int line;
   bool operator!=(const Site& other) const { return line != other.line || std::strcmp(file, other.file) != 0; }
 };
+inline std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
 #define JDKD_SITE (emulation::Site{__FILE__, __LINE__})
 
 // Entered once through its context, and then left and continued by jumps, which need no system call.
@@ -42,6 +44,7 @@ struct Fiber {
   jmp_buf place;
   unsigned char* stack = nullptr;
   int block = 0, thread = 0, shuffles = 0;
+  Site waits_at{};
   unsigned in_cluster = 0;  // generation of the cluster's barrier in which it arrived
   bool begun = false;
 };
@@ -58,6 +61,7 @@ struct Warp {
   double slots[2][kWarp];  // for shuffles, which take turns
   Site site{};
   int lanes = 0, alive = 0;
+  std::vector<Fiber*> ready;
 };
 
 struct Block {
@@ -66,7 +70,6 @@ struct Block {
   int alive = 0;
   Barrier all, named[16];
   Warp warps[32];
-  std::vector<Fiber*> ready;
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
@@ -78,10 +81,12 @@ inline std::function<void()> kernel;
 inline std::vector<Fiber*> sleeping;
 inline std::vector<std::function<void()>> copies;  // issued, but not landed
 inline std::string failure;
-inline unsigned first_block = 0;
-inline int running = 0;       // threads
-inline int asleep = -1;       // a block that stands still
-inline unsigned turns = 0;    // until another one does
+inline unsigned first_block = 0, warps_of_block = 0;
+inline int running = 0;        // threads
+inline unsigned favourite = 0;  // the warp that goes on as long as it can, counted over the blocks of a cluster
+inline int asleep = -1;         // a block that stands still
+inline unsigned patience = 1;   // turns until a copy lands, about
+inline unsigned turns = 0, nap = 0;  // until another warp is the favourite, another block asleep
 
 inline unsigned draw() {
   order ^= order << 13;
@@ -102,34 +107,67 @@ inline void land_a_copy() {
   land();
 }
 
+// From 0 to 2^bits, small numbers as often as large ones.
+inline unsigned draw_length(unsigned bits) { return draw() % (1u << draw() % (bits + 1)); }
+
+inline void make_ready(Fiber* fiber) { blocks[fiber->block].warps[fiber->thread / kWarp].ready.push_back(fiber); }
+
+// Some lane of the favourite, or of another warp, which becomes it; null if every one waits.
+inline Fiber* choose() {
+  const auto count = static_cast<unsigned>(blocks.size()) * warps_of_block;
+  if (turns-- == 0) {
+    favourite = draw() % count;
+    turns = draw_length(12);
+  }
+  if (blocks.size() > 1 && nap-- == 0) {
+    asleep = static_cast<int>(draw() % blocks.size());
+    nap = draw_length(18);
+  }
+  const unsigned from = draw() % count;
+  for (unsigned i = 0; i <= count; ++i) {
+    const unsigned which = i == 0 ? favourite : (from + i) % count;
+    std::vector<Fiber*>& ready = blocks[which / warps_of_block].warps[which % warps_of_block].ready;
+    if (static_cast<int>(which / warps_of_block) != asleep && !ready.empty()) {
+      favourite = which;
+      std::swap(ready[draw() % ready.size()], ready.back());
+      Fiber* chosen = ready.back();
+      ready.pop_back();
+      return chosen;
+    }
+  }
+  return nullptr;
+}
+
+// Where some thread waits.
+inline std::string last_site() {
+  for (const Block& block : blocks) {
+    for (const Warp& warp : block.warps) {
+      for (const Fiber* fiber : warp.barrier.waiting) {
+        return " at " + text(fiber->waits_at);
+      }
+    }
+    for (const Fiber* fiber : block.all.waiting) {
+      return " at " + text(fiber->waits_at);
+    }
+  }
+  return "";
+}
+
 // The thread whose turn it is.
 inline Fiber* next() {
   for (;;) {
-    if (!copies.empty() && draw() % 64 == 0) {
+    if (!copies.empty() && draw() % patience == 0) {
       land_a_copy();
     }
-    const int count = static_cast<int>(blocks.size());
-    if (count > 1 && turns-- == 0) {
-      asleep = static_cast<int>(draw() % blocks.size());
-      turns = draw() % 4096;
-    }
-    const int from = count > 1 ? static_cast<int>(draw() % blocks.size()) : 0;
-    for (int i = 0; i < count; ++i) {
-      const int which = (from + i) % count;
-      std::vector<Fiber*>& ready = blocks[which].ready;
-      if (which != asleep && !ready.empty()) {
-        std::swap(ready[draw() % ready.size()], ready.back());
-        Fiber* chosen = ready.back();
-        ready.pop_back();
-        return chosen;
-      }
+    if (Fiber* chosen = choose()) {
+      return chosen;
     }
     if (asleep >= 0) {
       asleep = -1;
     } else if (!copies.empty()) {
       land_a_copy();
     } else if (running > 0) {
-      fail("a thread waits for ever");
+      fail("a thread waits for ever" + last_site());
     } else {
       _longjmp(scheduler, 1);
     }
@@ -153,6 +191,12 @@ inline __attribute__((noinline)) void pause() {
   }
 }
 
+// Ends a turn without need.
+inline void let_others() {
+  make_ready(current);
+  pause();
+}
+
 inline Block& here() { return blocks[current->block]; }
 inline Warp& warp() { return here().warps[current->thread / kWarp]; }
 inline int lane() { return current->thread % kWarp; }
@@ -161,7 +205,7 @@ inline void release(Barrier& barrier) {
   barrier.arrived = 0;
   ++barrier.generation;
   for (Fiber* fiber : barrier.waiting) {
-    blocks[fiber->block].ready.push_back(fiber);
+    make_ready(fiber);
   }
   barrier.waiting.clear();
 }
@@ -194,18 +238,19 @@ void wait_until(const Condition& holds) {
 
 inline void wake() {
   for (Fiber* fiber : sleeping) {
-    blocks[fiber->block].ready.push_back(fiber);
+    make_ready(fiber);
   }
   sleeping.clear();
 }
 
 // Of a barrier that takes whole warps, or of a shuffle.
 inline void check_site(Site site) {
+  current->waits_at = site;
   Warp& own = warp();
   if (own.lanes == 0) {
     own.site = site;
   } else if (own.site != site) {
-    fail("lanes of a warp wait at line " + std::to_string(own.site.line) + " and at line " + std::to_string(site.line));
+    fail("lanes of a warp wait at " + text(own.site) + " and at " + text(site));
   }
   own.lanes = (own.lanes + 1) % own.alive;
 }
@@ -304,10 +349,13 @@ inline Fiber& fiber_of(size_t i) {
 inline void run_cluster(unsigned first, int size, int threads) {
   first_block = first;
   running = size * threads;
+  warps_of_block = static_cast<unsigned>(threads) / kWarp;
   cluster.expected = running;
   copies.clear();
   sleeping.clear();
   asleep = -1;
+  turns = nap = 0;
+  patience = 1u << draw() % 10;
   if (static_shared().first != nullptr) {
     std::memset(static_shared().first, kPoison, static_shared().second);
   }
@@ -315,13 +363,15 @@ inline void run_cluster(unsigned first, int size, int threads) {
     Block& block = blocks[b];
     poison(block);
     block.all.expected = block.alive = threads;
-    block.ready.clear();
+    for (Warp& own : block.warps) {
+      own.ready.clear();
+    }
     for (int i = 0; i < threads; ++i) {
       Fiber& fiber = fiber_of(static_cast<size_t>(b) * threads + i);
       fiber.block = b;
       fiber.thread = i;
       fiber.shuffles = 0;
-      block.ready.push_back(&fiber);
+      make_ready(&fiber);
       Warp& own = block.warps[i / kWarp];
       own.barrier.expected = own.alive = kWarp;
     }

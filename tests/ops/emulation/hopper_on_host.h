@@ -43,7 +43,10 @@ inline void barrier_init_fence() {}
 inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   Phases::of(barrier).change(static_cast<int>(bytes), 0);
 }
-inline void barrier_arrive(uint64_t* barrier) { Phases::of(barrier).change(0, 1); }
+inline void barrier_arrive(uint64_t* barrier) {
+  Phases::of(barrier).change(0, 1);
+  emulation::let_others();
+}
 // For the end of the first phase: as the hardware, by its parity.
 inline void barrier_wait(uint64_t* barrier) {
   emulation::wait_until([&] { return Phases::of(barrier).count % 2 == 1; });
@@ -62,6 +65,7 @@ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t
     std::memcpy(shared, global, bytes);
     Phases::of(barrier).change(-static_cast<int>(bytes), 0);
   });
+  emulation::let_others();
 }
 
 inline void named_barrier(int id, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
