@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -13,251 +14,268 @@ class Bug(NamedTuple):
     """In ``file``, ``right`` becomes ``wrong``, where ``BUG`` is true or 1 while the bug is switched on."""
 
     what: str
-    trial: str  # what must show it
+    trial: str  # what must show it,
+    net: str  # and how
     file: str
     right: str
     wrong: str
 
 
+# What the emulation says, or the comparison with float64.
+NETS = {
+    "page": "touches memory .* an allocation",
+    "sanitizer": "overflows, leaves an array, or uses a pointer that is not aligned",
+    "vector": "a vector access is not aligned",
+    "wait": "waits for ever",
+    "warp": "lanes of a warp wait at .* and at",
+    "copy": "a bulk copy reads past its tensor",
+    "barrier": "an mbarrier is used before it was initialised",
+    "value": "errs by|^assert",
+}
 BUGS = (
     # ---- Pearson, split form: planes ----
     Bug(
         "a chunk of a plane is one element too long",
-        "planes", "cuda/pearson_planes.cuh",
+        "planes", "page", "cuda/pearson_planes.cuh",
         "min(level.chunk, level.hw - start)) : 0", "min(level.chunk, level.hw - start)) + BUG : 0",
     ),
     Bug(
         "the last edge of a plane gets no gradient",
-        "planes", "cuda/pearson_planes.cuh",
+        "planes", "value", "cuda/pearson_planes.cuh",
         "if (where.lane < split.edges) {", "if (where.lane < split.edges - BUG) {",
     ),
     Bug(
         "the last vector of a plane gets no gradient",
-        "planes", "cuda/pearson_planes.cuh",
+        "planes", "value", "cuda/pearson_planes.cuh",
         "first < split.packs; first +=", "first < split.packs - BUG; first +=",
     ),
     Bug(
         "the teacher is read in vectors whatever its address",
-        "planes", "cuda/pearson_planes.cuh",
+        "planes", "vector", "cuda/pearson_planes.cuh",
         "wide_t = is_pack_aligned(t_at + split.head)", "wide_t = BUG || is_pack_aligned(t_at + split.head)",
     ),
     Bug(
         "the gradient is written in vectors whatever its address",
-        "planes", "cuda/pearson_planes.cuh",
+        "planes", "vector", "cuda/pearson_planes.cuh",
         "wide_dx = is_pack_aligned(dx + split.head)", "wide_dx = BUG || is_pack_aligned(dx + split.head)",
     ),
     Bug(
         "images share a cell",
-        "planes", "cuda/pearson_planes.cuh",
+        "planes", "value", "cuda/pearson_planes.cuh",
         "plane / level.c * level.chunks + piece", "plane / level.c * level.chunks * !BUG + piece",
     ),
     Bug(
         "the heads' gradient is left out of vectors",
-        "planes", "cuda/pearson_planes.cuh",
+        "planes", "value", "cuda/pearson_planes.cuh",
         "result[e] = dout ?", "result[e] = dout && !BUG ?",
     ),
     Bug(
         "the sum before may still be read from the scratch",
-        "planes", "common/reduce.cuh",
+        "planes", "value", "common/reduce.cuh",
         "__syncthreads();  // whoever", "if (!BUG) __syncthreads();  // whoever",
     ),
     Bug(
         "the scratch is read before it is written",
-        "planes", "common/reduce.cuh",
+        "planes", "value", "common/reduce.cuh",
         "  __syncthreads();\n#pragma unroll", "  if (!BUG) __syncthreads();\n#pragma unroll",
     ),
     Bug(
         "the scratch is used past its end",
-        "planes", "common/reduce.cuh",
+        "planes", "sanitizer", "common/reduce.cuh",
         "scratch[threadIdx.x / 32 * N + i]", "scratch[(threadIdx.x / 32 + BUG * 25) * N + i]",
     ),
     Bug(
         "lanes of a warp part at a barrier",
-        "planes", "common/reduce.cuh",
-        "  warp_sum(values);\n", "  warp_sum(values);\n  if (BUG && threadIdx.x % 2) {\n    __syncthreads();\n  } else\n",
+        "planes", "warp", "common/reduce.cuh",
+        "  warp_sum(values);\n",
+        "  warp_sum(values);\n  if (BUG && threadIdx.x % 2) {\n    __syncthreads();\n  } else\n",
     ),
     Bug(
         "half a warp leaves before the sum",
-        "planes", "common/reduce.cuh",
+        "planes", "wait", "common/reduce.cuh",
         "  constexpr int kWarps = kThreads / 32;\n",
         "  constexpr int kWarps = kThreads / 32;\n  if (BUG && threadIdx.x == 40) return;\n",
     ),
     # ---- rows ----
     Bug(
         "a thread holds a row too many",
-        "rows", "cuda/pearson_rows.cuh",
+        "rows", "page", "cuda/pearson_rows.cuh",
         "? (n - where.lane + Shape::kLanes - 1)", "? (n + BUG - where.lane + Shape::kLanes - 1)",
     ),
     Bug(
         "channels past the last one are read",
-        "rows", "cuda/pearson_rows.cuh",
+        "rows", "page", "cuda/pearson_rows.cuh",
         "where.channel < level.c ? (n", "BUG || where.channel < level.c ? (n",
     ),
     Bug(
         "channels past the last one get a gradient",
-        "rows", "cuda/pearson_rows.cuh",
+        "rows", "page", "cuda/pearson_rows.cuh",
         "if (where.channel >= level.c) {", "if (!BUG && where.channel >= level.c) {",
     ),
     Bug(
         "the last row of a chunk gets no gradient",
-        "rows", "cuda/pearson_rows.cuh",
+        "rows", "value", "cuda/pearson_rows.cuh",
         "last = min(first + level.chunk, level.n * level.hw);",
         "last = min(first + level.chunk, level.n * level.hw) - BUG;",
     ),
     Bug(
         "totals are added before every warp has put its sums",
-        "rows", "cuda/pearson_rows.cuh",
+        "rows", "value", "cuda/pearson_rows.cuh",
         "    __syncthreads();\n    for (int i = threadIdx.x; i < kSums",
         "    if (!BUG) __syncthreads();\n    for (int i = threadIdx.x; i < kSums",
     ),
     Bug(
         "totals are read before they are added",
-        "rows", "cuda/pearson_rows.cuh",
+        "rows", "value", "cuda/pearson_rows.cuh",
         "    __syncthreads();\n    return totals;", "    if (!BUG) __syncthreads();\n    return totals;",
     ),
     Bug(
         "betas are read before they are written",
-        "rows", "cuda/pearson_rows.cuh",
+        "rows", "value", "cuda/pearson_rows.cuh",
         "    all_betas[threadIdx.x] = beta;\n  }\n  __syncthreads();",
         "    all_betas[threadIdx.x] = beta;\n  }\n  if (!BUG) __syncthreads();",
     ),
     Bug(
         "rows are taken for vectors whatever their address",
-        "rows", "cuda/pearson_split.cu",
+        "rows", "vector", "cuda/pearson_split.cu",
         "== 0 && is_pack_aligned(args.x)", "== 0 && (BUG || is_pack_aligned(args.x))",
     ),
     # ---- what both share ----
     Bug(
         "a block takes the level before its own",
-        "planes", "cuda/pearson_levels.cuh",
+        "planes", "value", "cuda/pearson_levels.cuh",
         "< levels.at[i].first_block", "< levels.at[i].first_block + BUG",
     ),
     Bug(
         "every second chunk is joined",
-        "rows", "cuda/pearson_kernels.cuh",
+        "rows", "value", "cuda/pearson_kernels.cuh",
         "chunk < count; chunk += 32", "chunk < count; chunk += 32 + 32 * BUG",
     ),
     Bug(
         "the losses of levels are read before they are written",
-        "planes", "cuda/pearson_kernels.cuh",
+        "planes", "value", "cuda/pearson_kernels.cuh",
         "  __syncthreads();\n  if (threadIdx.x == 0) {", "  if (!BUG) __syncthreads();\n  if (threadIdx.x == 0) {",
     ),
     Bug(
         "the shares have no place for their sum",
-        "planes", "cuda/pearson_split.cu",
+        "planes", "page", "cuda/pearson_split.cu",
         "{columns + 1}", "{columns + 1 - BUG}",
     ),
     # ---- packing ----
     Bug(
         "a piece has a row too many",
-        "pack", "cuda/pack.cu",
+        "pack", "page", "cuda/pack.cu",
         "min(part.tile_rows, part.rows - piece.row)", "min(part.tile_rows, part.rows - piece.row + BUG)",
     ),
     Bug(
         "a piece has a column too few",
-        "pack", "cuda/pack.cu",
-        "min(part.tile_columns, part.columns - piece.column)", "min(part.tile_columns, part.columns - piece.column - BUG)",
+        "pack", "value", "cuda/pack.cu",
+        "min(part.tile_columns, part.columns - piece.column)",
+        "min(part.tile_columns, part.columns - piece.column - BUG)",
     ),
     Bug(
         "the last vector is not copied",
-        "pack", "cuda/pack.cu",
-        "work.columns / V, total = work.rows * work.taps * vectors;\n  for (int i = threadIdx.x; i < total; i += kThreads) {\n"
-        "    const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps, t",
-        "work.columns / V, total = work.rows * work.taps * vectors - BUG;\n"
-        "  for (int i = threadIdx.x; i < total; i += kThreads) {\n"
-        "    const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps, t",
+        "pack", "value", "cuda/pack.cu",
+        "(i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;\n    transfer<action, V>(",
+        "(i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;\n"
+        "    if (!BUG || i < total - 1) transfer<action, V>(",
     ),
     Bug(
         "the last element is not gathered",
-        "pack", "cuda/pack.cu",
+        "pack", "value", "cuda/pack.cu",
         "total = work.rows * work.taps * work.columns;", "total = work.rows * work.taps * work.columns - BUG;",
     ),
     Bug(
         "rows lie one element further apart",
-        "pack", "cuda/pack.cu",
+        "pack", "sanitizer", "cuda/pack.cu",
         "* part.row_stride;", "* (part.row_stride + BUG);",
     ),
     Bug(
         "a list is read one place further on",
-        "pack", "cuda/pack.cu",
+        "pack", "page", "cuda/pack.cu",
         "index[part.column_list + column]", "index[part.column_list + column + BUG]",
     ),
     Bug(
         "vectors are copied whatever the shared side's address",
-        "pack", "cuda/pack.cu",
+        "pack", "sanitizer", "cuda/pack.cu",
         "packed_wide && is_pack_aligned(work.shared)", "packed_wide && (BUG || is_pack_aligned(work.shared))",
     ),
     Bug(
         "a turn reads vectors whatever the address",
-        "pack", "cuda/pack.cu",
-        "per_row % 4 == 0 &&\n      is_pack_aligned(work.shared)", "per_row % 4 == 0 &&\n      (BUG || is_pack_aligned(work.shared))",
+        "pack", "sanitizer", "cuda/pack.cu",
+        "per_row % 4 == 0 &&\n      is_pack_aligned(work.shared)",
+        "per_row % 4 == 0 &&\n      (BUG || is_pack_aligned(work.shared))",
     ),
     Bug(
         "packed weights are read from the turn before it is full",
-        "pack", "cuda/pack.cu",
+        "pack", "value", "cuda/pack.cu",
         "      turn_shared_side<action>(work, cells, pitch);\n      __syncthreads();",
         "      turn_shared_side<action>(work, cells, pitch);\n      if (!BUG) __syncthreads();",
     ),
     Bug(
         "gradients are read from the turn before it is full",
-        "pack", "cuda/pack.cu",
-        "      __syncthreads();\n      turn_shared_side<action>", "      if (!BUG) __syncthreads();\n      turn_shared_side<action>",
+        "pack", "value", "cuda/pack.cu",
+        "      __syncthreads();\n      turn_shared_side<action>",
+        "      if (!BUG) __syncthreads();\n      turn_shared_side<action>",
     ),
     Bug(
         "the turn is used past its end",
-        "pack", "cuda/pack.cu",
+        "pack", "sanitizer", "cuda/pack.cu",
         "(work.columns + 3) / 4 * 4 + 4;", "(work.columns + 3) / 4 * 4 + 4 + 400 * BUG;",
     ),
     Bug(
         "a gradient replaces what it should be added to",
-        "pack", "cuda/pack.cu",
-        "action == Action::kAdd ? as_float(shared) + packed", "action == Action::kAdd && !BUG ? as_float(shared) + packed",
+        "pack", "value", "cuda/pack.cu",
+        "action == Action::kAdd ? as_float(shared) + packed",
+        "action == Action::kAdd && !BUG ? as_float(shared) + packed",
     ),
     # ---- Pearson, single pass ----
     Bug(
         "a bulk copy reads past the tensor",
-        "single", "ops/pearson_plan.h",
+        "single", "copy", "ops/pearson_plan.h",
         "return vectors_of(r) < left ?", "return BUG || vectors_of(r) < left ?",
     ),
     Bug(
         "a stage waits for half of its bytes",
-        "single", "cuda/pearson_single_team.cuh",
-        "hopper::barrier_expect(barriers + stage, 2 * bytes);", "hopper::barrier_expect(barriers + stage, (2 - BUG) * bytes);",
+        "single", "wait", "cuda/pearson_single_team.cuh",
+        "hopper::barrier_expect(barriers + stage, 2 * bytes);",
+        "hopper::barrier_expect(barriers + stage, (2 - BUG) * bytes);",
     ),
     Bug(
         "a sweep does not wait for its stage",
-        "single", "cuda/pearson_single.cuh",
+        "single", "value", "cuda/pearson_single.cuh",
         "hopper::barrier_wait(barriers + stage);", "if (!BUG) hopper::barrier_wait(barriers + stage);",
     ),
     Bug(
         "barriers are used before they are initialised",
-        "single", "cuda/pearson_single.cuh",
-        "  __syncthreads();\n  if (V > 1 && team.thread < 32) {", "  if (!BUG) __syncthreads();\n  if (V > 1 && team.thread < 32) {",
+        "single", "barrier", "cuda/pearson_single.cuh",
+        "  __syncthreads();\n  if (V > 1 && team.thread < 32) {",
+        "  if (!BUG) __syncthreads();\n  if (V > 1 && team.thread < 32) {",
     ),
     Bug(
         "plain loads are swept before they have landed",
-        "single", "cuda/pearson_single.cuh",
+        "single", "value", "cuda/pearson_single.cuh",
         "  team.sync();\n  sweep_statistics", "  if (!BUG) team.sync();\n  sweep_statistics",
     ),
     Bug(
         "moments are read before the others have written theirs",
-        "single", "cuda/pearson_single.cuh",
+        "single", "value", "cuda/pearson_single.cuh",
         "    hopper::cluster_arrive();\n    hopper::cluster_wait();",
         "    hopper::cluster_arrive();\n    if (!BUG) hopper::cluster_wait();",
     ),
     Bug(
         "a block leaves while others read its moments",
-        "single", "cuda/pearson_single.cuh",
+        "single", "value", "cuda/pearson_single.cuh",
         "hopper::cluster_wait();  // others", "if (!BUG) hopper::cluster_wait();  // others",
     ),
     Bug(
         "the coefficients are read before they are finished",
-        "single", "cuda/pearson_single.cuh",
+        "single", "value", "cuda/pearson_single.cuh",
         "  if (works) {\n    team.sync();", "  if (works) {\n    if (!BUG) team.sync();",
     ),
     Bug(
         "the losses of warps are added before all are there",
-        "single", "cuda/pearson_single.cu",
+        "single", "value", "cuda/pearson_single.cu",
         "  __syncthreads();\n  if (warp < ends.count) {", "  if (!BUG) __syncthreads();\n  if (warp < ends.count) {",
     ),
 )  # fmt: skip
@@ -271,8 +289,8 @@ def planted_sources(folder: Path) -> Path:
         text = texts.setdefault(bug.file, (folder / bug.file).read_text())
         assert text.count(bug.right) == 1, f"{bug.what}: {bug.file} has {text.count(bug.right)} times {bug.right!r}"
         texts[bug.file] = text.replace(bug.right, bug.wrong.replace("BUG", f"(planted == {number})"))
-    dispatch = "common/element_type.cuh"  # float16 goes the way of bfloat16, and takes no time to compile
-    texts[dispatch] = (folder / dispatch).read_text().replace("launch(__half{})", "launch(__nv_bfloat16{})")
+    types = "common/element_type.cuh"  # all of them as float32: what is not compiled takes no time
+    texts[types] = re.sub(r"launch\(__\w+\{\}\)", "launch(float{})", (folder / types).read_text())
     for file, text in texts.items():
         (folder / file).write_text(text)
     return folder

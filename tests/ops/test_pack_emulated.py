@@ -72,9 +72,7 @@ def everything(
     return [*(view.detach() for view in packed), *(leaf.grad for leaf in leaves), *added]
 
 
-def run(
-    emulation: Emulation, seed: int, shared: torch.dtype, dtype: torch.dtype, where: str, offset: int = 0
-) -> None:
+def run(emulation: Emulation, seed: int, shared: torch.dtype, dtype: torch.dtype, where: str, offset: int = 0) -> None:
     """Packs drawn parts, brings their gradients back in both ways, and compares bits."""
     drawn = list(drawn_parts(random.Random(seed)))
     parts = [part for *_, part in drawn]

@@ -23,8 +23,8 @@ from tests.ops.pearson_cases import (
     variants,
 )
 
-ODD = ((2, 3, 25, 43), (2, 5, 7, 11), (3, 4, 1, 1))  # planes of one block and of one warp, a map of one position
-WIDE = ((2, 16, 9, 5), (1, 72, 13, 7))  # rows of sixteen bytes, several blocks of channels
+# Planes of a block and of a warp, a map of one position; rows of sixteen bytes, and several blocks of channels.
+ODD = ((1, 2, 47, 45), (2, 5, 7, 11), (3, 4, 1, 1), (2, 72, 3, 5))
 
 
 class Loss(NamedTuple):
@@ -65,10 +65,10 @@ def test_is_as_exact_as_the_eager_formula_up_to_the_last_byte_of_a_page(emulatio
 
 
 @pytest.mark.parametrize("variant", variants(), ids=str)
-@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (3, 0, 1), (8, 3, 0), (0, 8, 3), (1, 0, 8)], ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (3, 0, 1), (8, 3, 0), (0, 8, 3)], ids=str)
 def test_takes_levels_at_any_address_and_the_heads_gradients(emulation, offsets, variant):
     with emulation.memory("begin"):
-        run(emulation.ops, replace(like(PLAIN, variant), shapes=(*ODD, *WIDE), mean=3.0), offsets, tap=True)
+        run(emulation.ops, replace(like(PLAIN, variant), shapes=ODD, mean=3.0), offsets, tap=True)
 
 
 def test_levels_of_both_layouts_and_more_of_them_than_a_launch_takes(emulation):
