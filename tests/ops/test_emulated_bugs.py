@@ -19,9 +19,8 @@ def _planted_operators(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
 
 
 @pytest.fixture
-def planted(_planted_operators: Emulation, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulation]:
+def planted(_planted_operators: Emulation) -> Iterator[Emulation]:
     """Operators with bugs to switch on."""
-    test_pack_emulated.launching(_planted_operators, monkeypatch)
     _planted_operators.reorder(0)
     yield _planted_operators
     _planted_operators.plant(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,17 +35,12 @@ FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 PAIRS = [(FLOAT, BRAIN), (FLOAT, FLOAT), (BRAIN, BRAIN), (BRAIN, FLOAT), (FLOAT, HALF), (HALF, HALF)]
 
 
-@pytest.fixture
-def as_on_cuda(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
+@contextmanager
+def as_on_cuda(emulation: Emulation) -> Iterator[None]:
     """Packs tensors of the CPU with the kernels of CUDA."""
-    return launching(emulation, monkeypatch)
-
-
-def launching(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
-    chosen = pack_op._selected
-    monkeypatch.setattr(pack_op, "_selected", lambda *of: "reference" if chosen(*of) == "reference" else "cuda")
-    monkeypatch.setattr(torch.ops, "jdkd_C", emulation.ops)
-    return emulation
+    on_cuda = patch.object(pack_op, "_selected", lambda *_: "cuda")
+    with on_cuda, patch.object(torch.ops, "jdkd_C", emulation.ops):
+        yield
 
 
 def drawn_channels(draw: random.Random, maximum: int) -> Channels:
@@ -82,7 +79,8 @@ def run(emulation: Emulation, seed: int, shared: torch.dtype, dtype: torch.dtype
             shapes = [view.shape for view in pack(weights, parts, dtype)]
             gradients = [weight(shape, 100 + i, dtype, seed % 2 == 0) for i, shape in enumerate(shapes)]
             expected = everything(weights, parts, gradients, dtype)
-        found = everything(weights, parts, gradients, dtype, offset)
+        with as_on_cuda(emulation):
+            found = everything(weights, parts, gradients, dtype, offset)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.stride() == theirs.stride() and torch.equal(ours, theirs)
 
@@ -90,13 +88,13 @@ def run(emulation: Emulation, seed: int, shared: torch.dtype, dtype: torch.dtype
 @pytest.mark.parametrize(("where", "offset"), [("begin", 0), ("end", 0), ("begin", 1)])
 @pytest.mark.parametrize(("shared", "dtype"), PAIRS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_drawn_parts_have_the_bits_of_the_reference(as_on_cuda, seed, shared, dtype, where, offset):
-    run(as_on_cuda, seed, shared, dtype, where, offset)
+def test_drawn_parts_have_the_bits_of_the_reference(emulation, seed, shared, dtype, where, offset):
+    run(emulation, seed, shared, dtype, where, offset)
 
 
-def test_more_parts_than_a_launch_takes(as_on_cuda):
+def test_more_parts_than_a_launch_takes(emulation):
     biases = [weight((3,), seed) for seed in range(482)]
     parts = [Part(channels([2, 0], 3))] * len(biases)
-    with as_on_cuda.memory("end"):
+    with emulation.memory("end"), as_on_cuda(emulation):
         packed = pack([bias.clone() for bias in biases], parts, FLOAT)
     assert all(torch.equal(view, bias[[2, 0]]) for view, bias in zip(packed, biases, strict=True))

@@ -6,8 +6,6 @@
 #define JDKD_HOPPER
 namespace jdkd::hopper {
 
-using emulation::Site;
-
 // The 64 bits of a barrier in shared memory. A phase ends when no arrival and no byte is missing, and with it the next
 // one begins: whoever waits for a phase that is over goes on, even if the next has its own bytes missing.
 struct Phases {
