@@ -79,7 +79,8 @@ def _tap(part, t):
     return (t // width).to(tl.int64) * tl.load(part + 6) + (t % width).to(tl.int64) * tl.load(part + 7)
 
 
-@triton.jit
+# What changes with the subnet is not compiled in: the number of parts, where their first tensors begin.
+@triton.jit(do_not_specialize=["part_count"], do_not_specialize_on_alignment=["shared_ptr", "packed_ptr"])
 def _pack_kernel(
     pointers_ptr,  # [n] int64: addresses of the single tensors, shared ones first
     shared_ptr,  # the flat buffer of dense gradients, or any shared tensor, for its type
@@ -215,7 +216,7 @@ def aot_variants() -> list[dict]:
                     "kernel": _pack_kernel,
                     "signature": pointers | {"part_count": "i32"} | dict.fromkeys(constants, "constexpr"),
                     "constants": constants,
-                    "aligned": tuple(pointers),
+                    "aligned": ("pointers_ptr", "parts_ptr", "pieces_ptr", "index_ptr"),
                     "options": {"num_warps": BLOCK["num_warps"]},
                     "features": 1,
                     "wide": aligned,

@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(
     const __grid_constant__ Pointers pointers, const Part* __restrict__ parts, const Piece* __restrict__ pieces,
     const int64_t* __restrict__ index) {
   constexpr int V = sizeof(S) == 4 && sizeof(P) == 4 ? 4 : 8;
-  __shared__ alignas(16) float cells[kTurnCells];
+  alignas(16) __shared__ float cells[kTurnCells];
   const Piece piece = pieces[blockIdx.x];
   const int place = piece.part - pointers.first;
   if (place < 0 || place >= pointers.count) {
@@ -233,7 +233,6 @@ void launch(
     const Tensor& like, const Table& table, ScalarType shared_type, ScalarType packed_type, const Side& shared,
     const Side& packed) {
   check(table.pieces != nullptr, "pack: pieces are missing");
-  check(table.piece_count <= 0x7fffffff, "pack: ", table.piece_count, " pieces are more than a grid holds");
   const cudaStream_t stream = current_stream(like);
   for (int64_t first = 0; first < table.part_count; first += kMaxParts) {
     Pointers pointers;
@@ -245,11 +244,11 @@ void launch(
     }
     dispatch(shared_type, [&](auto s) {
       dispatch(packed_type, [&](auto p) {
-        pack_kernel<action, decltype(s), decltype(p)><<<static_cast<unsigned>(table.piece_count), kThreads, 0, stream>>>(
-            pointers, table.parts, table.pieces, table.index);
+        launch_kernel(
+            "pack", pack_kernel<action, decltype(s), decltype(p)>, table.piece_count, kThreads, stream, pointers,
+            table.parts, table.pieces, table.index);
       });
     });
-    check_launch("pack");
   }
 }
 

@@ -279,9 +279,9 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> pearson_single(
       (aligned ? launch<__nv_bfloat16, 8> : launch<__nv_bfloat16, 1>)(one, args, stream);
     }
   }
-  pearson_single_sum_kernel<<<1, kSumThreads, 0, stream>>>(
-      ends, parts.mutable_data_ptr<double>(), losses.mutable_data_ptr<float>(), loss.mutable_data_ptr<float>());
-  check_launch("pearson_single_sum");
+  launch_kernel(
+      "pearson_single_sum", pearson_single_sum_kernel, 1, kSumThreads, stream, ends, parts.mutable_data_ptr<double>(),
+      losses.mutable_data_ptr<float>(), loss.mutable_data_ptr<float>());
   return {loss, losses, table, gradients};
 }
 
@@ -310,13 +310,9 @@ void pearson_scale_(std::vector<Tensor> gradients, Tensor dloss) {
   const int64_t blocks = std::min<int64_t>((most + kPerBlock - 1) / kPerBlock, 8 * chip_of(device).sms);
   const cudaStream_t stream = current_stream(gradients[0]);
   const float* factor = dloss.const_data_ptr<float>();
-  const auto grid = static_cast<unsigned>(std::max<int64_t>(blocks, 1));
-  if (gradients[0].scalar_type() == ScalarType::Float) {
-    pearson_scale_kernel<float, 4><<<grid, kScaleThreads, 0, stream>>>(args, factor);
-  } else {
-    pearson_scale_kernel<__nv_bfloat16, 8><<<grid, kScaleThreads, 0, stream>>>(args, factor);
-  }
-  check_launch("pearson_scale");
+  const bool wide = gradients[0].scalar_type() == ScalarType::Float;
+  const auto kernel = wide ? pearson_scale_kernel<float, 4> : pearson_scale_kernel<__nv_bfloat16, 8>;
+  launch_kernel("pearson_scale", kernel, std::max<int64_t>(blocks, 1), kScaleThreads, stream, args, factor);
 }
 
 }  // namespace

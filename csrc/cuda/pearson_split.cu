@@ -26,10 +26,6 @@ struct Launch {
     blocks += more_blocks;
     channels += args.c;
   }
-  dim3 grid() const {
-    check(blocks <= 0x7fffffff, "pearson: ", blocks, " blocks are more than a grid holds");
-    return dim3(static_cast<unsigned>(blocks));
-  }
 };
 
 // Cuts one level into chunks; returns the number of its blocks.
@@ -114,18 +110,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pearson_fwd(
     dispatch(students[0].scalar_type(), [&](auto type) {
       using T = decltype(type);
       const auto kernel = launch.channels_last ? pearson_row_stats_kernel<T> : pearson_plane_stats_kernel<T>;
-      kernel<<<launch.grid(), kThreads, 0, stream>>>(launch.levels, cell_data);
+      launch_kernel("pearson_stats", kernel, launch.blocks, kThreads, stream, launch.levels, cell_data);
     });
-    check_launch("pearson_stats");
-    const unsigned blocks = static_cast<unsigned>(ceil_div(launch.channels, kThreads / 32));
-    pearson_finish_kernel<<<blocks, kThreads, 0, stream>>>(
+    launch_kernel(
+        "pearson_finish", pearson_finish_kernel, ceil_div(launch.channels, kThreads / 32), kThreads, stream,
         launch.levels, cell_data, results.table.mutable_data_ptr<float>(), results.moments.mutable_data_ptr<double>(),
         share_data, columns, eps, skip_constant);
-    check_launch("pearson_finish");
-    pearson_sum_kernel<<<1, kMaxLevels * 32, 0, stream>>>(
-        launch.levels, share_data, share_data + columns, &launch == &plan.launches.front(),
-        results.losses.mutable_data_ptr<float>(), results.loss.mutable_data_ptr<float>());
-    check_launch("pearson_sum");
+    launch_kernel(
+        "pearson_sum", pearson_sum_kernel, 1, kMaxLevels * 32, stream, launch.levels, share_data, share_data + columns,
+        &launch == &plan.launches.front(), results.losses.mutable_data_ptr<float>(),
+        results.loss.mutable_data_ptr<float>());
   }
   return results.tuple();
 }
@@ -149,10 +143,10 @@ std::vector<Tensor> pearson_bwd(
     dispatch(x[0].scalar_type(), [&](auto type) {
       using T = decltype(type);
       const auto kernel = launch.channels_last ? pearson_row_grad_kernel<T> : pearson_plane_grad_kernel<T>;
-      kernel<<<launch.grid(), kThreads, 0, stream>>>(
-          launch.levels, dloss.const_data_ptr<float>(), coefficients.const_data_ptr<float>(), total_channels(levels));
+      launch_kernel(
+          "pearson_grad", kernel, launch.blocks, kThreads, stream, launch.levels, dloss.const_data_ptr<float>(),
+          coefficients.const_data_ptr<float>(), total_channels(levels));
     });
-    check_launch("pearson_grad");
   }
   return gradients;
 }

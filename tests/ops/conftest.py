@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.ops.emulated import Emulation, compiled, shared_folder
+
 
 @pytest.fixture
 def exact_products() -> Iterator[None]:
@@ -13,3 +15,15 @@ def exact_products() -> Iterator[None]:
     torch.backends.cudnn.allow_tf32 = False
     yield
     torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.fixture(scope="session")
+def _emulated_operators(tmp_path_factory: pytest.TempPathFactory) -> Emulation:
+    return compiled(shared_folder(tmp_path_factory), "jdkd_emulated")
+
+
+@pytest.fixture
+def emulation(_emulated_operators: Emulation) -> Emulation:
+    """The CUDA operators on the host, their threads in an order that is the same in every run."""
+    _emulated_operators.reorder(0)
+    return _emulated_operators

@@ -1,25 +1,19 @@
-"""The single-pass kernel itself, compiled for the host and run thread by thread, against the 2x rule."""
+"""The single pass of the Pearson loss, thread by thread on the host, against the 2x rule."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
-import shutil
-import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.cpp_extension import include_paths
 
 from jdkd import _ext
 from jdkd.reference import pearson as reference
-from jdkd.testing import assert_within_twice
-from tests.ops.pearson_cases import CASES, PLAIN, WEIGHT, Case, eager, gradient_unit
+from tests.ops.emulated import Emulation, placed
+from tests.ops.pearson_cases import CASES, PLAIN, WEIGHT, Case, assert_as_exact_as_eager
 
-ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.bfloat16)
 # SMs, shared memory per block and per SM, largest cluster. The smaller the memory, the larger the clusters.
 HOPPER = (1, 232_448, 233_472, 16)
@@ -28,97 +22,55 @@ TINY = (1, 3_072 + 2_048, 18_432, 16)
 SPREAD = (10_000, 232_448, 233_472, 8)
 
 
-_SIZES = ("n", "c", "hw", "ranks", "teams", "chunk", "room", "first_cluster", "first_column", "first_part")
-
-
-class Level(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("s", "t", "ds")),
-        *((name, ctypes.c_int64) for name in _SIZES),
-        ("scale", ctypes.c_double),
-    )
-
-
-def cuda_headers() -> list[str]:
-    """Folders that hold cuda_bf16.h: the toolkit's, or that of the package."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(root) / "cu13" / "include" for root in (spec.submodule_search_locations if spec else [])]
-    return [str(folder) for folder in (*folders, Path("/usr/local/cuda/include")) if (folder / "cuda_bf16.h").is_file()]
-
-
-@pytest.fixture(scope="module")
-def emulate(tmp_path_factory):
-    compiler, headers = shutil.which("g++"), cuda_headers()
-    if compiler is None or not headers or not hasattr(_ext.module(), "pearson_plan"):
-        pytest.skip("needs g++, the headers of CUDA and jdkd._C")
-    library = tmp_path_factory.mktemp("emulation") / "emulation.so"
-    folders = [flag for folder in (*include_paths("cpu"), *headers) for flag in ("-isystem", folder)]
-    source = ROOT / "tests/ops/pearson_single_emulation.cpp"
-    command = [compiler, "-O1", "-std=c++17", "-shared", "-fPIC", "-w", f"-I{ROOT / 'csrc'}", *folders]
-    subprocess.run([*command, str(source), "-o", str(library)], check=True, timeout=300)
-    return ctypes.CDLL(str(library)).emulate
+@pytest.fixture
+def guarded(emulation: Emulation) -> Iterator[Emulation]:
+    """With tensors that begin at pages, and so at whole vectors."""
+    with emulation.memory("begin"):
+        yield emulation
 
 
 def single_pass(
-    emulate,
+    emulation: Emulation,
     students: list[Tensor],
     teachers: list[Tensor],
-    weights,
-    chip=HOPPER,
-    eps=1e-6,
-    skip_constant=False,
-    vector=0,
-):
-    """What jdkd_C::pearson_single returns, and the plan; ``vector`` 1 is the path of unaligned tensors."""
-    itemsize = students[0].element_size()
-    shapes = [(s.shape[0], s.shape[1], s.shape[2] * s.shape[3]) for s in students]
-    plan = _ext.module().pearson_plan(shapes, itemsize, *chip)
-    assert plan["fits"]
-    first = [sum(shape[1] for shape in shapes[:i]) for i in range(len(shapes))]
-    columns = sum(shape[1] for shape in shapes)
-    table = torch.full((2, reference.ROWS, columns), float("nan"))
-    counts = [shape[1] * level["ranks"] for shape, level in zip(shapes, plan["levels"], strict=True)]
-    parts = torch.full((sum(counts),), float("nan"), dtype=torch.float64)
-    gradients = [torch.full_like(s, float("nan")) for s in students]
-    for launch in plan["launches"]:
-        args = (Level * len(launch["levels"]))()
-        for arg, i in zip(args, launch["levels"], strict=True):
-            arg.s, arg.t, arg.ds = (side[i].data_ptr() for side in (students, teachers, gradients))
-            arg.n, arg.c, arg.hw = shapes[i]
-            for name in ("ranks", "teams", "chunk", "room", "first_cluster"):
-                setattr(arg, name, plan["levels"][i][name])
-            arg.first_column, arg.first_part, arg.scale = first[i], sum(counts[:i]), weights[i] / shapes[i][1]
-        emulate(
-            args, len(args), itemsize, vector or 16 // itemsize, ctypes.c_void_p(table.data_ptr()),
-            ctypes.c_void_p(parts.data_ptr()), ctypes.c_int64(columns), ctypes.c_double(eps), int(skip_constant),
-            ctypes.c_int64(launch["clusters"]), launch["cluster"], launch["warps"],
-            ctypes.c_int64(launch["shared_bytes"]),
-        )  # fmt: skip
-    losses = torch.stack([part.sum() for part in parts.split(counts)])
-    return losses.sum().float(), losses.float(), table, gradients, plan
+    weights: list[float],
+    chip: tuple[int, ...] = HOPPER,
+    eps: float = 1e-6,
+    skip_constant: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Loss, losses, table and the students' gradients."""
+    emulation.choose_chip(*chip)
+    return emulation.ops.pearson_single(students, teachers, weights, eps, skip_constant)
 
 
-def check(emulate, case: Case, **how) -> dict:
+def run(emulation: Emulation, case: Case, chip: tuple[int, ...] = HOPPER, *, aligned: bool = True) -> None:
     """Holds loss and students' gradients to the 2x rule, with an upstream of 1, and the table to the reference's."""
-    students, teachers = ([level.detach() for level in side] for side in replace(case, upstream=1.0).levels())
-    weights = [WEIGHT] * len(students)
-    loss, losses, table, gradients, plan = single_pass(emulate, students, teachers, weights, **how)
-    exact, rough = (eager(students, teachers, dtype, 1.0) for dtype in (torch.float64, torch.float32))
-    assert_within_twice(loss, rough[0], exact[0], what="loss", scale=exact[0].clamp(min=1e-2))
-    for i, (x, y, dx) in enumerate(zip(students, teachers, gradients, strict=True)):
-        unit = gradient_unit(x, y, 1.0)
-        assert_within_twice(dx, rough[i + 1].to(x.dtype), exact[i + 1], what=f"gradient {i}", scale=unit)
+    with emulation.memory("begin"):
+        students = [placed(level, 0 if aligned else 1) for level in case.levels()[0]]
+    with emulation.memory("begin" if aligned else "end"):
+        teachers = [placed(level, 0) for level in case.levels()[1]]
+        weights = [WEIGHT] * len(students)
+        loss, losses, table, gradients = single_pass(emulation, students, teachers, weights, chip)
+    assert_as_exact_as_eager(loss, gradients, students, teachers)
     _, expected_losses, expected, _ = reference.pearson_fwd(students, teachers, weights)
     torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(table[:, 3:], expected[:, 3:], rtol=1e-6, atol=1e-6)
-    return plan
 
 
-@pytest.mark.parametrize("vector", [0, 1], ids=["aligned", "unaligned"])
+def largest_cluster(case: Case, chip: tuple[int, ...]) -> int:
+    """Blocks of the largest cluster that the planner makes."""
+    if not hasattr(_ext.module(), "pearson_plan"):
+        pytest.skip("needs jdkd._C")
+    shapes = [(n, c, h * w) for n, c, h, w in case.shapes]
+    plan = _ext.module().pearson_plan(shapes, case.dtype.itemsize, *chip)
+    return max(launch["cluster"] for launch in plan["launches"])
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_is_as_exact_as_the_eager_formula_in_float32(emulate, name, dtype, vector):
-    check(emulate, replace(CASES[name], dtype=dtype), vector=vector)
+def test_is_as_exact_as_the_eager_formula_in_float32(emulation, name, dtype, aligned):
+    run(emulation, replace(CASES[name], dtype=dtype), aligned=aligned)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -132,27 +84,27 @@ def test_is_as_exact_as_the_eager_formula_in_float32(emulate, name, dtype, vecto
         (SPREAD, ((2, 3, 40, 20), (2, 9, 7, 11)), 8),
     ],
 )
-def test_channels_may_be_cut_over_clusters_or_packed_into_them(emulate, dtype, chip, shapes, cluster):
-    plan = check(emulate, Case(shapes=shapes, mean=3.0, dtype=dtype), chip=chip)
-    most = max(launch["cluster"] for launch in plan["launches"])
-    assert most == (cluster if dtype == torch.float32 or chip is SPREAD else most)
+def test_channels_may_be_cut_over_clusters_or_packed_into_them(emulation, dtype, chip, shapes, cluster):
+    case = Case(shapes=shapes, mean=3.0, dtype=dtype)
+    assert dtype == torch.bfloat16 or largest_cluster(case, chip) == cluster
+    run(emulation, case, chip)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(2, 2, 100, 168), (4, 1, 200, 336), (16, 9, 25, 42)])
-def test_channels_of_a_detector_keep_the_rule_on_the_chip_they_are_meant_for(emulate, dtype, shape):
-    check(emulate, Case(shapes=(shape,), mean=300.0, dtype=dtype))
+def test_channels_of_a_detector_keep_the_rule_on_the_chip_they_are_meant_for(emulation, dtype, shape):
+    run(emulation, Case(shapes=(shape,), mean=300.0, dtype=dtype))
 
 
-def test_a_loss_near_a_correlation_of_one_keeps_its_digits(emulate):
+def test_a_loss_near_a_correlation_of_one_keeps_its_digits(guarded):
     case = Case(shapes=((2, 3, 31, 33),), mean=300.0, r=1 - 5e-7)
     students, teachers = ([level.detach() for level in side] for side in case.levels())
-    loss = single_pass(emulate, students, teachers, [1.0], chip=SMALL)[0]
+    loss = single_pass(guarded, students, teachers, [1.0], chip=SMALL)[0]
     exact = reference.pkd_loss([s.double() for s in students], [t.double() for t in teachers])
     assert exact < 1e-6 and abs(loss - exact) < 1e-3 * exact
 
 
-def test_weights_eps_and_constant_channels_are_as_in_the_reference(emulate):
+def test_weights_eps_and_constant_channels_are_as_in_the_reference(guarded):
     students, teachers = (
         [level.detach() for level in side] for side in Case(shapes=((2, 3, 9, 7), (1, 4, 6, 5))).levels()
     )
@@ -160,9 +112,7 @@ def test_weights_eps_and_constant_channels_are_as_in_the_reference(emulate):
     students[0][0, 2, 0, 0] = float("nan")
     for skip_constant in (True, False):
         settings = [0.5, 2.0], 1e-3, skip_constant
-        _, losses, table, gradients, _ = single_pass(
-            emulate, students, teachers, settings[0], eps=settings[1], skip_constant=skip_constant
-        )
+        _, losses, table, gradients = single_pass(guarded, students, teachers, settings[0], HOPPER, *settings[1:])
         _, expected, expected_table, _ = reference.pearson_fwd(students, teachers, *settings)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
         expected_gradients = reference.pearson_bwd(torch.tensor(1.0), students, teachers, expected_table[0])
@@ -173,15 +123,26 @@ def test_weights_eps_and_constant_channels_are_as_in_the_reference(emulate):
             assert (table[:, :3, 1] == 0).all() and (gradients[0][:, 1] == 0).all() and (gradients[1][:, 2] == 0).all()
 
 
-def test_two_runs_with_copies_landing_in_another_order_give_the_same_bits(emulate):
-    students, teachers = ([level.detach() for level in side] for side in Case(shapes=((3, 2, 60, 41),)).levels())
-    runs = [single_pass(emulate, students, teachers, [1.0], chip=SMALL) for _ in range(2)]
-    (loss, _, table, (gradient,), plan), (again, _, table_again, (gradient_again,), _) = runs
-    assert plan["launches"][0]["cluster"] == 16
-    assert torch.equal(loss, again) and torch.equal(table, table_again) and torch.equal(gradient, gradient_again)
+def test_two_runs_with_copies_landing_in_another_order_give_the_same_bits(guarded):
+    case = Case(shapes=((3, 2, 60, 41),))
+    assert largest_cluster(case, SMALL) == 16
+    sides = [[level.detach() for level in side] for side in case.levels()]
+    runs = [single_pass(guarded, *sides, [1.0], SMALL) for _ in range(2)]
+    (*found, (gradient,)), (*again, (gradient_again,)) = runs
+    assert all(torch.equal(a, b) for a, b in zip((*found, gradient), (*again, gradient_again), strict=True))
 
 
-def test_the_plain_case_fills_every_cell(emulate):
+def test_the_plain_case_fills_every_cell(guarded):
     students, teachers = ([level.detach() for level in side] for side in PLAIN.levels())
-    _, losses, table, gradients, _ = single_pass(emulate, students, teachers, [1.0, 1.0])
-    assert all(t.isfinite().all() for t in (losses, table, *gradients))
+    loss, losses, table, gradients = single_pass(guarded, students, teachers, [1.0, 1.0])
+    assert all(t.isfinite().all() for t in (loss, losses, table, *gradients))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("where", ["begin", "end"])
+def test_an_upstream_gradient_scales_every_element_once(emulation, where, dtype):
+    with emulation.memory(where):
+        gradients = [torch.randn(shape).to(dtype) for shape in ((2, 3, 25, 43), (1, 5, 7, 11), (1, 1, 1, 3))]
+        expected = [(3.0 * gradient.float()).to(dtype) for gradient in gradients]
+        emulation.ops.pearson_scale_(gradients, torch.tensor(3.0))
+    assert all(torch.equal(found, wanted) for found, wanted in zip(gradients, expected, strict=True))

@@ -1,0 +1,296 @@
+"""Bugs planted in a copy of the CUDA sources, each behind a switch, so that all of them take one compilation."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.ops.emulated import SOURCES
+
+
+class Bug(NamedTuple):
+    """In ``file``, ``right`` becomes ``wrong``, where ``BUG`` is true or 1 while the bug is switched on."""
+
+    what: str
+    trial: str  # what must show it,
+    net: str  # and how
+    file: str
+    right: str
+    wrong: str
+
+
+# What the emulation says, or the comparison with float64.
+NETS = {
+    "page": "touches memory .* an allocation",
+    "sanitizer": "overflows, leaves an array, or uses a pointer that is not aligned",
+    "vector": "a vector access is not aligned",
+    "wait": "waits for ever",
+    "warp": "lanes of a warp wait at .* and at",
+    "copy": "a bulk copy reads past its tensor",
+    "barrier": "an mbarrier is used before it was initialised",
+    "value": "errs by|^assert",
+}
+BUGS = (
+    # ---- Pearson, split form: planes ----
+    Bug(
+        "a chunk of a plane is one element too long",
+        "planes", "page", "cuda/pearson_planes.cuh",
+        "min(level.chunk, level.hw - start)) : 0", "min(level.chunk, level.hw - start)) + BUG : 0",
+    ),
+    Bug(
+        "the last edge of a plane gets no gradient",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "if (where.lane < split.edges) {", "if (where.lane < split.edges - BUG) {",
+    ),
+    Bug(
+        "the last vector of a plane gets no gradient",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "first < split.packs; first +=", "first < split.packs - BUG; first +=",
+    ),
+    Bug(
+        "the teacher is read in vectors whatever its address",
+        "planes", "vector", "cuda/pearson_planes.cuh",
+        "wide_t = is_pack_aligned(t_at + split.head)", "wide_t = BUG || is_pack_aligned(t_at + split.head)",
+    ),
+    Bug(
+        "the gradient is written in vectors whatever its address",
+        "planes", "vector", "cuda/pearson_planes.cuh",
+        "wide_dx = is_pack_aligned(dx + split.head)", "wide_dx = BUG || is_pack_aligned(dx + split.head)",
+    ),
+    Bug(
+        "images share a cell",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "plane / level.c * level.chunks + piece", "plane / level.c * level.chunks * !BUG + piece",
+    ),
+    Bug(
+        "the heads' gradient is left out of vectors",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "result[e] = dout ?", "result[e] = dout && !BUG ?",
+    ),
+    Bug(
+        "the sum before may still be read from the scratch",
+        "planes", "value", "common/reduce.cuh",
+        "__syncthreads();  // whoever", "if (!BUG) __syncthreads();  // whoever",
+    ),
+    Bug(
+        "the scratch is read before it is written",
+        "planes", "value", "common/reduce.cuh",
+        "  __syncthreads();\n#pragma unroll", "  if (!BUG) __syncthreads();\n#pragma unroll",
+    ),
+    Bug(
+        "the scratch is used past its end",
+        "planes", "sanitizer", "common/reduce.cuh",
+        "scratch[threadIdx.x / 32 * N + i]", "scratch[(threadIdx.x / 32 + BUG * 25) * N + i]",
+    ),
+    Bug(
+        "lanes of a warp part at a barrier",
+        "planes", "warp", "common/reduce.cuh",
+        "  warp_sum(values);\n",
+        "  warp_sum(values);\n  if (BUG && threadIdx.x % 2) {\n    __syncthreads();\n  } else\n",
+    ),
+    Bug(
+        "half a warp leaves before the sum",
+        "planes", "wait", "common/reduce.cuh",
+        "  constexpr int kWarps = kThreads / 32;\n",
+        "  constexpr int kWarps = kThreads / 32;\n  if (BUG && threadIdx.x == 40) return;\n",
+    ),
+    # ---- rows ----
+    Bug(
+        "a thread holds a row too many",
+        "rows", "page", "cuda/pearson_rows.cuh",
+        "? (n - where.lane + Shape::kLanes - 1)", "? (n + BUG - where.lane + Shape::kLanes - 1)",
+    ),
+    Bug(
+        "channels past the last one are read",
+        "rows", "page", "cuda/pearson_rows.cuh",
+        "where.channel < level.c ? (n", "BUG || where.channel < level.c ? (n",
+    ),
+    Bug(
+        "channels past the last one get a gradient",
+        "rows", "page", "cuda/pearson_rows.cuh",
+        "if (where.channel >= level.c) {", "if (!BUG && where.channel >= level.c) {",
+    ),
+    Bug(
+        "the last row of a chunk gets no gradient",
+        "rows", "value", "cuda/pearson_rows.cuh",
+        "last = min(first + level.chunk, level.n * level.hw);",
+        "last = min(first + level.chunk, level.n * level.hw) - BUG;",
+    ),
+    Bug(
+        "totals are added before every warp has put its sums",
+        "rows", "value", "cuda/pearson_rows.cuh",
+        "    __syncthreads();\n    for (int i = threadIdx.x; i < kSums",
+        "    if (!BUG) __syncthreads();\n    for (int i = threadIdx.x; i < kSums",
+    ),
+    Bug(
+        "totals are read before they are added",
+        "rows", "value", "cuda/pearson_rows.cuh",
+        "    __syncthreads();\n    return totals;", "    if (!BUG) __syncthreads();\n    return totals;",
+    ),
+    Bug(
+        "betas are read before they are written",
+        "rows", "value", "cuda/pearson_rows.cuh",
+        "    all_betas[threadIdx.x] = beta;\n  }\n  __syncthreads();",
+        "    all_betas[threadIdx.x] = beta;\n  }\n  if (!BUG) __syncthreads();",
+    ),
+    Bug(
+        "rows are taken for vectors whatever their address",
+        "rows", "vector", "cuda/pearson_split.cu",
+        "== 0 && is_pack_aligned(args.x)", "== 0 && (BUG || is_pack_aligned(args.x))",
+    ),
+    # ---- what both share ----
+    Bug(
+        "a block takes the level before its own",
+        "planes", "value", "cuda/pearson_levels.cuh",
+        "< levels.at[i].first_block", "< levels.at[i].first_block + BUG",
+    ),
+    Bug(
+        "every second chunk is joined",
+        "rows", "value", "cuda/pearson_kernels.cuh",
+        "chunk < count; chunk += 32", "chunk < count; chunk += 32 + 32 * BUG",
+    ),
+    Bug(
+        "the losses of levels are read before they are written",
+        "planes", "value", "cuda/pearson_kernels.cuh",
+        "  __syncthreads();\n  if (threadIdx.x == 0) {", "  if (!BUG) __syncthreads();\n  if (threadIdx.x == 0) {",
+    ),
+    Bug(
+        "the shares have no place for their sum",
+        "planes", "page", "cuda/pearson_split.cu",
+        "{columns + 1}", "{columns + 1 - BUG}",
+    ),
+    # ---- packing ----
+    Bug(
+        "a piece has a row too many",
+        "pack", "page", "cuda/pack.cu",
+        "min(part.tile_rows, part.rows - piece.row)", "min(part.tile_rows, part.rows - piece.row + BUG)",
+    ),
+    Bug(
+        "a piece has a column too few",
+        "pack", "value", "cuda/pack.cu",
+        "min(part.tile_columns, part.columns - piece.column)",
+        "min(part.tile_columns, part.columns - piece.column - BUG)",
+    ),
+    Bug(
+        "the last vector is not copied",
+        "pack", "value", "cuda/pack.cu",
+        "(i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;\n    transfer<action, V>(",
+        "(i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;\n"
+        "    if (!BUG || i < total - 1) transfer<action, V>(",
+    ),
+    Bug(
+        "the last element is not gathered",
+        "pack", "value", "cuda/pack.cu",
+        "total = work.rows * work.taps * work.columns;", "total = work.rows * work.taps * work.columns - BUG;",
+    ),
+    Bug(
+        "rows lie one element further apart",
+        "pack", "sanitizer", "cuda/pack.cu",
+        "* part.row_stride;", "* (part.row_stride + BUG);",
+    ),
+    Bug(
+        "a list is read one place further on",
+        "pack", "page", "cuda/pack.cu",
+        "index[part.column_list + column]", "index[part.column_list + column + BUG]",
+    ),
+    Bug(
+        "vectors are copied whatever the shared side's address",
+        "pack", "sanitizer", "cuda/pack.cu",
+        "packed_wide && is_pack_aligned(work.shared)", "packed_wide && (BUG || is_pack_aligned(work.shared))",
+    ),
+    Bug(
+        "a turn reads vectors whatever the address",
+        "pack", "sanitizer", "cuda/pack.cu",
+        "per_row % 4 == 0 &&\n      is_pack_aligned(work.shared)",
+        "per_row % 4 == 0 &&\n      (BUG || is_pack_aligned(work.shared))",
+    ),
+    Bug(
+        "packed weights are read from the turn before it is full",
+        "pack", "value", "cuda/pack.cu",
+        "      turn_shared_side<action>(work, cells, pitch);\n      __syncthreads();",
+        "      turn_shared_side<action>(work, cells, pitch);\n      if (!BUG) __syncthreads();",
+    ),
+    Bug(
+        "gradients are read from the turn before it is full",
+        "pack", "value", "cuda/pack.cu",
+        "      __syncthreads();\n      turn_shared_side<action>",
+        "      if (!BUG) __syncthreads();\n      turn_shared_side<action>",
+    ),
+    Bug(
+        "the turn is used past its end",
+        "pack", "sanitizer", "cuda/pack.cu",
+        "(work.columns + 3) / 4 * 4 + 4;", "(work.columns + 3) / 4 * 4 + 4 + 400 * BUG;",
+    ),
+    Bug(
+        "a gradient replaces what it should be added to",
+        "pack", "value", "cuda/pack.cu",
+        "action == Action::kAdd ? as_float(shared) + packed",
+        "action == Action::kAdd && !BUG ? as_float(shared) + packed",
+    ),
+    # ---- Pearson, single pass ----
+    Bug(
+        "a bulk copy reads past the tensor",
+        "single", "copy", "ops/pearson_plan.h",
+        "return vectors_of(r) < left ?", "return BUG || vectors_of(r) < left ?",
+    ),
+    Bug(
+        "a stage waits for half of its bytes",
+        "single", "wait", "cuda/pearson_single_team.cuh",
+        "hopper::barrier_expect(barriers + stage, 2 * bytes);",
+        "hopper::barrier_expect(barriers + stage, (2 - BUG) * bytes);",
+    ),
+    Bug(
+        "a sweep does not wait for its stage",
+        "single", "value", "cuda/pearson_single.cuh",
+        "hopper::barrier_wait(barriers + stage);", "if (!BUG) hopper::barrier_wait(barriers + stage);",
+    ),
+    Bug(
+        "barriers are used before they are initialised",
+        "single", "barrier", "cuda/pearson_single.cuh",
+        "  __syncthreads();\n  if (V > 1 && team.thread < 32) {",
+        "  if (!BUG) __syncthreads();\n  if (V > 1 && team.thread < 32) {",
+    ),
+    Bug(
+        "plain loads are swept before they have landed",
+        "single", "value", "cuda/pearson_single.cuh",
+        "  team.sync();\n  sweep_statistics", "  if (!BUG) team.sync();\n  sweep_statistics",
+    ),
+    Bug(
+        "moments are read before the others have written theirs",
+        "single", "value", "cuda/pearson_single.cuh",
+        "    hopper::cluster_arrive();\n    hopper::cluster_wait();",
+        "    hopper::cluster_arrive();\n    if (!BUG) hopper::cluster_wait();",
+    ),
+    Bug(
+        "a block leaves while others read its moments",
+        "single", "value", "cuda/pearson_single.cuh",
+        "hopper::cluster_wait();  // others", "if (!BUG) hopper::cluster_wait();  // others",
+    ),
+    Bug(
+        "the coefficients are read before they are finished",
+        "single", "value", "cuda/pearson_single.cuh",
+        "  if (works) {\n    team.sync();", "  if (works) {\n    if (!BUG) team.sync();",
+    ),
+    Bug(
+        "the losses of warps are added before all are there",
+        "single", "value", "cuda/pearson_single.cu",
+        "  __syncthreads();\n  if (warp < ends.count) {", "  if (!BUG) __syncthreads();\n  if (warp < ends.count) {",
+    ),
+)  # fmt: skip
+
+
+def planted_sources(folder: Path) -> Path:
+    """A copy of ``csrc`` in which bug i + 1 of :data:`BUGS` is behind ``planted == i + 1``."""
+    shutil.copytree(SOURCES, folder)
+    texts: dict[str, str] = {}
+    for number, bug in enumerate(BUGS, start=1):
+        text = texts.setdefault(bug.file, (folder / bug.file).read_text())
+        assert text.count(bug.right) == 1, f"{bug.what}: {bug.file} has {text.count(bug.right)} times {bug.right!r}"
+        texts[bug.file] = text.replace(bug.right, bug.wrong.replace("BUG", f"(planted == {number})"))
+    types = "common/element_type.cuh"  # all of them as float32: what is not compiled takes no time
+    texts[types] = re.sub(r"launch\(__\w+\{\}\)", "launch(float{})", (folder / types).read_text())
+    for file, text in texts.items():
+        (folder / file).write_text(text)
+    return folder
