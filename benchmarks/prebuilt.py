@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "prebuilt"
-OF_PYTHON = ("module.cpp", "ops/pearson_plan.cpp")  # in csrc/; no other file includes Python.h
+OF_PYTHON = ("module.cpp", "ops/pearson_plan_bindings.cpp")  # in csrc/; no other file includes Python.h
 
 
 def sources() -> str:
