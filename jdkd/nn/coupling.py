@@ -175,8 +175,8 @@ def _sides(group: str, given: Any) -> tuple[ChannelSlot, ...]:
         slot = ChannelSlot(*side)
         if (repeat := integer(slot.repeat)) is None:
             raise InputError(
-                f"ElasticGroups: group {group!r} has repeat {slot.repeat!r} of {slot.module}; give an int, the features "
-                "of one channel"
+                f"ElasticGroups: group {group!r} has repeat {slot.repeat!r} of {slot.module}; give an int, the "
+                "features of one channel"
             )
         sides.append(slot._replace(repeat=repeat))
     return tuple(sides)
