@@ -22,6 +22,8 @@ def plain(value: Any) -> Any:
 
 def integer(value: Any) -> int | None:
     """Returns: an integer of any kind as an int; None for anything else, numbers on a device too."""
+    if type(value) is int:
+        return value
     value = plain(value)
     if isinstance(value, bool | Tensor) or not hasattr(value, "__index__"):
         return None
