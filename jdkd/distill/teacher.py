@@ -200,9 +200,8 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
 
 def _say_if_compiled(teacher: nn.Module, route: Route) -> None:
     """A teacher that was compiled as a whole cannot be run up to its neck as such."""
-    parts = {id(module) for module in route.entrance.modules()}
-    whole = [module for module in teacher.modules() if id(module) not in parts]
-    if any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module in whole):
+    holds = (m for m in teacher.modules() if m is not route.entrance and any(p is route.entrance for p in m.modules()))
+    if any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module in holds):
         say_once(
             "the teacher was compiled as a whole, and runs uncompiled: distillation needs it up to its neck alone; "
             "compile its backbone instead (teacher.backbone.compile())"
