@@ -21,6 +21,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from jdkd import _backend
 from jdkd.errors import InputError
+from jdkd.ops import elastic_check
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part, gather, on_device, scatter
 from jdkd.ops.aten_conv import conv2d_gradients
 from jdkd.ops.elastic_conv import conv_channels
@@ -31,9 +32,6 @@ _OP = "elastic_levels"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda", "cpu")  # where the kernel can run
 ACTIVATIONS = ("none", "relu")
-
-_backend.register(_OP, "reference", why="ATen level by level on the active part of the weight")
-_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why="only on request, since it has not been timed on a GPU yet")
 
 
 def elastic_conv2d_levels(
@@ -222,11 +220,11 @@ def _kernel_runs(x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         return _selected(x.device.type, x.dtype) == "triton"
-    return _backend.select(_OP, x) == "triton"
+    return _backend.select(_OP, x, "forward") == "triton"
 
 
 def _selected(device: str, dtype: torch.dtype) -> str:
-    return _backend.select(_OP, torch.empty(0, device=device, dtype=dtype))
+    return _backend.select(_OP, torch.empty(0, device=device, dtype=dtype), "forward")
 
 
 # What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
@@ -310,13 +308,14 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     rows, columns = Channels(out_channels, out_index), Channels(xs[0].shape[1], in_index)
     bias = None if bias is None else gather(bias, rows, Channels(1))  # [Cout]
-    if _backend.select(_OP, xs[0]) == "triton":
+    if _backend.select(_OP, xs[0], "forward") == "triton":
         from jdkd.kernels.elastic_levels import small
 
         xs, ys = [_channels_last(x) for x in xs], _outputs(xs, out_channels, kernel, padding)
         if small(xs, ys):
             bias = None if bias is None else bias.contiguous()
-            _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu)
+            allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+            _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu, allow_tf32)
             return ys
     part = _part(weight, rows, columns, tuple(kernel), xs[0].dtype)
     bias = None if bias is None else bias.to(part.dtype)
@@ -326,7 +325,7 @@ def _forward(
 
 def _launch(
     xs: list[Tensor], weight: Tensor, bias: Tensor | None, ys: list[Tensor], rows: Channels, columns: Channels,
-    kernel: tuple[int, int], padding: tuple[int, int], relu: bool,
+    kernel: tuple[int, int], padding: tuple[int, int], relu: bool, allow_tf32: bool,
 ) -> None:  # fmt: skip
     """Runs the kernel on the weight where it lies, or on a packed copy of its active part."""
     from jdkd.kernels.elastic_levels import Window, elastic_levels_fwd, readable_in_place
@@ -339,7 +338,6 @@ def _launch(
         width = (columns.count + vector - 1) // vector * vector  # rows of whole 16 bytes
         packed = weight.new_empty((rows.count, *kernel, width), dtype=dtype)[..., : columns.count]
         operand = packed.copy_(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     elastic_levels_fwd(
         xs, operand, bias, ys, Window(padding=padding), relu=relu, whole=weight.shape[0], allow_tf32=allow_tf32
     )
@@ -387,6 +385,10 @@ def _backward_fake(
     )
 
 
+_backend.register(_OP, "reference", why="ATen level by level on the active part of the weight")
+_checks = {"forward": lambda _, *where: elastic_check.levels(_launch, *where)}
+_why = "only on request, since it has not been timed on a GPU yet"
+_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why=_why, checks=_checks)
 _library.impl("elastic_levels_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("elastic_levels_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("jdkd::elastic_levels_fwd", _forward_fake, lib=_library)

@@ -210,9 +210,9 @@ def measured(monkeypatch, device) -> Iterator[Region]:
     planted = tuple(path._replace(fastest=(region,)) if path.name == "pointwise" else path for path in PATHS)
     monkeypatch.setattr(elastic_paths, "PATHS", planted)
     monkeypatch.setattr(elastic_paths, "_KERNELS", {path.name: path for path in planted[:2]})
-    elastic_paths._measured.cache_clear()
+    elastic_paths._measured.clear()
     yield region
-    elastic_paths._measured.cache_clear()
+    elastic_paths._measured.clear()
 
 
 @by_dynamo
