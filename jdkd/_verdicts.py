@@ -260,12 +260,17 @@ def _sources() -> str:
 def folder(device: torch.device) -> Path | None:
     """Where the verdicts on a device lie; None where there is no home to keep them in."""
     try:
-        named = os.environ.get("JDKD_CACHE")
-        root = Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdkd"
+        root = _root()
     except RuntimeError:  # no home
         return None
     key = json.dumps(environment(device), sort_keys=True)
     return root / "verdicts" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+
+def _root() -> Path:
+    if named := os.environ.get("JDKD_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdkd"
 
 
 def read(name: str, device: torch.device) -> Verdict | None:
