@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from jdkd.errors import InputError
+from jdkd.ops.exporting import is_exporting
 
 
 class Channels(NamedTuple):
@@ -144,6 +145,8 @@ def active_part(tensor: Tensor, rows: Channels, columns: Channels | None = None,
         if columns is None:
             columns = Channels(tensor.shape[1] if tensor.dim() > 1 else 1)
         indices = on_device(rows.index, tensor.device), on_device(columns.index, tensor.device)
+        if is_exporting():
+            return gather(tensor, Channels(rows.count, indices[0]), Channels(columns.count, indices[1]), kernel)
         return _Gather.apply(tensor, rows.count, columns.count, *indices, kernel)
     shape = tensor.shape
     if len(shape) == 1:

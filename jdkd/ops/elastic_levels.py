@@ -26,6 +26,7 @@ from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
 from jdkd.ops.aten_conv import conv2d_gradients
 from jdkd.ops.elastic_conv import conv_channels
 from jdkd.ops.elastic_paths import ON_REQUEST, dtype_of
+from jdkd.ops.exporting import is_exporting
 from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
 
 _OP = "elastic_levels"
@@ -216,7 +217,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _kernel_runs(x: Tensor) -> bool:
     """Whether the Triton kernel was asked for and takes ``x``; a compiled graph keeps its first answer."""
-    if x.device.type not in _DEVICES:
+    if x.device.type not in _DEVICES or is_exporting():
         return False
     if torch.compiler.is_compiling():
         return _selected(x.device.type, x.dtype) == "triton"

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -21,6 +22,7 @@ from jdkd.errors import InputError
 from jdkd.ops import elastic_check, elastic_paths
 from jdkd.ops.active_channels import Channels, active_channels, gather, scatter
 from jdkd.ops.aten_conv import conv2d_gradients
+from jdkd.ops.exporting import is_exporting
 from jdkd.reference import elastic_pointwise as reference
 
 _OP = "elastic_pointwise"
@@ -69,7 +71,8 @@ def elastic_pointwise_conv2d(
     wide = reference.wide_dtype(x.dtype)
     scale, shift = (None if vector is None else vector.to(wide) for vector in (scale, shift))
     residual = None if residual is None else residual.to(x.dtype)
-    return _ElasticPointwise.apply(x, weight, scale, shift, residual, count, stride, activation, False)[0]
+    run = _composed if is_exporting() else _ElasticPointwise.apply
+    return run(x, weight, scale, shift, residual, count, stride, activation, False)[0]
 
 
 def elastic_pointwise_conv2d_stats(
@@ -94,7 +97,8 @@ def elastic_pointwise_conv2d_stats(
     """
     count = _checked(x, weight, out_channels, stride)
     settings = (None, None, None, count, stride, "none", True)
-    y, stats = _ElasticPointwise.apply(x.to(elastic_paths.dtype_of(x)), weight, *settings)
+    run = _composed if is_exporting() else _ElasticPointwise.apply
+    y, stats = run(x.to(elastic_paths.dtype_of(x)), weight, *settings)
     return y, stats[0], stats[1]
 
 
@@ -144,6 +148,16 @@ def _check_epilogue(
         )
     if elastic_paths.dtype_of(residual) != elastic_paths.dtype_of(x):
         raise InputError(f"residual is {residual.dtype} and x {x.dtype}; cast the residual to {x.dtype}")
+
+
+def _composed(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    out_channels: int, stride: int, activation: str, stats: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ATen and its autograd, for a program that is exported."""
+    total = F.conv2d(x, _part(weight, out_channels, x), stride=stride)
+    y = total if stats else reference.epilogue(total, scale, shift, residual, activation)
+    return _channels_last(y), reference.moments(total) if stats else total
 
 
 class _ElasticPointwise(torch.autograd.Function):

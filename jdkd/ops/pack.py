@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from jdkd.errors import InputError
 from jdkd.ops import pack_operators  # noqa: F401  torch.ops.jdkd.pack, unpack and unpack_add_
-from jdkd.ops.active_channels import Channels
+from jdkd.ops.active_channels import Channels, active_part
+from jdkd.ops.exporting import is_exporting
 from jdkd.ops.pack_table import dense_views, packed_numel, packed_views
 
 GRAD_MODES = ("autograd", "main_grad")
@@ -140,6 +141,8 @@ def packed_weights(
             if weight.requires_grad and not weight.is_leaf:
                 raise InputError(f"weight {place} is no leaf and keeps no gradient; use grad_mode='autograd'")
     flat = _flattened(weights, parts, "weights")
+    if is_exporting():
+        return _exported(weights, parts, dtype, grad_mode)
     with torch.no_grad():
         buffer = torch.ops.jdkd.pack(list(weights), *flat, dtype)
     packed, offset = [], 0
@@ -148,6 +151,21 @@ def packed_weights(
         packed += _PackedWeights.apply(buffer, offset, grad_mode, *own, *[weights[i] for i in places])
         offset += packed_numel(own.sizes, dtype.itemsize)
     return packed
+
+
+def _exported(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype, grad_mode: str) -> list[Tensor]:
+    """The packed weights of a program that is exported, one by one, with the gradients of plain torch."""
+    if grad_mode == "main_grad":
+        raise InputError(
+            "grad_mode='main_grad' adds to weight.grad itself, which an exported program cannot; use 'autograd'"
+        )
+    packed = [
+        active_part(weight, part.rows, part.columns, part.kernel) for weight, part in zip(weights, parts, strict=True)
+    ]
+    return [
+        part.to(dtype).contiguous(memory_format=torch.channels_last if part.dim() == 4 else torch.contiguous_format)
+        for part in packed
+    ]
 
 
 def _groups(weights: Sequence[Tensor], grad_mode: str) -> list[Sequence[int]]:

@@ -177,11 +177,7 @@ class _PearsonLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, _: None, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise NotImplementedError(
-                "the Pearson loss was differentiated with create_graph=True, but its gradient has no derivative; "
-                "use jdkd.reference.pearson.pkd_loss there"
-            )
+        refuse_second_derivative()
         levels, needs = ctx.levels, ctx.needs_input_grad[4:]
         heads = list(dout) or [None] * levels
         unmasked = [None] * (levels if ctx.masked else 0)
@@ -206,6 +202,15 @@ class _PearsonLoss(torch.autograd.Function):
             else:
                 gradients += [None] * levels
         return (*_NO_SETTINGS, *gradients, *unmasked)
+
+
+def refuse_second_derivative() -> None:
+    """Raises, in a backward pass that is to be differentiated itself."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "the Pearson loss was differentiated with create_graph=True, but its gradient has no derivative; "
+            "use jdkd.reference.pearson.pkd_loss there"
+        )
 
 
 def _gradient(

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from jdkd.errors import InputError
+from jdkd.ops import pearson_exported
+from jdkd.ops.exporting import is_exporting
 from jdkd.ops.pearson import Settings, pearson_loss
 from jdkd.ops.pearson_pairs import as_levels, in_order_of, paired, rebuilt
 from jdkd.ops.pearson_settings import masks_of, settings_of
@@ -150,10 +152,24 @@ def _compared(
     compiling = torch.compiler.is_compiling()
     inside = 1.0 if compiling else loss_weight
     settings = settings_of(len(students), level_weights, inside, statistics, zero_variance, group)
-    loss, losses, tapped = pearson_loss(students, teachers, settings, masks_of(mask, students), tap=tap)
+    loss, losses, tapped = _traceable(students, teachers, settings, masks_of(mask, students), tap=tap)
     if compiling:
         loss, losses = loss_weight * loss, loss_weight * losses
     return loss, losses, tapped
+
+
+def _traceable(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    settings: Settings,
+    masks: Sequence[Tensor] = (),
+    *,
+    tap: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """:func:`pearson_loss`, or what an exported program holds of it; its tap adds gradients as autograd does."""
+    if is_exporting():
+        return *pearson_exported.pearson_loss(students, teachers, settings, masks), list(students)
+    return pearson_loss(students, teachers, settings, masks, tap=tap)
 
 
 def dist_loss(
@@ -209,4 +225,4 @@ def dist_loss(
     if not relations:
         raise InputError("inter_weight and intra_weight are both 0; give at least one of them")
     settings = Settings(tuple(tau**2 * weight for *_, weight in relations), eps=DIST_EPS)
-    return pearson_loss([a for a, _, _ in relations], [b for _, b, _ in relations], settings)[0]
+    return _traceable([a for a, _, _ in relations], [b for _, b, _ in relations], settings)[0]
