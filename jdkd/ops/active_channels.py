@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from jdkd.errors import InputError
-from jdkd.ops.exporting import is_exporting
+from jdkd.ops.transforms import is_looked_into
 
 
 class Channels(NamedTuple):
@@ -63,6 +63,8 @@ def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channel
             return _listed(value.tolist(), maximum, argument)
         _check_count(value.numel(), maximum, argument)
         return Channels(value.numel(), value.long())
+    if hasattr(value, "tolist"):  # numpy's numbers and arrays
+        return active_channels(value.tolist(), maximum, argument)
     if isinstance(value, bool) or not isinstance(value, Sequence) or isinstance(value, str):
         raise InputError(f"{argument}={value!r} is no channel count; give an int, a list of indices or None for all")
     return _listed(value, maximum, argument)
@@ -70,6 +72,7 @@ def active_channels(value: ChannelsLike, maximum: int, argument: str) -> Channel
 
 def _listed(indices: Sequence[int], maximum: int, argument: str) -> Channels:
     _check_count(len(indices), maximum, argument)
+    indices = [index.tolist() if hasattr(index, "tolist") else index for index in indices]  # numpy's
     for index in indices:
         if isinstance(index, bool) or not isinstance(index, int):
             raise InputError(f"{argument} holds {index!r}; list the indices of the active channels as ints")
@@ -145,7 +148,7 @@ def active_part(tensor: Tensor, rows: Channels, columns: Channels | None = None,
         if columns is None:
             columns = Channels(tensor.shape[1] if tensor.dim() > 1 else 1)
         indices = on_device(rows.index, tensor.device), on_device(columns.index, tensor.device)
-        if is_exporting():
+        if is_looked_into():
             return gather(tensor, Channels(rows.count, indices[0]), Channels(columns.count, indices[1]), kernel)
         return _Gather.apply(tensor, rows.count, columns.count, *indices, kernel)
     shape = tensor.shape
@@ -230,8 +233,6 @@ def scatter(part: Tensor, like: Tensor, rows: Channels, columns: Channels, kerne
 class _Gather(torch.autograd.Function):
     """Autograd of :func:`gather`; linear, so its second derivative is :class:`_Scatter`'s first."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         tensor: Tensor, rows: int, columns: int, row_index: Tensor | None, column_index: Tensor | None, kernel: Kernel
@@ -241,9 +242,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
         tensor, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel = inputs
-        # Only its shape, layout and dtype are read: as .data it may be written into before backward. vmap has no .data.
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        ctx.save_for_backward(tensor if transformed else tensor.data, row_index, column_index)
+        # Only its shape, layout and dtype are read: as .data it may be written into before backward.
+        ctx.save_for_backward(tensor.data, row_index, column_index)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -254,8 +254,6 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     """Autograd of :func:`scatter`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(

@@ -24,10 +24,10 @@ from jdkd.errors import InputError
 from jdkd.ops import elastic_check
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part, gather, on_device, scatter
 from jdkd.ops.aten_conv import conv2d_gradients
-from jdkd.ops.elastic_conv import conv_channels
+from jdkd.ops.elastic_conv import check_weight, conv_channels
 from jdkd.ops.elastic_paths import ON_REQUEST, dtype_of
-from jdkd.ops.exporting import is_exporting
 from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
+from jdkd.ops.transforms import is_looked_into
 
 _OP = "elastic_levels"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,6 +73,7 @@ def elastic_conv2d_levels(
         Heads shared by all levels: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4; leading
         channels of one shared weight: Cai et al., Once-for-All, ICLR 2020, section 3.2.
     """
+    check_weight(weight, bias)
     inputs, outputs, _ = conv_channels(weight.shape, 1, in_channels, out_channels)
     kernel = active_kernel(kernel_size, weight.shape[2:])
     padding = active_padding(kernel, weight.shape[2:], padding, 1)
@@ -184,10 +185,12 @@ def _check(
     """Raises InputError on what no backend takes."""
     if activation not in ACTIVATIONS:
         raise InputError(f"activation={activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-    if isinstance(xs, Tensor) or not xs:
-        what = "a single tensor" if isinstance(xs, Tensor) else "no level"
+    if not isinstance(xs, list | tuple) or not xs:
+        what = "no level" if isinstance(xs, list | tuple) else f"a {type(xs).__name__}"
         raise InputError(f"xs is {what}; give a list of levels [N, Cin, H, W]")
     for i, x in enumerate(xs):
+        if not isinstance(x, Tensor):
+            raise InputError(f"level {i} is a {type(x).__name__}; give floating tensors [N, Cin, H, W]")
         if x.dim() != 4 or not x.is_floating_point():
             raise InputError(f"level {i} is a {x.dim()}-dimensional {x.dtype} tensor; give floating [N, Cin, H, W]")
         if x.dtype != xs[0].dtype or x.device != xs[0].device:
@@ -217,7 +220,7 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _kernel_runs(x: Tensor) -> bool:
     """Whether the Triton kernel was asked for and takes ``x``; a compiled graph keeps its first answer."""
-    if x.device.type not in _DEVICES or is_exporting():
+    if x.device.type not in _DEVICES or is_looked_into():
         return False
     if torch.compiler.is_compiling():
         return _selected(x.device.type, x.dtype) == "triton"

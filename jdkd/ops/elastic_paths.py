@@ -16,8 +16,8 @@ from torch import Tensor
 
 from jdkd import _backend
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.exporting import is_exporting
 from jdkd.ops.kernel_size import Padding, pair
+from jdkd.ops.transforms import is_looked_into
 
 _ANY = (1, 2**63)
 _SIZES = ("positions", "in_channels", "out_channels")
@@ -334,11 +334,11 @@ def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int], form: str) -> bo
 
 
 def only_aten(device: str) -> bool:
-    """Whether no kernel was asked for and none measured fastest on this type of device, the usual case, at once; or a
-    program is exported, which keeps ATen's gradient and no other."""
+    """Whether no kernel was asked for and none measured fastest on this type of device, the usual case, at once; or the
+    call is looked into, by ``torch.export`` or ``torch.func``: they know ATen's gradient and no other."""
     kinds = [region.device for path in PATHS for region in path.fastest]
     by_default = any(kind == device or (device == "cuda" and kind.startswith("sm_")) for kind in kinds)
-    return is_exporting() or (_backend.requested() is None and not by_default)
+    return is_looked_into() or (_backend.requested() is None and not by_default)
 
 
 def _unwanted(path: Path, product: Product, form: str = "forward") -> str | None:

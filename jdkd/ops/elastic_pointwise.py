@@ -22,7 +22,7 @@ from jdkd.errors import InputError
 from jdkd.ops import elastic_check, elastic_paths
 from jdkd.ops.active_channels import Channels, active_channels, gather, scatter
 from jdkd.ops.aten_conv import conv2d_gradients
-from jdkd.ops.exporting import is_exporting
+from jdkd.ops.transforms import in_layout, is_looked_into
 from jdkd.reference import elastic_pointwise as reference
 
 _OP = "elastic_pointwise"
@@ -71,7 +71,7 @@ def elastic_pointwise_conv2d(
     wide = reference.wide_dtype(x.dtype)
     scale, shift = (None if vector is None else vector.to(wide) for vector in (scale, shift))
     residual = None if residual is None else residual.to(x.dtype)
-    run = _composed if is_exporting() else _ElasticPointwise.apply
+    run = _composed if is_looked_into() else _ElasticPointwise.apply
     return run(x, weight, scale, shift, residual, count, stride, activation, False)[0]
 
 
@@ -97,7 +97,7 @@ def elastic_pointwise_conv2d_stats(
     """
     count = _checked(x, weight, out_channels, stride)
     settings = (None, None, None, count, stride, "none", True)
-    run = _composed if is_exporting() else _ElasticPointwise.apply
+    run = _composed if is_looked_into() else _ElasticPointwise.apply
     y, stats = run(x.to(elastic_paths.dtype_of(x)), weight, *settings)
     return y, stats[0], stats[1]
 
@@ -157,7 +157,7 @@ def _composed(
     """ATen and its autograd, for a program that is exported."""
     total = F.conv2d(x, _part(weight, out_channels, x), stride=stride)
     y = total if stats else reference.epilogue(total, scale, shift, residual, activation)
-    return _channels_last(y), reference.moments(total) if stats else total
+    return in_layout(y, torch.channels_last), reference.moments(total) if stats else total
 
 
 class _ElasticPointwise(torch.autograd.Function):

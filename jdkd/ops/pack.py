@@ -21,8 +21,8 @@ from torch.autograd.function import once_differentiable
 from jdkd.errors import InputError
 from jdkd.ops import pack_operators  # noqa: F401  torch.ops.jdkd.pack, unpack and unpack_add_
 from jdkd.ops.active_channels import Channels, active_part
-from jdkd.ops.exporting import is_exporting
 from jdkd.ops.pack_table import dense_views, packed_numel, packed_views
+from jdkd.ops.transforms import in_layout, is_looked_into
 
 GRAD_MODES = ("autograd", "main_grad")
 GROUP_BYTES = 8 << 20  # of dense gradients that a CPU makes together
@@ -87,6 +87,8 @@ def pack(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -
     """
     flat = _flattened(weights, parts, "weights")
     with torch.no_grad():
+        if is_looked_into():
+            return _plainly(weights, parts, dtype)
         buffer = torch.ops.jdkd.pack(list(weights), *flat, dtype)
         return packed_views(buffer, weights, flat.sizes)
 
@@ -141,8 +143,13 @@ def packed_weights(
             if weight.requires_grad and not weight.is_leaf:
                 raise InputError(f"weight {place} is no leaf and keeps no gradient; use grad_mode='autograd'")
     flat = _flattened(weights, parts, "weights")
-    if is_exporting():
-        return _exported(weights, parts, dtype, grad_mode)
+    if is_looked_into():
+        if grad_mode == "main_grad":
+            raise InputError(
+                "grad_mode='main_grad' adds to weight.grad itself, which torch.export and torch.func do not allow; use "
+                "'autograd'"
+            )
+        return _plainly(weights, parts, dtype)
     with torch.no_grad():
         buffer = torch.ops.jdkd.pack(list(weights), *flat, dtype)
     packed, offset = [], 0
@@ -153,19 +160,13 @@ def packed_weights(
     return packed
 
 
-def _exported(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype, grad_mode: str) -> list[Tensor]:
-    """The packed weights of a program that is exported, one by one, with the gradients of plain torch."""
-    if grad_mode == "main_grad":
-        raise InputError(
-            "grad_mode='main_grad' adds to weight.grad itself, which an exported program cannot; use 'autograd'"
-        )
-    packed = [
-        active_part(weight, part.rows, part.columns, part.kernel) for weight, part in zip(weights, parts, strict=True)
-    ]
-    return [
-        part.to(dtype).contiguous(memory_format=torch.channels_last if part.dim() == 4 else torch.contiguous_format)
-        for part in packed
-    ]
+def _plainly(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
+    """The packed weights one by one, in plain torch and with its gradients, for what looks into the call."""
+    packed = []
+    for weight, (rows, columns, kernel) in zip(weights, parts, strict=True):
+        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        packed.append(in_layout(active_part(weight, rows, columns, kernel).to(dtype), layout))
+    return packed
 
 
 def _groups(weights: Sequence[Tensor], grad_mode: str) -> list[Sequence[int]]:

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import pearson_check, pearson_forms
+from jdkd.ops.transforms import is_transformed
 from jdkd.reference import pearson as reference
 
 _OP = "pearson"
@@ -79,8 +79,6 @@ def pearson_loss(
 
 def _wanted(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> str:
     """Whose gradients are wanted, as :class:`pearson_forms.Call` has it."""
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        return "teachers"  # there is no forward mode: the autograd Function says so, where an operator returns 0
     if not torch.is_grad_enabled():
         return ""
     if any(level.requires_grad for level in teachers):
@@ -177,7 +175,16 @@ class _PearsonLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor | None, _: None, *dout: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError(
+                "the Pearson loss was differentiated with create_graph=True, but its gradient has no derivative; "
+                "use jdkd.reference.pearson.pkd_loss there"
+            )
+        if is_transformed() or _is_batched(dloss):
+            raise NotImplementedError(
+                "the Pearson loss was differentiated for a batch of incoming gradients (is_grads_batched=True), which "
+                "its kernels do not take; ask for one gradient after the other, or call the loss inside torch.func.grad"
+            )
         levels, needs = ctx.levels, ctx.needs_input_grad[4:]
         heads = list(dout) or [None] * levels
         unmasked = [None] * (levels if ctx.masked else 0)
@@ -188,7 +195,7 @@ class _PearsonLoss(torch.autograd.Function):
             torch.ops.jdkd.pearson_scale_(gradients, dloss)
             own = (d if wanted else None for d, wanted in zip(gradients, needs, strict=False))
             return (*_NO_SETTINGS, *own, *[None] * levels)
-        table, *saved = ctx.saved_tensors
+        table, *saved = _saved_tensors(ctx)
         saved = iter(saved)
         tensors = [next(saved) if kept is None else kept for kept in ctx.kept]
         students, teachers, masks = (tensors[i * levels : (i + 1) * levels] for i in range(3))
@@ -204,13 +211,23 @@ class _PearsonLoss(torch.autograd.Function):
         return (*_NO_SETTINGS, *gradients, *unmasked)
 
 
-def refuse_second_derivative() -> None:
-    """Raises, in a backward pass that is to be differentiated itself."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise NotImplementedError(
-            "the Pearson loss was differentiated with create_graph=True, but its gradient has no derivative; "
-            "use jdkd.reference.pearson.pkd_loss there"
-        )
+def _is_batched(dloss: Tensor | None) -> bool:
+    """Whether ``torch.autograd.grad`` runs a backward pass for a batch of gradients."""
+    traced = dloss is None or torch.compiler.is_compiling()
+    return not traced and torch._C._functorch.is_legacy_batchedtensor(dloss)
+
+
+def _saved_tensors(ctx: Any) -> tuple[Tensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            "a feature was modified by an inplace operation (ReLU(inplace=True), say) between the Pearson loss and its "
+            "backward pass, which reads features again where the formula keeps copies; write to a copy, or call the "
+            f"loss after that operation. torch says: {error}"
+        ) from None
 
 
 def _gradient(

@@ -79,17 +79,6 @@ def test_teachers_and_mixed_dtypes_have_gradients_too():
     assert [gradient.dtype for gradient in found] == [torch.float64, torch.float32]
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
-    with pytest.raises(NotImplementedError, match="create_graph=True"):
-        torch.autograd.grad(program(student, teacher), student, create_graph=True)
-
-
-def test_a_process_group_is_refused(monkeypatch):
-    from jdkd.ops import pearson_exported
-    from jdkd.ops.pearson import Settings
-
-    level = [torch.ones(1, 2, 3, 3)]
-    with pytest.raises(InputError, match="group is a process group, which an exported program cannot hold"):
-        pearson_exported.pearson_loss(level, level, Settings((1.0,), group=object()))
 
 
 CONVOLUTIONS = {
@@ -135,5 +124,5 @@ def test_gradients_in_place_are_refused():
     def run(x, w):
         return torch.conv2d(x, packed_weights([w], [Part(Channels(5), Channels(4))], torch.float32, "main_grad")[0])
 
-    with pytest.raises(InputError, match="which an exported program cannot; use 'autograd'"):
+    with pytest.raises(InputError, match=r"torch\.export and torch\.func do not allow; use 'autograd'"):
         torch.export.export(Layer(run), (torch.randn(2, 4, 5, 5),), strict=False)
