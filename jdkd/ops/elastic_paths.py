@@ -338,7 +338,7 @@ def only_aten(device: str) -> bool:
     call is looked into, by ``torch.export`` or ``torch.func``: they know ATen's gradient and no other."""
     kinds = [region.device for path in PATHS for region in path.fastest]
     by_default = any(kind == device or (device == "cuda" and kind.startswith("sm_")) for kind in kinds)
-    return is_looked_into() or (_backend.requested() is None and not by_default)
+    return (_backend.requested() is None and not by_default) or is_looked_into()
 
 
 def _unwanted(path: Path, product: Product, form: str = "forward") -> str | None:

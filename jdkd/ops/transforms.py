@@ -10,10 +10,10 @@ from torch.autograd import forward_ad
 def is_looked_into() -> bool:
     """Whether a call is to be plain torch.
 
-    ``torch.export`` keeps of a Function what its forward ran, without its gradient; the transforms of ``torch.func``
-    and forward-mode differentiation know no rule of it.
+    ``torch.export`` keeps of a Function what its forward ran, without its gradient; ``torch.jit.trace``, the transforms
+    of ``torch.func`` and forward-mode differentiation know no rule of it.
     """
-    return is_exporting() or is_transformed() or is_forward_mode()
+    return is_exporting() or is_transformed() or is_forward_mode() or is_traced()
 
 
 def is_exporting() -> bool:
@@ -24,6 +24,11 @@ def is_exporting() -> bool:
 def is_transformed() -> bool:
     """Whether a transform of ``torch.func`` (vmap, grad, jvp, ...) is active."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` traces."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
 
 
 def is_forward_mode() -> bool:

@@ -24,7 +24,7 @@ def test_what_is_no_image_weight_or_bias_is_refused_in_a_sentence(given, message
         elastic_conv2d(given.pop("x"), **given)
     level = given.get("weight"), given.get("bias")
     for levels in ({"P3": image}, (x for x in [image]), [image.tolist()]):
-        with pytest.raises(InputError, match="give a list of levels|give floating tensors"):
+        with pytest.raises(InputError, match=r"give a list of levels|give floating tensors"):
             elastic_conv2d_levels(levels, weight)
     if level[0].dim() == 3 or level[1].numel() == 3:
         with pytest.raises(InputError, match=message):

@@ -126,3 +126,16 @@ def test_gradients_in_place_are_refused():
 
     with pytest.raises(InputError, match=r"torch\.export and torch\.func do not allow; use 'autograd'"):
         torch.export.export(Layer(run), (torch.randn(2, 4, 5, 5),), strict=False)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["listed", "packed"])
+def test_a_traced_script_keeps_its_gradient_too(name):
+    torch.manual_seed(0)
+    step, inputs = Step(PKDLoss(6.0)), (torch.randn(2, 3, 8, 8), torch.randn(2, 4, 6, 6))
+    layer, x = Layer(CONVOLUTIONS[name]), torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)
+    for module, given in ((step, inputs), (layer, (x,))):
+        expected, found = gradients(module, *given), gradients(torch.jit.trace(module, given), *given)
+        assert found.keys() == expected.keys()
+        for key, gradient in expected.items():
+            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-6)
