@@ -186,7 +186,8 @@ def _check(
     if activation not in ACTIVATIONS:
         raise InputError(f"activation={activation!r}; choose one of {', '.join(ACTIVATIONS)}")
     if not isinstance(xs, list | tuple) or not xs:
-        what = "no level" if isinstance(xs, list | tuple) else f"a {type(xs).__name__}"
+        kind = "single tensor" if isinstance(xs, Tensor) else type(xs).__name__
+        what = "no level" if isinstance(xs, list | tuple) else f"a {kind}"
         raise InputError(f"xs is {what}; give a list of levels [N, Cin, H, W]")
     for i, x in enumerate(xs):
         if not isinstance(x, Tensor):
