@@ -7,6 +7,7 @@ then runs once per backend that this machine can run, inside ``use_backend``, an
 import importlib.util
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,11 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 POISONED = ("ops", "nn", "reference")
 
+# What checks of kernels find is found once a run, by all of its processes, and the user's own verdicts stay alone.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path("~/.triton/cache").expanduser()))  # where it is without a JDKD_CACHE
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _verdicts = tempfile.TemporaryDirectory(prefix="jdkd-tests-")  # until this process ends
+    os.environ["JDKD_CACHE"] = _verdicts.name
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the background has it; tests of Ctrl-C need it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not HAS_GPU:
