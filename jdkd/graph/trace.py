@@ -1,0 +1,114 @@
+"""See :func:`trace`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from jdkd.graph.channels import Channels
+from jdkd.graph.layout import span
+from jdkd.graph.topology import BlockList, ChannelGroup, Frozen, Slot, Topology
+from jdkd.graph.tracer import Step, Tracer
+
+
+def trace(model: nn.Module, *example: Any) -> Topology:
+    """Reads off one eager forward which channels of a model live and die together.
+
+    The model runs once in evaluation mode, as it is: no symbolic trace, no code per family, control flow that depends on
+    the data included. An operator without a rule freezes the channels that pass it.
+
+    Args:
+        model: any module; its modes, weights and hooks are left as they were.
+        *example: what its forward takes; for a torchvision detector a list of one image ``[3, H, W]``.
+
+    Returns:
+        The topology.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    tracer = Tracer(model.eval())
+    try:
+        with torch.random.fork_rng(devices=[]):
+            tracer.run(example)
+    finally:
+        for module, training in modes:
+            module.training = training
+    component = tracer.channels.components()
+    reasons = tracer.channels.reasons(component)
+    groups, frozen = _groups(model, tracer.channels, component, reasons)
+    reached = {axis.tensor for axis in tracer.channels.axes}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return Topology(
+        groups=groups,
+        frozen=frozen,
+        block_lists=_block_lists(tracer.steps, component),
+        unknown={name: tuple(sorted(paths)) for name, paths in tracer.unknown.items()},
+        unreached=tuple(name for name in sizes if name not in reached and sizes[name] > 1),
+        sizes=sizes,
+    )
+
+
+def _groups(
+    model: nn.Module, channels: Channels, component: np.ndarray, reasons: dict[int, str]
+) -> tuple[tuple[ChannelGroup, ...], tuple[Frozen, ...]]:
+    """Components that stand in the same axes, equally often, are the units of one group."""
+    axis_of = np.concatenate([np.full(axis.size, place) for place, axis in enumerate(channels.axes)])
+    first_of = np.array([axis.first for axis in channels.axes])
+    number = np.concatenate([np.arange(axis.first, axis.first + axis.size) for axis in channels.axes])
+    order = np.lexsort((number, axis_of, component[number]))
+    number, axis_of = number[order], axis_of[order]
+    root = component[number]
+    starts = np.flatnonzero(np.r_[True, root[1:] != root[:-1]])
+    members: dict[tuple[tuple[int, int], ...], list[slice]] = defaultdict(list)
+    for begin, end in zip(starts, np.r_[starts[1:], len(root)], strict=True):
+        axes, counts = np.unique(axis_of[begin:end], return_counts=True)
+        members[tuple(zip(axes.tolist(), counts.tolist(), strict=True))].append(slice(begin, end))
+    groups, frozen = [], defaultdict(set)
+    for signature, units in members.items():
+        roles = {place: channels.roles.get(channels.axes[place][:2], "scale") for place, _ in signature}
+        kept = [unit for unit in units if int(root[unit.start]) not in reasons]
+        stuck = {reasons[int(root[unit.start])] for unit in units if int(root[unit.start]) in reasons}
+        names = [channels.axes[place][:2] for place, _ in signature]
+        if kept and {"in", "out"} <= set(roles.values()):
+            kept.sort(key=lambda unit: int(number[unit.start]))
+            slots = []
+            for place, count in signature:
+                places = np.stack([number[unit][axis_of[unit] == place] for unit in kept]) - first_of[place]
+                axis = channels.axes[place]
+                slots.append(Slot(axis.tensor, axis.dim, roles[place], places.reshape(len(kept), count)))
+            made = next(slot for slot in slots if slot.role == "out")
+            groups.append(ChannelGroup(made.tensor.rpartition(".")[0] or made.tensor, len(kept), tuple(slots)))
+        elif kept and "out" in roles.values():
+            stuck.add("nothing in the model reads it")
+        for reason in stuck:
+            if "out" in roles.values() or "in" in roles.values():
+                frozen[reason].update(names)
+    return _named(groups), tuple(Frozen(tuple(sorted(names)), reason) for reason, names in frozen.items())
+
+
+def _named(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """Groups whose channels one layer makes are told apart by a number."""
+    taken: dict[str, int] = {}
+    named = []
+    for group in groups:
+        taken[group.name] = number = taken.get(group.name, 0) + 1
+        named.append(group if number == 1 else ChannelGroup(f"{group.name}#{number}", group.units, group.slots))
+    return tuple(named)
+
+
+def _block_lists(steps: list[Step], component: np.ndarray) -> tuple[BlockList, ...]:
+    """Runs of neighbours in a container that add to what they were given and return it in the same channels."""
+    runs: dict[str, list[str]] = defaultdict(list)
+    for step in steps:
+        into, out = ([label for label in layout if span(label)] for layout in (step.into, step.out))
+        same = len(into) == len(out) > 0 and all(
+            one.shape == other.shape and (component[one] == component[other]).all()
+            for one, other in zip(into, out, strict=True)
+        )
+        container, _, name = step.path.rpartition(".")
+        if step.residual and same and step.path not in runs[container] and (name.isdigit() or True):
+            runs[container].append(step.path)
+    return tuple(BlockList(name, tuple(paths)) for name, paths in runs.items() if paths)
