@@ -28,7 +28,7 @@ def apply(tracer: Tracer, call: Call) -> None:
     if not labelled:
         return
     rule = _RULES.get(call.name)
-    if rule is None and call.name.endswith("_"):
+    if rule is None and call.name.endswith("_"):  # the same in place
         rule = _RULES.get(call.name.removesuffix("_"))
     if rule is None:
         rule = _pointwise if call.pointwise else _unknown
@@ -97,6 +97,12 @@ def _written_in_part(tracer: Tracer, out: Tensor, operands: Sequence[Tensor]) ->
     return out._is_view() and any(out is operand for operand in operands) and not tracer.layout(out)
 
 
+@rule("hardswish", "hardsigmoid", "rrelu_with_noise", "_prelu_kernel")
+def _untagged(tracer: Tracer, call: Call) -> None:
+    """Elementwise, and not marked so."""
+    _pointwise(tracer, call)
+
+
 @rule("copy")
 def _copy(tracer: Tracer, call: Call) -> None:
     own, source = call.given["self"], call.given["src"]
@@ -110,7 +116,9 @@ def _padded(layout: Layout, ndim: int) -> Layout:
     return tuple(label.reshape((1,) * (ndim - label.ndim) + label.shape) for label in layout)
 
 
-@rule("alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "dropout", "native_dropout")
+@rule(
+    "alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "dropout", "native_dropout"
+)
 @rule("bernoulli", "_conj", "resolve_conj", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like")
 @rule("cumsum", "to_dense", "to_mkldnn", "view_of", "lift")
 def _same(tracer: Tracer, call: Call) -> None:
@@ -120,9 +128,24 @@ def _same(tracer: Tracer, call: Call) -> None:
             tracer.set(out, tracer.layout(source))
 
 
-@rule("sym_size", "sym_stride", "sym_numel", "is_same_size")
+@rule("as_strided_", "set_", "resize_")
+def _laid_out(tracer: Tracer, call: Call) -> None:
+    """Changes strides; channels stay where the shape stays."""
+    own = call.given["self"]
+    if any(size not in (1, own.shape[dim]) for label in tracer.layout(own) for dim, size in enumerate(label.shape)):
+        _unknown(tracer, call)
+
+
+@rule("sym_size", "sym_stride", "sym_numel", "is_same_size", "new_zeros", "new_ones", "new_empty", "new_full")
+@rule("new_empty_strided")
 def _nothing(tracer: Tracer, call: Call) -> None:
-    """Asks for a shape."""
+    """Asks for a shape or a dtype."""
+
+
+@rule("nonzero", "_local_scalar_dense", "equal", "is_nonzero", "_unique2", "bincount", "torchvision::nms")
+def _data_read(tracer: Tracer, call: Call) -> None:
+    for tensor in call.tensors():
+        tracer.freeze(tracer.layout(tensor), f"{call.name} makes decisions by its values")
 
 
 # -- views ------------------------------------------------------------------------------------------------------------
@@ -135,8 +158,11 @@ def _view(tracer: Tracer, call: Call) -> None:
         moved = reshaped(label, source.shape, call.out.shape)
         if moved is None:
             tracer.freeze([label], f"{call.name} folds its channels into {tuple(call.out.shape)}")
-        else:
-            kept.append(moved)
+            continue
+        kept.append(moved)
+        if len(span(moved)) > len(span(label)):  # split into equal parts, which stay as many: each loses the same
+            whole = moved.reshape([size for size in moved.shape if size > 1])
+            tracer.channels.couple(whole.reshape(-1, whole.shape[-1])[:1], whole.reshape(-1, whole.shape[-1]))
     joined = [label for label in kept if any(other is not label and span(other) & span(label) for other in kept)]
     tracer.freeze(joined, f"{call.name} folds two kinds of channels into one dimension")
     tracer.set(call.out, tuple(label for label in kept if not any(label is other for other in joined)))
@@ -149,6 +175,11 @@ def _by_index(name: str, function: Callable[[Label, dict[str, Any], torch.Size],
         source = call.given["self"]
         layout = tracer.layout(source)
         results = [function(label, call.given, source.shape) for label in layout]
+        if name == "split":  # into equal parts, whatever the size: each loses the same
+            for parts in results:
+                for part in parts[1:]:
+                    if part.shape == parts[0].shape:
+                        tracer.channels.couple(parts[0], part)
         for place, out in enumerate(_outputs(call)):
             tracer.set(out, tuple(result if isinstance(result, np.ndarray) else result[place] for result in results))
 
@@ -307,7 +338,9 @@ def _index_written(tracer: Tracer, call: Call) -> None:
         return
     taken, result = place
     shape_back = [
-        label.reshape((1,) * len(taken) + label.shape[result:]) for label in written if not span(label) & {*range(result)}
+        label.reshape((1,) * len(taken) + label.shape[result:])
+        for label in written
+        if not span(label) & {*range(result)}
     ]
     if not labels and own._is_view():
         tracer.freeze(written, f"{call.name} writes into a part of a tensor")
@@ -485,7 +518,12 @@ def _with_parameters(tracer: Tracer, call: Call, channels: np.ndarray | None) ->
 
 
 @rule("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm", "batch_norm", "_batch_norm_impl_index")
-@rule("_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_batch_norm_no_update")
+@rule(
+    "_native_batch_norm_legit",
+    "_native_batch_norm_legit_no_training",
+    "_batch_norm_with_update",
+    "_batch_norm_no_update",
+)
 def _batch_norm(tracer: Tracer, call: Call) -> None:
     feature = call.given["input"]
     label = tracer.label(feature, 1) if feature.dim() > 1 else None
@@ -552,7 +590,9 @@ def _regions(tracer: Tracer, call: Call) -> None:
 
 
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention")
-@rule("_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math")
+@rule(
+    "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math"
+)
 def _attention(tracer: Tracer, call: Call) -> None:
     """``[N, heads, L, E]``: heads stand side by side, the inside of a head is summed over."""
     query, key, value = (call.given[name] for name in ("query", "key", "value"))

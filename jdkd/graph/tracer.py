@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -117,7 +117,7 @@ class Tracer(TorchDispatchMode):
         schema = func._schema
         given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
         given |= dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | (kwargs or {})
-        apply(self, Call(schema.name, given, out, torch.Tag.pointwise in func.tags))
+        apply(self, Call(schema.name, given, out, _is_pointwise(func)))
         if any(self.is_activation(tensor) for tensor in tree_leaves(given) if isinstance(tensor, Tensor)):
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor):
@@ -169,6 +169,10 @@ class _Running:
         self.path, self.input, self.into, self.residual = path, first, into, False
 
 
-def numbers_along(label: Label) -> np.ndarray:
-    """The channels of a label that runs along one dimension: ``[C]``."""
-    return label.ravel()
+@lru_cache(maxsize=1024)
+def _is_pointwise(func: torch._ops.OpOverload) -> bool:
+    """Whether an operator, or the one that it does in place, is marked as working element by element."""
+    namespace, _, name = func._schema.name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), func.overloadpacket)
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return any(torch.Tag.pointwise in overload.tags for overload in (func, *overloads))
