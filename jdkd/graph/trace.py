@@ -18,8 +18,8 @@ from jdkd.graph.tracer import Step, Tracer
 def trace(model: nn.Module, *example: Any) -> Topology:
     """Reads off one eager forward which channels of a model live and die together.
 
-    The model runs once in evaluation mode, as it is: no symbolic trace, no code per family, control flow that depends on
-    the data included. An operator without a rule freezes the channels that pass it.
+    The model runs once in evaluation mode, as it is: no symbolic trace, no code per family, and control flow may depend
+    on the data. An operator without a rule freezes the channels that pass it.
 
     Args:
         model: any module; its modes, weights and hooks are left as they were.
@@ -36,23 +36,23 @@ def trace(model: nn.Module, *example: Any) -> Topology:
     finally:
         for module, training in modes:
             module.training = training
-    component = tracer.channels.components()
-    reasons = tracer.channels.reasons(component)
-    groups, frozen = _groups(model, tracer.channels, component, reasons)
-    reached = {axis.tensor for axis in tracer.channels.axes}
+    channels = tracer.marks.channels
+    component = channels.components()
+    groups, frozen = _groups(channels, component, channels.reasons(component))
+    reached = {axis.tensor for axis in channels.axes}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Topology(
         groups=groups,
         frozen=frozen,
         block_lists=_block_lists(tracer.steps, component),
-        unknown={name: tuple(sorted(paths)) for name, paths in tracer.unknown.items()},
+        unknown={name: tuple(sorted(paths)) for name, paths in tracer.marks.unknown.items()},
         unreached=tuple(name for name in sizes if name not in reached and sizes[name] > 1),
         sizes=sizes,
     )
 
 
 def _groups(
-    model: nn.Module, channels: Channels, component: np.ndarray, reasons: dict[int, str]
+    channels: Channels, component: np.ndarray, reasons: dict[int, str]
 ) -> tuple[tuple[ChannelGroup, ...], tuple[Frozen, ...]]:
     """Components that stand in the same axes, equally often, are the units of one group."""
     axis_of = np.concatenate([np.full(axis.size, place) for place, axis in enumerate(channels.axes)])
@@ -108,7 +108,7 @@ def _block_lists(steps: list[Step], component: np.ndarray) -> tuple[BlockList, .
             one.shape == other.shape and (component[one] == component[other]).all()
             for one, other in zip(into, out, strict=True)
         )
-        container, _, name = step.path.rpartition(".")
-        if step.residual and same and step.path not in runs[container] and (name.isdigit() or True):
+        container, _, _ = step.path.rpartition(".")
+        if step.residual and same and step.path not in runs[container]:
             runs[container].append(step.path)
     return tuple(BlockList(name, tuple(paths)) for name, paths in runs.items() if paths)

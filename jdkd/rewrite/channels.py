@@ -19,8 +19,8 @@ Kept = Mapping[str, Sequence[int]]
 def prune(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
     """A copy of a model with only some units of its channel groups.
 
-    Everything else of it is kept: hooks, attributes, dtypes, devices, which parameters want gradients, and which are one
-    and the same.
+    Everything else of it is kept: hooks, attributes, dtypes, devices, which parameters want gradients, and which are
+    tied.
 
     Args:
         model: the module that ``topology`` was read off.
@@ -177,14 +177,11 @@ def _renumber(module: nn.Module) -> None:
     """Brings the sizes that a layer keeps as attributes in line with its tensors."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvNd):
-        made, read = weight.shape[:2] if not module.transposed else weight.shape[1::-1]
-        if module.groups > 1:
-            whole = module.in_channels if module.transposed else module.out_channels
+        whole = module.in_channels if module.transposed else module.out_channels
+        if module.groups > 1:  # whole groups went, or came
             module.groups = weight.shape[0] * module.groups // whole
-        module.in_channels = read if module.transposed else read * module.groups
-        module.out_channels = made * module.groups if module.transposed else made
-        if module.transposed:
-            module.in_channels, module.out_channels = weight.shape[0], weight.shape[1] * module.groups
+        sides = weight.shape[0], weight.shape[1] * module.groups
+        module.in_channels, module.out_channels = sides if module.transposed else sides[::-1]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.GroupNorm):
