@@ -34,11 +34,18 @@ class Call(NamedTuple):
 
 
 class Running:
-    """A module whose forward has begun: its path, its first input and that one's labels."""
+    """A module whose forward has begun.
+
+    Args:
+        path: of the module.
+        first: its first input, if that is a tensor.
+        into: where channels stand in it.
+    """
 
     def __init__(self, path: str, first: Tensor | None, into: Layout) -> None:
         self.path, self.input, self.into = path, first, into
-        self.residual = False  # whether its own input was added to something
+        self.stream = [] if first is None else [first]  # its input, and every sum of it with something
+        self.ends: list[tuple[str, ...]] = []  # for each, what made the other term
 
 
 class Marks:
@@ -98,8 +105,3 @@ class Marks:
     def where(self) -> str:
         """The path of the module that is running."""
         return (self.running[-1].path if self.running else "") or self._root
-
-    def added(self, operands: list[Tensor]) -> None:
-        """Marks the modules that are running whose own input is among the operands of a sum."""
-        for running in self.running:
-            running.residual |= any(operand is running.input for operand in operands)

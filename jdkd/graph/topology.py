@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -86,12 +85,20 @@ class BlockList:
     """A run of residual blocks that keep their input's shape: each may be dropped, moved, or joined by others.
 
     Args:
-        name: path of the container.
+        name: path of the container; where it holds several runs, of the first block.
         blocks: paths of the blocks, in order.
+        ends: for each block and each sum in it, the layers and parameters that made what is added to its input, the
+            nearest first (those that are added with a ``+`` before their name); with these at 0 it is the identity.
     """
 
     name: str
     blocks: tuple[str, ...]
+    ends: tuple[tuple[tuple[str, ...], ...], ...]
+
+    @property
+    def container(self) -> str:
+        """Path of the module whose children they are."""
+        return self.blocks[0].rpartition(".")[0]
 
 
 @dataclass(frozen=True)
@@ -126,13 +133,9 @@ class Topology:
         content = {
             "groups": [group.to_json() for group in self.groups],
             "frozen": [asdict(frozen) for frozen in self.frozen],
-            "block_lists": [asdict(blocks) for blocks in self.block_lists],
+            "block_lists": [{"name": blocks.name, "blocks": blocks.blocks} for blocks in self.block_lists],
             "unknown": self.unknown,
             "unreached": self.unreached,
             "prunable_share": self.prunable_share(),
         }
         return json.dumps(content, indent=2)
-
-
-def names_of(groups: Sequence[ChannelGroup]) -> list[str]:
-    return [group.name for group in groups]

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from jdkd.graph.channels import Channels
-from jdkd.graph.layout import span
+from jdkd.graph.residuals import Step
 from jdkd.graph.topology import BlockList, ChannelGroup, Frozen, Slot, Topology
-from jdkd.graph.tracer import Step, Tracer
+from jdkd.graph.tracer import Tracer
 
 
 def trace(model: nn.Module, *example: Any) -> Topology:
@@ -44,7 +44,7 @@ def trace(model: nn.Module, *example: Any) -> Topology:
     return Topology(
         groups=groups,
         frozen=frozen,
-        block_lists=_block_lists(tracer.steps, component),
+        block_lists=_block_lists(model, tracer.residuals.steps, component),
         unknown={name: tuple(sorted(paths)) for name, paths in tracer.marks.unknown.items()},
         unreached=tuple(name for name in sizes if name not in reached and sizes[name] > 1),
         sizes=sizes,
@@ -99,16 +99,41 @@ def _named(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     return tuple(named)
 
 
-def _block_lists(steps: list[Step], component: np.ndarray) -> tuple[BlockList, ...]:
+def _block_lists(model: nn.Module, steps: list[Step], component: np.ndarray) -> tuple[BlockList, ...]:
     """Runs of neighbours in a container that add to what they were given and return it in the same channels."""
-    runs: dict[str, list[str]] = defaultdict(list)
+    blocks: dict[str, Step] = {}
     for step in steps:
-        into, out = ([label for label in layout if span(label)] for layout in (step.into, step.out))
-        same = len(into) == len(out) > 0 and all(
-            one.shape == other.shape and (component[one] == component[other]).all()
-            for one, other in zip(into, out, strict=True)
-        )
-        container, _, _ = step.path.rpartition(".")
-        if step.residual and same and step.path not in runs[container]:
-            runs[container].append(step.path)
-    return tuple(BlockList(name, tuple(paths)) for name, paths in runs.items() if paths)
+        holds_blocks = any(path.startswith(f"{step.path}.") for path in blocks)  # then those are a list of their own
+        if step.ends and "." in step.path and not holds_blocks and _same_channels(step, component):
+            blocks.setdefault(step.path, step)
+    lists: list[list[Step]] = []
+    for container in dict.fromkeys(path.rpartition(".")[0] for path in blocks):
+        before = None
+        for name, _ in model.get_submodule(container).named_children():
+            step = blocks.get(f"{container}.{name}")
+            if (
+                step is not None
+                and before is not None
+                and _channels_of(step, component) == _channels_of(before, component)
+            ):
+                lists[-1].append(step)
+            elif step is not None:
+                lists.append([step])
+            before = step
+    containers = [run[0].path.rpartition(".")[0] for run in lists]
+    names = [c if containers.count(c) == 1 else run[0].path for c, run in zip(containers, lists, strict=True)]
+    return tuple(
+        BlockList(name, tuple(step.path for step in run), tuple(step.ends for step in run))
+        for name, run in zip(names, lists, strict=True)
+    )
+
+
+def _channels_of(step: Step, component: np.ndarray) -> list[list[int]]:
+    return [component[label].ravel().tolist() for label in step.into]
+
+
+def _same_channels(step: Step, component: np.ndarray) -> bool:
+    return len(step.into) == len(step.out) > 0 and all(
+        one.shape == other.shape and (component[one] == component[other]).all()
+        for one, other in zip(step.into, step.out, strict=True)
+    )

@@ -5,25 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from jdkd.graph.layout import Layout
 from jdkd.graph.marks import Call, Marks, Running
+from jdkd.graph.residuals import Residuals
 from jdkd.graph.rules import apply
-
-
-class Step(NamedTuple):
-    """A module's forward: where its channels came in and went out, and whether its input was added to something."""
-
-    path: str
-    into: Layout
-    out: Layout
-    residual: bool
 
 
 class Tracer(TorchDispatchMode):
@@ -36,7 +27,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model, self.marks = model, Marks(model)
-        self.steps: list[Step] = []
+        self.residuals = Residuals(model, self.marks)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -47,6 +38,7 @@ class Tracer(TorchDispatchMode):
         apply(self.marks, call)
         if any(self.marks.is_activation(tensor) for tensor in call.tensors()):
             self.marks.activate(out)
+        self.residuals.saw(call)
         return out
 
     def run(self, example: tuple[Any, ...]) -> None:
@@ -77,10 +69,7 @@ class Tracer(TorchDispatchMode):
             self.marks.running.append(Running(path, first, () if first is None else self.marks.layout(first)))
 
         def left(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
-            running = self.marks.running.pop()
-            same = isinstance(out, Tensor) and running.input is not None and out.shape == running.input.shape
-            if same and any(True for _ in module.children()):
-                self.steps.append(Step(path, running.into, self.marks.layout(out), running.residual))
+            self.residuals.left(path, module, self.marks.running.pop(), out)
 
         return entered, left
 

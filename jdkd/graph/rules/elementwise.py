@@ -20,8 +20,6 @@ def pointwise(marks: Marks, call: Call) -> None:
     met(marks, operands, out, call.name)
     for other in others:
         marks.set(other, marks.layout(out))
-    if call.name in ("aten::add", "aten::add_"):
-        marks.added(operands)
 
 
 def met(marks: Marks, operands: Sequence[Tensor], out: Tensor, name: str) -> None:
