@@ -75,7 +75,7 @@ def _padded(layout: Layout, ndim: int) -> Layout:
     "alias", "detach", "clone", "_to_copy", "contiguous", "lift_fresh", "lift_fresh_copy", "dropout", "native_dropout"
 )
 @rule("bernoulli", "_conj", "resolve_conj", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like")
-@rule("cumsum", "to_dense", "to_mkldnn", "view_of", "lift")
+@rule("to_dense", "to_mkldnn", "view_of", "lift")
 def _same(marks: Marks, call: Call) -> None:
     source = next(call.tensors())
     for out in outputs(call):

@@ -87,7 +87,18 @@ def _index_written(marks: Marks, call: Call) -> None:
 
 @rule("index_select", "gather", "topk", "sort", "argsort", "_softmax", "_log_softmax", "cummax", "masked_select")
 @rule("mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "prod", "var", "std", "var_mean", "any", "all")
-@rule("linalg_vector_norm", "norm", "logsumexp", "median", "mode", "kthvalue", "nansum", "count_nonzero")
+@rule(
+    "linalg_vector_norm",
+    "norm",
+    "logsumexp",
+    "median",
+    "mode",
+    "kthvalue",
+    "nansum",
+    "count_nonzero",
+    "cumsum",
+    "cumprod",
+)
 def _along_dims(marks: Marks, call: Call) -> None:
     """Channels along the dimensions that it runs over are mixed or picked; the others go on."""
     if "other" in call.given:  # the larger or smaller of two tensors

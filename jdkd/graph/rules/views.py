@@ -149,3 +149,13 @@ def _concatenated(marks: Marks, call: Call) -> None:
         if not any(other is there[0] for other in kept):
             kept.append(there[0])
     marks.set(out, tuple(kept))
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def _shuffled(marks: Marks, call: Call) -> None:
+    """Channels ``[groups, C / groups]`` are transposed; every group loses the same, so that it stays a group."""
+    label = marks.label(call.given["self"], 1)
+    if label is not None:
+        parts = label.reshape(call.given["groups"], -1)
+        marks.channels.couple(parts[:1], parts)
+        marks.set(call.out, (along(parts.T.ravel(), 1, call.out.dim()),))
