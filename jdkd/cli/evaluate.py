@@ -23,6 +23,8 @@ class Eval:
     """File for the JSON; without it, it follows on the last line of the output."""
     split: Literal["val", "train"] = "val"
     """Which images to score on."""
+    max_detections: int | None = None
+    """Detections an image that are kept and scored [as the detector was trained with: 100]."""
     batch_size: int = 8
     """Images per forward pass."""
     workers: int = 0
@@ -49,11 +51,13 @@ class Eval:
                 device=device,
                 batch_size=self.batch_size,
                 workers=self.workers,
+                max_detections=self.max_detections,
                 progress=progress.task("evaluate"),
             )
         print(scores.lines)
         content = {
             **{name: getattr(scores, name) for name in ("map", "map50", "map75", "stats")},
+            "max_detections": scores.max_detections,
             "params": cost.params,
             "gmacs": cost.gmacs,
             "images": len(dataset),

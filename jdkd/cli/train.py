@@ -43,6 +43,8 @@ class Train:
     """Short side of the input in pixels [named spec: 800]."""
     max_size: int | None = None
     """Longest side of the input in pixels [named spec: 1333]."""
+    max_detections: int | None = None
+    """Detections an image that the detector keeps and that are scored [named spec: 100]."""
     weights: Path | None = None
     """State dict of a torchvision backbone or detector to begin with."""
     steps: int = 1000
@@ -117,7 +119,7 @@ class Train:
         """
         from jdkd.detect import DetectorSpec, named_spec
 
-        sizes = {"min_size": self.min_size, "max_size": self.max_size}
+        sizes = {name: getattr(self, name) for name in ("min_size", "max_size", "max_detections")}
         given = {name: size for name, size in sizes.items() if size is not None}
         file = Path(self.spec)
         if not (file.suffix == ".json" or file.is_file()):

@@ -145,6 +145,11 @@ class CocoDetectionDataset(Dataset):
         return self._all.image_ids[self._rows].tolist()
 
     @property
+    def sizes(self) -> list[tuple[str, int, int]]:
+        """(file name, height, width) of each image, as the annotations have them."""
+        return [(self._all.file_names[row], *self._all.sizes[row].tolist()[::-1]) for row in self._rows]
+
+    @property
     def mirror_symmetric(self) -> bool:
         info = self._all.raw.get("info")
         return not (isinstance(info, dict) and info.get("mirror_symmetric") is False)

@@ -1,10 +1,12 @@
 """Detectors as data: specs, builders, channel groups, weight inheritance and checkpoints."""
 
 from jdkd.detect.build import build, parameter_count
-from jdkd.detect.checkpoint import LoadReport, load, load_weights, save
+from jdkd.detect.checkpoint import load, save
 from jdkd.detect.groups import Group, channel_groups
 from jdkd.detect.inherit import NEW, inherit
+from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round_width
+from jdkd.detect.weights import LoadReport, load_weights
 
 __all__ = [
     "NAMED_SPECS",
@@ -15,6 +17,7 @@ __all__ = [
     "Stage",
     "build",
     "channel_groups",
+    "fix_roi_scales",
     "inherit",
     "load",
     "load_weights",

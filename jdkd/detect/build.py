@@ -7,7 +7,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.ops import MultiScaleRoIAlign
 
 from jdkd.detect.resnet import FROZEN, Backbone, Layers
+from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.spec import DetectorSpec
+from jdkd.errors import InputError
 
 ROI_SIZE = 7
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -24,7 +26,12 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
         A torchvision ``FasterRCNN`` (Ren et al., NeurIPS 2015, with FPN), which resizes and normalises its
         input itself; its ``spec`` attribute is the spec. In training it takes images (float ``[3, H, W]`` in
         0..1) and targets and returns losses, in evaluation it returns boxes, labels and scores.
+
+    Raises:
+        InputError: ``spec`` is no spec.
     """
+    if not isinstance(spec, DetectorSpec):
+        raise InputError(f"build takes a DetectorSpec, got {spec!r:.60}; make one with named_spec(name, classes).")
     if layers is None:
         layers = FROZEN if spec.norm == "frozen" else Layers()
     anchors = AnchorGenerator(tuple((size,) for size in spec.anchors), (ASPECT_RATIOS,) * len(spec.anchors))
@@ -42,8 +49,10 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
         box_predictor=FastRCNNPredictor(spec.box_head, len(spec.classes) + 1),
         box_batch_size_per_image=spec.rois,
         box_positive_fraction=spec.positives,
+        box_detections_per_img=spec.max_detections,
     )
     model.spec = spec
+    fix_roi_scales(model)
     return model
 
 

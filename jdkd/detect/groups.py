@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from jdkd.detect.build import ROI_SIZE
 from jdkd.detect.resnet import STAGES
 from jdkd.detect.spec import INNER_CONVS, DetectorSpec
+from jdkd.errors import InputError
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
 
@@ -38,7 +39,13 @@ def inner_group(stage: int, block: int, number: int) -> str:
 
 
 def channel_groups(spec: DetectorSpec) -> dict[str, Group]:
-    """Every channel group of the detector built from ``spec``, by name."""
+    """Every channel group of the detector built from ``spec``, by name.
+
+    Raises:
+        InputError: ``spec`` is no spec.
+    """
+    if not isinstance(spec, DetectorSpec):
+        raise InputError(f"channel_groups takes a DetectorSpec, got a {type(spec).__name__}; give model.spec.")
     return {group.name: group for group in (*_backbone_groups(spec), *_neck_and_head_groups(spec))}
 
 

@@ -1,8 +1,8 @@
 """Weight inheritance: a rewritten detector keeps every weight of its parent that it still has room for.
 
-One mechanism serves pruning, growth, removed and added blocks, and subnets cut out of a supernet: for every
-channel group of the child, an index list says which parent channel each child channel was; for every block,
-which parent block it was. What has no ancestor is born so that it changes nothing.
+Pruning, growth, removed and added blocks, and subnets cut out of a supernet are one operation: for every channel
+group of the child a list gives the parent's index of each channel, and for every stage a list gives the parent's
+index of each block. Channels and blocks that the parent does not have are initialised so that they change no output.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect.build import build
+from jdkd.detect.contract import own_detector
 from jdkd.detect.groups import channel_groups
 from jdkd.detect.resnet import STAGES
 from jdkd.detect.spec import INNER_CONVS, DetectorSpec
@@ -45,8 +46,9 @@ def inherit(
         The child, in training mode, on the parent's device.
 
     Raises:
-        InputError: an index list does not fit the child or the parent.
+        InputError: the parent is no such detector, or an index list does not fit the child or the parent.
     """
+    parent = own_detector(parent, "inherit")
     blocks = blocks or [range(stage.depth) for stage in spec.stages]
     ancestors = _block_ancestors(parent.spec, spec, blocks)
     index = _channel_index(parent.spec, spec, channels or {}, ancestors)

@@ -43,6 +43,7 @@ class Block(nn.Module):
         strides = (stride, 1) if len(inner) == 1 else (1, stride, 1)
         widths = (in_channels, *inner, out_channels)
         self.depth = len(kernels)
+        self.conv3 = self.bn3 = None
         for i, (kernel, step) in enumerate(zip(kernels, strides, strict=True)):
             conv = layers.conv(widths[i], widths[i + 1], kernel, stride=step, padding=kernel // 2, bias=False)
             setattr(self, f"conv{i + 1}", conv)
@@ -54,10 +55,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, H, W] -> [N, out, H / stride, W / stride]
         shortcut = x if self.downsample is None else self.downsample(x)
-        for i in range(1, self.depth + 1):
-            x = getattr(self, f"bn{i}")(getattr(self, f"conv{i}")(x))
-            if i < self.depth:
-                x = F.relu(x, inplace=True)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        x = self.bn2(self.conv2(x))
+        if self.conv3 is not None:
+            x = self.bn3(self.conv3(F.relu(x, inplace=True)))
         return F.relu(x + shortcut, inplace=True)
 
 
@@ -81,16 +82,22 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":  # [N, 3, H, W] -> strides 4, 8, 16, 32
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # [N, 3, H, W] -> strides 4, 8, 16, 32
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
-        levels = OrderedDict()
-        for number, name in enumerate(STAGES):
-            levels[str(number)] = x = getattr(self, name)(x)
+        levels = OrderedDict()  # stages by name: torch.jit.script knows no getattr
+        levels["0"] = x = self.layer1(x)
+        levels["1"] = x = self.layer2(x)
+        levels["2"] = x = self.layer3(x)
+        levels["3"] = self.layer4(x)
         return levels
 
 
 class Backbone(nn.Module):
-    """ResNet and FPN (Lin et al., CVPR 2017): an image batch in, P2-P6 out, keyed as torchvision keys them."""
+    """ResNet and FPN (Lin et al., CVPR 2017): an image batch in, P2-P6 out, keyed as torchvision keys them.
+
+    Attributes:
+        strides: pixels of the image per cell of each level.
+    """
 
     def __init__(self, spec: DetectorSpec, layers: Layers):
         super().__init__()
@@ -98,6 +105,7 @@ class Backbone(nn.Module):
         widths = [stage.width for stage in spec.stages]
         self.fpn = FeaturePyramidNetwork(widths, spec.fpn, extra_blocks=LastLevelMaxPool())
         self.out_channels = spec.fpn
+        self.strides = dict(zip(("0", "1", "2", "3", "pool"), (4, 8, 16, 32, 64), strict=True))
 
-    def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":  # [N, 3, H, W] -> {"0", "1", "2", "3", "pool"}
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # [N, 3, H, W] -> {"0", "1", "2", "3", "pool"}
         return self.fpn(self.body(x))

@@ -53,6 +53,7 @@ class DetectorSpec:
         rois: regions sampled per image to train the box head.
         positives: largest share of them that are objects.
         roi_samples: sampling points per side of each of the 7x7 bins of a region.
+        max_detections: detections that are kept of an image, those of the highest scores, and that are scored.
         norm: ``"batch"`` or ``"frozen"`` (statistics and affine parameters fixed).
         head: the detector family.
     """
@@ -70,6 +71,7 @@ class DetectorSpec:
     rois: int = 512
     positives: float = 0.25
     roi_samples: int = 2
+    max_detections: int = 100
     norm: str = "batch"
     head: str = "faster_rcnn"
 
@@ -137,6 +139,7 @@ def named_spec(
     box_head: int | None = None,
     min_size: int = 800,
     max_size: int = 1333,
+    max_detections: int = 100,
 ) -> DetectorSpec:
     """A published architecture, narrowed or deepened.
 
@@ -150,6 +153,7 @@ def named_spec(
         min_size, max_size: input size in pixels. Anchors follow it (32-512 at 800 px, smallest one never
             under 8), and below 400 px fewer regions are proposed (300) and
             sampled (64, half of them objects), with one point per bin.
+        max_detections: detections that are kept of an image.
 
     Raises:
         InputError: the name is unknown or a multiplier is not positive.
@@ -182,6 +186,7 @@ def named_spec(
         rois=64 if small else 512,
         positives=0.5 if small else 0.25,
         roi_samples=1 if small else 2,
+        max_detections=max_detections,
     )
 
 
@@ -213,6 +218,7 @@ def _check(spec: DetectorSpec) -> None:
         spec.proposals,
         spec.rois,
         spec.roi_samples,
+        spec.max_detections,
         *spec.anchors,
     ]
     sizes += [width for stage in spec.stages for width in (stage.width, *sum(stage.blocks, ()))]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
+from jdkd.detect.contract import detections
 from jdkd.errors import InputError
 
 Call = Callable[[int], object]
@@ -46,8 +47,8 @@ def end_to_end(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: to
     """
 
     def call(index: int) -> list[dict[str, Tensor]]:
-        detections = model(_on_device(batches[index], device))
-        return [{name: value.cpu() for name, value in found.items()} for found in detections]
+        found = detections(model, _on_device(batches[index], device))
+        return [{name: value.cpu() for name, value in each.items()} for each in found]
 
     return call
 

@@ -11,6 +11,10 @@ from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
+from jdkd.detect import fix_roi_scales
+from jdkd.detect.contract import not_scripted
+from jdkd.nn.unwrapping import unwrapped
+
 NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
 
 
@@ -31,12 +35,18 @@ def deployable(model: nn.Module) -> nn.Module:
     once, stays.
 
     Args:
-        model: any detector; it is left as it was.
+        model: any detector; it is left as it was. Of one that torch wraps (DDP, EMA, `torch.compile`), the detector
+            inside is taken.
 
     Returns:
         The deployable copy, on the device of `model`. Outputs agree up to the rounding of the folded weights.
+
+    Raises:
+        InputError: a part of it is scripted or traced.
     """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    not_scripted(model, "deployable")
+    model = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+    fix_roi_scales(model)
     occurrences = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for conv_name, norm_name in list(_conv_norm_pairs(model, "")):
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)

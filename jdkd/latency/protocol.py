@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jdkd.detect import fix_roi_scales
+from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.latency.calls import Call, backbone_replay, check_images, end_to_end, model_only
 from jdkd.latency.clock import Clock, clock_for, environment, gpu_state
@@ -161,7 +163,8 @@ def measure(
         Raw samples, percentiles, ratios, and what the machine and the models were.
 
     Raises:
-        InputError: no model, no image, an image of another shape, or a model in training mode.
+        InputError: no model, no image, an image of another shape or too elongated for a model's input size, or a
+            model that is in training mode or no detector.
     """
     device = torch.device(device)
     _check(models, images, batch_size, modes)
@@ -171,7 +174,7 @@ def measure(
     before = gpu_state(device)
     with torch.inference_mode(), _cudnn_benchmark(device):
         for model in models.values():
-            model.to(device)
+            fix_roi_scales(model.to(device))
         made = {mode: {name: MODES[mode](model, batches, device) for name, model in models.items()} for mode in modes}
         calls = {mode: named for mode, named in made.items() if None not in named.values()}
         samples, run = interleave(calls, len(batches), schedule, clock_for(device), progress)
@@ -223,6 +226,7 @@ def _check(models: Mapping[str, nn.Module], images: Sequence[Tensor], batch_size
     if unknown:
         raise InputError(f"modes has {sorted(unknown)}; known are {sorted(MODES)}")
     for name, model in models.items():
+        require_visible(model, [(f"images[{i}]", *image.shape[1:]) for i, image in enumerate(images)])
         if model.training:
             raise InputError(f"model {name!r} is in training mode; pass jdkd.latency.deployable(model) or model.eval()")
 

@@ -2,7 +2,8 @@
 
 The action space follows Joint-DetNAS (Yao et al., CVPR 2021, abstract and figure 2: morphism of the
 architecture and removal of redundant parameters, with weight inheritance). Ranges, divisors and floors are
-our choice. An action is a pure function of the parent: it returns a :class:`Morph` and changes nothing.
+our choice. An action is a pure function of the parent, a detector of :func:`jdkd.detect.build` or
+:func:`jdkd.detect.load` (anything else raises InputError): it returns a :class:`Morph` and changes nothing.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from jdkd.detect import NEW, DetectorSpec, Stage, inherit, round_width
+from jdkd.detect.contract import own_detector
 from jdkd.detect.groups import channel_groups, inner_group
 from jdkd.errors import InputError
 from jdkd.morph.importance import (
@@ -58,15 +60,19 @@ def remove_block(parent: nn.Module, stage: int) -> Morph:
     Raises:
         InputError: the stage has one block only.
     """
+    parent = own_detector(parent, "remove_block")
     spec = parent.spec
+    _require_stages(spec, stage)
     if spec.stages[stage].depth < 2:
         raise InputError(f"stage {stage + 1} has 1 block, which also changes the stride; remove from another stage.")
     return _reblock(spec, f"remove a block of stage {stage + 1}", {stage: _without(parent, stage, 1)})
 
 
 def add_block(parent: nn.Module, stage: int) -> Morph:
-    """Appends an identity block to a stage, as wide inside as the last one."""
+    """Appends an identity block to a stage, as wide inside as the last one (``stage`` counts from 0)."""
+    parent = own_detector(parent, "add_block")
     spec = parent.spec
+    _require_stages(spec, stage)
     return _reblock(spec, f"add a block to stage {stage + 1}", {stage: (*range(spec.stages[stage].depth), NEW)})
 
 
@@ -79,7 +85,9 @@ def rearrange(parent: nn.Module, source: int, target: int, count: int = 1) -> Mo
     Raises:
         InputError: the stages are not neighbours, or fewer than one block would stay.
     """
+    parent = own_detector(parent, "rearrange")
     spec = parent.spec
+    _require_stages(spec, source, target)
     if abs(source - target) != 1 or not 1 <= count <= min(MAX_MOVE, spec.stages[source].depth - 1):
         raise InputError(
             f"cannot move {count} block(s) from stage {source + 1} ({spec.stages[source].depth} blocks) to stage "
@@ -108,6 +116,7 @@ def prune_channels(parent: nn.Module, ratio: float, *, fpn: float = 0.0, box_hea
     for name, share in (("ratio", ratio), ("fpn", fpn), ("box_head", box_head)):
         if not 0 <= share < 1:
             raise InputError(f"{name} is the share of channels to drop and must be in [0, 1), got {share}.")
+    parent = own_detector(parent, "prune_channels")
     spec = parent.spec
     channels = _slim_inner(parent, ratio) if ratio else {}
     groups = channel_groups(spec)
@@ -139,6 +148,7 @@ def prune_channels(parent: nn.Module, ratio: float, *, fpn: float = 0.0, box_hea
 
 def change_resolution(parent: nn.Module, min_size: int) -> Morph:
     """Another short side of the input, in pixels; the long side's limit scales with it."""
+    parent = own_detector(parent, "change_resolution")
     spec = parent.spec
     max_size = max(min_size, round(spec.max_size * min_size / spec.min_size))
     return Morph(f"input {spec.min_size} -> {min_size} px", spec.replace(min_size=min_size, max_size=max_size))
@@ -153,6 +163,7 @@ def draw(parent: nn.Module, rng: random.Random, resolutions: Sequence[int], max_
         resolutions: short sides that may be chosen, in pixels.
         max_depth: no stage grows beyond so many blocks.
     """
+    parent = own_detector(parent, "draw")
     spec = parent.spec
     deep = [s for s, stage in enumerate(spec.stages) if stage.depth > 1]
     roomy = [s for s, stage in enumerate(spec.stages) if stage.depth < max_depth]
@@ -175,6 +186,12 @@ def draw(parent: nn.Module, rng: random.Random, resolutions: Sequence[int], max_
         elif kind == "resolution" and sizes:
             return change_resolution(parent, rng.choice(sizes))
     raise InputError(f"no action is left for {spec.summary()}; allow more depth or more input sizes.")
+
+
+def _require_stages(spec: DetectorSpec, *stages: int) -> None:
+    for stage in stages:
+        if stage not in range(len(spec.stages)):
+            raise InputError(f"stage {stage!r} is none of a detector's stages 0 to {len(spec.stages) - 1}; name one.")
 
 
 def _without(parent: nn.Module, stage: int, count: int) -> tuple[int, ...]:

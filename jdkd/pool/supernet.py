@@ -3,6 +3,7 @@
 from torch import nn
 
 from jdkd.detect import NEW, build, channel_groups, inherit
+from jdkd.detect.contract import own_detector
 from jdkd.detect.groups import inner_group
 from jdkd.detect.resnet import STAGES, Layers
 from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, set_subnet
@@ -89,7 +90,11 @@ def grow(base: nn.Module, space: Space) -> nn.Module:
 
     Returns:
         The largest network, in training mode; its outputs equal the base's.
+
+    Raises:
+        InputError: the base was not built from a spec.
     """
+    base = own_detector(base, "grow")
     before, blocks, channels = channel_groups(base.spec), [], {}
     for number, stage in enumerate(space.largest.stages):
         depth = base.spec.stages[number].depth

@@ -12,9 +12,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from jdkd.detect.contract import not_scripted
 from jdkd.errors import InputError
 from jdkd.nn import Subnet, set_subnet
 from jdkd.nn.recomputation import Snapshot
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.train.inputs import images_of, normalised
 from jdkd.train.modes import mode
 
@@ -46,9 +48,11 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
 
     Raises:
         InputError: there is no batch, or no subnet, although there is something to calibrate; or several subnets
-            share the statistics; or a layer has no shape yet, gets 1 value a channel, or takes its statistics over
-            several processes. Names the layer.
+            share the statistics; or a part of the model is scripted; or a layer has no shape yet, gets 1 value a
+            channel, or takes its statistics over several processes. Names the layer.
     """
+    not_scripted(model, "calibrate_bn")
+    model = unwrapped(model)
     norms = {
         module: f"calibrate_bn: {path or 'the model'}, a {type(module).__name__},"
         for path, module in model.named_modules()

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.data import batches
+from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
@@ -76,13 +77,15 @@ def fit(
         Steps, seconds, and the losses last logged.
 
     Raises:
-        InputError: ``folder`` holds another run, the checkpoint does not belong to these settings, data or
+        InputError: an image is too elongated for the detector's input size, or a batch leaves a batch norm one value
+            a channel; ``folder`` holds another run, the checkpoint does not belong to these settings, data or
             model, or ``folder`` cannot be written.
         DivergenceError: a loss or gradient is not finite. On a CPU the step is not taken; on a GPU it is
             noticed at the next log line or checkpoint, and the weights in memory may have gone with it. The
             checkpoint is good.
         KeyboardInterrupt: after the step under way was finished and saved.
     """
+    require_visible(model, getattr(dataset, "sizes", ()))
     run = _Run(model, config, torch.device(device), losses)
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
     batch = {"batch_size": config.batch_size, "steps": config.steps, "seed": config.seed, "start": run.step}
@@ -220,11 +223,11 @@ class _Run:
 
     def _asked(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Computes the dictionaries of losses under autocast, one by one, and only them."""
-        with self._autocast():
+        with self._autocast(), _with_variance(self.config):
             asked = self.ask(images, targets, self.step)
             terms_left = iter((asked,) if isinstance(asked, Mapping) else asked)
         while True:
-            with self._autocast():
+            with self._autocast(), _with_variance(self.config):
                 terms = next(terms_left, None)
             if terms is None:
                 return
@@ -252,6 +255,20 @@ class _Run:
         self.watch.see(self.step + 1, names, values)
         if not self.on_gpu:
             self.check()
+
+
+@contextmanager
+def _with_variance(config: TrainConfig) -> Iterator[None]:
+    """Says what to do where a batch leaves a batch norm a single value a channel."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(
+            f"batch_size {config.batch_size} leaves a batch norm 1 value a channel, which has no variance ({error}): "
+            'train on more or larger images (batch_size, min_size), or with norm "frozen" in the spec.'
+        ) from error
 
 
 class _Home:

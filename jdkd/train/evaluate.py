@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from jdkd.detect import fix_roi_scales
+from jdkd.detect.contract import detections
+from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.notices import say_once
+from jdkd.train.findings import Findings
 from jdkd.train.modes import mode
+from jdkd.train.twelve import twelve
+
+COCO_DETECTIONS = 100  # an image, where nothing else is said
 
 
 @dataclass(frozen=True)
@@ -19,10 +28,11 @@ class Scores:
     """COCO's twelve numbers; -1 stands, as pycocotools has it, where there is no ground truth to score.
 
     Attributes:
-        map: average precision over IoU 0.50:0.95, all areas, 100 detections an image.
+        map: average precision over IoU 0.50:0.95, all areas.
         map50, map75: the same at IoU 0.50 and at 0.75.
         stats: all twelve, in pycocotools' order.
-        lines: pycocotools' own twelve lines.
+        lines: the twelve lines that pycocotools prints.
+        max_detections: how many detections an image were scored.
     """
 
     map: float
@@ -30,6 +40,7 @@ class Scores:
     map75: float
     stats: list[float]
     lines: str
+    max_detections: int = COCO_DETECTIONS
 
 
 def evaluate(
@@ -39,36 +50,67 @@ def evaluate(
     device: torch.device | str,
     batch_size: int = 8,
     workers: int = 0,
+    max_detections: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Scores a detector on every image of a dataset, those without annotations included.
 
+    Detections whose box or score is not finite are left out, which is said once with their number.
+
     Args:
-        model: the detector; moved to ``device``, its modules keep their mode.
+        model: any detector with torchvision's interface; moved to ``device``, its modules keep their mode. Scales of
+            RoI pools that were inferred wrongly are set right, see :func:`jdkd.detect.fix_roi_scales`.
         dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`; its ``coco`` is the ground truth.
         device: where to run.
         batch_size: images per forward.
         workers: processes that read images.
+        max_detections: how many detections an image the detector may make and are scored, those of the highest
+            scores; by default as many as its spec says, and 100 without one, which is COCO's rule.
         progress: told how many of how many images are done.
 
     Returns:
-        The scores; a detector that finds nothing has a ``map`` of 0.
+        The scores; a detector that finds nothing has a ``map`` of 0. Where no image of the dataset has a box to
+        detect there is nothing to score: all numbers are -1, which is said once.
 
     Raises:
-        InputError: the detector's classes are not the dataset's.
+        InputError: the model is no such detector, its classes are not the dataset's, a label is none of them, an
+            image is too elongated for its input size, no detection is finite, or an argument is not positive.
     """
-    _require_same_classes(model, dataset.classes)
-    found: list[dict[str, Any]] = []
+    inner = unwrapped(model)
+    spec = getattr(inner, "spec", None)
+    most = getattr(spec, "max_detections", COCO_DETECTIONS) if max_detections is None else max_detections
+    for name, value in (("batch_size", batch_size), ("max_detections", most)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    _require_same_classes(inner, dataset.classes, dataset.label_to_category)
+    require_visible(model, getattr(dataset, "sizes", ()))
+    fix_roi_scales(model)
+    findings = Findings(type(inner).__name__, dataset.label_to_category)
     done = 0
-    with mode(model.to(device), training=False), torch.inference_mode():
+    with mode(model.to(device), training=False), _capped(model, max_detections), torch.inference_mode():
         for images, image_ids in _batches(dataset, batch_size, workers):
-            detections = model([image.to(device).float() / 255 for image in images])
-            for image_id, detection in zip(image_ids, detections, strict=True):
-                found += _as_results(image_id, detection, dataset.label_to_category)
+            found = detections(model, [image.to(device).float() / 255 for image in images])
+            for image_id, detection in zip(image_ids, found, strict=True):
+                findings.add(image_id, detection)
             done += len(images)
             if progress:
                 progress(done, len(dataset))
-    return _score(dataset, found)
+    return _score(dataset, findings.close(), most)
+
+
+@contextlib.contextmanager
+def _capped(model: nn.Module, most: int | None) -> Iterator[None]:
+    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
+    limited = () if most is None else model.modules()
+    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
+    before = [head.detections_per_img for head in heads]
+    try:
+        for head in heads:
+            head.detections_per_img = most
+        yield
+    finally:
+        for head, cap in zip(heads, before, strict=True):
+            head.detections_per_img = cap
 
 
 def _batches(dataset: Any, batch_size: int, workers: int) -> Iterator[tuple[tuple[Tensor, ...], list[int]]]:
@@ -88,21 +130,10 @@ def _unstacked(items: list[Any]) -> list[Any]:
     return items
 
 
-def _as_results(image_id: int, detection: dict[str, Tensor], categories: list[int]) -> list[dict[str, Any]]:
-    boxes = detection["boxes"].float().cpu()  # [M, 4] xyxy
-    boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1)  # [M, 4] x, y, width, height
-    rows = zip(boxes.tolist(), detection["labels"].tolist(), detection["scores"].tolist(), strict=True)
-    return [
-        {"image_id": image_id, "category_id": categories[label], "bbox": box, "score": score}
-        for box, label, score in rows
-    ]
-
-
-def _score(dataset: Any, found: list[dict[str, Any]]) -> Scores:
+def _score(dataset: Any, found: list[dict[str, Any]], most: int) -> Scores:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    printed = io.StringIO()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = dataset.coco
         if found:
@@ -113,16 +144,23 @@ def _score(dataset: Any, found: list[dict[str, Any]]) -> Scores:
             results.createIndex()
         scoring = COCOeval(truth, results, "bbox")
         scoring.params.imgIds = sorted(dataset.image_ids)
+        scoring.params.maxDets = [min(1, most), min(10, most), most]
         scoring.evaluate()
         scoring.accumulate()
-        with contextlib.redirect_stdout(printed):
-            scoring.summarize()
-    stats = [float(value) for value in scoring.stats]
-    return Scores(*stats[:3], stats, printed.getvalue().rstrip("\n"))
+    stats, lines = twelve(scoring)
+    if stats[0] == -1:
+        say_once(
+            f"none of the {len(dataset)} images has a box to detect, so there is nothing to score and every number is "
+            "-1; choose images with boxes"
+        )
+    return Scores(*stats[:3], stats, lines, most)
 
 
-def _require_same_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
-    """Refuses a detector that was made for other classes, or for the same ones in another order."""
+def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
+    """Refuses a detector that was made for other classes, or for the same ones in another order.
+
+    Where the number of classes does not show, :class:`Findings` checks the labels.
+    """
     spec = getattr(model, "spec", None)
     predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
     if spec is not None:
@@ -132,10 +170,10 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...]) -> None:
     else:
         return
     if known != len(classes):
-        raise InputError(
-            f"the detector knows {known} classes and the dataset has {len(classes)}; evaluate it on the data "
-            "it was made for, or train one for this data."
-        )
+        remedy = "evaluate it on the data it was made for, or train one for this data"
+        if known == categories[-1]:
+            remedy = "if its labels are category ids, as torchvision's of COCO are, wrap it so that label k is class k"
+        raise InputError(f"the detector knows {known} classes and the dataset has {len(classes)}; {remedy}.")
     if spec is not None and spec.classes != tuple(classes) and sorted(spec.classes) == sorted(classes):
         raise InputError(
             f"the detector has its classes in the order {', '.join(spec.classes)} and the dataset in the "

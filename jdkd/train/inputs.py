@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jdkd.errors import InputError
+
 
 def images_of(batch: Any) -> Tensor | list[Tensor]:
     """The images of ``(images, targets)``, or of a batch that is nothing but images."""
@@ -30,6 +32,12 @@ def normalised(model: nn.Module, batch: Any) -> Tensor:
     device = next(model.parameters()).device
     transform = getattr(model, "transform", None)
     if transform is None:
-        images = images if isinstance(images, Tensor) else torch.stack(images)
+        if not isinstance(images, Tensor):
+            if len({image.shape for image in images}) > 1:
+                raise InputError(
+                    f"a {type(model).__name__} has no transform that brings images to one size, and a batch has "
+                    f"{', '.join(str(list(image.shape)) for image in images[:4])}; give tensors [N, 3, H, W]"
+                )
+            images = torch.stack(images)
         return images.to(device)
     return transform([image.to(device) for image in images])[0].tensors

@@ -9,17 +9,17 @@ from PIL import Image, ImageDraw
 Answer = namedtuple("Answer", "code out err")
 
 
-def _split(folder, name, count, first):
+def _split(folder, name, count, first, size=(64, 64)):
     images, annotations = [], []
     (folder / f"{name}2017").mkdir(parents=True)
     for number in range(first, first + count):
         left, top, side = 4 + 3 * (number % 8), 6 + 2 * (number % 5), 20
-        picture = Image.new("RGB", (64, 64), (90, 90, 90))
+        picture = Image.new("RGB", size, (90, 90, 90))
         label = number % 2 + 1
         square = (left, top, left + side - 1, top + side - 1)
         ImageDraw.Draw(picture).rectangle(square, fill=((250, 40, 40), (40, 40, 250))[label - 1])
         picture.save(folder / f"{name}2017" / f"{number}.png")
-        images.append({"id": number, "file_name": f"{number}.png", "width": 64, "height": 64})
+        images.append({"id": number, "file_name": f"{number}.png", "width": size[0], "height": size[1]})
         box = {"bbox": [left, top, side, side], "area": side * side, "iscrowd": 0}
         annotations.append({"id": number, "image_id": number, "category_id": label, **box})
     categories = [{"id": 1, "name": "red"}, {"id": 2, "name": "blue"}]
@@ -34,6 +34,14 @@ def squares(tmp_path_factory):
     _split(folder, "train", 12, 1)
     _split(folder, "val", 4, 101)
     return folder
+
+
+@pytest.fixture
+def oblong_squares(tmp_path):
+    """The same on images 192 wide and 60 high."""
+    _split(tmp_path / "oblong", "train", 12, 1, size=(192, 60))
+    _split(tmp_path / "oblong", "val", 6, 101, size=(192, 60))
+    return tmp_path / "oblong"
 
 
 @pytest.fixture

@@ -74,6 +74,29 @@ def test_eval_scores_what_train_scored(jdkd, trained, squares):
     assert json.loads(answer.out.strip().splitlines()[-1])["stats"] == pytest.approx(at_training)
 
 
+def test_train_and_eval_score_oblong_images_alike(jdkd, oblong_squares, tmp_path):
+    data, out = oblong_squares, tmp_path / "base"
+    tiny = ("--width", 0.125, "--depth", 0.5, "--fpn", 16, "--box-head", 32, "--min-size", 128, "--max-size", 128)
+    flags = ("--data", data, "--steps", 60, "--batch-size", 4, "--lr", 4e-3, "--max-detections", 150)
+    answer = jdkd("train", "--spec", "faster_rcnn_r18_fpn", *tiny, *flags, "--out", out)
+    assert answer.code == 0, answer.err
+    answer = jdkd("eval", out, "--data", data)
+    assert answer.code == 0, answer.err
+    at_training, scored = json.loads((out / "train.json").read_text()), json.loads(answer.out.splitlines()[-1])
+    assert scored["stats"] == pytest.approx(at_training["stats"]) and scored["map"] > 0.02
+    assert scored["max_detections"] == 150 and "maxDets=150" in answer.out
+    few = jdkd("eval", out, "--data", data, "--max-detections", 1)
+    assert json.loads(few.out.splitlines()[-1])["max_detections"] == 1 and few.out.count("maxDets=  1") == 12
+
+
+def test_weights_that_cannot_be_used_leave_nothing_behind(jdkd, squares, tmp_path):
+    (tmp_path / "x.pth").write_bytes(b"not a checkpoint")
+    flags = ("--spec", "faster_rcnn_r18_fpn", "--data", squares, "--steps", 1, "--out", tmp_path / "out")
+    answer = jdkd("train", *flags, "--width", 0.125, "--weights", tmp_path / "x.pth")
+    assert answer.code == 2 and "x.pth cannot be read" in answer.err and "Traceback" not in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 QUICK = ("--rounds", 3, "--seconds", 0)
 
 

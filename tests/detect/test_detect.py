@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torchvision.models import resnet18
 
 from jdkd.detect import (
     NEW,
@@ -13,11 +16,11 @@ from jdkd.detect import (
     channel_groups,
     inherit,
     load,
-    load_weights,
     named_spec,
     save,
 )
 from jdkd.errors import InputError
+from jdkd.latency import deployable
 from tests.detectors import CLASSES, assert_same, detector, masked, outputs, small_spec
 
 
@@ -201,33 +204,60 @@ def test_a_base_without_spec_or_with_foreign_weights_is_refused(tmp_path):
         load(tmp_path / "a")
 
 
-def test_torchvision_backbone_weights_find_their_place(tmp_path):
-    from torchvision.models import resnet18
-
-    backbone = resnet18()
-    torch.save(backbone.state_dict(), tmp_path / "resnet18.pth")
-    model = build(named_spec("faster_rcnn_r18_fpn", CLASSES))
-    report = load_weights(model, tmp_path / "resnet18.pth")
-    assert torch.equal(model.backbone.body.layer3[1].conv2.weight, backbone.layer3[1].conv2.weight)
-    assert report.unexpected == ("fc.weight", "fc.bias") and not report.misshapen
-    assert all(not name.startswith("backbone.body") for name in report.missing)
-    assert "2 unexpected: fc.weight, fc.bias" in str(report)
-
-
-def test_torchvision_detector_weights_load_with_a_report_of_the_other_head(tmp_path):
-    from torchvision.models.detection import fasterrcnn_resnet50_fpn
-
-    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=7)
-    torch.save({"model": theirs.state_dict()}, tmp_path / "detector.pth")
-    model = build(named_spec("faster_rcnn_r50_fpn", CLASSES))
-    report = load_weights(model, tmp_path / "detector.pth")
-    assert report.misshapen and all("box_predictor" in name for name in report.misshapen)
-    assert torch.equal(model.rpn.head.conv[0][0].weight, theirs.rpn.head.conv[0][0].weight)
+@pytest.mark.parametrize("block", ["basic", "bottleneck"])
+@pytest.mark.parametrize("norm", ["batch", "frozen"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:RCNN always returns")
+def test_a_detector_can_be_scripted(block, norm):
+    model = detector(small_spec(block, norm=norm))
+    model.roi_heads.score_thresh = 0.0
+    images = [torch.rand(3, 50, 80, generator=torch.Generator().manual_seed(0))]
+    with torch.no_grad():
+        (ours,), (_, (theirs,)) = model(images), torch.jit.script(model)(images)
+    assert len(ours["boxes"]) > 10 and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_weights_of_another_architecture_are_refused(tmp_path):
-    torch.save({"x": torch.zeros(3)}, tmp_path / "x.pth")
-    with pytest.raises(InputError, match="nothing in"):
-        load_weights(build(small_spec()), tmp_path / "x.pth")
-    with pytest.raises(InputError, match="does not exist"):
-        load_weights(build(small_spec()), tmp_path / "y.pth")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_backbone_can_be_traced():
+    model = detector(small_spec())
+    traced = torch.jit.trace(model.backbone, torch.rand(1, 3, 64, 64), strict=False)
+    x = torch.rand(1, 3, 96, 64)
+    ours, theirs = model.backbone(x), traced(x)
+    assert list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_spec_says_how_many_detections_are_kept(tmp_path):
+    save(tmp_path, build(named_spec("faster_rcnn_r18_fpn", CLASSES, width=0.125, max_detections=300)))
+    model = load(tmp_path)
+    assert model.spec.max_detections == model.roi_heads.detections_per_img == 300
+    before = {name: value for name, value in json.loads(model.spec.to_json()).items() if name != "max_detections"}
+    assert DetectorSpec.from_json(json.dumps(before)) == model.spec.replace(max_detections=100)
+
+
+@pytest.mark.parametrize("what", [build, channel_groups])
+@pytest.mark.parametrize("given", ["faster_rcnn_r18_fpn", nn.Linear(1, 1)])
+def test_what_takes_a_spec_says_so(what, given):
+    with pytest.raises(InputError, match=f"{what.__name__} takes a DetectorSpec, got"):
+        what(given)
+
+
+@pytest.mark.parametrize("wrapper", [lambda model: model, nn.DataParallel, AveragedModel])
+def test_a_model_without_a_spec_is_refused_before_anything_is_written(wrapper, tmp_path):
+    plain = wrapper(resnet18())
+    with pytest.raises(InputError, match=r"save takes a detector .* got a ResNet without one.*load_weights"):
+        save(tmp_path / "a", plain)
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(InputError, match="inherit takes a detector"):
+        inherit(plain, small_spec())
+    save(tmp_path / "b", wrapper(detector(small_spec())))
+    assert load(tmp_path / "b").spec == small_spec()
+
+
+def test_a_folded_detector_is_not_saved_under_a_spec_that_it_no_longer_fits(tmp_path):
+    with pytest.raises(InputError, match=r"save takes .* where backbone\.body\.bn1\.weight .* it is gone.*deployable"):
+        save(tmp_path / "a", deployable(detector(small_spec())))
+    model = detector(small_spec())
+    model.backbone.body.layer1[0].conv1 = nn.Conv2d(16, 9, 3)
+    with pytest.raises(InputError, match=r"inherit takes .*layer1\.0\.conv1\.weight has 8 channels.*it has 9 channels"):
+        inherit(model, model.spec)
+    assert not (tmp_path / "a").exists()

@@ -1,6 +1,10 @@
+import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torchvision.models import resnet18
 
+from jdkd.errors import InputError
 from jdkd.latency import count
 
 
@@ -31,3 +35,51 @@ def test_takes_the_detectors_own_input_size_and_leaves_it_as_it_was(model):
 def test_narrower_costs_less(make_detector):
     assert count(make_detector(8)).gmacs < count(make_detector(16)).gmacs
     assert isinstance(make_detector(8), nn.Module) and torch.is_grad_enabled()
+
+
+class Wrapper(nn.Module):
+    """Somebody's own, which hands the images on."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images):
+        return self.inner(images)
+
+
+@pytest.mark.parametrize(
+    "wrapper", [AveragedModel, nn.DataParallel, Wrapper, lambda model: Wrapper(AveragedModel(model))]
+)
+def test_a_wrapped_detector_costs_what_it_does_without(wrapper, model):
+    wrapped = wrapper(model)
+    plain = count(model)
+    for size in (None, (64, 96)):
+        assert count(wrapped, size) == count(model, size)
+    assert count(wrapped).gmacs == plain.gmacs
+    assert not any("FullProposals" in type(module).__name__ for module in wrapped.modules())
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "says"),
+    [
+        (resnet18, None, r"input size of a ResNet.*give size=\(height, width\)"),
+        (resnet18, (64, 64), "ResNet does not run on a list of images"),
+        (lambda: nn.Sequential(nn.Identity()), (64, 64), r"Sequential returned a Tensor for an image"),
+    ],
+)
+def test_what_is_no_detector_is_told_what_to_do(given, size, says):
+    with pytest.raises(InputError, match=says):
+        count(given(), size)
+
+
+def test_a_size_of_which_no_pixel_would_be_left_is_named(model):
+    with pytest.raises(InputError, match=r"size is 1x5000 .*raise max_size to 5000"):
+        count(model, (1, 5000))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_model_with_a_traced_part_is_refused(model):
+    model.backbone = torch.jit.trace(model.backbone, torch.zeros(1, 3, 64, 64), strict=False)
+    with pytest.raises(InputError, match="count cannot look into backbone, a scripted or traced module"):
+        count(model)

@@ -3,9 +3,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
 
-from jdkd.latency import deployable
+from jdkd.errors import InputError
+from jdkd.latency import count, deployable, measure
 from jdkd.latency.deployable import batch_norms
 
 
@@ -86,3 +88,33 @@ def test_keeps_a_normalisation_that_cannot_be_folded(make):
     folded = deployable(model)
     assert batch_norms(folded) == 1
     torch.testing.assert_close(folded(x), model(x))
+
+
+SCALES, OBLONG = [1 / 4, 1 / 8], torch.zeros(3, 60, 192)
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        deployable,
+        lambda model: count(model, (60, 192)) and model,
+        lambda model: measure({"a": model}, [OBLONG], rounds=1, min_seconds=0, warmup_limit=0) and model,
+    ],
+    ids=["deployable", "count", "measure"],
+)
+def test_oblong_images_do_not_set_the_scales_of_a_foreign_detector(model, seen):
+    model.transform.min_size, model.transform.max_size = (128,), 128
+    model = seen(model)
+    model([OBLONG])
+    assert model.roi_heads.box_roi_pool.scales == SCALES
+
+
+def test_the_detector_inside_a_wrapper_is_folded(model):
+    copy_ = deployable(AveragedModel(model))
+    assert type(copy_) is type(model) and batch_norms(copy_) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_refused():
+    with pytest.raises(InputError, match="deployable cannot look into the model, a scripted"):
+        deployable(torch.jit.script(nn.Conv2d(3, 4, 1)))

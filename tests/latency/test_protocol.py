@@ -152,6 +152,13 @@ def test_refuses_a_model_in_training_mode(model, images):
         measure({"base": model.train()}, images)
 
 
+def test_refuses_what_is_no_detector_and_images_that_vanish(model, images):
+    with pytest.raises(InputError, match="Identity returned a Tensor for an image"):
+        measure({"base": torch.nn.Identity().eval()}, images, rounds=1)
+    with pytest.raises(InputError, match=r"images\[1\] is 2x900 .*raise max_size to 450"):
+        measure({"base": model}, [images[0], torch.zeros(3, 2, 900)], rounds=1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_times_with_events_and_replays_the_backbone_on_a_gpu(model, images):

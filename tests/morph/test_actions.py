@@ -4,6 +4,9 @@ import random
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torchvision.models import resnet18
 
 from jdkd.errors import InputError
 from jdkd.morph import add_block, change_resolution, draw, prune_channels, rearrange, remove_block
@@ -113,3 +116,36 @@ def test_every_drawn_child_trains():
         parent = draw(parent, rng, (48, 64), 4).apply(parent).train()
         sum(parent([torch.rand(3, 64, 96)], target).values()).backward()
         assert all(p.grad is not None for p in parent.parameters())
+
+
+ACTIONS = {
+    "add_block": lambda model: add_block(model, 0),
+    "remove_block": lambda model: remove_block(model, 0),
+    "rearrange": lambda model: rearrange(model, 0, 1),
+    "prune_channels": lambda model: prune_channels(model, 0.5),
+    "change_resolution": lambda model: change_resolution(model, 32),
+    "draw": lambda model: draw(model, random.Random(0), [32], 3),
+}
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_action_on_a_detector_without_a_spec_says_what_it_takes(action):
+    with pytest.raises(InputError, match=f"{action} takes a detector of jdkd.detect.build .* got a ResNet without one"):
+        ACTIONS[action](resnet18())
+
+
+@pytest.mark.parametrize("action", ACTIONS)
+def test_an_action_sees_through_wrappers(action):
+    model = detector(small_spec())
+    model.backbone.body.layer1[0].conv1.weight.data.zero_()
+    wrapped = nn.DataParallel(AveragedModel(model))
+    morph = ACTIONS[action](wrapped)
+    assert morph == ACTIONS[action](model)
+    assert morph.apply(wrapped).spec == morph.spec
+
+
+@pytest.mark.parametrize("stage", [-1, 4, 1.5, "layer1"])
+def test_a_stage_that_is_none_is_named(stage):
+    for act in (add_block, remove_block, lambda model, stage: rearrange(model, 0, stage)):
+        with pytest.raises(InputError, match=f"stage {stage!r} is none of a detector's stages 0 to 3"):
+            act(detector(small_spec()), stage)

@@ -153,3 +153,8 @@ def test_a_pool_that_cannot_teach_the_base_is_refused(digits, tmp_path):
     other = detector(small_spec(classes=train.classes, fpn=24))
     with pytest.raises(InputError, match="fpn 16 and the base 24"):
         load_pool(tmp_path, other, train)
+
+
+def test_only_a_detector_with_a_spec_can_grow(base):
+    with pytest.raises(InputError, match=r"grow takes a detector .* got a Linear without one"):
+        grow(torch.nn.Linear(1, 1), Space.around(base.spec))

@@ -14,18 +14,22 @@ SIZE = 64
 
 
 def write_scenes(
-    folder: Path, images: int = 12, classes: tuple[str, ...] = CLASSES, seed: int = 0
+    folder: Path,
+    images: int = 12,
+    classes: tuple[str, ...] = CLASSES,
+    seed: int = 0,
+    size: tuple[int, int] = (SIZE, SIZE),
 ) -> CocoDetectionDataset:
-    """One or two rectangles an image, whose colour is their class; the last image is empty."""
+    """One or two rectangles an image of ``size`` (height, width), whose colour is their class; the last is empty."""
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     annotations = []
     for image in range(images):
-        pixels = generator.integers(90, 110, (SIZE, SIZE, 3), dtype=np.uint8)
+        pixels = generator.integers(90, 110, (*size, 3), dtype=np.uint8)
         for _ in range(generator.integers(1, 3) if image < images - 1 else 0):
             label = int(generator.integers(len(classes)))
-            x, y = generator.integers(0, SIZE // 2, 2).tolist()
-            width, height = generator.integers(14, SIZE // 2, 2).tolist()
+            y, x = (int(generator.integers(0, side // 2)) for side in size)
+            height, width = (int(generator.integers(14, side // 2)) for side in size)
             pixels[y : y + height, x : x + width] = 20
             pixels[y : y + height, x : x + width, label % 3] = 240
             annotations.append(
@@ -40,7 +44,9 @@ def write_scenes(
             )
         Image.fromarray(pixels).save(folder / f"{image}.png")
     content = {
-        "images": [{"id": i + 100, "file_name": f"{i}.png", "width": SIZE, "height": SIZE} for i in range(images)],
+        "images": [
+            {"id": i + 100, "file_name": f"{i}.png", "height": size[0], "width": size[1]} for i in range(images)
+        ],
         "annotations": annotations,
         "categories": [{"id": CATEGORIES[k], "name": name} for k, name in enumerate(classes)],
     }

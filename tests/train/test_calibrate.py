@@ -1,5 +1,6 @@
 """Batch-norm statistics over several batches, against the pooled data in float64."""
 
+import copy
 import functools
 
 import pytest
@@ -235,3 +236,26 @@ def test_subnets_that_share_statistics_are_refused():
     with pytest.raises(InputError, match=r"2 subnets, which share the statistics of bn; .* statistics='own'"):
         calibrate_bn(model, [torch.randn(2, 3, 6, 6)], MENU)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_wrapped_detector_is_calibrated_as_without_its_wrapper():
+    model = detector(small_spec())
+    generator = torch.Generator().manual_seed(0)
+    batch = [torch.rand(3, 64, 64, generator=generator), torch.rand(3, 48, 80, generator=generator)]
+    wrapped = nn.DataParallel(copy.deepcopy(model))
+    calibrate_bn(model, [(batch, None)])
+    calibrate_bn(wrapped, [(batch, None)])
+    ours, theirs = model.state_dict(), wrapped.module.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_images_of_several_sizes_need_a_transform():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(InputError, match=r"Sequential has no transform.*\[3, 8, 8\], \[3, 8, 9\]; give tensors"):
+        calibrate_bn(model, [[torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)]])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_is_refused_and_not_passed_over():
+    with pytest.raises(InputError, match="calibrate_bn cannot look into 1, a scripted"):
+        calibrate_bn(nn.Sequential(nn.Conv2d(3, 4, 1), torch.jit.script(nn.BatchNorm2d(4))), [torch.zeros(2, 3, 4, 4)])

@@ -5,9 +5,11 @@ import json
 import pytest
 import torch
 
+from jdkd.errors import InputError
 from jdkd.train import DivergenceError, TrainConfig, evaluate, fit
 from jdkd.train.optimizer import build_optimizer
-from tests.detectors import small_spec
+from tests.detectors import detector, small_spec
+from tests.train.scenes import write_scenes
 from tests.train.toy import Toy, same, values
 
 CPU = {"device": "cpu"}
@@ -232,3 +234,16 @@ def test_the_log_has_what_a_step_did(scenes, tmp_path):
     assert [row["lr"] for row in rows] == [config.lr_at(step) for step in (0, 1, 3, 4)]
     assert all(row["losses"].keys() == {"loss_fit", "loss_bias"} for row in rows)
     assert all(row["grad_norm"] > 0 and row["step_seconds"] > 0 for row in rows)
+
+
+def test_a_batch_without_variance_says_what_to_do(tmp_path):
+    data = write_scenes(tmp_path, images=2, size=(32, 32))
+    with pytest.raises(InputError, match=r"batch_size 1 leaves a batch norm 1 value a channel.*\[1, 32, 1, 1\]"):
+        fit(detector(small_spec(min_size=32, max_size=32)), data, TrainConfig(steps=1, batch_size=1), device="cpu")
+
+
+def test_an_image_of_which_no_pixel_would_be_left_is_named_before_the_first_step(tmp_path):
+    data = write_scenes(tmp_path / "data", images=2, size=(32, 4000))
+    with pytest.raises(InputError, match=r"0\.png is 32x4000 .*raise max_size to 125"):
+        fit(detector(small_spec()), data, TrainConfig(steps=1), device="cpu", folder=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

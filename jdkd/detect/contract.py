@@ -1,0 +1,111 @@
+"""What is asked of a detector: torchvision's interface from anyone's, a spec from our own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from jdkd.detect.groups import channel_groups
+from jdkd.detect.spec import DetectorSpec
+from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
+
+FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
+
+
+def own_detector(model: nn.Module, what: str) -> nn.Module:
+    """The detector inside torch's wrappers, if it carries the spec that it was built from and still fits it.
+
+    Args:
+        model: anything.
+        what: who asks, as the message begins.
+
+    Raises:
+        InputError: it carries none, or its layers are no longer those of the spec.
+    """
+    inner = unwrapped(model)
+    if not isinstance(getattr(inner, "spec", None), DetectorSpec):
+        raise InputError(
+            f"{what} takes a detector of jdkd.detect.build or jdkd.detect.load, which carries its spec; got a "
+            f"{type(inner).__name__} without one: build(named_spec(...)) a detector of its architecture, and copy "
+            "what fits of its state dict with jdkd.detect.load_weights"
+        )
+    state = inner.state_dict()
+    for group in channel_groups(inner.spec).values():
+        for name, dim in group.producers:
+            size = f"has {state[name].shape[dim]} channels" if name in state else "is gone"
+            if size != f"has {group.size} channels":
+                raise InputError(
+                    f"{what} takes a detector as its spec describes it, where {name} has {group.size} channels; in "
+                    f"this one it {size}: give the detector that it was before jdkd.latency.deployable or another "
+                    "change to its layers"
+                )
+    return inner
+
+
+def not_scripted(model: nn.Module, what: str) -> None:
+    """Refuses what ``torch.jit.script`` or ``trace`` made, whose layers cannot be told apart.
+
+    Raises:
+        InputError: ``model`` is or holds such a module; ``what`` begins the message.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{what} cannot look into {name or 'the model'}, a scripted or traced module; give the module that it "
+                "was made from, and script what comes out"
+            )
+
+
+def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, Tensor]]:
+    """What a detector in evaluation mode finds on images, checked for torchvision's interface.
+
+    Args:
+        model: the detector; a scripted one, which returns (losses, detections), counts too.
+        images: ``[3, H, W]`` floats in 0..1.
+
+    Returns:
+        For every image ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M] whole numbers and ``scores`` [M].
+
+    Raises:
+        InputError: the model does not take such images, or returns anything else.
+    """
+    kind = type(unwrapped(model)).__name__
+    try:
+        found = model(list(images))
+    except (TypeError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"{kind} does not run on a list of images [3, H, W] ({reason}); give a detector that does, as "
+            "torchvision's do, or wrap it in one"
+        ) from error
+    if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping) and isinstance(found[1], list):
+        found = found[1]
+    if not isinstance(found, list | tuple) or len(found) != len(images):
+        length = f" of {len(found)}" if hasattr(found, "__len__") else ""
+        raise InputError(
+            f"{kind} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
+            f"{', '.join(FOUND)} for every image, as torchvision's detectors do in evaluation mode"
+        )
+    for each in found:
+        if complaint := _complaint(each):
+            raise InputError(f"{kind} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
+    return list(found)
+
+
+def _complaint(found: Any) -> str | None:
+    """What of one image's detections is not as it should be."""
+    if not isinstance(found, Mapping):
+        return f"a {type(found).__name__} for an image"
+    if missing := [key for key in FOUND if not isinstance(found.get(key), Tensor)]:
+        return f"no tensor of {' and '.join(missing)} for an image, but {', '.join(map(str, found)) or 'nothing'}"
+    count = len(found["labels"]) if found["labels"].dim() else 1
+    shapes = {key: list(found[key].shape) for key in FOUND}
+    none = count == 0 and all(found[key].numel() == 0 for key in FOUND)
+    if not none and shapes != {"boxes": [count, 4], "labels": [count], "scores": [count]}:
+        return ", ".join(f"{key} {shape}" for key, shape in shapes.items())
+    labels = found["labels"].dtype
+    if not none and (labels.is_floating_point or labels.is_complex or labels == torch.bool):
+        return f"labels of {labels}, which are no whole numbers"
+    return None

@@ -1,0 +1,87 @@
+"""See :class:`Findings`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jdkd.errors import InputError
+from jdkd.notices import say_once
+
+
+class Findings:
+    """Detections of many images in COCO's result format, without those that cannot be scored.
+
+    pycocotools takes a box of NaN for a hit; boxes and scores that are not finite, and boxes that end before they
+    begin, are left out and counted.
+
+    Args:
+        kind: what found them, as messages name it.
+        categories: category id of each label; index 0 is the background.
+    """
+
+    def __init__(self, kind: str, categories: list[int]) -> None:
+        self.kind, self.categories = kind, categories
+        self.rows: list[dict[str, Any]] = []
+        self._dropped = self._images = 0
+        self._first = ""
+
+    def add(self, image_id: int, found: Mapping[str, Tensor]) -> None:
+        """Takes the detections of one image.
+
+        Args:
+            image_id: of the ground truth.
+            found: ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M] and ``scores`` [M].
+
+        Raises:
+            InputError: a label is the background's or beyond the classes.
+        """
+        boxes = found["boxes"].double().reshape(-1, 4).cpu()  # [M, 4] xyxy; double, so that no difference overflows
+        labels, scores = found["labels"].long().cpu(), found["scores"].double().cpu()  # [M]
+        self._check(image_id, labels)
+        usable = boxes.isfinite().all(1) & scores.isfinite() & (boxes[:, 2:] >= boxes[:, :2]).all(1)  # [M]
+        if not usable.all():
+            worst = int(usable.logical_not().nonzero()[0, 0])
+            box = ", ".join(f"{side:g}" for side in boxes[worst].tolist())
+            self._first = self._first or f"image {image_id}: box [{box}], score {scores[worst]:g}"
+            self._dropped += int(usable.logical_not().sum())
+            self._images += 1
+        boxes = torch.cat((boxes[:, :2], boxes[:, 2:] - boxes[:, :2]), dim=1)  # [M, 4] x, y, width, height
+        self.rows += [
+            {"image_id": image_id, "category_id": self.categories[label], "bbox": box, "score": score}
+            for box, label, score in zip(
+                boxes[usable].tolist(), labels[usable].tolist(), scores[usable].tolist(), strict=True
+            )
+        ]
+
+    def close(self) -> list[dict[str, Any]]:
+        """Returns the rows, and says how many detections were left out.
+
+        Raises:
+            InputError: all were.
+        """
+        if self._dropped:
+            total = self._dropped + len(self.rows)
+            what = (
+                f"{self._dropped} of the {total} detections of {self.kind} have boxes or scores that are not finite, "
+                f"or boxes that end before they begin, on {self._images} image(s), first on {self._first}"
+            )
+            if not self.rows:
+                raise InputError(
+                    f"{what}: nothing is left to score; look for NaN in its weights and in the running statistics of "
+                    "its batch norms (jdkd.train.calibrate_bn measures these anew)"
+                )
+            say_once(f"{what}; they are left out of the score")
+        return self.rows
+
+    def _check(self, image_id: int, labels: Tensor) -> None:
+        most = len(self.categories) - 1
+        wrong = labels[(labels < 1) | (labels > most)]
+        if len(wrong):
+            ids = " (it may give category ids)" if set(wrong.tolist()) <= set(self.categories) else ""
+            raise InputError(
+                f"{self.kind} gives a box of image {image_id} the label {int(wrong[0])}{ids}, and the dataset has the "
+                f"labels 1 to {most}, in order of category id, 0 being the background; score it on the data that it "
+                "was made for, or wrap it so that it gives these labels"
+            )
