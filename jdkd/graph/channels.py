@@ -22,6 +22,11 @@ class Axis(NamedTuple):
     first: int
     size: int
 
+    @property
+    def numbers(self) -> np.ndarray:
+        """Its channels: ``[size]``."""
+        return np.arange(self.first, self.first + self.size)
+
 
 class Channels:
     """Numbers the channels of every axis, and remembers which are coupled, read, written, and frozen."""

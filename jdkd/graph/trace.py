@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from jdkd.graph.channels import Channels
+from jdkd.graph.declaration import Declaration
 from jdkd.graph.residuals import Step
 from jdkd.graph.topology import BlockList, ChannelGroup, Frozen, Slot, Topology
 from jdkd.graph.tracer import Tracer
 
 
-def trace(model: nn.Module, *example: Any) -> Topology:
+def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) -> Topology:
     """Reads off one eager forward which channels of a model live and die together.
 
     The model runs once in evaluation mode, as it is: no symbolic trace, no code per family, and control flow may depend
@@ -24,12 +25,17 @@ def trace(model: nn.Module, *example: Any) -> Topology:
     Args:
         model: any module; its modes, weights and hooks are left as they were.
         *example: what its forward takes; for a torchvision detector a list of one image ``[3, H, W]``.
+        declared: what is known of the model and does not show; it comes before what is read off.
 
     Returns:
-        The topology.
+        The topology. Have it checked: :func:`jdkd.rewrite.verify`.
+
+    Raises:
+        InputError: what is declared does not fit the model.
     """
+    declared = declared or Declaration()
     modes = [(module, module.training) for module in model.modules()]
-    tracer = Tracer(model.eval())
+    tracer = Tracer(model.eval(), declared.operators)
     try:
         with torch.random.fork_rng(devices=[]):
             tracer.run(example)
@@ -37,6 +43,7 @@ def trace(model: nn.Module, *example: Any) -> Topology:
         for module, training in modes:
             module.training = training
     channels = tracer.marks.channels
+    declared.apply(channels)
     component = channels.components()
     groups, frozen = _groups(channels, component, channels.reasons(component))
     reached = {axis.tensor for axis in channels.axes}

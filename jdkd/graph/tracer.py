@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -22,10 +22,12 @@ class Tracer(TorchDispatchMode):
 
     Args:
         model: what will run.
+        declared: what operators do to channels, before their rules are asked.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, declared: Mapping[str, str]) -> None:
         super().__init__()
+        self.declared = declared
         self.model, self.marks = model, Marks(model)
         self.residuals = Residuals(model, self.marks)
 
@@ -35,7 +37,7 @@ class Tracer(TorchDispatchMode):
         given = {argument.name: argument.default_value for argument in schema.arguments if argument.has_default_value()}
         given |= dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | (kwargs or {})
         call = Call(schema.name, given, out, _is_pointwise(func))
-        apply(self.marks, call)
+        apply(self.marks, call, self.declared)
         if any(self.marks.is_activation(tensor) for tensor in call.tensors()):
             self.marks.activate(out)
         self.residuals.saw(call)

@@ -1,11 +1,16 @@
 """What one forward tells of how channels are coupled."""
 
+import io
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import nn
 
-from jdkd.graph import trace
+from jdkd.errors import InputError
+from jdkd.graph import Declaration, report, trace
 from jdkd.rewrite import mask, prune, verify
 from tests.graph.networks import CrossStage, PANDetector, Residual, SqueezeExcite, awake, conv
 
@@ -192,3 +197,43 @@ def test_an_unknown_operator_is_refused_in_part_and_the_rest_can_be_cut():
     frozen = [frozen for frozen in topology.frozen if "jdkd_tests::twice" in frozen.reason]
     assert frozen and ("lateral.2.weight", 0) in frozen[0].tensors
     assert "stem.0" in [group.name for group in topology.groups]
+
+
+def test_a_declaration_says_what_an_operator_does():
+    model = awake(PANDetector(custom=True))
+    topology = trace(model, IMAGES, declared=Declaration(operators={"jdkd_tests::twice": "pointwise"}))
+    assert not topology.unknown and topology.prunable_share() > 0.99
+    assert verify(model, topology, IMAGES).groups == topology.groups
+
+
+def test_a_declaration_freezes_and_couples():
+    layers = {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 8, 1), "c": nn.Conv2d(8, 8, 1), "d": nn.Conv2d(8, 2, 1)}
+    model = Net(lambda m, x: m.d(m.c(m.b(m.a(x)))), **layers)
+    declared = Declaration(frozen=(("a.weight", 0),), coupled=((("b.weight", 0), ("c.weight", 0)),))
+    topology = trace(model, X, declared=declared)
+    assert [group.name for group in topology.groups] == ["b"] and len(topology["b"].slots) == 6
+    assert any("declared" in frozen.reason for frozen in topology.frozen)
+
+
+@pytest.mark.parametrize(
+    ("declared", "message"),
+    [
+        ({"operators": {"a::b": "magic"}}, "'a::b' is declared 'magic'; say one of pointwise, spatial, same"),
+        ({"frozen": (("a.wait", 0),)}, "dimension 0 of 'a.wait' is declared"),
+        ({"coupled": ((("0.weight", 0), ("1.weight", 0)),)}, "has 8 channels and .* has 2"),
+    ],
+)
+def test_a_declaration_that_does_not_fit_is_refused(declared, message):
+    with pytest.raises(InputError, match=message):
+        trace(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)), X, declared=Declaration(**declared))
+
+
+def test_a_report_names_what_can_be_cut_and_what_cannot_and_why():
+    topology = trace(awake(PANDetector(custom=True)), IMAGES)
+    console = Console(width=200, file=io.StringIO())
+    console.print(report(topology))
+    text = console.file.getvalue()
+    for words in ("stem.0", "stages.0.2.blocks", "jdkd_tests::twice is not an operator that is known", "can be cut"):
+        assert words in text
+    content = json.loads(topology.to_json())
+    assert content["groups"][0]["slots"][0]["offset"] == 0 and content["unknown"]

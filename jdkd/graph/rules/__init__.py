@@ -6,21 +6,27 @@ them, a softmax), or where there is no rule for it at all, the channels are froz
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from jdkd.graph.rules import indices, layers, products, views  # noqa: F401 - they register their rules
-from jdkd.graph.rules.elementwise import pointwise
+from jdkd.graph.rules.elementwise import pointwise, same
+from jdkd.graph.rules.layers import spatial
 from jdkd.graph.rules.registry import RULES, rule, unknown
 
 if TYPE_CHECKING:
     from jdkd.graph.marks import Call, Marks
 
-__all__ = ["apply", "rule"]
+__all__ = ["KINDS", "apply", "rule"]
+
+KINDS = {"pointwise": pointwise, "spatial": spatial, "same": same}  # what a declaration may call an operator
 
 
-def apply(marks: Marks, call: Call) -> None:
-    """Brings the channels of a call's inputs to its outputs."""
+def apply(marks: Marks, call: Call, declared: Mapping[str, str]) -> None:
+    """Brings the channels of a call's inputs to its outputs, by what is declared of its operator or by its rule."""
     if not any(marks.layout(tensor) for tensor in call.tensors()):
         return
-    found = RULES.get(call.name) or RULES.get(call.name.removesuffix("_"))  # the same in place
+    found = (
+        KINDS.get(declared.get(call.name, "")) or RULES.get(call.name) or RULES.get(call.name.removesuffix("_"))
+    )  # the same in place
     (found or (pointwise if call.pointwise else unknown))(marks, call)

@@ -76,7 +76,7 @@ def _padded(layout: Layout, ndim: int) -> Layout:
 )
 @rule("bernoulli", "_conj", "resolve_conj", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like")
 @rule("to_dense", "to_mkldnn", "view_of", "lift")
-def _same(marks: Marks, call: Call) -> None:
+def same(marks: Marks, call: Call) -> None:
     source = next(call.tensors())
     for out in outputs(call):
         if out.shape == source.shape:

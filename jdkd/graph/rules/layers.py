@@ -70,7 +70,7 @@ def _layer_norm(marks: Marks, call: Call) -> None:
 @rule("adaptive_max_pool2d", "mkldnn_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")
 @rule("_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_2d")
 @rule("reflection_pad2d", "replication_pad2d", "im2col_indices", "torchvision::roi_pool")
-def _spatial(marks: Marks, call: Call) -> None:
+def spatial(marks: Marks, call: Call) -> None:
     """Works inside every channel map ``[N, C, H, W]``."""
     feature = next(call.tensors())
     kept = [label for label in marks.layout(feature) if not span(label) & {feature.dim() - 2, feature.dim() - 1}]
