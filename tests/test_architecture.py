@@ -17,6 +17,8 @@ FLOORS = (
     "ops",
     "functional env testing",
     "nn",
+    "graph",
+    "rewrite",
     "patch",
     "detect data",
     "train distill latency",

@@ -59,6 +59,7 @@ def _parse(argv: list[str]) -> Callable[[], None]:
     from jdkd.cli.data import Data
     from jdkd.cli.env import Env
     from jdkd.cli.evaluate import Eval
+    from jdkd.cli.inspect import Inspect
     from jdkd.cli.latency import Latency
     from jdkd.cli.search import Search
     from jdkd.cli.train import Train
@@ -69,6 +70,7 @@ def _parse(argv: list[str]) -> Callable[[], None]:
     positional = tyro.conf.PositionalRequiredArgs
     commands = (
         named("data", Data, positional),
+        named("inspect", Inspect, positional),
         named("train", Train),
         named("search", Search),
         named("eval", Eval, positional),
