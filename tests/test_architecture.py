@@ -17,6 +17,8 @@ FLOORS = (
     "ops",
     "functional env testing check",
     "nn",
+    "graph",
+    "rewrite",
     "patch",
     "detect data",
     "train distill latency",

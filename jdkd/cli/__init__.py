@@ -61,6 +61,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     from jdkd.cli.data import CheckData, Digits
     from jdkd.cli.env import Env
     from jdkd.cli.evaluate import Eval
+    from jdkd.cli.inspect import Inspect
     from jdkd.cli.latency import Latency
     from jdkd.cli.search import Search
     from jdkd.cli.train import Train
@@ -72,6 +73,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     data = Union[named("digits", Digits, positional), named("check", CheckData, positional)]  # noqa: UP007
     commands = (
         named("data", data),
+        named("inspect", Inspect, positional),
         named("train", Train),
         named("search", Search),
         named("eval", Eval, positional),
