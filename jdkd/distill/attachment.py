@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.distill.feature import FeatureDistiller, as_weight
+from jdkd.distill.gradients import FORWARD, pass_number
 from jdkd.distill.hooks import Hook
 from jdkd.distill.outputs import with_loss
 from jdkd.distill.teacher import TeacherRunner
@@ -86,7 +87,7 @@ class DistillationHandle:
     def _neck_ran(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Any) -> None:
         """Refuses a pyramid whose loss nobody would get, as the student's own forward does not run."""
         alone = self._student.training and torch.is_grad_enabled() and not self._is_inside
-        if alone and torch._C._current_graph_task_id() == -1:  # a checkpoint runs it once more during backward
+        if alone and pass_number() == FORWARD:  # a checkpoint runs it once more during backward
             raise InputError(
                 f"the student's {type(neck).__name__} ran outside of the forward of {type(self._student).__name__}, "
                 "which was attached, so that no loss could be added to what that returns; attach the module that your "
