@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from jdkd.errors import InputError
 
-
 FORWARD = -1  # no backward pass is under way
 
 
