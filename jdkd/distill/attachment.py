@@ -129,8 +129,8 @@ def attach(
     running average, are not distilled. What torchvision's RoI pools took for their scales is set right in both.
 
     How a detector normalises is read off torchvision's ``transform``, OpenMMLab's ``data_preprocessor``, detectron2's
-    ``pixel_mean``, a step without weights that has mean and std, an ``image_processor``, or timm's ``pretrained_cfg``; what is not found
-    there is given here.
+    ``pixel_mean``, a step without weights that has mean and std, an ``image_processor``, or timm's ``pretrained_cfg``;
+    what is not found there is given here.
 
     Args:
         student: the detector to train.

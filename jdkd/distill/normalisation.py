@@ -85,7 +85,8 @@ def normalisation_of(chain: Sequence[nn.Module], entrance: nn.Module, who: str) 
 
     Known are the ways of torchvision (``transform``), OpenMMLab (``data_preprocessor``), Hugging Face
     (``image_processor``), detectron2 (``pixel_mean``), a child with mean and std and no weights, such as a
-    ``normalize`` module, the bare attributes ``image_mean`` or ``mean``, and, where nothing else is said, timm's ``pretrained_cfg`` of the backbone.
+    ``normalize`` module, the bare attributes ``image_mean`` or ``mean``, and, where nothing else is said, timm's
+    ``pretrained_cfg`` of the backbone.
 
     Args:
         chain: the modules from the model down to the one whose child ``entrance`` is, or that it is.
