@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
 from jdkd.distill.levels import as_index, as_strides, check_index, pair_levels, select_channels
-from jdkd.distill.neck import Pyramid, levels_of, with_levels
+from jdkd.distill.neck import Pyramid, found_levels, with_levels
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn import PearsonTap
@@ -143,7 +143,8 @@ class FeatureDistiller:
     def _tapped(self, pyramid: Pyramid) -> tuple[Pyramid, list[int], Tensor, Tensor]:
         """The pyramid that the heads get; and strides, loss and its part by level ``[L]`` of the levels compared."""
         runner = self.runner
-        pairs = pair_levels(levels_of(pyramid), levels_of(runner.teacher_pyramid), runner.size, self.levels)
+        ours, theirs = found_levels(pyramid, "student"), found_levels(runner.teacher_pyramid, "teacher")
+        pairs = pair_levels(ours, theirs, runner.size, self.levels)
         if self._channels is not None:
             if not self._has_checked_channels:
                 check_index(self._channels, pairs)

@@ -266,8 +266,14 @@ def _hold(teacher: nn.Module) -> None:
     """Puts a teacher into evaluation mode without gradients; several students may hold one teacher."""
     modes = [(module, module.training) for module in teacher.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in teacher.parameters()]
+    try:
+        teacher.eval().requires_grad_(False)
+    except NotImplementedError as error:
+        raise InputError(
+            f"the teacher ({type(teacher).__name__}) is an exported program, which cannot be run up to its neck; pass "
+            "the model that it was exported from"
+        ) from error
     _held.setdefault(teacher, []).append(_Held(modes, gradients))
-    teacher.eval().requires_grad_(False)
 
 
 def _release(teacher: nn.Module) -> None:
