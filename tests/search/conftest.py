@@ -2,9 +2,10 @@ import warnings
 
 import pytest
 
-from jdkd.data import write_digit_scenes
+from jdkd.data import CocoDetectionDataset, resolve_splits, write_digit_scenes
 from jdkd.detect import save
 from jdkd.notices import Notice
+from jdkd.run_folder import RunFolder
 from jdkd.search.context import open_context
 from tests.detectors import detector, small_spec
 from tests.search.small_search import config_of, make_steady
@@ -17,6 +18,8 @@ def folder(tmp_path_factory):
     """A base and its data."""
     folder = tmp_path_factory.mktemp("search")
     write_digit_scenes(folder / "data", train=12, val=6, size=64, seed=0)
+    train = CocoDetectionDataset(resolve_splits(folder / "data")[0])
+    RunFolder(folder / "base").begin("train", {"data": {"train": train.fingerprint}})
     save(folder / "base", detector(small_spec(classes=DIGITS)))
     return folder
 
