@@ -79,7 +79,7 @@ class Search:
             print(path)
         if not result["target_met"]:
             raise InputError(
-                f"{verdict(result)} Give a larger --target-latency, or more --candidates and --steps, in another folder."
+                f"{verdict(result)} Give a larger --target-latency or more --candidates and --steps, in another folder."
             )
 
     def _selection(self) -> Split | None:

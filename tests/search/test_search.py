@@ -1,7 +1,9 @@
 """The joint search from end to end, in miniature."""
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -13,15 +15,18 @@ from pathlib import Path
 
 import pytest
 
+from jdkd import train
 from jdkd.data import Split
 from jdkd.detect import load, save
-from jdkd.errors import InputError
+from jdkd.errors import InputError, ModelError
 from jdkd.latency.clock import environment
 from jdkd.notices import Notice
+from jdkd.report import write_report
 from jdkd.run_folder import RunFolder
 from jdkd.search import plan, search
 from jdkd.search.archive import ARCHIVE, Archive
 from jdkd.search.loop import TEACHERS
+from jdkd.train import DivergenceError, engine
 from tests.detectors import detector, small_spec
 from tests.search.small_search import config_of, make_steady, steady_measure
 
@@ -127,11 +132,34 @@ def test_a_search_interrupted_again_and_again_reaches_the_same_archive(folder, f
         assert result[name] == finished[1][name]
 
 
-def test_a_result_that_is_broken_is_named(folder, finished, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("result.json", r"result\.json is not JSON.*remove it and resume"),
+        ("teachers.json", r"teachers\.json is not JSON.*remove it and resume"),
+    ],
+)
+def test_a_file_that_is_broken_is_named(folder, finished, tmp_path, name, says):
     shutil.copytree(finished[0], tmp_path / "out")
-    (tmp_path / "out" / "result.json").write_text("{")
-    with pytest.raises(InputError, match=r"result\.json is not JSON.*remove it and resume"):
+    (tmp_path / "out" / "result.json").unlink()
+    (tmp_path / "out" / name).write_text("{")
+    with pytest.raises(InputError, match=says):
         search(config_of(folder, tmp_path / "out", resume=True))
+
+
+def test_a_result_that_is_none_is_named(folder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "result.json").write_text("[]")
+    with pytest.raises(InputError, match=r"result\.json has no 'base'.*remove it and resume"):
+        search(config_of(folder, tmp_path / "out", resume=True))
+
+
+def test_a_kill_after_the_archive_leaves_nothing_behind(folder, finished, steady, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()
+    (tmp_path / "out" / "candidates" / "002" / "training").mkdir()
+    search(config_of(folder, tmp_path / "out", resume=True))
+    assert not (tmp_path / "out" / "candidates" / "002" / "training").exists()
 
 
 def test_renamed_folders_are_the_same_search(folder, finished, tmp_path):
@@ -171,6 +199,7 @@ def test_another_search_is_refused_in_its_folder(folder, finished, changes, says
 
 
 def test_other_weights_or_images_are_another_search(folder, finished, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
     save(tmp_path / "base", detector(load(folder / "base").spec, seed=1))
     with pytest.raises(InputError, match=r"base\.weights was"):
         search(config_of(folder, finished[0], resume=True, base=tmp_path / "base"))
@@ -201,6 +230,97 @@ def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, finished
     assert result["device"]["device_name"] == "new"
 
 
+@pytest.fixture
+def small(folder, finished):
+    """Settings of a search that need not grow a pool."""
+    return lambda out, **changes: config_of(folder, out, teacher_pool=finished[0] / "pool", **{"steps": 9} | changes)
+
+
+def broken(monkeypatch, what):
+    """From now on trainings of a search end as said by ``what``, by a piece of the path of their folder."""
+
+    def fit(model, *given, folder, **options):
+        fate = next((fate for piece, fate in what.items() if piece in str(folder)), "train")
+        if fate == "diverge":
+            raise DivergenceError("training diverged at step 1 of 1.", 1, "loss_pkd")
+        report = engine.fit(model, *given, folder=folder, **options)
+        model.cannot_be_scored = fate == "find nothing finite"
+        return report
+
+    def evaluate(model, *given, **options):
+        if getattr(model, "cannot_be_scored", False):
+            raise ModelError("nothing is left to score.")
+        return train.evaluate(model, *given, **options)
+
+    monkeypatch.setattr("jdkd.search.loop.evaluate", evaluate)
+
+    monkeypatch.setattr("jdkd.search.loop.fit", fit)
+    monkeypatch.setattr("jdkd.search.outcome.fit", fit)
+
+
+def test_a_search_outlives_candidates_and_a_control_that_fail(small, steady, tmp_path, monkeypatch):
+    broken(
+        monkeypatch, {"candidates/001": "diverge", "candidates/002": "find nothing finite", "control_single": "diverge"}
+    )
+    with pytest.warns(Notice) as said:
+        result = search(small(tmp_path / "out", candidates=3))
+    words = [str(notice.message) for notice in said]
+    assert any(w.startswith("candidate 1 (") and "training diverged at step 1" in w for w in words)
+    assert any(w.startswith("candidate 2 (") and "nothing is left to score" in w for w in words)
+    failed = archived(tmp_path / "out", "number, map, map50, latency_ratio, failure IS NULL")
+    assert [row[0] for row in failed if row[1:] == (None, None, None, 0)] == [1, 2]
+    with closing(Archive(tmp_path / "out" / ARCHIVE)) as archive:
+        assert [one.number for one in archive.scored] == [0, 3] and math.isnan(archive.candidates[1].map)
+        assert archive.candidates[3].parent == archive.candidates[0].id
+        assert result["student_id"] == archive.candidates[3].id
+    assert result["control"]["map"] >= 0 and result["control_single"] == {
+        "failure": "training diverged at step 1 of 1."
+    }
+    text = write_report(tmp_path / "out")[1].read_text()
+    assert "candidate 1 failed: training diverged" in text and "candidate 2 failed: " in text
+    assert "control, one cycle failed: training diverged" in text and "nan" not in re.sub('base64,[^"]*', "", text)
+
+
+def test_a_search_whose_candidates_all_fail_says_why(small, steady, tmp_path, monkeypatch):
+    broken(monkeypatch, {"candidates/": "diverge"})
+    with (
+        pytest.warns(Notice, match="goes on without it"),
+        pytest.raises(
+            InputError, match=r"all 1 candidates failed, .*diverged at step 1 of 1\. .*a lower lr than 0\.0001"
+        ),
+    ):
+        search(small(tmp_path / "out", candidates=1))
+
+
+def test_a_pool_that_cannot_be_trained_says_what_can_be_done(folder, steady, tmp_path, monkeypatch):
+    def diverge(*given, **options):
+        raise DivergenceError("training diverged.", 3, "loss_box_reg")
+
+    monkeypatch.setattr("jdkd.search.loop.train_pool", diverge)
+    with pytest.raises(InputError, match=r"at step 3 loss_box_reg is not finite; search into another folder"):
+        search(config_of(folder, tmp_path / "out"))
+
+
+def test_a_base_that_cannot_be_scored_costs_no_training(folder, steady, tmp_path, monkeypatch):
+    def nothing(*given, **options):
+        raise ModelError("nothing is left to score")
+
+    monkeypatch.setattr("jdkd.search.loop.evaluate", nothing)
+    with pytest.raises(ModelError):
+        search(config_of(folder, tmp_path / "out"))
+    assert not (tmp_path / "out" / "pool").exists()
+
+
+def test_a_lost_archive_is_made_again(small, steady, tmp_path):
+    config = small(tmp_path / "out", candidates=1, steps=3)
+    search(config)
+    before = archived(tmp_path / "out")
+    for name in (ARCHIVE, "result.json"):
+        (tmp_path / "out" / name).unlink()
+    search(replace(config, resume=True))
+    assert archived(tmp_path / "out") == before
+
+
 def test_a_finished_pool_serves_another_search_and_is_scored_on_its_images(folder, finished, steady, tmp_path):
     pool, out = finished[0] / "pool", tmp_path / "again"
     before, whole = (pool / "pool.json").read_bytes(), config_of(folder, out).val
@@ -224,12 +344,25 @@ def test_a_finished_pool_serves_another_search_and_is_scored_on_its_images(folde
         ({"candidates": 0}, "candidates must be at least 1, got 0"),
         ({"latency_rounds": 0}, "latency_rounds must be at least 1, got 0"),
         ({"teacher_pool": Path("no pool")}, "holds no finished teacher pool"),
+        ({"teacher_pool": Path(__file__)}, "holds no finished teacher pool"),
+        ({"lr": -1.0}, r"lr must be a number of at least 0\.0, got -1\.0"),
+        ({"seed": -1}, "seed must be a number of at least 0, got -1"),
+        ({"workers": -1}, "workers must be"),
+        ({"amp": "int8"}, "amp must be one of"),
+        ({"latency_seconds": math.nan}, "latency_seconds must be a number of at least 0, got nan"),
+        ({"feature_weight": math.inf}, "feature_weight must be"),
     ],
 )
 def test_a_search_that_cannot_be_planned_is_refused_before_anything_is_written(folder, tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
         search(config_of(folder, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_default_budget_said_in_steps_is_the_same_search(context):
+    default = replace(context, config=replace(context.config, steps=None))
+    said = replace(context, config=replace(context.config, steps=36 * 12 // 2))
+    assert default.identity() == said.identity() != context.identity()
 
 
 def test_a_val_without_boxes_to_select_on_is_refused_before_anything_is_written(folder, tmp_path):
@@ -256,6 +389,22 @@ def test_a_base_that_was_trained_on_other_images_is_said(folder, tmp_path):
     )
     with pytest.warns(Notice, match="was trained on other data"), pytest.raises(InputError, match="too few"):
         search(config_of(folder, tmp_path / "out", base=tmp_path / "base", steps=3))
+
+
+def test_a_base_that_does_not_say_what_it_was_trained_on_is_said(folder, tmp_path):
+    save(tmp_path / "base", load(folder / "base"))
+    with pytest.warns(Notice, match="does not say whether it was trained on"), pytest.raises(InputError, match="few"):
+        search(config_of(folder, tmp_path / "out", base=tmp_path / "base", steps=3))
+
+
+def test_a_base_of_weights_that_are_no_numbers_is_refused_before_anything_is_written(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    base = load(tmp_path / "base")
+    base.backbone.body.conv1.weight.data[0] = math.nan
+    save(tmp_path / "base", base)
+    with pytest.raises(InputError, match=r"base in .* not finite, in backbone\.body\.conv1\.weight"):
+        search(config_of(folder, tmp_path / "out", base=tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_budget_covers_pool_candidates_and_both_controls(folder):
