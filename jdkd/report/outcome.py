@@ -153,7 +153,7 @@ def verdict(result: dict[str, Any]) -> str:
     taken = f"The student takes {_told(student['latency_ratio'], target)} of the base's time"
     if result.get("target_met"):
         return f"{taken}; {target} was asked for."
-    return f"{taken} and misses the {target} that was asked for; it is the best found."
+    return f"{taken} and misses the {target} that was asked for; it is the fastest found."
 
 
 def _told(ratio: float, target: float) -> str:
