@@ -1,4 +1,4 @@
-"""What a wheel holds, which installs find the kernels, how JDKD_BUILD_EXT behaves, and what is in jdkd._C."""
+"""What a wheel holds, which installs find the kernels, and how JDKD_BUILD_EXT behaves."""
 
 import os
 import re
@@ -9,8 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
-from jdkd import _ext
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("jdkd", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
@@ -195,34 +193,3 @@ def test_a_new_operator_reaches_the_wheel_without_touching_a_shared_file(checkou
     run("-m", "pip", "install", *options, "--target", site, built, cwd=tmp_path)
     answer = run("-c", USE_TOY, cwd=tmp_path, PYTHONPATH=str(site))
     assert answer.stdout.strip() == "toy: x of shape [2, 3] is not contiguous"
-
-
-def cuobjdump(*options: str) -> str:
-    """What NVIDIA's cuobjdump says of ``jdkd._C``; it comes with triton and with the toolkit."""
-    module = _ext.module()
-    if module is None:
-        pytest.skip(_ext.why_missing())
-    if not _ext.build_info()["cuda_ops"]:
-        pytest.skip("jdkd._C has no CUDA operators")
-    triton = next((Path(path) / "triton" for path in sys.path if (Path(path) / "triton").is_dir()), Path())
-    bundled = triton / "backends/nvidia/bin/cuobjdump"
-    program = str(bundled) if bundled.is_file() else shutil.which("cuobjdump")
-    if program is None:
-        pytest.skip("cuobjdump is neither in triton nor on PATH")
-    command = [program, *options, module.__file__]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def test_the_extension_holds_machine_code_for_what_it_was_built_for():
-    elves = cuobjdump("--list-elf")
-    for arch in _ext.build_info()["arch_list"]:
-        major, minor = re.match(r"(\d+)\.(\d+)", arch).groups()
-        assert f"sm_{major}{minor}" in elves
-    assert "sm_90" in elves
-
-
-def test_no_kernel_spills_registers():
-    usage = cuobjdump("--dump-resource-usage")
-    rows = re.findall(r"Function ([^:]+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert rows
-    assert [row for row in rows if int(row[3]) or int(row[2])] == []
