@@ -80,7 +80,7 @@ def test_the_wheel_declares_what_it_needs(wheel):
 
 def test_an_installed_wheel_finds_its_kernels(wheel, tmp_path):
     site = tmp_path / "site"
-    run("-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel, cwd=tmp_path)
+    run("-m", "pip", "install", "--no-deps", "--no-index", "--no-compile", "--target", site, wheel, cwd=tmp_path)
     found = run("-c", FIND_KERNELS, cwd=tmp_path, PYTHONPATH=str(site)).stdout.split()
     assert len(found) > 1 and all(Path(path).is_relative_to(site / "jdkd") for path in found)
     assert not (site / "kernels").exists()
@@ -190,6 +190,6 @@ def test_a_new_operator_reaches_the_wheel_without_touching_a_shared_file(checkou
     run("-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, sources, cwd=tmp_path)
     (built,) = tmp_path.glob("*.whl")
     assert "-cp" in built.name and "linux" in built.name
-    run("-m", "pip", "install", *options, "--target", site, built, cwd=tmp_path)
+    run("-m", "pip", "install", *options, "--no-compile", "--target", site, built, cwd=tmp_path)
     answer = run("-c", USE_TOY, cwd=tmp_path, PYTHONPATH=str(site))
     assert answer.stdout.strip() == "toy: x of shape [2, 3] is not contiguous"
