@@ -82,7 +82,7 @@ def quick_interpreter() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Long ones come first: workers steal from the end, so that no two make the same and none waits at the end.
-    items.sort(key=lambda item: not item.path.stem.endswith(("_aot", "test_search", "test_packaging")))
+    items.sort(key=lambda item: not item.path.stem.endswith(("_aot", "_search", "_packaging", "_compilation")))
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -1,4 +1,4 @@
-"""Makes Triton's interpreter, which spends most of its time on its own books, about twice as fast. Results stay."""
+"""Makes Triton's interpreter, which spends most of its time on its own books, a third faster. Results stay."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -43,9 +43,9 @@ def _look_types_up() -> None:
     type_of, dtype_of, of_shapes, of_scalars = core._type_for_tuple_values, interpreter._get_np_dtype, {}, {}
 
     def type_for_tuple_values(values: Sequence, fields=None):
-        if fields or not all(type(value) is core.constexpr and type(value.value) is int for value in values):
+        shape = tuple([value.value if type(value) is core.constexpr else value for value in values])
+        if fields or {*map(type, shape)} - {int}:
             return type_of(values, fields)
-        shape = tuple(value.value for value in values)
         if shape not in of_shapes:
             of_shapes[shape] = type_of(values)
         return of_shapes[shape]
