@@ -195,7 +195,7 @@ def test_an_exported_teacher_is_refused_and_the_one_inside_it_is_not():
             return self.backbone(x)
 
     teacher = Exportable()
-    with pytest.raises(InputError, match="is an exported program, .* pass the model that it was exported from"):
+    with pytest.raises(InputError, match=r"is an exported program, .* pass the model that it was exported from"):
         attach(Returning(dict), torch.export.export(teacher, (images(),)).module())
     with attach(Returning(dict), teacher):
         pass
