@@ -105,11 +105,6 @@ CALLS = [_values, _gradient, _gradient_of_images, _each_image, _gradient_of_each
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by torch, in forward mode
 def test_functional_calls_give_what_they_give_without(name, call: Callable, scope):
     net = small(name)
-    if name == "listed" and call is _gradient_of_each_image:  # PyTorch scatters no batch of gradients into one weight
-        for of_calls in (nullcontext(), scope(net)):
-            with of_calls, pytest.raises(RuntimeError, match=r"vmap: aten::index_copy_\(.*\) is not possible"):
-                call(net)
-        return
     expected = call(net)
     with scope(net):
         net(images())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from jdkd._backend import use_backend
-from jdkd.ops import pack as pack_op
+from jdkd.ops import pack_operators
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.pack import Part, pack, packed_weights, unpack_add_
 from tests.ops.emulated import Emulation, placed
@@ -38,7 +38,7 @@ PAIRS = [(FLOAT, BRAIN), (FLOAT, FLOAT), (BRAIN, BRAIN), (BRAIN, FLOAT), (FLOAT,
 @contextmanager
 def as_on_cuda(emulation: Emulation) -> Iterator[None]:
     """Packs tensors of the CPU with the kernels of CUDA."""
-    on_cuda = patch.object(pack_op, "_selected", lambda *_: "cuda")
+    on_cuda = patch.object(pack_operators, "_selected", lambda *_: "cuda")
     with on_cuda, patch.object(torch.ops, "jdkd_C", emulation.ops):
         yield
 
