@@ -163,7 +163,7 @@ def test_a_neck_that_returns_levels_one_by_one_is_distilled_and_its_heads_get_th
         (lambda levels: dict(enumerate(levels)).values(), "neck returned a dict_values, in which there is no level"),
         (
             lambda levels: [level.flatten(2) for level in levels],
-            r"neck returned tensors \[2, 4, 24\] of torch.float32, \[2, 4, 6\]",
+            r"neck returned tensors \[2, 4, 24\] of",
         ),
     ],
 )
@@ -195,7 +195,7 @@ def test_an_exported_teacher_is_refused_and_the_one_inside_it_is_not():
             return self.backbone(x)
 
     teacher = Exportable()
-    with pytest.raises(InputError, match="is an exported program, .* pass the model that it was exported from"):
+    with pytest.raises(InputError, match=r"is an exported program, .* pass the model that it was exported from"):
         attach(Returning(dict), torch.export.export(teacher, (images(),)).module())
     with attach(Returning(dict), teacher):
         pass
