@@ -161,8 +161,9 @@ def as_weight(weight: Any) -> float:
     Raises:
         InputError: it is no finite number from 0 up.
     """
+    learned = isinstance(weight, Tensor) and weight.requires_grad  # it would get no gradient
     try:
-        number = math.nan if isinstance(weight, str | bytes | bool) else float(weight)
+        number = math.nan if learned or isinstance(weight, str | bytes | bool) else float(weight)
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number) or number < 0:

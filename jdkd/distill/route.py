@@ -109,7 +109,9 @@ def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
         InputError: there is no such submodule, or several detectors have one.
     """
     if path is not None and not isinstance(path, str):
-        raise InputError(f"{'teacher_neck' if who == 'teacher' else 'neck'} is {path!r}; pass a dotted name, or None")
+        raise InputError(
+            f"{'teacher_neck' if who == 'teacher' else 'neck'} is {_named(path)}; pass a dotted name, or None"
+        )
     inner = unwrapped(model)
     holders = _holders(inner, NECKS)
     if path is None:

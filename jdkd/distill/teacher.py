@@ -226,6 +226,12 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
     remedy = "teach with a copy of the teacher (copy.deepcopy)."
     if student is teacher:
         raise InputError(f"teacher and student are one and the same {type(student).__name__}; {remedy}")
+    for outer, inner, who in ((student, teacher, "student"), (teacher, student, "teacher")):
+        if any(module is inner for module in outer.modules()):
+            raise InputError(
+                f"the {who} ({type(outer).__name__}) holds the other detector ({type(inner).__name__}) as a submodule; "
+                f"pass as the {who} the detector in it that is meant, not the module that holds both"
+            )
     shared = {id(parameter) for parameter in student.parameters()}
     for name, parameter in teacher.named_parameters():
         if id(parameter) in shared:

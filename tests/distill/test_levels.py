@@ -126,6 +126,8 @@ def test_a_weight_is_checked_when_it_is_changed():
     handle = attach(PyramidDetector(4, {"0": 4}), PyramidDetector(4, {"0": 4}, seed=1))
     with pytest.raises(InputError, match="loss_weight is nan"):
         handle.loss_weight = float("nan")
+    with pytest.raises(InputError, match=r"loss_weight is tensor\(2., requires_grad=True\)"):
+        handle.loss_weight = torch.tensor(2.0, requires_grad=True)
     handle.loss_weight = torch.tensor(2.0)
     assert handle.loss_weight == 2.0
 

@@ -144,8 +144,17 @@ def test_what_is_no_detector_is_refused(student, teacher):
             attach(given, teacher)
         with pytest.raises(InputError, match="the teacher is "):
             attach(student, given)
-    with pytest.raises(InputError, match="neck is 3; pass a dotted name"):
-        attach(student, teacher, neck=3)
+    for neck, kind in ((3, "int"), (student.backbone, "BackboneWithFPN|Backbone")):
+        with pytest.raises(InputError, match=f"^neck is a ({kind}); pass a dotted name"):
+            attach(student, teacher, neck=neck)
+
+
+def test_a_module_that_holds_both_is_refused_and_the_student_in_it_is_not(student, teacher, images, targets):
+    both = nn.ModuleDict({"student": student, "teacher": teacher})
+    with pytest.raises(InputError, match=r"student \(ModuleDict\) holds the other .*the detector in it that is meant"):
+        attach(both, teacher)
+    with attach(both["student"], teacher):
+        assert student(images, targets)["loss_pkd"] > 0
 
 
 def test_a_copy_that_data_parallel_makes_has_no_teacher_and_says_so(student, teacher, images, targets):
