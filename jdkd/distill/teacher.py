@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Self
-from weakref import WeakKeyDictionary
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from jdkd.distill.gradients import FORWARD, pass_number
+from jdkd.distill.holding import hold, release
 from jdkd.distill.hooks import Hook
 from jdkd.distill.neck import Pyramid, levels_of
 from jdkd.distill.normalisation import SAME, Conversion, conversion, normalisation_from, normalisation_of
@@ -86,7 +86,7 @@ class TeacherRunner:
     def __enter__(self) -> Self:
         self._entered += 1
         if self._entered == 1:
-            _hold(self.teacher)
+            hold(self.teacher)
             hooks = [self._route.entrance.register_forward_pre_hook(Hook(self._see), with_kwargs=True)]
             transform = getattr(self._route.chain[-1], "transform", None)
             if isinstance(transform, nn.Module):
@@ -101,7 +101,7 @@ class TeacherRunner:
         if self._entered == 0:
             for hook in self._hooks:
                 hook.remove()
-            _release(self.teacher)
+            release(self.teacher)
             self._hooks, self._images = [], ()
             self._batch = self._taught = self._sizes = self._next_sizes = None
 
@@ -256,40 +256,3 @@ def _inside(sizes: Sizes, images: Tensor) -> Tensor | None:
     rows, columns = (torch.arange(length, device=images.device) for length in (height, width))
     sides = torch.tensor(sizes).to(images.device, non_blocking=True)  # [N, 2]
     return (rows < sides[:, :1])[:, :, None] & (columns < sides[:, 1:])[:, None, :]
-
-
-class _Held(NamedTuple):
-    """How a teacher was before it taught: the modes of its modules, and which parameters wanted gradients."""
-
-    modes: list[tuple[nn.Module, bool]]
-    gradients: list[tuple[nn.Parameter, bool]]
-
-
-_held: WeakKeyDictionary[nn.Module, list[_Held]] = WeakKeyDictionary()  # one entry a runner that is entered
-
-
-def _hold(teacher: nn.Module) -> None:
-    """Puts a teacher into evaluation mode without gradients; several students may hold one teacher."""
-    modes = [(module, module.training) for module in teacher.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in teacher.parameters()]
-    try:
-        teacher.eval().requires_grad_(False)
-    except NotImplementedError as error:
-        raise InputError(
-            f"the teacher ({type(teacher).__name__}) is an exported program, which cannot be run up to its neck; pass "
-            "the model that it was exported from"
-        ) from error
-    _held.setdefault(teacher, []).append(_Held(modes, gradients))
-
-
-def _release(teacher: nn.Module) -> None:
-    """The last one to leave a teacher puts it back as the first one found it."""
-    entries = _held[teacher]
-    if len(entries) > 1:
-        entries.pop()
-        return
-    for module, training in entries[0].modes:
-        module.training = training
-    for parameter, required in entries[0].gradients:
-        parameter.requires_grad_(required)
-    del _held[teacher]
