@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from jdkd.errors import InputError
+
 
 class _Held(NamedTuple):
     """How a teacher was before it taught: the modes of its modules, and which parameters wanted gradients."""
