@@ -110,7 +110,7 @@ def load_weights(model: nn.Module, file: Path | str) -> LoadReport:
 def _require_values(
     fits: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: Mapping[str, str], file: Path
 ) -> None:
-    """Refuses numbers of another kind than the detector's, which a copy would misread, and those that are not finite."""
+    """Refuses what is not finite, and other kinds of numbers than the detector's, which a copy would misread."""
     for place, tensor in fits.items():
         if not wanted[place].is_floating_point():
             continue

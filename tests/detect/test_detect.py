@@ -184,6 +184,36 @@ def test_named_specs_are_the_published_architectures():
         named_spec("yolo", CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"width": float("nan")}, "must be positive, got nan"),
+        ({"depth": float("inf")}, "must be positive, got 1.0 and inf"),
+        ({"fpn": 0}, "got 0 for fpn"),
+        ({"box_head": 0}, "got 0 for box_head"),
+        ({"min_size": 64, "max_size": 48}, "max_size 48 is below min_size 64"),
+        ({"max_size": 500}, "max_size 500 is below min_size 800"),
+    ],
+)
+def test_no_option_of_a_named_spec_is_replaced_in_silence(options, says):
+    with pytest.raises(InputError, match=says):
+        named_spec("faster_rcnn_r18_fpn", CLASSES, **options)
+
+
+def test_the_long_side_follows_a_large_short_side_that_is_given_alone():
+    sizes = [named_spec("faster_rcnn_r18_fpn", CLASSES, **given).max_size for given in ({}, {"min_size": 1500})]
+    assert sizes == [1333, 1500]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"classes": "cat"}, "classes must be a list"), ({"classes": (1,)}, "list of names"), ({"positives": 7}, "0..1")],
+)
+def test_fields_of_another_kind_are_refused(changes, says):
+    with pytest.raises(InputError, match=says):
+        small_spec(**changes)
+
+
 def test_a_checkpoint_rebuilds_the_detector(tmp_path):
     model = detector(small_spec())
     save(tmp_path / "a", model)
@@ -297,5 +327,5 @@ def test_what_could_not_be_loaded_again_is_not_saved(change, says, tmp_path):
 def test_a_detector_is_not_saved_where_no_folder_can_be(place, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
-    with pytest.raises(InputError, match="the folder of the detector .* cannot be a folder to write to"):
+    with pytest.raises(InputError, match=r"the folder of the detector .* cannot be a folder to write to"):
         save(tmp_path / place, detector(small_spec()))
