@@ -4,18 +4,26 @@ An op file registers what it implements once, best first, and asks at every call
 
     # jdkd/ops/pearson.py
     _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-    _backend.register("pearson", "cuda", dtypes=_DTYPES, why="compiled: no stall when a program starts")
-    _backend.register("pearson", "triton", dtypes=_DTYPES)
-    _backend.register("pearson", "cpu", dtypes=_DTYPES)
+    _CHECKS = {"loss": _check_loss, "gradient": _check_gradient}
+    _backend.register("pearson", "triton", dtypes=_DTYPES, checks=_CHECKS)
+    _backend.register("pearson", "cuda", dtypes=_DTYPES, checks=_CHECKS, why="not timed on a GPU yet")
+    _backend.register("pearson", "cpu", dtypes=_DTYPES, checks=_CHECKS)
     _backend.register("pearson", "reference")
 
     def _forward(student, teacher):
-        return _FORWARD[_backend.select("pearson", student)](student, teacher)
+        return _FORWARD[_backend.select("pearson", student, "loss")](student, teacher)
 
 ``cuda`` and ``cpu`` are compiled operators of ``jdkd._C`` (whether this build has them is asked of
 :mod:`jdkd._ext` under the same op name), ``triton`` runs on CUDA tensors, and on CPU tensors only through
 Triton's interpreter (``TRITON_INTERPRET=1``) and only when asked for; ``reference`` is plain torch and runs
 everywhere.
+
+**One rule**: by default a kernel runs on a device only after it was seen right there. The first use of a form (the
+forward of an operator, its gradient) in a dtype runs its check against float64, see :mod:`jdkd._verdicts`, which keeps
+the verdict. What is wrong or cannot be checked is left out, and said once. While a CUDA graph is captured or a program
+is traced nothing is checked, and what runs is what was seen right before, ``reference`` if nothing was. What is asked
+for by ``use_backend`` or ``JDKD_BACKEND`` runs unchecked: that is how a fault is reproduced, timed and mended. Where it
+is known to be wrong, a notice says so once.
 
 The choice is made when the operator runs: a backward pass that is run after ``use_backend`` was left picks
 again, so what a forward saves must be readable by the backward of every backend.
@@ -24,16 +32,17 @@ again, so what a forward saves must be readable by the backward of every backend
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 
-from jdkd import _ext
+from jdkd import _ext, _verdicts
+from jdkd._verdicts import Check, Subject, Verdict
 from jdkd.errors import InputError
+from jdkd.notices import say_once
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 VARIABLE = "JDKD_BACKEND"
@@ -45,14 +54,23 @@ if os.environ.get("JDKD_CACHE"):
 class _Entry(NamedTuple):
     dtypes: tuple[torch.dtype, ...] | None
     why: str
+    checks: Mapping[str, Check]
 
 
 _table: dict[str, dict[str, _Entry]] = {}
+_chosen: dict[tuple, str] = {}  # what was settled, by the arguments of _choose
 # Process-wide and no context variable: autograd runs backward passes on threads of its own.
 _forced: str | None = None
 
 
-def register(op: str, backend: str, *, dtypes: tuple[torch.dtype, ...] | None = None, why: str = "") -> None:
+def register(
+    op: str,
+    backend: str,
+    *,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    why: str = "",
+    checks: Mapping[str, Check] | None = None,
+) -> None:
     """Adds one implementation to an operator's row; the order of registration is the order of preference.
 
     Args:
@@ -60,12 +78,13 @@ def register(op: str, backend: str, *, dtypes: tuple[torch.dtype, ...] | None = 
         backend: one of :data:`BACKENDS`.
         dtypes: dtypes it takes; None means all.
         why: what speaks for it or keeps it at its place in the order, one clause for ``jdkd env``.
+        checks: of each of its forms, see :func:`jdkd._verdicts.found`; a kernel without one is never a default.
 
     Raises:
         InputError: on a name that is no backend.
     """
-    _table.setdefault(op, {})[_validated(backend, "backend")] = _Entry(dtypes, why)
-    _choose.cache_clear()
+    _table.setdefault(op, {})[_validated(backend, "backend")] = _Entry(dtypes, why, checks or {})
+    _chosen.clear()
 
 
 def ops() -> tuple[str, ...]:
@@ -97,16 +116,36 @@ def explain(op: str) -> dict[str, str]:
     return {backend: entry.why for backend, entry in _row(op).items()}
 
 
-def select(op: str, tensor: torch.Tensor) -> str:
-    """Picks the backend that runs ``op`` on ``tensor``.
+def forms(op: str) -> tuple[str, ...]:
+    """Returns: the forms in which an operator runs, by name."""
+    return tuple(dict.fromkeys(form for entry in _row(op).values() for form in entry.checks))
+
+
+def subjects(op: str, backend: str, device: torch.device) -> list[Subject]:
+    """Returns: what can be checked of a backend on a device: its forms in every dtype that it takes."""
+    entry = _row(op)[backend]
+    return [Subject(op, form, backend, device, dtype) for form in entry.checks for dtype in entry.dtypes or ()]
+
+
+def check(subject: Subject) -> Verdict:
+    """Checks a form anew, whatever is known of it, and keeps the verdict."""
+    _verdicts.forget(subject)
+    verdict = _verdicts.checked(subject, _row(subject.op)[subject.backend].checks[subject.form])
+    _chosen.clear()
+    return verdict
+
+
+def select(op: str, tensor: torch.Tensor, form: str = "") -> str:
+    """Picks the backend that runs a form of ``op`` on ``tensor``.
 
     ``use_backend`` comes first and is strict. ``JDKD_BACKEND`` comes next: it speaks for a whole program, so
-    an operator without that backend keeps its own order. Otherwise the first registered one that is available
-    and takes the tensor's device and dtype.
+    an operator without that backend keeps its own order. Otherwise the first registered one that is available,
+    takes the tensor's device and dtype, and was seen right there.
 
     Args:
         op: noun stem of the operator.
         tensor: any shape; only its device and dtype are looked at.
+        form: what of the operator is to run, one of :func:`forms`; by default the first of them.
 
     Returns:
         One of :data:`BACKENDS`.
@@ -114,7 +153,39 @@ def select(op: str, tensor: torch.Tensor) -> str:
     Raises:
         InputError: if the backend asked for does not exist, is not available, or cannot take the tensor.
     """
-    return _choose(op, tensor.device.type, tensor.dtype, _forced, os.environ.get(VARIABLE) or None)
+    key = (op, form, tensor.device, tensor.dtype, _forced, os.environ.get(VARIABLE))
+    found = _chosen.get(key)
+    return _choose(*key) if found is None else found
+
+
+def choice(op: str, form: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Says which backend :func:`select` picks and from where that comes; nothing is checked.
+
+    Args:
+        op: noun stem of the operator.
+        form: one of :func:`forms`.
+        device: of a call.
+        dtype: of a call.
+
+    Returns:
+        One of :data:`BACKENDS`, and one clause.
+    """
+    if wanted := _asked_for(op, _forced, os.environ.get(VARIABLE)):
+        return wanted, "use_backend asks for it" if _forced else f"{VARIABLE} asks for it"
+    before = []
+    for backend in _row(op):
+        if not _is_default(op, backend, device.type, dtype):
+            continue
+        if backend == "reference":
+            return backend, "; ".join([*before, "the first that is available"])
+        verdict = _verdicts.known(Subject(op, form, backend, device, dtype))
+        if verdict is None:
+            return backend, "; ".join([*before, "available, and checked on first use: reference if it is wrong then"])
+        if verdict.state == _verdicts.RIGHT:
+            where = "read from the cache" if verdict.cached else "checked by this process"
+            return backend, "; ".join([*before, f"seen right on this device ({verdict}; {where})"])
+        before.append(f"{backend} is left out: {verdict}")
+    return "none", "; ".join([*before, f"none takes {_dtype_text(dtype)} on {device.type}"])
 
 
 def requested() -> str | None:
@@ -186,23 +257,79 @@ def _why_refused(op: str, backend: str, device: str, dtype: torch.dtype) -> str 
     return _why_unavailable(op, backend)
 
 
-@functools.lru_cache(maxsize=256)
-def _choose(op: str, device: str, dtype: torch.dtype, forced: str | None, variable: str | None) -> str:
-    row = _row(op)
-    if variable is not None and _validated(variable, VARIABLE) not in row:
+def _choose(
+    op: str, form: str, device: torch.device, dtype: torch.dtype, forced: str | None, variable: str | None
+) -> str:
+    """The backend of a call; kept, unless a kernel could not be checked now."""
+    key = (op, form, device, dtype, forced, variable)
+    form = form or next(iter(forms(op)), "")
+    wanted = _asked_for(op, forced, variable)
+    if wanted is not None:
+        _check_asked_for(op, wanted, form, device, dtype)
+        _chosen[key] = wanted
+        return wanted
+    settled = True
+    for backend in _row(op):
+        if not _is_default(op, backend, device.type, dtype):
+            continue
+        verdict = seen_right(Subject(op, form, backend, device, dtype))
+        if verdict:
+            if settled:
+                _chosen[key] = backend
+            return backend
+        settled = settled and verdict is not None
+    raise InputError(f"no backend of {op} takes {_dtype_text(dtype)} tensors on {device.type}")
+
+
+def _asked_for(op: str, forced: str | None, variable: str | None) -> str | None:
+    """The backend that ``use_backend`` or else ``JDKD_BACKEND`` asks of an operator, if any."""
+    if variable and _validated(variable, VARIABLE) not in _row(op):
         variable = None
-    wanted = forced or variable
-    if wanted is None:
-        for backend in row:
-            by_itself = not (backend == "triton" and device == "cpu")
-            if by_itself and _why_refused(op, backend, device, dtype) is None:
-                return backend
-        raise InputError(f"no backend of {op} takes {_dtype_text(dtype)} tensors on {device}")
-    if wanted not in row:
-        raise InputError(f"{op} has no backend {wanted!r}; choose one of {', '.join(row)}")
-    if reason := _why_refused(op, wanted, device, dtype):
-        raise InputError(f"backend {wanted!r} of {op} cannot run: {reason}")
-    return wanted
+    return forced or variable or None
+
+
+def _check_asked_for(op: str, backend: str, form: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises InputError if what was asked for cannot run; says so if it is known to be wrong."""
+    if backend not in _row(op):
+        raise InputError(f"{op} has no backend {backend!r}; choose one of {', '.join(_row(op))}")
+    if reason := _why_refused(op, backend, device.type, dtype):
+        raise InputError(f"backend {backend!r} of {op} cannot run: {reason}")
+    subject = Subject(op, form, backend, device, dtype)
+    verdict = _verdicts.known(subject) if form in _row(op)[backend].checks else None
+    if verdict is not None and verdict.state != _verdicts.RIGHT:
+        say_once(f"{subject} runs because it was asked for, and was found wrong on this device: {verdict}")
+
+
+def _is_default(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether a backend may be chosen unasked, as far as device and dtype tell."""
+    return not (backend == "triton" and device == "cpu") and _why_refused(op, backend, device, dtype) is None
+
+
+def seen_right(subject: Subject) -> bool | None:
+    """Whether a form may run unasked on a device; checks it if that was never done. What may not is said once.
+
+    Args:
+        subject: a form of a backend that can run on the device.
+
+    Returns:
+        None where that is not known and cannot be found out now, while a graph is captured or a program traced.
+    """
+    if subject.backend == "reference":
+        return True
+    check = _row(subject.op)[subject.backend].checks.get(subject.form)
+    if check is None:
+        return False
+    verdict = _verdicts.found(subject, check)
+    if verdict is None or verdict.state == _verdicts.RIGHT:
+        return None if verdict is None else True
+    say_once(
+        f"{subject} is left out, since it "
+        f"{'is wrong' if verdict.state == _verdicts.WRONG else 'could not be checked'} on this device: {verdict}. "
+        f"Another backend runs instead. Please report this line, with {_verdicts.report(subject.device)}; "
+        "`jdkd check` checks all kernels again.",
+        key=f"{subject} on {subject.device}",
+    )
+    return False
 
 
 def _dtype_text(dtype: torch.dtype) -> str:

@@ -31,7 +31,8 @@ _PACKAGES = (
 _VARIABLES = {
     "JDKD_BACKEND": f"backend of every operator that has it: {', '.join(_backend.BACKENDS)}",
     "JDKD_BUILD_EXT": "read by setup.py: auto, 1 (a missing toolchain is an error), 0 (pure Python)",
-    "JDKD_CACHE": "folder for Triton's compiled kernels, unless TRITON_CACHE_DIR is set",
+    "JDKD_CACHE": "folder for what checks of kernels found, by default ~/.cache/jdkd; where set, also for Triton's "
+    "compiled kernels, unless TRITON_CACHE_DIR is",
 }
 
 
@@ -39,8 +40,9 @@ def report() -> str:
     """Describes this installation in plain text.
 
     Returns:
-        Lines in sections: versions, devices, the build of ``jdkd._C``, the environment variables, and for
-        each operator every backend with ``available`` or the reason why not, best first.
+        Lines in sections: versions, devices, the build of ``jdkd._C``, the environment variables, for each operator
+        every backend with ``available`` or the reason why not, best first, and for each of its forms in float32 the
+        backend that runs on each device, with the reason. Nothing is checked: ``jdkd check`` does.
     """
     sections = {
         "versions": _versions(),
@@ -48,6 +50,7 @@ def report() -> str:
         "jdkd._C": _build(),
         "variables": _variables(),
         "operators": _operators(),
+        "choices": _choices(),
     }
     return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in sections.items())
 
@@ -107,10 +110,15 @@ def _variables() -> list[tuple[str, str]]:
     return [(name, f"{os.environ.get(name) or '(unset)'}  {meaning}") for name, meaning in _VARIABLES.items()]
 
 
-def _operators() -> list[tuple[str, str]]:
+def load_operators() -> list[ModuleType]:
+    """Imports every file of operators, which registers their backends, and returns them."""
     package = importlib.import_module("jdkd.ops")
     files = [f"{package.__name__}.{file.name}" for file in pkgutil.iter_modules(package.__path__)]
-    modules = [importlib.import_module(file) for file in files]  # which registers their backends
+    return [importlib.import_module(file) for file in files]
+
+
+def _operators() -> list[tuple[str, str]]:
+    modules = load_operators()
     rows = []
     for op in _backend.ops():
         reasons = _backend.explain(op)
@@ -118,6 +126,17 @@ def _operators() -> list[tuple[str, str]]:
             state = missing or "available"
             rows.append((f"{op} / {backend}", f"{state}; {reasons[backend]}" if reasons[backend] else state))
     return rows + [row for module in modules for row in _forms(module)] or [("none", "no operator is registered")]
+
+
+def _choices() -> list[tuple[str, str]]:
+    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+    return [
+        (f"{op} / {form} on {device}", f"{backend}: {why}")
+        for op in _backend.ops()
+        for device in devices
+        for form in _backend.forms(op)
+        for backend, why in [_backend.choice(op, form, device, torch.float32)]
+    ]
 
 
 def _forms(module: ModuleType) -> list[tuple[str, str]]:

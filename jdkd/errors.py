@@ -7,3 +7,9 @@ class InputError(ValueError):
     The message is one sentence that names the argument or file, the values that clash and the remedy. It is
     raised before anything is written. The command line prints it without a traceback and exits with code 2.
     """
+
+
+class ModelError(InputError):
+    """A model that cannot be trained or scored: its losses or detections are not finite, or it leaves too little of
+    the images. Whoever has others, a search for one, may go on without it.
+    """

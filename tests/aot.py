@@ -14,15 +14,16 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.machine_code import instructions, resources
+
 ROOT = Path(__file__).parents[1]
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -39,15 +40,6 @@ def compiled(variant: dict):
     return triton.compile(source, target=TARGET, options=variant["options"])
 
 
-def disassembled(kernel) -> str:
-    """Machine code and resource usage of a compiled kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        run = [TOOLS / "cuobjdump", "-sass", "-res-usage", file.name]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout
-
-
 def without_interpreter(*module: str) -> str:
     """What ``python -m MODULE ...`` prints in a process of its own, where kernels are compiled."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -57,27 +49,44 @@ def without_interpreter(*module: str) -> str:
     return run.stdout
 
 
-def inspected(variant: dict) -> dict:
-    """Counts of the instructions that matter, and the resources, of one variant."""
-    kernel = compiled(variant)
-    text = disassembled(kernel)
-    usage = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+def report(variants: Iterable[dict], inspected: Callable) -> None:
+    """Compiles all variants and prints what ``inspected(variant, kernel, instructions)`` says of each, a line each."""
+    variants = list(variants)
+    kernels = [compiled(variant) for variant in variants]
+    texts = instructions([kernel.asm["cubin"] for kernel in kernels])
+    for variant, kernel, text in zip(variants, kernels, texts, strict=True):
+        print(json.dumps(inspected(variant, kernel, text)), flush=True)
+
+
+def memory(kernel) -> dict[str, int]:
+    """Where a kernel keeps what it works on: registers, bytes of stack and of shared memory."""
+    usage = resources(kernel.asm["cubin"])
     return {
-        "name": variant["name"],
-        "features": variant["features"],
-        "wide": variant["wide"],
-        "registers": int(usage["REG"]),
-        "stack_bytes": int(usage["STACK"]),
-        "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", text)),
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"] + usage["LOCAL"],
         "shared_bytes": kernel.metadata.shared,
-        "wide_loads": len(re.findall(r"\bLDG\.E[\w.]*\.128\b", text)),
-        "wide_stores": len(re.findall(r"\bSTG\.E[\w.]*\.128\b", text)),
-        "loads_of_halves": len(re.findall(r"\bLDG\.E[\w.]*\.U16\b", text)),
-        "stores_of_halves": len(re.findall(r"\bSTG\.E[\w.]*\.U16\b", text)),
-        "atomics": len(re.findall(r"\b(?:ATOM|ATOMG|RED)\b", text)),
     }
 
 
+def counts(patterns: dict[str, str], text: str) -> dict[str, int]:
+    """How often each pattern occurs."""
+    return {name: len(re.findall(pattern, text)) for name, pattern in patterns.items()}
+
+
+COUNTED = {
+    "local_accesses": r"\b(?:LDL|STL)\b",
+    "wide_loads": r"\bLDG\.E[\w.]*\.128\b",
+    "wide_stores": r"\bSTG\.E[\w.]*\.128\b",
+    "loads_of_halves": r"\bLDG\.E[\w.]*\.U16\b",
+    "stores_of_halves": r"\bSTG\.E[\w.]*\.U16\b",
+    "atomics": r"\b(?:ATOM|ATOMG|RED)\b",
+}
+
+
+def inspected(variant: dict, kernel, text: str) -> dict:
+    """Counts of the instructions that matter, and the resources, of one variant."""
+    return {key: variant[key] for key in ("name", "features", "wide")} | memory(kernel) | counts(COUNTED, text)
+
+
 if __name__ == "__main__":
-    for variant in importlib.import_module(sys.argv[1]).aot_variants():
-        print(json.dumps(inspected(variant)), flush=True)
+    report(importlib.import_module(sys.argv[1]).aot_variants(), inspected)

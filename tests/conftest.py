@@ -7,6 +7,7 @@ then runs once per backend that this machine can run, inside ``use_backend``, an
 import importlib.util
 import os
 import signal
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,11 @@ import torch
 HAS_GPU = torch.cuda.is_available()
 POISONED = ("ops", "nn", "reference")
 
+# What checks of kernels find is found once a run, by all of its processes, and the user's own verdicts stay alone.
+os.environ.setdefault("TRITON_CACHE_DIR", str(Path("~/.triton/cache").expanduser()))  # where it is without a JDKD_CACHE
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _verdicts = tempfile.TemporaryDirectory(prefix="jdkd-tests-")  # until this process ends
+    os.environ["JDKD_CACHE"] = _verdicts.name
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a job in the background has it; tests of Ctrl-C need it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if not HAS_GPU:
@@ -74,30 +80,16 @@ def notices_are_said_again() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_interpreter() -> None:
-    """Triton's interpreter patches its language for a kernel, and at every call inside of it once more, a third of its
-    time; here a launch does it once for each module that its functions are from."""
-    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
-        return
-    from triton.runtime import interpreter
+    """Triton's interpreter, where kernels run in it, without what costs it most."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        from tests.quick_interpreter import quicken
 
-    patch, launch, patched = interpreter._patch_lang, interpreter.GridExecutor.__call__, set()
-
-    def patch_once(function):
-        if function.__module__ in patched:
-            return None
-        patched.add(function.__module__)
-        return patch(function)
-
-    def launch_anew(executor, *args, **kwargs):
-        patched.clear()
-        return launch(executor, *args, **kwargs)
-
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, launch_anew
+        quicken()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # Long ones come first: workers steal from the end, so that no two make the same and none waits at the end.
-    items.sort(key=lambda item: not item.path.stem.endswith(("_aot", "test_search", "test_packaging")))
+    items.sort(key=lambda item: not item.path.stem.endswith(("_aot", "_search", "_packaging", "_compilation")))
     if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu"):

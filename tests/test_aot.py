@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from jdkd import _ext
+from tests import machine_code
 
 MODULES = ["jdkd.kernels.pearson"]  # each lists its variants in aot_variants()
+PEARSON = r"\S*pearson_(plane|row)_(stats|grad)_kernel"
 
 
 @pytest.fixture(scope="module", params=MODULES)
@@ -53,27 +53,28 @@ def test_no_kernel_waits_for_another_through_an_atomic(variants):
     assert all(variant["atomics"] == 0 for variant in variants)
 
 
-def _cuobjdump(*options: str) -> str:
-    extension = _ext.module()
-    if extension is None:
-        pytest.skip(_ext.why_missing())
-    if not _ext.build_info()["cuda_ops"]:
-        pytest.skip("jdkd._C was built without CUDA code")
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    run = subprocess.run([tool, *options, extension.__file__], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-def test_the_extension_contains_sm_90_code():
-    assert re.search(r"\bsm_90a?\b", _cuobjdump("-lelf"))
+def test_the_extension_holds_machine_code_for_what_it_was_built_for():
+    elves = machine_code.of_extension("--list-elf")
+    for architecture in _ext.build_info()["arch_list"]:
+        major, minor = re.match(r"(\d+)\.(\d+)", architecture).groups()
+        assert f"sm_{major}{minor}" in elves
+    assert re.search(r"\bsm_90a?\b", elves)
 
 
 def test_no_cuda_kernel_of_the_extension_spills():
-    text = _cuobjdump("-res-usage")
-    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
-    assert any("pearson" in name for name, *_ in kernels)
-    for name, registers, stack, shared, local in kernels:
-        assert int(stack) == 0 and int(local) == 0, name
-        assert int(registers) <= 128 and int(shared) <= 48 * 1024, name
+    usage = machine_code.resources_of_extension()
+    assert any("pearson" in name for _, name in usage)
+    for kernel, used in usage.items():
+        assert used["STACK"] == 0 and used["LOCAL"] == 0, kernel
+        assert used["REG"] <= 128 and used["SHARED"] <= 48 * 1024, kernel
+
+
+def test_cuda_kernels_of_the_loss_move_sixteen_bytes_at_a_time():
+    kernels = machine_code.kernels_of_extension()
+    found = {kernel: text for kernel, text in kernels.items() if re.match(PEARSON, kernel[1])}
+    assert found
+    for kernel, text in found.items():
+        assert len(re.findall(r"\bLDG\.E\.128", text)) >= 4, kernel
+        if "grad" in kernel[1]:
+            assert len(re.findall(r"\bSTG\.E\.128", text)) >= 2, kernel
+        assert not re.search(r"\b(?:LDL|STL|RED|ATOM|ATOMG)\b", text), kernel

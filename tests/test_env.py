@@ -10,6 +10,7 @@ import torch
 
 import jdkd
 from jdkd import _backend, _ext, env
+from jdkd._verdicts import Compared
 from jdkd.errors import InputError
 from jdkd.ops import pearson_forms
 
@@ -25,13 +26,14 @@ def toy(monkeypatch):
     reasons = {"cpu": None, "cuda": "no nvcc"}
     monkeypatch.setattr(_ext, "why_missing", lambda op=None, device="cpu": reasons[device])
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    _backend.register("toy", "cuda", dtypes=(torch.float32,))
-    _backend.register("toy", "triton")
-    _backend.register("toy", "cpu", dtypes=(torch.float32,))
+    checks = {"run": lambda *_: [Compared("one", torch.ones(1), torch.ones(1))]}
+    _backend.register("toy", "cuda", dtypes=(torch.float32,), checks=checks)
+    _backend.register("toy", "triton", checks=checks)
+    _backend.register("toy", "cpu", dtypes=(torch.float32,), checks=checks)
     _backend.register("toy", "reference")
     _backend.register("plain", "reference")
     yield "toy"
-    _backend._choose.cache_clear()
+    _backend._chosen.clear()
 
 
 def test_the_best_backend_that_takes_device_and_dtype_is_selected(toy):

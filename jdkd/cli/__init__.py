@@ -25,14 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; those of the process by default.
 
     Returns:
-        The exit code: 0, or 2 after one sentence on stderr. Errors that are ours keep their traceback.
+        The exit code: 0, or what the command returns; 2 after one sentence on stderr. Errors that are ours keep
+        their traceback.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with _notices_as_lines():
-            _parse(argv)()
+            code = _parse(argv)()
         sys.stdout.flush()
-        return 0
+        return code or 0
     except BrokenPipeError:  # whoever read our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -52,13 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _refuse(f"the disk is full, {error.filename or 'the output'} was not written; make room and repeat.")
 
 
-def _parse(argv: list[str]) -> Callable[[], None]:
+def _parse(argv: list[str]) -> Callable[[], int | None]:
     """The command that the arguments name; what tyro refuses ends the process with exit code 2."""
     import tyro
 
-    from jdkd.cli.data import Check, Digits
+    from jdkd.cli.check import Check
+    from jdkd.cli.data import CheckData, Digits
     from jdkd.cli.env import Env
     from jdkd.cli.evaluate import Eval
+    from jdkd.cli.inspect import Inspect
     from jdkd.cli.latency import Latency
     from jdkd.cli.search import Search
     from jdkd.cli.train import Train
@@ -67,14 +70,16 @@ def _parse(argv: list[str]) -> Callable[[], None]:
         return Annotated[(command, tyro.conf.subcommand(name=name), *markers)]
 
     positional = tyro.conf.PositionalRequiredArgs
-    data = Union[named("digits", Digits, positional), named("check", Check, positional)]  # noqa: UP007
+    data = Union[named("digits", Digits, positional), named("check", CheckData, positional)]  # noqa: UP007
     commands = (
         named("data", data),
+        named("inspect", Inspect, positional),
         named("train", Train),
         named("search", Search),
         named("eval", Eval, positional),
         named("latency", Latency, positional),
         named("env", Env),
+        named("check", Check),
     )
     return tyro.cli(
         Union[commands],  # noqa: UP007

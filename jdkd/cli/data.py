@@ -57,7 +57,7 @@ class Digits:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckData:
     """List everything that is wrong with COCO-format data: of the annotations, and of every image by decoding it.
 
     Ends with exit code 2 where there is an error, which is what training refuses.

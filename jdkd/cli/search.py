@@ -62,7 +62,7 @@ class Search:
     def __call__(self) -> None:
         from rich.console import Console
 
-        from jdkd.report import result_table, write_report
+        from jdkd.report import result_table, verdict, write_report
         from jdkd.search import SearchConfig, search
 
         (train, val), selection = self.source.splits(), self._selection()
@@ -79,9 +79,7 @@ class Search:
             print(path)
         if not result["target_met"]:
             raise InputError(
-                f"the student in {self.out / 'student'} takes {result['student']['latency_ratio']:.3f} of "
-                f"the base's time and misses --target-latency {self.target_latency:g}; it is the best found: "
-                "ask for less, or give more --candidates and --steps."
+                f"{verdict(result)} Give a larger --target-latency or more --candidates and --steps, in another folder."
             )
 
     def _selection(self) -> Split | None:

@@ -5,6 +5,7 @@ from jdkd.detect.checkpoint import load, save
 from jdkd.detect.groups import Group, channel_groups
 from jdkd.detect.inherit import NEW, inherit
 from jdkd.detect.roi_scales import fix_roi_scales
+from jdkd.detect.sources import open_model
 from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round_width
 from jdkd.detect.weights import LoadReport, load_weights
 
@@ -22,6 +23,7 @@ __all__ = [
     "load",
     "load_weights",
     "named_spec",
+    "open_model",
     "parameter_count",
     "round_width",
     "save",

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from jdkd.errors import InputError
+from jdkd.errors import ModelError
 from jdkd.nn.unwrapping import unwrapped
 
 
@@ -22,7 +22,7 @@ def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]]) -> 
         sizes: (name, height, width) of every image.
 
     Raises:
-        InputError: names the first of them and says how many there are.
+        ModelError: names the first of them and says how many there are.
     """
     transform = input_transform(model)
     if transform is None or transform.fixed_size is not None:
@@ -35,7 +35,7 @@ def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]]) -> 
     ]
     if gone:
         name, height, width = gone[0]
-        raise InputError(
+        raise ModelError(
             f"{name} is {height}x{width} (height x width), of which {type(unwrapped(model)).__name__} leaves no pixel "
             f"on the short side when it resizes the long one to max_size {most} ({len(gone)} such image(s)); raise "
             f"max_size to {-(-max(height, width) // min(height, width))} or more, or crop or leave out such images"

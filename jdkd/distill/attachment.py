@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.distill.feature import FeatureDistiller, as_weight
+from jdkd.distill.gradients import FORWARD, pass_number
 from jdkd.distill.hooks import Hook
 from jdkd.distill.outputs import with_loss
 from jdkd.distill.teacher import TeacherRunner
@@ -86,7 +87,7 @@ class DistillationHandle:
     def _neck_ran(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Any) -> None:
         """Refuses a pyramid whose loss nobody would get, as the student's own forward does not run."""
         alone = self._student.training and torch.is_grad_enabled() and not self._is_inside
-        if alone and torch._C._current_graph_task_id() == -1:  # a checkpoint runs it once more during backward
+        if alone and pass_number() == FORWARD:  # a checkpoint runs it once more during backward
             raise InputError(
                 f"the student's {type(neck).__name__} ran outside of the forward of {type(self._student).__name__}, "
                 "which was attached, so that no loss could be added to what that returns; attach the module that your "
@@ -128,8 +129,8 @@ def attach(
     running average, are not distilled. What torchvision's RoI pools took for their scales is set right in both.
 
     How a detector normalises is read off torchvision's ``transform``, OpenMMLab's ``data_preprocessor``, detectron2's
-    ``pixel_mean``, a ``normalize`` module, an ``image_processor``, or timm's ``pretrained_cfg``; what is not found
-    there is given here.
+    ``pixel_mean``, a step without weights that has mean and std, an ``image_processor``, or timm's ``pretrained_cfg``;
+    what is not found there is given here.
 
     Args:
         student: the detector to train.

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.distill.levels import as_index, as_strides, check_index, pair_levels, select_channels
-from jdkd.distill.neck import levels_of
-from jdkd.distill.route import BACKBONE, route_of
+from jdkd.distill.neck import found_levels
+from jdkd.distill.route import BACKBONE, module_of, route_of
 from jdkd.distill.teacher import conversion_between
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
 
 
 class PyramidSnapshot(NamedTuple):
@@ -40,6 +41,7 @@ def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[PyramidSnapshot]:
     from jdkd.train.inputs import normalised
     from jdkd.train.modes import mode
 
+    model = _detector(model, "model")
     with mode(model, training=False):
         return [_seen(model, normalised(model, batch)) for batch in batches]
 
@@ -61,8 +63,9 @@ def correlations(
     student's. A channel that never changes correlates with nothing (r = 0).
 
     Args:
-        student, teacher: detectors with a ``backbone`` that returns a pyramid; run in evaluation mode. Instead of the
-            teacher, what :func:`pyramids` made of it and of the same batches, at its own input size.
+        student, teacher: detectors with a ``backbone`` that returns a pyramid, in torch's wrappers or not; run in
+            evaluation mode. Instead of the teacher, what :func:`pyramids` made of it and of the same batches, at its
+            own input size.
         batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
@@ -81,7 +84,9 @@ def correlations(
 
     index, levels = as_index(channels), as_strides(levels)
     pools: dict[tuple[int, int], _Comoments] = {}  # (stride, place among the levels of that stride)
-    runs = isinstance(teacher, nn.Module)
+    student = _detector(student, "student")
+    runs = not isinstance(teacher, Sequence) or isinstance(teacher, nn.Module)
+    teacher = _detector(teacher, "teacher") if runs else teacher
     convert = None
     if runs and not own_size:
         convert = conversion_between(route_of(student, "student", BACKBONE), route_of(teacher, "teacher", BACKBONE))
@@ -108,9 +113,24 @@ def correlations(
     return {stride: sum(values) / len(values) for stride, values in distances.items()}
 
 
+def _detector(model: Any, who: str) -> nn.Module:
+    """The detector inside torch's wrappers, whose backbone is to be run.
+
+    Raises:
+        InputError: it is none, or has no backbone of its own.
+    """
+    inner = unwrapped(module_of(model, who))
+    if not isinstance(getattr(inner, BACKBONE, None), nn.Module):
+        raise InputError(
+            f"the {who} ({type(inner).__name__}) has no {BACKBONE} of its own, and correlations runs that; pass the "
+            "detector inside"
+        )
+    return inner
+
+
 def _seen(model: nn.Module, batch: Tensor) -> PyramidSnapshot:
     """The pyramid of a normalised batch ``[N, 3, H, W]``."""
-    return PyramidSnapshot(levels_of(model.backbone(batch)), tuple(batch.shape[-2:]))
+    return PyramidSnapshot(found_levels(model.backbone(batch), type(model).__name__), tuple(batch.shape[-2:]))
 
 
 @dataclass

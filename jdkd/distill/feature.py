@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from jdkd.distill.gradients import check_gradient
+from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
 from jdkd.distill.levels import as_index, as_strides, check_index, pair_levels, select_channels
-from jdkd.distill.neck import Pyramid, levels_of, with_levels
+from jdkd.distill.neck import Pyramid, found_levels, with_levels
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn import PearsonTap
@@ -73,6 +73,7 @@ class FeatureDistiller:
         self._loss: Tensor | None = None
         self._begun_with_gradients = True
         self._ran_with_gradients = False
+        self._begun_in = FORWARD
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -112,24 +113,38 @@ class FeatureDistiller:
 
     def _begun(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._loss = None
-        self._begun_with_gradients = torch.is_grad_enabled()
+        self._begun_with_gradients, self._begun_in = torch.is_grad_enabled(), pass_number()
 
     def _arrived(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Pyramid) -> Pyramid | None:
         """Adds the loss, as a neck may run more than once; returns what the heads get in place of the pyramid.
 
         Raises:
-            InputError: no level matches, or channel counts differ.
+            InputError: no level matches, channel counts differ, or the teacher has seen other images meanwhile.
         """
         runner = self.runner
         if not runner.enabled or not runner.student.training:
             return None
+        pyramid = list(pyramid) if isinstance(pyramid, Iterator) else pyramid  # it can be read but once
+        runner.check_batch_of(inputs)
+        if pass_number() not in (FORWARD, self._begun_in):  # a checkpoint recomputes the neck: its loss was given
+            return self._tapped(pyramid)[0] if self.tap.loss_weight else pyramid
         if self._loss is None:
             self.level_losses, self._ran_with_gradients = {}, False
         self._ran_with_gradients |= torch.is_grad_enabled()
         if not self.tap.loss_weight:
             self._loss = torch.zeros((), device=runner.device)
-            return None
-        pairs = pair_levels(levels_of(pyramid), levels_of(runner.teacher_pyramid), runner.size, self.levels)
+            return pyramid
+        pyramid, strides, loss, losses = self._tapped(pyramid)
+        self._loss = loss if self._loss is None else self._loss + loss
+        for stride, own in zip(strides, losses.unbind(), strict=True):
+            self.level_losses[stride] = self.level_losses.get(stride, 0) + own
+        return pyramid
+
+    def _tapped(self, pyramid: Pyramid) -> tuple[Pyramid, list[int], Tensor, Tensor]:
+        """The pyramid that the heads get; and strides, loss and its part by level ``[L]`` of the levels compared."""
+        runner = self.runner
+        ours, theirs = found_levels(pyramid, "student"), found_levels(runner.teacher_pyramid, "teacher")
+        pairs = pair_levels(ours, theirs, runner.size, self.levels)
         if self._channels is not None:
             if not self._has_checked_channels:
                 check_index(self._channels, pairs)
@@ -137,10 +152,7 @@ class FeatureDistiller:
             self._channels = self._channels.to(runner.device)
         students = [pair.student for pair in pairs]
         tapped, loss, losses = self.tap(students, [select_channels(pair, self._channels) for pair in pairs])
-        self._loss = loss if self._loss is None else self._loss + loss
-        for pair, own in zip(pairs, losses.unbind(), strict=True):
-            self.level_losses[pair.stride] = self.level_losses.get(pair.stride, 0) + own
-        return with_levels(pyramid, students, tapped)
+        return with_levels(pyramid, students, tapped), [pair.stride for pair in pairs], loss, losses
 
 
 def as_weight(weight: Any) -> float:

@@ -1,9 +1,16 @@
-"""A loss that teaches nothing is an error."""
+"""Gradients: a loss that teaches nothing is an error; and which pass is under way."""
 
 import torch
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
+
+FORWARD = -1  # no backward pass is under way
+
+
+def pass_number() -> int:
+    """:data:`FORWARD`, or a number of its own for each backward pass, in which checkpoints recompute activations."""
+    return FORWARD if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
 def check_gradient(value: Tensor, student: nn.Module, what: str, *, ran_with_gradients: bool) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jdkd.distill.feature import as_weight
 from jdkd.distill.gradients import check_gradient
 from jdkd.distill.hooks import Hook
 from jdkd.distill.teacher import TeacherRunner
@@ -54,11 +55,12 @@ class HeadDistiller:
                 "same; distil the features only."
             )
         self.runner = runner or TeacherRunner(student, teacher)
-        self.loss_weight = loss_weight
+        self.loss_weight = as_weight(loss_weight)
         self._hooks: list[Any] = []
         self._regions: tuple[list[Tensor], list[tuple[int, int]]] | None = None
         self._logits: Tensor | None = None  # [R, 1 + K]
         self._ran_with_gradients = False
+        self._autocast: tuple[bool, torch.dtype] = False, torch.bfloat16  # during the student's forward
 
     def __enter__(self) -> Self:
         self.runner.__enter__()
@@ -88,10 +90,9 @@ class HeadDistiller:
         self._regions = self._logits = None
         if self._ran_with_gradients:
             check_gradient(logits, self.runner.student, "class logits", ran_with_gradients=True)
-        with torch.no_grad():
-            heads = self.runner.teacher.roi_heads
-            pooled = heads.box_roi_pool(self.runner.teacher_pyramid, regions, sizes)  # [R, C, 7, 7]
-            taught, _ = heads.box_predictor(heads.box_head(pooled))  # [R, 1 + K]
+        enabled, dtype = self._autocast
+        with torch.no_grad(), torch.autocast(logits.device.type, dtype, enabled):
+            taught = self._taught(regions, sizes)
         divergence = F.kl_div(
             F.log_softmax(logits.float(), dim=1),
             F.log_softmax(taught.float(), dim=1),
@@ -100,9 +101,20 @@ class HeadDistiller:
         )
         return divergence * (self.loss_weight / max(1, len(logits)))
 
+    def _taught(self, regions: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        """The teacher's class logits ``[R, 1 + K]``; half precision is pooled in single, as autocast does."""
+        heads, pyramid = self.runner.teacher.roi_heads, self.runner.teacher_pyramid
+        like = next(heads.parameters())
+        wide = torch.promote_types(like.dtype, torch.float32)
+        levels = {name: level.to(wide) for name, level in pyramid.items()}
+        pooled = heads.box_roi_pool(levels, [region.to(wide) for region in regions], sizes)  # [R, C, 7, 7]
+        return heads.box_predictor(heads.box_head(pooled.to(like.dtype)))[0]
+
     def _see_regions(self, pool: nn.Module, inputs: tuple[Any, ...]) -> None:
         _, regions, sizes = inputs
         self._regions = [region.detach() for region in regions], list(sizes)
 
     def _see_logits(self, predictor: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
         self._logits, self._ran_with_gradients = output[0], torch.is_grad_enabled()
+        kind = output[0].device.type
+        self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)

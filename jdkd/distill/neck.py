@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from jdkd.errors import InputError
 from jdkd.ops.pearson_pairs import entries_with_levels
 
 Pyramid = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -23,6 +24,25 @@ def levels_of(pyramid: Pyramid) -> dict[str, Tensor]:
         for name, level in _leaves(pyramid, "")
         if isinstance(level, Tensor) and level.dim() == 4 and level.is_floating_point()
     }
+
+
+def found_levels(pyramid: Pyramid, who: str) -> dict[str, Tensor]:
+    """The levels that :func:`levels_of` finds, if it finds any.
+
+    Raises:
+        InputError: it finds none.
+    """
+    levels = levels_of(pyramid)
+    if levels:
+        return levels
+    inside = ", ".join(
+        f"{list(part.shape)} of {part.dtype}" for _, part in _leaves(pyramid, "") if isinstance(part, Tensor)
+    )
+    holds = f"tensors {inside}" if inside else f"a {type(pyramid).__name__}"
+    raise InputError(
+        f"the {who}'s neck returned {holds}, in which there is no level of features; let it return a floating tensor "
+        "[N, C, H, W], or such levels in lists, tuples or mappings, or name another submodule"
+    )
 
 
 def with_levels(pyramid: Pyramid, before: Sequence[Tensor], after: Sequence[Tensor]) -> Pyramid:

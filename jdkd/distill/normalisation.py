@@ -84,8 +84,9 @@ def normalisation_of(chain: Sequence[nn.Module], entrance: nn.Module, who: str) 
     """How the images are normalised that reach ``entrance``, as far as any module says.
 
     Known are the ways of torchvision (``transform``), OpenMMLab (``data_preprocessor``), Hugging Face
-    (``image_processor``), detectron2 (``pixel_mean``), a ``normalize`` module with mean and std, the bare attributes
-    ``image_mean`` or ``mean``, and, where nothing else is said, timm's ``pretrained_cfg`` of the backbone.
+    (``image_processor``), detectron2 (``pixel_mean``), a child with mean and std and no weights, such as a
+    ``normalize`` module, the bare attributes ``image_mean`` or ``mean``, and, where nothing else is said, timm's
+    ``pretrained_cfg`` of the backbone.
 
     Args:
         chain: the modules from the model down to the one whose child ``entrance`` is, or that it is.
@@ -229,6 +230,9 @@ def _declared(module: Any) -> Iterator[tuple[Normalisation, bool] | None]:
         yield _found(_of_processor, getattr(module, name, None), inside=False)
     for name in GENERIC:
         yield _found(_of_mean_and_std, getattr(module, name, None), inside=True)
+    for child in module.children() if isinstance(module, nn.Module) else ():
+        if next(child.parameters(), None) is None:  # a step without weights, as in nn.Sequential(Normalize(...), model)
+            yield _found(_of_colours, child, inside=True)
     yield _found(_of_pixel_mean, module, inside=True)
     yield _found(_of_mean_and_std, module, inside=True)
 
@@ -304,9 +308,15 @@ def _of_mean_and_std(what: Any) -> Normalisation | None:
         if mean is not None and std is not None and max(len(mean), len(std)) <= MOST_CHANNELS:
             order = _order(mean, "rgb")
             return Normalisation(mean, std, _white(mean, std), order, f"its {type(what).__name__}")
-    parts = getattr(what, "transforms", None)
+    parts = tuple(what) if isinstance(what, nn.Sequential) else getattr(what, "transforms", None)
     parts = parts if isinstance(parts, list | tuple | nn.ModuleList) else ()
     return next((one for one in map(_of_mean_and_std, parts) if one is not None), None)
+
+
+def _of_colours(what: Any) -> Normalisation | None:
+    """The mean and std of a module of any name, if they are of grey or of three colours."""
+    one = _of_mean_and_std(what)
+    return one if one is not None and len(one.mean) in (1, 3) else None
 
 
 def _of_timm(config: Any) -> Normalisation | None:

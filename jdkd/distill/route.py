@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from jdkd.distill.neck import Pyramid
@@ -80,7 +81,18 @@ class Route:
 
     def _enter(self, module: nn.Module, seen: StudentInput, images: Tensor) -> Any:
         args, kwargs = seen.arguments_for(module, images)
-        return module(*args, **kwargs)
+        try:
+            pyramid = module(*args, **kwargs)
+        except (torch.OutOfMemoryError, InputError):
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(
+                f"the teacher's {type(module).__name__} does not run on the student's images, {list(images.shape)} of "
+                f"{images.dtype} on {images.device}: {reason}; if they are too small for it, let the student's be "
+                "larger (its min_size)"
+            ) from error
+        return list(pyramid) if isinstance(pyramid, Iterator) else pyramid
 
 
 def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:

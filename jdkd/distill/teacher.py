@@ -8,8 +8,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from jdkd.distill.gradients import FORWARD, pass_number
 from jdkd.distill.hooks import Hook
-from jdkd.distill.neck import Pyramid
+from jdkd.distill.neck import Pyramid, levels_of
 from jdkd.distill.normalisation import SAME, Conversion, conversion, normalisation_from, normalisation_of
 from jdkd.distill.roi_scales import set_roi_scales_of
 from jdkd.distill.route import Route, module_of, route_of
@@ -76,6 +77,8 @@ class TeacherRunner:
         self._batch: StudentInput | None = None
         self._sizes: Sizes | None = None  # of the batch's images, and of those that are about to become one
         self._next_sizes: Sizes | None = None
+        self._entered_in = FORWARD  # the pass in which the batch came in
+        self._neck_inputs: set[int] = set()  # addresses of the tensors that the neck was given in the last forward
         self._taught: Pyramid | None = None
         self._images: tuple[tuple[Tensor, int], ...] = ()
         self._same_images = False
@@ -132,6 +135,29 @@ class TeacherRunner:
             self._taught = taught
         return taught
 
+    def check_batch_of(self, neck_inputs: tuple[Any, ...]) -> None:
+        """Refuses to teach a neck that a checkpoint recomputes for another forward than the last.
+
+        Args:
+            neck_inputs: what the student's neck was called with.
+
+        Raises:
+            InputError: it is not what it was called with in the last forward, and the images did not come in again.
+        """
+        if torch.compiler.is_compiling():
+            return
+        addresses = {level.data_ptr() for level in levels_of(neck_inputs).values()}
+        now = pass_number()
+        if now == FORWARD:
+            self._neck_inputs = addresses
+        elif self._entered_in != now and addresses and addresses.isdisjoint(self._neck_inputs):
+            raise InputError(
+                f"the student ({type(self.student).__name__}) recomputes its {type(self.neck).__name__} for images "
+                f"that came into its {type(self._route.entrance).__name__} outside the checkpoint, and there is no "
+                "telling whether the teacher saw the same last; let the checkpoint begin at the images or at the "
+                f"{type(self.neck).__name__}, and call backward after each forward"
+            )
+
     def _seen(self) -> StudentInput:
         if self._batch is None:
             raise RuntimeError("the student has not seen a batch since its teacher was attached: call it first")
@@ -149,8 +175,12 @@ class TeacherRunner:
                 "tensor [N, 3, H, W]; give the student a backbone that is called with one"
             )
         keep = self._same_images and self._batch is not None and self._batch.images.shape == batch.images.shape
-        self._same_images = False
-        self._batch, self._sizes, self._next_sizes = batch, self._next_sizes, None
+        self._same_images, self._entered_in = False, pass_number()
+        before = self._batch
+        recomputed = before is not None and self._entered_in != FORWARD and _address(before) == _address(batch)
+        if self._next_sizes is not None or not recomputed:  # else the checkpoint began after the transform
+            self._sizes, self._next_sizes = self._next_sizes, None
+        self._batch = batch
         if not keep:
             self._taught = None
 
@@ -167,6 +197,10 @@ class TeacherRunner:
             image is other and version == seen for (image, version), (other, seen) in zip(images, before, strict=True)
         )
         self._images = images
+
+
+def _address(batch: StudentInput) -> int:
+    return 0 if torch.compiler.is_compiling() else batch.images.data_ptr()
 
 
 def conversion_between(ours: Route, theirs: Route, student_says: Any = None, teacher_says: Any = None) -> Conversion:
@@ -232,8 +266,14 @@ def _hold(teacher: nn.Module) -> None:
     """Puts a teacher into evaluation mode without gradients; several students may hold one teacher."""
     modes = [(module, module.training) for module in teacher.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in teacher.parameters()]
+    try:
+        teacher.eval().requires_grad_(False)
+    except NotImplementedError as error:
+        raise InputError(
+            f"the teacher ({type(teacher).__name__}) is an exported program, which cannot be run up to its neck; pass "
+            "the model that it was exported from"
+        ) from error
     _held.setdefault(teacher, []).append(_Held(modes, gradients))
-    teacher.eval().requires_grad_(False)
 
 
 def _release(teacher: nn.Module) -> None:

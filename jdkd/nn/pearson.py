@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Self
 
@@ -32,7 +32,7 @@ class _Pearson(nn.Module):
         self.loss_weight = loss_weight
         self.options = {
             "pairing": pairing,
-            "levels": None if levels is None else tuple(levels),
+            "levels": tuple(levels) if isinstance(levels, Iterable) else levels,
             "level_weights": level_weights,
             "statistics": statistics,
             "zero_variance": zero_variance,
@@ -67,10 +67,17 @@ class PKDLoss(_Pearson):
         self.resize_stu = resize_stu
 
     def forward(
-        self, student: Features, teacher: Features, mask: Tensor | Sequence[Tensor] | None = None
+        self,
+        student: Features | None = None,
+        teacher: Features | None = None,
+        mask: Tensor | Sequence[Tensor] | None = None,
+        *,
+        preds_S: Features | None = None,
+        preds_T: Features | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :func:`jdkd.functional.pkd_loss`."""
-        return pkd_loss(student, teacher, self.loss_weight, self.resize_stu, mask=mask, **self.options)
+        names = {"preds_S": preds_S, "preds_T": preds_T}
+        return pkd_loss(student, teacher, self.loss_weight, self.resize_stu, mask=mask, **names, **self.options)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.resize_stu else ", resize_stu=False")

@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 
 from jdkd.errors import InputError
 from jdkd.ops.integers import integer, plain
+from jdkd.ops.transforms import is_looked_into
 
 
 class Channels(NamedTuple):
@@ -157,6 +158,8 @@ def active_part(tensor: Tensor, rows: Channels, columns: Channels | None = None,
         if columns is None:
             columns = Channels(tensor.shape[1] if tensor.dim() > 1 else 1)
         indices = on_device(rows.index, tensor.device), on_device(columns.index, tensor.device)
+        if is_looked_into():
+            return gather(tensor, Channels(rows.count, indices[0]), Channels(columns.count, indices[1]), kernel)
         return _Gather.apply(tensor, rows.count, columns.count, *indices, kernel)
     shape = tensor.shape
     if len(shape) == 1:
@@ -240,8 +243,6 @@ def scatter(part: Tensor, like: Tensor, rows: Channels, columns: Channels, kerne
 class _Gather(torch.autograd.Function):
     """Autograd of :func:`gather`; linear, so its second derivative is :class:`_Scatter`'s first."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         tensor: Tensor, rows: int, columns: int, row_index: Tensor | None, column_index: Tensor | None, kernel: Kernel
@@ -251,9 +252,8 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
         tensor, ctx.rows, ctx.columns, row_index, column_index, ctx.kernel = inputs
-        # Only its shape, layout and dtype are read: as .data it may be written into before backward. vmap has no .data.
-        transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-        ctx.save_for_backward(tensor if transformed else tensor.data, row_index, column_index)
+        # Only its shape, layout and dtype are read: as .data it may be written into before backward.
+        ctx.save_for_backward(tensor.data, row_index, column_index)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -264,8 +264,6 @@ class _Gather(torch.autograd.Function):
 
 class _Scatter(torch.autograd.Function):
     """Autograd of :func:`scatter`."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(

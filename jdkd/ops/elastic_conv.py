@@ -75,11 +75,31 @@ def elastic_conv2d(
     Source:
         Leading channels and centres of one shared weight: Cai et al., Once-for-All, ICLR 2020, section 3.2.
     """
+    _check_tensors(x, weight, bias)
     inputs, outputs, active_groups = conv_channels(weight.shape, groups, in_channels, out_channels)
     kernel = active_kernel(kernel_size, weight.shape[2:])
     padding = active_padding(kernel, weight.shape[2:], padding, dilation)
     check_channels(x, inputs.count, dim=-3, where="elastic_conv2d")
     return convolve(x, weight, bias, inputs, outputs, stride, padding, dilation, active_groups, kernel)
+
+
+def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises InputError on what is no image, shared weight and shared bias."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"x is {kind}; give a floating tensor [N, Cin, H, W]")
+    check_weight(weight, bias)
+    if x.device != weight.device:
+        raise InputError(f"x is on {x.device} and weight on {weight.device}; move one of them")
+
+
+def check_weight(weight: Tensor, bias: Tensor | None) -> None:
+    """Raises InputError unless they are ``[Cout_max, Cin_max / groups, kh, kw]`` and None or ``[Cout_max]``."""
+    if not isinstance(weight, Tensor) or weight.dim() != 4:
+        kind = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise InputError(f"weight is {kind}; give the shared weight [Cout_max, Cin_max / groups, kh, kw]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise InputError(f"bias has shape {tuple(bias.shape)}; give the shared bias of all {weight.shape[0]} outputs")
 
 
 def conv_channels(

@@ -14,16 +14,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from jdkd import _backend
-from jdkd.ops import elastic_paths
+from jdkd.ops import elastic_check, elastic_paths
 from jdkd.ops.active_channels import Channels, gather, on_device, scatter
 from jdkd.ops.aten_conv import conv2d_gradients
 
 _OP = "elastic_conv"
 _Pair = Sequence[int]  # vertical, horizontal, in pixels
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
-_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why="where the elastic paths say so")
 
 
 def implicit_gemm(
@@ -122,8 +119,9 @@ def _forward(
     out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int,
 ) -> Tensor:  # fmt: skip
     shape = _out_shape(x, weight, out_channels, stride, padding, dilation)
-    if groups == 1 and elastic_paths.kernel_runs("implicit_gemm", x, shape):
-        return _forward_triton(x, weight, bias, shape, in_index, out_index, stride, padding, dilation)
+    if groups == 1 and elastic_paths.kernel_runs("implicit_gemm", x, shape, "forward"):
+        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+        return _forward_triton(x, weight, bias, shape, in_index, out_index, stride, padding, dilation, allow_tf32)
     rows, columns = _rows_columns(x, weight, in_index, out_index, out_channels, groups)
     part = gather(weight, rows, columns).to(x.dtype)  # [Cout, Cin / groups, kh, kw]
     bias = None if bias is None else gather(bias, rows, Channels(1)).to(x.dtype)  # [Cout]
@@ -133,13 +131,12 @@ def _forward(
 
 def _forward_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, shape: Sequence[int], in_index: Tensor | None,
-    out_index: Tensor | None, stride: _Pair, padding: _Pair, dilation: _Pair,
+    out_index: Tensor | None, stride: _Pair, padding: _Pair, dilation: _Pair, allow_tf32: bool,
 ) -> Tensor:  # fmt: skip
     from jdkd.kernels.elastic_conv import elastic_conv_fwd
 
     y = _empty_output(x, shape)
     bias = None if bias is None else bias.contiguous()
-    allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     elastic_conv_fwd(x, weight, bias, y, in_index, out_index, stride, padding, dilation, allow_tf32)
     return y
 
@@ -178,6 +175,11 @@ def _backward_fake(
     )
 
 
+_backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
+_backend.register(
+    _OP, "triton", dtypes=_TRITON_DTYPES, why="where the elastic paths say so",
+    checks={"forward": lambda _, *where: elastic_check.convolution(_forward_triton, *where)},
+)  # fmt: skip
 _library.impl("elastic_conv_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("elastic_conv_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("jdkd::elastic_conv_fwd", _forward_fake, lib=_library)

@@ -21,19 +21,18 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from jdkd import _backend
 from jdkd.errors import InputError
+from jdkd.ops import elastic_check
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part, gather, on_device, scatter
 from jdkd.ops.aten_conv import conv2d_gradients
-from jdkd.ops.elastic_conv import conv_channels
+from jdkd.ops.elastic_conv import check_weight, conv_channels
 from jdkd.ops.elastic_paths import ON_REQUEST, dtype_of
 from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
+from jdkd.ops.transforms import is_looked_into
 
 _OP = "elastic_levels"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda", "cpu")  # where the kernel can run
 ACTIVATIONS = ("none", "relu")
-
-_backend.register(_OP, "reference", why="ATen level by level on the active part of the weight")
-_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why="only on request, since it has not been timed on a GPU yet")
 
 
 def elastic_conv2d_levels(
@@ -74,6 +73,7 @@ def elastic_conv2d_levels(
         Heads shared by all levels: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 4; leading
         channels of one shared weight: Cai et al., Once-for-All, ICLR 2020, section 3.2.
     """
+    check_weight(weight, bias)
     inputs, outputs, _ = conv_channels(weight.shape, 1, in_channels, out_channels)
     kernel = active_kernel(kernel_size, weight.shape[2:])
     padding = active_padding(kernel, weight.shape[2:], padding, 1)
@@ -185,10 +185,13 @@ def _check(
     """Raises InputError on what no backend takes."""
     if activation not in ACTIVATIONS:
         raise InputError(f"activation={activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-    if isinstance(xs, Tensor) or not xs:
-        what = "a single tensor" if isinstance(xs, Tensor) else "no level"
+    if not isinstance(xs, list | tuple) or not xs:
+        kind = "single tensor" if isinstance(xs, Tensor) else type(xs).__name__
+        what = "no level" if isinstance(xs, list | tuple) else f"a {kind}"
         raise InputError(f"xs is {what}; give a list of levels [N, Cin, H, W]")
     for i, x in enumerate(xs):
+        if not isinstance(x, Tensor):
+            raise InputError(f"level {i} is a {type(x).__name__}; give floating tensors [N, Cin, H, W]")
         if x.dim() != 4 or not x.is_floating_point():
             raise InputError(f"level {i} is a {x.dim()}-dimensional {x.dtype} tensor; give floating [N, Cin, H, W]")
         if x.dtype != xs[0].dtype or x.device != xs[0].device:
@@ -218,15 +221,15 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 def _kernel_runs(x: Tensor) -> bool:
     """Whether the Triton kernel was asked for and takes ``x``; a compiled graph keeps its first answer."""
-    if x.device.type not in _DEVICES:
+    if x.device.type not in _DEVICES or is_looked_into():
         return False
     if torch.compiler.is_compiling():
         return _selected(x.device.type, x.dtype) == "triton"
-    return _backend.select(_OP, x) == "triton"
+    return _backend.select(_OP, x, "forward") == "triton"
 
 
 def _selected(device: str, dtype: torch.dtype) -> str:
-    return _backend.select(_OP, torch.empty(0, device=device, dtype=dtype))
+    return _backend.select(_OP, torch.empty(0, device=device, dtype=dtype), "forward")
 
 
 # What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
@@ -310,13 +313,14 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     rows, columns = Channels(out_channels, out_index), Channels(xs[0].shape[1], in_index)
     bias = None if bias is None else gather(bias, rows, Channels(1))  # [Cout]
-    if _backend.select(_OP, xs[0]) == "triton":
+    if _backend.select(_OP, xs[0], "forward") == "triton":
         from jdkd.kernels.elastic_levels import small
 
         xs, ys = [_channels_last(x) for x in xs], _outputs(xs, out_channels, kernel, padding)
         if small(xs, ys):
             bias = None if bias is None else bias.contiguous()
-            _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu)
+            allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+            _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu, allow_tf32)
             return ys
     part = _part(weight, rows, columns, tuple(kernel), xs[0].dtype)
     bias = None if bias is None else bias.to(part.dtype)
@@ -326,7 +330,7 @@ def _forward(
 
 def _launch(
     xs: list[Tensor], weight: Tensor, bias: Tensor | None, ys: list[Tensor], rows: Channels, columns: Channels,
-    kernel: tuple[int, int], padding: tuple[int, int], relu: bool,
+    kernel: tuple[int, int], padding: tuple[int, int], relu: bool, allow_tf32: bool,
 ) -> None:  # fmt: skip
     """Runs the kernel on the weight where it lies, or on a packed copy of its active part."""
     from jdkd.kernels.elastic_levels import Window, elastic_levels_fwd, readable_in_place
@@ -339,7 +343,6 @@ def _launch(
         width = (columns.count + vector - 1) // vector * vector  # rows of whole 16 bytes
         packed = weight.new_empty((rows.count, *kernel, width), dtype=dtype)[..., : columns.count]
         operand = packed.copy_(part.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-    allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
     elastic_levels_fwd(
         xs, operand, bias, ys, Window(padding=padding), relu=relu, whole=weight.shape[0], allow_tf32=allow_tf32
     )
@@ -387,6 +390,10 @@ def _backward_fake(
     )
 
 
+_backend.register(_OP, "reference", why="ATen level by level on the active part of the weight")
+_checks = {"forward": lambda _, *where: elastic_check.levels(_launch, *where)}
+_why = "only on request, since it has not been timed on a GPU yet"
+_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why=_why, checks=_checks)
 _library.impl("elastic_levels_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("elastic_levels_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("jdkd::elastic_levels_fwd", _forward_fake, lib=_library)

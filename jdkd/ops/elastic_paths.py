@@ -1,8 +1,8 @@
 """Which way an elastic convolution is computed: the first row of :data:`PATHS` that takes a call.
 
 A Triton kernel runs where it was asked for (``JDKD_BACKEND=triton``, ``use_backend("triton")``), and unasked where it
-measured fastest: in a :class:`Region` of its row. Regions are data, filled in from committed results. The choice
-depends on shapes, layout and dtype alone, so the host never waits; a compiled graph keeps its first answer.
+measured fastest and was seen right: in a :class:`Region` of its row. Regions are data, filled in from committed
+results. The choice depends on shapes, layout and dtype alone; a compiled graph keeps its first answer.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from torch import Tensor
 from jdkd import _backend
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.kernel_size import Padding, pair
+from jdkd.ops.transforms import is_looked_into
 
 _ANY = (1, 2**63)
+_SIZES = ("positions", "in_channels", "out_channels")
 _DEVICES = ("cuda", "cpu")  # where a kernel can run
 
 
@@ -94,16 +96,12 @@ class Region(NamedTuple):
     out_channels: tuple[int, int] = _ANY
 
     def covers(self, product: Product) -> bool:
-        sizes = ("positions", "in_channels", "out_channels")
-        return (
-            self.device == _kind(product.device)
-            and product.dtype in self.dtypes
-            and all(getattr(self, size)[0] <= getattr(product, size) < getattr(self, size)[1] for size in sizes)
-        )
+        bounds = ((getattr(self, size), getattr(product, size)) for size in _SIZES)
+        is_inside = all(first <= size < end for (first, end), size in bounds)
+        return is_inside and self.device == _kind(product.device) and product.dtype in self.dtypes
 
     def __str__(self) -> str:
-        sizes = ("positions", "in_channels", "out_channels")
-        bounds = [f"{size} {getattr(self, size)}" for size in sizes if getattr(self, size) != _ANY]
+        bounds = [f"{size} {getattr(self, size)}" for size in _SIZES if getattr(self, size) != _ANY]
         return ", ".join([self.device, *map(_name, self.dtypes), *bounds, self.source])
 
 
@@ -143,6 +141,7 @@ class Path(NamedTuple):
 
 
 ON_REQUEST = 'on request only (JDKD_BACKEND=triton, use_backend("triton")), since it was not measured on a GPU'
+NOT_YET = "it was not checked on this device yet, and is not while a graph is captured or a program traced"
 _BATCH = Condition("a batch of images", lambda call: call.is_batch)
 _ONE_GROUP = Condition("one group", lambda call: call.groups == 1)
 
@@ -181,6 +180,7 @@ PATHS = (
         "nothing was measured on a GPU",
     ),
 )
+_measured: dict[Call, str] = {}
 _KERNELS = {path.name: path for path in PATHS if path.operator}
 
 
@@ -263,15 +263,21 @@ def choose(call: Call) -> str:
         InputError: if ``use_backend`` or ``JDKD_BACKEND`` asks for a backend that cannot run here.
     """
     if torch.compiler.is_compiling() or _backend.requested() is not None:
-        return _first(call)
-    return _measured(call)
+        return _first(call)[0]
+    if (found := _measured.get(call)) is None:
+        found, is_settled = _first(call)
+        if is_settled and len(_measured) < 1024:
+            _measured[call] = found
+    return found
 
 
-def _first(call: Call) -> str:
-    return next(path.name for path in PATHS if objection(path, call) is None)
-
-
-_measured = functools.lru_cache(maxsize=1024)(_first)
+def _first(call: Call) -> tuple[str, bool]:
+    """The path of a call, and whether it stays so: a kernel that is not checked yet may come before it later."""
+    is_settled = True
+    for path in PATHS:
+        if (reason := objection(path, call)) is None:
+            return path.name, is_settled
+        is_settled = is_settled and reason != NOT_YET
 
 
 def explained(call: Call) -> tuple[str, str, tuple[tuple[str, str], ...]]:
@@ -306,16 +312,17 @@ def objection(path: Path, call: Call) -> str | None:
     return None if path.operator is None else _unwanted(path, call.product)
 
 
-def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int]) -> bool:
+def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int], form: str) -> bool:
     """Whether an operator runs the Triton kernel of a path, its tensors being what that path takes.
 
     Args:
         name: of the path.
         x: ``[N, Cin, H, W]``.
         out_shape: ``[N, Cout, OH, OW]``.
+        form: ``"forward"`` or ``"gradient"``.
 
     Returns:
-        True if the kernel was asked for, or measured fastest here.
+        True if the kernel was asked for, or measured fastest here and was seen right.
 
     Raises:
         InputError: if the backend that was asked for cannot run here.
@@ -323,23 +330,22 @@ def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int]) -> bool:
     path = _KERNELS[name]
     n, out_channels, height, width = out_shape
     product = Product(x.device, x.dtype, n * height * width, x.shape[1], out_channels)
-    return 0 < product.positions < path.limit and _unwanted(path, product) is None
+    return 0 < product.positions < path.limit and _unwanted(path, product, form) is None
 
 
 def only_aten(device: str) -> bool:
-    """Whether no kernel was asked for and none measured fastest on this type of device: the usual case, at once."""
-    for path in PATHS:
-        for region in path.fastest:
-            if region.device == device or (device == "cuda" and region.device.startswith("sm_")):
-                return False
-    return _backend.requested() is None
+    """Whether no kernel was asked for and none measured fastest on this type of device, the usual case, at once; or the
+    call is looked into, by ``torch.export`` or ``torch.func``: they know ATen's gradient and no other."""
+    kinds = [region.device for path in PATHS for region in path.fastest]
+    by_default = any(kind == device or (device == "cuda" and kind.startswith("sm_")) for kind in kinds)
+    return (_backend.requested() is None and not by_default) or is_looked_into()
 
 
-def _unwanted(path: Path, product: Product) -> str | None:
+def _unwanted(path: Path, product: Product, form: str = "forward") -> str | None:
     """Why the kernel of a path stays out, though it takes the call."""
     if product.device.type not in _DEVICES:
         return f"it takes tensors on {' or '.join(_DEVICES)}"
-    if _selected(path.operator, product.device.type, product.dtype) == "triton":
+    if _selected(path.operator, product.device, product.dtype, form) == "triton":
         return None
     if asked := _asked_for(path.operator):
         return f"the backend {asked} was asked for"
@@ -347,27 +353,28 @@ def _unwanted(path: Path, product: Product) -> str | None:
         return ON_REQUEST
     if not _region(path, product):
         return "it is outside of the regions where it measured fastest"
-    return _missing(path.operator)
+    return _unseen(path.operator, product.device, product.dtype, form)
 
 
 def _region(path: Path, product: Product) -> Region | None:
-    for region in path.fastest:
-        if region.covers(product):
-            return region
-    return None
+    return next((region for region in path.fastest if region.covers(product)), None)
 
 
-def _selected(op: str, device: str, dtype: torch.dtype) -> str:
-    return _backend.select(op, torch.empty(0, device=device, dtype=dtype))
+def _selected(op: str, device: torch.device, dtype: torch.dtype, form: str) -> str:
+    return _backend.select(op, torch.empty(0, device=device, dtype=dtype), form)
+
+
+def _unseen(op: str, device: torch.device, dtype: torch.dtype, form: str) -> str | None:
+    """Why a kernel that measured fastest may not run: it must be there, and have been seen right on the device."""
+    if missing := _availability(op)["triton"]:
+        return missing
+    seen = _backend.seen_right(_backend.Subject(op, form, "triton", device, dtype))
+    return NOT_YET if seen is None else None if seen else "it was checked on this device and not seen right"
 
 
 def _asked_for(op: str) -> str | None:
     requested = _backend.requested()
     return requested if requested in _backend.explain(op) else None
-
-
-def _missing(op: str) -> str | None:
-    return _availability(op)["triton"]
 
 
 _availability = functools.lru_cache(maxsize=8)(_backend.available)
@@ -381,7 +388,7 @@ def _kind(device: torch.device) -> str:
 
 
 # What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
-for _constant in (only_aten, _selected, _asked_for, _missing, _kind):
+for _constant in (only_aten, _selected, _unseen, _asked_for, _kind):
     _constant._dynamo_marked_constant = True
 
 

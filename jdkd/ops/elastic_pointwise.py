@@ -13,21 +13,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from jdkd import _backend
 from jdkd.errors import InputError
-from jdkd.ops import elastic_paths
+from jdkd.ops import elastic_check, elastic_paths
 from jdkd.ops.active_channels import Channels, active_channels, gather, scatter
 from jdkd.ops.aten_conv import conv2d_gradients
+from jdkd.ops.transforms import in_layout, is_looked_into
 from jdkd.reference import elastic_pointwise as reference
 
 _OP = "elastic_pointwise"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
-_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why="where the elastic paths say so")
 
 
 def elastic_pointwise_conv2d(
@@ -72,7 +71,8 @@ def elastic_pointwise_conv2d(
     wide = reference.wide_dtype(x.dtype)
     scale, shift = (None if vector is None else vector.to(wide) for vector in (scale, shift))
     residual = None if residual is None else residual.to(x.dtype)
-    return _ElasticPointwise.apply(x, weight, scale, shift, residual, count, stride, activation, False)[0]
+    run = _composed if is_looked_into() else _ElasticPointwise.apply
+    return run(x, weight, scale, shift, residual, count, stride, activation, False)[0]
 
 
 def elastic_pointwise_conv2d_stats(
@@ -97,7 +97,8 @@ def elastic_pointwise_conv2d_stats(
     """
     count = _checked(x, weight, out_channels, stride)
     settings = (None, None, None, count, stride, "none", True)
-    y, stats = _ElasticPointwise.apply(x.to(elastic_paths.dtype_of(x)), weight, *settings)
+    run = _composed if is_looked_into() else _ElasticPointwise.apply
+    y, stats = run(x.to(elastic_paths.dtype_of(x)), weight, *settings)
     return y, stats[0], stats[1]
 
 
@@ -147,6 +148,16 @@ def _check_epilogue(
         )
     if elastic_paths.dtype_of(residual) != elastic_paths.dtype_of(x):
         raise InputError(f"residual is {residual.dtype} and x {x.dtype}; cast the residual to {x.dtype}")
+
+
+def _composed(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    out_channels: int, stride: int, activation: str, stats: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """ATen and its autograd, for a program that is exported."""
+    total = F.conv2d(x, _part(weight, out_channels, x), stride=stride)
+    y = total if stats else reference.epilogue(total, scale, shift, residual, activation)
+    return in_layout(y, torch.channels_last), reference.moments(total) if stats else total
 
 
 class _ElasticPointwise(torch.autograd.Function):
@@ -257,25 +268,33 @@ def _forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     out_channels: int, stride: int, activation: str, stats: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    y = _empty(x, x.shape[0], out_channels, *_out_size(x, stride))
-    if elastic_paths.kernel_runs("pointwise", x, y.shape):
-        from jdkd.kernels.elastic_pointwise import elastic_pointwise_fwd
-
-        if shift is not None and scale is None:
-            scale = torch.ones_like(shift)
-        moments = elastic_pointwise_fwd(
-            _channels_last(x), _operand(weight, out_channels, x.shape[1], x.dtype), y, stride=stride,
-            scale=None if scale is None else scale.contiguous(), shift=None if shift is None else shift.contiguous(),
-            residual=None if residual is None else _channels_last(residual), activation=activation, stats=stats,
-            whole=weight.shape[0], allow_tf32=_allow_tf32(),
-        )  # fmt: skip
-        return y, x.new_empty(0, dtype=torch.float32) if moments is None else moments
+    if elastic_paths.kernel_runs("pointwise", x, (x.shape[0], out_channels, *_out_size(x, stride)), "forward"):
+        given = (x, weight, scale, shift, residual, out_channels, stride, activation, stats)
+        return _triton_fwd(*given, _allow_tf32())
     part = _part(weight, out_channels, x)
     total = torch.ops.aten.convolution(x, part, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1)
     moments = reference.moments(total) if stats else x.new_empty(0, dtype=reference.wide_dtype(x.dtype))
     if shift is not None or residual is not None or activation != "none":
         total = reference.epilogue(total, scale, shift, residual, activation)
     return _channels_last(total), moments
+
+
+def _triton_fwd(
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    out_channels: int, stride: int, activation: str, stats: bool, allow_tf32: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from jdkd.kernels.elastic_pointwise import elastic_pointwise_fwd
+
+    y = _empty(x, x.shape[0], out_channels, *_out_size(x, stride))
+    if shift is not None and scale is None:
+        scale = torch.ones_like(shift)
+    moments = elastic_pointwise_fwd(
+        _channels_last(x), _operand(weight, out_channels, x.shape[1], x.dtype), y, stride=stride,
+        scale=None if scale is None else scale.contiguous(), shift=None if shift is None else shift.contiguous(),
+        residual=None if residual is None else _channels_last(residual), activation=activation, stats=stats,
+        whole=weight.shape[0], allow_tf32=allow_tf32,
+    )  # fmt: skip
+    return y, x.new_empty(0, dtype=torch.float32) if moments is None else moments
 
 
 def _part(weight: Tensor, rows: int, x: Tensor) -> Tensor:
@@ -296,16 +315,22 @@ def _backward(
     dout: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = dout.shape[1]
-    if not elastic_paths.kernel_runs("pointwise", x, dout.shape):
+    if not elastic_paths.kernel_runs("pointwise", x, dout.shape, "gradient"):
         dx, dpart, _ = conv2d_gradients(dout, x, _part(weight, rows, x), stride, 0, 1, 1, [*wanted, False])
         dweight = weight.new_empty(0)
         if wanted[1]:
             dpart = dpart.reshape(rows, x.shape[1], *weight.shape[2:])
             dweight = scatter(dpart, weight, Channels(rows), Channels(x.shape[1]))
         return _channels_last(dx) if wanted[0] else x.new_empty(0), dweight
+    return _triton_bwd(dout, x, weight, stride, wanted, _allow_tf32())
+
+
+def _triton_bwd(
+    dout: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool], allow_tf32: bool
+) -> tuple[Tensor, Tensor]:
     from jdkd.kernels import elastic_pointwise_grad as kernels
 
-    dout, x, allow_tf32 = _channels_last(dout), _channels_last(x), _allow_tf32()
+    rows, dout, x = dout.shape[1], _channels_last(dout), _channels_last(x)
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     if wanted[0]:
         dx = _empty(x, *x.shape) if stride == 1 else torch.zeros_like(x, memory_format=torch.channels_last)
@@ -324,6 +349,14 @@ def _backward_fake(
     return dx, torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
 
 
+_backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
+_backend.register(
+    _OP, "triton", dtypes=_TRITON_DTYPES, why="where the elastic paths say so",
+    checks={
+        "forward": lambda _, *where: elastic_check.pointwise_forward(_triton_fwd, *where),
+        "gradient": lambda _, *where: elastic_check.pointwise_gradient(_triton_bwd, *where),
+    },
+)  # fmt: skip
 _library.impl("elastic_pointwise_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("elastic_pointwise_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("jdkd::elastic_pointwise_fwd", _forward_fake, lib=_library)

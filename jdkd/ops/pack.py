@@ -3,7 +3,7 @@
 The shared weights stay what they are, usually float32; a subnet's convolutions get views of one flat buffer, dense,
 channels-last, in the dtype they compute in. :func:`pack` and :func:`unpack_add_` are the plain functions,
 :func:`packed_weights` is the one with gradients. The formulas are in :mod:`jdkd.reference.pack`, the tables that the
-kernels read in :mod:`jdkd.ops.pack_table`.
+kernels read in :mod:`jdkd.ops.pack_table`, the operators in :mod:`jdkd.ops.pack_operators`.
 
 Addresses are read at every call, so an optimiser, ``.data =``, an average written in place or
 ``load_state_dict(assign=True)`` are seen by the next pack. Nothing is cached by the value of a weight.
@@ -18,18 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from jdkd import _backend
 from jdkd.errors import InputError
-from jdkd.ops.active_channels import Channels, on_device
-from jdkd.ops.pack_memory import empty, zeros
-from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_numel, packed_views, table_of
-from jdkd.reference import pack as reference
-
-_OP = "pack"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-for _name in ("cuda", "triton", "cpu"):
-    _backend.register(_OP, _name, dtypes=_DTYPES)
-_backend.register(_OP, "reference")
+from jdkd.ops import pack_operators  # noqa: F401  torch.ops.jdkd.pack, unpack and unpack_add_
+from jdkd.ops.active_channels import Channels, active_part
+from jdkd.ops.pack_table import dense_views, packed_numel, packed_views
+from jdkd.ops.transforms import in_layout, is_looked_into
 
 GRAD_MODES = ("autograd", "main_grad")
 GROUP_BYTES = 8 << 20  # of dense gradients that a CPU makes together
@@ -73,16 +66,6 @@ def _flattened(weights: Sequence[Tensor], parts: Sequence[Part], what: str) -> _
     return _Flat([p.rows.index for p in parts], [p.columns.index if p.columns else None for p in parts], sizes)
 
 
-def _check_alike(tensors: Sequence[Tensor], what: str) -> None:
-    first = tensors[0]
-    for place, tensor in enumerate(tensors):
-        if tensor.dtype != first.dtype or tensor.device != first.device:
-            raise InputError(
-                f"{what} {place} is {tensor.dtype} on {tensor.device} and {what} 0 {first.dtype} on {first.device}; "
-                "make a call for each dtype and device"
-            )
-
-
 def pack(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
     """Copies the active parts of all weights into one buffer, in one launch and without a gradient.
 
@@ -104,6 +87,8 @@ def pack(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -
     """
     flat = _flattened(weights, parts, "weights")
     with torch.no_grad():
+        if is_looked_into():
+            return _plainly(weights, parts, dtype)
         buffer = torch.ops.jdkd.pack(list(weights), *flat, dtype)
         return packed_views(buffer, weights, flat.sizes)
 
@@ -158,6 +143,13 @@ def packed_weights(
             if weight.requires_grad and not weight.is_leaf:
                 raise InputError(f"weight {place} is no leaf and keeps no gradient; use grad_mode='autograd'")
     flat = _flattened(weights, parts, "weights")
+    if is_looked_into():
+        if grad_mode == "main_grad":
+            raise InputError(
+                "grad_mode='main_grad' adds to weight.grad itself, which torch.export and torch.func do not allow; use "
+                "'autograd'"
+            )
+        return _plainly(weights, parts, dtype)
     with torch.no_grad():
         buffer = torch.ops.jdkd.pack(list(weights), *flat, dtype)
     packed, offset = [], 0
@@ -165,6 +157,15 @@ def packed_weights(
         own = flat.kept(places)
         packed += _PackedWeights.apply(buffer, offset, grad_mode, *own, *[weights[i] for i in places])
         offset += packed_numel(own.sizes, dtype.itemsize)
+    return packed
+
+
+def _plainly(weights: Sequence[Tensor], parts: Sequence[Part], dtype: torch.dtype) -> list[Tensor]:
+    """The packed weights one by one, in plain torch and with its gradients, for what looks into the call."""
+    packed = []
+    for weight, (rows, columns, kernel) in zip(weights, parts, strict=True):
+        layout = torch.channels_last if weight.dim() == 4 else torch.contiguous_format
+        packed.append(in_layout(active_part(weight, rows, columns, kernel).to(dtype), layout))
     return packed
 
 
@@ -255,146 +256,3 @@ def _own_gradient(weight: Tensor) -> Tensor:
             f"{gradient.stride()}; give one of the weight's shape, in memory of its own for every element"
         )
     return gradient
-
-
-def _as_packed(gradients: Sequence[Tensor], sizes: Sequence[int], device: torch.device) -> list[Tensor]:
-    """Packed gradients in the memory order of packed weights, checked."""
-    _check_alike(gradients, "packed gradient")
-    if gradients[0].device != device:
-        raise InputError(
-            f"the packed gradients are on {gradients[0].device} but what they are added to on {device}; move them there"
-        )
-    dense = []
-    for i, gradient in enumerate(gradients):
-        expected = tuple(sizes[4 * i : 4 * i + 4])[: gradient.dim()]
-        if gradient.dim() not in (1, 2, 4) or gradient.shape != expected:
-            raise InputError(f"packed gradient {i} has shape {tuple(gradient.shape)} but its part is {expected}")
-        layout = torch.channels_last if gradient.dim() == 4 else torch.contiguous_format
-        dense.append(gradient.contiguous(memory_format=layout))
-    return dense
-
-
-# ---- operators ----
-
-
-def _pack(
-    weights: list[Tensor], rows: list[Tensor | None], columns: list[Tensor | None], sizes: list[int], dtype: torch.dtype
-) -> Tensor:
-    _check_alike(weights, "weight")
-    backend = _selected(weights[0], dtype)
-    table = table_of(weights, [weight.stride() for weight in weights], rows, columns, sizes, dtype)
-    buffer = empty(table.numel, dtype, weights[0].device)
-    if backend == "reference":
-        packed = reference.pack(weights, *_plain(rows, columns, sizes, buffer.device), dtype)
-        for view, part in zip(packed_views(buffer, weights, sizes), packed, strict=True):
-            view.copy_(part)
-    else:
-        _launch("pack", backend, table, weights, buffer)
-    return buffer
-
-
-def _unpack(
-    packed: list[Tensor],
-    like: list[Tensor],
-    rows: list[Tensor | None],
-    columns: list[Tensor | None],
-    sizes: list[int],
-) -> Tensor:
-    _check_alike(like, "weight")
-    packed = _as_packed(packed, sizes, like[0].device)
-    backend = _selected(like[0], packed[0].dtype)
-    table = table_of(like, [dense_strides(weight) for weight in like], rows, columns, sizes, packed[0].dtype)
-    buffer = zeros(table.dense_numel, like[0])
-    if backend == "reference":
-        views = dense_views(buffer, like)
-        reference.unpack_add_(views, *_plain(rows, columns, sizes, buffer.device), packed)
-    else:
-        _launch("unpack", backend, table, packed, buffer)
-    return buffer
-
-
-def _unpack_add_(
-    gradients: list[Tensor],
-    rows: list[Tensor | None],
-    columns: list[Tensor | None],
-    sizes: list[int],
-    packed: list[Tensor],
-) -> None:
-    _check_alike(gradients, "gradient")
-    packed = _as_packed(packed, sizes, gradients[0].device)
-    if len({gradient.data_ptr() for gradient in gradients}) < len(gradients):
-        raise InputError("a gradient is given twice; add its parts in calls of their own")
-    backend = _selected(gradients[0], packed[0].dtype)
-    strides = [gradient.stride() for gradient in gradients]
-    table = table_of(gradients, strides, rows, columns, sizes, packed[0].dtype)
-    if backend == "reference":
-        reference.unpack_add_(gradients, *_plain(rows, columns, sizes, gradients[0].device), packed)
-        return
-    _launch("unpack_add_", backend, table, gradients, packed)
-    torch.autograd.graph.increment_version(gradients)
-
-
-def _selected(shared: Tensor, dtype: torch.dtype) -> str:
-    backend = _backend.select(_OP, shared)
-    if backend != "reference" and dtype not in _DTYPES:
-        raise InputError(f"dtype={dtype} is not packed from {shared.dtype}; choose float32, bfloat16 or float16")
-    return backend
-
-
-def _plain(
-    rows: list[Tensor | None], columns: list[Tensor | None], sizes: list[int], device: torch.device
-) -> tuple[list[int | Tensor], list[int | Tensor], list[tuple[int, int]]]:
-    """The arguments of the reference."""
-    lists = [[on_device(index, device) for index in side] for side in (rows, columns)]
-    active = [
-        [count if index is None else index for index, count in zip(side, sizes[first::4], strict=True)]
-        for first, side in enumerate(lists)
-    ]
-    return *active, list(zip(sizes[2::4], sizes[3::4], strict=True))
-
-
-def _launch(op: str, backend: str, table: PackTable, tensors: list[Tensor], other: Tensor | list[Tensor]) -> None:
-    """A launch of a compiled kernel over all parts of a table; ``other`` is the flat buffer, or what is added."""
-    if backend == "triton":
-        from jdkd.kernels import pack as kernels
-
-        one, singles = (other, tensors) if isinstance(other, Tensor) else (other[0], [*tensors, *other])
-        addresses = tuple([tensor.data_ptr() for tensor in singles])
-        is_aligned = all(address % 16 == 0 for address in addresses)
-        shared, packed = (one, tensors[0]) if op == "unpack" else (tensors[0], one)
-        kernels.launch(op, table.addresses(addresses), shared, packed, *table.tensors(), is_aligned)
-    else:
-        given = table.tensors() if backend == "cuda" else (table.parts, None, table.index)
-        getattr(torch.ops.jdkd_C, op)(tensors, *given, other)
-
-
-def _pack_fake(
-    weights: list[Tensor], rows: list[Tensor | None], columns: list[Tensor | None], sizes: list[int], dtype: torch.dtype
-) -> Tensor:
-    numels = [r * c * h * w for r, c, h, w in zip(*(sizes[i::4] for i in range(4)), strict=True)]
-    return weights[0].new_empty(sum(aligned(numel, dtype.itemsize) for numel in numels), dtype=dtype)
-
-
-def _unpack_fake(
-    packed: list[Tensor],
-    like: list[Tensor],
-    rows: list[Tensor | None],
-    columns: list[Tensor | None],
-    sizes: list[int],
-) -> Tensor:
-    return like[0].new_empty(sum(aligned(weight.numel(), weight.element_size()) for weight in like))
-
-
-_library = torch.library.Library("jdkd", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_PARTS = "Tensor?[] rows, Tensor?[] columns, SymInt[] sizes"
-_library.define(f"pack(Tensor[] weights, {_PARTS}, ScalarType dtype) -> Tensor", tags=_TAGS)
-_library.define(f"unpack(Tensor[] packed, Tensor[] like, {_PARTS}) -> Tensor", tags=_TAGS)
-_library.define(f"unpack_add_(Tensor(a!)[] gradients, {_PARTS}, Tensor[] packed) -> ()", tags=_TAGS)
-for _name, _body, _fake in (
-    ("pack", _pack, _pack_fake),
-    ("unpack", _unpack, _unpack_fake),
-    ("unpack_add_", _unpack_add_, lambda *_: None),
-):
-    _library.impl(_name, _body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"jdkd::{_name}", _fake, lib=_library)

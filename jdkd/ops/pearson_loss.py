@@ -11,15 +11,17 @@ from torch.distributed import ProcessGroup
 from jdkd.errors import InputError
 from jdkd.ops.pearson import Settings, pearson_loss
 from jdkd.ops.pearson_pairs import as_levels, in_order_of, paired, rebuilt
-from jdkd.ops.pearson_settings import masks_of, settings_of
+from jdkd.ops.pearson_settings import check_resize, factor_of, indices_of, masks_of, settings_of
+from jdkd.ops.transforms import is_looked_into
+from jdkd.reference import pearson as reference
 from jdkd.reference.pearson import Features, match_size
 
 DIST_EPS = 1e-8
 
 
 def pkd_loss(
-    student: Features,
-    teacher: Features,
+    student: Features | None = None,
+    teacher: Features | None = None,
     loss_weight: float = 1.0,
     resize_stu: bool = True,
     *,
@@ -31,6 +33,8 @@ def pkd_loss(
     zero_variance: str = "keep",
     group: ProcessGroup | None = None,
     return_levels: bool = False,
+    preds_S: Features | None = None,
+    preds_T: Features | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Pearson distillation loss (PKD): a mean squared error between features standardised channel by channel.
 
@@ -43,7 +47,13 @@ def pkd_loss(
     A channel of one element (batch 1, a 1x1 map) adds 0, where the published loss is NaN. A constant channel of
     the student adds about 0.5 and, as in the published loss, a gradient about a million times that of a live
     one, unless ``zero_variance`` is ``"skip"``. Differentiating with ``create_graph=True`` is refused; a compiled
-    graph's gradient has no derivative either.
+    graph's gradient has no derivative either. Under ``torch.export`` and ``torch.func`` it is plain torch.
+
+    The backward pass reads the features again, where the published formula keeps copies. One that was written to in
+    place in between, by a ``ReLU(inplace=True)`` behind it, is an error that torch raises: write to a copy, or call the
+    loss after that. **Torch cannot tell for tensors made under** ``torch.inference_mode``, which count no versions: a
+    teacher's features made there and overwritten before the backward pass, as by a replayed CUDA graph, give wrong
+    gradients. Make those under ``torch.no_grad``, or clone them.
 
     Args:
         student: one level ``[N, C, H, W]``, or an iterable of levels (list, tuple, dict, generator).
@@ -69,6 +79,7 @@ def pkd_loss(
             one process with all the images. Ranks may have different numbers of images. None, which ``WORLD``
             also is before ``init_process_group``, takes this process alone.
         return_levels: return the levels' losses too, for logging.
+        preds_S, preds_T: student and teacher by the names that the authors' implementation has for them.
 
     Returns:
         Scalar, float32 (float64 for float64 features). With ``return_levels`` also ``[L]``, detached: the
@@ -78,12 +89,22 @@ def pkd_loss(
         InputError: if numbers of levels, batches, channels or devices differ, nothing pairs up, or a level is
             not a floating ``[N, C, H, W]`` with elements.
     """
+    student, teacher = _named("student", student, "preds_S", preds_S), _named("teacher", teacher, "preds_T", preds_T)
+    check_resize(resize_stu)
+    levels = indices_of(levels)
     students, teachers = as_levels(student, "student"), as_levels(in_order_of(student, teacher), "teacher")
     pairs = [match_size(students[i], teachers[j], resize_stu) for i, j in paired(students, teachers, pairing, levels)]
     students, teachers = [s for s, _ in pairs], [t for _, t in pairs]
     options = (level_weights, loss_weight, statistics, zero_variance, group)
     loss, losses, _ = _compared(students, teachers, mask, *options)
     return (loss, losses) if return_levels else loss
+
+
+def _named(name: str, value: Features | None, other_name: str, other: Features | None) -> Features:
+    """What was given by one of two names."""
+    if value is not None and other is not None:
+        raise InputError(f"{name} and {other_name} are both given, and are two names of one argument; give one of them")
+    return other if value is None else value
 
 
 def pearson_tap(
@@ -121,6 +142,7 @@ def pearson_tap(
     Raises:
         InputError: see :func:`pkd_loss`.
     """
+    levels = indices_of(levels)
     inner, others = as_levels(students, "student"), as_levels(in_order_of(students, teachers), "teacher")
     pairs = paired(inner, others, pairing, levels)
     tapped = [inner[i] for i, _ in pairs]
@@ -150,10 +172,28 @@ def _compared(
     compiling = torch.compiler.is_compiling()
     inside = 1.0 if compiling else loss_weight
     settings = settings_of(len(students), level_weights, inside, statistics, zero_variance, group)
-    loss, losses, tapped = pearson_loss(students, teachers, settings, masks_of(mask, students), tap=tap)
+    loss, losses, tapped = _compared_now(students, teachers, settings, masks_of(mask, students), tap=tap)
     if compiling:
         loss, losses = loss_weight * loss, loss_weight * losses
     return loss, losses, tapped
+
+
+def _compared_now(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    settings: Settings,
+    masks: Sequence[Tensor] = (),
+    *,
+    tap: bool = False,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """:func:`pearson_loss`, in plain torch where something looks into it; a tap's gradients are then autograd's sum."""
+    if is_looked_into():
+        if settings.group is not None:
+            raise InputError("group is a process group, which torch.export and torch.func cannot follow; leave it out")
+        weights, eps, skip_constant, instance, _ = settings
+        loss, losses = reference.plain_loss(students, teachers, weights, eps, skip_constant, instance, masks)
+        return loss, losses.detach(), list(students)
+    return pearson_loss(students, teachers, settings, masks, tap=tap)
 
 
 def dist_loss(
@@ -191,8 +231,10 @@ def dist_loss(
             f"student has shape {tuple(student.shape)} on {student.device} and teacher {tuple(teacher.shape)} on "
             f"{teacher.device}; they must agree"
         )
+    tau = factor_of("tau", tau)
     if not tau > 0:
         raise InputError(f"tau is {tau}; a temperature must be positive")
+    inter_weight, intra_weight = factor_of("inter_weight", inter_weight), factor_of("intra_weight", intra_weight)
     batch, classes = student.shape
     if batch < (2 if intra_weight else 1):
         raise InputError(f"student has {batch} samples; give at least 2, or intra_weight=0")
@@ -209,4 +251,4 @@ def dist_loss(
     if not relations:
         raise InputError("inter_weight and intra_weight are both 0; give at least one of them")
     settings = Settings(tuple(tau**2 * weight for *_, weight in relations), eps=DIST_EPS)
-    return pearson_loss([a for a, _, _ in relations], [b for _, b, _ in relations], settings)[0]
+    return _compared_now([a for a, _, _ in relations], [b for _, b, _ in relations], settings)[0]

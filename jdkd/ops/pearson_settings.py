@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -56,25 +56,55 @@ def _check_group(group: torch.distributed.ProcessGroup, statistics: str) -> None
 def _weights(level_weights: Sequence[float] | None, count: int, loss_weight: float) -> tuple[float, ...]:
     """The factor of every pair."""
     if level_weights is None:
-        return (_number("loss_weight", loss_weight),) * count
+        return (factor_of("loss_weight", loss_weight),) * count
     if isinstance(level_weights, Mapping | str) or not hasattr(level_weights, "__len__"):
         raise InputError(f"level_weights is a {type(level_weights).__name__}; pass a sequence of numbers, one a level")
     if len(level_weights) != count:
         raise InputError(f"level_weights has {len(level_weights)} values for {count} pairs of levels; give one each")
-    factor = _number("loss_weight", loss_weight)
-    return tuple(factor * _number("level_weights", weight) for weight in level_weights)
+    factor = factor_of("loss_weight", loss_weight)
+    return tuple(factor * factor_of("level_weights", weight) for weight in level_weights)
 
 
-def _number(name: str, value: float) -> float:
+def factor_of(name: str, value: float) -> float:
+    """A weight as a number.
+
+    Raises:
+        InputError: it is no finite number, is negative, or wants a gradient.
+    """
     if isinstance(value, Tensor) and value.requires_grad:
         raise InputError(f"{name} is a tensor that requires a gradient, and gets none; multiply the loss by it instead")
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"{name} is or holds {value!r}; it must be a finite number")
+    if not 0 <= number < math.inf:
+        raise InputError(f"{name} is or holds {value!r}; it must be a finite number, 0 or more")
     return number
+
+
+def check_resize(resize_stu: bool) -> None:
+    """Raises InputError unless it is True or False."""
+    if isinstance(resize_stu, str) or resize_stu not in (True, False):
+        raise InputError(f"resize_stu is {resize_stu!r}; give True, to resize the student's levels, or False")
+
+
+def indices_of(levels: Sequence[int] | None) -> list[int] | None:
+    """Indices of levels as ints.
+
+    Raises:
+        InputError: they are no list of integers.
+    """
+    if levels is None:
+        return None
+    if isinstance(levels, str | Mapping) or not isinstance(levels, Iterable):
+        raise InputError(
+            f"levels is {levels!r}; give indices of the student's levels in a list, [0, 1], or None for all"
+        )
+    found = [index.tolist() if hasattr(index, "tolist") else index for index in levels]  # numpy's and torch's
+    for index in found:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise InputError(f"levels holds {index!r}; name some of the student's levels by their indices, as ints")
+    return found
 
 
 def masks_of(mask: Tensor | Sequence[Tensor] | None, students: Sequence[Tensor]) -> list[Tensor]:
@@ -90,6 +120,8 @@ def masks_of(mask: Tensor | Sequence[Tensor] | None, students: Sequence[Tensor])
     """
     if mask is None:
         return []
+    if not isinstance(mask, Tensor | list | tuple):
+        raise InputError(f"mask is a {type(mask).__name__}; pass a bool tensor [N, H, W], True where the image is")
     masks = [mask] * len(students) if isinstance(mask, Tensor) else list(mask)
     if len(masks) != len(students):
         raise InputError(f"mask has {len(masks)} entries for {len(students)} pairs of levels; give one each")

@@ -14,14 +14,12 @@ from torch import Tensor
 
 from jdkd import _backend, _ext
 from jdkd.errors import InputError
+from jdkd.ops import pearson_check
 from jdkd.reference import pearson as reference
 
 _OP = "pearson_single"
 _DTYPES = (torch.float32, torch.bfloat16)  # gradients for an incoming gradient of 1 are zeros in float16
 _MAX_LEVELS = 16
-
-_backend.register(_OP, "reference", why="for tests")
-_backend.register(_OP, "cuda", dtypes=_DTYPES, why="only on request, since it has not run on a GPU yet")
 
 Single = tuple[Tensor, Tensor, Tensor, list[Tensor]]  # loss [], losses [L], table [2, 5, sum of C], gradients
 Chip = tuple[int, int, int, int]  # SMs, shared memory per block and per SM in bytes, blocks of the largest cluster
@@ -85,6 +83,12 @@ def _cuda_scale(gradients: list[Tensor], dloss: Tensor) -> None:
 
 _SINGLE = {"cuda": _cuda_single, "reference": _reference_single}
 _SCALE = {"cuda": _cuda_scale, "reference": _reference_scale}
+_CHECKS = {
+    "single pass": lambda backend, *where: pearson_check.single_pass(_SINGLE[backend], *where),
+    "scale": lambda backend, *where: pearson_check.scale(_SCALE[backend], *where),
+}
+_backend.register(_OP, "reference", why="for tests")
+_backend.register(_OP, "cuda", dtypes=_DTYPES, why="only on request, since it has not run on a GPU yet", checks=_CHECKS)
 
 
 def _single(
@@ -96,12 +100,12 @@ def _single(
                 f"jdkd::pearson_single takes contiguous levels, and one of shape {tuple(level.shape)} has strides "
                 f"{level.stride()}; copy it with contiguous(), or use jdkd::pearson_fwd and jdkd::pearson_bwd"
             )
-    return _SINGLE[_backend.select(_OP, students[0])](students, teachers, weights, eps, skip_constant)
+    return _SINGLE[_backend.select(_OP, students[0], "single pass")](students, teachers, weights, eps, skip_constant)
 
 
 def _scale(gradients: list[Tensor], dloss: Tensor) -> None:
     """Multiplies gradients in place by ``dloss``, a float32 scalar on their device, rounding once."""
-    _SCALE[_backend.select(_OP, gradients[0])](gradients, dloss)
+    _SCALE[_backend.select(_OP, gradients[0], "scale")](gradients, dloss)
 
 
 def _single_fake(

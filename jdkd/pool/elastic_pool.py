@@ -1,6 +1,5 @@
 """The elastic teacher pool: grown from a base detector, trained once, then sampled at no further cost."""
 
-import json
 import random
 import shutil
 from collections.abc import Sequence
@@ -14,8 +13,9 @@ from torch import nn
 from jdkd.data import batches
 from jdkd.detect import load, parameter_count, save
 from jdkd.distill import correlations
-from jdkd.errors import InputError
-from jdkd.files import write_json
+from jdkd.errors import InputError, ModelError
+from jdkd.files import read_json, write_json
+from jdkd.notices import say_once
 from jdkd.pool.shrinking import PoolTrainConfig, Progress, calibrate, progressive_shrinking
 from jdkd.pool.space import Space, Subnet
 from jdkd.pool.supernet import Supernet, grow_base
@@ -75,12 +75,16 @@ class TeacherPool:
         return calibrate(self.supernet.extract(subnet), self.dataset, self.batch_size, self.seed, self.device)
 
     def score(self, subnet: Subnet, base: nn.Module, selection: Any) -> ScoredSubnet:
-        """Measures one subnet."""
+        """Measures one subnet; one whose detections are no numbers scores 0, which is said."""
         teacher = self.teacher(subnet)
         probe = batches(selection, batch_size=self.batch_size, steps=2, seed=self.seed, device=self.device)
         distances = correlations(base.to(self.device), teacher, probe).values()
-        scores = evaluate(teacher, selection, device=self.device, batch_size=self.batch_size)
-        return ScoredSubnet(subnet, scores.map, parameter_count(teacher), sum(distances) / len(distances))
+        try:
+            score = evaluate(teacher, selection, device=self.device, batch_size=self.batch_size).map
+        except ModelError as error:
+            say_once(f"teacher {subnet} scores 0: {error}")
+            score = 0.0
+        return ScoredSubnet(subnet, score, parameter_count(teacher), sum(distances) / len(distances))
 
     def score_members(
         self, subnets: Sequence[Subnet], base: nn.Module, selection: Any, progress: Progress | None = None
@@ -154,12 +158,16 @@ def load_pool(folder: Path | str, base: nn.Module, dataset: Any, *, device: torc
         InputError: the folder holds none, or its teachers cannot teach descendants of ``base``.
     """
     folder = Path(folder)
+    if not (folder / POOL).is_file():
+        raise InputError(
+            f"{folder} holds no finished teacher pool: it has no {POOL}; give the pool folder of an earlier search."
+        )
     try:
-        facts = json.loads((folder / POOL).read_text())
+        facts = read_json(folder / POOL, "give the pool folder of an earlier search")
         largest = load(folder, device)
         space = Space.from_json(largest.spec, facts["space"])
         members = [ScoredSubnet.from_json(member) for member in facts["members"]]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(
             f"{folder} holds no finished teacher pool ({error}); give the pool folder of an earlier search."
         ) from None

@@ -107,6 +107,50 @@ def pkd_loss(
     return loss * loss_weight
 
 
+def plain_loss(
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    weights: Sequence[float],
+    eps: float = EPS,
+    skip_constant: bool = False,
+    instance: bool = False,
+    masks: Sequence[Tensor] = (),
+) -> tuple[Tensor, Tensor]:
+    """The loss with all its options, one operation after the other, for whatever differentiates or batches these.
+
+    Args:
+        students: levels ``[N, C, H, W]``.
+        teachers: levels of the same shapes.
+        weights: factor of each level's loss.
+        eps: what is added to the standard deviations.
+        skip_constant: leave out channels in which student or teacher never changes.
+        instance: statistics of every image by itself.
+        masks: bool ``[N, 1, H, W]`` per level, True where a position counts; or none, and all count.
+
+    Returns:
+        The loss, a scalar, and its levels ``[L]``, weighted; float32, or float64 if a level is.
+    """
+    dtype, over = result_dtype(students, teachers), (2, 3) if instance else (0, 2, 3)
+    losses = []
+    for i, (weight, *pair) in enumerate(zip(weights, students, teachers, strict=True)):
+        mask = masks[i] if masks else torch.ones_like(pair[0][:, :1], dtype=torch.bool)
+        m = mask.sum(over, keepdim=True).to(dtype)  # [N or 1, 1, 1, 1]
+        counted, standardised = m > 1, []
+        for level in pair:
+            level = level.to(dtype)
+            mean = torch.where(mask, level, 0).sum(over, keepdim=True) / m.clamp(min=1)
+            d = torch.where(mask, level - mean, 0)
+            variance = d.square().sum(over, keepdim=True) / (m - 1).clamp(min=1)
+            std = torch.where(variance > 0, torch.where(variance > 0, variance, 1).sqrt(), 0)  # its gradient is 0 at 0
+            standardised.append(d / (std + eps))
+            if skip_constant:
+                counted = counted & ~(std <= CONSTANT * mean.abs())
+        s, t = standardised
+        channels = (s - t).square().sum(over, keepdim=True) / (2 * m.clamp(min=1))  # [N or 1, C, 1, 1]
+        losses.append((weight * torch.where(counted, channels, 0)).mean())  # jvp widens the tangent of a scaled scalar
+    return torch.stack(losses).sum(), torch.stack(losses)
+
+
 def pearson_fwd(
     students: Sequence[Tensor],
     teachers: Sequence[Tensor],

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from jdkd.files import write_whole
 from jdkd.report.html import page
-from jdkd.report.outcome import Outcome, read_outcome, read_result
+from jdkd.report.outcome import Outcome, read_outcome, verdict
 from jdkd.report.plot import pareto_plot
 from jdkd.report.table import result_table
 
-__all__ = ["Outcome", "read_outcome", "read_result", "result_table", "write_report"]
+__all__ = ["Outcome", "read_outcome", "result_table", "verdict", "write_report"]
 
 
 def write_report(folder: Path | str) -> tuple[Path, Path]:

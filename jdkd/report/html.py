@@ -10,11 +10,11 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from jdkd.report.outcome import HEADINGS, Outcome, images_of, rows, verdict
+from jdkd.report.outcome import HEADINGS, NAMES, Outcome, images_of, rows, verdict
 from jdkd.search.archive import Candidate
 
 _COLUMNS = (
-    *("#", "action", "teacher", "mAP", "mAP50", "ratio", "p50, ms", "M params", "GMACs"),
+    *("#", "action", "teacher", "mAP", "mAP50", "ratio", "p50 / base's, ms", "M params", "GMACs"),
     *("steps", "lineage", "seconds", "id", "parent"),
 )
 _TEXT = {"network", "action", "teacher", "id", "parent", "what", "value"}
@@ -41,6 +41,7 @@ def page(outcome: Outcome, plot: bytes) -> str:
         result=_table(HEADINGS, [(row.cells(), row.key == "student") for row in measured]),
         lineage=_lineage(outcome.line),
         candidates=_table(_COLUMNS, [(_cells(one, one.id in best), one.id == student) for one in outcome.candidates]),
+        failures=_failures(outcome),
         command=escape(command if isinstance(command, str) else shlex.join(command)),
         facts=_table(("what", "value"), [([name, value], False) for name, value in _facts(result)]),
     )
@@ -62,12 +63,9 @@ def _cells(one: Candidate, on_front: bool) -> list[str]:
     """A candidate as text, in the order of `_COLUMNS`."""
     return [
         f"{one.number}{'*' if on_front else ''}",
-        one.action,
+        one.action if one.failure is None else f"{one.action} (failed)",
         str(one.teacher or "–"),
-        f"{one.map:.3f}",
-        f"{one.map50:.3f}",
-        f"{one.latency_ratio:.3f}",
-        f"{one.latency_p50:.1f}",
+        *_measured(one),
         f"{one.params / 1e6:.2f}",
         f"{one.gmacs:.2f}",
         f"{one.steps:,}",
@@ -76,6 +74,23 @@ def _cells(one: Candidate, on_front: bool) -> list[str]:
         one.id,
         one.parent or "–",
     ]
+
+
+def _measured(one: Candidate) -> list[str]:
+    """Scores and latency; dashes for one that failed."""
+    if one.failure is not None:
+        return ["–"] * 4
+    milliseconds = f"{one.latency_p50:.2f} / {one.base_latency_p50:.2f}"
+    return [f"{one.map:.3f}", f"{one.map50:.3f}", f"{one.latency_ratio:.3f}", milliseconds]
+
+
+def _failures(outcome: Outcome) -> str:
+    """What failed and why, as a list; nothing where all went well."""
+    told = [(f"candidate {one.number}", one.failure) for one in outcome.candidates if one.failure is not None]
+    controls = {name: outcome.result.get(name) or {} for name in ("control", "control_single")}
+    told += [(NAMES[name], entry["failure"]) for name, entry in controls.items() if "failure" in entry]
+    items = "".join(f"<li>{escape(f'{name} failed: {why}')}</li>" for name, why in told)
+    return f"<ul>{items}</ul>" if items else ""
 
 
 def _lineage(line: Sequence[Candidate]) -> str:
@@ -109,5 +124,5 @@ def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
     facts |= {name: result.get(name) for name in ("seed", "target_latency", "latency_ratio_is", "pool_steps")}
     if result.get("seconds") is not None:
         facts["time_of_all_candidates"] = f"{result['seconds'] / 60:.1f} min"
-    facts |= result.get("versions") or {}
+    facts |= {name: one for name, one in (result.get("versions") or {}).items() if name not in facts}
     return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from jdkd.errors import InputError
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.choice import pareto_front
-from jdkd.search.outcome import RESULT
+from jdkd.search.outcome import RESULT, read_result
 
 NAMES = {
     "base": "base",
@@ -50,18 +49,19 @@ def read_outcome(folder: Path) -> Outcome:
     Raises:
         InputError: one of the two is missing or unreadable.
     """
-    if not (folder / ARCHIVE).is_file():
-        raise InputError(f"{folder / ARCHIVE} does not exist; a report is made of the folder of `jdkd search`.")
-    result = read_result(folder / RESULT)
+    for name in (ARCHIVE, RESULT):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} does not exist; a report is made of the folder of a finished search.")
+    result = read_result(folder)
     with closing(Archive(folder / ARCHIVE)) as archive:
         named = [candidate for candidate in archive.candidates if candidate.id == result.get("student_id")]
         line = archive.lineage(named[0]) if named else []
-        return Outcome(result, archive.candidates, pareto_front(archive.candidates), line)
+        return Outcome(result, archive.candidates, pareto_front(archive.scored), line)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Final scores of one network on the images that report; None where it was not measured.
+    """Final scores of one network on the images that report; None where it was not measured, or failed.
 
     Args:
         key: its name in `result.json`.
@@ -117,28 +117,11 @@ HEADINGS = (
 )
 
 
-def read_result(file: Path) -> dict[str, Any]:
-    """Read `result.json`.
-
-    Raises:
-        InputError: there is none, or it is not the result of a search.
-    """
-    if not file.is_file():
-        raise InputError(f"{file} does not exist; a report is made of the folder of a finished `jdkd search`.")
-    try:
-        result = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON ({error}); resume the search that wrote it.") from error
-    if not isinstance(result, dict) or not isinstance(result.get("base"), dict):
-        raise InputError(f"{file} has no 'base'; resume the search that should have written it.")
-    return result
-
-
 def rows(result: dict[str, Any]) -> list[Row]:
     """Base, controls and student of a result, as far as it has them.
 
     Args:
-        result: of :func:`read_result`.
+        result: contents of `result.json`.
 
     Returns:
         One row each, the base first.
@@ -167,17 +150,23 @@ def verdict(result: dict[str, Any]) -> str:
     target, student = result.get("target_latency"), result.get("student") or {}
     if target is None or student.get("latency_ratio") is None:
         return ""
-    taken = f"The student takes {student['latency_ratio']:.3f} of the base's time"
+    taken = f"The student takes {_told(student['latency_ratio'], target)} of the base's time"
     if result.get("target_met"):
-        return f"{taken}; {target:g} was asked for."
-    return f"{taken} and misses the {target:g} that was asked for; it is the best found."
+        return f"{taken}; {target} was asked for."
+    return f"{taken} and misses the {target} that was asked for; it is the fastest found."
+
+
+def _told(ratio: float, target: float) -> str:
+    """A ratio in so many digits that it is seen on which side of the target it is."""
+    digits = next(n for n in range(3, 20) if (float(f"{ratio:.{n}f}") <= target) == (ratio <= target))
+    return f"{ratio:.{digits}f}"
 
 
 def images_of(result: dict[str, Any], role: str) -> str:
     """Which images selected or reported, as a phrase; empty where the result does not say.
 
     Args:
-        result: of :func:`read_result`.
+        result: contents of `result.json`.
         role: `selection` or `report`.
     """
     part = result.get(role)

@@ -37,7 +37,8 @@ def pareto_plot(outcome: Outcome) -> bytes:
     """Plot mAP against latency: the search on the images that select, beside it what came out on those that report.
 
     They score differently, so they have panels of their own. Latency is relative to the base, timed
-    in turn with it, which holds up where a machine's speed drifts during a search; the upper axis gives ms.
+    in turn with it, which holds up where a machine's speed drifts during a search; the upper axis gives ms
+    at the speed of the result. Candidates that failed are left out.
 
     Args:
         outcome: of a finished search.
@@ -71,7 +72,7 @@ def pareto_plot(outcome: Outcome) -> bytes:
 
 def _plot_search(axes: Axes, outcome: Outcome) -> None:
     """Every candidate, the front and the lineage of the student."""
-    candidates, line = outcome.candidates, outcome.line
+    candidates, line = [one for one in outcome.candidates if one.failure is None], outcome.line
     for kind, (label, look) in KINDS.items():
         points = [candidate for candidate in candidates if candidate.kind == kind]
         if points:
@@ -90,7 +91,7 @@ def _plot_search(axes: Axes, outcome: Outcome) -> None:
     for name, points in (("base", [one for one in candidates if one.kind == "base"]), ("student", line[-1:])):
         if points:
             axes.plot(*_xy(points), linestyle="none", markeredgecolor="white", label=name, zorder=4, **FINAL[name])
-    axes.set_title(f"Search: {len(candidates)} candidates, {_counted(outcome, 'selection')}")
+    axes.set_title(f"Search: the base and {len(outcome.candidates) - 1} candidates, {_counted(outcome, 'selection')}")
     axes.set_ylabel("mAP (COCO, IoU 0.50:0.95)")
 
 
@@ -112,10 +113,10 @@ def _dress(axes: Axes, base_ms: float | None, target: float | None) -> None:
     axes.set_xlabel("latency, end to end, relative to the base")
     axes.margins(x=0.08, y=0.12)
     if target is not None:
-        axes.axvline(target, color=GREY, linewidth=1, linestyle="--", label=f"asked: {target:g}", zorder=0)
+        axes.axvline(target, color=GREY, linewidth=1, linestyle="--", label=f"asked: {target}", zorder=0)
     if base_ms:
         upper = axes.secondary_xaxis("top", functions=(lambda x: x * base_ms, lambda x: x / base_ms))
-        upper.set_xlabel("p50, ms", fontsize=9, color=GREY)
+        upper.set_xlabel(f"p50, ms, where the base takes {base_ms:.1f}", fontsize=9, color=GREY)
         upper.tick_params(labelsize=9, colors=GREY)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", fontsize=9, framealpha=0.9)

@@ -15,8 +15,12 @@ from jdkd.search.timing import PooledLatency, Timing, pooled
 ARCHIVE = "archive.sqlite"
 FORMAT = 2  # 1 kept one latency a candidate, without the base's samples beside it
 _TYPES = {"int": "INTEGER", "float": "REAL", "str": "TEXT"}
+_FOREIGN = ("SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CORRUPT")  # what SQLite says of a file that is something else
 _JSON = ("feature_channels", "latency_interval")
-_UNTIMED = {"latency_p50": math.nan, "latency_ratio": math.nan, "latency_interval": (math.nan, math.nan)}
+_UNTIMED = {
+    **dict.fromkeys(("latency_p50", "base_latency_p50", "latency_ratio"), math.nan),
+    "latency_interval": (math.nan, math.nan),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Cycle:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A detector that the search has trained, scored and timed.
+    """A detector that the search has trained, scored and timed, or tried to.
 
     Args:
         number: counts from 0, the base.
@@ -50,9 +54,11 @@ class Candidate:
         params, gmacs: size and cost at its input size.
         seconds: wall-clock time that it took.
         latency_p50: milliseconds end to end, median.
-        latency_ratio: median latency over the base's. This, the median and the interval are of the architecture,
-            pooled over all its measurements (:func:`jdkd.search.timing.pooled`), so equal ones have equal ratios.
+        base_latency_p50: the base's, timed in turn with it.
+        latency_ratio: the first over the second. These and the interval are of the architecture, pooled over all its
+            measurements (:func:`jdkd.search.timing.pooled`), so equal ones have equal ratios.
         latency_interval: of the ratio, 95 %.
+        failure: why it could not be trained or scored; scores and latency are NaN then. None where all went well.
     """
 
     number: int
@@ -73,8 +79,10 @@ class Candidate:
     gmacs: float
     seconds: float
     latency_p50: float
+    base_latency_p50: float
     latency_ratio: float
     latency_interval: tuple[float, float]
+    failure: str | None = None
 
 
 class Archive:
@@ -87,7 +95,7 @@ class Archive:
         file: the database; created if it does not exist.
 
     Raises:
-        InputError: the file is not such a database, or one of another version.
+        InputError: the file is not such a database, one of another version, or cannot be opened.
     """
 
     def __init__(self, file: Path) -> None:
@@ -100,28 +108,42 @@ class Archive:
             self.candidates = [_from_row(row) for row in self._rows()]
         except sqlite3.DatabaseError as error:
             self.close()
-            raise InputError(f"{file} is no archive of a search ({error}); search into another folder.") from None
+            if getattr(error, "sqlite_errorname", "") in _FOREIGN:
+                raise InputError(f"{file} is no archive of a search ({error}); search into another folder.") from None
+            raise InputError(
+                f"{file} cannot be opened ({error}): end the process that holds it, or make it and its folder "
+                "writable, then resume."
+            ) from error
         except InputError:
             self.close()
             raise
+        except (KeyError, TypeError, ValueError) as error:
+            self.close()
+            raise InputError(f"{file} holds a row that cannot be read ({error}); search into another folder.") from None
 
     def __len__(self) -> int:
         return len(self.candidates)
 
-    def add(self, timing: Timing, **known: Any) -> Candidate:
+    @property
+    def scored(self) -> list[Candidate]:
+        """Those that were trained, scored and timed: all but the failed."""
+        return [candidate for candidate in self.candidates if candidate.failure is None]
+
+    def add(self, timing: Timing | None, **known: Any) -> Candidate:
         """Appends a candidate with a measurement of its latency; once this returns, both survive a crash.
 
         Args:
-            timing: of the candidate's architecture.
+            timing: of the candidate's architecture; None for one that failed.
             known: every field of the candidate but those of its latency.
         """
         candidate = Candidate(**known, **_UNTIMED)
         row = _to_row(candidate)
         with self._db:
             self._db.execute(f"INSERT INTO candidates VALUES ({', '.join('?' * len(row))})", row)
-            latency = self._insert(timing)
+            latency = timing and self._insert(timing)
         self.candidates.append(candidate)
-        self._show(timing.spec_id, latency)
+        if latency:
+            self._show(timing.spec_id, latency)
         return self.candidates[-1]
 
     def add_timing(self, timing: Timing) -> PooledLatency:
@@ -163,13 +185,14 @@ class Archive:
         latency = self.latency(timing.spec_id)
         shown = _shown(latency)
         values = (*list(shown.values())[:-1], json.dumps(shown["latency_interval"]), timing.spec_id)
-        self._db.execute(f"UPDATE candidates SET {' = ?, '.join(shown)} = ? WHERE spec_id = ?", values)
+        places = " = ?, ".join(shown)
+        self._db.execute(f"UPDATE candidates SET {places} = ? WHERE spec_id = ? AND failure IS NULL", values)
         return latency
 
     def _show(self, spec_id: str, latency: PooledLatency) -> None:
         self.candidates = [
-            replace(candidate, **_shown(latency)) if candidate.spec_id == spec_id else candidate
-            for candidate in self.candidates
+            replace(one, **_shown(latency)) if one.spec_id == spec_id and one.failure is None else one
+            for one in self.candidates
         ]
 
     def _require_tables(self, file: Path) -> None:
@@ -200,7 +223,8 @@ class Archive:
 def _shown(latency: PooledLatency) -> dict[str, Any]:
     """What a candidate's row says of its architecture's latency."""
     ratio = latency.ratio
-    return {"latency_p50": latency.own.p50, "latency_ratio": ratio.value, "latency_interval": ratio.interval}
+    medians = {"latency_p50": latency.own.p50, "base_latency_p50": latency.base.p50}
+    return {**medians, "latency_ratio": ratio.value, "latency_interval": ratio.interval}
 
 
 def _column_type(annotation: str) -> str:
@@ -226,4 +250,7 @@ def _from_row(row: dict[str, Any]) -> Candidate:
     row["cycles"] = tuple(Cycle(**cycle) for cycle in json.loads(row["cycles"]))
     for name in _JSON:
         row[name] = tuple(json.loads(row[name]))
+    for field in fields(Candidate):
+        if row[field.name] is None and field.type is float:  # SQLite keeps NaN as NULL
+            row[field.name] = math.nan
     return Candidate(**row)

@@ -1,10 +1,12 @@
 """What a search is asked to do, and how it spends its training steps."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from jdkd.data import Split
 from jdkd.errors import InputError
+from jdkd.train import TrainConfig
 
 POOL_SHARE = 0.36  # of the budget; the rest is three times the lineage: the candidates and the two controls
 CANDIDATES = 4
@@ -37,6 +39,9 @@ class SearchConfig:
         device: where to run.
         resume: carry on from what ``out`` holds.
         command: how the search was called, for the record.
+
+    Raises:
+        InputError: a setting is out of range.
     """
 
     base: Path
@@ -71,6 +76,10 @@ class SearchConfig:
         for name, least in (("candidates", 1), ("proposals", 1), ("batch_size", 1), ("latency_rounds", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        for name in ("latency_seconds", "feature_weight", "head_weight", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
+        TrainConfig(1, batch_size=self.batch_size, lr=self.lr, amp=self.amp, workers=self.workers)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,11 @@ class Plan:
         )
 
 
+def steps_of(config: SearchConfig, images: int) -> int:
+    """The budget in training steps, for so many training images."""
+    return config.steps if config.steps is not None else EPOCHS * images // config.batch_size
+
+
 def plan(config: SearchConfig, images: int) -> Plan:
     """Divides the budget.
 
@@ -113,7 +127,7 @@ def plan(config: SearchConfig, images: int) -> Plan:
     Raises:
         InputError: the budget is too small for one step each.
     """
-    steps = config.steps if config.steps is not None else EPOCHS * images // config.batch_size
+    steps = steps_of(config, images)
     pool = 0 if config.teacher_pool else round(POOL_SHARE * steps)
     per_candidate = (steps - pool) // (3 * config.candidates)
     if per_candidate < 1 or (pool < 6 and not config.teacher_pool):

@@ -19,7 +19,7 @@ from jdkd.latency.clock import environment
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
 from jdkd.run_folder import RunFolder
-from jdkd.search.config import SearchConfig
+from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
 from jdkd.search.timing import BRIEF, LONG, Timing, machine_of
 from jdkd.train import TrainConfig, calibrate_bn
@@ -27,7 +27,7 @@ from jdkd.train import TrainConfig, calibrate_bn
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3
 MATERIAL = (
-    *("target_latency", "steps", "candidates", "proposals", "batch_size", "lr", "amp", "seed"),
+    *("target_latency", "candidates", "proposals", "batch_size", "lr", "amp", "seed"),
     *("feature_weight", "head_weight", "resolutions"),
 )  # settings that make a search the one it is
 
@@ -56,6 +56,11 @@ class SearchContext:
     report: Part
     timing_images: list[Tensor]
     progress: Progress
+
+    @property
+    def image_sizes(self) -> list[tuple[str, int, int]]:
+        """(file name, height, width) of every image, also of those that report: a student has to see them all."""
+        return [size for data in (self.train, self.selection.dataset, self.report.dataset) for size in data.sizes]
 
     def probe(self) -> Iterator[Any]:
         """A few training batches, always the same: for recalibration and for correlations."""
@@ -122,6 +127,7 @@ class SearchContext:
             "teacher_pool": pool and content_hash(*(pool / name for name in (POOL, SPEC, WEIGHTS))),
             "data": {name: dataset.fingerprint for name, dataset in parts.items()},
             **{name: getattr(config, name) for name in MATERIAL},
+            "steps": steps_of(config, len(self.train)),
         }
 
     def where(self) -> dict[str, Any]:
@@ -144,6 +150,7 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
         InputError: one of them cannot be used, or they do not belong together.
     """
     base = load(config.base, config.device)
+    _require_finite(base, config.base)
     splits = {"training": config.train, "validation": config.val, "selection": config.selection}
     opened = {
         name: CocoDetectionDataset(split, lambda *done, name=name: progress(f"check {name} images", *done, {}))
@@ -157,23 +164,41 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
                 f"{_short(dataset.classes)}; give the data that the base was made for."
             )
     train = opened["training"]
-    _say_if_trained_elsewhere(config.base, train)
+    say_if_trained_elsewhere(f"the base in {config.base}", _trained_on(config.base), train)
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
     return SearchContext(config, base, deployable(base), train, selection, report, images, progress)
 
 
-def _say_if_trained_elsewhere(base: Path, train: CocoDetectionDataset) -> None:
-    """A base that was trained on other images may know those that select."""
-    known = None
-    with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
-        known = RunFolder(base).read()["identity"]["data"]["train"]
-    if known and known != train.fingerprint:
+def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetectionDataset) -> None:
+    """A detector that was trained on other images than a search trains on may know those that select.
+
+    Args:
+        what: the detector, in words.
+        trained_on: fingerprint of its training images, where it is known.
+        train: what the search trains on.
+    """
+    if trained_on != train.fingerprint:
+        was = "was trained on other data than" if trained_on else "does not say whether it was trained on"
         say_once(
-            f"by its {RunFolder(base).file.name} the base in {base} was trained on other data than "
-            f"{train.split.annotations}; if it saw images that select or report, its scores there flatter it."
+            f"{what} {was} {train.split.annotations}; if it saw images that select or report, its scores there "
+            "flatter it."
         )
+
+
+def _trained_on(base: Path) -> str | None:
+    """Fingerprint of the images that a base was trained on, by the record of its training."""
+    with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
+        return RunFolder(base).read()["identity"]["data"]["train"]
+    return None
+
+
+def _require_finite(base: nn.Module, folder: Path) -> None:
+    """Refuses a base with weights that are no numbers: nothing can descend from it."""
+    for name, tensor in base.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(f"the base in {folder} holds numbers that are not finite, in {name}; train it again.")
 
 
 def _short(classes: tuple[str, ...]) -> str:

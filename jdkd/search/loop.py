@@ -7,7 +7,7 @@ cosine that spans the search, so whichever lineage survives has been annealed, a
 the same pattern.
 """
 
-import json
+import math
 import random
 import shutil
 import time
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from jdkd.detect import load, save
 from jdkd.distill import Distiller
-from jdkd.files import write_json
+from jdkd.errors import InputError, ModelError
+from jdkd.files import read_json, write_json
 from jdkd.latency import count, deployable
 from jdkd.notices import say_once
 from jdkd.pool import PoolTrainConfig, ScoredSubnet, Subnet, TeacherPool, load_pool, train_pool
@@ -30,11 +31,12 @@ from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle
 from jdkd.search.choice import fitness, pareto_front
 from jdkd.search.config import Plan, SearchConfig, plan
-from jdkd.search.context import Progress, SearchContext, open_context
+from jdkd.search.context import Progress, SearchContext, open_context, say_if_trained_elsewhere
 from jdkd.search.matching import match
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.screening import screen
-from jdkd.train import evaluate, fit
+from jdkd.search.timing import Timing
+from jdkd.train import DivergenceError, evaluate, fit
 
 DISTILL_DELAY = 0.1  # share of a candidate's steps that a new teacher keeps silent
 TOURNAMENT = 3  # members of the front that are drawn, of whom the fittest becomes the parent
@@ -84,13 +86,15 @@ def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -
     config = context.config
     archive = Archive(config.out / ARCHIVE)
     try:
+        if not archive.candidates:
+            _add_base(archive, context)  # before the pool: a base that cannot be scored costs no training
         pool = given or _grown_pool(context, budget)
         _remember(pool, context)
-        if not archive.candidates:
-            _add_base(archive, context)
         _time_on_this_machine(archive, context)
+        _clear(len(archive) - 1, config)  # where a kill came between
         for number in range(len(archive), budget.candidates + 1):
             _run_candidate(number, archive, pool, context, budget)
+            _clear(number, config)
             context.progress("candidates", number, budget.candidates, {"mAP": archive.candidates[-1].map})
         return conclude(archive, pool.steps, context)
     finally:
@@ -100,38 +104,39 @@ def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -
 def _given_pool(folder: Path, context: SearchContext) -> TeacherPool:
     """The pool of an earlier search."""
     pool = load_pool(folder, context.base, context.train, device=context.config.device)
-    if pool.trained_on != context.train.fingerprint:
-        what = "was trained on other data than" if pool.trained_on else "does not say whether it was trained on"
-        say_once(
-            f"the teacher pool in {folder} {what} {context.train.split.annotations}; if it saw images that select, its "
-            "scores there flatter it."
-        )
+    say_if_trained_elsewhere(f"the teacher pool in {folder}", pool.trained_on, context.train)
     return pool
 
 
 def _grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
     """The pool that this search grows from its base."""
     config = context.config
-    return train_pool(
-        context.base,
-        context.train,
-        context.selection.dataset,
-        PoolTrainConfig(context.training(budget.pool, seed=100, lr=2 * config.lr), head_weight=1.0),
-        config.out / "pool",
-        device=config.device,
-        resume=config.resume,
-        progress=context.progress,
-    )
+    try:
+        return train_pool(
+            context.base,
+            context.train,
+            context.selection.dataset,
+            PoolTrainConfig(context.training(budget.pool, seed=100, lr=2 * config.lr), head_weight=1.0),
+            config.out / "pool",
+            device=config.device,
+            resume=config.resume,
+            progress=context.progress,
+        )
+    except DivergenceError as error:
+        raise InputError(
+            f"no teacher pool can be grown at twice the lr of {config.lr:g}: at step {error.step} {error.what} is not "
+            "finite; search into another folder at a lower lr, or give a teacher_pool."
+        ) from error
 
 
 def _remember(pool: TeacherPool, context: SearchContext) -> None:
     """Gives the pool the members that this search has scored; a pool that was scored on other images is scored anew."""
     file, selection = context.config.out / TEACHERS, context.selection.dataset
     if file.exists():
-        pool.members = [ScoredSubnet.from_json(member) for member in json.loads(file.read_text())]
+        members = read_json(file, "remove it and resume: teachers are scored again")
+        pool.members = [ScoredSubnet.from_json(member) for member in members]
     elif pool.scored_on != selection.fingerprint:
         pool.score_members([member.subnet for member in pool.members], context.base, selection, context.progress)
-        _write_teachers(pool, context)
         _write_teachers(pool, context)
 
 
@@ -141,7 +146,7 @@ def _write_teachers(pool: TeacherPool, context: SearchContext) -> None:
 
 def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
     """Times again what was only timed on another machine, where a search goes on elsewhere: ratios do not mix."""
-    away = {c.spec_id: c for c in archive.candidates if archive.timings(c.spec_id)[-1].machine != context.machine}
+    away = {c.spec_id: c for c in archive.scored if archive.timings(c.spec_id)[-1].machine != context.machine}
     if away:
         elsewhere = archive.timings(next(iter(away)))[-1].machine
         say_once(
@@ -154,27 +159,28 @@ def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
 
 def _add_base(archive: Archive, context: SearchContext) -> None:
     """The base as the first entry of the archive."""
-    spec = context.base.spec
-    _archive(
-        context.base,
-        archive,
-        context,
+    begun, spec = time.perf_counter(), context.base.spec
+    timing, scores = _measured(context.base, context)
+    archive.add(
+        timing,
         number=0,
         id=f"000-{spec.id[:8]}",
         parent=None,
         kind="base",
         action="base",
         teacher=None,
+        **_architecture(context.base, context),
         feature_channels=tuple(range(spec.fpn)),
         steps=0,
         lineage_steps=0,
         cycles=(),
-        begun=time.perf_counter(),
+        **scores,
+        seconds=time.perf_counter() - begun,
     )
 
 
 def _run_candidate(number: int, archive: Archive, pool: TeacherPool, context: SearchContext, budget: Plan) -> None:
-    """Decides, inherits, trains, scores, times and archives one candidate."""
+    """Decides, inherits, trains, scores, times and archives one candidate; one that fails is archived as such."""
     begun = time.perf_counter()
     config = context.config
     folder = config.out / "candidates" / f"{number:03d}"
@@ -185,43 +191,48 @@ def _run_candidate(number: int, archive: Archive, pool: TeacherPool, context: Se
     cycle = Cycle(steps, (number - 1) * steps, budget.lineage, config.lr)
     train = context.training(steps, seed=number, cycle_start=cycle.start, cycle_steps=cycle.total)
     silent = round(DISTILL_DELAY * steps) if decision.new_teacher else 0
-    with _taught(student, pool.teacher(decision.teacher), decision.feature_channels, silent, config) as losses:
-        fit(
-            student,
-            context.train,
-            train,
-            device=config.device,
-            losses=losses,
-            folder=folder / "training",
-            resume=True,
-            progress=lambda *state: context.progress(f"candidate {number}: {decision.action}", *state),
-        )
-    save(folder, context.calibrated(student))
-    _archive(
-        student,
-        archive,
-        context,
+    failure = None
+    try:
+        with _taught(student, pool.teacher(decision.teacher), decision.feature_channels, silent, config) as losses:
+            fit(
+                student,
+                context.train,
+                train,
+                device=config.device,
+                losses=losses,
+                folder=folder / "training",
+                resume=True,
+                progress=lambda *state: context.progress(f"candidate {number}: {decision.action}", *state),
+            )
+        save(folder, context.calibrated(student))
+        timing, scores = _measured(student, context)
+    except ModelError as error:
+        failure, timing, scores = str(error), None, {"map": math.nan, "map50": math.nan}
+        say_once(f"candidate {number} ({decision.action}) failed, and the search goes on without it: {failure}")
+    archive.add(
+        timing,
         number=number,
         id=f"{number:03d}-{student.spec.id[:8]}",
         parent=parent.id,
         kind=decision.kind,
         action=decision.action,
         teacher=decision.teacher,
+        **_architecture(student, context),
         feature_channels=decision.feature_channels,
         steps=steps,
         lineage_steps=parent.lineage_steps + steps,
         cycles=(*parent.cycles, cycle),
-        begun=begun,
+        **scores,
+        seconds=time.perf_counter() - begun,
+        failure=failure,
     )
-    for leftover in ("training", "init"):
-        shutil.rmtree(folder / leftover)
 
 
 def _decided(folder: Path, number: int, archive: Archive, pool: TeacherPool, context: SearchContext) -> Decision:
     """The decision for this candidate: the one on disk if there is one, or a new one."""
     file = folder / "decision.json"
-    if file.exists():
-        fields = json.loads(file.read_text())
+    if file.exists() and (folder / "init").exists():
+        fields = read_json(file, f"remove {folder} and resume")
         lists = {
             "teacher": Subnet.from_json(fields["teacher"]),
             "feature_channels": tuple(fields["feature_channels"]),
@@ -239,13 +250,13 @@ def _decide(number: int, archive: Archive, pool: TeacherPool, context: SearchCon
     config = context.config
     rng = random.Random(f"{config.seed}/{number}")
     torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
-    front = pareto_front(archive.candidates)
+    front = pareto_front(archive.scored)
     drawn = rng.sample(front, min(TOURNAMENT, len(front)))
     parent = max(drawn, key=lambda candidate: fitness(candidate, config.target_latency))
     student = _detector(parent, context)
     present = parent.teacher or pool.members[0].subnet
     if number % 2:
-        known = {candidate.spec_id: candidate.latency_ratio for candidate in archive.candidates}
+        known = {candidate.spec_id: candidate.latency_ratio for candidate in archive.scored}
         chosen = screen(student, known, context, rng)
         channels = tuple(parent.feature_channels[channel] for channel in chosen.kept)
         new = parent.teacher is None
@@ -271,25 +282,26 @@ def _taught(
         yield losses
 
 
-def _archive(student: nn.Module, archive: Archive, context: SearchContext, *, begun: float, **known: Any) -> None:
-    """Scores and times a detector as it would be deployed, and archives it."""
-    config, spec = context.config, student.spec
+def _clear(number: int, config: SearchConfig) -> None:
+    """Removes what only the resume of a candidate needs, once it is in the archive."""
+    for leftover in ("training", "init"):
+        shutil.rmtree(config.out / "candidates" / f"{number:03d}" / leftover, ignore_errors=True)
+
+
+def _measured(detector: nn.Module, context: SearchContext) -> tuple[Timing, dict[str, float]]:
+    """Times a detector and scores it on the images that select, as it would be deployed."""
+    config, spec = context.config, detector.spec
     scores = evaluate(
-        deployable(student), context.selection.dataset, device=config.device, batch_size=config.batch_size
+        deployable(detector), context.selection.dataset, device=config.device, batch_size=config.batch_size
     )
-    timing = context.timed({spec.id: student})[spec.id]
-    cost = count(student, tuple(context.timing_images[0].shape[1:]))
-    archive.add(
-        timing,
-        **known,
-        spec=spec,
-        spec_id=spec.id,
-        map=scores.map,
-        map50=scores.map50,
-        params=cost.params,
-        gmacs=cost.gmacs,
-        seconds=time.perf_counter() - begun,
-    )
+    return context.timed({spec.id: detector})[spec.id], {"map": scores.map, "map50": scores.map50}
+
+
+def _architecture(detector: nn.Module, context: SearchContext) -> dict[str, Any]:
+    """What an archive says of an architecture, besides its latency."""
+    cost = count(detector, tuple(context.timing_images[0].shape[1:]))
+    spec = detector.spec
+    return {"spec": spec, "spec_id": spec.id, "params": cost.params, "gmacs": cost.gmacs}
 
 
 def _detector(candidate: Candidate, context: SearchContext) -> nn.Module:

@@ -1,6 +1,7 @@
 """How a search ends: the student is chosen, the controls are trained, everything is scored on the reporting images."""
 
 import copy
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,16 @@ from typing import Any
 from torch import nn
 
 from jdkd.detect import load, save
+from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
 from jdkd.latency import Latency, Ratio, count, deployable
+from jdkd.notices import say_once
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate, Cycle
 from jdkd.search.choice import choose, contender
 from jdkd.search.context import SearchContext
 from jdkd.search.timing import LONG
-from jdkd.train import Scores, evaluate, fit
+from jdkd.train import evaluate, fit
 
 RESULT = "result.json"
 CONTROL_SEED = 900
@@ -30,26 +33,32 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
 
     The controls are the base trained for as long as the student's lineage: ``control`` in the same stretches
     of the learning-rate cycle, each with a fresh optimizer, ``control_single`` in one uninterrupted cycle. Latency is
-    that of an architecture, so theirs is the base's.
+    that of an architecture, so theirs is the base's. One that cannot be trained has its ``failure`` in place of scores.
+
+    Raises:
+        InputError: every candidate failed.
     """
     config = context.config
     student = _chosen(archive, context)
     single = (Cycle(student.lineage_steps, 0, student.lineage_steps, config.lr),)
-    detectors = {
-        "base": context.base,
-        "control": _control("control", student.cycles, context),
-        "control_single": _control("control_single", single, context),
-        "student": load(config.out / "candidates" / f"{student.number:03d}", config.device),
+    made = {
+        "base": lambda: context.base,
+        "control": lambda: _control("control", student.cycles, context),
+        "control_single": lambda: _control("control_single", single, context),
+        "student": lambda: load(config.out / "candidates" / f"{student.number:03d}", config.device),
     }
-    save(config.out / "student", detectors["student"])
+    save(config.out / "student", made["student"]())
     latency, result = archive.latency(student.spec_id), {}
-    for name, detector in detectors.items():
-        scores = evaluate(
-            deployable(detector), context.report.dataset, device=config.device, batch_size=config.batch_size
-        )
-        context.progress("scoring", len(result) + 1, len(detectors), {"mAP": scores.map})
+    for name, make in made.items():
         own = (latency.own, latency.ratio) if name == "student" else (latency.base, Ratio(1.0, 1.0, 1.0))
-        result[name] = _row(detector, scores, *own, 0 if name == "base" else student.lineage_steps, context)
+        try:
+            result[name] = _row(make(), *own, 0 if name == "base" else student.lineage_steps, context)
+        except ModelError as error:
+            if not name.startswith("control"):
+                raise
+            say_once(f"{name} failed: {error} The student has one control less to be compared with.")
+            result[name] = {"failure": str(error)}
+        context.progress("scoring", len(result), len(made), {"mAP": result[name].get("map", math.nan)})
     result |= {
         "seed": config.seed,
         "selection": context.selection.to_json(),
@@ -71,8 +80,13 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
 def _chosen(archive: Archive, context: SearchContext) -> Candidate:
     """The student; whoever may be it is timed at length first, and its samples join those that it has."""
     target = context.config.target_latency
+    if len(archive.scored) == 1:
+        raise InputError(
+            f"all {len(archive) - 1} candidates failed, the last one as {archive.candidates[-1].failure} Search into "
+            f"another folder, at a lower lr than {context.config.lr:g}."
+        )
     while True:
-        students = archive.candidates[1:]
+        students = archive.scored[1:]
         ids = {student.spec_id for student in students}
         timed = {i for i in ids for t in archive.timings(i) if (t.stage, t.machine) == (LONG, context.machine)}
         candidate = contender(students, target, timed)
@@ -103,9 +117,9 @@ def _control(name: str, cycles: tuple[Cycle, ...], context: SearchContext) -> nn
     return load(folder, config.device)
 
 
-def _row(
-    detector: nn.Module, scores: Scores, latency: Latency, ratio: Ratio, steps: int, context: SearchContext
-) -> dict[str, Any]:
+def _row(detector: nn.Module, latency: Latency, ratio: Ratio, steps: int, context: SearchContext) -> dict[str, Any]:
+    config = context.config
+    scores = evaluate(deployable(detector), context.report.dataset, device=config.device, batch_size=config.batch_size)
     cost = count(detector, tuple(context.timing_images[0].shape[1:]))
     return {
         "map": scores.map,
@@ -120,6 +134,15 @@ def _row(
 
 
 def read_result(out: Path) -> dict[str, Any] | None:
-    """The result of a finished search, or None."""
-    file = out / RESULT
-    return read_json(file, "remove it and resume the search that wrote it") if file.is_file() else None
+    """The result of a finished search, or None.
+
+    Raises:
+        InputError: there is a file that is not one.
+    """
+    file, remedy = out / RESULT, "remove it and resume the search that wrote it"
+    if not file.is_file():
+        return None
+    result = read_json(file, remedy)
+    if not isinstance(result, dict) or not isinstance(result.get("base"), dict):
+        raise InputError(f"{file} has no 'base', so it is not the result of a search; {remedy}.")
+    return result

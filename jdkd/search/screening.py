@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from jdkd.detect.input_size import require_visible
 from jdkd.distill import correlations, pyramids
 from jdkd.distill.correlation import PyramidSnapshot
-from jdkd.errors import InputError
+from jdkd.errors import InputError, ModelError
 from jdkd.morph import draw
+from jdkd.notices import say_once
 from jdkd.search.context import SearchContext
 from jdkd.search.timing import pooled
 
@@ -60,9 +62,15 @@ def screen(parent: nn.Module, known: Mapping[str, float], context: SearchContext
     count = context.config.proposals
     seen = pyramids(parent, context.probe())
     proposals = []
-    for done in range(count):
-        proposals.append(_propose(parent, seen, context, rng))
-        context.progress("screening students", done + 1, count, {"r": proposals[-1].similarity})
+    for done in range(1, count + 1):
+        try:
+            proposals.append(_propose(parent, seen, context, rng))
+        except ModelError as error:  # too small for some of the images
+            if done == count and not proposals:
+                raise
+            say_once(f"a student that was proposed is left out: {error}")
+        else:
+            context.progress("screening students", done, count, {"r": proposals[-1].similarity})
     unknown = {p.student.spec.id: p.student for p in proposals if p.student.spec.id not in known}
     timings = context.timed(unknown) if unknown else {}
     ratios = {spec_id: pooled([timing]).ratio.value for spec_id, timing in timings.items()} | dict(known)
@@ -86,6 +94,7 @@ def _propose(
         student = morph.apply(student)
         kept = tuple(kept[channel] for channel in morph.channels.get("fpn", range(len(kept))))
         actions.append(morph.action)
+    require_visible(student, context.image_sizes)
     context.calibrated(student)
     distances = correlations(student, seen, context.probe(), channels=kept).values()
     return Proposal("; ".join(actions), student, kept, 1 - sum(distances) / len(distances))

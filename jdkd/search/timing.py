@@ -1,10 +1,12 @@
 """How fast an architecture is: every measurement of it in a search, pooled into one ratio to the base."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from jdkd.errors import InputError
 from jdkd.latency import Latency, Ratio, bootstrap_ratio, percentile
 
 BRIEF, LONG = "brief", "long"  # stages: every candidate is timed briefly, those that may be chosen at length
@@ -19,6 +21,9 @@ class Timing:
         stage: :data:`BRIEF` or :data:`LONG`.
         environment: device, threads and versions, as :mod:`jdkd.latency` reports them.
         samples, base_samples: milliseconds end to end, two per round, in the order in which they were taken.
+
+    Raises:
+        InputError: a sample is no time.
     """
 
     spec_id: str
@@ -26,6 +31,11 @@ class Timing:
     environment: dict[str, Any]
     samples: tuple[float, ...]
     base_samples: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for ms in (*self.samples, *self.base_samples):
+            if not 0 < ms < math.inf:
+                raise InputError(f"a detector was timed at {ms} ms; mend the clock of this machine, then resume.")
 
     @property
     def machine(self) -> str:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from jdkd.detect.contract import not_scripted
-from jdkd.errors import InputError
+from jdkd.errors import InputError, ModelError
 from jdkd.nn import Subnet, set_subnet
 from jdkd.nn.recomputation import SubnetState
 from jdkd.nn.unwrapping import unwrapped
@@ -195,7 +195,7 @@ class _Pool:
     def check(self, norm: _BatchNorm, inputs: tuple[Tensor, ...]) -> None:
         """Forward pre-hook: refuses a batch that has no variance."""
         if norm.training and _count(inputs[0]) == 1:
-            raise InputError(
+            raise ModelError(
                 f"{self.where} was given {tuple(inputs[0].shape)}, 1 value a channel, which has no "
                 "variance; give batches of more images"
             )

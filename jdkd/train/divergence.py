@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from jdkd.errors import InputError
+from jdkd.errors import ModelError
 
 NEVER = torch.iinfo(torch.int64).max
 
 
-class DivergenceError(InputError):
+class DivergenceError(ModelError):
     """A loss or gradient became NaN or infinite; the last good checkpoint was kept.
 
     Attributes:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from jdkd.data import batches
 from jdkd.detect.input_size import require_visible
-from jdkd.errors import InputError
+from jdkd.errors import InputError, ModelError
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
@@ -265,7 +265,7 @@ def _with_variance(config: TrainConfig) -> Iterator[None]:
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise InputError(
+        raise ModelError(
             f"batch_size {config.batch_size} leaves a batch norm 1 value a channel, which has no variance ({error}): "
             'train on more or larger images (batch_size, min_size), or with norm "frozen" in the spec.'
         ) from error

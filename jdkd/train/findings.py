@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, ModelError
 from jdkd.notices import say_once
 
 
@@ -59,7 +59,7 @@ class Findings:
         """Returns the rows, and says how many detections were left out.
 
         Raises:
-            InputError: all were.
+            ModelError: all were.
         """
         if self._dropped:
             total = self._dropped + len(self.rows)
@@ -68,7 +68,7 @@ class Findings:
                 f"or boxes that end before they begin, on {self._images} image(s), first on {self._first}"
             )
             if not self.rows:
-                raise InputError(
+                raise ModelError(
                     f"{what}: nothing is left to score; look for NaN in its weights and in the running statistics of "
                     "its batch norms (jdkd.train.calibrate_bn measures these anew)"
                 )

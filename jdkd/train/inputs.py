@@ -10,10 +10,20 @@ from jdkd.errors import InputError
 
 
 def images_of(batch: Any) -> Tensor | list[Tensor]:
-    """The images of ``(images, targets)``, or of a batch that is nothing but images."""
-    if isinstance(batch, Tensor):
+    """The images of ``(images, targets)``, or of a batch that is nothing but images.
+
+    Raises:
+        InputError: there are none.
+    """
+    if isinstance(batch, Tensor) and batch.dim() == 4:
         return batch
-    if isinstance(batch, Sequence) and batch and isinstance(batch[0], Tensor) and batch[0].dim() == 3:
+    if isinstance(batch, str) or not isinstance(batch, Sequence) or not batch:
+        got = f"a tensor {list(batch.shape)}" if isinstance(batch, Tensor) else f"{batch!r:.60}"
+        raise InputError(
+            f"a batch is or holds {got}, where images are expected; give (images, targets), a list of images "
+            "[3, H, W], or a tensor [N, 3, H, W]"
+        )
+    if isinstance(batch[0], Tensor) and batch[0].dim() == 3:
         return list(batch)
     return images_of(batch[0])
 

@@ -84,7 +84,7 @@ def test_a_target_that_is_missed_is_said_after_everything_is_written(jdkd, prete
     pretend(0.7)
     answer = jdkd(*arguments)
     assert answer.code == 2
-    assert "takes 0.700 of the base's time and misses --target-latency 0.53" in answer.err
+    assert "takes 0.700 of the base's time and misses the 0.53 that was asked for" in answer.err
     assert (tmp_path / "out" / "report.html").is_file()
 
 

@@ -179,6 +179,7 @@ class Deadly:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's loader, when it is collected
 def test_a_worker_that_is_killed_is_one_sentence():
     with pytest.raises(InputError, match=r"one of 1 worker processes died .* give fewer --workers, or 0"):
         list(read_ahead(Deadly(), range(5), workers=1))

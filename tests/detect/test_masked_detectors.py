@@ -103,6 +103,6 @@ def test_candidates_of_a_detector_equal_masking_one_by_one():
     assert (calls.count("transform"), calls.count("backbone.body.conv1")) == (1, 2), "the stem has one group"
     assert calls.count("backbone.body.layer1.0") == 4, "whole, and with the groups that come in, stay inside and go out"
     for candidate, ours in zip(candidates, found, strict=True):
-        with masked(model, candidate.masks, groups, skip=candidate.skip), torch.no_grad():
+        with masked(model, candidate.keep, groups, skip=candidate.skip), torch.no_grad():
             torch.testing.assert_close(ours, model(images), rtol=0, atol=0)
     assert_same(outputs(model), outputs(detector(small_spec())))

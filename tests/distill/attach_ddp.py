@@ -58,4 +58,5 @@ def work(rank: int, rendezvous: str) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(work, (f"{folder}/rendezvous",), nprocs=2)
+        arguments = (f"{folder}/rendezvous",)
+        torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="fork")  # imports once

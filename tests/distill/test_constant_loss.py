@@ -104,3 +104,60 @@ def test_the_distillers_say_it_too(student, teacher, images, targets):
             features.loss()
         with pytest.raises(InputError, match="class logits of the student"):
             head.loss()
+
+
+class Apart(nn.Module):
+    """A backbone and a neck, of which ``run`` says how the neck is called."""
+
+    def __init__(self, run: object = None, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.backbone, self.neck, self.run = nn.Conv2d(3, 4, 4, 4), Mixed(), run or (lambda neck, x: neck(x))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss_box": head_loss(self.run(self.neck, self.backbone(x)))}
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine, self.coarse = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 2, 2)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        fine = self.fine(x)
+        return [fine.relu(), self.coarse(fine)]
+
+
+def checkpointed(module: nn.Module, x: Tensor) -> list[Tensor]:
+    return checkpoint(module, x, use_reentrant=False)
+
+
+def gradients(student: nn.Module, teacher: nn.Module, *batches: Tensor) -> list[Tensor]:
+    """Of several forwards before one backward."""
+    with attach(student.train(), teacher):
+        sum(sum(student(batch).values()) for batch in batches).backward()
+    return [parameter.grad for parameter in student.parameters()]
+
+
+def test_a_neck_recomputed_for_an_earlier_forward_never_meets_the_teachers_view_of_a_later_one():
+    batches = [images(), images().detach() ** 2]
+    for batch in batches:
+        ours, plain = (gradients(Apart(run), Apart(seed=1), batch) for run in (checkpointed, None))
+        torch.testing.assert_close(ours, plain)
+    with pytest.raises(InputError, match=r"recomputes its Mixed .* outside the checkpoint, .* backward after each"):
+        gradients(Apart(checkpointed), Apart(seed=1), *batches)
+    ours, plain = (gradients(Student(run), Student(seed=1), *batches) for run in (checkpointed, None))
+    torch.testing.assert_close(ours, plain)  # where the images enter inside, the teacher is shown them again
+
+
+def test_a_recomputed_neck_gives_no_second_loss():
+    def run(neck: nn.Module, x: Tensor) -> list[Tensor]:
+        return checkpoint(lambda y: [level.square() for level in neck(y)], x, use_reentrant=False)
+
+    student = Apart(run).train()
+    with FeatureDistiller(student, Apart(seed=1)) as distiller:
+        terms = student(images())
+        (sum(terms.values()) + distiller.loss()).backward()
+        assert not distiller.has_loss
+        with pytest.raises(RuntimeError, match="has not run"):
+            distiller.loss()

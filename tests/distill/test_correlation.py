@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from jdkd.distill import correlations, pyramids
 from jdkd.errors import InputError
@@ -97,3 +99,26 @@ def test_pyramids_of_a_teacher_serve_many_students(images):
 def test_no_batches_are_an_error(student, teacher):
     with pytest.raises(InputError, match="given 0 batches and needs at least 1"):
         correlations(student, teacher, [])
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, nn.DataParallel])
+def test_models_inside_torchs_wrappers_are_measured_as_they_are(wrap):
+    student, teacher, batches = PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), uneven()
+    measured = correlations(student, teacher, batches)
+    assert correlations(wrap(student), wrap(teacher), batches) == measured
+    assert correlations(wrap(student), pyramids(wrap(teacher), batches), batches) == measured
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "batches", "message"),
+    [
+        (PyramidDetector(5, LEVELS), None, uneven(), "the teacher is None; pass a detector"),
+        (nn.Sequential(PyramidDetector(5, LEVELS)), PyramidDetector(5, LEVELS), uneven(), "student .* no backbone"),
+        (PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), [3], "holds 3, where images are expected"),
+        (PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), [([], [])], r"holds \[\], where images"),
+        (PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), uneven()[0], r"a tensor \[3, 32, 32\]"),
+    ],
+)
+def test_what_cannot_be_measured_is_named(student, teacher, batches, message):
+    with pytest.raises(InputError, match=message):
+        correlations(student, teacher, batches)

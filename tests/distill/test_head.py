@@ -109,3 +109,34 @@ def test_nothing_runs_the_teacher_unless_a_loss_is_asked_for(student, teacher, i
         distiller.runner.enabled = True
         student(images, targets)
         assert len(calls) == 1 and distiller.losses().keys() == {"loss_pkd", "loss_head_kd"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_it_is_the_same_inside_and_after_it(dtype, student, teacher, images, targets):
+    """A training loop takes the losses after the autocast region that the model ran in."""
+    losses = []
+    for terms in (HeadDistiller(student, teacher), Distiller(student, teacher, head_weight=1.0)):
+        for inside in (True, False):
+            torch.manual_seed(0)
+            with terms:
+                with torch.autocast("cpu", dtype):
+                    student(images, targets)
+                    loss = terms.loss() if inside else None
+                losses.append(loss if inside else terms.loss())
+    assert losses[0] == losses[1] > 0 and losses[2] == losses[3] > losses[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_teacher_of_another_dtype_classifies_in_its_own(dtype, student, teacher, images, targets):
+    losses = []
+    for kind in (torch.float32, dtype):
+        torch.manual_seed(0)
+        with HeadDistiller(student, copy.deepcopy(teacher).to(kind)) as distiller:
+            student(images, targets)
+            losses.append(distiller.loss().item())
+    assert losses[1] == pytest.approx(losses[0], rel=5e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_its_weight_is_a_finite_number(student, teacher):
+    with pytest.raises(InputError, match="loss_weight is nan"):
+        HeadDistiller(student, teacher, loss_weight=float("nan"))

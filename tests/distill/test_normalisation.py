@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import transforms
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd.distill import Normalisation, attach, correlations
@@ -286,3 +287,31 @@ def test_correlations_convert_too():
     correlations(student, teacher, [[image / 255 for image in images]])
     expected = teacher.eval().transform([image / 255 for image in images])[0].tensors
     torch.testing.assert_close(teacher.backbone.images, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["first of a sequence", "a child of any name", "within a sequence of its own"])
+def test_a_normalisation_that_a_model_applies_first_is_found_wherever_it_is(name):
+    """Neither has a parameter, and the teacher's backbone gets what its own first step would make of the images."""
+    step = transforms.Normalize(*ODD)
+    teacher = Plain(1)
+    if name == "first of a sequence":
+        teacher = nn.Sequential(step, teacher)
+    elif name == "a child of any name":
+        teacher.first = step
+    else:
+        teacher.first = nn.Sequential(transforms.CenterCrop(16), step)
+    backbone, images = (
+        (teacher[1] if isinstance(teacher, nn.Sequential) else teacher).backbone,
+        torch.rand(2, 3, 16, 16),
+    )
+    student = Plain().train()
+    with pytest.raises(InputError, match="pass student_normalisation"):
+        attach(student, teacher)
+    with attach(student, teacher, student_normalisation=([0.0] * 3, [1.0] * 3)):
+        student(images)
+    torch.testing.assert_close(backbone.images, step(images))
+
+
+def test_a_child_with_a_mean_that_is_of_no_colours_says_nothing_of_images():
+    with attach(Plain(), plain_with(boxes=transforms.Normalize([0.0] * 4, [0.1, 0.1, 0.2, 0.2]))):
+        pass

@@ -128,3 +128,74 @@ def test_the_tap_takes_output_objects_too():
     assert type(features) is BackboneOutput and type(features.feature_maps) is tuple
     assert features["feature_maps"] is features.feature_maps and features.hidden_states[1] is levels[0]
     assert all("PearsonLoss" in level.grad_fn.name() for level in features.feature_maps)
+
+
+class Wrapped(Levels):
+    """Returns its levels as ``kind`` makes them."""
+
+    def __init__(self, kind: object, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> object:
+        return self.kind(super().forward(x))
+
+
+def with_neck(kind: object, seed: int = 0) -> nn.Module:
+    model = Returning(lambda loss: {"loss_box": loss}, seed)
+    model.backbone = Wrapped(kind, seed)
+    return model
+
+
+@pytest.mark.parametrize("kind", [iter, lambda levels: (level for level in levels)])
+def test_a_neck_that_returns_levels_one_by_one_is_distilled_and_its_heads_get_them_all(kind):
+    student, teacher = with_neck(kind).train(), with_neck(kind, 1)
+    alone = student(images())["loss_box"]
+    with attach(student, teacher):
+        losses = student(images())
+    torch.testing.assert_close(losses["loss_box"], alone)
+    torch.testing.assert_close(losses["loss_pkd"], expected(with_neck(list), with_neck(list, 1)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (lambda levels: dict(enumerate(levels)).values(), "neck returned a dict_values, in which there is no level"),
+        (
+            lambda levels: [level.flatten(2) for level in levels],
+            r"neck returned tensors \[2, 4, 24\] of torch.float32, \[2, 4, 6\]",
+        ),
+    ],
+)
+def test_a_neck_without_a_level_is_described(kind, message):
+    for ours, theirs, who in ((kind, list, "student"), (list, kind, "teacher")):
+        student = with_neck(ours).train()
+        with attach(student, with_neck(theirs, 1)), pytest.raises(InputError, match=f"the {who}'s {message}"):
+            student(images())
+
+
+def test_a_teacher_that_does_not_run_at_the_students_size_is_named_with_its_reason():
+    teacher = Returning(dict, 1)
+    teacher.backbone.coarse = nn.Conv2d(4, 4, 9)
+    student = Returning(dict).train()
+    with (
+        attach(student, teacher),
+        pytest.raises(InputError, match=r"Levels does not run on .*24\].*Kernel size.*min_si"),
+    ):
+        student(images())
+
+
+def test_an_exported_teacher_is_refused_and_the_one_inside_it_is_not():
+    class Exportable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Conv2d(3, 4, 4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.backbone(x)
+
+    teacher = Exportable()
+    with pytest.raises(InputError, match="is an exported program, .* pass the model that it was exported from"):
+        attach(Returning(dict), torch.export.export(teacher, (images(),)).module())
+    with attach(Returning(dict), teacher):
+        pass

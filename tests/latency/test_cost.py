@@ -8,8 +8,9 @@ from jdkd.errors import InputError
 from jdkd.latency import count
 
 
-def test_counts_what_pencil_and_paper_count(make_detector):
-    width, fpn, model = 16, 8, make_detector(16)
+@pytest.mark.parametrize("width", [8, 16])
+def test_counts_what_pencil_and_paper_count(make_detector, width):
+    fpn, model = 8, make_detector(width)
     cost = count(model, (64, 64))  # stem at 16x16, level "1" at 8x8; 3 anchors a place, 20 proposals, 4 classes
     fine, coarse = 16 * 16, 8 * 8
     backbone = fine * (3 * 49 * width + 2 * 9 * width**2) + coarse * 9 * width**2
@@ -30,11 +31,7 @@ def test_takes_the_detectors_own_input_size_and_leaves_it_as_it_was(model):
     assert count(model).size == (64, 96)
     assert model.training and not model.backbone.training and model.rpn.training
     assert type(model.rpn).__name__ == "RegionProposalNetwork"
-
-
-def test_narrower_costs_less(make_detector):
-    assert count(make_detector(8)).gmacs < count(make_detector(16)).gmacs
-    assert isinstance(make_detector(8), nn.Module) and torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
 
 
 class Wrapper(nn.Module):

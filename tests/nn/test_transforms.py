@@ -79,10 +79,17 @@ def test_jvp_over_images_is_the_derivative(subnet):
     torch.testing.assert_close(tangent, difference, rtol=1e-4, atol=1e-6)
 
 
-def test_jvp_over_listed_weights_is_refused():
-    _, parameters, call = _functional(SUBNETS["listed"])
-    with pytest.raises(NotImplementedError, match="jvp"):
-        jvp(lambda parameters: call(parameters, images()), (parameters,), (parameters,))
+def test_jvp_over_listed_weights_is_the_derivative():
+    net, parameters, call = _functional(SUBNETS["listed"])
+    parameters = {name: parameter.double() for name, parameter in parameters.items()}
+    net.double()
+    x, step = images().double(), 1e-6
+
+    def shifted(by: float):
+        return call({name: parameter * (1 + by) for name, parameter in parameters.items()}, x)
+
+    _, tangent = jvp(lambda parameters: call(parameters, x), (parameters,), (parameters,))
+    torch.testing.assert_close(tangent, (shifted(step) - shifted(-step)) / (2 * step), rtol=1e-4, atol=1e-6)
 
 
 @subnets

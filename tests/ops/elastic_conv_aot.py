@@ -12,7 +12,8 @@ import triton
 from triton.compiler import ASTSource
 
 from jdkd.kernels import elastic_conv as kernels
-from tests.aot import TARGET, disassembled
+from tests.aot import TARGET
+from tests.machine_code import instructions
 from tests.tap_loops import loops_around_products
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -75,10 +76,8 @@ def compile_for_sm90(case: dict):
     return triton.compile(source, target=TARGET, options=options)
 
 
-def measure(case: dict) -> dict:
-    """Reads registers, local memory and instructions from the compiled kernel."""
-    compiled = compile_for_sm90(case)
-    sass = disassembled(compiled)
+def measured(case: dict, compiled, sass: str) -> dict:
+    """Reads local memory, loops and instructions from the compiled kernel."""
     ptx = compiled.asm["ptx"]
     return case | {
         "warps": compiled.metadata.num_warps,
@@ -91,4 +90,7 @@ def measure(case: dict) -> dict:
 
 
 if __name__ == "__main__":
-    json.dump([measure(case) for case in configurations()], sys.stdout)
+    cases = configurations()
+    kernels = [compile_for_sm90(case) for case in cases]
+    codes = instructions([kernel.asm["cubin"] for kernel in kernels])
+    json.dump([measured(*each) for each in zip(cases, kernels, codes, strict=True)], sys.stdout)

@@ -3,14 +3,13 @@
 Run in a process of its own: under ``TRITON_INTERPRET`` a kernel cannot be compiled.
 """
 
-import json
 import re
 
 import triton
 import triton.language as tl
 
 from jdkd.kernels import elastic_levels
-from tests.aot import compiled, disassembled
+from tests.aot import counts, memory, report
 from tests.tap_loops import loops_around_products
 
 
@@ -41,34 +40,28 @@ def planted() -> dict:
     }
 
 
-def inspected(variant: dict) -> dict:
+COUNTED = {
+    "local_accesses": r"\b(?:LDL|STL)\b",
+    "matrix_instructions": r"\bHGMMA\b",
+    "tma_loads": r"\bUTMALDG\b",
+    "wide_copies": r"\bLDGSTS\.E[\w.]*\.128\b",
+    "copies": r"\bLDGSTS\b",
+    "wide_stores": r"\bSTG\.E[\w.]*\.128\b",
+    "stores": r"\bSTG\b",
+    "atomics": r"\b(?:ATOM|ATOMG|RED)\b",
+}
+
+
+def inspected(variant: dict, kernel, text: str) -> dict:
     """Registers, local and shared memory, loops and the instructions that matter of one variant."""
-    kernel = compiled(variant)
-    text = disassembled(kernel)
-    usage = dict(re.findall(r"\b(REG|STACK):(\d+)", text))
-    counted = {
-        "local_accesses": r"\b(?:LDL|STL)\b",
-        "matrix_instructions": r"\bHGMMA\b",
-        "tma_loads": r"\bUTMALDG\b",
-        "wide_copies": r"\bLDGSTS\.E[\w.]*\.128\b",
-        "copies": r"\bLDGSTS\b",
-        "wide_stores": r"\bSTG\.E[\w.]*\.128\b",
-        "stores": r"\bSTG\b",
-        "atomics": r"\b(?:ATOM|ATOMG|RED)\b",
-    }
-    loops = {stage: loops_around_products(kernel.asm[stage]) for stage in ("ttir", "ttgir")}
-    return {
-        **{key: variant[key] for key in ("name", "matrix", "tma", "wide", "wide_y")},
-        "registers": int(usage["REG"]),
-        "stack_bytes": int(usage["STACK"]),
-        "shared_bytes": kernel.metadata.shared,
+    told = {key: variant[key] for key in ("name", "matrix", "tma", "wide", "wide_y")}
+    built = {
         "warps": kernel.metadata.num_warps,
         "threads": [int(n) for n in re.findall(r"\.reqntid (\d+)", kernel.asm["ptx"])],
-        "loops": loops,
-        **{key: len(re.findall(pattern, text)) for key, pattern in counted.items()},
+        "loops": {stage: loops_around_products(kernel.asm[stage]) for stage in ("ttir", "ttgir")},
     }
+    return told | memory(kernel) | built | counts(COUNTED, text)
 
 
 if __name__ == "__main__":
-    for variant in [*elastic_levels.aot_variants(), planted()]:
-        print(json.dumps(inspected(variant)), flush=True)
+    report([*elastic_levels.aot_variants(), planted()], inspected)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jdkd import env
+from jdkd import _backend, env
 from jdkd._backend import interpreting, use_backend
 from jdkd.errors import InputError
 from jdkd.functional import elastic_conv2d
@@ -210,9 +210,9 @@ def measured(monkeypatch, device) -> Iterator[Region]:
     planted = tuple(path._replace(fastest=(region,)) if path.name == "pointwise" else path for path in PATHS)
     monkeypatch.setattr(elastic_paths, "PATHS", planted)
     monkeypatch.setattr(elastic_paths, "_KERNELS", {path.name: path for path in planted[:2]})
-    elastic_paths._measured.cache_clear()
+    elastic_paths._measured.clear()
     yield region
-    elastic_paths._measured.cache_clear()
+    elastic_paths._measured.clear()
 
 
 @by_dynamo
@@ -230,6 +230,18 @@ def test_a_region_of_the_table_is_all_that_a_kernel_needs(measured, device):
     with use_backend("reference"):
         assert dict(explained(_call(device))[2])["pointwise"] == "the backend reference was asked for"
     assert "positions (64, 128), out_channels (8, 64), a planted result" in env.report()
+
+
+@pytest.mark.parametrize(
+    ("seen", "reason"), [(False, "it was checked on this device and not seen right"), (None, elastic_paths.NOT_YET)]
+)
+def test_a_kernel_that_is_fastest_runs_only_where_it_was_seen_right(measured, monkeypatch, device, seen, reason):
+    monkeypatch.setattr(_backend, "seen_right", lambda subject: subject.backend == "reference" or seen)
+    call = _call(device)
+    assert choose(call) == "aten" and dict(explained(call)[2])["pointwise"] == reason
+    assert (call in elastic_paths._measured) == (seen is False)  # what is not checked yet is asked again
+    x = torch.empty(1, 16, 8, 8, device=device)
+    assert not elastic_paths.kernel_runs("pointwise", x, (1, 16, 8, 8), "forward")
 
 
 def test_a_region_reaches_into_the_operators(monkeypatch, measured, device):

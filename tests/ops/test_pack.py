@@ -13,7 +13,8 @@ from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import pack_table
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.pack import Part, _unpack, _unpack_add_, pack, unpack_add_
+from jdkd.ops.pack import Part, pack, unpack_add_
+from jdkd.ops.pack_operators import _unpack, _unpack_add_
 from tests.ops.pack_cases import DTYPES, LAST, active_mask, channels, on, sliced, subnet, weight
 
 OP = "pack"
@@ -172,6 +173,7 @@ def test_a_list_that_changes_in_place_is_read_again(backend, device):
 
 
 def test_tables_are_kept_but_never_more_than_the_bound(monkeypatch):
+    pack([weight((4, 4))], [Part(Channels(1))], torch.float32)  # checked on this device, which takes tables too
     monkeypatch.setattr(pack_table, "MAX_TABLES", 5)
     whole, made = weight((32, 4)), []
     original = pack_table.PackTable.__init__

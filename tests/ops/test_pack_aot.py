@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 
 from jdkd import _ext
+from tests import machine_code
 
 SHARED_BYTES = 232_448  # of one block on sm_90; Triton does not check it
 
@@ -33,35 +32,24 @@ def test_triton_variants_move_sixteen_bytes_at_a_time_where_all_is_aligned(varia
 
 
 @pytest.fixture(scope="module")
-def machine_code() -> dict[str, str]:
-    """The machine code and resources of the compiled kernels by name."""
-    extension = _ext.module()
-    if extension is None or "pack" not in _ext.build_info()["cuda_ops"]:
+def kernels() -> list[tuple[str, str]]:
+    """Architecture and name of the compiled kernels."""
+    if _ext.module() is None or "pack" not in _ext.build_info()["cuda_ops"]:
         pytest.skip(_ext.why_missing("pack", "cuda") or "not compiled")
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found: dict[str, str] = {}
-    for option in ("-sass", "-res-usage"):
-        run = subprocess.run([tool, option, extension.__file__], capture_output=True, text=True, timeout=300)
-        assert run.returncode == 0, run.stderr
-        for name, text in re.findall(
-            r"Function\s*:?\s*(\S*pack_kernel[^\s:]*):?\s(.*?)(?=Function|\Z)", run.stdout, re.S
-        ):
-            key = re.sub(r"^.*?(pack_kernel)", r"\1", name)
-            found[key] = found.get(key, "") + text
-    return found
+    return [kernel for kernel in machine_code.kernels_of_extension() if "pack_kernel" in kernel[1]]
 
 
-def test_compiled_kernels_spill_nothing_and_fit_eight_blocks_of_a_kind(machine_code):
-    assert len(machine_code) == 27  # three actions, three dtypes on either side
-    for name, text in machine_code.items():
-        registers, stack, shared, local = re.search(
-            r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text
-        ).groups()  # fmt: skip
-        assert int(stack) == 0 and int(local) == 0 and not re.search(r"\b(?:LDL|STL)\b", text), name
-        assert int(registers) <= 64 and int(shared) <= 24 * 1024, name
+def test_compiled_kernels_spill_nothing_and_fit_eight_blocks_of_a_kind(kernels):
+    architectures = {architecture for architecture, _ in kernels}
+    assert len(kernels) == 27 * len(architectures) > 0  # three actions, three dtypes on either side
+    for kernel in kernels:
+        used = machine_code.resources_of_extension()[kernel]
+        assert used["STACK"] == 0 and used["LOCAL"] == 0, kernel
+        assert not re.search(r"\b(?:LDL|STL)\b", machine_code.kernels_of_extension()[kernel]), kernel
+        assert used["REG"] <= 64 and used["SHARED"] <= 24 * 1024, kernel
 
 
-def test_compiled_kernels_move_sixteen_bytes_at_a_time(machine_code):
-    for name, text in machine_code.items():
-        assert re.search(r"\bLDG\.E[\w.]*\.128\b", text) and re.search(r"\bSTG\.E[\w.]*\.128\b", text), name
+def test_compiled_kernels_move_sixteen_bytes_at_a_time(kernels):
+    for kernel in kernels:
+        text = machine_code.kernels_of_extension()[kernel]
+        assert re.search(r"\bLDG\.E[\w.]*\.128\b", text) and re.search(r"\bSTG\.E[\w.]*\.128\b", text), kernel

@@ -57,23 +57,35 @@ def gradients_of(model: nn.Module, share: slice, options: dict, *, tap: bool) ->
     return loss.detach(), [parameter.grad for parameter in model.parameters()]
 
 
-def rank_job(rank: int, folder: str, masked: bool, tap: bool) -> None:
+CASES = [(False, False), (False, True), (True, False)]  # masked, tap
+
+
+def rank_job(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", len(BATCHES))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=len(BATCHES))
     first = sum(BATCHES[:rank])
-    model = DistributedDataParallel(Student())
-    options = {"group": dist.group.WORLD, "masked": masked}
-    found = gradients_of(model, slice(first, first + BATCHES[rank]), options, tap=tap)
+    share, found = slice(first, first + BATCHES[rank]), []
+    for masked, tap in CASES:
+        options = {"group": dist.group.WORLD, "masked": masked}
+        found.append(gradients_of(DistributedDataParallel(Student()), share, options, tap=tap))
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("masked", "tap"), [(False, False), (False, True), (True, False)])
-def test_ranks_of_different_size_train_as_one_process_with_all_images(tmp_path: Path, masked: bool, tap: bool):
-    torch.multiprocessing.spawn(rank_job, (str(tmp_path), masked, tap), nprocs=len(BATCHES))
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[list[tuple[Tensor, list[Tensor]]]]:
+    """What every rank found in every case; starting the processes takes longer than all of the work."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(rank_job, (str(folder),), nprocs=len(BATCHES))
+    return [torch.load(folder / f"{rank}.pt") for rank in range(len(BATCHES))]
+
+
+@pytest.mark.parametrize("case", CASES, ids=["plain", "tap", "masked"])
+def test_ranks_of_different_size_train_as_one_process_with_all_images(ranks, case: tuple[bool, bool]):
+    masked, tap = case
+    results = [found[CASES.index(case)] for found in ranks]
     expected_loss, expected = gradients_of(Student(), slice(None), {"masked": masked}, tap=tap)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(BATCHES))]
     unit = max(gradient.abs().max().item() for gradient in expected)  # a bias's is zero: the loss ignores offsets
     for loss, gradients in results:
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)

@@ -10,7 +10,6 @@ from collections import UserDict
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
@@ -75,13 +74,13 @@ def test_what_is_not_finite_stays_in_its_channel(backend, device, value):
     assert_close(found[:, others], expected[:, others])
 
 
-def test_weights_may_be_zero_negative_or_a_tensor(backend, device):
+def test_weights_may_be_zero_or_a_tensor(backend, device):
     students, teachers = drawn(0, device=device), drawn(1, device=device)
     each = [pkd_loss(s, t) for s, t in zip(students, teachers, strict=True)]
-    loss, losses = pkd_loss(students, teachers, 2.0, level_weights=torch.tensor([-1.0, 0.0, 3.0]), return_levels=True)
-    torch.testing.assert_close(losses, torch.stack([-2 * each[0], 0 * each[1], 6 * each[2]]).detach())
+    loss, losses = pkd_loss(students, teachers, 2.0, level_weights=torch.tensor([1.0, 0.0, 3.0]), return_levels=True)
+    torch.testing.assert_close(losses, torch.stack([2 * each[0], 0 * each[1], 6 * each[2]]).detach())
     found = torch.autograd.grad(loss, students)
-    assert_close(found[0], -2 * torch.autograd.grad(each[0], students[0])[0])
+    assert_close(found[0], 2 * torch.autograd.grad(each[0], students[0])[0])
     assert not found[1].any()
 
 
@@ -160,31 +159,75 @@ def test_what_is_no_mask_is_refused(mask):
         pkd_loss(drawn(0), drawn(1), mask=mask)
 
 
-@pytest.mark.parametrize("levels", [[-1], [3], ["0"]])
+@pytest.mark.parametrize("levels", [[-1], [3]])
 def test_levels_are_counted_from_zero(levels):
     with pytest.raises(InputError, match=r"name some of the student's levels \[0, 1, 2\]"):
         pkd_loss(drawn(0), drawn(1), levels=levels)
 
 
-def test_functional_transforms_are_refused():
+def test_a_batch_of_incoming_gradients_is_refused():
     (student, *_), (teacher, *_) = drawn(0), drawn(1)
-
-    def loss_of(level: Tensor) -> Tensor:
-        return pkd_loss(level, teacher)
-
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(loss_of)(student.detach())
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for jdkd::pearson_fwd"):
-        torch.func.vmap(loss_of)(torch.stack([student.detach()] * 2))
-    with pytest.raises(RuntimeError, match="Batching rule not implemented for jdkd::pearson_bwd"):
-        torch.autograd.grad(loss_of(student), student, torch.ones(2), is_grads_batched=True)
+    with pytest.raises(NotImplementedError, match="ask for one gradient after the other"):
+        torch.autograd.grad(pkd_loss(student, teacher), student, torch.ones(2), is_grads_batched=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # by torch.autograd.forward_ad
-def test_forward_differentiation_of_a_student_that_requires_grad_is_refused():
-    (student, *_), (teacher, *_) = drawn(0), drawn(1)
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        pkd_loss(forward_ad.make_dual(student, torch.ones_like(student)), teacher)
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -1.0, "6", None, True, torch.ones(2)], ids=str)
+def test_a_weight_that_is_no_number_is_refused(weight):
+    for call in (
+        lambda: pkd_loss(drawn(0), drawn(1), weight),
+        lambda: pkd_loss(drawn(0), drawn(1), level_weights=[weight] * 3),
+        lambda: dist_loss(torch.randn(3, 4), torch.randn(3, 4), weight),
+        lambda: dist_loss(torch.randn(3, 4), torch.randn(3, 4), 1.0, weight),
+        lambda: dist_loss(torch.randn(3, 4), torch.randn(3, 4), tau=weight),
+    ):
+        with pytest.raises(InputError, match=r"is or holds .* it must be a finite number, 0 or more"):
+            call()
+
+
+def test_numbers_of_numpy_are_numbers():
+    numpy = pytest.importorskip("numpy")
+    expected = pkd_loss(drawn(0), drawn(1), 2.0, levels=[1])
+    levels, factor = numpy.array([1]), numpy.float32(2)
+    assert torch.equal(pkd_loss(drawn(0), drawn(1), factor, numpy.bool_(True), levels=levels), expected)
+    assert torch.equal(pkd_loss(drawn(0), drawn(1), levels=levels, level_weights=numpy.array([2.0])), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"levels": 1}, r"levels is 1; give indices of the student's levels in a list, \[0, 1\]"),
+        ({"levels": "0"}, "levels is '0'; give indices"),
+        ({"levels": ["0"]}, "levels holds '0'; name some of the student's levels by their indices, as ints"),
+        ({"levels": [0.0]}, "levels holds 0.0"),
+        ({"levels": [True]}, "levels holds True"),
+        ({"resize_stu": "False"}, "resize_stu is 'False'; give True"),
+        ({"mask": {}}, "mask is a dict; pass a bool tensor"),
+        ({"preds_S": 1}, "student and preds_S are both given"),
+        ({"preds_T": 1}, "teacher and preds_T are both given"),
+    ],
+)
+def test_what_is_no_option_is_refused_in_a_sentence(options, message):
+    with pytest.raises(InputError, match=message):
+        pkd_loss(drawn(0), drawn(1), **options)
+
+
+def test_the_names_of_the_published_loss_are_taken():
+    expected = pkd_loss(drawn(0), drawn(1), 6.0)
+    assert torch.equal(PKDLoss(6.0)(preds_S=drawn(0), preds_T=drawn(1)), expected)
+    assert torch.equal(PKDLoss(loss_weight=6.0)(drawn(0), preds_T=drawn(1)), expected)
+    assert torch.equal(pkd_loss(preds_S=drawn(0), preds_T=drawn(1), loss_weight=6.0), expected)
+    with pytest.raises(InputError, match="student is a NoneType"):
+        PKDLoss()(preds_T=drawn(1))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_writing_to_a_feature_before_the_backward_pass_is_refused_with_the_remedy(side):
+    student, teacher = drawn(0)[0] * 1.5, drawn(1)[0].detach().clone()
+    loss = pkd_loss(student, teacher)
+    (student if side == "student" else teacher).relu_()
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation .* write to a copy, or call the loss"):
+        loss.backward()
+    assert "inference_mode" in pkd_loss.__doc__  # where torch cannot tell
 
 
 def test_writing_to_the_features_is_refused_in_a_compiled_step_too():
@@ -199,7 +242,7 @@ def test_writing_to_the_features_is_refused_in_a_compiled_step_too():
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_script_is_refused():
-    with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-arg expansion is not supported"):
+    with pytest.raises(torch.jit.frontend.NotSupportedError, match="keyword-only arguments with defaults"):
         torch.jit.script(PKDLoss())
 
 

@@ -279,14 +279,3 @@ def test_what_was_made_under_inference_mode_is_taken_on_every_side():
     assert torch.equal(*(torch.autograd.grad(x, students[0])[0] for x in (loss, expected)))
     mixed = pkd_loss([given[0], students[1]], teachers)
     assert torch.autograd.grad(mixed, students[1])[0].any()
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # by torch.func
-def test_forward_mode_is_refused_instead_of_giving_zero():
-    (student,), (teacher,) = drawn(SHAPES[0]), drawn(SHAPES[0], seed=1)
-    with pytest.raises((RuntimeError, NotImplementedError)):
-        torch.func.jvp(lambda s: pkd_loss(s, teacher), (student,), (torch.ones_like(student),))
-    with torch.autograd.forward_ad.dual_level():
-        dual = torch.autograd.forward_ad.make_dual(student, torch.ones_like(student))
-        with pytest.raises((RuntimeError, NotImplementedError)):
-            pkd_loss(dual, teacher)

@@ -3,38 +3,31 @@
 from __future__ import annotations
 
 import re
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from jdkd import _ext
+from tests import machine_code
 
 KERNEL = re.compile(r"pearson_single_kernelI(f|13__nv_bfloat16)Li(\d)E")
 REGISTERS, THREADS = 65_536, 256  # of an SM; of a block where three of them share an SM
 
 
-def cuobjdump(*options: str) -> str:
+def by_variant(of_extension: Callable[[], dict]) -> dict:
+    """What is known of each variant for sm_90a: (element, elements a vector)."""
     if _ext.module() is None or "pearson_single" not in _ext.build_info()["cuda_ops"]:
         pytest.skip("jdkd._C was built without CUDA code")
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [tool, "-arch", "sm_90a", *options, _ext.module().__file__]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-def by_kernel(text: str) -> dict[tuple[str, int], str]:
-    """What follows the name of each variant, (element, elements a vector), up to the next function."""
     found = {}
-    for part in re.split(r"Function\s*:?\s*", text)[1:]:
-        if match := KERNEL.search(part.split("\n")[0]):
-            found["float" if match[1] == "f" else "bfloat16", int(match[2])] = part
+    for (architecture, name), known in of_extension().items():
+        if (match := KERNEL.search(name)) and architecture == "sm_90a":
+            found["float" if match[1] == "f" else "bfloat16", int(match[2])] = known
     return found
 
 
 @pytest.fixture(scope="module")
 def code() -> dict[tuple[str, int], str]:
-    return by_kernel(cuobjdump("-sass"))
+    return by_variant(machine_code.kernels_of_extension)
 
 
 ALIGNED = [("float", 4), ("bfloat16", 8)]
@@ -42,10 +35,10 @@ VARIANTS = [*ALIGNED, ("float", 1), ("bfloat16", 1)]
 
 
 def test_nothing_spills_and_three_blocks_share_the_registers_of_an_sm():
-    usage = by_kernel(cuobjdump("-res-usage"))
+    usage = by_variant(machine_code.resources_of_extension)
     assert set(usage) == set(VARIANTS)
     for variant in VARIANTS:
-        resources = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage[variant])}
+        resources = usage[variant]
         assert resources["STACK"] == 0 and resources["LOCAL"] == 0, variant
         assert -(-resources["REG"] // 8) * 8 * THREADS * 3 <= REGISTERS, variant
 

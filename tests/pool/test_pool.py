@@ -5,8 +5,20 @@ import random
 import pytest
 import torch
 
-from jdkd.errors import InputError
-from jdkd.pool import PHASES, Phase, PoolTrainConfig, Space, Subnet, Supernet, grow_base, load_pool, train_pool
+from jdkd.errors import InputError, ModelError
+from jdkd.notices import Notice
+from jdkd.pool import (
+    PHASES,
+    Phase,
+    PoolTrainConfig,
+    Space,
+    Subnet,
+    Supernet,
+    TeacherPool,
+    grow_base,
+    load_pool,
+    train_pool,
+)
 from jdkd.train import TrainConfig
 from tests.detectors import assert_same, detector, outputs, small_spec
 
@@ -147,6 +159,19 @@ def test_an_interrupted_pool_ends_as_an_uninterrupted_one(digits, tmp_path):
     read.score_members([*subnets, *subnets], base, train)
     assert {member.subnet for member in read.members} == subnets and len(read.members) == len(subnets)
     assert read.scored_on == train.fingerprint and read.members != whole.members
+
+
+def test_a_teacher_that_finds_nothing_finite_scores_0_and_says_so(digits, monkeypatch):
+    def evaluate(*given, **options):
+        raise ModelError("nothing is left to score.")
+
+    train, selection = digits
+    base = detector(small_spec(classes=train.classes))
+    space = space_of(base)
+    pool = TeacherPool(Supernet(space, grow_base(base, space)), train, 2, 0, "cpu")
+    monkeypatch.setattr("jdkd.pool.elastic_pool.evaluate", evaluate)
+    with pytest.warns(Notice, match=r"scores 0: nothing is left to score\."):
+        assert pool.score(space.smallest, base, selection).map == 0.0
 
 
 def test_a_pool_that_cannot_teach_the_base_is_refused(digits, tmp_path):

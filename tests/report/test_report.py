@@ -9,7 +9,7 @@ from rich.console import Console
 from jdkd.detect import named_spec
 from jdkd.errors import InputError
 from jdkd.pool import Subnet
-from jdkd.report import read_outcome, result_table, write_report
+from jdkd.report import read_outcome, result_table, verdict, write_report
 from jdkd.search.archive import Archive, Cycle
 from jdkd.search.timing import Timing
 
@@ -145,6 +145,27 @@ def test_outcome_has_the_lineage_from_the_base_to_the_student(folder):
     assert len(outcome.candidates) == 24
     assert outcome.line[0].kind == "base" and outcome.line[-1].id == "007"
     assert [child.parent for child in outcome.line[1:]] == [parent.id for parent in outcome.line[:-1]]
+
+
+@pytest.mark.parametrize(
+    ("ratio", "target", "says"),
+    [
+        (0.8004, 0.8, "takes 0.8004 of the base's time and misses the 0.8 that"),
+        (0.52996, 0.53, "takes 0.530 of the base's time; 0.53 was"),
+        (0.5300001, 0.53, "takes 0.5300001 of the base's time and misses the 0.53 that"),
+        (0.99, 0.9999999, "takes 0.990 of the base's time; 0.9999999 was"),
+    ],
+)
+def test_the_verdict_never_contradicts_its_own_digits(result, ratio, target, says):
+    result["student"]["latency_ratio"] = ratio
+    assert says in verdict(result | {"target_latency": target, "target_met": ratio <= target})
+
+
+def test_page_shows_the_two_medians_that_make_a_ratio(folder):
+    with closing(Archive(folder / "archive.sqlite")) as archive:
+        (one,) = (one for one in archive.candidates if one.number == 3)
+    text = write_report(folder)[1].read_text()
+    assert f"<td>{one.latency_ratio:.3f}</td><td>{one.latency_p50:.2f} / 20.00</td>" in text
 
 
 def test_table_fits_a_terminal_and_tells_the_target(result):

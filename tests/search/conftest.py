@@ -2,9 +2,11 @@ import warnings
 
 import pytest
 
-from jdkd.data import write_digit_scenes
+from jdkd.data import CocoDetectionDataset, resolve_splits, write_digit_scenes
 from jdkd.detect import save
 from jdkd.notices import Notice
+from jdkd.run_folder import RunFolder
+from jdkd.search import search
 from jdkd.search.context import open_context
 from tests.detectors import detector, small_spec
 from tests.search.small_search import config_of, make_steady
@@ -17,6 +19,8 @@ def folder(tmp_path_factory):
     """A base and its data."""
     folder = tmp_path_factory.mktemp("search")
     write_digit_scenes(folder / "data", train=12, val=6, size=64, seed=0)
+    train = CocoDetectionDataset(resolve_splits(folder / "data")[0])
+    RunFolder(folder / "base").begin("train", {"data": {"train": train.fingerprint}})
     save(folder / "base", detector(small_spec(classes=DIGITS)))
     return folder
 
@@ -32,3 +36,20 @@ def context(folder, tmp_path_factory):
 def steady(monkeypatch):
     """A search that takes the same decisions every time, and little else."""
     make_steady(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def finished(folder):
+    """Folder and result of a search that ran to its end, and what it told of its progress."""
+    told = set()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)
+        make_steady(patch)
+        result = search(config_of(folder, folder / "out"), lambda what, *state: told.add(what))
+    return folder / "out", result, told
+
+
+@pytest.fixture
+def small(folder, finished):
+    """Settings of a search that need not grow a pool."""
+    return lambda out, **changes: config_of(folder, out, teacher_pool=finished[0] / "pool", **{"steps": 9} | changes)

@@ -20,7 +20,12 @@ def known(number=0, *, map=0.4, parent=None, **changes) -> dict:
 def candidate(number=0, *, map=0.4, ratio=1.0, interval=None, **changes) -> Candidate:
     """A candidate of an architecture of its own."""
     own = {"spec_id": f"spec {number}"} | changes
-    latency = {"latency_p50": 20.0, "latency_ratio": ratio, "latency_interval": interval or (ratio, ratio)}
+    latency = {
+        "latency_p50": 20.0 * ratio,
+        "base_latency_p50": 20.0,
+        "latency_ratio": ratio,
+        "latency_interval": interval or (ratio, ratio),
+    }
     return Candidate(**known(number, map=map, **own), **latency)
 
 

@@ -1,6 +1,8 @@
 """A joint search in miniature, and a clock that tells it the same every time."""
 
+import sqlite3
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,9 @@ from jdkd.data import resolve_splits
 from jdkd.latency import Latency, LatencyReport, ModelLatency
 from jdkd.latency.clock import environment
 from jdkd.search import SearchConfig, search
+from jdkd.search.archive import ARCHIVE
+
+DECIDED = "number, id, parent, kind, action, teacher, spec, map, map50, latency_ratio, lineage_steps, cycles"
 
 
 def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
@@ -29,6 +34,11 @@ def steady_measure(models, images, *, device, rounds, progress=None, **schedule)
     times = {name: 10 + 1e-4 * sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     taken = {name: ModelLatency(end_to_end=Latency((time,) * 2 * rounds)) for name, time in times.items()}
     return LatencyReport(taken, environment(torch.device(device)), {})
+
+
+def archived(out, columns=DECIDED) -> list[tuple]:
+    with closing(sqlite3.connect(out / ARCHIVE)) as archive:
+        return archive.execute(f"SELECT {columns} FROM candidates ORDER BY number").fetchall()
 
 
 def make_steady(patch) -> None:

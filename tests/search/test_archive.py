@@ -1,6 +1,7 @@
 """The archive: append-only, whole after a crash, and the front it holds."""
 
 import json
+import math
 import sqlite3
 from contextlib import closing
 
@@ -77,6 +78,59 @@ def test_an_archive_of_an_earlier_version_is_refused_with_a_sentence(tmp_path):
     with closing(sqlite3.connect(tmp_path / "a.sqlite")) as old:
         old.execute("CREATE TABLE candidates (number INTEGER PRIMARY KEY, latency_ratio REAL, latency_samples TEXT)")
     with pytest.raises(InputError, match=r"another version of jdkd \(format 1, here 2\).*another folder"):
+        Archive(tmp_path / "a.sqlite")
+
+
+def test_the_ratio_of_a_row_is_that_of_the_medians_in_it(tmp_path):
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
+        for number, speed in enumerate((1.0, 1.3)):
+            one = timing((7.0 * speed,) * 2, (10.0 * speed,) * 2, spec_id=f"{number}")
+            archive.add(one, **known(number, spec_id=one.spec_id))
+        archive.add_timing(timing((3.0, 4.0), (5.0, 5.5), spec_id="0"))
+        for one in archive.candidates:
+            assert one.latency_ratio == pytest.approx(one.latency_p50 / one.base_latency_p50, rel=1e-12)
+
+
+def test_a_candidate_that_failed_has_no_numbers_and_takes_none_from_its_architecture(tmp_path):
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
+        archive.add(timing(), **known(0))
+        archive.add(None, **known(1, map=math.nan, map50=math.nan, failure="training diverged."))
+        archive.add_timing(timing())
+        failed = archive.candidates[1]
+        assert archive.scored == archive.candidates[:1] and len(archive) == 2
+    with closing(Archive(tmp_path / "a.sqlite")) as again:
+        for one in (failed, again.candidates[1]):
+            assert one.failure == "training diverged."
+            assert all(map(math.isnan, (one.map, one.map50, one.latency_p50, one.latency_ratio)))
+
+
+@pytest.mark.parametrize("ms", [0.0, -1.0, math.nan, math.inf])
+def test_a_measurement_that_is_no_time_is_refused(ms):
+    for samples in ({"samples": (7.0, ms)}, {"base": (ms, 7.0)}):
+        with pytest.raises(InputError, match=f"timed at {ms} ms; mend the clock"):
+            timing(**samples)
+
+
+def test_a_slow_call_among_many_moves_no_ratio(tmp_path):
+    assert pooled([timing((7.0,) * 39 + (1e6,), (10.0,) * 40)]).ratio.value == 0.7
+
+
+def test_an_archive_that_another_process_holds_is_no_foreign_file(tmp_path, monkeypatch):
+    Archive(tmp_path / "a.sqlite").close()
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda file: connect(file, timeout=0.0))
+    with closing(connect(tmp_path / "a.sqlite")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(InputError, match=r"a\.sqlite cannot be opened \(database is locked\).*then resume"):
+            Archive(tmp_path / "a.sqlite")
+
+
+def test_a_row_that_cannot_be_read_is_named(tmp_path):
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
+        archive.add(timing(), **known(0))
+    with closing(sqlite3.connect(tmp_path / "a.sqlite")) as raw, raw:
+        raw.execute("UPDATE candidates SET cycles = '[{'")
+    with pytest.raises(InputError, match=r"a\.sqlite holds a row that cannot be read"):
         Archive(tmp_path / "a.sqlite")
 
 

@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from jdkd import notices
 from jdkd.distill import correlations
+from jdkd.errors import ModelError
+from jdkd.morph import change_resolution
+from jdkd.notices import Notice
 from jdkd.pool import ScoredSubnet, Space, Subnet
 from jdkd.search import matching, pareto_front, screening
 from jdkd.search.choice import choose, contender, fitness
@@ -44,7 +48,7 @@ def test_the_parent_looks_once_for_all_proposals(monkeypatch):
     context = SimpleNamespace(
         config=config, base=parent, probe=lambda: iter(probe), calibrated=nn.Module.eval,
         timed=lambda models: {spec_id: timing((5.0, 5.0), spec_id=spec_id) for spec_id in models},
-        progress=lambda *state: None,
+        progress=lambda *state: None, image_sizes=[],
     )  # fmt: skip
     chosen = screening.screen(parent, {}, context, random.Random(0))
     assert len(looks) == len(probe)
@@ -72,6 +76,40 @@ def test_an_architecture_that_the_search_knows_is_not_timed_again(monkeypatch):
     done.clear()
     assert screening.screen(None, {one.id: 0.9, other.id: 0.7}, context, None).action == "2"
     assert len(timed) == 1
+
+
+def test_a_proposal_too_small_for_some_image_is_left_out_and_said(monkeypatch):
+    one = Proposal("prune", SimpleNamespace(spec=small_spec()), (), 0.9)
+    fates = []
+
+    def propose(*given):
+        if (fate := fates.pop(0)) is None:
+            raise ModelError("long.png is 2x200, of which FasterRCNN leaves no pixel")
+        return fate
+
+    monkeypatch.setattr(screening, "_propose", propose)
+    monkeypatch.setattr(screening, "pyramids", lambda *given: None)
+    context = SimpleNamespace(
+        config=SimpleNamespace(proposals=2, target_latency=0.8), probe=lambda: None, progress=lambda *state: None
+    )
+    for fates[:] in ([None, one], [one, None]):
+        with pytest.warns(Notice, match=r"left out: long\.png is 2x200"):
+            assert screening.screen(None, {one.student.spec.id: 0.7}, context, None).action == "prune"
+        notices._said.clear()
+    fates[:] = [None, None]
+    with pytest.warns(Notice), pytest.raises(ModelError):
+        screening.screen(None, {}, context, None)
+
+
+def test_no_student_is_proposed_that_leaves_no_pixel_of_an_image(context, monkeypatch):
+    shrunk = change_resolution(context.base, 32)
+    monkeypatch.setattr(screening, "draw", lambda *given, **options: shrunk)
+    seen = screening.pyramids(context.base, context.probe())
+    assert screening._propose(context.base, seen, context, random.Random(0)).student.spec.min_size == 32
+    long = ("long.png", 1, shrunk.spec.max_size + 1)
+    monkeypatch.setattr(type(context), "image_sizes", [long])
+    with pytest.raises(ModelError, match=r"long\.png"):
+        screening._propose(context.base, seen, context, random.Random(0))
 
 
 def test_a_proposal_whose_features_are_no_numbers_is_never_chosen():

@@ -1,10 +1,10 @@
 """The joint search from end to end, in miniature."""
 
 import json
+import math
 import os
 import shutil
 import signal
-import sqlite3
 import subprocess
 import sys
 from contextlib import closing
@@ -23,25 +23,9 @@ from jdkd.search import plan, search
 from jdkd.search.archive import ARCHIVE, Archive
 from jdkd.search.loop import TEACHERS
 from tests.detectors import detector, small_spec
-from tests.search.small_search import config_of, make_steady, steady_measure
+from tests.search.small_search import archived, config_of, steady_measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
-DECIDED = "number, id, parent, kind, action, teacher, spec, map, map50, latency_ratio, lineage_steps, cycles"
-
-
-@pytest.fixture(scope="module")
-def finished(folder):
-    """Folder and result of a search that ran to its end, and what it told of its progress."""
-    told = set()
-    with pytest.MonkeyPatch.context() as patch:
-        make_steady(patch)
-        result = search(config_of(folder, folder / "out"), lambda what, *state: told.add(what))
-    return folder / "out", result, told
-
-
-def archived(out, columns=DECIDED) -> list[tuple]:
-    with closing(sqlite3.connect(out / ARCHIVE)) as archive:
-        return archive.execute(f"SELECT {columns} FROM candidates ORDER BY number").fetchall()
 
 
 def test_a_search_leaves_a_student_a_result_and_an_archive(folder, finished):
@@ -127,11 +111,34 @@ def test_a_search_interrupted_again_and_again_reaches_the_same_archive(folder, f
         assert result[name] == finished[1][name]
 
 
-def test_a_result_that_is_broken_is_named(folder, finished, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("result.json", r"result\.json is not JSON.*remove it and resume"),
+        ("teachers.json", r"teachers\.json is not JSON.*remove it and resume"),
+    ],
+)
+def test_a_file_that_is_broken_is_named(folder, finished, tmp_path, name, says):
     shutil.copytree(finished[0], tmp_path / "out")
-    (tmp_path / "out" / "result.json").write_text("{")
-    with pytest.raises(InputError, match=r"result\.json is not JSON.*remove it and resume"):
+    (tmp_path / "out" / "result.json").unlink()
+    (tmp_path / "out" / name).write_text("{")
+    with pytest.raises(InputError, match=says):
         search(config_of(folder, tmp_path / "out", resume=True))
+
+
+def test_a_result_that_is_none_is_named(folder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "result.json").write_text("[]")
+    with pytest.raises(InputError, match=r"result\.json has no 'base'.*remove it and resume"):
+        search(config_of(folder, tmp_path / "out", resume=True))
+
+
+def test_a_kill_after_the_archive_leaves_nothing_behind(folder, finished, steady, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()
+    (tmp_path / "out" / "candidates" / "002" / "training").mkdir()
+    search(config_of(folder, tmp_path / "out", resume=True))
+    assert not (tmp_path / "out" / "candidates" / "002" / "training").exists()
 
 
 def test_renamed_folders_are_the_same_search(folder, finished, tmp_path):
@@ -171,6 +178,7 @@ def test_another_search_is_refused_in_its_folder(folder, finished, changes, says
 
 
 def test_other_weights_or_images_are_another_search(folder, finished, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
     save(tmp_path / "base", detector(load(folder / "base").spec, seed=1))
     with pytest.raises(InputError, match=r"base\.weights was"):
         search(config_of(folder, finished[0], resume=True, base=tmp_path / "base"))
@@ -201,6 +209,16 @@ def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, finished
     assert result["device"]["device_name"] == "new"
 
 
+def test_a_lost_archive_is_made_again(small, steady, tmp_path):
+    config = small(tmp_path / "out", candidates=1, steps=3)
+    search(config)
+    before = archived(tmp_path / "out")
+    for name in (ARCHIVE, "result.json"):
+        (tmp_path / "out" / name).unlink()
+    search(replace(config, resume=True))
+    assert archived(tmp_path / "out") == before
+
+
 def test_a_finished_pool_serves_another_search_and_is_scored_on_its_images(folder, finished, steady, tmp_path):
     pool, out = finished[0] / "pool", tmp_path / "again"
     before, whole = (pool / "pool.json").read_bytes(), config_of(folder, out).val
@@ -224,12 +242,25 @@ def test_a_finished_pool_serves_another_search_and_is_scored_on_its_images(folde
         ({"candidates": 0}, "candidates must be at least 1, got 0"),
         ({"latency_rounds": 0}, "latency_rounds must be at least 1, got 0"),
         ({"teacher_pool": Path("no pool")}, "holds no finished teacher pool"),
+        ({"teacher_pool": Path(__file__)}, "holds no finished teacher pool"),
+        ({"lr": -1.0}, r"lr must be a number of at least 0\.0, got -1\.0"),
+        ({"seed": -1}, "seed must be a number of at least 0, got -1"),
+        ({"workers": -1}, "workers must be"),
+        ({"amp": "int8"}, "amp must be one of"),
+        ({"latency_seconds": math.nan}, "latency_seconds must be a number of at least 0, got nan"),
+        ({"feature_weight": math.inf}, "feature_weight must be"),
     ],
 )
 def test_a_search_that_cannot_be_planned_is_refused_before_anything_is_written(folder, tmp_path, changes, says):
     with pytest.raises(InputError, match=says):
         search(config_of(folder, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_default_budget_said_in_steps_is_the_same_search(context):
+    default = replace(context, config=replace(context.config, steps=None))
+    said = replace(context, config=replace(context.config, steps=36 * 12 // 2))
+    assert default.identity() == said.identity() != context.identity()
 
 
 def test_a_val_without_boxes_to_select_on_is_refused_before_anything_is_written(folder, tmp_path):
@@ -256,6 +287,22 @@ def test_a_base_that_was_trained_on_other_images_is_said(folder, tmp_path):
     )
     with pytest.warns(Notice, match="was trained on other data"), pytest.raises(InputError, match="too few"):
         search(config_of(folder, tmp_path / "out", base=tmp_path / "base", steps=3))
+
+
+def test_a_base_that_does_not_say_what_it_was_trained_on_is_said(folder, tmp_path):
+    save(tmp_path / "base", load(folder / "base"))
+    with pytest.warns(Notice, match="does not say whether it was trained on"), pytest.raises(InputError, match="few"):
+        search(config_of(folder, tmp_path / "out", base=tmp_path / "base", steps=3))
+
+
+def test_a_base_of_weights_that_are_no_numbers_is_refused_before_anything_is_written(folder, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    base = load(tmp_path / "base")
+    base.backbone.body.conv1.weight.data[0] = math.nan
+    save(tmp_path / "base", base)
+    with pytest.raises(InputError, match=r"base in .* not finite, in backbone\.body\.conv1\.weight"):
+        search(config_of(folder, tmp_path / "out", base=tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_budget_covers_pool_candidates_and_both_controls(folder):

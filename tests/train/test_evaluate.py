@@ -12,7 +12,7 @@ from torchvision.models.detection import (
     ssdlite320_mobilenet_v3_large,
 )
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, ModelError
 from jdkd.notices import Notice
 from jdkd.train import evaluate
 from jdkd.train.twelve import twelve
@@ -182,7 +182,7 @@ def test_a_detector_that_finds_nothing_finite_is_refused(scenes):
     answers = truth(scenes)
     for answer in answers:
         answer["boxes"].fill_(NAN)
-    with pytest.raises(InputError, match="nothing is left to score; look for NaN"):
+    with pytest.raises(ModelError, match="nothing is left to score; look for NaN"):
         evaluate(Oracle(answers), scenes, **CPU)
 
 

@@ -1,0 +1,69 @@
+"""`jdkd inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jdkd.errors import InputError
+from jdkd.files import require_file, write_whole
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from jdkd.graph import Topology
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Read off any model which channels and blocks can be cut, check it, and say what cannot be and why."""
+
+    model: str
+    """Folder of a detector, a detector of torchvision by name, or package.module:function."""
+    height: int = 240
+    """Of the example image, in pixels."""
+    width: int = 320
+    """Of the example image, in pixels."""
+    verify: bool = True
+    """Cut every group once and compare with the masked model."""
+    json: Path | None = None
+    """File for the whole topology."""
+
+    def __call__(self) -> None:
+        from rich.console import Console
+
+        from jdkd.detect import open_model
+        from jdkd.graph import report
+
+        if self.json is not None:
+            require_file(self.json, "--json")
+        for name in ("height", "width"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; give at least 1 pixel.")
+        topology = _topology(open_model(self.model), self.height, self.width, self.verify)
+        Console().print(report(topology))
+        if self.json is not None:
+            write_whole(self.json, topology.to_json() + "\n")
+
+
+def _topology(model: nn.Module, height: int, width: int, verify: bool) -> Topology:
+    """Traced with one image as detectors take it, or else as a batch of one."""
+    import torch
+
+    from jdkd import rewrite
+    from jdkd.graph import trace
+
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
+    refusals = []
+    for example in ([image], image[None]):
+        try:
+            topology = trace(model, example)
+        except Exception as error:  # whatever a model says of an input that it does not take
+            refusals.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+            continue
+        return rewrite.verify(model, topology, example) if verify else topology
+    raise InputError(
+        f"{type(model).__name__} runs neither on a list of one image [3, {height}, {width}] ({refusals[0]}) nor on a "
+        f"batch of one ({refusals[1]}); give a function that returns a model which does."
+    )

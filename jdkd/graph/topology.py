@@ -1,0 +1,141 @@
+"""What is coupled to what in a model, as data: channel groups, block lists, and what is frozen and why."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the channels of a group stand in one dimension of one tensor.
+
+    Args:
+        tensor: name of a parameter or buffer.
+        dim: which of its dimensions.
+        role: ``"out"`` (a product makes them here), ``"in"`` (a product reads them) or ``"scale"`` (elementwise).
+        places: ``[units, repeat]``, the positions of each unit along the dimension.
+    """
+
+    tensor: str
+    dim: int
+    role: str
+    places: np.ndarray
+
+    @property
+    def repeat(self) -> int:
+        """Positions that one unit takes: 49 where a map of 7x7 was flattened."""
+        return self.places.shape[1]
+
+    @property
+    def offset(self) -> int | None:
+        """First position, where the units stand one after the other without a gap; else None."""
+        first = int(self.places[0, 0])
+        return first if (self.places.ravel() == np.arange(first, first + self.places.size)).all() else None
+
+    def to_json(self) -> dict[str, Any]:
+        offset = self.offset
+        where = {"offset": offset, "repeat": self.repeat} if offset is not None else {"places": self.places.tolist()}
+        return {"tensor": self.tensor, "dim": self.dim, "role": self.role, **where}
+
+
+@dataclass(frozen=True)
+class ChannelGroup:
+    """Channels that are cut in the same tensors; unit k stands at the places k of every slot.
+
+    A unit is the least that can go: one channel, or several where a group norm or a grouped convolution binds them.
+
+    Args:
+        name: the first layer that makes the channels.
+        units: how many units there are.
+        slots: every place where they stand.
+    """
+
+    name: str
+    units: int
+    slots: tuple[Slot, ...]
+
+    @property
+    def size(self) -> int:
+        """Channels, as the layer that names the group counts them."""
+        return self.units * next(slot for slot in self.slots if slot.role == "out").repeat
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "units": self.units, "slots": [slot.to_json() for slot in self.slots]}
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """Channels that keep their number.
+
+    Args:
+        tensors: (tensor, dimension) of all places where they stand.
+        reason: which operator, in which module, keeps them.
+    """
+
+    tensors: tuple[tuple[str, int], ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A run of residual blocks that keep their input's shape: each may be dropped, moved, or joined by others.
+
+    Args:
+        name: path of the container; where it holds several runs, of the first block.
+        blocks: paths of the blocks, in order.
+        ends: for each block and each sum in it, the layers and parameters that made what is added to its input, the
+            nearest first (those that are added with a ``+`` before their name); with these at 0 it is the identity.
+    """
+
+    name: str
+    blocks: tuple[str, ...]
+    ends: tuple[tuple[tuple[str, ...], ...], ...]
+
+    @property
+    def container(self) -> str:
+        """Path of the module whose children they are."""
+        return self.blocks[0].rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What :func:`jdkd.graph.trace` read off a model.
+
+    Args:
+        groups: what can be cut.
+        frozen: what cannot, and why.
+        block_lists: what can be dropped.
+        unknown: operators without a rule, and the modules that ran them.
+        unreached: parameters that the example did not reach.
+        sizes: elements of every parameter, by name.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[Frozen, ...]
+    block_lists: tuple[BlockList, ...]
+    unknown: dict[str, tuple[str, ...]]
+    unreached: tuple[str, ...]
+    sizes: dict[str, int]
+
+    def __getitem__(self, name: str) -> ChannelGroup:
+        return next(group for group in self.groups if group.name == name)
+
+    def prunable_share(self) -> float:
+        """The share of all parameters that stand in a slot of some group."""
+        reached = {slot.tensor for group in self.groups for slot in group.slots}
+        return sum(self.sizes.get(name, 0) for name in reached) / max(1, sum(self.sizes.values()))
+
+    def to_json(self) -> str:
+        content = {
+            "groups": [group.to_json() for group in self.groups],
+            "frozen": [asdict(frozen) for frozen in self.frozen],
+            "block_lists": [{"name": blocks.name, "blocks": blocks.blocks} for blocks in self.block_lists],
+            "unknown": self.unknown,
+            "unreached": self.unreached,
+            "prunable_share": self.prunable_share(),
+        }
+        return json.dumps(content, indent=2)

@@ -1,0 +1,146 @@
+"""See :func:`trace`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from jdkd.graph.channels import Channels
+from jdkd.graph.declaration import Declaration
+from jdkd.graph.residuals import Step
+from jdkd.graph.topology import BlockList, ChannelGroup, Frozen, Slot, Topology
+from jdkd.graph.tracer import Tracer
+
+
+def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) -> Topology:
+    """Reads off one eager forward which channels of a model live and die together.
+
+    The model runs once in evaluation mode, as it is: no symbolic trace, no code per family, and control flow may depend
+    on the data. An operator without a rule freezes the channels that pass it.
+
+    Args:
+        model: any module; its modes, weights and hooks are left as they were.
+        *example: what its forward takes; for a torchvision detector a list of one image ``[3, H, W]``.
+        declared: what is known of the model and does not show; it comes before what is read off.
+
+    Returns:
+        The topology. Have it checked: :func:`jdkd.rewrite.verify`.
+
+    Raises:
+        InputError: what is declared does not fit the model.
+    """
+    declared = declared or Declaration()
+    modes = [(module, module.training) for module in model.modules()]
+    tracer = Tracer(model.eval(), declared.operators)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            tracer.run(example)
+    finally:
+        for module, training in modes:
+            module.training = training
+    channels = tracer.marks.channels
+    declared.apply(channels)
+    component = channels.components()
+    groups, frozen = _groups(channels, component, channels.reasons(component))
+    reached = {axis.tensor for axis in channels.axes}
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return Topology(
+        groups=groups,
+        frozen=frozen,
+        block_lists=_block_lists(model, tracer.residuals.steps, component),
+        unknown={name: tuple(sorted(paths)) for name, paths in tracer.marks.unknown.items()},
+        unreached=tuple(name for name in sizes if name not in reached and sizes[name] > 1),
+        sizes=sizes,
+    )
+
+
+def _groups(
+    channels: Channels, component: np.ndarray, reasons: dict[int, str]
+) -> tuple[tuple[ChannelGroup, ...], tuple[Frozen, ...]]:
+    """Components that stand in the same axes, equally often, are the units of one group."""
+    axis_of = np.concatenate([np.full(axis.size, place) for place, axis in enumerate(channels.axes)])
+    first_of = np.array([axis.first for axis in channels.axes])
+    number = np.concatenate([np.arange(axis.first, axis.first + axis.size) for axis in channels.axes])
+    order = np.lexsort((number, axis_of, component[number]))
+    number, axis_of = number[order], axis_of[order]
+    root = component[number]
+    starts = np.flatnonzero(np.r_[True, root[1:] != root[:-1]])
+    members: dict[tuple[tuple[int, int], ...], list[slice]] = defaultdict(list)
+    for begin, end in zip(starts, np.r_[starts[1:], len(root)], strict=True):
+        axes, counts = np.unique(axis_of[begin:end], return_counts=True)
+        members[tuple(zip(axes.tolist(), counts.tolist(), strict=True))].append(slice(begin, end))
+    groups, frozen = [], defaultdict(set)
+    for signature, units in members.items():
+        roles = {place: channels.roles.get(channels.axes[place][:2], "scale") for place, _ in signature}
+        kept = [unit for unit in units if int(root[unit.start]) not in reasons]
+        stuck = {reasons[int(root[unit.start])] for unit in units if int(root[unit.start]) in reasons}
+        names = [channels.axes[place][:2] for place, _ in signature]
+        if kept and {"in", "out"} <= set(roles.values()):
+            kept.sort(key=lambda unit: int(number[unit.start]))
+            slots = []
+            for place, count in signature:
+                places = np.stack([number[unit][axis_of[unit] == place] for unit in kept]) - first_of[place]
+                axis = channels.axes[place]
+                slots.append(Slot(axis.tensor, axis.dim, roles[place], places.reshape(len(kept), count)))
+            made = next(slot for slot in slots if slot.role == "out")
+            groups.append(ChannelGroup(made.tensor.rpartition(".")[0] or made.tensor, len(kept), tuple(slots)))
+        elif kept and "out" in roles.values():
+            stuck.add("nothing in the model reads it")
+        for reason in stuck:
+            if "out" in roles.values() or "in" in roles.values():
+                frozen[reason].update(names)
+    return _named(groups), tuple(Frozen(tuple(sorted(names)), reason) for reason, names in frozen.items())
+
+
+def _named(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
+    """Groups whose channels one layer makes are told apart by a number."""
+    taken: dict[str, int] = {}
+    named = []
+    for group in groups:
+        taken[group.name] = number = taken.get(group.name, 0) + 1
+        named.append(group if number == 1 else ChannelGroup(f"{group.name}#{number}", group.units, group.slots))
+    return tuple(named)
+
+
+def _block_lists(model: nn.Module, steps: list[Step], component: np.ndarray) -> tuple[BlockList, ...]:
+    """Runs of neighbours in a container that add to what they were given and return it in the same channels."""
+    blocks: dict[str, Step] = {}
+    for step in steps:
+        holds_blocks = any(path.startswith(f"{step.path}.") for path in blocks)  # then those are a list of their own
+        if step.ends and "." in step.path and not holds_blocks and _same_channels(step, component):
+            blocks.setdefault(step.path, step)
+    lists: list[list[Step]] = []
+    for container in dict.fromkeys(path.rpartition(".")[0] for path in blocks):
+        before = None
+        for name, _ in model.get_submodule(container).named_children():
+            step = blocks.get(f"{container}.{name}")
+            if (
+                step is not None
+                and before is not None
+                and _channels_of(step, component) == _channels_of(before, component)
+            ):
+                lists[-1].append(step)
+            elif step is not None:
+                lists.append([step])
+            before = step
+    containers = [run[0].path.rpartition(".")[0] for run in lists]
+    names = [c if containers.count(c) == 1 else run[0].path for c, run in zip(containers, lists, strict=True)]
+    return tuple(
+        BlockList(name, tuple(step.path for step in run), tuple(step.ends for step in run))
+        for name, run in zip(names, lists, strict=True)
+    )
+
+
+def _channels_of(step: Step, component: np.ndarray) -> list[list[int]]:
+    return [component[label].ravel().tolist() for label in step.into]
+
+
+def _same_channels(step: Step, component: np.ndarray) -> bool:
+    return len(step.into) == len(step.out) > 0 and all(
+        one.shape == other.shape and (component[one] == component[other]).all()
+        for one, other in zip(step.into, step.out, strict=True)
+    )

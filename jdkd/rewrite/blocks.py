@@ -1,0 +1,109 @@
+"""Dropping, moving and adding residual blocks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from jdkd.errors import InputError
+from jdkd.graph import BlockList, Topology
+
+
+def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A copy of a model whose block lists hold the given blocks in the given order.
+
+    Args:
+        model: the module that ``topology`` was read off.
+        topology: its block lists.
+        order: by the name of a list, which of its blocks stand there. One that is left out is dropped; where one is
+            named again a copy of it stands, born as the identity: what it adds to its input is 0, and learns
+            (Joint-DetNAS adds its blocks so, with Dirac convolutions; here they are those of the one copied).
+
+    Returns:
+        The copy. Children of a plain ``nn.Sequential`` or ``nn.ModuleList`` are numbered anew, those of others keep
+        their names.
+
+    Raises:
+        InputError: there is no such list, it holds no such block, or a block cannot be born as the identity.
+    """
+    copied = copy.deepcopy(model)
+    for name, blocks in order.items():
+        _arrange(copied, _checked(topology, name, blocks), list(blocks))
+    return copied
+
+
+def _arrange(model: nn.Module, blocks: BlockList, order: list[int]) -> None:
+    container = model.get_submodule(blocks.container)
+    own = {path.rpartition(".")[2]: place for place, path in enumerate(blocks.blocks)}
+    children = list(container._modules.items())
+    chosen: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+    for place in order:
+        name, block = next((n, c) for n, c in children if own.get(n) == place)
+        if place in seen:
+            block = copy.deepcopy(block)
+            _silence(block, blocks.blocks[place], blocks.ends[place])
+            name = _free_name(name, {n for n, _ in (*children, *chosen)})
+        seen.add(place)
+        chosen.append((name, block))
+    arranged: list[tuple[str, nn.Module]] = []
+    for name, child in children:
+        if name not in own:
+            arranged.append((name, child))
+        elif chosen is not None:  # the blocks stand where the first of them stood
+            arranged += chosen
+            chosen = None
+    container._modules.clear()
+    plain = type(container) in (nn.Sequential, nn.ModuleList)
+    for number, (name, child) in enumerate(arranged):
+        container._modules[str(number) if plain and name.partition("+")[0].isdigit() else name] = child
+
+
+@torch.no_grad()
+def _silence(block: nn.Module, path: str, ends: Sequence[Sequence[str]]) -> None:
+    """Makes what a block adds to its input 0, in a way that can be unlearnt."""
+    for chain in ends:
+        for name in chain:
+            owner, _, leaf = name.removeprefix("+").removeprefix(f"{path}.").rpartition(".")
+            if not name.removeprefix("+").startswith(f"{path}."):
+                continue
+            found = getattr(block.get_submodule(owner), leaf)
+            learns = _set_to_zero(found) if isinstance(found, nn.Module) else found.zero_() is found
+            if learns and not name.startswith("+"):
+                break  # what comes before is multiplied by 0, and keeps its weights
+        else:
+            raise InputError(
+                f"{path} cannot be born as the identity: nothing that can learn multiplies what it adds to its input "
+                f"(it is made by {', '.join(chain) or 'no layer'})."
+            )
+
+
+def _set_to_zero(layer: nn.Module) -> bool:
+    """Sets what a layer makes to 0 and says whether that can be unlearnt; a frozen norm makes 0 of 0."""
+    for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
+        if name == "bias" or (name == "running_mean" and not isinstance(layer.weight, nn.Parameter)):
+            tensor.zero_()
+    if isinstance(getattr(layer, "weight", None), nn.Parameter):
+        layer.weight.zero_()
+        return True
+    return False
+
+
+def _checked(topology: Topology, name: str, order: Sequence[int]) -> BlockList:
+    lists = {blocks.name: blocks for blocks in topology.block_lists}
+    if name not in lists:
+        raise InputError(f"there is no list of blocks {name!r}; there are {', '.join(lists) or 'none'}.")
+    count = len(lists[name].blocks)
+    if any(not 0 <= place < count for place in order):
+        raise InputError(f"the list {name!r} has the blocks 0..{count - 1}, and {list(order)} names others.")
+    return lists[name]
+
+
+def _free_name(name: str, taken: set[str]) -> str:
+    number = 1
+    while f"{name}+{number}" in taken:
+        number += 1
+    return f"{name}+{number}"
