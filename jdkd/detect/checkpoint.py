@@ -40,7 +40,7 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """Rebuilds the detector that :func:`save` wrote, in evaluation mode.
 
     Raises:
-        InputError: a file is missing or unreadable, or the weights do not fit the spec.
+        InputError: a file is missing or unreadable, or the weights do not fit the spec or are not finite.
     """
     folder = Path(folder)
     for name in (SPEC, WEIGHTS):
@@ -53,6 +53,12 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     except SafetensorError as error:
         raise InputError(f"{folder / WEIGHTS} cannot be read ({error}); copy or train it again.") from None
     _require_fit(state, model.state_dict(), str(folder / WEIGHTS), "keep the two files of one detector together")
+    for name, tensor in state.items():
+        if count := tensor.numel() - int(tensor.isfinite().sum()):
+            raise InputError(
+                f"{folder / WEIGHTS}: {name} holds {count} of {tensor.numel()} numbers that are not finite, so the "
+                "detector would find nothing; train it again."
+            )
     model.load_state_dict(state)
     return model.to(device).eval()
 

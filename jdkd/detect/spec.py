@@ -101,7 +101,7 @@ class DetectorSpec:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{source} is not JSON ({error}); write one with `jdkd train`.") from None
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or not {"classes", "stages"} <= fields.keys() <= known:

@@ -329,3 +329,17 @@ def test_a_detector_is_not_saved_where_no_folder_can_be(place, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
     with pytest.raises(InputError, match=r"the folder of the detector .* cannot be a folder to write to"):
         save(tmp_path / place, detector(small_spec()))
+
+
+def test_weights_that_are_not_finite_are_not_loaded_as_a_detector_that_finds_nothing(tmp_path):
+    model = detector(small_spec())
+    with torch.no_grad():
+        model.backbone.fpn.inner_blocks[1][0].bias[3] = float("nan")
+    save(tmp_path, model)
+    with pytest.raises(InputError, match=r"fpn\.inner_blocks\.1\.0\.bias holds 1 of 16 numbers that are not finite"):
+        load(tmp_path)
+
+
+def test_a_spec_nested_without_end_is_no_json():
+    with pytest.raises(InputError, match="spec is not JSON"):
+        DetectorSpec.from_json("[" * 100_000)
