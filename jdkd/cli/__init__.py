@@ -72,7 +72,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     positional = tyro.conf.PositionalRequiredArgs
     data = Union[named("digits", Digits, positional), named("check", CheckData, positional)]  # noqa: UP007
     commands = (
-        named("data", data),
+        Annotated[data, tyro.conf.subcommand(name="data", description="Make data to try things on, or check data.")],
         named("inspect", Inspect, positional),
         named("train", Train),
         named("search", Search),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
+from jdkd.errors import InputError
 from jdkd.files import require_file, write_json
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Latency:
         from jdkd.latency import count, deployable, measure
 
         device = resolve_device(self.device)
+        if self.count < 1:
+            raise InputError(f"--count is {self.count}; measure on at least 1 validation image.")
         if self.out is not None:
             require_file(self.out, "--out")
         folders = _named([self.base, *self.students])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jdkd.data.boxes import clean
+from jdkd.data.boxes import clean, corners_of
 from jdkd.data.problems import Problem, refuse
 from jdkd.data.records import PLURALS, Records
 
@@ -100,7 +100,7 @@ def inspect_annotations(path: Path) -> tuple[Annotations | None, list[Problem]]:
     sizes, file_names = sizes[image_order], [file_names[place] for place in image_order]
     corners, kept, areas = clean(annotations, boxes, sizes[rows], crowd, lambda place: file_names[rows[place]])
     _require_content(path, images, annotations, categories, crowd, kept, problems)
-    cut = kept & (corners != np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)).any(axis=1)
+    cut = kept & (corners != corners_of(boxes)).any(axis=1)
     sides = corners[:, 2:] - corners[:, :2]
     inside = np.where(cut[:, None], np.concatenate([corners[:, :2], sides], axis=1), boxes)  # [A, 4]
     true = kept | (crowd & annotations.sound)

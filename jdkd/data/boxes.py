@@ -34,7 +34,7 @@ def clean(
         kept: [A] bool, the sound boxes that have an area.
         areas: [A] float64 px^2; the given ones, or the cut box's where none is given or the given one cannot be.
     """
-    corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)  # [A, 4]
+    corners = corners_of(boxes)
     limit = np.concatenate([sizes, sizes], axis=1)  # [A, 4]
     inside = np.clip(corners, 0, limit)
     checked = annotations.sound & ~crowd
@@ -58,6 +58,12 @@ def clean(
     return inside, kept, _areas(annotations, boxes, inside, kept)
 
 
+def corners_of(boxes: np.ndarray) -> np.ndarray:
+    """From x, y, width and height to left, top, right and bottom, [A, 4]; what ends too far off ends at infinity."""
+    with np.errstate(over="ignore"):
+        return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+
+
 def _vanishing(corners: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return (corners[:, 2:] - corners[:, :2] <= LEAST_SIDE * sizes).any(axis=1)
 
@@ -79,7 +85,8 @@ def _areas(annotations: Records, boxes: np.ndarray, inside: np.ndarray, kept: np
     absent = np.array([value is None for value in values], dtype=bool)
 
     def possible(sides: np.ndarray) -> np.ndarray:
-        return (given > 0) & (given <= (sides + 1).prod(axis=1))
+        with np.errstate(over="ignore"):
+            return (given > 0) & (given <= (sides + 1).prod(axis=1))
 
     wrong = kept & ~absent & ~possible(boxes[:, 2:])
 

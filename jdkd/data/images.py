@@ -79,7 +79,7 @@ def read_image(path: Path | str, size: Size | None = None) -> torch.Tensor:
     """Decode an image file of any common kind to RGB, as all of jdkd does.
 
     Grey-scale, palette and CMYK become RGB; alpha is dropped (as COCO readers do: the colour under it is kept);
-    16-bit samples keep their upper 8 bits. Samples of 32 bits have no agreed range and are refused. Of several
+    samples of 12 or 16 bits keep their upper 8. Samples of 32 bits have no agreed range and are refused. Of several
     frames or pages, the first is read.
 
     A picture with an EXIF orientation is turned to how it is displayed, which is how annotators see it, unless
@@ -162,7 +162,7 @@ def _decoded(file: Image.Image, size: Size | None) -> Image.Image:
     _require_depth(file)
     file.load()
     orientation = _orientation_for(file, size)
-    image = _rgb(file)
+    image = _rgb(file, _bits(file))
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
@@ -195,10 +195,18 @@ def _require_depth(file: Image.Image) -> None:
         raise ImageFault(TOO_DEEP, f"has samples of 32 bits or with a sign (mode {file.mode}), which have no range")
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white instead of scaling
-        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+def _rgb(image: Image.Image, bits: int) -> Image.Image:
+    if image.mode.startswith("I"):  # deep grey, which Pillow would clip to white instead of scaling
+        samples = np.asarray(image).astype(np.int64).clip(0, 2**bits - 1)  # [H, W]
+        image = Image.fromarray((samples >> (bits - 8)).astype(np.uint8))
     return image.convert("RGB")
+
+
+def _bits(file: Image.Image) -> int:
+    """How many bits the samples of deep grey have: 16 but for TIFF's 12, which Pillow leaves unscaled."""
+    if file.mode.startswith("I") and file.format == "TIFF":
+        return int(file.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+    return 16
 
 
 def _looks_whole(path: Path, file: Image.Image) -> bool:

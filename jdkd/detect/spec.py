@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,7 +101,7 @@ class DetectorSpec:
         """
         try:
             fields = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{source} is not JSON ({error}); write one with `jdkd train`.") from None
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or not {"classes", "stages"} <= fields.keys() <= known:
@@ -138,7 +139,7 @@ def named_spec(
     fpn: int | None = None,
     box_head: int | None = None,
     min_size: int = 800,
-    max_size: int = 1333,
+    max_size: int | None = None,
     max_detections: int = 100,
 ) -> DetectorSpec:
     """A published architecture, narrowed or deepened.
@@ -150,18 +151,24 @@ def named_spec(
             the box head.
         depth: multiplies the number of blocks of every stage.
         fpn, box_head: override the multiplied widths.
-        min_size, max_size: input size in pixels. Anchors follow it (32-512 at 800 px, smallest one never
+        min_size, max_size: input size in pixels; the longest side is 1333 by default, or ``min_size`` where that is
+            more. Anchors follow it (32-512 at 800 px, smallest one never
             under 8), and below 400 px fewer regions are proposed (300) and
             sampled (64, half of them objects), with one point per bin.
         max_detections: detections that are kept of an image.
 
     Raises:
-        InputError: the name is unknown or a multiplier is not positive.
+        InputError: the name is unknown, a multiplier is not positive and finite, or ``max_size`` is below ``min_size``.
     """
     if name not in _PUBLISHED:
         raise InputError(f"spec {name!r} is neither a JSON file nor one of the named specs {', '.join(NAMED_SPECS)}.")
-    if width <= 0 or depth <= 0:
+    if not (0 < width < math.inf and 0 < depth < math.inf):
         raise InputError(f"width and depth multiply the spec and must be positive, got {width} and {depth}.")
+    if max_size is not None and max_size < min_size:
+        raise InputError(
+            f"max_size {max_size} is below min_size {min_size}, but limits the long side when the short one is resized "
+            "to min_size; give both, the larger one as max_size."
+        )
     block, depths = _PUBLISHED[name]
     inner = [round_width(width * channels) for channels in (64, 128, 256, 512)]
     stages = tuple(
@@ -177,10 +184,10 @@ def named_spec(
         stages=stages,
         block=block,
         stem=round_width(64 * width),
-        fpn=fpn or round_width(256 * width),
-        box_head=box_head or round_width(1024 * width),
+        fpn=round_width(256 * width) if fpn is None else fpn,
+        box_head=round_width(1024 * width) if box_head is None else box_head,
         min_size=min_size,
-        max_size=max(max_size, min_size),
+        max_size=max(1333, min_size) if max_size is None else max_size,
         anchors=tuple(smallest << level for level in range(5)),
         proposals=300 if small else 1000,
         rois=64 if small else 512,
@@ -198,6 +205,10 @@ def _check(spec: DetectorSpec) -> None:
             f"block must be one of {sorted(EXPANSION)} and norm 'batch' or 'frozen', got {spec.block!r} and "
             f"{spec.norm!r}."
         )
+    if isinstance(spec.classes, str) or not all(isinstance(name, str) for name in spec.classes):
+        raise InputError(f"classes must be a list of names, got {spec.classes!r:.60}.")
+    if not 0 <= spec.positives <= 1:
+        raise InputError(f"positives is a share of the regions and must be in 0..1, got {spec.positives}.")
     if not spec.classes or len(spec.stages) != 4 or len(spec.anchors) != 5:
         raise InputError(
             "a detector needs at least one class, 4 stages and 5 anchor sizes, got "
@@ -209,21 +220,14 @@ def _check(spec: DetectorSpec) -> None:
                 f"stage {number} needs at least one block, each with {INNER_CONVS[spec.block]} inner width(s) "
                 f"for {spec.block} blocks, got {stage.blocks}."
             )
-    sizes = [
-        spec.stem,
-        spec.fpn,
-        spec.box_head,
-        spec.min_size,
-        spec.max_size,
-        spec.proposals,
-        spec.rois,
-        spec.roi_samples,
-        spec.max_detections,
-        *spec.anchors,
-    ]
-    sizes += [width for stage in spec.stages for width in (stage.width, *sum(stage.blocks, ()))]
-    if any(not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in sizes):
-        raise InputError(f"every size of a spec must be a positive whole number, got {sizes}.")
+    scalars = ("stem", "fpn", "box_head", "min_size", "max_size", "proposals", "rois", "roi_samples", "max_detections")
+    sizes = {name: [getattr(spec, name)] for name in scalars} | {"anchors": list(spec.anchors)}
+    for number, stage in enumerate(spec.stages, start=1):
+        sizes[f"stage {number}"] = [stage.width, *sum(stage.blocks, ())]
+    for name, given in sizes.items():
+        for size in given:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise InputError(f"every size of a spec must be a positive whole number, got {size!r} for {name}.")
 
 
 def _stage(fields: dict[str, Any]) -> Stage:

@@ -85,13 +85,13 @@ def load_weights(model: nn.Module, file: Path | str) -> LoadReport:
             raise InputError(f"weights {file} have two tensors for {place}: {origin[place]} and {name}; keep one.")
         placed[place], origin[place] = tensor, name
     fits = {name: t for name, t in placed.items() if name in wanted and t.shape == wanted[name].shape}
+    _require_values(fits, wanted, origin, file)
     if not any(tensor.dim() > 1 for tensor in fits.values()):
         ours, theirs = next(iter(wanted.items())), next(iter(state.tensors.items()))
         raise InputError(
             f"nothing in {file} fits the detector: it begins with {theirs[0]} {list(theirs[1].shape)}, the detector "
             f"with {ours[0]} {list(ours[1].shape)}; give a state dict of the same architecture and width."
         )
-    _require_finite(fits, origin, file)
     model.load_state_dict(fits, strict=False)
     return LoadReport(
         matched=tuple(fits),
@@ -107,13 +107,33 @@ def load_weights(model: nn.Module, file: Path | str) -> LoadReport:
     )
 
 
-def _require_finite(fits: Mapping[str, Tensor], origin: Mapping[str, str], file: Path) -> None:
+def _require_values(
+    fits: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: Mapping[str, str], file: Path
+) -> None:
+    """Refuses what is not finite, and other kinds of numbers than the detector's, which a copy would misread."""
     for place, tensor in fits.items():
-        if tensor.is_floating_point() and (count := tensor.numel() - int(tensor.isfinite().sum())):
+        if not wanted[place].is_floating_point():
+            continue
+        if (kind := _kind(tensor)) != "real numbers":
+            raise InputError(
+                f"weights {file}: {origin[place]} holds {kind} ({tensor.dtype}), where the detector has "
+                f"{wanted[place].dtype}; save it as plain float tensors (dequantised, dense) first."
+            )
+        if count := tensor.numel() - int(tensor.float().isfinite().sum()):  # float8 knows no isfinite
             raise InputError(
                 f"weights {file}: {origin[place]} holds {count} of {tensor.numel()} numbers that are not finite; the "
                 "training that wrote it diverged, so give an earlier checkpoint."
             )
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "no values, only a shape"
+    if tensor.is_quantized:
+        return "quantised values"
+    if tensor.layout != torch.strided:
+        return "a sparse matrix"
+    return "real numbers" if tensor.is_floating_point() else "values that are no real numbers"
 
 
 def _read(file: Path) -> Any:

@@ -42,6 +42,9 @@ class Schedule:
         warmup_limit: but no longer than this, in seconds; the report says whether it became stable.
         window: rounds whose median is compared with that of as many rounds before them.
         tolerance: largest relative difference of the two medians that counts as stable.
+
+    Raises:
+        InputError: one is not a number or too small.
     """
 
     rounds: int = 100
@@ -51,6 +54,12 @@ class Schedule:
     warmup_limit: float = 20.0
     window: int = 10
     tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 1 if name in ("rounds", "window") else 0
+            if not value >= least:  # NaN too
+                raise InputError(f"{name} must be a number of at least {least}, got {value}; give a larger one.")
 
 
 LEAST_ROUNDS = 5

@@ -11,7 +11,16 @@ from jdkd.errors import InputError
 from jdkd.files import write_whole
 
 CHECKPOINT = "checkpoint.pt"
-FIELDS = {"step", "seconds", "losses", "model", "optimizer", "scaler", "config", "data"}
+FIELDS = {
+    "step": int,
+    "seconds": float,
+    "losses": dict,
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "config": dict,
+    "data": dict,
+}  # and of what kind each is
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
@@ -37,14 +46,21 @@ def read(folder: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"checkpoint {file} cannot be read ({reason}); delete it to start again.") from error
-    if not isinstance(state, dict) or not state.keys() >= FIELDS:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        what = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        raise InputError(f"checkpoint {file} cannot be read ({what}); delete it to start again.") from error
+    if not isinstance(state, dict) or not state.keys() >= FIELDS.keys():
         got = f"the fields {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise InputError(
             f"checkpoint {file} is not one that a training left: it holds {got}, not {', '.join(sorted(FIELDS))}; move "
             "it away, or give another folder."
         )
+    for name, kind in FIELDS.items():
+        if not isinstance(state[name], kind):
+            raise InputError(
+                f"checkpoint {file} is not one that a training left: its {name} is a {type(state[name]).__name__}, not "
+                f"a {kind.__name__}; move it away, or give another folder."
+            )
     return state
 
 

@@ -145,12 +145,8 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
     Where the number of classes does not show, :class:`Findings` checks the labels.
     """
     spec = getattr(model, "spec", None)
-    predictor = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
-    if spec is not None:
-        known = len(spec.classes)
-    elif hasattr(predictor, "cls_score"):
-        known = predictor.cls_score.out_features - 1  # label 0 is the background
-    else:
+    known = len(spec.classes) if spec is not None else _known_classes(model)
+    if known is None:
         return
     if known != len(classes):
         remedy = "evaluate it on the data it was made for, or train one for this data"
@@ -162,3 +158,13 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
             f"the detector has its classes in the order {', '.join(spec.classes)} and the dataset in the "
             f"order {', '.join(classes)}; number the categories of the annotations as the detector does."
         )
+
+
+def _known_classes(model: nn.Module) -> int | None:
+    """How many classes one of torchvision's detectors tells apart, without label 0, which is the background in all."""
+    two_stages = getattr(getattr(getattr(model, "roi_heads", None), "box_predictor", None), "cls_score", None)
+    one_stage = getattr(getattr(model, "head", None), "classification_head", None)
+    for head, name in ((two_stages, "out_features"), (one_stage, "num_classes"), (one_stage, "num_columns")):  # of SSD
+        if isinstance(count := getattr(head, name, None), int):
+            return count - 1
+    return None

@@ -22,6 +22,7 @@ def test_help_loads_nothing_heavy():
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert answer.stderr.strip() == ""
     assert all(command in answer.stdout for command in COMMANDS)
+    assert "Make data to try things on" in answer.stdout and "Union" not in answer.stdout
 
 
 def test_runs_as_a_module():

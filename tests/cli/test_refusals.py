@@ -233,6 +233,7 @@ def test_a_truncated_image(jdkd, trained, squares, tmp_path):
     image.write_bytes(image.read_bytes()[:60])
     _refused(jdkd("eval", trained, "--data", folder), "102.png")
     _refused(jdkd("latency", trained, "--images", image), "102.png")
+    _refused(jdkd("latency", trained, "--count", 0), "--count is 0")
 
 
 def test_a_full_disk_names_the_file(jdkd, train_arguments, tmp_path, monkeypatch):

@@ -25,6 +25,18 @@ def test_an_area_that_can_be_is_kept(read, value):
     assert read(only(box(1, 10, area=value))).truth.areas.tolist() == [value]
 
 
+@pytest.mark.parametrize(
+    ("bbox", "kept", "says"),
+    [
+        ((1e308, 1e308, 1e308, 1e308), [], "1 of 2 boxes outside their image"),
+        ((5, 0, 1.7e308, 1e308), [[5, 0, WIDTH, HEIGHT]], "1 of 2 boxes over the edge"),
+    ],
+)
+def test_a_box_that_ends_at_infinity_is_put_right_without_a_warning_of_numpy(repair, bbox, kept, says):
+    found, said = repair(only(box(1, 20, bbox=bbox), box(2, 10, bbox=(0, 0, 4, 4))))
+    assert found.boxes.tolist() == [[0, 0, 4, 4], *kept] and says in said
+
+
 def test_a_cut_box_has_no_larger_area_than_what_is_left(repair):
     found, said = repair(only(box(1, 10, bbox=(35, 0, 10, 10), area=100), box(2, 20, bbox=(35, 0, 10, 10), area=30)))
     assert found.truth.areas.tolist() == [50, 30] and "areas" not in said

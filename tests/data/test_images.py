@@ -1,6 +1,7 @@
 """Every kind of image file becomes RGB as its annotations mean it; a broken one is named."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -55,6 +56,23 @@ def test_sixteen_bits_keep_their_upper_eight(tmp_path):
     deep = np.arange(24, dtype=np.uint16).reshape(4, 6) * 2700
     Image.fromarray(deep).save(tmp_path / "a.png")
     assert (read(tmp_path / "a.png") == (deep >> 8)[..., None]).all()
+
+
+def twelve_bits(samples):
+    """A grey TIFF of 12 bits a sample, two of them in three bytes; Pillow writes none."""
+    height, width = samples.shape
+    pairs = samples.reshape(-1, 2).astype(int)
+    data = b"".join(((first << 12) | second).to_bytes(3, "big") for first, second in pairs.tolist())
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return head + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_twelve_bits_keep_their_upper_eight(tmp_path):
+    deep = np.arange(24, dtype=np.uint16).reshape(4, 6) * 170
+    (tmp_path / "a.tiff").write_bytes(twelve_bits(deep))
+    assert (read(tmp_path / "a.tiff") == (deep >> 4)[..., None]).all()
 
 
 def test_cmyk_becomes_rgb(tmp_path):

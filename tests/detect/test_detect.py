@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from torchvision.models import resnet18
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
 from jdkd.detect import (
     NEW,
@@ -182,6 +184,36 @@ def test_named_specs_are_the_published_architectures():
         named_spec("yolo", CLASSES)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"width": float("nan")}, "must be positive, got nan"),
+        ({"depth": float("inf")}, "must be positive, got 1.0 and inf"),
+        ({"fpn": 0}, "got 0 for fpn"),
+        ({"box_head": 0}, "got 0 for box_head"),
+        ({"min_size": 64, "max_size": 48}, "max_size 48 is below min_size 64"),
+        ({"max_size": 500}, "max_size 500 is below min_size 800"),
+    ],
+)
+def test_no_option_of_a_named_spec_is_replaced_in_silence(options, says):
+    with pytest.raises(InputError, match=says):
+        named_spec("faster_rcnn_r18_fpn", CLASSES, **options)
+
+
+def test_the_long_side_follows_a_large_short_side_that_is_given_alone():
+    sizes = [named_spec("faster_rcnn_r18_fpn", CLASSES, **given).max_size for given in ({}, {"min_size": 1500})]
+    assert sizes == [1333, 1500]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"classes": "cat"}, "classes must be a list"), ({"classes": (1,)}, "list of names"), ({"positives": 7}, "0..1")],
+)
+def test_fields_of_another_kind_are_refused(changes, says):
+    with pytest.raises(InputError, match=says):
+        small_spec(**changes)
+
+
 def test_a_checkpoint_rebuilds_the_detector(tmp_path):
     model = detector(small_spec())
     save(tmp_path / "a", model)
@@ -197,7 +229,7 @@ def test_a_base_without_spec_or_with_foreign_weights_is_refused(tmp_path):
     save(tmp_path / "a", build(small_spec()))
     save(tmp_path / "b", build(small_spec(fpn=24)))
     (tmp_path / "b" / "spec.json").write_text((tmp_path / "a" / "spec.json").read_text())
-    with pytest.raises(InputError, match=r"fpn.*\[24.*in the weights and \[16"):
+    with pytest.raises(InputError, match=r"fpn.*\[24.*in it and \[16"):
         load(tmp_path / "b")
     (tmp_path / "a" / "weights.safetensors").write_bytes(b"short")
     with pytest.raises(InputError, match="cannot be read"):
@@ -261,3 +293,53 @@ def test_a_folded_detector_is_not_saved_under_a_spec_that_it_no_longer_fits(tmp_
     with pytest.raises(InputError, match=r"inherit takes .*layer1\.0\.conv1\.weight has 8 channels.*it has 9 channels"):
         inherit(model, model.spec)
     assert not (tmp_path / "a").exists()
+
+
+def replaced(model):
+    model.roi_heads.box_predictor = FastRCNNPredictor(model.spec.box_head, 9)
+
+
+def masked_weight(model):
+    prune.l1_unstructured(model.roi_heads.box_predictor.cls_score, "weight", 0.3)
+
+
+def grown(model):
+    model.extra = nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (replaced, r"box_predictor\.bbox_pred\.bias is \[36\] in it and \[16\] in the spec"),
+        (masked_weight, r"cls_score\.weight is nothing in it and \[4, 24\] in the spec"),
+        (grown, r"extra\.bias is \[2\] in it and nothing in the spec"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_saved(change, says, tmp_path):
+    model = detector(small_spec())
+    change(model)
+    with pytest.raises(InputError, match=f"the detector to save does not fit.*{says}"):
+        save(tmp_path / "a", model)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "link", "l" * 300])
+def test_a_detector_is_not_saved_where_no_folder_can_be(place, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
+    with pytest.raises(InputError, match=r"the folder of the detector .* cannot be a folder to write to"):
+        save(tmp_path / place, detector(small_spec()))
+
+
+def test_weights_that_are_not_finite_are_not_loaded_as_a_detector_that_finds_nothing(tmp_path):
+    model = detector(small_spec())
+    with torch.no_grad():
+        model.backbone.fpn.inner_blocks[1][0].bias[3] = float("nan")
+    save(tmp_path, model)
+    with pytest.raises(InputError, match=r"fpn\.inner_blocks\.1\.0\.bias holds 1 of 16 numbers that are not finite"):
+        load(tmp_path)
+
+
+def test_a_spec_nested_without_end_is_no_json():
+    with pytest.raises(InputError, match="spec is not JSON"):
+        DetectorSpec.from_json("[" * 100_000)

@@ -109,6 +109,34 @@ def test_weights_that_are_not_finite_are_refused_by_name(state, value, tmp_path)
     assert torch.equal(model.backbone.body.conv1.weight, before)
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch, on sparse and quantised tensors
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        (lambda t: (t * 100).to(torch.int8), r"values that are no real numbers \(torch\.int8\)"),
+        (lambda t: t.to(torch.complex64), r"values that are no real numbers \(torch\.complex64\)"),
+        (lambda t: t.to("meta"), "no values, only a shape"),
+        (lambda t: t.to_sparse(), "a sparse matrix"),
+        (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "quantised values"),
+    ],
+    ids=["int8", "complex", "meta", "sparse", "quantised"],
+)
+def test_numbers_of_another_kind_are_refused_by_name(state, changed, says, tmp_path):
+    name = "roi_heads.box_head.fc6.weight"
+    torch.save({**state, name: changed(state[name])}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=rf"{name} holds {says}.*torch\.float32; save it as plain float tensors"):
+        load_weights(build(small_spec()), tmp_path / "x.pth")
+
+
+def test_weights_of_eight_bits_are_read_as_floats(state, tmp_path):
+    small = {name: t.to(torch.float8_e4m3fn) if t.is_floating_point() else t for name, t in state.items()}
+    torch.save(small, tmp_path / "x.pth")
+    model = build(small_spec())
+    load_weights(model, tmp_path / "x.pth")
+    name = "backbone.body.conv1.weight"
+    assert torch.equal(model.state_dict()[name], small[name].float())
+
+
 def test_one_place_is_not_filled_twice(state, tmp_path):
     torch.save({**state, **prefixed("module.", state)}, tmp_path / "x.pth")
     with pytest.raises(InputError, match=r"two tensors for backbone\.body\.conv1\.weight.*and module\.backbone"):

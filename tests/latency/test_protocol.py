@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 import torch
@@ -165,3 +166,9 @@ def test_times_with_events_and_replays_the_backbone_on_a_gpu(model, images):
     report = measure({"base": deployable(model)}, images, device="cuda", rounds=5, min_seconds=0, warmup_limit=1)
     assert report.environment["clock"] == "CUDA events"
     assert set(report.models["base"].modes()) == {"end_to_end", "model_only", "backbone_replay"}
+
+
+@pytest.mark.parametrize("setting", [{"rounds": 0}, {"min_seconds": math.nan}, {"warmup_limit": -1.0}, {"window": 0}])
+def test_a_schedule_without_an_end_or_a_sample_is_refused(setting):
+    with pytest.raises(InputError, match=f"{next(iter(setting))} must be a number of at least"):
+        Schedule(**setting)

@@ -6,6 +6,11 @@ import json
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection import (
+    fcos_resnet50_fpn,
+    retinanet_resnet50_fpn,
+    ssdlite320_mobilenet_v3_large,
+)
 
 from jdkd.errors import InputError, ModelError
 from jdkd.notices import Notice
@@ -51,6 +56,14 @@ def test_labels_are_mapped_to_category_ids(scenes):
     for answer in answers:
         answer["labels"] = answer["labels"] % 3 + 1
     assert evaluate(Oracle(answers), scenes, **CPU).map < 0.2
+
+
+@pytest.mark.parametrize("make", [retinanet_resnet50_fpn, fcos_resnet50_fpn, ssdlite320_mobilenet_v3_large])
+def test_a_detector_of_one_stage_with_other_classes_is_refused_though_it_finds_nothing(make, scenes):
+    with torch.device("meta"):
+        model = make(weights=None, weights_backbone=None, num_classes=91)
+    with pytest.raises(InputError, match="knows 90 classes and the dataset has 3"):
+        evaluate(model, scenes, **CPU)
 
 
 def test_finding_nothing_scores_zero(scenes):

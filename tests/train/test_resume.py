@@ -182,6 +182,23 @@ def test_a_foreign_checkpoint_is_refused_and_kept(scenes, tmp_path, content):
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.parametrize(("name", "content"), [("step", "two"), ("model", None), ("config", []), ("data", 3)])
+def test_a_checkpoint_of_other_kinds_of_fields_is_refused(scenes, tmp_path, name, content):
+    config = TrainConfig(steps=1, batch_size=1)
+    fit(Toy(), scenes, config, **CPU, folder=tmp_path)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**state, name: content}, tmp_path / "checkpoint.pt")
+    with pytest.raises(InputError, match=f"not one that a training left: its {name} is a {type(content).__name__}"):
+        fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk" * 99])
+def test_a_checkpoint_that_cannot_be_read_says_what_torch_makes_of_it(scenes, tmp_path, content):
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"checkpoint\.pt cannot be read \(\w+Error.*\); delete it"):
+        fit(Toy(), scenes, TrainConfig(steps=1, batch_size=1), **CPU, folder=tmp_path, resume=True)
+
+
 def test_log_lines_that_are_none_of_ours_are_dropped(scenes, tmp_path):
     config = TrainConfig(steps=2, batch_size=1, log_every=1)
     with pytest.raises(KeyboardInterrupt):
