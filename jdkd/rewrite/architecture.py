@@ -26,8 +26,8 @@ class Architecture:
         arguments: what it is called with, by name; only what JSON has (a tuple becomes a list).
         blocks: container -> which of the builder's children stand there, in order; a repeated number is a copy.
         shapes: parameter or buffer -> its shape.
-        attributes: ``"path.name"`` -> number, text or list of such that was set on a module after it was built.
-        input_size: short and longest side to which images are resized, in pixels; None: as the builder has it.
+        attributes: ``"path.name"`` -> number, text or list of such that was set on a module after it was built;
+            the size to which a detector resizes its input is one.
         classes: names of the object classes, label k is ``classes[k - 1]``; empty: not known.
 
     Raises:
@@ -39,7 +39,6 @@ class Architecture:
     blocks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Any] = field(default_factory=dict)
-    input_size: tuple[int, int] | None = None
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -53,11 +52,6 @@ class Architecture:
             raise InputError(f"blocks must leave at least one child in {empty[0]!r}.")
         for name in ("arguments", "attributes"):
             object.__setattr__(self, name, _json_like(name, _mapping(name, getattr(self, name))))
-        if self.input_size is not None:
-            size = _integers("input_size", "pixels", self.input_size, 1)
-            if len(size) != 2 or size[0] > size[1]:
-                raise InputError(f"input_size must be (short side, longest side) in pixels, got {list(size)}.")
-            object.__setattr__(self, "input_size", size)
         if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
             raise InputError(f"classes must be a list of names, got {self.classes!r:.80}.")
         object.__setattr__(self, "classes", tuple(self.classes))

@@ -24,7 +24,6 @@ def describe(
     builder: str,
     arguments: Mapping[str, Any] | None = None,
     *,
-    input_size: Sequence[int] | None = None,
     classes: Sequence[str] = (),
 ) -> Architecture:
     """The architecture of a model: its builder, and how it differs from what that makes.
@@ -36,14 +35,14 @@ def describe(
         model: what the builder made, or was made of that by :mod:`jdkd.rewrite`, in any number of steps.
         builder: import path ``"package.module:function"``.
         arguments: what the builder is called with.
-        input_size, classes: as of :class:`Architecture`; taken as they are.
+        classes: names of the object classes, taken as they are.
 
     Raises:
         InputError: the builder cannot be called, or the model differs from it in more than blocks, shapes and plain
             attributes: in the class of a module, say.
     """
     model = unwrapped(model)
-    found = Architecture(builder, dict(arguments or {}), input_size=input_size, classes=tuple(classes))
+    found = Architecture(builder, dict(arguments or {}), classes=tuple(classes))
     fresh = build(found, "meta")
     try:
         blocks = _blocks(model, fresh, "", strict=True)
