@@ -25,11 +25,14 @@ class Import:
     """Of batch norms that were frozen when the weights were made [what torchvision has]."""
 
     def __call__(self) -> None:
+        import torch
+
         from jdkd.detect import import_detector, parameter_count, save
         from jdkd.detect.checkpoint import ARCHITECTURE, SPEC, WEIGHTS
 
         if held := [name for name in (SPEC, ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
             raise InputError(f"--out {self.out} holds a {held[0]} already; give another folder.")
+        torch.manual_seed(0)  # of predictors that are made anew
         model = import_detector(self.model, self.weights, classes=self._names(), norm_eps=self.norm_eps)
         claim_folder(self.out, "--out")
         save(self.out, model)

@@ -57,8 +57,8 @@ def import_detector(
         origin = Architecture("jdkd.detect:with_frozen_norms", arguments)
         model = build(origin).eval()
         say_once(
-            f"{weights} counts no batches, so it is of frozen batch norms, and they are frozen here too, with an eps of "
-            f"{eps:g}; --norm-eps sets another"
+            f"{weights} counts no batches, so it is of frozen batch norms, and they are frozen here too, with an eps "
+            f"of {eps:g}; --norm-eps sets another"
         )
     elif norm_eps is not None:
         raise InputError(f"norm_eps {norm_eps:g} is for weights of frozen batch norms, and these are not.")
@@ -99,9 +99,7 @@ def _left_out(report: LoadReport) -> str:
 def _remake(model: nn.Module, classes: int) -> None:
     remade = remake_predictors(model, classes + 1)
     if remade is None:
-        say_once(
-            f"{type(model).__name__} has no predictor of torchvision's, so its {classes} classes are taken on trust"
-        )
+        say_once(f"{type(model).__name__} has no predictor of torchvision's; its {classes} classes are taken on trust")
     elif remade:
         listed = ", ".join(f"{name} ({old} outputs, now {new})" for name, (old, new) in remade.items())
         say_once(f"made anew for {classes} classes and the background, to be trained: {listed}")

@@ -98,7 +98,9 @@ def _require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], who:
     for name in sorted(ours.keys() | theirs.keys()):
         one, other = (list(each[name].shape) if name in each else "nothing" for each in (ours, theirs))
         if one != other:
-            raise InputError(f"{who} does not fit {whose}: {name} is {one} there and {other} here; {remedy}.")
+            raise InputError(
+                f"{who} does not fit {whose}: {name} is {one} in the first and {other} in the second; {remedy}."
+            )
 
 
 def _not_persistent(model: nn.Module) -> set[str]:

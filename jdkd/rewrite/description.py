@@ -44,10 +44,7 @@ def describe(
     model = unwrapped(model)
     found = Architecture(builder, dict(arguments or {}), classes=tuple(classes))
     fresh = build(found, "meta")
-    try:
-        blocks = _blocks(model, fresh, "", strict=True)
-    except InputError:
-        blocks = _blocks(model, fresh, "", strict=False)
+    blocks = _blocks(model, fresh, "", strict=False)
     found = found.replace(blocks=blocks)
     ours, theirs = tensors_by_name(model), tensors_by_name(build(found, "meta") if blocks else fresh)
     for name in sorted(ours.keys() ^ theirs.keys()):
@@ -63,7 +60,7 @@ def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict
     Args:
         ours, theirs: the model's module, and the builder's.
         path: of both.
-        strict: whether attributes must agree too; where they were changed, they cannot.
+        strict: whether attributes must agree too, so that a block that was moved is not taken for one that was changed.
     """
     if _kind(ours) != _kind(theirs) or (strict and _facts(ours) != _facts(theirs)):
         raise InputError(
@@ -71,17 +68,14 @@ def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict
             "blocks and plain attributes may have changed, so describe it with a builder that makes its modules."
         )
     if list(ours._modules) == list(theirs._modules):
-        try:
-            inside = [
-                _blocks(child, theirs._modules[name], f"{path}.{name}".lstrip("."), strict)
-                for name, child in ours._modules.items()
-                if child is not None and theirs._modules[name] is not None
-            ]
-            return {name: order for each in inside for name, order in each.items()}
-        except InputError:
-            if (order := _order(ours, theirs, _signature)) is None:
-                raise
-            return {path: order}
+        for exact in (True, False):
+            try:
+                return _inside(ours, theirs, path, exact)
+            except InputError:
+                if (order := _order(ours, theirs, _signature)) is not None:
+                    return {path: order}
+                if strict or not exact:
+                    raise
     order = _order(ours, theirs, _signature) or (None if strict else _order(ours, theirs, _structure))
     if order is None:
         raise InputError(
@@ -89,6 +83,16 @@ def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict
             f"{', '.join(theirs._modules)[:80]} of the builder; describe it with a builder that makes its modules."
         )
     return {path: order}
+
+
+def _inside(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict[str, tuple[int, ...]]:
+    """The same of the children of two modules, by name."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, child in ours._modules.items():
+        other = theirs._modules[name]
+        if child is not None and other is not None:
+            found |= _blocks(child, other, f"{path}.{name}".lstrip("."), strict)
+    return found
 
 
 def _order(ours: nn.Module, theirs: nn.Module, identity: Callable[[nn.Module], Hashable]) -> tuple[int, ...] | None:
