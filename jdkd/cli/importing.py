@@ -15,8 +15,8 @@ class Import:
 
     model: str
     """A detector of torchvision by name, package.module:function, or a folder that import wrote."""
-    out: Path
-    """Folder for architecture.json and weights.safetensors."""
+    out: Path | None = None
+    """Folder for architecture.json and weights.safetensors; must be given."""
     weights: Path | None = None
     """State dict, or a training checkpoint that holds one; without it, what the builder gives."""
     classes: tuple[str, ...] = ()
@@ -30,6 +30,8 @@ class Import:
         from jdkd.detect import import_detector, parameter_count, save
         from jdkd.detect.checkpoint import ARCHITECTURE, SPEC, WEIGHTS
 
+        if self.out is None:
+            raise InputError("--out is missing; give a folder for the checkpoint.")
         if held := [name for name in (SPEC, ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
             raise InputError(f"--out {self.out} holds a {held[0]} already; give another folder.")
         torch.manual_seed(0)  # of predictors that are made anew

@@ -87,7 +87,7 @@ def load_architecture(folder: Path | str, device: torch.device | str = "cpu") ->
     _require_same(state, required, f"{folder / WEIGHTS}", ARCHITECTURE, remedy)
     with torch.no_grad():
         for name, values in state.items():
-            old = wanted[name]
+            old, values = wanted[name], values.clone()  # aligned, as kernels sum in another order where it is not
             new = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
             torch.utils.swap_tensors(old, new)  # so that whatever holds the tensor, tied modules say, has the new one
     model.architecture = architecture

@@ -24,6 +24,7 @@ from jdkd.rewrite import (
 from tests.rewrite.tiny import SOURCE
 
 IMAGES = torch.rand(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+NO_WEIGHTS = {"weights": None, "weights_backbone": None}
 ELSEWHERE = """
 import sys, torch
 sys.path.insert(0, {folder!r})
@@ -31,7 +32,7 @@ from jdkd.rewrite import load_architecture
 model = load_architecture({checkpoint!r})
 with torch.no_grad():
     torch.save(model(*torch.load({images!r})), {out!r})
-print(*(name for name in sys.modules if name.startswith(("jdkd.detect", "jdkd.graph.trace"))))
+print(*(name for name in sys.modules if name.startswith("jdkd.detect")))
 """
 
 
@@ -84,6 +85,23 @@ def test_what_was_cut_dropped_and_added_is_built_again_in_a_fresh_process(tiny, 
     save_architecture(tmp_path / "net", ours, found)
     theirs, family = elsewhere(tmp_path, tmp_path / "net", (IMAGES,))
     assert torch.equal(theirs, ours(IMAGES)) and family == []
+
+
+@torch.no_grad()
+def test_a_detector_of_torchvision_is_built_again_without_this_packages_detectors(tmp_path):
+    builder, arguments = "torchvision.models.detection:ssdlite320_mobilenet_v3_large", NO_WEIGHTS
+    model, image = drawn(build(Architecture(builder, arguments))), [torch.rand(3, 64, 96)]
+    lists = {blocks.name: range(len(blocks.blocks)) for blocks in trace(model, image).block_lists}
+    longest = max(lists, key=lambda name: len(lists[name]))
+    ours = rewritten(model, image, {longest: [*lists[longest][1:], lists[longest][-1]]})
+    ours.score_thresh, ours.topk_candidates = 0.0, 20
+    found = describe(ours, builder, arguments)
+    assert found.blocks and found.attributes["topk_candidates"] == 20
+    save_architecture(tmp_path / "ssdlite", ours, found)
+    theirs, family = elsewhere(tmp_path, tmp_path / "ssdlite", (image,))
+    mine = ours(image)
+    assert len(mine[0]["boxes"]) and family == []
+    assert all(torch.equal(theirs[0][key], mine[0][key]) for key in mine[0])
 
 
 def test_layers_know_their_sizes_and_ties_are_kept(tiny, tmp_path):
