@@ -27,8 +27,9 @@ class Import:
     def __call__(self) -> None:
         import torch
 
-        from jdkd.detect import import_detector, parameter_count, save
+        from jdkd.detect import import_detector, parameter_count
         from jdkd.detect.checkpoint import ARCHITECTURE, SPEC, WEIGHTS
+        from jdkd.rewrite import save_architecture
 
         if self.out is None:
             raise InputError("--out is missing; give a folder for the checkpoint.")
@@ -37,7 +38,7 @@ class Import:
         torch.manual_seed(0)  # of predictors that are made anew
         model = import_detector(self.model, self.weights, classes=self._names(), norm_eps=self.norm_eps)
         claim_folder(self.out, "--out")
-        save(self.out, model)
+        save_architecture(self.out, model, model.architecture)
         print(f"{type(model).__name__}, {parameter_count(model) / 1e6:.2f} M parameters, {model.architecture.id}")
         for name in (ARCHITECTURE, WEIGHTS):
             print(self.out / name)

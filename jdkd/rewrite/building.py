@@ -16,10 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.blocks import set_children
 from jdkd.rewrite.channels import gathered
@@ -47,17 +49,17 @@ def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.
     model = make(architecture.builder, architecture.arguments)
     for name, order in architecture.blocks.items():
         _arrange(model, name, order)
-    model = _reshaped(model, architecture.shapes)
+    model = reshaped(model, architecture.shapes)
     for name, value in architecture.attributes.items():
         _set(model, name, value)
     return model if empty else model.to(device)
 
 
 def call(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The module that a builder returns.
+    """The module that a builder returns, without torch's wrappers.
 
     Raises:
-        InputError: it cannot be imported, it raised, or it returned something else.
+        InputError: it cannot be imported, it raised, or it returned something else, or what cannot be looked into.
     """
     function = _imported(builder)
     try:
@@ -68,6 +70,11 @@ def call(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise InputError(f"the builder {builder} with {_shown(arguments)} raised {_named(error)}.") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{builder!r} returned a {type(made).__name__}; it must return a torch.nn.Module.")
+    made = unwrapped(made)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in made.modules()):
+        raise InputError(f"{builder!r} returned a scripted or traced module; return the one that it was made from.")
+    if any(is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
+        raise InputError(f"{builder!r} returned lazy layers without a size; let it run its module once on an example.")
     return made
 
 
@@ -172,7 +179,7 @@ def _arrange(model: nn.Module, name: str, order: Sequence[int]) -> None:
     set_children(container, chosen)
 
 
-def _reshaped(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+def reshaped(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
     """A copy whose tensors have the given shapes; the same module where there are none."""
     tensors, gathers = tensors_by_name(model), {}
     for name, shape in shapes.items():

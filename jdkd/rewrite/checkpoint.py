@@ -89,9 +89,20 @@ def load_architecture(folder: Path | str, device: torch.device | str = "cpu") ->
         for name, values in state.items():
             old, values = wanted[name], values.clone()  # aligned, as kernels sum in another order where it is not
             new = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
-            torch.utils.swap_tensors(old, new)  # so that whatever holds the tensor, tied modules say, has the new one
+            _exchange(model, old, new)
     model.architecture = architecture
     return model.to(device).eval()
+
+
+def _exchange(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Puts a tensor in the place of another, wherever it is held: in tied modules, and in lists of anyone's."""
+    try:
+        torch.utils.swap_tensors(old, new)
+    except RuntimeError:  # someone has a weak reference to it, as recurrent layers have, which hear of a new attribute
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name in [name for name, held in table.items() if held is old]:
+                    setattr(module, name, new)
 
 
 def _require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], who: str, whose: str, remedy: str) -> None:

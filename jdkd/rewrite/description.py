@@ -10,7 +10,7 @@ from torch import nn
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.building import build, tensors_by_name
+from jdkd.rewrite.building import build, reshaped, tensors_by_name
 
 SIZES = {  # attributes that follow from tensors
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
@@ -45,13 +45,15 @@ def describe(
     found = Architecture(builder, dict(arguments or {}), classes=tuple(classes))
     fresh = build(found, "meta")
     blocks = _blocks(model, fresh, "", strict=False)
-    found = found.replace(blocks=blocks)
-    ours, theirs = tensors_by_name(model), tensors_by_name(build(found, "meta") if blocks else fresh)
+    if blocks:
+        found = found.replace(blocks=blocks)
+        fresh = build(found, "meta")
+    ours, theirs = tensors_by_name(model), tensors_by_name(fresh)
     for name in sorted(ours.keys() ^ theirs.keys()):
         who = "the model has" if name in ours else f"{builder} makes"
         raise InputError(f"only {who} a tensor {name}; describe it with the builder that made it.")
-    found = found.replace(shapes={name: tuple(t.shape) for name, t in ours.items() if t.shape != theirs[name].shape})
-    return found.replace(attributes=_attributes(model, build(found, "meta")))
+    shapes = {name: tuple(t.shape) for name, t in ours.items() if t.shape != theirs[name].shape}
+    return found.replace(shapes=shapes, attributes=_attributes(model, reshaped(fresh, shapes)))
 
 
 def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict[str, tuple[int, ...]]:

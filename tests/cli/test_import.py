@@ -48,6 +48,20 @@ def test_what_is_said_of_predictors_that_are_made_anew(jdkd, small, tmp_path):
     assert content["shapes"]["roi_heads.box_predictor.bbox_pred.weight"] == [16, 16]
 
 
+def test_a_one_stage_detector_is_scored_for_its_classes_alone(jdkd, squares, tmp_path):
+    name = "ssdlite320_mobilenet_v3_large"
+    assert jdkd("import", name, "--classes", "red", "blue", "--out", tmp_path / "two").code == 0
+    answer = jdkd("eval", tmp_path / "two", "--data", squares, "--device", "cpu", "--max-detections", 5)
+    content = json.loads(answer.out.splitlines()[-1])
+    assert answer.code == 0 and content["gmacs"] > 0.1 and len(content["spec"]) == 64
+    file = tmp_path / "two" / "architecture.json"
+    text = json.loads(file.read_text())
+    for classes, words in ((["red", "blue", "green"], "knows 3 classes"), (["blue", "red"], "in the order blue, red")):
+        file.write_text(json.dumps({**text, "classes": classes}))
+        answer = jdkd("eval", tmp_path / "two", "--data", squares, "--device", "cpu")
+        assert answer.code == 2 and words in answer.err, answer.err
+
+
 def test_training_and_search_refuse_what_is_imported_in_one_sentence(jdkd, small, squares, tmp_path):
     assert jdkd("import", small, "--classes", "red", "blue", "--out", tmp_path / "it").code == 0
     search = jdkd("search", "--base", tmp_path / "it", "--data", squares, "--out", tmp_path / "search")

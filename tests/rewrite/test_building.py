@@ -153,8 +153,8 @@ def test_only_parameters_are_without_memory(tiny):
     assert torch.equal(model.anchors[0], torch.arange(4.0) + 1) and not any(b.is_meta for b in model.buffers())
 
 
-@pytest.mark.parametrize("builder", ["peeks", "kept", "derived"])
-def test_builders_that_cannot_do_without_weights_are_built_with_them(tiny, tmp_path, builder):
+@pytest.mark.parametrize("builder", ["peeks", "kept", "derived", "recurrent", "parametrized", "wrapped"])
+def test_builders_that_compute_with_weights_or_keep_them_are_built_all_the_same(tiny, tmp_path, builder):
     ours = drawn(build(Architecture(f"{tiny}:{builder}")))
     before = torch.get_rng_state()
     save_architecture(tmp_path / "net", ours, describe(ours, f"{tiny}:{builder}"))
@@ -235,6 +235,8 @@ def test_arguments_that_json_does_not_have_are_refused(value):
         ({"builder": "tiny_nets:number"}, "is a int"),
         ({"builder": "tiny_nets:list_of_one"}, "returned a list"),
         ({"builder": "tiny_nets:raising", "arguments": {"width": 7}}, "width=7 raised RuntimeError: no such file"),
+        ({"builder": "tiny_nets:lazy"}, "lazy layers without a size"),
+        ({"builder": "tiny_nets:scripted"}, "scripted or traced"),
         ({"arguments": {"depth": 3}}, "depth=3 raised TypeError"),
         ({"builder": "broken_nets:net"}, "broken_nets raised SyntaxError"),
         ({"builder": "needy_nets:net"}, "needs the package not_installed_anywhere"),
@@ -275,6 +277,9 @@ def test_a_model_that_its_architecture_does_not_describe_is_not_written(tiny, tm
     model = build(Architecture(f"{tiny}:net"))
     with pytest.raises(InputError, match=r"offset is \[3\] in the first and \[4\] in the second; describe"):
         save_architecture(tmp_path / "net", model, Architecture(f"{tiny}:net", {"classes": 4}))
+    counting = build(Architecture(f"{tiny}:Counting"))
+    with pytest.raises(InputError, match="state _extra_state is no tensor"):
+        save_architecture(tmp_path / "net", counting, Architecture(f"{tiny}:Counting"))
     assert not (tmp_path / "net").exists()
 
 

@@ -1,6 +1,8 @@
 """A network that anyone may have written, put on disk where only its import path is known."""
 
 SOURCE = '''
+import warnings
+
 import torch
 from torch import nn
 
@@ -71,6 +73,50 @@ KEPT = Net()
 
 def kept():
     return KEPT
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(3, 8, 2, bidirectional=True), nn.Linear(16, 4)
+        self.gains = nn.ParameterList([torch.ones(4), torch.ones(4)])
+        self.first = [self.gains[0]]
+
+    def forward(self, x):
+        return self.out(self.lstm(x.flatten(2).permute(2, 0, 1))[0]) * self.first[0] + self.gains[1]
+
+
+def recurrent():
+    return Recurrent()
+
+
+def parametrized():
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3)),
+    )
+
+
+def wrapped():
+    return nn.DataParallel(Net())
+
+
+def lazy():
+    return nn.LazyConv2d(4, 3)
+
+
+def scripted():
+    with warnings.catch_warnings():  # torch wants it no more
+        warnings.simplefilter("ignore")
+        return torch.jit.script(nn.Conv2d(3, 4, 3))
+
+
+class Counting(Net):
+    def get_extra_state(self):
+        return {"steps": 3}
+
+    def set_extra_state(self, state):
+        pass
 
 
 def derived():
