@@ -4,13 +4,14 @@ import copy
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.graph import trace
+from jdkd.graph import Topology, trace
 from jdkd.rewrite import (
     Architecture,
     arrange,
@@ -56,9 +57,8 @@ def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-def rewritten(model: nn.Module, example, lists) -> nn.Module:
+def rewritten(model: nn.Module, topology: Topology, lists) -> nn.Module:
     """Cut by 30 %, one block dropped, one added."""
-    topology = trace(model, example)
     cut = prune(model, topology, {g.name: range(max(1, round(0.7 * g.units))) for g in topology.groups})
     return drawn(arrange(cut, topology, lists), seed=3)
 
@@ -76,7 +76,7 @@ def elsewhere(tmp_path, checkpoint, images):
 @torch.no_grad()
 def test_what_was_cut_dropped_and_added_is_built_again_in_a_fresh_process(tiny, tmp_path):
     model = drawn(build(Architecture(f"{tiny}:net", {"width": 24})))
-    ours = rewritten(model, IMAGES, {"blocks": [0, 2, 3, 3], "named": [0, 2, 2]})
+    ours = rewritten(model, trace(model, IMAGES), {"blocks": [0, 2, 3, 3], "named": [0, 2, 2]})
     ours.scale = 0.5
     found = describe(ours, f"{tiny}:net", {"width": 24}, classes=("a", "b", "c"))
     assert found.blocks == {"blocks": (0, 2, 3, 1), "named": (0, 2, 2)}  # the second 3 is like 1
@@ -91,9 +91,10 @@ def test_what_was_cut_dropped_and_added_is_built_again_in_a_fresh_process(tiny, 
 def test_a_detector_of_torchvision_is_built_again_without_this_packages_detectors(tmp_path):
     builder, arguments = "torchvision.models.detection:ssdlite320_mobilenet_v3_large", NO_WEIGHTS
     model, image = drawn(build(Architecture(builder, arguments))), [torch.rand(3, 64, 96)]
-    lists = {blocks.name: range(len(blocks.blocks)) for blocks in trace(model, image).block_lists}
+    topology = trace(model, image)
+    lists = {blocks.name: range(len(blocks.blocks)) for blocks in topology.block_lists}
     longest = max(lists, key=lambda name: len(lists[name]))
-    ours = rewritten(model, image, {longest: [*lists[longest][1:], *2 * [lists[longest][-1]]]})
+    ours = rewritten(model, topology, {longest: [*lists[longest][1:], *2 * [lists[longest][-1]]]})
     ours.score_thresh, ours.topk_candidates = 0.0, 20
     found = describe(ours, builder, arguments)
     assert found.blocks and found.attributes["topk_candidates"] == 20
@@ -104,8 +105,17 @@ def test_a_detector_of_torchvision_is_built_again_without_this_packages_detector
     assert all(torch.equal(theirs[0][key], mine[0][key]) for key in mine[0])
 
 
+def test_a_mask_rcnn_of_a_resnet_101_is_built_in_under_a_second(tiny):
+    build(Architecture(f"{tiny}:mask_rcnn_r101"), "meta")  # imports torchvision
+    start = time.process_time()
+    model = build(Architecture(f"{tiny}:mask_rcnn_r101", shapes={"backbone.body.conv1.weight": (32, 3, 7, 7)}), "meta")
+    assert time.process_time() - start < 1
+    assert len(model.backbone.body.layer3) == 23 and model.backbone.body.conv1.out_channels == 32
+
+
 def test_layers_know_their_sizes_and_ties_are_kept(tiny, tmp_path):
-    ours = rewritten(drawn(build(Architecture(f"{tiny}:net"))), IMAGES, {"blocks": [0, 1]})
+    model = drawn(build(Architecture(f"{tiny}:net")))
+    ours = rewritten(model, trace(model, IMAGES), {"blocks": [0, 1]})
     save_architecture(tmp_path / "net", ours, describe(ours, f"{tiny}:net"))
     loaded = load_architecture(tmp_path / "net")
     assert loaded.first.weight is loaded.second.weight and not loaded.training

@@ -134,5 +134,12 @@ def list_of_one():
     return [Net()]
 
 
+def mask_rcnn_r101():
+    from torchvision.models.detection import MaskRCNN
+    from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
+    return MaskRCNN(resnet_fpn_backbone(backbone_name="resnet101", weights=None, norm_layer=nn.BatchNorm2d), 91)
+
+
 number = 3
 '''
