@@ -1,6 +1,5 @@
 """Detectors from elsewhere: with their own weights, for other classes, as checkpoint folders."""
 
-import sys
 from collections import OrderedDict
 
 import pytest
@@ -194,7 +193,3 @@ def test_a_folder_holds_one_detector(tmp_path):
 def test_what_needs_a_spec_says_so_of_a_foreign_detector():
     with pytest.raises(InputError, match=f"search takes .* this one is of the builder {MINE}"):
         own_detector(open_model(MINE), "search")
-
-
-def test_the_module_is_the_one_that_is_imported():
-    assert sys.modules["tests.detect.test_import"].mine is mine
