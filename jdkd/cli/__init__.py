@@ -61,6 +61,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     from jdkd.cli.data import CheckData, Digits
     from jdkd.cli.env import Env
     from jdkd.cli.evaluate import Eval
+    from jdkd.cli.importing import Import
     from jdkd.cli.inspect import Inspect
     from jdkd.cli.latency import Latency
     from jdkd.cli.search import Search
@@ -73,6 +74,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     data = Union[named("digits", Digits, positional), named("check", CheckData, positional)]  # noqa: UP007
     commands = (
         Annotated[data, tyro.conf.subcommand(name="data", description="Make data to try things on, or check data.")],
+        named("import", Import, positional),
         named("inspect", Inspect, positional),
         named("train", Train),
         named("search", Search),

@@ -17,7 +17,7 @@ class Eval:
     """Score a detector on COCO-format data: the twelve lines of pycocotools, and JSON."""
 
     ckpt: Path
-    """Folder with spec.json and weights.safetensors."""
+    """Folder of the detector, written by train or import."""
     source: DataFlags = field(default_factory=DataFlags)
     json: Path | None = None
     """File for the JSON; without it, it follows on the last line of the output."""
@@ -35,6 +35,7 @@ class Eval:
     def __call__(self) -> None:
         from jdkd.data import CocoDetectionDataset
         from jdkd.detect import load
+        from jdkd.detect.contract import identity
         from jdkd.latency import count, deployable
         from jdkd.train import evaluate
 
@@ -62,7 +63,7 @@ class Eval:
             "gmacs": cost.gmacs,
             "images": len(dataset),
             "split": self.split,
-            "spec": model.spec.id,
+            "spec": identity(model),
             "device": device,
         }
         if self.json is None:

@@ -118,6 +118,7 @@ class Train:
             InputError: the spec is unknown or unreadable, or a flag only fits a named one.
         """
         from jdkd.detect import DetectorSpec, named_spec
+        from jdkd.detect.checkpoint import ARCHITECTURE
 
         sizes = {name: getattr(self, name) for name in ("min_size", "max_size", "max_detections")}
         given = {name: size for name, size in sizes.items() if size is not None}
@@ -131,6 +132,8 @@ class Train:
                 f"file {file}; change the file or name a spec."
             )
         text = read_text(file, "give --spec a JSON file or a named spec")
+        if file.name == ARCHITECTURE:
+            raise InputError(f"{file} is of a builder, and train takes a spec so far; give a named one or a spec.json.")
         spec = DetectorSpec.from_json(text, source=str(file))
         if spec.classes != tuple(classes):
             raise InputError(

@@ -2,8 +2,10 @@
 
 from jdkd.detect.build import build, parameter_count
 from jdkd.detect.checkpoint import load, save
+from jdkd.detect.foreign import import_detector
 from jdkd.detect.groups import Group, channel_groups
 from jdkd.detect.inherit import NEW, inherit
+from jdkd.detect.predictors import remake_predictors, with_frozen_norms
 from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.sources import open_model
 from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round_width
@@ -19,12 +21,15 @@ __all__ = [
     "build",
     "channel_groups",
     "fix_roi_scales",
+    "import_detector",
     "inherit",
     "load",
     "load_weights",
     "named_spec",
     "open_model",
     "parameter_count",
+    "remake_predictors",
     "round_width",
     "save",
+    "with_frozen_norms",
 ]

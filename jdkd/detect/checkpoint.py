@@ -1,4 +1,8 @@
-"""A checkpoint is ``spec.json`` and ``weights.safetensors`` in a folder: data, never a pickled module."""
+"""A checkpoint is a folder of data, never a pickled module.
+
+It holds ``weights.safetensors`` and what they are the weights of: ``spec.json`` of a detector of our own, or
+``architecture.json`` of one that another builder made.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +18,31 @@ from jdkd.detect.contract import own_detector
 from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, read_text, write_whole
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite import Architecture, describe, load_architecture, save_architecture
+from jdkd.rewrite.checkpoint import ARCHITECTURE, WEIGHTS
 
-SPEC, WEIGHTS = "spec.json", "weights.safetensors"
+SPEC = "spec.json"
 
 
 def save(folder: Path | str, model: nn.Module) -> None:
     """Writes the detector into ``folder`` (created if missing); each file appears whole or not at all.
 
+    Args:
+        folder: where to.
+        model: built from a spec, or opened by :func:`jdkd.detect.open_model` and rewritten since or not.
+
     Raises:
-        InputError: ``model`` was not built from a spec or does not fit it any more, or ``folder`` cannot be written;
-            nothing is written.
+        InputError: ``model`` is neither or does not fit what it was built from any more, or ``folder`` cannot be
+            written; nothing is written.
     """
-    folder, model = Path(folder), own_detector(model, "save")
+    folder, inner = Path(folder), unwrapped(model)
+    known = getattr(inner, "architecture", None)
+    if isinstance(known, Architecture) and not hasattr(inner, "spec"):
+        save_architecture(folder, inner, describe(inner, known.builder, known.arguments, classes=known.classes))
+        (folder / SPEC).unlink(missing_ok=True)
+        return
+    model = own_detector(model, "save")
     with torch.device("meta"):
         wanted = build(model.spec).state_dict()
     remedy = "give the detector as it was built, without what was replaced or added"
@@ -34,18 +51,29 @@ def save(folder: Path | str, model: nn.Module) -> None:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     write_whole(folder / WEIGHTS, serialise(state))
     write_whole(folder / SPEC, model.spec.to_json() + "\n")
+    (folder / ARCHITECTURE).unlink(missing_ok=True)
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:
     """Rebuilds the detector that :func:`save` wrote, in evaluation mode.
 
+    One of another builder carries its ``architecture`` as ours carry their ``spec``; opening it calls that builder,
+    see :func:`jdkd.rewrite.load_architecture`.
+
     Raises:
-        InputError: a file is missing or unreadable, or the weights do not fit the spec or are not finite.
+        InputError: a file is missing or unreadable, the weights do not fit or are not finite, or the builder cannot be
+            called.
     """
     folder = Path(folder)
+    if (folder / ARCHITECTURE).is_file():
+        if (folder / SPEC).is_file():
+            raise InputError(f"{folder} has both {SPEC} and {ARCHITECTURE}; remove the one that is not its detector's.")
+        return load_architecture(folder, device)
     for name in (SPEC, WEIGHTS):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is no detector: it has no {name}; give a folder written by `jdkd train`.")
+            raise InputError(
+                f"{folder} is no detector: it has no {name}; give a folder written by `jdkd train` or `jdkd import`."
+            )
     text = read_text(folder / SPEC, "give a folder written by `jdkd train`")
     model = build(DetectorSpec.from_json(text, source=str(folder / SPEC)))
     try:

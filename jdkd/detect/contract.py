@@ -10,6 +10,7 @@ from jdkd.detect.groups import channel_groups
 from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite import Architecture
 
 FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
 
@@ -26,6 +27,11 @@ def own_detector(model: nn.Module, what: str) -> nn.Module:
     """
     inner = unwrapped(model)
     if not isinstance(getattr(inner, "spec", None), DetectorSpec):
+        if isinstance(known := getattr(inner, "architecture", None), Architecture):
+            raise InputError(
+                f"{what} takes a detector that `jdkd train` made of a spec, and this one is of the builder "
+                f"{known.builder}: inspect, eval and latency take it; for {what} train one of a named spec"
+            )
         raise InputError(
             f"{what} takes a detector of jdkd.detect.build or jdkd.detect.load, which carries its spec; got a "
             f"{type(inner).__name__} without one: build(named_spec(...)) a detector of its architecture, and copy "
@@ -42,6 +48,13 @@ def own_detector(model: nn.Module, what: str) -> nn.Module:
                     "change to its layers"
                 )
     return inner
+
+
+def identity(model: nn.Module) -> str | None:
+    """The id of a detector's architecture, 64 hexadecimal digits: of its spec, or of what a builder made; or None."""
+    inner = unwrapped(model)
+    known = getattr(inner, "spec", None) or getattr(inner, "architecture", None)
+    return known.id if isinstance(known, DetectorSpec | Architecture) else None
 
 
 def not_scripted(model: nn.Module, what: str) -> None:

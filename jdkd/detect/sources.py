@@ -2,62 +2,55 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import sys
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from jdkd.detect.checkpoint import SPEC, load
 from jdkd.errors import InputError
+from jdkd.rewrite import Architecture
+from jdkd.rewrite.building import call
+from jdkd.rewrite.checkpoint import ARCHITECTURE
 
 
 def open_model(source: str) -> nn.Module:
     """A model by what a user calls it, in evaluation mode.
 
     Args:
-        source: a folder written by ``jdkd train`` or :func:`jdkd.detect.save`; the name of a detector of torchvision
-            (``"retinanet_resnet50_fpn"``), which is built with fresh weights; or ``"package.module:function"``, which
-            is imported (the current folder is looked in too) and called without arguments.
+        source: a folder written by ``jdkd train``, ``jdkd import`` or :func:`jdkd.detect.save`; the name of a detector
+            of torchvision (``"retinanet_resnet50_fpn"``), which is built with fresh weights; or
+            ``"package.module:function"``, which is imported (the current folder is looked in too) and called without
+            arguments.
+
+    Returns:
+        The model; it carries the ``spec`` or the ``architecture`` that it was built from.
 
     Raises:
         InputError: it is none of these, or what it names makes no ``torch.nn.Module``.
     """
-    if (Path(source) / SPEC).is_file():
+    if any((Path(source) / name).is_file() for name in (SPEC, ARCHITECTURE)):
         return load(source)
+    builder, arguments = _builder(source)
+    model = call(builder, arguments).eval()
+    if not hasattr(model, "spec"):
+        model.architecture = Architecture(builder, arguments)
+    return model
+
+
+def _builder(source: str) -> tuple[str, dict[str, Any]]:
+    """Import path and arguments of what makes a model."""
     if ":" in source:
-        return _called(source).eval()
+        return source, {}
     from torchvision.models import detection as detectors
     from torchvision.models import get_model_builder, list_models
 
     known = list_models(module=detectors)
     if source not in known:
         raise InputError(
-            f"{source!r} is no folder with a {SPEC}, no package.module:function and no detector of torchvision "
-            f"({', '.join(known)}); give one of these."
+            f"{source!r} is no folder with a {SPEC} or {ARCHITECTURE}, no package.module:function and no detector of "
+            f"torchvision ({', '.join(known)}); give one of these."
         )
-    weights = {
-        name: None for name in inspect.signature(get_model_builder(source)).parameters if name.startswith("weights")
-    }
-    return get_model_builder(source)(**weights).eval()
-
-
-def _called(source: str) -> nn.Module:
-    module, _, name = source.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module.startswith(error.name):
-            raise
-        raise InputError(f"{source!r} names the module {error.name}, which cannot be found; check the name.") from None
-    except (AttributeError, ValueError) as error:
-        raise InputError(f"{source!r} cannot be imported ({error}); give package.module:function.") from None
-    if not callable(function):
-        raise InputError(f"{source!r} is a {type(function).__name__}; name a function that returns the model.")
-    made = function()
-    if not isinstance(made, nn.Module):
-        raise InputError(f"{source!r} returned a {type(made).__name__}; it must return a torch.nn.Module.")
-    return made
+    weights = [name for name in inspect.signature(get_model_builder(source)).parameters if name.startswith("weights")]
+    return f"{detectors.__name__}:{source}", dict.fromkeys(weights)

@@ -107,6 +107,11 @@ def load_weights(model: nn.Module, file: Path | str) -> LoadReport:
     )
 
 
+def tensor_names(file: Path | str) -> tuple[str, ...]:
+    """Names of the tensors that :func:`load_weights` would read from a file."""
+    return tuple(_State(_read(Path(file)), Path(file)).tensors)
+
+
 def _require_values(
     fits: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: Mapping[str, str], file: Path
 ) -> None:

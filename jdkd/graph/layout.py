@@ -38,13 +38,17 @@ def condensed(label: Label) -> Label:
 
 
 def reshaped(label: Label, old: Sequence[int], new: Sequence[int]) -> Label | None:
-    """The label after a view of its tensor from shape ``old`` to shape ``new``; None where it would be too large."""
+    """The label after a view of its tensor from shape ``old`` to shape ``new``.
+
+    Returns:
+        None where it would be too large, or where a tensor without elements leaves open what became of its channels.
+    """
     full, target = [], []
     for here, there in _blocks(old, new):
         touched = any(label.shape[dim] > 1 for dim in here)
         full += [old[dim] if touched else 1 for dim in here]
         target += [new[dim] if touched else 1 for dim in there]
-    if math.prod(full) > LARGEST:
+    if math.prod(full) > LARGEST or math.prod(full) != math.prod(target):
         return None
     return condensed(np.broadcast_to(label, full).reshape(target))
 

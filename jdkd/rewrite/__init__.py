@@ -1,7 +1,22 @@
-"""Rewrites of any module along its topology: what is kept of every channel group, applied to all tensors at once."""
+"""Rewrites of any module along its topology, and what a module is made of, as data that builds it again."""
 
+from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.blocks import arrange
+from jdkd.rewrite.building import build
 from jdkd.rewrite.channels import mask, prune, widen
+from jdkd.rewrite.checkpoint import load_architecture, save_architecture
+from jdkd.rewrite.description import describe
 from jdkd.rewrite.verify import verify
 
-__all__ = ["arrange", "mask", "prune", "verify", "widen"]
+__all__ = [
+    "Architecture",
+    "arrange",
+    "build",
+    "describe",
+    "load_architecture",
+    "mask",
+    "prune",
+    "save_architecture",
+    "verify",
+    "widen",
+]

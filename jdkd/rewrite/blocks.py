@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -39,14 +40,13 @@ def _arrange(model: nn.Module, blocks: BlockList, order: list[int]) -> None:
     container = model.get_submodule(blocks.container)
     own = {path.rpartition(".")[2]: place for place, path in enumerate(blocks.blocks)}
     children = list(container._modules.items())
-    chosen: list[tuple[str, nn.Module]] = []
+    chosen: list[tuple[str, nn.Module]] | None = []
     seen: set[int] = set()
     for place in order:
         name, block = next((n, c) for n, c in children if own.get(n) == place)
         if place in seen:
             block = copy.deepcopy(block)
             _silence(block, blocks.blocks[place], blocks.ends[place])
-            name = _free_name(name, {n for n, _ in (*children, *chosen)})
         seen.add(place)
         chosen.append((name, block))
     arranged: list[tuple[str, nn.Module]] = []
@@ -56,10 +56,23 @@ def _arrange(model: nn.Module, blocks: BlockList, order: list[int]) -> None:
         elif chosen is not None:  # the blocks stand where the first of them stood
             arranged += chosen
             chosen = None
-    container._modules.clear()
+    set_children(container, arranged)
+
+
+def set_children(container: nn.Module, children: Sequence[tuple[str, nn.Module]]) -> None:
+    """Gives a container these children, each with the name that it had or was copied from.
+
+    Numbers of a plain ``nn.Sequential`` or ``nn.ModuleList`` are given anew; elsewhere the k-th copy of ``name`` is
+    called ``name+k``.
+    """
     plain = type(container) in (nn.Sequential, nn.ModuleList)
-    for number, (name, child) in enumerate(arranged):
-        container._modules[str(number) if plain and name.partition("+")[0].isdigit() else name] = child
+    container._modules.clear()
+    copies: Counter[str] = Counter()
+    for number, (name, child) in enumerate(children):
+        name = name.partition("+")[0]
+        unique = f"{name}+{copies[name]}" if copies[name] else name
+        copies[name] += 1
+        container._modules[str(number) if plain and name.isdigit() else unique] = child
 
 
 @torch.no_grad()
@@ -100,10 +113,3 @@ def _checked(topology: Topology, name: str, order: Sequence[int]) -> BlockList:
     if any(not 0 <= place < count for place in order):
         raise InputError(f"the list {name!r} has the blocks 0..{count - 1}, and {list(order)} names others.")
     return lists[name]
-
-
-def _free_name(name: str, taken: set[str]) -> str:
-    number = 1
-    while f"{name}+{number}" in taken:
-        number += 1
-    return f"{name}+{number}"

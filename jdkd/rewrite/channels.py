@@ -38,7 +38,7 @@ def prune(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
     for (tensor, dim), slots in _slots(topology, chosen).items():
         gone = np.concatenate([np.delete(slot.places, chosen[group.name], axis=0).ravel() for group, slot in slots])
         gathers[tensor, dim] = np.delete(np.arange(_size(model, tensor, dim)), gone)
-    return _gathered(model, gathers, {})
+    return gathered(model, gathers, {})
 
 
 def widen(model: nn.Module, topology: Topology, extra: Mapping[str, int]) -> nn.Module:
@@ -74,7 +74,7 @@ def widen(model: nn.Module, topology: Topology, extra: Mapping[str, int]) -> nn.
                     silent[tensor, dim].append(len(result))
                 result.append(source)
         gathers[tensor, dim] = np.array(result)
-    return _gathered(model, gathers, silent)
+    return gathered(model, gathers, silent)
 
 
 def mask(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
@@ -128,12 +128,19 @@ def _size(model: nn.Module, tensor: str, dim: int) -> int:
     return getattr(model.get_submodule(owner), name).shape[dim]
 
 
-def _gathered(
+def gathered(
     model: nn.Module,
     gathers: Mapping[tuple[str, int], np.ndarray],
     silent: Mapping[tuple[str, int], list[int]],
 ) -> nn.Module:
-    """A copy whose tensors hold the given places of some dimensions, with zeros at the silent ones."""
+    """A copy whose tensors hold the given places of some dimensions, with zeros at the silent ones.
+
+    Args:
+        model: anything.
+        gathers: by the name of a parameter or buffer (the first one of those that are tied) and a dimension, which
+            places of it to take; a place may be taken more than once.
+        silent: among the places that were taken, those that are set to 0.
+    """
     copied = copy.deepcopy(model)
     before = {id(tensor): name for name, tensor in (*copied.named_parameters(), *copied.named_buffers())}
     by_tensor: dict[str, list[int]] = defaultdict(list)
@@ -150,7 +157,7 @@ def _gathered(
                         made[known] = _taken(tensor, known, by_tensor[known], gathers, silent)
                     table[name], changed = made[known], True
         if changed:
-            _renumber(module)
+            renumber(module)
     return copied
 
 
@@ -173,7 +180,7 @@ def _taken(
     return values
 
 
-def _renumber(module: nn.Module) -> None:
+def renumber(module: nn.Module) -> None:
     """Brings the sizes that a layer keeps as attributes in line with its tensors."""
     weight = getattr(module, "weight", None)
     if isinstance(module, nn.modules.conv._ConvNd):

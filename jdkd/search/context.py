@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jdkd.data import CocoDetectionDataset, batches
 from jdkd.detect import load
 from jdkd.detect.checkpoint import SPEC, WEIGHTS
+from jdkd.detect.contract import own_detector
 from jdkd.errors import InputError
 from jdkd.files import content_hash
 from jdkd.latency import QUICK, REPORTED, deployable, measure
@@ -149,7 +150,7 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
     Raises:
         InputError: one of them cannot be used, or they do not belong together.
     """
-    base = load(config.base, config.device)
+    base = own_detector(load(config.base, config.device), "search")
     _require_finite(base, config.base)
     splits = {"training": config.train, "validation": config.val, "selection": config.selection}
     opened = {

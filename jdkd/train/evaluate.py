@@ -144,7 +144,8 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
 
     Where the number of classes does not show, :class:`Findings` checks the labels.
     """
-    spec = getattr(model, "spec", None)
+    spec = getattr(model, "spec", None) or getattr(model, "architecture", None)
+    spec = spec if getattr(spec, "classes", ()) else None
     known = len(spec.classes) if spec is not None else _known_classes(model)
     if known is None:
         return

@@ -237,3 +237,8 @@ def test_a_report_names_what_can_be_cut_and_what_cannot_and_why():
         assert words in text
     content = json.loads(topology.to_json())
     assert content["groups"][0]["slots"][0]["offset"] == 0 and content["unknown"]
+
+
+def test_a_view_of_nothing_leaves_open_what_became_of_its_channels():
+    model = Net(lambda m, x: m.b(m.a(x[:0])).reshape(-1, 4), a=nn.Linear(6, 8), b=nn.Linear(8, 12))
+    assert [group.name for group in trace(model, torch.rand(2, 6)).groups] == ["a"]

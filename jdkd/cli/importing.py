@@ -1,0 +1,50 @@
+"""`jdkd import`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jdkd.errors import InputError
+from jdkd.files import claim_folder, read_text
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a checkpoint folder of a detector from elsewhere: inspect, eval and latency open it."""
+
+    model: str
+    """A detector of torchvision by name, package.module:function, or a folder that import wrote."""
+    out: Path | None = None
+    """Folder for architecture.json and weights.safetensors; must be given."""
+    weights: Path | None = None
+    """State dict, or a training checkpoint that holds one; without it, what the builder gives."""
+    classes: tuple[str, ...] = ()
+    """Names of the object classes, or a file with one a line; predictors for another number are made anew."""
+    norm_eps: float | None = None
+    """Of batch norms that were frozen when the weights were made [what torchvision has]."""
+
+    def __call__(self) -> None:
+        import torch
+
+        from jdkd.detect import import_detector, parameter_count
+        from jdkd.detect.checkpoint import ARCHITECTURE, SPEC, WEIGHTS
+        from jdkd.rewrite import save_architecture
+
+        if self.out is None:
+            raise InputError("--out is missing; give a folder for the checkpoint.")
+        if held := [name for name in (SPEC, ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
+            raise InputError(f"--out {self.out} holds a {held[0]} already; give another folder.")
+        torch.manual_seed(0)  # of predictors that are made anew
+        model = import_detector(self.model, self.weights, classes=self._names(), norm_eps=self.norm_eps)
+        claim_folder(self.out, "--out")
+        save_architecture(self.out, model, model.architecture)
+        print(f"{type(model).__name__}, {parameter_count(model) / 1e6:.2f} M parameters, {model.architecture.id}")
+        for name in (ARCHITECTURE, WEIGHTS):
+            print(self.out / name)
+
+    def _names(self) -> tuple[str, ...]:
+        if len(self.classes) != 1 or not Path(self.classes[0]).is_file():
+            return self.classes
+        text = read_text(Path(self.classes[0]), "give --classes names, or a file with one a line")
+        return tuple(line.strip() for line in text.splitlines() if line.strip())

@@ -1,0 +1,109 @@
+"""What of a detector depends on its classes, and on how it was trained before it came here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.fcos import FCOSClassificationHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead
+from torchvision.models.detection.ssd import SSDClassificationHead
+from torchvision.models.detection.ssdlite import SSDLiteClassificationHead
+from torchvision.ops import FrozenBatchNorm2d
+
+from jdkd.rewrite.building import call
+
+PRIOR = 0.01  # what a focal loss's classifier says at first (Lin et al., ICCV 2017, section 4.1)
+
+
+def remake_predictors(model: nn.Module, num_classes: int) -> dict[str, tuple[int, int]] | None:
+    """Makes exactly the layers of torchvision's detectors anew, in place, that have outputs for every class.
+
+    Args:
+        model: a detector of torchvision's parts.
+        num_classes: classes with the background, as torchvision counts them in every family.
+
+    Returns:
+        The layers that were made anew, and how many outputs they had and have; empty if they have that number
+        already, None if the model has no such part.
+    """
+    found, remade = False, {}
+    for path, head in list(model.named_modules()):
+        for name, each, old in list(_predictors(head)):
+            found = True
+            if old == num_classes:
+                continue
+            owner, _, leaf = name.rpartition(".")
+            outputs = _outputs(each) // old * num_classes
+            head.get_submodule(owner)._modules[leaf] = _fresh(each, outputs, focal=hasattr(head, "num_classes"))
+            remade[f"{path}.{name}"] = (_outputs(each), outputs)
+        for count in ("num_classes", "num_columns"):
+            if isinstance(head, CLASSIFIERS) and hasattr(head, count):
+                setattr(head, count, num_classes)
+    return remade if found else None
+
+
+CLASSIFIERS = (
+    RetinaNetClassificationHead,
+    FCOSClassificationHead,
+    SSDClassificationHead,
+    SSDLiteClassificationHead,
+)
+
+
+def _predictors(head: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
+    """Layers of a head with outputs for every class, by name within it, and how many classes it has."""
+    if isinstance(head, FastRCNNPredictor):
+        yield "cls_score", head.cls_score, head.cls_score.out_features
+        yield "bbox_pred", head.bbox_pred, head.cls_score.out_features
+    elif isinstance(head, MaskRCNNPredictor):
+        yield "mask_fcn_logits", head.mask_fcn_logits, head.mask_fcn_logits.out_channels
+    elif isinstance(head, RetinaNetClassificationHead | FCOSClassificationHead):
+        yield "cls_logits", head.cls_logits, head.num_classes
+    elif isinstance(head, CLASSIFIERS):
+        for level, predictor in enumerate(head.module_list):
+            last = f".{len(predictor) - 1}" if isinstance(predictor, nn.Sequential) else ""
+            layer = predictor[-1] if last else predictor
+            yield f"module_list.{level}{last}", layer, head.num_columns
+
+
+def _outputs(layer: nn.Module) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
+def _fresh(layer: nn.Module, outputs: int, focal: bool) -> nn.Module:
+    """A layer like this one with fresh weights and another number of outputs."""
+    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features, outputs, layer.bias is not None, **like)
+    kept = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
+    made = nn.Conv2d(layer.in_channels, outputs, layer.kernel_size, bias=layer.bias is not None, **kept, **like)
+    if focal:
+        nn.init.normal_(made.weight, std=0.01)
+        nn.init.constant_(made.bias, -math.log((1 - PRIOR) / PRIOR))
+    return made
+
+
+def with_frozen_norms(builder: str, arguments: Mapping[str, Any], eps: float) -> nn.Module:
+    """What a builder makes, with frozen batch norms: torchvision's detectors have them where weights were loaded.
+
+    Args:
+        builder: import path ``"package.module:function"``.
+        arguments: what it is called with.
+        eps: of the norms; torchvision sets 0 for its first COCO weights of a ResNet-50.
+    """
+    model = call(builder, arguments)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.BatchNorm2d):
+            norm = FrozenBatchNorm2d(module.num_features, eps)
+            if not module.weight.is_meta:
+                with torch.no_grad():
+                    norm.weight.copy_(module.weight)
+                    norm.bias.copy_(module.bias)
+            model.set_submodule(path, norm)
+    return model

@@ -1,0 +1,227 @@
+"""From an architecture to a module."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite.architecture import Architecture
+from jdkd.rewrite.blocks import set_children
+from jdkd.rewrite.channels import gathered
+
+REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.Module:
+    """Builds the module that an architecture describes, with fresh weights.
+
+    Args:
+        architecture: who builds it, and what was changed since.
+        device: where to. ``"meta"`` makes parameters without memory, to be filled by
+            :func:`jdkd.rewrite.load_architecture`; buffers, and tensors that are neither, are real all the same.
+
+    Returns:
+        The module. Fresh weights are the builder's own, the first ones of each dimension that was cut; where one has
+        grown they begin again.
+
+    Raises:
+        InputError: the builder cannot be imported, raises or returns no module, or what was changed is not in it.
+    """
+    empty = torch.device(device).type == "meta"
+    make = _without_weights if empty else _private
+    model = make(architecture.builder, architecture.arguments)
+    for name, order in architecture.blocks.items():
+        _arrange(model, name, order)
+    model = reshaped(model, architecture.shapes)
+    for name, value in architecture.attributes.items():
+        _set(model, name, value)
+    return model if empty else model.to(device)
+
+
+def call(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The module that a builder returns, without torch's wrappers.
+
+    Raises:
+        InputError: it cannot be imported, it raised, or it returned something else, or what cannot be looked into.
+    """
+    function = _imported(builder)
+    try:
+        made = function(**arguments)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a builder of anyone's raises
+        raise InputError(f"the builder {builder} with {_shown(arguments)} raised {_named(error)}.") from error
+    if not isinstance(made, nn.Module):
+        raise InputError(f"{builder!r} returned a {type(made).__name__}; it must return a torch.nn.Module.")
+    made = unwrapped(made)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in made.modules()):
+        raise InputError(f"{builder!r} returned a scripted or traced module; return the one that it was made from.")
+    if any(is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
+        raise InputError(f"{builder!r} returned lazy layers without a size; let it run its module once on an example.")
+    return made
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that do not go into the state dict too; tied ones once, by their first name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def _imported(builder: str) -> Callable[..., Any]:
+    module, _, name = builder.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    remedy = "run where it can be imported: install it, or put its folder on PYTHONPATH"
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module}.".startswith(f"{error.name}."):
+            raise InputError(f"{builder!r} names the module {error.name}, which cannot be found; {remedy}.") from None
+        raise InputError(f"{builder!r} needs the package {error.name}, which is missing; install it.") from None
+    except (AttributeError, ValueError) as error:
+        raise InputError(f"{builder!r} cannot be imported ({error}); give package.module:function.") from None
+    except Exception as error:  # whatever a module of anyone's raises
+        raise InputError(f"{builder!r} cannot be imported: {module} raised {_named(error)}.") from error
+    if not callable(found):
+        raise InputError(f"{builder!r} is a {type(found).__name__}; name a function that returns the model.")
+    return found
+
+
+def _private(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A module that nobody else holds, whatever the builder keeps."""
+    with torch.no_grad():
+        return copy.deepcopy(call(builder, arguments))
+
+
+def _without_weights(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """A module whose parameters take no memory and no time.
+
+    Only parameters are on the meta device, each from the moment that it is registered: anchors, tables of positions
+    and whatever else the builder computes is real, because nobody could say later what it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with _parameters_on_meta(), torch.no_grad():
+                model = call(builder, arguments)
+        except InputError:  # it computes with its parameters (torchvision's SSDlite runs its backbone, say)
+            return _private(builder, arguments)
+        if any(not parameter.is_meta for parameter in model.parameters()) or any(t.is_meta for t in _derived(model)):
+            return _private(builder, arguments)  # it keeps its modules, or what it computed of its parameters
+        return model
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Puts every parameter that this thread registers on the meta device; one that is tied stays one."""
+    thread, moved = threading.get_ident(), WeakIdKeyDictionary()
+
+    def move(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if type(parameter) is not nn.Parameter or parameter.is_meta or threading.get_ident() != thread:
+            return None
+        if parameter not in moved:
+            moved[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        return moved[parameter]
+
+    handle = register_module_parameter_registration_hook(move)
+    try:
+        with warnings.catch_warnings():  # a builder that loads weights is told that they go nowhere
+            warnings.filterwarnings("ignore", message=".*no-op")
+            yield
+    finally:
+        handle.remove()
+
+
+def _derived(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors that no state dict holds: buffers that are not persistent, and what modules have as attributes."""
+    registered = {id(parameter) for parameter in model.parameters()}
+    for module in model.modules():
+        own = {name: value for name, value in vars(module).items() if name not in REGISTERED}
+        leaves = tree_leaves((own, [module._buffers[name] for name in module._non_persistent_buffers_set]))
+        objects = [dict(vars(leaf)) for leaf in leaves if hasattr(leaf, "__dict__") and not callable(leaf)]
+        for leaf in tree_leaves((leaves, objects)):
+            if isinstance(leaf, Tensor) and id(leaf) not in registered:
+                yield leaf
+
+
+def _arrange(model: nn.Module, name: str, order: Sequence[int]) -> None:
+    """Puts the builder's children of a container in another order, without some of them, or with copies."""
+    container = _found(model, name, "blocks")
+    children = list(container._modules.items())
+    if order and max(order) >= len(children):
+        raise InputError(
+            f"blocks name child {max(order)} of {name!r}, and the builder makes {len(children)} there; give the "
+            "architecture the builder that it was made with."
+        )
+    seen: set[int] = set()
+    chosen = []
+    for place in order:
+        child, block = children[place]
+        chosen.append((child, copy.deepcopy(block) if place in seen else block))
+        seen.add(place)
+    set_children(container, chosen)
+
+
+def reshaped(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
+    """A copy whose tensors have the given shapes; the same module where there are none."""
+    tensors, gathers = tensors_by_name(model), {}
+    for name, shape in shapes.items():
+        have = tuple(tensors[name].shape) if name in tensors else None
+        if have is None or len(have) != len(shape) or 0 in have:
+            raise InputError(
+                f"shapes has {name!r} as {list(shape)}, and the builder makes {'none' if have is None else list(have)}"
+                "; give the architecture the builder that it was made with."
+            )
+        for dim, (ours, wanted) in enumerate(zip(have, shape, strict=True)):
+            if ours != wanted:
+                gathers[name, dim] = np.arange(wanted) % ours
+    return gathered(model, gathers, {}) if gathers else model
+
+
+def _set(model: nn.Module, name: str, value: Any) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = _found(model, owner, "attributes")
+    now = getattr(module, leaf, None)
+    if not isinstance(now, bool | int | float | str | list | tuple):
+        raise InputError(
+            f"attributes sets {name!r}, and the builder makes {'none' if now is None else f'a {type(now).__name__}'}; "
+            "give the architecture the builder that it was made with."
+        )
+    setattr(module, leaf, tuple(value) if isinstance(now, tuple) else value)
+
+
+def _found(model: nn.Module, path: str, what: str) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise InputError(
+            f"{what} names {path!r}, which the builder does not make; give the architecture the builder that it was "
+            "made with."
+        ) from None
+
+
+def _named(error: Exception) -> str:
+    first = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
+def _shown(arguments: Mapping[str, Any]) -> str:
+    listed = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    return f"the arguments {listed}"[:200] if listed else "no arguments"
