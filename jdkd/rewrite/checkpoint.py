@@ -89,8 +89,8 @@ def load_architecture(folder: Path | str, device: torch.device | str = "cpu") ->
     for name, tensor in state.items():
         if count := tensor.numel() - int(tensor.isfinite().sum()):
             raise InputError(
-                f"{folder / WEIGHTS}: {name} holds {count} of {tensor.numel()} numbers that are not finite; write it again "
-                "from weights that are."
+                f"{folder / WEIGHTS}: {name} holds {count} of {tensor.numel()} numbers that are not finite; write it "
+                "again from weights that are."
             )
     with torch.no_grad():
         for name, values in state.items():
