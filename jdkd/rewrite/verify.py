@@ -23,9 +23,9 @@ TOLERANCE = 1e-4  # largest difference over the largest value
 def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0.5) -> Topology:
     """Cuts every group of a topology once, and compares with the model in which nothing reads what was cut.
 
-    Both run on the example in evaluation mode, in float64 where the model can; compared is whatever any module returns
-    that kept its shape. All groups are cut together first, each to another share, and only if something disagrees is it
-    looked for by halves. Then all are widened, which may change nothing, and every block of a list is silenced, which
+    Both run on the example in evaluation mode, in float64 and with drawn weights where the model can; compared is
+    whatever any module returns that kept its shape. All groups are cut together first, each to another share, and only
+    if something disagrees is it looked for by halves. Then all are widened, which may change nothing, and every block of a list is silenced, which
     must make it the identity.
 
     Args:
@@ -38,7 +38,7 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
         The topology, with the groups that disagreed among the frozen ones, and the reason; with those that cannot grow
         marked, and without the ends of blocks that cannot be born as the identity.
     """
-    exact, example, returned = _in_float64(model, example)
+    exact, example, returned = _comparable(model, example)
     groups = [group for group in topology.groups if group.units > 1]
     wrong = _culprits(groups, lambda some: _cut_differs(exact, topology, some, example, share))
     frozen = [
@@ -151,18 +151,41 @@ def _listening(model: nn.Module, returned: dict[str, list[Tensor]]) -> Iterator[
             handle.remove()
 
 
-def _in_float64(
+def _comparable(
     model: nn.Module, example: tuple[Any, ...]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, list[Tensor]]]:
-    """The model and its example in double precision, so that rounding does not decide which boxes survive, and what
-    its modules return."""
+    """The model and its example as they are best compared, and what its modules return: in double precision, so that
+    rounding does not decide which boxes survive, and with weights of no pattern, as zeros hide differences."""
 
     def doubled(leaf: Any) -> Any:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    exact, wide = duplicate(model).double(), tree_map(doubled, example)
-    try:
-        return exact, wide, _returned(exact, wide)
-    except Exception:  # a model that casts by itself runs as it is
-        exact = duplicate(model)
-        return exact, example, _returned(exact, example)
+    for wide, drawn in ((True, True), (True, False), (False, True)):
+        copied = duplicate(model)
+        copied, given = (copied.double(), tree_map(doubled, example)) if wide else (copied, example)
+        if drawn:
+            _draw_weights(copied)
+        try:
+            returned = _returned(copied, given)
+        except Exception:  # a model that casts by itself, or whose weights mean more than weights
+            continue
+        if all(torch.isfinite(tensor).all() for tensor in returned[""]):
+            return copied, given, returned
+    copied = duplicate(model)
+    return copied, example, _returned(copied, example)
+
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module) -> None:
+    """Draws parameters, and what norms have of statistics, so that signals neither die out nor explode."""
+    generator = torch.Generator().manual_seed(0)
+    statistics = [buffer for m in model.modules() if hasattr(m, "running_var") for buffer in m.buffers(recurse=False)]
+    for tensor in (*model.parameters(), *statistics):
+        if tensor.is_floating_point():
+            fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
+            drawn = torch.empty(tensor.shape)
+            if fan_in:
+                drawn.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            else:
+                drawn.uniform_(0.3, 0.9, generator=generator)
+            tensor.copy_(drawn)
