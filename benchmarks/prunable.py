@@ -1,7 +1,7 @@
 """What of torchvision's detectors can be cut: every family over several backbones, traced, verified, cut, and trained.
 
 Run ``python -m benchmarks.prunable``; it writes ``benchmarks/results/topology.jsonl``, one row a detector. A name or
-part of one behind it (``retinanet``, ``swin``) takes only these, and prints them.
+part of one behind it (``retinanet``, ``swin``) takes only these, and prints them. Rows that are there stay.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Pyramid(nn.Module):
         stages: which of its layers' outputs the pyramid takes, and with how many channels.
         width: channels of the pyramid.
         norm: of its convolutions.
-        extra: what makes its top levels.
+        channels_last: whether the body's maps are ``[N, H, W, C]``, as those of a transformer.
     """
 
     def __init__(
@@ -51,19 +51,20 @@ class Pyramid(nn.Module):
         stages: dict[int, int],
         width: int = 256,
         norm: Callable[[int], nn.Module] | None = None,
-        extra: nn.Module | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
-        self.body, self.stages, self.out_channels = body[: max(stages) + 1], stages, width
-        extra = extra or feature_pyramid_network.LastLevelMaxPool()
-        self.fpn = feature_pyramid_network.FeaturePyramidNetwork([*stages.values()], width, extra, norm)
+        self.body, self.stages, self.out_channels = body[: max(stages) + 1], [*stages], width
+        self.channels_last = channels_last
+        top = feature_pyramid_network.LastLevelMaxPool()
+        self.fpn = feature_pyramid_network.FeaturePyramidNetwork([*stages.values()], width, top, norm)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         levels = OrderedDict()
         for place, layer in enumerate(self.body):
             x = layer(x)
-            if place in self.stages:  # a transformer's maps are [N, H, W, C]
-                levels[str(len(levels))] = x if x.shape[1] == self.stages[place] else x.permute(0, 3, 1, 2).contiguous()
+            if place in self.stages:
+                levels[str(len(levels))] = x.permute(0, 3, 1, 2).contiguous() if self.channels_last else x
         return self.fpn(levels)
 
 
@@ -86,7 +87,7 @@ def regnet() -> nn.Module:
 
 
 def swin() -> nn.Module:
-    return Pyramid(models.swin_t(weights=None).features, {1: 96, 3: 192, 5: 384, 7: 768})
+    return Pyramid(models.swin_t(weights=None).features, {1: 96, 3: 192, 5: 384, 7: 768}, channels_last=True)
 
 
 def mobilenet_v2() -> nn.Module:
@@ -123,7 +124,8 @@ def _anchors(backbone: nn.Module, shapes: int = 3) -> detection.anchor_utils.Anc
 
 
 def _two_stage(family: type[nn.Module], backbone: nn.Module) -> nn.Module:
-    return family(backbone, CLASSES, rpn_anchor_generator=_anchors(backbone), **SIZES)
+    few = {"rpn_post_nms_top_n_test": 50, "box_detections_per_img": 10}
+    return family(backbone, CLASSES, rpn_anchor_generator=_anchors(backbone), **few, **SIZES)
 
 
 def _retinanet(backbone: nn.Module) -> nn.Module:
@@ -265,13 +267,18 @@ def row(family: str, backbone: str, build: Build) -> dict[str, Any]:
 
 def main(wanted: list[str]) -> None:
     torch.set_num_threads(1)
-    chosen = [d for d in detectors() if not wanted or any(word.lower() in f"{d[0]} {d[1]}".lower() for word in wanted)]
-    rows = []
-    for detector in chosen:
-        rows.append(row(*detector))
-        print(json.dumps(rows[-1]), flush=True)
-    if not wanted:
-        RESULTS.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    done = {(each["detector"], each["backbone"]) for each in rows}
+    for family, backbone, build in detectors():
+        if wanted and not any(word.lower() in f"{family} {backbone}".lower() for word in wanted):
+            continue
+        if not wanted and (family, backbone) in done:
+            continue
+        measured = row(family, backbone, build)
+        print(json.dumps(measured), flush=True)
+        if not wanted:
+            rows.append(measured)
+            RESULTS.write_text("".join(json.dumps(each) + "\n" for each in rows))
 
 
 if __name__ == "__main__":

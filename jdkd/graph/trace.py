@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from jdkd.errors import InputError
 from jdkd.graph.channels import Channels
 from jdkd.graph.declaration import Declaration
 from jdkd.graph.residuals import Step
@@ -32,9 +33,12 @@ def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) 
         The topology. Have it checked: :func:`jdkd.rewrite.verify`.
 
     Raises:
-        InputError: what is declared does not fit the model.
+        InputError: what is declared does not fit the model, or a parameter is lazy.
     """
     declared = declared or Declaration()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"{name!r} has no shape yet; run the model once on an example before it is traced.")
     modes = [(module, module.training) for module in model.modules()]
     tracer = Tracer(model.eval(), declared.operators)
     try:

@@ -25,8 +25,8 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
 
     Both run on the example in evaluation mode, in float64 and with drawn weights where the model can; compared is
     whatever any module returns that kept its shape. All groups are cut together first, each to another share, and only
-    if something disagrees is it looked for by halves. Then all are widened, which may change nothing, and every block of a list is silenced, which
-    must make it the identity.
+    if something disagrees is it looked for by halves. Then all are widened, which may change nothing, and every block
+    of a list is silenced, which must make it the identity.
 
     Args:
         model: the module that ``topology`` was read off.

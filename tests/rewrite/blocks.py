@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.qkv, self.out = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        n, c, h, w = x.shape
+        n, _, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2)  # [N, L, C]
         q, k, v = self.qkv(tokens).reshape(n, h * w, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scale = 1 / math.sqrt(q.shape[-1])
@@ -230,7 +230,7 @@ FREE = {
     "in place": lambda: Block(lambda m, x: F.silu(m.a(x), inplace=True).mul_(2).add_(x), a=c()),
     "written in place": lambda: Block(written_in_place, a=c(), b=c()),
     "where": lambda: Block(lambda m, x: torch.where(x > 0, m.a(x), m.b(x)), a=c(), b=c()),
-    "expanded": lambda: Block(lambda m, x: m.a(x) * m.b(x).sigmoid().expand_as(x), a=c(), b=c(8, 1)),
+    "expanded": lambda: Block(lambda m, x: (y := m.a(x)) * m.b(x).sigmoid().expand_as(y), a=c(), b=c(8, 1)),
     "interpolate": lambda: Block(lambda m, x: F.interpolate(m.a(F.avg_pool2d(x, 2)), size=x.shape[-2:]), a=c()),
     "pixel shuffle": lambda: Block(lambda m, x: F.avg_pool2d(F.pixel_shuffle(m.a(x), 2), 2), a=c(8, 32)),
     "pixel unshuffle": lambda: Block(
@@ -308,6 +308,10 @@ def attended(m: Block, x: Tensor) -> Tensor:
     return m.attention(tokens, tokens, tokens)[0].transpose(1, 2).reshape(x.shape)
 
 
+def sampled(m: Block, x: Tensor) -> Tensor:
+    return F.grid_sample(x, m.a(x)[:, :2].permute(0, 2, 3, 1).tanh(), align_corners=False)
+
+
 # What keeps the eight channels that it is given; with words of the reason.
 KEPT = {
     "channel attention": (lambda: Block(eca, a=nn.Conv1d(1, 1, 3, padding=1)), "aten::convolution slides over it"),
@@ -317,8 +321,8 @@ KEPT = {
         "statistics over all",
     ),
     "one norm group": (lambda: nn.GroupNorm(1, 8), "statistics over all"),
-    "gru": (lambda: Block(recurrent, rnn=nn.GRU(8, 8, batch_first=True)), "not an operator that is known"),
-    "lstm": (lambda: Block(recurrent, rnn=nn.LSTM(8, 8, batch_first=True)), "not an operator that is known"),
+    "gru": (lambda: Block(recurrent, rnn=nn.GRU(8, 8, batch_first=True)), "disagree"),
+    "lstm": (lambda: Block(recurrent, rnn=nn.LSTM(8, 8, batch_first=True)), "disagree"),
     "response norm": (lambda: nn.LocalResponseNorm(3), "adds channels that follow no others"),
     "unregistered": (lambda: Block(lambda m, x: m.hidden[0](x), hidden=[c()]), "follows no channels"),
     "constant": (lambda: Block(lambda m, x: x + m.shift, shift=torch.arange(8.0).view(8, 1, 1)), "follow no channels"),
@@ -326,22 +330,25 @@ KEPT = {
         lambda: Block(lambda m, x: torch.cat(torch.split(x, 4, 1)[::-1], 1), a=c()),
         "disagree",
     ),
-    "slices in code": (lambda: Block(lambda m, x: m.b(torch.cat((m.a(x[:, :3]), x[:, 3:]), 1)), a=c(3, 3), b=c()), "disagree"),
+    "slices in code": (
+        lambda: Block(lambda m, x: m.b(torch.cat((m.a(x[:, :3]), x[:, 3:]), 1)), a=c(3, 3), b=c()),
+        "disagree",
+    ),
     "indices": (lambda: Block(lambda m, x: x[:, [1, 0, 3, 2, 5, 4, 7, 6]]), "picks some"),
     "dynamic weights": (
         lambda: Block(
             lambda m, x: torch.cat([F.conv2d(one[None], (m.fc(one.mean((1, 2))).softmax(0)[:, None, None] * m.w).sum(0)
                 [..., None, None]) for one in x]), fc=nn.Linear(8, 4), w=parameter(4, 8, 8)),
-        "follows no channels",
+        "multiplies activations",
     ),
-    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(c()), "norm"),
-    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(c()), "norm"),
+    "spectral norm": (lambda: nn.utils.parametrizations.spectral_norm(c()), "folds two kinds"),
+    "weight norm": (lambda: nn.utils.parametrizations.weight_norm(c()), "takes a norm over it"),
     "standardised weights": (
         lambda: Block(lambda m, x: F.conv2d(x, m.w - m.w.mean((1, 2, 3), keepdim=True)), w=parameter(8, 8, 1, 1)),
         "aten::mean mixes",
     ),
     "softmax": (lambda: nn.Softmax2d(), "softmax"),
-    "sampled": (lambda: Block(lambda m, x: F.grid_sample(x, m.a(x)[:, :2].permute(0, 2, 3, 1).tanh(), align_corners=False), a=c()), "disagree"),
+    "sampled": (lambda: Block(sampled, a=c()), "no reason, as only what moves the samples is kept"),
     "multi-head attention": (
-        lambda: Block(attended, attention=nn.MultiheadAttention(8, 2, batch_first=True)), "x"),
+        lambda: Block(attended, attention=nn.MultiheadAttention(8, 2, batch_first=True)), "not an operator"),
 }  # fmt: skip
