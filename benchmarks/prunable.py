@@ -101,13 +101,13 @@ def mobilenet_v3() -> nn.Module:
 BACKBONES: dict[str, Build] = {
     "resnet18, batch norm": functools.partial(resnet, "resnet18", nn.BatchNorm2d),
     "resnet50, frozen batch norm": functools.partial(resnet, "resnet50", FrozenBatchNorm2d),
-    "resnet101, frozen batch norm": functools.partial(resnet, "resnet101", FrozenBatchNorm2d),
-    "resnext50, group norm": functools.partial(resnet, "resnext50_32x4d", group_norm),
     "mobilenet_v2, group norm in the FPN": mobilenet_v2,
-    "mobilenet_v3_large": mobilenet_v3,
     "efficientnet_b0": efficientnet,
-    "regnet_y_400mf": regnet,
     "swin_t": swin,
+    "mobilenet_v3_large": mobilenet_v3,
+    "regnet_y_400mf": regnet,
+    "resnext50, group norm": functools.partial(resnet, "resnext50_32x4d", group_norm),
+    "resnet101, frozen batch norm": functools.partial(resnet, "resnet101", FrozenBatchNorm2d),
 }
 
 
@@ -123,20 +123,20 @@ def _anchors(backbone: nn.Module, shapes: int = 3) -> detection.anchor_utils.Anc
     return detection.anchor_utils.AnchorGenerator(sizes, ((0.5, 1.0, 2.0)[:shapes] if shapes > 1 else (1.0,),) * levels)
 
 
-def _two_stage(family: type[nn.Module], backbone: nn.Module) -> nn.Module:
-    few = {"rpn_post_nms_top_n_test": 50, "box_detections_per_img": 10}
-    return family(backbone, CLASSES, rpn_anchor_generator=_anchors(backbone), **few, **SIZES)
+def two_stage(family: type[nn.Module], backbone: nn.Module, **heads: nn.Module) -> nn.Module:
+    few = {"rpn_post_nms_top_n_test": 50, "rpn_post_nms_top_n_train": 50, "box_detections_per_img": 10}
+    return family(backbone, CLASSES, rpn_anchor_generator=_anchors(backbone), **few, **SIZES, **heads)
 
 
-def _retinanet(backbone: nn.Module) -> nn.Module:
+def retinanet(backbone: nn.Module) -> nn.Module:
     return detection.RetinaNet(backbone, CLASSES, anchor_generator=_anchors(backbone), **SIZES)
 
 
-def _fcos(backbone: nn.Module) -> nn.Module:
+def fcos(backbone: nn.Module) -> nn.Module:
     return detection.FCOS(backbone, CLASSES, anchor_generator=_anchors(backbone, shapes=1), **SIZES)
 
 
-def _ssd(backbone: nn.Module, lite: bool = False) -> nn.Module:
+def ssd(backbone: nn.Module, lite: bool = False) -> nn.Module:
     levels = _levels(backbone)
     anchors = detection.anchor_utils.DefaultBoxGenerator([[2]] * levels)
     channels = [backbone.out_channels] * levels
@@ -149,13 +149,13 @@ def _ssd(backbone: nn.Module, lite: bool = False) -> nn.Module:
 def detectors() -> Iterator[tuple[str, str, Build]]:
     """Yields family, backbone, and what builds the detector."""
     families = {
-        "Faster R-CNN": functools.partial(_two_stage, detection.FasterRCNN),
-        "Mask R-CNN": functools.partial(_two_stage, detection.MaskRCNN),
-        "Keypoint R-CNN": functools.partial(_two_stage, detection.KeypointRCNN),
-        "RetinaNet": _retinanet,
-        "FCOS": _fcos,
-        "SSD": _ssd,
-        "SSDlite": functools.partial(_ssd, lite=True),
+        "Faster R-CNN": functools.partial(two_stage, detection.FasterRCNN),
+        "Mask R-CNN": functools.partial(two_stage, detection.MaskRCNN),
+        "Keypoint R-CNN": functools.partial(two_stage, detection.KeypointRCNN),
+        "RetinaNet": retinanet,
+        "FCOS": fcos,
+        "SSD": ssd,
+        "SSDlite": functools.partial(ssd, lite=True),
     }
     plain = {"weights": None, "weights_backbone": None, "num_classes": CLASSES}
     yield "SSD", "vgg16, as torchvision has it", functools.partial(detection.ssd300_vgg16, **plain)
@@ -174,8 +174,8 @@ def detectors() -> Iterator[tuple[str, str, Build]]:
         "resnet50 v2, as torchvision has it",
         functools.partial(detection.retinanet_resnet50_fpn_v2, **plain, **SIZES),
     )
-    for family, build in families.items():
-        for name, backbone in BACKBONES.items():
+    for name, backbone in BACKBONES.items():
+        for family, build in families.items():
             yield family, name, lambda build=build, backbone=backbone: build(backbone())
 
 
