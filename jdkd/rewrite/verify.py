@@ -163,9 +163,11 @@ def _comparable(
     for wide, drawn in ((True, True), (True, False), (False, True)):
         copied = duplicate(model)
         copied, given = (copied.double(), tree_map(doubled, example)) if wide else (copied, example)
-        if drawn:
-            _draw_weights(copied)
         try:
+            if drawn:
+                _draw_weights(copied)
+                with _scaled(copied):
+                    _returned(copied, given)
             returned = _returned(copied, given)
         except Exception:  # a model that casts by itself, or whose weights mean more than weights
             continue
@@ -189,3 +191,30 @@ def _draw_weights(model: nn.Module) -> None:
             else:
                 drawn.uniform_(0.3, 0.9, generator=generator)
             tensor.copy_(drawn)
+
+
+@contextmanager
+def _scaled(model: nn.Module) -> Iterator[None]:
+    """While it lasts every layer that runs is scaled, once, so that its outputs have unit variance.
+
+    Without it scores of a deep model saturate, and equal scores are sorted by chance (layer-sequential unit variance,
+    Mishkin and Matas, ICLR 2016).
+    """
+    done: set[nn.Module] = set()
+
+    def ran(module: nn.Module, inputs: Any, out: Any) -> Any:
+        if module in done or not isinstance(out, Tensor) or out.numel() < 2:
+            return None
+        done.add(module)
+        scale = out.std().clamp(min=1e-12)
+        for parameter in module.parameters(recurse=False):
+            parameter.div_(scale)
+        return out / scale
+
+    layers = [m for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) > 1]
+    handles = [layer.register_forward_hook(ran) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

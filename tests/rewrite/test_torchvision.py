@@ -45,13 +45,15 @@ def windows() -> nn.Module:
 
 
 def narrow_masks(backbone: nn.Module) -> nn.Module:
-    heads = {"mask_head": MaskRCNNHeads(32, (16, 16), 1), "mask_predictor": MaskRCNNPredictor(16, 16, prunable.CLASSES)}
-    return prunable.two_stage(MaskRCNN, backbone, **heads)
+    model = prunable.two_stage(MaskRCNN, backbone, mask_head=MaskRCNNHeads(32, (16, 16), 1))
+    model.roi_heads.mask_predictor = MaskRCNNPredictor(16, 16, prunable.CLASSES)
+    return model
 
 
 def narrow_keypoints(backbone: nn.Module) -> nn.Module:
-    heads = {"keypoint_head": KeypointRCNNHeads(32, (16, 16)), "keypoint_predictor": KeypointRCNNPredictor(16, 17)}
-    return prunable.two_stage(KeypointRCNN, backbone, **heads)
+    model = prunable.two_stage(KeypointRCNN, backbone, keypoint_head=KeypointRCNNHeads(32, (16, 16)))
+    model.roi_heads.keypoint_predictor = KeypointRCNNPredictor(16, 17)
+    return model
 
 
 BACKBONES = {
