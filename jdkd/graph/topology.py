@@ -52,11 +52,13 @@ class ChannelGroup:
         name: the first layer that makes the channels.
         units: how many units there are.
         slots: every place where they stand.
+        grows: whether units can be added; :func:`jdkd.rewrite.verify` finds where code holds on to places.
     """
 
     name: str
     units: int
     slots: tuple[Slot, ...]
+    grows: bool = True
 
     @property
     def size(self) -> int:
@@ -64,7 +66,8 @@ class ChannelGroup:
         return self.units * next(slot for slot in self.slots if slot.role == "out").repeat
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "units": self.units, "slots": [slot.to_json() for slot in self.slots]}
+        slots = [slot.to_json() for slot in self.slots]
+        return {"name": self.name, "units": self.units, "grows": self.grows, "slots": slots}
 
 
 @dataclass(frozen=True)

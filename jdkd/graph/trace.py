@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from jdkd.errors import InputError
 from jdkd.graph.channels import Channels
 from jdkd.graph.declaration import Declaration
 from jdkd.graph.residuals import Step
@@ -31,9 +33,12 @@ def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) 
         The topology. Have it checked: :func:`jdkd.rewrite.verify`.
 
     Raises:
-        InputError: what is declared does not fit the model.
+        InputError: what is declared does not fit the model, or a parameter is lazy.
     """
     declared = declared or Declaration()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"{name!r} has no shape yet; run the model once on an example before it is traced.")
     modes = [(module, module.training) for module in model.modules()]
     tracer = Tracer(model.eval(), declared.operators)
     try:
@@ -62,38 +67,49 @@ def _groups(
     channels: Channels, component: np.ndarray, reasons: dict[int, str]
 ) -> tuple[tuple[ChannelGroup, ...], tuple[Frozen, ...]]:
     """Components that stand in the same axes, equally often, are the units of one group."""
+    roles_of = channels.roles()
     axis_of = np.concatenate([np.full(axis.size, place) for place, axis in enumerate(channels.axes)])
     first_of = np.array([axis.first for axis in channels.axes])
-    number = np.concatenate([np.arange(axis.first, axis.first + axis.size) for axis in channels.axes])
+    number = np.concatenate([axis.numbers for axis in channels.axes])
     order = np.lexsort((number, axis_of, component[number]))
     number, axis_of = number[order], axis_of[order]
     root = component[number]
-    starts = np.flatnonzero(np.r_[True, root[1:] != root[:-1]])
-    members: dict[tuple[tuple[int, int], ...], list[slice]] = defaultdict(list)
-    for begin, end in zip(starts, np.r_[starts[1:], len(root)], strict=True):
-        axes, counts = np.unique(axis_of[begin:end], return_counts=True)
-        members[tuple(zip(axes.tolist(), counts.tolist(), strict=True))].append(slice(begin, end))
+    begins, counts = _runs(root, axis_of)  # of one axis in one component
+    starts, axes = _runs(root[begins])  # of one component, in these
+    members: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
+    for begin, end in zip(starts.tolist(), (starts + axes).tolist(), strict=True):
+        members[axis_of[begins[begin:end]].tobytes(), counts[begin:end].tobytes()].append(begin)
     groups, frozen = [], defaultdict(set)
-    for signature, units in members.items():
-        roles = {place: channels.roles.get(channels.axes[place][:2], "scale") for place, _ in signature}
-        kept = [unit for unit in units if int(root[unit.start]) not in reasons]
-        stuck = {reasons[int(root[unit.start])] for unit in units if int(root[unit.start]) in reasons}
-        names = [channels.axes[place][:2] for place, _ in signature]
-        if kept and {"in", "out"} <= set(roles.values()):
-            kept.sort(key=lambda unit: int(number[unit.start]))
-            slots = []
-            for place, count in signature:
-                places = np.stack([number[unit][axis_of[unit] == place] for unit in kept]) - first_of[place]
-                axis = channels.axes[place]
-                slots.append(Slot(axis.tensor, axis.dim, roles[place], places.reshape(len(kept), count)))
+    for signature, found in members.items():
+        places, repeats = (np.frombuffer(part, dtype=np.int64) for part in signature)
+        units = begins[found]  # where each begins in ``number``
+        roles = [roles_of[place] for place in places]
+        why = [reasons.get(unit) for unit in root[units].tolist()]
+        stuck = set(filter(None, why))
+        kept = units[[reason is None for reason in why]]
+        if kept.size and {"in", "out"} <= set(roles):
+            kept = kept[np.argsort(number[kept])]
+            whole = number[kept[:, None] + np.arange(repeats.sum())]  # [units, all their places]
+            parts = np.split(whole, np.cumsum(repeats)[:-1], axis=1)
+            slots = tuple(
+                Slot(channels.axes[place].tensor, channels.axes[place].dim, role, part - first_of[place])
+                for place, role, part in zip(places, roles, parts, strict=True)
+            )
             made = next(slot for slot in slots if slot.role == "out")
-            groups.append(ChannelGroup(made.tensor.rpartition(".")[0] or made.tensor, len(kept), tuple(slots)))
-        elif kept and "out" in roles.values():
-            stuck.add("nothing in the model reads it")
+            groups.append(ChannelGroup(made.tensor.rpartition(".")[0] or made.tensor, len(kept), slots))
+        elif kept.size:
+            stuck.add("nothing in the model reads it" if "out" in roles else "nothing in the model makes it")
         for reason in stuck:
-            if "out" in roles.values() or "in" in roles.values():
-                frozen[reason].update(names)
+            if "out" in roles or "in" in roles:
+                frozen[reason].update(channels.axes[place][:2] for place in places)
     return _named(groups), tuple(Frozen(tuple(sorted(names)), reason) for reason, names in frozen.items())
+
+
+def _runs(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where runs of equal rows begin, and how long they are."""
+    changes = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    begins = np.flatnonzero(np.r_[columns[0].size > 0, changes])
+    return begins, np.diff(np.r_[begins, columns[0].size])
 
 
 def _named(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
@@ -102,7 +118,7 @@ def _named(groups: list[ChannelGroup]) -> tuple[ChannelGroup, ...]:
     named = []
     for group in groups:
         taken[group.name] = number = taken.get(group.name, 0) + 1
-        named.append(group if number == 1 else ChannelGroup(f"{group.name}#{number}", group.units, group.slots))
+        named.append(group if number == 1 else replace(group, name=f"{group.name}#{number}"))
     return tuple(named)
 
 

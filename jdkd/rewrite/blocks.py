@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.graph import BlockList, Topology
+from jdkd.rewrite.channels import duplicate
 
 
 def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -30,7 +33,7 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
     Raises:
         InputError: there is no such list, it holds no such block, or a block cannot be born as the identity.
     """
-    copied = copy.deepcopy(model)
+    copied = duplicate(model)
     for name, blocks in order.items():
         _arrange(copied, _checked(topology, name, blocks), list(blocks))
     return copied
@@ -113,3 +116,50 @@ def _checked(topology: Topology, name: str, order: Sequence[int]) -> BlockList:
     if any(not 0 <= place < count for place in order):
         raise InputError(f"the list {name!r} has the blocks 0..{count - 1}, and {list(order)} names others.")
     return lists[name]
+
+
+def with_checked_ends(model: nn.Module, lists: Sequence[BlockList], example: tuple[Any, ...]) -> tuple[BlockList, ...]:
+    """Block lists in which every block that is not the identity when it is silenced has lost its ends.
+
+    Args:
+        model: whose they are, in evaluation mode; it runs once.
+        lists: as traced.
+        example: what it runs on.
+    """
+    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def remember(path: str) -> Callable[..., None]:
+        def entered(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.setdefault(path, copy.deepcopy((given, named)))
+
+        return entered
+
+    paths = [path for blocks in lists for path in blocks.blocks]
+    handles = [model.get_submodule(p).register_forward_pre_hook(remember(p), with_kwargs=True) for p in paths]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            model(*copy.deepcopy(example))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return tuple(
+            replace(
+                blocks,
+                ends=tuple(
+                    ends if _is_identity(model.get_submodule(path), path, ends, seen.get(path)) else ((),)
+                    for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
+                ),
+            )
+            for blocks in lists
+        )
+
+
+def _is_identity(block: nn.Module, path: str, ends: Sequence[Sequence[str]], given: Any) -> bool:
+    """Whether a block returns what it is given once it is silenced."""
+    silent = copy.deepcopy(block)
+    try:
+        _silence(silent, path, ends)
+    except InputError:
+        return False
+    expected = given[0][0].clone()
+    return torch.allclose(silent(*given[0], **given[1]), expected, rtol=1e-5, atol=0)

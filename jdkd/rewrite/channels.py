@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -53,34 +54,56 @@ def widen(model: nn.Module, topology: Topology, extra: Mapping[str, int]) -> nn.
         extra: how many units to add, by the name of their group.
 
     Raises:
-        InputError: there is no such group, or a number is negative.
+        InputError: there is no such group, it cannot grow, or a number is negative.
     """
     for name, count in extra.items():
         checked(topology, name, [0])
         if count < 0:
             raise InputError(f"widen: group {name!r} is to get {count} units; give 0 or more, and prune to take away.")
+        if not topology[name].grows:
+            raise InputError(f"widen: group {name!r} cannot grow, as the model's code holds on to places in it.")
     gathers, silent = {}, defaultdict(list)
     for (tensor, dim), slots in _slots(topology, extra).items():
-        order = list(range(_size(model, tensor, dim)))
-        grown: dict[int, list[tuple[int, str]]] = defaultdict(list)  # after which place what is copied
+        grown: dict[int, list[tuple[int, str]]] = defaultdict(list)  # before which place what is copied
         for group, slot in slots:
-            for number in range(extra[group.name]):
-                grown[int(slot.places.max())] += [(int(p), slot.role) for p in slot.places[number % group.units]]
+            for run in _runs(group, slot):  # [units, places side by side]
+                descends = len(run) > 1 and run[0, 0] > run[1, 0]  # a flip: the new ones come first
+                before = int(run.min() if descends else run.max() + 1)
+                new = run[np.arange(extra[group.name]) % group.units]
+                grown[before] += [(int(place), slot.role) for place in (new[::-1] if descends else new).ravel()]
         result: list[int] = []
-        for place in order:
-            result.append(place)
+        for place in range(_size(model, tensor, dim) + 1):
             for source, role in grown[place]:
                 if role == "in":
                     silent[tensor, dim].append(len(result))
                 result.append(source)
-        gathers[tensor, dim] = np.array(result)
+            result.append(place)
+        gathers[tensor, dim] = np.array(result[:-1])
     return gathered(model, gathers, silent)
+
+
+def _runs(group: ChannelGroup, slot: Slot) -> list[np.ndarray]:
+    """Cuts the places of every unit into runs that stand side by side, ``[units, length]`` each.
+
+    Raises:
+        InputError: the units do not stand in order, so that nobody can tell where one more would.
+    """
+    places = slot.places
+    cuts = np.flatnonzero((np.diff(places, axis=1) != 1).any(axis=0)) + 1
+    runs = np.split(places, cuts, axis=1)
+    for run in runs:
+        steps = np.diff(run[:, 0])
+        if not ((steps > 0).all() or (steps < 0).all()):
+            raise InputError(
+                f"widen: the channels of group {group.name!r} stand out of order in {slot.tensor!r}; it cannot grow."
+            )
+    return runs
 
 
 def mask(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
     """A copy of a model in which no product reads the units that are not kept: what :func:`prune` must agree with."""
     chosen = {name: checked(topology, name, units) for name, units in keep.items()}
-    masked = copy.deepcopy(model)
+    masked = duplicate(model)
     tensors = dict(masked.named_parameters()) | dict(masked.named_buffers())
     with torch.no_grad():
         for (tensor, dim), slots in _slots(topology, chosen).items():
@@ -124,8 +147,12 @@ def _slots(topology: Topology, named: Mapping[str, object]) -> dict[tuple[str, i
 
 
 def _size(model: nn.Module, tensor: str, dim: int) -> int:
-    owner, _, name = tensor.rpartition(".")
-    return getattr(model.get_submodule(owner), name).shape[dim]
+    return _tensor(model, tensor).shape[dim]
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
 
 
 def gathered(
@@ -141,24 +168,46 @@ def gathered(
             places of it to take; a place may be taken more than once.
         silent: among the places that were taken, those that are set to 0.
     """
-    copied = copy.deepcopy(model)
-    before = {id(tensor): name for name, tensor in (*copied.named_parameters(), *copied.named_buffers())}
-    by_tensor: dict[str, list[int]] = defaultdict(list)
+    dims_of: dict[str, list[int]] = defaultdict(list)
     for tensor, dim in gathers:
-        by_tensor[tensor].append(dim)
-    made: dict[str, Tensor] = {}
+        dims_of[tensor].append(dim)
+    made = {
+        id(tensor): _taken(tensor, name, dims_of[name], gathers, silent)
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+    }
+    changed = {id(made[id(_tensor(model, name))]) for name in dims_of if dims_of[name]}
+    copied = duplicate(model, made)
     for module in copied.modules():
-        changed = False
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                known = None if tensor is None else before.get(id(tensor))
-                if known in by_tensor:
-                    if known not in made:
-                        made[known] = _taken(tensor, known, by_tensor[known], gathers, silent)
-                    table[name], changed = made[known], True
-        if changed:
+        if any(id(tensor) in changed for tensor in (*module._parameters.values(), *module._buffers.values())):
             renumber(module)
     return copied
+
+
+def duplicate(model: nn.Module, made: dict[int, Tensor] | None = None) -> nn.Module:
+    """A deep copy of a model, in which other tensors may stand for those with some ids, wherever they are held.
+
+    Raises:
+        InputError: something in the model cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model, {**made} if made else None)
+    except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError) as error:
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                if name not in ("_modules", "_parameters", "_buffers") and not _can_be_copied(value):
+                    raise InputError(
+                        f"the model cannot be copied: {name!r} of {path or type(model).__name__} is a "
+                        f"{type(value).__name__} ({error}); set it aside, or give its class a __deepcopy__."
+                    ) from error
+        raise
+
+
+def _can_be_copied(value: object) -> bool:
+    try:
+        copy.deepcopy(value)
+    except (TypeError, RuntimeError, NotImplementedError, pickle.PicklingError):
+        return False
+    return True
 
 
 def _taken(
@@ -168,7 +217,7 @@ def _taken(
     gathers: Mapping[tuple[str, int], np.ndarray],
     silent: Mapping[tuple[str, int], list[int]],
 ) -> Tensor:
-    values = tensor.detach()
+    values = tensor.detach() if dims else tensor.detach().clone()
     for dim in dims:
         values = values.index_select(dim, torch.from_numpy(gathers[name, dim]).to(values.device))
         if places := silent.get((name, dim)):
@@ -176,19 +225,22 @@ def _taken(
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
         values = values.contiguous(memory_format=torch.channels_last)
     if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+        values = nn.Parameter(values, requires_grad=tensor.requires_grad)
+    vars(values).update(vars(tensor))  # what users hang on to it
     return values
 
 
 def renumber(module: nn.Module) -> None:
     """Brings the sizes that a layer keeps as attributes in line with its tensors."""
     weight = getattr(module, "weight", None)
-    if isinstance(module, nn.modules.conv._ConvNd):
-        whole = module.in_channels if module.transposed else module.out_channels
+    if all(
+        hasattr(module, name) for name in ("in_channels", "out_channels", "groups")
+    ):  # also torchvision's deformable
+        turned = getattr(module, "transposed", False)
         if module.groups > 1:  # whole groups went, or came
-            module.groups = weight.shape[0] * module.groups // whole
+            module.groups = weight.shape[0] * module.groups // (module.in_channels if turned else module.out_channels)
         sides = weight.shape[0], weight.shape[1] * module.groups
-        module.in_channels, module.out_channels = sides if module.transposed else sides[::-1]
+        module.in_channels, module.out_channels = sides if turned else sides[::-1]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.GroupNorm):

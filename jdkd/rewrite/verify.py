@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from jdkd.graph import ChannelGroup, Frozen, Topology
-from jdkd.rewrite.channels import mask, prune
+from jdkd.rewrite.blocks import with_checked_ends
+from jdkd.rewrite.channels import duplicate, mask, prune, widen
 
 TOLERANCE = 1e-4  # largest difference over the largest value
 
@@ -22,8 +23,10 @@ TOLERANCE = 1e-4  # largest difference over the largest value
 def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0.5) -> Topology:
     """Cuts every group of a topology once, and compares with the model in which nothing reads what was cut.
 
-    Both run on the example in evaluation mode, in float64 where the model can; compared is whatever any module returns
-    that kept its shape. All groups are cut together first; only if something disagrees is it looked for by halves.
+    Both run on the example in evaluation mode, in float64 and with drawn weights where the model can; compared is
+    whatever any module returns that kept its shape. All groups are cut together first, each to another share, and only
+    if something disagrees is it looked for by halves. Then all are widened, which may change nothing, and every block
+    of a list is silenced, which must make it the identity.
 
     Args:
         model: the module that ``topology`` was read off.
@@ -32,46 +35,69 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
         share: of each group's units, how many go.
 
     Returns:
-        The topology, with the groups that disagreed among the frozen ones, and the reason.
+        The topology, with the groups that disagreed among the frozen ones, and the reason; with those that cannot grow
+        marked, and without the ends of blocks that cannot be born as the identity.
     """
-    exact, example = _in_float64(model, example)
-    wrong: dict[str, str] = {}
-
-    def search(groups: Sequence[ChannelGroup]) -> None:
-        reason = _disagreement(exact, topology, groups, example, share)
-        if reason is None:
-            return
-        if len(groups) == 1:
-            wrong[groups[0].name] = reason
-            return
-        half = len(groups) // 2
-        before = len(wrong)
-        search(groups[:half])
-        search(groups[half:])
-        if len(wrong) == before:  # each is right alone, and they are wrong together
-            wrong.update({group.name: f"{reason}, together with its neighbours" for group in groups})
-
+    exact, example, returned = _comparable(model, example)
     groups = [group for group in topology.groups if group.units > 1]
-    if groups:
-        search(groups)
+    wrong = _culprits(groups, lambda some: _cut_differs(exact, topology, some, example, share))
     frozen = [
         Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"cut and masked disagree: {reason}")
         for name, reason in wrong.items()
     ]
-    kept = tuple(group for group in topology.groups if group.name not in wrong)
-    return replace(topology, groups=kept, frozen=(*topology.frozen, *frozen))
+    right = [group for group in topology.groups if group.name not in wrong]
+    stiff = _culprits(right, lambda some: _growth_differs(exact, topology, some, example, returned))
+    return replace(
+        topology,
+        groups=tuple(replace(group, grows=group.name not in stiff) for group in right),
+        frozen=(*topology.frozen, *frozen),
+        block_lists=with_checked_ends(exact, topology.block_lists, example),
+    )
 
 
-def _disagreement(
+def _culprits(
+    groups: Sequence[ChannelGroup], difference: Callable[[Sequence[ChannelGroup]], str | None]
+) -> dict[str, str]:
+    """The groups that make a difference, and which; they are looked for by halves."""
+    reason = difference(groups) if groups else None
+    if reason is None:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: reason}
+    half = len(groups) // 2
+    found = _culprits(groups[:half], difference) | _culprits(groups[half:], difference)
+    return found or {group.name: f"{reason}, together with its neighbours" for group in groups}
+
+
+def _cut_differs(
     model: nn.Module, topology: Topology, groups: Sequence[ChannelGroup], example: tuple[Any, ...], share: float
 ) -> str | None:
     """What is different between cut and masked, or None."""
-    keep = {group.name: range(0, group.units, 2) if share == 0.5 else range(_left(group, share)) for group in groups}
+    keep = {group.name: _left(group, share, place) for place, group in enumerate(groups)}
     expected = _returned(mask(model, topology, keep), example)
     try:
         got = _returned(prune(model, topology, keep), example)
     except Exception as error:  # whatever a model's code makes of fewer channels
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        return _said(error)
+    return _difference(expected, got)
+
+
+def _growth_differs(
+    model: nn.Module,
+    topology: Topology,
+    groups: Sequence[ChannelGroup],
+    example: tuple[Any, ...],
+    expected: dict[str, list[Tensor]],
+) -> str | None:
+    """What changes when groups grow, or None."""
+    try:
+        return _difference(expected, _returned(widen(model, topology, {group.name: 1 for group in groups}), example))
+    except Exception as error:
+        return _said(error)
+
+
+def _difference(expected: dict[str, list[Tensor]], got: dict[str, list[Tensor]]) -> str | None:
+    """What two runs returned differently, or None."""
     if expected.keys() != got.keys():
         return f"{sorted(expected.keys() ^ got.keys())[0]} runs in one of them only"
     compared = 0
@@ -87,8 +113,17 @@ def _disagreement(
     return None if compared else "nothing could be compared"
 
 
-def _left(group: ChannelGroup, share: float) -> int:
-    return max(1, round(group.units * (1 - share)))
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def _left(group: ChannelGroup, share: float, seed: int) -> list[int]:
+    """Units that stay: about ``1 - share`` of them, drawn; each group keeps another share, so that those which only
+    fit while they are of one size are found."""
+    generator = torch.Generator().manual_seed(seed)
+    stays = (1 - share) * (0.75 + 0.5 * torch.rand((), generator=generator).item())
+    count = min(max(1, round(stays * group.units)), group.units - 1)
+    return torch.randperm(group.units, generator=generator)[:count].tolist()
 
 
 def _returned(model: nn.Module, example: tuple[Any, ...]) -> dict[str, list[Tensor]]:
@@ -116,15 +151,70 @@ def _listening(model: nn.Module, returned: dict[str, list[Tensor]]) -> Iterator[
             handle.remove()
 
 
-def _in_float64(model: nn.Module, example: tuple[Any, ...]) -> tuple[nn.Module, tuple[Any, ...]]:
-    """The model and its example in double precision, so that rounding does not decide which boxes survive."""
+def _comparable(
+    model: nn.Module, example: tuple[Any, ...]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, list[Tensor]]]:
+    """The model and its example as they are best compared, and what its modules return: in double precision, so that
+    rounding does not decide which boxes survive, and with weights of no pattern, as zeros hide differences."""
 
     def doubled(leaf: Any) -> Any:
         return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    exact, wide = copy.deepcopy(model).double(), tree_map(doubled, example)
+    for wide, drawn in ((True, True), (True, False), (False, True)):
+        copied = duplicate(model)
+        copied, given = (copied.double(), tree_map(doubled, example)) if wide else (copied, example)
+        try:
+            if drawn:
+                _draw_weights(copied)
+                with _scaled(copied):
+                    _returned(copied, given)
+            returned = _returned(copied, given)
+        except Exception:  # a model that casts by itself, or whose weights mean more than weights
+            continue
+        if all(torch.isfinite(tensor).all() for tensor in returned[""]):
+            return copied, given, returned
+    copied = duplicate(model)
+    return copied, example, _returned(copied, example)
+
+
+@torch.no_grad()
+def _draw_weights(model: nn.Module) -> None:
+    """Draws parameters, and what norms have of statistics, so that signals neither die out nor explode."""
+    generator = torch.Generator().manual_seed(0)
+    statistics = [buffer for m in model.modules() if hasattr(m, "running_var") for buffer in m.buffers(recurse=False)]
+    for tensor in (*model.parameters(), *statistics):
+        if tensor.is_floating_point():
+            fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
+            drawn = torch.empty(tensor.shape)
+            if fan_in:
+                drawn.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
+            else:
+                drawn.uniform_(0.3, 0.9, generator=generator)
+            tensor.copy_(drawn)
+
+
+@contextmanager
+def _scaled(model: nn.Module) -> Iterator[None]:
+    """While it lasts every layer that runs is scaled, once, so that its outputs have unit variance.
+
+    Without it scores of a deep model saturate, and equal scores are sorted by chance (layer-sequential unit variance,
+    Mishkin and Matas, ICLR 2016).
+    """
+    done: set[nn.Module] = set()
+
+    def ran(module: nn.Module, inputs: Any, out: Any) -> Any:
+        if module in done or not isinstance(out, Tensor) or out.numel() < 2:
+            return None
+        done.add(module)
+        scale = out.std().clamp(min=1e-12)
+        for parameter in module.parameters(recurse=False):
+            parameter.div_(scale)
+        return out / scale
+
+    layers = [m for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) > 1]
+    handles = [layer.register_forward_hook(ran) for layer in layers]
     try:
-        _returned(exact, wide)
-        return exact, wide
-    except Exception:  # a model that casts by itself runs as it is
-        return copy.deepcopy(model), example
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

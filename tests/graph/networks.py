@@ -113,7 +113,7 @@ def awake(model: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point() and tensor.dim() == 1:
+            if tensor.is_floating_point() and tensor.dim() <= 1:
                 tensor.uniform_(0.3, 0.9, generator=generator)
             elif tensor.is_floating_point():
                 tensor.normal_(0, (2 / max(1, tensor[0].numel())) ** 0.5, generator=generator)

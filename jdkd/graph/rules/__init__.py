@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from jdkd.graph.layout import fits
 from jdkd.graph.rules import indices, layers, products, views  # noqa: F401 - they register their rules
 from jdkd.graph.rules.elementwise import pointwise, same
 from jdkd.graph.rules.layers import spatial
-from jdkd.graph.rules.registry import RULES, rule, unknown
+from jdkd.graph.rules.registry import RULES, outputs, rule, unknown
 
 if TYPE_CHECKING:
     from jdkd.graph.marks import Call, Marks
@@ -29,4 +30,13 @@ def apply(marks: Marks, call: Call, declared: Mapping[str, str]) -> None:
     found = (
         KINDS.get(declared.get(call.name, "")) or RULES.get(call.name) or RULES.get(call.name.removesuffix("_"))
     )  # the same in place
-    (found or (pointwise if call.pointwise else unknown))(marks, call)
+    found = found or (pointwise if call.pointwise else unknown)
+    try:
+        found(marks, call)
+        understood = all(fits(label, out.shape) for out in outputs(call) for label in marks.layout(out))
+    except (ValueError, IndexError, KeyError, TypeError):  # a form of the operator that its rule did not foresee
+        understood = False
+    if not understood:
+        for out in outputs(call):
+            marks.set(out, ())
+        unknown(marks, call)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor
 
 from jdkd.graph.layout import Layout, condensed, span
@@ -25,20 +24,20 @@ def pointwise(marks: Marks, call: Call) -> None:
 def met(marks: Marks, operands: Sequence[Tensor], out: Tensor, name: str) -> None:
     """Couples what stands at the same place of tensors that broadcast to ``out``, and labels it."""
     ndim, met = out.dim(), []
+    one_weight = not any(marks.is_activation(operand) for operand in operands)
     for operand in operands:
-        for label in marks.layout(operand):
-            label = label.reshape((1,) * (ndim - label.ndim) + label.shape)
-            partner = next((place for place, other in enumerate(met) if span(other) & span(label)), None)
-            if partner is None:
-                met.append(label)
-                continue
-            marks.channels.couple(met[partner], label)
-            met[partner] = condensed(min(np.broadcast_arrays(met[partner], label)[0], label, key=lambda x: x.size))
+        for label in _padded(marks.layout(operand), ndim):
+            for partner in [other for other in met if span(other) & span(label)]:
+                marks.channels.couple(partner, label, one_weight=one_weight)
+                met = [other for other in met if other is not partner]
+                if span(label) >= span(partner):  # all are coupled; the shorter one says it
+                    label = condensed(partner)
+            met.append(label)
     for operand in operands:  # what has this size and no channels would not shrink with them
         labelled = frozenset().union(*(span(label) for label in marks.layout(operand)))
         for dim, size in enumerate(operand.shape):
             place = ndim - operand.dim() + dim
-            if size > 1 and dim not in labelled:
+            if size > 1 and dim not in labelled and operand.stride(dim):  # what was expanded follows the others
                 stuck = [label for label in met if place in span(label)]
                 marks.freeze(stuck, f"{name} meets a tensor of {size} values that follow no channels")
     if out.dim() and _written_in_part(marks, out, operands):

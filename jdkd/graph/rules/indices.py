@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from jdkd.graph.layout import Label, span
+from jdkd.graph.layout import Label, along, span
 from jdkd.graph.rules.elementwise import pointwise
 from jdkd.graph.rules.registry import outputs, rule
 
@@ -118,3 +118,15 @@ def _along_dims(marks: Marks, call: Call) -> None:
             marks.set(out, tuple(kept))
         elif out.dim() == own.dim() - len(taken):
             marks.set(out, tuple(label.squeeze(tuple(taken)) for label in kept))
+
+
+@rule("embedding")
+def _embedded(marks: Marks, call: Call) -> None:
+    """Rows of a table; which of them is data, what stands in them is made here."""
+    table, rows = call.given["weight"], call.given["indices"]
+    marks.freeze(marks.layout(rows), f"{call.name} takes it as an index")
+    made = marks.label(table, 1)
+    marks.freeze([label for label in marks.layout(table) if label is not made], f"{call.name} picks some of its rows")
+    if made is not None:
+        marks.channels.play(made, "out")
+        marks.set(call.out, (along(made.ravel(), call.out.dim() - 1, call.out.dim()),))

@@ -66,10 +66,21 @@ def _layer_norm(marks: Marks, call: Call) -> None:
     marks.set(outputs(call)[0], marks.layout(feature))
 
 
+@rule("_weight_norm_interface")
+def _weight_norm(marks: Marks, call: Call) -> None:
+    """A weight is divided by its norm over all dimensions but one, and multiplied with a gain."""
+    weight, gain, kept = call.given["v"], call.given["g"], call.given["dim"]
+    label, gains = marks.label(weight, kept), marks.label(gain, kept)
+    marks.freeze([other for other in marks.layout(weight) if other is not label], f"{call.name} takes a norm over it")
+    if label is not None and gains is not None:
+        marks.channels.couple(label, gains, one_weight=True)
+    marks.set(outputs(call)[0], marks.layout(weight))
+
+
 @rule("max_pool2d_with_indices", "max_pool2d", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool2d")
 @rule("adaptive_max_pool2d", "mkldnn_max_pool2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")
 @rule("_upsample_nearest_exact2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "grid_sampler_2d")
-@rule("reflection_pad2d", "replication_pad2d", "im2col_indices", "torchvision::roi_pool")
+@rule("reflection_pad2d", "replication_pad2d")
 def spatial(marks: Marks, call: Call) -> None:
     """Works inside every channel map ``[N, C, H, W]``."""
     feature = next(call.tensors())
@@ -77,6 +88,9 @@ def spatial(marks: Marks, call: Call) -> None:
     for label in marks.layout(feature):
         if not any(label is other for other in kept):
             marks.freeze([label], f"{call.name} slides over it")
+    for other in call.tensors():
+        if other is not feature:
+            marks.freeze(marks.layout(other), f"{call.name} takes it as positions")
     for out in outputs(call):
         if out.dim() == feature.dim():
             marks.set(out, tuple(kept))
@@ -91,12 +105,13 @@ def _padded_by_constants(marks: Marks, call: Call) -> None:
     marks.set(call.out, tuple(label for label in marks.layout(feature) if not span(label) & padded))
 
 
-@rule("torchvision::roi_align")
+@rule("torchvision::roi_align", "torchvision::roi_pool")
 def _regions(marks: Marks, call: Call) -> None:
     feature, rois = call.given["input"], call.given["rois"]
     marks.freeze(marks.layout(rois), f"{call.name} takes it as regions")
     label = marks.label(feature, 1)
-    marks.set(call.out, () if label is None else (along(label.ravel(), 1, 4),))
+    for out in outputs(call):
+        marks.set(out, () if label is None else (along(label.ravel(), 1, 4),))
 
 
 @rule("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_efficient_attention")

@@ -25,19 +25,23 @@ def _read(marks: Marks, one: Label | None, other: Label | None, operands: Sequen
         marks.freeze(there, f"{name} multiplies activations with each other over it")
     elif len(there) == 1:
         marks.freeze(there, f"{name} sums it with what follows no channels")
+    elif min(operand.dim() for operand in operands) == 1 and not any(map(marks.is_activation, operands)):
+        marks.freeze(there, f"{name} takes a norm over it")  # of a weight, which would be another one after a cut
     else:
         marks.channels.couple(one.ravel(), other.ravel())
-        weight = there[0] if marks.is_activation(operands[1]) else there[1]
-        marks.channels.play(weight, "in")
+        first, second = there[::-1] if marks.is_activation(operands[1]) else there
+        marks.channels.play(second, "in")
+        if not any(marks.is_activation(operand) for operand in operands):  # a weight of low rank
+            marks.channels.play(first, "out")
 
 
-@rule("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear")
+@rule("mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "vdot", "linear")
 def _product(marks: Marks, call: Call) -> None:
     given, out = call.given, call.out
     names = {"aten::addmm": ("mat1", "mat2"), "aten::baddbmm": ("batch1", "batch2"), "aten::addmv": ("mat", "vec")}
-    second = {"aten::mv": "vec", "aten::dot": "tensor", "aten::linear": "weight"}.get(call.name, "mat2")
+    second = {"aten::mv": "vec", "aten::dot": "tensor", "aten::vdot": "other", "aten::linear": "weight"}
     first = "input" if call.name == "aten::linear" else "self"
-    left, right = (given[name] for name in names.get(call.name, (first, second)))
+    left, right = (given[name] for name in names.get(call.name, (first, second.get(call.name, "mat2"))))
     across = right.dim() - (1 if right.dim() == 1 or call.name == "aten::linear" else 2)
     summed_left, summed_right = marks.label(left, -1), marks.label(right, across)
     wide = [label for label in (summed_left, summed_right) if label is not None and len(span(label)) > 1]
@@ -95,6 +99,9 @@ def _convolution(marks: Marks, call: Call) -> None:
         _read(marks, None if channels is None else channels, reads, (feature, weight), call.name)
     else:
         makes = _grouped(marks, channels, reads, makes, groups, turned, out.shape[1], call.name)
+    if channels is not None and given.get("offset_groups", 1) > 1:  # each moves its channels alike, and stays as large
+        parts = channels.reshape(given["offset_groups"], -1)
+        marks.channels.couple(parts[:1], parts)
     result = None if makes is None else makes.ravel()
     if result is not None:
         marks.channels.play(result, "out")

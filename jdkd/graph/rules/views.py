@@ -39,15 +39,22 @@ def _by_index(name: str, function: Callable[[Label, dict[str, Any], torch.Size],
         source = call.given["self"]
         layout = marks.layout(source)
         results = [function(label, call.given, source.shape) for label in layout]
-        if name == "split":  # into equal parts, whatever the size: each loses the same
+        if name in ("split", "unsafe_split"):  # into equal parts, whatever the size: each loses the same
             for parts in results:
-                for part in parts[1:]:
-                    if part.shape == parts[0].shape:
-                        marks.channels.couple(parts[0], part)
+                _stay_equal(marks, parts, call.name)
         for place, out in enumerate(outputs(call)):
             marks.set(out, tuple(result if isinstance(result, np.ndarray) else result[place] for result in results))
 
     rule(name)(moved)
+
+
+def _stay_equal(marks: Marks, parts: list[Label], name: str) -> None:
+    """Parts of one size lose the same, so that they are of one size again; where one is smaller nothing may go."""
+    if any(part.shape != parts[0].shape for part in parts):
+        marks.freeze(parts, f"{name} splits it into parts of two sizes")
+    else:
+        for part in parts[1:]:
+            marks.channels.couple(parts[0], part)
 
 
 def _transposed(label: Label, given: dict[str, Any], shape: torch.Size) -> Label:
@@ -104,7 +111,9 @@ _by_index("permute", lambda label, given, shape: label.transpose(tuple(given["di
 _by_index("transpose", _transposed)
 _by_index("t", lambda label, given, shape: label.T)
 _by_index("split", _split)
+_by_index("unsafe_split", _split)
 _by_index("split_with_sizes", _split)
+_by_index("unsafe_split_with_sizes", _split)
 _by_index("unbind", _unbound)
 _by_index("select", _selected)
 _by_index("slice", _sliced)
@@ -159,3 +168,37 @@ def _shuffled(marks: Marks, call: Call) -> None:
         parts = label.reshape(call.given["groups"], -1)
         marks.channels.couple(parts[:1], parts)
         marks.set(call.out, (along(parts.T.ravel(), 1, call.out.dim()),))
+
+
+@rule("glu")
+def _gated(marks: Marks, call: Call) -> None:
+    """One half of the channels times a gate from the other."""
+    source, kept = call.given["self"], []
+    dim = call.given["dim"] % source.dim()
+    for label in marks.layout(source):
+        if label.shape[dim] > 1:
+            label, gates = np.split(label, 2, axis=dim)
+            marks.channels.couple(label, gates)
+        kept.append(label)
+    marks.set(call.out, tuple(kept))
+
+
+@rule("pixel_shuffle", "pixel_unshuffle", "im2col", "col2im")
+def _folded(marks: Marks, call: Call) -> None:
+    """Runs of channels become positions of one channel, or the positions of every channel a run of channels."""
+    source, out = call.given["self"], call.out
+    here = source.dim() - (2 if call.name == "aten::col2im" else 3)
+    there = out.dim() - (2 if call.name == "aten::im2col" else 3)
+    others = [label for label in marks.layout(source) if span(label) != {here}]
+    marks.freeze(others, f"{call.name} moves its places")
+    label = marks.label(source, here)
+    if label is None or len(span(label)) > 1:
+        return
+    label = label.ravel()
+    if out.shape[there] > source.shape[here]:
+        label = np.repeat(label, out.shape[there] // source.shape[here])
+    else:
+        runs = label.reshape(out.shape[there], -1)
+        marks.channels.couple(runs[:, :1], runs)
+        label = runs[:, 0]
+    marks.set(out, (along(label, there, out.dim()),))
