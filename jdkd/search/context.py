@@ -151,7 +151,6 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
         InputError: one of them cannot be used, or they do not belong together.
     """
     base = own_detector(load(config.base, config.device), "search")
-    _require_finite(base, config.base)
     splits = {"training": config.train, "validation": config.val, "selection": config.selection}
     opened = {
         name: CocoDetectionDataset(split, lambda *done, name=name: progress(f"check {name} images", *done, {}))
@@ -193,13 +192,6 @@ def _trained_on(base: Path) -> str | None:
     with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
         return RunFolder(base).read()["identity"]["data"]["train"]
     return None
-
-
-def _require_finite(base: nn.Module, folder: Path) -> None:
-    """Refuses a base with weights that are no numbers: nothing can descend from it."""
-    for name, tensor in base.state_dict().items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise InputError(f"the base in {folder} holds numbers that are not finite, in {name}; train it again.")
 
 
 def _short(classes: tuple[str, ...]) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 import time
@@ -68,7 +69,8 @@ def elsewhere(tmp_path, checkpoint, images):
     torch.save(images, tmp_path / "images.pt")
     files = {"images": str(tmp_path / "images.pt"), "out": str(tmp_path / "out.pt")}
     script = ELSEWHERE.format(folder=str(tmp_path), checkpoint=str(checkpoint), **files)
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # another number sums in another order
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=threads, check=False)
     assert answer.returncode == 0, answer.stderr
     return torch.load(tmp_path / "out.pt"), answer.stdout.split()
 

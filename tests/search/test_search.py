@@ -300,7 +300,7 @@ def test_a_base_of_weights_that_are_no_numbers_is_refused_before_anything_is_wri
     base = load(tmp_path / "base")
     base.backbone.body.conv1.weight.data[0] = math.nan
     save(tmp_path / "base", base)
-    with pytest.raises(InputError, match=r"base in .* not finite, in backbone\.body\.conv1\.weight"):
+    with pytest.raises(InputError, match=r"backbone\.body\.conv1\.weight holds .* not finite"):
         search(config_of(folder, tmp_path / "out", base=tmp_path / "base"))
     assert not (tmp_path / "out").exists()
 
