@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from jdkd.graph import ChannelGroup, Frozen, Topology
 from jdkd.rewrite.blocks import with_checked_ends
-from jdkd.rewrite.channels import duplicate, mask, prune, widen
+from jdkd.rewrite.channels import mask, prune, widen
+from jdkd.rewrite.trial import comparable, returned_by
 
 TOLERANCE = 1e-4  # largest difference over the largest value
 
@@ -38,7 +35,7 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
         The topology, with the groups that disagreed among the frozen ones, and the reason; with those that cannot grow
         marked, and without the ends of blocks that cannot be born as the identity.
     """
-    exact, example, returned = _comparable(model, example)
+    exact, example, expected = comparable(model, example)
     groups = [group for group in topology.groups if group.units > 1]
     wrong = _culprits(groups, lambda some: _cut_differs(exact, topology, some, example, share))
     frozen = [
@@ -46,7 +43,7 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
         for name, reason in wrong.items()
     ]
     right = [group for group in topology.groups if group.name not in wrong]
-    stiff = _culprits(right, lambda some: _growth_differs(exact, topology, some, example, returned))
+    stiff = _culprits(right, lambda some: _growth_differs(exact, topology, some, example, expected))
     return replace(
         topology,
         groups=tuple(replace(group, grows=group.name not in stiff) for group in right),
@@ -74,9 +71,9 @@ def _cut_differs(
 ) -> str | None:
     """What is different between cut and masked, or None."""
     keep = {group.name: _left(group, share, place) for place, group in enumerate(groups)}
-    expected = _returned(mask(model, topology, keep), example)
+    expected = returned_by(mask(model, topology, keep), example)
     try:
-        got = _returned(prune(model, topology, keep), example)
+        got = returned_by(prune(model, topology, keep), example)
     except Exception as error:  # whatever a model's code makes of fewer channels
         return _said(error)
     return _difference(expected, got)
@@ -91,7 +88,7 @@ def _growth_differs(
 ) -> str | None:
     """What changes when groups grow, or None."""
     try:
-        return _difference(expected, _returned(widen(model, topology, {group.name: 1 for group in groups}), example))
+        return _difference(expected, returned_by(widen(model, topology, {group.name: 1 for group in groups}), example))
     except Exception as error:
         return _said(error)
 
@@ -124,97 +121,3 @@ def _left(group: ChannelGroup, share: float, seed: int) -> list[int]:
     stays = (1 - share) * (0.75 + 0.5 * torch.rand((), generator=generator).item())
     count = min(max(1, round(stays * group.units)), group.units - 1)
     return torch.randperm(group.units, generator=generator)[:count].tolist()
-
-
-def _returned(model: nn.Module, example: tuple[Any, ...]) -> dict[str, list[Tensor]]:
-    """What every module returned, by its path, call after call."""
-    returned: dict[str, list[Tensor]] = defaultdict(list)
-    with _listening(model, returned), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model.eval()(*copy.deepcopy(example))
-    return returned
-
-
-@contextmanager
-def _listening(model: nn.Module, returned: dict[str, list[Tensor]]) -> Iterator[None]:
-    def hook(path: str):
-        def heard(module: nn.Module, inputs: Any, out: Any) -> None:
-            returned[path] += [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
-
-        return heard
-
-    handles = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _comparable(
-    model: nn.Module, example: tuple[Any, ...]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, list[Tensor]]]:
-    """The model and its example as they are best compared, and what its modules return: in double precision, so that
-    rounding does not decide which boxes survive, and with weights of no pattern, as zeros hide differences."""
-
-    def doubled(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    for wide, drawn in ((True, True), (True, False), (False, True)):
-        copied = duplicate(model)
-        copied, given = (copied.double(), tree_map(doubled, example)) if wide else (copied, example)
-        try:
-            if drawn:
-                _draw_weights(copied)
-                with _scaled(copied):
-                    _returned(copied, given)
-            returned = _returned(copied, given)
-        except Exception:  # a model that casts by itself, or whose weights mean more than weights
-            continue
-        if all(torch.isfinite(tensor).all() for tensor in returned[""]):
-            return copied, given, returned
-    copied = duplicate(model)
-    return copied, example, _returned(copied, example)
-
-
-@torch.no_grad()
-def _draw_weights(model: nn.Module) -> None:
-    """Draws parameters, and what norms have of statistics, so that signals neither die out nor explode."""
-    generator = torch.Generator().manual_seed(0)
-    statistics = [buffer for m in model.modules() if hasattr(m, "running_var") for buffer in m.buffers(recurse=False)]
-    for tensor in (*model.parameters(), *statistics):
-        if tensor.is_floating_point():
-            fan_in = tensor[0].numel() if tensor.dim() > 1 else 0
-            drawn = torch.empty(tensor.shape)
-            if fan_in:
-                drawn.normal_(0, (2 / fan_in) ** 0.5, generator=generator)
-            else:
-                drawn.uniform_(0.3, 0.9, generator=generator)
-            tensor.copy_(drawn)
-
-
-@contextmanager
-def _scaled(model: nn.Module) -> Iterator[None]:
-    """While it lasts every layer that runs is scaled, once, so that its outputs have unit variance.
-
-    Without it scores of a deep model saturate, and equal scores are sorted by chance (layer-sequential unit variance,
-    Mishkin and Matas, ICLR 2016).
-    """
-    done: set[nn.Module] = set()
-
-    def ran(module: nn.Module, inputs: Any, out: Any) -> Any:
-        if module in done or not isinstance(out, Tensor) or out.numel() < 2:
-            return None
-        done.add(module)
-        scale = out.std().clamp(min=1e-12)
-        for parameter in module.parameters(recurse=False):
-            parameter.div_(scale)
-        return out / scale
-
-    layers = [m for m in model.modules() if getattr(m._parameters.get("weight"), "ndim", 0) > 1]
-    handles = [layer.register_forward_hook(ran) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

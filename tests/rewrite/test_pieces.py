@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from jdkd.graph import Topology, trace
 from jdkd.rewrite import mask, prune, verify, widen
-from jdkd.rewrite.verify import _comparable
+from jdkd.rewrite.trial import comparable
 from tests.graph.networks import awake, conv
 from tests.rewrite.blocks import FREE, KEPT, Block, c
 
@@ -122,6 +122,6 @@ def test_zeros_of_a_young_model_hide_no_difference():
 def test_scores_of_a_deep_model_are_not_all_alike_where_it_is_compared():
     blocks = nn.Sequential(*(Block(lambda m, x: x + m.b(m.a(x)), a=c(6, 4), b=c(4, 6)) for _ in range(30)))
     model = nn.Sequential(conv(3, 6), blocks, nn.Conv2d(6, 1, 1), nn.Sigmoid()).eval()
-    _, _, returned = _comparable(model, (TRACED.float(),))
+    _, _, returned = comparable(model, (TRACED.float(),))
     (scores,) = returned[""]
     assert scores.min() > 1e-3 and scores.max() < 1 - 1e-3 and scores.std() > 0.05
