@@ -38,6 +38,14 @@ def clean(
     limit = np.concatenate([sizes, sizes], axis=1)  # [A, 4]
     inside = np.clip(corners, 0, limit)
     checked = annotations.sound & ~crowd
+    if _are_fractions(corners[checked], sizes[checked]):
+        annotations.fault(
+            "boxes given as fractions of their image",
+            checked,
+            lambda place: f"and all others lie within 1 px: {annotations.records[place]['bbox']}",
+            "give x and width times the image's width, y and height times its height",
+        )
+        checked = annotations.sound & ~crowd
     empty = checked & _vanishing(corners, sizes)
     outside = checked & ~empty & _vanishing(inside, sizes)
     kept = checked & ~empty & ~outside
@@ -72,6 +80,12 @@ def _would_fit_as_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
     """Whether these boxes, given as corner and size, look like two corners."""
     fits = (boxes[:, 2:] > boxes[:, :2]) & (boxes[:, 2:] <= sizes)
     return len(boxes) > 1 and bool(fits.all())
+
+
+def _are_fractions(corners: np.ndarray, sizes: np.ndarray) -> bool:
+    """Whether boxes, several in images of more than 2 px, all lie within one pixel, as those of YOLO's files do."""
+    within = (np.abs(corners) <= 1).all() and (corners % 1 != 0).any()
+    return len(corners) > 1 and bool(within and (sizes > 2).all())
 
 
 def _areas(annotations: Records, boxes: np.ndarray, inside: np.ndarray, kept: np.ndarray) -> np.ndarray:

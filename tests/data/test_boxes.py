@@ -81,6 +81,14 @@ def test_boxes_that_look_like_two_corners_are_cut_with_a_word_on_it(repair):
     assert "though all of them fit as [left, top, right, bottom]" in repair(only(*corners))[1]
 
 
+def test_boxes_given_as_fractions_are_refused(refusal, read):
+    said = refusal(only(box(1, 10, bbox=(0.25, 0.5, 0.5, 0.25)), box(2, 20, bbox=(0, 0, 1, 1))))
+    assert "annotation 1 and all others lie within 1 px: [0.25, 0.5, 0.5, 0.25] (and 1 more" in said
+    assert "times the image's width" in said
+    found = read(only(box(1, 10, bbox=(0.25, 0.5, 0.5, 0.25), area=None), box(2, 20)))  # one that is small
+    assert found.offsets.tolist() == [0, 1, 2]
+
+
 def test_each_kind_of_repair_is_said_for_itself(tmp_path):
     kinds = [(5, 6, 0, 8), (50, 6, 3, 8), (35, 6, 10, 8)]
     file = write_annotations(tmp_path / "a.json", only(box(9, 10), *(box(i, 10, bbox=b) for i, b in enumerate(kinds))))
