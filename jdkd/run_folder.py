@@ -138,6 +138,8 @@ class RunFolder:
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise InputError(f"{self.path} is a file and cannot hold a run; give a folder.")
+            if self.file.is_dir():
+                raise InputError(f"{self.file} is a folder, so {self.path} is not the folder of a run; give another.")
             strangers = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
         except OSError:  # what is wrong with it is said where it is made
             return

@@ -76,6 +76,8 @@ def evaluate(
         InputError: the model is no such detector, its classes are not the dataset's, a label is none of them, an
             image is too elongated for its input size, no detection is finite, or an argument is not positive.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"evaluate takes a detector, a torch.nn.Module; got a {type(model).__name__}.")
     inner = unwrapped(model)
     spec = getattr(inner, "spec", None)
     most = getattr(spec, "max_detections", COCO_DETECTIONS) if max_detections is None else max_detections

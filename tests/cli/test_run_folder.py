@@ -87,3 +87,9 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"cannot write .*result\.json \(No space left on device\)"):
         write_whole(file, json.dumps(IDENTITY))
     assert file.read_text() == "before" and [entry.name for entry in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_folder_in_the_place_of_the_record_is_named(tmp_path):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(InputError, match=r"run\.json is a folder, so .* is not the folder of a run"):
+        RunFolder(tmp_path).begin("train", {})

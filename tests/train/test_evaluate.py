@@ -316,3 +316,9 @@ def test_an_image_of_which_no_pixel_would_be_left_is_named(tmp_path):
     ):
         evaluate(detector(small_spec()), data, **CPU)
     evaluate(detector(small_spec(max_size=125)), data, **CPU)
+
+
+@pytest.mark.parametrize("model", [None, lambda images: images, "runs/base"])
+def test_what_is_no_module_is_refused(model, scenes):
+    with pytest.raises(InputError, match=r"evaluate takes a detector, a torch\.nn\.Module; got a"):
+        evaluate(model, scenes, **CPU)
