@@ -22,7 +22,7 @@ class Inspect:
     model: str
     """Folder of a detector, a detector of torchvision by name, or package.module:function."""
     height: int = 240
-    """Of the example image, in pixels."""
+    """Of the example image, in pixels; a detector that would resize it to its own input size sees it as it is."""
     width: int = 320
     """Of the example image, in pixels."""
     verify: bool = True
@@ -34,6 +34,7 @@ class Inspect:
         from rich.console import Console
 
         from jdkd.detect import open_model
+        from jdkd.detect.input_size import input_transform
         from jdkd.graph import report
 
         if self.json is not None:
@@ -41,7 +42,11 @@ class Inspect:
         for name in ("height", "width"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; give at least 1 pixel.")
-        topology = _topology(open_model(self.model), self.height, self.width, self.verify)
+        model = open_model(self.model)
+        if (transform := input_transform(model)) is not None and transform.fixed_size is None:
+            transform.min_size, transform.max_size = (min(self.height, self.width),), max(self.height, self.width)
+        with Console(stderr=True).status("tracing one forward, then cutting every group"):
+            topology = _topology(model, self.height, self.width, self.verify)
         Console().print(report(topology))
         if self.json is not None:
             write_whole(self.json, topology.to_json() + "\n")

@@ -37,3 +37,14 @@ def test_inspects_a_checkpoint_and_a_function_of_ones_own(jdkd, trained, tmp_pat
 def test_bad_flags_of_inspect(jdkd, trained, flag, value):
     answer = jdkd("inspect", trained, flag, value)
     assert answer.code == 2 and flag in answer.err
+
+
+def test_a_detector_sees_the_example_at_its_own_size(jdkd, trained, monkeypatch):
+    seen = []
+    monkeypatch.setattr("jdkd.graph.trace", lambda model, example: seen.append(model.transform) or stop())
+
+    def stop():
+        raise KeyboardInterrupt
+
+    assert jdkd("inspect", trained, "--height", 48, "--width", 96).code == 2
+    assert (seen[0].min_size, seen[0].max_size) == ((48,), 96)
