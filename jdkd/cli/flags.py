@@ -57,15 +57,6 @@ class DataFlags:
         return resolve_split(name, self.data, images, annotations, self.strict)
 
 
-def whereabouts(*splits: Split) -> dict[str, str]:
-    """Absolute paths of splits, for the record of a run."""
-    return {
-        f"{split.name}_{part}": str(getattr(split, part).resolve())
-        for split in splits
-        for part in ("images", "annotations")
-    }
-
-
 def resolve_device(device: str) -> str:
     """The device to run on.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, resolve_device, whereabouts
+from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import content_hash, read_text, write_json
@@ -81,6 +81,7 @@ class Train:
     def __call__(self) -> None:
         import torch
 
+        from jdkd.data.splits import whereabouts
         from jdkd.detect import build, load_weights, save
         from jdkd.latency import deployable
         from jdkd.train import evaluate, fit
@@ -91,7 +92,8 @@ class Train:
         run = RunFolder(self.out)
         with keeping(run, f"the checkpoint of every {self.checkpoint_every} steps and of the last one"):
             identity = self._identity(spec, config, train, val)
-            record = {"command": ["jdkd", *sys.argv[1:]], "where": {"data": whereabouts(*splits), "device": device}}
+            where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
+            record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
             resumed = run.begin("train", identity, resume=self.resume, **record)
             torch.manual_seed(self.seed)
             model = build(spec)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jdkd.data.boxes import clean, corners_of
-from jdkd.data.problems import Problem, refuse
+from jdkd.data.problems import Problem
 from jdkd.data.records import PLURALS, Records
 
 LISTS = ("images", "annotations", "categories")
@@ -49,21 +49,6 @@ class Annotations:
     labels: np.ndarray  # [A] int64 in 1..K
     offsets: np.ndarray  # [N + 1] int64
     truth: GroundTruth
-
-
-def read_annotations(path: Path, strict: bool = False) -> Annotations:
-    """Read a COCO annotation file, say what was put right, and refuse it if anything else is wrong.
-
-    Args:
-        path: a COCO "instances" JSON file.
-        strict: refuse also what would be put right.
-
-    Raises:
-        InputError: :func:`inspect_annotations` finds an error.
-    """
-    annotations, problems = inspect_annotations(path)
-    refuse(problems, strict)
-    return annotations
 
 
 def inspect_annotations(path: Path) -> tuple[Annotations | None, list[Problem]]:

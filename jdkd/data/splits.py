@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,3 +91,12 @@ def resolve_split(
 
 def _default_annotations(data: Path, name: str) -> Path:
     return data / "annotations" / f"instances_{name}2017.json"
+
+
+def whereabouts(splits: Mapping[str, Split]) -> dict[str, str]:
+    """Absolute paths of splits under their names, for the record of a run."""
+    return {
+        f"{name}_{part}": str(getattr(split, part).resolve())
+        for name, split in splits.items()
+        for part in ("images", "annotations")
+    }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.data import CocoDetectionDataset, batches
+from jdkd.data.splits import whereabouts
 from jdkd.detect import load
 from jdkd.detect.checkpoint import SPEC, WEIGHTS
 from jdkd.detect.contract import own_detector
@@ -135,12 +136,7 @@ class SearchContext:
         """Where data and base lie, and the device: for the record."""
         config = self.config
         splits = {"train": config.train, "val": config.val, "selection": config.selection}
-        data = {
-            f"{name}_{part}": str(getattr(split, part).resolve())
-            for name, split in splits.items()
-            if split is not None
-            for part in ("images", "annotations")
-        }
+        data = whereabouts({name: split for name, split in splits.items() if split is not None})
         return {"data": data, "base": str(config.base.resolve()), "device": config.device}
 
 

@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jdkd.data.annotations import Annotations, inspect_annotations
+from jdkd.data.problems import refuse
+
 WIDTH, HEIGHT = 40, 30
 
 
@@ -38,3 +41,10 @@ def write_annotations(file: Path, what: Any) -> Path:
     """Writes text as it is and anything else as JSON."""
     file.write_text(what if isinstance(what, str) else json.dumps(what))
     return file
+
+
+def read_annotations(path: Path, strict: bool = False) -> Annotations:
+    """What a data set makes of its annotation file: what was put right is said, anything else refused."""
+    annotations, problems = inspect_annotations(path)
+    refuse(problems, strict)
+    return annotations

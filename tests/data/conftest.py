@@ -2,11 +2,10 @@
 
 import pytest
 
-from jdkd.data.annotations import read_annotations
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 
-from .annotation_files import write_annotations
+from .annotation_files import read_annotations, write_annotations
 
 
 @pytest.fixture

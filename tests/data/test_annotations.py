@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from jdkd.data.annotations import inspect_annotations, read_annotations
+from jdkd.data.annotations import inspect_annotations
 from jdkd.errors import InputError
 
-from .annotation_files import HEIGHT, WIDTH, box, content, image, only, without, write_annotations
+from .annotation_files import HEIGHT, WIDTH, box, content, image, only, read_annotations, without, write_annotations
 
 
 def test_a_sound_file_comes_out_as_arrays_in_order_of_ids(read):

@@ -5,11 +5,10 @@ import warnings
 
 import pytest
 
-from jdkd.data.annotations import read_annotations
 from jdkd.data.boxes import ROUNDING
 from jdkd.notices import Notice
 
-from .annotation_files import HEIGHT, WIDTH, box, only, write_annotations
+from .annotation_files import HEIGHT, WIDTH, box, only, read_annotations, write_annotations
 
 
 @pytest.mark.parametrize("value", [-1, 0, 1e11, 100, math.nan, math.inf, -math.inf, 10**400, "80", [80], True])
