@@ -6,6 +6,7 @@ from jdkd.detect.foreign import import_detector
 from jdkd.detect.groups import Group, channel_groups
 from jdkd.detect.inherit import NEW, inherit
 from jdkd.detect.predictors import remake_predictors, with_frozen_norms
+from jdkd.detect.reading import read
 from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.sources import open_model
 from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round_width
@@ -28,6 +29,7 @@ __all__ = [
     "named_spec",
     "open_model",
     "parameter_count",
+    "read",
     "remake_predictors",
     "round_width",
     "save",

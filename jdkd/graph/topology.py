@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+
+DISAGREES = "cut and masked disagree"  # how the reason begins where :func:`jdkd.rewrite.verify` froze a group
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class ChannelGroup:
     units: int
     slots: tuple[Slot, ...]
     grows: bool = True
+
+    @property
+    def makers(self) -> tuple[str, ...]:
+        """Paths of the layers that make the channels; a residual stream has one for each of its sums."""
+        layers = (slot.tensor.rpartition(".")[0] for slot in self.slots if slot.role == "out")
+        return tuple(dict.fromkeys(layers))
 
     @property
     def size(self) -> int:
@@ -115,6 +124,8 @@ class Topology:
         unknown: operators without a rule, and the modules that ran them.
         unreached: parameters that the example did not reach.
         sizes: elements of every parameter, by name.
+        followed: for every feature map that the followed module returned, what each of its channels is: the name of its
+            group and the unit in it, or None where it cannot go.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -123,6 +134,7 @@ class Topology:
     unknown: dict[str, tuple[str, ...]]
     unreached: tuple[str, ...]
     sizes: dict[str, int]
+    followed: tuple[tuple[tuple[str, int] | None, ...], ...] = ()
 
     def __getitem__(self, name: str) -> ChannelGroup:
         return next(group for group in self.groups if group.name == name)
@@ -131,6 +143,64 @@ class Topology:
         """The share of all parameters that stand in a slot of some group."""
         reached = {slot.tensor for group in self.groups for slot in group.slots}
         return sum(self.sizes.get(name, 0) for name in reached) / max(1, sum(self.sizes.values()))
+
+    def norms(self, group: ChannelGroup) -> tuple[str, ...]:
+        """Paths of the normalisation layers that scale each channel of a group by itself."""
+        return tuple(
+            layer
+            for slot in group.slots
+            for layer, _, leaf in [slot.tensor.rpartition(".")]
+            if slot.role == "scale"
+            and leaf == "weight"
+            and self.sizes.get(slot.tensor, slot.places.size) == slot.places.size
+        )
+
+    @property
+    def inner(self) -> tuple[ChannelGroup, ...]:
+        """Groups that one layer makes, and that pass a normalisation or stay inside a residual block."""
+        blocks = [f"{path}." for each in self.block_lists for path in each.blocks]
+
+        def inside(group: ChannelGroup) -> bool:
+            return any(all(slot.tensor.startswith(block) for slot in group.slots) for block in blocks)
+
+        return tuple(g for g in self.groups if len(g.makers) == 1 and (self.norms(g) or inside(g)))
+
+    def trusting(self, verified: Topology) -> Topology:
+        """What was found out of another state of the model, by :func:`jdkd.rewrite.verify`, holds of this one too.
+
+        Blocks that are added or leave change the numbers in names, so what was found of a group or of a block holds of
+        all whose names differ in numbers alone.
+
+        Args:
+            verified: of a model that this one was rewritten from.
+        """
+        wrong = {
+            _kin(name) for part in verified.frozen if part.reason.startswith(DISAGREES) for name, _ in part.tensors
+        }
+        stiff = {_kin(group.name) for group in verified.groups if not group.grows}
+        ends = {
+            _kin(path): bool(made and all(made))
+            for blocks in verified.block_lists
+            for path, made in zip(blocks.blocks, blocks.ends, strict=True)
+        }
+        return replace(
+            self,
+            groups=tuple(
+                replace(group, grows=_kin(group.name) not in stiff)
+                for group in self.groups
+                if not any((_kin(slot.tensor), slot.dim) in wrong for slot in group.slots)
+            ),
+            block_lists=tuple(
+                replace(
+                    blocks,
+                    ends=tuple(
+                        made if ends.get(_kin(path), True) else ((),)
+                        for path, made in zip(blocks.blocks, blocks.ends, strict=True)
+                    ),
+                )
+                for blocks in self.block_lists
+            ),
+        )
 
     def to_json(self) -> str:
         content = {
@@ -142,3 +212,8 @@ class Topology:
             "prunable_share": self.prunable_share(),
         }
         return json.dumps(content, indent=2)
+
+
+def _kin(name: str) -> str:
+    """A name without its numbers, and without the mark of copies."""
+    return re.sub(r"\d+(\+\d+)?", "#", name)

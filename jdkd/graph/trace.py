@@ -18,7 +18,7 @@ from jdkd.graph.topology import BlockList, ChannelGroup, Frozen, Slot, Topology
 from jdkd.graph.tracer import Tracer
 
 
-def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) -> Topology:
+def trace(model: nn.Module, *example: Any, declared: Declaration | None = None, follow: str | None = None) -> Topology:
     """Reads off one eager forward which channels of a model live and die together.
 
     The model runs once in evaluation mode, as it is: no symbolic trace, no code per family, and control flow may depend
@@ -28,6 +28,7 @@ def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) 
         model: any module; its modes, weights and hooks are left as they were.
         *example: what its forward takes; for a torchvision detector a list of one image ``[3, H, W]``.
         declared: what is known of the model and does not show; it comes before what is read off.
+        follow: path of a module whose feature maps' channels are wanted: a detector's neck.
 
     Returns:
         The topology. Have it checked: :func:`jdkd.rewrite.verify`.
@@ -40,7 +41,7 @@ def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) 
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"{name!r} has no shape yet; run the model once on an example before it is traced.")
     modes = [(module, module.training) for module in model.modules()]
-    tracer = Tracer(model.eval(), declared.operators)
+    tracer = Tracer(model.eval(), declared.operators, follow)
     try:
         with torch.random.fork_rng(devices=[]):
             tracer.run(example)
@@ -50,7 +51,7 @@ def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) 
     channels = tracer.marks.channels
     declared.apply(channels)
     component = channels.components()
-    groups, frozen = _groups(channels, component, channels.reasons(component))
+    groups, frozen, unit_of = _groups(channels, component, channels.reasons(component))
     reached = {axis.tensor for axis in channels.axes}
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     return Topology(
@@ -60,13 +61,18 @@ def trace(model: nn.Module, *example: Any, declared: Declaration | None = None) 
         unknown={name: tuple(sorted(paths)) for name, paths in tracer.marks.unknown.items()},
         unreached=tuple(name for name in sizes if name not in reached and sizes[name] > 1),
         sizes=sizes,
+        followed=tuple(tuple(map(unit_of.get, component[label].tolist())) for label in tracer.followed),
     )
 
 
 def _groups(
     channels: Channels, component: np.ndarray, reasons: dict[int, str]
-) -> tuple[tuple[ChannelGroup, ...], tuple[Frozen, ...]]:
-    """Components that stand in the same axes, equally often, are the units of one group."""
+) -> tuple[tuple[ChannelGroup, ...], tuple[Frozen, ...], dict[int, tuple[str, int]]]:
+    """Components that stand in the same axes, equally often, are the units of one group.
+
+    Returns:
+        The groups, what is frozen, and for every component that can go the name of its group and its place in it.
+    """
     roles_of = channels.roles()
     axis_of = np.concatenate([np.full(axis.size, place) for place, axis in enumerate(channels.axes)])
     first_of = np.array([axis.first for axis in channels.axes])
@@ -79,7 +85,7 @@ def _groups(
     members: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
     for begin, end in zip(starts.tolist(), (starts + axes).tolist(), strict=True):
         members[axis_of[begins[begin:end]].tobytes(), counts[begin:end].tobytes()].append(begin)
-    groups, frozen = [], defaultdict(set)
+    groups, roots, frozen = [], [], defaultdict(set)
     for signature, found in members.items():
         places, repeats = (np.frombuffer(part, dtype=np.int64) for part in signature)
         units = begins[found]  # where each begins in ``number``
@@ -97,12 +103,19 @@ def _groups(
             )
             made = next(slot for slot in slots if slot.role == "out")
             groups.append(ChannelGroup(made.tensor.rpartition(".")[0] or made.tensor, len(kept), slots))
+            roots.append(root[kept])
         elif kept.size:
             stuck.add("nothing in the model reads it" if "out" in roles else "nothing in the model makes it")
         for reason in stuck:
             if "out" in roles or "in" in roles:
                 frozen[reason].update(channels.axes[place][:2] for place in places)
-    return _named(groups), tuple(Frozen(tuple(sorted(names)), reason) for reason, names in frozen.items())
+    named = _named(groups)
+    unit_of = {
+        number: (group.name, unit)
+        for group, numbers in zip(named, roots, strict=True)
+        for unit, number in enumerate(numbers.tolist())
+    }
+    return named, tuple(Frozen(tuple(sorted(names)), reason) for reason, names in frozen.items()), unit_of
 
 
 def _runs(*columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,10 +24,13 @@ class Tracer(TorchDispatchMode):
     Args:
         model: what will run.
         declared: what operators do to channels, before their rules are asked.
+        follow: path of the module whose feature maps are followed.
     """
 
-    def __init__(self, model: nn.Module, declared: Mapping[str, str]) -> None:
+    def __init__(self, model: nn.Module, declared: Mapping[str, str], follow: str | None = None) -> None:
         super().__init__()
+        self.follow = follow
+        self.followed: list[np.ndarray] = []  # numbers of the channels of each map [N, C, H, W] that it returned
         self.declared = declared
         self.model, self.marks = model, Marks(model)
         self.residuals = Residuals(model, self.marks)
@@ -72,6 +76,10 @@ class Tracer(TorchDispatchMode):
 
         def left(module: nn.Module, inputs: tuple[Any, ...], out: Any) -> None:
             self.residuals.left(path, module, self.marks.running.pop(), out)
+            if path == self.follow:
+                maps = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor) and leaf.dim() == 4]
+                labels = [self.marks.label(tensor, 1) for tensor in maps]
+                self.followed += [np.empty(0, np.int64) if label is None else label.ravel() for label in labels]
 
         return entered, left
 

@@ -6,10 +6,12 @@ from jdkd.rewrite.building import build
 from jdkd.rewrite.channels import mask, prune, widen
 from jdkd.rewrite.checkpoint import load_architecture, save_architecture
 from jdkd.rewrite.description import describe
+from jdkd.rewrite.rewriting import Rewrite
 from jdkd.rewrite.verify import verify
 
 __all__ = [
     "Architecture",
+    "Rewrite",
     "arrange",
     "build",
     "describe",

@@ -51,7 +51,7 @@ def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.
         _arrange(model, name, order)
     model = reshaped(model, architecture.shapes)
     for name, value in architecture.attributes.items():
-        _set(model, name, value)
+        set_attribute(model, name, value)
     return model if empty else model.to(device)
 
 
@@ -195,7 +195,12 @@ def reshaped(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module
     return gathered(model, gathers, {}) if gathers else model
 
 
-def _set(model: nn.Module, name: str, value: Any) -> None:
+def set_attribute(model: nn.Module, name: str, value: Any) -> None:
+    """Sets a plain attribute of a module in a model, ``"path.name"``; what is a tuple stays one.
+
+    Raises:
+        InputError: the model has no such attribute, or it is not plain.
+    """
     owner, _, leaf = name.rpartition(".")
     module = _found(model, owner, "attributes")
     now = getattr(module, leaf, None)

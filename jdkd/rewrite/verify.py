@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.graph import ChannelGroup, Frozen, Topology
+from jdkd.graph.topology import DISAGREES
 from jdkd.rewrite.blocks import with_checked_ends
 from jdkd.rewrite.channels import mask, prune, widen
 from jdkd.rewrite.trial import comparable, returned_by
@@ -39,7 +40,7 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
     groups = [group for group in topology.groups if group.units > 1]
     wrong = _culprits(groups, lambda some: _cut_differs(exact, topology, some, example, share))
     frozen = [
-        Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"cut and masked disagree: {reason}")
+        Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"{DISAGREES}: {reason}")
         for name, reason in wrong.items()
     ]
     right = [group for group in topology.groups if group.name not in wrong]

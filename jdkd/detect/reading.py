@@ -1,0 +1,82 @@
+"""See :func:`read`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from jdkd.detect.input_size import input_transform
+from jdkd.errors import InputError
+from jdkd.graph import Topology, trace
+from jdkd.rewrite import verify
+
+SIZE = 128, 160  # of the example, in pixels: small, as what is coupled does not depend on it
+NECKS = ("neck", "backbone")
+
+
+def read(
+    model: nn.Module,
+    *,
+    size: tuple[int, int] = SIZE,
+    check: bool = False,
+    like: Topology | None = None,
+) -> Topology:
+    """What is coupled to what in a detector, read off one forward of a drawn image; see :func:`jdkd.graph.trace`.
+
+    A detector that resizes its input sees the example as it is.
+
+    Args:
+        model: any detector that takes a list of images ``[3, H, W]``.
+        size: height and width of the example, in pixels.
+        check: whether every group is cut once and compared, see :func:`jdkd.rewrite.verify`.
+        like: what was checked of a detector that this one was rewritten from; it is trusted.
+
+    Returns:
+        The topology; ``followed`` has the channels of each level of the pyramid.
+
+    Raises:
+        InputError: the detector does not run on such a list.
+    """
+    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(_home(model))]
+    with _input_of(model, *size):
+        try:
+            topology = trace(model, example, follow=neck_of(model))
+        except InputError:
+            raise
+        except Exception as error:  # whatever a model says of an input that it does not take
+            reason = str(error).splitlines()[0] if str(error) else "no message"
+            raise InputError(
+                f"{type(model).__name__} does not run on a list of one image [3, {size[0]}, {size[1]}] "
+                f"({type(error).__name__}: {reason}); give a detector that does, or wrap it with jdkd.detect.adopt."
+            ) from error
+        if check:
+            topology = verify(model, topology, example)
+    return topology if like is None else topology.trusting(like)
+
+
+def neck_of(model: nn.Module) -> str | None:
+    """Path of the module that returns a detector's pyramid, ``neck`` or else ``backbone``; None without one."""
+    return next((name for name in NECKS if isinstance(getattr(model, name, None), nn.Module)), None)
+
+
+@contextmanager
+def _input_of(model: nn.Module, height: int, width: int) -> Iterator[None]:
+    """Lets torchvision's transform leave an image of this size as it is for a while."""
+    transform = input_transform(model)
+    if transform is None or transform.fixed_size is not None:
+        yield
+        return
+    before = transform.min_size, transform.max_size
+    transform.min_size, transform.max_size = (min(height, width),), max(height, width)
+    try:
+        yield
+    finally:
+        transform.min_size, transform.max_size = before
+
+
+def _home(model: nn.Module) -> torch.device:
+    first: Tensor | None = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device

@@ -1,0 +1,77 @@
+"""See :class:`Rewrite`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from jdkd.errors import InputError
+from jdkd.graph import Topology
+from jdkd.rewrite.architecture import Architecture
+from jdkd.rewrite.blocks import arrange
+from jdkd.rewrite.building import set_attribute
+from jdkd.rewrite.channels import duplicate, prune, widen
+from jdkd.rewrite.description import describe
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What is to be done to a model, as data: which channels and blocks stay, which are added.
+
+    Args:
+        keep: units to keep, by the name of their channel group; groups that are not named stay whole.
+        extra: units to add, by the name of their group; nothing reads them yet.
+        blocks: by the name of a block list, which of its blocks stand there, in order; one that is named again is a
+            copy, born as the identity.
+        attributes: plain attributes to set, ``"path.name"`` -> value, such as the size of the input.
+
+    Raises:
+        InputError: channels are both kept and added, which takes two rewrites.
+    """
+
+    keep: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    extra: Mapping[str, int] = field(default_factory=dict)
+    blocks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.keep and self.extra:
+            raise InputError("a rewrite either keeps channels or adds some; apply one, trace, and apply the other.")
+
+    def apply(self, model: nn.Module, topology: Topology) -> nn.Module:
+        """The rewritten model, a copy; one that carries its ``architecture`` gets the new one.
+
+        Args:
+            model: what ``topology`` was read off; it stays as it is.
+            topology: what is coupled to what.
+
+        Raises:
+            InputError: a group, a block or an attribute is not there.
+        """
+        child = model
+        if self.keep:
+            child = prune(child, topology, self.keep)
+        if self.extra:
+            child = widen(child, topology, self.extra)
+        if self.blocks:
+            child = arrange(child, topology, self.blocks)
+        if child is model:
+            child = duplicate(model)
+        for name, value in self.attributes.items():
+            set_attribute(child, name, value)
+        known = getattr(model, "architecture", None)
+        if isinstance(known, Architecture):
+            child.architecture = describe(child, known.builder, known.arguments, classes=known.classes)
+        return child
+
+    def surviving(self, channels: Sequence[tuple[str, int] | None]) -> tuple[int, ...]:
+        """Places of those channels, given as :attr:`Topology.followed` has them, that are left, in order."""
+        kept = {name: set(units) for name, units in self.keep.items()}
+        return tuple(
+            place
+            for place, channel in enumerate(channels)
+            if channel is None or channel[0] not in kept or channel[1] in kept[channel[0]]
+        )
