@@ -157,13 +157,22 @@ class Topology:
 
     @property
     def inner(self) -> tuple[ChannelGroup, ...]:
-        """Groups that one layer makes, and that pass a normalisation or stay inside a residual block."""
+        """Groups that one layer makes, or that stay inside one residual block, and that pass a norm or stay there.
+
+        Depthwise convolutions, which make of every channel one, do not count as makers, nor does what reads the image.
+        """
         blocks = [f"{path}." for each in self.block_lists for path in each.blocks]
+        places = [(slot.tensor, slot.dim) for group in self.groups for slot in group.slots]
+        reading = {
+            name.rpartition(".")[0] for each in (places, *(f.tensors for f in self.frozen)) for name, dim in each if dim
+        }
 
-        def inside(group: ChannelGroup) -> bool:
-            return any(all(slot.tensor.startswith(block) for slot in group.slots) for block in blocks)
+        def is_inner(group: ChannelGroup) -> bool:
+            if any(all(slot.tensor.startswith(block) for slot in group.slots) for block in blocks):
+                return True
+            return len(reading.intersection(group.makers)) == 1 and bool(self.norms(group))
 
-        return tuple(g for g in self.groups if len(g.makers) == 1 and (self.norms(g) or inside(g)))
+        return tuple(filter(is_inner, self.groups))
 
     def trusting(self, verified: Topology) -> Topology:
         """What was found out of another state of the model, by :func:`jdkd.rewrite.verify`, holds of this one too.
