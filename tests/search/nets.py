@@ -2,7 +2,6 @@
 
 from collections import OrderedDict
 
-import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
