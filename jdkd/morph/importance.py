@@ -70,7 +70,8 @@ def _strength(model: nn.Module, ends: tuple[tuple[str, ...], ...]) -> float:
 def _norms(tensor: Tensor, slot: Slot) -> Tensor:  # -> [units]
     others = [dim for dim in range(tensor.dim()) if dim != slot.dim]
     values = tensor.detach()
-    rows = torch.linalg.vector_norm(values, dim=others, dtype=torch.float32) if others else values.float().abs()
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # half precision overflows
+    rows = torch.linalg.vector_norm(values, dim=others) if others else values.abs()
     norms = torch.linalg.vector_norm(rows.cpu()[torch.from_numpy(slot.places)], dim=1)
     return norms / norms.mean().clamp(min=1e-12)
 
