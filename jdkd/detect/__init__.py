@@ -1,5 +1,6 @@
 """Detectors as data: specs, builders, channel groups, weight inheritance and checkpoints."""
 
+from jdkd.detect.adopting import adopt
 from jdkd.detect.build import build, parameter_count
 from jdkd.detect.checkpoint import load, save
 from jdkd.detect.foreign import import_detector
@@ -19,6 +20,7 @@ __all__ = [
     "Group",
     "LoadReport",
     "Stage",
+    "adopt",
     "build",
     "channel_groups",
     "fix_roi_scales",

@@ -95,15 +95,24 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
         ) from error
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping) and isinstance(found[1], list):
         found = found[1]
-    if not isinstance(found, list | tuple) or len(found) != len(images):
+    return checked(found, len(images), kind)
+
+
+def checked(found: Any, count: int, who: str) -> list[Mapping[str, Tensor]]:
+    """What ``who`` returned for ``count`` images, if it is what :func:`detections` says.
+
+    Raises:
+        InputError: it is anything else.
+    """
+    if not isinstance(found, list | tuple) or len(found) != count:
         length = f" of {len(found)}" if hasattr(found, "__len__") else ""
         raise InputError(
-            f"{kind} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
+            f"{who} returned a {type(found).__name__}{length} for {count} image(s); return one dictionary of "
             f"{', '.join(FOUND)} for every image, as torchvision's detectors do in evaluation mode"
         )
     for each in found:
         if complaint := _complaint(each):
-            raise InputError(f"{kind} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
+            raise InputError(f"{who} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
     return list(found)
 
 
