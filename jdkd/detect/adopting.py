@@ -159,8 +159,8 @@ def _check_function(name: str, function: Any, arguments: tuple[str, ...], model:
     own = {id(parameter) for parameter in model.parameters()}
     if any(id(parameter) in own for held in _held(function) for parameter in held.parameters()):
         raise InputError(
-            f"{name} holds on to the {type(model).__name__} that is adopted, or to a part of it, and would run that after "
-            f"it was pruned; use the model that it is called with, {called}."
+            f"{name} holds on to the {type(model).__name__} that is adopted, or to a part of it, and would run that "
+            f"after it was pruned; use the model that it is called with, {called}."
         )
 
 
