@@ -230,7 +230,9 @@ def _is_state(content: Any) -> bool:
 
 
 def _place(name: str, wanted: Mapping[str, Tensor]) -> str:
-    """Where a foreign tensor belongs: under its own name, without what wrappers added, adopted, one level down, in a body."""
+    """Where a foreign tensor belongs: under its own name, without what wrappers added, below an adopting one, a level
+    down, in the body.
+    """
     if name in wanted:
         return name
     parts = [part for part in name.split(".") if part not in WRAPPERS]
