@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -84,7 +84,7 @@ class _Returned(Exception):
 
 
 def _stop(module: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
-    raise _Returned(module, value)
+    raise _Returned(module, list(value) if isinstance(value, Iterator) else value)
 
 
 def _own(module: nn.Module) -> str | None:
