@@ -1,6 +1,7 @@
 """What is asked of a detector: torchvision's interface, and the architecture that it carries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -97,6 +98,21 @@ def checked(found: Any, count: int, who: str) -> list[Mapping[str, Tensor]]:
         if complaint := _complaint(each):
             raise InputError(f"{who} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
     return list(found)
+
+
+@contextmanager
+def capped(model: nn.Module, most: int | None) -> Iterator[None]:
+    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
+    limited = () if most is None else model.modules()
+    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
+    before = [head.detections_per_img for head in heads]
+    try:
+        for head in heads:
+            head.detections_per_img = most
+        yield
+    finally:
+        for head, cap in zip(heads, before, strict=True):
+            head.detections_per_img = cap
 
 
 def _complaint(found: Any) -> str | None:

@@ -21,7 +21,8 @@ class Distiller:
     Args:
         student, teacher: detectors; see :class:`FeatureDistiller` and :class:`HeadDistiller`.
         feature_weight: weight of each level of the Pearson loss; 0 leaves the term out.
-        head_weight: weight of the class logits; 0 leaves the term out.
+        head_weight: weight of the class logits; 0 leaves the term out. Ask :func:`can_distil_heads` first where the two
+            may be of any kind.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's, or such a list a level.
         levels: strides of the levels to compare.
         reuse: keep the teacher's features while the student is given the very same images, for several

@@ -118,7 +118,7 @@ def test_models_inside_torchs_wrappers_are_measured_as_they_are(wrap):
             Plain(),
             PyramidDetector(4, LEVELS),
             uneven(),
-            r"student \(Plain\) does not run up to its neck on a list of .*adopt",
+            r"Plain\) does not run up to its neck on a list of .*adopt",
         ),
         (PyramidDetector(4, LEVELS), nn.Conv2d(3, 4, 1), uneven(), "teacher .* no submodule neck or backbone"),
         (PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), [3], "holds 3, where images are expected"),
