@@ -1,5 +1,6 @@
 """Detectors: their builders, what is coupled in them, what is asked of them, and their checkpoints."""
 
+from jdkd.detect.adopting import adopt
 from jdkd.detect.build import build, faster_rcnn, parameter_count
 from jdkd.detect.checkpoint import load, save
 from jdkd.detect.foreign import import_detector
@@ -15,6 +16,7 @@ __all__ = [
     "DetectorSpec",
     "LoadReport",
     "Stage",
+    "adopt",
     "build",
     "faster_rcnn",
     "fix_roi_scales",
