@@ -1,5 +1,6 @@
 """Detectors: their builders, what is coupled in them, what is asked of them, and their checkpoints."""
 
+from jdkd.detect.adopting import adopt
 from jdkd.detect.build import build, faster_rcnn, parameter_count
 from jdkd.detect.checkpoint import load, save
 from jdkd.detect.families import FAMILIES, detector
@@ -22,6 +23,7 @@ __all__ = [
     "LoadReport",
     "Stage",
     "adapt_classes",
+    "adopt",
     "build",
     "detector",
     "faster_rcnn",

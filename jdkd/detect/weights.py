@@ -19,6 +19,7 @@ from jdkd.nn.unwrapping import unwrapped
 HOLDERS = ("state_dict", "model_state_dict", "model", "ema", "module")  # keys of a state dict, first choice first
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts that wrappers add
 OUTERMOST = {"model"}  # parts that a training module adds in front
+ADOPTED = "model"  # where :func:`jdkd.detect.adopt` puts a detector
 BODY = "backbone.body"
 SEQUENCES = ("features.", "trunk_output.")  # where torchvision's classifiers have their layers
 COUNTER = "num_batches_tracked"  # a batch norm's, of no use to anyone
@@ -233,7 +234,8 @@ def _is_state(content: Any) -> bool:
 
 
 class _Places:
-    """Where a foreign tensor belongs: under its own name, without what wrappers added, one level down, in the body.
+    """Where a foreign tensor belongs: under its own name, without what wrappers added, below an adopting one, a level
+    down, in the body.
 
     Args:
         wanted: the state dict that it goes into.
@@ -257,9 +259,11 @@ class _Places:
         head, _, leaf = bare.rpartition(".")
         own = bare.removeprefix("backbone.").removeprefix("body.")
         inside = own.partition(".")[2] if own.startswith(SEQUENCES) else own
-        listed = re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", own)  # as timm names what was in a list
-        bodies = [f"{BODY}.{each}" for each in (own, inside, listed)]
-        for candidate in (bare, f"{head}.0.{leaf}", f"{head}.0.0.{leaf}", *bodies, self.staged.get(inside, "")):
+        flat = re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", own)  # as timm names what was in a list
+        bodies = [f"{BODY}.{each}" for each in (own, inside, flat)]
+        adopted = [f"{ADOPTED}.{each}" for each in (name, bare)]
+        listed = [f"{head}.0.{leaf}", f"{head}.0.0.{leaf}"]
+        for candidate in (bare, *adopted, *listed, *bodies, self.staged.get(inside, "")):
             if candidate in self.wanted:
                 return candidate
         return name
