@@ -2,7 +2,7 @@
 
 import torch
 
-from jdkd.detect import DetectorSpec, Stage, build, channel_groups
+from jdkd.detect import DetectorSpec, Stage, build
 
 CLASSES = ("cat", "dog", "bird")
 
@@ -43,13 +43,3 @@ def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def masked(model: torch.nn.Module, group: str, kept: list[int]) -> torch.nn.Module:
-    """The same detector with every reader of the dropped channels zeroed."""
-    chosen, state = channel_groups(model.spec)[group], model.state_dict()
-    dropped = torch.tensor([c for c in range(chosen.size) if c not in kept])
-    for name, dim, repeat in chosen.consumers:
-        entries = (dropped[:, None] * repeat + torch.arange(repeat)).flatten()
-        state[name].index_fill_(dim, entries, 0.0)
-    return model

@@ -1,10 +1,8 @@
-"""Detectors as data: specs, builders, channel groups, weight inheritance and checkpoints."""
+"""Detectors: their builders, what is coupled in them, what is asked of them, and their checkpoints."""
 
-from jdkd.detect.build import build, parameter_count
+from jdkd.detect.build import build, faster_rcnn, parameter_count
 from jdkd.detect.checkpoint import load, save
 from jdkd.detect.foreign import import_detector
-from jdkd.detect.groups import Group, channel_groups
-from jdkd.detect.inherit import NEW, inherit
 from jdkd.detect.predictors import remake_predictors, with_frozen_norms
 from jdkd.detect.reading import read
 from jdkd.detect.roi_scales import fix_roi_scales
@@ -14,16 +12,13 @@ from jdkd.detect.weights import LoadReport, load_weights
 
 __all__ = [
     "NAMED_SPECS",
-    "NEW",
     "DetectorSpec",
-    "Group",
     "LoadReport",
     "Stage",
     "build",
-    "channel_groups",
+    "faster_rcnn",
     "fix_roi_scales",
     "import_detector",
-    "inherit",
     "load",
     "load_weights",
     "named_spec",

@@ -1,5 +1,9 @@
 """From a spec to a detector: our backbone, torchvision's heads and operators."""
 
+import dataclasses
+import json
+from typing import Any
+
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -10,7 +14,9 @@ from jdkd.detect.resnet import FROZEN, Backbone, Layers
 from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
+from jdkd.rewrite import Architecture
 
+BUILDER = "jdkd.detect:faster_rcnn"
 ROI_SIZE = 7
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
@@ -24,7 +30,7 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
 
     Returns:
         A torchvision ``FasterRCNN`` (Ren et al., NeurIPS 2015, with FPN), which resizes and normalises its
-        input itself; its ``spec`` attribute is the spec. In training it takes images (float ``[3, H, W]`` in
+        input itself; it carries its ``architecture``. In training it takes images (float ``[3, H, W]`` in
         0..1) and targets and returns losses, in evaluation it returns boxes, labels and scores.
 
     Raises:
@@ -51,9 +57,18 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
         box_positive_fraction=spec.positives,
         box_detections_per_img=spec.max_detections,
     )
-    model.spec = spec
     fix_roi_scales(model)
+    model.architecture = Architecture(BUILDER, dataclasses.asdict(spec), classes=spec.classes)
     return model
+
+
+def faster_rcnn(**fields: Any) -> FasterRCNN:
+    """Builds what :class:`DetectorSpec` describes by its fields, as JSON has them: what architectures name.
+
+    Raises:
+        InputError: the fields describe no detector.
+    """
+    return build(DetectorSpec.from_json(json.dumps(fields)))
 
 
 def parameter_count(model: nn.Module) -> int:

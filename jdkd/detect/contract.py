@@ -1,4 +1,4 @@
-"""What is asked of a detector: torchvision's interface from anyone's, a spec from our own."""
+"""What is asked of a detector: torchvision's interface, and the architecture that it carries."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect.groups import channel_groups
-from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Architecture
@@ -15,46 +13,31 @@ from jdkd.rewrite import Architecture
 FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
 
 
-def own_detector(model: nn.Module, what: str) -> nn.Module:
-    """The detector inside torch's wrappers, if it carries the spec that it was built from and still fits it.
+def architecture_of(model: nn.Module, what: str) -> Architecture:
+    """The architecture that a detector carries, wrapped or not.
 
     Args:
         model: anything.
         what: who asks, as the message begins.
 
     Raises:
-        InputError: it carries none, or its layers are no longer those of the spec.
+        InputError: it carries none.
     """
     inner = unwrapped(model)
-    if not isinstance(getattr(inner, "spec", None), DetectorSpec):
-        if isinstance(known := getattr(inner, "architecture", None), Architecture):
-            raise InputError(
-                f"{what} takes a detector that `jdkd train` made of a spec, and this one is of the builder "
-                f"{known.builder}: inspect, eval and latency take it; for {what} train one of a named spec"
-            )
+    known = getattr(inner, "architecture", None)
+    if not isinstance(known, Architecture):
         raise InputError(
-            f"{what} takes a detector of jdkd.detect.build or jdkd.detect.load, which carries its spec; got a "
-            f"{type(inner).__name__} without one: build(named_spec(...)) a detector of its architecture, and copy "
-            "what fits of its state dict with jdkd.detect.load_weights"
+            f"{what} takes a detector that carries its architecture, and this {type(inner).__name__} has none: open it "
+            "with jdkd.detect.open_model(NAME or 'package.module:function'), or set model.architecture to "
+            "jdkd.rewrite.describe(model, 'package.module:function')"
         )
-    state = inner.state_dict()
-    for group in channel_groups(inner.spec).values():
-        for name, dim in group.producers:
-            size = f"has {state[name].shape[dim]} channels" if name in state else "is gone"
-            if size != f"has {group.size} channels":
-                raise InputError(
-                    f"{what} takes a detector as its spec describes it, where {name} has {group.size} channels; in "
-                    f"this one it {size}: give the detector that it was before jdkd.latency.deployable or another "
-                    "change to its layers"
-                )
-    return inner
+    return known
 
 
 def identity(model: nn.Module) -> str | None:
-    """The id of a detector's architecture, 64 hexadecimal digits: of its spec, or of what a builder made; or None."""
-    inner = unwrapped(model)
-    known = getattr(inner, "spec", None) or getattr(inner, "architecture", None)
-    return known.id if isinstance(known, DetectorSpec | Architecture) else None
+    """The id of a detector's architecture, 64 hexadecimal digits; None where it carries none."""
+    known = getattr(unwrapped(model), "architecture", None)
+    return known.id if isinstance(known, Architecture) else None
 
 
 def not_scripted(model: nn.Module, what: str) -> None:

@@ -48,8 +48,6 @@ def import_detector(
     if len(names) != len(classes) or len(set(names)) != len(names):
         raise InputError(f"classes must be names, each once, got {', '.join(map(repr, classes))[:200]}.")
     model = open_model(source)
-    if hasattr(model, "spec"):
-        raise InputError(f"{source} is a detector of a spec already; train and search take it as it is.")
     origin: Architecture = model.architecture
     if weights is not None and not Path(source).is_dir() and _from_frozen_norms(model, weights):
         eps = _eps(source) if norm_eps is None else norm_eps

@@ -34,7 +34,7 @@ def open_model(source: str) -> nn.Module:
         return load(source)
     builder, arguments = _builder(source)
     model = call(builder, arguments).eval()
-    if not hasattr(model, "spec"):
+    if not hasattr(model, "architecture"):
         model.architecture = Architecture(builder, arguments)
     return model
 

@@ -1,7 +1,6 @@
 """What a detector is made of, as data: a frozen dataclass that goes to JSON and back."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -79,15 +78,6 @@ class DetectorSpec:
     def __post_init__(self) -> None:
         _check(self)
 
-    @property
-    def id(self) -> str:
-        """SHA-256 of the canonical JSON form."""
-        return hashlib.sha256(self.to_json(indent=None).encode()).hexdigest()
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        return tuple(stage.depth for stage in self.stages)
-
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(dataclasses.asdict(self), indent=indent, sort_keys=True)
 
@@ -118,11 +108,6 @@ class DetectorSpec:
 
     def replace(self, **changes: Any) -> "DetectorSpec":
         return dataclasses.replace(self, **changes)
-
-    def summary(self) -> str:
-        """One short line for tables and logs."""
-        inner = "/".join(f"{stage.depth}x{max(max(block) for block in stage.blocks)}" for stage in self.stages)
-        return f"{self.block} {inner}, FPN {self.fpn}, box head {self.box_head}, {self.min_size} px"
 
 
 def round_width(width: float, divisor: int = 8) -> int:

@@ -65,7 +65,7 @@ def evaluate(
         batch_size: images per forward.
         workers: processes that read images.
         max_detections: how many detections an image the detector may make and are scored, those of the highest
-            scores; by default as many as its spec says, and 100 without one, which is COCO's rule.
+            scores; by default as many as its builder was asked for, and 100 without one, which is COCO's rule.
         progress: told how many of how many images are done.
 
     Returns:
@@ -79,8 +79,9 @@ def evaluate(
     if not isinstance(model, nn.Module):
         raise InputError(f"evaluate takes a detector, a torch.nn.Module; got a {type(model).__name__}.")
     inner = unwrapped(model)
-    spec = getattr(inner, "spec", None)
-    most = getattr(spec, "max_detections", COCO_DETECTIONS) if max_detections is None else max_detections
+    known = getattr(inner, "architecture", None)
+    own = known.arguments.get("max_detections", COCO_DETECTIONS) if known is not None else COCO_DETECTIONS
+    most = own if max_detections is None else max_detections
     for name, value in (("batch_size", batch_size), ("max_detections", most)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
@@ -146,9 +147,8 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
 
     Where the number of classes does not show, :class:`Findings` checks the labels.
     """
-    spec = getattr(model, "spec", None) or getattr(model, "architecture", None)
-    spec = spec if getattr(spec, "classes", ()) else None
-    known = len(spec.classes) if spec is not None else _known_classes(model)
+    names = getattr(getattr(model, "architecture", None), "classes", ())
+    known = len(names) or _known_classes(model)
     if known is None:
         return
     if known != len(classes):
@@ -156,9 +156,9 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
         if known == categories[-1]:
             remedy = "if its labels are category ids, as torchvision's of COCO are, wrap it so that label k is class k"
         raise InputError(f"the detector knows {known} classes and the dataset has {len(classes)}; {remedy}.")
-    if spec is not None and spec.classes != tuple(classes) and sorted(spec.classes) == sorted(classes):
+    if names and names != tuple(classes) and sorted(names) == sorted(classes):
         raise InputError(
-            f"the detector has its classes in the order {', '.join(spec.classes)} and the dataset in the "
+            f"the detector has its classes in the order {', '.join(names)} and the dataset in the "
             f"order {', '.join(classes)}; number the categories of the annotations as the detector does."
         )
 
