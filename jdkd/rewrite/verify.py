@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from jdkd.graph import ChannelGroup, Frozen, Topology
+from jdkd.graph import BlockList, ChannelGroup, Frozen, Topology
 from jdkd.graph.topology import DISAGREES
-from jdkd.rewrite.blocks import with_checked_ends
-from jdkd.rewrite.channels import mask, prune, widen
+from jdkd.nn.exchange import as_elastic_block
+from jdkd.rewrite.blocks import arrange, with_checked_ends
+from jdkd.rewrite.channels import duplicate, mask, prune, widen
 from jdkd.rewrite.trial import comparable, returned_by
 
+Part = TypeVar("Part", ChannelGroup, BlockList)
 TOLERANCE = 1e-4  # largest difference over the largest value
 
 
@@ -23,8 +25,9 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
 
     Both run on the example in evaluation mode, in float64 and with drawn weights where the model can; compared is
     whatever any module returns that kept its shape. All groups are cut together first, each to another share, and only
-    if something disagrees is it looked for by halves. Then all are widened, which may change nothing, and every block
-    of a list is silenced, which must make it the identity.
+    if something disagrees is it looked for by halves. Then all are widened, which may change nothing, the last block of
+    every list leaves, which must do what switching it off does, and every block is silenced, which must make it the
+    identity.
 
     Args:
         model: the module that ``topology`` was read off.
@@ -34,7 +37,8 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
 
     Returns:
         The topology, with the groups that disagreed among the frozen ones, and the reason; with those that cannot grow
-        marked, and without the ends of blocks that cannot be born as the identity.
+        marked, without the lists of containers that cannot do without a block, among the frozen too, and without the
+        ends of blocks that cannot be born as the identity.
     """
     exact, example, expected = comparable(model, example)
     groups = [group for group in topology.groups if group.units > 1]
@@ -45,18 +49,20 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
     ]
     right = [group for group in topology.groups if group.name not in wrong]
     stiff = _culprits(right, lambda some: _growth_differs(exact, topology, some, example, expected))
+    needed = _culprits(topology.block_lists, lambda some: _drop_differs(exact, topology, some, example))
+    containers = {blocks.container for blocks in topology.block_lists if blocks.name in needed}
+    frozen += [Frozen((), f"the blocks of {name} stay as they are: {reason}") for name, reason in needed.items()]
+    lists = [blocks for blocks in topology.block_lists if blocks.container not in containers]
     return replace(
         topology,
         groups=tuple(replace(group, grows=group.name not in stiff) for group in right),
         frozen=(*topology.frozen, *frozen),
-        block_lists=with_checked_ends(exact, topology.block_lists, example),
+        block_lists=with_checked_ends(exact, lists, example),
     )
 
 
-def _culprits(
-    groups: Sequence[ChannelGroup], difference: Callable[[Sequence[ChannelGroup]], str | None]
-) -> dict[str, str]:
-    """The groups that make a difference, and which; they are looked for by halves."""
+def _culprits(groups: Sequence[Part], difference: Callable[[Sequence[Part]], str | None]) -> dict[str, str]:
+    """The groups, or lists, that make a difference, and which; they are looked for by halves."""
     reason = difference(groups) if groups else None
     if reason is None:
         return {}
@@ -92,6 +98,30 @@ def _growth_differs(
         return _difference(expected, returned_by(widen(model, topology, {group.name: 1 for group in groups}), example))
     except Exception as error:
         return _said(error)
+
+
+def _drop_differs(
+    model: nn.Module, topology: Topology, lists: Sequence[BlockList], example: tuple[Any, ...]
+) -> str | None:
+    """What is different between lists whose last block is switched off and those that have lost it, or None."""
+    off = duplicate(model)
+    for blocks in lists:
+        as_elastic_block(off.get_submodule(blocks.blocks[-1])).set_active(False)
+    expected = returned_by(off, example)
+    try:
+        got = returned_by(arrange(model, topology, {b.name: range(len(b.blocks) - 1) for b in lists}), example)
+    except Exception as error:  # of code that knows its blocks by name or number
+        return _said(error)
+    inside = tuple(f"{blocks.container}." for blocks in lists)  # where names have moved
+
+    def outside(returned: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+        return {path: tensors for path, tensors in returned.items() if not path.startswith(inside)}
+
+    for path, tensors in outside(expected).items():
+        shapes = [[tensor.shape for tensor in side] for side in (tensors, got.get(path, []))]
+        if shapes[0] != shapes[1]:
+            return f"{path or 'the model'} returns other shapes without one of them"
+    return _difference(outside(expected), outside(got))
 
 
 def _difference(expected: dict[str, list[Tensor]], got: dict[str, list[Tensor]]) -> str | None:
