@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -123,44 +123,31 @@ def _checked(topology: Topology, name: str, order: Sequence[int]) -> BlockList:
     return lists[name]
 
 
-def with_checked_ends(model: nn.Module, lists: Sequence[BlockList], example: tuple[Any, ...]) -> tuple[BlockList, ...]:
+@torch.no_grad()
+def with_checked_ends(model: nn.Module, lists: Sequence[BlockList], given: Mapping[str, Any]) -> tuple[BlockList, ...]:
     """Block lists in which every block that is not the identity when it is silenced has lost its ends.
 
     Args:
-        model: whose they are, in evaluation mode; it runs once.
+        model: whose they are, in evaluation mode.
         lists: as traced.
-        example: what it runs on.
+        given: what each block was given, positional and named arguments, by its path.
     """
-    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def remember(path: str) -> Callable[..., None]:
-        def entered(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen.setdefault(path, copy.deepcopy((given, named)))
-
-        return entered
-
-    paths = [path for blocks in lists for path in blocks.blocks]
-    handles = [model.get_submodule(p).register_forward_pre_hook(remember(p), with_kwargs=True) for p in paths]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            model(*copy.deepcopy(example))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return tuple(
-            replace(
-                blocks,
-                ends=tuple(
-                    ends if _is_identity(model.get_submodule(path), path, ends, seen.get(path)) else ((),)
-                    for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
-                ),
-            )
-            for blocks in lists
+    return tuple(
+        replace(
+            blocks,
+            ends=tuple(
+                ends if _is_identity(model.get_submodule(path), path, ends, given.get(path)) else ((),)
+                for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
+            ),
         )
+        for blocks in lists
+    )
 
 
 def _is_identity(block: nn.Module, path: str, ends: Sequence[Sequence[str]], given: Any) -> bool:
     """Whether a block returns what it is given once it is silenced."""
+    if given is None:  # it did not run again
+        return False
     silent = copy.deepcopy(block)
     try:
         _silence(silent, path, ends)
