@@ -1,6 +1,7 @@
 """What is asked of a detector: torchvision's interface, and the architecture that it carries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -78,16 +79,40 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
         ) from error
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping) and isinstance(found[1], list):
         found = found[1]
-    if not isinstance(found, list | tuple) or len(found) != len(images):
+    return checked(found, len(images), kind)
+
+
+def checked(found: Any, count: int, who: str) -> list[Mapping[str, Tensor]]:
+    """What ``who`` returned for ``count`` images, if it is what :func:`detections` says.
+
+    Raises:
+        InputError: it is anything else.
+    """
+    if not isinstance(found, list | tuple) or len(found) != count:
         length = f" of {len(found)}" if hasattr(found, "__len__") else ""
         raise InputError(
-            f"{kind} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
+            f"{who} returned a {type(found).__name__}{length} for {count} image(s); return one dictionary of "
             f"{', '.join(FOUND)} for every image, as torchvision's detectors do in evaluation mode"
         )
     for each in found:
         if complaint := _complaint(each):
-            raise InputError(f"{kind} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
+            raise InputError(f"{who} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
     return list(found)
+
+
+@contextmanager
+def capped(model: nn.Module, most: int | None) -> Iterator[None]:
+    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
+    limited = () if most is None else model.modules()
+    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
+    before = [head.detections_per_img for head in heads]
+    try:
+        for head in heads:
+            head.detections_per_img = most
+        yield
+    finally:
+        for head, cap in zip(heads, before, strict=True):
+            head.detections_per_img = cap
 
 
 def _complaint(found: Any) -> str | None:

@@ -14,11 +14,11 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError
 from jdkd.graph import Topology, trace
+from jdkd.nn.necks import neck_of
 from jdkd.rewrite import verify
 
 SIZE = 128, 160  # of the example, in pixels: small, as what is coupled does not depend on it
 REGIONS, DETECTIONS = 64, 2  # that a second stage and its masks are run on, for the same reason
-NECKS = ("neck", "backbone")
 
 
 def read(
@@ -59,11 +59,6 @@ def read(
         if check:
             topology = verify(model, topology, example)
     return topology if like is None else topology.trusting(like)
-
-
-def neck_of(model: nn.Module) -> str | None:
-    """Path of the module that returns a detector's pyramid, ``neck`` or else ``backbone``; None without one."""
-    return next((name for name in NECKS if isinstance(getattr(model, name, None), nn.Module)), None)
 
 
 @contextmanager

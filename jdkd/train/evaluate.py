@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from jdkd.data import in_order
 from jdkd.detect import fix_roi_scales
-from jdkd.detect.contract import detections
+from jdkd.detect.contract import capped, detections
+from jdkd.detect.heads import known_classes
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
@@ -90,7 +91,7 @@ def evaluate(
     fix_roi_scales(model)
     findings = Findings(type(inner).__name__, dataset.label_to_category)
     done = 0
-    with mode(model.to(device), training=False), _capped(model, max_detections), torch.inference_mode():
+    with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
         for items in in_order(dataset, batch_size=batch_size, workers=workers):
             found = detections(model, [image.to(device).float() / 255 for image, _ in items])
             for (_, target), detection in zip(items, found, strict=True):
@@ -99,21 +100,6 @@ def evaluate(
             if progress:
                 progress(done, len(dataset))
     return _score(dataset, findings.close(), most)
-
-
-@contextlib.contextmanager
-def _capped(model: nn.Module, most: int | None) -> Iterator[None]:
-    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
-    limited = () if most is None else model.modules()
-    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
-    before = [head.detections_per_img for head in heads]
-    try:
-        for head in heads:
-            head.detections_per_img = most
-        yield
-    finally:
-        for head, cap in zip(heads, before, strict=True):
-            head.detections_per_img = cap
 
 
 def _score(dataset: Any, found: list[dict[str, Any]], most: int) -> Scores:
@@ -148,7 +134,7 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
     Where the number of classes does not show, :class:`Findings` checks the labels.
     """
     names = getattr(getattr(model, "architecture", None), "classes", ())
-    known = len(names) or _known_classes(model)
+    known = len(names) or known_classes(model)
     if known is None:
         return
     if known != len(classes):
@@ -161,13 +147,3 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
             f"the detector has its classes in the order {', '.join(names)} and the dataset in the "
             f"order {', '.join(classes)}; number the categories of the annotations as the detector does."
         )
-
-
-def _known_classes(model: nn.Module) -> int | None:
-    """How many classes one of torchvision's detectors tells apart, without label 0, which is the background in all."""
-    two_stages = getattr(getattr(getattr(model, "roi_heads", None), "box_predictor", None), "cls_score", None)
-    one_stage = getattr(getattr(model, "head", None), "classification_head", None)
-    for head, name in ((two_stages, "out_features"), (one_stage, "num_classes"), (one_stage, "num_columns")):  # of SSD
-        if isinstance(count := getattr(head, name, None), int):
-            return count - 1
-    return None
