@@ -11,6 +11,7 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Architecture
 
 FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
+HEADS = {"masks": "mask_predictor", "keypoints": "keypoint_predictor"}  # torchvision's, that train on more than boxes
 
 
 def architecture_of(model: nn.Module, what: str) -> Architecture:
@@ -54,6 +55,12 @@ def not_scripted(model: nn.Module, what: str) -> None:
             )
 
 
+def extra_targets(model: nn.Module) -> tuple[str, ...]:
+    """What a detector needs in its targets besides boxes and labels: ``"masks"``, ``"keypoints"``, both or nothing."""
+    heads = getattr(unwrapped(model), "roi_heads", None)
+    return tuple(target for target, head in HEADS.items() if getattr(heads, head, None) is not None)
+
+
 def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, Tensor]]:
     """What a detector in evaluation mode finds on images, checked for torchvision's interface.
 
@@ -62,7 +69,8 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
         images: ``[3, H, W]`` floats in 0..1.
 
     Returns:
-        For every image ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M] whole numbers and ``scores`` [M].
+        For every image ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M] whole numbers and ``scores`` [M]; from one with
+        masks also ``masks`` [M, 1, H, W], how sure each pixel is in 0..1.
 
     Raises:
         InputError: the model does not take such images, or returns anything else.
@@ -84,14 +92,14 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
             f"{kind} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
             f"{', '.join(FOUND)} for every image, as torchvision's detectors do in evaluation mode"
         )
-    for each in found:
-        if complaint := _complaint(each):
+    for each, image in zip(found, images, strict=True):
+        if complaint := _complaint(each, image.shape[-2:]):
             raise InputError(f"{kind} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
     return list(found)
 
 
-def _complaint(found: Any) -> str | None:
-    """What of one image's detections is not as it should be."""
+def _complaint(found: Any, size: Sequence[int]) -> str | None:
+    """What of the detections of an image of a size (height, width) is not as it should be."""
     if not isinstance(found, Mapping):
         return f"a {type(found).__name__} for an image"
     if missing := [key for key in FOUND if not isinstance(found.get(key), Tensor)]:
@@ -104,4 +112,8 @@ def _complaint(found: Any) -> str | None:
     labels = found["labels"].dtype
     if not none and (labels.is_floating_point or labels.is_complex or labels == torch.bool):
         return f"labels of {labels}, which are no whole numbers"
+    masks = found.get("masks")
+    if masks is not None and not none and list(getattr(masks, "shape", ())) != [count, 1, *size]:
+        shown = list(masks.shape) if isinstance(masks, Tensor) else f"in a {type(masks).__name__}"
+        return f"masks {shown} where {[count, 1, *size]} is the shape of these"
     return None
