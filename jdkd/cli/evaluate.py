@@ -63,7 +63,7 @@ class Eval:
             "gmacs": cost.gmacs,
             "images": len(dataset),
             "split": self.split,
-            "spec": identity(model),
+            "architecture": identity(model),
             "device": device,
         }
         if self.json is None:

@@ -1,6 +1,7 @@
 """What is asked of a detector: torchvision's interface, and the architecture that it carries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Architecture
 
 FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
-HEADS = {"masks": "mask_predictor", "keypoints": "keypoint_predictor"}  # torchvision's, that train on more than boxes
+EXTRA_HEADS = {"masks": "mask_predictor", "keypoints": "keypoint_predictor"}
+"""What torchvision's detectors train on besides boxes and labels, and the head that does."""
 
 
 def architecture_of(model: nn.Module, what: str) -> Architecture:
@@ -56,9 +58,13 @@ def not_scripted(model: nn.Module, what: str) -> None:
 
 
 def extra_targets(model: nn.Module) -> tuple[str, ...]:
-    """What a detector needs in its targets besides boxes and labels: ``"masks"``, ``"keypoints"``, both or nothing."""
-    heads = getattr(unwrapped(model), "roi_heads", None)
-    return tuple(target for target, head in HEADS.items() if getattr(heads, head, None) is not None)
+    """What a detector trains on besides boxes and labels: ``"masks"``, ``"keypoints"``, both or nothing."""
+    modules = list(model.modules())
+    return tuple(
+        target
+        for target, head in EXTRA_HEADS.items()
+        if any(isinstance(getattr(module, head, None), nn.Module) for module in modules)
+    )
 
 
 def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, Tensor]]:
@@ -86,16 +92,40 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
         ) from error
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping) and isinstance(found[1], list):
         found = found[1]
+    return checked(found, images, kind)
+
+
+def checked(found: Any, images: Sequence[Tensor], who: str) -> list[Mapping[str, Tensor]]:
+    """What ``who`` returned for images ``[3, H, W]``, if it is what :func:`detections` says.
+
+    Raises:
+        InputError: it is anything else.
+    """
     if not isinstance(found, list | tuple) or len(found) != len(images):
         length = f" of {len(found)}" if hasattr(found, "__len__") else ""
         raise InputError(
-            f"{kind} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
+            f"{who} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
             f"{', '.join(FOUND)} for every image, as torchvision's detectors do in evaluation mode"
         )
     for each, image in zip(found, images, strict=True):
         if complaint := _complaint(each, image.shape[-2:]):
-            raise InputError(f"{kind} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
+            raise InputError(f"{who} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
     return list(found)
+
+
+@contextmanager
+def capped(model: nn.Module, most: int | None) -> Iterator[None]:
+    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
+    limited = () if most is None else model.modules()
+    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
+    before = [head.detections_per_img for head in heads]
+    try:
+        for head in heads:
+            head.detections_per_img = most
+        yield
+    finally:
+        for head, cap in zip(heads, before, strict=True):
+            head.detections_per_img = cap
 
 
 def _complaint(found: Any, size: Sequence[int]) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError
 from jdkd.graph import Topology, trace
+from jdkd.nn.necks import neck_of
 from jdkd.rewrite import verify
 
 SIZE = 128, 160  # of the example, in pixels: small, as what is coupled does not depend on it
-NECKS = ("neck", "backbone")
 
 
 def read(
@@ -40,7 +41,7 @@ def read(
     Raises:
         InputError: the detector does not run on such a list.
     """
-    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(_home(model))]
+    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(**_kind(model))]
     with _input_of(model, *size):
         try:
             topology = trace(model, example, follow=neck_of(model))
@@ -55,11 +56,6 @@ def read(
         if check:
             topology = verify(model, topology, example)
     return topology if like is None else topology.trusting(like)
-
-
-def neck_of(model: nn.Module) -> str | None:
-    """Path of the module that returns a detector's pyramid, ``neck`` or else ``backbone``; None without one."""
-    return next((name for name in NECKS if isinstance(getattr(model, name, None), nn.Module)), None)
 
 
 @contextmanager
@@ -77,6 +73,7 @@ def _input_of(model: nn.Module, height: int, width: int) -> Iterator[None]:
         transform.min_size, transform.max_size = before
 
 
-def _home(model: nn.Module) -> torch.device:
-    first: Tensor | None = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+def _kind(model: nn.Module) -> dict[str, Any]:
+    """Where a model's numbers lie, and of what precision they are."""
+    first: Tensor | None = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}

@@ -19,6 +19,7 @@ from jdkd.nn.unwrapping import unwrapped
 HOLDERS = ("state_dict", "model_state_dict", "model", "ema", "module")  # keys of a state dict, first choice first
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts that wrappers add
 OUTERMOST = {"model"}  # parts that a training module adds in front
+ADOPTED = "model"  # where :func:`jdkd.detect.adopt` puts a detector
 COUNTER = "num_batches_tracked"  # a batch norm's, of no use to anyone
 
 
@@ -229,7 +230,9 @@ def _is_state(content: Any) -> bool:
 
 
 def _place(name: str, wanted: Mapping[str, Tensor]) -> str:
-    """Where a foreign tensor belongs: under its own name, without what wrappers added, one level down, in the body."""
+    """Where a foreign tensor belongs: under its own name, without what wrappers added, below an adopting one, a level
+    down, in the body.
+    """
     if name in wanted:
         return name
     parts = [part for part in name.split(".") if part not in WRAPPERS]
@@ -238,7 +241,8 @@ def _place(name: str, wanted: Mapping[str, Tensor]) -> str:
     bare = ".".join(parts)
     head, _, leaf = bare.rpartition(".")
     body = f"backbone.body.{bare.removeprefix('backbone.')}"
-    for candidate in (bare, f"{head}.0.{leaf}", f"{head}.0.0.{leaf}", body):
+    adopted = (f"{ADOPTED}.{each}" for each in (name, bare))
+    for candidate in (bare, *adopted, f"{head}.0.{leaf}", f"{head}.0.0.{leaf}", body):
         if candidate in wanted:
             return candidate
     return name

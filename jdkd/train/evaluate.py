@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import nn
 
 from jdkd.data import in_order
 from jdkd.detect import fix_roi_scales
-from jdkd.detect.contract import detections
+from jdkd.detect.contract import capped, detections
+from jdkd.detect.heads import known_classes
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
@@ -105,7 +106,7 @@ def evaluate(
     fix_roi_scales(model)
     findings = Findings(type(inner).__name__, dataset.label_to_category)
     done = 0
-    with mode(model.to(device), training=False), _capped(model, max_detections), torch.inference_mode():
+    with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
         for items in in_order(dataset, batch_size=batch_size, workers=workers):
             found = detections(model, [image.to(device).float() / 255 for image, _ in items])
             for (_, target), detection in zip(items, found, strict=True):
@@ -114,10 +115,10 @@ def evaluate(
             if progress:
                 progress(done, len(dataset))
     rows = findings.close()
+    masks = [{key: value for key, value in row.items() if key != "bbox"} for row in rows if "segmentation" in row]
     boxes = _score(dataset, rows, most)
     if not findings.masks:
         return boxes
-    masks = [{key: value for key, value in row.items() if key != "bbox"} for row in rows if "segmentation" in row]
     return dataclasses.replace(boxes, segm=_score(dataset.with_masks(), masks, most, "segm"))
 
 
@@ -127,21 +128,6 @@ def _segmented(dataset: Any) -> bool:
     if not segmented:
         say_once("the detector gives masks, and the data have no segmentation to score them against; boxes are scored")
     return segmented
-
-
-@contextlib.contextmanager
-def _capped(model: nn.Module, most: int | None) -> Iterator[None]:
-    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
-    limited = () if most is None else model.modules()
-    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
-    before = [head.detections_per_img for head in heads]
-    try:
-        for head in heads:
-            head.detections_per_img = most
-        yield
-    finally:
-        for head, cap in zip(heads, before, strict=True):
-            head.detections_per_img = cap
 
 
 def _score(dataset: Any, found: list[dict[str, Any]], most: int, of: str = "bbox") -> Scores:
@@ -176,7 +162,7 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
     Where the number of classes does not show, :class:`Findings` checks the labels.
     """
     names = getattr(getattr(model, "architecture", None), "classes", ())
-    known = len(names) or _known_classes(model)
+    known = len(names) or known_classes(model)
     if known is None:
         return
     if known != len(classes):
@@ -189,13 +175,3 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
             f"the detector has its classes in the order {', '.join(names)} and the dataset in the "
             f"order {', '.join(classes)}; number the categories of the annotations as the detector does."
         )
-
-
-def _known_classes(model: nn.Module) -> int | None:
-    """How many classes one of torchvision's detectors tells apart, without label 0, which is the background in all."""
-    two_stages = getattr(getattr(getattr(model, "roi_heads", None), "box_predictor", None), "cls_score", None)
-    one_stage = getattr(getattr(model, "head", None), "classification_head", None)
-    for head, name in ((two_stages, "out_features"), (one_stage, "num_classes"), (one_stage, "num_columns")):  # of SSD
-        if isinstance(count := getattr(head, name, None), int):
-            return count - 1
-    return None
