@@ -3,8 +3,10 @@
 from jdkd.detect.adopting import adopt
 from jdkd.detect.build import build, faster_rcnn, parameter_count
 from jdkd.detect.checkpoint import load, save
+from jdkd.detect.families import FAMILIES, detector
 from jdkd.detect.foreign import import_detector
-from jdkd.detect.predictors import remake_predictors, with_frozen_norms
+from jdkd.detect.norms import with_frozen_norms, with_norms
+from jdkd.detect.predictors import remake_predictors
 from jdkd.detect.reading import read
 from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.sources import open_model
@@ -12,12 +14,14 @@ from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round
 from jdkd.detect.weights import LoadReport, load_weights
 
 __all__ = [
+    "FAMILIES",
     "NAMED_SPECS",
     "DetectorSpec",
     "LoadReport",
     "Stage",
     "adopt",
     "build",
+    "detector",
     "faster_rcnn",
     "fix_roi_scales",
     "import_detector",
@@ -31,4 +35,5 @@ __all__ = [
     "round_width",
     "save",
     "with_frozen_norms",
+    "with_norms",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ def read(
     Raises:
         InputError: the detector does not run on such a list.
     """
-    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(_home(model))]
+    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(**_kind(model))]
     with _input_of(model, *size):
         try:
             topology = trace(model, example, follow=neck_of(model))
@@ -72,6 +73,7 @@ def _input_of(model: nn.Module, height: int, width: int) -> Iterator[None]:
         transform.min_size, transform.max_size = before
 
 
-def _home(model: nn.Module) -> torch.device:
-    first: Tensor | None = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+def _kind(model: nn.Module) -> dict[str, Any]:
+    """Where a model's numbers lie, and of what precision they are."""
+    first: Tensor | None = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,32 +34,30 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
         InputError: there is no such list, it holds no such block, or a block cannot be born as the identity.
     """
     copied = duplicate(model)
-    for name, blocks in order.items():
-        _arrange(copied, _checked(topology, name, blocks), list(blocks))
+    inside: dict[str, list[tuple[BlockList, Sequence[int]]]] = defaultdict(list)  # a container may hold several lists
+    for name, places in order.items():
+        blocks = _checked(topology, name, places)
+        inside[blocks.container].append((blocks, places))
+    for container, lists in inside.items():
+        _arrange(copied.get_submodule(container), lists)
     return copied
 
 
-def _arrange(model: nn.Module, blocks: BlockList, order: list[int]) -> None:
-    container = model.get_submodule(blocks.container)
-    own = {path.rpartition(".")[2]: place for place, path in enumerate(blocks.blocks)}
-    children = list(container._modules.items())
-    chosen: list[tuple[str, nn.Module]] | None = []
-    seen: set[int] = set()
-    for place in order:
-        name, block = next((n, c) for n, c in children if own.get(n) == place)
-        if place in seen:
-            block = copy.deepcopy(block)
-            _silence(block, blocks.blocks[place], blocks.ends[place])
-        seen.add(place)
-        chosen.append((name, block))
-    arranged: list[tuple[str, nn.Module]] = []
-    for name, child in children:
-        if name not in own:
-            arranged.append((name, child))
-        elif chosen is not None:  # the blocks stand where the first of them stood
-            arranged += chosen
-            chosen = None
-    set_children(container, arranged)
+def _arrange(container: nn.Module, lists: Sequence[tuple[BlockList, Sequence[int]]]) -> None:
+    children = dict(container._modules)
+    stands_for: dict[str, list[tuple[str, nn.Module]]] = {name: [(name, child)] for name, child in children.items()}
+    for blocks, order in lists:
+        names = [path.rpartition(".")[2] for path in blocks.blocks]
+        chosen: list[tuple[str, nn.Module]] = []
+        for count, place in enumerate(order):
+            block = children[names[place]]
+            if place in order[:count]:
+                block = copy.deepcopy(block)
+                _silence(block, blocks.blocks[place], blocks.ends[place])
+            chosen.append((names[place], block))
+        stands_for |= {name: [] for name in names}
+        stands_for[names[0]] = chosen  # all stand where the first of them stood
+    set_children(container, [each for name in children for each in stands_for[name]])
 
 
 def set_children(container: nn.Module, children: Sequence[tuple[str, nn.Module]]) -> None:

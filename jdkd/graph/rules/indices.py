@@ -60,7 +60,9 @@ def _index_written(marks: Marks, call: Call) -> None:
     place = _index_dims(own, indices)
     labels, written = marks.layout(own), marks.layout(values)
     picked = place is None or any(span(label) & set(place[0]) for label in labels)
-    if picked or values.dim() != own.dim() - len(place[0]) + place[1] or place[0][0] != 0:
+    lead = 0 if place is None else own.dim() - len(place[0]) + place[1] - values.dim()  # left out where they are 1
+    written = tuple(label.reshape((1,) * max(0, lead) + label.shape) for label in written)
+    if picked or lead < 0 or place[0][0] != 0:
         marks.freeze((*labels, *written), f"{call.name} writes to some of its channels")
         return
     taken, result = place
