@@ -111,7 +111,7 @@ class Train:
             }
             write_json(self.out / "train.json", content)
             run.finish()
-        _print(self.out, content, scores.lines)
+        _print(self.out, content, scores.text)
 
     def _spec(self, classes: tuple[str, ...]) -> DetectorSpec:
         """The detector to build, for the classes of the data.
@@ -191,7 +191,7 @@ def _summary(model: Any, scores: Any, report: Any) -> dict[str, Any]:
 
     cost = count(model)
     return {
-        **{name: getattr(scores, name) for name in ("map", "map50", "map75", "stats")},
+        **scores.numbers,
         "params": cost.params,
         "gmacs": cost.gmacs,
         "spec": model.spec.id,

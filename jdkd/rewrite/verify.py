@@ -7,15 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from jdkd.errors import InputError
 from jdkd.graph import ChannelGroup, Frozen, Topology
 from jdkd.graph.topology import DISAGREES
 from jdkd.rewrite.blocks import with_checked_ends
 from jdkd.rewrite.channels import mask, prune, widen
-from jdkd.rewrite.trial import comparable, returned_by
-
-TOLERANCE = 1e-4  # largest difference over the largest value
+from jdkd.rewrite.comparison import difference, returned_by, said
+from jdkd.rewrite.trial import Trial, comparable
 
 
 def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0.5) -> Topology:
@@ -36,20 +36,21 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
         The topology, with the groups that disagreed among the frozen ones, and the reason; with those that cannot grow
         marked, and without the ends of blocks that cannot be born as the identity.
     """
-    exact, example, expected = comparable(model, example)
+    watched = [path for blocks in topology.block_lists for path in blocks.blocks]
+    trial = comparable(model, example, watched)
     groups = [group for group in topology.groups if group.units > 1]
-    wrong = _culprits(groups, lambda some: _cut_differs(exact, topology, some, example, share))
+    wrong = _culprits(groups, lambda some: _cut_differs(trial, topology, some, share))
     frozen = [
         Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"{DISAGREES}: {reason}")
         for name, reason in wrong.items()
     ]
     right = [group for group in topology.groups if group.name not in wrong]
-    stiff = _culprits(right, lambda some: _growth_differs(exact, topology, some, example, expected))
+    stiff = _culprits(right, lambda some: _growth_differs(trial, topology, some))
     return replace(
         topology,
         groups=tuple(replace(group, grows=group.name not in stiff) for group in right),
         frozen=(*topology.frozen, *frozen),
-        block_lists=with_checked_ends(exact, topology.block_lists, example),
+        block_lists=with_checked_ends(trial.model, topology.block_lists, trial.given),
     )
 
 
@@ -67,52 +68,23 @@ def _culprits(
     return found or {group.name: f"{reason}, together with its neighbours" for group in groups}
 
 
-def _cut_differs(
-    model: nn.Module, topology: Topology, groups: Sequence[ChannelGroup], example: tuple[Any, ...], share: float
-) -> str | None:
+def _cut_differs(trial: Trial, topology: Topology, groups: Sequence[ChannelGroup], share: float) -> str | None:
     """What is different between cut and masked, or None."""
     keep = {group.name: _left(group, share, place) for place, group in enumerate(groups)}
-    expected = returned_by(mask(model, topology, keep), example)
-    try:
-        got = returned_by(prune(model, topology, keep), example)
+    try:  # the smaller one is what is kept in memory
+        got = returned_by(prune(trial.model, topology, keep), trial.example)
     except Exception as error:  # whatever a model's code makes of fewer channels
-        return _said(error)
-    return _difference(expected, got)
+        return said(error)
+    return difference(got, mask(trial.model, topology, keep), trial.example)
 
 
-def _growth_differs(
-    model: nn.Module,
-    topology: Topology,
-    groups: Sequence[ChannelGroup],
-    example: tuple[Any, ...],
-    expected: dict[str, list[Tensor]],
-) -> str | None:
+def _growth_differs(trial: Trial, topology: Topology, groups: Sequence[ChannelGroup]) -> str | None:
     """What changes when groups grow, or None."""
     try:
-        return _difference(expected, returned_by(widen(model, topology, {group.name: 1 for group in groups}), example))
-    except Exception as error:
-        return _said(error)
-
-
-def _difference(expected: dict[str, list[Tensor]], got: dict[str, list[Tensor]]) -> str | None:
-    """What two runs returned differently, or None."""
-    if expected.keys() != got.keys():
-        return f"{sorted(expected.keys() ^ got.keys())[0]} runs in one of them only"
-    compared = 0
-    for path in expected:
-        for one, other in zip(expected[path], got[path], strict=False):
-            if one.shape != other.shape or not one.is_floating_point():
-                continue
-            compared += 1
-            scale = one.abs().max().clamp(min=1e-12) if one.numel() else 1.0
-            worst = float((one - other).abs().max() / scale) if one.numel() else 0.0
-            if not worst <= TOLERANCE:
-                return f"{path or 'the model'} differs by {worst:.1e}"
-    return None if compared else "nothing could be compared"
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        grown = widen(trial.model, topology, {group.name: 1 for group in groups})
+    except InputError as error:  # the places stand out of order
+        return said(error)
+    return difference(trial.returned, grown, trial.example)
 
 
 def _left(group: ChannelGroup, share: float, seed: int) -> list[int]:
