@@ -224,7 +224,8 @@ class Topology:
         needed = {  # containers that were there, and whose blocks may not leave
             blocks.container
             for blocks in self.block_lists
-            if blocks.container not in listed and any(name.startswith(f"{blocks.container}.") for name in verified.sizes)
+            if blocks.container not in listed
+            and any(name.startswith(f"{blocks.container}.") for name in verified.sizes)
         }
         return replace(
             self,
