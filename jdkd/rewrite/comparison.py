@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,34 +23,26 @@ def run(model: nn.Module, example: tuple[Any, ...]) -> None:
         model.eval()(*copy.deepcopy(example))
 
 
-def returned_by(model: nn.Module, example: tuple[Any, ...]) -> Returned:
-    """What every module returned."""
+def returned_by(model: nn.Module, example: tuple[Any, ...], inside: bool = True) -> Returned:
+    """What every module returned; without those ``inside`` of others, what the model and its children did."""
     returned: Returned = defaultdict(list)
 
     def heard(path: str, tensors: list[Tensor]) -> None:
         returned[path] += [tensor.detach().clone() for tensor in tensors]
 
-    with _listening(model, heard):
+    with _listening(model, heard, inside):
         run(model, example)
     return returned
 
 
-def difference(
-    expected: Returned,
-    model: nn.Module,
-    example: tuple[Any, ...],
-    *,
-    skip: tuple[str, ...] = (),
-    same_shapes: bool = False,
-) -> str | None:
-    """What a model returns differently.
+def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...], inside: bool = True) -> str | None:
+    """What a model returns differently; tensors of another shape are not compared.
 
     Args:
         expected: what :func:`returned_by` heard of another model.
         model: compared while it runs, so that nothing of it is kept.
         example: what both run on.
-        skip: beginnings of the paths of modules that are not compared.
-        same_shapes: whether another shape is a difference; else such tensors are not compared.
+        inside: whether modules inside of others are compared too; where they stand elsewhere they cannot be.
 
     Returns:
         Where it differs or what it raised, or None.
@@ -60,12 +52,8 @@ def difference(
 
     def heard(path: str, tensors: list[Tensor]) -> None:
         nonlocal compared, found
-        if path.startswith(skip):
-            return
         for one, other in zip(expected.get(path, [])[heard_of[path] :], tensors, strict=False):
-            if found is None and same_shapes and one.shape != other.shape:
-                found = f"{path or 'the model'} returns {list(other.shape)} in the place of {list(one.shape)}"
-            elif found is None and one.shape == other.shape and one.is_floating_point():
+            if found is None and one.shape == other.shape and one.is_floating_point():
                 compared += 1
                 error = _relative(one, other)
                 if not error <= TOLERANCE:
@@ -73,14 +61,25 @@ def difference(
         heard_of[path] += len(tensors)
 
     try:
-        with _listening(model, heard):
+        with _listening(model, heard, inside):
             run(model, example)
     except Exception as error:  # whatever a model's code makes of other channels
         return said(error)
-    wanted = {path for path in expected if not path.startswith(skip)}
-    if elsewhere := sorted(wanted ^ heard_of.keys()):
+    if elsewhere := sorted({path for path in expected if inside or "." not in path} ^ heard_of.keys()):
         return f"{elsewhere[0]} runs in one of them only"
     return found or (None if compared else "nothing could be compared")
+
+
+def culprits(names: Sequence[str], differs: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
+    """Those of some names that make a difference, and which; they are looked for by halves."""
+    reason = differs(names) if names else None
+    if reason is None:
+        return {}
+    if len(names) == 1:
+        return {names[0]: reason}
+    half = len(names) // 2
+    found = culprits(names[:half], differs) | culprits(names[half:], differs)
+    return found or dict.fromkeys(names, f"{reason}, together with its neighbours")
 
 
 def said(error: Exception) -> str:
@@ -95,13 +94,15 @@ def _relative(one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _listening(model: nn.Module, heard: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
+def _listening(model: nn.Module, heard: Callable[[str, list[Tensor]], None], inside: bool) -> Iterator[None]:
     """Calls ``heard`` with a module's path and the tensors that it returned, whenever one did."""
 
     def hook(path: str) -> Callable[..., None]:
         return lambda module, inputs, out: heard(path, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
 
-    handles = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
+    handles = [
+        module.register_forward_hook(hook(path)) for path, module in model.named_modules() if inside or "." not in path
+    ]
     try:
         yield
     finally:
