@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from jdkd.detect.families import BUILDER
 from jdkd.detect.predictors import remake_predictors
 from jdkd.detect.published import weights_file
-from jdkd.detect.sources import architecture_within, open_model, parts_of
+from jdkd.detect.sources import builders_of, open_model, parts_of
 from jdkd.detect.weights import COUNTER, LoadReport, load_weights, placed_names
 from jdkd.errors import InputError
 from jdkd.notices import say_once
@@ -26,6 +27,7 @@ def import_detector(
     *,
     classes: Sequence[str] = (),
     norm_eps: float | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Opens a detector that was made elsewhere, with its weights, and for other classes where they are asked for.
 
@@ -39,6 +41,7 @@ def import_detector(
         classes: names of the object classes, without background; where the detector is for another number, exactly the
             predictors are made anew, with fresh weights unless the file has theirs.
         norm_eps: of frozen batch norms; by default what torchvision has for the source.
+        options: as of :func:`jdkd.detect.open_model`.
 
     Returns:
         The detector in evaluation mode, with its ``architecture``; :func:`jdkd.detect.save` writes it.
@@ -49,11 +52,15 @@ def import_detector(
     names = [name for name in classes if name.strip()]
     if len(names) != len(classes) or len(set(names)) != len(names):
         raise InputError(f"classes must be names, each once, got {', '.join(map(repr, classes))[:200]}.")
-    model = open_model(source)
+    model = open_model(source, **options)
     origin: Architecture = model.architecture
     if weights is not None:
         weights = weights_file(weights, origin)
-        if not Path(source).is_dir() and (frozen := frozen_like(model, weights, norm_eps)) is not None:
+        if (
+            options.get("norm") is None
+            and not Path(source).is_dir()
+            and (frozen := frozen_like(model, weights, norm_eps)) is not None
+        ):
             model, origin, norm_eps = frozen, frozen.architecture, None
     if norm_eps is not None:
         raise InputError(f"norm_eps {norm_eps:g} is for weights of frozen batch norms, and these are not.")
@@ -127,7 +134,7 @@ def _left_out(report: LoadReport) -> str:
 
 def _has_no_eps(architecture: Architecture) -> bool:
     """Whether torchvision's first COCO weights are of this detector, whose norms it gives an eps of 0."""
-    inner = architecture_within(architecture)
+    *_, inner = builders_of(architecture)
     family, backbone = parts_of(inner.builder.rpartition(":")[2])
     if inner.builder == BUILDER:
         family, backbone = inner.arguments["family"], inner.arguments["backbone"]

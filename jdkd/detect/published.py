@@ -11,7 +11,7 @@ from torchvision.models._api import WeightsEnum
 
 from jdkd.detect.backbones import TIMM
 from jdkd.detect.families import BUILDER
-from jdkd.detect.sources import architecture_within, parts_of
+from jdkd.detect.sources import builders_of, parts_of
 from jdkd.errors import InputError
 from jdkd.rewrite import Architecture
 
@@ -52,7 +52,7 @@ def weights_file(weights: Path | str, architecture: Architecture) -> Path:
 
 def _known(architecture: Architecture) -> dict[str, WeightsEnum]:
     """Names of the weights that torchvision has for a detector and else for its backbone."""
-    inner = architecture_within(architecture)
+    *_, inner = builders_of(architecture)
     name = inner.builder.rpartition(":")[2]
     sources = [name, parts_of(name)[1]] if parts_of(name)[0] else []
     if inner.builder == BUILDER and not inner.arguments["backbone"].startswith(TIMM):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,12 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
     return _called(*_builder(source, classes, given))
 
 
-def architecture_within(architecture: Architecture) -> Architecture:
-    """What is built at the bottom of builders that change what another one makes."""
+def builders_of(architecture: Architecture) -> Iterator[Architecture]:
+    """What a detector is built by: a builder, and inside it the one whose detector it changes, and so on."""
     arguments = architecture.arguments
-    while isinstance(arguments.get("builder"), str) and isinstance(arguments.get("arguments"), Mapping):
-        architecture = Architecture(arguments["builder"], arguments["arguments"])
-        arguments = architecture.arguments
-    return architecture
+    yield architecture
+    if isinstance(arguments.get("builder"), str) and isinstance(arguments.get("arguments"), Mapping):
+        yield from builders_of(Architecture(arguments["builder"], arguments["arguments"]))
 
 
 def parts_of(name: str) -> tuple[str, str]:

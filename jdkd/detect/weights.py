@@ -245,8 +245,8 @@ class _Places:
         self.wanted = wanted
         staged: dict[str, list[str]] = {}  # layers that stand in stages, by their names without these
         for name in wanted:
-            if name.startswith(f"{BODY}.stage"):
-                staged.setdefault(name.removeprefix(f"{BODY}.").partition(".")[2], []).append(name)
+            if found := re.match(rf"{re.escape(BODY)}\.stage\d\.(.+)", name):
+                staged.setdefault(found[1], []).append(name)
         self.staged = {name: found[0] for name, found in staged.items() if len(found) == 1}
 
     def __call__(self, name: str) -> str:

@@ -220,6 +220,13 @@ class Topology:
             for blocks in verified.block_lists
             for path, made in zip(blocks.blocks, blocks.ends, strict=True)
         }
+        listed = {blocks.container for blocks in verified.block_lists}
+        needed = {  # containers that were there, and whose blocks may not leave
+            blocks.container
+            for blocks in self.block_lists
+            if blocks.container not in listed
+            and any(name.startswith(f"{blocks.container}.") for name in verified.sizes)
+        }
         return replace(
             self,
             groups=tuple(
@@ -236,6 +243,7 @@ class Topology:
                     ),
                 )
                 for blocks in self.block_lists
+                if blocks.container not in needed
             ),
         )
 

@@ -35,13 +35,22 @@ def returned_by(model: nn.Module, example: tuple[Any, ...]) -> Returned:
     return returned
 
 
-def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...]) -> str | None:
-    """What a model returns differently; tensors of another shape are not compared.
+def difference(
+    expected: Returned,
+    model: nn.Module,
+    example: tuple[Any, ...],
+    *,
+    skip: tuple[str, ...] = (),
+    same_shapes: bool = False,
+) -> str | None:
+    """What a model returns differently.
 
     Args:
         expected: what :func:`returned_by` heard of another model.
         model: compared while it runs, so that nothing of it is kept.
         example: what both run on.
+        skip: beginnings of the paths of modules that are not compared.
+        same_shapes: whether another shape is a difference; else such tensors are not compared.
 
     Returns:
         Where it differs or what it raised, or None.
@@ -51,8 +60,12 @@ def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...]) -
 
     def heard(path: str, tensors: list[Tensor]) -> None:
         nonlocal compared, found
+        if path.startswith(skip):
+            return
         for one, other in zip(expected.get(path, [])[heard_of[path] :], tensors, strict=False):
-            if found is None and one.shape == other.shape and one.is_floating_point():
+            if found is None and same_shapes and one.shape != other.shape:
+                found = f"{path or 'the model'} returns {list(other.shape)} in the place of {list(one.shape)}"
+            elif found is None and one.shape == other.shape and one.is_floating_point():
                 compared += 1
                 error = _relative(one, other)
                 if not error <= TOLERANCE:
@@ -64,7 +77,8 @@ def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...]) -
             run(model, example)
     except Exception as error:  # whatever a model's code makes of other channels
         return said(error)
-    if elsewhere := sorted(expected.keys() ^ heard_of.keys()):
+    wanted = {path for path in expected if not path.startswith(skip)}
+    if elsewhere := sorted(wanted ^ heard_of.keys()):
         return f"{elsewhere[0]} runs in one of them only"
     return found or (None if compared else "nothing could be compared")
 

@@ -15,6 +15,7 @@ from jdkd.detect import fix_roi_scales
 from jdkd.detect.contract import capped, detections
 from jdkd.detect.heads import known_classes
 from jdkd.detect.input_size import require_visible
+from jdkd.detect.sources import builders_of
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
@@ -95,9 +96,7 @@ def evaluate(
     if not isinstance(model, nn.Module):
         raise InputError(f"evaluate takes a detector, a torch.nn.Module; got a {type(model).__name__}.")
     inner = unwrapped(model)
-    known = getattr(inner, "architecture", None)
-    own = known.arguments.get("max_detections", COCO_DETECTIONS) if known is not None else COCO_DETECTIONS
-    most = own if max_detections is None else max_detections
+    most = _asked_for(inner) if max_detections is None else max_detections
     for name, value in (("batch_size", batch_size), ("max_detections", most)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
@@ -128,6 +127,13 @@ def _segmented(dataset: Any) -> bool:
     if not segmented:
         say_once("the detector gives masks, and the data have no segmentation to score them against; boxes are scored")
     return segmented
+
+
+def _asked_for(model: nn.Module) -> int:
+    """Detections an image that a builder was asked for; COCO's number where none was."""
+    known = getattr(model, "architecture", None)
+    asked = [each.arguments.get("max_detections") for each in (builders_of(known) if known is not None else ())]
+    return next((number for number in asked if number is not None), COCO_DETECTIONS)
 
 
 def _score(dataset: Any, found: list[dict[str, Any]], most: int, of: str = "bbox") -> Scores:
