@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -36,7 +37,23 @@ def returned_by(model: nn.Module, example: tuple[Any, ...], inside: bool = True)
 
 
 def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...], inside: bool = True) -> str | None:
-    """What a model returns differently; tensors of another shape are not compared.
+    """Where a model returns something else than expected, or what it raised, or None."""
+    try:
+        found = errors(expected, model, example, inside)
+    except Exception as error:  # whatever a model's code makes of other channels
+        return said(error)
+    if elsewhere := sorted({path for path in expected if inside or "." not in path} ^ found.keys()):
+        return f"{elsewhere[0]} runs in one of them only"
+    if all(error is None for error in found.values()):
+        return "nothing could be compared"
+    wrong = ((path, error) for path, error in found.items() if error is not None and not error <= TOLERANCE)
+    return next((f"{path or 'the model'} differs by {error:.1e}" for path, error in wrong), None)
+
+
+def errors(
+    expected: Returned, model: nn.Module, example: tuple[Any, ...], inside: bool = True
+) -> dict[str, float | None]:
+    """By how much every module of a model differs, in the order in which they are done first.
 
     Args:
         expected: what :func:`returned_by` heard of another model.
@@ -45,29 +62,22 @@ def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...], i
         inside: whether modules inside of others are compared too; where they stand elsewhere they cannot be.
 
     Returns:
-        Where it differs or what it raised, or None.
+        By path the largest difference over the largest value of a tensor; None where nothing kept its shape.
     """
-    heard_of: Counter[str] = Counter()
-    compared, found = 0, None
+    found: dict[str, float | None] = {}
+    calls: Counter[str] = Counter()
 
     def heard(path: str, tensors: list[Tensor]) -> None:
-        nonlocal compared, found
-        for one, other in zip(expected.get(path, [])[heard_of[path] :], tensors, strict=False):
-            if found is None and one.shape == other.shape and one.is_floating_point():
-                compared += 1
-                error = _relative(one, other)
-                if not error <= TOLERANCE:
-                    found = f"{path or 'the model'} differs by {error:.1e}"
-        heard_of[path] += len(tensors)
+        found.setdefault(path, None)
+        for one, other in zip(expected.get(path, [])[calls[path] :], tensors, strict=False):
+            if one.shape == other.shape and one.is_floating_point():
+                error = float((one - other).abs().max() / one.abs().max().clamp(min=1e-12)) if one.numel() else 0.0
+                found[path] = float(np.maximum(error, found[path] or 0.0))  # nan stays
+        calls[path] += len(tensors)
 
-    try:
-        with _listening(model, heard, inside):
-            run(model, example)
-    except Exception as error:  # whatever a model's code makes of other channels
-        return said(error)
-    if elsewhere := sorted({path for path in expected if inside or "." not in path} ^ heard_of.keys()):
-        return f"{elsewhere[0]} runs in one of them only"
-    return found or (None if compared else "nothing could be compared")
+    with _listening(model, heard, inside):
+        run(model, example)
+    return found
 
 
 def culprits(names: Sequence[str], differs: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
@@ -85,12 +95,6 @@ def culprits(names: Sequence[str], differs: Callable[[Sequence[str]], str | None
 def said(error: Exception) -> str:
     """The kind of an error and the first line of what it says."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-
-
-def _relative(one: Tensor, other: Tensor) -> float:
-    if not one.numel():
-        return 0.0
-    return float((one - other).abs().max() / one.abs().max().clamp(min=1e-12))
 
 
 @contextmanager
