@@ -88,6 +88,7 @@ class Train:
         from jdkd.detect import save
         from jdkd.latency import deployable
         from jdkd.train import evaluate, fit
+        from jdkd.train.inputs import with_targets_of
 
         device, splits = resolve_device(self.device), self.source.splits()
         if self.choice.norm == "sync":
@@ -99,6 +100,7 @@ class Train:
         config = self._config(train)
         run = RunFolder(self.out)
         model, weights = self._model(train.classes)
+        train = with_targets_of(model, train)
         with keeping(run, f"the checkpoint of every {self.checkpoint_every} steps and of the last one"):
             identity = self._identity(model, weights, config, train, val)
             where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
@@ -116,7 +118,7 @@ class Train:
             }
             write_json(self.out / "train.json", content)
             run.finish()
-        _print(self.out, content, scores.lines)
+        _print(self.out, content, scores.text)
 
     def _model(self, classes: tuple[str, ...]) -> tuple[nn.Module, Path | None]:
         """The detector to train, for the classes of the data, and the file of the weights that it begins with.
@@ -257,7 +259,7 @@ def _summary(model: Any, scores: Any, report: Any) -> dict[str, Any]:
 
     cost = count(model)
     return {
-        **{name: getattr(scores, name) for name in ("map", "map50", "map75", "stats")},
+        **scores.numbers,
         "params": cost.params,
         "gmacs": cost.gmacs,
         "architecture": model.architecture.id,

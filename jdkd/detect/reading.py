@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError
@@ -16,6 +18,7 @@ from jdkd.nn.necks import neck_of
 from jdkd.rewrite import verify
 
 SIZE = 128, 160  # of the example, in pixels: small, as what is coupled does not depend on it
+REGIONS, DETECTIONS = 64, 2  # that a second stage and its masks are run on, for the same reason
 
 
 def read(
@@ -42,7 +45,7 @@ def read(
         InputError: the detector does not run on such a list.
     """
     example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(**_kind(model))]
-    with _input_of(model, *size):
+    with few_regions(model, *size):
         try:
             topology = trace(model, example, follow=neck_of(model))
         except InputError:
@@ -59,18 +62,28 @@ def read(
 
 
 @contextmanager
-def _input_of(model: nn.Module, height: int, width: int) -> Iterator[None]:
-    """Lets torchvision's transform leave an image of this size as it is for a while."""
+def few_regions(model: nn.Module, height: int, width: int) -> Iterator[None]:
+    """For a while torchvision's transform leaves an image of this size as it is, and heads run on few regions."""
+    changed: list[tuple[object, str, object]] = []
+
+    def change(owner: object, name: str, value: object) -> None:
+        changed.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
     transform = input_transform(model)
-    if transform is None or transform.fixed_size is not None:
-        yield
-        return
-    before = transform.min_size, transform.max_size
-    transform.min_size, transform.max_size = (min(height, width),), max(height, width)
     try:
+        if transform is not None and transform.fixed_size is None:
+            change(transform, "min_size", (min(height, width),))
+            change(transform, "max_size", max(height, width))
+        for module in model.modules():
+            if isinstance(module, RegionProposalNetwork):
+                change(module, "_post_nms_top_n", {"training": REGIONS, "testing": REGIONS})
+            elif isinstance(module, RoIHeads):
+                change(module, "detections_per_img", min(DETECTIONS, module.detections_per_img))
         yield
     finally:
-        transform.min_size, transform.max_size = before
+        for owner, name, value in changed:
+            setattr(owner, name, value)
 
 
 def _kind(model: nn.Module) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def magnitude_importance(model: nn.Module, group: ChannelGroup) -> Tensor:
 def weakest_blocks(model: nn.Module, blocks: BlockList, count: int) -> tuple[int, ...]:
     """The blocks of a list that add least to what they are given, weakest first.
 
-    That is read off what is nearest to their sums, which in a residual block is its last norm: the mean of its |gamma|.
+    That is read off what is nearest to their sums, in a residual block its last norm: the mean of its |gamma|.
     """
     strength = [_strength(model, ends) for ends in blocks.ends]
     return tuple(sorted(range(len(strength)), key=strength.__getitem__)[:count])
@@ -55,16 +55,22 @@ def strongest(importance: Tensor, count: int) -> tuple[int, ...]:
 
 
 def _strength(model: nn.Module, ends: tuple[tuple[str, ...], ...]) -> float:
-    """Mean |weight| of what is nearest to the sums of a block; infinite where that is not known."""
-    sizes = []
+    """Mean |weight| of what is nearest to the sums of a block; infinite where that is not known.
+
+    What cannot learn, as a frozen norm, is multiplied by what is before it, up to the first that can.
+    """
+    strengths = []
     for chain in ends:
-        nearest = next((name for name in chain if not name.startswith("+")), None)
-        found = None if nearest is None else _tensor(model, nearest)
-        weight = getattr(found, "weight", None) if isinstance(found, nn.Module) else found
-        if not isinstance(weight, Tensor):
-            return float("inf")
-        sizes.append(weight.detach().abs().float().mean().item())
-    return float(np.mean(sizes)) if sizes else float("inf")
+        strength, learns = 1.0, False
+        for name in chain:
+            found = _tensor(model, name.removeprefix("+"))
+            weight = getattr(found, "weight", None) if isinstance(found, nn.Module) else found
+            if learns or name.startswith("+") or not isinstance(weight, Tensor):
+                continue
+            strength *= weight.detach().abs().float().mean().item()
+            learns = isinstance(weight, nn.Parameter)
+        strengths.append(strength if learns else float("inf"))
+    return float(np.mean(strengths)) if strengths else float("inf")
 
 
 def _norms(tensor: Tensor, slot: Slot) -> Tensor:  # -> [units]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,30 +34,37 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
         InputError: there is no such list, it holds no such block, or a block cannot be born as the identity.
     """
     copied = duplicate(model)
-    inside: dict[str, list[tuple[BlockList, Sequence[int]]]] = defaultdict(list)  # a container may hold several lists
+    runs: dict[str, list[tuple[BlockList, list[int]]]] = {}  # of each container
     for name, places in order.items():
         blocks = _checked(topology, name, places)
-        inside[blocks.container].append((blocks, places))
-    for container, lists in inside.items():
-        _arrange(copied.get_submodule(container), lists)
+        runs.setdefault(blocks.container, []).append((blocks, list(places)))
+    for path, arranged in runs.items():
+        container = copied.get_submodule(path)
+        set_children(container, _arranged(container, arranged))
     return copied
 
 
-def _arrange(container: nn.Module, lists: Sequence[tuple[BlockList, Sequence[int]]]) -> None:
+def _arranged(container: nn.Module, runs: Sequence[tuple[BlockList, list[int]]]) -> list[tuple[str, nn.Module]]:
+    """The children that a container is to have, where some runs of its blocks stand in another order."""
     children = dict(container._modules)
-    stands_for: dict[str, list[tuple[str, nn.Module]]] = {name: [(name, child)] for name, child in children.items()}
-    for blocks, order in lists:
+    stands: dict[str, list[tuple[str, nn.Module]]] = {}  # by the child in whose place they stand: the run's first
+    leave: set[str] = set()
+    for blocks, order in runs:
         names = [path.rpartition(".")[2] for path in blocks.blocks]
-        chosen: list[tuple[str, nn.Module]] = []
-        for count, place in enumerate(order):
+        chosen, seen = [], set()
+        for place in order:
             block = children[names[place]]
-            if place in order[:count]:
+            if place in seen:
                 block = copy.deepcopy(block)
                 _silence(block, blocks.blocks[place], blocks.ends[place])
+            seen.add(place)
             chosen.append((names[place], block))
-        stands_for |= {name: [] for name in names}
-        stands_for[names[0]] = chosen  # all stand where the first of them stood
-    set_children(container, [each for name in children for each in stands_for[name]])
+        stands[names[0]] = chosen
+        leave.update(names)
+    arranged: list[tuple[str, nn.Module]] = []
+    for name, child in children.items():
+        arranged += stands.get(name, [] if name in leave else [(name, child)])
+    return arranged
 
 
 def set_children(container: nn.Module, children: Sequence[tuple[str, nn.Module]]) -> None:
@@ -116,44 +123,31 @@ def _checked(topology: Topology, name: str, order: Sequence[int]) -> BlockList:
     return lists[name]
 
 
-def with_checked_ends(model: nn.Module, lists: Sequence[BlockList], example: tuple[Any, ...]) -> tuple[BlockList, ...]:
+@torch.no_grad()
+def with_checked_ends(model: nn.Module, lists: Sequence[BlockList], given: Mapping[str, Any]) -> tuple[BlockList, ...]:
     """Block lists in which every block that is not the identity when it is silenced has lost its ends.
 
     Args:
-        model: whose they are, in evaluation mode; it runs once.
+        model: whose they are, in evaluation mode.
         lists: as traced.
-        example: what it runs on.
+        given: what each block was given, positional and named arguments, by its path.
     """
-    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def remember(path: str) -> Callable[..., None]:
-        def entered(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen.setdefault(path, copy.deepcopy((given, named)))
-
-        return entered
-
-    paths = [path for blocks in lists for path in blocks.blocks]
-    handles = [model.get_submodule(p).register_forward_pre_hook(remember(p), with_kwargs=True) for p in paths]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            model(*copy.deepcopy(example))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return tuple(
-            replace(
-                blocks,
-                ends=tuple(
-                    ends if _is_identity(model.get_submodule(path), path, ends, seen.get(path)) else ((),)
-                    for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
-                ),
-            )
-            for blocks in lists
+    return tuple(
+        replace(
+            blocks,
+            ends=tuple(
+                ends if _is_identity(model.get_submodule(path), path, ends, given.get(path)) else ((),)
+                for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
+            ),
         )
+        for blocks in lists
+    )
 
 
 def _is_identity(block: nn.Module, path: str, ends: Sequence[Sequence[str]], given: Any) -> bool:
     """Whether a block returns what it is given once it is silenced."""
+    if given is None:  # it did not run again
+        return False
     silent = copy.deepcopy(block)
     try:
         _silence(silent, path, ends)

@@ -91,6 +91,19 @@ def test_a_head_that_runs_on_many_levels_is_one_group_with_their_makers():
     assert {slot.tensor for slot in group.slots if slot.role == "out"} == {"a.weight", "b.weight"}
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_regions_written_to_their_places_bring_their_channels(count):
+    def pooled(m, x):
+        made = torch.zeros(3, 8, 16, 16)
+        made[torch.arange(count)] = m.a(x)[:count]  # torch drops the first dimension where it is 1
+        made[torch.arange(count, 3)] = m.b(x)[:1].expand(3 - count, -1, -1, -1)
+        return m.c(made)
+
+    model = Net(pooled, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(3, 8, 1), c=nn.Conv2d(8, 2, 1))
+    (group,) = trace(model, X).groups
+    assert group.makers == ("a", "b")
+
+
 @pytest.mark.parametrize(
     ("mixing", "reason"),
     [

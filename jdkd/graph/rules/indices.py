@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jdkd.graph.layout import Label, along, span
-from jdkd.graph.rules.elementwise import pointwise
+from jdkd.graph.rules.elementwise import padded, pointwise
 from jdkd.graph.rules.registry import outputs, rule
 
 if TYPE_CHECKING:
@@ -60,12 +60,11 @@ def _index_written(marks: Marks, call: Call) -> None:
     place = _index_dims(own, indices)
     labels, written = marks.layout(own), marks.layout(values)
     picked = place is None or any(span(label) & set(place[0]) for label in labels)
-    lead = 0 if place is None else own.dim() - len(place[0]) + place[1] - values.dim()  # left out where they are 1
-    written = tuple(label.reshape((1,) * max(0, lead) + label.shape) for label in written)
-    if picked or lead < 0 or place[0][0] != 0:
+    if picked or place[0][0] != 0:
         marks.freeze((*labels, *written), f"{call.name} writes to some of its channels")
         return
     taken, result = place
+    written = padded(written, own.dim() - len(taken) + result)  # torch drops dimensions of size 1 that come first
     shape_back = [
         label.reshape((1,) * len(taken) + label.shape[result:])
         for label in written
@@ -114,7 +113,7 @@ def _along_dims(marks: Marks, call: Call) -> None:
             marks.freeze(marks.layout(tensor), f"{call.name} takes it as an index")
     kept = [label for label in marks.layout(own) if not span(label) & taken]
     mixed = [label for label in marks.layout(own) if span(label) & taken]
-    marks.freeze(mixed, f"{call.name} mixes or picks its channels")
+    marks.freeze(mixed, f"{call.name} mixes its channels, or picks some by their values")
     for out in outputs(call):
         if out.dim() == own.dim():
             marks.set(out, tuple(kept))
