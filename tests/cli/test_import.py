@@ -64,15 +64,14 @@ def test_a_one_stage_detector_is_scored_for_its_classes_alone(jdkd, squares, tmp
         assert answer.code == 2 and words in answer.err, answer.err
 
 
-def test_training_and_search_refuse_what_is_imported_in_one_sentence(jdkd, small, squares, tmp_path):
+def test_what_is_imported_is_trained_as_a_model_and_not_as_a_spec(jdkd, small, squares, tmp_path):
     assert jdkd("import", small, "--classes", "red", "blue", "--out", tmp_path / "it").code == 0
-    search = jdkd("search", "--base", tmp_path / "it", "--data", squares, "--out", tmp_path / "search")
-    spec = tmp_path / "it" / "architecture.json"
-    train = jdkd("train", "--spec", spec, "--data", squares, "--out", tmp_path / "train")
-    for answer, words in ((search, "of the builder small_nets:net"), (train, "give its folder as --model")):
-        assert answer.code == 2 and words in answer.err, answer.err
-        assert "Traceback" not in answer.err and not answer.out
-    assert not (tmp_path / "train").exists() and not (tmp_path / "search").exists()
+    run = ("--data", squares, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "train")
+    answer = jdkd("train", "--spec", tmp_path / "it" / "architecture.json", *run)
+    assert answer.code == 2 and "give its folder as --model" in answer.err and not (tmp_path / "train").exists()
+    assert jdkd("train", "--model", tmp_path / "it", *run).code == 0
+    content = json.loads((tmp_path / "train" / "architecture.json").read_text())
+    assert content == json.loads((tmp_path / "it" / "architecture.json").read_text())
 
 
 @pytest.mark.parametrize(
