@@ -10,7 +10,7 @@ from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_block import ElasticBlock
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
-from jdkd.nn.elastic_norm import ElasticFrozenBatchNorm2d, ElasticGroupNorm, ElasticLayerNorm
+from jdkd.nn.elastic_norm import ElasticFrozenBatchNorm2d, ElasticGroupNorm
 from jdkd.nn.exchange import as_elastic, as_elastic_block, as_plain
 from jdkd.nn.explanation import Explanation, explain
 from jdkd.nn.levels import ElasticLevelsConv2d, LevelsConv2d
@@ -33,7 +33,6 @@ __all__ = [
     "ElasticFrozenBatchNorm2d",
     "ElasticGroupNorm",
     "ElasticGroups",
-    "ElasticLayerNorm",
     "ElasticLevelsConv2d",
     "ElasticLinear",
     "Explanation",
