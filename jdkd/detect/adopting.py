@@ -113,7 +113,7 @@ class Adopted(nn.Module):
         kind = type(self.model).__name__
         if not self.training:
             found = self.model(images) if self.predict is None else self.predict(self.model, images)
-            return checked(found, len(images), f"predict of the adopted {kind}")
+            return checked(found, images, f"predict of the adopted {kind}")
         if targets is None:
             raise InputError(
                 f"the adopted {kind} is in training mode and was given no targets; give some, or eval() it."

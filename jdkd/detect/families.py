@@ -38,12 +38,16 @@ class Family:
 
     Args:
         pyramid: what its heads read; None where they read the backbone's own maps.
+        box_head: hidden units of its box head, if it has one.
+        keypoints: that it finds of an object, if it does.
         min_size: to which it resizes the short side of an image, in pixels.
         square: whether it resizes images to a square.
     """
 
     build: Callable[[Options], nn.Module]
     pyramid: str | None
+    box_head: int | None = None
+    keypoints: int | None = None
     min_size: int = 800
     square: bool = False
 
@@ -61,8 +65,8 @@ class Options:
     min_size: int
     max_size: int
     anchors: tuple[int, ...] | None
-    box_head: int
-    keypoints: int
+    box_head: int | None
+    keypoints: int | None
     max_detections: int
 
     @property
@@ -92,8 +96,8 @@ def detector(
     min_size: int | None = None,
     max_size: int | None = None,
     anchors: Sequence[int] | None = None,
-    box_head: int = 1024,
-    keypoints: int = 17,
+    box_head: int | None = None,
+    keypoints: int | None = None,
     max_detections: int = 100,
 ) -> nn.Module:
     """Builds a detector of torchvision's parts over any backbone, with fresh weights.
@@ -115,8 +119,8 @@ def detector(
             proposed (300) and sampled (64), with one point per bin.
         anchors: size per level, in pixels; by default they follow ``min_size``. FCOS's are the strides and SSD's are
             shares of the image.
-        box_head: hidden units of the box head of the families of two stages.
-        keypoints: points per object of a Keypoint R-CNN.
+        box_head: hidden units of the box head of the families of two stages [1024].
+        keypoints: points per object of a Keypoint R-CNN [17].
         max_detections: detections that are kept of an image.
 
     Returns:
@@ -171,6 +175,11 @@ def _options(
             f"{family} has no pyramid, as its heads read the backbone's own maps; leave pyramid {pyramid!r} out, or "
             "give retinanet or fcos, which have one."
         )
+    for name in ("box_head", "keypoints"):
+        if known[name] is None:
+            known[name] = getattr(has, name)
+        elif getattr(has, name) is None:
+            raise InputError(f"{family} has no {name}; leave {name} {known[name]!r} out.")
     sizes = {"min_size": min_size, "max_size": max_size, **known}
     for name in ("classes", "channels", "min_size", "max_size", "box_head", "keypoints", "max_detections"):
         size = sizes[name]
@@ -322,15 +331,15 @@ def _ssd(options: Options, lite: bool = False) -> SSD:
 
 
 FAMILIES = {
-    "fasterrcnn": Family(_two_stages, "P2-P6"),
-    "fasterrcnn_v2": Family(_two_stages, "P2-P6"),
-    "maskrcnn": Family(_two_stages, "P2-P6"),
-    "maskrcnn_v2": Family(_two_stages, "P2-P6"),
-    "keypointrcnn": Family(_two_stages, "P2-P6"),
+    "fasterrcnn": Family(_two_stages, "P2-P6", 1024),
+    "fasterrcnn_v2": Family(_two_stages, "P2-P6", 1024),
+    "maskrcnn": Family(_two_stages, "P2-P6", 1024),
+    "maskrcnn_v2": Family(_two_stages, "P2-P6", 1024),
+    "keypointrcnn": Family(_two_stages, "P2-P6", 1024, 17),
     "retinanet": Family(_retinanet, "P3-P7"),
     "retinanet_v2": Family(_retinanet, "P3-P7"),
     "fcos": Family(_fcos, "P3-P7"),
-    "ssd": Family(_ssd, None, 300, square=True),
-    "ssdlite": Family(partial(_ssd, lite=True), None, 320, square=True),
+    "ssd": Family(_ssd, None, min_size=300, square=True),
+    "ssdlite": Family(partial(_ssd, lite=True), None, min_size=320, square=True),
 }
 OF_32_GROUPS = ("fcos",)  # torchvision makes their heads so

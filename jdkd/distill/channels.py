@@ -19,8 +19,9 @@ class TeacherChannels:
 
     Args:
         channels: ``[C_student]``; or, where levels have channels of their own, such a list for each of the student's
-            levels: a sequence in the order in which its neck returns them, with None for a level that has all, or a
-            mapping by their names. None: all have all.
+            levels: a mapping by their names, or a sequence in the order in which its neck returns them, as
+            :attr:`jdkd.graph.Topology.followed` has them, with None or nothing for a level that has all. None: all
+            levels have all.
 
     Raises:
         InputError: these are no indices, or one stands in a list twice.
@@ -30,8 +31,9 @@ class TeacherChannels:
         self._whole = self._by_name = self._in_order = None
         if isinstance(channels, Mapping) and channels and all(map(_is_list, channels.values())):
             self._by_name = {str(name): _index(indices) for name, indices in channels.items()}
-        elif isinstance(channels, list | tuple) and any(map(_is_list, channels)):
-            self._in_order = [None if indices is None else _index(indices) for indices in channels]
+        elif isinstance(channels, list | tuple) and any(_is_list(indices) and len(indices) for indices in channels):
+            has_all = lambda indices: indices is None or (_is_list(indices) and len(indices) == 0)  # noqa: E731
+            self._in_order = [None if has_all(indices) else _index(indices) for indices in channels]
         elif channels is not None:
             self._whole = _index(channels)
 

@@ -91,7 +91,8 @@ class Route:
 
         def see(entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = StudentInput.of(parameters_of(entrance), args, kwargs)
-            seen.extend([] if found is None else [found])
+            if found is not None and (not found.sizes or entrance is self.chain[-1]):
+                seen.append(found)
 
         handle = self.entrance.register_forward_pre_hook(see, with_kwargs=True)
         try:
@@ -110,13 +111,14 @@ class Route:
             handle.remove()
         if not seen:
             raise InputError(
-                f"the {who} ({kind}) calls its {type(self.entrance).__name__} with no batch [N, 3, H, W]; keep what is "
-                "called with one in a submodule called backbone"
+                f"the {who} ({kind}) calls its {type(self.entrance).__name__} with no images; keep what is called with "
+                "a batch [N, 3, H, W] in a submodule called backbone"
             )
         return seen[-1], pyramid
 
     def _enter(self, module: nn.Module, seen: StudentInput, images: Tensor) -> Any:
-        args, kwargs = seen.arguments_for(module, images)
+        takes_list = bool(seen.sizes) and module is self.chain[-1]
+        args, kwargs = seen.arguments_for(module, seen.as_list(images) if takes_list else images)
         try:
             pyramid = module(*args, **kwargs)
         except (torch.OutOfMemoryError, InputError):
@@ -229,7 +231,7 @@ def _swapped(images: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, A
 
     def swap(entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
         own = StudentInput.of(parameters_of(entrance), args, kwargs)
-        if own is None:
+        if own is None or own.sizes:
             return (images, *args[1:]), kwargs
         same = lambda value: isinstance(value, Tensor) and value.data_ptr() == own.images.data_ptr()  # noqa: E731
         changed = {name: images if same(value) else value for name, value in kwargs.items()}

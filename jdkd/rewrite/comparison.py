@@ -23,26 +23,34 @@ def run(model: nn.Module, example: tuple[Any, ...]) -> None:
         model.eval()(*copy.deepcopy(example))
 
 
-def returned_by(model: nn.Module, example: tuple[Any, ...], inside: bool = True) -> Returned:
-    """What every module returned; without those ``inside`` of others, what the model and its children did."""
+def returned_by(model: nn.Module, example: tuple[Any, ...]) -> Returned:
+    """What every module returned."""
     returned: Returned = defaultdict(list)
 
     def heard(path: str, tensors: list[Tensor]) -> None:
         returned[path] += [tensor.detach().clone() for tensor in tensors]
 
-    with _listening(model, heard, inside):
+    with _listening(model, heard):
         run(model, example)
     return returned
 
 
-def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...], inside: bool = True) -> str | None:
-    """What a model returns differently; tensors of another shape are not compared.
+def difference(
+    expected: Returned,
+    model: nn.Module,
+    example: tuple[Any, ...],
+    *,
+    skip: tuple[str, ...] = (),
+    same_shapes: bool = False,
+) -> str | None:
+    """What a model returns differently.
 
     Args:
         expected: what :func:`returned_by` heard of another model.
         model: compared while it runs, so that nothing of it is kept.
         example: what both run on.
-        inside: whether modules inside of others are compared too; where they stand elsewhere they cannot be.
+        skip: beginnings of the paths of modules that are not compared.
+        same_shapes: whether another shape is a difference; else such tensors are not compared.
 
     Returns:
         Where it differs or what it raised, or None.
@@ -52,8 +60,12 @@ def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...], i
 
     def heard(path: str, tensors: list[Tensor]) -> None:
         nonlocal compared, found
+        if path.startswith(skip):
+            return
         for one, other in zip(expected.get(path, [])[heard_of[path] :], tensors, strict=False):
-            if found is None and one.shape == other.shape and one.is_floating_point():
+            if found is None and same_shapes and one.shape != other.shape:
+                found = f"{path or 'the model'} returns {list(other.shape)} in the place of {list(one.shape)}"
+            elif found is None and one.shape == other.shape and one.is_floating_point():
                 compared += 1
                 error = _relative(one, other)
                 if not error <= TOLERANCE:
@@ -61,11 +73,12 @@ def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...], i
         heard_of[path] += len(tensors)
 
     try:
-        with _listening(model, heard, inside):
+        with _listening(model, heard):
             run(model, example)
     except Exception as error:  # whatever a model's code makes of other channels
         return said(error)
-    if elsewhere := sorted({path for path in expected if inside or "." not in path} ^ heard_of.keys()):
+    wanted = {path for path in expected if not path.startswith(skip)}
+    if elsewhere := sorted(wanted ^ heard_of.keys()):
         return f"{elsewhere[0]} runs in one of them only"
     return found or (None if compared else "nothing could be compared")
 
@@ -94,15 +107,13 @@ def _relative(one: Tensor, other: Tensor) -> float:
 
 
 @contextmanager
-def _listening(model: nn.Module, heard: Callable[[str, list[Tensor]], None], inside: bool) -> Iterator[None]:
+def _listening(model: nn.Module, heard: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
     """Calls ``heard`` with a module's path and the tensors that it returned, whenever one did."""
 
     def hook(path: str) -> Callable[..., None]:
         return lambda module, inputs, out: heard(path, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
 
-    handles = [
-        module.register_forward_hook(hook(path)) for path, module in model.named_modules() if inside or "." not in path
-    ]
+    handles = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What a detector, or any other model, is given of a batch."""
+"""What a detector, or any other model, is given of a batch, and the targets that it trains on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jdkd.detect.contract import extra_targets
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
+
+
+def with_targets_of(model: nn.Module, dataset: Any) -> Any:
+    """The data set with what the detector trains on in its targets.
+
+    Args:
+        model: a detector.
+        dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`; one of another type is taken as it is.
+
+    Raises:
+        InputError: it needs masks and the annotations have none, or it needs keypoints.
+    """
+    wanted = extra_targets(model)
+    if not hasattr(dataset, "with_masks"):
+        return dataset
+    if "keypoints" in wanted:
+        raise InputError(
+            f"a {type(unwrapped(model)).__name__} trains on keypoints, and those of annotations are not read; train a "
+            "detector of boxes or masks (the boxes of this one can be scored)"
+        )
+    return dataset.with_masks() if "masks" in wanted else dataset
 
 
 def images_of(batch: Any) -> Tensor | list[Tensor]:

@@ -74,7 +74,7 @@ def test_a_detector_without_a_class_head_is_named(student):
     with pytest.raises(InputError, match=message):
         HeadDistiller(student, other)
     with pytest.raises(InputError, match=r"the student \(PyramidDetector\) has no head"):
-        Distiller(other, student, head_weight=1.0)
+        Distiller(other, PyramidDetector(4, {"0": 4}), head_weight=1.0)
     assert not can_distil_heads(student, other) and not can_distil_heads(other, student)
 
 

@@ -20,7 +20,11 @@ BUILDERS = {
     "Mask R-CNN": ("tests.search.nets:mask_rcnn", {}),
     "PAN": ("tests.graph.networks:pan_detector", {"classes": 10}),
 }
-pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice"),  # a handful of scenes, 10 digits
+    pytest.mark.filterwarnings("ignore:.*learn from features alone:jdkd.notices.Notice"),
+    pytest.mark.filterwarnings("ignore:.*have one width in the whole teacher pool:jdkd.notices.Notice"),
+]
 
 REBUILD = """
 import sys, torch
@@ -62,9 +66,9 @@ def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(famil
 
 def base_of(builder, arguments, folder, tmp_path):
     """An untrained base of a builder, as `jdkd import` leaves it, and a search from it."""
-    base = build(Architecture(builder, arguments, classes=DIGITS))
-    base.architecture = Architecture(builder, arguments, classes=DIGITS)
-    save(tmp_path / "base", base)
     config = config_of(folder, tmp_path / "out", base=tmp_path / "base")
-    RunFolder(tmp_path / "base").begin("train", {"data": {"train": CocoDetectionDataset(config.train).fingerprint}})
+    RunFolder(config.base).begin("train", {"data": {"train": CocoDetectionDataset(config.train).fingerprint}})
+    base = build(Architecture(builder, arguments))
+    base.architecture = Architecture(builder, arguments, classes=DIGITS)
+    save(config.base, base)
     return config
