@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,14 +55,14 @@ def _leaving_differs(trial: Trial, topology: Topology, paths: Sequence[str]) -> 
         if not set(paths).isdisjoint(blocks.blocks)
     }
     try:
-        got = returned_by(arrange(trial.model, topology, order), trial.example)
+        got = returned_by(arrange(trial.model, topology, order), trial.example, inside=False)
     except Exception as error:  # whatever a model's code makes of fewer blocks
         return said(error)
     passing = duplicate(trial.model)
     for path in paths:
         owner, _, name = path.rpartition(".")
         passing.get_submodule(owner)._modules[name] = Passing()
-    return difference(got, passing, trial.example, skip=_inside(topology, order), same_shapes=True)
+    return difference(got, passing, trial.example, inside=False)
 
 
 def _repeating_differs(trial: Trial, topology: Topology, names: Sequence[str]) -> str | None:
@@ -72,10 +72,4 @@ def _repeating_differs(trial: Trial, topology: Topology, names: Sequence[str]) -
         for blocks in topology.block_lists
         if blocks.name in names
     }
-    longer = arrange(trial.model, topology, order)
-    return difference(trial.returned, longer, trial.example, skip=_inside(topology, order), same_shapes=True)
-
-
-def _inside(topology: Topology, names: Container[str]) -> tuple[str, ...]:
-    """Where names move: the containers of some lists."""
-    return tuple(f"{blocks.container}." for blocks in topology.block_lists if blocks.name in names)
+    return difference(trial.returned, arrange(trial.model, topology, order), trial.example, inside=False)

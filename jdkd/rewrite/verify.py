@@ -17,6 +17,8 @@ from jdkd.rewrite.channels import mask, prune, widen
 from jdkd.rewrite.comparison import culprits, difference, returned_by, said
 from jdkd.rewrite.trial import Trial, comparable
 
+REMEDY = "look in the model's code for numbers or places of channels, and for tensors that are no part of it"
+
 
 def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0.5) -> Topology:
     """Cuts every group of a topology once, and compares with the model in which nothing reads what was cut.
@@ -42,7 +44,7 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
     names = [group.name for group in topology.groups if group.units > 1]
     wrong = culprits(names, lambda some: _cut_differs(trial, topology, some, share))
     frozen = [
-        Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"{DISAGREES}: {reason}")
+        Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"{DISAGREES}: {reason}; {REMEDY}")
         for name, reason in wrong.items()
     ]
     right = [group for group in topology.groups if group.name not in wrong]
