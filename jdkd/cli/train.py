@@ -88,12 +88,14 @@ class Train:
         from jdkd.detect import save
         from jdkd.latency import deployable
         from jdkd.train import evaluate, fit
+        from jdkd.train.inputs import with_targets_of
 
         device, splits = resolve_device(self.device), self.source.splits()
         train, val = _open(splits)
         config = self._config(train)
         run = RunFolder(self.out)
         model, weights = self._model(train.classes)
+        train = with_targets_of(model, train)
         with keeping(run, f"the checkpoint of every {self.checkpoint_every} steps and of the last one"):
             identity = self._identity(model, weights, config, train, val)
             where = {"data": whereabouts({split.name: split for split in splits}), "device": device}

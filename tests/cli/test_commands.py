@@ -89,6 +89,13 @@ def test_eval_scores_masks_beside_boxes(jdkd, tmp_path):
     assert f"= {content['segm']['map']:.3f}" in lines[14] and 0 <= content["segm"]["map"] <= 1
 
 
+def test_masks_that_the_data_do_not_have_are_refused_before_anything_is_written(jdkd, squares, tmp_path):
+    model = ("--model", "maskrcnn", "--backbone", "resnet18", "--fpn", 16, "--box-head", 16, "--min-size", 64)
+    answer = jdkd("train", *model, "--data", squares, "--out", tmp_path / "out", "--steps", 1)
+    assert answer.code == 2 and "none of its 12 boxes has a segmentation, and masks are asked for" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_eval_scores_what_train_scored(jdkd, trained, squares):
     answer = jdkd("eval", trained, "--data", squares)
     at_training = json.loads((trained / "train.json").read_text())["stats"]
