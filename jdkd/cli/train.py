@@ -91,6 +91,11 @@ class Train:
         from jdkd.train.inputs import with_targets_of
 
         device, splits = resolve_device(self.device), self.source.splits()
+        if self.choice.norm == "sync":
+            say_once(
+                "norm sync takes statistics over several processes on GPUs, and this is one process on "
+                f"{device}, where it does what batch does"
+            )
         train, val = _open(splits)
         config = self._config(train)
         run = RunFolder(self.out)

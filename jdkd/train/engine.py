@@ -262,10 +262,15 @@ class _Run:
 
 @contextmanager
 def _with_variance(config: TrainConfig) -> Iterator[None]:
-    """Says what to do where a batch leaves a batch norm a single value a channel."""
+    """Says what to do where a batch leaves a batch norm a single value a channel, or one is synchronised on a CPU."""
     try:
         yield
     except ValueError as error:
+        if "SyncBatchNorm expected" in str(error):
+            raise ModelError(
+                'norm "sync" takes its statistics over the processes of a group, which torch does on GPUs alone: train '
+                'there, or with norm "batch".'
+            ) from error
         if "more than 1 value per channel" not in str(error):
             raise
         raise ModelError(
