@@ -13,7 +13,7 @@ FLOORS = (
     "errors files notices run_folder",
     "kernels reference",
     "_ext",
-    "_backend _verdicts",
+    "_backend _dispatch _verdicts",
     "ops",
     "functional env testing check",
     "nn",

@@ -14,10 +14,9 @@ from jdkd.nn.elastic import active_over_all, explained, filled, part_of
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
-from jdkd.ops.aten_conv import conv2d
 from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
 from jdkd.ops.elastic_conv_traced import choice, convolve_traced, transformed_traced
-from jdkd.ops.elastic_paths import Call, call_of
+from jdkd.ops.elastic_kernels import ConvCall, call_of
 from jdkd.ops.kernel_size import (
     KernelLike,
     Padding,
@@ -27,6 +26,7 @@ from jdkd.ops.kernel_size import (
     transform_sizes,
     transformed,
 )
+from jdkd.ops.onednn_workaround import conv2d
 from jdkd.ops.pack import Part
 
 
@@ -194,7 +194,7 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
     def _is_transformed(self, active: _Convolution) -> bool:
         return self.kernel_transform and active.kernel is not None
 
-    def _call(self, x: Tensor, active: _Convolution) -> Call:
+    def _call(self, x: Tensor, active: _Convolution) -> ConvCall:
         """What the path of a forward depends on; nothing is computed."""
         image, padding = x, active.padding
         if active.border is not None:

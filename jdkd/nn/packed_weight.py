@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic, Record, part_of
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.elastic_paths import dtype_of
+from jdkd.ops.elastic_kernels import dtype_of
 from jdkd.ops.pack import GRAD_MODES, Part, packed_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -22,7 +22,7 @@ from torch.autograd.function import FunctionCtx
 
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, Kernel, crop
-from jdkd.ops.elastic_paths import dtype_of
+from jdkd.ops.elastic_kernels import dtype_of
 from jdkd.ops.kernel_size import Padding, pair, transform_sizes, transformed
 
 _Pair = Sequence[int]  # vertical, horizontal, in pixels
