@@ -26,6 +26,7 @@ _ROOMS = (
     "distill",
     "env",
     "errors",
+    "experimental",
     "functional",
     "graph",
     "latency",

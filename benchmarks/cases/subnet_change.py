@@ -41,7 +41,8 @@ from jdkd._backend import use_backend
 from jdkd.detect import DetectorSpec, named_spec
 from jdkd.detect.groups import inner_group
 from jdkd.detect.resnet import Layers
-from jdkd.nn import Subnet, compile_elastic, set_subnet
+from jdkd.experimental import compile_elastic
+from jdkd.nn import Subnet, set_subnet
 
 NAME = "subnet_change"
 CHANGES = 20

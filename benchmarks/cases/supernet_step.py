@@ -31,7 +31,8 @@ from benchmarks.harness import Case
 from jdkd.detect import DetectorSpec, channel_groups, named_spec
 from jdkd.detect.groups import inner_group
 from jdkd.detect.resnet import STAGES, Backbone, Layers
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Subnet, pack_forwards, set_subnet
+from jdkd.experimental import pack_forwards
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Subnet, set_subnet
 
 NAME = "supernet_step"
 R50, R18 = "faster_rcnn_r50_fpn", "faster_rcnn_r18_fpn"

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.conv_bn_act import ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, repeated
 from jdkd.nn.elastic import Elastic, same
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
@@ -119,7 +118,7 @@ def export(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     plain: dict[int, Any] = {}
     for module in reversed([*model.modules()]):  # children before their parents
-        if isinstance(module, ElasticStage | ElasticConvBNAct):
+        if callable(getattr(type(module), "exported", None)):  # made of elastic layers
             plain[id(module)] = module.exported(plain)
         elif isinstance(module, Elastic):
             plain[id(module)] = module.export()

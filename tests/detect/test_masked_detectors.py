@@ -5,7 +5,8 @@ import torch
 
 from jdkd.detect import DetectorSpec, Stage, channel_groups, inherit
 from jdkd.detect.spec import NAMED_SPECS, named_spec
-from jdkd.nn import Candidate, Subnet, export, masked, score_candidates, set_subnet
+from jdkd.experimental import PrunedCandidate, masked, score_candidates
+from jdkd.nn import Subnet, export, set_subnet
 from jdkd.pool import Space, Supernet
 from tests.detectors import CLASSES, assert_same, detector, outputs, small_spec
 
@@ -92,8 +93,8 @@ def test_candidates_of_a_detector_equal_masking_one_by_one():
     model = detector(small_spec(proposals=8))
     groups = channel_groups(model.spec)
     images = [torch.rand(3, 64, 64)]
-    candidates = [Candidate({name: kept}) for name, kept in lists_of(model.spec, listed=True).items()]
-    candidates += [Candidate({"fpn": 8}, skip=["backbone.body.layer3.1"]), Candidate()]
+    candidates = [PrunedCandidate({name: kept}) for name, kept in lists_of(model.spec, listed=True).items()]
+    candidates += [PrunedCandidate({"fpn": 8}, skip=["backbone.body.layer3.1"]), PrunedCandidate()]
     calls = []
     for name in ("transform", "backbone.body.layer1.0", "backbone.body.conv1"):
         module = model.get_submodule(name)

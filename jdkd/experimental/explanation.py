@@ -8,10 +8,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.conv_bn_act import ElasticConvBNAct
+from jdkd.experimental.conv_bn_act import ElasticConvBNAct
+from jdkd.experimental.levels import ElasticLevelsConv2d, Levels, listed
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
-from jdkd.nn.levels import ElasticLevelsConv2d, Levels, listed
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops import elastic_kernels, elastic_levels_kernels
 from jdkd.ops.elastic_conv import check_channels

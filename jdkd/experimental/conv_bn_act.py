@@ -72,7 +72,8 @@ class ElasticConvBNAct(ConvBNAct):
     """See :class:`ConvBNAct`; of an elastic convolution without bias and an elastic batch normalisation.
 
     In training the parts run one after another. In evaluation the normalisation is folded into a scale and a shift of
-    each active channel, and there are three ways to run it, of which :func:`jdkd.nn.explain` names the one taken:
+    each active channel, and there are three ways to run it, of which :func:`explain
+    <jdkd.experimental.explain>` names the one taken:
 
     - the kernel of 1x1 convolutions applies scale, shift, residual and ReLU while it writes the output;
     - where the active filters are smaller than the output, the filters are multiplied by the scale and the shift is the

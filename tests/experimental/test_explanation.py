@@ -6,7 +6,8 @@ from torch import nn
 
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticConvBNAct, ElasticLevelsConv2d, ElasticLinear, explain, packed
+from jdkd.experimental import ElasticConvBNAct, ElasticLevelsConv2d, explain, packed
+from jdkd.nn import ElasticConv2d, ElasticLinear
 from tests.dispatched import Dispatched
 
 OP = "elastic_conv"

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticGroups, Subnet, export, masked, set_subnet
+from jdkd.experimental import masked
+from jdkd.nn import ElasticGroups, Subnet, export, set_subnet
 from tests.nn.elastic_models import BLOCKS, GROUPS, Net, images, randomised, supernet
 
 DECLARED = ElasticGroups(GROUPS)
