@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from jdkd.detect.contract import detections
 from jdkd.errors import InputError
 
-Call = Callable[[int], object]
+TimedCall = Callable[[int], object]
 """Runs a model on batch number i of those it was prepared for."""
 
 
@@ -34,7 +34,7 @@ def _on_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [image.float().div_(255) if image.dtype == torch.uint8 else image for image in moved]
 
 
-def end_to_end(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> Call:
+def end_to_end(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> TimedCall:
     """From the decoded images on the host to the boxes on the host, through transform and NMS.
 
     Args:
@@ -53,7 +53,7 @@ def end_to_end(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: to
     return call
 
 
-def model_only(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> Call | None:
+def model_only(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> TimedCall | None:
     """From the normalised batch on the device to the boxes on the device: backbone, RPN, RoI heads, NMS.
 
     Args:
@@ -78,7 +78,7 @@ def model_only(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: to
     return call
 
 
-def backbone_replay(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> Call | None:
+def backbone_replay(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> TimedCall | None:
     """Replay of a CUDA graph of the backbone on the first batch: kernel time without any host time.
 
     RPN and NMS have shapes that depend on the data and cannot be captured, so this is not a latency of the

@@ -7,6 +7,7 @@ What training, distillation, pool, search and latency reach:
 - the elastic convolution: ``elastic_conv``, ``active_channels``, ``kernel_size``, ``onednn_workaround``. Its Triton
   kernels, ``elastic_pointwise`` and ``elastic_implicit_gemm``, run on request only (backend triton).
 
-What :mod:`jdkd.functional` and :mod:`jdkd.experimental` alone reach: ``elastic_levels``, all levels of a pyramid at once;
-``elastic_conv_traced``, the convolution under ``compile_elastic``; ``pack``, the weights of a subnet in one launch.
+What :mod:`jdkd.functional` and :mod:`jdkd.experimental` alone reach: ``elastic_levels``, all levels of a pyramid at
+once; ``elastic_conv_traced``, the convolution under ``compile_elastic``; ``pack``, the weights of a subnet in one
+launch.
 """
