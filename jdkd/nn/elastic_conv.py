@@ -15,7 +15,7 @@ from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
 from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
-from jdkd.ops.elastic_conv_traced import choice, convolve_traced, transformed_traced
+from jdkd.ops.elastic_conv_traced import convolve_traced, runtime_args, transformed_traced
 from jdkd.ops.elastic_kernels import ConvCall, call_of
 from jdkd.ops.kernel_size import (
     KernelLike,
@@ -46,7 +46,7 @@ class _TracedConvolution(NamedTuple):
 
     in_index: Tensor  # [Cin]
     out_index: Tensor  # [Cout]
-    choice: Tensor  # [4]
+    runtime_args: Tensor  # [4]
     step: Tensor | None  # [1], of the kernel transform
 
 
@@ -223,7 +223,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         if self.kernel_transform:
             size = (active.kernel or self.kernel_size)[0]
             step = torch.tensor([(self.kernel_size[0] - size) // 2], device=self.weight.device)
-        return _TracedConvolution(*index, choice(active.inputs, active.outputs, active.kernel, self.weight), step)
+        args = runtime_args(active.inputs, active.outputs, active.kernel, self.weight)
+        return _TracedConvolution(*index, args, step)
 
     def _in_graph(self, traced: _TracedConvolution) -> _TracedConvolution:
         return traced
