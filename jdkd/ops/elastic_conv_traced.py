@@ -2,10 +2,10 @@
 
 A compiler specialises on every Python number it sees. So the numbers of active channels reach the graph as the lengths
 of two index tensors, dimensions that are marked as dynamic; leading channels have an index tensor too, though their
-weights are still read in place. What no shape depends on goes in a small tensor in host memory, :func:`runtime_args`, that
-the compiler does not look into: the active kernel size, and whether input and output channels are listed. The output of
-a smaller kernel under its smaller padding is as large as that of the whole kernel under the whole padding, so another
-kernel size does not change the graph either.
+weights are still read in place. What no shape depends on goes in a small tensor in host memory,
+:func:`runtime_args`, that the compiler does not look into: the active kernel size, and whether input and output
+channels are listed. The output of a smaller kernel under its smaller padding is as large as that of the whole kernel
+under the whole padding, so another kernel size does not change the graph either.
 
 The operators run those of :mod:`jdkd.ops.elastic_conv`. They are marked as unsafe in CUDA graphs, whose replay would
 not read them again.
