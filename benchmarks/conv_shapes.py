@@ -2,7 +2,7 @@
 
 The shapes come of the specs themselves: a detector is built without memory, features and region proposals run over one
 800x1344 image, to which 800x1333 is padded, and every convolution that is called is noted. A side of a layer is elastic
-if :func:`jdkd.detect.channel_groups` has it in a group; the image's three channels and the predictions are in none.
+if :func:`jdkd.detect.read` has it in a group; the image's three channels and the predictions are in none.
 P7, which one-stage detectors have and these do not, is there with the 3x3 convolution of a head.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect import build, channel_groups, named_spec
+from jdkd.detect import build, named_spec, read
 
 DETECTORS = ("faster_rcnn_r50_fpn", "faster_rcnn_r101_fpn")
 P6, P7 = "P6 rpn 3x3 256->256", "P7 head 3x3 256->256"
@@ -88,7 +88,7 @@ def calls(detector: str) -> tuple[LayerCall, ...]:
     spec, found = named_spec(detector, classes=["object"]), []
     with torch.device("meta"):
         model, image = build(spec), torch.empty(1, 3, *IMAGE)
-    sides = {side[:2] for group in channel_groups(spec).values() for side in (*group.producers, *group.consumers)}
+    sides = {(slot.tensor, slot.dim) for group in read(build(spec)).groups for slot in group.slots}
 
     def note(conv: nn.Conv2d, given: Sequence[Tensor], output: Tensor, module: str) -> None:
         elastic = ((f"{module}.weight", 1) in sides, (f"{module}.weight", 0) in sides)

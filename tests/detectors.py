@@ -2,7 +2,7 @@
 
 import torch
 
-from jdkd.detect import DetectorSpec, Stage, build, channel_groups
+from jdkd.detect import DetectorSpec, Stage, build
 
 CLASSES = ("cat", "dog", "bird")
 
@@ -27,6 +27,22 @@ def detector(spec: DetectorSpec, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+def mask_detector(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> torch.nn.Module:
+    """A small detector with a mask head of torchvision's; also what `package.module:function` makes."""
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.ops import MultiScaleRoIAlign
+
+    torch.manual_seed(seed)
+    spec = small_spec(classes=tuple(classes))
+    model = build(spec)
+    del model.architecture
+    heads = model.roi_heads
+    heads.mask_roi_pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=14, sampling_ratio=2)
+    heads.mask_head = MaskRCNNHeads(spec.fpn, (16,), dilation=1)
+    heads.mask_predictor = MaskRCNNPredictor(16, 16, len(spec.classes) + 1)
+    return model
+
+
 @torch.no_grad()
 def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
     """Everything that leaves the convolutional part and both heads, for one batch."""
@@ -43,13 +59,3 @@ def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def masked(model: torch.nn.Module, group: str, kept: list[int]) -> torch.nn.Module:
-    """The same detector with every reader of the dropped channels zeroed."""
-    chosen, state = channel_groups(model.spec)[group], model.state_dict()
-    dropped = torch.tensor([c for c in range(chosen.size) if c not in kept])
-    for name, dim, repeat in chosen.consumers:
-        entries = (dropped[:, None] * repeat + torch.arange(repeat)).flatten()
-        state[name].index_fill_(dim, entries, 0.0)
-    return model

@@ -1,30 +1,35 @@
 """From a spec to a detector: our backbone, torchvision's heads and operators."""
 
+import dataclasses
+import json
+from typing import Any
+
 from torch import nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from jdkd.detect.resnet import FROZEN, Backbone, Layers
+from jdkd.detect.resnet import Backbone
 from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
+from jdkd.rewrite import Architecture
 
+BUILDER = "jdkd.detect:faster_rcnn"
 ROI_SIZE = 7
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
-def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
+def build(spec: DetectorSpec) -> FasterRCNN:
     """Builds the detector that ``spec`` describes, with fresh weights.
 
     Args:
         spec: the architecture.
-        layers: what the backbone's layers are made of; by default plain convolutions and the spec's norm.
 
     Returns:
         A torchvision ``FasterRCNN`` (Ren et al., NeurIPS 2015, with FPN), which resizes and normalises its
-        input itself; its ``spec`` attribute is the spec. In training it takes images (float ``[3, H, W]`` in
+        input itself; it carries its ``architecture``. In training it takes images (float ``[3, H, W]`` in
         0..1) and targets and returns losses, in evaluation it returns boxes, labels and scores.
 
     Raises:
@@ -32,11 +37,9 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
     """
     if not isinstance(spec, DetectorSpec):
         raise InputError(f"build takes a DetectorSpec, got {spec!r:.60}; make one with named_spec(name, classes).")
-    if layers is None:
-        layers = FROZEN if spec.norm == "frozen" else Layers()
     anchors = AnchorGenerator(tuple((size,) for size in spec.anchors), (ASPECT_RATIOS,) * len(spec.anchors))
     model = FasterRCNN(
-        Backbone(spec, layers),
+        Backbone(spec),
         min_size=spec.min_size,
         max_size=spec.max_size,
         rpn_anchor_generator=anchors,
@@ -51,9 +54,18 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
         box_positive_fraction=spec.positives,
         box_detections_per_img=spec.max_detections,
     )
-    model.spec = spec
     fix_roi_scales(model)
+    model.architecture = Architecture(BUILDER, dataclasses.asdict(spec), classes=spec.classes)
     return model
+
+
+def faster_rcnn(**fields: Any) -> FasterRCNN:
+    """Builds what :class:`DetectorSpec` describes by its fields, as JSON has them: what architectures name.
+
+    Raises:
+        InputError: the fields describe no detector.
+    """
+    return build(DetectorSpec.from_json(json.dumps(fields)))
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,60 +1,46 @@
-"""What is asked of a detector: torchvision's interface from anyone's, a spec from our own."""
+"""What is asked of a detector: torchvision's interface, and the architecture that it carries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect.groups import channel_groups
-from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Architecture
 
 FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
+EXTRA_HEADS = {"masks": "mask_predictor", "keypoints": "keypoint_predictor"}
+"""What torchvision's detectors train on besides boxes and labels, and the head that does."""
 
 
-def own_detector(model: nn.Module, what: str) -> nn.Module:
-    """The detector inside torch's wrappers, if it carries the spec that it was built from and still fits it.
+def architecture_of(model: nn.Module, what: str) -> Architecture:
+    """The architecture that a detector carries, wrapped or not.
 
     Args:
         model: anything.
         what: who asks, as the message begins.
 
     Raises:
-        InputError: it carries none, or its layers are no longer those of the spec.
+        InputError: it carries none.
     """
     inner = unwrapped(model)
-    if not isinstance(getattr(inner, "spec", None), DetectorSpec):
-        if isinstance(known := getattr(inner, "architecture", None), Architecture):
-            raise InputError(
-                f"{what} takes a detector that `jdkd train` made of a spec, and this one is of the builder "
-                f"{known.builder}: inspect, eval and latency take it; for {what} train one of a named spec"
-            )
+    known = getattr(inner, "architecture", None)
+    if not isinstance(known, Architecture):
         raise InputError(
-            f"{what} takes a detector of jdkd.detect.build or jdkd.detect.load, which carries its spec; got a "
-            f"{type(inner).__name__} without one: build(named_spec(...)) a detector of its architecture, and copy "
-            "what fits of its state dict with jdkd.detect.load_weights"
+            f"{what} takes a detector that carries its architecture, and this {type(inner).__name__} has none: open it "
+            "with jdkd.detect.open_model(NAME or 'package.module:function'), or set model.architecture to "
+            "jdkd.rewrite.describe(model, 'package.module:function')"
         )
-    state = inner.state_dict()
-    for group in channel_groups(inner.spec).values():
-        for name, dim in group.producers:
-            size = f"has {state[name].shape[dim]} channels" if name in state else "is gone"
-            if size != f"has {group.size} channels":
-                raise InputError(
-                    f"{what} takes a detector as its spec describes it, where {name} has {group.size} channels; in "
-                    f"this one it {size}: give the detector that it was before jdkd.latency.deployable or another "
-                    "change to its layers"
-                )
-    return inner
+    return known
 
 
 def identity(model: nn.Module) -> str | None:
-    """The id of a detector's architecture, 64 hexadecimal digits: of its spec, or of what a builder made; or None."""
-    inner = unwrapped(model)
-    known = getattr(inner, "spec", None) or getattr(inner, "architecture", None)
-    return known.id if isinstance(known, DetectorSpec | Architecture) else None
+    """The id of a detector's architecture, 64 hexadecimal digits; None where it carries none."""
+    known = getattr(unwrapped(model), "architecture", None)
+    return known.id if isinstance(known, Architecture) else None
 
 
 def not_scripted(model: nn.Module, what: str) -> None:
@@ -71,6 +57,16 @@ def not_scripted(model: nn.Module, what: str) -> None:
             )
 
 
+def extra_targets(model: nn.Module) -> tuple[str, ...]:
+    """What a detector trains on besides boxes and labels: ``"masks"``, ``"keypoints"``, both or nothing."""
+    modules = list(model.modules())
+    return tuple(
+        target
+        for target, head in EXTRA_HEADS.items()
+        if any(isinstance(getattr(module, head, None), nn.Module) for module in modules)
+    )
+
+
 def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, Tensor]]:
     """What a detector in evaluation mode finds on images, checked for torchvision's interface.
 
@@ -79,7 +75,8 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
         images: ``[3, H, W]`` floats in 0..1.
 
     Returns:
-        For every image ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M] whole numbers and ``scores`` [M].
+        For every image ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M] whole numbers and ``scores`` [M]; from one with
+        masks also ``masks`` [M, 1, H, W], how sure each pixel is in 0..1.
 
     Raises:
         InputError: the model does not take such images, or returns anything else.
@@ -95,20 +92,44 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
         ) from error
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping) and isinstance(found[1], list):
         found = found[1]
+    return checked(found, images, kind)
+
+
+def checked(found: Any, images: Sequence[Tensor], who: str) -> list[Mapping[str, Tensor]]:
+    """What ``who`` returned for images ``[3, H, W]``, if it is what :func:`detections` says.
+
+    Raises:
+        InputError: it is anything else.
+    """
     if not isinstance(found, list | tuple) or len(found) != len(images):
         length = f" of {len(found)}" if hasattr(found, "__len__") else ""
         raise InputError(
-            f"{kind} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
+            f"{who} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
             f"{', '.join(FOUND)} for every image, as torchvision's detectors do in evaluation mode"
         )
-    for each in found:
-        if complaint := _complaint(each):
-            raise InputError(f"{kind} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
+    for each, image in zip(found, images, strict=True):
+        if complaint := _complaint(each, image.shape[-2:]):
+            raise InputError(f"{who} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
     return list(found)
 
 
-def _complaint(found: Any) -> str | None:
-    """What of one image's detections is not as it should be."""
+@contextmanager
+def capped(model: nn.Module, most: int | None) -> Iterator[None]:
+    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
+    limited = () if most is None else model.modules()
+    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
+    before = [head.detections_per_img for head in heads]
+    try:
+        for head in heads:
+            head.detections_per_img = most
+        yield
+    finally:
+        for head, cap in zip(heads, before, strict=True):
+            head.detections_per_img = cap
+
+
+def _complaint(found: Any, size: Sequence[int]) -> str | None:
+    """What of the detections of an image of a size (height, width) is not as it should be."""
     if not isinstance(found, Mapping):
         return f"a {type(found).__name__} for an image"
     if missing := [key for key in FOUND if not isinstance(found.get(key), Tensor)]:
@@ -121,4 +142,8 @@ def _complaint(found: Any) -> str | None:
     labels = found["labels"].dtype
     if not none and (labels.is_floating_point or labels.is_complex or labels == torch.bool):
         return f"labels of {labels}, which are no whole numbers"
+    masks = found.get("masks")
+    if masks is not None and not none and list(getattr(masks, "shape", ())) != [count, 1, *size]:
+        shown = list(masks.shape) if isinstance(masks, Tensor) else f"in a {type(masks).__name__}"
+        return f"masks {shown} where {[count, 1, *size]} is the shape of these"
     return None

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError
 from jdkd.graph import Topology, trace
+from jdkd.nn.necks import neck_of
 from jdkd.rewrite import verify
 
 SIZE = 128, 160  # of the example, in pixels: small, as what is coupled does not depend on it
-NECKS = ("neck", "backbone")
+REGIONS, DETECTIONS = 64, 2  # that a second stage and its masks are run on, for the same reason
 
 
 def read(
@@ -40,8 +44,8 @@ def read(
     Raises:
         InputError: the detector does not run on such a list.
     """
-    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(_home(model))]
-    with _input_of(model, *size):
+    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(**_kind(model))]
+    with _small(model, *size):
         try:
             topology = trace(model, example, follow=neck_of(model))
         except InputError:
@@ -57,26 +61,32 @@ def read(
     return topology if like is None else topology.trusting(like)
 
 
-def neck_of(model: nn.Module) -> str | None:
-    """Path of the module that returns a detector's pyramid, ``neck`` or else ``backbone``; None without one."""
-    return next((name for name in NECKS if isinstance(getattr(model, name, None), nn.Module)), None)
-
-
 @contextmanager
-def _input_of(model: nn.Module, height: int, width: int) -> Iterator[None]:
-    """Lets torchvision's transform leave an image of this size as it is for a while."""
+def _small(model: nn.Module, height: int, width: int) -> Iterator[None]:
+    """For a while torchvision's transform leaves an image of this size as it is, and heads run on few regions."""
+    changed: list[tuple[object, str, object]] = []
+
+    def change(owner: object, name: str, value: object) -> None:
+        changed.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
     transform = input_transform(model)
-    if transform is None or transform.fixed_size is not None:
-        yield
-        return
-    before = transform.min_size, transform.max_size
-    transform.min_size, transform.max_size = (min(height, width),), max(height, width)
     try:
+        if transform is not None and transform.fixed_size is None:
+            change(transform, "min_size", (min(height, width),))
+            change(transform, "max_size", max(height, width))
+        for module in model.modules():
+            if isinstance(module, RegionProposalNetwork):
+                change(module, "_post_nms_top_n", {"training": REGIONS, "testing": REGIONS})
+            elif isinstance(module, RoIHeads):
+                change(module, "detections_per_img", min(DETECTIONS, module.detections_per_img))
         yield
     finally:
-        transform.min_size, transform.max_size = before
+        for owner, name, value in changed:
+            setattr(owner, name, value)
 
 
-def _home(model: nn.Module) -> torch.device:
-    first: Tensor | None = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+def _kind(model: nn.Module) -> dict[str, Any]:
+    """Where a model's numbers lie, and of what precision they are."""
+    first: Tensor | None = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}

@@ -1,7 +1,6 @@
 """What a detector is made of, as data: a frozen dataclass that goes to JSON and back."""
 
 import dataclasses
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -79,15 +78,6 @@ class DetectorSpec:
     def __post_init__(self) -> None:
         _check(self)
 
-    @property
-    def id(self) -> str:
-        """SHA-256 of the canonical JSON form."""
-        return hashlib.sha256(self.to_json(indent=None).encode()).hexdigest()
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        return tuple(stage.depth for stage in self.stages)
-
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(dataclasses.asdict(self), indent=indent, sort_keys=True)
 
@@ -118,11 +108,6 @@ class DetectorSpec:
 
     def replace(self, **changes: Any) -> "DetectorSpec":
         return dataclasses.replace(self, **changes)
-
-    def summary(self) -> str:
-        """One short line for tables and logs."""
-        inner = "/".join(f"{stage.depth}x{max(max(block) for block in stage.blocks)}" for stage in self.stages)
-        return f"{self.block} {inner}, FPN {self.fpn}, box head {self.box_head}, {self.min_size} px"
 
 
 def round_width(width: float, divisor: int = 8) -> int:
@@ -175,9 +160,7 @@ def named_spec(
         Stage(channels * EXPANSION[block], ((channels,) * INNER_CONVS[block],) * max(1, round(blocks * depth)))
         for channels, blocks in zip(inner, depths, strict=True)
     )
-    smallest = 32
-    while smallest > 8 and smallest * 800 > 32 * min_size * 1.5:
-        smallest //= 2
+    smallest = smallest_anchor(min_size)
     small = min_size < 400
     return DetectorSpec(
         classes=tuple(classes),
@@ -195,6 +178,14 @@ def named_spec(
         roi_samples=1 if small else 2,
         max_detections=max_detections,
     )
+
+
+def smallest_anchor(min_size: int) -> int:
+    """Size of the anchors of a pyramid's finest level: 32 pixels where images have 800, and never under 8."""
+    smallest = 32
+    while smallest > 8 and smallest * 800 > 32 * min_size * 1.5:
+        smallest //= 2
+    return smallest
 
 
 def _check(spec: DetectorSpec) -> None:

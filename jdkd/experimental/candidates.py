@@ -37,7 +37,7 @@ def score_candidates(
     model: nn.Module,
     candidates: Sequence[PrunedCandidate | Mapping[str, ChannelsLike]],
     batch: Any,
-    groups: ElasticGroups | Mapping[str, Any] | None = None,
+    groups: ElasticGroups | None = None,
     *,
     score: Callable[[Any], Any] | None = None,
     share: bool = True,

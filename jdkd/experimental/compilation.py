@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic
-from jdkd.nn.stage import ElasticStage
+from jdkd.nn.elastic_block import ElasticBlock
 from jdkd.nn.unwrapping import unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -27,9 +27,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def compile_elastic(model: Model, **options: Any) -> Model:
     """Compiles a model with elastic layers, in place, so that a change of subnet does not compile it again.
 
-    The model is cut into regions at its elastic depth: each block of an :class:`ElasticStage` is a region, and so is
-    every other module that holds no stage and has layers within. What runs the stages, and layers that stand beside
-    them, run as they did. A model without stages is one region. A region compiles when it first runs, and again
+    The model is cut into regions at its elastic depth: each :class:`ElasticBlock` is a region, and so is every other
+    module that holds no such block and has layers within. What runs the blocks, and layers that stand beside them, run
+    as they did. A model without such blocks is one region. A region compiles when it first runs, and again
 
     - never for another number or list of channels, or another kernel size, except where one single channel is active
       (a size of 1 is a constant to the compiler, and costs one compile a place);
@@ -63,12 +63,14 @@ def compile_elastic(model: Model, **options: Any) -> Model:
 
 
 def _regions(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules within which no stage lies, by path; layers by themselves are none."""
+    """The largest modules within which no elastic block lies, by path; layers by themselves are none."""
     is_list = type(module).forward is nn.Module.forward
-    if is_list or any(isinstance(inner, ElasticStage) for inner in module.modules()):
+    if is_list or any(isinstance(inner, ElasticBlock) for inner in module.modules() if inner is not module):
         for name, child in module.named_children():
             yield from _regions(f"{path}.{name}", child)
-    elif not isinstance(module, Elastic) and next(module.children(), None) is not None:
+    elif isinstance(module, ElasticBlock) or (
+        not isinstance(module, Elastic) and next(module.children(), None) is not None
+    ):
         yield path, module
 
 
@@ -80,7 +82,7 @@ def _compile(path: str, region: nn.Module, options: dict[str, Any]) -> None:
     compiled = torch.compile(_with_own_code(path), **options)
 
     def run(*inputs: Any, **named: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (isinstance(region, ElasticBlock) and not region.is_active):
             return region._call_impl(*inputs, **named)
         for layer in layers:  # where a checkpointed region sees that its subnet has changed: no graph looks at that
             layer._now()

@@ -68,7 +68,7 @@ class _Skipped(nn.Identity):
 def masked(
     model: nn.Module,
     keep: Mapping[str, ChannelsLike],
-    groups: ElasticGroups | Mapping[str, Any] | None = None,
+    groups: ElasticGroups | None = None,
     *,
     skip: Collection[str] = (),
 ) -> Iterator[nn.Module]:
@@ -89,8 +89,7 @@ def masked(
             ``DistributedDataParallel``, ``AveragedModel`` or ``torch.compile`` too. Paths are the model's own.
         keep: active channels of groups, by name: the number of leading ones, or distinct indices. The other groups
             stay whole.
-        groups: which channels are coupled; by layers, or by names of tensors as :meth:`ElasticGroups.from_tensors`
-            reads them; the model's own ``elastic_groups`` if left out.
+        groups: which channels are coupled; the model's own ``elastic_groups`` if left out.
         skip: paths of residual blocks, or of other modules that give what they take in shape, that do not run.
 
     Yields:
@@ -123,7 +122,7 @@ def swapped(swaps: Sequence[Swap]) -> Iterator[None]:
 def edits(
     model: nn.Module,
     keep: Mapping[str, ChannelsLike],
-    groups: ElasticGroups | Mapping[str, Any] | None,
+    groups: ElasticGroups | None,
     skip: Collection[str],
 ) -> list[Edit]:
     """Reads a candidate, arguments as :func:`masked`, and touches nothing."""
@@ -159,9 +158,7 @@ def edits(
     return found
 
 
-def _declared(
-    model: nn.Module, groups: ElasticGroups | Mapping[str, Any] | None, modules: Mapping[str, nn.Module]
-) -> ElasticGroups:
+def _declared(model: nn.Module, groups: ElasticGroups | None, modules: Mapping[str, nn.Module]) -> ElasticGroups:
     """The groups of what there is: in a candidate of a candidate, without the blocks that were left out before."""
     for path, layer in modules.items():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.training and layer.running_mean is not None:
@@ -175,7 +172,8 @@ def _declared(
             f"masked: {type(model).__name__} does not say which of its channels are coupled; set its elastic_groups "
             "to an ElasticGroups, or give one"
         )
-    groups = groups if isinstance(groups, ElasticGroups) else ElasticGroups.from_tensors(groups)
+    if not isinstance(groups, ElasticGroups):
+        raise InputError(f"masked: groups is a {type(groups).__name__}; give an ElasticGroups")
     out = tuple(f"{path}." for path, module in modules.items() if isinstance(module, _Skipped))
     left = {name: [s for s in sides if not f"{s.module}.".startswith(out)] for name, sides in groups.groups.items()}
     home: dict[tuple[nn.Module | None, str], tuple[str, str]] = {}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -145,32 +147,58 @@ class Topology:
         return sum(self.sizes.get(name, 0) for name in reached) / max(1, sum(self.sizes.values()))
 
     def norms(self, group: ChannelGroup) -> tuple[str, ...]:
-        """Paths of the normalisation layers that scale each channel of a group by itself."""
+        """Paths of the normalisation layers that scale and shift each channel of a group by itself."""
+        standing = {slot.tensor for slot in group.slots}
         return tuple(
             layer
             for slot in group.slots
             for layer, _, leaf in [slot.tensor.rpartition(".")]
             if slot.role == "scale"
             and leaf == "weight"
+            and f"{layer}.bias" in standing
             and self.sizes.get(slot.tensor, slot.places.size) == slot.places.size
         )
 
-    @property
-    def inner(self) -> tuple[ChannelGroup, ...]:
-        """Groups that one layer makes, or that stay inside one residual block, and that pass a norm or stay there.
+    @cached_property
+    def reading(self) -> frozenset[str]:
+        """Paths of the layers that read channels; those that read the image do not."""
+        places = [(slot.tensor, slot.dim) for group in self.groups for slot in group.slots]
+        everywhere = (places, *(frozen.tensors for frozen in self.frozen))
+        return frozenset(name.rpartition(".")[0] for each in everywhere for name, dim in each if dim)
 
-        Depthwise convolutions, which make of every channel one, do not count as makers, nor does what reads the image.
+    def is_stream(self, group: ChannelGroup) -> bool:
+        """Whether residual blocks add to a group's channels, which then stand both inside and outside of the blocks."""
+        for blocks in self.block_lists:
+            for path in blocks.blocks:
+                inside = [slot.tensor.startswith(f"{path}.") for slot in group.slots]
+                if any(inside) and not all(inside):
+                    return True
+        return False
+
+    @cached_property
+    def inner(self) -> tuple[ChannelGroup, ...]:
+        """Groups that stay inside one residual block, and those that one layer makes and that pass a norm.
+
+        Depthwise convolutions, which make of every channel one, do not count as makers, nor do layers that gate the
+        channels by what they read of themselves (squeeze-and-excitation), nor does what reads the image.
         """
         blocks = [f"{path}." for each in self.block_lists for path in each.blocks]
-        places = [(slot.tensor, slot.dim) for group in self.groups for slot in group.slots]
-        reading = {
-            name.rpartition(".")[0] for each in (places, *(f.tensors for f in self.frozen)) for name, dim in each if dim
-        }
+        read_by: dict[str, set[str]] = defaultdict(set)  # layer -> groups that it reads
+        for group in self.groups:
+            for slot in group.slots:
+                if slot.role == "in":
+                    read_by[slot.tensor.rpartition(".")[0]].add(group.name)
+        groups = {group.name: group for group in self.groups}
+
+        def gates(layer: str, gated: ChannelGroup) -> bool:
+            makers = [maker for name in read_by[layer] for maker in groups[name].makers]
+            return bool(makers) and all(read_by[maker] == {gated.name} for maker in makers)
 
         def is_inner(group: ChannelGroup) -> bool:
             if any(all(slot.tensor.startswith(block) for slot in group.slots) for block in blocks):
                 return True
-            return len(reading.intersection(group.makers)) == 1 and bool(self.norms(group))
+            makers = [layer for layer in group.makers if layer in self.reading and not gates(layer, group)]
+            return len(makers) == 1 and bool(self.norms(group)) and not self.is_stream(group)
 
         return tuple(filter(is_inner, self.groups))
 
@@ -192,6 +220,13 @@ class Topology:
             for blocks in verified.block_lists
             for path, made in zip(blocks.blocks, blocks.ends, strict=True)
         }
+        listed = {blocks.container for blocks in verified.block_lists}
+        needed = {  # containers that were there, and whose blocks may not leave
+            blocks.container
+            for blocks in self.block_lists
+            if blocks.container not in listed
+            and any(name.startswith(f"{blocks.container}.") for name in verified.sizes)
+        }
         return replace(
             self,
             groups=tuple(
@@ -208,6 +243,7 @@ class Topology:
                     ),
                 )
                 for blocks in self.block_lists
+                if blocks.container not in needed
             ),
         )
 

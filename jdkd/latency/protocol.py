@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect import fix_roi_scales
+from jdkd.detect.contract import identity
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.latency.calls import TimedCall, backbone_replay, check_images, end_to_end, model_only
@@ -262,7 +263,7 @@ def _facts(model: nn.Module) -> dict[str, Any]:
         "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
         "channels_last": channels_last,
         "batch_norms": batch_norms(model),
-        "spec": getattr(getattr(model, "spec", None), "id", None),
+        "architecture": identity(model),
     }
 
 

@@ -16,7 +16,7 @@ class ModelLatency:
         end_to_end: images on the host to boxes on the host; None where it was not asked for, as the others.
         model_only: normalised batch to boxes after NMS.
         backbone_replay: CUDA-graph replay of the backbone.
-        facts: parameters, dtypes, channels_last, batch_norms (left unfolded) and the spec's id.
+        facts: parameters, dtypes, channels_last, batch_norms (left unfolded) and the id of its architecture.
     """
 
     end_to_end: Latency | None = None

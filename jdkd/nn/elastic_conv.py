@@ -66,6 +66,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
             3.2). Filters are transformed at every forward, and ATen convolves with them.
     """
 
+    kernel_transform = False  # of a plain layer that was made elastic
+
     def __init__(
         self,
         in_channels: int,
@@ -85,8 +87,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
         )
-        self.kernel_transform = kernel_transform
         if kernel_transform:
+            self.kernel_transform = True
             self._add_transforms()
         self.set_active()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,32 +34,37 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
         InputError: there is no such list, it holds no such block, or a block cannot be born as the identity.
     """
     copied = duplicate(model)
-    for name, blocks in order.items():
-        _arrange(copied, _checked(topology, name, blocks), list(blocks))
+    runs: dict[str, list[tuple[BlockList, list[int]]]] = {}  # of each container
+    for name, places in order.items():
+        blocks = _checked(topology, name, places)
+        runs.setdefault(blocks.container, []).append((blocks, list(places)))
+    for path, arranged in runs.items():
+        container = copied.get_submodule(path)
+        set_children(container, _arranged(container, arranged))
     return copied
 
 
-def _arrange(model: nn.Module, blocks: BlockList, order: list[int]) -> None:
-    container = model.get_submodule(blocks.container)
-    own = {path.rpartition(".")[2]: place for place, path in enumerate(blocks.blocks)}
-    children = list(container._modules.items())
-    chosen: list[tuple[str, nn.Module]] | None = []
-    seen: set[int] = set()
-    for place in order:
-        name, block = next((n, c) for n, c in children if own.get(n) == place)
-        if place in seen:
-            block = copy.deepcopy(block)
-            _silence(block, blocks.blocks[place], blocks.ends[place])
-        seen.add(place)
-        chosen.append((name, block))
+def _arranged(container: nn.Module, runs: Sequence[tuple[BlockList, list[int]]]) -> list[tuple[str, nn.Module]]:
+    """The children that a container is to have, where some runs of its blocks stand in another order."""
+    children = dict(container._modules)
+    stands: dict[str, list[tuple[str, nn.Module]]] = {}  # by the child in whose place they stand: the run's first
+    leave: set[str] = set()
+    for blocks, order in runs:
+        names = [path.rpartition(".")[2] for path in blocks.blocks]
+        chosen, seen = [], set()
+        for place in order:
+            block = children[names[place]]
+            if place in seen:
+                block = copy.deepcopy(block)
+                _silence(block, blocks.blocks[place], blocks.ends[place])
+            seen.add(place)
+            chosen.append((names[place], block))
+        stands[names[0]] = chosen
+        leave.update(names)
     arranged: list[tuple[str, nn.Module]] = []
-    for name, child in children:
-        if name not in own:
-            arranged.append((name, child))
-        elif chosen is not None:  # the blocks stand where the first of them stood
-            arranged += chosen
-            chosen = None
-    set_children(container, arranged)
+    for name, child in children.items():
+        arranged += stands.get(name, [] if name in leave else [(name, child)])
+    return arranged
 
 
 def set_children(container: nn.Module, children: Sequence[tuple[str, nn.Module]]) -> None:
@@ -118,44 +123,31 @@ def _checked(topology: Topology, name: str, order: Sequence[int]) -> BlockList:
     return lists[name]
 
 
-def with_checked_ends(model: nn.Module, lists: Sequence[BlockList], example: tuple[Any, ...]) -> tuple[BlockList, ...]:
+@torch.no_grad()
+def with_checked_ends(model: nn.Module, lists: Sequence[BlockList], given: Mapping[str, Any]) -> tuple[BlockList, ...]:
     """Block lists in which every block that is not the identity when it is silenced has lost its ends.
 
     Args:
-        model: whose they are, in evaluation mode; it runs once.
+        model: whose they are, in evaluation mode.
         lists: as traced.
-        example: what it runs on.
+        given: what each block was given, positional and named arguments, by its path.
     """
-    seen: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-
-    def remember(path: str) -> Callable[..., None]:
-        def entered(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen.setdefault(path, copy.deepcopy((given, named)))
-
-        return entered
-
-    paths = [path for blocks in lists for path in blocks.blocks]
-    handles = [model.get_submodule(p).register_forward_pre_hook(remember(p), with_kwargs=True) for p in paths]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        try:
-            model(*copy.deepcopy(example))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return tuple(
-            replace(
-                blocks,
-                ends=tuple(
-                    ends if _is_identity(model.get_submodule(path), path, ends, seen.get(path)) else ((),)
-                    for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
-                ),
-            )
-            for blocks in lists
+    return tuple(
+        replace(
+            blocks,
+            ends=tuple(
+                ends if _is_identity(model.get_submodule(path), path, ends, given.get(path)) else ((),)
+                for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
+            ),
         )
+        for blocks in lists
+    )
 
 
 def _is_identity(block: nn.Module, path: str, ends: Sequence[Sequence[str]], given: Any) -> bool:
     """Whether a block returns what it is given once it is silenced."""
+    if given is None:  # it did not run again
+        return False
     silent = copy.deepcopy(block)
     try:
         _silence(silent, path, ends)

@@ -52,6 +52,7 @@ def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.
     model = reshaped(model, architecture.shapes)
     for name, value in architecture.attributes.items():
         set_attribute(model, name, value)
+    model.architecture = architecture
     return model if empty else model.to(device)
 
 
@@ -61,7 +62,7 @@ def call(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         InputError: it cannot be imported, it raised, or it returned something else, or what cannot be looked into.
     """
-    function = _imported(builder)
+    function = imported(builder)
     try:
         made = function(**arguments)
     except InputError:
@@ -83,7 +84,12 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _imported(builder: str) -> Callable[..., Any]:
+def imported(builder: str) -> Callable[..., Any]:
+    """What an import path ``"package.module:function"`` names.
+
+    Raises:
+        InputError: it cannot be imported, or called.
+    """
     module, _, name = builder.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

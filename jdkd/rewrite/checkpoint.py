@@ -18,6 +18,7 @@ from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.building import build, tensors_by_name
 
 ARCHITECTURE, WEIGHTS = "architecture.json", "weights.safetensors"
+ORIGIN = "give a folder written by `jdkd train` or `jdkd import`"
 
 
 def save_architecture(folder: Path | str, model: nn.Module, architecture: Architecture) -> None:
@@ -71,13 +72,24 @@ def load_architecture(folder: Path | str, device: torch.device | str = "cpu") ->
     folder = Path(folder)
     for name in (ARCHITECTURE, WEIGHTS):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is no checkpoint: it has no {name}; give a folder written by `jdkd import`.")
-    text = read_text(folder / ARCHITECTURE, "give a folder written by `jdkd import`")
+            raise InputError(f"{folder} is no detector: it has no {name}; {ORIGIN}.")
+    text = read_text(folder / ARCHITECTURE, ORIGIN)
     architecture = Architecture.from_json(text, source=str(folder / ARCHITECTURE))
     try:
         model = build(architecture, "meta")
     except InputError as error:
         raise InputError(f"{folder / ARCHITECTURE}: {error}") from error
+    return load_weights_into(model, folder, architecture).to(device).eval()
+
+
+def load_weights_into(model: nn.Module, folder: Path, architecture: Architecture) -> nn.Module:
+    """Gives a model the weights that lie in a folder, and the architecture that it was built from; returns it.
+
+    Raises:
+        InputError: the file is missing or unreadable, or its weights do not fit or are not finite.
+    """
+    if not (folder / WEIGHTS).is_file():
+        raise InputError(f"{folder} is no detector: it has no {WEIGHTS}; {ORIGIN}.")
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:
@@ -98,7 +110,7 @@ def load_architecture(folder: Path | str, device: torch.device | str = "cpu") ->
             new = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
             _exchange(model, old, new)
     model.architecture = architecture
-    return model.to(device).eval()
+    return model
 
 
 def _exchange(model: nn.Module, old: Tensor, new: Tensor) -> None:

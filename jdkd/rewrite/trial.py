@@ -3,67 +3,81 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from jdkd.rewrite.channels import duplicate
+from jdkd.rewrite.comparison import Returned, returned_by, run
 
 
-def returned_by(model: nn.Module, example: tuple[Any, ...]) -> dict[str, list[Tensor]]:
-    """What every module returned, by its path, call after call."""
-    returned: dict[str, list[Tensor]] = defaultdict(list)
-    with _listening(model, returned), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model.eval()(*copy.deepcopy(example))
-    return returned
+class Trial(NamedTuple):
+    """A model as it is compared.
+
+    Args:
+        model: a copy.
+        example: what it runs on.
+        returned: what its modules return.
+        given: what the watched modules were given first: positional and named arguments, by path.
+    """
+
+    model: nn.Module
+    example: tuple[Any, ...]
+    returned: Returned
+    given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]]
 
 
-@contextmanager
-def _listening(model: nn.Module, returned: dict[str, list[Tensor]]) -> Iterator[None]:
-    def hook(path: str):
-        def heard(module: nn.Module, inputs: Any, out: Any) -> None:
-            returned[path] += [leaf.detach().clone() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+def comparable(model: nn.Module, example: tuple[Any, ...], watched: Sequence[str] = ()) -> Trial:
+    """The model and its example as they are best compared, and what its modules return.
 
-        return heard
+    In double precision, so that rounding does not decide which boxes survive, and with weights of no pattern, as zeros
+    hide differences; where the model does not run like that, without the one or the other.
 
-    handles = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
+    Args:
+        model: stays as it is.
+        example: what it was traced with.
+        watched: paths of the modules whose inputs are wanted.
+    """
+    for wide, drawn in ((True, True), (True, False), (False, True)):
+        copied = duplicate(model)
+        copied, given = (copied.double(), tree_map(_doubled, example)) if wide else (copied, example)
+        try:
+            if drawn:
+                _draw_weights(copied)
+                with _scaled(copied):
+                    run(copied, given)
+            trial = _tried(copied, given, watched)
+        except Exception:  # a model that casts by itself, or whose weights mean more than weights
+            continue
+        if all(torch.isfinite(tensor).all() for tensor in trial.returned[""]):
+            return trial
+    return _tried(duplicate(model), example, watched)
+
+
+def _tried(model: nn.Module, example: tuple[Any, ...], watched: Sequence[str]) -> Trial:
+    given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+
+    def remember(path: str) -> Callable[..., None]:
+        def entered(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if path not in given:
+                given[path] = copy.deepcopy((inputs, named))
+
+        return entered
+
+    handles = [model.get_submodule(p).register_forward_pre_hook(remember(p), with_kwargs=True) for p in watched]
     try:
-        yield
+        return Trial(model, example, returned_by(model, example), given)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def comparable(
-    model: nn.Module, example: tuple[Any, ...]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, list[Tensor]]]:
-    """The model and its example as they are best compared, and what its modules return: in double precision, so that
-    rounding does not decide which boxes survive, and with weights of no pattern, as zeros hide differences."""
-
-    def doubled(leaf: Any) -> Any:
-        return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    for wide, drawn in ((True, True), (True, False), (False, True)):
-        copied = duplicate(model)
-        copied, given = (copied.double(), tree_map(doubled, example)) if wide else (copied, example)
-        try:
-            if drawn:
-                _draw_weights(copied)
-                with _scaled(copied):
-                    returned_by(copied, given)
-            returned = returned_by(copied, given)
-        except Exception:  # a model that casts by itself, or whose weights mean more than weights
-            continue
-        if all(torch.isfinite(tensor).all() for tensor in returned[""]):
-            return copied, given, returned
-    copied = duplicate(model)
-    return copied, example, returned_by(copied, example)
+def _doubled(leaf: Any) -> Any:
+    return leaf.double() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
 
 @torch.no_grad()

@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from jdkd.detect import DetectorSpec
 from jdkd.errors import InputError
 from jdkd.pool import Subnet
+from jdkd.rewrite import Architecture
 from jdkd.search.timing import PooledLatency, Timing, pooled
 
 ARCHIVE = "archive.sqlite"
-FORMAT = 2  # 1 kept one latency a candidate, without the base's samples beside it
+FORMAT = 3  # 1 kept one latency a candidate, without the base's samples beside it; 2 a spec of one family
 _TYPES = {"int": "INTEGER", "float": "REAL", "str": "TEXT"}
 _FOREIGN = ("SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CORRUPT")  # what SQLite says of a file that is something else
 _JSON = ("feature_channels", "latency_interval")
@@ -44,9 +44,9 @@ class Candidate:
         kind: ``"base"``, ``"morph"`` (another student) or ``"teacher"`` (another teacher).
         action: what was done to the parent, in words.
         teacher: the pool subnet that taught it; None for the base.
-        spec: its architecture.
-        spec_id: of its architecture; what ``timings`` in the archive are kept under.
-        feature_channels: pool FPN channel opposite each of its own.
+        architecture: what it is made of.
+        architecture_id: of that; what ``timings`` in the archive are kept under.
+        feature_channels: for every level of its pyramid, the teachers' channel opposite each of its own.
         map, map50: COCO scores on the images that select.
         steps: training steps of its own.
         lineage_steps: those and its ancestors', the base's own training left out.
@@ -67,9 +67,9 @@ class Candidate:
     kind: str
     action: str
     teacher: Subnet | None
-    spec: DetectorSpec
-    spec_id: str
-    feature_channels: tuple[int, ...]
+    architecture: Architecture
+    architecture_id: str
+    feature_channels: tuple[tuple[int, ...], ...]
     map: float
     map50: float
     steps: int
@@ -143,27 +143,28 @@ class Archive:
             latency = timing and self._insert(timing)
         self.candidates.append(candidate)
         if latency:
-            self._show(timing.spec_id, latency)
+            self._show(timing.architecture_id, latency)
         return self.candidates[-1]
 
     def add_timing(self, timing: Timing) -> PooledLatency:
         """Appends a measurement and brings every candidate of that architecture up to date."""
         with self._db:
             latency = self._insert(timing)
-        self._show(timing.spec_id, latency)
+        self._show(timing.architecture_id, latency)
         return latency
 
-    def timings(self, spec_id: str) -> list[Timing]:
+    def timings(self, architecture_id: str) -> list[Timing]:
         """All measurements of an architecture, the latest last."""
         found = self._db.execute(
-            "SELECT spec_id, stage, environment, samples, base_samples FROM timings WHERE spec_id = ? ORDER BY number",
-            (spec_id,),
+            "SELECT architecture_id, stage, environment, samples, base_samples FROM timings WHERE architecture_id = ? "
+            "ORDER BY number",
+            (architecture_id,),
         )
         return [Timing(name, stage, *map(json.loads, rest)) for name, stage, *rest in found]
 
-    def latency(self, spec_id: str) -> PooledLatency:
+    def latency(self, architecture_id: str) -> PooledLatency:
         """What is known of an architecture's latency on the machine that it was last timed on."""
-        timings = self.timings(spec_id)
+        timings = self.timings(architecture_id)
         return pooled([timing for timing in timings if timing.machine == timings[-1].machine])
 
     def lineage(self, candidate: Candidate) -> list[Candidate]:
@@ -180,18 +181,18 @@ class Archive:
     def _insert(self, timing: Timing) -> PooledLatency:
         """Writes a measurement, and what follows from it, inside the caller's transaction."""
         written = [json.dumps(value) for value in (timing.environment, timing.samples, timing.base_samples)]
-        row = (timing.spec_id, timing.stage, timing.machine, *written)
+        row = (timing.architecture_id, timing.stage, timing.machine, *written)
         self._db.execute(f"INSERT INTO timings VALUES (NULL, {', '.join('?' * len(row))})", row)
-        latency = self.latency(timing.spec_id)
+        latency = self.latency(timing.architecture_id)
         shown = _shown(latency)
-        values = (*list(shown.values())[:-1], json.dumps(shown["latency_interval"]), timing.spec_id)
+        values = (*list(shown.values())[:-1], json.dumps(shown["latency_interval"]), timing.architecture_id)
         places = " = ?, ".join(shown)
-        self._db.execute(f"UPDATE candidates SET {places} = ? WHERE spec_id = ? AND failure IS NULL", values)
+        self._db.execute(f"UPDATE candidates SET {places} = ? WHERE architecture_id = ? AND failure IS NULL", values)
         return latency
 
-    def _show(self, spec_id: str, latency: PooledLatency) -> None:
+    def _show(self, architecture_id: str, latency: PooledLatency) -> None:
         self.candidates = [
-            replace(one, **_shown(latency)) if one.spec_id == spec_id and one.failure is None else one
+            replace(one, **_shown(latency)) if one.architecture_id == architecture_id and one.failure is None else one
             for one in self.candidates
         ]
 
@@ -201,13 +202,14 @@ class Archive:
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
         if tables and found != FORMAT:
             raise InputError(
-                f"{file} was written by another version of jdkd (format {found or 1}, here {FORMAT}), whose latency "
-                "ratios mean something else; search into another folder, or read it with the jdkd that wrote it."
+                f"{file} was written by another version of jdkd (format {found or 1}, here {FORMAT}), whose "
+                "columns mean something else; search into another folder, or read it with the jdkd that wrote it."
             )
         if not tables:
             columns = ", ".join(f"{name} {kind}" for name, kind in self._columns)
             columns = columns.replace("number INTEGER", "number INTEGER PRIMARY KEY")
-            timings = "spec_id TEXT, stage TEXT, machine TEXT, environment TEXT, samples TEXT, base_samples TEXT"
+            texts = ("architecture_id", "stage", "machine", "environment", "samples", "base_samples")
+            timings = ", ".join(f"{name} TEXT" for name in texts)
             with self._db:
                 self._db.execute("BEGIN")
                 self._db.execute(f"CREATE TABLE candidates ({columns})")
@@ -236,7 +238,7 @@ def _column_type(annotation: str) -> str:
 
 def _to_row(candidate: Candidate) -> list[Any]:
     values = {field.name: getattr(candidate, field.name) for field in fields(Candidate)}
-    values["spec"] = candidate.spec.to_json(indent=None)
+    values["architecture"] = candidate.architecture.to_json(indent=None)
     values["teacher"] = candidate.teacher and json.dumps(candidate.teacher.to_json())
     values["cycles"] = json.dumps([asdict(cycle) for cycle in candidate.cycles])
     for name in _JSON:
@@ -245,11 +247,12 @@ def _to_row(candidate: Candidate) -> list[Any]:
 
 
 def _from_row(row: dict[str, Any]) -> Candidate:
-    row["spec"] = DetectorSpec.from_json(row["spec"], source=f"candidate {row['number']}")
+    row["architecture"] = Architecture.from_json(row["architecture"], source=f"candidate {row['number']}")
     row["teacher"] = row["teacher"] and Subnet.from_json(json.loads(row["teacher"]))
     row["cycles"] = tuple(Cycle(**cycle) for cycle in json.loads(row["cycles"]))
     for name in _JSON:
         row[name] = tuple(json.loads(row[name]))
+    row["feature_channels"] = tuple(map(tuple, row["feature_channels"]))
     for field in fields(Candidate):
         if row[field.name] is None and field.type is float:  # SQLite keeps NaN as NULL
             row[field.name] = math.nan

@@ -44,10 +44,10 @@ def contender(candidates: Sequence[Candidate], target: float, timed: Container[s
         The candidate, or None where :func:`choose` may decide.
     """
     for candidate in sorted(candidates, key=lambda c: (-c.map, c.latency_ratio)):
-        if candidate.spec_id in timed:
+        if candidate.architecture_id in timed:
             if candidate.latency_ratio <= target:
                 return None
         elif min(candidate.latency_ratio, candidate.latency_interval[0]) <= target:
             return candidate
     fastest = choose(candidates, target)
-    return None if fastest.spec_id in timed else fastest
+    return None if fastest.architecture_id in timed else fastest

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from jdkd.data import CocoDetectionDataset, batches
 from jdkd.data.splits import whereabouts
-from jdkd.detect import load
-from jdkd.detect.checkpoint import SPEC, WEIGHTS
-from jdkd.detect.contract import own_detector
+from jdkd.detect import load, read
+from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
+from jdkd.detect.contract import architecture_of
 from jdkd.errors import InputError
 from jdkd.files import content_hash
+from jdkd.graph import Topology
 from jdkd.latency import QUICK, REPORTED, deployable, measure
 from jdkd.latency.clock import environment
 from jdkd.notices import say_once
@@ -43,6 +44,7 @@ class SearchContext:
     Args:
         config: what was asked for.
         base: the base detector, on the device, in evaluation mode.
+        topology: what is coupled to what in it, checked.
         deployed_base: the base as it would be deployed; latencies are relative to it.
         train: to train on.
         selection, report: to select on and to report on; no image is in two of the three.
@@ -52,6 +54,7 @@ class SearchContext:
 
     config: SearchConfig
     base: nn.Module
+    topology: Topology
     deployed_base: nn.Module
     train: CocoDetectionDataset
     selection: Part
@@ -90,9 +93,9 @@ class SearchContext:
         Returns:
             By the same ids, and the base's.
         """
-        config, base = self.config, self.base.spec.id
+        config, base = self.config, self.base_id
         models = {base: self.deployed_base}
-        models |= {spec_id: deployable(model) for spec_id, model in detectors.items() if spec_id != base}
+        models |= {id_: deployable(model) for id_, model in detectors.items() if id_ != base}
         schedule, rounds = vars(QUICK), config.latency_rounds
         if stage == LONG:
             schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
@@ -107,6 +110,15 @@ class SearchContext:
         )
         samples = {name: model.end_to_end.samples for name, model in measured.models.items()}
         return {name: Timing(name, stage, measured.environment, own, samples[base]) for name, own in samples.items()}
+
+    @property
+    def base_id(self) -> str:
+        """The id of the base's architecture."""
+        return architecture_of(self.base, "search").id
+
+    def read(self, detector: nn.Module) -> Topology:
+        """What is coupled to what in a descendant of the base; what was checked of the base holds of it too."""
+        return self.topology if detector is self.base else read(detector, like=self.topology)
 
     @property
     def machine(self) -> str:
@@ -125,8 +137,8 @@ class SearchContext:
         config, pool = self.config, self.config.teacher_pool
         parts = {"train": self.train, "selection": self.selection.dataset, "report": self.report.dataset}
         return {
-            "base": {"spec": self.base.spec.id, "weights": content_hash(config.base / WEIGHTS)},
-            "teacher_pool": pool and content_hash(*(pool / name for name in (POOL, SPEC, WEIGHTS))),
+            "base": {"architecture": self.base_id, "weights": content_hash(config.base / WEIGHTS)},
+            "teacher_pool": pool and content_hash(*(pool / name for name in (POOL, ARCHITECTURE, WEIGHTS))),
             "data": {name: dataset.fingerprint for name, dataset in parts.items()},
             **{name: getattr(config, name) for name in MATERIAL},
             "steps": steps_of(config, len(self.train)),
@@ -146,7 +158,13 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
     Raises:
         InputError: one of them cannot be used, or they do not belong together.
     """
-    base = own_detector(load(config.base, config.device), "search")
+    base = load(config.base, config.device)
+    classes = architecture_of(base, "search").classes
+    if not classes:
+        raise InputError(
+            f"the detector in {config.base} does not say which classes it knows; import it with --classes, in the "
+            "order of its labels."
+        )
     splits = {"training": config.train, "validation": config.val, "selection": config.selection}
     opened = {
         name: CocoDetectionDataset(split, lambda *done, name=name: progress(f"check {name} images", *done, {}))
@@ -154,9 +172,9 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
         if split is not None
     }
     for name, dataset in opened.items():
-        if dataset.classes != base.spec.classes:
+        if dataset.classes != classes:
             raise InputError(
-                f"the base in {config.base} knows the classes {_short(base.spec.classes)}, the {name} data has "
+                f"the base in {config.base} knows the classes {_short(classes)}, the {name} data has "
                 f"{_short(dataset.classes)}; give the data that the base was made for."
             )
     train = opened["training"]
@@ -164,7 +182,15 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
-    return SearchContext(config, base, deployable(base), train, selection, report, images, progress)
+    progress("reading the base", 0, 1, {})
+    topology = read(base, check=True)
+    if not topology.followed:
+        raise InputError(
+            f"the detector in {config.base} has no neck or backbone that returns feature maps [N, C, H, W], by which "
+            "teachers teach; name the module that does with jdkd.detect.adopt(..., pyramid=)."
+        )
+    progress("reading the base", 1, 1, {})
+    return SearchContext(config, base, topology, deployable(base), train, selection, report, images, progress)
 
 
 def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetectionDataset) -> None:

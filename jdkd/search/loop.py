@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect import load, save
+from jdkd.detect.contract import architecture_of
 from jdkd.distill import Distiller
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
@@ -51,7 +52,7 @@ class Decision:
     kind: str
     action: str
     teacher: Subnet
-    feature_channels: tuple[int, ...]
+    feature_channels: tuple[tuple[int, ...], ...]
     new_teacher: bool
 
 
@@ -146,31 +147,32 @@ def _write_teachers(pool: TeacherPool, context: SearchContext) -> None:
 
 def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
     """Times again what was only timed on another machine, where a search goes on elsewhere: ratios do not mix."""
-    away = {c.spec_id: c for c in archive.scored if archive.timings(c.spec_id)[-1].machine != context.machine}
+    known = {candidate.architecture_id: candidate for candidate in archive.scored}
+    away = {name: one for name, one in known.items() if archive.timings(name)[-1].machine != context.machine}
     if away:
         elsewhere = archive.timings(next(iter(away)))[-1].machine
         say_once(
             f"this search was timed on {elsewhere} and goes on on {context.machine}: the {len(away)} architectures "
             "that it has are timed again."
         )
-    for spec_id, candidate in away.items():
-        archive.add_timing(context.timed({spec_id: _detector(candidate, context)})[spec_id])
+    for name, candidate in away.items():
+        archive.add_timing(context.timed({name: _detector(candidate, context)})[name])
 
 
 def _add_base(archive: Archive, context: SearchContext) -> None:
     """The base as the first entry of the archive."""
-    begun, spec = time.perf_counter(), context.base.spec
+    begun = time.perf_counter()
     timing, scores = _measured(context.base, context)
     archive.add(
         timing,
         number=0,
-        id=f"000-{spec.id[:8]}",
+        id=f"000-{context.base_id[:8]}",
         parent=None,
         kind="base",
         action="base",
         teacher=None,
         **_architecture(context.base, context),
-        feature_channels=tuple(range(spec.fpn)),
+        feature_channels=tuple(tuple(range(len(level))) for level in context.topology.followed),
         steps=0,
         lineage_steps=0,
         cycles=(),
@@ -212,7 +214,7 @@ def _run_candidate(number: int, archive: Archive, pool: TeacherPool, context: Se
     archive.add(
         timing,
         number=number,
-        id=f"{number:03d}-{student.spec.id[:8]}",
+        id=f"{number:03d}-{architecture_of(student, 'search').id[:8]}",
         parent=parent.id,
         kind=decision.kind,
         action=decision.action,
@@ -235,7 +237,7 @@ def _decided(folder: Path, number: int, archive: Archive, pool: TeacherPool, con
         fields = read_json(file, f"remove {folder} and resume")
         lists = {
             "teacher": Subnet.from_json(fields["teacher"]),
-            "feature_channels": tuple(fields["feature_channels"]),
+            "feature_channels": tuple(map(tuple, fields["feature_channels"])),
         }
         return Decision(**fields | lists)
     decision, student = _decide(number, archive, pool, context)
@@ -256,9 +258,12 @@ def _decide(number: int, archive: Archive, pool: TeacherPool, context: SearchCon
     student = _detector(parent, context)
     present = parent.teacher or pool.members[0].subnet
     if number % 2:
-        known = {candidate.spec_id: candidate.latency_ratio for candidate in archive.scored}
+        known = {candidate.architecture_id: candidate.latency_ratio for candidate in archive.scored}
         chosen = screen(student, known, context, rng)
-        channels = tuple(parent.feature_channels[channel] for channel in chosen.kept)
+        channels = tuple(
+            tuple(level[channel] for channel in kept)
+            for level, kept in zip(parent.feature_channels, chosen.kept, strict=True)
+        )
         new = parent.teacher is None
         return Decision(parent.id, "morph", chosen.action, present, channels, new), chosen.student
     teacher, action = match(student, parent.map, parent.feature_channels, present, pool, context, rng)
@@ -268,7 +273,7 @@ def _decide(number: int, archive: Archive, pool: TeacherPool, context: SearchCon
 
 @contextmanager
 def _taught(
-    student: nn.Module, teacher: nn.Module, channels: tuple[int, ...], silent: int, config: SearchConfig
+    student: nn.Module, teacher: nn.Module, channels: tuple[tuple[int, ...], ...], silent: int, config: SearchConfig
 ) -> Iterator[Any]:
     """The losses of a student under a teacher that keeps silent for the first steps."""
     weights = {"feature_weight": config.feature_weight, "head_weight": config.head_weight}
@@ -290,18 +295,18 @@ def _clear(number: int, config: SearchConfig) -> None:
 
 def _measured(detector: nn.Module, context: SearchContext) -> tuple[Timing, dict[str, float]]:
     """Times a detector and scores it on the images that select, as it would be deployed."""
-    config, spec = context.config, detector.spec
+    config, own = context.config, architecture_of(detector, "search").id
     scores = evaluate(
         deployable(detector), context.selection.dataset, device=config.device, batch_size=config.batch_size
     )
-    return context.timed({spec.id: detector})[spec.id], {"map": scores.map, "map50": scores.map50}
+    return context.timed({own: detector})[own], {"map": scores.map, "map50": scores.map50}
 
 
 def _architecture(detector: nn.Module, context: SearchContext) -> dict[str, Any]:
     """What an archive says of an architecture, besides its latency."""
     cost = count(detector, tuple(context.timing_images[0].shape[1:]))
-    spec = detector.spec
-    return {"spec": spec, "spec_id": spec.id, "params": cost.params, "gmacs": cost.gmacs}
+    known = architecture_of(detector, "search")
+    return {"architecture": known, "architecture_id": known.id, "params": cost.params, "gmacs": cost.gmacs}
 
 
 def _detector(candidate: Candidate, context: SearchContext) -> nn.Module:

@@ -15,7 +15,7 @@ NEIGHBOURS = 3  # unscored subnets that are looked at, around the present teache
 def match(
     student: nn.Module,
     student_map: float,
-    feature_channels: Sequence[int],
+    feature_channels: Sequence[Sequence[int]],
     present: Subnet,
     pool: TeacherPool,
     context: SearchContext,
@@ -32,7 +32,7 @@ def match(
     Args:
         student: the detector to be taught.
         student_map: its score on the images that select.
-        feature_channels: pool FPN channel opposite each of the student's.
+        feature_channels: for every level, the teachers' channel opposite each of the student's.
         present: its teacher so far.
         pool: the teachers; neighbours of the present one that had no score are scored and remembered.
         context: data and device of the search.

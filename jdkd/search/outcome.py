@@ -48,7 +48,7 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
         "student": lambda: load(config.out / "candidates" / f"{student.number:03d}", config.device),
     }
     save(config.out / "student", made["student"]())
-    latency, result = archive.latency(student.spec_id), {}
+    latency, result = archive.latency(student.architecture_id), {}
     for name, make in made.items():
         own = (latency.own, latency.ratio) if name == "student" else (latency.base, Ratio(1.0, 1.0, 1.0))
         try:
@@ -63,7 +63,7 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
         "seed": config.seed,
         "selection": context.selection.to_json(),
         "report": context.report.to_json(),
-        "device": archive.timings(student.spec_id)[-1].environment,
+        "device": archive.timings(student.architecture_id)[-1].environment,
         "versions": versions(),
         "command": shlex.join(config.command),
         "target_latency": config.target_latency,
@@ -87,13 +87,13 @@ def _chosen(archive: Archive, context: SearchContext) -> Candidate:
         )
     while True:
         students = archive.scored[1:]
-        ids = {student.spec_id for student in students}
+        ids = {student.architecture_id for student in students}
         timed = {i for i in ids for t in archive.timings(i) if (t.stage, t.machine) == (LONG, context.machine)}
         candidate = contender(students, target, timed)
         if candidate is None:
             return choose(students, target)
         detector = load(context.config.out / "candidates" / f"{candidate.number:03d}", context.config.device)
-        archive.add_timing(context.timed({candidate.spec_id: detector}, LONG)[candidate.spec_id])
+        archive.add_timing(context.timed({candidate.architecture_id: detector}, LONG)[candidate.architecture_id])
 
 
 def _control(name: str, cycles: tuple[Cycle, ...], context: SearchContext) -> nn.Module:

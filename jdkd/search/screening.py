@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from jdkd.detect.input_size import require_visible
+from jdkd.detect.contract import architecture_of
+from jdkd.detect.input_size import input_size, require_visible
 from jdkd.distill import correlations, pyramids
 from jdkd.distill.correlation import PyramidSnapshot
 from jdkd.errors import InputError, ModelError
+from jdkd.graph import Topology
 from jdkd.morph import draw
 from jdkd.notices import say_once
 from jdkd.search.context import SearchContext
@@ -28,16 +30,20 @@ class Proposal:
     Args:
         action: what was done, in words.
         student: the child, with its inherited weights and recalibrated.
-        kept: the parent's FPN channel opposite each of its own.
+        kept: for every level of its pyramid, the parent's channel opposite each of its own.
         similarity: mean r between its features and its parent's.
         latency_ratio: latency over the base's.
     """
 
     action: str
     student: nn.Module
-    kept: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
     similarity: float
     latency_ratio: float = float("nan")
+
+    @property
+    def architecture_id(self) -> str:
+        return architecture_of(self.student, "search").id
 
     def score(self, target: float) -> float:
         """What training it promises: features kept, less what it is slower than a little under the target."""
@@ -60,41 +66,49 @@ def screen(parent: nn.Module, known: Mapping[str, float], context: SearchContext
         rng: the source of chance.
     """
     count = context.config.proposals
-    seen = pyramids(parent, context.probe())
+    seen, topology = pyramids(parent, context.probe()), context.read(parent)
     proposals = []
     for done in range(1, count + 1):
         try:
-            proposals.append(_propose(parent, seen, context, rng))
+            proposals.append(_propose(parent, topology, seen, context, rng))
         except ModelError as error:  # too small for some of the images
             if done == count and not proposals:
                 raise
             say_once(f"a student that was proposed is left out: {error}")
         else:
             context.progress("screening students", done, count, {"r": proposals[-1].similarity})
-    unknown = {p.student.spec.id: p.student for p in proposals if p.student.spec.id not in known}
+    unknown = {p.architecture_id: p.student for p in proposals if p.architecture_id not in known}
     timings = context.timed(unknown) if unknown else {}
-    ratios = {spec_id: pooled([timing]).ratio.value for spec_id, timing in timings.items()} | dict(known)
-    timed = [replace(proposal, latency_ratio=ratios[proposal.student.spec.id]) for proposal in proposals]
+    ratios = {name: pooled([timing]).ratio.value for name, timing in timings.items()} | dict(known)
+    timed = [replace(proposal, latency_ratio=ratios[proposal.architecture_id]) for proposal in proposals]
     return max(timed, key=lambda proposal: proposal.score(context.config.target_latency))
 
 
 def _propose(
-    parent: nn.Module, seen: Sequence[PyramidSnapshot], context: SearchContext, rng: random.Random
+    parent: nn.Module, topology: Topology, seen: Sequence[PyramidSnapshot], context: SearchContext, rng: random.Random
 ) -> Proposal:
-    base = context.base.spec
-    sizes = sorted({max(32, round(base.min_size * share / 32) * 32) for share in context.config.resolutions})
-    student, actions, kept = parent, [], tuple(range(parent.spec.fpn))
+    most = max((len(blocks.blocks) for blocks in context.topology.block_lists), default=0) + 1
+    student, actions, kept = parent, [], [tuple(range(len(level))) for level in topology.followed]
     for _ in range(rng.randint(1, MOST_ACTIONS)):
         try:
-            morph = draw(student, rng, sizes, max_depth=max(base.depths) + 1)
+            morph = draw(student, topology, rng, _resolutions(context), max_depth=most)
         except InputError:
             if not actions:
                 raise
             break
-        student = morph.apply(student)
-        kept = tuple(kept[channel] for channel in morph.channels.get("fpn", range(len(kept))))
+        left = [morph.rewrite.surviving(level) for level in topology.followed]
+        kept = [tuple(level[channel] for channel in own) for level, own in zip(kept, left, strict=True)]
+        student = morph.apply(student, topology)
+        topology = context.read(student)
         actions.append(morph.action)
     require_visible(student, context.image_sizes)
     context.calibrated(student)
     distances = correlations(student, seen, context.probe(), channels=kept).values()
-    return Proposal("; ".join(actions), student, kept, 1 - sum(distances) / len(distances))
+    return Proposal("; ".join(actions), student, tuple(kept), 1 - sum(distances) / len(distances))
+
+
+def _resolutions(context: SearchContext) -> list[int]:
+    """Short sides that a student may choose from, in pixels; none where the base's input size is not its own."""
+    base = input_size(context.base)
+    shares = context.config.resolutions if base else ()
+    return sorted({max(32, round(base[0] * share / 32) * 32) for share in shares})

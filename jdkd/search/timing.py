@@ -17,7 +17,7 @@ class Timing:
     """One measurement of an architecture in turn with the base.
 
     Args:
-        spec_id: the architecture.
+        architecture_id: the architecture.
         stage: :data:`BRIEF` or :data:`LONG`.
         environment: device, threads and versions, as :mod:`jdkd.latency` reports them.
         samples, base_samples: milliseconds end to end, two per round, in the order in which they were taken.
@@ -26,7 +26,7 @@ class Timing:
         InputError: a sample is no time.
     """
 
-    spec_id: str
+    architecture_id: str
     stage: str
     environment: dict[str, Any]
     samples: tuple[float, ...]

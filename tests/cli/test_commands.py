@@ -4,6 +4,11 @@ import sys
 
 import pytest
 
+from jdkd.detect import save
+from jdkd.rewrite import describe
+from tests.detectors import CLASSES, mask_detector
+from tests.train.scenes import write_scenes
+
 COMMANDS = ("data", "train", "search", "eval", "latency", "env")
 
 
@@ -67,6 +72,19 @@ def test_eval_prints_twelve_lines_and_json(jdkd, trained, squares, tmp_path):
     answer = jdkd("eval", trained, "--data", squares, "--json", file)
     assert len(answer.out.strip().splitlines()) == 12
     assert json.loads(file.read_text()) == json.loads(last)
+
+
+def test_eval_scores_masks_beside_boxes(jdkd, tmp_path):
+    model, data = mask_detector(), write_scenes(tmp_path / "data", images=3).split
+    model.architecture = describe(model, "tests.detectors:mask_detector", classes=CLASSES)
+    save(tmp_path / "masks", model)
+    answer = jdkd("eval", tmp_path / "masks", "--val-images", data.images, "--val-annotations", data.annotations)
+    assert answer.code == 0, answer.err
+    *lines, last = answer.out.splitlines()
+    assert (lines[0], lines[13], len(lines)) == ("boxes:", "masks:", 26)
+    content = json.loads(last)
+    assert content["segm"].keys() == {"map", "map50", "map75", "stats"} and len(content["segm"]["stats"]) == 12
+    assert f"= {content['segm']['map']:.3f}" in lines[14] and 0 <= content["segm"]["map"] <= 1
 
 
 def test_eval_scores_what_train_scored(jdkd, trained, squares):

@@ -8,7 +8,7 @@ from jdkd.detect import build, named_spec
 def net(classes=2):
     small = dict(width=0.125, depth=0.5, fpn=16, box_head=16, min_size=64, max_size=64)
     model = build(named_spec("faster_rcnn_r18_fpn", ["x"] * classes, **small))
-    del model.spec
+    del model.architecture
     return model
 """
 
@@ -35,7 +35,9 @@ def test_what_is_imported_is_inspected_scored_and_timed(jdkd, small, trained, sq
         assert answer.code == 0, answer.err
         scores[folder] = json.loads(answer.out.splitlines()[-1])
     ours, theirs = scores.values()
-    assert len(theirs["spec"]) == 64 and ours.pop("spec") != theirs.pop("spec") and ours == theirs
+    assert (
+        len(theirs["architecture"]) == 64 and ours.pop("architecture") != theirs.pop("architecture") and ours == theirs
+    )
     quick = ("--rounds", 1, "--seconds", 0, "--data", squares, "--device", "cpu")
     assert jdkd("latency", trained, tmp_path / "it", *quick).code == 0
 
@@ -53,7 +55,7 @@ def test_a_one_stage_detector_is_scored_for_its_classes_alone(jdkd, squares, tmp
     assert jdkd("import", name, "--classes", "red", "blue", "--out", tmp_path / "two").code == 0
     answer = jdkd("eval", tmp_path / "two", "--data", squares, "--device", "cpu", "--max-detections", 5)
     content = json.loads(answer.out.splitlines()[-1])
-    assert answer.code == 0 and content["gmacs"] > 0.1 and len(content["spec"]) == 64
+    assert answer.code == 0 and content["gmacs"] > 0.1 and len(content["architecture"]) == 64
     file = tmp_path / "two" / "architecture.json"
     text = json.loads(file.read_text())
     for classes, words in ((["red", "blue", "green"], "knows 3 classes"), (["blue", "red"], "in the order blue, red")):

@@ -17,8 +17,8 @@ from jdkd.nn import (
     ElasticConv2d,
     ElasticGroups,
     ElasticLinear,
-    ElasticStage,
     Subnet,
+    as_elastic_block,
     export,
     set_subnet,
 )
@@ -257,7 +257,7 @@ def test_a_checkpoint_of_compiled_blocks_keeps_its_subnet(use_reentrant):
 
 def test_a_norm_with_statistics_of_its_own_is_no_region():
     norm = ElasticBatchNorm2d(4, statistics="own", subnets=["one", "other"]).eval()
-    net = nn.Sequential(norm, ElasticStage(nn.Sequential(ElasticConv2d(4, 4, 1))))
+    net = nn.Sequential(norm, as_elastic_block(nn.Sequential(ElasticConv2d(4, 4, 1))))
     counter, x = _counted(net), torch.randn(1, 4, 2, 2)
     for name in ("one", "other"):
         norm.set_active(4, name)

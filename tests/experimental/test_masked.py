@@ -285,16 +285,7 @@ def test_refuses_channels_that_do_not_fit(keep, skip, words):
     [
         ((None, DECLARED), {}, "masked: keep=None is no mapping; give {group: channels}"),
         (([3], DECLARED), {}, r"masked: keep=\[3\] is no mapping"),
-        (
-            ({"stream": 3}, GROUPS),
-            {},
-            r"ElasticGroups: groups has .* for 'stream', .* put sides of layers into an ElasticGroups",
-        ),
-        (
-            ({"stream": 3}, [("stem", "out")]),
-            {},
-            r"ElasticGroups: groups=\[\('stem', 'out'\)\] is a list; give an ElasticGroups",
-        ),
+        (({"stream": 3}, GROUPS), {}, "masked: groups is a dict; give an ElasticGroups"),
         (({}, DECLARED), {"skip": "stage.1"}, "masked: skip='stage.1' is no list of paths"),
         (({}, DECLARED), {"skip": None}, "masked: skip=None is no list of paths"),
         (({}, DECLARED), {"skip": iter(["stage.1"])}, "masked: skip=<.*> is no list of paths"),

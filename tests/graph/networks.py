@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import batched_nms, clip_boxes_to_image, sigmoid_focal_loss
 
 
-def conv(inputs: int, outputs: int, size: int = 3, groups: int = 1, norm: type[nn.Module] | None = nn.BatchNorm2d):
-    made = nn.Conv2d(inputs, outputs, size, padding=size // 2, groups=groups, bias=norm is None)
+def conv(
+    inputs: int,
+    outputs: int,
+    size: int = 3,
+    groups: int = 1,
+    norm: Callable[[int], nn.Module] | None = nn.BatchNorm2d,
+    stride: int = 1,
+) -> nn.Sequential:
+    made = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=norm is None)
     return nn.Sequential(made, nn.Identity() if norm is None else norm(outputs), nn.ReLU())
 
 
@@ -58,30 +69,18 @@ _library.define("twice(Tensor x) -> Tensor")
 _library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
 
 
-class PANDetector(nn.Module):
-    """A detector of torchvision's contract: CSP backbone, PAN neck that concatenates, SE, one head for all levels."""
+class PAN(nn.Module):
+    """The neck: top-down and bottom-up, with concatenations; [N, C, H, W] of three strides to three of one width."""
 
-    def __init__(self, classes: int = 3, width: int = 16, custom: bool = False) -> None:
+    def __init__(self, inputs: Sequence[int], channels: int = 20, custom: bool = False) -> None:
         super().__init__()
-        self.stem = conv(3, width)
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.MaxPool2d(2), conv(a, b), CrossStage(b), SqueezeExcite(b))
-            for a, b in ((width, 16), (16, 24), (24, 32))
-        )
-        self.depthwise = conv(32, 32, groups=32)
-        self.lateral = nn.ModuleList(nn.Conv2d(c, 20, 1) for c in (16, 24, 32))
-        self.top_down = nn.ModuleList(conv(40, 20) for _ in range(2))
-        self.bottom_up = nn.ModuleList(conv(40, 20) for _ in range(2))
-        self.tower = nn.Sequential(*(conv(20, 20, norm=lambda c: nn.GroupNorm(5, c)) for _ in range(2)))
-        self.classify, self.regress = nn.Conv2d(20, classes, 1), nn.Conv2d(20, 4, 1)
+        self.lateral = nn.ModuleList(nn.Conv2d(c, channels, 1) for c in inputs)
+        self.top_down = nn.ModuleList(conv(2 * channels, channels) for _ in range(2))
+        self.bottom_up = nn.ModuleList(conv(2 * channels, channels) for _ in range(2))
         self.custom = custom
 
-    def pyramid(self, x: Tensor) -> list[Tensor]:
-        x = self.stem(x)
-        levels = []
-        for stage, lateral in zip(self.stages, self.lateral, strict=True):
-            x = stage(x)
-            levels.append(lateral(self.depthwise(x) if stage is self.stages[-1] else x))
+    def forward(self, maps: list[Tensor]) -> list[Tensor]:
+        levels = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
         if self.custom:
             levels[-1] = torch.ops.jdkd_tests.twice(levels[-1])
         for i, fuse in zip((1, 0), self.top_down, strict=True):
@@ -91,21 +90,103 @@ class PANDetector(nn.Module):
             levels[i] = fuse(torch.cat((levels[i], F.max_pool2d(levels[i - 1], 2)), dim=1))
         return levels
 
+
+class PANDetector(nn.Module):
+    """An anchor-free detector of torchvision's contract: CSP and SE backbone, PAN neck, one head for all levels.
+
+    Every location says what is there, and how far, in logarithms of its stride, the sides of the box are. A box is
+    learnt by the locations around its centre, on the level of its size.
+    """
+
+    strides = (4, 8, 16)
+    largest = (24.0, 48.0, math.inf)  # longer side of the boxes of each level, in pixels
+
+    def __init__(self, classes: int = 3, width: int = 16, custom: bool = False) -> None:
+        super().__init__()
+        self.stem = conv(3, width, stride=2)
+        widths = width, width * 3 // 2, 2 * width
+        self.stages = nn.ModuleList(
+            nn.Sequential(nn.MaxPool2d(2), conv(a, b), CrossStage(b), SqueezeExcite(b))
+            for a, b in zip((width, *widths), widths, strict=False)
+        )
+        self.depthwise = conv(widths[-1], widths[-1], groups=widths[-1])
+        self.neck = PAN(widths, custom=custom)
+        self.tower = nn.Sequential(*(conv(20, 20, norm=lambda c: nn.GroupNorm(5, c)) for _ in range(2)))
+        self.classify, self.regress = nn.Conv2d(20, classes, 1), nn.Conv2d(20, 4, 1)
+        nn.init.constant_(self.classify.bias, -4.0)
+
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
-        logits, boxes = [], []
-        for level in self.pyramid(torch.stack(images)):
-            level = self.tower(level)
+        if self.training and targets is None:
+            raise ValueError("targets are wanted in training")
+        x, maps = self.stem(batched(images, self.strides[-1])), []
+        for stage in self.stages:
+            x = stage(x)
+            maps.append(x)
+        levels = self.neck([*maps[:-1], self.depthwise(x)])
+        logits, distances = [], []
+        for level in map(self.tower, levels):
             logits.append(self.classify(level).flatten(2).transpose(1, 2))
-            boxes.append(self.regress(level).flatten(2).transpose(1, 2))
-        scores, deltas = torch.cat(logits, 1).sigmoid(), torch.cat(boxes, 1).exp()
+            distances.append(self.regress(level).flatten(2).transpose(1, 2))
+        logits, distances = torch.cat(logits, 1), torch.cat(distances, 1).clamp(-4, 4)  # [N, L, classes], [N, L, 4]
+        points, strides = self.locations(levels)
         if self.training:
-            return {"loss": scores.mean() + deltas.mean()}
-        found = []
-        for score, box in zip(scores, deltas, strict=True):
-            best, label = score.max(dim=1)
-            kept = best.topk(5).indices
-            found.append({"boxes": box[kept], "labels": label[kept] + 1, "scores": best[kept]})
-        return found
+            return self.losses(logits, distances, points, strides, targets)
+        sides = distances.exp() * strides[:, None]
+        boxes = torch.cat((points - sides[..., :2], points + sides[..., 2:]), -1)  # [N, L, 4]
+        return [found(*each) for each in zip(images, logits.sigmoid(), boxes, strict=True)]
+
+    def locations(self, levels: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Centres [L, 2] and strides [L] of all locations."""
+        points, strides = [], []
+        for level, stride in zip(levels, self.strides, strict=True):
+            y, x = (torch.arange(n, device=level.device, dtype=level.dtype) for n in level.shape[-2:])
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            points.append((torch.stack((x.flatten(), y.flatten()), 1) + 0.5) * stride)
+            strides.append(torch.full_like(points[-1][:, 0], stride))
+        return torch.cat(points), torch.cat(strides)
+
+    def losses(self, logits, distances, points, strides, targets) -> dict[str, Tensor]:
+        kinds, off = torch.zeros_like(logits), []
+        for kind, distance, target in zip(kinds, distances, targets, strict=True):
+            place, box = self.assigned(target["boxes"].to(points), points, strides)
+            kind[place, target["labels"][box] - 1] = 1
+            low, high = target["boxes"].to(points)[box].split(2, 1)
+            sides = torch.cat((points[place] - low, high - points[place]), 1) / strides[place, None]
+            off.append((distance[place] - sides.clamp(min=0.02).log()).abs().mean(1))  # [positives]
+        count = kinds.sum().clamp(min=1)
+        classification = sigmoid_focal_loss(logits, kinds, alpha=0.5, reduction="sum") / count
+        return {"classification": classification, "bbox_regression": torch.cat(off).sum() / count}
+
+    def assigned(self, boxes: Tensor, points: Tensor, strides: Tensor) -> tuple[Tensor, Tensor]:
+        """Locations that learn a box, and which of ``boxes`` [M, 4] each of them learns: the smallest."""
+        sizes, centres = boxes[:, 2:] - boxes[:, :2], (boxes[:, 2:] + boxes[:, :2]) / 2
+        longer = sizes.amax(1) if len(boxes) else sizes[:, 0]
+        level = torch.bucketize(longer, longer.new_tensor(self.largest[:-1]))
+        near = ((points[:, None] - centres).abs() <= strides[:, None, None]).all(2)  # [L, M]
+        near &= strides[:, None] == strides.new_tensor(self.strides)[level]
+        place = near.any(1).nonzero()[:, 0]
+        areas = torch.where(near[place], sizes.prod(1), math.inf)
+        return place, areas.argmin(1) if len(boxes) else place
+
+
+def batched(images: list[Tensor], divisor: int) -> Tensor:
+    """Images [3, H, W] of any sizes, padded at the right and below: [N, 3, H, W]."""
+    height, width = (-(-max(image.shape[dim] for image in images) // divisor) * divisor for dim in (1, 2))
+    return torch.stack([F.pad(i, (0, width - i.shape[2], 0, height - i.shape[1])) for i in images])
+
+
+def found(image: Tensor, scores: Tensor, boxes: Tensor) -> dict[str, Tensor]:
+    """What is left of an image's locations, scores [L, classes] and boxes [L, 4], after non-maximum suppression."""
+    best, label = scores.max(dim=1)
+    order = best.topk(min(200, len(best))).indices
+    boxes = clip_boxes_to_image(boxes[order], image.shape[1:])
+    kept = batched_nms(boxes, best[order], label[order], 0.5)[:100]
+    return {"boxes": boxes[kept], "labels": label[order][kept] + 1, "scores": best[order][kept]}
+
+
+def pan_detector(classes: int = 3, width: int = 16, custom: bool = False) -> PANDetector:
+    """A builder, for ``jdkd.rewrite.Architecture``."""
+    return PANDetector(classes, width, custom)
 
 
 def awake(model: nn.Module, seed: int = 0) -> nn.Module:

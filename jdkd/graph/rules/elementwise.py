@@ -26,7 +26,7 @@ def met(marks: Marks, operands: Sequence[Tensor], out: Tensor, name: str) -> Non
     ndim, met = out.dim(), []
     one_weight = not any(marks.is_activation(operand) for operand in operands)
     for operand in operands:
-        for label in _padded(marks.layout(operand), ndim):
+        for label in padded(marks.layout(operand), ndim):
             for partner in [other for other in met if span(other) & span(label)]:
                 marks.channels.couple(partner, label, one_weight=one_weight)
                 met = [other for other in met if other is not partner]
@@ -63,10 +63,11 @@ def _copy(marks: Marks, call: Call) -> None:
     if marks.layout(own) or own._is_view():
         met(marks, (own, source), call.out, call.name)
     else:  # fresh memory takes over what is written to it
-        marks.set(own, _padded(marks.layout(source), own.dim()))
+        marks.set(own, padded(marks.layout(source), own.dim()))
 
 
-def _padded(layout: Layout, ndim: int) -> Layout:
+def padded(layout: Layout, ndim: int) -> Layout:
+    """Labels of a tensor as it broadcasts to ``ndim`` dimensions."""
     return tuple(label.reshape((1,) * (ndim - label.ndim) + label.shape) for label in layout)
 
 

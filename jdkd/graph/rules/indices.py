@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jdkd.graph.layout import Label, along, span
-from jdkd.graph.rules.elementwise import pointwise
+from jdkd.graph.rules.elementwise import padded, pointwise
 from jdkd.graph.rules.registry import outputs, rule
 
 if TYPE_CHECKING:
@@ -60,10 +60,11 @@ def _index_written(marks: Marks, call: Call) -> None:
     place = _index_dims(own, indices)
     labels, written = marks.layout(own), marks.layout(values)
     picked = place is None or any(span(label) & set(place[0]) for label in labels)
-    if picked or values.dim() != own.dim() - len(place[0]) + place[1] or place[0][0] != 0:
+    if picked or place[0][0] != 0:
         marks.freeze((*labels, *written), f"{call.name} writes to some of its channels")
         return
     taken, result = place
+    written = padded(written, own.dim() - len(taken) + result)  # torch drops dimensions of size 1 that come first
     shape_back = [
         label.reshape((1,) * len(taken) + label.shape[result:])
         for label in written
