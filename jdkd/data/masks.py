@@ -265,7 +265,8 @@ def _missing_their_box(read: dict[int, dict[str, Any]], pixels: np.ndarray) -> s
     places, lengths = np.array(list(read)), list(read.values())  # [n]
     around, boxes = mask.toBbox(lengths), pixels[places]  # [n, 4] x, y, width and height; corners
     apart = (around[:, :2] >= boxes[:, 2:]) | (around[:, :2] + around[:, 2:] <= boxes[:, :2])  # [n, 2]
-    return set(places[(mask.area(lengths) == 0) | apart.any(axis=1)].tolist())
+    empty = np.array([mask.area(one) == 0 for one in lengths])  # of more than 255 at once, mask.area makes an error
+    return set(places[empty | apart.any(axis=1)].tolist())
 
 
 def _short(value: Any, most: int = 60) -> str:

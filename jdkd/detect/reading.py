@@ -45,7 +45,7 @@ def read(
         InputError: the detector does not run on such a list.
     """
     example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(**_kind(model))]
-    with _small(model, *size):
+    with few_regions(model, *size):
         try:
             topology = trace(model, example, follow=neck_of(model))
         except InputError:
@@ -62,7 +62,7 @@ def read(
 
 
 @contextmanager
-def _small(model: nn.Module, height: int, width: int) -> Iterator[None]:
+def few_regions(model: nn.Module, height: int, width: int) -> Iterator[None]:
     """For a while torchvision's transform leaves an image of this size as it is, and heads run on few regions."""
     changed: list[tuple[object, str, object]] = []
 

@@ -129,7 +129,7 @@ def edits(
     if not isinstance(keep, Mapping):
         raise InputError(f"masked: keep={keep!r} is no mapping; give {{group: channels}}, or {{}} for the whole model")
     if isinstance(skip, str) or not isinstance(skip, Collection) or not all(isinstance(path, str) for path in skip):
-        raise InputError(f"masked: skip={skip!r} is no list of paths; give some, as in ['layer1.1'], or ()")
+        raise InputError(f"masked: skip={skip!r} is no list of paths; give some, as in ['blocks.1'], or ()")
     model = unwrapped(model)
     modules = dict(model.named_modules(remove_duplicate=False))
     groups = _declared(model, groups, modules)

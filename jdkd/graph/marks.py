@@ -96,10 +96,10 @@ class Marks:
         """Whether a tensor was computed from the example, and not from parameters alone."""
         return tensor in self._activations
 
-    def freeze(self, labels: Layout | list[Label], why: str) -> None:
-        """Keeps channels as they are; the reason names the module that was running."""
+    def freeze(self, labels: Layout | list[Label], why: str, remedy: str = "") -> None:
+        """Keeps channels as they are; the reason names the module that was running, and what would free them."""
         for label in labels:
-            self.channels.freeze(label, f"{why} in {self.where}")
+            self.channels.freeze(label, f"{why} in {self.where}{remedy and f'; {remedy}'}")
 
     @property
     def where(self) -> str:

@@ -157,7 +157,7 @@ def draw(model: nn.Module, topology: Topology, rng: random.Random, resolutions: 
     model = _of(model, topology)
     lists = topology.block_lists
     deep = [blocks for blocks in lists if _removable(model, blocks)]
-    roomy = [blocks for blocks in lists if len(blocks.blocks) < max_depth and _can_be_added(blocks)]
+    roomy = [blocks for blocks in lists if len(blocks.blocks) < max_depth and blocks.can_grow]
     moves = [pair for one, other in pairwise(lists) for pair in ((one, other), (other, one))]
     moves = [(source, target) for source, target in moves if source in deep and target in roomy]
     now = input_size(model)
@@ -224,10 +224,6 @@ def _removable(model: nn.Module, blocks: BlockList) -> int:
     return len(blocks.blocks) - (others == 0)
 
 
-def _can_be_added(blocks: BlockList) -> bool:
-    return bool(blocks.ends[-1]) and all(blocks.ends[-1])
-
-
 def _without(model: nn.Module, blocks: BlockList, count: int) -> tuple[int, ...]:
     """Blocks that stay when the ``count`` weakest leave."""
     gone = weakest_blocks(model, blocks, count)
@@ -236,7 +232,7 @@ def _without(model: nn.Module, blocks: BlockList, count: int) -> tuple[int, ...]
 
 def _with(blocks: BlockList, count: int) -> tuple[int, ...]:
     """Blocks, and ``count`` times the last one more."""
-    if not _can_be_added(blocks):
+    if not blocks.can_grow:
         raise InputError(f"{blocks.blocks[-1]} cannot be born as the identity, so it cannot be added to {blocks.name}.")
     last = len(blocks.blocks) - 1
     return (*range(last), *[last] * (count + 1))

@@ -48,7 +48,7 @@ def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.
     make = _without_weights if empty else _private
     model = make(architecture.builder, architecture.arguments)
     for name, order in architecture.blocks.items():
-        _arrange(model, name, order)
+        arrange_children(model, name, order)
     model = reshaped(model, architecture.shapes)
     for name, value in architecture.attributes.items():
         set_attribute(model, name, value)
@@ -167,7 +167,7 @@ def _derived(model: nn.Module) -> Iterator[Tensor]:
                 yield leaf
 
 
-def _arrange(model: nn.Module, name: str, order: Sequence[int]) -> None:
+def arrange_children(model: nn.Module, name: str, order: Sequence[int]) -> None:
     """Puts the builder's children of a container in another order, without some of them, or with copies."""
     container = _found(model, name, "blocks")
     children = list(container._modules.items())

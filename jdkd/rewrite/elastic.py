@@ -105,17 +105,17 @@ def _sides(
         path, _, leaf = slot.tensor.rpartition(".")
         layer = modules[path]
         if elastic_class(type(layer)) is None:
-            return [], f"{path or slot.tensor} is a {type(layer).__name__}, which has no elastic form"
+            what = f"{path} is" if leaf in ("weight", *VECTORS) else f"{slot.tensor} is of"
+            return [], f"{what} a {type(layer).__name__}, which has no elastic form"
         if slot.tensor in tied:
             return [], f"{slot.tensor} is shared by several layers"
         if leaf not in ("weight", *VECTORS) or slot.dim > 1:
             return [], f"{slot.tensor} (dimension {slot.dim}) is no side of a {type(layer).__name__}"
         tensor = getattr(layer, leaf)
-        if slot.offset != 0 or slot.places.size != tensor.shape[slot.dim]:
-            return [], (
-                f"its channels are not all of {slot.tensor} (dimension {slot.dim}), one after the other: they stand "
-                f"there at {slot.places.size} of {tensor.shape[slot.dim]} places, with others or in several runs"
-            )
+        if slot.places.size != tensor.shape[slot.dim]:
+            return [], f"other channels stand beside it in dimension {slot.dim} of {slot.tensor}, as in a concatenation"
+        if slot.offset != 0:
+            return [], f"its channels do not stand one after the other in dimension {slot.dim} of {slot.tensor}"
         found[path, SIDES[slot.dim]].append(slot)
     sides = []
     for (path, side), slots in found.items():

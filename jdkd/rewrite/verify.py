@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.graph import BlockList, ChannelGroup, Frozen, Topology
+from jdkd.graph import ChannelGroup, Frozen, Topology
 from jdkd.graph.topology import DISAGREES
-from jdkd.nn.exchange import as_elastic_block
-from jdkd.rewrite.blocks import arrange, with_checked_ends
-from jdkd.rewrite.channels import duplicate, mask, prune, widen
-from jdkd.rewrite.comparison import difference, returned_by, said
+from jdkd.rewrite.block_lists import with_tried_blocks
+from jdkd.rewrite.channels import mask, prune, widen
+from jdkd.rewrite.comparison import culprits, difference, returned_by, said
 from jdkd.rewrite.trial import Trial, comparable
 
-Part = TypeVar("Part", ChannelGroup, BlockList)
+REMEDY = "look in the model's code for numbers or places of channels, and for tensors that are no part of it"
 
 
 def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0.5) -> Topology:
@@ -26,9 +25,8 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
 
     Both run on the example in evaluation mode, in float64 and with drawn weights where the model can; compared is
     whatever any module returns that kept its shape. All groups are cut together first, each to another share, and only
-    if something disagrees is it looked for by halves. Then all are widened, which may change nothing, the last block
-    of every list leaves, which must do what switching it off does, and every block is silenced, which must make it the
-    identity.
+    if something disagrees is it looked for by halves. Then all are widened, which may change nothing. Where blocks
+    leave it must be as if nothing happened at their places; silenced they are the identity, and copies change nothing.
 
     Args:
         model: the module that ``topology`` was read off.
@@ -38,46 +36,29 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
 
     Returns:
         The topology, with the groups that disagreed among the frozen ones, and the reason; with those that cannot grow
-        marked, without the lists of containers that cannot do without a block, among the frozen too, and without the
-        ends of blocks that cannot be born as the identity.
+        marked; with the blocks that cannot leave in ``held`` and in no list, and without the ends of those that cannot
+        be born as the identity.
     """
     watched = [path for blocks in topology.block_lists for path in blocks.blocks]
     trial = comparable(model, example, watched)
-    groups = [group for group in topology.groups if group.units > 1]
-    wrong = _culprits(groups, lambda some: _cut_differs(trial, topology, some, share))
+    names = [group.name for group in topology.groups if group.units > 1]
+    wrong = culprits(names, lambda some: _cut_differs(trial, topology, some, share))
     frozen = [
-        Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"{DISAGREES}: {reason}")
+        Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"{DISAGREES}: {reason}; {REMEDY}")
         for name, reason in wrong.items()
     ]
     right = [group for group in topology.groups if group.name not in wrong]
-    stiff = _culprits(right, lambda some: _growth_differs(trial, topology, some))
-    needed = _culprits(topology.block_lists, lambda some: _drop_differs(trial, topology, some))
-    containers = {blocks.container for blocks in topology.block_lists if blocks.name in needed}
-    frozen += [Frozen((), f"the blocks of {name} stay as they are: {reason}") for name, reason in needed.items()]
-    lists = [blocks for blocks in topology.block_lists if blocks.container not in containers]
+    stiff = culprits([group.name for group in right], lambda some: _growth_differs(trial, topology, some))
     return replace(
-        topology,
+        with_tried_blocks(trial, topology),
         groups=tuple(replace(group, grows=group.name not in stiff) for group in right),
         frozen=(*topology.frozen, *frozen),
-        block_lists=with_checked_ends(trial.model, lists, trial.given),
     )
 
 
-def _culprits(groups: Sequence[Part], difference: Callable[[Sequence[Part]], str | None]) -> dict[str, str]:
-    """The groups, or lists, that make a difference, and which; they are looked for by halves."""
-    reason = difference(groups) if groups else None
-    if reason is None:
-        return {}
-    if len(groups) == 1:
-        return {groups[0].name: reason}
-    half = len(groups) // 2
-    found = _culprits(groups[:half], difference) | _culprits(groups[half:], difference)
-    return found or {group.name: f"{reason}, together with its neighbours" for group in groups}
-
-
-def _cut_differs(trial: Trial, topology: Topology, groups: Sequence[ChannelGroup], share: float) -> str | None:
+def _cut_differs(trial: Trial, topology: Topology, names: Sequence[str], share: float) -> str | None:
     """What is different between cut and masked, or None."""
-    keep = {group.name: _left(group, share, place) for place, group in enumerate(groups)}
+    keep = {name: _left(topology[name], share, place) for place, name in enumerate(names)}
     try:  # the smaller one is what is kept in memory
         got = returned_by(prune(trial.model, topology, keep), trial.example)
     except Exception as error:  # whatever a model's code makes of fewer channels
@@ -85,24 +66,13 @@ def _cut_differs(trial: Trial, topology: Topology, groups: Sequence[ChannelGroup
     return difference(got, mask(trial.model, topology, keep), trial.example)
 
 
-def _growth_differs(trial: Trial, topology: Topology, groups: Sequence[ChannelGroup]) -> str | None:
+def _growth_differs(trial: Trial, topology: Topology, names: Sequence[str]) -> str | None:
     """What changes when groups grow, or None."""
     try:
-        grown = widen(trial.model, topology, {group.name: 1 for group in groups})
+        grown = widen(trial.model, topology, dict.fromkeys(names, 1))
     except InputError as error:  # the places stand out of order
         return said(error)
     return difference(trial.returned, grown, trial.example)
-
-
-def _drop_differs(trial: Trial, topology: Topology, lists: Sequence[BlockList]) -> str | None:
-    """What is different between lists whose last block is switched off and those that have lost it, or None."""
-    off = duplicate(trial.model)
-    for blocks in lists:
-        as_elastic_block(off.get_submodule(blocks.blocks[-1])).set_active(False)
-    expected = returned_by(off, trial.example)
-    without = arrange(trial.model, topology, {each.name: range(len(each.blocks) - 1) for each in lists})
-    inside = tuple(f"{blocks.container}." for blocks in lists)  # where names have moved
-    return difference(expected, without, trial.example, skip=inside, same_shapes=True)
 
 
 def _left(group: ChannelGroup, share: float, seed: int) -> list[int]:

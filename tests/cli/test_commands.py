@@ -37,7 +37,7 @@ def test_runs_as_a_module():
 
 def test_train_leaves_a_detector_scores_and_a_record(trained):
     names = {entry.name for entry in trained.iterdir()}
-    assert names >= {"spec.json", "weights.safetensors", "log.jsonl", "train.json", "run.json"}
+    assert names >= {"architecture.json", "weights.safetensors", "log.jsonl", "train.json", "run.json"}
     scores = json.loads((trained / "train.json").read_text())
     assert scores["train_steps"] == 3 and 0 <= scores["map"] <= 1 and len(scores["stats"]) == 12
     record = json.loads((trained / "run.json").read_text())
@@ -53,12 +53,14 @@ def test_a_finished_training_can_be_resumed_and_stays_the_same(jdkd, trained, tr
 
 
 def test_train_takes_a_spec_file_and_weights(jdkd, trained, squares, tmp_path):
-    weights = ("--weights", trained / "weights.safetensors", "--spec", trained / "spec.json")
+    before = json.loads((trained / "architecture.json").read_text())
+    (tmp_path / "spec.json").write_text(json.dumps(before["arguments"]))
+    weights = ("--weights", trained / "weights.safetensors", "--spec", tmp_path / "spec.json")
     flags = ("--data", squares, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "again")
     answer = jdkd("train", *weights, *flags)
     assert answer.code == 0, answer.err
     assert "tensors loaded" in answer.out
-    assert (tmp_path / "again" / "spec.json").read_text() == (trained / "spec.json").read_text()
+    assert json.loads((tmp_path / "again" / "architecture.json").read_text()) == before
 
 
 def test_eval_prints_twelve_lines_and_json(jdkd, trained, squares, tmp_path):
@@ -134,7 +136,7 @@ def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jd
 def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_path):
     copy = tmp_path / "moved"
     copy.mkdir()
-    for name in ("spec.json", "weights.safetensors"):
+    for name in ("architecture.json", "weights.safetensors"):
         (copy / name).write_bytes((trained / name).read_bytes())
     answer = jdkd("latency", copy, *QUICK)
     assert answer.code == 0 and "2 sample photographs" in answer.out and "give --data" in answer.out

@@ -69,7 +69,7 @@ def test_training_and_search_refuse_what_is_imported_in_one_sentence(jdkd, small
     search = jdkd("search", "--base", tmp_path / "it", "--data", squares, "--out", tmp_path / "search")
     spec = tmp_path / "it" / "architecture.json"
     train = jdkd("train", "--spec", spec, "--data", squares, "--out", tmp_path / "train")
-    for answer, words in ((search, "of the builder small_nets:net"), (train, "is of a builder")):
+    for answer, words in ((search, "of the builder small_nets:net"), (train, "give its folder as --model")):
         assert answer.code == 2 and words in answer.err, answer.err
         assert "Traceback" not in answer.err and not answer.out
     assert not (tmp_path / "train").exists() and not (tmp_path / "search").exists()
@@ -79,7 +79,7 @@ def test_training_and_search_refuse_what_is_imported_in_one_sentence(jdkd, small
     ("words", "arguments"),
     [
         ("--out is missing", ["small_nets:net"]),
-        ("no detector of torchvision", ["yolo", "--out", "it"]),
+        ("none of torchvision's detectors", ["yolo", "--out", "it"]),
         ("does not exist", ["small_nets:net", "--weights", "gone.pth", "--out", "it"]),
         ("each once", ["small_nets:net", "--classes", "a", "a", "--out", "it"]),
         ("holds a weights.safetensors already", ["small_nets:net", "--out", "full"]),

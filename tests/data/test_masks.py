@@ -145,6 +145,7 @@ ELSEWHERE = {
     "fractions of the image": [square(0.05, 0.1, 0.2, 0.4)],
     "without a pixel": [[1, 2, 1, 2, 1, 2]],
     "no pixel in run lengths": {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]},
+    "a run of none": {"size": [HEIGHT, WIDTH], "counts": [5 * HEIGHT, 0, (WIDTH - 5) * HEIGHT]},
 }
 MISSING = {"null": None, "empty": []}
 
@@ -264,6 +265,15 @@ def test_perfect_masks_score_one_and_crowd_regions_are_ignored(tmp_path):
         scores = COCOeval(truth, truth.loadRes(found), "segm")
         scores.evaluate(), scores.accumulate(), scores.summarize()
     assert scores.stats[0] == pytest.approx(1.0)
+
+
+def test_a_file_may_have_more_masks_than_a_byte_can_count(tmp_path):
+    def many(content):
+        boxes = [{"id": k, "image_id": 12, "category_id": 3, "bbox": [k % 9, 2, 4, 5]} for k in range(1, 301)]
+        content["annotations"] = [{**one, "segmentation": [square(one["bbox"][0], 2, 9, 7)]} for one in boxes]
+
+    masks = CocoDetectionDataset(folders.write(tmp_path, many)).with_masks()[2][1]["masks"]
+    assert masks.shape == (300, HEIGHT, WIDTH) and masks.flatten(1).any(1).all()
 
 
 def test_run_lengths_are_read_as_pycocotools_writes_them():

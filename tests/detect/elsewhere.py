@@ -83,5 +83,5 @@ def predict(model: nn.Module, images: list[Tensor]) -> list[dict[str, Tensor]]:
     return found
 
 
-def make(width: int = 8) -> nn.Module:
-    return adopt(awake(Elsewhere(width=width)), losses=losses, predict=predict, pyramid="encoder")
+def make(width: int = 8, classes: int = 3) -> nn.Module:
+    return adopt(awake(Elsewhere(classes, width)), losses=losses, predict=predict, pyramid="encoder")

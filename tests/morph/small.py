@@ -72,7 +72,7 @@ DETECTORS = {make.__name__: make for make in (faster_rcnn, fcos, retinanet, ssd,
 def parent(name: str) -> tuple[nn.Module, Topology]:
     """A detector in double precision whose weights hide nothing, with its topology, verified."""
     torch.manual_seed(0)
-    model = comparable(DETECTORS[name]().eval(), (picture(),))[0]
+    model = comparable(DETECTORS[name]().eval(), (picture(),)).model
     model.architecture = Architecture(f"tests.morph.small:{name}")
     return model, read(model, size=SIZE, check=True)
 

@@ -4,7 +4,6 @@ At full width, and over nine backbones: ``benchmarks/prunable.py``.
 """
 
 import functools
-import json
 
 import pytest
 import torch
@@ -16,8 +15,8 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FrozenBatchNorm2d
 
 from benchmarks import prunable
-from jdkd.graph import trace
-from jdkd.rewrite import verify
+from jdkd.detect import read
+from jdkd.rewrite import Architecture
 
 
 def residual(norm: type[nn.Module], **options) -> nn.Module:
@@ -79,22 +78,36 @@ PAIRS = [
 ]
 
 
+def narrow(family: str, backbone: str) -> nn.Module:
+    """A builder."""
+    return FAMILIES[family](BACKBONES[backbone]())
+
+
 @pytest.mark.parametrize(("family", "backbone"), PAIRS)
-def test_a_detector_of_torchvision_can_be_cut_everywhere(family, backbone):
+def test_a_detector_of_torchvision_can_be_cut_everywhere(family, backbone, tmp_path):
     torch.manual_seed(0)
-    model = FAMILIES[family](BACKBONES[backbone]()).eval()
-    traced = trace(model, prunable.images())
-    topology = verify(model, traced, prunable.images())
+    model = narrow(family, backbone).eval()
+    model.architecture = Architecture(f"{__name__}:narrow", {"family": family, "backbone": backbone})
+    traced, topology = read(model), read(model, check=True)
     assert [group.name for group in topology.groups] == [group.name for group in traced.groups]
     assert all(group.grows for group in topology.groups) and not topology.unknown
     assert topology.prunable_share() > (0.8 if backbone == "windows" else 0.98)
-    small = prunable.check_cut(family, model, topology)
+    small, _ = prunable.check_cut(family, model, topology, tmp_path / "cut")
     assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
+    assert prunable.worst_error(model, topology) < 1e-4
 
 
 def test_the_committed_table_holds_what_is_promised():
-    rows = [json.loads(line) for line in prunable.RESULTS.read_text().splitlines()]
+    rows = prunable.load()
     for row in rows:
         assert row["disagreeing_groups"] == 0 and row["trace_seconds"] < 10 and not row["unknown_operators"], row
+        assert row["worst_relative_error"] < 1e-4 and row["growing_groups"] == row["groups"], row
+        assert row["trace_seconds"] + row["rewrite_seconds"] + row["build_seconds"] < 5, row
         if "resne" in row["backbone"]:
             assert row["prunable_share"] >= 0.95, row
+    backbones = {family: {row["backbone"] for row in rows if row["detector"] == family} for family in FAMILIES}
+    assert all(len(found) >= 3 for found in backbones.values()), backbones
+
+
+def test_the_table_for_people_is_that_of_the_rows():
+    assert prunable.TABLE.read_text() == prunable.table(prunable.load())

@@ -39,7 +39,11 @@ def met(marks: Marks, operands: Sequence[Tensor], out: Tensor, name: str) -> Non
             place = ndim - operand.dim() + dim
             if size > 1 and dim not in labelled and operand.stride(dim):  # what was expanded follows the others
                 stuck = [label for label in met if place in span(label)]
-                marks.freeze(stuck, f"{name} meets a tensor of {size} values that follow no channels")
+                marks.freeze(
+                    stuck,
+                    f"{name} meets a tensor of {size} values that follow no channels",
+                    "if there is one for each channel, make it a parameter or buffer of the model",
+                )
     if out.dim() and _written_in_part(marks, out, operands):
         marks.freeze(met, f"{name} writes into a part of a tensor")
         return

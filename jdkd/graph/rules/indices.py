@@ -113,7 +113,7 @@ def _along_dims(marks: Marks, call: Call) -> None:
             marks.freeze(marks.layout(tensor), f"{call.name} takes it as an index")
     kept = [label for label in marks.layout(own) if not span(label) & taken]
     mixed = [label for label in marks.layout(own) if span(label) & taken]
-    marks.freeze(mixed, f"{call.name} mixes or picks its channels")
+    marks.freeze(mixed, f"{call.name} mixes its channels, or picks some by their values")
     for out in outputs(call):
         if out.dim() == own.dim():
             marks.set(out, tuple(kept))

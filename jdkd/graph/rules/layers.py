@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from jdkd.graph.marks import Call, Marks
 
 
+REMEDY = "with fewer the others would change; a batch norm, or a group norm of several groups, would free them"
+
+
 def _with_parameters(marks: Marks, call: Call, channels: np.ndarray | None) -> None:
     """Couples a feature's channels with the parameters and statistics of a normalisation, ``[C]`` each."""
     for name in ("weight", "bias", "running_mean", "running_var"):
@@ -51,7 +54,7 @@ def _group_norm(marks: Marks, call: Call) -> None:
         per_group = channels.reshape(groups, -1)
         marks.channels.couple(per_group[:, :1], per_group)
         if groups == 1:
-            marks.freeze([channels], f"{call.name} takes its statistics over all channels")
+            marks.freeze([channels], f"{call.name} takes its statistics over all channels", REMEDY)
     marks.set(outputs(call)[0], marks.layout(feature))
 
 
@@ -60,7 +63,7 @@ def _layer_norm(marks: Marks, call: Call) -> None:
     feature, count = call.given["input"], len(call.given["normalized_shape"])
     normed = {*range(feature.dim() - count, feature.dim())}
     mixed = [label for label in marks.layout(feature) if span(label) & normed]
-    marks.freeze(mixed, f"{call.name} takes its statistics over all channels")
+    marks.freeze(mixed, f"{call.name} takes its statistics over all channels", REMEDY)
     if count == 1:
         _with_parameters(marks, call, mixed[0].ravel() if mixed else None)
     marks.set(outputs(call)[0], marks.layout(feature))

@@ -46,7 +46,7 @@ def _product(marks: Marks, call: Call) -> None:
     summed_left, summed_right = marks.label(left, -1), marks.label(right, across)
     wide = [label for label in (summed_left, summed_right) if label is not None and len(span(label)) > 1]
     if wide:
-        marks.freeze(wide, f"{call.name} sums channels of two axes")
+        marks.freeze(wide, f"{call.name} sums channels that are spread over two dimensions")
     else:
         _read(marks, summed_left, summed_right, (left, right), call.name)
     kept = []

@@ -28,7 +28,11 @@ def unknown(marks: Marks, call: Call) -> None:
     """Freezes whatever goes into an operator that there is no rule for."""
     marks.unknown.setdefault(call.name, set()).add(marks.where)
     for tensor in call.tensors():
-        marks.freeze(marks.layout(tensor), f"{call.name} is not an operator that is known")
+        marks.freeze(
+            marks.layout(tensor),
+            f"{call.name} is not an operator that is known",
+            f"jdkd.graph.Declaration(operators={{{call.name!r}: ...}}) can say what it does",
+        )
 
 
 def outputs(call: Call) -> list[Tensor]:

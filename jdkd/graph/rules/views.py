@@ -144,7 +144,10 @@ def _concatenated(marks: Marks, call: Call) -> None:
             ]
             kept.append(along(np.concatenate(ravelled), dim, out.dim()))
         else:
-            marks.freeze([piece for piece in pieces if piece is not None], f"{call.name} joins channels of two axes")
+            marks.freeze(
+                [piece for piece in pieces if piece is not None],
+                f"{call.name} joins channels that are spread over two dimensions",
+            )
     across = [[label for label in layout if dim not in span(label)] for layout in layouts]
     for place in sorted({place for labels in across for label in labels for place in span(label)}):
         met = [next((label for label in labels if place in span(label)), None) for labels in across]
