@@ -73,10 +73,11 @@ def maps_of(name: str) -> Maps:
     """
     if name.startswith(TIMM):
         return _of_timm(name.removeprefix(TIMM))
-    if not (taps := _taps(name)):
+    if name not in backbone_names():
         raise InputError(
             f"backbone {name!r} is none of {', '.join(backbone_names())}, nor {TIMM}NAME; give one of these."
         )
+    taps = _taps(name)
     network = models.get_model_builder(name)(weights=None)
     children = dict(_children(network))
     if name.startswith(FLAT):

@@ -191,7 +191,7 @@ def _options(
     most = max_size if max_size is not None else least if has.square else max(1333, least)
     if has.square and most != least:
         raise InputError(
-            f"{family} resizes images to a square: leave max_size {most} out, or give {least} as min_size."
+            f"{family} resizes images to {least}x{least}; leave max_size {most} out, or give it as min_size."
         )
     if most < least:
         raise InputError(f"max_size {most} is below min_size {least}; give both, the larger one as max_size.")

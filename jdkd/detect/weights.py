@@ -259,7 +259,7 @@ class _Places:
         head, _, leaf = bare.rpartition(".")
         own = bare.removeprefix("backbone.").removeprefix("body.")
         inside = own.partition(".")[2] if own.startswith(SEQUENCES) else own
-        flat = re.sub(r"^(\w+)\.(\d+)\.", r"\1_\2.", own)  # as timm names what was in a list
+        flat = re.sub(r"^(\w+)\.(\w+)\.", r"\1_\2.", own)  # as timm names what was one level down
         bodies = [f"{BODY}.{each}" for each in (own, inside, flat)]
         adopted = [f"{ADOPTED}.{each}" for each in (name, bare)]
         listed = [f"{head}.0.{leaf}", f"{head}.0.0.{leaf}"]

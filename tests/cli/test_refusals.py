@@ -174,15 +174,8 @@ def test_a_run_is_resumed_where_data_weights_and_itself_have_moved(jdkd, trained
     (data / "annotations" / "instances_val2017.json").write_text(json.dumps(change))
     _refused(jdkd(*arguments, "--out", out, "--weights", moved, "--resume"), "data.val was", "data.val was")
     other = {name: tensor + 1 for name, tensor in load_file(moved).items()}
-    save_file(other, tmp_path / "other.safetensors")
-<<<<<<< HEAD
-    resumed = (*train_arguments, "--out", out, "--weights", tmp_path / "other.safetensors", "--resume")
-    _refused(jdkd(*resumed), "weights was")
-=======
-    _refused(
-        jdkd(*train_arguments, "--out", out, "--weights", tmp_path / "other.safetensors", "--resume"), "weights was"
-    )
->>>>>>> w-masks
+    save_file(other, file := tmp_path / "other.safetensors")
+    _refused(jdkd(*train_arguments, "--out", out, "--weights", file, "--resume"), "weights was")
 
 
 def test_a_base_without_spec_or_with_weights_that_do_not_fit(jdkd, trained, squares, tmp_path):

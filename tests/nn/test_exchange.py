@@ -152,6 +152,16 @@ def test_export_drops_blocks_of_lists_and_puts_an_identity_elsewhere():
     assert len(net.more) == 3 and net(x).shape == x.shape
 
 
+def test_export_drops_a_block_with_the_blocks_in_it():
+    inner = as_elastic_block(nn.Sequential(nn.Linear(4, 4)))
+    net = nn.Sequential(nn.Linear(4, 4), as_elastic_block(nn.Sequential(inner, nn.Tanh())))
+    for block in (inner, net[1]):
+        block.set_active(False)
+    assert len(export(net)) == 1
+    net[1].set_active()
+    assert [type(layer) for layer in export(net)[1]] == [nn.Tanh]
+
+
 def test_only_layers_that_are_known_and_hold_no_more_change_their_class():
     with pytest.raises(InputError, match="as_elastic: a ConvTranspose2d has no elastic form; Conv2d, "):
         as_elastic(nn.ConvTranspose2d(3, 3, 1))
