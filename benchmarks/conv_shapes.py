@@ -2,7 +2,7 @@
 
 The shapes come of the specs themselves: a detector is built without memory, features and region proposals run over one
 800x1344 image, to which 800x1333 is padded, and every convolution that is called is noted. A side of a layer is elastic
-if :func:`jdkd.detect.channel_groups` has it in a group; the image's three channels and the predictions are in none.
+if :func:`jdkd.detect.read` has it in a group; the image's three channels and the predictions are in none.
 P7, which one-stage detectors have and these do not, is there with the 3x3 convolution of a head.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect import build, channel_groups, named_spec
+from jdkd.detect import build, named_spec, read
 
 DETECTORS = ("faster_rcnn_r50_fpn", "faster_rcnn_r101_fpn")
 P6, P7 = "P6 rpn 3x3 256->256", "P7 head 3x3 256->256"
@@ -60,7 +60,7 @@ class ConvShape:
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """A convolution that a detector calls, by the path of its module."""
 
     module: str
@@ -79,7 +79,7 @@ class Call:
 
 
 @functools.cache
-def calls(detector: str) -> tuple[Call, ...]:
+def calls(detector: str) -> tuple[LayerCall, ...]:
     """Every call of a convolution by backbone, pyramid and region proposals for one image, in order.
 
     Args:
@@ -88,14 +88,14 @@ def calls(detector: str) -> tuple[Call, ...]:
     spec, found = named_spec(detector, classes=["object"]), []
     with torch.device("meta"):
         model, image = build(spec), torch.empty(1, 3, *IMAGE)
-    sides = {side[:2] for group in channel_groups(spec).values() for side in (*group.producers, *group.consumers)}
+    sides = {(slot.tensor, slot.dim) for group in read(build(spec)).groups for slot in group.slots}
 
     def note(conv: nn.Conv2d, given: Sequence[Tensor], output: Tensor, module: str) -> None:
         elastic = ((f"{module}.weight", 1) in sides, (f"{module}.weight", 0) in sides)
         square = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         size = (given[0].shape[2], given[0].shape[3])
         shape = ConvShape(conv.in_channels, conv.out_channels, *square, size, conv.bias is not None, elastic)
-        found.append(Call(module, shape))
+        found.append(LayerCall(module, shape))
 
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):

@@ -1,6 +1,6 @@
-"""Writes the README's tables from the committed result files: ``python -m benchmarks.readme``.
+"""Writes the tables of the README and of ``docs/`` from the committed result files: ``python -m benchmarks.readme``.
 
-A table stands between ``<!-- results of OP -->`` and ``<!-- end of results -->``; a test holds that README and result
+A table stands between ``<!-- results of OP -->`` and ``<!-- end of results -->``; a test holds that pages and result
 files agree. Where an operator has goals, the table is theirs, and the other rows are left to the files; of
 :data:`WHOLE` all rows are shown.
 """
@@ -11,12 +11,13 @@ from pathlib import Path
 from benchmarks import demo, goals, record
 
 WHOLE = ("pearson",)
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
 def rendered(text: str) -> str:
-    """The README's text with every table as the result files have it."""
+    """A page's text with every table as the result files have it."""
     return _TABLE.sub(lambda found: f"{found[1]}{_table(found[2])}\n{found[3]}", text)
 
 
@@ -30,4 +31,5 @@ def _table(op: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))

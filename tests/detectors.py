@@ -27,6 +27,22 @@ def detector(spec: DetectorSpec, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
+def mask_detector(seed: int = 0, classes: tuple[str, ...] = CLASSES) -> torch.nn.Module:
+    """A small detector with a mask head of torchvision's; also what `package.module:function` makes."""
+    from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+    from torchvision.ops import MultiScaleRoIAlign
+
+    torch.manual_seed(seed)
+    spec = small_spec(classes=tuple(classes))
+    model = build(spec)
+    del model.architecture
+    heads = model.roi_heads
+    heads.mask_roi_pool = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=14, sampling_ratio=2)
+    heads.mask_head = MaskRCNNHeads(spec.fpn, (16,), dilation=1)
+    heads.mask_predictor = MaskRCNNPredictor(16, 16, len(spec.classes) + 1)
+    return model
+
+
 @torch.no_grad()
 def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
     """Everything that leaves the convolutional part and both heads, for one batch."""

@@ -1,6 +1,7 @@
 """The rules of the house that a machine can check: floors, where packages are imported, sizes, names."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ FLOORS = (
     "errors files notices run_folder",
     "kernels reference",
     "_ext",
-    "_backend _verdicts",
+    "_backend _dispatch _verdicts",
     "ops",
     "functional env testing check",
     "nn",
@@ -26,12 +27,23 @@ FLOORS = (
     "search",
     "report",
     "cli __main__",
+    "experimental",  # so nothing imports from it
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 OPTIONAL = {"tyro", "rich", "matplotlib", "ray", "onnx", "sklearn"}
 NOT_AT_IMPORT = OPTIONAL | {"triton", "torchvision", "pycocotools", "safetensors", "PIL", "numba", "pandas"}
 NAMELESS = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_LINES = 400
+FAMILIES = re.compile(  # detectors and what is in them, as words of an identifier or of a sentence
+    r"(?<![a-z0-9])("
+    r"(faster|mask|keypoint|generalized)[_ ]?r-?cnn|retina_?net|fcos|ssd(_?lite)?(300|320|512)?"
+    r"|region_?proposal_?network|rpn|ro_?i_?heads|(box|mask|keypoint)_(head|predictor|roi_pool)|cls_score"
+    r"|classification_head|anchor_generator|fpn|feature_?pyramid_?network|layer[1-4]|backbone\.body"
+    r"|torchvision\.models\.detection)(?![a-z0-9])",
+    re.IGNORECASE,
+)
+FLAGS = {"fpn", "box_head"}  # of the command line: the user's own words
+HUMPS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # where words of CamelCase meet
 
 
 def imports(tree: ast.Module, package: str) -> Iterator[tuple[str, int, bool]]:
@@ -167,6 +179,34 @@ def command_line_readers(root: Path) -> list[str]:
     return found
 
 
+def family_names(root: Path) -> list[str]:
+    """Where a detector's family, or a path into one, is named outside of detect: ``file:line: the name``.
+
+    Sentences count where the program says them, and not in docstrings (what follows a field among them, which is help).
+    """
+    found = []
+    for path in sorted(root.glob("jdkd/**/*.py")):
+        if path.relative_to(root).parts[1] != "detect":
+            tree = ast.parse(path.read_text())
+            bare = (node.value for node in ast.walk(tree) if isinstance(node, ast.Expr))
+            said = {id(node) for node in bare if isinstance(node, ast.Constant)}
+            flags = FLAGS if path.relative_to(root).parts[1] == "cli" else set()
+            for node in ast.walk(tree):
+                for name in [] if id(node) in said else sorted(set(words(node)) - flags):
+                    found.append(f"{path.relative_to(root)}:{getattr(node, 'lineno', 0)}: {name}")
+    return found
+
+
+def words(node: ast.AST) -> Iterator[str]:
+    """Yields the names of families in the identifiers or the text of one node of a syntax tree."""
+    texts = [value for _, value in ast.iter_fields(node) if isinstance(value, str)]
+    if isinstance(node, ast.Attribute):
+        texts = [ast.unparse(node)] if isinstance(node.value, ast.Name | ast.Attribute) else texts
+        yield from ["backbone"] * (node.attr == "backbone")
+    for text in texts:
+        yield from (match.group(0) for match in FAMILIES.finditer(HUMPS.sub("_", text)))
+
+
 def source_files() -> list[Path]:
     folders = ("jdkd", "kernels", "csrc", "tests", "benchmarks")
     suffixes = {".py", ".cpp", ".cu", ".h", ".cuh", ".sh"}
@@ -233,6 +273,7 @@ def test_a_planted_circle_of_rooms_is_caught(tmp_path):
         ("jdkd/ops/pearson.py", "from kernels import pearson", "as jdkd.kernels"),
         ("kernels/pearson.py", "import numpy", "kernels import only"),
         ("kernels/pearson.py", "from jdkd.errors import InputError", "kernels import only"),
+        ("jdkd/search/loop.py", "from jdkd.experimental import masked", "search is on a floor left of experimental"),
         ("jdkd/attic.py", "import torch", "no floor"),
     ],
 )
@@ -300,3 +341,49 @@ def test_files_have_names_that_say_something():
 
 def test_kernels_is_no_package_of_its_own():
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_detectors_of_no_family_are_named_outside_of_detect():
+    assert family_names(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from torchvision.models.detection import whatever",
+        "from models import FasterRCNN",
+        "import models.rpn as proposing",
+        "model.roi_heads(x)",
+        "build(x).backbone",
+        "getattr(model, 'box_head')",
+        "def cut(fpn): ...",
+        "make(faster_rcnn=1)",
+        "class MySSDLite320Head: ...",
+        "x: GeneralizedRCNNTransform",
+        "layer1 = 3",
+        "path = f'{prefix}.backbone.body.{name}'",
+        "raise InputError('only a Mask R-CNN has masks')",
+        "match x:\n    case 'fcos': ...",
+    ],
+)
+def test_a_planted_family_is_caught(tmp_path, line):
+    for room in ("search", "detect"):
+        (tmp_path / "jdkd" / room).mkdir(parents=True)
+        (tmp_path / "jdkd" / room / "run.py").write_text(line)
+    found = family_names(tmp_path)
+    assert found and all(each.startswith("jdkd/search/run.py:") for each in found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"""As the heads of RetinaNet do."""',
+        'class Flags:\n    model: str\n    """A detector, such as fcos_resnet50_fpn."""',
+        "x = 1  # torchvision's FasterRCNN",
+        "backbone = 'backbone'\nclassified = player1 = ssdx = 2",
+    ],
+)
+def test_families_may_be_spoken_of(tmp_path, line):
+    (tmp_path / "jdkd").mkdir()
+    (tmp_path / "jdkd" / "run.py").write_text(line)
+    assert family_names(tmp_path) == []

@@ -1,38 +1,49 @@
-"""The README's examples run as they stand, and its commands exist."""
+"""The examples of README and docs run as they stand, and their commands exist."""
 
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import rendered
+from benchmarks.readme import PAGES, ROOT, rendered
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = sorted(set(re.findall(r"^jdkd (\w+)", README, re.MULTILINE)))
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
+ALL = "\n".join(TEXTS.values())
+EXAMPLES = [
+    pytest.param(example, id=f"{name} {number}")
+    for name, text in TEXTS.items()
+    for number, example in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1)
+]
+COMMANDS = sorted(set(re.findall(r"^jdkd (\w+)", ALL, re.MULTILINE)))
 
 
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
-def test_every_example_runs(number, capsys):
-    exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {})
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_every_example_runs(example, capsys):
+    exec(compile(example, "an example", "exec"), {})
     assert capsys.readouterr().out
 
 
-def test_there_is_an_example_for_each_kind_of_user():
-    assert len(EXAMPLES) == 7 and {"train", "search", "eval", "latency", "inspect"} <= set(COMMANDS)
+def test_the_front_page_is_short_and_has_an_example_for_each_kind_of_user():
+    assert len(TEXTS["README.md"].splitlines()) <= 150 and TEXTS["README.md"].count("```python") >= 2
+    assert {"train", "search", "eval", "latency", "inspect", "import"} <= set(COMMANDS)
+    for name in re.findall(r"\]\((?!http)([\w/.-]+)\)", ALL):
+        assert (ROOT / name).exists() or (ROOT / "docs" / name).exists(), name
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_that_the_readme_shows_exists(command):
-    shown = re.findall(rf"^jdkd {command}((?:.*\\\n)*.*)$", README, re.MULTILINE)
+def test_every_flag_that_is_shown_exists(command):
+    shown = re.findall(rf"^jdkd {command}((?:.*\\\n)*.*)$", ALL, re.MULTILINE)
     flags = {flag for text in shown for flag in re.findall(r"(--[\w-]+)", text.split("#")[0])}
     helped = [command, "digits"] if command == "data" else [command]
     text = subprocess.run([sys.executable, "-m", "jdkd", *helped, "--help"], capture_output=True, text=True, check=True)
     assert flags <= set(re.findall(r"--[\w-]+", text.stdout)), flags
 
 
-def test_every_table_says_what_the_result_files_say():
-    assert rendered(README) == README
-    assert README.count("<!-- results of") == 5
+@pytest.mark.parametrize("page", PAGES, ids=TEXTS)
+def test_every_table_says_what_the_result_files_say(page):
+    assert rendered(page.read_text()) == page.read_text()
+
+
+def test_no_table_is_lost():
+    assert ALL.count("<!-- results of") == 5

@@ -26,7 +26,6 @@ from benchmarks.cases.supernet_step import (
     NAMES,
     R18,
     SMALL,
-    STAGES,
     TOLERANCES,
     Features,
     Inputs,
@@ -34,14 +33,14 @@ from benchmarks.cases.supernet_step import (
     elastic,
     packed,
     sliced,
+    topology_of,
 )  # fmt: skip
 from benchmarks.graphs import Graphs
 from benchmarks.harness import Case
 from jdkd._backend import use_backend
 from jdkd.detect import DetectorSpec, named_spec
-from jdkd.detect.groups import inner_group
-from jdkd.detect.resnet import Layers
-from jdkd.nn import Subnet, compile_elastic, set_subnet
+from jdkd.experimental import compile_elastic
+from jdkd.nn import Subnet, set_subnet
 
 NAME = "subnet_change"
 CHANGES = 20
@@ -90,7 +89,7 @@ def case(
 
     names = ["slice_contiguous", "jdkd", "jdkd packed", "jdkd torch.compile", *["jdkd triton"] * (device == "cuda")]
     with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in Features(spec, Layers()).parameters())
+        weights = sum(parameter.numel() for parameter in Features(spec).parameters())
     return Case(
         NAME,
         f"{NAMES[detector]} {size[0]}x{size[1]} N={images}",
@@ -143,16 +142,15 @@ class Provided:
 
 def subnets(spec: DetectorSpec) -> Iterator[Subnet]:
     """The whole supernet, one of listed channels, and then random ones, of leading and of listed channels in turn."""
-    draw = random.Random(0)
+    draw, topology = random.Random(0), topology_of(spec)
     for number in range(2 + CHANGES):
-        channels, depths = {}, {}
-        for stage, (name, depth) in enumerate(zip(STAGES, spec.depths, strict=True)):
-            depths[name] = depth if number < 2 else draw.randint(1, depth)
-            for block, widths in enumerate(spec.stages[stage].blocks[: depths[name]]):
-                for k, width in enumerate(widths):
-                    count = width if number == 0 else max(2, int(width * draw.choice(SHARES)))
-                    listed = sorted(draw.sample(range(width), count)) if number % 2 and count < width else count
-                    channels[inner_group(stage, block, k)] = listed
+        channels: dict[str, int | list[int]] = {}
+        lists = {blocks.name: len(blocks.blocks) for blocks in topology.block_lists}
+        depths = {name: depth if number < 2 else draw.randint(1, depth) for name, depth in lists.items()}
+        for group in topology.inner:
+            count = group.units if number == 0 else max(2, int(group.units * draw.choice(SHARES)))
+            listed = number % 2 and count < group.units
+            channels[group.name] = sorted(draw.sample(range(group.units), count)) if listed else count
         yield Subnet(channels, depths=depths)
 
 

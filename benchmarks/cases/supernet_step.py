@@ -28,10 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Case
-from jdkd.detect import DetectorSpec, channel_groups, named_spec
-from jdkd.detect.groups import inner_group
-from jdkd.detect.resnet import STAGES, Backbone, Layers
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticStage, Subnet, pack_forwards, set_subnet
+from jdkd.detect import DetectorSpec, named_spec
+from jdkd.detect.resnet import Backbone
+from jdkd.experimental import pack_forwards
+from jdkd.graph import Topology, trace
+from jdkd.nn import Subnet, as_elastic_block, set_subnet
+from jdkd.rewrite import make_elastic
 
 NAME = "supernet_step"
 R50, R18 = "faster_rcnn_r50_fpn", "faster_rcnn_r18_fpn"
@@ -47,12 +49,11 @@ class Features(nn.Module):
 
     Args:
         spec: of the detector.
-        layers: what the backbone is made of.
     """
 
-    def __init__(self, spec: DetectorSpec, layers: Layers) -> None:
+    def __init__(self, spec: DetectorSpec) -> None:
         super().__init__()
-        self.backbone = Backbone(spec, layers)
+        self.backbone = Backbone(spec)
 
     def forward(self, images: Tensor) -> list[Tensor]:  # [N, 3, H, W] -> P2 to P6
         return [*self.backbone(images).values()]
@@ -78,8 +79,14 @@ class SlicedBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(x, *vectors, training=self.training, momentum=self.momentum, eps=self.eps)
 
 
-SLICED = Layers(conv=SlicedConv2d, norm=SlicedBatchNorm2d, stage=ElasticStage)
-ELASTIC = Layers(conv=ElasticConv2d, norm=ElasticBatchNorm2d, stage=ElasticStage)
+SLICED = {nn.Conv2d: SlicedConv2d, nn.BatchNorm2d: SlicedBatchNorm2d}
+
+
+@functools.cache
+def topology_of(spec: DetectorSpec) -> Topology:
+    """What is coupled to what in the network of a spec."""
+    with torch.device("cpu"):
+        return trace(Features(spec), torch.rand(1, 3, 64, 64))
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,7 @@ def case(
         return Inputs(batch, nets)
 
     with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in Features(spec, Layers()).parameters())
+        weights = sum(parameter.numel() for parameter in Features(spec).parameters())
     return Case(
         NAME,
         f"{NAMES[detector]}{'' if width == 1 else f' x{width:g}'} {size[0]}x{size[1]} N={images}",
@@ -195,25 +202,28 @@ class Provided:
 
 def sliced(spec: DetectorSpec, device: str) -> Net:
     """The supernet as once-for-all writes it."""
-    model = Features(spec, SLICED)
-    body = model.backbone.body
+    model, topology = Features(spec), topology_of(spec)
+    for module in model.backbone.body.modules():
+        module.__class__ = SLICED.get(type(module), type(module))
+    for blocks in topology.block_lists:
+        for block in blocks.blocks:
+            as_elastic_block(model.get_submodule(block))
 
     def activate(number: int) -> None:
-        for name, depth, blocks in zip(STAGES, depths(spec, number), inner_channels(spec, number), strict=True):
-            stage = getattr(body, name)
-            stage.set_active(depth)
-            for block, widths in zip(stage, blocks, strict=False):
-                for k, width in enumerate(widths, start=1):
-                    getattr(block, f"conv{k}").active = width
+        active = subnet(spec, number)
+        for name, width in active.channels:
+            model.get_submodule(name).active = width  # the layer that makes a group names it
+        depths = dict(active.depths)
+        for blocks in topology.block_lists:
+            for place, block in enumerate(blocks.blocks):
+                model.get_submodule(block).set_active(place < depths[blocks.name])
 
     return trained(model, activate, device)
 
 
 def elastic(spec: DetectorSpec, device: str) -> Net:
     """The supernet of elastic layers, whose subnets one switch sets."""
-    model = Features(spec, ELASTIC)
-    inner = {name: group for name, group in channel_groups(spec).items() if ".inner" in name}
-    model.elastic_groups = ElasticGroups.from_tensors(inner, {name: f"backbone.body.{name}" for name in STAGES})
+    model = make_elastic(Features(spec), topology_of(spec))
     subnets = [subnet(spec, number) for number in range(len(SUBNETS))]
     return trained(model, lambda number: set_subnet(model, subnets[number]), device)
 
@@ -227,27 +237,9 @@ def packed(spec: DetectorSpec, device: str, grad_mode: str) -> Net:
 
 def subnet(spec: DetectorSpec, number: int) -> Subnet:
     """A subnet of :data:`SUBNETS`, as data."""
-    channels = {
-        inner_group(stage, block, k): width
-        for stage, blocks in enumerate(inner_channels(spec, number))
-        for block, widths in enumerate(blocks)
-        for k, width in enumerate(widths)
-    }
-    return Subnet(channels, depths=dict(zip(STAGES, depths(spec, number), strict=True)))
-
-
-def depths(spec: DetectorSpec, number: int) -> tuple[int, ...]:
-    """Blocks of every stage that run."""
-    return tuple(max(1, round(SUBNETS[number][1] * depth)) for depth in spec.depths)
-
-
-def inner_channels(spec: DetectorSpec, number: int) -> list[list[tuple[int, ...]]]:
-    """Inner channels of every block that runs, by stages."""
-    share = SUBNETS[number][0]
-    return [
-        [tuple(int(width * share) for width in block) for block in stage.blocks[:depth]]
-        for stage, depth in zip(spec.stages, depths(spec, number), strict=True)
-    ]
+    topology, (width, depth) = topology_of(spec), SUBNETS[number]
+    channels = {group.name: int(group.units * width) for group in topology.inner}
+    return Subnet(channels, depths={b.name: max(1, round(depth * len(b.blocks))) for b in topology.block_lists})
 
 
 def trained(model: Features, activate: Callable[[int], None], device: str) -> Net:

@@ -14,7 +14,7 @@ from jdkd.files import require_file, write_json
 
 @dataclass(frozen=True)
 class Eval:
-    """Score a detector on COCO-format data: the twelve lines of pycocotools, and JSON."""
+    """Score a detector on COCO-format data: the twelve lines of pycocotools, of boxes (and masks), and JSON."""
 
     ckpt: Path
     """Folder of the detector, written by train or import."""
@@ -43,7 +43,6 @@ class Eval:
         if self.json is not None:
             require_file(self.json, "--json")
         model = load(self.ckpt)
-        cost = count(model)
         with Progress() as progress:
             dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
             scores = evaluate(
@@ -55,15 +54,16 @@ class Eval:
                 max_detections=self.max_detections,
                 progress=progress.task("evaluate"),
             )
-        print(scores.lines)
+        cost = count(model, otherwise=dataset.sizes[0][1:])
+        print(scores.text)
         content = {
-            **{name: getattr(scores, name) for name in ("map", "map50", "map75", "stats")},
+            **scores.numbers,
             "max_detections": scores.max_detections,
             "params": cost.params,
             "gmacs": cost.gmacs,
             "images": len(dataset),
             "split": self.split,
-            "spec": identity(model),
+            "architecture": identity(model),
             "device": device,
         }
         if self.json is None:

@@ -57,6 +57,18 @@ class DataFlags:
         return resolve_split(name, self.data, images, annotations, self.strict)
 
 
+@dataclass(frozen=True)
+class ModelFlags:
+    """What of a model that is named by its family or by torchvision can be chosen."""
+
+    backbone: str | None = None
+    """Backbone of torchvision (resnet18, mobilenet_v2, swin_t, ...) or timm:NAME, instead of the name's own."""
+    pyramid: str | None = None
+    """P2-P6 or P3-P7 [as the family has it]."""
+    norm: str | None = None
+    """batch, frozen, sync or group [as the backbone has it]."""
+
+
 def resolve_device(device: str) -> str:
     """The device to run on.
 

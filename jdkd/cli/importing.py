@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from jdkd.cli.flags import ModelFlags
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, read_text
 
@@ -14,11 +15,12 @@ class Import:
     """Make a checkpoint folder of a detector from elsewhere: inspect, eval and latency open it."""
 
     model: str
-    """A detector of torchvision by name, package.module:function, or a folder that import wrote."""
+    """Name of a detector of torchvision or of a family, package.module:function, or a folder that import wrote."""
     out: Path | None = None
     """Folder for architecture.json and weights.safetensors; must be given."""
+    choice: ModelFlags = field(default_factory=ModelFlags)
     weights: Path | None = None
-    """State dict, or a training checkpoint that holds one; without it, what the builder gives."""
+    """State dict, a training checkpoint that holds one, or DEFAULT, COCO_V1 of torchvision; else the builder's own."""
     classes: tuple[str, ...] = ()
     """Names of the object classes, or a file with one a line; predictors for another number are made anew."""
     norm_eps: float | None = None
@@ -36,7 +38,8 @@ class Import:
         if held := [name for name in (SPEC, ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
             raise InputError(f"--out {self.out} holds a {held[0]} already; give another folder.")
         torch.manual_seed(0)  # of predictors that are made anew
-        model = import_detector(self.model, self.weights, classes=self._names(), norm_eps=self.norm_eps)
+        how = {"classes": self._names(), "norm_eps": self.norm_eps, **vars(self.choice)}
+        model = import_detector(self.model, self.weights, **how)
         claim_folder(self.out, "--out")
         save_architecture(self.out, model, model.architecture)
         print(f"{type(model).__name__}, {parameter_count(model) / 1e6:.2f} M parameters, {model.architecture.id}")

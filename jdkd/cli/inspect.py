@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jdkd.cli.flags import ModelFlags
 from jdkd.errors import InputError
 from jdkd.files import require_file, write_whole
 
@@ -20,7 +21,8 @@ class Inspect:
     """Read off any model which channels and blocks can be cut, check it, and say what cannot be and why."""
 
     model: str
-    """Folder of a detector, a detector of torchvision by name, or package.module:function."""
+    """Folder of a detector, name of a detector of torchvision or of a family, or package.module:function."""
+    choice: ModelFlags = field(default_factory=ModelFlags)
     height: int = 240
     """Of the example image, in pixels; a detector that would resize it to its own input size sees it as it is."""
     width: int = 320
@@ -42,7 +44,7 @@ class Inspect:
         for name in ("height", "width"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; give at least 1 pixel.")
-        model = open_model(self.model)
+        model = open_model(self.model, **vars(self.choice))
         if (transform := input_transform(model)) is not None and transform.fixed_size is None:
             transform.min_size, transform.max_size = (min(self.height, self.width),), max(self.height, self.width)
         with Console(stderr=True).status("tracing one forward, then cutting every group"):

@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, resolve_device
+from jdkd.cli.flags import DataFlags, ModelFlags, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import content_hash, read_text, write_json
+from jdkd.notices import say_once
 from jdkd.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from jdkd.data import CocoDetectionDataset
-    from jdkd.detect import DetectorSpec
     from jdkd.train import TrainConfig
 
 
@@ -26,27 +28,30 @@ if TYPE_CHECKING:
 class Train:
     """Train a base detector and score it on the validation split."""
 
-    spec: str
-    """Named spec (faster_rcnn_r18_fpn, also r34, r50, r101), or a JSON file."""
     out: Path
-    """Folder for spec.json, weights.safetensors, train.json, log.jsonl."""
+    """Folder for architecture.json, weights.safetensors, train.json, log.jsonl."""
+    model: str | None = None
+    """Detector of torchvision, family (fcos, with --backbone), package.module:function, or folder of a detector."""
+    spec: str | None = None
+    """Named spec (faster_rcnn_r18_fpn, also r34, r50, r101), or a JSON file of one; instead of --model."""
+    choice: ModelFlags = field(default_factory=ModelFlags)
     source: DataFlags = field(default_factory=DataFlags)
     width: float = 1.0
-    """Multiplies the channels of a named spec."""
+    """Multiplies the channels of a named spec; of a model, the first share of all channels is kept."""
     depth: float = 1.0
     """Multiplies the blocks of a named spec."""
     fpn: int | None = None
-    """Channels of the FPN, instead of the multiplied ones."""
+    """Channels of the pyramid, instead of the family's or the multiplied ones."""
     box_head: int | None = None
-    """Hidden units of the box head, instead of the multiplied ones."""
+    """Hidden units of the box head, instead of the family's or the multiplied ones."""
     min_size: int | None = None
-    """Short side of the input in pixels [named spec: 800]."""
+    """Short side of the input in pixels [800; ssd: 300, ssdlite: 320]."""
     max_size: int | None = None
-    """Longest side of the input in pixels [named spec: 1333]."""
+    """Longest side of the input in pixels [1333]."""
     max_detections: int | None = None
-    """Detections an image that the detector keeps and that are scored [named spec: 100]."""
+    """Detections an image that the detector keeps and that are scored [100, torchvision's names: as it has them]."""
     weights: Path | None = None
-    """State dict of a torchvision backbone or detector to begin with."""
+    """State dict of a backbone or detector to begin with, or DEFAULT, IMAGENET1K_V1, COCO_V1 of torchvision."""
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 8
@@ -79,63 +84,95 @@ class Train:
     """Carry on what OUT holds."""
 
     def __call__(self) -> None:
-        import torch
-
         from jdkd.data.splits import whereabouts
-        from jdkd.detect import build, load_weights, save
+        from jdkd.detect import save
         from jdkd.latency import deployable
         from jdkd.train import evaluate, fit
+        from jdkd.train.inputs import with_targets_of
 
         device, splits = resolve_device(self.device), self.source.splits()
+        if self.choice.norm == "sync":
+            say_once(
+                "norm sync takes statistics over several processes on GPUs, and this is one process on "
+                f"{device}, where it does what batch does"
+            )
         train, val = _open(splits)
-        spec, config = self._spec(train.classes), self._config(train)
+        config = self._config(train)
         run = RunFolder(self.out)
+        model, weights = self._model(train.classes)
+        train = with_targets_of(model, train)
         with keeping(run, f"the checkpoint of every {self.checkpoint_every} steps and of the last one"):
-            identity = self._identity(spec, config, train, val)
+            identity = self._identity(model, weights, config, train, val)
             where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
             record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
             resumed = run.begin("train", identity, resume=self.resume, **record)
-            torch.manual_seed(self.seed)
-            model = build(spec)
-            if self.weights is not None:
-                print(f"{self.weights}: {load_weights(model, self.weights)}")
             with Progress() as progress:
                 how = {"device": device, "folder": self.out, "resume": resumed}
                 report = fit(model, train, config, **how, progress=progress.task("train"))
                 save(self.out, model)
                 scored = {"device": device, "batch_size": self.batch_size, "workers": self.workers}
                 scores = evaluate(deployable(model), val, **scored, progress=progress.task("evaluate"))
-            content = _summary(model, scores, report) | {
+            content = _summary(model, scores, report, val.sizes[0][1:]) | {
                 "config": dataclasses.asdict(config),
                 "device": device,
             }
             write_json(self.out / "train.json", content)
             run.finish()
-        _print(self.out, content, scores.lines)
+        _print(self.out, content, scores.text)
 
-    def _spec(self, classes: tuple[str, ...]) -> DetectorSpec:
-        """The detector to build, for the classes of the data.
+    def _model(self, classes: tuple[str, ...]) -> tuple[nn.Module, Path | None]:
+        """The detector to train, for the classes of the data, and the file of the weights that it begins with.
+
+        Raises:
+            InputError: it is unknown, or a flag is not for it.
+        """
+        import torch
+
+        from jdkd.detect import NAMED_SPECS, frozen_like, load_weights, narrowed, weights_file
+
+        torch.manual_seed(self.seed)
+        if (self.spec is None) == (self.model is None):
+            both = "both --spec and --model" if self.spec else "neither --spec nor --model"
+            raise InputError(f"{both} given; give one of them, the detector to train.")
+        is_spec = self.spec is not None or self.model in NAMED_SPECS
+        model = self._of_spec(self.spec or self.model, classes) if is_spec else self._of_name(classes)
+        weights = None
+        if self.weights is not None:
+            weights = weights_file(self.weights, model.architecture)
+            is_new = not is_spec and self.choice.norm is None and not Path(self.model).is_dir()
+            if is_new and (frozen := frozen_like(model, weights)) is not None:
+                model = frozen
+            print(f"{self.weights}: {load_weights(model, weights)}")
+        if not is_spec and self.width != 1:
+            model = narrowed(model, self.width)
+        return model, weights
+
+    def _of_spec(self, name: str, classes: tuple[str, ...]) -> nn.Module:
+        """A detector of a named spec or of the file of one.
 
         Raises:
             InputError: the spec is unknown or unreadable, or a flag only fits a named one.
         """
-        from jdkd.detect import DetectorSpec, named_spec
-        from jdkd.detect.checkpoint import ARCHITECTURE
+        from jdkd.detect import DetectorSpec, build, named_spec
 
+        for flag in ("backbone", "pyramid"):
+            if (value := getattr(self.choice, flag)) is not None:
+                raise InputError(f"--{flag} {value} is for --model, and a spec has its own; leave it out.")
         sizes = {name: getattr(self, name) for name in ("min_size", "max_size", "max_detections")}
         given = {name: size for name, size in sizes.items() if size is not None}
-        file = Path(self.spec)
+        norm = {} if self.choice.norm is None else {"norm": self.choice.norm}
+        file = Path(name)
         if not (file.suffix == ".json" or file.is_file()):
             widths = {"width": self.width, "depth": self.depth, "fpn": self.fpn, "box_head": self.box_head}
-            return named_spec(self.spec, classes, **widths, **given)
+            return build(named_spec(name, classes, **widths, **given).replace(**norm))
         if (self.width, self.depth) != (1.0, 1.0):
             raise InputError(
                 f"--width {self.width:g} and --depth {self.depth:g} multiply a named spec, but --spec is the "
                 f"file {file}; change the file or name a spec."
             )
         text = read_text(file, "give --spec a JSON file or a named spec")
-        if file.name == ARCHITECTURE:
-            raise InputError(f"{file} is of a builder, and train takes a spec so far; give a named one or a spec.json.")
+        if file.name == "architecture.json":
+            raise InputError(f"{file} is of a detector that has weights; give its folder as --model.")
         spec = DetectorSpec.from_json(text, source=str(file))
         if spec.classes != tuple(classes):
             raise InputError(
@@ -143,7 +180,33 @@ class Train:
                 f"{', '.join(classes[:5])} ({len(classes)}); give the data's classes to the spec."
             )
         given |= {name: getattr(self, name) for name in ("fpn", "box_head") if getattr(self, name) is not None}
-        return spec.replace(**given)
+        return build(spec.replace(**given, **norm))
+
+    def _of_name(self, classes: tuple[str, ...]) -> nn.Module:
+        """A detector by its name, its function or its folder, for the classes of the data.
+
+        Raises:
+            InputError: there is none, or a flag is not for it.
+        """
+        from jdkd.detect import adapt_classes, open_model
+        from jdkd.rewrite import describe
+
+        if self.depth != 1:
+            raise InputError(
+                f"--depth {self.depth:g} multiplies the blocks of a named spec, and {self.model} has those of its "
+                "name; leave it out, or give a backbone with more or fewer."
+            )
+        own = {name: getattr(self, name) for name in ("box_head", "min_size", "max_size", "max_detections")}
+        model = open_model(self.model, classes=len(classes), channels=self.fpn, **own, **vars(self.choice))
+        adapt_classes(model, len(classes))
+        known = model.architecture
+        if known.classes and known.classes != classes and len(known.classes) == len(classes):
+            say_once(
+                f"{self.model} was made for {', '.join(known.classes)[:80]}; its predictors go on as those of "
+                f"{', '.join(classes)[:80]}"
+            )
+        model.architecture = describe(model, known.builder, known.arguments, classes=classes)
+        return model
 
     def _config(self, train: CocoDetectionDataset) -> TrainConfig:
         from jdkd.train import TrainConfig
@@ -153,15 +216,20 @@ class Train:
         return TrainConfig(**{**{name: getattr(self, name) for name in names}, "flip": flip})
 
     def _identity(
-        self, spec: DetectorSpec, config: TrainConfig, train: CocoDetectionDataset, val: CocoDetectionDataset
+        self,
+        model: nn.Module,
+        weights: Path | None,
+        config: TrainConfig,
+        train: CocoDetectionDataset,
+        val: CocoDetectionDataset,
     ) -> dict[str, Any]:
         """What a resumed training must have in common with the first one."""
         from jdkd.train.config import RESUME_MAY_CHANGE
 
         training = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_MAY_CHANGE}
         return {
-            "spec": json.loads(spec.to_json()),
-            "weights": self.weights and content_hash(self.weights),
+            "architecture": json.loads(model.architecture.to_json()),
+            "weights": weights and content_hash(weights),
             "data": {"train": train.fingerprint, "val": val.fingerprint},
             "training": training,
         }
@@ -185,16 +253,16 @@ def _open(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionD
     return train, val
 
 
-def _summary(model: Any, scores: Any, report: Any) -> dict[str, Any]:
-    """Scores, cost and what the training took, JSON-able."""
+def _summary(model: Any, scores: Any, report: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Scores, cost and what the training took, JSON-able; ``size`` is of an image."""
     from jdkd.latency import count
 
-    cost = count(model)
+    cost = count(model, otherwise=size)
     return {
-        **{name: getattr(scores, name) for name in ("map", "map50", "map75", "stats")},
+        **scores.numbers,
         "params": cost.params,
         "gmacs": cost.gmacs,
-        "spec": model.spec.id,
+        "architecture": model.architecture.id,
         "train_steps": report.steps,
         "seconds": report.seconds,
         "losses": report.losses,
@@ -208,5 +276,5 @@ def _print(out: Path, content: dict[str, Any], lines: str) -> None:
         f"parameters, {content['gmacs']:.2f} GMACs, {content['train_steps']} steps in "
         f"{content['seconds']:.0f} s"
     )
-    for name in ("spec.json", "weights.safetensors", "train.json", "log.jsonl"):
+    for name in ("architecture.json", "weights.safetensors", "train.json", "log.jsonl"):
         print(out / name)

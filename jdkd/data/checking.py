@@ -13,6 +13,7 @@ from pathlib import Path
 
 from jdkd.data.annotations import Annotations, inspect_annotations
 from jdkd.data.images import MISSING, REMEDIES, ImageFault, no_warnings, verify_image
+from jdkd.data.masks import read_segmentations
 from jdkd.data.problems import Problem
 from jdkd.data.splits import Split
 
@@ -32,6 +33,7 @@ class Inspection:
         files: [N] where each of their images lies, relative to the images folder.
         digests: [N] of each file's bytes, where every image was decoded.
         problems: everything that is wrong, errors first.
+        masks: how many boxes have a segmentation that can be used, where every image was decoded.
     """
 
     split: Split
@@ -39,6 +41,7 @@ class Inspection:
     files: list[str]
     digests: list[bytes]
     problems: list[Problem]
+    masks: int = 0
 
     @property
     def summary(self) -> str:
@@ -47,7 +50,8 @@ class Inspection:
         found = self.annotations
         if found is None:
             return f"nothing usable: {wrong}"
-        holds = f"{len(found.image_ids):,} images, {len(found.boxes):,} boxes, {len(found.classes)} classes"
+        boxes = f"{len(found.boxes):,} boxes" + (f" ({self.masks:,} with masks)" if self.masks else "")
+        holds = f"{len(found.image_ids):,} images, {boxes}, {len(found.classes)} classes"
         return f"{holds}: {wrong or 'nothing wrong'}"
 
 
@@ -64,8 +68,8 @@ def inspect_split(split: Split, *, decode: bool = False, progress: Progress | No
 
     Args:
         split: where images and annotations lie.
-        decode: decode every image. Otherwise its header is read and the end of its file looked at, and only what
-            looks truncated is decoded.
+        decode: decode every image, and read segmentations. Otherwise an image's header is read and the end of its
+            file looked at, and only what looks truncated is decoded.
         progress: called with how many of how many images are done.
     """
     annotations, problems = inspect_annotations(split.annotations)
@@ -99,8 +103,12 @@ def inspect_split(split: Split, *, decode: bool = False, progress: Progress | No
     names = [name if file is None else file for name, file in zip(annotations.file_names, files, strict=True)]
     problems += _as_problems(split, names, faults)
     problems += _same_bytes(split, names, digests)
+    masks = 0
+    if decode:
+        _, masks, of_masks = read_segmentations(split.annotations, annotations)
+        problems += of_masks
     problems.sort(key=lambda problem: problem.severity != "error")
-    return Inspection(split, annotations, names, digests, problems)
+    return Inspection(split, annotations, names, digests, problems, masks)
 
 
 def compare_splits(train: Inspection, val: Inspection) -> list[Problem]:

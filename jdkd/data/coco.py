@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from jdkd.data.annotations import Annotations
 from jdkd.data.checking import Progress, inspect_split
 from jdkd.data.images import read_image
+from jdkd.data.masks import Segmentations
 from jdkd.data.problems import refuse
 from jdkd.data.splits import Split
 from jdkd.errors import InputError
@@ -37,7 +38,8 @@ class CocoDetectionDataset(Dataset):
     category id, so gaps between category ids do not matter.
 
     Item ``i`` is ``(image, target)``: image [3, H, W] uint8; target ``{"boxes": [M, 4] float32 xyxy in pixels,
-    "labels": [M] int64 in 1..K, "image_id": int}``. :func:`jdkd.data.images.read_image` decodes the pixels.
+    "labels": [M] int64 in 1..K, "image_id": int}``, and after :meth:`with_masks` ``"masks"``, [M, H, W] uint8 of 0 and
+    1. :func:`jdkd.data.images.read_image` decodes the pixels.
 
     Args:
         split: where images and annotations lie, and whether to refuse what would be put right.
@@ -47,6 +49,7 @@ class CocoDetectionDataset(Dataset):
         classes: the K class names in order of label.
         image_ids: the images' ids in order of index.
         label_to_category: category id of each label; index 0 (background) is -1.
+        masks: whether targets and :attr:`coco` have masks.
         mirror_symmetric: whether a mirrored object is still of its class; False if the annotation file's
             ``info`` says ``{"mirror_symmetric": false}`` (digits, text), then training must not flip.
 
@@ -61,6 +64,8 @@ class CocoDetectionDataset(Dataset):
         refuse(found.problems, split.strict)
         self._all: Annotations = found.annotations
         self._files = found.files  # [N] relative to the images folder
+        self._segmentations = Segmentations(split.annotations, self._all, split.strict)
+        self.masks = False
         self._rows = np.arange(len(self._all.image_ids))  # [n] rows of _all that this data set shows
 
     @property
@@ -96,15 +101,16 @@ class CocoDetectionDataset(Dataset):
 
     @cached_property
     def coco(self) -> COCO:
-        """The ground truth of the shown images for pycocotools: boxes as trained on, and crowd regions."""
-        return _ground_truth(self._all, self._rows)
+        """The ground truth of the shown images for pycocotools: boxes (and masks) as trained on, and crowd regions."""
+        return _ground_truth(self._all, self._rows, self._segmentations.truth if self.masks else None)
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, as 64 hexadecimal digits, of what the shown data are: two data sets that train alike have one.
 
         It covers the classes and, image by image in order, id, file name inside its folder, size, boxes and labels
-        after cleaning. Where the files lie, how the JSON is laid out and the pixels are not part of it.
+        after cleaning, and the masks where targets have them. Where the files lie, how the JSON is laid out and the
+        pixels are not part of it.
         """
         found, rows = self._all, self._rows
         names = [found.file_names[row].replace("\\", "/") for row in rows]
@@ -121,6 +127,8 @@ class CocoDetectionDataset(Dataset):
         digest = hashlib.sha256(json.dumps([self.classes, names]).encode())
         for column, kind in columns:
             digest.update(column.astype(kind).tobytes())
+        for row in rows if self.masks else ():
+            digest.update(b" ".join(self._segmentations.of(row)))
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -135,6 +143,8 @@ class CocoDetectionDataset(Dataset):
             "labels": torch.from_numpy(self._all.labels[mine].copy()),  # [M]
             "image_id": int(self._all.image_ids[row]),
         }
+        if self.masks:
+            target["masks"] = self._segmentations.decode(row)  # [M, H, W]
         return image, target
 
     def __iter__(self):
@@ -146,6 +156,25 @@ class CocoDetectionDataset(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         """Leave what is derived behind when a worker process or a subset gets a copy; it is made anew if asked for."""
         return {key: value for key, value in self.__dict__.items() if key not in ("coco", "fingerprint")}
+
+    @property
+    def segmented(self) -> bool:
+        """Whether any box of the annotation file has a segmentation that can be used; reads them all."""
+        return self._segmentations.given > 0
+
+    def with_masks(self) -> CocoDetectionDataset:
+        """The same images with ``masks`` in their targets, out of polygons and run lengths.
+
+        Boxes, labels and their order are those of this data set. A mask ends where the image does; a box without a
+        segmentation, with one that cannot be read, or with one that has no pixel in it, is masked whole, which is said.
+
+        Raises:
+            InputError: no box has a segmentation that can be used, or the annotation file has changed meanwhile.
+        """
+        self._segmentations.require()
+        masked = copy.copy(self)
+        masked.masks = True
+        return masked
 
     def subset(self, indices: Iterable[int]) -> CocoDetectionDataset:
         """Show only some of the images, in the given order; the ground truth is restricted to them.
@@ -168,10 +197,11 @@ class CocoDetectionDataset(Dataset):
         return subset
 
 
-def _ground_truth(found: Annotations, rows: np.ndarray) -> COCO:
+def _ground_truth(found: Annotations, rows: np.ndarray, masks: list[bytes] | None) -> COCO:
     """Index the annotations of the images in some rows for pycocotools.
 
-    pycocotools takes annotation id 0 for "unmatched", so where an id is below 1 all are renumbered.
+    pycocotools takes annotation id 0 for "unmatched", so where an id is below 1 all are renumbered. ``masks`` [G] are
+    run lengths.
     """
     from pycocotools.coco import COCO
 
@@ -188,6 +218,13 @@ def _ground_truth(found: Annotations, rows: np.ndarray) -> COCO:
         "area": truth.areas[shown],
         "iscrowd": truth.crowd[shown].astype(int),
     }
+    columns = {name: column.tolist() for name, column in columns.items()}
+    if masks is not None:
+        sizes = found.sizes[truth.rows[shown]].tolist()
+        columns["segmentation"] = [
+            {"size": [height, width], "counts": masks[place]}
+            for place, (width, height) in zip(shown.tolist(), sizes, strict=True)
+        ]
     coco = COCO()
     coco.dataset = {
         "info": found.info,
@@ -199,10 +236,7 @@ def _ground_truth(found: Annotations, rows: np.ndarray) -> COCO:
         "categories": [
             {"id": number, "name": name} for number, name in zip(found.categories.tolist(), found.classes, strict=True)
         ],
-        "annotations": [
-            dict(zip(columns, values, strict=True))
-            for values in zip(*(column.tolist() for column in columns.values()), strict=True)
-        ],
+        "annotations": [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()

@@ -51,8 +51,9 @@ def write_digit_scenes(
 
     The digits are scikit-learn's 1,797 (Alpaydin and Kaynak 1998), pasted at several scales, colours and
     contrasts, with some overlap and clutter, over crops of its two sample photographs. Boxes are tight around
-    the ink. Scene k of a split depends on (seed, split, size, k) alone, and no digit of a training scene is in
-    a validation scene. The annotation files say that digits are not mirror-symmetric.
+    the ink; segmentations are what of it no later digit hides. Scene k of a split depends on (seed, split, size, k)
+    alone, and no digit of a training scene is in a validation scene. The annotation files say that digits are not
+    mirror-symmetric.
 
     Args:
         out: the folder to make. It appears whole or not at all.
@@ -60,7 +61,7 @@ def write_digit_scenes(
         size: side of the square images, in pixels.
         seed: decides everything that is drawn.
         resume: accept a folder that holds exactly these scenes already, and leave it alone.
-        progress: told (scenes done, scenes in all, {}).
+        progress: called with (scenes done, scenes in all, {}).
 
     Raises:
         InputError: a number is out of range, ``out`` holds something else, or the disk is full.
@@ -97,18 +98,19 @@ def _write_split(folder: Path, split: str, request: Request, scene_done: Callabl
     images, annotations = [], []
     for k in range(request.train if split == "train" else request.val):
         rng = np.random.default_rng([request.seed, split == "val", request.size, k])
-        picture, found = scene(request.size, rng, split)
+        picture, found, owners = scene(request.size, rng, split)
         name = f"{k:06d}.png"
         Image.fromarray(picture).save(pictures / name, compress_level=1)
         images.append({"id": k, "file_name": name, "width": request.size, "height": request.size})
-        annotations += [_annotation(len(annotations) + i, k, box, digit) for i, (box, digit) in enumerate(found, 1)]
+        first = len(annotations)
+        annotations += [_annotation(first + i, k, *one, owners == i) for i, one in enumerate(found, 1)]
         scene_done(k + 1)
     _write_annotations(folder / ANNOTATIONS.format(split=split), request, images, annotations)
 
 
 def scene(
     size: int, rng: np.random.Generator, split: str
-) -> tuple[np.ndarray, list[tuple[tuple[int, int, int, int], int]]]:
+) -> tuple[np.ndarray, list[tuple[tuple[int, int, int, int], int]], np.ndarray]:
     """One scene.
 
     Args:
@@ -117,10 +119,11 @@ def scene(
         split: ``"train"`` or ``"val"``, which decides the digits to draw from.
 
     Returns:
-        The picture, uint8 ``[size, size, 3]``, and (x, y, width, height in pixels, digit) of every digit.
+        The picture, uint8 ``[size, size, 3]``; the box (x, y, width, height in pixels) and the class of every digit;
+        and ``[size, size]``, which of them, from 1, each pixel shows, 0 for none.
     """
     images, labels = _digits(split)
-    picture = _background(size, rng)
+    picture, owners = _background(size, rng), np.zeros((size, size), dtype=np.uint8)
     for _ in range(rng.integers(0, 3)):  # clutter: strokes that are no digit
         _stroke(picture, rng)
     found: list[tuple[tuple[int, int, int, int], int]] = []
@@ -132,7 +135,9 @@ def scene(
         if box is not None:
             _paint(picture, ink, box, rng)
             found.append((box, int(labels[which])))
-    return picture.round().clip(0, 255).astype(np.uint8), found
+            x, y, width, height = box
+            owners[y : y + height, x : x + width][ink > 0] = len(found)
+    return picture.round().clip(0, 255).astype(np.uint8), found, owners
 
 
 @cache
@@ -217,7 +222,12 @@ def _stroke(picture: np.ndarray, rng: np.random.Generator) -> None:
     picture[(np.abs(along) < length / 2) & (np.abs(across) < thickness)] = rng.uniform(60, 220, 3)
 
 
-def _annotation(number: int, image: int, box: tuple[int, int, int, int], digit: int) -> dict[str, Any]:
+def _annotation(
+    number: int, image: int, box: tuple[int, int, int, int], digit: int, shown: np.ndarray
+) -> dict[str, Any]:
+    from pycocotools import mask
+
+    lengths = mask.encode(np.asfortranarray(shown, dtype=np.uint8))
     return {
         "id": number,
         "image_id": image,
@@ -225,6 +235,7 @@ def _annotation(number: int, image: int, box: tuple[int, int, int, int], digit: 
         "bbox": list(box),
         "area": box[2] * box[3],
         "iscrowd": 0,
+        "segmentation": {"size": lengths["size"], "counts": lengths["counts"].decode()},
     }
 
 

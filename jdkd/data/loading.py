@@ -47,7 +47,7 @@ def batches(
         flip: probability of mirroring an image left to right; leave it 0 where ``dataset.mirror_symmetric`` is
             False.
         workers: processes that read ahead; 0 reads in this process.
-        device: where images, boxes and labels are put.
+        device: where images and what of targets is a tensor are put.
 
     Yields:
         images: ``batch_size`` tensors [3, H, W] float32 in 0..1, of any sizes.
@@ -141,4 +141,5 @@ def _mirror(image: torch.Tensor, target: dict[str, Any]) -> tuple[torch.Tensor, 
     height, width = image.shape[-2:]
     boxes = BoundingBoxes(target["boxes"], format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
     mirrored = F.horizontal_flip(boxes).as_subclass(torch.Tensor)  # [M, 4]
-    return F.horizontal_flip(image), {**target, "boxes": mirrored}
+    masks = {"masks": F.horizontal_flip(target["masks"])} if "masks" in target else {}  # [M, H, W]
+    return F.horizontal_flip(image), {**target, "boxes": mirrored, **masks}

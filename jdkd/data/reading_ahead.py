@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,8 +27,8 @@ class Batches(Protocol):
 def read_ahead(source: Batches, numbers: Sequence[int], workers: int, pin: bool = False) -> Iterator[Items]:
     """Yields numbered batches in order, read by worker processes.
 
-    A batch comes from its worker as one block of shared memory, however many images it has: torch holds an open
-    file for every tensor that is under way.
+    A batch comes from its worker as one block of shared memory, however many images and masks it has: torch holds an
+    open file for every tensor that is under way.
 
     Args:
         source: gives a batch, images uint8 [3, H, W] with their targets, for its number.
@@ -84,21 +85,28 @@ class _Packed(Dataset):
             items = self.source[number]
         except InputError as error:
             return InputError(str(error))
-        flat = torch.cat([image.reshape(-1) for image, _ in items])  # [bytes of all images]
-        return flat, [tuple(image.shape) for image, _ in items], [_converted(target, "numpy") for _, target in items]
+        pieces = [image for image, _ in items]  # [3, H, W] each
+        pieces += [target["masks"] for _, target in items if "masks" in target]  # [M, H, W] each
+        flat = torch.cat([piece.reshape(-1) for piece in pieces])  # [bytes of all images and masks]
+        return flat, [tuple(piece.shape) for piece in pieces], [_as_arrays(target) for _, target in items]
 
 
 def _unpack(flat: torch.Tensor, shapes: list[Any], targets: list[Any]) -> Items:
-    images = flat.split([channels * height * width for channels, height, width in shapes])
-    views = [image.view(shape) for image, shape in zip(images, shapes, strict=True)]
-    return list(zip(views, [_converted(target, "torch") for target in targets], strict=True))
+    pieces = flat.split([channels * height * width for channels, height, width in shapes])
+    views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    images, masks = views[: len(targets)], iter(views[len(targets) :])
+    return [(image, _as_tensors(target, masks)) for image, target in zip(images, targets, strict=True)]
 
 
-def _converted(target: dict[str, Any], to: str) -> dict[str, Any]:
-    """A target with its tensors as arrays, which travel without a file of their own, or back."""
-    if to == "numpy":
-        return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in target.items()}
-    return {key: torch.from_numpy(value) if hasattr(value, "__array__") else value for key, value in target.items()}
+def _as_arrays(target: dict[str, Any]) -> dict[str, Any]:
+    """A target with its tensors as arrays, which travel without a file of their own, and no masks."""
+    held = {key: None if key == "masks" else value for key, value in target.items()}
+    return {key: value.numpy() if isinstance(value, torch.Tensor) else value for key, value in held.items()}
+
+
+def _as_tensors(target: dict[str, Any], masks: Iterator[torch.Tensor]) -> dict[str, Any]:
+    held = {key: next(masks) if key == "masks" else value for key, value in target.items()}
+    return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in held.items()}
 
 
 def _as_is(batch: Any) -> Any:

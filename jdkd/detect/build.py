@@ -10,7 +10,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from jdkd.detect.resnet import FROZEN, Backbone, Layers
+from jdkd.detect.resnet import Backbone
 from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.spec import DetectorSpec
 from jdkd.errors import InputError
@@ -21,12 +21,11 @@ ROI_SIZE = 7
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
-def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
+def build(spec: DetectorSpec) -> FasterRCNN:
     """Builds the detector that ``spec`` describes, with fresh weights.
 
     Args:
         spec: the architecture.
-        layers: what the backbone's layers are made of; by default plain convolutions and the spec's norm.
 
     Returns:
         A torchvision ``FasterRCNN`` (Ren et al., NeurIPS 2015, with FPN), which resizes and normalises its
@@ -38,11 +37,9 @@ def build(spec: DetectorSpec, layers: Layers | None = None) -> FasterRCNN:
     """
     if not isinstance(spec, DetectorSpec):
         raise InputError(f"build takes a DetectorSpec, got {spec!r:.60}; make one with named_spec(name, classes).")
-    if layers is None:
-        layers = FROZEN if spec.norm == "frozen" else Layers()
     anchors = AnchorGenerator(tuple((size,) for size in spec.anchors), (ASPECT_RATIOS,) * len(spec.anchors))
     model = FasterRCNN(
-        Backbone(spec, layers),
+        Backbone(spec),
         min_size=spec.min_size,
         max_size=spec.max_size,
         rpn_anchor_generator=anchors,

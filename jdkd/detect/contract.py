@@ -1,6 +1,7 @@
 """What is asked of a detector: torchvision's interface, and the architecture that it carries."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Architecture
 
 FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
+EXTRA_HEADS = {"masks": "mask_predictor", "keypoints": "keypoint_predictor"}
+"""What torchvision's detectors train on besides boxes and labels, and the head that does."""
 
 
 def architecture_of(model: nn.Module, what: str) -> Architecture:
@@ -54,6 +57,16 @@ def not_scripted(model: nn.Module, what: str) -> None:
             )
 
 
+def extra_targets(model: nn.Module) -> tuple[str, ...]:
+    """What a detector trains on besides boxes and labels: ``"masks"``, ``"keypoints"``, both or nothing."""
+    modules = list(model.modules())
+    return tuple(
+        target
+        for target, head in EXTRA_HEADS.items()
+        if any(isinstance(getattr(module, head, None), nn.Module) for module in modules)
+    )
+
+
 def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, Tensor]]:
     """What a detector in evaluation mode finds on images, checked for torchvision's interface.
 
@@ -62,7 +75,8 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
         images: ``[3, H, W]`` floats in 0..1.
 
     Returns:
-        For every image ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M] whole numbers and ``scores`` [M].
+        For every image ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M] whole numbers and ``scores`` [M]; from one with
+        masks also ``masks`` [M, 1, H, W], how sure each pixel is in 0..1.
 
     Raises:
         InputError: the model does not take such images, or returns anything else.
@@ -78,20 +92,44 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
         ) from error
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping) and isinstance(found[1], list):
         found = found[1]
+    return checked(found, images, kind)
+
+
+def checked(found: Any, images: Sequence[Tensor], who: str) -> list[Mapping[str, Tensor]]:
+    """What ``who`` returned for images ``[3, H, W]``, if it is what :func:`detections` says.
+
+    Raises:
+        InputError: it is anything else.
+    """
     if not isinstance(found, list | tuple) or len(found) != len(images):
         length = f" of {len(found)}" if hasattr(found, "__len__") else ""
         raise InputError(
-            f"{kind} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
+            f"{who} returned a {type(found).__name__}{length} for {len(images)} image(s); return one dictionary of "
             f"{', '.join(FOUND)} for every image, as torchvision's detectors do in evaluation mode"
         )
-    for each in found:
-        if complaint := _complaint(each):
-            raise InputError(f"{kind} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
+    for each, image in zip(found, images, strict=True):
+        if complaint := _complaint(each, image.shape[-2:]):
+            raise InputError(f"{who} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
     return list(found)
 
 
-def _complaint(found: Any) -> str | None:
-    """What of one image's detections is not as it should be."""
+@contextmanager
+def capped(model: nn.Module, most: int | None) -> Iterator[None]:
+    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
+    limited = () if most is None else model.modules()
+    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
+    before = [head.detections_per_img for head in heads]
+    try:
+        for head in heads:
+            head.detections_per_img = most
+        yield
+    finally:
+        for head, cap in zip(heads, before, strict=True):
+            head.detections_per_img = cap
+
+
+def _complaint(found: Any, size: Sequence[int]) -> str | None:
+    """What of the detections of an image of a size (height, width) is not as it should be."""
     if not isinstance(found, Mapping):
         return f"a {type(found).__name__} for an image"
     if missing := [key for key in FOUND if not isinstance(found.get(key), Tensor)]:
@@ -104,4 +142,8 @@ def _complaint(found: Any) -> str | None:
     labels = found["labels"].dtype
     if not none and (labels.is_floating_point or labels.is_complex or labels == torch.bool):
         return f"labels of {labels}, which are no whole numbers"
+    masks = found.get("masks")
+    if masks is not None and not none and list(getattr(masks, "shape", ())) != [count, 1, *size]:
+        shown = list(masks.shape) if isinstance(masks, Tensor) else f"in a {type(masks).__name__}"
+        return f"masks {shown} where {[count, 1, *size]} is the shape of these"
     return None

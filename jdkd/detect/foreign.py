@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from jdkd.detect.families import BUILDER
 from jdkd.detect.predictors import remake_predictors
-from jdkd.detect.sources import open_model
-from jdkd.detect.weights import COUNTER, LoadReport, load_weights, tensor_names
+from jdkd.detect.published import weights_file
+from jdkd.detect.sources import builders_of, open_model, parts_of
+from jdkd.detect.weights import COUNTER, LoadReport, load_weights, placed_names
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.rewrite import Architecture, build, describe
@@ -24,6 +27,7 @@ def import_detector(
     *,
     classes: Sequence[str] = (),
     norm_eps: float | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Opens a detector that was made elsewhere, with its weights, and for other classes where they are asked for.
 
@@ -32,11 +36,12 @@ def import_detector(
 
     Args:
         source: as of :func:`jdkd.detect.open_model`.
-        weights: as of :func:`jdkd.detect.load_weights`; every tensor of the detector must be in it. Without it, the
-            model keeps what its builder gave it.
+        weights: as of :func:`jdkd.detect.load_weights`, or the name of torchvision's (``"DEFAULT"``, ``"COCO_V1"``);
+            every tensor of the detector must be in it. Without it, the model keeps what its builder gave it.
         classes: names of the object classes, without background; where the detector is for another number, exactly the
             predictors are made anew, with fresh weights unless the file has theirs.
         norm_eps: of frozen batch norms; by default what torchvision has for the source.
+        options: as of :func:`jdkd.detect.open_model`.
 
     Returns:
         The detector in evaluation mode, with its ``architecture``; :func:`jdkd.detect.save` writes it.
@@ -47,26 +52,59 @@ def import_detector(
     names = [name for name in classes if name.strip()]
     if len(names) != len(classes) or len(set(names)) != len(names):
         raise InputError(f"classes must be names, each once, got {', '.join(map(repr, classes))[:200]}.")
-    model = open_model(source)
+    model = open_model(source, **options)
     origin: Architecture = model.architecture
-    if weights is not None and not Path(source).is_dir() and _from_frozen_norms(model, weights):
-        eps = _eps(source) if norm_eps is None else norm_eps
-        arguments = {"builder": origin.builder, "arguments": origin.arguments, "eps": eps}
-        origin = Architecture("jdkd.detect:with_frozen_norms", arguments)
-        model = build(origin).eval()
-        say_once(
-            f"{weights} counts no batches, so it is of frozen batch norms, and they are frozen here too, with an eps "
-            f"of {eps:g}; --norm-eps sets another"
-        )
-    elif norm_eps is not None:
+    if weights is not None:
+        weights = weights_file(weights, origin)
+        if (
+            options.get("norm") is None
+            and not Path(source).is_dir()
+            and (frozen := frozen_like(model, weights, norm_eps)) is not None
+        ):
+            model, origin, norm_eps = frozen, frozen.architecture, None
+    if norm_eps is not None:
         raise InputError(f"norm_eps {norm_eps:g} is for weights of frozen batch norms, and these are not.")
     if weights is not None:
         _load(model, weights, len(classes))
     if classes:
-        _remake(model, len(classes))
+        adapt_classes(model, len(classes))
     known = tuple(classes) or origin.classes
     model.architecture = describe(model, origin.builder, origin.arguments, classes=known)
     return model
+
+
+def frozen_like(model: nn.Module, weights: Path | str, norm_eps: float | None = None) -> nn.Module | None:
+    """The model with frozen batch norms, where a file has weights of all of them and counts no batches, else None.
+
+    Args:
+        model: with its ``architecture``, and fresh weights.
+        weights: the file.
+        norm_eps: of the frozen norms; by default what torchvision has.
+    """
+    norms = {f"{path}.running_mean" for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    places = placed_names(model, weights)
+    if not norms or not norms <= places or any(name.endswith(COUNTER) for name in places):
+        return None
+    known: Architecture = model.architecture
+    exact = _has_no_eps(known) and {n for n in model.state_dict() if not n.endswith(COUNTER)} <= places
+    eps = (0.0 if exact else torch.nn.BatchNorm2d(1).eps) if norm_eps is None else norm_eps
+    arguments = {"builder": known.builder, "arguments": known.arguments, "eps": eps}
+    frozen = build(Architecture("jdkd.detect:with_frozen_norms", arguments, classes=known.classes)).eval()
+    say_once(
+        f"{weights} counts no batches, so it is of frozen batch norms, and they are frozen here too, with an eps "
+        f"of {eps:g}; --norm-eps of jdkd import sets another, --norm of jdkd train another kind"
+    )
+    return frozen
+
+
+def adapt_classes(model: nn.Module, classes: int) -> None:
+    """Makes the predictors of a detector anew, in place, where it is for another number of classes, and says so."""
+    remade = remake_predictors(model, classes + 1)
+    if remade is None:
+        say_once(f"{type(model).__name__} has no predictor of torchvision's; its {classes} classes are taken on trust")
+    elif remade:
+        listed = ", ".join(f"{name} ({old} outputs, now {new})" for name, (old, new) in remade.items())
+        say_once(f"made anew for {classes} classes and the background, to be trained: {listed}")
 
 
 def _load(model: nn.Module, weights: Path | str, classes: int) -> None:
@@ -94,21 +132,10 @@ def _left_out(report: LoadReport) -> str:
     )
 
 
-def _remake(model: nn.Module, classes: int) -> None:
-    remade = remake_predictors(model, classes + 1)
-    if remade is None:
-        say_once(f"{type(model).__name__} has no predictor of torchvision's; its {classes} classes are taken on trust")
-    elif remade:
-        listed = ", ".join(f"{name} ({old} outputs, now {new})" for name, (old, new) in remade.items())
-        say_once(f"made anew for {classes} classes and the background, to be trained: {listed}")
-
-
-def _from_frozen_norms(model: nn.Module, weights: Path | str) -> bool:
-    norms = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    names = tensor_names(weights)
-    with_statistics = any(name.endswith("running_mean") for name in names)
-    return norms and with_statistics and not any(name.endswith(COUNTER) for name in names)
-
-
-def _eps(source: str) -> float:
-    return 0.0 if source in {f"{family}_resnet50_fpn" for family in EXACT} else torch.nn.BatchNorm2d(1).eps
+def _has_no_eps(architecture: Architecture) -> bool:
+    """Whether torchvision's first COCO weights are of this detector, whose norms it gives an eps of 0."""
+    *_, inner = builders_of(architecture)
+    family, backbone = parts_of(inner.builder.rpartition(":")[2])
+    if inner.builder == BUILDER:
+        family, backbone = inner.arguments["family"], inner.arguments["backbone"]
+    return family in EXACT and backbone == "resnet50"

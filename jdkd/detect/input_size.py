@@ -1,17 +1,58 @@
-"""See :func:`require_visible`."""
+"""The size to which a detector resizes its input."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from jdkd.errors import ModelError
+from jdkd.errors import InputError, ModelError
 from jdkd.nn.unwrapping import unwrapped
 
 
 def input_transform(model: nn.Module) -> GeneralizedRCNNTransform | None:
     """The torchvision transform of a detector or of the one inside it; None without one."""
     return next((module for module in model.modules() if isinstance(module, GeneralizedRCNNTransform)), None)
+
+
+def input_size(model: nn.Module) -> tuple[int, int] | None:
+    """The short side to which a detector resizes its input, and the most that the long one gets, in pixels.
+
+    Returns:
+        None where it does not resize, or to one fixed size (SSD), which its anchors are made for.
+    """
+    transform = input_transform(model)
+    if transform is None or transform.fixed_size is not None:
+        return None
+    return int(transform.min_size[-1]), int(transform.max_size)  # the last one is for evaluation
+
+
+def resized(model: nn.Module, min_size: int) -> dict[str, Any]:
+    """The attributes by which a detector resizes its input to another short side, for :class:`jdkd.rewrite.Rewrite`.
+
+    Args:
+        model: a detector with an :func:`input_size`.
+        min_size: pixels of the short side in evaluation; those of training and the long side's limit follow.
+
+    Raises:
+        InputError: it has none, or ``min_size`` is no positive whole number.
+    """
+    if not isinstance(min_size, int) or min_size < 1:
+        raise InputError(
+            f"min_size is the short side of the input in pixels, a positive whole number, got {min_size!r}."
+        )
+    now, inner = input_size(model), unwrapped(model)
+    if now is None:
+        raise InputError(
+            f"this {type(inner).__name__} has no input size of its own that could be {min_size} px: it takes images as "
+            "they are, or resizes them to one fixed size; build it for another size instead."
+        )
+    transform = input_transform(inner)
+    path = next(name for name, module in inner.named_modules() if module is transform)
+    return {
+        f"{path}.min_size": tuple(max(1, round(side * min_size / now[0])) for side in transform.min_size),
+        f"{path}.max_size": max(min_size, round(now[1] * min_size / now[0])),
+    }
 
 
 def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]]) -> None:

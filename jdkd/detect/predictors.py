@@ -1,12 +1,10 @@
-"""What of a detector depends on its classes, and on how it was trained before it came here."""
+"""What of a detector depends on its classes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-import torch
 from torch import nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.fcos import FCOSClassificationHead
@@ -14,9 +12,6 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from torchvision.models.detection.ssd import SSDClassificationHead
 from torchvision.models.detection.ssdlite import SSDLiteClassificationHead
-from torchvision.ops import FrozenBatchNorm2d
-
-from jdkd.rewrite.building import call
 
 PRIOR = 0.01  # what a focal loss's classifier says at first (Lin et al., ICCV 2017, section 4.1)
 
@@ -87,23 +82,3 @@ def _fresh(layer: nn.Module, outputs: int, focal: bool) -> nn.Module:
         nn.init.normal_(made.weight, std=0.01)
         nn.init.constant_(made.bias, -math.log((1 - PRIOR) / PRIOR))
     return made
-
-
-def with_frozen_norms(builder: str, arguments: Mapping[str, Any], eps: float) -> nn.Module:
-    """What a builder makes, with frozen batch norms: torchvision's detectors have them where weights were loaded.
-
-    Args:
-        builder: import path ``"package.module:function"``.
-        arguments: what it is called with.
-        eps: of the norms; torchvision sets 0 for its first COCO weights of a ResNet-50.
-    """
-    model = call(builder, arguments)
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.BatchNorm2d):
-            norm = FrozenBatchNorm2d(module.num_features, eps)
-            if not module.weight.is_meta:
-                with torch.no_grad():
-                    norm.weight.copy_(module.weight)
-                    norm.bias.copy_(module.bias)
-            model.set_submodule(path, norm)
-    return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,11 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError
 from jdkd.graph import Topology, trace
+from jdkd.nn.necks import neck_of
 from jdkd.rewrite import verify
 
 SIZE = 128, 160  # of the example, in pixels: small, as what is coupled does not depend on it
 REGIONS, DETECTIONS = 64, 2  # that a second stage and its masks are run on, for the same reason
-NECKS = ("neck", "backbone")
 
 
 def read(
@@ -43,7 +44,7 @@ def read(
     Raises:
         InputError: the detector does not run on such a list.
     """
-    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(_home(model))]
+    example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(**_kind(model))]
     with few_regions(model, *size):
         try:
             topology = trace(model, example, follow=neck_of(model))
@@ -58,11 +59,6 @@ def read(
         if check:
             topology = verify(model, topology, example)
     return topology if like is None else topology.trusting(like)
-
-
-def neck_of(model: nn.Module) -> str | None:
-    """Path of the module that returns a detector's pyramid, ``neck`` or else ``backbone``; None without one."""
-    return next((name for name in NECKS if isinstance(getattr(model, name, None), nn.Module)), None)
 
 
 @contextmanager
@@ -90,6 +86,7 @@ def few_regions(model: nn.Module, height: int, width: int) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _home(model: nn.Module) -> torch.device:
-    first: Tensor | None = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
+def _kind(model: nn.Module) -> dict[str, Any]:
+    """Where a model's numbers lie, and of what precision they are."""
+    first: Tensor | None = next((tensor for tensor in model.parameters() if tensor.is_floating_point()), None)
+    return {} if first is None else {"device": first.device, "dtype": first.dtype}

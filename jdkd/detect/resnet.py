@@ -1,8 +1,6 @@
 """ResNet with free widths and depths, under torchvision's parameter names (He et al., CVPR 2016)."""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,18 +12,6 @@ from jdkd.detect.spec import DetectorSpec
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
-@dataclass(frozen=True)
-class Layers:
-    """The classes a backbone is built from, so that a supernet can put elastic ones in their place."""
-
-    conv: Callable[..., nn.Module] = nn.Conv2d
-    norm: Callable[..., nn.Module] = nn.BatchNorm2d
-    stage: Callable[..., nn.Module] = nn.Sequential
-
-
-FROZEN = Layers(norm=FrozenBatchNorm2d)
-
-
 class Block(nn.Module):
     """A residual block: two 3x3 convolutions (basic), or 1x1, 3x3, 1x1 (bottleneck, stride in the 3x3).
 
@@ -35,9 +21,10 @@ class Block(nn.Module):
         out_channels: channels of the residual stream that goes out.
         stride: of the block. A 1x1 convolution joins the shortcut where the stride or the stream's width
             changes.
+        norm: class of the normalisations.
     """
 
-    def __init__(self, in_channels: int, inner: tuple[int, ...], out_channels: int, stride: int, layers: Layers):
+    def __init__(self, in_channels: int, inner: tuple[int, ...], out_channels: int, stride: int, norm: type[nn.Module]):
         super().__init__()
         kernels = (3, 3) if len(inner) == 1 else (1, 3, 1)
         strides = (stride, 1) if len(inner) == 1 else (1, stride, 1)
@@ -45,13 +32,13 @@ class Block(nn.Module):
         self.depth = len(kernels)
         self.conv3 = self.bn3 = None
         for i, (kernel, step) in enumerate(zip(kernels, strides, strict=True)):
-            conv = layers.conv(widths[i], widths[i + 1], kernel, stride=step, padding=kernel // 2, bias=False)
+            conv = nn.Conv2d(widths[i], widths[i + 1], kernel, stride=step, padding=kernel // 2, bias=False)
             setattr(self, f"conv{i + 1}", conv)
-            setattr(self, f"bn{i + 1}", layers.norm(widths[i + 1]))
+            setattr(self, f"bn{i + 1}", norm(widths[i + 1]))
         self.downsample = None
         if stride != 1 or in_channels != out_channels:
-            shortcut = layers.conv(in_channels, out_channels, 1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(shortcut, layers.norm(out_channels))
+            shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:  # [N, in, H, W] -> [N, out, H / stride, W / stride]
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -65,19 +52,20 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """The trunk: stem and four stages."""
 
-    def __init__(self, spec: DetectorSpec, layers: Layers):
+    def __init__(self, spec: DetectorSpec):
         super().__init__()
-        self.conv1 = layers.conv(3, spec.stem, 7, stride=2, padding=3, bias=False)
-        self.bn1 = layers.norm(spec.stem)
+        norm = FrozenBatchNorm2d if spec.norm == "frozen" else nn.BatchNorm2d
+        self.conv1 = nn.Conv2d(3, spec.stem, 7, stride=2, padding=3, bias=False)
+        self.bn1 = norm(spec.stem)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels = spec.stem
         for number, (name, stage) in enumerate(zip(STAGES, spec.stages, strict=True)):
             blocks = []
             for i, inner in enumerate(stage.blocks):
                 stride = 2 if i == 0 and number > 0 else 1
-                blocks.append(Block(channels, inner, stage.width, stride, layers))
+                blocks.append(Block(channels, inner, stage.width, stride, norm))
                 channels = stage.width
-            setattr(self, name, layers.stage(*blocks))
+            setattr(self, name, nn.Sequential(*blocks))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -99,9 +87,9 @@ class Backbone(nn.Module):
         strides: pixels of the image per cell of each level.
     """
 
-    def __init__(self, spec: DetectorSpec, layers: Layers):
+    def __init__(self, spec: DetectorSpec):
         super().__init__()
-        self.body = ResNet(spec, layers)
+        self.body = ResNet(spec)
         widths = [stage.width for stage in spec.stages]
         self.fpn = FeaturePyramidNetwork(widths, spec.fpn, extra_blocks=LastLevelMaxPool())
         self.out_channels = spec.fpn

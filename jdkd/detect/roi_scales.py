@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
-from jdkd.detect.resnet import Backbone
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 
@@ -87,8 +86,8 @@ def _strides(owner: nn.Module) -> dict[str, float]:
     if not isinstance(getattr(owner, "backbone", None), nn.Module):
         return {}
     backbone = unwrapped(owner.backbone)
-    if isinstance(backbone, Backbone):
-        return backbone.strides
+    if isinstance(known := getattr(backbone, "strides", None), Mapping):  # ours say them
+        return dict(known)
     transform = getattr(owner, "transform", None)
     channels = len(getattr(transform, "image_mean", (0, 0, 0)))
     like = next((t for t in (*backbone.parameters(), *backbone.buffers()) if t.is_floating_point()), torch.empty(0))

@@ -3,54 +3,142 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torchvision.models import detection as detectors
+from torchvision.models import get_model_builder, list_models
 
+from jdkd.detect.build import build
 from jdkd.detect.checkpoint import SPEC, load
+from jdkd.detect.families import BUILDER, FAMILIES
+from jdkd.detect.resizing import resize
+from jdkd.detect.spec import NAMED_SPECS, named_spec
 from jdkd.errors import InputError
-from jdkd.rewrite import Architecture
-from jdkd.rewrite.building import call
+from jdkd.rewrite import Architecture, describe
+from jdkd.rewrite.building import call, imported
 from jdkd.rewrite.checkpoint import ARCHITECTURE
 
+COCO = 90  # classes, where nobody says how many
+SIZES = ("min_size", "max_size", "max_detections")
+OURS = ("backbone", "pyramid", "channels", "box_head")  # what torchvision's own builders do not take
 
-def open_model(source: str) -> nn.Module:
+
+def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn.Module:
     """A model by what a user calls it, in evaluation mode.
 
     Args:
         source: a folder written by ``jdkd train``, ``jdkd import`` or :func:`jdkd.detect.save`; the name of a detector
-            of torchvision (``"retinanet_resnet50_fpn"``), which is built with fresh weights; or
-            ``"package.module:function"``, which is imported (the current folder is looked in too) and called without
-            arguments.
+            of torchvision (``"retinanet_resnet50_fpn"``), which is built as torchvision does it, with fresh weights; a
+            family of :data:`jdkd.detect.FAMILIES`, which wants a backbone; a named spec; or
+            ``"package.module:function"``, which is imported (the current folder is looked in too).
+        classes: number of object classes, without background, of what is built. A function is called with it, and one
+            for the background, as ``num_classes`` if it takes that, and a folder has its own.
+        options: of :func:`jdkd.detect.detector`, each of them or None: ``backbone``, ``pyramid``, ``channels`` and
+            ``box_head`` take the family of a name, ``norm`` exchanges batch norms, and ``min_size``, ``max_size`` and
+            ``max_detections`` hold of any detector with torchvision's transform.
 
     Returns:
-        The model; it carries the ``spec`` or the ``architecture`` that it was built from.
+        The model; it carries the ``architecture`` that it was built from.
 
     Raises:
-        InputError: it is none of these, or what it names makes no ``torch.nn.Module``.
+        InputError: it is none of these, what it names makes no ``torch.nn.Module``, or an option is not for it.
     """
+    given = {name: value for name, value in options.items() if value is not None}
     if any((Path(source) / name).is_file() for name in (SPEC, ARCHITECTURE)):
-        return load(source)
-    builder, arguments = _builder(source)
+        _refuse(given, ("norm", *OURS), f"{source} is a folder, whose detector has its own")
+        return _resized(load(source), given)
+    if ":" in source:
+        _refuse(given, OURS, f"{source} builds its own")
+        takes = "num_classes" in _parameters(imported(source))
+        known = {"num_classes": classes + 1} if takes and classes is not None else {}
+        return _resized(_called(*_with_norm(source, known, given)), given)
+    if source in NAMED_SPECS:
+        _refuse(given, ("backbone", "pyramid"), f"{source} is a named spec, with its own")
+        names = [f"class {number + 1}" for number in range(COCO if classes is None else classes)]
+        channels = {"fpn": given.pop("channels")} if "channels" in given else {}
+        norm = given.pop("norm", "batch")
+        return build(named_spec(source, names, **channels, **given).replace(norm=norm)).eval()
+    return _called(*_builder(source, classes, given))
+
+
+def builders_of(architecture: Architecture) -> Iterator[Architecture]:
+    """What a detector is built by: a builder, and inside it the one whose detector it changes, and so on."""
+    arguments = architecture.arguments
+    yield architecture
+    if isinstance(arguments.get("builder"), str) and isinstance(arguments.get("arguments"), Mapping):
+        yield from builders_of(Architecture(arguments["builder"], arguments["arguments"]))
+
+
+def parts_of(name: str) -> tuple[str, str]:
+    """Family and backbone in a name of torchvision's, ``("retinanet_v2", "resnet50")``; ("", "") of another."""
+    found = re.fullmatch(r"([a-z]+)\d*_(.+?)(_320)?(_fpn)?(_v2)?", name)
+    return (f"{found[1]}{found[5] or ''}", found[2]) if found and name in torchvisions() else ("", "")
+
+
+def torchvisions() -> list[str]:
+    """Names of torchvision's detectors."""
+    return list_models(module=detectors)
+
+
+def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Import path and arguments of what makes a model by name."""
+    family, backbone = (source, "") if source in FAMILIES else parts_of(source)
+    if not family:
+        raise InputError(
+            f"{source!r} is no folder with an {ARCHITECTURE}, no package.module:function, none of torchvision's "
+            f"detectors {', '.join(torchvisions())}, none of the families {', '.join(FAMILIES)} (with a backbone), "
+            f"and none of the named specs {', '.join(NAMED_SPECS)}; give one of these."
+        )
+    if source not in FAMILIES and not given.keys() & set(OURS):
+        free = [name for name in _parameters(get_model_builder(source)) if name.startswith("weights")]
+        outputs = {} if classes is None else {"num_classes": classes + 1}
+        builder, arguments = _with_norm(f"{detectors.__name__}:{source}", dict.fromkeys(free) | outputs, given)
+        sizes = {name: given[name] for name in SIZES if name in given}
+        if not sizes:
+            return builder, arguments
+        return "jdkd.detect:resized", {"builder": builder, "arguments": arguments, **sizes}
+    if "backbone" not in given and not backbone:
+        raise InputError(
+            f"{source} is a family of detectors, and has a backbone only in the names "
+            f"{', '.join(name for name in torchvisions() if parts_of(name)[0] == source)}; give a backbone too."
+        )
+    count = COCO if classes is None else classes
+    return BUILDER, {"family": family, "backbone": backbone, "classes": count, **given}
+
+
+def _called(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     model = call(builder, arguments).eval()
-    if not hasattr(model, "architecture"):
+    if not hasattr(model, "architecture") or "builder" in arguments:
         model.architecture = Architecture(builder, arguments)
     return model
 
 
-def _builder(source: str) -> tuple[str, dict[str, Any]]:
-    """Import path and arguments of what makes a model."""
-    if ":" in source:
-        return source, {}
-    from torchvision.models import detection as detectors
-    from torchvision.models import get_model_builder, list_models
+def _with_norm(builder: str, arguments: dict[str, Any], given: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if "norm" not in given:
+        return builder, arguments
+    return "jdkd.detect:with_norms", {"builder": builder, "arguments": arguments, "norm": given["norm"]}
 
-    known = list_models(module=detectors)
-    if source not in known:
-        raise InputError(
-            f"{source!r} is no folder with a {SPEC} or {ARCHITECTURE}, no package.module:function and no detector of "
-            f"torchvision ({', '.join(known)}); give one of these."
-        )
-    weights = [name for name in inspect.signature(get_model_builder(source)).parameters if name.startswith("weights")]
-    return f"{detectors.__name__}:{source}", dict.fromkeys(weights)
+
+def _resized(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
+    """Of another input size, which its architecture says; anchors and the like are its own matter."""
+    if sizes := {name: given[name] for name in SIZES if name in given}:
+        resize(model, **sizes)
+        known = model.architecture
+        model.architecture = describe(model, known.builder, known.arguments, classes=known.classes)
+    return model
+
+
+def _refuse(given: Mapping[str, Any], names: tuple[str, ...], why: str) -> None:
+    if held := [name for name in names if name in given]:
+        raise InputError(f"{why} {held[0]}; leave {held[0]} {given[held[0]]!r} out.")
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # of what is written in C, say
+        return ()

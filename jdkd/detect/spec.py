@@ -160,9 +160,7 @@ def named_spec(
         Stage(channels * EXPANSION[block], ((channels,) * INNER_CONVS[block],) * max(1, round(blocks * depth)))
         for channels, blocks in zip(inner, depths, strict=True)
     )
-    smallest = 32
-    while smallest > 8 and smallest * 800 > 32 * min_size * 1.5:
-        smallest //= 2
+    smallest = smallest_anchor(min_size)
     small = min_size < 400
     return DetectorSpec(
         classes=tuple(classes),
@@ -180,6 +178,14 @@ def named_spec(
         roi_samples=1 if small else 2,
         max_detections=max_detections,
     )
+
+
+def smallest_anchor(min_size: int) -> int:
+    """Size of the anchors of a pyramid's finest level: 32 pixels where images have 800, and never under 8."""
+    smallest = 32
+    while smallest > 8 and smallest * 800 > 32 * min_size * 1.5:
+        smallest //= 2
+    return smallest
 
 
 def _check(spec: DetectorSpec) -> None:

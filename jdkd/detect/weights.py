@@ -19,6 +19,9 @@ from jdkd.nn.unwrapping import unwrapped
 HOLDERS = ("state_dict", "model_state_dict", "model", "ema", "module")  # keys of a state dict, first choice first
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # parts that wrappers add
 OUTERMOST = {"model"}  # parts that a training module adds in front
+ADOPTED = "model"  # where :func:`jdkd.detect.adopt` puts a detector
+BODY = "backbone.body"
+SEQUENCES = ("features.", "trunk_output.")  # where torchvision's classifiers have their layers
 COUNTER = "num_batches_tracked"  # a batch norm's, of no use to anyone
 
 
@@ -59,7 +62,7 @@ def load_weights(model: nn.Module, file: Path | str) -> LoadReport:
 
     The state dict may be the whole file or lie in a training checkpoint under ``state_dict``, ``model_state_dict``,
     ``model`` or ``ema`` (the first of them that is there; several deep, too), and wrappers may have put ``module.`` or
-    ``_orig_mod.`` into its names. Names of a bare ResNet are looked for in the backbone's body, and the names that
+    ``_orig_mod.`` into its names. Names of a bare backbone are looked for in the backbone's body, and the names that
     torchvision's FPN and RPN had before 0.13 are understood. What does not fit keeps its fresh weights and is
     reported: the predictor of a COCO detector in one for other classes, say.
 
@@ -77,10 +80,11 @@ def load_weights(model: nn.Module, file: Path | str) -> LoadReport:
     file, model = Path(file), unwrapped(model)
     state = _State(_read(file), file)
     wanted = model.state_dict()
+    places = _Places(wanted)
     placed: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for name, tensor in state.tensors.items():
-        place = _place(name, wanted)
+        place = places(name)
         if place in placed:
             raise InputError(f"weights {file} have two tensors for {place}: {origin[place]} and {name}; keep one.")
         placed[place], origin[place] = tensor, name
@@ -107,9 +111,10 @@ def load_weights(model: nn.Module, file: Path | str) -> LoadReport:
     )
 
 
-def tensor_names(file: Path | str) -> tuple[str, ...]:
-    """Names of the tensors that :func:`load_weights` would read from a file."""
-    return tuple(_State(_read(Path(file)), Path(file)).tensors)
+def placed_names(model: nn.Module, file: Path | str) -> set[str]:
+    """Names that the tensors of a file have in a model, for :func:`load_weights`."""
+    place = _Places(unwrapped(model).state_dict())
+    return {place(name) for name in _State(_read(Path(file)), Path(file)).tensors}
 
 
 def _require_values(
@@ -228,17 +233,37 @@ def _is_state(content: Any) -> bool:
     return any(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items())
 
 
-def _place(name: str, wanted: Mapping[str, Tensor]) -> str:
-    """Where a foreign tensor belongs: under its own name, without what wrappers added, one level down, in the body."""
-    if name in wanted:
+class _Places:
+    """Where a foreign tensor belongs: under its own name, without what wrappers added, below an adopting one, a level
+    down, in the body.
+
+    Args:
+        wanted: the state dict that it goes into.
+    """
+
+    def __init__(self, wanted: Mapping[str, Tensor]) -> None:
+        self.wanted = wanted
+        staged: dict[str, list[str]] = {}  # layers that stand in stages, by their names without these
+        for name in wanted:
+            if found := re.match(rf"{re.escape(BODY)}\.stage\d\.(.+)", name):
+                staged.setdefault(found[1], []).append(name)
+        self.staged = {name: found[0] for name, found in staged.items() if len(found) == 1}
+
+    def __call__(self, name: str) -> str:
+        if name in self.wanted:
+            return name
+        parts = [part for part in name.split(".") if part not in WRAPPERS]
+        while len(parts) > 1 and parts[0] in OUTERMOST:
+            parts = parts[1:]
+        bare = ".".join(parts)
+        head, _, leaf = bare.rpartition(".")
+        own = bare.removeprefix("backbone.").removeprefix("body.")
+        inside = own.partition(".")[2] if own.startswith(SEQUENCES) else own
+        flat = re.sub(r"^(\w+)\.(\w+)\.", r"\1_\2.", own)  # as timm names what was one level down
+        bodies = [f"{BODY}.{each}" for each in (own, inside, flat)]
+        adopted = [f"{ADOPTED}.{each}" for each in (name, bare)]
+        listed = [f"{head}.0.{leaf}", f"{head}.0.0.{leaf}"]
+        for candidate in (bare, *adopted, *listed, *bodies, self.staged.get(inside, "")):
+            if candidate in self.wanted:
+                return candidate
         return name
-    parts = [part for part in name.split(".") if part not in WRAPPERS]
-    while len(parts) > 1 and parts[0] in OUTERMOST:
-        parts = parts[1:]
-    bare = ".".join(parts)
-    head, _, leaf = bare.rpartition(".")
-    body = f"backbone.body.{bare.removeprefix('backbone.')}"
-    for candidate in (bare, f"{head}.0.{leaf}", f"{head}.0.0.{leaf}", body):
-        if candidate in wanted:
-            return candidate
-    return name

@@ -4,7 +4,7 @@ from jdkd.distill.attachment import DistillationHandle, attach
 from jdkd.distill.correlation import correlations, pyramids
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import FeatureDistiller
-from jdkd.distill.head import HeadDistiller
+from jdkd.distill.head import HeadDistiller, can_distil_heads
 from jdkd.distill.normalisation import Normalisation
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "HeadDistiller",
     "Normalisation",
     "attach",
+    "can_distil_heads",
     "correlations",
     "pyramids",
 ]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from jdkd.distill.channels import Channels
 from jdkd.distill.feature import FeatureDistiller, as_weight
 from jdkd.distill.gradients import FORWARD, pass_number
 from jdkd.distill.hooks import Hook
@@ -101,7 +102,7 @@ def attach(
     loss_weight: float = 6.0,
     *,
     levels: Iterable[int] | None = None,
-    channels: Tensor | Sequence[int] | None = None,
+    channels: Channels = None,
     neck: str | None = None,
     teacher_neck: str | None = None,
     student_normalisation: Any = None,
@@ -138,7 +139,8 @@ def attach(
             ``DistributedDataParallel``, ``AveragedModel``, ``torch.compile`` or a module around one detector.
         loss_weight: weight of each level; the paper's configurations use 6 for two-stage and 10 for one-stage pairs.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
-        channels: ``[C_student]``, the teacher's channel opposite each of the student's, where they are not as many.
+        channels: ``[C_student]``, the teacher's channel opposite each of the student's, where they are not as many; or
+            such a list for each of the student's levels, in the order in which its neck returns them or by their names.
         neck: dotted name of the student's submodule that returns the pyramid, a tensor, or sequences and mappings of
             ``[N, C, H, W]``; by default ``neck`` or else ``backbone``.
         teacher_neck: the teacher's; by default as the student's.

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jdkd.distill.levels import as_index, as_strides, check_index, pair_levels, select_channels
-from jdkd.distill.neck import found_levels
-from jdkd.distill.route import BACKBONE, module_of, route_of
+from jdkd.distill.channels import Channels, TeacherChannels
+from jdkd.distill.levels import as_strides, pair_levels
+from jdkd.distill.neck import Pyramid, found_levels
+from jdkd.distill.route import Route, module_of, route_of
+from jdkd.distill.student_input import StudentInput
 from jdkd.distill.teacher import conversion_between
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
@@ -38,12 +40,13 @@ def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[PyramidSnapshot]:
     Returns:
         One a batch, on the model's device.
     """
-    from jdkd.train.inputs import normalised
+    from jdkd.train.inputs import images_on
     from jdkd.train.modes import mode
 
-    model = _detector(model, "model")
+    model = unwrapped(module_of(model, "model"))
+    route = route_of(model, "model")
     with mode(model, training=False):
-        return [_seen(model, normalised(model, batch)) for batch in batches]
+        return [_snapshot(*route.look(model, images_on(model, batch), "model"), "model") for batch in batches]
 
 
 @torch.no_grad()
@@ -51,7 +54,7 @@ def correlations(
     student: nn.Module,
     teacher: nn.Module | Sequence[PyramidSnapshot],
     batches: Iterable[Any],
-    channels: Tensor | Sequence[int] | None = None,
+    channels: Channels = None,
     levels: Sequence[int] | None = None,
     *,
     own_size: bool = False,
@@ -63,11 +66,11 @@ def correlations(
     student's. A channel that never changes correlates with nothing (r = 0).
 
     Args:
-        student, teacher: detectors with a ``backbone`` that returns a pyramid, in torch's wrappers or not; run in
-            evaluation mode. Instead of the teacher, what :func:`pyramids` made of it and of the same batches, at its
-            own input size.
+        student, teacher: detectors that take a list of images, as torchvision's do, in torch's wrappers or not; run in
+            evaluation mode up to the neck. Instead of the teacher, what :func:`pyramids` made of it and of the same
+            batches, at its own input size.
         batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``.
-        channels: ``[C_student]``, the teacher's channel opposite each of the student's.
+        channels: ``[C_student]``, the teacher's channel opposite each of the student's, see :class:`TeacherChannels`.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
         own_size: let the teacher resize the images to its own input size instead of seeing what the student
             sees, so that what a smaller input loses counts too.
@@ -79,32 +82,29 @@ def correlations(
         InputError: there is no batch, or more than pyramids; no level matches, or channel counts differ; one says how
             it normalises images and the other does not.
     """
-    from jdkd.train.inputs import normalised
+    from jdkd.train.inputs import images_on
     from jdkd.train.modes import mode
 
-    index, levels = as_index(channels), as_strides(levels)
+    picked, levels = TeacherChannels(channels), as_strides(levels)
     pools: dict[tuple[int, int], _Comoments] = {}  # (stride, place among the levels of that stride)
-    student = _detector(student, "student")
-    runs = not isinstance(teacher, Sequence) or isinstance(teacher, nn.Module)
-    teacher = _detector(teacher, "teacher") if runs else teacher
-    convert = None
-    if runs and not own_size:
-        convert = conversion_between(route_of(student, "student", BACKBONE), route_of(teacher, "teacher", BACKBONE))
-    with mode(student, training=False), mode(teacher, training=False) if runs else contextlib.nullcontext():
-        for number, batch in enumerate(batches):
-            shown = normalised(student, batch)  # [N, 3, H, W]
-            index = None if index is None else index.to(shown.device)
-            ours = _seen(student, shown)
-            if runs:
-                teacher.to(shown.device)
-                shown = normalised(teacher, batch) if convert is None else convert(shown)
-            elif number == len(teacher):
-                raise InputError(f"correlations was given {number} pyramids and more batches; give one for each batch.")
-            theirs = _seen(teacher, shown) if runs else teacher[number]
-            pairs = pair_levels(ours.pyramid, theirs.pyramid, ours.size, levels, teacher_size=theirs.size)
-            check_index(index, pairs)
+    student = unwrapped(module_of(student, "student"))
+    route = route_of(student, "student")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mode(student, training=False))
+        if isinstance(teacher, nn.Module) or not isinstance(teacher, Sequence):
+            teacher = unwrapped(module_of(teacher, "teacher"))
+            look = _Teacher(teacher, route_of(teacher, "teacher"), None if own_size else route)
+            stack.enter_context(mode(teacher, training=False))
+        else:
+            look = _Snapshots(teacher)
+        for batch in batches:
+            images = images_on(student, batch)
+            seen, pyramid = route.look(student, images, "student")
+            ours, theirs = _snapshot(seen, pyramid, "student"), look(seen, batch)
+            sizes = {"size": ours.size, "teacher_size": theirs.size}
+            pairs = pair_levels(ours.pyramid, theirs.pyramid, levels=levels, channels=picked, **sizes)
             for place, pair in enumerate(pairs):
-                pools.setdefault((pair.stride, place), _Comoments()).take(pair.student, select_channels(pair, index))
+                pools.setdefault((pair.stride, place), _Comoments()).take(pair.student, pair.teacher)
     if not pools:
         raise InputError("correlations was given 0 batches and needs at least 1; give it some images.")
     distances: dict[int, list[float]] = {}
@@ -113,24 +113,43 @@ def correlations(
     return {stride: sum(values) / len(values) for stride, values in distances.items()}
 
 
-def _detector(model: Any, who: str) -> nn.Module:
-    """The detector inside torch's wrappers, whose backbone is to be run.
+class _Teacher:
+    """What a teacher makes of the images that a student saw, or, at its own input size, of a batch.
 
-    Raises:
-        InputError: it is none, or has no backbone of its own.
+    Args:
+        model: the teacher.
+        route: the way of the images through it.
+        student: the student's, whose images it is to see.
     """
-    inner = unwrapped(module_of(model, who))
-    if not isinstance(getattr(inner, BACKBONE, None), nn.Module):
-        raise InputError(
-            f"the {who} ({type(inner).__name__}) has no {BACKBONE} of its own, and correlations runs that; pass the "
-            "detector inside"
-        )
-    return inner
+
+    def __init__(self, model: nn.Module, route: Route, student: Route | None) -> None:
+        self.model, self.route = model, route
+        self.convert = None if student is None else conversion_between(student, route)
+
+    def __call__(self, seen: StudentInput, batch: Any) -> PyramidSnapshot:
+        from jdkd.train.inputs import images_on
+
+        self.model.to(seen.images.device)
+        if self.convert is None:
+            return _snapshot(*self.route.look(self.model, images_on(self.model, batch), "teacher"), "teacher")
+        pyramid = self.route.run(seen, self.convert(seen.images, seen.inside))
+        return PyramidSnapshot(found_levels(pyramid, "teacher"), tuple(seen.images.shape[-2:]))
 
 
-def _seen(model: nn.Module, batch: Tensor) -> PyramidSnapshot:
-    """The pyramid of a normalised batch ``[N, 3, H, W]``."""
-    return PyramidSnapshot(found_levels(model.backbone(batch), type(model).__name__), tuple(batch.shape[-2:]))
+class _Snapshots:
+    """The pyramids of a teacher, batch by batch."""
+
+    def __init__(self, snapshots: Sequence[PyramidSnapshot]) -> None:
+        self.count, self.left = len(snapshots), iter(snapshots)
+
+    def __call__(self, seen: StudentInput, batch: Any) -> PyramidSnapshot:
+        for snapshot in self.left:
+            return snapshot
+        raise InputError(f"correlations was given {self.count} pyramids and more batches; give one for each batch.")
+
+
+def _snapshot(seen: StudentInput, pyramid: Pyramid, who: str) -> PyramidSnapshot:
+    return PyramidSnapshot(found_levels(pyramid, who), tuple(seen.images.shape[-2:]))
 
 
 @dataclass

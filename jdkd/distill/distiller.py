@@ -6,6 +6,7 @@ from typing import Self
 
 from torch import Tensor, nn
 
+from jdkd.distill.channels import Channels
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller
 from jdkd.distill.teacher import TeacherRunner
@@ -20,8 +21,9 @@ class Distiller:
     Args:
         student, teacher: detectors; see :class:`FeatureDistiller` and :class:`HeadDistiller`.
         feature_weight: weight of each level of the Pearson loss; 0 leaves the term out.
-        head_weight: weight of the class logits; 0 leaves the term out.
-        channels: ``[C_student]``, the teacher's channel opposite each of the student's.
+        head_weight: weight of the class logits; 0 leaves the term out. Ask :func:`can_distil_heads` first where the two
+            may be of any kind.
+        channels: ``[C_student]``, the teacher's channel opposite each of the student's, or such a list a level.
         levels: strides of the levels to compare.
         reuse: keep the teacher's features while the student is given the very same images, for several
             subnets in one step; see :class:`TeacherRunner`.
@@ -34,7 +36,7 @@ class Distiller:
         *,
         feature_weight: float = 6.0,
         head_weight: float = 0.0,
-        channels: Tensor | Sequence[int] | None = None,
+        channels: Channels = None,
         levels: Sequence[int] | None = None,
         reuse: bool = False,
     ) -> None:

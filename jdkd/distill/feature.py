@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
-from jdkd.distill.levels import as_index, as_strides, check_index, pair_levels, select_channels
+from jdkd.distill.levels import as_strides, pair_levels
 from jdkd.distill.neck import Pyramid, found_levels, with_levels
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
@@ -40,7 +41,7 @@ class FeatureDistiller:
         loss_weight: weight of each level; the paper's configurations use 6 for two-stage and 10 for one-stage
             pairs. At 0 (it may be changed: ``tap.loss_weight``) the loss is 0 and nothing runs.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's, where the student's
-            pyramid was pruned.
+            pyramid was pruned; or a list a level, see :class:`jdkd.distill.channels.TeacherChannels`.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
         runner: a shared runner of the teacher; by default its own.
         level_weights, statistics, zero_variance, group: see :func:`jdkd.functional.pearson_tap`.
@@ -55,7 +56,7 @@ class FeatureDistiller:
         teacher: nn.Module,
         *,
         loss_weight: float = 6.0,
-        channels: Tensor | Sequence[int] | None = None,
+        channels: Channels = None,
         levels: Iterable[int] | None = None,
         runner: TeacherRunner | None = None,
         level_weights: Sequence[float] | None = None,
@@ -66,7 +67,7 @@ class FeatureDistiller:
         options = {"statistics": statistics, "zero_variance": zero_variance, "group": group}
         settings_of(len(level_weights) if hasattr(level_weights, "__len__") else 0, level_weights, 1.0, **options)
         self.levels = as_strides(levels)
-        self._channels, self._has_checked_channels = as_index(channels), False
+        self._channels = TeacherChannels(channels)
         self.tap = PearsonTap(as_weight(loss_weight), return_levels=True, level_weights=level_weights, **options)
         self.runner = runner or TeacherRunner(student, teacher)
         self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
@@ -144,14 +145,9 @@ class FeatureDistiller:
         """The pyramid that the heads get; and strides, loss and its part by level ``[L]`` of the levels compared."""
         runner = self.runner
         ours, theirs = found_levels(pyramid, "student"), found_levels(runner.teacher_pyramid, "teacher")
-        pairs = pair_levels(ours, theirs, runner.size, self.levels)
-        if self._channels is not None:
-            if not self._has_checked_channels:
-                check_index(self._channels, pairs)
-                self._has_checked_channels = True
-            self._channels = self._channels.to(runner.device)
+        pairs = pair_levels(ours, theirs, runner.size, self.levels, channels=self._channels)
         students = [pair.student for pair in pairs]
-        tapped, loss, losses = self.tap(students, [select_channels(pair, self._channels) for pair in pairs])
+        tapped, loss, losses = self.tap(students, [pair.teacher for pair in pairs])
         return with_levels(pyramid, students, tapped), [pair.stride for pair in pairs], loss, losses
 
 

@@ -1,4 +1,6 @@
-"""Distillation through the box head: what the teacher would have said of the student's regions."""
+"""Distillation through the class logits: what the teacher would have said of the student's regions or anchors."""
+
+from __future__ import annotations
 
 from typing import Any, Self
 
@@ -9,28 +11,40 @@ from torch import Tensor, nn
 from jdkd.distill.feature import as_weight
 from jdkd.distill.gradients import check_gradient
 from jdkd.distill.hooks import Hook
+from jdkd.distill.neck import levels_of
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 
 
-class HeadDistiller:
-    """Class logits of the regions that the student sampled, against the teacher's for the same regions.
+def can_distil_heads(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether :class:`HeadDistiller` takes two detectors: their heads classify the same places, in the same way."""
+    return _objection(unwrapped(student), unwrapped(teacher)) is None
 
-    The teacher pools its own features at the student's regions and classifies them; the loss is the mean
-    Kullback-Leibler divergence over regions at temperature 1, whose gradient is that of the soft cross
-    entropy (Hinton et al. 2015; for detectors Chen et al., NIPS 2017, section 3.1, here without their class
-    weights).
+
+class HeadDistiller:
+    """Class logits of a student, against the teacher's for the same places: regions, or all anchors.
+
+    Of two-stage detectors the teacher pools its own features at the regions that the student sampled and classifies
+    them; the loss is the mean Kullback-Leibler divergence over regions at temperature 1, whose gradient is that of
+    the soft cross entropy (Hinton et al. 2015; for detectors Chen et al., NIPS 2017, section 3.1, here without their
+    class weights).
+
+    One-stage detectors classify every anchor, most of which are background, so their divergences are summed, and
+    divided by how many anchors hold an object in the teacher's eyes (the sum of its scores, at least 1), as their own
+    losses are by the anchors that match one. Where each class has a sigmoid of its own the divergence is binary,
+    summed over classes. This normalisation is ours.
 
     A context manager, used as :class:`jdkd.distill.feature.FeatureDistiller` is.
 
     Args:
-        student, teacher: two-stage detectors as torchvision's, for the same classes.
+        student, teacher: detectors of torchvision's heads, for the same classes, in the same stages, and with the same
+            anchors where all are classified.
         loss_weight: weight of the loss.
         runner: a shared runner of the teacher; by default its own.
 
     Raises:
-        InputError: one of the two has no box head, or they know different numbers of classes.
+        InputError: one of the two has no such head, or they do not classify the same.
     """
 
     def __init__(
@@ -41,40 +55,31 @@ class HeadDistiller:
         loss_weight: float = 1.0,
         runner: TeacherRunner | None = None,
     ) -> None:
+        from jdkd.detect.heads import class_head
+
         student, teacher = unwrapped(student), unwrapped(teacher)
-        for who, model in (("student", student), ("teacher", teacher)):
-            if not hasattr(model, "roi_heads"):
-                raise InputError(
-                    f"the {who} ({type(model).__name__}) has no roi_heads, and head distillation needs them "
-                    "on both; distil its features only."
-                )
-        ours, theirs = (model.roi_heads.box_predictor.cls_score.out_features - 1 for model in (student, teacher))
-        if ours != theirs:
-            raise InputError(
-                f"the student knows {ours} classes and the teacher {theirs}, and head distillation needs the "
-                "same; distil the features only."
-            )
+        if (objection := _objection(student, teacher)) is not None:
+            raise InputError(f"{objection}; distil the features only (head_weight 0).")
+        self._head, self._teachers_head = class_head(student), class_head(teacher)
         self.runner = runner or TeacherRunner(student, teacher)
         self.loss_weight = as_weight(loss_weight)
         self._hooks: list[Any] = []
-        self._regions: tuple[list[Tensor], list[tuple[int, int]]] | None = None
-        self._logits: Tensor | None = None  # [R, 1 + K]
+        self._places: Any = None
+        self._logits: Tensor | None = None  # [R, K]
         self._ran_with_gradients = False
         self._autocast: tuple[bool, torch.dtype] = False, torch.bfloat16  # during the student's forward
 
     def __enter__(self) -> Self:
         self.runner.__enter__()
-        heads = self.runner.student.roi_heads
-        self._hooks = [
-            heads.box_roi_pool.register_forward_pre_hook(Hook(self._see_regions)),
-            heads.box_predictor.register_forward_hook(Hook(self._see_logits)),
-        ]
+        self._hooks = [self._head.says.register_forward_hook(Hook(self._see_logits))]
+        if self._head.asked is not None:
+            self._hooks.append(self._head.asked.register_forward_pre_hook(Hook(self._see_places)))
         return self
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._regions, self._logits = [], None, None
+        self._hooks, self._places, self._logits = [], None, None
         self.runner.__exit__(*error)
 
     def loss(self) -> Tensor:
@@ -82,39 +87,68 @@ class HeadDistiller:
 
         Raises:
             RuntimeError: the student has not run since the last call.
-            InputError: the loss is a constant, as no gradient can reach the student through its class logits.
+            InputError: the loss is a constant, as no gradient can reach the student through its class logits; or the
+                two have not as many anchors.
         """
-        if self._logits is None or self._regions is None:
+        if self._logits is None:
             raise RuntimeError("the student has not run since the last loss(): call it first, inside the with block")
-        (regions, sizes), logits = self._regions, self._logits
-        self._regions = self._logits = None
+        places, logits = self._places, self._logits
+        self._places = self._logits = None
         if self._ran_with_gradients:
             check_gradient(logits, self.runner.student, "class logits", ran_with_gradients=True)
         enabled, dtype = self._autocast
         with torch.no_grad(), torch.autocast(logits.device.type, dtype, enabled):
-            taught = self._taught(regions, sizes)
-        divergence = F.kl_div(
-            F.log_softmax(logits.float(), dim=1),
-            F.log_softmax(taught.float(), dim=1),
-            reduction="sum",
-            log_target=True,
-        )
-        return divergence * (self.loss_weight / max(1, len(logits)))
+            taught = self._teachers_head.about(places, levels_of(self.runner.teacher_pyramid))
+        if taught.shape != logits.shape:
+            raise InputError(
+                f"the student classifies {len(logits)} anchors of a batch and the teacher {len(taught)}; take a "
+                "teacher with levels of the same strides, or distil the features only (head_weight 0)."
+            )
+        divergence, objects = _divergence(logits.float(), taught.float(), self._head.exclusive)
+        count = objects.clamp(min=1) if self._head.dense else max(1, len(logits))
+        return divergence * (self.loss_weight / count)
 
-    def _taught(self, regions: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
-        """The teacher's class logits ``[R, 1 + K]``; half precision is pooled in single, as autocast does."""
-        heads, pyramid = self.runner.teacher.roi_heads, self.runner.teacher_pyramid
-        like = next(heads.parameters())
-        wide = torch.promote_types(like.dtype, torch.float32)
-        levels = {name: level.to(wide) for name, level in pyramid.items()}
-        pooled = heads.box_roi_pool(levels, [region.to(wide) for region in regions], sizes)  # [R, C, 7, 7]
-        return heads.box_predictor(heads.box_head(pooled.to(like.dtype)))[0]
+    def _see_places(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self._places = self._head.places(inputs)
 
-    def _see_regions(self, pool: nn.Module, inputs: tuple[Any, ...]) -> None:
-        _, regions, sizes = inputs
-        self._regions = [region.detach() for region in regions], list(sizes)
-
-    def _see_logits(self, predictor: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-        self._logits, self._ran_with_gradients = output[0], torch.is_grad_enabled()
-        kind = output[0].device.type
+    def _see_logits(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        self._logits, self._ran_with_gradients = self._head.logits(output), torch.is_grad_enabled()
+        kind = self._logits.device.type
         self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+
+def _objection(student: nn.Module, teacher: nn.Module) -> str | None:
+    """Why the heads of two detectors cannot be compared."""
+    from jdkd.detect.heads import class_head
+
+    ours, theirs = class_head(student), class_head(teacher)
+    for who, model, head in (("student", student, ours), ("teacher", teacher, theirs)):
+        if head is None:
+            return (
+                f"the {who} ({type(model).__name__}) has no head of torchvision's that classifies regions or anchors, "
+                "and head distillation needs one on both"
+            )
+    if (reason := ours.objection(theirs)) is not None:
+        names = f"student ({type(student).__name__}) and teacher ({type(teacher).__name__})"
+        return f"the heads of {names} cannot be compared: {reason}"
+    if ours.outputs != theirs.outputs:
+        return (
+            f"the student knows {ours.outputs - 1} classes and the teacher {theirs.outputs - 1}, and head distillation "
+            "needs the same"
+        )
+    return None
+
+
+def _divergence(ours: Tensor, theirs: Tensor, exclusive: bool) -> tuple[Tensor, Tensor]:
+    """The sum of Kullback-Leibler divergences, and of the teacher's scores for there being an object.
+
+    Args:
+        ours, theirs: logits ``[R, K]``; label 0 is the background where classes are exclusive.
+        exclusive: softmax, or a sigmoid for each class.
+    """
+    if exclusive:
+        ours, theirs = F.log_softmax(ours, dim=1), F.log_softmax(theirs, dim=1)
+        return F.kl_div(ours, theirs, reduction="sum", log_target=True), -theirs[:, 0].expm1().sum()
+    sides = [(F.logsigmoid(sign * ours), F.logsigmoid(sign * theirs)) for sign in (1, -1)]
+    divergence = sum(F.kl_div(one, other, reduction="sum", log_target=True) for one, other in sides)
+    return divergence, theirs.sigmoid().amax(dim=1).sum()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from jdkd.distill.channels import TeacherChannels
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.ops.pearson_strides import Size, pairs_of, strides_of
 
+EVERY = TeacherChannels(None)
 POOLED = "pool"  # torchvision's name for the level that is a sub-sampled copy of the one before
 
 
@@ -53,6 +54,7 @@ def pair_levels(
     levels: Sequence[int] | None = None,
     *,
     teacher_size: Size | None = None,
+    channels: TeacherChannels = EVERY,
 ) -> list[LevelPair]:
     """Pairs the levels of two pyramids that have the same stride, finest first or in the order asked for.
 
@@ -66,16 +68,17 @@ def pair_levels(
         levels: the strides wanted; by default all that both have. The pooled level on top of torchvision's
             pyramids is left out, as it holds nothing that the level before it does not.
         teacher_size: height and width of the batch that the teacher saw, where it is another.
+        channels: the teacher's that stand opposite the student's; they are picked.
 
     Raises:
-        InputError: nothing matches, or a stride asked for is missing.
+        InputError: nothing matches, a stride asked for is missing, or the channels do not fit.
     """
     ours = _strided(student, size, "student")
     theirs = _strided(teacher, teacher_size or size, "teacher")
     pairs = pairs_of([stride for stride, _ in ours], [stride for stride, _ in theirs])
-    found = [LevelPair(ours[i][0], ours[i][1], theirs[j][1]) for i, j in pairs]
-    wanted = list(dict.fromkeys(pair.stride for pair in found)) if levels is None else list(levels)
-    if not wanted or not set(wanted) <= {pair.stride for pair in found}:
+    common = list(dict.fromkeys(ours[i][0] for i, _ in pairs))
+    wanted = common if levels is None else list(levels)
+    if not wanted or not set(wanted) <= set(common):
         asked = "" if levels is None else f", and levels asks for {list(levels)}"
         strides = [[stride for stride, _ in side] for side in (ours, theirs)]
         raise InputError(
@@ -91,71 +94,13 @@ def pair_levels(
                     f"the {who}'s levels of stride {alone} are not distilled: the other side has no more levels of "
                     "that stride"
                 )
-    return [pair for stride in wanted for pair in found if pair.stride == stride]
-
-
-def select_channels(pair: LevelPair, channels: Tensor | None) -> Tensor:
-    """The teacher's channels (of ``[N, C_t, H, W]``) opposite the student's: ``[N, C_s, H, W]``.
-
-    Args:
-        pair: two levels.
-        channels: ``[C_s]``, see :func:`as_index`.
-
-    Raises:
-        InputError: the counts differ and ``channels`` does not make up for it, or it names a channel that is not there.
-    """
-    stride, student, teacher = pair
-    picked = teacher.shape[1] if channels is None else len(channels)
-    if picked != student.shape[1]:
-        what = "" if channels is None else f", of which channels picks {picked}"
-        raise InputError(
-            f"the student's pyramid has {student.shape[1]} channels and the teacher's "
-            f"{teacher.shape[1]}{what} (level of stride {stride}); give channels, the teacher's index for each of the "
-            "student's."
+    chosen = [(*ours[i], theirs[j][1]) for stride in wanted for i, j in pairs if ours[i][0] == stride]
+    return [
+        LevelPair(
+            stride, student[name], channels.select(teacher[other], student[name].shape[1], stride, name, [*student])
         )
-    return teacher if channels is None else teacher.index_select(1, channels)
-
-
-def as_index(channels: Tensor | Sequence[int] | None) -> Tensor | None:
-    """``channels`` as an int64 tensor ``[C_s]``.
-
-    Raises:
-        InputError: they are no indices, or one stands there twice.
-    """
-    if channels is None:
-        return None
-    try:
-        ordered = not isinstance(channels, Mapping | Set | str)
-        index = torch.as_tensor(channels if isinstance(channels, Tensor) else list(channels) if ordered else [])
-    except (TypeError, ValueError, RuntimeError):
-        index = torch.zeros(0)
-    whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
-    if index.dim() != 1 or len(index) == 0 or not whole or index.min() < 0:
-        raise InputError(
-            f"channels is {_short(channels)}; give the index, from 0, of the teacher's channel for each of the "
-            "student's, a list of integers"
-        )
-    values, counts = index.unique(return_counts=True)
-    if counts.max() > 1:
-        raise InputError(f"channels names channel {values[counts.argmax()].item()} more than once; give each once")
-    return index.to(torch.int64)
-
-
-def check_index(channels: Tensor | None, pairs: Sequence[LevelPair]) -> None:
-    """Refuses ``channels`` beyond a teacher's.
-
-    Raises:
-        InputError: one is not there.
-    """
-    if channels is None:
-        return
-    most = int(channels.max())
-    for stride, _, teacher in pairs:
-        if most >= teacher.shape[1]:
-            raise InputError(
-                f"channels names channel {most} and the teacher's level of stride {stride} has {teacher.shape[1]}; "
-                "give indices of channels that it has"
-            )
+        for stride, name, other in chosen
+    ]
 
 
 def as_strides(levels: Iterable[int] | None) -> tuple[int, ...] | None:
@@ -176,10 +121,10 @@ def as_strides(levels: Iterable[int] | None) -> tuple[int, ...] | None:
     return tuple(map(int, given))
 
 
-def _strided(pyramid: Mapping[str, Tensor], size: Size, who: str) -> list[tuple[int, Tensor]]:
-    """Stride and level, finest first."""
+def _strided(pyramid: Mapping[str, Tensor], size: Size, who: str) -> list[tuple[int, str]]:
+    """Stride and name of the levels, finest first."""
     strides = level_strides(pyramid, size, who)
-    kept = [(strides[name], level) for name, level in pyramid.items() if name.rpartition(".")[2] != POOLED]
+    kept = [(strides[name], name) for name in pyramid if name.rpartition(".")[2] != POOLED]
     return sorted(kept, key=lambda entry: entry[0])
 
 

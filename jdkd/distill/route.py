@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from jdkd.distill.neck import Pyramid
 from jdkd.distill.student_input import StudentInput, parameters_of
 from jdkd.errors import InputError
+from jdkd.nn.necks import BACKBONE, NECK, NotReached, backbone_of, holders, neck_of, outermost, run_until
 from jdkd.nn.unwrapping import unwrapped
 
-NECKS = ("neck", "backbone")  # where a pyramid comes out in OpenMMLab's detectors, and in torchvision's
-BACKBONE = "backbone"
 HOLDERS = ("ema", "module", "model", "ema_model")  # where objects that are no modules keep a model
 
 
@@ -66,21 +65,60 @@ class Route:
         inside = any(module is self.neck for module in self.entrance.modules())
         caller = self.entrance if inside else self.caller
         with ExitStack() as stack:
-            stack.callback(self.neck.register_forward_hook(_stop).remove)
             if caller is not self.entrance:  # what it makes of the images on the way, such as resizing, is replaced
                 swap = _swapped(images)
                 stack.callback(self.entrance.register_forward_pre_hook(swap, with_kwargs=True).remove)
             try:
-                self._enter(caller, seen, images)
-            except _Reached as reached:
-                return reached.pyramid
-        raise InputError(
-            f"{type(caller).__name__} never called {type(self.neck).__name__}, which teacher_neck names, on a batch of "
-            "images; name a submodule that it calls"
-        )
+                return run_until(self.neck, lambda: self._enter(caller, seen, images))
+            except NotReached:
+                raise InputError(
+                    f"{type(caller).__name__} never called {type(self.neck).__name__}, which teacher_neck names, on a "
+                    "batch of images; name a submodule that it calls"
+                ) from None
+
+    def look(self, model: nn.Module, images: Sequence[Tensor], who: str) -> tuple[StudentInput, Pyramid]:
+        """What goes into the entrance, and the pyramid, of images that a detector is given; its heads do not run.
+
+        Args:
+            model: the detector, whose forward takes a list of images as torchvision's do.
+            images: ``[3, H, W]`` in 0..1.
+            who: what errors call it.
+
+        Raises:
+            InputError: it does not run on them, or does not call its neck.
+        """
+        kind, seen = type(model).__name__, []
+
+        def see(entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found = StudentInput.of(parameters_of(entrance), args, kwargs)
+            if found is not None and (not found.sizes or entrance is self.chain[-1]):
+                seen.append(found)
+
+        handle = self.entrance.register_forward_pre_hook(see, with_kwargs=True)
+        try:
+            pyramid = run_until(self.neck, lambda: model(list(images)))
+        except (torch.OutOfMemoryError, InputError):
+            raise
+        except (NotReached, TypeError, AttributeError, RuntimeError, ValueError, AssertionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if isinstance(error, NotReached):
+                reason = f"it never called its {type(self.neck).__name__}"
+            raise InputError(
+                f"the {who} ({kind}) does not run up to its neck on a list of images [3, H, W] ({reason}); give a "
+                "detector that does, as torchvision's do, or wrap it with jdkd.detect.adopt"
+            ) from error
+        finally:
+            handle.remove()
+        if not seen:
+            raise InputError(
+                f"the {who} ({kind}) calls its {type(self.entrance).__name__} with no images; keep what is called with "
+                "a batch [N, 3, H, W] in a submodule called backbone"
+            )
+        return seen[-1], pyramid
 
     def _enter(self, module: nn.Module, seen: StudentInput, images: Tensor) -> Any:
-        args, kwargs = seen.arguments_for(module, images)
+        takes_list = bool(seen.sizes) and module is self.chain[-1]
+        args, kwargs = seen.arguments_for(module, seen.as_list(images) if takes_list else images)
         try:
             pyramid = module(*args, **kwargs)
         except (torch.OutOfMemoryError, InputError):
@@ -113,18 +151,16 @@ def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
             f"{'teacher_neck' if who == 'teacher' else 'neck'} is {_named(path)}; pass a dotted name, or None"
         )
     inner = unwrapped(model)
-    holders = _holders(inner, NECKS)
+    found = holders(inner)
     if path is None:
-        if len(holders) == 1:
-            prefix, holder = holders[0]
-            neck = next(name for name in NECKS if _child(holder, name) is not None)
-            return _route(inner, f"{prefix}.{neck}".lstrip("."), who)
-        raise InputError(_nowhere(inner, who, " or ".join(NECKS), holders))
+        if (neck := neck_of(inner)) is not None:
+            return _route(inner, neck, who)
+        raise InputError(_nowhere(inner, who, f"{NECK} or {BACKBONE}", found))
     for root in (model, inner):
         if _has(root, path):
             return _route(root, path, who)
-    if len(holders) == 1 and _has(holders[0][1], path):
-        return _route(inner, f"{holders[0][0]}.{path}".rstrip("."), who)
+    if len(found) == 1 and _has(found[0][1], path):
+        return _route(inner, f"{found[0][0]}.{path}".strip("."), who)
     raise InputError(_nowhere(inner, who, path, []))
 
 
@@ -132,16 +168,16 @@ def _route(root: nn.Module, path: str, who: str) -> Route:
     neck = root.get_submodule(path)
     names = path.split(".") if path else []
     chain = [root, *(root.get_submodule(".".join(names[: i + 1])) for i in range(len(names) - 1))]
-    owner = next((module for module in reversed(chain) if _child(module, BACKBONE) is not None), None)
+    owner = next((module for module in reversed(chain) if backbone_of(module) is not None), None)
     if owner is not None:
         around = tuple(chain[: chain.index(owner) + 1])
-        return Route(owner, _child(owner, BACKBONE), neck, around)
-    holders = _holders(root, (BACKBONE,))
-    if len(holders) == 1:
-        prefix, owner = holders[0]
+        return Route(owner, backbone_of(owner), neck, around)
+    owners = outermost(root, lambda module: backbone_of(module) is not None)
+    if len(owners) == 1:
+        prefix, owner = owners[0]
         names = prefix.split(".")
         around = tuple(root.get_submodule(".".join(names[:i])) for i in range(len(names) + 1))
-        return Route(root, owner.backbone, neck, around)
+        return Route(root, backbone_of(owner), neck, around)
     inmost = _inmost(chain)
     transform = getattr(inmost, "transform", None)
     if hasattr(transform, "image_mean") and hasattr(transform, "min_size"):
@@ -161,25 +197,6 @@ def _inmost(chain: list[nn.Module]) -> nn.Module:
             break
         model = module
     return model
-
-
-def _holders(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, nn.Module]]:
-    """The outermost modules with a child of one of these names, and where they are."""
-    found: list[tuple[str, nn.Module]] = []
-    waiting = [("", model)]
-    while waiting:
-        prefix, module = waiting.pop(0)
-        if any(_child(module, name) is not None for name in names):
-            if all(module is not other for _, other in found):
-                found.append((prefix, module))
-        else:
-            waiting += [(f"{prefix}.{name}".lstrip("."), child) for name, child in module.named_children()]
-    return found
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    child = getattr(module, name, None)
-    return child if isinstance(child, nn.Module) else None
 
 
 def _has(root: nn.Module, path: str) -> bool:
@@ -214,20 +231,10 @@ def _swapped(images: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, A
 
     def swap(entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict]:
         own = StudentInput.of(parameters_of(entrance), args, kwargs)
-        if own is None:
+        if own is None or own.sizes:
             return (images, *args[1:]), kwargs
         same = lambda value: isinstance(value, Tensor) and value.data_ptr() == own.images.data_ptr()  # noqa: E731
         changed = {name: images if same(value) else value for name, value in kwargs.items()}
         return tuple(images if same(value) else value for value in args), changed
 
     return swap
-
-
-class _Reached(Exception):
-    def __init__(self, pyramid: Pyramid) -> None:
-        super().__init__("the neck was reached")
-        self.pyramid = pyramid
-
-
-def _stop(neck: nn.Module, inputs: tuple[Any, ...], pyramid: Pyramid) -> None:
-    raise _Reached(pyramid)

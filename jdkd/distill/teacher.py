@@ -165,7 +165,7 @@ class TeacherRunner:
 
     def _see(self, entered: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         batch = StudentInput.of(self._names, args, kwargs)
-        if batch is None:
+        if batch is None or (batch.sizes and entered is not self._route.chain[-1]):  # lists are for whole detectors
             if not self.student.training:
                 return
             given = next(iter((*args, *kwargs.values())), None)
@@ -177,7 +177,7 @@ class TeacherRunner:
         keep = self._same_images and self._batch is not None and self._batch.images.shape == batch.images.shape
         self._same_images, self._entered_in = False, pass_number()
         before = self._batch
-        recomputed = before is not None and self._entered_in != FORWARD and _address(before) == _address(batch)
+        recomputed = before is not None and self._entered_in != FORWARD and _same(before, batch)
         if self._next_sizes is not None or not recomputed:  # else the checkpoint began after the transform
             self._sizes, self._next_sizes = self._next_sizes, None
         self._batch = batch
@@ -199,8 +199,9 @@ class TeacherRunner:
         self._images = images
 
 
-def _address(batch: StudentInput) -> int:
-    return 0 if torch.compiler.is_compiling() else batch.images.data_ptr()
+def _same(before: StudentInput, now: StudentInput) -> bool:
+    """Whether the very same images came in again; of a list, which is copied, there is no telling."""
+    return torch.compiler.is_compiling() or before.images.data_ptr() == now.images.data_ptr()
 
 
 def conversion_between(ours: Route, theirs: Route, student_says: Any = None, teacher_says: Any = None) -> Conversion:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -112,6 +114,39 @@ class BlockList:
         """Path of the module whose children they are."""
         return self.blocks[0].rpartition(".")[0]
 
+    def identities(self) -> Iterator[tuple[str, bool]]:
+        """Yields every block and whether a copy of it can be born as the identity."""
+        for path, ends in zip(self.blocks, self.ends, strict=True):
+            yield path, bool(ends) and all(ends)
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether copies of its last block can be born as the identity."""
+        return [can for _, can in self.identities()][-1]
+
+
+def block_lists(runs: Iterable[Sequence[tuple[str, tuple[tuple[str, ...], ...]]]]) -> tuple[BlockList, ...]:
+    """Lists of runs of blocks, each block with its path and its ends; named by the container if it holds no other."""
+    runs = [run for run in runs if run]
+    containers = [run[0][0].rpartition(".")[0] for run in runs]
+    return tuple(
+        BlockList(container if containers.count(container) == 1 else run[0][0], *map(tuple, zip(*run, strict=True)))
+        for container, run in zip(containers, runs, strict=True)
+    )
+
+
+def without_blocks(lists: Iterable[BlockList], held: Container[str]) -> tuple[BlockList, ...]:
+    """Lists without some blocks, which part them into runs on both sides."""
+    runs: list[list[tuple[str, tuple[tuple[str, ...], ...]]]] = []
+    for blocks in lists:
+        runs.append([])
+        for path, ends in zip(blocks.blocks, blocks.ends, strict=True):
+            if path in held:
+                runs.append([])
+            else:
+                runs[-1].append((path, ends))
+    return block_lists(runs)
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -126,6 +161,8 @@ class Topology:
         sizes: elements of every parameter, by name.
         followed: for every feature map that the followed module returned, what each of its channels is: the name of its
             group and the unit in it, or None where it cannot go.
+        held: blocks that are in no list, and why: without them the model is not what it is with nothing in their
+            places; :func:`jdkd.rewrite.verify` finds them.
     """
 
     groups: tuple[ChannelGroup, ...]
@@ -135,6 +172,7 @@ class Topology:
     unreached: tuple[str, ...]
     sizes: dict[str, int]
     followed: tuple[tuple[tuple[str, int] | None, ...], ...] = ()
+    held: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ChannelGroup:
         return next(group for group in self.groups if group.name == name)
@@ -145,84 +183,111 @@ class Topology:
         return sum(self.sizes.get(name, 0) for name in reached) / max(1, sum(self.sizes.values()))
 
     def norms(self, group: ChannelGroup) -> tuple[str, ...]:
-        """Paths of the normalisation layers that scale each channel of a group by itself."""
+        """Paths of the normalisation layers that scale and shift each channel of a group by itself."""
+        standing = {slot.tensor for slot in group.slots}
         return tuple(
             layer
             for slot in group.slots
             for layer, _, leaf in [slot.tensor.rpartition(".")]
             if slot.role == "scale"
             and leaf == "weight"
+            and f"{layer}.bias" in standing
             and self.sizes.get(slot.tensor, slot.places.size) == slot.places.size
         )
 
-    @property
-    def inner(self) -> tuple[ChannelGroup, ...]:
-        """Groups that one layer makes, or that stay inside one residual block, and that pass a norm or stay there.
+    @cached_property
+    def reading(self) -> frozenset[str]:
+        """Paths of the layers that read channels; those that read the image do not."""
+        places = [(slot.tensor, slot.dim) for group in self.groups for slot in group.slots]
+        everywhere = (places, *(frozen.tensors for frozen in self.frozen))
+        return frozenset(name.rpartition(".")[0] for each in everywhere for name, dim in each if dim)
 
-        Depthwise convolutions, which make of every channel one, do not count as makers, nor does what reads the image.
+    def is_stream(self, group: ChannelGroup) -> bool:
+        """Whether residual blocks add to a group's channels, which then stand both inside and outside of the blocks."""
+        for blocks in self.block_lists:
+            for path in blocks.blocks:
+                inside = [slot.tensor.startswith(f"{path}.") for slot in group.slots]
+                if any(inside) and not all(inside):
+                    return True
+        return False
+
+    @cached_property
+    def inner(self) -> tuple[ChannelGroup, ...]:
+        """Groups that stay inside one residual block, and those that one layer makes and that pass a norm.
+
+        Depthwise convolutions, which make of every channel one, do not count as makers, nor do layers that gate the
+        channels by what they read of themselves (squeeze-and-excitation), nor does what reads the image.
         """
         blocks = [f"{path}." for each in self.block_lists for path in each.blocks]
-        places = [(slot.tensor, slot.dim) for group in self.groups for slot in group.slots]
-        reading = {
-            name.rpartition(".")[0] for each in (places, *(f.tensors for f in self.frozen)) for name, dim in each if dim
-        }
+        read_by: dict[str, set[str]] = defaultdict(set)  # layer -> groups that it reads
+        for group in self.groups:
+            for slot in group.slots:
+                if slot.role == "in":
+                    read_by[slot.tensor.rpartition(".")[0]].add(group.name)
+        groups = {group.name: group for group in self.groups}
+
+        def gates(layer: str, gated: ChannelGroup) -> bool:
+            makers = [maker for name in read_by[layer] for maker in groups[name].makers]
+            return bool(makers) and all(read_by[maker] == {gated.name} for maker in makers)
 
         def is_inner(group: ChannelGroup) -> bool:
             if any(all(slot.tensor.startswith(block) for slot in group.slots) for block in blocks):
                 return True
-            return len(reading.intersection(group.makers)) == 1 and bool(self.norms(group))
+            makers = [layer for layer in group.makers if layer in self.reading and not gates(layer, group)]
+            return len(makers) == 1 and bool(self.norms(group)) and not self.is_stream(group)
 
         return tuple(filter(is_inner, self.groups))
 
     def trusting(self, verified: Topology) -> Topology:
         """What was found out of another state of the model, by :func:`jdkd.rewrite.verify`, holds of this one too.
 
-        Blocks that are added or leave change the numbers in names, so what was found of a group or of a block holds of
-        all whose names differ in numbers alone.
+        Blocks that are added or leave change the numbers of their neighbours, so what was found of a block, or of a
+        group in it, holds of all that stand in its container and are called the same inside.
 
         Args:
             verified: of a model that this one was rewritten from.
         """
+        containers = {blocks.container for each in (self, verified) for blocks in each.block_lists}
+
+        def kin(name: str) -> str:
+            """A name without the number of the block that it is in."""
+            for container in containers:
+                if name.startswith(f"{container}."):
+                    return f"{container}.#.{name.removeprefix(f'{container}.').partition('.')[2]}"
+            return name
+
         wrong = {
-            _kin(name) for part in verified.frozen if part.reason.startswith(DISAGREES) for name, _ in part.tensors
+            (kin(name), dim): part.reason
+            for part in verified.frozen
+            if part.reason.startswith(DISAGREES)
+            for name, dim in part.tensors
         }
-        stiff = {_kin(group.name) for group in verified.groups if not group.grows}
-        ends = {
-            _kin(path): bool(made and all(made))
-            for blocks in verified.block_lists
-            for path, made in zip(blocks.blocks, blocks.ends, strict=True)
-        }
-        return replace(
-            self,
-            groups=tuple(
-                replace(group, grows=_kin(group.name) not in stiff)
-                for group in self.groups
-                if not any((_kin(slot.tensor), slot.dim) in wrong for slot in group.slots)
-            ),
-            block_lists=tuple(
-                replace(
-                    blocks,
-                    ends=tuple(
-                        made if ends.get(_kin(path), True) else ((),)
-                        for path, made in zip(blocks.blocks, blocks.ends, strict=True)
-                    ),
-                )
-                for blocks in self.block_lists
-            ),
-        )
+        stiff = {kin(group.name) for group in verified.groups if not group.grows}
+        lasting = {kin(path) for blocks in verified.block_lists for path, can in blocks.identities() if not can}
+        groups, frozen = [], [*self.frozen]
+        for group in self.groups:
+            places = tuple((slot.tensor, slot.dim) for slot in group.slots)
+            reason = next((wrong[kin(name), dim] for name, dim in places if (kin(name), dim) in wrong), None)
+            if reason is None:
+                groups.append(replace(group, grows=kin(group.name) not in stiff))
+            else:
+                frozen.append(Frozen(places, reason))
+        lists = [
+            replace(blocks, ends=tuple(
+                ((),) if kin(path) in lasting else ends for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
+            ))
+            for blocks in without_blocks(self.block_lists, verified.held)
+        ]  # fmt: skip
+        return replace(self, groups=tuple(groups), frozen=tuple(frozen), block_lists=tuple(lists), held=verified.held)
 
     def to_json(self) -> str:
         content = {
             "groups": [group.to_json() for group in self.groups],
             "frozen": [asdict(frozen) for frozen in self.frozen],
             "block_lists": [{"name": blocks.name, "blocks": blocks.blocks} for blocks in self.block_lists],
+            "held": self.held,
             "unknown": self.unknown,
             "unreached": self.unreached,
             "prunable_share": self.prunable_share(),
         }
         return json.dumps(content, indent=2)
-
-
-def _kin(name: str) -> str:
-    """A name without its numbers, and without the mark of copies."""
-    return re.sub(r"\d+(\+\d+)?", "#", name)

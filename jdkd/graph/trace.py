@@ -14,7 +14,7 @@ from jdkd.errors import InputError
 from jdkd.graph.channels import Channels
 from jdkd.graph.declaration import Declaration
 from jdkd.graph.residuals import Step
-from jdkd.graph.topology import BlockList, ChannelGroup, Frozen, Slot, Topology
+from jdkd.graph.topology import BlockList, ChannelGroup, Frozen, Slot, Topology, block_lists
 from jdkd.graph.tracer import Tracer
 
 
@@ -156,12 +156,7 @@ def _block_lists(model: nn.Module, steps: list[Step], component: np.ndarray) -> 
             elif step is not None:
                 lists.append([step])
             before = step
-    containers = [run[0].path.rpartition(".")[0] for run in lists]
-    names = [c if containers.count(c) == 1 else run[0].path for c, run in zip(containers, lists, strict=True)]
-    return tuple(
-        BlockList(name, tuple(step.path for step in run), tuple(step.ends for step in run))
-        for name, run in zip(names, lists, strict=True)
-    )
+    return block_lists([(step.path, step.ends) for step in run] for run in lists)
 
 
 def _channels_of(step: Step, component: np.ndarray) -> list[list[int]]:

@@ -15,7 +15,7 @@ from jdkd.detect import fix_roi_scales
 from jdkd.detect.contract import not_scripted
 from jdkd.nn.unwrapping import unwrapped
 
-NORMS = (nn.BatchNorm2d, FrozenBatchNorm2d)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
 class _Tracer(fx.Tracer):

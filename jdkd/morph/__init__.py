@@ -9,5 +9,6 @@ from jdkd.morph.actions import (
     rearrange,
     remove_block,
 )
+from jdkd.morph.parts import parts
 
-__all__ = ["Morph", "add_block", "change_resolution", "draw", "prune_channels", "rearrange", "remove_block"]
+__all__ = ["Morph", "add_block", "change_resolution", "draw", "parts", "prune_channels", "rearrange", "remove_block"]

@@ -1,226 +1,271 @@
 """Student morphism: the five actions that change a student and let it keep its weights.
 
-The action space follows Joint-DetNAS (Yao et al., CVPR 2021, abstract and figure 2: morphism of the
-architecture and removal of redundant parameters, with weight inheritance). Ranges, divisors and floors are
-our choice. An action is a pure function of the parent, a detector of :func:`jdkd.detect.build` or
-:func:`jdkd.detect.load` (anything else raises InputError): it returns a :class:`Morph` and changes nothing.
+The action space follows Joint-DetNAS (Yao et al., CVPR 2021, abstract and figure 2: morphism of the architecture and
+removal of redundant parameters, with weight inheritance). Ranges, divisors and floors are our choice. An action is a
+pure function of the parent, any detector, and of its topology: it returns a :class:`Morph` and changes nothing.
 """
 
+from __future__ import annotations
+
 import contextlib
+import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 
-from jdkd.detect import NEW, DetectorSpec, Stage, inherit, round_width
-from jdkd.detect.contract import own_detector
-from jdkd.detect.groups import channel_groups, inner_group
+from jdkd.detect.input_size import input_size, resized
 from jdkd.errors import InputError
-from jdkd.morph.importance import (
-    gamma_importance,
-    inner_groups,
-    magnitude_importance,
-    strongest,
-    weakest_blocks,
-)
+from jdkd.graph import BlockList, ChannelGroup, Topology
+from jdkd.morph.importance import gamma_importance, magnitude_importance, strongest, weakest_blocks
+from jdkd.morph.parts import STREAMS, slimmed
+from jdkd.morph.parts import parts as parts_of
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite import Rewrite
 
 DIVISOR = 8  # channel counts stay multiples of it, or a GPU gains nothing from the narrower layer
 FLOOR = 0.25  # no group loses more than the rest in one action
-MAX_MOVE = 3  # blocks that cross a stage boundary in one rearrangement
-COUPLED_SHARES = (0.0, 0.25, 0.5)  # of the FPN and of the box head, dropped in one action
-COUPLED = {"fpn": ("fpn", "fpn.top_down", "rpn"), "box_head": ("box_head.fc6", "box_head.fc7")}
+MAX_MOVE = 3  # blocks that go from one list to the next in one rearrangement
+SHARES = (0.0, 0.25, 0.5)  # of a part, dropped in one action
+MOST_PARTS = 2  # that one action cuts
+STREAMS_CHANCE = 0.1  # that an action cuts the residual streams, the least share of them, instead of a part
 
 
 @dataclass(frozen=True)
 class Morph:
-    """One action, decided: the child's spec and where its channels and blocks come from.
+    """One action, decided.
 
     Args:
-        action: what was done, e.g. ``"prune 20 % of the inner channels"``.
-        spec: the child's architecture.
-        channels: parent channel of each child channel, for the groups that changed.
-        blocks: per stage, the parent block of each child block (``NEW`` for an added one).
+        action: what is done, e.g. ``"prune 20% inner channels"``.
+        rewrite: the same, as data.
     """
 
     action: str
-    spec: DetectorSpec
-    channels: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    blocks: tuple[tuple[int, ...], ...] | None = None
+    rewrite: Rewrite
 
-    def apply(self, parent: nn.Module) -> nn.Module:
-        """The child, with everything it inherits."""
-        return inherit(parent, self.spec, channels=self.channels, blocks=self.blocks)
+    def apply(self, parent: nn.Module, topology: Topology) -> nn.Module:
+        """The child, with everything it inherits; ``topology`` is what the action was decided on."""
+        return self.rewrite.apply(unwrapped(parent), topology)
 
 
-def remove_block(parent: nn.Module, stage: int) -> Morph:
-    """Removes the weakest block of a stage, never its first (``stage`` counts from 0).
+def remove_block(model: nn.Module, topology: Topology, name: str) -> Morph:
+    """Removes the weakest block of a list; a block that changes the stride or the channels is in none.
 
     Raises:
-        InputError: the stage has one block only.
+        InputError: there is no such list, or its container would be left without a child.
     """
-    parent = own_detector(parent, "remove_block")
-    spec = parent.spec
-    _require_stages(spec, stage)
-    if spec.stages[stage].depth < 2:
-        raise InputError(f"stage {stage + 1} has 1 block, which also changes the stride; remove from another stage.")
-    return _reblock(spec, f"remove a block of stage {stage + 1}", {stage: _without(parent, stage, 1)})
+    model, blocks = _of(model, topology), _list(topology, name)
+    if not _removable(model, blocks):
+        raise InputError(f"the only block of {name} stays, as nothing else is in {blocks.container}; remove another.")
+    return Morph(f"remove a block of {name}", Rewrite(blocks={name: _without(model, blocks, 1)}))
 
 
-def add_block(parent: nn.Module, stage: int) -> Morph:
-    """Appends an identity block to a stage, as wide inside as the last one (``stage`` counts from 0)."""
-    parent = own_detector(parent, "add_block")
-    spec = parent.spec
-    _require_stages(spec, stage)
-    return _reblock(spec, f"add a block to stage {stage + 1}", {stage: (*range(spec.stages[stage].depth), NEW)})
-
-
-def rearrange(parent: nn.Module, source: int, target: int, count: int = 1) -> Morph:
-    """Moves the boundary between two neighbouring stages: one loses blocks, the other gains identities.
-
-    The blocks that leave are the weakest of their stage. Those that arrive run at another width and stride,
-    where the old weights mean nothing, so they are born as the identity.
+def add_block(model: nn.Module, topology: Topology, name: str) -> Morph:
+    """Repeats the last block of a list, as wide inside as that, born as the identity.
 
     Raises:
-        InputError: the stages are not neighbours, or fewer than one block would stay.
+        InputError: there is no such list, or its last block cannot be born as the identity.
     """
-    parent = own_detector(parent, "rearrange")
-    spec = parent.spec
-    _require_stages(spec, source, target)
-    if abs(source - target) != 1 or not 1 <= count <= min(MAX_MOVE, spec.stages[source].depth - 1):
+    _of(model, topology)
+    return Morph(f"add a block to {name}", Rewrite(blocks={name: _with(_list(topology, name), 1)}))
+
+
+def rearrange(model: nn.Module, topology: Topology, source: str, target: str, count: int = 1) -> Morph:
+    """Moves blocks between two lists that run one after the other: one loses some, the other gains identities.
+
+    The blocks that leave are the weakest of their list. Those that arrive run at another width and stride, where the
+    old weights mean nothing, so they are born as the identity.
+
+    Raises:
+        InputError: there are no such lists, or they are not neighbours, or have no block to give or to repeat.
+    """
+    model, losing, gaining = _of(model, topology), _list(topology, source), _list(topology, target)
+    order = [blocks.name for blocks in topology.block_lists]
+    room = min(MAX_MOVE, _removable(model, losing))
+    if abs(order.index(source) - order.index(target)) != 1 or not 1 <= count <= room:
         raise InputError(
-            f"cannot move {count} block(s) from stage {source + 1} ({spec.stages[source].depth} blocks) to stage "
-            f"{target + 1}: stages must be neighbours, at most {MAX_MOVE} blocks move and one stays."
+            f"cannot move {count} block(s) from {source} to {target}: lists must be neighbours, of {', '.join(order)}, "
+            f"and {source} gives 1..{room} blocks (at most {MAX_MOVE} move, and its container keeps a child)."
         )
-    moved = {
-        source: _without(parent, source, count),
-        target: (*range(spec.stages[target].depth), *[NEW] * count),
-    }
-    return _reblock(spec, f"move {count} block(s) from stage {source + 1} to stage {target + 1}", moved)
+    moved = {source: _without(model, losing, count), target: _with(gaining, count)}
+    return Morph(f"move {count} block(s) from {source} to {target}", Rewrite(blocks=moved))
 
 
-def prune_channels(parent: nn.Module, ratio: float, *, fpn: float = 0.0, box_head: float = 0.0) -> Morph:
-    """Drops the inner channels with the smallest |gamma| of the whole backbone (network slimming).
+def prune_channels(
+    model: nn.Module, topology: Topology, ratio: float, parts: Mapping[str, float] | None = None
+) -> Morph:
+    """Drops the inner channels with the smallest |gamma| of the whole detector (network slimming), and parts of others.
 
     Args:
-        parent: the detector.
-        ratio: share of all inner channels to drop, 0 to below 1. Every group is rounded to a multiple of
-            :data:`DIVISOR` and keeps at least :data:`FLOOR` of its channels.
-        fpn, box_head: share of the pyramid's channels (with its top-down path and the RPN's hidden layer)
-            and of the box head's hidden units to drop, by magnitude, as coupled groups.
+        model: the detector.
+        topology: of it.
+        ratio: share of all inner channels that pass a norm to drop, 0 to below 1. Every group is rounded to a multiple
+            of :data:`DIVISOR` channels, where its units allow, and keeps at least :data:`FLOOR` of its channels.
+        parts: share of each group of a part to drop, by magnitude; see :func:`jdkd.morph.parts`.
 
     Raises:
-        InputError: a share is outside 0 to below 1, or the rounding leaves nothing to drop.
+        InputError: a share is outside 0 to below 1, there is no such part, or the rounding leaves nothing to drop.
     """
-    for name, share in (("ratio", ratio), ("fpn", fpn), ("box_head", box_head)):
+    asked = {name: share for name, share in {"inner": ratio, **(parts or {})}.items() if share}
+    model, known = _of(model, topology), parts_of(topology)
+    for name, share in asked.items():
         if not 0 <= share < 1:
             raise InputError(f"{name} is the share of channels to drop and must be in [0, 1), got {share}.")
-    parent = own_detector(parent, "prune_channels")
-    spec = parent.spec
-    channels = _slim_inner(parent, ratio) if ratio else {}
-    groups = channel_groups(spec)
-    sizes = {}
-    for name, share in (("fpn", fpn), ("box_head", box_head)):
-        sizes[name] = _kept_count(getattr(spec, name), 1 - share)
-        if sizes[name] < getattr(spec, name):
-            for group in COUPLED[name]:
-                channels[group] = strongest(magnitude_importance(parent, groups[group]), sizes[name])
-    if not channels:
+        if name not in known and name != "inner":
+            raise InputError(f"{name!r} is no part of the detector; its parts are {', '.join(known)}.")
+    keep = _slimmed(model, topology, ratio) if ratio else {}
+    for name, share in asked.items():
+        for group in [topology[each] for each in known.get(name, ())]:
+            count = _kept_units(group, 1 - share)
+            if count < group.units:
+                keep[group.name] = strongest(magnitude_importance(model, group), count)
+    if not keep:
         raise InputError(
-            f"dropping {ratio:.0%} inner, {fpn:.0%} FPN and {box_head:.0%} box-head channels changes nothing after "
-            f"rounding to multiples of {DIVISOR}; drop more."
+            f"dropping {_listed(asked) or 'nothing'} changes nothing after rounding to multiples of {DIVISOR} channels;"
+            " drop more."
         )
-    stages = tuple(
-        Stage(
-            stage.width,
-            tuple(
-                tuple(len(channels.get(inner_group(s, b, k), range(width))) for k, width in enumerate(widths))
-                for b, widths in enumerate(stage.blocks)
-            ),
-        )
-        for s, stage in enumerate(spec.stages)
-    )
-    shares = (("inner", ratio), ("FPN", fpn), ("box-head", box_head))
-    what = ", ".join(f"{share:.0%} {name}" for name, share in shares if share)
-    return Morph(f"prune {what} channels", spec.replace(stages=stages, **sizes), channels)
+    return Morph(f"prune {_listed(asked)} channels", Rewrite(keep=keep))
 
 
-def change_resolution(parent: nn.Module, min_size: int) -> Morph:
-    """Another short side of the input, in pixels; the long side's limit scales with it."""
-    parent = own_detector(parent, "change_resolution")
-    spec = parent.spec
-    max_size = max(min_size, round(spec.max_size * min_size / spec.min_size))
-    return Morph(f"input {spec.min_size} -> {min_size} px", spec.replace(min_size=min_size, max_size=max_size))
+def change_resolution(model: nn.Module, min_size: int) -> Morph:
+    """Another short side of the input, in pixels; the long side's limit scales with it.
+
+    Raises:
+        InputError: the detector does not resize its input, or to one fixed size.
+    """
+    model = unwrapped(model)
+    now, attributes = input_size(model), resized(model, min_size)
+    return Morph(f"input {now[0]} -> {min_size} px", Rewrite(attributes=attributes))
 
 
-def draw(parent: nn.Module, rng: random.Random, resolutions: Sequence[int], max_depth: int) -> Morph:
-    """One action, drawn at random among those that the parent allows.
+def draw(model: nn.Module, topology: Topology, rng: random.Random, resolutions: Sequence[int], max_depth: int) -> Morph:
+    """One action, drawn at random among those that the detector allows.
 
     Args:
-        parent: the detector to change.
+        model: the detector to change.
+        topology: of it.
         rng: the source of chance.
         resolutions: short sides that may be chosen, in pixels.
-        max_depth: no stage grows beyond so many blocks.
+        max_depth: no list of blocks grows beyond so many.
+
+    Raises:
+        InputError: nothing is left to do.
     """
-    parent = own_detector(parent, "draw")
-    spec = parent.spec
-    deep = [s for s, stage in enumerate(spec.stages) if stage.depth > 1]
-    roomy = [s for s, stage in enumerate(spec.stages) if stage.depth < max_depth]
-    moves = [(s, t) for s in deep for t in (s - 1, s + 1) if t in roomy]
-    sizes = [size for size in resolutions if size != spec.min_size]
+    model = _of(model, topology)
+    lists = topology.block_lists
+    deep = [blocks for blocks in lists if _removable(model, blocks)]
+    roomy = [blocks for blocks in lists if len(blocks.blocks) < max_depth and blocks.can_grow]
+    moves = [pair for one, other in pairwise(lists) for pair in ((one, other), (other, one))]
+    moves = [(source, target) for source, target in moves if source in deep and target in roomy]
+    now = input_size(model)
+    sizes = [size for size in resolutions if now is not None and size != now[0]]
     for _ in range(100):
         kind = rng.choice(("prune", "prune", "remove", "add", "rearrange", "resolution"))
         if kind == "prune":
-            inner, fpn, head = rng.choice((0.0, rng.uniform(0.1, 0.3))), *rng.choices(COUPLED_SHARES, k=2)
             with contextlib.suppress(InputError):  # nothing left to drop after rounding: draw again
-                return prune_channels(parent, inner, fpn=fpn, box_head=head)
+                ratio = rng.choice((0.0, rng.uniform(0.1, 0.3))) if slimmed(topology) else 0.0
+                return prune_channels(model, topology, ratio, _drawn(topology, rng))
         elif kind == "remove" and deep:
-            return remove_block(parent, rng.choice(deep))
+            return remove_block(model, topology, rng.choice(deep).name)
         elif kind == "add" and roomy:
-            return add_block(parent, rng.choice(roomy))
+            return add_block(model, topology, rng.choice(roomy).name)
         elif kind == "rearrange" and moves:
             source, target = rng.choice(moves)
-            room = min(MAX_MOVE, spec.stages[source].depth - 1, max_depth - spec.stages[target].depth)
-            return rearrange(parent, source, target, rng.randint(1, room))
+            room = min(MAX_MOVE, _removable(model, source), max_depth - len(target.blocks))
+            return rearrange(model, topology, source.name, target.name, rng.randint(1, room))
         elif kind == "resolution" and sizes:
-            return change_resolution(parent, rng.choice(sizes))
-    raise InputError(f"no action is left for {spec.summary()}; allow more depth or more input sizes.")
-
-
-def _require_stages(spec: DetectorSpec, *stages: int) -> None:
-    for stage in stages:
-        if stage not in range(len(spec.stages)):
-            raise InputError(f"stage {stage!r} is none of a detector's stages 0 to {len(spec.stages) - 1}; name one.")
-
-
-def _without(parent: nn.Module, stage: int, count: int) -> tuple[int, ...]:
-    """Blocks that stay when the ``count`` weakest leave."""
-    gone = weakest_blocks(parent, stage, count)
-    return tuple(i for i in range(parent.spec.stages[stage].depth) if i not in gone)
-
-
-def _reblock(spec: DetectorSpec, action: str, changed: Mapping[int, tuple[int, ...]]) -> Morph:
-    origins = tuple(changed.get(s, tuple(range(stage.depth))) for s, stage in enumerate(spec.stages))
-    stages = tuple(
-        Stage(stage.width, tuple(stage.blocks[i] for i in origin))  # NEW is -1: as wide inside as the last block
-        for stage, origin in zip(spec.stages, origins, strict=True)
+            return change_resolution(model, rng.choice(sizes))
+    raise InputError(
+        f"no action is left for this {type(model).__name__} of {len(topology.groups)} channel groups and {len(lists)} "
+        "lists of blocks; allow more depth or more input sizes."
     )
-    return Morph(action, spec.replace(stages=stages), blocks=origins)
 
 
-def _slim_inner(parent: nn.Module, ratio: float) -> dict[str, Sequence[int]]:
-    importance = {name: gamma_importance(parent, group) for name, group in inner_groups(parent).items()}
-    everything = torch.cat(list(importance.values()))
+def _drawn(topology: Topology, rng: random.Random) -> dict[str, float]:
+    """A share for some parts."""
+    known = parts_of(topology)
+    if STREAMS in known and rng.random() < STREAMS_CHANCE:
+        return {STREAMS: min(filter(None, SHARES))}
+    others = [name for name in known if name != STREAMS]
+    return {name: rng.choice(SHARES) for name in rng.sample(others, min(MOST_PARTS, len(others)))}
+
+
+def _of(model: nn.Module, topology: Topology) -> nn.Module:
+    """The model inside torch's wrappers.
+
+    Raises:
+        InputError: the topology was read off another.
+    """
+    model = unwrapped(model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if sizes != topology.sizes:
+        other = next(iter(dict(sizes.items() ^ topology.sizes.items())))
+        raise InputError(
+            f"the topology is of another model than this {type(model).__name__}: {other} differs; give what "
+            "jdkd.detect.read says of this one."
+        )
+    return model
+
+
+def _list(topology: Topology, name: str) -> BlockList:
+    lists = {blocks.name: blocks for blocks in topology.block_lists}
+    if name not in lists:
+        known = f"name one of {', '.join(lists)}" if lists else "it has none"
+        raise InputError(f"{name!r} is no list of residual blocks in this detector; {known}.")
+    return lists[name]
+
+
+def _removable(model: nn.Module, blocks: BlockList) -> int:
+    """How many blocks of a list may leave: all, but for the last child of their container."""
+    others = len(model.get_submodule(blocks.container)._modules) - len(blocks.blocks)
+    return len(blocks.blocks) - (others == 0)
+
+
+def _without(model: nn.Module, blocks: BlockList, count: int) -> tuple[int, ...]:
+    """Blocks that stay when the ``count`` weakest leave."""
+    gone = weakest_blocks(model, blocks, count)
+    return tuple(place for place in range(len(blocks.blocks)) if place not in gone)
+
+
+def _with(blocks: BlockList, count: int) -> tuple[int, ...]:
+    """Blocks, and ``count`` times the last one more."""
+    if not blocks.can_grow:
+        raise InputError(f"{blocks.blocks[-1]} cannot be born as the identity, so it cannot be added to {blocks.name}.")
+    last = len(blocks.blocks) - 1
+    return (*range(last), *[last] * (count + 1))
+
+
+def _slimmed(model: nn.Module, topology: Topology, ratio: float) -> dict[str, Sequence[int]]:
+    groups = slimmed(topology)
+    if not groups:
+        raise InputError(f"ratio {ratio} is of inner channels that pass a norm, and there are none; name parts to cut.")
+    importance = [gamma_importance(model, topology, group) for group in groups]
+    everything = torch.cat(
+        [values.repeat_interleave(group.size // group.units) for group, values in zip(groups, importance, strict=True)]
+    )
     threshold = everything.kthvalue(max(1, min(len(everything), round(ratio * len(everything))))).values
-    channels = {}
-    for name, values in importance.items():
-        count = _kept_count(len(values), float((values > threshold).sum()) / len(values))
-        if count < len(values):
-            channels[name] = strongest(values, count)
-    return channels
+    keep = {}
+    for group, values in zip(groups, importance, strict=True):
+        count = _kept_units(group, float((values > threshold).sum()) / group.units)
+        if count < group.units:
+            keep[group.name] = strongest(values, count)
+    return keep
 
 
-def _kept_count(size: int, share: float) -> int:
-    """Channels that stay: rounded, never under the floor, never more than there are."""
-    return min(size, round_width(max(share, FLOOR) * size, DIVISOR))
+def _kept_units(group: ChannelGroup, share: float) -> int:
+    """Units that stay: rounded, never under the floor, never more than there are.
+
+    Channels become a multiple of the divisor; where a group has more of them and no number of its units is one, units
+    stay as they are.
+    """
+    step = DIVISOR // math.gcd(DIVISOR, group.size // group.units)
+    if step > group.units and group.size > DIVISOR:
+        step = 1
+    return min(group.units, max(step, int(max(share, FLOOR) * group.units / step + 0.5) * step))
+
+
+def _listed(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{share:.0%} {name}" for name, share in shares.items())

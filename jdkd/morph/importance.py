@@ -1,55 +1,87 @@
 """How much a channel or a block matters, read off the weights."""
 
+from __future__ import annotations
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect import Group, channel_groups
-from jdkd.detect.resnet import STAGES
+from jdkd.graph import BlockList, ChannelGroup, Slot, Topology
 
 
-def gamma_importance(model: nn.Module, group: Group) -> Tensor:
-    """|gamma| of the normalisation that a group passes through, mean over several (Liu et al., ICCV 2017).
+def gamma_importance(model: nn.Module, topology: Topology, group: ChannelGroup) -> Tensor:
+    """|gamma| of the norms that a group passes through, mean over several (Liu et al., ICCV 2017).
 
     Returns:
-        ``[C]`` float tensor on the CPU; defined for inner groups and residual streams.
+        ``[units]`` float tensor on the CPU; mean over the channels of a unit.
     """
-    state = model.state_dict()
-    gammas = [state[name] for name, _ in group.producers if f"{name.removesuffix('weight')}running_var" in state]
-    return torch.stack([gamma.detach().abs().float().cpu() for gamma in gammas]).mean(0)
+    norms = {f"{norm}.weight" for norm in topology.norms(group)}
+    gammas = [
+        _tensor(model, slot.tensor).detach().abs().float().cpu()[torch.from_numpy(slot.places)].mean(1)
+        for slot in group.slots
+        if slot.tensor in norms
+    ]
+    return torch.stack(gammas).mean(0)
 
 
-def magnitude_importance(model: nn.Module, group: Group) -> Tensor:
-    """Norm of what makes a channel times norm of what reads it; for groups without a normalisation.
+def magnitude_importance(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """Norm of what makes a unit times norm of what reads it; for groups without a normalisation.
 
     Every tensor's norms are divided by their mean first, so that no tensor speaks louder for its scale alone.
 
     Returns:
-        ``[C]`` float tensor on the CPU.
+        ``[units]`` float tensor on the CPU.
     """
-    state = model.state_dict()
-    made = [_norms(state[name], dim, 1) for name, dim in group.producers if state[name].dim() > 1]
-    read = [_norms(state[name], dim, repeat) for name, dim, repeat in group.consumers]
-    return torch.stack(made).mean(0) * torch.stack(read).mean(0)
+    sides = []
+    for role in ("out", "in"):
+        slots = [slot for slot in group.slots if slot.role == role]
+        weights = [slot for slot in slots if _tensor(model, slot.tensor).dim() > 1]
+        sides.append(torch.stack([_norms(_tensor(model, slot.tensor), slot) for slot in weights or slots]).mean(0))
+    return sides[0] * sides[1]
 
 
-def weakest_blocks(model: nn.Module, stage: int, count: int) -> tuple[int, ...]:
-    """The blocks of a stage, never its first, whose last normalisation has the smallest mean |gamma|."""
-    blocks = getattr(model.backbone.body, STAGES[stage])
-    strength = [getattr(block, f"bn{block.depth}").weight.detach().abs().mean().item() for block in blocks]
-    return tuple(sorted(range(1, len(blocks)), key=strength.__getitem__)[:count])
+def weakest_blocks(model: nn.Module, blocks: BlockList, count: int) -> tuple[int, ...]:
+    """The blocks of a list that add least to what they are given, weakest first.
+
+    That is read off what is nearest to their sums, in a residual block its last norm: the mean of its |gamma|.
+    """
+    strength = [_strength(model, ends) for ends in blocks.ends]
+    return tuple(sorted(range(len(strength)), key=strength.__getitem__)[:count])
 
 
 def strongest(importance: Tensor, count: int) -> tuple[int, ...]:
-    """Indices of the ``count`` most important channels, in ascending order."""
+    """Indices of the ``count`` most important units, in ascending order."""
     return tuple(sorted(importance.argsort(descending=True, stable=True)[:count].tolist()))
 
 
-def inner_groups(model: nn.Module) -> dict[str, Group]:
-    """The channel groups inside the residual blocks, by name."""
-    return {name: group for name, group in channel_groups(model.spec).items() if ".inner" in name}
+def _strength(model: nn.Module, ends: tuple[tuple[str, ...], ...]) -> float:
+    """Mean |weight| of what is nearest to the sums of a block; infinite where that is not known.
+
+    What cannot learn, as a frozen norm, is multiplied by what is before it, up to the first that can.
+    """
+    strengths = []
+    for chain in ends:
+        strength, learns = 1.0, False
+        for name in chain:
+            found = _tensor(model, name.removeprefix("+"))
+            weight = getattr(found, "weight", None) if isinstance(found, nn.Module) else found
+            if learns or name.startswith("+") or not isinstance(weight, Tensor):
+                continue
+            strength *= weight.detach().abs().float().mean().item()
+            learns = isinstance(weight, nn.Parameter)
+        strengths.append(strength if learns else float("inf"))
+    return float(np.mean(strengths)) if strengths else float("inf")
 
 
-def _norms(tensor: Tensor, dim: int, repeat: int) -> Tensor:  # -> [C]
-    rows = tensor.detach().float().cpu().movedim(dim, 0).flatten(1)  # [C * repeat, rest]
-    norms = rows.reshape(rows.shape[0] // repeat, -1).norm(dim=1)
+def _norms(tensor: Tensor, slot: Slot) -> Tensor:  # -> [units]
+    others = [dim for dim in range(tensor.dim()) if dim != slot.dim]
+    values = tensor.detach()
+    values = values.to(torch.promote_types(values.dtype, torch.float32))  # half precision overflows
+    rows = torch.linalg.vector_norm(values, dim=others) if others else values.abs()
+    norms = torch.linalg.vector_norm(rows.cpu()[torch.from_numpy(slot.places)], dim=1)
     return norms / norms.mean().clamp(min=1e-12)
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor | nn.Module:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)

@@ -1,4 +1,4 @@
-"""Which channels of a model live and die together, declared by its builder instead of traced."""
+"""Which channels and blocks of a model a subnet sets, by names: read off a topology, or declared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from jdkd.errors import InputError
-from jdkd.nn.stage import ElasticStage, active_depth
+from jdkd.nn.elastic_block import ElasticBlock
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.integers import integer
 
@@ -42,19 +42,22 @@ class ElasticGroups:
     group, so that a subnet sets them once::
 
         groups = {"inner": [("conv1", "out"), ("bn1", "out"), ("conv2", "in")]}
-        model.elastic_groups = ElasticGroups(groups, stages={"layer1": "layer1"})
-        set_subnet(model, Subnet({"inner": 32}, kernel_sizes={"conv1": 3}, depths={"layer1": 2}))
+        model.elastic_groups = ElasticGroups(groups, stages={"blocks": ["blocks.0", "blocks.1"]})
+        set_subnet(model, Subnet({"inner": 32}, kernel_sizes={"conv1": 3}, depths={"blocks": 1}))
 
     Args:
         groups: the sides of layers that share their channels, as :class:`ChannelSlot` or ``(module, side[, repeat])``.
-        stages: paths of :class:`ElasticStage`, by name.
+        stages: paths of residual blocks in the order in which they run, by the name of the stage; see
+            :func:`jdkd.nn.as_elastic_block`.
+        left_out: channel groups of the model that stay whole, by name, with the reason.
 
     Raises:
         InputError: on what is no side, a side that there is not, or one that is in two groups.
     """
 
     groups: Mapping[str, Sequence[ChannelSlot | tuple]]
-    stages: Mapping[str, str] = field(default_factory=dict)
+    stages: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for what, given in (("groups", self.groups), ("stages", self.stages)):
@@ -62,7 +65,7 @@ class ElasticGroups:
                 raise InputError(f"ElasticGroups: {what}={given!r}; give a mapping from names")
         groups = {name: _sides(name, sides) for name, sides in self.groups.items()}
         object.__setattr__(self, "groups", groups)
-        object.__setattr__(self, "stages", dict(self.stages))
+        object.__setattr__(self, "stages", {name: _paths(name, paths) for name, paths in self.stages.items()})
         home: dict[tuple[str, str], str] = {}
         for name, sides in groups.items():
             for module, side, repeat in sides:
@@ -77,35 +80,6 @@ class ElasticGroups:
                         f"{name!r}; put what is coupled in one group, and name a side once"
                     )
                 home[module, side] = name
-
-    @classmethod
-    def from_tensors(cls, groups: Mapping[str, Any], stages: Mapping[str, str] | None = None) -> ElasticGroups:
-        """Reads a declaration by names of tensors.
-
-        Args:
-            groups: by name, anything with ``producers``, pairs (tensor name, dimension), and ``consumers``, triples
-                (tensor name, dimension, repeat).
-            stages: paths of :class:`ElasticStage`, by name.
-
-        Returns:
-            The same by layers: dimension 0 of a tensor is the side ``"out"``, dimension 1 ``"in"``.
-
-        Raises:
-            InputError: on what is no such mapping.
-        """
-        if not isinstance(groups, Mapping):
-            raise InputError(f"ElasticGroups: groups={groups!r} is a {type(groups).__name__}; give an ElasticGroups")
-        read = {}
-        for name, group in groups.items():
-            if not (hasattr(group, "producers") and hasattr(group, "consumers")):
-                raise InputError(
-                    f"ElasticGroups: groups has {group!r} for {name!r}, which has no producers and consumers; put "
-                    "sides of layers into an ElasticGroups, ElasticGroups(groups)"
-                )
-            named = [*((tensor, dim, 1) for tensor, dim in group.producers), *group.consumers]
-            sides = [ChannelSlot(tensor.rpartition(".")[0], SIDES[1 - dim], repeat) for tensor, dim, repeat in named]
-            read[name] = tuple(dict.fromkeys(sides))
-        return cls(read, stages or {})
 
     def sizes(self, modules: Mapping[str, nn.Module]) -> dict[str, int]:
         """Channels of every group in a model.
@@ -130,7 +104,7 @@ class ElasticGroups:
             sizes[name] = counts[0]
         return sizes
 
-    def read_depths(self, modules: Mapping[str, nn.Module], depths: Mapping[str, int]) -> dict[ElasticStage, tuple]:
+    def read_depths(self, modules: Mapping[str, nn.Module], depths: Mapping[str, int]) -> dict[ElasticBlock, tuple]:
         """Reads how many blocks of every stage are to run.
 
         Args:
@@ -138,10 +112,10 @@ class ElasticGroups:
             depths: of some of them; the others run as a whole.
 
         Returns:
-            The stages, each with its part.
+            The blocks, each with its part.
 
         Raises:
-            InputError: if there is no such stage, or it has fewer blocks.
+            InputError: if there is no such stage, it has fewer blocks, or they cannot be switched off.
         """
         for unknown in depths.keys() - self.stages.keys():
             raise InputError(
@@ -149,15 +123,21 @@ class ElasticGroups:
                 f"{', '.join(self.stages) or 'none'}; name one of those"
             )
         parts = {}
-        for name, path in self.stages.items():
-            stage = _module(modules, path, f"stage {name!r}")
-            if not isinstance(stage, ElasticStage):
+        for name, paths in self.stages.items():
+            depth = depths.get(name, len(paths))
+            if not 1 <= depth <= len(paths):
                 raise InputError(
-                    f"ElasticGroups: stage {name!r} is {path}, a {type(stage).__name__}; build it as an ElasticStage"
+                    f"set_subnet: depth of stage {name!r}={depth} of {len(paths)} blocks; give a number from 1 to "
+                    f"{len(paths)}"
                 )
-            parts[stage] = stage.part(
-                active_depth(depths.get(name), len(stage), f"set_subnet: depth of stage {name!r}")
-            )
+            for number, path in enumerate(paths):
+                block = _module(modules, path, f"stage {name!r}")
+                if not isinstance(block, ElasticBlock):
+                    raise InputError(
+                        f"ElasticGroups: stage {name!r} holds {path}, a plain {type(block).__name__}; make it elastic "
+                        "with jdkd.nn.as_elastic_block"
+                    )
+                parts[block] = block.part(number < depth)
         return parts
 
 
@@ -180,6 +160,13 @@ def _sides(group: str, given: Any) -> tuple[ChannelSlot, ...]:
             )
         sides.append(slot._replace(repeat=repeat))
     return tuple(sides)
+
+
+def _paths(stage: str, given: Any) -> tuple[str, ...]:
+    """Reads the blocks of one stage."""
+    if isinstance(given, str) or not isinstance(given, Iterable) or not all(isinstance(path, str) for path in given):
+        raise InputError(f"ElasticGroups: stage {stage!r} is {given!r}; give a list of the paths of its blocks")
+    return tuple(given)
 
 
 def repeated(channels: Channels, times: int) -> Channels:
@@ -226,6 +213,8 @@ def _features(layer: nn.Module) -> tuple[int | None, int | None]:
         return layer.in_features, layer.out_features
     if isinstance(layer, _BatchNorm):
         return None, layer.num_features
+    if isinstance(layer, nn.GroupNorm):
+        return None, layer.num_channels
     kinds = layer._parameters, layer._buffers
     tensors = (kind.get(name) for name in ("weight", "running_mean") for kind in kinds)
     tensor = next((tensor for tensor in tensors if tensor is not None), None)

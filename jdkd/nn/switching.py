@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.conv_bn_act import ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, repeated
 from jdkd.nn.elastic import Elastic, same
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
+from jdkd.nn.elastic_block import ElasticBlock
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
-from jdkd.nn.stage import ElasticStage
+from jdkd.nn.exchange import as_plain
 from jdkd.nn.subnet import Subnet
 from jdkd.nn.subnet_epoch import SubnetEpoch
 from jdkd.nn.unwrapping import unwrapped
@@ -59,7 +59,7 @@ def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = 
 
 def _parts(modules: Mapping[str, nn.Module], groups: ElasticGroups, subnet: Subnet) -> list[tuple[Elastic, tuple]]:
     """Every elastic layer of a model with the part of it that is to be active."""
-    stages = groups.read_depths(modules, dict(subnet.depths))
+    blocks = groups.read_depths(modules, dict(subnet.depths))
     sides: dict[str, dict[str, Channels]] = {}
     names: dict[str, list[str]] = {}
     chosen, sizes = dict(subnet.channels), groups.sizes(modules)
@@ -76,8 +76,8 @@ def _parts(modules: Mapping[str, nn.Module], groups: ElasticGroups, subnet: Subn
     kernels = dict(subnet.kernel_sizes)
     parts = []
     for path, layer in modules.items():
-        if isinstance(layer, ElasticStage):
-            parts.append((layer, stages.get(layer) or layer.part()))
+        if isinstance(layer, ElasticBlock):
+            parts.append((layer, blocks.get(layer) or layer.part()))
         elif isinstance(layer, Elastic):
             try:
                 parts.append((layer, _part(layer, sides.pop(path, {}), kernels.pop(path, None), subnet)))
@@ -101,8 +101,8 @@ def _part(layer: Elastic, sides: Mapping[str, Channels], kernel: int | tuple[int
         return layer.part(sides.get("in"), sides.get("out"), kernel)
     if isinstance(layer, ElasticLinear):
         return layer.part(sides.get("in"), sides.get("out"))
-    assert isinstance(layer, ElasticBatchNorm2d)
-    return layer.part(sides.get("out"), subnet.id if layer.has_own_statistics else None)
+    named = (subnet.id,) if isinstance(layer, ElasticBatchNorm2d) and layer.has_own_statistics else ()
+    return layer.part(sides.get("out"), *named)
 
 
 def export(model: nn.Module) -> nn.Module:
@@ -114,13 +114,24 @@ def export(model: nn.Module) -> nn.Module:
 
     Returns:
         A copy in which plain layers with the active slice stand for the elastic ones, equal in output. Nothing that is
-        inactive is copied.
+        inactive is copied: blocks that are switched off are gone from sequences and lists, elsewhere an ``nn.Identity``
+        stands for them.
     """
     model = unwrapped(model)
     plain: dict[int, Any] = {}
-    for module in reversed([*model.modules()]):  # children before their parents
-        if isinstance(module, ElasticStage | ElasticConvBNAct):
+    gone: list[str] = []
+    for path, module in reversed([*model.named_modules()]):  # children before their parents
+        if callable(getattr(type(module), "exported", None)):  # made of elastic layers
             plain[id(module)] = module.exported(plain)
+        elif isinstance(module, ElasticBlock):
+            plain[id(module)] = as_plain(copy.deepcopy(module, plain)) if module.is_active else nn.Identity()
+            gone += [] if module.is_active else [path]
         elif isinstance(module, Elastic):
             plain[id(module)] = module.export()
-    return copy.deepcopy(model, plain)
+    exported = copy.deepcopy(model, plain)
+    for path in gone:  # the last ones of a container first
+        owner, _, name = path.rpartition(".")
+        container = exported.get_submodule(owner)
+        if path and isinstance(container, nn.Sequential | nn.ModuleList):
+            del container[list(container._modules).index(name)]
+    return exported

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from jdkd.data import batches
-from jdkd.detect import load, parameter_count, save
+from jdkd.detect import load, parameter_count, read, save
+from jdkd.detect.contract import architecture_of
 from jdkd.distill import correlations
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
+from jdkd.graph import Topology
 from jdkd.notices import say_once
 from jdkd.pool.shrinking import PoolTrainConfig, Progress, calibrate, progressive_shrinking
 from jdkd.pool.space import Space, Subnet
@@ -107,6 +109,7 @@ def train_pool(
     folder: Path | str,
     *,
     space: Space | None = None,
+    topology: Topology | None = None,
     scored: int = 6,
     device: torch.device | str = "cpu",
     resume: bool = False,
@@ -119,9 +122,10 @@ def train_pool(
         dataset: training images.
         selection: images that scores are taken on; none of them is trained on, nor was the base.
         config: phases and settings.
-        folder: where the pool is kept; once finished it holds ``spec.json``, ``weights.safetensors`` and
-            ``pool.json``.
+        folder: where the pool is kept; once finished it holds the largest network, a checkpoint as every detector's,
+            and ``pool.json``.
         space: depths and widths; by default :meth:`Space.from_base`.
+        topology: of the base, verified; read off it if left out.
         scored: subnets to score afterwards, the largest and the smallest among them, so that the spread is known.
         device: where to train.
         resume: carry on from what ``folder`` holds; a finished pool is only read.
@@ -129,13 +133,18 @@ def train_pool(
 
     Returns:
         The pool, in memory as on disk.
+
+    Raises:
+        InputError: the base does not carry its architecture, or ``folder`` cannot be written.
     """
     folder = Path(folder)
+    architecture_of(base, "a teacher pool")
+    topology = topology if topology is not None else read(base, check=True)
     if resume and (folder / POOL).exists():
-        return load_pool(folder, base, dataset, device=device)
-    space = space or Space.from_base(base.spec)
-    torch.manual_seed(config.train.seed)  # fresh channels of the grown network
-    supernet = Supernet(space, grow_base(base, space))
+        return load_pool(folder, base, dataset, topology=topology, device=device)
+    space = space or Space.from_base(topology)
+    supernet = Supernet(space, *grow_base(base, topology, space))
+    _say_what_is_rigid(supernet)
     working = folder / "training"
     progressive_shrinking(supernet, dataset, config, working, device=device, resume=resume, progress=progress)
     steps = sum(config.phase_config(number).steps for number in range(len(config.phases)))
@@ -151,42 +160,72 @@ def train_pool(
     return pool
 
 
-def load_pool(folder: Path | str, base: nn.Module, dataset: Any, *, device: torch.device | str = "cpu") -> TeacherPool:
+def _say_what_is_rigid(supernet: Supernet) -> None:
+    """Tells, once, what of a detector all teachers of its pool have in common though others need not."""
+    if not any(stage.groups for stage in supernet.stages) and supernet.space.largest == supernet.space.smallest:
+        say_once("the teacher pool holds one teacher: no channel group inside of this detector passes a norm or stays "
+                 "in a residual block, and no list of blocks can grow")  # fmt: skip
+    if supernet.left_out:
+        name, reason = next(iter(supernet.left_out.items()))
+        rest = f" and {len(supernet.left_out) - 1} more" * (len(supernet.left_out) > 1)
+        say_once(f"all teachers of the pool have one width in {name}{rest}: {reason}")
+
+
+def load_pool(
+    folder: Path | str,
+    base: nn.Module,
+    dataset: Any,
+    *,
+    topology: Topology | None = None,
+    device: torch.device | str = "cpu",
+) -> TeacherPool:
     """Reads a finished pool.
+
+    Args:
+        folder: where :func:`train_pool` left it.
+        base: the detector whose descendants are to be taught.
+        dataset: training images, for recalibration.
+        topology: of the base; read off it if left out.
+        device: where teachers live.
 
     Raises:
         InputError: the folder holds none, or its teachers cannot teach descendants of ``base``.
     """
     folder = Path(folder)
+    remedy = "give the pool folder of an earlier search"
     if not (folder / POOL).is_file():
-        raise InputError(
-            f"{folder} holds no finished teacher pool: it has no {POOL}; give the pool folder of an earlier search."
-        )
+        raise InputError(f"{folder} holds no finished teacher pool: it has no {POOL}; {remedy}.")
     try:
-        facts = read_json(folder / POOL, "give the pool folder of an earlier search")
-        largest = load(folder, device)
-        space = Space.from_json(largest.spec, facts["space"])
+        facts = read_json(folder / POOL, remedy)
+        space = Space.from_json(facts["space"])
         members = [ScoredSubnet.from_json(member) for member in facts["members"]]
+        batch_size, seed, steps = facts["batch_size"], facts["seed"], facts["steps"]
     except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder} holds no finished teacher pool ({error}); give the pool folder of an earlier search."
-        ) from None
-    for name in ("classes", "fpn"):
-        ours, theirs = getattr(base.spec, name), getattr(largest.spec, name)
-        if ours != theirs:
-            raise InputError(
-                f"the teacher pool in {folder} has {name} {theirs} and the base {ours}; they must be equal: leave the "
-                "pool out and let the search grow one from this base."
-            )
-    pool = TeacherPool(Supernet(space, largest), dataset, facts["batch_size"], facts["seed"], device, members)
-    pool.steps = facts["steps"]
+        raise InputError(f"{folder} holds no finished teacher pool of this version ({error}); {remedy}.") from None
+    largest = load(folder, device)
+    theirs = read(largest, check=True)
+    topology = topology if topology is not None else read(base)
+    _require_match(folder, base, topology, largest, theirs)
+    pool = TeacherPool(Supernet(space, largest, theirs), dataset, batch_size, seed, device, members, steps)
     pool.trained_on, pool.scored_on = facts.get("trained_on"), facts.get("scored_on")
     return pool
 
 
+def _require_match(folder: Path, base: nn.Module, ours: Topology, largest: nn.Module, theirs: Topology) -> None:
+    """Refuses teachers of other classes, or of other channels in the levels of their pyramid."""
+    classes = [list(architecture_of(model, "a teacher pool").classes) for model in (largest, base)]
+    channels = [list(map(len, topology.followed)) for topology in (theirs, ours)]
+    for what, (pools, bases) in (("the classes", classes), ("pyramid levels of the channels", channels)):
+        if pools != bases:
+            raise InputError(
+                f"the teacher pool in {folder} has {what} {pools} and the base {bases}; they must be equal: leave the "
+                "pool out and let the search grow one from this base."
+            )
+
+
 def _save_pool(folder: Path, pool: TeacherPool) -> None:
     """``pool.json`` comes last: a folder that has it is whole."""
-    save(folder, pool.supernet.model)
+    save(folder, pool.supernet.extract(pool.space.largest))
     facts = {
         "space": pool.space.to_json(),
         "members": [member.to_json() for member in pool.members],

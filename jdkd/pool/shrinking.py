@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from jdkd.data import batches
 from jdkd.detect import load, save
 from jdkd.detect.checkpoint import WEIGHTS
-from jdkd.distill import Distiller
+from jdkd.distill import Distiller, can_distil_heads
+from jdkd.notices import say_once
 from jdkd.pool.supernet import Supernet
 from jdkd.train import TrainConfig, calibrate_bn, fit
 from jdkd.train.engine import Losses
@@ -111,7 +112,10 @@ def progressive_shrinking(
             continue
         teacher = _frozen_largest(supernet, dataset, training, folder / "largest", device)
         supernet.sort_channels()
-        weights = {"feature_weight": config.feature_weight, "head_weight": config.head_weight}
+        heads = can_distil_heads(supernet.model, teacher)
+        if config.head_weight and not heads:
+            say_once("the pool's subnets learn from features alone: no class logits are found that could be compared.")
+        weights = {"feature_weight": config.feature_weight, "head_weight": heads * config.head_weight}
         with Distiller(supernet.model, teacher, reuse=True, **weights) as distiller:
             losses = _sandwich(supernet, distiller, phase, training.seed)
             fit(supernet.model, dataset, training, losses=losses, **how)

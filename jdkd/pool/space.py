@@ -2,18 +2,19 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from jdkd.detect import DetectorSpec, Stage, round_width
 from jdkd.errors import InputError
+from jdkd.graph import Topology
+from jdkd.pool.stages import copied_block, pool_groups, read_stages
 
 
 @dataclass(frozen=True)
 class Subnet:
-    """One teacher: how many blocks of each stage run, and which share of their inner channels.
+    """One teacher: how many blocks of each stage run, and which share of the channels inside of it.
 
-    A subnet runs the first blocks of a stage and the leading channels of a block (Cai et al., ICLR 2020).
+    A subnet runs the first blocks of a stage and the leading channels of a group (Cai et al., ICLR 2020).
     """
 
     depths: tuple[int, ...]
@@ -36,23 +37,23 @@ class Space:
     """Every subnet of a supernet.
 
     Args:
-        largest_spec: the supernet's own architecture.
-        depths: per stage, the numbers of blocks that may run, ascending.
-        widths: shares of the inner channels that may run, ascending to 1.
+        depths: per stage, the numbers of blocks that may run, ascending; see :func:`jdkd.pool.stages.read_stages`.
+        widths: shares of the elastic channels that may run, ascending to 1.
+        growth: elastic channels of the largest network over those of the base that it is grown from.
     """
 
-    largest_spec: DetectorSpec
     depths: tuple[tuple[int, ...], ...]
     widths: tuple[float, ...]
+    growth: float = 1.0
 
     @classmethod
-    def from_base(cls, base: DetectorSpec, extra_depth: int = 1, width: float = 1.5, steps: int = 3) -> "Space":
+    def from_base(cls, topology: Topology, extra_depth: int = 1, width: float = 1.5, steps: int = 3) -> "Space":
         """The space from the base's size up to one deeper and wider.
 
         Args:
-            base: the detector that the pool grows from.
-            extra_depth: blocks that the largest network has more, in every stage.
-            width: inner channels of the largest network over the base's.
+            topology: of the detector that the pool grows from.
+            extra_depth: blocks that the largest network has more, in every stage that can grow.
+            width: elastic channels of the largest network over the base's.
             steps: number of widths from the base's to the largest.
 
         Raises:
@@ -63,22 +64,14 @@ class Space:
                 f"a pool is grown: extra_depth must be at least 0, width 1 and steps 1, got {extra_depth}, "
                 f"{width} and {steps}."
             )
-        stages = tuple(
-            Stage(
-                stage.width,
-                tuple(
-                    tuple(round_width(width * channels) for channels in block)
-                    for block in (*stage.blocks, *[stage.blocks[-1]] * extra_depth)
-                ),
-            )
-            for stage in base.stages
-        )
+        depths = []
+        for stage in read_stages(topology, ()):
+            more = extra_depth if stage.blocks is not None and copied_block(stage.blocks) is not None else 0
+            depths.append(tuple(range(stage.depth, stage.depth + more + 1)))
         least = 1 / width
-        shares = (
-            (1.0,) if width == 1 or steps == 1 else tuple(least + (1 - least) * i / (steps - 1) for i in range(steps))
-        )
-        depths = tuple(tuple(range(stage.depth, stage.depth + extra_depth + 1)) for stage in base.stages)
-        return cls(base.replace(stages=stages), depths, shares)
+        single = width == 1 or steps == 1 or not pool_groups(topology)
+        widths = (1.0,) if single else tuple(least + (1 - least) * i / (steps - 1) for i in range(steps))
+        return cls(tuple(depths), widths, width)
 
     @property
     def largest(self) -> Subnet:
@@ -95,7 +88,7 @@ class Space:
         def upper(choices: Sequence) -> tuple:
             return tuple(choices[round((1 - share) * (len(choices) - 1)) :])
 
-        return Space(self.largest_spec, tuple(upper(choices) for choices in self.depths), upper(self.widths))
+        return replace(self, depths=tuple(upper(choices) for choices in self.depths), widths=upper(self.widths))
 
     def sample(self, rng: random.Random) -> Subnet:
         """A subnet drawn uniformly, stage by stage."""
@@ -132,27 +125,10 @@ class Space:
                     f"{width:g} and the supernet has {choices[-1]} blocks at width 1; ask for no more than that."
                 )
 
-    def inner_widths(self, subnet: Subnet, stage: int) -> tuple[tuple[int, ...], ...]:
-        """Inner channels of every block of ``stage`` that runs."""
-        blocks = self.largest_spec.stages[stage].blocks[: subnet.depths[stage]]
-        return tuple(tuple(min(full, round_width(subnet.widths[stage] * full)) for full in block) for block in blocks)
-
-    def spec(self, subnet: Subnet) -> DetectorSpec:
-        """The subnet as a detector of its own.
-
-        Raises:
-            InputError: the supernet does not hold it.
-        """
-        self.check(subnet)
-        stages = tuple(
-            Stage(stage.width, self.inner_widths(subnet, number))
-            for number, stage in enumerate(self.largest_spec.stages)
-        )
-        return self.largest_spec.replace(stages=stages)
-
     def to_json(self) -> dict[str, Any]:
-        return {"depths": self.depths, "widths": self.widths}
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, largest_spec: DetectorSpec, fields: dict[str, Any]) -> "Space":
-        return cls(largest_spec, tuple(tuple(choices) for choices in fields["depths"]), tuple(fields["widths"]))
+    def from_json(cls, fields: dict[str, Any]) -> "Space":
+        depths = tuple(tuple(choices) for choices in fields["depths"])
+        return cls(depths, tuple(fields["widths"]), fields["growth"])

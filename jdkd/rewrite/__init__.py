@@ -6,6 +6,7 @@ from jdkd.rewrite.building import build
 from jdkd.rewrite.channels import mask, prune, widen
 from jdkd.rewrite.checkpoint import load_architecture, save_architecture
 from jdkd.rewrite.description import describe
+from jdkd.rewrite.elastic import elastic_groups, make_elastic, make_plain
 from jdkd.rewrite.rewriting import Rewrite
 from jdkd.rewrite.verify import verify
 
@@ -15,7 +16,10 @@ __all__ = [
     "arrange",
     "build",
     "describe",
+    "elastic_groups",
     "load_architecture",
+    "make_elastic",
+    "make_plain",
     "mask",
     "prune",
     "save_architecture",

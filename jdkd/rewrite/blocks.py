@@ -34,32 +34,37 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
         InputError: there is no such list, it holds no such block, or a block cannot be born as the identity.
     """
     copied = duplicate(model)
-    for name, blocks in order.items():
-        _arrange(copied, _checked(topology, name, blocks), list(blocks))
+    runs: dict[str, list[tuple[BlockList, list[int]]]] = {}  # of each container
+    for name, places in order.items():
+        blocks = _checked(topology, name, places)
+        runs.setdefault(blocks.container, []).append((blocks, list(places)))
+    for path, arranged in runs.items():
+        container = copied.get_submodule(path)
+        set_children(container, _arranged(container, arranged))
     return copied
 
 
-def _arrange(model: nn.Module, blocks: BlockList, order: list[int]) -> None:
-    container = model.get_submodule(blocks.container)
-    own = {path.rpartition(".")[2]: place for place, path in enumerate(blocks.blocks)}
-    children = list(container._modules.items())
-    chosen: list[tuple[str, nn.Module]] | None = []
-    seen: set[int] = set()
-    for place in order:
-        name, block = next((n, c) for n, c in children if own.get(n) == place)
-        if place in seen:
-            block = copy.deepcopy(block)
-            _silence(block, blocks.blocks[place], blocks.ends[place])
-        seen.add(place)
-        chosen.append((name, block))
+def _arranged(container: nn.Module, runs: Sequence[tuple[BlockList, list[int]]]) -> list[tuple[str, nn.Module]]:
+    """The children that a container is to have, where some runs of its blocks stand in another order."""
+    children = dict(container._modules)
+    stands: dict[str, list[tuple[str, nn.Module]]] = {}  # by the child in whose place they stand: the run's first
+    leave: set[str] = set()
+    for blocks, order in runs:
+        names = [path.rpartition(".")[2] for path in blocks.blocks]
+        chosen, seen = [], set()
+        for place in order:
+            block = children[names[place]]
+            if place in seen:
+                block = copy.deepcopy(block)
+                _silence(block, blocks.blocks[place], blocks.ends[place])
+            seen.add(place)
+            chosen.append((names[place], block))
+        stands[names[0]] = chosen
+        leave.update(names)
     arranged: list[tuple[str, nn.Module]] = []
-    for name, child in children:
-        if name not in own:
-            arranged.append((name, child))
-        elif chosen is not None:  # the blocks stand where the first of them stood
-            arranged += chosen
-            chosen = None
-    set_children(container, arranged)
+    for name, child in children.items():
+        arranged += stands.get(name, [] if name in leave else [(name, child)])
+    return arranged
 
 
 def set_children(container: nn.Module, children: Sequence[tuple[str, nn.Module]]) -> None:

@@ -48,10 +48,11 @@ def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.
     make = _without_weights if empty else _private
     model = make(architecture.builder, architecture.arguments)
     for name, order in architecture.blocks.items():
-        _arrange(model, name, order)
+        arrange_children(model, name, order)
     model = reshaped(model, architecture.shapes)
     for name, value in architecture.attributes.items():
         set_attribute(model, name, value)
+    model.architecture = architecture
     return model if empty else model.to(device)
 
 
@@ -61,7 +62,7 @@ def call(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     Raises:
         InputError: it cannot be imported, it raised, or it returned something else, or what cannot be looked into.
     """
-    function = _imported(builder)
+    function = imported(builder)
     try:
         made = function(**arguments)
     except InputError:
@@ -83,7 +84,12 @@ def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
-def _imported(builder: str) -> Callable[..., Any]:
+def imported(builder: str) -> Callable[..., Any]:
+    """What an import path ``"package.module:function"`` names.
+
+    Raises:
+        InputError: it cannot be imported, or called.
+    """
     module, _, name = builder.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
@@ -161,7 +167,7 @@ def _derived(model: nn.Module) -> Iterator[Tensor]:
                 yield leaf
 
 
-def _arrange(model: nn.Module, name: str, order: Sequence[int]) -> None:
+def arrange_children(model: nn.Module, name: str, order: Sequence[int]) -> None:
     """Puts the builder's children of a container in another order, without some of them, or with copies."""
     container = _found(model, name, "blocks")
     children = list(container._modules.items())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,25 +24,25 @@ def run(model: nn.Module, example: tuple[Any, ...]) -> None:
         model.eval()(*copy.deepcopy(example))
 
 
-def returned_by(model: nn.Module, example: tuple[Any, ...]) -> Returned:
-    """What every module returned."""
+def returned_by(model: nn.Module, example: tuple[Any, ...], inside: bool = True) -> Returned:
+    """What every module returned; without those ``inside`` of others, what the model and its children did."""
     returned: Returned = defaultdict(list)
 
     def heard(path: str, tensors: list[Tensor]) -> None:
         returned[path] += [tensor.detach().clone() for tensor in tensors]
 
-    with _listening(model, heard):
+    with _listening(model, heard, inside):
         run(model, example)
     return returned
 
 
-def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...]) -> str | None:
+def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...], inside: bool = True) -> str | None:
     """Where a model returns something else than expected, or what it raised, or None."""
     try:
-        found = errors(expected, model, example)
+        found = errors(expected, model, example, inside)
     except Exception as error:  # whatever a model's code makes of other channels
         return said(error)
-    if elsewhere := sorted(expected.keys() ^ found.keys()):
+    if elsewhere := sorted({path for path in expected if inside or "." not in path} ^ found.keys()):
         return f"{elsewhere[0]} runs in one of them only"
     if all(error is None for error in found.values()):
         return "nothing could be compared"
@@ -50,16 +50,20 @@ def difference(expected: Returned, model: nn.Module, example: tuple[Any, ...]) -
     return next((f"{path or 'the model'} differs by {error:.1e}" for path, error in wrong), None)
 
 
-def errors(expected: Returned, model: nn.Module, example: tuple[Any, ...]) -> dict[str, float | None]:
+def errors(
+    expected: Returned, model: nn.Module, example: tuple[Any, ...], inside: bool = True
+) -> dict[str, float | None]:
     """By how much every module of a model differs, in the order in which they are done first.
 
     Args:
         expected: what :func:`returned_by` heard of another model.
         model: compared while it runs, so that nothing of it is kept.
         example: what both run on.
+        inside: whether modules inside of others are compared too; where they stand elsewhere they cannot be.
 
     Returns:
-        By path the largest difference over the largest value of a tensor; None where nothing kept its shape.
+        By path the largest difference over the largest value of a tensor; None where nothing kept its shape, which
+        only modules ``inside`` may change.
     """
     found: dict[str, float | None] = {}
     calls: Counter[str] = Counter()
@@ -67,14 +71,28 @@ def errors(expected: Returned, model: nn.Module, example: tuple[Any, ...]) -> di
     def heard(path: str, tensors: list[Tensor]) -> None:
         found.setdefault(path, None)
         for one, other in zip(expected.get(path, [])[calls[path] :], tensors, strict=False):
-            if one.shape == other.shape and one.is_floating_point():
+            if one.shape != other.shape and not inside:
+                found[path] = float("inf")
+            elif one.shape == other.shape and one.is_floating_point():
                 error = float((one - other).abs().max() / one.abs().max().clamp(min=1e-12)) if one.numel() else 0.0
                 found[path] = float(np.maximum(error, found[path] or 0.0))  # nan stays
         calls[path] += len(tensors)
 
-    with _listening(model, heard):
+    with _listening(model, heard, inside):
         run(model, example)
     return found
+
+
+def culprits(names: Sequence[str], differs: Callable[[Sequence[str]], str | None]) -> dict[str, str]:
+    """Those of some names that make a difference, and which; they are looked for by halves."""
+    reason = differs(names) if names else None
+    if reason is None:
+        return {}
+    if len(names) == 1:
+        return {names[0]: reason}
+    half = len(names) // 2
+    found = culprits(names[:half], differs) | culprits(names[half:], differs)
+    return found or dict.fromkeys(names, f"{reason}, together with its neighbours")
 
 
 def said(error: Exception) -> str:
@@ -83,13 +101,15 @@ def said(error: Exception) -> str:
 
 
 @contextmanager
-def _listening(model: nn.Module, heard: Callable[[str, list[Tensor]], None]) -> Iterator[None]:
+def _listening(model: nn.Module, heard: Callable[[str, list[Tensor]], None], inside: bool) -> Iterator[None]:
     """Calls ``heard`` with a module's path and the tensors that it returned, whenever one did."""
 
     def hook(path: str) -> Callable[..., None]:
         return lambda module, inputs, out: heard(path, [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)])
 
-    handles = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
+    handles = [
+        module.register_forward_hook(hook(path)) for path, module in model.named_modules() if inside or "." not in path
+    ]
     try:
         yield
     finally:

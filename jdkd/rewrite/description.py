@@ -10,7 +10,7 @@ from torch import nn
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.building import build, reshaped, tensors_by_name
+from jdkd.rewrite.building import arrange_children, build, reshaped, tensors_by_name
 
 SIZES = {  # attributes that follow from tensors
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
@@ -47,7 +47,8 @@ def describe(
     blocks = _blocks(model, fresh, "", strict=False)
     if blocks:
         found = found.replace(blocks=blocks)
-        fresh = build(found, "meta")
+        for name, order in blocks.items():
+            arrange_children(fresh, name, order)
     ours, theirs = tensors_by_name(model), tensors_by_name(fresh)
     for name in sorted(ours.keys() ^ theirs.keys()):
         who = "the model has" if name in ours else f"{builder} makes"

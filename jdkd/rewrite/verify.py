@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,9 @@ from torch import nn
 from jdkd.errors import InputError
 from jdkd.graph import ChannelGroup, Frozen, Topology
 from jdkd.graph.topology import DISAGREES
-from jdkd.rewrite.blocks import with_checked_ends
+from jdkd.rewrite.block_lists import with_tried_blocks
 from jdkd.rewrite.channels import mask, prune, widen
-from jdkd.rewrite.comparison import difference, returned_by, said
+from jdkd.rewrite.comparison import culprits, difference, returned_by, said
 from jdkd.rewrite.trial import Trial, comparable
 
 REMEDY = "look in the model's code for numbers or places of channels, and for tensors that are no part of it"
@@ -25,8 +25,8 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
 
     Both run on the example in evaluation mode, in float64 and with drawn weights where the model can; compared is
     whatever any module returns that kept its shape. All groups are cut together first, each to another share, and only
-    if something disagrees is it looked for by halves. Then all are widened, which may change nothing, and every block
-    of a list is silenced, which must make it the identity.
+    if something disagrees is it looked for by halves. Then all are widened, which may change nothing. Where blocks
+    leave it must be as if nothing happened at their places; silenced they are the identity, and copies change nothing.
 
     Args:
         model: the module that ``topology`` was read off.
@@ -36,43 +36,29 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
 
     Returns:
         The topology, with the groups that disagreed among the frozen ones, and the reason; with those that cannot grow
-        marked, and without the ends of blocks that cannot be born as the identity.
+        marked; with the blocks that cannot leave in ``held`` and in no list, and without the ends of those that cannot
+        be born as the identity.
     """
     watched = [path for blocks in topology.block_lists for path in blocks.blocks]
     trial = comparable(model, example, watched)
-    groups = [group for group in topology.groups if group.units > 1]
-    wrong = _culprits(groups, lambda some: _cut_differs(trial, topology, some, share))
+    names = [group.name for group in topology.groups if group.units > 1]
+    wrong = culprits(names, lambda some: _cut_differs(trial, topology, some, share))
     frozen = [
         Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"{DISAGREES}: {reason}; {REMEDY}")
         for name, reason in wrong.items()
     ]
     right = [group for group in topology.groups if group.name not in wrong]
-    stiff = _culprits(right, lambda some: _growth_differs(trial, topology, some))
+    stiff = culprits([group.name for group in right], lambda some: _growth_differs(trial, topology, some))
     return replace(
-        topology,
+        with_tried_blocks(trial, topology),
         groups=tuple(replace(group, grows=group.name not in stiff) for group in right),
         frozen=(*topology.frozen, *frozen),
-        block_lists=with_checked_ends(trial.model, topology.block_lists, trial.given),
     )
 
 
-def _culprits(
-    groups: Sequence[ChannelGroup], difference: Callable[[Sequence[ChannelGroup]], str | None]
-) -> dict[str, str]:
-    """The groups that make a difference, and which; they are looked for by halves."""
-    reason = difference(groups) if groups else None
-    if reason is None:
-        return {}
-    if len(groups) == 1:
-        return {groups[0].name: reason}
-    half = len(groups) // 2
-    found = _culprits(groups[:half], difference) | _culprits(groups[half:], difference)
-    return found or {group.name: f"{reason}, together with its neighbours" for group in groups}
-
-
-def _cut_differs(trial: Trial, topology: Topology, groups: Sequence[ChannelGroup], share: float) -> str | None:
+def _cut_differs(trial: Trial, topology: Topology, names: Sequence[str], share: float) -> str | None:
     """What is different between cut and masked, or None."""
-    keep = {group.name: _left(group, share, place) for place, group in enumerate(groups)}
+    keep = {name: _left(topology[name], share, place) for place, name in enumerate(names)}
     try:  # the smaller one is what is kept in memory
         got = returned_by(prune(trial.model, topology, keep), trial.example)
     except Exception as error:  # whatever a model's code makes of fewer channels
@@ -80,10 +66,10 @@ def _cut_differs(trial: Trial, topology: Topology, groups: Sequence[ChannelGroup
     return difference(got, mask(trial.model, topology, keep), trial.example)
 
 
-def _growth_differs(trial: Trial, topology: Topology, groups: Sequence[ChannelGroup]) -> str | None:
+def _growth_differs(trial: Trial, topology: Topology, names: Sequence[str]) -> str | None:
     """What changes when groups grow, or None."""
     try:
-        grown = widen(trial.model, topology, {group.name: 1 for group in groups})
+        grown = widen(trial.model, topology, dict.fromkeys(names, 1))
     except InputError as error:  # the places stand out of order
         return said(error)
     return difference(trial.returned, grown, trial.example)

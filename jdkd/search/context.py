@@ -26,6 +26,7 @@ from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
 from jdkd.search.timing import BRIEF, LONG, Timing, machine_of
 from jdkd.train import TrainConfig, calibrate_bn
+from jdkd.train.inputs import with_targets_of
 
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3
@@ -177,7 +178,7 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
                 f"the base in {config.base} knows the classes {_short(classes)}, the {name} data has "
                 f"{_short(dataset.classes)}; give the data that the base was made for."
             )
-    train = opened["training"]
+    train = with_targets_of(base, opened["training"])
     say_if_trained_elsewhere(f"the base in {config.base}", _trained_on(config.base), train)
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))

@@ -88,7 +88,7 @@ def _propose(
     parent: nn.Module, topology: Topology, seen: Sequence[PyramidSnapshot], context: SearchContext, rng: random.Random
 ) -> Proposal:
     most = max((len(blocks.blocks) for blocks in context.topology.block_lists), default=0) + 1
-    student, actions, kept = parent, [], [range(len(level)) for level in topology.followed]
+    student, actions, kept = parent, [], [tuple(range(len(level))) for level in topology.followed]
     for _ in range(rng.randint(1, MOST_ACTIONS)):
         try:
             morph = draw(student, topology, rng, _resolutions(context), max_depth=most)
@@ -104,7 +104,7 @@ def _propose(
     require_visible(student, context.image_sizes)
     context.calibrated(student)
     distances = correlations(student, seen, context.probe(), channels=kept).values()
-    return Proposal("; ".join(actions), student, tuple(map(tuple, kept)), 1 - sum(distances) / len(distances))
+    return Proposal("; ".join(actions), student, tuple(kept), 1 - sum(distances) / len(distances))
 
 
 def _resolutions(context: SearchContext) -> list[int]:

@@ -15,9 +15,10 @@ from torch.nn.parameter import is_lazy
 from jdkd.detect.contract import not_scripted
 from jdkd.errors import InputError, ModelError
 from jdkd.nn import Subnet, set_subnet
+from jdkd.nn.necks import run_until, trunk_of
 from jdkd.nn.recomputation import SubnetState
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.train.inputs import images_of, normalised
+from jdkd.train.inputs import images_of, images_on, stacked
 from jdkd.train.modes import mode
 
 UNSEEN = -1.0  # no variance: marks the channels that an elastic batch norm does not touch
@@ -39,9 +40,9 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
     calibrated in the channels that are active. The result depends on model and batches alone.
 
     Args:
-        model: a detector, of which only the backbone runs unless there are batch norms elsewhere (these see
-            the regions proposed at inference); or any module, which is called with each batch's images. Modes
-            and weights stay as they are.
+        model: a detector, which runs up to its neck unless there are batch norms elsewhere (these see the regions
+            proposed at inference); or any module, which is called with each batch's images. Modes and weights stay as
+            they are.
         batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``.
         subnets: of a supernet whose elastic batch norms keep ``statistics="own"``: all are calibrated while the batches
             are read once, and the active subnet stays. Left out, what is active is calibrated.
@@ -167,14 +168,20 @@ def _count(x: Tensor) -> int:
 
 
 def _forward(model: nn.Module, batch: Any, norms: Collection[_BatchNorm]) -> None:
-    backbone = getattr(model, "backbone", None)
-    if backbone is None:
-        model(normalised(model, batch))
-    elif set(norms) <= set(backbone.modules()):
-        backbone(normalised(model, batch))
-    else:
-        device = next(model.parameters()).device
-        model([image.to(device) for image in images_of(batch)])
+    """Runs a detector up to its neck if all norms are there; any other model takes a batch as one tensor."""
+    trunk, images = trunk_of(model), images_on(model, batch)
+    is_trunk = bool(trunk) and set(norms) <= {module for part in trunk for module in part.modules()}
+
+    def run(given: Any) -> None:
+        run_until(trunk[-1], lambda: model(given)) if is_trunk else model(given)
+
+    if not trunk and isinstance(images_of(batch), Tensor):
+        run(stacked(model, images))
+        return
+    try:
+        run(images)
+    except (TypeError, AttributeError):  # a list is nothing to it
+        run(stacked(model, images))
 
 
 @dataclass

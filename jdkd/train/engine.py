@@ -19,6 +19,7 @@ from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
 from jdkd.train.divergence import DivergenceError, Watch
+from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
 from jdkd.train.log import Log
 from jdkd.train.modes import mode
@@ -30,7 +31,7 @@ Losses = Callable[[list[Tensor], list[dict[str, Tensor]], int], Iterable[dict[st
 
 
 class Progress(Protocol):
-    """Told after every step how far a training is; ``losses`` are those of the last log line."""
+    """Called after every step with how far a training is; ``losses`` are those of the last log line."""
 
     def __call__(self, step: int, total: int, losses: dict[str, float]) -> None: ...
 
@@ -63,7 +64,7 @@ def fit(
 
     Args:
         model: the detector, moved to ``device`` and trained there; its modules keep their mode.
-        dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`.
+        dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`, with masks if the detector trains on them.
         config: the settings.
         device: where to train.
         losses: ``losses(images, targets, step)`` gives one or more dictionaries of scalar losses. Each is
@@ -71,7 +72,7 @@ def fit(
             time accumulates gradients with the memory of one. By default, the detector's own losses.
         folder: where the checkpoint and the log (``log.jsonl``) go; nothing is written without one.
         resume: carry on from the checkpoint in ``folder``, if there is one.
-        progress: told after every step.
+        progress: called after every step.
 
     Returns:
         Steps, seconds, and the losses last logged.
@@ -79,13 +80,15 @@ def fit(
     Raises:
         InputError: an image is too elongated for the detector's input size, or a batch leaves a batch norm one value
             a channel; ``folder`` holds another run, the checkpoint does not belong to these settings, data or
-            model, or ``folder`` cannot be written.
+            model, or ``folder`` cannot be written; the detector trains on masks that the data do not have, or on
+            keypoints.
         DivergenceError: a loss or gradient is not finite. On a CPU the step is not taken; on a GPU it is
             noticed at the next log line or checkpoint, and the weights in memory may have gone with it. The
             checkpoint is good.
         KeyboardInterrupt: after the step under way was finished and saved.
     """
     require_visible(model, getattr(dataset, "sizes", ()))
+    dataset = with_targets_of(model, dataset)
     run = _Run(model, config, torch.device(device), losses)
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
     batch = {"batch_size": config.batch_size, "steps": config.steps, "seed": config.seed, "start": run.step}
@@ -259,10 +262,15 @@ class _Run:
 
 @contextmanager
 def _with_variance(config: TrainConfig) -> Iterator[None]:
-    """Says what to do where a batch leaves a batch norm a single value a channel."""
+    """Says what to do where a batch leaves a batch norm a single value a channel, or one is synchronised on a CPU."""
     try:
         yield
     except ValueError as error:
+        if "SyncBatchNorm expected" in str(error):
+            raise ModelError(
+                'norm "sync" takes its statistics over the processes of a group, which torch does on GPUs alone: train '
+                'there, or with norm "batch".'
+            ) from error
         if "more than 1 value per channel" not in str(error):
             raise
         raise ModelError(

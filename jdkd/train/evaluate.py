@@ -1,8 +1,9 @@
 """COCO average precision of a detector, by pycocotools."""
 
 import contextlib
+import dataclasses
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import nn
 
 from jdkd.data import in_order
 from jdkd.detect import fix_roi_scales
-from jdkd.detect.contract import detections
+from jdkd.detect.contract import capped, detections
+from jdkd.detect.heads import known_classes
 from jdkd.detect.input_size import require_visible
+from jdkd.detect.sources import builders_of
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
@@ -33,6 +36,7 @@ class Scores:
         stats: all twelve, in pycocotools' order.
         lines: the twelve lines that pycocotools prints.
         max_detections: how many detections an image were scored.
+        segm: the same of the masks, where the detector gives them and the data have segmentations; else None.
     """
 
     map: float
@@ -41,6 +45,18 @@ class Scores:
     stats: list[float]
     lines: str
     max_detections: int = COCO_DETECTIONS
+    segm: "Scores | None" = None
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """map, map50, map75 and stats, and those of masks under segm where they were scored; JSON-able."""
+        own = {name: getattr(self, name) for name in ("map", "map50", "map75", "stats")}
+        return own if self.segm is None else {**own, "segm": self.segm.numbers}
+
+    @property
+    def text(self) -> str:
+        """The lines of boxes, and those of masks where they were scored."""
+        return self.lines if self.segm is None else f"boxes:\n{self.lines}\nmasks:\n{self.segm.lines}"
 
 
 def evaluate(
@@ -55,7 +71,8 @@ def evaluate(
 ) -> Scores:
     """Scores a detector on every image of a dataset, those without annotations included.
 
-    Detections whose box or score is not finite are left out, which is said once with their number.
+    Detections whose box, score or mask is not finite are left out, which is said once with their number. Masks are
+    scored beside boxes where the detector gives them and the data have segmentations.
 
     Args:
         model: any detector with torchvision's interface; moved to ``device``, its modules keep their mode. Scales of
@@ -79,9 +96,7 @@ def evaluate(
     if not isinstance(model, nn.Module):
         raise InputError(f"evaluate takes a detector, a torch.nn.Module; got a {type(model).__name__}.")
     inner = unwrapped(model)
-    known = getattr(inner, "architecture", None)
-    own = known.arguments.get("max_detections", COCO_DETECTIONS) if known is not None else COCO_DETECTIONS
-    most = own if max_detections is None else max_detections
+    most = _asked_for(inner) if max_detections is None else max_detections
     for name, value in (("batch_size", batch_size), ("max_detections", most)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
@@ -90,33 +105,38 @@ def evaluate(
     fix_roi_scales(model)
     findings = Findings(type(inner).__name__, dataset.label_to_category)
     done = 0
-    with mode(model.to(device), training=False), _capped(model, max_detections), torch.inference_mode():
+    with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
         for items in in_order(dataset, batch_size=batch_size, workers=workers):
             found = detections(model, [image.to(device).float() / 255 for image, _ in items])
             for (_, target), detection in zip(items, found, strict=True):
-                findings.add(target["image_id"], detection)
+                findings.add(target["image_id"], detection, "masks" in detection and _segmented(dataset))
             done += len(items)
             if progress:
                 progress(done, len(dataset))
-    return _score(dataset, findings.close(), most)
+    rows = findings.close()
+    masks = [{key: value for key, value in row.items() if key != "bbox"} for row in rows if "segmentation" in row]
+    boxes = _score(dataset, rows, most)
+    if not findings.masks:
+        return boxes
+    return dataclasses.replace(boxes, segm=_score(dataset.with_masks(), masks, most, "segm"))
 
 
-@contextlib.contextmanager
-def _capped(model: nn.Module, most: int | None) -> Iterator[None]:
-    """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""
-    limited = () if most is None else model.modules()
-    heads = [module for module in limited if isinstance(getattr(module, "detections_per_img", None), int)]
-    before = [head.detections_per_img for head in heads]
-    try:
-        for head in heads:
-            head.detections_per_img = most
-        yield
-    finally:
-        for head, cap in zip(heads, before, strict=True):
-            head.detections_per_img = cap
+def _segmented(dataset: Any) -> bool:
+    """Whether there are masks to score a detector's against; that there are none is said once."""
+    segmented = getattr(dataset, "segmented", False)
+    if not segmented:
+        say_once("the detector gives masks, and the data have no segmentation to score them against; boxes are scored")
+    return segmented
 
 
-def _score(dataset: Any, found: list[dict[str, Any]], most: int) -> Scores:
+def _asked_for(model: nn.Module) -> int:
+    """Detections an image that a builder was asked for; COCO's number where none was."""
+    known = getattr(model, "architecture", None)
+    asked = [each.arguments.get("max_detections") for each in (builders_of(known) if known is not None else ())]
+    return next((number for number in asked if number is not None), COCO_DETECTIONS)
+
+
+def _score(dataset: Any, found: list[dict[str, Any]], most: int, of: str = "bbox") -> Scores:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -128,7 +148,7 @@ def _score(dataset: Any, found: list[dict[str, Any]], most: int) -> Scores:
             results = COCO()
             results.dataset = {**truth.dataset, "annotations": []}
             results.createIndex()
-        scoring = COCOeval(truth, results, "bbox")
+        scoring = COCOeval(truth, results, of)
         scoring.params.imgIds = sorted(dataset.image_ids)
         scoring.params.maxDets = [min(1, most), min(10, most), most]
         scoring.evaluate()
@@ -148,7 +168,7 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
     Where the number of classes does not show, :class:`Findings` checks the labels.
     """
     names = getattr(getattr(model, "architecture", None), "classes", ())
-    known = len(names) or _known_classes(model)
+    known = len(names) or known_classes(model)
     if known is None:
         return
     if known != len(classes):
@@ -161,13 +181,3 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
             f"the detector has its classes in the order {', '.join(names)} and the dataset in the "
             f"order {', '.join(classes)}; number the categories of the annotations as the detector does."
         )
-
-
-def _known_classes(model: nn.Module) -> int | None:
-    """How many classes one of torchvision's detectors tells apart, without label 0, which is the background in all."""
-    two_stages = getattr(getattr(getattr(model, "roi_heads", None), "box_predictor", None), "cls_score", None)
-    one_stage = getattr(getattr(model, "head", None), "classification_head", None)
-    for head, name in ((two_stages, "out_features"), (one_stage, "num_classes"), (one_stage, "num_columns")):  # of SSD
-        if isinstance(count := getattr(head, name, None), int):
-            return count - 1
-    return None

@@ -1,4 +1,4 @@
-"""What a detector's backbone sees of a batch."""
+"""What a detector, or any other model, is given of a batch, and the targets that it trains on."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from jdkd.detect.contract import extra_targets
 from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
+
+
+def with_targets_of(model: nn.Module, dataset: Any) -> Any:
+    """The data set with what the detector trains on in its targets.
+
+    Args:
+        model: a detector.
+        dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`; one of another type is taken as it is.
+
+    Raises:
+        InputError: it needs masks and the annotations have none, or it needs keypoints.
+    """
+    wanted = extra_targets(model)
+    if not hasattr(dataset, "with_masks"):
+        return dataset
+    if "keypoints" in wanted:
+        raise InputError(
+            f"a {type(unwrapped(model)).__name__} trains on keypoints, and those of annotations are not read; train a "
+            "detector of boxes or masks (the boxes of this one can be scored)"
+        )
+    return dataset.with_masks() if "masks" in wanted else dataset
 
 
 def images_of(batch: Any) -> Tensor | list[Tensor]:
@@ -28,26 +51,21 @@ def images_of(batch: Any) -> Tensor | list[Tensor]:
     return images_of(batch[0])
 
 
-def normalised(model: nn.Module, batch: Any) -> Tensor:
-    """The batch as ``model.backbone`` gets it: resized, normalised and padded by ``model.transform``.
+def images_on(model: nn.Module, batch: Any) -> list[Tensor]:
+    """The images of a batch as a detector is given them: a list of ``[3, H, W]`` on its device."""
+    device = next((tensor.device for tensor in model.parameters()), None)
+    return [image if device is None else image.to(device) for image in images_of(batch)]
 
-    Args:
-        model: a detector with ``transform`` as torchvision's have; without one, the batch is taken as it is.
-        batch: ``(images, targets)``, a list of images ``[3, H, W]`` in 0..1, or a tensor ``[N, 3, H, W]``.
 
-    Returns:
-        ``[N, 3, H', W']`` on the model's device.
+def stacked(model: nn.Module, images: Sequence[Tensor]) -> Tensor:
+    """``[N, 3, H, W]``, for a model that takes a batch.
+
+    Raises:
+        InputError: they are of several sizes.
     """
-    images = images_of(batch)
-    device = next(model.parameters()).device
-    transform = getattr(model, "transform", None)
-    if transform is None:
-        if not isinstance(images, Tensor):
-            if len({image.shape for image in images}) > 1:
-                raise InputError(
-                    f"a {type(model).__name__} has no transform that brings images to one size, and a batch has "
-                    f"{', '.join(str(list(image.shape)) for image in images[:4])}; give tensors [N, 3, H, W]"
-                )
-            images = torch.stack(images)
-        return images.to(device)
-    return transform([image.to(device) for image in images])[0].tensors
+    if len({image.shape for image in images}) > 1:
+        raise InputError(
+            f"a {type(model).__name__} has nothing that brings images to one size, and a batch has "
+            f"{', '.join(str(list(image.shape)) for image in images[:4])}; give tensors [N, 3, H, W]"
+        )
+    return torch.stack(list(images))

@@ -4,6 +4,11 @@ import sys
 
 import pytest
 
+from jdkd.detect import save
+from jdkd.rewrite import describe
+from tests.detectors import CLASSES, mask_detector
+from tests.train.scenes import write_scenes
+
 COMMANDS = ("data", "train", "search", "eval", "latency", "env")
 
 
@@ -32,7 +37,7 @@ def test_runs_as_a_module():
 
 def test_train_leaves_a_detector_scores_and_a_record(trained):
     names = {entry.name for entry in trained.iterdir()}
-    assert names >= {"spec.json", "weights.safetensors", "log.jsonl", "train.json", "run.json"}
+    assert names >= {"architecture.json", "weights.safetensors", "log.jsonl", "train.json", "run.json"}
     scores = json.loads((trained / "train.json").read_text())
     assert scores["train_steps"] == 3 and 0 <= scores["map"] <= 1 and len(scores["stats"]) == 12
     record = json.loads((trained / "run.json").read_text())
@@ -48,12 +53,14 @@ def test_a_finished_training_can_be_resumed_and_stays_the_same(jdkd, trained, tr
 
 
 def test_train_takes_a_spec_file_and_weights(jdkd, trained, squares, tmp_path):
-    weights = ("--weights", trained / "weights.safetensors", "--spec", trained / "spec.json")
+    before = json.loads((trained / "architecture.json").read_text())
+    (tmp_path / "spec.json").write_text(json.dumps(before["arguments"]))
+    weights = ("--weights", trained / "weights.safetensors", "--spec", tmp_path / "spec.json")
     flags = ("--data", squares, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "again")
     answer = jdkd("train", *weights, *flags)
     assert answer.code == 0, answer.err
     assert "tensors loaded" in answer.out
-    assert (tmp_path / "again" / "spec.json").read_text() == (trained / "spec.json").read_text()
+    assert json.loads((tmp_path / "again" / "architecture.json").read_text()) == before
 
 
 def test_eval_prints_twelve_lines_and_json(jdkd, trained, squares, tmp_path):
@@ -67,6 +74,26 @@ def test_eval_prints_twelve_lines_and_json(jdkd, trained, squares, tmp_path):
     answer = jdkd("eval", trained, "--data", squares, "--json", file)
     assert len(answer.out.strip().splitlines()) == 12
     assert json.loads(file.read_text()) == json.loads(last)
+
+
+def test_eval_scores_masks_beside_boxes(jdkd, tmp_path):
+    model, data = mask_detector(), write_scenes(tmp_path / "data", images=3).split
+    model.architecture = describe(model, "tests.detectors:mask_detector", classes=CLASSES)
+    save(tmp_path / "masks", model)
+    answer = jdkd("eval", tmp_path / "masks", "--val-images", data.images, "--val-annotations", data.annotations)
+    assert answer.code == 0, answer.err
+    *lines, last = answer.out.splitlines()
+    assert (lines[0], lines[13], len(lines)) == ("boxes:", "masks:", 26)
+    content = json.loads(last)
+    assert content["segm"].keys() == {"map", "map50", "map75", "stats"} and len(content["segm"]["stats"]) == 12
+    assert f"= {content['segm']['map']:.3f}" in lines[14] and 0 <= content["segm"]["map"] <= 1
+
+
+def test_masks_that_the_data_do_not_have_are_refused_before_anything_is_written(jdkd, squares, tmp_path):
+    model = ("--model", "maskrcnn", "--backbone", "resnet18", "--fpn", 16, "--box-head", 16, "--min-size", 64)
+    answer = jdkd("train", *model, "--data", squares, "--out", tmp_path / "out", "--steps", 1)
+    assert answer.code == 2 and "none of its 12 boxes has a segmentation, and masks are asked for" in answer.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_eval_scores_what_train_scored(jdkd, trained, squares):
@@ -116,7 +143,7 @@ def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jd
 def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_path):
     copy = tmp_path / "moved"
     copy.mkdir()
-    for name in ("spec.json", "weights.safetensors"):
+    for name in ("architecture.json", "weights.safetensors"):
         (copy / name).write_bytes((trained / name).read_bytes())
     answer = jdkd("latency", copy, *QUICK)
     assert answer.code == 0 and "2 sample photographs" in answer.out and "give --data" in answer.out
@@ -125,6 +152,17 @@ def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_p
 def test_latency_on_image_files(jdkd, trained, squares):
     answer = jdkd("latency", trained, "--images", squares / "val2017" / "101.png", *QUICK)
     assert answer.code == 0 and "1 image files" in answer.out
+
+
+def test_an_adopted_detector_is_trained_scored_and_timed(jdkd, squares, tmp_path):
+    base = tmp_path / "base"
+    how = ("--data", squares, "--steps", 2, "--batch-size", 2)
+    answer = jdkd("train", "--model", "tests.detect.elsewhere:make", *how, "--out", base)
+    assert answer.code == 0, answer.err
+    assert json.loads((base / "architecture.json").read_text())["builder"] == "tests.detect.elsewhere:make"
+    scored = json.loads(jdkd("eval", base, "--data", squares).out.splitlines()[-1])
+    timed = jdkd("latency", base, "--images", squares / "val2017" / "101.png", *QUICK)
+    assert timed.code == 0 and scored["gmacs"] == json.loads((base / "train.json").read_text())["gmacs"] > 0
 
 
 def test_data_writes_a_folder_that_train_can_read(jdkd, tmp_path):

@@ -8,7 +8,7 @@ from jdkd.detect import build, named_spec
 def net(classes=2):
     small = dict(width=0.125, depth=0.5, fpn=16, box_head=16, min_size=64, max_size=64)
     model = build(named_spec("faster_rcnn_r18_fpn", ["x"] * classes, **small))
-    del model.spec
+    del model.architecture
     return model
 """
 
@@ -35,7 +35,9 @@ def test_what_is_imported_is_inspected_scored_and_timed(jdkd, small, trained, sq
         assert answer.code == 0, answer.err
         scores[folder] = json.loads(answer.out.splitlines()[-1])
     ours, theirs = scores.values()
-    assert len(theirs["spec"]) == 64 and ours.pop("spec") != theirs.pop("spec") and ours == theirs
+    assert (
+        len(theirs["architecture"]) == 64 and ours.pop("architecture") != theirs.pop("architecture") and ours == theirs
+    )
     quick = ("--rounds", 1, "--seconds", 0, "--data", squares, "--device", "cpu")
     assert jdkd("latency", trained, tmp_path / "it", *quick).code == 0
 
@@ -53,7 +55,7 @@ def test_a_one_stage_detector_is_scored_for_its_classes_alone(jdkd, squares, tmp
     assert jdkd("import", name, "--classes", "red", "blue", "--out", tmp_path / "two").code == 0
     answer = jdkd("eval", tmp_path / "two", "--data", squares, "--device", "cpu", "--max-detections", 5)
     content = json.loads(answer.out.splitlines()[-1])
-    assert answer.code == 0 and content["gmacs"] > 0.1 and len(content["spec"]) == 64
+    assert answer.code == 0 and content["gmacs"] > 0.1 and len(content["architecture"]) == 64
     file = tmp_path / "two" / "architecture.json"
     text = json.loads(file.read_text())
     for classes, words in ((["red", "blue", "green"], "knows 3 classes"), (["blue", "red"], "in the order blue, red")):
@@ -67,7 +69,7 @@ def test_training_and_search_refuse_what_is_imported_in_one_sentence(jdkd, small
     search = jdkd("search", "--base", tmp_path / "it", "--data", squares, "--out", tmp_path / "search")
     spec = tmp_path / "it" / "architecture.json"
     train = jdkd("train", "--spec", spec, "--data", squares, "--out", tmp_path / "train")
-    for answer, words in ((search, "of the builder small_nets:net"), (train, "is of a builder")):
+    for answer, words in ((search, "of the builder small_nets:net"), (train, "give its folder as --model")):
         assert answer.code == 2 and words in answer.err, answer.err
         assert "Traceback" not in answer.err and not answer.out
     assert not (tmp_path / "train").exists() and not (tmp_path / "search").exists()
@@ -77,7 +79,7 @@ def test_training_and_search_refuse_what_is_imported_in_one_sentence(jdkd, small
     ("words", "arguments"),
     [
         ("--out is missing", ["small_nets:net"]),
-        ("no detector of torchvision", ["yolo", "--out", "it"]),
+        ("none of torchvision's detectors", ["yolo", "--out", "it"]),
         ("does not exist", ["small_nets:net", "--weights", "gone.pth", "--out", "it"]),
         ("each once", ["small_nets:net", "--classes", "a", "a", "--out", "it"]),
         ("holds a weights.safetensors already", ["small_nets:net", "--out", "full"]),

@@ -27,7 +27,7 @@ def test_inspects_a_checkpoint_and_a_function_of_ones_own(jdkd, trained, tmp_pat
         "mine:nothing": "has no attribute 'nothing'",
         "yours:net": "names the module yours",
         "mine:flat": "runs neither on a list of one image",
-        "yolo": "no detector of torchvision",
+        "yolo": "none of torchvision's detectors",
     }.items():
         answer = jdkd("inspect", name)
         assert answer.code == 2 and words in answer.err and "Traceback" not in answer.err, answer.err

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from jdkd.cli import main
 
@@ -104,7 +105,7 @@ def test_a_folder_of_another_command(jdkd, trained, squares):
         (("--spec", "missing.json"), ("missing.json", "cannot be read")),
         (("--width", "0"), ("width", "0")),
         (("--steps", "-1"), ("steps", "-1")),
-        (("--weights", "none.pth"), ("none.pth", "cannot be read", "No such file")),
+        (("--weights", "none.pth"), ("none.pth", "does not exist")),
         (("--optimizer", "adamw", "--flip", "2"), ("flip", "2")),
     ],
 )
@@ -133,8 +134,9 @@ def test_an_unknown_flag_is_refused_by_name(jdkd, trained):
 def test_a_spec_that_is_not_utf8(jdkd, trained, squares, tmp_path):
     wrong = tmp_path / "wrong"
     shutil.copytree(trained, wrong)
-    (wrong / "spec.json").write_bytes("{}".encode("utf-16"))
-    _refused(jdkd("eval", wrong, "--data", squares), wrong / "spec.json", "not UTF-8", "byte 0")
+    for name in ("spec.json", "architecture.json"):
+        (wrong / name).write_bytes("{}".encode("utf-16"))
+    _refused(jdkd("eval", wrong, "--data", squares), wrong / "architecture.json", "not UTF-8", "byte 0")
     arguments = ("train", "--spec", wrong / "spec.json", "--data", squares, "--out", tmp_path / "out")
     _refused(jdkd(*arguments), wrong / "spec.json", "not UTF-8")
 
@@ -171,7 +173,9 @@ def test_a_run_is_resumed_where_data_weights_and_itself_have_moved(jdkd, trained
     change["annotations"][0]["bbox"][0] += 1
     (data / "annotations" / "instances_val2017.json").write_text(json.dumps(change))
     _refused(jdkd(*arguments, "--out", out, "--weights", moved, "--resume"), "data.val was", "data.val was")
-    _refused(jdkd(*train_arguments, "--out", out, "--weights", trained / "spec.json", "--resume"), "weights was")
+    other = {name: tensor + 1 for name, tensor in load_file(moved).items()}
+    save_file(other, file := tmp_path / "other.safetensors")
+    _refused(jdkd(*train_arguments, "--out", out, "--weights", file, "--resume"), "weights was")
 
 
 def test_a_base_without_spec_or_with_weights_that_do_not_fit(jdkd, trained, squares, tmp_path):
@@ -179,9 +183,10 @@ def test_a_base_without_spec_or_with_weights_that_do_not_fit(jdkd, trained, squa
     empty, wrong = tmp_path / "empty", tmp_path / "wrong"
     empty.mkdir()
     shutil.copytree(trained, wrong)
-    spec = json.loads((wrong / "spec.json").read_text())
-    (wrong / "spec.json").write_text(json.dumps({**spec, "box_head": 24}))
-    _refused(jdkd("search", "--base", empty, *out), empty, "spec.json")
+    known = json.loads((wrong / "architecture.json").read_text())
+    known["arguments"]["box_head"] = 24
+    (wrong / "architecture.json").write_text(json.dumps(known))
+    _refused(jdkd("search", "--base", empty, *out), empty, "architecture.json")
     _refused(jdkd("search", "--base", wrong, *out), "weights.safetensors", "16", "24")
     assert not (tmp_path / "out").exists()
 

@@ -27,12 +27,12 @@ def pretend(monkeypatch):
     def as_found(outcome):
         def search(config, progress):
             configs.append(config)
-            spec = load(config.base).spec
+            known = load(config.base).architecture
             environment = {"device": "cpu", "device_name": "a cpu", "threads": 1, "torch": "2.11"}
-            timing = Timing(spec.id, "brief", environment, (20.0, 20.0), (20.0, 20.0))
+            timing = Timing(known.id, "brief", environment, (20.0, 20.0), (20.0, 20.0))
             base = {
                 "number": 0, "id": "000", "parent": None, "kind": "base", "action": "base", "teacher": None,
-                "spec": spec, "spec_id": spec.id, "feature_channels": (0,),
+                "architecture": known, "architecture_id": known.id, "feature_channels": ((0,),),
                 "map": 0.4, "map50": 0.6, "steps": 0, "lineage_steps": 0,
                 "cycles": (), "params": 1000, "gmacs": 0.1, "seconds": 1.0,
             }  # fmt: skip

@@ -92,10 +92,10 @@ def test_boxes_are_tight_around_the_ink(monkeypatch):
 
 
 def test_only_the_inside_of_boxes_changes(monkeypatch):
-    with_digits, found = digits.scene(128, rng(3), "train")
+    with_digits, found, _ = digits.scene(128, rng(3), "train")
     monkeypatch.setattr(digits, "_paint", lambda *args: None)
     monkeypatch.setattr(digits, "_place", lambda *args: None)
-    without, none = digits.scene(128, rng(3), "train")
+    without, none, _ = digits.scene(128, rng(3), "train")
     outside = np.ones((128, 128), dtype=bool)
     for (x, y, width, height), _ in found:
         outside[y : y + height, x : x + width] = False
@@ -104,11 +104,25 @@ def test_only_the_inside_of_boxes_changes(monkeypatch):
     assert (with_digits[~outside] != without[~outside]).any()
 
 
+def test_segmentations_are_the_ink_that_no_later_digit_hides(scenes):
+    (train, _) = resolve_splits(scenes)
+    truth, hidden = CocoDetectionDataset(train).with_masks(), 0
+    for image, target in truth:
+        assert target["masks"].sum(0).max() == 1, "a pixel is of one digit"
+        for (left, top, right, bottom), mask in zip(target["boxes"].long().tolist(), target["masks"], strict=True):
+            inside = mask[top:bottom, left:right]
+            assert inside.sum() == mask.sum() > 0.1 * inside.numel()
+            hidden += not all(edge.any() for edge in (inside[0], inside[-1], inside[:, 0], inside[:, -1]))
+            ink, around = image[:, mask == 1].float().mean(), image[:, top:bottom, left:right].float().mean()
+            assert ink > around, "ink is bright"
+    assert hidden < len(truth) * 2
+
+
 @pytest.mark.parametrize("size", [32, 128, 300])
 def test_digits_come_at_many_scales_with_bounded_overlap(size):
     counts, heights = [], []
     for k in range(40):
-        picture, found = digits.scene(size, np.random.default_rng([0, 0, size, k]), "val")
+        picture, found, _ = digits.scene(size, np.random.default_rng([0, 0, size, k]), "val")
         boxes = [box for box, _ in found]
         assert picture.shape == (size, size, 3) and picture.dtype == np.uint8
         assert all(x >= 0 and y >= 0 and x + w <= size and y + h <= size and w > 1 and h > 3 for x, y, w, h in boxes)

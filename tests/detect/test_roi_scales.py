@@ -13,6 +13,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from jdkd.detect import build, fix_roi_scales
 from jdkd.notices import Notice
+from jdkd.rewrite import build as build_again
 from tests.detectors import small_spec
 
 STRIDES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
@@ -62,7 +63,7 @@ def pickled(model):
 
 
 def reloaded(model):
-    again = build(model.spec)
+    again = build_again(model.architecture)
     again.load_state_dict(model.state_dict())
     return again.eval()
 

@@ -8,6 +8,7 @@ from torch.optim.swa_utils import AveragedModel
 from jdkd.distill import correlations, pyramids
 from jdkd.errors import InputError
 from tests.detectors import detector, small_spec
+from tests.distill.frameworks import Plain
 from tests.distill.pyramids import PyramidDetector, batch
 
 LEVELS = {"0": 4, "1": 8}
@@ -101,7 +102,7 @@ def test_no_batches_are_an_error(student, teacher):
         correlations(student, teacher, [])
 
 
-@pytest.mark.parametrize("wrap", [AveragedModel, nn.DataParallel])
+@pytest.mark.parametrize("wrap", [AveragedModel, nn.DataParallel, nn.Sequential])
 def test_models_inside_torchs_wrappers_are_measured_as_they_are(wrap):
     student, teacher, batches = PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), uneven()
     measured = correlations(student, teacher, batches)
@@ -113,7 +114,13 @@ def test_models_inside_torchs_wrappers_are_measured_as_they_are(wrap):
     ("student", "teacher", "batches", "message"),
     [
         (PyramidDetector(5, LEVELS), None, uneven(), "the teacher is None; pass a detector"),
-        (nn.Sequential(PyramidDetector(5, LEVELS)), PyramidDetector(5, LEVELS), uneven(), "student .* no backbone"),
+        (
+            Plain(),
+            PyramidDetector(4, LEVELS),
+            uneven(),
+            r"Plain\) does not run up to its neck on a list of .*adopt",
+        ),
+        (PyramidDetector(4, LEVELS), nn.Conv2d(3, 4, 1), uneven(), "teacher .* no submodule neck or backbone"),
         (PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), [3], "holds 3, where images are expected"),
         (PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), [([], [])], r"holds \[\], where images"),
         (PyramidDetector(5, LEVELS), PyramidDetector(5, LEVELS, seed=1), uneven()[0], r"a tensor \[3, 32, 32\]"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jdkd.distill import Distiller, FeatureDistiller, HeadDistiller
+from jdkd.distill import Distiller, FeatureDistiller, HeadDistiller, can_distil_heads
 from jdkd.errors import InputError
 from tests.detectors import detector, small_spec
 from tests.distill.pyramids import PyramidDetector
@@ -68,9 +68,14 @@ def test_other_classes_are_named(student):
         HeadDistiller(student, teacher)
 
 
-def test_a_detector_without_a_box_head_is_named(student):
-    with pytest.raises(InputError, match=r"the teacher \(PyramidDetector\) has no roi_heads"):
-        HeadDistiller(student, PyramidDetector(4, {"0": 4}))
+def test_a_detector_without_a_class_head_is_named(student):
+    other = PyramidDetector(4, {"0": 4})
+    message = r"the teacher \(PyramidDetector\) has no head .* on both; distil the features only \(head_weight 0\)"
+    with pytest.raises(InputError, match=message):
+        HeadDistiller(student, other)
+    with pytest.raises(InputError, match=r"the student \(PyramidDetector\) has no head"):
+        Distiller(other, PyramidDetector(4, {"0": 4}), head_weight=1.0)
+    assert not can_distil_heads(student, other) and not can_distil_heads(other, student)
 
 
 def test_both_terms_share_one_forward_of_the_teacher(student, teacher, images, targets):

@@ -95,7 +95,12 @@ BAD = {
         [0.5, 1.5],
         [True, False],
         [-1, 0],
-        [[0, 1]],
+        [[0, 0]],
+        [[0, 1], 3],
+        [[]],
+        {"0": [0.5]},
+        {"0": 1},
+        {},
         [0, 0],
         torch.rand(4),
         [None],
@@ -140,3 +145,51 @@ def test_channels_that_the_teacher_has_not_are_named():
     with FeatureDistiller(student, teacher, channels=numpy.array([3, 0])) as distiller:
         student(batch())
         assert distiller.loss() > 0
+
+
+WIDTHS = {4: (0, 2), 8: (3, 1, 0), 16: None}  # of a teacher with 4, 4 and 5 channels
+
+
+def unlike() -> tuple[nn.Module, nn.Module]:
+    """A student whose levels were pruned each in its own way, as SSD's can be, and its teacher."""
+    shapes = [(4, 16, 16), (4, 8, 8), (5, 4, 4)]
+    teacher, student = Given(*shapes, seed=1), Given((2, 16, 16), (3, 8, 8), (5, 4, 4))
+    with torch.no_grad():
+        for level, other, kept in zip(student.backbone.levels, teacher.backbone.levels, WIDTHS.values(), strict=True):
+            level.copy_(other[:, list(kept)] if kept else other)
+    return student.train(), teacher
+
+
+@pytest.mark.parametrize(
+    "channels",
+    [
+        [*WIDTHS.values()],
+        (torch.tensor([0, 2]), numpy.array([3, 1, 0]), ()),
+        {"1": [3, 1, 0], "0": [0, 2]},
+    ],
+)
+def test_each_level_may_have_channels_of_its_own(channels):
+    student, teacher = unlike()
+    with FeatureDistiller(student, teacher, channels=channels) as distiller:
+        student(batch())
+        assert distiller.loss().item() == pytest.approx(0, abs=1e-5), "the same channels, in their order"
+    assert list(distiller.level_losses) == [4, 8, 16]
+    assert correlations(student, teacher, [batch()], channels=channels) == pytest.approx({4: 0, 8: 0, 16: 0}, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [
+        ([[0, 2], [3, 1, 0]], r"channels has 2 lists and the student 3 levels \(0, 1, 2\); give one list a level"),
+        ({"P3": [0, 2]}, "channels names the level P3, and the student has 0, 1, 2"),
+        (
+            [[0, 2], [3, 1], None],
+            r"has 3 channels and the teacher's 4, of which channels picks 2 \(level of stride 8\)",
+        ),
+        ([[0, 2], [3, 1, 4], None], "channels names channel 4 and the teacher's level of stride 8 has 4"),
+    ],
+)
+def test_channels_that_do_not_fit_the_levels_are_named(channels, message):
+    student, teacher = unlike()
+    with FeatureDistiller(student, teacher, channels=channels), pytest.raises(InputError, match=message):
+        student(batch())

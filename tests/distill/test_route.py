@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from jdkd.distill import attach
+from jdkd.distill import attach, correlations, pyramids
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from tests.detectors import detector, small_spec
 from tests.distill.frameworks import HuggingFace, Levels, Plain, Processor, head_loss
+from tests.graph.networks import awake, pan_detector
 
 
 class Wrapper(nn.Module):
@@ -235,3 +236,21 @@ def test_a_teacher_that_wants_what_the_student_was_not_given_is_refused():
     with attach(student, Prompted()):
         with pytest.raises(InputError, match="the teacher's Backbone wants prompt beside the images"):
             student(torch.rand(1, 3, 16, 16))
+
+
+def test_a_detector_without_a_backbone_is_distilled_through_the_list_of_images_that_it_takes():
+    student, teacher = awake(pan_detector()), awake(pan_detector(), seed=1)
+    images = [torch.rand(3, 50, 40), torch.rand(3, 64, 64)]
+    boxes = torch.tensor([[4.0, 4.0, 30.0, 30.0]])
+    targets = [{"boxes": boxes, "labels": torch.tensor([label])} for label in (1, 3)]
+    seen = {}
+    teacher.stem.register_forward_pre_hook(lambda _, inputs: seen.update(teacher=inputs[0]))
+    student.stem.register_forward_pre_hook(lambda _, inputs: seen.update(student=inputs[0]))
+    teacher.tower.register_forward_hook(lambda *_: pytest.fail("the teacher ran beyond its neck"))
+    with attach(student.train(), teacher) as handle:
+        terms = student(images, targets)
+    assert list(handle.losses) == [4, 8, 16] and terms["loss_pkd"] > 0
+    assert torch.equal(seen["teacher"], seen["student"])
+    apart = correlations(student, teacher, [images])
+    assert list(apart) == [4, 8, 16] and min(apart.values()) > 0.1
+    assert correlations(student, pyramids(teacher, [images]), [images]) == pytest.approx(apart, rel=1e-5)

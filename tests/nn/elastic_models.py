@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticGroups, ElasticLinear, ElasticStage
+from jdkd.nn import ElasticBatchNorm2d, ElasticBlock, ElasticConv2d, ElasticGroups, ElasticLinear, as_elastic_block
 
 
 class Block(nn.Module):
@@ -56,6 +56,15 @@ SMALL = {
 }
 
 
+def elastic_blocks(*blocks: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*map(as_elastic_block, blocks))
+
+
+def depth_of(model: nn.Module) -> int:
+    """How many elastic blocks of a model run."""
+    return sum(block.is_active for block in model.modules() if isinstance(block, ElasticBlock))
+
+
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
     """Draws statistics and affine parameters, so that no two channels are alike."""
     generator = torch.Generator().manual_seed(seed)
@@ -69,8 +78,8 @@ def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def supernet(seed: int = 0, norm=ElasticBatchNorm2d) -> Net:
-    net = Net(ElasticConv2d, norm, ElasticLinear, ElasticStage)
-    net.elastic_groups = ElasticGroups(GROUPS, {"stage": "stage"})
+    net = Net(ElasticConv2d, norm, ElasticLinear, elastic_blocks)
+    net.elastic_groups = ElasticGroups(GROUPS, {"stage": BLOCKS})
     return randomised(net, seed)
 
 

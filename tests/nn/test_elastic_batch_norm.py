@@ -9,15 +9,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from jdkd.errors import InputError
-from jdkd.nn import (
-    ElasticBatchNorm2d,
-    ElasticConv2d,
-    ElasticConvBNAct,
-    ElasticLinear,
-    ElasticStage,
-    Subnet,
-    set_subnet,
-)
+from jdkd.experimental import ElasticConvBNAct
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear, Subnet, set_subnet
 from jdkd.nn import export as exported
 from tests.nn import elastic_models
 from tests.nn.elastic_models import images
@@ -57,7 +50,7 @@ def test_training_a_subnet_moves_its_own_statistics_alone(subnet):
 
 def test_sets_of_a_plain_state_dict_are_copies_of_its_statistics():
     plain, x = elastic_models.randomised(elastic_models.Net()), images()
-    fresh = elastic_models.Net(ElasticConv2d, own_norm, ElasticLinear, ElasticStage)
+    fresh = elastic_models.Net(ElasticConv2d, own_norm, ElasticLinear, elastic_models.elastic_blocks)
     fresh.elastic_groups = supernet().elastic_groups
     fresh.load_state_dict(plain.state_dict())  # strictly
     for subnet in (Subnet(), NARROW):

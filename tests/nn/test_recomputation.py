@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import jdkd.nn
 from jdkd.errors import InputError
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticConvBNAct, ElasticStage, Subnet, set_subnet
+from jdkd.experimental import ElasticConvBNAct
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, Subnet, as_elastic_block, set_subnet
 from tests.nn.elastic_models import SMALL, supernet
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
@@ -126,9 +127,9 @@ def test_a_function_may_set_its_subnet_itself(use_reentrant):
     [
         (ElasticConv2d(8, 8, 1).requires_grad_(False), lambda conv, rows: conv.set_active(out_channels=rows)),
         (ElasticBatchNorm2d(8, affine=False).eval(), lambda norm, rows: norm.set_active(rows)),
-        (ElasticStage(nn.ReLU(), nn.Softplus()), lambda stage, rows: stage.set_active(len(rows) - rows[0])),
+        (as_elastic_block(nn.Sequential(nn.Softplus())), lambda block, rows: block.set_active(rows[0] == 0)),
     ],
-    ids=["frozen convolution", "frozen norm", "stage of plain blocks"],
+    ids=["frozen convolution", "frozen norm", "plain block"],
 )
 def test_raises_where_no_saved_tensor_would_tell(layer, change, use_reentrant):
     x = torch.randn(2, 2, 4, 4) if isinstance(layer, ElasticBatchNorm2d) else torch.randn(2, 8, 4, 4)

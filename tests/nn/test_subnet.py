@@ -18,13 +18,13 @@ from jdkd.nn import (
     ElasticConv2d,
     ElasticGroups,
     ElasticLinear,
-    ElasticStage,
     Subnet,
+    as_elastic_block,
     export,
     set_subnet,
 )
 from jdkd.nn.elastic import Elastic
-from tests.nn.elastic_models import GROUPS, SMALL, Net, images, randomised, supernet
+from tests.nn.elastic_models import BLOCKS, GROUPS, SMALL, Net, depth_of, images, randomised, supernet
 
 
 def test_a_subnet_is_data():
@@ -55,6 +55,7 @@ def test_a_subnet_is_data():
         (lambda: ElasticGroups({"a": None}), r"group 'a' is None; give a list of pairs"),
         (lambda: ElasticGroups([("0", "out")]), r"groups=\[\('0', 'out'\)\]; give a mapping from names"),
         (lambda: ElasticGroups({}, ["stage"]), r"stages=\['stage'\]; give a mapping from names"),
+        (lambda: ElasticGroups({}, {"s": "stage"}), r"stage 's' is 'stage'; give a list of the paths of its blocks"),
     ],
 )
 def test_says_what_to_give_instead(make, words):
@@ -89,9 +90,7 @@ def test_depths_and_kernel_sizes_are_integers_of_every_kind(value):
     assert subnet == Subnet(kernel_sizes={"stage.0.conv1": 3, "stage.1.conv1": (3, 5)}, depths={"stage": 3})
     assert all(type(number) is int for number in (subnet.depths[0][1], *subnet.kernel_sizes[1][1]))
     set_subnet(net := supernet(), subnet)
-    assert net.stage[0].conv1.active_kernel_size == (3, 3) and net.stage.active_depth == 3
-    net.stage.set_active(np.int64(1) if value is INTEGERS[0] else value)
-    assert type(net.stage.active_depth) is int
+    assert net.stage[0].conv1.active_kernel_size == (3, 3) and depth_of(net) == 3
 
 
 NO_INTEGERS = [True, np.True_, 2.0, np.float32(2), torch.tensor(2.0), torch.tensor(True), "2", b"2", {2}, iter([2])]
@@ -169,7 +168,7 @@ def test_everything_that_is_coupled_changes_at_once():
         3,
     )
     assert block.conv1.active_kernel_size == (3, 3) and net.stage[1].conv1.active_kernel_size == (1, 1)
-    assert net.stage.active_depth == 2
+    assert depth_of(net) == 2
     set_subnet(net, Subnet())
     whole = copy.deepcopy(supernet())
     assert repr(net) == repr(whole)
@@ -178,11 +177,11 @@ def test_everything_that_is_coupled_changes_at_once():
 
 def test_what_a_subnet_does_not_name_is_whole():
     net = supernet()
-    net.extra = nn.Sequential(ElasticConv2d(8, 8, 3), ElasticStage(nn.ReLU(), nn.ReLU()))
+    net.extra = nn.Sequential(ElasticConv2d(8, 8, 3), as_elastic_block(nn.Sequential(nn.ReLU())))
     net.extra[0].set_active(3)
-    net.extra[1].set_active(1)
+    net.extra[1].set_active(False)
     set_subnet(net, Subnet({"stage.1.inner": 2}))
-    assert net.extra[0].active_in_channels == 8 and net.extra[1].active_depth == 2
+    assert net.extra[0].active_in_channels == 8 and net.extra[1].is_active
 
 
 def test_two_subnets_in_one_graph_add_their_gradients():
@@ -287,8 +286,8 @@ def test_refuses_a_plain_layer_in_a_group_and_a_model_without_a_declaration():
         set_subnet(net, Subnet(), ElasticGroups(GROUPS))
     with pytest.raises(InputError, match="Net does not say which of its channels are coupled"):
         set_subnet(net, Subnet())
-    with pytest.raises(InputError, match="stage 'stage' is stage, a Sequential; build it as an ElasticStage"):
-        set_subnet(net, Subnet(), ElasticGroups({}, {"stage": "stage"}))
+    with pytest.raises(InputError, match="stage 'stage' holds stage\\.0, a plain Block; make it elastic"):
+        set_subnet(net, Subnet(), ElasticGroups({}, {"stage": BLOCKS}))
 
 
 def _computed(name: str, layer: nn.Module) -> nn.Module:
@@ -344,32 +343,3 @@ def test_a_group_that_is_cut_is_named():
     net = nn.Sequential(ElasticConv2d(6, 6, 3, groups=2))
     with pytest.raises(InputError, match=r"set_subnet: 0 \(groups g\): in_channels=4 cuts through a group of 3"):
         set_subnet(net, Subnet({"g": 4}), ElasticGroups({"g": [("0", "in")]}))
-
-
-def test_a_stage_runs_its_first_blocks():
-    stage = ElasticStage(nn.ReLU(), nn.Softplus(), nn.Tanh())
-    x = torch.randn(3)
-    stage.set_active(2)
-    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
-    assert "active=2/3 blocks" in repr(stage) and len(export(stage)) == 2
-    with pytest.raises(InputError, match=r"depth=4 of 3 blocks; give a number from 1 to 3"):
-        stage.set_active(4)
-    assert stage.active_depth == 2
-
-
-def test_a_stage_that_is_active_as_a_whole_runs_blocks_that_are_added():
-    stage, x = ElasticStage(), torch.randn(3)
-    stage.append(nn.ReLU()).append(nn.Softplus())
-    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
-    assert stage.active_depth == 2 and len(export(stage)) == 2
-    stage.set_active(2)
-    stage.append(nn.Tanh())
-    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
-
-
-def test_a_stage_has_no_more_active_blocks_than_blocks():
-    stage, x = ElasticStage(nn.ReLU(), nn.Softplus(), nn.Tanh()), torch.randn(3)
-    stage.set_active(3)
-    del stage[2]
-    torch.testing.assert_close(stage(x), nn.functional.softplus(x.relu()))
-    assert stage.active_depth == len(export(stage)) == 2 and "active=2/2 blocks" in repr(stage)

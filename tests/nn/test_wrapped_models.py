@@ -13,25 +13,19 @@ from torch.nn.parallel import DataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from jdkd.errors import InputError
-from jdkd.nn import (
-    ElasticBatchNorm2d,
-    ElasticConv2d,
+from jdkd.experimental import (
     ElasticConvBNAct,
     ElasticLevelsConv2d,
-    ElasticLinear,
-    ElasticStage,
     LevelsConv2d,
-    Subnet,
     compile_elastic,
     explain,
-    export,
     masked,
     pack_forwards,
     packed,
     score_candidates,
-    set_subnet,
 )
-from tests.nn.elastic_models import SMALL, Net, images, randomised, supernet
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear, Subnet, export, set_subnet
+from tests.nn.elastic_models import SMALL, Net, elastic_blocks, images, randomised, supernet
 
 pytestmark = [  # both by dynamo
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning"),
@@ -119,7 +113,7 @@ def _tensors(net: nn.Module) -> dict[str, torch.Tensor]:
 def test_a_functional_call_puts_weights_into_a_model_without_memory():
     net, x = supernet(), images()
     with torch.device("meta"):
-        built = Net(ElasticConv2d, ElasticBatchNorm2d, ElasticLinear, ElasticStage).eval()
+        built = Net(ElasticConv2d, ElasticBatchNorm2d, ElasticLinear, elastic_blocks).eval()
     built.elastic_groups = net.elastic_groups
     set_subnet(net, LISTED)
     moved = copy.deepcopy(net).to("meta")
@@ -185,7 +179,7 @@ def test_a_symbolic_trace_holds_elastic_layers_as_nodes_and_follows_the_subnet()
     set_subnet(net, LISTED)
     traced = torch.fx.symbolic_trace(net)
     nodes = [node.target for node in traced.graph.nodes if node.op == "call_module"]
-    assert nodes == ["stem", "bn", "stage", "pool", "head"]
+    assert nodes == ["stem", "bn", "stage.0", "stage.1", "stage.2", "pool", "head"]
     for subnet in (LISTED, Subnet({"stream": 3}, depths={"stage": 1}), Subnet()):
         set_subnet(net, subnet)
         torch.testing.assert_close(traced(x), net(x), rtol=0, atol=0)

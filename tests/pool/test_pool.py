@@ -1,11 +1,15 @@
 """The elastic pool: spaces, supernets that run in place, and their training."""
 
+import json
 import random
 
 import pytest
 import torch
 
+from jdkd.detect import build, named_spec, read, round_width
 from jdkd.errors import InputError, ModelError
+from jdkd.graph import Topology
+from jdkd.nn.elastic import Elastic
 from jdkd.notices import Notice
 from jdkd.pool import (
     PHASES,
@@ -19,6 +23,7 @@ from jdkd.pool import (
     load_pool,
     train_pool,
 )
+from jdkd.rewrite import describe
 from jdkd.train import TrainConfig
 from tests.detectors import assert_same, detector, outputs, small_spec
 
@@ -28,23 +33,52 @@ def base(request):
     return detector(small_spec(request.param))
 
 
-def space_of(base) -> Space:
-    return Space.from_base(base.spec, extra_depth=1, width=2.0)
+def grown(base, **how) -> tuple[Space, torch.nn.Module, Topology]:
+    """A space around a detector, and the largest network of it."""
+    topology = read(base)
+    space = Space.from_base(topology, **{"width": 2.0, **how})
+    return space, *grow_base(base, topology, space)
+
+
+def supernet_of(base, seed: int = 3) -> Supernet:
+    """A supernet whose weights are anything but those that it was born with."""
+    space, largest, topology = grown(base)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in largest.state_dict().items():
+            if tensor.dim() == 1:
+                low = 0.3 if name.endswith(("weight", "running_var")) else -0.2
+                tensor.uniform_(low, low + 1 if low > 0 else 0.2, generator=generator)
+            elif tensor.dim():
+                tensor.normal_(0, (1 / tensor[0].numel()) ** 0.5, generator=generator)
+    return Supernet(space, largest, topology)
 
 
 def test_a_space_spans_from_the_base_to_the_largest_network(base):
-    space = space_of(base)
-    assert space.largest == Subnet((3,) * 4, (1.0,) * 4)
-    assert space.spec(space.smallest) == base.spec
-    assert space.largest_spec.stages[0].blocks[0][0] == 2 * base.spec.stages[0].blocks[0][0]
+    space, largest, _ = grown(base)
+    assert space.depths == ((1, 2),) * 4 and space.widths == (0.5, 0.75, 1.0)  # the first blocks project, and stay
+    assert space.largest == Subnet((2,) * 4, (1.0,) * 4)
+    assert Supernet(space, largest).extract(space.smallest).architecture == base.architecture
+    inner = largest.backbone.body.layer1[0].conv1.out_channels
+    assert inner == 2 * base.backbone.body.layer1[0].conv1.out_channels
     assert space.top_fraction(0.0).sample(random.Random(0)) == space.largest
     half = space.top_fraction(0.5)
     assert half.widths == space.widths[1:] and {len(choices) for choices in half.depths} == {2}
-    assert Space.from_json(space.largest_spec, space.to_json()) == space
+    assert Space.from_json(json.loads(json.dumps(space.to_json()))) == space
+
+
+def test_the_default_space_is_one_block_deeper_and_half_as_wide_again():
+    spec = named_spec("faster_rcnn_r18_fpn", ["a"], width=0.25)
+    space, largest, _ = grown(base := build(spec), width=1.5)
+    assert space == Space.from_base(read(base)) and len(space.widths) == 3
+    assert [len(getattr(largest.backbone.body, f"layer{k}")) for k in (1, 2, 3, 4)] == [3, 3, 3, 3]
+    for name, parameter in base.named_parameters():
+        if name.startswith("backbone.body.layer") and name.endswith("conv1.weight"):
+            assert largest.get_parameter(name).shape[0] == round_width(1.5 * parameter.shape[0])
 
 
 def test_a_mutation_is_one_or_two_notches_away_and_stays_inside():
-    space = space_of(detector(small_spec()))
+    space = grown(detector(small_spec()))[0]
     rng = random.Random(0)
     subnet = space.largest
     for _ in range(50):
@@ -57,42 +91,46 @@ def test_a_mutation_is_one_or_two_notches_away_and_stays_inside():
 
 
 def test_the_pool_starts_as_the_base(base):
-    space = space_of(base)
-    assert_same(outputs(grow_base(base, space)), outputs(base))
+    _, largest, _ = grown(base)
+    assert_same(outputs(largest), outputs(base))
+    assert sum(p.numel() for p in largest.parameters()) > 1.5 * sum(p.numel() for p in base.backbone.body.parameters())
 
 
 def test_a_subnet_in_place_equals_its_extraction(base):
-    space = space_of(base)
-    supernet = Supernet(space, detector(space.largest_spec, seed=3))
-    rng = random.Random(1)
-    for subnet in (space.largest, space.smallest, space.sample(rng), space.sample(rng)):
+    supernet = supernet_of(base)
+    space, rng = supernet.space, random.Random(1)
+    whole = outputs(supernet.model)
+    for subnet in (space.smallest, space.sample(rng), space.sample(rng)):
         supernet.activate(subnet)
-        assert_same(outputs(supernet.extract(subnet)), outputs(supernet.model))
+        alone = supernet.extract(subnet)
+        assert_same(outputs(alone), outputs(supernet.model))
+        known = alone.architecture
+        assert describe(alone, known.builder, known.arguments, classes=known.classes) == known
+        assert not any(isinstance(module, Elastic) for module in alone.modules())
     supernet.activate(space.largest)
-    assert_same(outputs(supernet.model), outputs(detector(space.largest_spec, seed=3)))
+    assert_same(outputs(supernet.model), whole)
+    own, shared = supernet.extract(space.largest), dict(supernet.model.named_parameters())
+    assert all(parameter is not shared[name] for name, parameter in own.named_parameters())
 
 
 def test_sorting_puts_important_channels_first_and_changes_no_output(base):
-    space = space_of(base)
-    supernet = Supernet(space, detector(space.largest_spec, seed=3))
+    supernet = supernet_of(base)
     before = outputs(supernet.model)
+    reader = supernet.model.backbone.body.layer3[1].conv2.weight
+    unsorted = reader.abs().sum((0, 2, 3))
+    assert not (unsorted.diff() <= 0).all()
     supernet.sort_channels()
     assert_same(outputs(supernet.model), before)
-    reader = supernet.model.backbone.body.layer3[1].conv2.weight
-    strength = reader.abs().sum((0, 2, 3))
-    assert (strength.diff() <= 1e-5).all()
-    unsorted = detector(space.largest_spec, seed=3).backbone.body.layer3[1].conv2.weight.abs().sum((0, 2, 3))
-    assert not (unsorted.diff() <= 0).all()
+    assert (reader.abs().sum((0, 2, 3)).diff() <= 1e-5).all()
 
 
 def test_only_what_is_active_gets_a_gradient(base):
-    space = space_of(base)
-    supernet = Supernet(space, detector(space.largest_spec))
+    supernet = supernet_of(base)
     supernet.model.train()
-    supernet.activate(space.smallest)
+    supernet.activate(supernet.space.smallest)
     supernet.model.backbone(torch.rand(2, 3, 64, 64))["0"].sum().backward()
     body = supernet.model.backbone.body
-    width = space.inner_widths(space.smallest, 0)[0][0]
+    width = base.backbone.body.layer1[0].conv1.out_channels
     gradient = body.layer1[0].conv1.weight.grad
     assert gradient[:width].abs().sum() > 0 and gradient[width:].abs().sum() == 0
     assert body.layer1[2].conv1.weight.grad is None, "the third block did not run"
@@ -101,17 +139,25 @@ def test_only_what_is_active_gets_a_gradient(base):
 @pytest.mark.parametrize(
     ("subnet", "says"),
     [
-        (Subnet((4, 2, 2, 2), (1.0,) * 4), "stage 1 asks for 4 blocks at width 1 and the supernet has 3"),
+        (Subnet((4, 2, 2, 2), (1.0,) * 4), "stage 1 asks for 4 blocks at width 1 and the supernet has 2"),
         (Subnet((2, 2, 2, 2), (1.0, 1.5, 1.0, 1.0)), "stage 2 asks for 2 blocks at width 1.5"),
         (Subnet((2, 2), (1.0, 1.0)), "2 depths and 2 widths for 4 stages"),
     ],
 )
 def test_a_subnet_wider_than_its_supernet_is_refused(subnet, says):
-    space = space_of(detector(small_spec()))
-    supernet = Supernet(space, detector(space.largest_spec))
+    supernet = supernet_of(detector(small_spec()))
     with pytest.raises(InputError, match=says):
         supernet.activate(subnet)
-    assert supernet.active == space.largest
+    with pytest.raises(InputError, match=says):
+        supernet.extract(subnet)
+    assert supernet.active == supernet.space.largest
+
+
+def test_a_space_of_another_detector_is_refused():
+    _, largest, _ = grown(detector(small_spec()), extra_depth=0)
+    deeper = Space.from_base(read(largest))
+    with pytest.raises(InputError, match=r"has \[2, 2, 2, 2\] blocks in its stages and this detector \[1, 1, 1, 1\]"):
+        Supernet(deeper, largest)
 
 
 def test_the_phases_open_depth_and_width_together():
@@ -167,8 +213,8 @@ def test_a_teacher_that_finds_nothing_finite_scores_0_and_says_so(digits, monkey
 
     train, selection = digits
     base = detector(small_spec(classes=train.classes))
-    space = space_of(base)
-    pool = TeacherPool(Supernet(space, grow_base(base, space)), train, 2, 0, "cpu")
+    space, largest, topology = grown(base)
+    pool = TeacherPool(Supernet(space, largest, topology), train, 2, 0, "cpu")
     monkeypatch.setattr("jdkd.pool.elastic_pool.evaluate", evaluate)
     with pytest.warns(Notice, match=r"scores 0: nothing is left to score\."):
         assert pool.score(space.smallest, base, selection).map == 0.0
@@ -181,10 +227,20 @@ def test_a_pool_that_cannot_teach_the_base_is_refused(digits, tmp_path):
         load_pool(tmp_path, base, train)
     train_pool(base, train, selection, CONFIG, tmp_path, scored=1)
     other = detector(small_spec(classes=train.classes, fpn=24))
-    with pytest.raises(InputError, match="fpn 16 and the base 24"):
+    with pytest.raises(InputError, match=r"\[16, 16, 16, 16, 16\] and the base \[24, 24, 24, 24, 24\]"):
         load_pool(tmp_path, other, train)
+    other = detector(small_spec(classes=train.classes[::-1]))
+    with pytest.raises(InputError, match=r"has the classes .* and the base"):
+        load_pool(tmp_path, other, train)
+    facts = json.loads((tmp_path / "pool.json").read_text())
+    del facts["space"]["growth"]  # as earlier versions wrote it
+    (tmp_path / "pool.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="no finished teacher pool of this version"):
+        load_pool(tmp_path, base, train)
 
 
-def test_only_a_detector_with_a_spec_can_grow(base):
-    with pytest.raises(InputError, match=r"grow_base takes a detector .* got a Linear without one"):
-        grow_base(torch.nn.Linear(1, 1), Space.from_base(base.spec))
+def test_only_a_detector_that_can_be_built_again_has_a_pool(digits, tmp_path):
+    base = detector(small_spec())
+    del base.architecture
+    with pytest.raises(InputError, match="a teacher pool takes a detector that carries its architecture"):
+        train_pool(base, *digits, CONFIG, tmp_path)

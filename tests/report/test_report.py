@@ -6,14 +6,14 @@ from contextlib import closing
 import pytest
 from rich.console import Console
 
-from jdkd.detect import named_spec
 from jdkd.errors import InputError
 from jdkd.pool import Subnet
 from jdkd.report import read_outcome, result_table, verdict, write_report
+from jdkd.rewrite import Architecture
 from jdkd.search.archive import Archive, Cycle
 from jdkd.search.timing import Timing
 
-SPEC = named_spec("faster_rcnn_r18_fpn", ["a", "b"], width=0.25)
+ARCHITECTURE = Architecture("my.nets:make", classes=("a", "b"))
 
 
 def _added(archive, number, score, ratio, parent=None, kind="morph", action="prune 20 % of <inner> & FPN"):
@@ -28,11 +28,11 @@ def _added(archive, number, score, ratio, parent=None, kind="morph", action="pru
         kind=kind,
         action=action,
         teacher=None if parent is None else Subnet((3, 4, 6, 3), (1.0, 1.0, 0.5, 0.5)),
-        spec=SPEC,
-        feature_channels=(0, 1, 2),
+        architecture=ARCHITECTURE,
+        feature_channels=((0, 1, 2),),
         map=score,
         map50=min(1, 1.7 * score),
-        spec_id=f"spec {number}",
+        architecture_id=f"spec {number}",
         steps=own,
         lineage_steps=own * number,
         cycles=() if parent is None else (Cycle(100, 0, 300, 2e-3),),

@@ -106,14 +106,14 @@ def test_a_group_whose_places_stand_in_code_is_cut_but_does_not_grow():
     assert {group.name: group.grows for group in topology.groups} == {"0.0": True, "1.a.0": False, "1.b": True}
 
 
-def test_a_sound_model_runs_five_times():
-    """With drawn weights, as it is compared, cut, masked and grown; blocks are silenced by themselves."""
+def test_a_sound_model_runs_eight_times():
+    """With drawn weights, as it is compared, cut, masked and grown; without blocks, with idle ones, and with copies."""
     runs = []
     model = residual()
     topology = trace(model, X)
     model.register_forward_pre_hook(lambda *_: runs.append(1))
     verify(model, topology, X)
-    assert len(runs) == 5
+    assert len(runs) == 8
 
 
 def test_a_detector_is_read_with_few_regions_and_keeps_its_settings():

@@ -1,17 +1,20 @@
 """Candidates and timings as an archive holds them, made up."""
 
 from jdkd.pool import Subnet
+from jdkd.rewrite import Architecture
 from jdkd.search import Candidate, Cycle
 from jdkd.search.timing import Timing
-from tests.detectors import small_spec
+
+ARCHITECTURE = Architecture("my.nets:make", {"width": 8}, classes=("cat",))
 
 
 def known(number=0, *, map=0.4, parent=None, **changes) -> dict:
     """Everything about a candidate but its latency."""
     facts = {
         "number": number, "id": f"{number:03d}", "parent": parent, "kind": "morph", "action": "prune", "map": map,
-        "teacher": Subnet((2, 2, 2, 2), (1.0, 0.5, 1.0, 1.0)), "spec": small_spec(), "spec_id": small_spec().id,
-        "feature_channels": (0, 3), "map50": 0.6, "steps": 5, "lineage_steps": 5, "cycles": (Cycle(5, 0, 10, 1e-3),),
+        "teacher": Subnet((2, 2, 2, 2), (1.0, 0.5, 1.0, 1.0)), "architecture": ARCHITECTURE,
+        "architecture_id": ARCHITECTURE.id, "feature_channels": ((0, 3), (1,)), "map50": 0.6, "steps": 5,
+        "lineage_steps": 5, "cycles": (Cycle(5, 0, 10, 1e-3),),
         "params": 7, "gmacs": 0.5, "seconds": 1.0,
     }  # fmt: skip
     return facts | changes
@@ -19,7 +22,7 @@ def known(number=0, *, map=0.4, parent=None, **changes) -> dict:
 
 def candidate(number=0, *, map=0.4, ratio=1.0, interval=None, **changes) -> Candidate:
     """A candidate of an architecture of its own."""
-    own = {"spec_id": f"spec {number}"} | changes
+    own = {"architecture_id": f"architecture {number}"} | changes
     latency = {
         "latency_p50": 20.0 * ratio,
         "base_latency_p50": 20.0,
@@ -29,6 +32,8 @@ def candidate(number=0, *, map=0.4, ratio=1.0, interval=None, **changes) -> Cand
     return Candidate(**known(number, map=map, **own), **latency)
 
 
-def timing(samples=(7.0, 7.0), base=(10.0, 10.0), *, spec_id=None, stage="brief", device_name="a cpu") -> Timing:
+def timing(
+    samples=(7.0, 7.0), base=(10.0, 10.0), *, name=ARCHITECTURE.id, stage="brief", device_name="a cpu"
+) -> Timing:
     environment = {"device": "cpu", "device_name": device_name, "threads": 1, "torch": "2.11"}
-    return Timing(spec_id or small_spec().id, stage, environment, tuple(samples), tuple(base))
+    return Timing(name, stage, environment, tuple(samples), tuple(base))

@@ -15,7 +15,7 @@ from jdkd.latency.clock import environment
 from jdkd.search import SearchConfig, search
 from jdkd.search.archive import ARCHIVE
 
-DECIDED = "number, id, parent, kind, action, teacher, spec, map, map50, latency_ratio, lineage_steps, cycles"
+DECIDED = "number, id, parent, kind, action, teacher, architecture, map, map50, latency_ratio, lineage_steps, cycles"
 
 
 def config_of(folder: Path, out: Path, **changes) -> SearchConfig:

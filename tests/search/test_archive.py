@@ -11,8 +11,7 @@ from jdkd.errors import InputError
 from jdkd.pool import Subnet
 from jdkd.search import Archive, Cycle
 from jdkd.search.timing import pooled
-from tests.detectors import small_spec
-from tests.search.rows import known, timing
+from tests.search.rows import ARCHITECTURE, known, timing
 
 
 def test_what_goes_in_comes_out_after_reopening(tmp_path):
@@ -32,14 +31,14 @@ def test_a_number_is_archived_once(tmp_path):
         archive.add(timing(), **known(1))
         with pytest.raises(sqlite3.IntegrityError):
             archive.add(timing(), **known(1))
-        assert len(archive) == len(archive.timings(small_spec().id)) == 1, "neither the row nor its timing is kept"
+        assert len(archive) == len(archive.timings(ARCHITECTURE.id)) == 1, "neither the row nor its timing is kept"
 
 
 def test_equal_architectures_have_equal_ratios_whatever_their_own_timing_said(tmp_path):
     first, second = timing((7.0, 6.8)), timing((6.4, 6.2))
     with closing(Archive(tmp_path / "a.sqlite")) as archive:
         archive.add(first, **known(1))
-        other = archive.add(timing((5.0, 5.0), spec_id="other"), **known(2, spec_id="other"))
+        other = archive.add(timing((5.0, 5.0), name="other"), **known(2, architecture_id="other"))
         archive.add(second, **known(3))
         one, unlike, two = archive.candidates
         both = pooled([first, second]).ratio
@@ -49,7 +48,7 @@ def test_equal_architectures_have_equal_ratios_whatever_their_own_timing_said(tm
         ratios = raw.execute("SELECT latency_ratio FROM candidates WHERE number != 2").fetchall()
         assert ratios == [(both.value,)] * 2
         kept = raw.execute(
-            "SELECT samples, base_samples FROM timings WHERE spec_id != 'other' ORDER BY number"
+            "SELECT samples, base_samples FROM timings WHERE architecture_id != 'other' ORDER BY number"
         ).fetchall()
     assert [tuple(map(tuple, map(json.loads, row))) for row in kept] == [
         (t.samples, t.base_samples) for t in (first, second)
@@ -84,9 +83,9 @@ def test_an_archive_of_an_earlier_version_is_refused_with_a_sentence(tmp_path):
 def test_the_ratio_of_a_row_is_that_of_the_medians_in_it(tmp_path):
     with closing(Archive(tmp_path / "a.sqlite")) as archive:
         for number, speed in enumerate((1.0, 1.3)):
-            one = timing((7.0 * speed,) * 2, (10.0 * speed,) * 2, spec_id=f"{number}")
-            archive.add(one, **known(number, spec_id=one.spec_id))
-        archive.add_timing(timing((3.0, 4.0), (5.0, 5.5), spec_id="0"))
+            one = timing((7.0 * speed,) * 2, (10.0 * speed,) * 2, name=f"{number}")
+            archive.add(one, **known(number, architecture_id=one.architecture_id))
+        archive.add_timing(timing((3.0, 4.0), (5.0, 5.5), name="0"))
         for one in archive.candidates:
             assert one.latency_ratio == pytest.approx(one.latency_p50 / one.base_latency_p50, rel=1e-12)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from jdkd import notices
+from jdkd.detect import read
 from jdkd.distill import correlations
 from jdkd.errors import ModelError
 from jdkd.morph import change_resolution
@@ -18,7 +19,7 @@ from jdkd.search import matching, pareto_front, screening
 from jdkd.search.choice import choose, contender, fitness
 from jdkd.search.screening import TARGET_MARGIN, Proposal
 from tests.detectors import detector, small_spec
-from tests.search.rows import candidate, timing
+from tests.search.rows import ARCHITECTURE, candidate, timing
 
 
 def proposal(similarity: float, ratio: float) -> Proposal:
@@ -46,8 +47,9 @@ def test_the_parent_looks_once_for_all_proposals(monkeypatch):
     parent.backbone.register_forward_hook(lambda *state: looks.append(state))
     config = SimpleNamespace(proposals=3, resolutions=(0.5, 1.0), target_latency=0.8)
     context = SimpleNamespace(
-        config=config, base=parent, probe=lambda: iter(probe), calibrated=nn.Module.eval,
-        timed=lambda models: {spec_id: timing((5.0, 5.0), spec_id=spec_id) for spec_id in models},
+        config=config, base=parent, topology=read(parent), read=read, probe=lambda: iter(probe),
+        calibrated=nn.Module.eval,
+        timed=lambda models: {name: timing((5.0, 5.0), name=name) for name in models},
         progress=lambda *state: None, image_sizes=[],
     )  # fmt: skip
     chosen = screening.screen(parent, {}, context, random.Random(0))
@@ -57,15 +59,15 @@ def test_the_parent_looks_once_for_all_proposals(monkeypatch):
 
 
 def test_an_architecture_that_the_search_knows_is_not_timed_again(monkeypatch):
-    one, same, other = small_spec(), small_spec(), small_spec(fpn=8)
-    drawn = [Proposal(f"{i}", SimpleNamespace(spec=spec), (), 0.9) for i, spec in enumerate((one, same, other))]
+    one, same, other = ARCHITECTURE, ARCHITECTURE.replace(), ARCHITECTURE.replace(classes=("dog",))
+    drawn = [Proposal(f"{i}", SimpleNamespace(architecture=made), (), 0.9) for i, made in enumerate((one, same, other))]
     monkeypatch.setattr(screening, "_propose", lambda *given: drawn[len(done)])
     monkeypatch.setattr(screening, "pyramids", lambda *given: None)
     done, timed = [], []
 
     def measured(models):
         timed.append(list(models))
-        return {spec_id: timing((9.0, 9.0), spec_id=spec_id) for spec_id in models}
+        return {name: timing((9.0, 9.0), name=name) for name in models}
 
     context = SimpleNamespace(
         config=SimpleNamespace(proposals=3, target_latency=0.8), probe=lambda: None, timed=measured,
@@ -79,7 +81,7 @@ def test_an_architecture_that_the_search_knows_is_not_timed_again(monkeypatch):
 
 
 def test_a_proposal_too_small_for_some_image_is_left_out_and_said(monkeypatch):
-    one = Proposal("prune", SimpleNamespace(spec=small_spec()), (), 0.9)
+    one = Proposal("prune", SimpleNamespace(architecture=ARCHITECTURE), (), 0.9)
     fates = []
 
     def propose(*given):
@@ -94,7 +96,7 @@ def test_a_proposal_too_small_for_some_image_is_left_out_and_said(monkeypatch):
     )
     for fates[:] in ([None, one], [one, None]):
         with pytest.warns(Notice, match=r"left out: long\.png is 2x200"):
-            assert screening.screen(None, {one.student.spec.id: 0.7}, context, None).action == "prune"
+            assert screening.screen(None, {ARCHITECTURE.id: 0.7}, context, None).action == "prune"
         notices._said.clear()
     fates[:] = [None, None]
     with pytest.warns(Notice), pytest.raises(ModelError):
@@ -102,14 +104,15 @@ def test_a_proposal_too_small_for_some_image_is_left_out_and_said(monkeypatch):
 
 
 def test_no_student_is_proposed_that_leaves_no_pixel_of_an_image(context, monkeypatch):
-    shrunk = change_resolution(context.base, 32)
+    shrunk, topology = change_resolution(context.base, 32), context.topology
     monkeypatch.setattr(screening, "draw", lambda *given, **options: shrunk)
     seen = screening.pyramids(context.base, context.probe())
-    assert screening._propose(context.base, seen, context, random.Random(0)).student.spec.min_size == 32
-    long = ("long.png", 1, shrunk.spec.max_size + 1)
+    student = screening._propose(context.base, topology, seen, context, random.Random(0)).student
+    assert student.transform.min_size == (32,)
+    long = ("long.png", 1, student.transform.max_size + 1)
     monkeypatch.setattr(type(context), "image_sizes", [long])
     with pytest.raises(ModelError, match=r"long\.png"):
-        screening._propose(context.base, seen, context, random.Random(0))
+        screening._propose(context.base, topology, seen, context, random.Random(0))
 
 
 def test_a_proposal_whose_features_are_no_numbers_is_never_chosen():
@@ -219,16 +222,16 @@ def test_whoever_may_be_the_student_is_timed_at_length_before_one_is_chosen():
     sure, worse = candidate(3, map=0.4, ratio=0.6), candidate(4, map=0.3, ratio=0.5)
     students, timed = [worse, sure, near, slow], set()
     assert contender(students, 0.8, timed) is near, "by its interval it may meet the target"
-    assert contender(students, 0.8, timed | {near.spec_id}) is sure, "it does not, and the next one may"
-    assert contender(students, 0.8, timed | {near.spec_id, sure.spec_id}) is None
+    assert contender(students, 0.8, timed | {near.architecture_id}) is sure, "it does not, and the next one may"
+    assert contender(students, 0.8, timed | {near.architecture_id, sure.architecture_id}) is None
     met = candidate(2, map=0.5, ratio=0.79, interval=(0.785, 0.795))
-    assert contender([worse, sure, met, slow], 0.8, {met.spec_id}) is None
+    assert contender([worse, sure, met, slow], 0.8, {met.architecture_id}) is None
     assert choose([worse, sure, met, slow], 0.8) is met
 
 
 def test_where_no_one_meets_the_target_the_fastest_is_timed_at_length():
     slow, fast = candidate(1, map=0.6, ratio=0.95), candidate(2, map=0.5, ratio=0.9)
     assert contender([slow, fast], 0.5, set()) is fast
-    assert contender([slow, fast], 0.5, {fast.spec_id}) is None
+    assert contender([slow, fast], 0.5, {fast.architecture_id}) is None
     slower = candidate(2, map=0.5, ratio=0.97)
-    assert contender([slow, slower], 0.5, {slower.spec_id}) is slow, "at length it was not the fastest"
+    assert contender([slow, slower], 0.5, {slower.architecture_id}) is slow, "at length it was not the fastest"

@@ -23,6 +23,7 @@ from jdkd.search import plan, search
 from jdkd.search.archive import ARCHIVE, Archive
 from jdkd.search.loop import TEACHERS
 from tests.detectors import detector, small_spec
+from tests.search.conftest import DIGITS
 from tests.search.small_search import archived, config_of, steady_measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
@@ -34,12 +35,12 @@ def test_a_search_leaves_a_student_a_result_and_an_archive(folder, finished):
     budget = plan(config_of(folder, out), 12)
     steps = {name: result[name]["train_steps"] for name in ("base", "control", "control_single", "student")}
     assert steps.pop("base") == 0 and len(set(steps.values())) == 1
-    rows = archived(out, "number, kind, steps, spec, id")
+    rows = archived(out, "number, kind, steps, architecture, id")
     assert [row[:3] for row in rows] == [
         (0, "base", 0), (1, "morph", budget.per_candidate), (2, "teacher", budget.per_candidate)
     ]  # fmt: skip
-    (spec,) = [row[3] for row in rows if row[4] == result["student_id"]]
-    assert load(out / "student").spec.to_json(indent=None) == spec
+    (known,) = [row[3] for row in rows if row[4] == result["student_id"]]
+    assert load(out / "student").architecture.to_json(indent=None) == known
     assert {"pool: largest", "pool: full", "screening students", "control", "timing"} <= told
     assert not list(out.glob("candidates/*/training")), "what only a resume needs is cleared away"
     assert result["command"] == "jdkd search --base 'a folder'"
@@ -50,9 +51,11 @@ def test_the_result_the_archive_and_the_target_know_one_ratio(finished):
     out, result, _ = finished
     with closing(Archive(out / ARCHIVE)) as archive:
         (student,) = (one for one in archive.candidates if one.id == result["student_id"])
-        timings = archive.timings(student.spec_id)
+        timings = archive.timings(student.architecture_id)
         assert all(
-            len(t.samples) == len(t.base_samples) for one in archive.candidates for t in archive.timings(one.spec_id)
+            len(t.samples) == len(t.base_samples)
+            for one in archive.candidates
+            for t in archive.timings(one.architecture_id)
         )
     told, base = result["student"], result["base"]
     assert told["latency_ratio"] == student.latency_ratio
@@ -179,7 +182,7 @@ def test_another_search_is_refused_in_its_folder(folder, finished, changes, says
 
 def test_other_weights_or_images_are_another_search(folder, finished, tmp_path):
     shutil.copytree(folder / "base", tmp_path / "base")
-    save(tmp_path / "base", detector(load(folder / "base").spec, seed=1))
+    save(tmp_path / "base", detector(small_spec(classes=DIGITS), seed=1))
     with pytest.raises(InputError, match=r"base\.weights was"):
         search(config_of(folder, finished[0], resume=True, base=tmp_path / "base"))
     val = config_of(folder, finished[0]).val
@@ -205,7 +208,7 @@ def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, finished
     monkeypatch.setattr("jdkd.search.context.measure", measure)
     with pytest.warns(Notice, match="goes on on new.* timed again"):
         result = search(config_of(folder, out, resume=True))
-    assert set.union(*measured) == {spec_id for (spec_id,) in archived(out, "spec_id")}
+    assert set.union(*measured) == {architecture_id for (architecture_id,) in archived(out, "architecture_id")}
     assert result["device"]["device_name"] == "new"
 
 

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 
-from jdkd.detect import build
+from jdkd.detect.contract import identity
 from jdkd.latency import Latency, LatencyReport, ModelLatency, percentile
 from jdkd.search.timing import BRIEF, LONG, pooled
-from tests.detectors import small_spec
+from tests.detectors import detector, small_spec
 from tests.search.rows import timing
 
 
@@ -49,12 +49,13 @@ def test_pooling_narrows_the_spread():
 
 
 def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(context):
-    base, other = context.base.spec, small_spec(fpn=8)
-    timings = context.timed({base.id: build(base).eval(), other.id: build(other).eval()})
-    assert timings.keys() == {base.id, other.id} and {t.stage for t in timings.values()} == {BRIEF}
-    assert timings[base.id].samples == timings[base.id].base_samples == timings[other.id].base_samples
-    assert len(timings[other.id].samples) == 2 * context.config.latency_rounds
-    assert pooled([timings[base.id]]).ratio.interval == (1.0, 1.0)
+    base, model = context.base_id, detector(small_spec(fpn=8))
+    other = identity(model)
+    timings = context.timed({base: context.base, other: model})
+    assert timings.keys() == {base, other} and {t.stage for t in timings.values()} == {BRIEF}
+    assert timings[base].samples == timings[base].base_samples == timings[other].base_samples
+    assert len(timings[other].samples) == 2 * context.config.latency_rounds
+    assert pooled([timings[base]]).ratio.interval == (1.0, 1.0)
     assert {t.machine for t in timings.values()} == {context.machine}
-    at_length = context.timed({other.id: build(other).eval()}, LONG)[other.id]
-    assert at_length.stage == LONG and len(at_length.samples) == 5 * len(timings[other.id].samples)
+    at_length = context.timed({other: model}, LONG)[other]
+    assert at_length.stage == LONG and len(at_length.samples) == 5 * len(timings[other].samples)

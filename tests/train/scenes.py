@@ -39,6 +39,7 @@ def write_scenes(
                     "category_id": CATEGORIES[label],
                     "bbox": [x, y, width, height],
                     "area": width * height,
+                    "segmentation": [[x, y, x + width, y, x + width, y + height, x, y + height]],
                     "iscrowd": 0,
                 }
             )

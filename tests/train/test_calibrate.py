@@ -251,7 +251,7 @@ def test_a_wrapped_detector_is_calibrated_as_without_its_wrapper():
 
 def test_images_of_several_sizes_need_a_transform():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-    with pytest.raises(InputError, match=r"Sequential has no transform.*\[3, 8, 8\], \[3, 8, 9\]; give tensors"):
+    with pytest.raises(InputError, match=r"Sequential has nothing that brings.*\[3, 8, 8\], \[3, 8, 9\]; give tensors"):
         calibrate_bn(model, [[torch.zeros(3, 8, 8), torch.zeros(3, 8, 9)]])
 
 

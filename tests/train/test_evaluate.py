@@ -124,14 +124,14 @@ def test_another_number_of_classes_is_named(scenes):
     with pytest.raises(InputError, match="knows 2 classes and the dataset has 3"):
         evaluate(detector(small_spec(classes=("cat", "dog"))), scenes, **CPU)
     plain = detector(small_spec(classes=("cat", "dog")))
-    del plain.spec
+    del plain.architecture
     with pytest.raises(InputError, match="knows 2 classes and the dataset has 3"):
         evaluate(plain, scenes, **CPU)
 
 
 def test_a_detector_that_numbers_by_category_id_is_told_from_one_of_other_classes(scenes):
     model = detector(small_spec(classes=tuple(f"category {k}" for k in range(1, 12))))  # the ids are 3, 7 and 11
-    del model.spec
+    del model.architecture
     with pytest.raises(InputError, match="knows 11 classes and the dataset has 3; if its labels are category ids"):
         evaluate(model, scenes, **CPU)
 

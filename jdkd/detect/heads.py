@@ -1,0 +1,124 @@
+"""Where torchvision's detectors say which class is where, and how another one is asked about the same places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.fcos import FCOSClassificationHead
+from torchvision.models.detection.retinanet import RetinaNetClassificationHead
+from torchvision.models.detection.ssd import SSDScoringHead
+
+FOCAL = (RetinaNetClassificationHead, FCOSClassificationHead)  # a sigmoid for each class
+DENSE = (*FOCAL, SSDScoringHead)
+LAYOUT = ("sizes", "aspect_ratios", "scales", "steps", "clip")  # what says where anchors are, and how large
+
+
+class ClassHead(Protocol):
+    """The part of a detector that gives class logits.
+
+    Attributes:
+        outputs: logits at each place, label 0 included, which is the background or stands for nothing.
+        exclusive: whether a place has one class (softmax), or each class by itself (sigmoid).
+        dense: whether its places are all anchors; else the regions that were proposed.
+        says: the module whose output holds the logits.
+        asked: the module whose inputs hold the places; None where these are always the same.
+    """
+
+    outputs: int
+    exclusive: bool
+    dense: bool
+    says: nn.Module
+    asked: nn.Module | None
+
+    def logits(self, output: Any) -> Tensor:
+        """``[R, K]``, the logits at all places, of what ``says`` returned."""
+
+    def places(self, inputs: tuple[Any, ...]) -> Any:
+        """The places in the inputs of ``asked``."""
+
+    def about(self, places: Any, levels: Mapping[str, Tensor]) -> Tensor:
+        """``[R, K]``, the logits at another head's places, of its own detector's levels, name -> ``[N, C, H, W]``."""
+
+    def objection(self, other: ClassHead) -> str | None:
+        """Why two heads do not speak of the same places and classes."""
+
+
+def class_head(model: nn.Module) -> ClassHead | None:
+    """The class head of a detector of torchvision's parts, wherever in it that is; None without one."""
+    return next((head for module in model.modules() if (head := _head_in(module)) is not None), None)
+
+
+def known_classes(model: nn.Module) -> int | None:
+    """How many classes a detector of torchvision's tells apart, without label 0, the background; None for others."""
+    head = _head_in(model)
+    return None if head is None else head.outputs - 1
+
+
+def _head_in(module: nn.Module) -> ClassHead | None:
+    heads = getattr(module, "roi_heads", None)
+    scores = getattr(getattr(heads, "box_predictor", None), "cls_score", None)
+    if hasattr(heads, "box_roi_pool") and isinstance(getattr(scores, "out_features", None), int):
+        return _OfRegions(heads)
+    head = getattr(getattr(module, "head", None), "classification_head", None)
+    anchors = getattr(module, "anchor_generator", None)
+    return _OfAnchors(head, anchors) if isinstance(head, DENSE) else None
+
+
+class _OfRegions:
+    """The box head of two-stage detectors: Faster, Mask and Keypoint R-CNN."""
+
+    exclusive, dense = True, False
+
+    def __init__(self, heads: nn.Module) -> None:
+        self.heads, self.asked, self.says = heads, heads.box_roi_pool, heads.box_predictor
+        self.outputs = heads.box_predictor.cls_score.out_features
+
+    def logits(self, output: tuple[Tensor, Tensor]) -> Tensor:
+        return output[0]
+
+    def places(self, inputs: tuple[Any, ...]) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        """The regions, ``[M, 4]`` each, and the size of every image."""
+        _, regions, sizes = inputs
+        return [region.detach() for region in regions], list(sizes)
+
+    def about(self, places: Any, levels: Mapping[str, Tensor]) -> Tensor:
+        """Half precision is pooled in single, as autocast does."""
+        regions, sizes = places
+        like = next(self.heads.parameters())
+        wide = torch.promote_types(like.dtype, torch.float32)
+        levels = {name: level.to(wide) for name, level in levels.items()}
+        pooled = self.heads.box_roi_pool(levels, [region.to(wide) for region in regions], sizes)  # [R, C, 7, 7]
+        return self.says(self.heads.box_head(pooled.to(like.dtype)))[0]
+
+    def objection(self, other: ClassHead) -> str | None:
+        return None if isinstance(other, _OfRegions) else "one classifies regions and the other anchors"
+
+
+class _OfAnchors:
+    """The classification head of one-stage detectors: RetinaNet, FCOS, SSD, SSDlite."""
+
+    asked, dense = None, True
+
+    def __init__(self, head: nn.Module, anchors: nn.Module | None) -> None:
+        self.says, self.exclusive = head, not isinstance(head, FOCAL)
+        self.outputs = head.num_columns if self.exclusive else head.num_classes
+        self.layout = type(anchors), [repr(getattr(anchors, name, None)) for name in LAYOUT]
+
+    def logits(self, output: Tensor) -> Tensor:
+        return output.flatten(0, 1)  # of [N, anchors, K]
+
+    def places(self, inputs: tuple[Any, ...]) -> None:
+        return None
+
+    def about(self, places: None, levels: Mapping[str, Tensor]) -> Tensor:
+        return self.logits(self.says(list(levels.values())))
+
+    def objection(self, other: ClassHead) -> str | None:
+        if not isinstance(other, _OfAnchors):
+            return "one classifies anchors and the other regions"
+        if self.exclusive != other.exclusive:
+            return "one has a softmax over its classes and the other a sigmoid for each"
+        return None if self.layout == other.layout else "their anchors differ"

@@ -1,0 +1,74 @@
+"""A search from detectors that the package has no code for: torchvision's families over a body of ours, and a PAN."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jdkd.data import CocoDetectionDataset
+from jdkd.detect import save
+from jdkd.rewrite import Architecture, build
+from jdkd.run_folder import RunFolder
+from jdkd.search import search
+from tests.search.conftest import DIGITS
+from tests.search.small_search import archived, config_of
+
+BUILDERS = {
+    "RetinaNet": ("tests.search.nets:retinanet", {}),
+    "FCOS": ("tests.search.nets:fcos", {}),
+    "Mask R-CNN": ("tests.search.nets:mask_rcnn", {}),
+    "PAN": ("tests.graph.networks:pan_detector", {"classes": 10}),
+}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice"),  # a handful of scenes, 10 digits
+    pytest.mark.filterwarnings("ignore:.*learn from features alone:jdkd.notices.Notice"),
+    pytest.mark.filterwarnings("ignore:.*have one width in the whole teacher pool:jdkd.notices.Notice"),
+]
+
+REBUILD = """
+import sys, torch
+from jdkd.rewrite import load_architecture
+model = load_architecture(sys.argv[1])
+(found,) = model([torch.rand(3, 64, 64)])
+assert found["boxes"].shape[1:] == (4,)
+print(*[name for name in sys.modules if name.startswith("jdkd.detect")])
+"""
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(family, folder, steady, tmp_path):
+    builder, arguments = BUILDERS[family]
+    config = base_of(builder, arguments, folder, tmp_path)
+    met = []
+
+    def stop(what, *state):
+        met.append(what)
+        if what.startswith("candidate 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(config, stop)
+    before = archived(config.out)
+    assert [row[0] for row in before] == [0, 1] and any(what.startswith("pool: ") for what in met)
+    told = []
+    result = search(config_of(folder, config.out, base=config.base, resume=True), lambda what, *_: told.append(what))
+    assert not any(what.startswith(("pool: ", "candidate 1:")) for what in told), "nothing finished is redone"
+    assert archived(config.out)[:2] == before and len(archived(config.out)) == 3
+    assert result["student"]["params"] > 0 and result["student"]["train_steps"] > 0
+    assert {row[3] for row in archived(config.out)} == {"base", "morph", "teacher"}
+    answer = subprocess.run(
+        [sys.executable, "-c", REBUILD, config.out / "student"],
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert (answer.returncode, answer.stdout.strip()) == (0, ""), answer.stderr
+
+
+def base_of(builder, arguments, folder, tmp_path):
+    """An untrained base of a builder, as `jdkd import` leaves it, and a search from it."""
+    config = config_of(folder, tmp_path / "out", base=tmp_path / "base")
+    RunFolder(config.base).begin("train", {"data": {"train": CocoDetectionDataset(config.train).fingerprint}})
+    base = build(Architecture(builder, arguments))
+    base.architecture = Architecture(builder, arguments, classes=DIGITS)
+    save(config.base, base)
+    return config
