@@ -18,8 +18,8 @@ def test_it_learns_to_find_things(tmp_path):
     scenes = write_scenes(tmp_path)
     torch.manual_seed(0)
     model = pan_detector(len(scenes.classes))
-    fit(model, scenes, TrainConfig(steps=60, batch_size=6, lr=5e-3), device="cpu")
-    assert evaluate(model, scenes, device="cpu").map50 > 0.1
+    fit(model, scenes, TrainConfig(steps=40, batch_size=6, lr=5e-3), device="cpu")
+    assert evaluate(model, scenes, device="cpu").map50 > 0.3
 
 
 def test_it_takes_images_of_any_sizes_and_returns_boxes_inside_of_them():
