@@ -60,7 +60,7 @@ class ConvShape:
 
 
 @dataclass(frozen=True)
-class Call:
+class LayerCall:
     """A convolution that a detector calls, by the path of its module."""
 
     module: str
@@ -79,7 +79,7 @@ class Call:
 
 
 @functools.cache
-def calls(detector: str) -> tuple[Call, ...]:
+def calls(detector: str) -> tuple[LayerCall, ...]:
     """Every call of a convolution by backbone, pyramid and region proposals for one image, in order.
 
     Args:
@@ -95,7 +95,7 @@ def calls(detector: str) -> tuple[Call, ...]:
         square = conv.kernel_size[0], conv.stride[0], conv.padding[0]
         size = (given[0].shape[2], given[0].shape[3])
         shape = ConvShape(conv.in_channels, conv.out_channels, *square, size, conv.bias is not None, elastic)
-        found.append(Call(module, shape))
+        found.append(LayerCall(module, shape))
 
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):

@@ -1,6 +1,6 @@
 """Knowledge distillation, pruning and architecture search of object detectors, with fast kernels.
 
-``import jdkd`` needs only torch. The rooms are imported when they are first named:
+``import jdkd`` needs only torch. Its packages are imported when they are first named:
 ``jdkd.functional.pkd_loss``, ``jdkd.nn.PKDLoss``, ``jdkd.detect.build`` and so on.
 """
 
@@ -20,12 +20,13 @@ if _BESIDE.is_dir() and not Path(__file__).with_name("kernels").is_dir():
     _spec.submodule_search_locations = [str(_BESIDE)]
     kernels = sys.modules[_spec.name] = module_from_spec(_spec)
 
-_ROOMS = (
+_PACKAGES = (
     "data",
     "detect",
     "distill",
     "env",
     "errors",
+    "experimental",
     "functional",
     "graph",
     "latency",
@@ -45,10 +46,10 @@ _ROOMS = (
 
 
 def __getattr__(name: str):
-    if name in _ROOMS:
+    if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_ROOMS})
+    return sorted({*globals(), *_PACKAGES})

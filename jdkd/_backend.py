@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import torch
 
-from jdkd import _ext, _verdicts
+from jdkd import _dispatch, _ext, _verdicts
 from jdkd._verdicts import Check, Subject, Verdict
 from jdkd.errors import InputError
 from jdkd.notices import say_once
@@ -51,13 +51,37 @@ if os.environ.get("JDKD_CACHE"):
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(os.environ["JDKD_CACHE"], "triton"))
 
 
-class _Entry(NamedTuple):
+class _Call(NamedTuple):
+    """What the choice of a backend depends on."""
+
+    form: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+class _Backend(NamedTuple):
+    """One implementation of an operator."""
+
+    op: str
+    name: str
     dtypes: tuple[torch.dtype, ...] | None
     why: str
     checks: Mapping[str, Check]
 
+    def why_not(self, call: _Call) -> str | None:
+        """Why it does not run unasked, or None; checks it if that was never done."""
+        if reason := self.why_no_default(call.device, call.dtype):
+            return reason
+        return why_unseen(Subject(self.op, call.form, self.name, call.device, call.dtype))
 
-_table: dict[str, dict[str, _Entry]] = {}
+    def why_no_default(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """The same as far as device and dtype tell."""
+        if self.name == "triton" and device.type == "cpu":
+            return "Triton's interpreter runs only when it is asked for"
+        return _why_refused(self.op, self.name, device.type, dtype)
+
+
+_table: dict[str, dict[str, _Backend]] = {}
 _chosen: dict[tuple, str] = {}  # what was settled, by the arguments of _choose
 # Process-wide and no context variable: autograd runs backward passes on threads of its own.
 _forced: str | None = None
@@ -83,7 +107,7 @@ def register(
     Raises:
         InputError: on a name that is no backend.
     """
-    _table.setdefault(op, {})[_validated(backend, "backend")] = _Entry(dtypes, why, checks or {})
+    _table.setdefault(op, {})[_validated(backend, "backend")] = _Backend(op, backend, dtypes, why, checks or {})
     _chosen.clear()
 
 
@@ -173,8 +197,8 @@ def choice(op: str, form: str, device: torch.device, dtype: torch.dtype) -> tupl
     if wanted := _asked_for(op, _forced, os.environ.get(VARIABLE)):
         return wanted, "use_backend asks for it" if _forced else f"{VARIABLE} asks for it"
     before = []
-    for backend in _row(op):
-        if not _is_default(op, backend, device.type, dtype):
+    for backend, row in _row(op).items():
+        if row.why_no_default(device, dtype):
             continue
         if backend == "reference":
             return backend, "; ".join([*before, "the first that is available"])
@@ -217,7 +241,7 @@ def _validated(name: str, source: str) -> str:
     return name
 
 
-def _row(op: str) -> dict[str, _Entry]:
+def _row(op: str) -> dict[str, _Backend]:
     if op not in _table:
         raise InputError(f"there is no operator {op!r}; registered are {', '.join(_table) or 'none'}")
     return _table[op]
@@ -268,16 +292,11 @@ def _choose(
         _check_asked_for(op, wanted, form, device, dtype)
         _chosen[key] = wanted
         return wanted
-    settled = True
-    for backend in _row(op):
-        if not _is_default(op, backend, device.type, dtype):
-            continue
-        verdict = seen_right(Subject(op, form, backend, device, dtype))
-        if verdict:
-            if settled:
-                _chosen[key] = backend
-            return backend
-        settled = settled and verdict is not None
+    found, is_settled = _dispatch.first(_row(op).values(), _Call(form, device, dtype))
+    if found is not None:
+        if is_settled:
+            _chosen[key] = found.name
+        return found.name
     raise InputError(f"no backend of {op} takes {_dtype_text(dtype)} tensors on {device.type}")
 
 
@@ -300,9 +319,12 @@ def _check_asked_for(op: str, backend: str, form: str, device: torch.device, dty
         say_once(f"{subject} runs because it was asked for, and was found wrong on this device: {verdict}")
 
 
-def _is_default(op: str, backend: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether a backend may be chosen unasked, as far as device and dtype tell."""
-    return not (backend == "triton" and device == "cpu") and _why_refused(op, backend, device, dtype) is None
+def why_unseen(subject: Subject) -> str | None:
+    """Why a form may not run unasked on a device, as far as :func:`seen_right` tells; None if it may."""
+    seen = seen_right(subject)
+    if seen is None:
+        return _dispatch.NOT_YET
+    return None if seen else "it was checked on this device and not seen right"
 
 
 def seen_right(subject: Subject) -> bool | None:

@@ -187,7 +187,7 @@ def _failed(error: Exception, device: torch.device) -> Verdict:
 
 
 def judged(results: Iterable[Compared]) -> Verdict:
-    """The verdict on what a check yields; waits for the device at every result."""
+    """The verdict on what a check yields; with a device sync at every result."""
     worst = None
     for what, ours, exact, unit, allowed in results:
         allowed = ALLOWED[ours.dtype] if allowed is None else allowed
@@ -246,8 +246,8 @@ def _processor() -> str:
 def _sources() -> str:
     """A hash of what is installed: the compiled extension, the Triton kernels, and what calls and checks them."""
     package = Path(__file__).parent
-    rooms = (package / "kernels", package.parent / "kernels", package / "ops", package / "reference")
-    files = [path for room in rooms for path in sorted(room.glob("*.py"))]
+    folders = (package / "kernels", package.parent / "kernels", package / "ops", package / "reference")
+    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
     if (extension := _ext.module()) is not None:
         files.append(Path(extension.__file__))
     digest = hashlib.sha256()

@@ -140,9 +140,9 @@ def _choices() -> list[tuple[str, str]]:
 
 
 def _forms(module: ModuleType) -> list[tuple[str, str]]:
-    """The forms or paths in which an operator is computed, where it has several: the first that takes a call."""
+    """The forms or kernels by which an operator is computed, where it has several: the first that takes a call."""
     op, _, table = module.__name__.rpartition(".")[2].rpartition("_")
-    rows = getattr(module, table.upper(), ()) if table in ("forms", "paths") else ()
+    rows = getattr(module, table.upper(), ()) if table in ("forms", "kernels") else ()
     return [(f"{op}: {row.name}", f"{row.when} ({row.why})") for row in rows]
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-POISONED = ("ops", "nn", "reference")
+POISONED = ("ops", "nn", "experimental", "reference")
 
 # What checks of kernels find is found once a run, by all of its processes, and the user's own verdicts stay alone.
 os.environ.setdefault("TRITON_CACHE_DIR", str(Path("~/.triton/cache").expanduser()))  # where it is without a JDKD_CACHE
@@ -116,8 +116,8 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def _poison_uninitialised_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fills ``torch.empty`` with NaN in the tests of operators, so that a forgotten output cell shows."""
-    rooms = Path(request.node.path).relative_to(Path(__file__).parent).parts
-    if rooms[0] not in POISONED:
+    folders = Path(request.node.path).relative_to(Path(__file__).parent).parts
+    if folders[0] not in POISONED:
         yield
         return
     enabled = torch.are_deterministic_algorithms_enabled()

@@ -14,7 +14,7 @@ FLOORS = (
     "errors files notices run_folder",
     "kernels reference",
     "_ext",
-    "_backend _verdicts",
+    "_backend _dispatch _verdicts",
     "ops",
     "functional env testing check",
     "nn",
@@ -27,6 +27,7 @@ FLOORS = (
     "search",
     "report",
     "cli __main__",
+    "experimental",  # so nothing imports from it
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 OPTIONAL = {"tyro", "rich", "matplotlib", "ray", "onnx", "sklearn"}
@@ -272,6 +273,7 @@ def test_a_planted_circle_of_rooms_is_caught(tmp_path):
         ("jdkd/ops/pearson.py", "from kernels import pearson", "as jdkd.kernels"),
         ("kernels/pearson.py", "import numpy", "kernels import only"),
         ("kernels/pearson.py", "from jdkd.errors import InputError", "kernels import only"),
+        ("jdkd/search/loop.py", "from jdkd.experimental import masked", "search is on a floor left of experimental"),
         ("jdkd/attic.py", "import torch", "no floor"),
     ],
 )

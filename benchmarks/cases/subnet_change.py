@@ -39,7 +39,8 @@ from benchmarks.graphs import Graphs
 from benchmarks.harness import Case
 from jdkd._backend import use_backend
 from jdkd.detect import DetectorSpec, named_spec
-from jdkd.nn import Subnet, compile_elastic, set_subnet
+from jdkd.experimental import compile_elastic
+from jdkd.nn import Subnet, set_subnet
 
 NAME = "subnet_change"
 CHANGES = 20

@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from benchmarks.harness import Case
 from jdkd.detect import DetectorSpec, named_spec
 from jdkd.detect.resnet import Backbone
+from jdkd.experimental import pack_forwards
 from jdkd.graph import Topology, trace
-from jdkd.nn import Subnet, as_elastic_block, pack_forwards, set_subnet
+from jdkd.nn import Subnet, as_elastic_block, set_subnet
 from jdkd.rewrite import make_elastic
 
 NAME = "supernet_step"

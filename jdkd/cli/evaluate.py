@@ -43,7 +43,6 @@ class Eval:
         if self.json is not None:
             require_file(self.json, "--json")
         model = load(self.ckpt)
-        cost = count(model)
         with Progress() as progress:
             dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
             scores = evaluate(
@@ -55,6 +54,7 @@ class Eval:
                 max_detections=self.max_detections,
                 progress=progress.task("evaluate"),
             )
+        cost = count(model, otherwise=dataset.sizes[0][1:])
         print(scores.text)
         content = {
             **scores.numbers,

@@ -72,7 +72,7 @@ class Latency:
                 batch_size=self.batch_size,
                 progress=progress.task("latency"),
             )
-        costs = {name: count(model) for name, model in detectors.items()}
+        costs = {name: count(model, otherwise=tuple(images[0].shape[1:])) for name, model in detectors.items()}
         if self.out is not None:
             cost = {name: {"params": one.params, "gmacs": one.gmacs} for name, one in costs.items()}
             write_json(self.out, {**report.to_json(), "cost": cost, "origin": origin})

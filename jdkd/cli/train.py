@@ -112,7 +112,7 @@ class Train:
                 save(self.out, model)
                 scored = {"device": device, "batch_size": self.batch_size, "workers": self.workers}
                 scores = evaluate(deployable(model), val, **scored, progress=progress.task("evaluate"))
-            content = _summary(model, scores, report) | {
+            content = _summary(model, scores, report, val.sizes[0][1:]) | {
                 "config": dataclasses.asdict(config),
                 "device": device,
             }
@@ -253,11 +253,11 @@ def _open(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionD
     return train, val
 
 
-def _summary(model: Any, scores: Any, report: Any) -> dict[str, Any]:
-    """Scores, cost and what the training took, JSON-able."""
+def _summary(model: Any, scores: Any, report: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Scores, cost and what the training took, JSON-able; ``size`` is of an image."""
     from jdkd.latency import count
 
-    cost = count(model)
+    cost = count(model, otherwise=size)
     return {
         **scores.numbers,
         "params": cost.params,

@@ -61,7 +61,7 @@ def write_digit_scenes(
         size: side of the square images, in pixels.
         seed: decides everything that is drawn.
         resume: accept a folder that holds exactly these scenes already, and leave it alone.
-        progress: told (scenes done, scenes in all, {}).
+        progress: called with (scenes done, scenes in all, {}).
 
     Raises:
         InputError: a number is out of range, ``out`` holds something else, or the disk is full.

@@ -12,7 +12,7 @@ from jdkd.detect.prepared import Prepared
 from jdkd.errors import InputError
 from jdkd.nn.necks import trunk_of
 
-Call = Callable[[int], object]
+TimedCall = Callable[[int], object]
 """Runs a model on batch number i of those it was prepared for."""
 
 
@@ -22,7 +22,7 @@ def _on_device(batch: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [image.float().div_(255) if image.dtype == torch.uint8 else image for image in moved]
 
 
-def end_to_end(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> Call:
+def end_to_end(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> TimedCall:
     """From the decoded images on the host to the boxes on the host, through transform and NMS.
 
     Args:
@@ -41,7 +41,7 @@ def end_to_end(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: to
     return call
 
 
-def model_only(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> Call | None:
+def model_only(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> TimedCall | None:
     """From the normalised batch on the device to the boxes on the device: backbone, RPN, RoI heads, NMS.
 
     Args:
@@ -56,7 +56,7 @@ def model_only(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: to
     return None if prepared is None else prepared.run
 
 
-def backbone_replay(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> Call | None:
+def backbone_replay(model: nn.Module, batches: Sequence[Sequence[Tensor]], device: torch.device) -> TimedCall | None:
     """Replay of a CUDA graph of the backbone on the first batch: kernel time without any host time.
 
     RPN and NMS have shapes that depend on the data and cannot be captured, so this is not a latency of the

@@ -31,7 +31,7 @@ class Cost:
     size: tuple[int, int]
 
 
-def count(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
+def count(model: nn.Module, size: tuple[int, int] | None = None, *, otherwise: tuple[int, int] | None = None) -> Cost:
     """Count parameters and multiply-accumulates of a detector for one image.
 
     A two-stage detector is charged with as many proposals as its RPN may keep, whatever its weights propose,
@@ -43,6 +43,7 @@ def count(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
             scales of RoI pools that were inferred wrongly (:func:`jdkd.detect.fix_roi_scales`).
         size: image height and width; by default the detector's input size: its short side by its longest
             side.
+        otherwise: the same for a detector that has no input size of its own, and takes images as they are.
 
     Returns:
         Parameters and GMACs.
@@ -53,7 +54,7 @@ def count(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
     not_scripted(model, "count")
     model = unwrapped(model)
     fix_roi_scales(model)
-    size = size or _input_size(model)
+    size = size or _input_size(model, otherwise)
     require_visible(model, [("size", *size)])
     like = next(model.parameters(), torch.empty(0))
     modes = {module: module.training for module in model.modules()}
@@ -67,9 +68,11 @@ def count(model: nn.Module, size: tuple[int, int] | None = None) -> Cost:
     return Cost(parameter_count(model), counter.get_total_flops() / 2e9, (size[0], size[1]))
 
 
-def _input_size(model: nn.Module) -> tuple[int, int]:
+def _input_size(model: nn.Module, otherwise: tuple[int, int] | None) -> tuple[int, int]:
     """Largest image that a torchvision detector's transform makes: (min_size, max_size)."""
     transform = input_transform(model)
+    if transform is None and otherwise is not None:
+        return otherwise
     if transform is None:
         raise InputError(
             f"count does not know the input size of a {type(model).__name__}, which has no torchvision transform; give "

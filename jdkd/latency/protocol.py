@@ -17,14 +17,14 @@ from jdkd.detect import fix_roi_scales
 from jdkd.detect.contract import identity
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
-from jdkd.latency.calls import Call, backbone_replay, check_images, end_to_end, model_only
+from jdkd.latency.calls import TimedCall, backbone_replay, check_images, end_to_end, model_only
 from jdkd.latency.clock import Clock, clock_for, environment, gpu_state
 from jdkd.latency.deployable import batch_norms
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency, percentile
 
-Progress = Callable[[int, int, dict[str, float]], None]
-MODES: dict[str, Callable[[nn.Module, Sequence[Sequence[Tensor]], torch.device], Call | None]] = {
+ProgressCallback = Callable[[int, int, dict[str, float]], None]
+MODES: dict[str, Callable[[nn.Module, Sequence[Sequence[Tensor]], torch.device], TimedCall | None]] = {
     "end_to_end": end_to_end,
     "model_only": model_only,
     "backbone_replay": backbone_replay,
@@ -86,11 +86,11 @@ def order(names: Sequence[str], round_index: int) -> list[str]:
 
 
 def interleave(
-    calls: Mapping[str, Mapping[str, Call]],
+    calls: Mapping[str, Mapping[str, TimedCall]],
     batches: int,
     schedule: Schedule,
     clock: Clock,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time several calls in turn: untimed until stable, then as long as the schedule asks.
 
@@ -99,7 +99,7 @@ def interleave(
         batches: number of batches; rounds take them in turn.
         schedule: how long.
         clock: what tells the time.
-        progress: told (rounds done, least rounds, {}).
+        progress: called with (rounds done, least rounds, {}) after every round.
 
     Returns:
         Milliseconds by mode and model, two per round in the order taken, and how warm-up and timing went.
@@ -149,7 +149,7 @@ def measure(
     tolerance: float = REPORTED.tolerance,
     batch_size: int = 1,
     modes: Sequence[str] = tuple(MODES),
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> LatencyReport:
     """Time detectors against each other, interleaved in this process.
 
@@ -167,7 +167,7 @@ def measure(
         modes: of `end_to_end` (images on the host to boxes on the host), `model_only` (normalised batch to
             boxes after NMS) and `backbone_replay` (CUDA graph, GPU only); a mode that a model does not have
             is left out.
-        progress: told (rounds done, least rounds, {}).
+        progress: called with (rounds done, least rounds, {}) after every round.
 
     Returns:
         Raw samples, percentiles, ratios, and what the machine and the models were.

@@ -14,10 +14,9 @@ from jdkd.nn.elastic import active_over_all, explained, filled, part_of
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
-from jdkd.ops.aten_conv import conv2d
 from jdkd.ops.elastic_conv import check_channels, conv_channels, convolve
-from jdkd.ops.elastic_conv_traced import choice, convolve_traced, transformed_traced
-from jdkd.ops.elastic_paths import Call, call_of
+from jdkd.ops.elastic_conv_traced import convolve_traced, runtime_args, transformed_traced
+from jdkd.ops.elastic_kernels import ConvCall, call_of
 from jdkd.ops.kernel_size import (
     KernelLike,
     Padding,
@@ -27,6 +26,7 @@ from jdkd.ops.kernel_size import (
     transform_sizes,
     transformed,
 )
+from jdkd.ops.onednn_workaround import conv2d
 from jdkd.ops.pack import Part
 
 
@@ -46,7 +46,7 @@ class _TracedConvolution(NamedTuple):
 
     in_index: Tensor  # [Cin]
     out_index: Tensor  # [Cout]
-    choice: Tensor  # [4]
+    runtime_args: Tensor  # [4]
     step: Tensor | None  # [1], of the kernel transform
 
 
@@ -196,7 +196,7 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
     def _is_transformed(self, active: _Convolution) -> bool:
         return self.kernel_transform and active.kernel is not None
 
-    def _call(self, x: Tensor, active: _Convolution) -> Call:
+    def _call(self, x: Tensor, active: _Convolution) -> ConvCall:
         """What the path of a forward depends on; nothing is computed."""
         image, padding = x, active.padding
         if active.border is not None:
@@ -225,7 +225,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         if self.kernel_transform:
             size = (active.kernel or self.kernel_size)[0]
             step = torch.tensor([(self.kernel_size[0] - size) // 2], device=self.weight.device)
-        return _TracedConvolution(*index, choice(active.inputs, active.outputs, active.kernel, self.weight), step)
+        args = runtime_args(active.inputs, active.outputs, active.kernel, self.weight)
+        return _TracedConvolution(*index, args, step)
 
     def _in_graph(self, traced: _TracedConvolution) -> _TracedConvolution:
         return traced

@@ -2,7 +2,7 @@
 
 A layer takes a packed part only where the part still holds: for the same record, parameter, dtype and mode of autograd
 as it was packed for. Everywhere else it takes its slice, which is always right. What this cannot tell is a write into
-the parameter; :mod:`jdkd.nn.packing` says where that matters.
+the parameter; :mod:`jdkd.experimental.packing` says where that matters.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic, Record, part_of
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.elastic_paths import dtype_of
+from jdkd.ops.elastic_kernels import dtype_of
 from jdkd.ops.pack import GRAD_MODES, Part, packed_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class WeightPacking:
-    """How the weights of layers are packed; whose layers they are, :mod:`jdkd.nn.packing` says.
+    """How the weights of layers are packed; whose layers they are, :mod:`jdkd.experimental.packing` says.
 
     Args:
         dtype: of packed weights; None: that in which a forward computes.
@@ -79,8 +79,8 @@ class ElasticWeight(Elastic):
     def _packed_weight(self) -> Tensor | None:
         """The packed active weight; None where the layer is to take its slice.
 
-        What :func:`jdkd.nn.pack_forwards` packed is dropped at the end of a forward, and a checkpointed part is
-        recomputed later. The recomputation packs this one weight again, so that it saves the same tensors as the
+        What :func:`jdkd.experimental.pack_forwards` packed is dropped at the end of a forward, and a checkpointed part
+        is recomputed later. The recomputation packs this one weight again, so that it saves the same tensors as the
         forward did and the gradient takes the same way.
         """
         if torch.compiler.is_compiling():

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.conv_bn_act import ElasticConvBNAct
 from jdkd.nn.coupling import ElasticGroups, repeated
 from jdkd.nn.elastic import Elastic, same
 from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
@@ -122,11 +121,11 @@ def export(model: nn.Module) -> nn.Module:
     plain: dict[int, Any] = {}
     gone: list[str] = []
     for path, module in reversed([*model.named_modules()]):  # children before their parents
-        if isinstance(module, ElasticConvBNAct):
+        if callable(getattr(type(module), "exported", None)):  # made of elastic layers
             plain[id(module)] = module.exported(plain)
         elif isinstance(module, ElasticBlock):
             plain[id(module)] = as_plain(copy.deepcopy(module, plain)) if module.is_active else nn.Identity()
-            gone += [] if module.is_active else [path]
+            gone = gone if module.is_active else [*(inner for inner in gone if not inner.startswith(f"{path}.")), path]
         elif isinstance(module, Elastic):
             plain[id(module)] = module.export()
     exported = copy.deepcopy(model, plain)

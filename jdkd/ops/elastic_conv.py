@@ -4,8 +4,8 @@ The usual path is ATen's own convolution and autograd on the active part of the 
 :mod:`jdkd.ops.active_channels`. It measured fastest: on two CPU cores, forward + backward at half width, a Function
 around operators of our own costs 80 microseconds a call more (16 of 32 channels, 3x3, 16x16, batch 8: 0.46 ms against
 0.38), and gains nothing at a large weight once the slice has the one-pass gradient of ``active_part`` (256 of 512
-channels, 7x7: 2.0 ms and 1.9 ms, where two slices take 4.6). :mod:`jdkd.ops.elastic_paths` holds the table of all
-paths, and when another one is taken.
+channels, 7x7: 2.0 ms and 1.9 ms, where two slices take 4.6). :mod:`jdkd.ops.elastic_kernels` holds the table of
+all kernels, and when another one is taken.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from jdkd.errors import InputError
-from jdkd.ops import elastic_paths
+from jdkd.ops import elastic_kernels
 from jdkd.ops.active_channels import (
     Channels,
     ChannelsLike,
@@ -25,10 +25,10 @@ from jdkd.ops.active_channels import (
     active_part,
     crop,
 )
-from jdkd.ops.aten_conv import conv2d
 from jdkd.ops.elastic_implicit_gemm import implicit_gemm
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
 from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
+from jdkd.ops.onednn_workaround import conv2d
 
 
 def elastic_conv2d(
@@ -188,7 +188,7 @@ def convolve(
     groups: int,
     kernel: Kernel = None,
 ) -> Tensor:
-    """Convolves with channels that have been read already, on the path that :mod:`jdkd.ops.elastic_paths` chooses.
+    """Convolves with channels that have been read already, by the kernel that :mod:`jdkd.ops.elastic_kernels` selects.
 
     Args:
         x: ``[N, Cin, H, W]``.
@@ -205,16 +205,16 @@ def convolve(
     Returns:
         ``[N, Cout, OH, OW]``.
     """
-    path = "aten"
-    if not elastic_paths.only_aten(x.device.type):
+    name = "aten"
+    if not elastic_kernels.only_aten(x.device.type):
         taps = kernel or weight.shape[2:]
-        call = elastic_paths.call_of(x, inputs, outputs, taps, stride, padding, dilation, groups)
-        path = elastic_paths.choose(call)
-    if path == "pointwise":
+        call = elastic_kernels.call_of(x, inputs, outputs, taps, stride, padding, dilation, groups)
+        name = elastic_kernels.select(call)
+    if name == "pointwise":
         shift = None if bias is None else active_part(bias, outputs)  # [Cout]
         window = {"out_channels": outputs.count, "stride": call.stride[0]}
         return elastic_pointwise_conv2d(x, crop(weight, kernel), **window, shift=shift)
-    if path == "implicit_gemm":
+    if name == "implicit_gemm":
         window = call.stride, call.padding, pair(dilation)
         return implicit_gemm(x, crop(weight, kernel), bias, inputs, outputs, *window)
     columns = inputs if groups == 1 else Channels(weight.shape[1])

@@ -2,13 +2,13 @@
 
 A compiler specialises on every Python number it sees. So the numbers of active channels reach the graph as the lengths
 of two index tensors, dimensions that are marked as dynamic; leading channels have an index tensor too, though their
-weights are still read in place. What no shape depends on goes in a small tensor in host memory, :func:`choice`, that
-the compiler does not look into: the active kernel size, and whether input and output channels are listed. The output of
-a smaller kernel under its smaller padding is as large as that of the whole kernel under the whole padding, so another
-kernel size does not change the graph either.
+weights are still read in place. What no shape depends on goes in a small tensor in host memory,
+:func:`runtime_args`, that the compiler does not look into: the active kernel size, and whether input and output
+channels are listed. The output of a smaller kernel under its smaller padding is as large as that of the whole kernel
+under the whole padding, so another kernel size does not change the graph either.
 
 The operators run those of :mod:`jdkd.ops.elastic_conv`. They are marked as unsafe in CUDA graphs, whose replay would
-not read the choice again.
+not read them again.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.autograd.function import FunctionCtx
 
 from jdkd.errors import InputError
 from jdkd.ops.active_channels import Channels, Kernel, crop
-from jdkd.ops.elastic_paths import dtype_of
+from jdkd.ops.elastic_kernels import dtype_of
 from jdkd.ops.kernel_size import Padding, pair, transform_sizes, transformed
 
 _Pair = Sequence[int]  # vertical, horizontal, in pixels
 
 
-def choice(inputs: Channels, outputs: Channels, kernel: Kernel, weight: Tensor) -> Tensor:
+def runtime_args(inputs: Channels, outputs: Channels, kernel: Kernel, weight: Tensor) -> Tensor:
     """What the graph of a convolution is not to know.
 
     Args:
@@ -51,7 +51,7 @@ def convolve_traced(
     bias: Tensor | None,
     in_index: Tensor,
     out_index: Tensor,
-    choice: Tensor,
+    runtime_args: Tensor,
     stride: int | _Pair,
     padding: Padding,
     dilation: int | _Pair,
@@ -65,7 +65,7 @@ def convolve_traced(
         bias: ``[Cout_max]`` or None.
         in_index: ``[Cin]`` int64, active input channels, leading ones too.
         out_index: ``[Cout]`` int64, likewise.
-        choice: see :func:`choice`.
+        runtime_args: see :func:`runtime_args`.
         stride: in pixels.
         padding: of the whole kernel, in pixels, or ``"same"`` or ``"valid"``.
         dilation: in pixels.
@@ -88,7 +88,7 @@ def convolve_traced(
         spare = [d * (size - 1) for d, size in zip(window, weight.shape[2:], strict=True)]
         above, left = (pixels // 2 for pixels in spare)
         x, padding = F.pad(x, (left, spare[1] - left, above, spare[0] - above)), 0
-    args = choice, pair(stride), pair(0 if padding == "valid" else padding), window, groups
+    args = runtime_args, pair(stride), pair(0 if padding == "valid" else padding), window, groups
     if x.dim() == 3:
         return torch.ops.jdkd.elastic_conv_traced_fwd(x[None], weight, bias, in_index, out_index, *args)[0]
     return torch.ops.jdkd.elastic_conv_traced_fwd(x, weight, bias, in_index, out_index, *args)
@@ -115,13 +115,13 @@ def transformed_traced(weight: Tensor, step: Tensor, transforms: Mapping[tuple[i
 _library = torch.library.Library("jdkd", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides, torch.Tag.cudagraph_unsafe)
 _library.define(
-    "elastic_conv_traced_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor in_index, Tensor out_index, Tensor choice, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
+    "elastic_conv_traced_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor in_index, Tensor out_index, "
+    "Tensor runtime_args, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> Tensor",
     tags=_TAGS,
 )
 _library.define(
-    "elastic_conv_traced_bwd(Tensor dout, Tensor x, Tensor weight, Tensor in_index, Tensor out_index, Tensor choice, "
-    "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] wanted) "
+    "elastic_conv_traced_bwd(Tensor dout, Tensor x, Tensor weight, Tensor in_index, Tensor out_index, "
+    "Tensor runtime_args, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, bool[3] wanted) "
     "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -147,11 +147,11 @@ def _backward(dout: Tensor, x: Tensor, weight: Tensor, *args) -> tuple[Tensor, T
 
 
 def _active(
-    x: Tensor, weight: Tensor, in_index: Tensor, out_index: Tensor, choice: Tensor, stride: _Pair, padding: _Pair,
+    x: Tensor, weight: Tensor, in_index: Tensor, out_index: Tensor, runtime_args: Tensor, stride: _Pair, padding: _Pair,
     dilation: _Pair, groups: int,
 ) -> tuple[Tensor, Tensor, tuple]:  # fmt: skip
     """The image, the centre of the kernel, and the other arguments of the operators of a fixed subnet."""
-    height, width, ins_listed, outs_listed = choice.tolist()
+    height, width, ins_listed, outs_listed = runtime_args.tolist()
     spare = [d * (size - k) // 2 for d, size, k in zip(dilation, weight.shape[2:], (height, width), strict=True)]
     margin = [p - s for p, s in zip(padding, spare, strict=True)]
     if groups > 1:  # those of the inputs are those of the outputs
@@ -171,20 +171,20 @@ def _inside(x: Tensor, margin: _Pair) -> Tensor:
 
 
 def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor, out_index: Tensor, choice: Tensor, *window
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_index: Tensor, out_index: Tensor, runtime_args: Tensor, *window
 ) -> Tensor:
     return torch.ops.jdkd.elastic_conv_fwd(x, weight, bias, None, None, out_index.shape[0], *window)
 
 
 def _backward_fake(
-    dout: Tensor, x: Tensor, weight: Tensor, in_index: Tensor, out_index: Tensor, choice: Tensor, *window
+    dout: Tensor, x: Tensor, weight: Tensor, in_index: Tensor, out_index: Tensor, runtime_args: Tensor, *window
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.jdkd.elastic_conv_bwd(dout, x, weight, None, None, out_index.shape[0], *window)
 
 
 def _save(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, weight, bias, in_index, out_index, choice, *ctx.window = inputs
-    ctx.save_for_backward(x, weight, in_index, out_index, choice)
+    x, weight, bias, in_index, out_index, runtime_args, *ctx.window = inputs
+    ctx.save_for_backward(x, weight, in_index, out_index, runtime_args)
     ctx.has_bias = bias is not None
 
 

@@ -1,7 +1,7 @@
 """The implicit GEMM of an elastic convolution: two opaque operators and the autograd rule around them.
 
 ``jdkd::elastic_conv_fwd`` runs a Triton kernel that reads the active filters where they lie in the shared weight,
-through lists too, where :mod:`jdkd.ops.elastic_paths` lets it, and ATen on a copy of them elsewhere;
+through lists too, where :mod:`jdkd.ops.elastic_kernels` lets it, and ATen on a copy of them elsewhere;
 ``jdkd::elastic_conv_bwd`` is ATen's. They take the active parts of one group; ATen takes grouped ones as well.
 """
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from jdkd import _backend
-from jdkd.ops import elastic_check, elastic_paths
+from jdkd.ops import elastic_check, elastic_kernels
 from jdkd.ops.active_channels import Channels, gather, on_device, scatter
-from jdkd.ops.aten_conv import conv2d_gradients
+from jdkd.ops.layout import layout_of
+from jdkd.ops.onednn_workaround import conv2d_gradients
 
 _OP = "elastic_conv"
 _Pair = Sequence[int]  # vertical, horizontal, in pixels
@@ -42,7 +43,7 @@ def implicit_gemm(
     Returns:
         ``[N, Cout, OH, OW]``, in the layout of ``x`` and the dtype that a convolution of it is computed in.
     """
-    x = x.to(elastic_paths.dtype_of(x))
+    x = x.to(elastic_kernels.dtype_of(x))
     lists = on_device(inputs.index, weight.device), on_device(outputs.index, weight.device)
     return _ElasticConv.apply(x, weight, bias, *lists, outputs.count, stride, padding, dilation, 1)
 
@@ -97,21 +98,16 @@ def _rows_columns(
     return Channels(out_channels, out_index), columns
 
 
-def _layout(x: Tensor) -> torch.memory_format:
-    """The dense layout of a result."""
-    return torch.channels_last if elastic_paths.is_channels_last(x) else torch.contiguous_format
-
-
 def _out_shape(
     x: Tensor, weight: Tensor, out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair
 ) -> tuple[int, ...]:
     """``[N, Cout, OH, OW]``."""
-    size = elastic_paths.out_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
+    size = elastic_kernels.out_size(x.shape[2:], weight.shape[2:], stride, padding, dilation)
     return (x.shape[0], out_channels, *size)
 
 
 def _empty_output(x: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
 
 
 def _forward(
@@ -119,14 +115,14 @@ def _forward(
     out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int,
 ) -> Tensor:  # fmt: skip
     shape = _out_shape(x, weight, out_channels, stride, padding, dilation)
-    if groups == 1 and elastic_paths.kernel_runs("implicit_gemm", x, shape, "forward"):
-        allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
-        return _forward_triton(x, weight, bias, shape, in_index, out_index, stride, padding, dilation, allow_tf32)
+    if groups == 1 and elastic_kernels.kernel_runs("implicit_gemm", x, shape, "forward"):
+        window = stride, padding, dilation, elastic_kernels.allow_tf32()
+        return _forward_triton(x, weight, bias, shape, in_index, out_index, *window)
     rows, columns = _rows_columns(x, weight, in_index, out_index, out_channels, groups)
     part = gather(weight, rows, columns).to(x.dtype)  # [Cout, Cin / groups, kh, kw]
     bias = None if bias is None else gather(bias, rows, Channels(1)).to(x.dtype)  # [Cout]
     y = torch.ops.aten.convolution(x, part, bias, stride, padding, dilation, False, [0, 0], groups)
-    return y.contiguous(memory_format=_layout(x))
+    return y.contiguous(memory_format=layout_of(x))
 
 
 def _forward_triton(
@@ -157,7 +153,7 @@ def _backward(
     dx, dpart, dbias = conv2d_gradients(dout, x, part, stride, padding, dilation, groups, wanted)
     empty = weight.new_empty
     return (
-        dx.contiguous(memory_format=_layout(x)) if wanted[0] else x.new_empty(0),
+        dx.contiguous(memory_format=layout_of(x)) if wanted[0] else x.new_empty(0),
         scatter(dpart, weight, rows, columns) if wanted[1] else empty(0),
         scatter(dbias, empty(weight.shape[0]), rows, Channels(1)) if wanted[2] else empty(0),
     )
@@ -167,7 +163,7 @@ def _backward_fake(
     dout: Tensor, x: Tensor, weight: Tensor, in_index: Tensor | None, out_index: Tensor | None,
     out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int, wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=_layout(x))
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=layout_of(x))
     return (
         dx if wanted[0] else x.new_empty(0),
         torch.empty_like(weight) if wanted[1] else weight.new_empty(0),
@@ -177,7 +173,7 @@ def _backward_fake(
 
 _backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
 _backend.register(
-    _OP, "triton", dtypes=_TRITON_DTYPES, why="where the elastic paths say so",
+    _OP, "triton", dtypes=_TRITON_DTYPES, why="where jdkd.ops.elastic_kernels says so",
     checks={"forward": lambda _, *where: elastic_check.convolution(_forward_triton, *where)},
 )  # fmt: skip
 _library.impl("elastic_conv_fwd", _forward, "CompositeExplicitAutograd")

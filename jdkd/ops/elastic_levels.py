@@ -20,19 +20,23 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from jdkd import _backend
-from jdkd.errors import InputError
 from jdkd.ops import elastic_check
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part, gather, on_device, scatter
-from jdkd.ops.aten_conv import conv2d_gradients
 from jdkd.ops.elastic_conv import check_weight, conv_channels
-from jdkd.ops.elastic_paths import ON_REQUEST, dtype_of
-from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
-from jdkd.ops.transforms import is_looked_into
+from jdkd.ops.elastic_kernels import allow_tf32, dtype_of
+from jdkd.ops.elastic_levels_kernels import (
+    OP,
+    check_levels,
+    empty_channels_last,
+    empty_outputs,
+    kernel_runs,
+    pixels_of,
+)
+from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding
+from jdkd.ops.layout import layout_of
+from jdkd.ops.onednn_workaround import conv2d_gradients
 
-_OP = "elastic_levels"
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_DEVICES = ("cuda", "cpu")  # where the kernel can run
-ACTIVATIONS = ("none", "relu")
 
 
 def elastic_conv2d_levels(
@@ -106,134 +110,20 @@ def convolve_levels(
         Levels ``[N, Cout, OH, OW]``.
     """
     size = kernel or (weight.shape[2], weight.shape[3])
-    pixels = _pixels(padding, size)
-    _check(xs, weight.device, inputs.count, size, pixels, activation)
+    pixels = pixels_of(padding, size)
+    check_levels(xs, weight.device, inputs.count, size, pixels, activation)
     xs = [x.to(dtype_of(x)) for x in xs]
     relu = activation == "relu"
-    if _kernel_runs(xs[0]):
+    if kernel_runs(xs[0]):
         lists = on_device(inputs.index, weight.device), on_device(outputs.index, weight.device)
         return list(_ElasticLevels.apply(weight, bias, *lists, outputs.count, size, pixels, relu, *xs))
     part = active_part(weight, outputs, inputs, kernel).to(xs[0].dtype)  # [Cout, Cin, kh, kw]
     if len(xs) > 1:  # once, which ATen would do for every level
-        part = part.contiguous(memory_format=_layout(xs[0]))
+        part = part.contiguous(memory_format=layout_of(xs[0]))
     if bias is not None:
         bias = active_part(bias, outputs).to(xs[0].dtype)  # [Cout]
     ys = [F.conv2d(x, part, bias, padding=pixels) for x in xs]
     return [y.relu() for y in ys] if relu else ys
-
-
-def explained(
-    xs: Sequence[Tensor], device: torch.device, in_channels: int, size: tuple[int, int], padding: Padding,
-    activation: str,
-) -> tuple[str, str, tuple[str, str]]:  # fmt: skip
-    """Says which path :func:`convolve_levels` takes, and why; nothing is computed.
-
-    Args:
-        xs: levels ``[N, Cin, H, W]``; their values are not looked at.
-        device: of the weight; that of the levels too, unless it is the meta device.
-        in_channels: active.
-        size: active taps, vertical and horizontal.
-        padding: of the active kernel, in pixels, or ``"same"`` or ``"valid"``.
-        activation: one of :data:`ACTIVATIONS`.
-
-    Returns:
-        Name of the path; what speaks for it; name of the other one, and why it is not taken.
-
-    Raises:
-        InputError: as the convolution.
-    """
-    pixels = _pixels(padding, size)
-    on_meta = any(x.is_meta for x in xs)
-    _check(xs, torch.device("meta") if on_meta else device, in_channels, size, pixels, activation)
-    if (objection := _objection(xs, size, pixels)) is None:
-        return _OP, "it was asked for; one launch for all levels", ("aten", f"{_OP} comes first")
-    return "aten", "ATen level by level on the active part, which is taken once for all levels", (_OP, objection)
-
-
-def _objection(xs: Sequence[Tensor], size: tuple[int, int], pixels: tuple[int, int]) -> str | None:
-    """Why the kernel does not run, or None if it does."""
-    kind = xs[0].device.type
-    if kind not in _DEVICES:
-        return f"it takes tensors on {' or '.join(_DEVICES)}"
-    if _selected(kind, dtype_of(xs[0])) != "triton":
-        asked = _backend.requested()
-        return f"the backend {asked} was asked for" if asked in _backend.explain(_OP) else ON_REQUEST
-    from jdkd.kernels.elastic_levels import MAX_PIXELS, small
-
-    images = [torch.empty_like(x, device="meta") for x in xs]
-    return None if small(images, _outputs(images, 1, size, pixels)) else f"it takes up to {MAX_PIXELS} pixels a level"
-
-
-def _pixels(padding: Padding, size: tuple[int, int]) -> tuple[int, int]:
-    """Padding of a kernel in pixels; raises InputError on what has none."""
-    if isinstance(padding, str):
-        if padding not in ("same", "valid"):
-            raise InputError(f'padding={padding!r}; give pixels, "same" or "valid"')
-        if padding == "same" and not size[0] % 2 == size[1] % 2 == 1:
-            raise InputError(f"padding='same' needs an odd kernel and this one is {size[0]}x{size[1]}; give pixels")
-        return (size[0] // 2, size[1] // 2) if padding == "same" else (0, 0)
-    pixels = pair(padding)
-    if min(pixels) < 0:
-        raise InputError(f"padding={padding!r}; give no fewer than 0 pixels")
-    return pixels
-
-
-def _check(
-    xs: Sequence[Tensor], device: torch.device, channels: int, size: tuple[int, int], pixels: tuple[int, int],
-    activation: str,
-) -> None:  # fmt: skip
-    """Raises InputError on what no backend takes."""
-    if activation not in ACTIVATIONS:
-        raise InputError(f"activation={activation!r}; choose one of {', '.join(ACTIVATIONS)}")
-    if not isinstance(xs, list | tuple) or not xs:
-        kind = "single tensor" if isinstance(xs, Tensor) else type(xs).__name__
-        what = "no level" if isinstance(xs, list | tuple) else f"a {kind}"
-        raise InputError(f"xs is {what}; give a list of levels [N, Cin, H, W]")
-    for i, x in enumerate(xs):
-        if not isinstance(x, Tensor):
-            raise InputError(f"level {i} is a {type(x).__name__}; give floating tensors [N, Cin, H, W]")
-        if x.dim() != 4 or not x.is_floating_point():
-            raise InputError(f"level {i} is a {x.dim()}-dimensional {x.dtype} tensor; give floating [N, Cin, H, W]")
-        if x.dtype != xs[0].dtype or x.device != xs[0].device:
-            raise InputError(
-                f"level {i} is {x.dtype} on {x.device} and level 0 {xs[0].dtype} on {xs[0].device}; give all levels "
-                "one dtype on one device"
-            )
-        if x.shape[1] != channels:
-            raise InputError(
-                f"level {i} has {x.shape[1]} channels but {channels} input channels are active; activate as many as it "
-                "has"
-            )
-        if any(x.shape[2 + d] + 2 * pixels[d] < size[d] for d in (0, 1)):
-            raise InputError(
-                f"level {i} is {x.shape[2]}x{x.shape[3]} pixels, less than the {size[0]}x{size[1]} kernel under "
-                f"padding={pixels}; pad more, or leave the level out"
-            )
-    if device != xs[0].device:
-        raise InputError(f"the levels are on {xs[0].device} and weight on {device}; move one of them")
-
-
-def _layout(x: Tensor) -> torch.memory_format:
-    """Channels-last where ``x`` is nothing else."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
-def _kernel_runs(x: Tensor) -> bool:
-    """Whether the Triton kernel was asked for and takes ``x``; a compiled graph keeps its first answer."""
-    if x.device.type not in _DEVICES or is_looked_into():
-        return False
-    if torch.compiler.is_compiling():
-        return _selected(x.device.type, x.dtype) == "triton"
-    return _backend.select(_OP, x, "forward") == "triton"
-
-
-def _selected(device: str, dtype: torch.dtype) -> str:
-    return _backend.select(_OP, torch.empty(0, device=device, dtype=dtype), "forward")
-
-
-# What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
-_selected._dynamo_marked_constant = True
 
 
 class _ElasticLevels(torch.autograd.Function):
@@ -289,17 +179,8 @@ _library.define(
 )
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _outputs(xs: Sequence[Tensor], out_channels: int, kernel: Sequence[int], padding: Sequence[int]) -> list[Tensor]:
-    sizes = [[x.shape[2 + d] + 2 * padding[d] - kernel[d] + 1 for d in (0, 1)] for x in xs]
-    return [_empty(x, x.shape[0], out_channels, *size) for x, size in zip(xs, sizes, strict=True)]
 
 
 def _part(weight: Tensor, rows: Channels, columns: Channels, kernel: Kernel, dtype: torch.dtype) -> Tensor:
@@ -313,14 +194,13 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     rows, columns = Channels(out_channels, out_index), Channels(xs[0].shape[1], in_index)
     bias = None if bias is None else gather(bias, rows, Channels(1))  # [Cout]
-    if _backend.select(_OP, xs[0], "forward") == "triton":
+    if _backend.select(OP, xs[0], "forward") == "triton":
         from jdkd.kernels.elastic_levels import small
 
-        xs, ys = [_channels_last(x) for x in xs], _outputs(xs, out_channels, kernel, padding)
+        xs, ys = [_channels_last(x) for x in xs], empty_outputs(xs, out_channels, kernel, padding)
         if small(xs, ys):
             bias = None if bias is None else bias.contiguous()
-            allow_tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
-            _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu, allow_tf32)
+            _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu, allow_tf32())
             return ys
     part = _part(weight, rows, columns, tuple(kernel), xs[0].dtype)
     bias = None if bias is None else bias.to(part.dtype)
@@ -352,7 +232,7 @@ def _forward_fake(
     xs: Sequence[Tensor], weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
     out_channels: int, kernel: Sequence[int], padding: Sequence[int], relu: bool,
 ) -> list[Tensor]:  # fmt: skip
-    return _outputs(xs, out_channels, kernel, padding)
+    return empty_outputs(xs, out_channels, kernel, padding)
 
 
 def _backward(
@@ -384,16 +264,16 @@ def _backward_fake(
     out_channels: int, kernel: Sequence[int], padding: Sequence[int], wanted: Sequence[bool],
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     return (
-        [_empty(x, *x.shape) for x in xs] if wanted[0] else [],
+        [empty_channels_last(x, *x.shape) for x in xs] if wanted[0] else [],
         torch.empty_like(weight) if wanted[1] else weight.new_empty(0),
         weight.new_empty(weight.shape[0] if wanted[2] else 0),
     )
 
 
-_backend.register(_OP, "reference", why="ATen level by level on the active part of the weight")
+_backend.register(OP, "reference", why="ATen level by level on the active part of the weight")
 _checks = {"forward": lambda _, *where: elastic_check.levels(_launch, *where)}
 _why = "only on request, since it has not been timed on a GPU yet"
-_backend.register(_OP, "triton", dtypes=_TRITON_DTYPES, why=_why, checks=_checks)
+_backend.register(OP, "triton", dtypes=_TRITON_DTYPES, why=_why, checks=_checks)
 _library.impl("elastic_levels_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("elastic_levels_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("jdkd::elastic_levels_fwd", _forward_fake, lib=_library)

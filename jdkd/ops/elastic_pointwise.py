@@ -5,7 +5,7 @@ place where the kernel can (:func:`jdkd.kernels.elastic_pointwise.readable_in_pl
 is a folded batch normalisation with activation and residual, or the statistics that a batch normalisation in training
 needs. The gradient of the epilogue is plain torch around ``jdkd::elastic_pointwise_bwd``.
 
-ATen on the slice is the default; :mod:`jdkd.ops.elastic_paths` says when the kernel runs.
+ATen on the slice is the default; :mod:`jdkd.ops.elastic_kernels` says when the kernel runs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from jdkd import _backend
 from jdkd.errors import InputError
-from jdkd.ops import elastic_check, elastic_paths
+from jdkd.ops import elastic_check, elastic_kernels
 from jdkd.ops.active_channels import Channels, active_channels, gather, scatter
-from jdkd.ops.aten_conv import conv2d_gradients
-from jdkd.ops.transforms import in_layout, is_looked_into
+from jdkd.ops.layout import in_layout
+from jdkd.ops.onednn_workaround import conv2d_gradients
+from jdkd.ops.transforms import is_looked_into
 from jdkd.reference import elastic_pointwise as reference
 
 _OP = "elastic_pointwise"
@@ -67,7 +68,7 @@ def elastic_pointwise_conv2d(
     """
     count = _checked(x, weight, out_channels, stride)
     _check_epilogue(x, count, stride, scale, shift, residual, activation)
-    x = x.to(elastic_paths.dtype_of(x))
+    x = x.to(elastic_kernels.dtype_of(x))
     wide = reference.wide_dtype(x.dtype)
     scale, shift = (None if vector is None else vector.to(wide) for vector in (scale, shift))
     residual = None if residual is None else residual.to(x.dtype)
@@ -98,7 +99,7 @@ def elastic_pointwise_conv2d_stats(
     count = _checked(x, weight, out_channels, stride)
     settings = (None, None, None, count, stride, "none", True)
     run = _composed if is_looked_into() else _ElasticPointwise.apply
-    y, stats = run(x.to(elastic_paths.dtype_of(x)), weight, *settings)
+    y, stats = run(x.to(elastic_kernels.dtype_of(x)), weight, *settings)
     return y, stats[0], stats[1]
 
 
@@ -146,7 +147,7 @@ def _check_epilogue(
             f"residual has shape {tuple(residual.shape)} on {residual.device}, but the result {shape} on {x.device}; "
             "give it that shape there"
         )
-    if elastic_paths.dtype_of(residual) != elastic_paths.dtype_of(x):
+    if elastic_kernels.dtype_of(residual) != elastic_kernels.dtype_of(x):
         raise InputError(f"residual is {residual.dtype} and x {x.dtype}; cast the residual to {x.dtype}")
 
 
@@ -247,10 +248,6 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _allow_tf32() -> bool:
-    return torch.backends.cudnn.conv.fp32_precision == "tf32"
-
-
 def _operand(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The weight as the kernels read it, ``[Cout_max, Cin_max]`` in place or a packed copy of its active part."""
     from jdkd.kernels.elastic_pointwise import readable_in_place
@@ -268,9 +265,9 @@ def _forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     out_channels: int, stride: int, activation: str, stats: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if elastic_paths.kernel_runs("pointwise", x, (x.shape[0], out_channels, *_out_size(x, stride)), "forward"):
+    if elastic_kernels.kernel_runs("pointwise", x, (x.shape[0], out_channels, *_out_size(x, stride)), "forward"):
         given = (x, weight, scale, shift, residual, out_channels, stride, activation, stats)
-        return _triton_fwd(*given, _allow_tf32())
+        return _triton_fwd(*given, elastic_kernels.allow_tf32())
     part = _part(weight, out_channels, x)
     total = torch.ops.aten.convolution(x, part, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1)
     moments = reference.moments(total) if stats else x.new_empty(0, dtype=reference.wide_dtype(x.dtype))
@@ -315,14 +312,14 @@ def _backward(
     dout: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = dout.shape[1]
-    if not elastic_paths.kernel_runs("pointwise", x, dout.shape, "gradient"):
+    if not elastic_kernels.kernel_runs("pointwise", x, dout.shape, "gradient"):
         dx, dpart, _ = conv2d_gradients(dout, x, _part(weight, rows, x), stride, 0, 1, 1, [*wanted, False])
         dweight = weight.new_empty(0)
         if wanted[1]:
             dpart = dpart.reshape(rows, x.shape[1], *weight.shape[2:])
             dweight = scatter(dpart, weight, Channels(rows), Channels(x.shape[1]))
         return _channels_last(dx) if wanted[0] else x.new_empty(0), dweight
-    return _triton_bwd(dout, x, weight, stride, wanted, _allow_tf32())
+    return _triton_bwd(dout, x, weight, stride, wanted, elastic_kernels.allow_tf32())
 
 
 def _triton_bwd(
@@ -351,7 +348,7 @@ def _backward_fake(
 
 _backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
 _backend.register(
-    _OP, "triton", dtypes=_TRITON_DTYPES, why="where the elastic paths say so",
+    _OP, "triton", dtypes=_TRITON_DTYPES, why="where jdkd.ops.elastic_kernels says so",
     checks={
         "forward": lambda _, *where: elastic_check.pointwise_forward(_triton_fwd, *where),
         "gradient": lambda _, *where: elastic_check.pointwise_gradient(_triton_bwd, *where),

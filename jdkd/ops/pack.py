@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 from jdkd.errors import InputError
 from jdkd.ops import pack_operators  # noqa: F401  torch.ops.jdkd.pack, unpack and unpack_add_
 from jdkd.ops.active_channels import Channels, active_part
+from jdkd.ops.layout import in_layout
 from jdkd.ops.pack_table import dense_views, packed_numel, packed_views
-from jdkd.ops.transforms import in_layout, is_looked_into
+from jdkd.ops.transforms import is_looked_into
 
 GRAD_MODES = ("autograd", "main_grad")
 GROUP_BYTES = 8 << 20  # of dense gradients that a CPU makes together

@@ -17,6 +17,7 @@ from torch import Tensor
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import pearson_check, pearson_forms
+from jdkd.ops.layout import layout_of
 from jdkd.ops.transforms import is_transformed
 from jdkd.reference import pearson as reference
 
@@ -78,7 +79,7 @@ def pearson_loss(
 
 
 def _wanted(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> str:
-    """Whose gradients are wanted, as :class:`pearson_forms.Call` has it."""
+    """Whose gradients are wanted, as :class:`pearson_forms.LossCall` has it."""
     if not torch.is_grad_enabled():
         return ""
     if any(level.requires_grad for level in teachers):
@@ -88,14 +89,8 @@ def _wanted(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> str:
 
 def _same_layout(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both levels dense in the student's layout, copied only if they are not so already."""
-    layout = _layout(student)
+    layout = layout_of(student)
     return student.contiguous(memory_format=layout), teacher.contiguous(memory_format=layout)
-
-
-def _layout(level: Tensor) -> torch.memory_format:
-    if not level.is_contiguous() and level.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _forward(
@@ -108,8 +103,8 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Loss, losses of the levels, the coefficient table, and the students' gradients if they came with it."""
     weights, eps, skip_constant, instance, group = settings
-    form = pearson_forms.choose(
-        pearson_forms.Call(students, teachers, wanted, tap, len(masks) > 0, group is not None, instance)
+    form = pearson_forms.select(
+        pearson_forms.LossCall(students, teachers, wanted, tap, len(masks) > 0, group is not None, instance)
     )
     if instance:
         masks = [_folded(mask.expand_as(s)) for mask, s in zip(masks, students, strict=True)] if masks else ()
@@ -252,7 +247,7 @@ def _gradient(
         return [torch.where(mask, d, head) for d, mask, head in zip(dx, masks, heads, strict=True)]
     tapped = [i for i, head in enumerate(dout) if head is not None]
     if len(tapped) in (0, len(x)):
-        heads = [dout[i].contiguous(memory_format=_layout(x[i])) for i in tapped]
+        heads = [dout[i].contiguous(memory_format=layout_of(x[i])) for i in tapped]
         return torch.ops.jdkd.pearson_bwd(dloss, x, y, coefficients, heads)
     # Some levels feed no head: each kind by itself.
     columns = coefficients.split([level.shape[1] for level in x], dim=1)

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jdkd import _backend
+from jdkd import _backend, _dispatch
 from jdkd.ops import pearson_single
 
 
-class Call(NamedTuple):
+class LossCall(NamedTuple):
     """What the choice depends on.
 
     Args:
@@ -38,12 +38,16 @@ class Form(NamedTuple):
     """One way to compute loss and gradient: whether it takes a call, and that in words, with the reason."""
 
     name: str
-    takes: Callable[[Call], bool]
+    takes: Callable[[LossCall], bool]
     when: str
     why: str
 
+    def why_not(self, call: LossCall) -> str | None:
+        """Why it does not compute a call, or None if it does."""
+        return None if self.takes(call) else f"it takes {self.when}"
 
-def _in_one_pass(call: Call) -> bool:
+
+def _in_one_pass(call: LossCall) -> bool:
     return (
         call.gradients == "students"
         and not call.instance
@@ -83,6 +87,6 @@ FORMS = (
 )
 
 
-def choose(call: Call) -> str:
+def select(call: LossCall) -> str:
     """Returns: the name of the form that computes a call."""
-    return next(form.name for form in FORMS if form.takes(call))
+    return _dispatch.first(FORMS, call)[0].name

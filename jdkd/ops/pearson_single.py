@@ -26,7 +26,7 @@ Chip = tuple[int, int, int, int]  # SMs, shared memory per block and per SM in b
 
 
 def fits(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
-    """Whether the single pass takes these levels on their device; never waits for the device.
+    """Whether the single pass takes these levels on their device; no device sync.
 
     Args:
         students: levels ``[N, C, H, W]``.

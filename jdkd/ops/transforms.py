@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -34,11 +33,6 @@ def is_traced() -> bool:
 def is_forward_mode() -> bool:
     """Whether a call is in a level of forward-mode differentiation."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-
-
-def in_layout(tensor: Tensor, layout: torch.memory_format) -> Tensor:
-    """A tensor made dense in a layout, in which vmap has no tensors."""
-    return tensor if is_transformed() else tensor.contiguous(memory_format=layout)
 
 
 # What torch.compiler.assume_constant_result sets: the question is asked in Python, and not answered by the tracer.

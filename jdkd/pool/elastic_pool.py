@@ -144,9 +144,7 @@ def train_pool(
         return load_pool(folder, base, dataset, topology=topology, device=device)
     space = space or Space.from_base(topology)
     supernet = Supernet(space, *grow_base(base, topology, space))
-    if supernet.left_out:
-        name, reason = next(iter(supernet.left_out.items()))
-        say_once(f"{len(supernet.left_out)} channel groups have one width in the whole teacher pool: {name}, {reason}")
+    _say_what_is_rigid(supernet)
     working = folder / "training"
     progressive_shrinking(supernet, dataset, config, working, device=device, resume=resume, progress=progress)
     steps = sum(config.phase_config(number).steps for number in range(len(config.phases)))
@@ -160,6 +158,17 @@ def train_pool(
     _save_pool(folder, pool)
     shutil.rmtree(working)
     return pool
+
+
+def _say_what_is_rigid(supernet: Supernet) -> None:
+    """Tells, once, what of a detector all teachers of its pool have in common though others need not."""
+    if not any(stage.groups for stage in supernet.stages) and supernet.space.largest == supernet.space.smallest:
+        say_once("the teacher pool holds one teacher: no channel group inside of this detector passes a norm or stays "
+                 "in a residual block, and no list of blocks can grow")  # fmt: skip
+    if supernet.left_out:
+        name, reason = next(iter(supernet.left_out.items()))
+        rest = f" and {len(supernet.left_out) - 1} more" * (len(supernet.left_out) > 1)
+        say_once(f"all teachers of the pool have one width in {name}{rest}: {reason}")
 
 
 def load_pool(

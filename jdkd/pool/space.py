@@ -7,7 +7,7 @@ from typing import Any
 
 from jdkd.errors import InputError
 from jdkd.graph import Topology
-from jdkd.pool.stages import copied_block, read_stages
+from jdkd.pool.stages import copied_block, pool_groups, read_stages
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Space:
             more = extra_depth if stage.blocks is not None and copied_block(stage.blocks) is not None else 0
             depths.append(tuple(range(stage.depth, stage.depth + more + 1)))
         least = 1 / width
-        single = width == 1 or steps == 1
+        single = width == 1 or steps == 1 or not pool_groups(topology)
         widths = (1.0,) if single else tuple(least + (1 - least) * i / (steps - 1) for i in range(steps))
         return cls(tuple(depths), widths, width)
 

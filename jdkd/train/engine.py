@@ -31,7 +31,7 @@ Losses = Callable[[list[Tensor], list[dict[str, Tensor]], int], Iterable[dict[st
 
 
 class Progress(Protocol):
-    """Told after every step how far a training is; ``losses`` are those of the last log line."""
+    """Called after every step with how far a training is; ``losses`` are those of the last log line."""
 
     def __call__(self, step: int, total: int, losses: dict[str, float]) -> None: ...
 
@@ -72,7 +72,7 @@ def fit(
             time accumulates gradients with the memory of one. By default, the detector's own losses.
         folder: where the checkpoint and the log (``log.jsonl``) go; nothing is written without one.
         resume: carry on from the checkpoint in ``folder``, if there is one.
-        progress: told after every step.
+        progress: called after every step.
 
     Returns:
         Steps, seconds, and the losses last logged.

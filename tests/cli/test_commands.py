@@ -154,6 +154,17 @@ def test_latency_on_image_files(jdkd, trained, squares):
     assert answer.code == 0 and "1 image files" in answer.out
 
 
+def test_an_adopted_detector_is_trained_scored_and_timed(jdkd, squares, tmp_path):
+    base = tmp_path / "base"
+    how = ("--data", squares, "--steps", 2, "--batch-size", 2)
+    answer = jdkd("train", "--model", "tests.detect.elsewhere:make", *how, "--out", base)
+    assert answer.code == 0, answer.err
+    assert json.loads((base / "architecture.json").read_text())["builder"] == "tests.detect.elsewhere:make"
+    scored = json.loads(jdkd("eval", base, "--data", squares).out.splitlines()[-1])
+    timed = jdkd("latency", base, "--images", squares / "val2017" / "101.png", *QUICK)
+    assert timed.code == 0 and scored["gmacs"] == json.loads((base / "train.json").read_text())["gmacs"] > 0
+
+
 def test_data_writes_a_folder_that_train_can_read(jdkd, tmp_path):
     out = tmp_path / "digits"
     sizes = ("--train", 3, "--val", 2, "--size", 64)

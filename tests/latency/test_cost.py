@@ -6,6 +6,7 @@ from torchvision.models import resnet18
 
 from jdkd.errors import InputError
 from jdkd.latency import count
+from tests.graph.networks import pan_detector
 
 
 @pytest.mark.parametrize("width", [8, 16])
@@ -28,7 +29,7 @@ def test_does_not_depend_on_the_weights(make_detector):
 def test_takes_the_detectors_own_input_size_and_leaves_it_as_it_was(model):
     model.train()
     model.backbone.eval()
-    assert count(model).size == (64, 96)
+    assert count(model).size == count(model, otherwise=(32, 32)).size == (64, 96)
     assert model.training and not model.backbone.training and model.rpn.training
     assert type(model.rpn).__name__ == "RegionProposalNetwork"
     assert torch.is_grad_enabled()
@@ -79,4 +80,11 @@ def test_a_size_of_which_no_pixel_would_be_left_is_named(model):
 def test_a_model_with_a_traced_part_is_refused(model):
     model.backbone = torch.jit.trace(model.backbone, torch.zeros(1, 3, 64, 64), strict=False)
     with pytest.raises(InputError, match="count cannot look into backbone, a scripted or traced module"):
+        count(model)
+
+
+def test_a_detector_without_an_input_size_is_charged_for_an_image_as_it_is():
+    model = pan_detector()
+    assert count(model, otherwise=(64, 96)) == count(model, (64, 96))
+    with pytest.raises(InputError, match="does not know the input size of a PANDetector"):
         count(model)

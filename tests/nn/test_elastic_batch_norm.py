@@ -9,14 +9,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from jdkd.errors import InputError
-from jdkd.nn import (
-    ElasticBatchNorm2d,
-    ElasticConv2d,
-    ElasticConvBNAct,
-    ElasticLinear,
-    Subnet,
-    set_subnet,
-)
+from jdkd.experimental import ElasticConvBNAct
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear, Subnet, set_subnet
 from jdkd.nn import export as exported
 from tests.nn import elastic_models
 from tests.nn.elastic_models import images

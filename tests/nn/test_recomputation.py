@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import jdkd.nn
 from jdkd.errors import InputError
-from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticConvBNAct, Subnet, as_elastic_block, set_subnet
+from jdkd.experimental import ElasticConvBNAct
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, Subnet, as_elastic_block, set_subnet
 from tests.nn.elastic_models import SMALL, supernet
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])

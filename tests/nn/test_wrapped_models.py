@@ -13,23 +13,18 @@ from torch.nn.parallel import DataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from jdkd.errors import InputError
-from jdkd.nn import (
-    ElasticBatchNorm2d,
-    ElasticConv2d,
+from jdkd.experimental import (
     ElasticConvBNAct,
     ElasticLevelsConv2d,
-    ElasticLinear,
     LevelsConv2d,
-    Subnet,
     compile_elastic,
     explain,
-    export,
     masked,
     pack_forwards,
     packed,
     score_candidates,
-    set_subnet,
 )
+from jdkd.nn import ElasticBatchNorm2d, ElasticConv2d, ElasticLinear, Subnet, export, set_subnet
 from tests.nn.elastic_models import SMALL, Net, elastic_blocks, images, randomised, supernet
 
 pytestmark = [  # both by dynamo

@@ -15,9 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from jdkd.nn import ElasticBatchNorm2d, pack_forwards, set_subnet
+from jdkd.experimental import pack_forwards
+from jdkd.nn import ElasticBatchNorm2d, set_subnet
+from tests.experimental.packing_cases import SUBNETS, small
 from tests.nn.elastic_models import supernet
-from tests.nn.packing_cases import SUBNETS, small
 
 NAMES = ("listed", "depth", "kernel sizes")
 

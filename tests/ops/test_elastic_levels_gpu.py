@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jdkd._backend import use_backend
+from jdkd.experimental import ElasticLevelsConv2d
 from jdkd.functional import elastic_conv2d_levels
-from jdkd.nn import ElasticLevelsConv2d
 
 pytestmark = pytest.mark.gpu
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from jdkd._backend import use_backend
 from jdkd.functional import pearson_tap, pkd_loss
 from jdkd.ops import pearson_forms, pearson_single
-from jdkd.ops.pearson_forms import Call, choose
+from jdkd.ops.pearson_forms import LossCall, select
 from tests.ops.pearson_cases import CASES, PLAIN, Case, check
 
 LEVELS = [torch.zeros(1, 2, 3, 3)]
@@ -29,8 +29,8 @@ def in_one_pass(monkeypatch) -> list[str]:
     calls: list[str] = []
     monkeypatch.setattr(
         pearson_forms,
-        "choose",
-        lambda call: "single pass" if call.gradients == "students" and not call.tap else choose(call),
+        "select",
+        lambda call: "single pass" if call.gradients == "students" and not call.tap else select(call),
     )
     for name, table in (("single", pearson_single._SINGLE), ("scale", pearson_single._SCALE)):
         right = table["reference"]
@@ -44,33 +44,33 @@ def in_one_pass(monkeypatch) -> list[str]:
 @pytest.mark.parametrize(
     ("call", "form"),
     [
-        (Call(LEVELS, LEVELS), "split"),
-        (Call(LEVELS, LEVELS, "students"), "single pass"),
-        (Call(LEVELS, LEVELS, "teachers"), "split"),
-        (Call(LEVELS, LEVELS, "students", instance=True), "split"),
-        (Call(LEVELS, LEVELS, "students", tap=True), "tap"),
-        (Call(LEVELS, LEVELS, "students", masked=True), "moments"),
-        (Call(LEVELS, LEVELS, "students", tap=True, grouped=True), "moments"),
+        (LossCall(LEVELS, LEVELS), "split"),
+        (LossCall(LEVELS, LEVELS, "students"), "single pass"),
+        (LossCall(LEVELS, LEVELS, "teachers"), "split"),
+        (LossCall(LEVELS, LEVELS, "students", instance=True), "split"),
+        (LossCall(LEVELS, LEVELS, "students", tap=True), "tap"),
+        (LossCall(LEVELS, LEVELS, "students", masked=True), "moments"),
+        (LossCall(LEVELS, LEVELS, "students", tap=True, grouped=True), "moments"),
     ],
 )
 def test_every_call_has_its_form(roomy, call, form):
     with use_backend("cuda"):
-        assert choose(call) == form
+        assert select(call) == form
 
 
 def test_the_single_pass_waits_until_it_is_asked_for(roomy, monkeypatch):
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    call = Call(LEVELS, LEVELS, "students")
-    assert choose(call) == "split"
+    call = LossCall(LEVELS, LEVELS, "students")
+    assert select(call) == "split"
     monkeypatch.setenv("JDKD_BACKEND", "cuda")
-    assert choose(call) == "single pass"
+    assert select(call) == "single pass"
     with use_backend("triton"):
-        assert choose(call) == "split"
+        assert select(call) == "split"
 
 
 def test_what_is_not_on_the_chip_is_split():
     with use_backend("cuda"):
-        assert choose(Call(LEVELS, LEVELS, "students")) == "split"
+        assert select(LossCall(LEVELS, LEVELS, "students")) == "split"
 
 
 def gradients(students: list[Tensor], loss: Tensor, scale: float, **options: bool) -> list[Tensor]:

@@ -199,6 +199,19 @@ def test_blocks_before_a_place_that_code_counts_stay():
     assert again.held == topology.held and len(found.block_lists[0].blocks) == 6
 
 
+class Taken(Counted):
+    """The same, one map and not its mean."""
+
+    def forward(self, x):
+        return [x := layer(x) for layer in self.layers][self.places[0]]
+
+
+def test_another_size_is_another_output():
+    model = awake(nn.Sequential(conv(3, 8), Taken(*blocks_of(2), nn.MaxPool2d(2), places=(1,)), nn.Conv2d(8, 2, 1)))
+    topology = checked(model)
+    assert not topology.block_lists and topology.held["1.layers.0"] == "1 differs by inf"
+
+
 def test_blocks_that_code_calls_by_name_stay_and_part_their_list():
     names = dict(zip("abcde", blocks_of(5), strict=True))
     model = awake(nn.Sequential(conv(3, 8), Named(names), nn.Linear(16, 2)))

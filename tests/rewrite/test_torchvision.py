@@ -71,11 +71,7 @@ FAMILIES = {
     "SSD": prunable.ssd,
     "SSDlite": functools.partial(prunable.ssd, lite=True),
 }
-PAIRS = [
-    (family, backbone)
-    for place, family in enumerate(FAMILIES)
-    for backbone in [*BACKBONES, *BACKBONES][place % 5 : place % 5 + 2]
-]
+PAIRS = [(family, [*BACKBONES][place % len(BACKBONES)]) for place, family in enumerate(FAMILIES)]
 
 
 def narrow(family: str, backbone: str) -> nn.Module:
@@ -94,7 +90,12 @@ def test_a_detector_of_torchvision_can_be_cut_everywhere(family, backbone, tmp_p
     assert topology.prunable_share() > (0.8 if backbone == "windows" else 0.98)
     small, _ = prunable.check_cut(family, model, topology, tmp_path / "cut")
     assert sum(p.numel() for p in small.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
-    assert prunable.worst_error(model, topology) < 1e-4
+
+
+def test_cut_and_masked_agree_in_float32_too():
+    model = narrow("FCOS", "regular").eval()
+    topology = read(model)
+    assert 1e-9 < prunable.worst_error(model, topology) < 1e-5
 
 
 def test_the_committed_table_holds_what_is_promised():

@@ -5,7 +5,8 @@ from collections import Counter
 import torch
 from torch import nn
 
-from jdkd.nn import Candidate, ElasticGroups, masked
+from jdkd.experimental import PrunedCandidate, masked
+from jdkd.nn import ElasticGroups
 from tests.nn.elastic_models import GROUPS, Net, randomised
 
 
@@ -25,7 +26,7 @@ def counted(model: nn.Module) -> Counter:
 def one_by_one(model, candidates, batch, groups) -> list:
     results = []
     for candidate in candidates:
-        keep, skip = (candidate.keep, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
+        keep, skip = (candidate.keep, candidate.skip) if isinstance(candidate, PrunedCandidate) else (candidate, ())
         with masked(model, keep, groups, skip=skip), torch.no_grad():
             results.append(model(*batch) if isinstance(batch, tuple) else model(batch))
     return results

@@ -8,8 +8,8 @@ from jdkd._backend import use_backend
 from jdkd.functional import elastic_conv2d, elastic_pointwise_conv2d
 from jdkd.nn import ElasticConv2d
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.aten_conv import conv2d, conv2d_gradients
 from jdkd.ops.elastic_implicit_gemm import implicit_gemm
+from jdkd.ops.onednn_workaround import conv2d, conv2d_gradients
 
 STRIDES = [(2, 1), (2, 2), (3, 2)]
 strides = pytest.mark.parametrize("stride", STRIDES, ids=str)

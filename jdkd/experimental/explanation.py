@@ -1,4 +1,4 @@
-"""Which path a forward of an elastic layer takes, and why."""
+"""Which kernel a forward of an elastic layer takes, and why."""
 
 from __future__ import annotations
 
@@ -8,42 +8,44 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.conv_bn_act import ElasticConvBNAct
+from jdkd.experimental.conv_bn_act import ElasticConvBNAct
+from jdkd.experimental.levels import ElasticLevelsConv2d, Levels, listed
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
-from jdkd.nn.levels import ElasticLevelsConv2d, Levels, listed
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.ops import elastic_levels
+from jdkd.ops import elastic_kernels, elastic_levels_kernels
 from jdkd.ops.elastic_conv import check_channels
-from jdkd.ops.elastic_paths import Call, dtype_of, explained
+from jdkd.ops.elastic_kernels import ConvCall, dtype_of
 
 
 class Explanation(NamedTuple):
-    """The path of one forward; printed, a line for the call and one for every path.
+    """The kernel of one forward; printed, a line for the call and one for every kernel.
 
     Args:
         call: the layer and what the choice depended on.
-        path: name of the path that is taken.
+        kernel: name of the one that is taken.
         why: what speaks for it.
-        others: the paths that are not taken, with the reason each.
+        others: the kernels that are not taken, with the reason each.
     """
 
     call: str
-    path: str
+    kernel: str
     why: str
     others: tuple[tuple[str, str], ...]
 
     def __str__(self) -> str:
-        return "\n".join([self.call, f"{self.path}: {self.why}", *(f"not {name}: {why}" for name, why in self.others)])
+        return "\n".join(
+            [self.call, f"{self.kernel}: {self.why}", *(f"not {name}: {why}" for name, why in self.others)]
+        )
 
 
 def explain(layer: nn.Module, x: Levels) -> Explanation:
-    """Says which path the next forward of an elastic layer takes, and why; nothing is computed.
+    """Says which kernel the next forward of an elastic layer takes, and why; nothing is computed.
 
     There is no device synchronisation.
 
-    The paths are the table :data:`jdkd.ops.elastic_paths.PATHS`, and for levels of a pyramid the kernel of
-    :mod:`jdkd.ops.elastic_levels` or ATen.
+    The tables are those of :mod:`jdkd.ops.elastic_kernels`, and for levels of a pyramid of
+    :mod:`jdkd.ops.elastic_levels_kernels`.
 
     Args:
         layer: :class:`ElasticConv2d`, :class:`ElasticConvBNAct`, :class:`ElasticLevelsConv2d` or
@@ -52,7 +54,7 @@ def explain(layer: nn.Module, x: Levels) -> Explanation:
             do for the shape. For levels as their layer takes them.
 
     Returns:
-        The path, the reason, and the reasons against the others.
+        The kernel, the reason, and the reasons against the others.
 
     Raises:
         InputError: if ``layer`` is another module; and as the forward, if ``x`` or the backend asked for does not fit.
@@ -62,7 +64,7 @@ def explain(layer: nn.Module, x: Levels) -> Explanation:
         if isinstance(layer, kind):
             return words(layer, x)
     raise InputError(
-        f"explain has no paths for {type(layer).__name__}; give {', '.join(kind.__name__ for kind in _WORDS)}"
+        f"explain has no kernels for {type(layer).__name__}; give {', '.join(kind.__name__ for kind in _WORDS)}"
     )
 
 
@@ -72,13 +74,13 @@ def _of_convolution(conv: ElasticConv2d, x: Tensor) -> Explanation:
     call = conv._call(x, active)
     if conv._is_transformed(active):
         why = "the kernel transform makes new filters at every forward, and ATen convolves with them"
-        return _explanation(conv, call)._replace(path="aten", why=why, others=())
+        return _explanation(conv, call)._replace(kernel="aten", why=why, others=())
     return _explanation(conv, call)
 
 
 def _of_levels(conv: ElasticLevelsConv2d, x: Levels) -> Explanation:
     active, xs = conv._now(), listed(x)
-    path, why, other = elastic_levels.explained(
+    kernel, why, others = elastic_levels_kernels.explain(
         xs, conv.weight.device, active.inputs.count, conv.active_kernel_size, active.padding, conv.activation
     )
     calls = [conv._call(x, active) for x in xs]
@@ -86,7 +88,7 @@ def _of_levels(conv: ElasticLevelsConv2d, x: Levels) -> Explanation:
     call = calls[0]._replace(product=product, is_channels_last=all(call.is_channels_last for call in calls))
     note = "; the kernel transform makes new filters at every forward" if conv._is_transformed(active) else ""
     count = "1 level" if len(xs) == 1 else f"{len(xs)} levels"
-    return Explanation(f"{type(conv).__name__}: {count}, {call}", path, why + note, (other,))
+    return Explanation(f"{type(conv).__name__}: {count}, {call}", kernel, why + note, others)
 
 
 def _of_unit(unit: ElasticConvBNAct, x: Tensor) -> Explanation:
@@ -108,12 +110,14 @@ def _of_linear(linear: ElasticLinear, x: Tensor) -> Explanation:
     check_channels(x, inputs.count, dim=-1, where=type(linear).__name__)
     dtype = str(dtype_of(x)).removeprefix("torch.")
     call = f"{type(linear).__name__}: {inputs.count}->{outputs.count} features, {dtype}, on {x.device}"
-    return Explanation(call, "aten", "one matrix product with the active part of the weight; it has no other path", ())
+    return Explanation(
+        call, "aten", "one matrix product with the active part of the weight; it has no other kernel", ()
+    )
 
 
-def _explanation(layer: nn.Module, call: Call, note: str = "") -> Explanation:
-    path, why, others = explained(call)
-    return Explanation(f"{type(layer).__name__}: {call}", path, f"{why}; {note}" if note else why, others)
+def _explanation(layer: nn.Module, call: ConvCall, note: str = "") -> Explanation:
+    kernel, why, others = elastic_kernels.explain(call)
+    return Explanation(f"{type(layer).__name__}: {call}", kernel, f"{why}; {note}" if note else why, others)
 
 
 _WORDS: dict[type, Callable[..., Explanation]] = {

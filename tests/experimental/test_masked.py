@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticGroups, Subnet, export, masked, set_subnet
+from jdkd.experimental import masked
+from jdkd.nn import ElasticGroups, Subnet, export, set_subnet
 from tests.nn.elastic_models import BLOCKS, GROUPS, Net, images, randomised, supernet
 
 DECLARED = ElasticGroups(GROUPS)
@@ -307,39 +308,3 @@ def test_refuses_training_mode_and_layers_it_does_not_know():
     with pytest.raises(InputError, match=r"1 \(groups g\): GroupNorm cannot be masked"):
         with masked(model, {"g": 2}, ElasticGroups({"g": [("0", "out"), ("1", "out")]})):
             pass
-
-
-@pytest.mark.parametrize("block", ["basic", "bottleneck"])
-@pytest.mark.parametrize("norm", ["batch", "frozen"])
-def test_detectors_equal_their_pruned_networks_in_every_group(block, norm):
-    from jdkd.detect import channel_groups, inherit
-    from tests.detect.test_detect import shrunk
-    from tests.detectors import assert_same, detector, outputs, small_spec
-
-    parent = detector(small_spec(block, norm=norm))
-    groups = channel_groups(parent.spec)
-    before = _fingerprint(parent)
-    for group, declared in groups.items():
-        size = declared.size - 3
-        spec, coupled = shrunk(parent.spec, group, size)
-        kept = torch.randperm(size + 3, generator=torch.Generator().manual_seed(1))[:size].tolist()
-        child = inherit(parent, spec, channels=dict.fromkeys(coupled, kept))
-        with masked(parent, dict.fromkeys(coupled, kept), groups):
-            assert_same(outputs(parent), outputs(child))
-            slim = {name: tensor.shape for name, tensor in parent.state_dict().items()}
-            assert slim == {name: tensor.shape for name, tensor in child.state_dict().items()}
-    _assert_untouched(parent, before)
-
-
-def test_a_detector_equals_its_shallower_network():
-    from jdkd.detect import Stage, channel_groups, inherit
-    from tests.detectors import assert_same, detector, outputs, small_spec
-
-    parent = detector(small_spec())
-    stages = list(parent.spec.stages)
-    stages[2] = Stage(stages[2].width, stages[2].blocks[:1])
-    child = inherit(parent, parent.spec.replace(stages=tuple(stages)), blocks=[range(2), range(2), range(1), range(2)])
-    whole = copy.deepcopy(outputs(parent))
-    with masked(parent, {}, channel_groups(parent.spec), skip=["backbone.body.layer3.1"]):
-        assert_same(outputs(parent), outputs(child))
-    assert_same(outputs(parent), whole)

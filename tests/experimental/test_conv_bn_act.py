@@ -8,7 +8,8 @@ from torch import nn
 
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
-from jdkd.nn import ConvBNAct, ElasticConvBNAct, ElasticGroups, Subnet, explain, export, set_subnet
+from jdkd.experimental import ConvBNAct, ElasticConvBNAct, explain
+from jdkd.nn import ElasticGroups, Subnet, export, set_subnet
 from jdkd.testing import assert_within_twice
 from tests.dispatched import Dispatched
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 
-from jdkd.nn import ElasticConv2d, pack_forwards, packed
+from jdkd.experimental import pack_forwards, packed
+from jdkd.nn import ElasticConv2d
+from tests.experimental.packing_cases import assert_same, gradients, launches, small, step
 from tests.nn.elastic_models import Net, images
-from tests.nn.packing_cases import assert_same, gradients, launches, small, step
 
 ROOT = Path(__file__).resolve().parents[2]
 scopes = pytest.mark.parametrize("scope", [packed, pack_forwards])

@@ -15,7 +15,8 @@ from jdkd.nn.elastic_conv import ElasticConv2d, _TracedConvolution
 from jdkd.nn.packed_weight import packed_bias
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels
-from jdkd.ops.elastic_levels import ACTIVATIONS, convolve_levels
+from jdkd.ops.elastic_levels import convolve_levels
+from jdkd.ops.elastic_levels_kernels import ACTIVATIONS
 
 Levels = Tensor | Iterable[Tensor] | Mapping
 

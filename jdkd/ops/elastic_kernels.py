@@ -1,7 +1,7 @@
-"""Which way an elastic convolution is computed: the first row of :data:`PATHS` that takes a call.
+"""Which kernel computes an elastic convolution: the first row of :data:`KERNELS` that takes a call.
 
 A Triton kernel runs where it was asked for (``JDKD_BACKEND=triton``, ``use_backend("triton")``), and unasked where it
-measured fastest and was seen right: in a :class:`Region` of its row. Regions are data, filled in from committed
+measured fastest and was seen right: in a :class:`TunedRange` of its row. Ranges are data, filled in from committed
 results. The choice depends on shapes, layout and dtype alone; a compiled graph keeps its first answer.
 """
 
@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jdkd import _backend
+from jdkd import _backend, _dispatch
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.kernel_size import Padding, pair
+from jdkd.ops.layout import is_channels_last
 from jdkd.ops.transforms import is_looked_into
 
 _ANY = (1, 2**63)
@@ -42,7 +43,7 @@ class Product(NamedTuple):
     out_channels: int
 
 
-class Call(NamedTuple):
+class ConvCall(NamedTuple):
     """What the choice depends on.
 
     Args:
@@ -76,8 +77,8 @@ class Call(NamedTuple):
         )
 
 
-class Region(NamedTuple):
-    """Calls for which a path measured fastest.
+class TunedRange(NamedTuple):
+    """Calls for which a kernel measured fastest.
 
     Args:
         device: ``"cpu"``, or a compute capability, ``"sm_90"``.
@@ -106,13 +107,13 @@ class Region(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """What a call must be for a path to take it, in words too."""
+    """What a call must be for a kernel to take it, in words too."""
 
     words: str
-    holds: Callable[[Call], bool]
+    holds: Callable[[ConvCall], bool]
 
 
-class Path(NamedTuple):
+class Kernel(NamedTuple):
     """One way to compute an elastic convolution.
 
     Args:
@@ -120,7 +121,7 @@ class Path(NamedTuple):
         operator: row of the backend table whose Triton kernel runs; None: no kernel of ours.
         takes: conditions, all of which must hold.
         limit: positions must be fewer.
-        fastest: where it measured fastest; without a region a kernel runs on request only.
+        tuned: where it measured fastest; without a range a kernel runs on request only.
         why: what speaks for it, one clause.
     """
 
@@ -128,25 +129,37 @@ class Path(NamedTuple):
     operator: str | None
     takes: tuple[Condition, ...]
     limit: int
-    fastest: tuple[Region, ...]
+    tuned: tuple[TunedRange, ...]
     why: str
+
+    def why_not(self, call: ConvCall) -> str | None:
+        """Why it does not take a call, or None if it does.
+
+        Raises:
+            InputError: if the backend that was asked for cannot run here.
+        """
+        for condition in self.takes:
+            if not condition.holds(call):
+                return f"it takes {condition.words}"
+        if call.product.positions >= self.limit:
+            return f"it takes fewer than {self.limit} positions"
+        return None if self.operator is None else _unwanted(self, call.product)
 
     @property
     def when(self) -> str:
         """Its conditions and its rule, in words."""
         if self.operator is None:
             return "everything else"
-        rule = f"where it measured fastest: {'; '.join(map(str, self.fastest))}" if self.fastest else ON_REQUEST
+        rule = f"where it measured fastest: {'; '.join(map(str, self.tuned))}" if self.tuned else ON_REQUEST
         return f"{', '.join(condition.words for condition in self.takes)}; {rule}"
 
 
 ON_REQUEST = 'on request only (JDKD_BACKEND=triton, use_backend("triton")), since it was not measured on a GPU'
-NOT_YET = "it was not checked on this device yet, and is not while a graph is captured or a program traced"
 _BATCH = Condition("a batch of images", lambda call: call.is_batch)
 _ONE_GROUP = Condition("one group", lambda call: call.groups == 1)
 
-PATHS = (
-    Path(
+KERNELS = (
+    Kernel(
         "pointwise",
         "elastic_pointwise",
         (
@@ -162,7 +175,7 @@ PATHS = (
         (),
         "one matrix product with the shared weight where it lies, the bias in the same pass",
     ),
-    Path(
+    Kernel(
         "implicit_gemm",
         "elastic_conv",
         (_BATCH, _ONE_GROUP, Condition("padding in pixels", lambda call: call.padding != "same")),
@@ -170,7 +183,7 @@ PATHS = (
         (),
         "the active filters are read where they lie, through lists too, and never copied",
     ),
-    Path(
+    Kernel(
         "aten",
         None,
         (),
@@ -180,8 +193,8 @@ PATHS = (
         "nothing was measured on a GPU",
     ),
 )
-_measured: dict[Call, str] = {}
-_KERNELS = {path.name: path for path in PATHS if path.operator}
+_measured: dict[ConvCall, str] = {}
+_OWN = {kernel.name: kernel for kernel in KERNELS if kernel.operator}
 
 
 def call_of(
@@ -193,7 +206,7 @@ def call_of(
     padding: Padding,
     dilation: int | Sequence[int],
     groups: int,
-) -> Call:
+) -> ConvCall:
     """Describes a convolution with channels that have been read already.
 
     Args:
@@ -220,7 +233,7 @@ def call_of(
         outputs.count,
     )
     is_listed = inputs.index is not None or outputs.index is not None
-    return Call(product, kernel, stride, padding, groups, is_listed, is_channels_last(x), is_batch)
+    return ConvCall(product, kernel, stride, padding, groups, is_listed, is_channels_last(x), is_batch)
 
 
 def out_size(
@@ -238,11 +251,6 @@ def out_size(
     return height, width
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Whether ``x`` ``[N, C, H, W]`` is dense channels-last and nothing else."""
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
 def dtype_of(x: Tensor) -> torch.dtype:
     """The dtype in which a convolution takes a tensor: autocast's, where it is on, but float64 stays what it is."""
     casts = x.is_floating_point() and x.dtype is not torch.float64 and not x.is_meta  # meta has no autocast
@@ -250,73 +258,58 @@ def dtype_of(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if casts and torch.is_autocast_enabled(kind) else x.dtype
 
 
-def choose(call: Call) -> str:
-    """Picks the path of a call.
+def allow_tf32() -> bool:
+    """Whether kernels of ours may multiply float32 in TF32: where cuDNN's convolutions may."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def select(call: ConvCall) -> str:
+    """Picks the kernel of a call.
 
     Args:
         call: what :func:`call_of` says of it.
 
     Returns:
-        Name of a row of :data:`PATHS`.
+        Name of a row of :data:`KERNELS`.
 
     Raises:
         InputError: if ``use_backend`` or ``JDKD_BACKEND`` asks for a backend that cannot run here.
     """
     if torch.compiler.is_compiling() or _backend.requested() is not None:
-        return _first(call)[0]
+        return _dispatch.first(KERNELS, call)[0].name
     if (found := _measured.get(call)) is None:
-        found, is_settled = _first(call)
+        kernel, is_settled = _dispatch.first(KERNELS, call)
+        found = kernel.name
         if is_settled and len(_measured) < 1024:
             _measured[call] = found
     return found
 
 
-def _first(call: Call) -> tuple[str, bool]:
-    """The path of a call, and whether it stays so: a kernel that is not checked yet may come before it later."""
-    is_settled = True
-    for path in PATHS:
-        if (reason := objection(path, call)) is None:
-            return path.name, is_settled
-        is_settled = is_settled and reason != NOT_YET
-
-
-def explained(call: Call) -> tuple[str, str, tuple[tuple[str, str], ...]]:
-    """Says why a call takes its path.
+def explain(call: ConvCall) -> tuple[str, str, tuple[tuple[str, str], ...]]:
+    """Says why a call takes its kernel.
 
     Args:
         call: what :func:`call_of` says of it.
 
     Returns:
-        Name of the path; what speaks for it; name of every other path, and why it is not taken.
+        Name of the kernel; what speaks for it; name of every other kernel, and why it is not taken.
 
     Raises:
-        InputError: as :func:`choose`.
+        InputError: as :func:`select`.
     """
-    chosen = choose(call)
-    path = next(path for path in PATHS if path.name == chosen)
-    others = [(path.name, objection(path, call) or f"{chosen} comes first") for path in PATHS if path.name != chosen]
-    if path.operator is None:
-        return chosen, path.why, tuple(others)
-    region = None if _asked_for(path.operator) else _region(path, call.product)
-    rule = f"it measured fastest ({region})" if region else "it was asked for"
-    return chosen, f"{rule}; {path.why}", tuple(others)
-
-
-def objection(path: Path, call: Call) -> str | None:
-    """Says why a path does not take a call, or None if it does; raises as :func:`choose` does."""
-    for condition in path.takes:
-        if not condition.holds(call):
-            return f"it takes {condition.words}"
-    if call.product.positions >= path.limit:
-        return f"it takes fewer than {path.limit} positions"
-    return None if path.operator is None else _unwanted(path, call.product)
+    kernel, others = _dispatch.explain(KERNELS, call)
+    if kernel.operator is None:
+        return kernel.name, kernel.why, others
+    tuned = None if _asked_for(kernel.operator) else _tuned_range(kernel, call.product)
+    rule = f"it measured fastest ({tuned})" if tuned else "it was asked for"
+    return kernel.name, f"{rule}; {kernel.why}", others
 
 
 def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int], form: str) -> bool:
-    """Whether an operator runs the Triton kernel of a path, its tensors being what that path takes.
+    """Whether an operator runs a Triton kernel, its tensors being what that kernel takes.
 
     Args:
-        name: of the path.
+        name: of the kernel.
         x: ``[N, Cin, H, W]``.
         out_shape: ``[N, Cout, OH, OW]``.
         form: ``"forward"`` or ``"gradient"``.
@@ -327,37 +320,37 @@ def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int], form: str) -> bo
     Raises:
         InputError: if the backend that was asked for cannot run here.
     """
-    path = _KERNELS[name]
+    kernel = _OWN[name]
     n, out_channels, height, width = out_shape
     product = Product(x.device, x.dtype, n * height * width, x.shape[1], out_channels)
-    return 0 < product.positions < path.limit and _unwanted(path, product, form) is None
+    return 0 < product.positions < kernel.limit and _unwanted(kernel, product, form) is None
 
 
 def only_aten(device: str) -> bool:
     """Whether no kernel was asked for and none measured fastest on this type of device, the usual case, at once; or the
     call is looked into, by ``torch.export`` or ``torch.func``: they know ATen's gradient and no other."""
-    kinds = [region.device for path in PATHS for region in path.fastest]
+    kinds = [tuned.device for kernel in KERNELS for tuned in kernel.tuned]
     by_default = any(kind == device or (device == "cuda" and kind.startswith("sm_")) for kind in kinds)
     return (_backend.requested() is None and not by_default) or is_looked_into()
 
 
-def _unwanted(path: Path, product: Product, form: str = "forward") -> str | None:
-    """Why the kernel of a path stays out, though it takes the call."""
+def _unwanted(kernel: Kernel, product: Product, form: str = "forward") -> str | None:
+    """Why a kernel stays out, though it takes the call."""
     if product.device.type not in _DEVICES:
         return f"it takes tensors on {' or '.join(_DEVICES)}"
-    if _selected(path.operator, product.device, product.dtype, form) == "triton":
+    if _selected(kernel.operator, product.device, product.dtype, form) == "triton":
         return None
-    if asked := _asked_for(path.operator):
+    if asked := _asked_for(kernel.operator):
         return f"the backend {asked} was asked for"
-    if not path.fastest:
+    if not kernel.tuned:
         return ON_REQUEST
-    if not _region(path, product):
-        return "it is outside of the regions where it measured fastest"
-    return _unseen(path.operator, product.device, product.dtype, form)
+    if not _tuned_range(kernel, product):
+        return "it is outside of the ranges where it measured fastest"
+    return _unseen(kernel.operator, product.device, product.dtype, form)
 
 
-def _region(path: Path, product: Product) -> Region | None:
-    return next((region for region in path.fastest if region.covers(product)), None)
+def _tuned_range(kernel: Kernel, product: Product) -> TunedRange | None:
+    return next((tuned for tuned in kernel.tuned if tuned.covers(product)), None)
 
 
 def _selected(op: str, device: torch.device, dtype: torch.dtype, form: str) -> str:
@@ -368,8 +361,7 @@ def _unseen(op: str, device: torch.device, dtype: torch.dtype, form: str) -> str
     """Why a kernel that measured fastest may not run: it must be there, and have been seen right on the device."""
     if missing := _availability(op)["triton"]:
         return missing
-    seen = _backend.seen_right(_backend.Subject(op, form, "triton", device, dtype))
-    return NOT_YET if seen is None else None if seen else "it was checked on this device and not seen right"
+    return _backend.why_unseen(_backend.Subject(op, form, "triton", device, dtype))
 
 
 def _asked_for(op: str) -> str | None:

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.nn import Candidate, score_candidates
-from tests.nn.candidate_models import Chain, assert_equal, counted, one_by_one, plain
+from jdkd.experimental import PrunedCandidate, score_candidates
+from tests.experimental.candidate_models import Chain, assert_equal, counted, one_by_one, plain
 from tests.nn.elastic_models import Net, images
 
 CANDIDATES = [
-    Candidate({"stage.2.inner": [5, 0]}),
+    PrunedCandidate({"stage.2.inner": [5, 0]}),
     {"stream": [6, 1, 2], "stage.1.inner": 2},
-    Candidate(skip=["stage.1"]),
+    PrunedCandidate(skip=["stage.1"]),
     {},
     {"stage.2.inner": 3},
-    Candidate({"stage.0.inner": 4}, skip=["stage.2"]),
+    PrunedCandidate({"stage.0.inner": 4}, skip=["stage.2"]),
     {"stage.2.inner": [5, 0]},
     {"stream": [6, 1, 2], "stage.1.inner": 4},
 ]
@@ -37,7 +37,7 @@ def test_what_candidates_share_runs_once_and_what_differs_runs():
     model = plain()
     calls = counted(model)
     inner = [{"stage.2.inner": width} for width in (1, 2, 3, 3)]
-    score_candidates(model, [*inner, Candidate(skip=["stage.1"]), {}], images())
+    score_candidates(model, [*inner, PrunedCandidate(skip=["stage.1"]), {}], images())
     assert calls["stem"] == calls["bn"] == 1, "nothing before the first mask runs twice"
     assert calls["stage.0"] == 1 and calls["stage.1"] == 1
     assert calls["stage.2"] == calls["head"] == 5, "two of six candidates are equal"
@@ -52,7 +52,7 @@ def test_order_does_not_cost_what_is_shared():
 
 
 def test_equal_lists_are_gathered_once(monkeypatch):
-    room = sys.modules["jdkd.nn.masked"]
+    room = sys.modules["jdkd.experimental.masked"]
     gathered = []
     part = room._part
     monkeypatch.setattr(room, "_part", lambda *args: gathered.append(args) or part(*args))
@@ -158,7 +158,7 @@ def test_the_model_stays_after_an_exception():
     ("candidates", "words"),
     [
         ([{}, {"stream": 9}], ["candidate 1", "group 'stream'", "9", "has 8"]),
-        ([Candidate(skip=["stage.7"])], ["candidate 0", "'stage.7'"]),
+        ([PrunedCandidate(skip=["stage.7"])], ["candidate 0", "'stage.7'"]),
     ],
 )
 def test_refuses_candidates_that_do_not_fit(candidates, words):
@@ -172,12 +172,12 @@ def test_refuses_candidates_that_do_not_fit(candidates, words):
     ("candidates", "words"),
     [
         ({"stream": 3}, r"candidates=\{'stream': 3\} is no list of candidates; give \[\{\.\.\.\}, \.\.\.\]"),
-        (Candidate({"stream": 3}), r"candidates=Candidate\(.* is no list of candidates"),
+        (PrunedCandidate({"stream": 3}), r"candidates=PrunedCandidate\(.* is no list of candidates"),
         ("stream", "candidates='stream' is no list of candidates"),
         (None, "candidates=None is no list of candidates"),
-        ([{}, "stream"], "candidate 1 is 'stream'; give channels by group, {group: channels}, or a Candidate"),
-        ([Candidate(skip="stage.1")], "candidate 0: masked: skip='stage.1' is no list of paths"),
-        ([Candidate(None)], "candidate 0: masked: keep=None is no mapping"),
+        ([{}, "stream"], "candidate 1 is 'stream'; give channels by group, {group: channels}, or a PrunedCandidate"),
+        ([PrunedCandidate(skip="stage.1")], "candidate 0: masked: skip='stage.1' is no list of paths"),
+        ([PrunedCandidate(None)], "candidate 0: masked: keep=None is no mapping"),
     ],
 )
 def test_refuses_candidates_of_other_kinds(candidates, words):

@@ -11,22 +11,19 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import jdkd.nn
 from jdkd.errors import InputError
+from jdkd.experimental import ElasticConvBNAct, compile_elastic, pack_forwards, packed
 from jdkd.nn import (
     ElasticBatchNorm2d,
     ElasticConv2d,
-    ElasticConvBNAct,
     ElasticGroups,
     ElasticLinear,
     Subnet,
     as_elastic_block,
-    compile_elastic,
     export,
-    pack_forwards,
-    packed,
     set_subnet,
 )
+from tests.experimental.packing_cases import launches
 from tests.nn.elastic_models import BLOCKS, images, randomised, supernet
-from tests.nn.packing_cases import launches
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*autograd.function.Function.*instantiated:DeprecationWarning"),  # by dynamo

@@ -116,8 +116,8 @@ def packed(model: nn.Module, *, dtype: torch.dtype | None = None, grad_mode: str
         dtype: of the packed weights: float32, bfloat16 or float16; None: that of autocast where it is on, else that
             of each weight. What stays as it is without packing keeps its own: a model that has such layers computes
             under autocast.
-        grad_mode: ``"autograd"``, or ``"main_grad"`` to add gradients in place; see :mod:`jdkd.nn.packing` for what
-            that bypasses.
+        grad_mode: ``"autograd"``, or ``"main_grad"`` to add gradients in place; see
+            :mod:`jdkd.experimental.packing` for what that bypasses.
 
     Yields:
         The model.

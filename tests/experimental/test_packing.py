@@ -10,9 +10,10 @@ from torch.nn.utils import parametrize
 
 import jdkd.nn
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticConvBNAct, ElasticLinear, Subnet, pack_forwards, packed, set_subnet
+from jdkd.experimental import ElasticConvBNAct, pack_forwards, packed
+from jdkd.nn import ElasticConv2d, ElasticLinear, Subnet, set_subnet
+from tests.experimental.packing_cases import SUBNETS, launches, nothing_packed, small, step
 from tests.nn.elastic_models import images
-from tests.nn.packing_cases import SUBNETS, launches, nothing_packed, small, step
 
 BF16 = torch.bfloat16
 subnets = pytest.mark.parametrize("name", SUBNETS)

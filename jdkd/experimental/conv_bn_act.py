@@ -15,7 +15,7 @@ from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.subnet import Subnet
 from jdkd.nn.symbolic import Proxy, as_node
-from jdkd.ops import elastic_paths
+from jdkd.ops import elastic_kernels
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_part, crop
 from jdkd.ops.elastic_conv import check_channels, convolve
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
@@ -72,7 +72,8 @@ class ElasticConvBNAct(ConvBNAct):
     """See :class:`ConvBNAct`; of an elastic convolution without bias and an elastic batch normalisation.
 
     In training the parts run one after another. In evaluation the normalisation is folded into a scale and a shift of
-    each active channel, and there are three ways to run it, of which :func:`jdkd.nn.explain` names the one taken:
+    each active channel, and there are three ways to run it, of which :func:`explain
+    <jdkd.experimental.explain>` names the one taken:
 
     - the kernel of 1x1 convolutions applies scale, shift, residual and ReLU while it writes the output;
     - where the active filters are smaller than the output, the filters are multiplied by the scale and the shift is the
@@ -191,9 +192,9 @@ class ElasticConvBNAct(ConvBNAct):
 
     def _route(self, x: Tensor, active: Any) -> str:
         """How an evaluation runs: in ``"one pass"``, with ``"folded"`` filters, or as ``"parts"``."""
-        conv, only_aten = self.conv, elastic_paths.only_aten(x.device.type)
+        conv, only_aten = self.conv, elastic_kernels.only_aten(x.device.type)
         takes_one = not only_aten and active.border is None and not conv._is_transformed(active)
-        if takes_one and elastic_paths.choose(conv._call(x, active)) == "pointwise":
+        if takes_one and elastic_kernels.select(conv._call(x, active)) == "pointwise":
             return "one pass"
         columns = active.inputs.count if conv.groups == 1 else conv.weight.shape[1]
         kernel = active.kernel or conv.kernel_size
@@ -204,9 +205,9 @@ class ElasticConvBNAct(ConvBNAct):
     def _in_one_pass(self, x: Tensor, active: Any, scale: Tensor, shift: Tensor, residual: Tensor | None) -> Tensor:
         """The 1x1 product with everything that follows it, unless the residual needs promotion or broadcasting."""
         conv = self.conv
-        size = elastic_paths.out_size(x.shape[2:], (1, 1), conv.stride, (0, 0), (1, 1))
+        size = elastic_kernels.out_size(x.shape[2:], (1, 1), conv.stride, (0, 0), (1, 1))
         shape = (x.shape[0], active.outputs.count, *size)
-        joins = residual is None or (residual.shape == shape and residual.dtype == elastic_paths.dtype_of(x))
+        joins = residual is None or (residual.shape == shape and residual.dtype == elastic_kernels.dtype_of(x))
         weight = conv._packed_weight()
         y = elastic_pointwise_conv2d(
             x,

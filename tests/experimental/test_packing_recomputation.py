@@ -10,9 +10,19 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import jdkd.nn
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticLinear, Subnet, pack_forwards, packed, set_subnet
+from jdkd.experimental import pack_forwards, packed
+from jdkd.nn import ElasticConv2d, ElasticLinear, Subnet, set_subnet
+from tests.experimental.packing_cases import (
+    SUBNETS,
+    Gradients,
+    assert_same,
+    gradients,
+    launches,
+    nothing_packed,
+    small,
+    step,
+)
 from tests.nn.elastic_models import Net, images
-from tests.nn.packing_cases import SUBNETS, Gradients, assert_same, gradients, launches, nothing_packed, small, step
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
 checkpoints = pytest.mark.parametrize("checkpoint", [torch_checkpoint, jdkd.nn.checkpoint], ids=["torchs", "ours"])

@@ -2,9 +2,10 @@
 
 import torch
 
-from jdkd.nn import ElasticConv2d, packed
+from jdkd.experimental import packed
+from jdkd.nn import ElasticConv2d
+from tests.experimental.packing_cases import assert_same, gradients, launches, small, step
 from tests.nn.elastic_models import images
-from tests.nn.packing_cases import assert_same, gradients, launches, small, step
 
 BF16 = torch.bfloat16
 

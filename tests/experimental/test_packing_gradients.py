@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticLinear, Subnet, pack_forwards, packed, set_subnet
+from jdkd.experimental import pack_forwards, packed
+from jdkd.nn import ElasticConv2d, ElasticLinear, Subnet, set_subnet
+from tests.experimental.packing_cases import SUBNETS, Gradients, assert_same, gradients, launches, small, step
 from tests.nn.elastic_models import images
-from tests.nn.packing_cases import SUBNETS, Gradients, assert_same, gradients, launches, small, step
 from tests.ops.pack_cases import active_mask
 
 modes = pytest.mark.parametrize("mode", ["autograd", "main_grad"])

@@ -1,4 +1,4 @@
-"""What a layer says of the path that its next forward takes, and that the forward takes it."""
+"""What a layer says of the kernel that its next forward takes, and that the forward takes it."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ from torch import nn
 
 from jdkd._backend import use_backend
 from jdkd.errors import InputError
-from jdkd.nn import ElasticConv2d, ElasticConvBNAct, ElasticLevelsConv2d, ElasticLinear, explain, packed
+from jdkd.experimental import ElasticConvBNAct, ElasticLevelsConv2d, explain, packed
+from jdkd.nn import ElasticConv2d, ElasticLinear
 from tests.dispatched import Dispatched
 
 OP = "elastic_conv"
@@ -23,7 +24,7 @@ CONVOLUTIONS = {
     "transform": ({"kernel_size": 5, "padding": 2, "kernel_transform": True}, (5, 4, 3), "aten"),
 }
 convolutions = pytest.mark.parametrize(
-    ("options", "active", "path"), CONVOLUTIONS.values(), ids=[name.replace(" ", "-") for name in CONVOLUTIONS]
+    ("options", "active", "kernel"), CONVOLUTIONS.values(), ids=[name.replace(" ", "-") for name in CONVOLUTIONS]
 )
 
 
@@ -39,41 +40,41 @@ def _ran(layer: nn.Module, x: torch.Tensor) -> str:
 
 
 @convolutions
-def test_a_forward_takes_the_path_that_was_explained(backend, device, options, active, path):
+def test_a_forward_takes_the_kernel_that_was_explained(backend, device, options, active, kernel):
     conv = ElasticConv2d(8, 8, **options).to(device)
     conv.set_active(*active)
     x = _image(5, device)
     found = explain(conv, x)
-    assert found.path == (path if backend == "triton" else "aten")
-    assert _ran(conv, x) == OPERATOR[found.path]
-    assert found.path not in dict(found.others)
+    assert found.kernel == (kernel if backend == "triton" else "aten")
+    assert _ran(conv, x) == OPERATOR[found.kernel]
+    assert found.kernel not in dict(found.others)
 
 
 @convolutions
-def test_an_evaluation_unit_takes_the_path_that_was_explained(backend, device, options, active, path):
+def test_an_evaluation_unit_takes_the_kernel_that_was_explained(backend, device, options, active, kernel):
     unit = ElasticConvBNAct(8, 8, **options).to(device)
     unit.set_active(*active)
     x = _image(5, device)
     for training in (True, False):
         unit.train(training)
         found = explain(unit, x)
-        assert _ran(unit, x) == OPERATOR[found.path]
+        assert _ran(unit, x) == OPERATOR[found.kernel]
         assert ("by themselves" in found.why) == training
-    if path == "pointwise" and backend == "triton":
+    if kernel == "pointwise" and backend == "triton":
         assert "normalisation, residual and ReLU too" in found.why
 
 
 @pytest.mark.parametrize("transform", [False, True], ids=["centre", "transform"])
-def test_a_forward_of_levels_takes_the_path_that_was_explained(backend, device, transform):
+def test_a_forward_of_levels_takes_the_kernel_that_was_explained(backend, device, transform):
     head = ElasticLevelsConv2d(8, 8, 5, padding=2, activation="relu", kernel_transform=transform).to(device)
     head.set_active(5, [4, 0], 3)
     levels = {"p3": _image(5, device), "p4": _image(5, device)[..., :4, :4]}
     found = explain(head, levels)
-    assert found.path == ("elastic_levels" if backend == "triton" else "aten")
+    assert found.kernel == ("elastic_levels" if backend == "triton" else "aten")
     with torch.no_grad(), Dispatched() as dispatched:
         head(levels)
-    assert ("elastic_levels_fwd" in dispatched.names) == (found.path == "elastic_levels")
-    assert len(found.others) == 1 and found.path not in dict(found.others)
+    assert ("elastic_levels_fwd" in dispatched.names) == (found.kernel == "elastic_levels")
+    assert len(found.others) == 1 and found.kernel not in dict(found.others)
     assert "2 levels, 5->2 listed channels, 3x3 kernel" in found.call and "176 positions" in found.call
     assert ("transform" in found.why) == transform
 
@@ -103,7 +104,7 @@ def test_explaining_computes_nothing(device):
 
 def test_a_shape_will_do():
     conv = ElasticConv2d(8, 8, 3)
-    assert explain(conv, torch.empty(1, 8, 1000, 1000, device="meta")).path == "aten"
+    assert explain(conv, torch.empty(1, 8, 1000, 1000, device="meta")).kernel == "aten"
 
 
 def test_the_lines_can_be_read():
@@ -132,9 +133,9 @@ def test_says_the_dtype_that_autocast_computes_in(kind, dtype):
 
 def test_an_explanation_cannot_be_changed():
     found = explain(ElasticLinear(8, 3), torch.zeros(2, 8))
-    assert (found.path, found.others) == ("aten", ()) and "8->3 features" in str(found)
+    assert (found.kernel, found.others) == ("aten", ()) and "8->3 features" in str(found)
     with pytest.raises(AttributeError):
-        found.path = "another"
+        found.kernel = "another"
     assert hash(found) == hash(explain(ElasticLinear(8, 3), torch.zeros(2, 8)))
 
 
@@ -166,8 +167,8 @@ def test_refuses_a_backend_as_the_forward_does(device):
             ask(_image(8, device))
 
 
-def test_a_plain_layer_has_no_paths():
-    with pytest.raises(InputError, match="no paths for Conv2d; give ElasticConvBNAct, ElasticLevelsConv2d, "):
+def test_a_plain_layer_has_no_kernels():
+    with pytest.raises(InputError, match="no kernels for Conv2d; give ElasticConvBNAct, ElasticLevelsConv2d, "):
         explain(nn.Conv2d(3, 3, 1), torch.zeros(1, 3, 1, 1))
 
 
@@ -176,7 +177,7 @@ def test_packed_lists_count_as_leading_channels():
     conv.set_active(5, [4, 0])
     x = _image(5, "cpu")
     with torch.no_grad(), use_backend("triton"):
-        assert explain(conv, x).path == "implicit_gemm"
+        assert explain(conv, x).kernel == "implicit_gemm"
         with packed(conv):
-            assert explain(conv, x).path == "pointwise"
+            assert explain(conv, x).kernel == "pointwise"
             assert _ran(conv, x) == OPERATOR["pointwise"]

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from jdkd.errors import InputError
+from jdkd.experimental.masked import Edit, Swap, edits, swapped
+from jdkd.experimental.output_cache import OutputCache, flatten, unflatten
 from jdkd.nn.coupling import ElasticGroups
-from jdkd.nn.masked import Edit, Swap, edits, swapped
-from jdkd.nn.output_cache import OutputCache, packed, unpacked
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import ChannelsLike
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PrunedCandidate:
     """A pruned candidate of a model.
 
     Args:
@@ -35,7 +35,7 @@ class Candidate:
 
 def score_candidates(
     model: nn.Module,
-    candidates: Sequence[Candidate | Mapping[str, ChannelsLike]],
+    candidates: Sequence[PrunedCandidate | Mapping[str, ChannelsLike]],
     batch: Any,
     groups: ElasticGroups | None = None,
     *,
@@ -55,7 +55,7 @@ def score_candidates(
     Args:
         model: a plain model in evaluation mode, as :func:`masked` takes it. What wraps it does not run, such as a graph
             of ``torch.compile``.
-        candidates: channels to keep by group, or :class:`Candidate` where blocks are skipped too.
+        candidates: channels to keep by group, or :class:`PrunedCandidate` where blocks are skipped too.
         batch: what the model is called with; a tuple holds several arguments. It may not be written in place.
         groups: which channels are coupled, as :func:`masked` takes them.
         score: makes a result of an output, so that outputs need not be kept; runs outside the candidate. What it is
@@ -80,15 +80,15 @@ def score_candidates(
                 "model.eval()"
             )
     plans = []
-    if isinstance(candidates, Candidate | Mapping | str) or not isinstance(candidates, Iterable):
+    if isinstance(candidates, PrunedCandidate | Mapping | str) or not isinstance(candidates, Iterable):
         raise InputError(f"score_candidates: candidates={candidates!r} is no list of candidates; give [{{...}}, ...]")
     for number, candidate in enumerate(candidates):
-        if not isinstance(candidate, Candidate | Mapping):
+        if not isinstance(candidate, PrunedCandidate | Mapping):
             raise InputError(
                 f"score_candidates: candidate {number} is {candidate!r}; give channels by group, {{group: channels}}, "
-                "or a Candidate"
+                "or a PrunedCandidate"
             )
-        keep, skip = (candidate.keep, candidate.skip) if isinstance(candidate, Candidate) else (candidate, ())
+        keep, skip = (candidate.keep, candidate.skip) if isinstance(candidate, PrunedCandidate) else (candidate, ())
         try:
             plans.append(edits(model, keep, groups, skip))
         except InputError as error:
@@ -104,7 +104,7 @@ def score_candidates(
             with swapped(swaps), cache.of(parts) if cache else contextlib.nullcontext():
                 output = model(*tree_map(lambda value: value, inputs))  # in containers of its own
             if cache:
-                if packed(output) is None:
+                if flatten(output) is None:
                     cache.clear()
                 output = _own(output)
             result = output if score is None else score(output)
@@ -120,16 +120,16 @@ def score_candidates(
 
 def _own(value: Any) -> Any:
     """The same in memory of its own: a later candidate may be given the same tensors, and write into them."""
-    made = packed(value)
+    made = flatten(value)
     if made is None:
         return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
     structure, tensors = made
     copies = {id(tensor): tensor.clone() for tensor in tensors}
-    return unpacked(structure, [copies[id(tensor)] for tensor in tensors])
+    return unflatten(structure, [copies[id(tensor)] for tensor in tensors])
 
 
 def _tensors_of(inputs: tuple) -> list[Tensor]:
-    made = packed(inputs)
+    made = flatten(inputs)
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)] if made is None else made[1]
 
 

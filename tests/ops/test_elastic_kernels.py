@@ -1,4 +1,4 @@
-"""Which path an elastic convolution takes, by request and by measurement, and that every path is right."""
+"""Which kernel an elastic convolution takes, by request and by measurement, and that every kernel is right."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from jdkd import _backend, env
+from jdkd import _backend, _dispatch, env
 from jdkd._backend import interpreting, use_backend
 from jdkd.errors import InputError
 from jdkd.functional import elastic_conv2d
-from jdkd.ops import elastic_paths
+from jdkd.ops import elastic_kernels
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.elastic_conv import convolve
 from jdkd.ops.elastic_implicit_gemm import implicit_gemm
-from jdkd.ops.elastic_paths import PATHS, Call, Product, Region, call_of, choose, dtype_of, explained
+from jdkd.ops.elastic_kernels import KERNELS, ConvCall, Product, TunedRange, call_of, dtype_of, explain, select
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
 from tests.dispatched import Dispatched
 from tests.ops.elastic_conv_cases import Problem, assert_close_as_eager, assert_within_twice, results
@@ -38,14 +38,14 @@ POINTWISE = {
 problems = pytest.mark.parametrize("problem", POINTWISE.values(), ids=POINTWISE)
 
 
-def _call(device: str = "cpu", dtype: torch.dtype = torch.float32, positions: int = 70, **changes) -> Call:
-    """A call that every path takes, and what is changed of it."""
+def _call(device: str = "cpu", dtype: torch.dtype = torch.float32, positions: int = 70, **changes) -> ConvCall:
+    """A call that every kernel takes, and what is changed of it."""
     product = Product(torch.device(device), dtype, positions, 16, 24)
-    return Call(product, (1, 1), (1, 1), (0, 0), 1, False, True, True)._replace(**changes)
+    return ConvCall(product, (1, 1), (1, 1), (0, 0), 1, False, True, True)._replace(**changes)
 
 
 @pytest.mark.parametrize(
-    ("changes", "path", "words"),
+    ("changes", "kernel", "words"),
     [
         ({}, "pointwise", None),
         ({"stride": (2, 2)}, "pointwise", None),
@@ -63,16 +63,16 @@ def _call(device: str = "cpu", dtype: torch.dtype = torch.float32, positions: in
     ],
     ids=str,
 )
-def test_every_call_has_its_path_and_the_reasons(backend, device, changes, path, words):
+def test_every_call_has_its_kernel_and_the_reasons(backend, device, changes, kernel, words):
     call = _call(device, **changes)
-    chosen, why, others = explained(call)
+    chosen, why, others = explain(call)
     if backend == "reference":
-        assert (chosen, choose(call)) == ("aten", "aten")
+        assert (chosen, select(call)) == ("aten", "aten")
         assert all(words in dict(others)["pointwise"] for words in [words or "the backend reference was asked for"])
         return
-    assert (chosen, choose(call)) == (path, path)
-    assert why.startswith("it was asked for") == (path != "aten")
-    assert [name for name, _ in others] == [row.name for row in PATHS if row.name != path]
+    assert (chosen, select(call)) == (kernel, kernel)
+    assert why.startswith("it was asked for") == (kernel != "aten")
+    assert [name for name, _ in others] == [row.name for row in KERNELS if row.name != kernel]
     if words:
         assert words in dict(others)["pointwise"]
     else:
@@ -81,27 +81,27 @@ def test_every_call_has_its_path_and_the_reasons(backend, device, changes, path,
 
 def test_a_kernel_waits_until_it_is_asked_for(monkeypatch, device):
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    assert elastic_paths.only_aten(device)
-    chosen, why, others = explained(_call(device))
+    assert elastic_kernels.only_aten(device)
+    chosen, why, others = explain(_call(device))
     assert chosen == "aten" and "nothing was measured on a GPU" in why
     assert all("JDKD_BACKEND=triton" in reason for _, reason in others)
     monkeypatch.setenv("JDKD_BACKEND", "triton")
-    assert not elastic_paths.only_aten(device) and choose(_call(device)) == "pointwise"
+    assert not elastic_kernels.only_aten(device) and select(_call(device)) == "pointwise"
     monkeypatch.setenv("JDKD_BACKEND", "cuda")  # of other operators
-    assert choose(_call(device)) == "aten"
+    assert select(_call(device)) == "aten"
 
 
 def test_a_request_that_cannot_run_is_refused(device):
     with use_backend("triton"), pytest.raises(InputError, match="float64"):
-        choose(_call(device, torch.float64))
+        select(_call(device, torch.float64))
     with use_backend("cuda"), pytest.raises(InputError, match="no backend 'cuda'"):
-        choose(_call(device))
+        select(_call(device))
 
 
 def test_a_choice_runs_no_operator():
     x = torch.randn(2, 16, 5, 7)
     with Dispatched() as dispatched:
-        explained(call_of(x, Channels(16), Channels(3), (3, 3), 1, "same", 1, 1))
+        explain(call_of(x, Channels(16), Channels(3), (3, 3), 1, "same", 1, 1))
     assert not {name for name in dispatched.names if name != "empty"}  # a table is asked for a device and a dtype
 
 
@@ -113,15 +113,15 @@ def _operators(problem: Problem, tensors: list[Tensor | None]) -> list[str]:
 
 @problems
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_the_pointwise_path_matches_float64(backend, device, problem, dtype):
+def test_the_pointwise_kernel_matches_float64(backend, device, problem, dtype):
     if backend == "reference":
-        pytest.skip("that is the path of ATen")
+        pytest.skip("that is ATen")
     names = ["elastic_pointwise_fwd", "elastic_pointwise_bwd"]
     assert _operators(problem, problem.tensors(dtype, device)) == names
     assert_within_twice(problem, dtype, device)
 
 
-def test_the_pointwise_path_computes_in_bfloat16(backend, device):
+def test_the_pointwise_kernel_computes_in_bfloat16(backend, device):
     problem = POINTWISE["odd"]
     tensors = problem.tensors(torch.bfloat16, device)
     found = results(problem.ours, tensors)
@@ -131,7 +131,7 @@ def test_the_pointwise_path_computes_in_bfloat16(backend, device):
 
 
 @problems
-def test_no_path_reads_inactive_weights_or_gives_them_a_gradient(backend, device, problem):
+def test_no_kernel_reads_inactive_weights_or_gives_them_a_gradient(backend, device, problem):
     x, weight, bias = problem.tensors(torch.float32, device)
     active = torch.zeros(weight.shape, dtype=torch.bool, device=device)
     active[torch.tensor(problem.rows)[:, None], torch.tensor(problem.columns)] = problem.centre.to(device)
@@ -200,51 +200,51 @@ def test_autocast_casts_what_it_casts_of_a_convolution(dtype):
 
 
 @pytest.fixture
-def measured(monkeypatch, device) -> Iterator[Region]:
-    """A region in which the 1x1 kernel is said to be the fastest here; nobody asks for a backend."""
+def measured(monkeypatch, device) -> Iterator[TunedRange]:
+    """A range in which the 1x1 kernel is said to be the fastest here; nobody asks for a backend."""
     if device == "cpu" and not interpreting():
         pytest.skip("no kernel runs on a CPU without Triton's interpreter")
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    kind = elastic_paths._kind(torch.device(device))
-    region = Region(kind, (torch.float32,), "a planted result", positions=(64, 128), out_channels=(8, 64))
-    planted = tuple(path._replace(fastest=(region,)) if path.name == "pointwise" else path for path in PATHS)
-    monkeypatch.setattr(elastic_paths, "PATHS", planted)
-    monkeypatch.setattr(elastic_paths, "_KERNELS", {path.name: path for path in planted[:2]})
-    elastic_paths._measured.clear()
-    yield region
-    elastic_paths._measured.clear()
+    kind = elastic_kernels._kind(torch.device(device))
+    tuned = TunedRange(kind, (torch.float32,), "a planted result", positions=(64, 128), out_channels=(8, 64))
+    planted = tuple(kernel._replace(tuned=(tuned,)) if kernel.name == "pointwise" else kernel for kernel in KERNELS)
+    monkeypatch.setattr(elastic_kernels, "KERNELS", planted)
+    monkeypatch.setattr(elastic_kernels, "_OWN", {kernel.name: kernel for kernel in planted[:2]})
+    elastic_kernels._measured.clear()
+    yield tuned
+    elastic_kernels._measured.clear()
 
 
 @by_dynamo
-def test_a_region_of_the_table_is_all_that_a_kernel_needs(measured, device):
+def test_a_range_of_the_table_is_all_that_a_kernel_needs(measured, device):
     problem = POINTWISE["leading"]
     tensors = problem.tensors(torch.float32, device)
     assert _operators(problem, tensors) == ["elastic_pointwise_fwd", "elastic_pointwise_bwd"]
     assert_within_twice(problem, torch.float32, device)
-    assert explained(_call(device))[:2] == ("pointwise", f"it measured fastest ({measured}); {PATHS[0].why}")
+    assert explain(_call(device))[:2] == ("pointwise", f"it measured fastest ({measured}); {KERNELS[0].why}")
     torch._dynamo.reset()
     compiled = torch.compile(problem.ours, fullgraph=True, backend="aot_eager")
     expected = results(problem.ours, tensors)
     for name, value in results(compiled, tensors, expected["dout"]).items():
         torch.testing.assert_close(value, expected[name], msg=name)
     with use_backend("reference"):
-        assert dict(explained(_call(device))[2])["pointwise"] == "the backend reference was asked for"
+        assert dict(explain(_call(device))[2])["pointwise"] == "the backend reference was asked for"
     assert "positions (64, 128), out_channels (8, 64), a planted result" in env.report()
 
 
 @pytest.mark.parametrize(
-    ("seen", "reason"), [(False, "it was checked on this device and not seen right"), (None, elastic_paths.NOT_YET)]
+    ("seen", "reason"), [(False, "it was checked on this device and not seen right"), (None, _dispatch.NOT_YET)]
 )
 def test_a_kernel_that_is_fastest_runs_only_where_it_was_seen_right(measured, monkeypatch, device, seen, reason):
     monkeypatch.setattr(_backend, "seen_right", lambda subject: subject.backend == "reference" or seen)
     call = _call(device)
-    assert choose(call) == "aten" and dict(explained(call)[2])["pointwise"] == reason
-    assert (call in elastic_paths._measured) == (seen is False)  # what is not checked yet is asked again
+    assert select(call) == "aten" and dict(explain(call)[2])["pointwise"] == reason
+    assert (call in elastic_kernels._measured) == (seen is False)  # what is not checked yet is asked again
     x = torch.empty(1, 16, 8, 8, device=device)
-    assert not elastic_paths.kernel_runs("pointwise", x, (1, 16, 8, 8), "forward")
+    assert not elastic_kernels.kernel_runs("pointwise", x, (1, 16, 8, 8), "forward")
 
 
-def test_a_region_reaches_into_the_operators(monkeypatch, measured, device):
+def test_a_range_reaches_into_the_operators(monkeypatch, measured, device):
     from jdkd.kernels import elastic_pointwise as kernels
 
     launched, launch = [], kernels.elastic_pointwise_fwd
@@ -257,15 +257,15 @@ def test_a_region_reaches_into_the_operators(monkeypatch, measured, device):
 @pytest.mark.parametrize(
     "outside", [{"positions": 63}, {"positions": 128}, {"dtype": torch.bfloat16}, {"kernel": (3, 3)}], ids=str
 )
-def test_outside_of_a_region_nothing_changes(measured, device, outside):
-    assert choose(_call(device)) == "pointwise"
-    assert choose(_call(device, **outside)) == "aten"
-    assert elastic_paths.only_aten("cpu" if device == "cuda" else "cuda"), "another device has no regions"
+def test_outside_of_a_range_nothing_changes(measured, device, outside):
+    assert select(_call(device)) == "pointwise"
+    assert select(_call(device, **outside)) == "aten"
+    assert elastic_kernels.only_aten("cpu" if device == "cuda" else "cuda"), "another device has no ranges"
 
 
 @by_dynamo
 @problems
-def test_a_path_compiles_into_one_graph(backend, device, problem):
+def test_a_kernel_compiles_into_one_graph(backend, device, problem):
     torch._dynamo.reset()
     tensors = problem.tensors(torch.float32, device)
     expected = results(problem.ours, tensors)
@@ -291,9 +291,9 @@ def test_the_operand_of_a_descriptor_has_rows_of_whole_16_bytes(monkeypatch, dty
 
 def test_the_report_shows_the_table(device):
     text = env.report()
-    for path in PATHS:
-        (line,) = (row for row in text.splitlines() if row.strip().startswith(f"elastic: {path.name} "))
-        assert path.when in line and path.why in line
+    for kernel in KERNELS:
+        (line,) = (row for row in text.splitlines() if row.strip().startswith(f"elastic: {kernel.name} "))
+        assert kernel.when in line and kernel.why in line
 
 
 def test_an_image_that_lies_both_ways_keeps_its_layout(backend, device):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from jdkd.nn import Candidate, ElasticGroups, score_candidates
-from tests.nn.candidate_models import Chain, assert_equal, counted, one_by_one
+from jdkd.experimental import PrunedCandidate, score_candidates
+from jdkd.nn import ElasticGroups
+from tests.experimental.candidate_models import Chain, assert_equal, counted, one_by_one
 from tests.nn.elastic_models import images
 
 
@@ -120,7 +121,7 @@ def test_what_ran_in_another_precision_is_not_given_again():
             return self.conv(self.block(x))
 
     model, x = Twice().eval(), images()
-    candidates = [Candidate(skip=["block"]), {}, Candidate(skip=["block"])]
+    candidates = [PrunedCandidate(skip=["block"]), {}, PrunedCandidate(skip=["block"])]
     for whole in (True, False):
         with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
             expected = one_by_one(model, candidates, x, ElasticGroups({}))
@@ -147,7 +148,7 @@ ALIASES = [nn.Dropout(), nn.Identity(), nn.Flatten(), nn.Unflatten(1, (2, 3)), n
 @pytest.mark.parametrize("alias", [*ALIASES, nn.Sequential(nn.Identity(), nn.Flatten())], ids=repr)
 def test_what_shares_memory_with_its_input_is_not_given_again(alias):
     model, x = Aliased(alias).eval(), images()
-    candidates = [Candidate(skip=["act"]), {}]
+    candidates = [PrunedCandidate(skip=["act"]), {}]
     expected = one_by_one(model, candidates, x, ElasticGroups({}))
     assert not torch.equal(*expected)
     assert_equal(score_candidates(model, candidates, x, ElasticGroups({})), expected)
@@ -183,7 +184,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_view_is_not_given_again_in_any_layout(make):
     model, x = Unequal(make).eval(), torch.randn(3, 4)
-    candidates = [Candidate(skip=["act"]), {}]
+    candidates = [PrunedCandidate(skip=["act"]), {}]
     expected = one_by_one(model, candidates, x, ElasticGroups({}))
     assert not torch.equal(*expected)
     assert_equal(score_candidates(model, candidates, x, ElasticGroups({})), expected)
@@ -215,7 +216,7 @@ SCORES = {
 def test_a_result_stays_when_a_later_candidate_writes_what_it_shares(score):
     block = nn.Sequential(Calling(torch.relu_), nn.Conv2d(6, 6, 1))
     model, x = nn.Sequential(nn.Conv2d(3, 6, 1), block).eval(), images()
-    candidates = [Candidate(skip=["1"]), {}]
+    candidates = [PrunedCandidate(skip=["1"]), {}]
     expected = one_by_one(model, candidates, x, ElasticGroups({}))
     found = score_candidates(model, candidates, x, ElasticGroups({}), score=score)
     for result, output in zip(found, expected, strict=True):
@@ -242,7 +243,7 @@ def test_what_a_result_holds_unseen_stays_when_a_later_candidate_writes_it(at):
 
     block = nn.Sequential(Calling(torch.relu_), nn.Conv2d(6, 6, 1))
     model, x = Writing(nn.Conv2d(3, 6, 1), block).eval(), images()
-    candidates, kept = [Candidate(skip=["1"]), {}], []
+    candidates, kept = [PrunedCandidate(skip=["1"]), {}], []
     expected = one_by_one(model, candidates, x, ElasticGroups({}))
     score = {"score": Held, "output": None, "elsewhere": lambda y: kept.append((y, y.clone()))}[at]
     found = score_candidates(model, candidates, x, ElasticGroups({}), score=score)
@@ -256,7 +257,7 @@ def test_what_a_hook_caught_stays_when_a_later_candidate_writes_it():
     block, caught = nn.Sequential(Calling(torch.relu_), nn.Conv2d(6, 6, 1)), []
     model, x = nn.Sequential(nn.Conv2d(3, 6, 1), block, nn.Identity()).eval(), images()
     model[2].register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    candidates = [Candidate(skip=["1"]), {}]
+    candidates = [PrunedCandidate(skip=["1"]), {}]
     expected = one_by_one(model, candidates, x, ElasticGroups({}))
     assert_equal(score_candidates(model, candidates, x, ElasticGroups({}), score=lambda _: caught[-1]), expected)
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from jdkd.nn.masked import Swap, swapped
+from jdkd.experimental.masked import Swap, swapped
 
 
 class _Entry(NamedTuple):
@@ -91,13 +91,13 @@ class OutputCache(TorchFunctionMode):
         if entry is not None and entry.holds(key):
             self._entries[place] = entry
             self._number(key, entry.tensors)
-            return unpacked(entry.structure, entry.tensors)
+            return unflatten(entry.structure, entry.tensors)
         del entry  # before memory is needed
         output = forward(*args, **kwargs)
-        made = packed(output)
+        made = flatten(output)
         if key is not None and made is not None:
             unwritten = self._key((module, part), args, kwargs) == key
-            if unwritten and not _may_alias(made[1], packed((args, kwargs))[1]):
+            if unwritten and not _may_alias(made[1], flatten((args, kwargs))[1]):
                 self._entries[place] = _Entry(key, *made, [tensor._version for tensor in made[1]])
             self._number(key, made[1])
         return output
@@ -108,14 +108,14 @@ class OutputCache(TorchFunctionMode):
             return func(*args, **kwargs)
         key = self._key(func, args, kwargs) if _is_determined(func.__name__) else None
         output = func(*args, **kwargs)
-        made = packed(output)
+        made = flatten(output)
         if key is not None and made is not None:
             self._number(key, made[1])
         return output
 
     def _key(self, function: Hashable, args: tuple, kwargs: dict[str, Any]) -> Hashable:
         """What an output depends on; None if that cannot be told."""
-        asked = packed((args, kwargs))
+        asked = flatten((args, kwargs))
         return asked and (function, asked[0], self._autocast(), tuple(map(self._number_of, asked[1])))
 
     def _autocast(self) -> Hashable:
@@ -172,7 +172,7 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
 
 
-class _Packer(pickle.Pickler):
+class _Flattener(pickle.Pickler):
     """Writes containers by value, and tensors by their place in a list."""
 
     def __init__(self, file: BytesIO) -> None:
@@ -188,23 +188,23 @@ class _Packer(pickle.Pickler):
         return None
 
 
-class _Unpacker(pickle.Unpickler):
+class _Rebuilder(pickle.Unpickler):
     def __init__(self, structure: bytes, tensors: Sequence[Tensor]) -> None:
         super().__init__(BytesIO(structure))
         self.persistent_load = tensors.__getitem__
 
 
-def packed(value: Any) -> tuple[bytes, list[Tensor]] | None:
+def flatten(value: Any) -> tuple[bytes, list[Tensor]] | None:
     """Parts what a function takes or gives into its structure and its tensors; None where that cannot be done."""
-    packer = _Packer(file := BytesIO())
+    flattener = _Flattener(file := BytesIO())
     try:
         with torch._C.DisableTorchFunction():
-            packer.dump(value)
+            flattener.dump(value)
     except (pickle.PicklingError, AttributeError, TypeError):
         return None
-    return file.getvalue(), packer.tensors
+    return file.getvalue(), flattener.tensors
 
 
-def unpacked(structure: bytes, tensors: Sequence[Tensor]) -> Any:
-    """The value that :func:`packed` parted, in containers of its own."""
-    return _Unpacker(structure, tensors).load()
+def unflatten(structure: bytes, tensors: Sequence[Tensor]) -> Any:
+    """The value that :func:`flatten` parted, in containers of its own."""
+    return _Rebuilder(structure, tensors).load()

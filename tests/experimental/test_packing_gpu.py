@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdkd.nn import pack_forwards, packed, set_subnet
+from jdkd.experimental import pack_forwards, packed
+from jdkd.nn import set_subnet
+from tests.experimental.packing_cases import SUBNETS
 from tests.nn.elastic_models import images, supernet
-from tests.nn.packing_cases import SUBNETS
 
 pytestmark = pytest.mark.gpu
 scopes = pytest.mark.parametrize("scope", [packed, pack_forwards])

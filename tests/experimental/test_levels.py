@@ -8,17 +8,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from jdkd.errors import InputError
-from jdkd.nn import (
-    ElasticConv2d,
-    ElasticGroups,
-    ElasticLevelsConv2d,
-    LevelsConv2d,
-    Subnet,
-    compile_elastic,
-    export,
-    packed,
-    set_subnet,
-)
+from jdkd.experimental import ElasticLevelsConv2d, LevelsConv2d, compile_elastic, packed
+from jdkd.nn import ElasticConv2d, ElasticGroups, Subnet, export, set_subnet
 
 CHANNELS = [
     pytest.param(None, None, None, id="all"),

@@ -1,0 +1,23 @@
+"""How the elements of an image lie in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from jdkd.ops.transforms import is_transformed
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` ``[N, C, H, W]`` is dense channels-last and nothing else."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """The dense layout of what is made of ``x`` ``[N, C, H, W]``: channels-last where ``x`` is nothing else."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+
+def in_layout(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+    """A tensor made dense in a layout, in which vmap has no tensors."""
+    return tensor if is_transformed() else tensor.contiguous(memory_format=layout)
