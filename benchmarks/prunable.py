@@ -276,8 +276,9 @@ def frozen_parameters(model: nn.Module, topology: Topology) -> dict[str, int]:
 def row(family: str, backbone: str) -> dict[str, Any]:
     """One detector, measured."""
     torch.manual_seed(0)
-    model = detector(family, backbone).eval()
-    model.architecture = Architecture("benchmarks.prunable:detector", {"family": family, "backbone": backbone})
+    architecture = Architecture("benchmarks.prunable:detector", {"family": family, "backbone": backbone})
+    model = build(architecture).eval()
+    model.architecture = architecture
     begin = time.process_time()
     topology = read(model)
     traced = time.process_time()
