@@ -360,7 +360,10 @@ def _frozen(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         for reason, number in each["frozen_parameters"].items()
     ]
     worst = {reason: (share, who) for share, reason, who in sorted(found)}
-    return [(reason, f"{share:.3f}", who) for reason, (share, who) in sorted(worst.items(), key=lambda e: -e[1][0])]
+    return [
+        (reason, f"{share:.3f}" if share >= 0.001 else "< 0.001", who)
+        for reason, (share, who) in sorted(worst.items(), key=lambda each: -each[1][0])
+    ]
 
 
 def _markdown(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
