@@ -7,7 +7,7 @@ from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_block import ElasticBlock
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
-from jdkd.nn.elastic_norm import ElasticFrozenBatchNorm2d, ElasticGroupNorm, ElasticLayerNorm
+from jdkd.nn.elastic_norm import ElasticFrozenBatchNorm2d, ElasticGroupNorm
 from jdkd.nn.exchange import as_elastic, as_elastic_block, as_plain
 from jdkd.nn.pearson import DISTLoss, PearsonTap, PKDLoss
 from jdkd.nn.recomputation import checkpoint
@@ -23,7 +23,6 @@ __all__ = [
     "ElasticFrozenBatchNorm2d",
     "ElasticGroupNorm",
     "ElasticGroups",
-    "ElasticLayerNorm",
     "ElasticLinear",
     "PKDLoss",
     "PearsonTap",

@@ -1,4 +1,4 @@
-"""Elastic forms of the norms that keep no running statistics: frozen batch norm, group norm, layer norm."""
+"""Elastic forms of the norms that keep no running statistics: frozen batch norm and group norm."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ class _Norm(NamedTuple):
 
 class ElasticNorm(Elastic):
     """A norm of the active channels, built as its plain layer, with its state dict."""
-
-    _dim = 1  # of the input, where the channels are
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -61,7 +59,7 @@ class ElasticNorm(Elastic):
         if isinstance(x, Proxy):
             return as_node(self, x, x)
         active = self._now().channels
-        check_channels(x, active.count, dim=self._dim, where=type(self).__name__)
+        check_channels(x, active.count, dim=1, where=type(self).__name__)
         if active.index is None and active.count == self._size:
             return super().forward(x)
         return self._normalised(x, active)
@@ -114,25 +112,6 @@ def _are_runs(index: Tensor, length: int) -> bool:
         return True
     runs = index.reshape(-1, length)
     return bool((runs[:, :1] % length == 0).all() and (runs.diff(dim=1) == 1).all())
-
-
-class ElasticLayerNorm(ElasticNorm, nn.LayerNorm):
-    """Layer normalisation over the active ones of its channels, the last dimension; built as ``nn.LayerNorm``."""
-
-    _dim = -1
-
-    @property
-    def _size(self) -> int:
-        return self.normalized_shape[-1]
-
-    def _normalised(self, x: Tensor, active: Channels) -> Tensor:
-        return F.layer_norm(x, (active.count,), part_of(self.weight, active), part_of(self.bias, active), self.eps)
-
-    def export(self) -> nn.LayerNorm:
-        """Returns: a plain layer normalisation with a copy of the active channels, equal in output."""
-        active = self._record.active.channels
-        plain = nn.LayerNorm(active.count, self.eps, self.elementwise_affine, self.bias is not None, device="meta")
-        return filled(plain, self, weight=part_of(self.weight, active), bias=part_of(self.bias, active))
 
 
 class ElasticFrozenBatchNorm2d(ElasticNorm):

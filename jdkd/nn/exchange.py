@@ -13,14 +13,13 @@ from jdkd.nn.elastic_batch_norm import ElasticBatchNorm2d
 from jdkd.nn.elastic_block import elastic_block_class
 from jdkd.nn.elastic_conv import ElasticConv2d
 from jdkd.nn.elastic_linear import ElasticLinear
-from jdkd.nn.elastic_norm import ElasticGroupNorm, ElasticLayerNorm, frozen_class
+from jdkd.nn.elastic_norm import ElasticGroupNorm, frozen_class
 
 CLASSES: dict[type[nn.Module], type[Elastic]] = {
     nn.Conv2d: ElasticConv2d,
     nn.BatchNorm2d: ElasticBatchNorm2d,
     nn.Linear: ElasticLinear,
     nn.GroupNorm: ElasticGroupNorm,
-    nn.LayerNorm: ElasticLayerNorm,
 }
 _OWN = "_record", "_packing", "_packed", "_in_regions"  # attributes of an elastic module that a plain one has not
 

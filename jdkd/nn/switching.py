@@ -125,7 +125,7 @@ def export(model: nn.Module) -> nn.Module:
             plain[id(module)] = module.exported(plain)
         elif isinstance(module, ElasticBlock):
             plain[id(module)] = as_plain(copy.deepcopy(module, plain)) if module.is_active else nn.Identity()
-            gone += [] if module.is_active else [path]
+            gone = gone if module.is_active else [*(inner for inner in gone if not inner.startswith(f"{path}.")), path]
         elif isinstance(module, Elastic):
             plain[id(module)] = module.export()
     exported = copy.deepcopy(model, plain)

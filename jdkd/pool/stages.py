@@ -78,5 +78,5 @@ def rounded_units(group: ChannelGroup, units: float) -> int:
 
 def copied_block(blocks: BlockList) -> int | None:
     """The last block of a list whose copy can be born as the identity, by its place; None where there is none."""
-    able = [place for place, ends in enumerate(blocks.ends) if ends and all(ends)]
+    able = [place for place, (_, can) in enumerate(blocks.identities()) if can]
     return able[-1] if able else None
