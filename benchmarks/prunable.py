@@ -276,8 +276,9 @@ def frozen_parameters(model: nn.Module, topology: Topology) -> dict[str, int]:
 def row(family: str, backbone: str) -> dict[str, Any]:
     """One detector, measured."""
     torch.manual_seed(0)
-    model = detector(family, backbone).eval()
-    model.architecture = Architecture("benchmarks.prunable:detector", {"family": family, "backbone": backbone})
+    architecture = Architecture("benchmarks.prunable:detector", {"family": family, "backbone": backbone})
+    model = build(architecture).eval()
+    model.architecture = architecture
     begin = time.process_time()
     topology = read(model)
     traced = time.process_time()
@@ -359,7 +360,10 @@ def _frozen(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         for reason, number in each["frozen_parameters"].items()
     ]
     worst = {reason: (share, who) for share, reason, who in sorted(found)}
-    return [(reason, f"{share:.3f}", who) for reason, (share, who) in sorted(worst.items(), key=lambda e: -e[1][0])]
+    return [
+        (reason, f"{share:.3f}" if share >= 0.001 else "< 0.001", who)
+        for reason, (share, who) in sorted(worst.items(), key=lambda each: -each[1][0])
+    ]
 
 
 def _markdown(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:

@@ -127,6 +127,43 @@ def test_what_mixes_channels_freezes_them_and_is_named(mixing, reason):
     assert reason in frozen.reason
 
 
+def normed(norm):
+    return Net(
+        lambda m, x: m.c(m.n(m.a(x).movedim(1, -1)).movedim(-1, 1) if norm is nn.LayerNorm else m.n(m.a(x))),
+        a=nn.Conv2d(3, 8, 1),
+        n=nn.LayerNorm(8) if norm is nn.LayerNorm else norm(4, 8),
+        c=nn.Conv2d(8, 2, 1),
+    )
+
+
+def shifted(register):
+    model = Net(lambda m, x: m.c(m.a(x) + m.shift), a=nn.Conv2d(3, 8, 1), c=nn.Conv2d(8, 2, 1))
+    shift = torch.arange(8.0).view(8, 1, 1)
+    model.register_buffer("shift", shift) if register else setattr(model, "shift", shift)
+    return model
+
+
+def doubled():
+    return Net(lambda m, x: m.c(torch.ops.jdkd_tests.twice(m.a(x))), a=nn.Conv2d(3, 8, 1), c=nn.Conv2d(8, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("stuck", "words", "freed", "declared"),
+    [
+        (normed(nn.LayerNorm), "in n; with fewer the others would change; a batch norm, or a group norm of several",
+         normed(nn.GroupNorm), None),
+        (shifted(False), "if there is one for each channel, make it a parameter or buffer of the model", shifted(True),
+         None),
+        (doubled(), "jdkd.graph.Declaration(operators={'jdkd_tests::twice': ...}) can say what it does", doubled(),
+         Declaration(operators={"jdkd_tests::twice": "pointwise"})),
+    ],
+)  # fmt: skip
+def test_doing_what_a_reason_says_frees_the_channels(stuck, words, freed, declared):
+    topology = trace(stuck, X)
+    assert not topology.groups and any(words in frozen.reason for frozen in topology.frozen)
+    assert [group.name for group in trace(freed, X, declared=declared).groups] == ["a"]
+
+
 def test_numbers_that_code_holds_on_to_are_found_by_comparing():
     model = Net(lambda m, x: m.c(m.a(x).view(2, 8, -1).view(2, 8, 16, 16)), a=nn.Conv2d(3, 8, 1), c=nn.Conv2d(8, 2, 1))
     topology = verify(model, trace(model, X), X)
