@@ -20,7 +20,7 @@ from torch import nn
 
 from benchmarks import record
 from benchmarks.record import Row
-from jdkd.latency import LatencyReport, count, deployable, measure
+from jdkd.latency import LatencyReport, fuse_for_inference, measure, profile_cost
 from jdkd.latency.cost import Cost
 from jdkd.latency.protocol import MODES
 
@@ -85,8 +85,8 @@ def measured(
     """
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator) for _ in range(IMAGES)]
-    shipped = {name: deployable(model) for name, model in models.items()}
-    costs = {name: count(model.to(device), size) for name, model in models.items()}
+    shipped = {name: fuse_for_inference(model) for name, model in models.items()}
+    costs = {name: profile_cost(model.to(device), size) for name, model in models.items()}
     base, *students = shipped
     for name in students or [base]:
         for mode in MODES:
@@ -104,7 +104,7 @@ def rows(report: LatencyReport, costs: Mapping[str, Cost], weights: str) -> list
 
     Args:
         report: the measurement.
-        costs: of the detectors by name, before they were made deployable.
+        costs: of the detectors by name, before they were fused.
         weights: ``random`` or ``trained``.
     """
     stored = report.to_json()

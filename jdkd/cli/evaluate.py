@@ -36,7 +36,7 @@ class Eval:
         from jdkd.data import CocoDetectionDataset
         from jdkd.detect import load
         from jdkd.detect.contract import identity
-        from jdkd.latency import count, deployable
+        from jdkd.latency import fuse_for_inference, profile_cost
         from jdkd.train import evaluate
 
         device = resolve_device(self.device)
@@ -46,7 +46,7 @@ class Eval:
         with Progress() as progress:
             dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
             scores = evaluate(
-                deployable(model),
+                fuse_for_inference(model),
                 dataset,
                 device=device,
                 batch_size=self.batch_size,
@@ -54,7 +54,7 @@ class Eval:
                 max_detections=self.max_detections,
                 progress=progress.task("evaluate"),
             )
-        cost = count(model, otherwise=dataset.sizes[0][1:])
+        cost = profile_cost(model, otherwise=dataset.sizes[0][1:])
         print(scores.text)
         content = {
             **scores.numbers,

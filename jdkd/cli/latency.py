@@ -52,7 +52,7 @@ class Latency:
         from rich.console import Console
 
         from jdkd.detect import load
-        from jdkd.latency import count, deployable, measure
+        from jdkd.latency import fuse_for_inference, measure, profile_cost
 
         device = resolve_device(self.device)
         if self.count < 1:
@@ -64,7 +64,7 @@ class Latency:
         images, origin = self._images()
         with Progress() as progress:
             report = measure(
-                {name: deployable(model) for name, model in detectors.items()},
+                {name: fuse_for_inference(model) for name, model in detectors.items()},
                 images,
                 device=device,
                 rounds=self.rounds,
@@ -72,7 +72,7 @@ class Latency:
                 batch_size=self.batch_size,
                 progress=progress.task("latency"),
             )
-        costs = {name: count(model, otherwise=tuple(images[0].shape[1:])) for name, model in detectors.items()}
+        costs = {name: profile_cost(model, otherwise=tuple(images[0].shape[1:])) for name, model in detectors.items()}
         if self.out is not None:
             cost = {name: {"params": one.params, "gmacs": one.gmacs} for name, one in costs.items()}
             write_json(self.out, {**report.to_json(), "cost": cost, "origin": origin})

@@ -86,7 +86,7 @@ class Train:
     def __call__(self) -> None:
         from jdkd.data.splits import whereabouts
         from jdkd.detect import save
-        from jdkd.latency import deployable
+        from jdkd.latency import fuse_for_inference
         from jdkd.train import evaluate, fit
         from jdkd.train.inputs import with_targets_of
 
@@ -111,7 +111,7 @@ class Train:
                 report = fit(model, train, config, **how, progress=progress.task("train"))
                 save(self.out, model)
                 scored = {"device": device, "batch_size": self.batch_size, "workers": self.workers}
-                scores = evaluate(deployable(model), val, **scored, progress=progress.task("evaluate"))
+                scores = evaluate(fuse_for_inference(model), val, **scored, progress=progress.task("evaluate"))
             content = _summary(model, scores, report, val.sizes[0][1:]) | {
                 "config": dataclasses.asdict(config),
                 "device": device,
@@ -255,9 +255,9 @@ def _open(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionD
 
 def _summary(model: Any, scores: Any, report: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Scores, cost and what the training took, JSON-able; ``size`` is of an image."""
-    from jdkd.latency import count
+    from jdkd.latency import profile_cost
 
-    cost = count(model, otherwise=size)
+    cost = profile_cost(model, otherwise=size)
     return {
         **scores.numbers,
         "params": cost.params,

@@ -17,7 +17,7 @@ from jdkd.data.masks import read_segmentations
 from jdkd.data.problems import Problem
 from jdkd.data.splits import Split
 
-Progress = Callable[[int, int], object]
+ProgressCallback = Callable[[int, int], object]
 
 SEVERITIES = ("error", "repair", "warning")
 READERS = 8  # threads; most of their time is waiting for the disk
@@ -63,7 +63,7 @@ def count_by_severity(problems: Sequence[Problem]) -> str:
     return ", ".join(f"{counts[one]:,} {one}{'s' if counts[one] > 1 else ''}" for one in SEVERITIES if counts[one])
 
 
-def inspect_split(split: Split, *, decode: bool = False, progress: Progress | None = None) -> Inspection:
+def inspect_split(split: Split, *, decode: bool = False, progress: ProgressCallback | None = None) -> Inspection:
     """Find everything that is wrong with a split.
 
     Args:

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from jdkd.data.annotations import Annotations
-from jdkd.data.checking import Progress, inspect_split
+from jdkd.data.checking import ProgressCallback, inspect_split
 from jdkd.data.images import read_image
 from jdkd.data.masks import Segmentations
 from jdkd.data.problems import refuse
@@ -58,7 +58,7 @@ class CocoDetectionDataset(Dataset):
             are missing, truncated or of another size; reading an item raises it for an image that cannot be decoded.
     """
 
-    def __init__(self, split: Split, progress: Progress | None = None) -> None:
+    def __init__(self, split: Split, progress: ProgressCallback | None = None) -> None:
         self.split = split
         found = inspect_split(split, progress=progress)
         refuse(found.problems, split.strict)

@@ -1,8 +1,8 @@
 """Latency that can be believed: interleaved, warm, with raw samples, of the artefact that is scored."""
 
-from jdkd.latency.cost import Cost, count
-from jdkd.latency.deployable import deployable
-from jdkd.latency.protocol import QUICK, REPORTED, Schedule, measure, quick
+from jdkd.latency.cost import Cost, profile_cost
+from jdkd.latency.folding import fuse_for_inference
+from jdkd.latency.protocol import QUICK, REPORTED, Schedule, measure, measure_quick
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency, Ratio, bootstrap_ratio, percentile
 
@@ -16,9 +16,9 @@ __all__ = [
     "Ratio",
     "Schedule",
     "bootstrap_ratio",
-    "count",
-    "deployable",
+    "fuse_for_inference",
     "measure",
+    "measure_quick",
     "percentile",
-    "quick",
+    "profile_cost",
 ]

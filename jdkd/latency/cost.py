@@ -1,4 +1,4 @@
-"""See :func:`count`."""
+"""See :func:`profile_cost`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ class Cost:
     size: tuple[int, int]
 
 
-def count(model: nn.Module, size: tuple[int, int] | None = None, *, otherwise: tuple[int, int] | None = None) -> Cost:
+def profile_cost(
+    model: nn.Module, size: tuple[int, int] | None = None, *, otherwise: tuple[int, int] | None = None
+) -> Cost:
     """Count parameters and multiply-accumulates of a detector for one image.
 
     A two-stage detector is charged with as many proposals as its RPN may keep, whatever its weights propose,
@@ -51,7 +53,7 @@ def count(model: nn.Module, size: tuple[int, int] | None = None, *, otherwise: t
     Raises:
         InputError: the model is no detector or is scripted, or its input size is not known and not given.
     """
-    not_scripted(model, "count")
+    not_scripted(model, "profile_cost")
     model = unwrapped(model)
     fix_roi_scales(model)
     size = size or _input_size(model, otherwise)
@@ -75,7 +77,7 @@ def _input_size(model: nn.Module, otherwise: tuple[int, int] | None) -> tuple[in
         return otherwise
     if transform is None:
         raise InputError(
-            f"count does not know the input size of a {type(model).__name__}, which has no torchvision transform; give "
-            "size=(height, width)"
+            f"profile_cost does not know the input size of a {type(model).__name__}, which has no torchvision "
+            "transform; give size=(height, width)"
         )
     return transform.min_size[-1], max(transform.min_size[-1], transform.max_size)

@@ -19,7 +19,7 @@ from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.latency.calls import TimedCall, backbone_replay, check_images, end_to_end, model_only
 from jdkd.latency.clock import Clock, clock_for, environment, gpu_state
-from jdkd.latency.deployable import batch_norms
+from jdkd.latency.folding import batch_norms
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency, percentile
 
@@ -154,7 +154,7 @@ def measure(
     """Time detectors against each other, interleaved in this process.
 
     The first model is the base that ratios refer to. Models are timed as they are given, so that the artefact
-    that is timed is the one that is scored; pass them through :func:`jdkd.latency.deployable` first. Use
+    that is timed is the one that is scored; pass them through :func:`jdkd.latency.fuse_for_inference` first. Use
     trained weights: the cost of NMS depends on the detections.
 
     Args:
@@ -203,7 +203,7 @@ def measure(
     )
 
 
-def quick(models: Mapping[str, nn.Module], images: Sequence[Tensor], **options: Any) -> LatencyReport:
+def measure_quick(models: Mapping[str, nn.Module], images: Sequence[Tensor], **options: Any) -> LatencyReport:
     """:func:`measure` with few rounds, a short warm-up and end-to-end only: for candidates during a search.
 
     Args:
@@ -238,7 +238,9 @@ def _check(models: Mapping[str, nn.Module], images: Sequence[Tensor], batch_size
     for name, model in models.items():
         require_visible(model, [(f"images[{i}]", *image.shape[1:]) for i, image in enumerate(images)])
         if model.training:
-            raise InputError(f"model {name!r} is in training mode; pass jdkd.latency.deployable(model) or model.eval()")
+            raise InputError(
+                f"model {name!r} is in training mode; pass jdkd.latency.fuse_for_inference(model) or model.eval()"
+            )
 
 
 def _is_enough(rounds: int, seconds: float, schedule: Schedule) -> bool:

@@ -183,7 +183,7 @@ def _same_entry(p: Any, q: Any) -> bool:
     return on_host and torch.equal(p.index, q.index)
 
 
-def explained(layer: nn.Module, error: InputError) -> InputError:
+def set_active_error(layer: nn.Module, error: InputError) -> InputError:
     """The error of a layer's own ``set_active``."""
     return InputError(f"{type(layer).__name__}.set_active: {error}")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.elastic import active_over_all, explained, filled, part_of
+from jdkd.nn.elastic import active_over_all, filled, part_of, set_active_error
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
@@ -127,7 +127,7 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         try:
             part = self.part(in_channels, out_channels, kernel_size)
         except InputError as error:
-            raise explained(self, error) from None
+            raise set_active_error(self, error) from None
         self._put(part)
 
     def part(

@@ -18,7 +18,7 @@ from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
 from jdkd.graph import Topology
 from jdkd.notices import say_once
-from jdkd.pool.shrinking import PoolTrainConfig, Progress, calibrate, progressive_shrinking
+from jdkd.pool.shrinking import PoolTrainConfig, ProgressCallback, calibrate, progressive_shrinking
 from jdkd.pool.space import Space, Subnet
 from jdkd.pool.supernet import Supernet, grow_base
 from jdkd.train import evaluate
@@ -89,7 +89,7 @@ class TeacherPool:
         return ScoredSubnet(subnet, score, parameter_count(teacher), sum(distances) / len(distances))
 
     def score_members(
-        self, subnets: Sequence[Subnet], base: nn.Module, selection: Any, progress: Progress | None = None
+        self, subnets: Sequence[Subnet], base: nn.Module, selection: Any, progress: ProgressCallback | None = None
     ) -> None:
         """Scores these subnets, each once, on these images; they become the members, best first."""
         members = []
@@ -113,7 +113,7 @@ def train_pool(
     scored: int = 6,
     device: torch.device | str = "cpu",
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> TeacherPool:
     """Grows a pool from a base detector and trains it by integrated progressive shrinking.
 

@@ -23,7 +23,7 @@ from jdkd.pool.supernet import Supernet
 from jdkd.train import TrainConfig, calibrate_bn, fit
 from jdkd.train.engine import Losses
 
-Progress = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, losses
+ProgressCallback = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, losses
 CALIBRATION_BATCHES = 8
 
 
@@ -85,7 +85,7 @@ def progressive_shrinking(
     *,
     device: torch.device | str,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> None:
     """Trains a supernet through the phases of its training, in place.
 

@@ -17,7 +17,7 @@ from jdkd.detect.contract import architecture_of
 from jdkd.errors import InputError
 from jdkd.files import content_hash
 from jdkd.graph import Topology
-from jdkd.latency import QUICK, REPORTED, deployable, measure
+from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure
 from jdkd.latency.clock import environment
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
@@ -35,7 +35,7 @@ MATERIAL = (
     *("feature_weight", "head_weight", "resolutions"),
 )  # settings that make a search the one it is
 
-Progress = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, values
+ProgressCallback = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, values
 
 
 @dataclass
@@ -61,7 +61,7 @@ class SearchContext:
     selection: Part
     report: Part
     timing_images: list[Tensor]
-    progress: Progress
+    progress: ProgressCallback
 
     @property
     def image_sizes(self) -> list[tuple[str, int, int]]:
@@ -96,7 +96,7 @@ class SearchContext:
         """
         config, base = self.config, self.base_id
         models = {base: self.deployed_base}
-        models |= {id_: deployable(model) for id_, model in detectors.items() if id_ != base}
+        models |= {id_: fuse_for_inference(model) for id_, model in detectors.items() if id_ != base}
         schedule, rounds = vars(QUICK), config.latency_rounds
         if stage == LONG:
             schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
@@ -153,7 +153,7 @@ class SearchContext:
         return {"data": data, "base": str(config.base.resolve()), "device": config.device}
 
 
-def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
+def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchContext:
     """Loads the base and the data.
 
     Raises:
@@ -191,7 +191,7 @@ def open_context(config: SearchConfig, progress: Progress) -> SearchContext:
             "teachers teach; name the module that does with jdkd.detect.adopt(..., pyramid=)."
         )
     progress("reading the base", 1, 1, {})
-    return SearchContext(config, base, topology, deployable(base), train, selection, report, images, progress)
+    return SearchContext(config, base, topology, fuse_for_inference(base), train, selection, report, images, progress)
 
 
 def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetectionDataset) -> None:

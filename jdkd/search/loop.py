@@ -25,14 +25,14 @@ from jdkd.detect.contract import architecture_of
 from jdkd.distill import Distiller
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
-from jdkd.latency import count, deployable
+from jdkd.latency import fuse_for_inference, profile_cost
 from jdkd.notices import say_once
 from jdkd.pool import PoolTrainConfig, ScoredSubnet, Subnet, TeacherPool, load_pool, train_pool
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle
 from jdkd.search.choice import fitness, pareto_front
 from jdkd.search.config import Plan, SearchConfig, plan
-from jdkd.search.context import Progress, SearchContext, open_context, say_if_trained_elsewhere
+from jdkd.search.context import ProgressCallback, SearchContext, open_context, say_if_trained_elsewhere
 from jdkd.search.matching import match
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.screening import screen
@@ -56,7 +56,7 @@ class Decision:
     new_teacher: bool
 
 
-def search(config: SearchConfig, progress: Progress | None = None) -> dict[str, Any]:
+def search(config: SearchConfig, progress: ProgressCallback | None = None) -> dict[str, Any]:
     """Runs the joint search and writes everything it finds into ``config.out``.
 
     Args:
@@ -297,14 +297,14 @@ def _measured(detector: nn.Module, context: SearchContext) -> tuple[Timing, dict
     """Times a detector and scores it on the images that select, as it would be deployed."""
     config, own = context.config, architecture_of(detector, "search").id
     scores = evaluate(
-        deployable(detector), context.selection.dataset, device=config.device, batch_size=config.batch_size
+        fuse_for_inference(detector), context.selection.dataset, device=config.device, batch_size=config.batch_size
     )
     return context.timed({own: detector})[own], {"map": scores.map, "map50": scores.map50}
 
 
 def _architecture(detector: nn.Module, context: SearchContext) -> dict[str, Any]:
     """What an archive says of an architecture, besides its latency."""
-    cost = count(detector, tuple(context.timing_images[0].shape[1:]))
+    cost = profile_cost(detector, tuple(context.timing_images[0].shape[1:]))
     known = architecture_of(detector, "search")
     return {"architecture": known, "architecture_id": known.id, "params": cost.params, "gmacs": cost.gmacs}
 

@@ -11,7 +11,7 @@ from torch import nn
 from jdkd.detect import load, save
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
-from jdkd.latency import Latency, Ratio, count, deployable
+from jdkd.latency import Latency, Ratio, fuse_for_inference, profile_cost
 from jdkd.notices import say_once
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate, Cycle
@@ -119,8 +119,10 @@ def _control(name: str, cycles: tuple[Cycle, ...], context: SearchContext) -> nn
 
 def _row(detector: nn.Module, latency: Latency, ratio: Ratio, steps: int, context: SearchContext) -> dict[str, Any]:
     config = context.config
-    scores = evaluate(deployable(detector), context.report.dataset, device=config.device, batch_size=config.batch_size)
-    cost = count(detector, tuple(context.timing_images[0].shape[1:]))
+    scores = evaluate(
+        fuse_for_inference(detector), context.report.dataset, device=config.device, batch_size=config.batch_size
+    )
+    cost = profile_cost(detector, tuple(context.timing_images[0].shape[1:]))
     return {
         "map": scores.map,
         "map50": scores.map50,

@@ -22,13 +22,13 @@ class DivergenceError(ModelError):
         self.what = what
 
 
-class Watch:
+class NonFiniteMonitor:
     """Remembers, where the values live, the first step at which each watched value was not finite."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, ...], Tensor] = {}
 
-    def see(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
+    def observe(self, step: int, names: tuple[str, ...], values: Tensor) -> None:
         """Takes in the values (``[len(names)]``) of a step, without a host synchronisation."""
         seen = torch.full_like(values, NEVER, dtype=torch.int64, requires_grad=False)  # [len(names)]
         seen.masked_fill_(~torch.isfinite(values.detach()), step)

@@ -18,7 +18,7 @@ from jdkd.errors import InputError, ModelError
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
-from jdkd.train.divergence import DivergenceError, Watch
+from jdkd.train.divergence import DivergenceError, NonFiniteMonitor
 from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
 from jdkd.train.log import Log
@@ -30,7 +30,7 @@ LEAST_SCALE = 2.0**-8  # a loss scale that sank so far means that the gradient i
 Losses = Callable[[list[Tensor], list[dict[str, Tensor]], int], Iterable[dict[str, Tensor]]]
 
 
-class Progress(Protocol):
+class ProgressCallback(Protocol):
     """Called after every step with how far a training is; ``losses`` are those of the last log line."""
 
     def __call__(self, step: int, total: int, losses: dict[str, float]) -> None: ...
@@ -54,7 +54,7 @@ def fit(
     losses: Losses | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> FitReport:
     """Trains a detector in place, for one cycle of the learning rate with a fresh optimizer.
 
@@ -107,7 +107,7 @@ def fit(
                 if progress:
                     progress(run.step, config.steps, run.losses)
         except KeyboardInterrupt:
-            if home and run.between_steps and run.watch.first() is None:
+            if home and run.between_steps and run.monitor.first() is None:
                 home.save()
             raise
         finally:
@@ -142,7 +142,7 @@ class _Run:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scales = slimmable_scales(model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        self.watch = Watch()
+        self.monitor = NonFiniteMonitor()
         self.kept = "no checkpoint was kept, as no folder was given"
         self.step = 0
         self.between_steps = True
@@ -202,7 +202,7 @@ class _Run:
 
     def check(self) -> None:
         """Raises DivergenceError if anything so far was not finite."""
-        if found := self.watch.first():
+        if found := self.monitor.first():
             self._diverged(*found)
 
     def state(self) -> dict[str, Any]:
@@ -255,7 +255,7 @@ class _Run:
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
 
     def _see(self, names: tuple[str, ...], values: Tensor) -> None:
-        self.watch.see(self.step + 1, names, values)
+        self.monitor.observe(self.step + 1, names, values)
         if not self.on_gpu:
             self.check()
 

@@ -50,9 +50,7 @@ class Elsewhere(nn.Module):
         )
         loss = None
         if labels is not None:
-            wanted = torch.stack(
-                [F.one_hot(each, logits.shape[2]).sum(0).clamp(max=1).float() for each in labels]
-            )
+            wanted = torch.stack([F.one_hot(each, logits.shape[2]).sum(0).clamp(max=1).float() for each in labels])
             loss = F.binary_cross_entropy_with_logits(logits.amax(1), wanted)
         return Output(loss, logits, boxes.sigmoid())
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from jdkd.detect import adopt, load, load_weights, open_model, read, save
 from jdkd.distill import Distiller, attach, correlations, pyramids
 from jdkd.errors import InputError
-from jdkd.latency import count, deployable, measure
+from jdkd.latency import fuse_for_inference, measure, profile_cost
 from jdkd.rewrite import Rewrite
 from jdkd.train import TrainConfig, calibrate_bn, evaluate, fit
 from tests.detect.elsewhere import Elsewhere, losses, make, predict
@@ -83,9 +83,9 @@ def test_it_is_trained_calibrated_scored_and_timed(pruned, tmp_path):
     assert not torch.equal(pruned.model.encoder.stem[0][1].running_var, variance)
     assert 0 <= evaluate(pruned, scenes, device="cpu").map <= 1
     base = make()
-    assert count(pruned, (64, 64)).gmacs < count(base, (64, 64)).gmacs
+    assert profile_cost(pruned, (64, 64)).gmacs < profile_cost(base, (64, 64)).gmacs
     once = {"rounds": 1, "min_seconds": 0, "warmup_seconds": 0, "warmup_limit": 0}
-    report = measure({"base": deployable(base), "cut": deployable(pruned)}, [scenes[0][0]], **once)
+    report = measure({"base": fuse_for_inference(base), "cut": fuse_for_inference(pruned)}, [scenes[0][0]], **once)
     assert report.models["cut"].modes().keys() == {"end_to_end"}
     assert report.models["cut"].facts["batch_norms"] == 0
 

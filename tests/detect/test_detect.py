@@ -14,7 +14,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from jdkd.detect import DetectorSpec, build, load, named_spec, read, save
 from jdkd.detect.contract import architecture_of, identity
 from jdkd.errors import InputError
-from jdkd.latency import deployable
+from jdkd.latency import fuse_for_inference
 from jdkd.rewrite import Rewrite
 from tests.detectors import CLASSES, assert_same, detector, outputs, small_spec
 
@@ -187,7 +187,7 @@ def grown(model):
 
 
 def folded(model):
-    return deployable(model)
+    return fuse_for_inference(model)
 
 
 @pytest.mark.parametrize(

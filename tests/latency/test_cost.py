@@ -5,14 +5,14 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models import resnet18
 
 from jdkd.errors import InputError
-from jdkd.latency import count
+from jdkd.latency import profile_cost
 from tests.graph.networks import pan_detector
 
 
 @pytest.mark.parametrize("width", [8, 16])
 def test_counts_what_pencil_and_paper_count(make_detector, width):
     fpn, model = 8, make_detector(width)
-    cost = count(model, (64, 64))  # stem at 16x16, level "1" at 8x8; 3 anchors a place, 20 proposals, 4 classes
+    cost = profile_cost(model, (64, 64))  # stem at 16x16, level "1" at 8x8; 3 anchors a place, 20 proposals, 4 classes
     fine, coarse = 16 * 16, 8 * 8
     backbone = fine * (3 * 49 * width + 2 * 9 * width**2) + coarse * 9 * width**2
     neck = (fine + coarse) * (width * fpn + 9 * fpn**2)
@@ -23,13 +23,13 @@ def test_counts_what_pencil_and_paper_count(make_detector, width):
 
 
 def test_does_not_depend_on_the_weights(make_detector):
-    assert count(make_detector(seed=0)) == count(make_detector(seed=1))
+    assert profile_cost(make_detector(seed=0)) == profile_cost(make_detector(seed=1))
 
 
 def test_takes_the_detectors_own_input_size_and_leaves_it_as_it_was(model):
     model.train()
     model.backbone.eval()
-    assert count(model).size == count(model, otherwise=(32, 32)).size == (64, 96)
+    assert profile_cost(model).size == profile_cost(model, otherwise=(32, 32)).size == (64, 96)
     assert model.training and not model.backbone.training and model.rpn.training
     assert type(model.rpn).__name__ == "RegionProposalNetwork"
     assert torch.is_grad_enabled()
@@ -51,10 +51,10 @@ class Wrapper(nn.Module):
 )
 def test_a_wrapped_detector_costs_what_it_does_without(wrapper, model):
     wrapped = wrapper(model)
-    plain = count(model)
+    plain = profile_cost(model)
     for size in (None, (64, 96)):
-        assert count(wrapped, size) == count(model, size)
-    assert count(wrapped).gmacs == plain.gmacs
+        assert profile_cost(wrapped, size) == profile_cost(model, size)
+    assert profile_cost(wrapped).gmacs == plain.gmacs
     assert not any("FullProposals" in type(module).__name__ for module in wrapped.modules())
 
 
@@ -68,23 +68,23 @@ def test_a_wrapped_detector_costs_what_it_does_without(wrapper, model):
 )
 def test_what_is_no_detector_is_told_what_to_do(given, size, says):
     with pytest.raises(InputError, match=says):
-        count(given(), size)
+        profile_cost(given(), size)
 
 
 def test_a_size_of_which_no_pixel_would_be_left_is_named(model):
     with pytest.raises(InputError, match=r"size is 1x5000 .*raise max_size to 5000"):
-        count(model, (1, 5000))
+        profile_cost(model, (1, 5000))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_model_with_a_traced_part_is_refused(model):
     model.backbone = torch.jit.trace(model.backbone, torch.zeros(1, 3, 64, 64), strict=False)
-    with pytest.raises(InputError, match="count cannot look into backbone, a scripted or traced module"):
-        count(model)
+    with pytest.raises(InputError, match="profile_cost cannot look into backbone, a scripted or traced module"):
+        profile_cost(model)
 
 
 def test_a_detector_without_an_input_size_is_charged_for_an_image_as_it_is():
     model = pan_detector()
-    assert count(model, otherwise=(64, 96)) == count(model, (64, 96))
+    assert profile_cost(model, otherwise=(64, 96)) == profile_cost(model, (64, 96))
     with pytest.raises(InputError, match="does not know the input size of a PANDetector"):
-        count(model)
+        profile_cost(model)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jdkd.errors import InputError
-from jdkd.latency import LatencyReport, Schedule, deployable, measure, quick
+from jdkd.latency import LatencyReport, Schedule, fuse_for_inference, measure, measure_quick
 from jdkd.latency.calls import end_to_end, model_only
 from jdkd.latency.protocol import interleave, order
 
@@ -97,7 +97,7 @@ def _resized(model, image):
 
 
 def test_reports_both_modes_of_every_model_and_survives_json(make_detector, images):
-    models = {"base": deployable(make_detector()), "student": make_detector(8)}
+    models = {"base": fuse_for_inference(make_detector()), "student": make_detector(8)}
     seen = []
     report = measure(
         models,
@@ -122,7 +122,7 @@ def test_reports_both_modes_of_every_model_and_survives_json(make_detector, imag
 
 
 def test_quick_is_end_to_end_with_overridable_rounds(model, images):
-    report = quick({"base": model}, images, rounds=2, warmup_limit=0.0)
+    report = measure_quick({"base": model}, images, rounds=2, warmup_limit=0.0)
     assert set(report.models["base"].modes()) == {"end_to_end"}
     assert report.models["base"].end_to_end.n == 4
 
@@ -163,7 +163,9 @@ def test_refuses_what_is_no_detector_and_images_that_vanish(model, images):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_times_with_events_and_replays_the_backbone_on_a_gpu(model, images):
-    report = measure({"base": deployable(model)}, images, device="cuda", rounds=5, min_seconds=0, warmup_limit=1)
+    report = measure(
+        {"base": fuse_for_inference(model)}, images, device="cuda", rounds=5, min_seconds=0, warmup_limit=1
+    )
     assert report.environment["clock"] == "CUDA events"
     assert set(report.models["base"].modes()) == {"end_to_end", "model_only", "backbone_replay"}
 

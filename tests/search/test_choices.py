@@ -36,7 +36,7 @@ def test_below_the_aim_only_kept_features_count():
 def test_the_parent_looks_once_for_all_proposals(monkeypatch):
     probe = [list(torch.rand(2, 3, 64, 80, generator=torch.Generator().manual_seed(seed))) for seed in range(2)]
     parent, alike = detector(small_spec()), detector(small_spec())
-    looks, found, expected = [], [], []
+    looks, found, expected, topology = [], [], [], read(parent)
 
     def compared(student, seen, batches, channels):
         expected.append(correlations(student, alike, probe, channels=channels, own_size=True))
@@ -44,16 +44,16 @@ def test_the_parent_looks_once_for_all_proposals(monkeypatch):
         return found[-1]
 
     monkeypatch.setattr(screening, "correlations", compared)
-    parent.backbone.register_forward_hook(lambda *state: looks.append(state))
+    parent.backbone.register_forward_hook(lambda module, *state: looks.append(module))  # children have it too
     config = SimpleNamespace(proposals=3, resolutions=(0.5, 1.0), target_latency=0.8)
     context = SimpleNamespace(
-        config=config, base=parent, topology=read(parent), read=read, probe=lambda: iter(probe),
-        calibrated=nn.Module.eval,
+        config=config, base=parent, topology=topology, probe=lambda: iter(probe), calibrated=nn.Module.eval,
+        read=lambda model: topology if model is parent else read(model),
         timed=lambda models: {name: timing((5.0, 5.0), name=name) for name in models},
         progress=lambda *state: None, image_sizes=[],
     )  # fmt: skip
     chosen = screening.screen(parent, {}, context, random.Random(0))
-    assert len(looks) == len(probe)
+    assert sum(module is parent.backbone for module in looks) == len(probe)
     assert found == expected and len(found) == 3
     assert chosen.similarity == max(1 - sum(r.values()) / len(r) for r in found) > 0
 
@@ -70,7 +70,7 @@ def test_an_architecture_that_the_search_knows_is_not_timed_again(monkeypatch):
         return {name: timing((9.0, 9.0), name=name) for name in models}
 
     context = SimpleNamespace(
-        config=SimpleNamespace(proposals=3, target_latency=0.8), probe=lambda: None, timed=measured,
+        config=SimpleNamespace(proposals=3, target_latency=0.8), probe=lambda: None, timed=measured, read=lambda _: None,
         progress=lambda *state: done.append(state),
     )  # fmt: skip
     assert screening.screen(None, {other.id: 0.7}, context, None).latency_ratio == 0.7
@@ -92,7 +92,10 @@ def test_a_proposal_too_small_for_some_image_is_left_out_and_said(monkeypatch):
     monkeypatch.setattr(screening, "_propose", propose)
     monkeypatch.setattr(screening, "pyramids", lambda *given: None)
     context = SimpleNamespace(
-        config=SimpleNamespace(proposals=2, target_latency=0.8), probe=lambda: None, progress=lambda *state: None
+        config=SimpleNamespace(proposals=2, target_latency=0.8),
+        probe=lambda: None,
+        progress=lambda *state: None,
+        read=lambda _: None,
     )
     for fates[:] in ([None, one], [one, None]):
         with pytest.warns(Notice, match=r"left out: long\.png is 2x200"):
@@ -122,7 +125,7 @@ def test_a_proposal_whose_features_are_no_numbers_is_never_chosen():
 @pytest.fixture
 def pool():
     """Three scored teachers and the memory of what else was scored."""
-    space = Space.from_base(small_spec())
+    space = Space.from_base(read(detector(small_spec())))
     smaller = Subnet(space.smallest.depths, (space.widths[0], *space.widths[-1:] * 3))
     members = [
         ScoredSubnet(s, map, 1, 0.2) for s, map in ((space.largest, 0.6), (smaller, 0.55), (space.smallest, 0.4))

@@ -12,7 +12,7 @@ import torch
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.train import DivergenceError, TrainConfig, fit
-from jdkd.train.divergence import Watch
+from jdkd.train.divergence import NonFiniteMonitor
 from tests.detectors import detector, small_spec
 from tests.train.scenes import write_scenes
 from tests.train.toy import Toy, same, values
@@ -244,12 +244,12 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(scenes, tmp_path):
 
 
 def test_the_watch_finds_the_first_step_without_looking_at_each():
-    watch = Watch()
+    monitor = NonFiniteMonitor()
     for step in range(1, 9):
         loss = torch.tensor([1.0, float("inf") if step in (4, 6) else 1.0])
-        watch.see(step, ("loss_a", "loss_b"), loss)
-        watch.see(step, ("gradient norm",), torch.tensor([float("nan") if step >= 5 else 1.0]))
-        assert watch.first() == ((4, "loss_b") if step >= 4 else None)
+        monitor.observe(step, ("loss_a", "loss_b"), loss)
+        monitor.observe(step, ("gradient norm",), torch.tensor([float("nan") if step >= 5 else 1.0]))
+        assert monitor.first() == ((4, "loss_b") if step >= 4 else None)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(scenes, tmp_path):

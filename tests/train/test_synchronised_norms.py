@@ -4,8 +4,8 @@ from torch import distributed
 
 from jdkd.detect import detector
 from jdkd.errors import InputError
-from jdkd.latency import deployable
-from jdkd.latency.deployable import batch_norms
+from jdkd.latency import fuse_for_inference
+from jdkd.latency.folding import batch_norms
 from jdkd.train import TrainConfig, fit
 
 
@@ -25,4 +25,4 @@ def test_norms_that_would_synchronise_on_a_cpu_say_what_to_do(digits, tmp_path):
 
 def test_synchronised_norms_are_folded_for_deployment(digits):
     model = net(digits[0].classes)
-    assert batch_norms(model) > 30 and batch_norms(deployable(model)) == 0
+    assert batch_norms(model) > 30 and batch_norms(fuse_for_inference(model)) == 0

@@ -1,4 +1,4 @@
-"""See :func:`deployable`."""
+"""See :func:`fuse_for_inference`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(module, qualified_name) or not any(True for _ in module.children())
 
 
-def deployable(model: nn.Module) -> nn.Module:
+def fuse_for_inference(model: nn.Module) -> nn.Module:
     """Copy a detector into the form in which it is timed, scored and shipped.
 
     The copy is in eval mode without gradients, every batch normalisation that directly follows a convolution
@@ -39,12 +39,12 @@ def deployable(model: nn.Module) -> nn.Module:
             inside is taken.
 
     Returns:
-        The deployable copy, on the device of `model`. Outputs agree up to the rounding of the folded weights.
+        The fused copy, on the device of `model`. Outputs agree up to the rounding of the folded weights.
 
     Raises:
         InputError: a part of it is scripted or traced.
     """
-    not_scripted(model, "deployable")
+    not_scripted(model, "fuse_for_inference")
     model = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
     fix_roi_scales(model)
     occurrences = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))

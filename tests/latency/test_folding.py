@@ -7,8 +7,8 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
 
 from jdkd.errors import InputError
-from jdkd.latency import count, deployable, measure
-from jdkd.latency.deployable import batch_norms
+from jdkd.latency import fuse_for_inference, measure, profile_cost
+from jdkd.latency.folding import batch_norms
 
 
 def _floats(images):
@@ -18,7 +18,7 @@ def _floats(images):
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, FrozenBatchNorm2d])
 def test_folds_every_normalisation_without_changing_the_detections(norm, images, make_detector):
     model = make_detector(norm=norm)
-    copy_ = deployable(model)
+    copy_ = fuse_for_inference(model)
     assert batch_norms(model) == 4 and batch_norms(copy_) == 0
     with torch.no_grad():
         for before, after in zip(model(_floats(images)), copy_(_floats(images)), strict=True):
@@ -31,13 +31,13 @@ def test_folds_every_normalisation_without_changing_the_detections(norm, images,
 def test_leaves_the_original_as_it_was(model):
     model.train()
     before = copy.deepcopy(model.state_dict())
-    deployable(model)
+    fuse_for_inference(model)
     assert model.training and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_is_eval_frozen_and_channels_last(model):
-    copy_ = deployable(model.train())
+    copy_ = fuse_for_inference(model.train())
     assert not any(module.training for module in copy_.modules())
     assert not any(parameter.requires_grad for parameter in copy_.parameters())
     weight = copy_.backbone.block.conv1.weight
@@ -85,7 +85,7 @@ def test_keeps_a_normalisation_that_cannot_be_folded(make):
     model.norm.running_var.uniform_(0.5, 2)
     model.eval()
     x = torch.randn(2, 3, 5, 5)
-    folded = deployable(model)
+    folded = fuse_for_inference(model)
     assert batch_norms(folded) == 1
     torch.testing.assert_close(folded(x), model(x))
 
@@ -96,11 +96,11 @@ SCALES, OBLONG = [1 / 4, 1 / 8], torch.zeros(3, 60, 192)
 @pytest.mark.parametrize(
     "seen",
     [
-        deployable,
-        lambda model: count(model, (60, 192)) and model,
+        fuse_for_inference,
+        lambda model: profile_cost(model, (60, 192)) and model,
         lambda model: measure({"a": model}, [OBLONG], rounds=1, min_seconds=0, warmup_limit=0) and model,
     ],
-    ids=["deployable", "count", "measure"],
+    ids=["fuse_for_inference", "profile_cost", "measure"],
 )
 def test_oblong_images_do_not_set_the_scales_of_a_foreign_detector(model, seen):
     model.transform.min_size, model.transform.max_size = (128,), 128
@@ -110,11 +110,11 @@ def test_oblong_images_do_not_set_the_scales_of_a_foreign_detector(model, seen):
 
 
 def test_the_detector_inside_a_wrapper_is_folded(model):
-    copy_ = deployable(AveragedModel(model))
+    copy_ = fuse_for_inference(AveragedModel(model))
     assert type(copy_) is type(model) and batch_norms(copy_) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_a_scripted_model_is_refused():
-    with pytest.raises(InputError, match="deployable cannot look into the model, a scripted"):
-        deployable(torch.jit.script(nn.Conv2d(3, 4, 1)))
+    with pytest.raises(InputError, match="fuse_for_inference cannot look into the model, a scripted"):
+        fuse_for_inference(torch.jit.script(nn.Conv2d(3, 4, 1)))
