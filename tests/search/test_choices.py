@@ -70,7 +70,8 @@ def test_an_architecture_that_the_search_knows_is_not_timed_again(monkeypatch):
         return {name: timing((9.0, 9.0), name=name) for name in models}
 
     context = SimpleNamespace(
-        config=SimpleNamespace(proposals=3, target_latency=0.8), probe=lambda: None, timed=measured, read=lambda _: None,
+        config=SimpleNamespace(proposals=3, target_latency=0.8), probe=lambda: None, timed=measured,
+        read=lambda _: None,
         progress=lambda *state: done.append(state),
     )  # fmt: skip
     assert screening.screen(None, {other.id: 0.7}, context, None).latency_ratio == 0.7
