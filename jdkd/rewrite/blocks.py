@@ -13,7 +13,7 @@ from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.graph import BlockList, Topology
-from jdkd.rewrite.channels import duplicate
+from jdkd.rewrite.channels import duplicate, whole
 
 
 def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -31,13 +31,14 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
         their names.
 
     Raises:
-        InputError: there is no such list, it holds no such block, or a block cannot be born as the identity.
+        InputError: there is no such list, it holds no such block, a block cannot be born as the identity, or the model
+            has other blocks than the topology.
     """
     copied = duplicate(model)
     runs: dict[str, list[tuple[BlockList, list[int]]]] = {}  # of each container
     for name, places in order.items():
-        blocks = _checked(topology, name, places)
-        runs.setdefault(blocks.container, []).append((blocks, list(places)))
+        blocks, places = _checked(model, topology, name, places)
+        runs.setdefault(blocks.container, []).append((blocks, places))
     for path, arranged in runs.items():
         container = copied.get_submodule(path)
         set_children(container, _arranged(container, arranged))
@@ -113,14 +114,20 @@ def _set_to_zero(layer: nn.Module) -> bool:
     return False
 
 
-def _checked(topology: Topology, name: str, order: Sequence[int]) -> BlockList:
+def _checked(model: nn.Module, topology: Topology, name: str, order: Sequence[int]) -> tuple[BlockList, list[int]]:
     lists = {blocks.name: blocks for blocks in topology.block_lists}
     if name not in lists:
         raise InputError(f"there is no list of blocks {name!r}; there are {', '.join(lists) or 'none'}.")
-    count = len(lists[name].blocks)
+    blocks, order = lists[name], whole(f"blocks of the list {name!r}", order)
+    modules, count = dict(model.named_modules()), len(blocks.blocks)
+    if gone := [path for path in blocks.blocks if path not in modules]:
+        raise InputError(
+            f"the topology was read off another model: this {type(model).__name__} has no block {gone[0]!r}; read the "
+            "model again after each rewrite."
+        )
     if any(not 0 <= place < count for place in order):
-        raise InputError(f"the list {name!r} has the blocks 0..{count - 1}, and {list(order)} names others.")
-    return lists[name]
+        raise InputError(f"the list {name!r} has the blocks 0..{count - 1}, and {order} names others.")
+    return blocks, order
 
 
 @torch.no_grad()
