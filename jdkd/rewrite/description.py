@@ -81,6 +81,8 @@ def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict
             f"{path or 'the model'} is a {_kind(ours)}, and the builder makes a {_kind(theirs)} there; only channels, "
             "blocks and plain attributes may have changed, so describe it with a builder that makes its modules."
         )
+    if theirs._modules and not ours._modules:
+        raise InputError(f"nothing is left in {path or 'the model'}, where the builder makes blocks; keep one of them.")
     if list(ours._modules) == list(theirs._modules):
         for exact in (True, False):
             try:

@@ -10,6 +10,7 @@ from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.graph import Topology
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.blocks import arrange
 from jdkd.rewrite.building import set_attribute
@@ -48,7 +49,7 @@ class Rewrite:
         """The rewritten model, a copy; one that carries its ``architecture`` gets the new one.
 
         Args:
-            model: what ``topology`` was read off; it stays as it is.
+            model: what ``topology`` was read off, in torch's wrappers if it was in them; it stays as it is.
             topology: what is coupled to what.
 
         Raises:
@@ -67,9 +68,10 @@ class Rewrite:
         for name, value in self.attributes.items():
             _require_alike(child, name, value)
             set_attribute(child, name, value)
-        known = getattr(model, "architecture", None)
+        inner = unwrapped(child)
+        known = getattr(inner, "architecture", None)
         if isinstance(known, Architecture):
-            child.architecture = describe(child, known.builder, known.arguments, classes=known.classes)
+            inner.architecture = describe(inner, known.builder, known.arguments, classes=known.classes)
         return child
 
     def surviving(self, channels: Sequence[tuple[str, int] | None]) -> tuple[int, ...]:

@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import nn
 
+from jdkd.detect import build as build_detector
+from jdkd.detect import detector as dense
 from jdkd.detect import read
 from jdkd.errors import InputError
 from jdkd.graph import Frozen, Topology, trace
 from jdkd.graph.topology import DISAGREES
-from jdkd.rewrite import Rewrite, build, verify
+from jdkd.rewrite import Rewrite, build, describe, verify
+from tests.detectors import small_spec
 from tests.graph.networks import Residual, awake, conv
 from tests.morph.small import SIZE, parent
 from tests.rewrite.blocks import FREE, Block
@@ -398,3 +401,26 @@ def test_a_topology_from_before_a_rewrite_is_refused(rewrite):
 def _streamed() -> nn.Sequential:
     blocks = nn.Sequential(*(Residual(8, 4) for _ in range(2)))
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), blocks, nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)).eval()
+
+
+def test_a_rewrite_inside_a_wrapper_brings_the_architecture_up_to_date():
+    wrapped = nn.DataParallel(_detector())
+    topology = read(wrapped)
+    child = Rewrite(keep={topology.groups[0].name: [0]}).apply(wrapped, topology)
+    known = child.module.architecture
+    assert known != wrapped.module.architecture and known == describe(
+        child, known.builder, known.arguments, classes=known.classes
+    )
+    assert known.shapes and "architecture" not in vars(child)
+
+
+def test_a_rewrite_that_leaves_no_block_in_a_container_is_refused():
+    model = dense("fcos", "resnet18", 2, channels=32)
+    topology = read(model)
+    whole = next(b for b in topology.block_lists if len(model.get_submodule(b.container)) == len(b.blocks))
+    with pytest.raises(InputError, match=f"nothing is left in {whole.container}.*keep one"):
+        Rewrite(blocks={whole.name: []}).apply(model, topology)
+
+
+def _detector() -> nn.Module:
+    return build_detector(small_spec())
