@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from jdkd.cli.flags import DataFlags, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.files import require_file, write_json
+from jdkd.notices import say_once
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Eval:
         model = load(self.ckpt)
         with Progress() as progress:
             dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
+            self._say_other_names(model, dataset.classes)
             scores = evaluate(
                 fuse_for_inference(model),
                 dataset,
@@ -70,3 +75,12 @@ class Eval:
             print(dumps(content))
         else:
             write_json(self.json, content)
+
+    def _say_other_names(self, model: nn.Module, classes: tuple[str, ...]) -> None:
+        """Says that a detector's classes have other names than the data's, where they are as many."""
+        known = getattr(getattr(model, "architecture", None), "classes", ())
+        if len(known) == len(classes) and sorted(known) != sorted(classes):
+            say_once(
+                f"{self.ckpt} was made for {', '.join(known)[:80]}; its label k counts as the k-th of "
+                f"{', '.join(classes)[:80]}"
+            )

@@ -84,8 +84,10 @@ class Train:
     """Carry on what OUT holds."""
 
     def __call__(self) -> None:
+        from jdkd.data import batches
         from jdkd.data.splits import whereabouts
         from jdkd.detect import save
+        from jdkd.detect.contract import require_learner
         from jdkd.latency import fuse_for_inference
         from jdkd.train import evaluate, fit
         from jdkd.train.inputs import with_targets_of
@@ -101,6 +103,7 @@ class Train:
         run = RunFolder(self.out)
         model, weights = self._model(train.classes)
         train = with_targets_of(model, train)
+        require_learner(model, *next(batches(train, batch_size=min(2, self.batch_size), steps=1, seed=self.seed)))
         with keeping(run, f"the checkpoint of every {self.checkpoint_every} steps and of the last one"):
             identity = self._identity(model, weights, config, train, val)
             where = {"data": whereabouts({split.name: split for split in splits}), "device": device}

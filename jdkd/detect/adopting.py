@@ -7,10 +7,9 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from jdkd.detect.contract import checked
+from jdkd.detect.contract import checked, losses_complaint
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 
@@ -119,28 +118,12 @@ class Adopted(nn.Module):
                 f"the adopted {kind} is in training mode and was given no targets; give some, or eval() it."
             )
         found = self.model(images, targets) if self.losses is None else self.losses(self.model, images, targets)
-        if complaint := _complaint(found, any(parameter.requires_grad for parameter in self.model.parameters())):
+        if complaint := losses_complaint(found, any(parameter.requires_grad for parameter in self.model.parameters())):
             raise InputError(
                 f"losses of the adopted {kind} returned {complaint}; return the losses by name, each a tensor of one "
                 "number, as torchvision's detectors do in training mode."
             )
         return {name: loss.reshape(()) for name, loss in found.items()}
-
-
-def _complaint(found: Any, trains: bool) -> str | None:
-    """What of the losses is not as it should be."""
-    if not isinstance(found, Mapping):
-        return f"a {type(found).__name__}"
-    if not found:
-        return "no loss"
-    for name, loss in found.items():
-        if not isinstance(loss, Tensor):
-            return f"a {type(loss).__name__} as {name}"
-        if loss.numel() != 1 or not loss.is_floating_point():
-            return f"a tensor {list(loss.shape)} of {loss.dtype} as {name}"
-    if trains and torch.is_grad_enabled() and not any(loss.requires_grad for loss in found.values()):
-        return f"{', '.join(map(str, found))}, of which none depends on a parameter that is trained"
-    return None
 
 
 def _check_function(name: str, function: Any, arguments: tuple[str, ...], model: nn.Module) -> None:

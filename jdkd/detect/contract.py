@@ -1,5 +1,6 @@
 """What is asked of a detector: torchvision's interface, and the architecture that it carries."""
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,6 +112,54 @@ def checked(found: Any, images: Sequence[Tensor], who: str) -> list[Mapping[str,
         if complaint := _complaint(each, image.shape[-2:]):
             raise InputError(f"{who} returned {complaint}; give {', '.join(f'{k} {v}' for k, v in FOUND.items())}")
     return list(found)
+
+
+def require_learner(model: nn.Module, images: Sequence[Tensor], targets: Sequence[Mapping[str, Tensor]]) -> None:
+    """Refuses what does not train as torchvision's detectors do, by one forward of a copy of it.
+
+    Args:
+        model: the detector; it stays as it is.
+        images: ``[3, H, W]`` floats in 0..1.
+        targets: for every image, what it trains on.
+
+    Raises:
+        InputError: it has nothing to train, does not take images and targets, or returns no losses.
+    """
+    kind = type(unwrapped(model)).__name__
+    remedy = (
+        "give a detector whose forward(images, targets) returns its losses by name while it trains, as torchvision's "
+        "do, or wrap it with jdkd.detect.adopt"
+    )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(f"{kind} has no parameter that can be trained; {remedy}.")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            found = copy.deepcopy(model).train()(list(images), list(targets))
+        except (TypeError, AttributeError, NotImplementedError) as error:
+            reason = str(error).split("\n")[0]
+            raise InputError(
+                f"{kind} does not train on a list of images [3, H, W] and one of targets ({reason}); {remedy}."
+            ) from error
+        except Exception:  # it takes them; whether this batch and device suit it shows in training
+            return
+    if complaint := losses_complaint(found, trains=False):
+        raise InputError(f"{kind} returned {complaint} while training; {remedy}.")
+
+
+def losses_complaint(found: Any, trains: bool) -> str | None:
+    """What of the losses is not as it should be."""
+    if not isinstance(found, Mapping):
+        return f"a {type(found).__name__}"
+    if not found:
+        return "no loss"
+    for name, loss in found.items():
+        if not isinstance(loss, Tensor):
+            return f"a {type(loss).__name__} as {name}"
+        if loss.numel() != 1 or not loss.is_floating_point():
+            return f"a tensor {list(loss.shape)} of {loss.dtype} as {name}"
+    if trains and torch.is_grad_enabled() and not any(loss.requires_grad for loss in found.values()):
+        return f"{', '.join(map(str, found))}, of which none depends on a parameter that is trained"
+    return None
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchvision.models import mobilenet_v3_small
 
-from jdkd.detect import load
+from jdkd.detect import detector, load, save
 
 TINY = ("--steps", 2, "--batch-size", 2, "--min-size", 64, "--max-size", 64, "--width", 0.125, "--fpn", 32)
 MODELS = {
@@ -22,6 +22,38 @@ def net(num_classes):
     del model.architecture
     return model
 """
+
+NO_DETECTORS = """
+from torch import nn
+
+class NoTargets(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, images):
+        return [self.conv(image) for image in images]
+
+class NoLosses(NoTargets):
+    def forward(self, images, targets=None):
+        return super().forward(images)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("torch.nn:ReLU", "ReLU has no parameter that can be trained"),
+        ("nodetectors:NoTargets", "NoTargets does not train on a list of images [3, H, W] and one of targets"),
+        ("nodetectors:NoLosses", "NoLosses returned a list while training"),
+    ],
+)
+def test_what_does_not_train_is_refused_before_anything_is_written(jdkd, squares, tmp_path, monkeypatch, name, words):
+    (tmp_path / "nodetectors.py").write_text(NO_DETECTORS)
+    monkeypatch.syspath_prepend(tmp_path)
+    answer = jdkd("train", "--model", name, "--steps", 1, "--data", squares, "--out", tmp_path / "out")
+    assert answer.code == 2 and words in answer.err and "jdkd.detect.adopt" in answer.err
+    assert "Traceback" not in answer.err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -161,3 +193,10 @@ def test_inspect_and_import_take_a_backbone(jdkd, tmp_path):
     assert answer.code == 0 and "backbone.body.stage4" in answer.out, answer.err
     answer = jdkd("import", *name, "--classes", "a", "b", "--out", tmp_path / "it")
     assert answer.code == 0 and load(tmp_path / "it").head.classification_head.num_classes == 3
+
+
+def test_scoring_on_classes_of_other_names_is_said(jdkd, squares, tmp_path):
+    model = detector("fcos", "mobilenet_v3_small", ("left", "right"), channels=32, min_size=64)
+    save(tmp_path / "named", model)
+    answer = jdkd("eval", tmp_path / "named", "--data", squares)
+    assert answer.code == 0 and "was made for left, right; its label k counts as the k-th of red, blue" in answer.err
