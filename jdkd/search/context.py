@@ -13,7 +13,7 @@ from jdkd.data import CocoDetectionDataset, batches
 from jdkd.data.splits import whereabouts
 from jdkd.detect import load, read
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.contract import architecture_of, require_learner
 from jdkd.errors import InputError
 from jdkd.files import content_hash
 from jdkd.graph import Topology
@@ -179,6 +179,8 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
                 f"{_short(dataset.classes)}; give the data that the base was made for."
             )
     train = with_targets_of(base, opened["training"])
+    few = min(2, config.batch_size)
+    require_learner(base, *next(batches(train, batch_size=few, steps=1, seed=config.seed, device=config.device)))
     say_if_trained_elsewhere(f"the base in {config.base}", _trained_on(config.base), train)
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))

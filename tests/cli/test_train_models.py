@@ -195,6 +195,17 @@ def test_inspect_and_import_take_a_backbone(jdkd, tmp_path):
     assert answer.code == 0 and load(tmp_path / "it").head.classification_head.num_classes == 3
 
 
+def test_a_base_that_does_not_train_is_refused_before_a_search_begins(jdkd, squares, tmp_path, monkeypatch):
+    (tmp_path / "nodetectors.py").write_text(NO_DETECTORS)
+    monkeypatch.syspath_prepend(tmp_path)
+    imported = jdkd("import", "nodetectors:NoTargets", "--classes", "red", "blue", "--out", tmp_path / "base")
+    assert imported.code == 0, imported.err
+    given = ("--data", squares, "--steps", 24, "--candidates", 2)
+    answer = jdkd("search", "--base", tmp_path / "base", *given, "--out", tmp_path / "out")
+    assert answer.code == 2 and "NoTargets does not train" in answer.err and "Traceback" not in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_scoring_on_classes_of_other_names_is_said(jdkd, squares, tmp_path):
     model = detector("fcos", "mobilenet_v3_small", ("left", "right"), channels=32, min_size=64)
     save(tmp_path / "named", model)
