@@ -15,6 +15,7 @@ from jdkd.distill.route import Route, module_of, route_of
 from jdkd.distill.student_input import StudentInput
 from jdkd.distill.teacher import conversion_between
 from jdkd.errors import InputError
+from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 
 
@@ -41,7 +42,6 @@ def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[PyramidSnapshot]:
         One a batch, on the model's device.
     """
     from jdkd.train.inputs import images_on
-    from jdkd.train.modes import mode
 
     model = unwrapped(module_of(model, "model"))
     route = route_of(model, "model")
@@ -83,7 +83,6 @@ def correlations(
             it normalises images and the other does not.
     """
     from jdkd.train.inputs import images_on
-    from jdkd.train.modes import mode
 
     picked, levels = TeacherChannels(channels), as_strides(levels)
     pools: dict[tuple[int, int], _Comoments] = {}  # (stride, place among the levels of that stride)

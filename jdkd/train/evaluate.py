@@ -17,10 +17,10 @@ from jdkd.detect.heads import known_classes
 from jdkd.detect.input_size import require_visible
 from jdkd.detect.sources import builders_of
 from jdkd.errors import InputError
+from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.train.findings import Findings
-from jdkd.train.modes import mode
 from jdkd.train.twelve import twelve
 
 COCO_DETECTIONS = 100  # an image, where nothing else is said
