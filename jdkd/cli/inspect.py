@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jdkd.cli.flags import ModelFlags
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.files import require_file, write_whole
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _topology(model: nn.Module, height: int, width: int, verify: bool) -> Topolo
         try:
             topology = trace(model, example)
         except Exception as error:  # whatever a model says of an input that it does not take
-            refusals.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+            refusals.append(said(error))
             continue
         return rewrite.verify(model, topology, example) if verify else topology
     raise InputError(

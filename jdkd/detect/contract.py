@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Architecture
 
@@ -85,9 +85,8 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
     try:
         found = model(list(images))
     except (TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
         raise InputError(
-            f"{kind} does not run on a list of images [3, H, W] ({reason}); give a detector that does, as "
+            f"{kind} does not run on a list of images [3, H, W] ({said(error)}); give a detector that does, as "
             "torchvision's do, or wrap it in one"
         ) from error
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping) and isinstance(found[1], list):

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from jdkd.errors import said
 from jdkd.graph import Topology
 from jdkd.graph.topology import without_blocks
 from jdkd.rewrite.blocks import arrange, with_checked_ends
 from jdkd.rewrite.channels import duplicate
-from jdkd.rewrite.comparison import culprits, difference, returned_by, said
+from jdkd.rewrite.comparison import culprits, difference, returned_by
 from jdkd.rewrite.trial import Trial
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.graph import ChannelGroup, Frozen, Topology
 from jdkd.graph.topology import DISAGREES
 from jdkd.rewrite.block_lists import with_tried_blocks
 from jdkd.rewrite.channels import mask, prune, widen
-from jdkd.rewrite.comparison import culprits, difference, returned_by, said
+from jdkd.rewrite.comparison import culprits, difference, returned_by
 from jdkd.rewrite.trial import Trial, comparable
 
 REMEDY = "look in the model's code for numbers or places of channels, and for tensors that are no part of it"
