@@ -11,7 +11,7 @@ from jdkd.nn import set_subnet
 from jdkd.pool.space import Space, Subnet
 from jdkd.pool.stages import copied_block, pool_groups, read_stages, rounded_units
 from jdkd.rewrite import Rewrite, elastic_groups, make_elastic, make_plain
-from jdkd.rewrite.channels import duplicate
+from jdkd.rewrite.channels import duplicate, tensors_by_name
 
 
 class Supernet:
@@ -84,7 +84,7 @@ class Supernet:
         Importance is the L1 norm of the weights that read a unit (Cai et al., ICLR 2020). The function of the largest
         network does not change.
         """
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        tensors = tensors_by_name(self.model)
         for group in (group for stage in self.stages for group in stage.groups):
             strength = torch.zeros(group.units, dtype=torch.float64)
             for slot in group.slots:

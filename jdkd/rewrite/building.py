@@ -24,7 +24,7 @@ from jdkd.errors import InputError, said
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.blocks import set_children
-from jdkd.rewrite.channels import gathered
+from jdkd.rewrite.channels import gathered, tensors_by_name
 
 REGISTERED = ("_parameters", "_buffers", "_modules")
 
@@ -77,11 +77,6 @@ def call(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     if any(is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
         raise InputError(f"{builder!r} returned lazy layers without a size; let it run its module once on an example.")
     return made
-
-
-def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those that do not go into the state dict too; tied ones once, by their first name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def imported(builder: str) -> Callable[..., Any]:

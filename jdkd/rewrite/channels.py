@@ -104,7 +104,7 @@ def mask(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
     """A copy of a model in which no product reads the units that are not kept: what :func:`prune` must agree with."""
     chosen = {name: checked(topology, name, units) for name, units in keep.items()}
     masked = duplicate(model)
-    tensors = dict(masked.named_parameters()) | dict(masked.named_buffers())
+    tensors = tensors_by_name(masked)
     with torch.no_grad():
         for (tensor, dim), slots in _slots(topology, chosen).items():
             for group, slot in slots:
@@ -136,6 +136,11 @@ def checked(topology: Topology, name: str, units: Iterable[int]) -> np.ndarray:
     return units
 
 
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that do not go into the state dict too; tied ones once, by their first name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
 def _slots(topology: Topology, named: Mapping[str, object]) -> dict[tuple[str, int], list[tuple[ChannelGroup, Slot]]]:
     """The slots of some groups, by the dimension of the tensor that they stand in."""
     slots = defaultdict(list)
@@ -147,10 +152,11 @@ def _slots(topology: Topology, named: Mapping[str, object]) -> dict[tuple[str, i
 
 
 def _size(model: nn.Module, tensor: str, dim: int) -> int:
-    return _tensor(model, tensor).shape[dim]
+    return named(model, tensor).shape[dim]
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
+def named(model: nn.Module, name: str) -> Tensor | nn.Module:
+    """A parameter, buffer or module by its dotted name; tied ones by any of theirs."""
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf)
 
@@ -172,10 +178,10 @@ def gathered(
     for tensor, dim in gathers:
         dims_of[tensor].append(dim)
     made = {
-        id(tensor): _taken(tensor, name, dims_of[name], gathers, silent)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        id(tensor): _taken(tensor, name, dims_of.get(name, ()), gathers, silent)
+        for name, tensor in tensors_by_name(model).items()
     }
-    changed = {id(made[id(_tensor(model, name))]) for name in dims_of if dims_of[name]}
+    changed = {id(made[id(named(model, name))]) for name in dims_of}
     copied = duplicate(model, made)
     for module in copied.modules():
         if any(id(tensor) in changed for tensor in (*module._parameters.values(), *module._buffers.values())):

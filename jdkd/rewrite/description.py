@@ -10,7 +10,8 @@ from torch import nn
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.building import arrange_children, build, reshaped, tensors_by_name
+from jdkd.rewrite.building import arrange_children, build, reshaped
+from jdkd.rewrite.channels import tensors_by_name
 
 SIZES = {  # attributes that follow from tensors
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",
