@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+MULTIPLE = 8  # channels that groups keep, where they have more: a GPU gains nothing from other widths
 DISAGREES = "cut and masked disagree"  # how the reason begins where :func:`jdkd.rewrite.verify` froze a group
 
 
@@ -75,6 +77,19 @@ class ChannelGroup:
     def size(self) -> int:
         """Channels, as the layer that names the group counts them."""
         return self.units * next(slot for slot in self.slots if slot.role == "out").repeat
+
+    def rounded(self, units: float) -> int:
+        """The nearest number of units, at least one, that makes a multiple of 8 channels where the group has that many.
+
+        Where it has more channels and no number of its units makes one, units are rounded as they are.
+        """
+        step = MULTIPLE // math.gcd(MULTIPLE, self.size // self.units)
+        step = 1 if step > self.units else step
+        return max(step, int(units / step + 0.5) * step)
+
+    def shrunk(self, share: float) -> int:
+        """How many units stay of a share of them, :meth:`rounded`; groups of 8 channels and fewer stay whole."""
+        return self.units if self.size <= MULTIPLE else min(self.units, self.rounded(share * self.units))
 
     def to_json(self) -> dict[str, Any]:
         slots = [slot.to_json() for slot in self.slots]

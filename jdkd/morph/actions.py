@@ -1,14 +1,13 @@
 """Student morphism: the five actions that change a student and let it keep its weights.
 
 The action space follows Joint-DetNAS (Yao et al., CVPR 2021, abstract and figure 2: morphism of the architecture and
-removal of redundant parameters, with weight inheritance). Ranges, divisors and floors are our choice. An action is a
+removal of redundant parameters, with weight inheritance). Ranges and least shares are our choice. An action is a
 pure function of the parent, any detector, and of its topology: it returns a :class:`Morph` and changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,14 +18,14 @@ from torch import nn
 
 from jdkd.detect.input_size import input_size, resized
 from jdkd.errors import InputError
-from jdkd.graph import BlockList, ChannelGroup, Topology
+from jdkd.graph import BlockList, Topology
+from jdkd.graph.topology import MULTIPLE
 from jdkd.morph.importance import gamma_importance, magnitude_importance, strongest, weakest_blocks
 from jdkd.morph.parts import STREAMS, slimmed
 from jdkd.morph.parts import parts as parts_of
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
 
-DIVISOR = 8  # channel counts stay multiples of it, or a GPU gains nothing from the narrower layer
 FLOOR = 0.25  # no group loses more than the rest in one action
 MAX_MOVE = 3  # blocks that go from one list to the next in one rearrangement
 SHARES = (0.0, 0.25, 0.5)  # of a part, dropped in one action
@@ -102,8 +101,8 @@ def prune_channels(
     Args:
         model: the detector.
         topology: of it.
-        ratio: share of all inner channels that pass a norm to drop, 0 to below 1. Every group is rounded to a multiple
-            of :data:`DIVISOR` channels, where its units allow, and keeps at least :data:`FLOOR` of its channels.
+        ratio: share of all inner channels that pass a norm to drop, 0 to below 1. Every group is rounded, see
+            :meth:`ChannelGroup.shrunk`, and keeps at least :data:`FLOOR` of its channels.
         parts: share of each group of a part to drop, by magnitude; see :func:`jdkd.morph.parts`.
 
     Raises:
@@ -119,13 +118,13 @@ def prune_channels(
     keep = _slimmed(model, topology, ratio) if ratio else {}
     for name, share in asked.items():
         for group in [topology[each] for each in known.get(name, ())]:
-            count = _kept_units(group, 1 - share)
+            count = group.shrunk(max(1 - share, FLOOR))
             if count < group.units:
                 keep[group.name] = strongest(magnitude_importance(model, group), count)
     if not keep:
         raise InputError(
-            f"dropping {_listed(asked) or 'nothing'} changes nothing after rounding to multiples of {DIVISOR} channels;"
-            " drop more."
+            f"dropping {_listed(asked) or 'nothing'} changes nothing after rounding to multiples of {MULTIPLE} "
+            "channels; drop more."
         )
     return Morph(f"prune {_listed(asked)} channels", Rewrite(keep=keep))
 
@@ -249,22 +248,10 @@ def _slimmed(model: nn.Module, topology: Topology, ratio: float) -> dict[str, Se
     threshold = everything.kthvalue(max(1, min(len(everything), round(ratio * len(everything))))).values
     keep = {}
     for group, values in zip(groups, importance, strict=True):
-        count = _kept_units(group, float((values > threshold).sum()) / group.units)
+        count = group.shrunk(max(float((values > threshold).sum()) / group.units, FLOOR))
         if count < group.units:
             keep[group.name] = strongest(values, count)
     return keep
-
-
-def _kept_units(group: ChannelGroup, share: float) -> int:
-    """Units that stay: rounded, never under the floor, never more than there are.
-
-    Channels become a multiple of the divisor; where a group has more of them and no number of its units is one, units
-    stay as they are.
-    """
-    step = DIVISOR // math.gcd(DIVISOR, group.size // group.units)
-    if step > group.units and group.size > DIVISOR:
-        step = 1
-    return min(group.units, max(step, int(max(share, FLOOR) * group.units / step + 0.5) * step))
 
 
 def _listed(shares: Mapping[str, float]) -> str:
