@@ -1,6 +1,6 @@
 """What stays the same during a search: the base, the data and how they are divided."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure
 from jdkd.latency.clock import environment
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
+from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
 from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
@@ -35,8 +36,6 @@ MATERIAL = (
     *("feature_weight", "head_weight", "resolutions"),
 )  # settings that make a search the one it is
 
-ProgressCallback = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, values
-
 
 @dataclass
 class SearchContext:
@@ -50,7 +49,7 @@ class SearchContext:
         train: to train on.
         selection, report: to select on and to report on; no image is in two of the three.
         timing_images: what latency is measured with, uint8 ``[3, H, W]``.
-        progress: told what is going on.
+        progress: called with (what, done, total, values) as the work goes on.
     """
 
     config: SearchConfig

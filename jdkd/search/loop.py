@@ -28,11 +28,12 @@ from jdkd.files import read_json, write_json
 from jdkd.latency import fuse_for_inference, profile_cost
 from jdkd.notices import say_once
 from jdkd.pool import PoolTrainConfig, ScoredSubnet, Subnet, TeacherPool, load_pool, train_pool
+from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle
 from jdkd.search.choice import fitness, pareto_front
 from jdkd.search.config import Plan, SearchConfig, plan
-from jdkd.search.context import ProgressCallback, SearchContext, open_context, say_if_trained_elsewhere
+from jdkd.search.context import SearchContext, open_context, say_if_trained_elsewhere
 from jdkd.search.matching import match
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.screening import screen
@@ -61,7 +62,7 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
 
     Args:
         config: what to search for.
-        progress: told (what, done, total, values) as the work goes on.
+        progress: called with (what, done, total, values) as the work goes on.
 
     Returns:
         The result, as written to ``result.json``.
@@ -104,7 +105,7 @@ def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -
 
 def _given_pool(folder: Path, context: SearchContext) -> TeacherPool:
     """The pool of an earlier search."""
-    pool = load_pool(folder, context.base, context.train, device=context.config.device)
+    pool = load_pool(folder, context.base, context.train, topology=context.topology, device=context.config.device)
     say_if_trained_elsewhere(f"the teacher pool in {folder}", pool.trained_on, context.train)
     return pool
 
@@ -119,6 +120,7 @@ def _grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
             context.selection.dataset,
             PoolTrainConfig(context.training(budget.pool, seed=100, lr=2 * config.lr), head_weight=1.0),
             config.out / "pool",
+            topology=context.topology,
             device=config.device,
             resume=config.resume,
             progress=context.progress,
