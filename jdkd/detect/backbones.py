@@ -181,7 +181,7 @@ class Pyramid(Backbone):
         pyramid: ``"P2-P6"``, whose last level is a pooled one, or ``"P3-P7"``, whose last two are convolved.
         channels: of every level.
         norm: of the FPN's convolutions; none by default.
-        top: channels of what P6 is made of: those of P5 by default, or of C5.
+        from_c5: whether P6 of ``"P3-P7"`` is made of C5, instead of P5.
     """
 
     def __init__(
@@ -212,7 +212,7 @@ class Extended(Backbone):
 
     Args:
         maps: of :func:`maps_of`.
-        channels: of the widest further map but one, which has twice as many.
+        channels: of the further maps, but for the first, which has twice as many, and the last, which has half.
         lite: whether they begin at stride 16 and are made by depthwise convolutions (Sandler et al., CVPR 2018).
     """
 

@@ -37,6 +37,7 @@ class Family:
     """What a family of torchvision's has where nothing else is said.
 
     Args:
+        build: what makes a detector of it.
         pyramid: what its heads read; None where they read the backbone's own maps.
         box_head: hidden units of its box head, if it has one.
         keypoints: that it finds of an object, if it does.

@@ -30,10 +30,6 @@ class Stage:
     width: int
     blocks: tuple[tuple[int, ...], ...]
 
-    @property
-    def depth(self) -> int:
-        return len(self.blocks)
-
 
 @dataclass(frozen=True)
 class DetectorSpec:
@@ -92,7 +88,7 @@ class DetectorSpec:
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{source} is not JSON ({error}); write one with `jdkd train`.") from None
+            raise InputError(f"{source} is not JSON ({error}); give what `DetectorSpec.to_json` wrote.") from None
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or not {"classes", "stages"} <= fields.keys() <= known:
             got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
@@ -110,9 +106,9 @@ class DetectorSpec:
         return dataclasses.replace(self, **changes)
 
 
-def round_width(width: float, divisor: int = 8) -> int:
-    """The nearest multiple of ``divisor`` that is at least ``divisor``."""
-    return max(divisor, int(width / divisor + 0.5) * divisor)
+def round_width(width: float) -> int:
+    """The nearest multiple of 8 channels, at least 8."""
+    return max(8, int(width / 8 + 0.5) * 8)
 
 
 def named_spec(
@@ -137,9 +133,8 @@ def named_spec(
         depth: multiplies the number of blocks of every stage.
         fpn, box_head: override the multiplied widths.
         min_size, max_size: input size in pixels; the longest side is 1333 by default, or ``min_size`` where that is
-            more. Anchors follow it (32-512 at 800 px, smallest one never
-            under 8), and below 400 px fewer regions are proposed (300) and
-            sampled (64, half of them objects), with one point per bin.
+            more. Anchors follow it (32-512 at 800 px, the smallest never under 8), and below 400 px fewer regions are
+            proposed (300) and sampled (64, half of them objects), with one point per bin.
         max_detections: detections that are kept of an image.
 
     Raises:

@@ -38,7 +38,7 @@ def profile_cost(
     """Count parameters and multiply-accumulates of a detector for one image.
 
     A two-stage detector is charged with as many proposals as its RPN may keep, whatever its weights propose,
-    so that counts of specs can be compared. NMS, RoI align and normalisation count as nothing. FLOPs are
+    so that counts of architectures can be compared. NMS, RoI align and normalisation count as nothing. FLOPs are
     those of torch's `FlopCounterMode`; a multiply-accumulate is two of them.
 
     Args:

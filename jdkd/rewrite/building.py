@@ -143,7 +143,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(move)
     try:
-        with warnings.catch_warnings():  # a builder that loads weights is told that they go nowhere
+        with warnings.catch_warnings():  # a builder that loads weights gets warnings that they go nowhere
             warnings.filterwarnings("ignore", message=".*no-op")
             yield
     finally:

@@ -275,7 +275,7 @@ def _with_variance(config: TrainConfig) -> Iterator[None]:
             raise
         raise ModelError(
             f"batch_size {config.batch_size} leaves a batch norm 1 value a channel, which has no variance ({error}): "
-            'train on more or larger images (batch_size, min_size), or with norm "frozen" in the spec.'
+            'train on more or larger images (batch_size, min_size), or with norm "frozen".'
         ) from error
 
 

@@ -83,7 +83,7 @@ def evaluate(
         workers: processes that read images.
         max_detections: how many detections an image the detector may make and are scored, those of the highest
             scores; by default as many as its builder was asked for, and 100 without one, which is COCO's rule.
-        progress: told how many of how many images are done.
+        progress: called with (images done, images) after every batch.
 
     Returns:
         The scores; a detector that finds nothing has a ``map`` of 0. Where no image of the dataset has a box to
