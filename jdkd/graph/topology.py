@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from jdkd.errors import InputError
+
 MULTIPLE = 8  # channels that groups keep, where they have more: a GPU gains nothing from other widths
 DISAGREES = "cut and masked disagree"  # how the reason begins where :func:`jdkd.rewrite.verify` froze a group
 
@@ -190,7 +192,31 @@ class Topology:
     held: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ChannelGroup:
-        return next(group for group in self.groups if group.name == name)
+        """The channel group of a name.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = next((group for group in self.groups if group.name == name), None)
+        if found is None:
+            known = ", ".join(sorted(group.name for group in self.groups)[:5])
+            raise InputError(
+                f"there is no channel group {name!r} that can be cut; there are {known} and so on "
+                f"({len(self.groups)}): see topology.groups."
+            )
+        return found
+
+    def block_list(self, name: str) -> BlockList:
+        """The block list of a name.
+
+        Raises:
+            InputError: there is none.
+        """
+        lists = {blocks.name: blocks for blocks in self.block_lists}
+        if name not in lists:
+            known = f"name one of {', '.join(lists)}" if lists else "it has none"
+            raise InputError(f"{name!r} is no list of residual blocks in this model; {known}.")
+        return lists[name]
 
     def prunable_share(self) -> float:
         """The share of all parameters that stand in a slot of some group."""

@@ -56,7 +56,7 @@ def remove_block(model: nn.Module, topology: Topology, name: str) -> Morph:
     Raises:
         InputError: there is no such list, or its container would be left without a child.
     """
-    model, blocks = _of(model, topology), _list(topology, name)
+    model, blocks = _of(model, topology), topology.block_list(name)
     if not _removable(model, blocks):
         raise InputError(f"the only block of {name} stays, as nothing else is in {blocks.container}; remove another.")
     return Morph(f"remove a block of {name}", Rewrite(blocks={name: _without(model, blocks, 1)}))
@@ -69,7 +69,7 @@ def add_block(model: nn.Module, topology: Topology, name: str) -> Morph:
         InputError: there is no such list, or its last block cannot be born as the identity.
     """
     _of(model, topology)
-    return Morph(f"add a block to {name}", Rewrite(blocks={name: _with(_list(topology, name), 1)}))
+    return Morph(f"add a block to {name}", Rewrite(blocks={name: _with(topology.block_list(name), 1)}))
 
 
 def rearrange(model: nn.Module, topology: Topology, source: str, target: str, count: int = 1) -> Morph:
@@ -81,7 +81,7 @@ def rearrange(model: nn.Module, topology: Topology, source: str, target: str, co
     Raises:
         InputError: there are no such lists, or they are not neighbours, or have no block to give or to repeat.
     """
-    model, losing, gaining = _of(model, topology), _list(topology, source), _list(topology, target)
+    model, losing, gaining = _of(model, topology), topology.block_list(source), topology.block_list(target)
     order = [blocks.name for blocks in topology.block_lists]
     room = min(MAX_MOVE, _removable(model, losing))
     if abs(order.index(source) - order.index(target)) != 1 or not 1 <= count <= room:
@@ -207,14 +207,6 @@ def _of(model: nn.Module, topology: Topology) -> nn.Module:
             "jdkd.detect.read says of this one."
         )
     return model
-
-
-def _list(topology: Topology, name: str) -> BlockList:
-    lists = {blocks.name: blocks for blocks in topology.block_lists}
-    if name not in lists:
-        known = f"name one of {', '.join(lists)}" if lists else "it has none"
-        raise InputError(f"{name!r} is no list of residual blocks in this detector; {known}.")
-    return lists[name]
 
 
 def _removable(model: nn.Module, blocks: BlockList) -> int:

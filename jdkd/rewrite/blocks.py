@@ -36,7 +36,10 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
     copied = duplicate(model)
     runs: dict[str, list[tuple[BlockList, list[int]]]] = {}  # of each container
     for name, places in order.items():
-        blocks = _checked(topology, name, places)
+        blocks = topology.block_list(name)
+        last = len(blocks.blocks) - 1
+        if any(not 0 <= place <= last for place in places):
+            raise InputError(f"the list {name!r} has the blocks 0..{last}, and {list(places)} names others.")
         runs.setdefault(blocks.container, []).append((blocks, list(places)))
     for path, arranged in runs.items():
         container = copied.get_submodule(path)
@@ -111,16 +114,6 @@ def _set_to_zero(layer: nn.Module) -> bool:
         layer.weight.zero_()
         return True
     return False
-
-
-def _checked(topology: Topology, name: str, order: Sequence[int]) -> BlockList:
-    lists = {blocks.name: blocks for blocks in topology.block_lists}
-    if name not in lists:
-        raise InputError(f"there is no list of blocks {name!r}; there are {', '.join(lists) or 'none'}.")
-    count = len(lists[name].blocks)
-    if any(not 0 <= place < count for place in order):
-        raise InputError(f"the list {name!r} has the blocks 0..{count - 1}, and {list(order)} names others.")
-    return lists[name]
 
 
 @torch.no_grad()

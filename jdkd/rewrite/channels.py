@@ -57,10 +57,10 @@ def widen(model: nn.Module, topology: Topology, extra: Mapping[str, int]) -> nn.
         InputError: there is no such group, it cannot grow, or a number is negative.
     """
     for name, count in extra.items():
-        checked(topology, name, [0])
+        group = topology[name]
         if count < 0:
             raise InputError(f"widen: group {name!r} is to get {count} units; give 0 or more, and prune to take away.")
-        if not topology[name].grows:
+        if not group.grows:
             raise InputError(f"widen: group {name!r} cannot grow, as the model's code holds on to places in it.")
     gathers, silent = {}, defaultdict(list)
     for (tensor, dim), slots in _slots(topology, extra).items():
@@ -120,14 +120,7 @@ def checked(topology: Topology, name: str, units: Iterable[int]) -> np.ndarray:
     Raises:
         InputError: there is no such group, or its units are not in range, repeated, or none.
     """
-    groups = {group.name: group for group in topology.groups}
-    if name not in groups:
-        raise InputError(
-            f"there is no channel group {name!r} that can be cut; there are {', '.join(sorted(groups)[:5])} and so on "
-            f"({len(groups)}): see topology.groups."
-        )
-    units = np.array(sorted(int(unit) for unit in units), dtype=np.int64)
-    count = groups[name].units
+    units, count = np.array(sorted(int(unit) for unit in units), dtype=np.int64), topology[name].units
     if not units.size or units[0] < 0 or units[-1] >= count or len(np.unique(units)) < len(units):
         raise InputError(
             f"group {name!r} has the units 0..{count - 1} and is to keep {units.tolist()[:8]}; name at least one, each "

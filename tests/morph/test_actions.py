@@ -298,5 +298,5 @@ def test_a_list_that_is_none_is_named():
     for act, name in itertools.product((add_block, remove_block), ("layer9", "")):
         with pytest.raises(InputError, match=f"'{name}' is no list of residual blocks .* backbone.body.layer1, "):
             act(model, topology, name)
-    with pytest.raises(InputError, match="'x' is no list of residual blocks in this detector; it has none"):
+    with pytest.raises(InputError, match="'x' is no list of residual blocks in this model; it has none"):
         add_block(*parent("ssd"), "x")

@@ -109,7 +109,7 @@ def test_a_rewrite_of_nothing_is_a_copy():
     [
         ({"keep": {"9": [0]}}, "no channel group '9'"),
         ({"extra": {"0.0": -1}}, "give 0 or more"),
-        ({"blocks": {"9": [0]}}, "no list of blocks '9'"),
+        ({"blocks": {"9": [0]}}, "'9' is no list of residual blocks"),
         ({"attributes": {"0.padding_mood": 3}}, "attributes sets '0.padding_mood'"),
     ],
 )
