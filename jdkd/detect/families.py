@@ -23,13 +23,12 @@ from torchvision.ops import MultiScaleRoIAlign
 from jdkd.detect.backbones import PYRAMIDS, Extended, Pyramid, maps_of
 from jdkd.detect.norms import GROUP, exchange_norms
 from jdkd.detect.roi_scales import set_roi_scales
-from jdkd.detect.spec import smallest_anchor
+from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError
 from jdkd.rewrite import Architecture
 
 BUILDER = "jdkd.detect:detector"
 RATIOS = (0.5, 1.0, 2.0)
-SMALL = 400  # pixels: below it, fewer regions are proposed and sampled
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Options:
     @property
     def candidates(self) -> int:
         """Regions or boxes that are looked at before a final non-maximum suppression."""
-        return 300 if self.min_size < SMALL else 1000
+        return Regions.of(self.min_size).proposals
 
     @property
     def is_second(self) -> bool:
@@ -228,11 +227,11 @@ def _two_stages(options: Options) -> FasterRCNN:
     """Ren et al., NeurIPS 2015; He et al., ICCV 2017; the second versions as Li et al., 2021, have them."""
     norm = nn.BatchNorm2d if options.is_second else None
     backbone = _pyramid(options, norm=norm)
-    width, small = options.channels, options.min_size < SMALL
+    width, regions = options.channels, Regions.of(options.min_size)
 
     def pool(size: int) -> MultiScaleRoIAlign:
         read = [name for name in backbone.strides if name.isdigit()]
-        made = MultiScaleRoIAlign(read, size, sampling_ratio=1 if small else 2)
+        made = MultiScaleRoIAlign(read, size, sampling_ratio=regions.roi_samples)
         set_roi_scales(made, [backbone.strides[name] for name in read])
         return made
 
@@ -265,8 +264,8 @@ def _two_stages(options: Options) -> FasterRCNN:
         rpn_post_nms_top_n_train=2 * options.candidates,
         rpn_post_nms_top_n_test=options.candidates,
         box_roi_pool=pool(7),
-        box_batch_size_per_image=64 if small else 512,
-        box_positive_fraction=0.5 if small else 0.25,
+        box_batch_size_per_image=regions.rois,
+        box_positive_fraction=regions.positives,
         box_detections_per_img=options.max_detections,
         **heads,
     )

@@ -11,9 +11,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from jdkd.detect.families import SMALL
 from jdkd.detect.input_size import input_transform
-from jdkd.detect.spec import smallest_anchor
+from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError
 from jdkd.rewrite.building import call
 
@@ -86,12 +85,14 @@ def resized(builder: str, arguments: Mapping[str, Any], **sizes: int) -> nn.Modu
     if least is None or "min_size" not in sizes:
         return model
     share = smallest_anchor(sizes["min_size"]) / smallest_anchor(least)
+    regions = Regions.of(sizes["min_size"])
     for module in list(model.modules()):
-        if sizes["min_size"] < SMALL and isinstance(module, RegionProposalNetwork):
-            module._pre_nms_top_n = module._post_nms_top_n = {"training": 600, "testing": 300}
-        if sizes["min_size"] < SMALL and isinstance(module, RoIHeads):
+        if regions != Regions() and isinstance(module, RegionProposalNetwork):
+            kept = {"training": 2 * regions.proposals, "testing": regions.proposals}
+            module._pre_nms_top_n = module._post_nms_top_n = kept
+        if regions != Regions() and isinstance(module, RoIHeads):
             sampler = module.fg_bg_sampler
-            sampler.batch_size_per_image, sampler.positive_fraction = 64, 0.5
+            sampler.batch_size_per_image, sampler.positive_fraction = regions.rois, regions.positives
         scaled = getattr(module, "anchor_generator", None)
         if isinstance(scaled, AnchorGenerator) and not isinstance(module, FCOS):  # of which they are the strides
             sizes_now = tuple(tuple(max(1, int(share * size)) for size in level) for level in scaled.sizes)

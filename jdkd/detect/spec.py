@@ -156,7 +156,6 @@ def named_spec(
         for channels, blocks in zip(inner, depths, strict=True)
     )
     smallest = smallest_anchor(min_size)
-    small = min_size < 400
     return DetectorSpec(
         classes=tuple(classes),
         stages=stages,
@@ -167,12 +166,24 @@ def named_spec(
         min_size=min_size,
         max_size=max(1333, min_size) if max_size is None else max_size,
         anchors=tuple(smallest << level for level in range(5)),
-        proposals=300 if small else 1000,
-        rois=64 if small else 512,
-        positives=0.5 if small else 0.25,
-        roi_samples=1 if small else 2,
         max_detections=max_detections,
+        **vars(Regions.of(min_size)),
     )
+
+
+@dataclass(frozen=True)
+class Regions:
+    """How many regions the two stages look at; the arguments are those of :class:`DetectorSpec`."""
+
+    proposals: int = 1000
+    rois: int = 512
+    positives: float = 0.25
+    roi_samples: int = 2
+
+    @classmethod
+    def of(cls, min_size: int) -> "Regions":
+        """torchvision's numbers, or fewer where the short side of an image is below 400 pixels."""
+        return cls(300, 64, 0.5, 1) if min_size < 400 else cls()
 
 
 def smallest_anchor(min_size: int) -> int:
