@@ -137,9 +137,14 @@ class BlockList:
             yield path, bool(ends) and all(ends)
 
     @property
+    def copied(self) -> int | None:
+        """The last block whose copies can be born as the identity, by its place; None where there is none."""
+        return max((place for place, (_, can) in enumerate(self.identities()) if can), default=None)
+
+    @property
     def can_grow(self) -> bool:
-        """Whether copies of its last block can be born as the identity."""
-        return [can for _, can in self.identities()][-1]
+        """Whether copies of some block can be born as the identity."""
+        return self.copied is not None
 
 
 def block_lists(runs: Iterable[Sequence[tuple[str, tuple[tuple[str, ...], ...]]]]) -> tuple[BlockList, ...]:

@@ -63,10 +63,10 @@ def remove_block(model: nn.Module, topology: Topology, name: str) -> Morph:
 
 
 def add_block(model: nn.Module, topology: Topology, name: str) -> Morph:
-    """Repeats the last block of a list, as wide inside as that, born as the identity.
+    """Repeats the last block of a list that can be born as the identity, as wide inside as that.
 
     Raises:
-        InputError: there is no such list, or its last block cannot be born as the identity.
+        InputError: there is no such list, or none of its blocks can be born as the identity.
     """
     _of(model, topology)
     return Morph(f"add a block to {name}", Rewrite(blocks={name: _with(topology.block_list(name), 1)}))
@@ -222,11 +222,10 @@ def _without(model: nn.Module, blocks: BlockList, count: int) -> tuple[int, ...]
 
 
 def _with(blocks: BlockList, count: int) -> tuple[int, ...]:
-    """Blocks, and ``count`` times the last one more."""
+    """Blocks, and ``count`` times the one that is copied."""
     if not blocks.can_grow:
-        raise InputError(f"{blocks.blocks[-1]} cannot be born as the identity, so it cannot be added to {blocks.name}.")
-    last = len(blocks.blocks) - 1
-    return (*range(last), *[last] * (count + 1))
+        raise InputError(f"{blocks.name} stays as deep as it is: its blocks cannot be born as the identity.")
+    return (*range(len(blocks.blocks)), *[blocks.copied] * count)
 
 
 def _slimmed(model: nn.Module, topology: Topology, ratio: float) -> dict[str, Sequence[int]]:

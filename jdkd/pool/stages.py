@@ -64,9 +64,3 @@ def _home(group: ChannelGroup, lists: tuple[BlockList, ...]) -> int | None:
             if all(slot.tensor.startswith(f"{block}.") for slot in group.slots):
                 return number
     return None
-
-
-def copied_block(blocks: BlockList) -> int | None:
-    """The last block of a list whose copy can be born as the identity, by its place; None where there is none."""
-    able = [place for place, (_, can) in enumerate(blocks.identities()) if can]
-    return able[-1] if able else None

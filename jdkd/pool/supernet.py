@@ -9,7 +9,7 @@ from jdkd.graph import Topology
 from jdkd.nn import Subnet as Active
 from jdkd.nn import set_subnet
 from jdkd.pool.space import Space, Subnet
-from jdkd.pool.stages import copied_block, pool_groups, read_stages
+from jdkd.pool.stages import pool_groups, read_stages
 from jdkd.rewrite import Rewrite, elastic_groups, make_elastic, make_plain
 from jdkd.rewrite.channels import duplicate, tensors_by_name
 
@@ -119,6 +119,6 @@ def grow_base(base: nn.Module, topology: Topology, space: Space) -> tuple[nn.Mod
     blocks = {}
     for listed, choices in zip(topology.block_lists, space.depths, strict=False):
         here = range(len(listed.blocks))
-        blocks[listed.name] = (*here, *[copied_block(listed)] * (choices[-1] - len(here)))
+        blocks[listed.name] = (*here, *[listed.copied] * (choices[-1] - len(here)))
     largest = Rewrite(extra=extra, blocks=blocks).apply(base, topology)
     return largest, read(largest, like=topology)

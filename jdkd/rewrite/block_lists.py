@@ -67,9 +67,9 @@ def _leaving_differs(trial: Trial, topology: Topology, paths: Sequence[str]) -> 
 
 
 def _repeating_differs(trial: Trial, topology: Topology, names: Sequence[str]) -> str | None:
-    """What changes when the last block of some lists is repeated, or None."""
+    """What changes when a block of some lists is repeated, or None."""
     order = {
-        blocks.name: [*range(len(blocks.blocks)), len(blocks.blocks) - 1]
+        blocks.name: [*range(len(blocks.blocks)), blocks.copied]
         for blocks in topology.block_lists
         if blocks.name in names
     }
