@@ -27,7 +27,7 @@ def input_size(model: nn.Module) -> tuple[int, int] | None:
     return int(transform.min_size[-1]), int(transform.max_size)  # the last one is for evaluation
 
 
-def resized(model: nn.Module, min_size: int) -> dict[str, Any]:
+def size_attributes(model: nn.Module, min_size: int) -> dict[str, Any]:
     """The attributes by which a detector resizes its input to another short side, for :class:`jdkd.rewrite.Rewrite`.
 
     Args:

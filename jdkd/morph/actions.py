@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from jdkd.detect.input_size import input_size, resized
+from jdkd.detect.input_size import input_size, size_attributes
 from jdkd.errors import InputError
 from jdkd.graph import BlockList, Topology
 from jdkd.graph.topology import MULTIPLE
@@ -136,7 +136,7 @@ def change_resolution(model: nn.Module, min_size: int) -> Morph:
         InputError: the detector does not resize its input, or to one fixed size.
     """
     model = unwrapped(model)
-    now, attributes = input_size(model), resized(model, min_size)
+    now, attributes = input_size(model), size_attributes(model, min_size)
     return Morph(f"input {now[0]} -> {min_size} px", Rewrite(attributes=attributes))
 
 
