@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from jdkd.distill.neck import Pyramid
 from jdkd.distill.student_input import StudentInput, parameters_of
 from jdkd.errors import InputError, said
-from jdkd.nn.necks import BACKBONE, NECK, NotReached, backbone_of, holders, neck_of, outermost, run_until
+from jdkd.nn.necks import BACKBONE, NECK, NotReached, backbone_of, has_module, holders, neck_of, outermost, run_until
 from jdkd.nn.unwrapping import unwrapped
 
 HOLDERS = ("ema", "module", "model", "ema_model")  # where objects that are no modules keep a model
@@ -155,9 +155,9 @@ def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
             return _route(inner, neck, who)
         raise InputError(_nowhere(inner, who, f"{NECK} or {BACKBONE}", found))
     for root in (model, inner):
-        if _has(root, path):
+        if has_module(root, path):
             return _route(root, path, who)
-    if len(found) == 1 and _has(found[0][1], path):
+    if len(found) == 1 and has_module(found[0][1], path):
         return _route(inner, f"{found[0][0]}.{path}".strip("."), who)
     raise InputError(_nowhere(inner, who, path, []))
 
@@ -195,14 +195,6 @@ def _inmost(chain: list[nn.Module]) -> nn.Module:
             break
         model = module
     return model
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _nowhere(model: nn.Module, who: str, wanted: str, holders: list[tuple[str, nn.Module]]) -> str:
