@@ -12,7 +12,7 @@ FOUND = {"map": 0.5, "latency_ratio": 0.8, "latency_ratio_interval": [0.7, 0.9],
 
 def test_what_is_kept_of_a_search_says_no_place(tmp_path):
     part = {"image_folder": "/home/me/data/val", "annotations": "/home/me/data/val.json", "images": 3}
-    result = {name: FOUND for name in demo.NETWORKS} | {
+    result = dict.fromkeys(demo.NETWORKS, FOUND) | {
         "seed": 2,
         "selection": part,
         "report": part,
