@@ -26,21 +26,25 @@ def architecture_of(model: nn.Module, what: str) -> Architecture:
     Raises:
         InputError: it carries none.
     """
-    inner = unwrapped(model)
-    known = getattr(inner, "architecture", None)
-    if not isinstance(known, Architecture):
+    if (known := known_architecture(model)) is None:
         raise InputError(
-            f"{what} takes a detector that carries its architecture, and this {type(inner).__name__} has none: open it "
-            "with jdkd.detect.open_model(NAME or 'package.module:function'), or set model.architecture to "
-            "jdkd.rewrite.describe(model, 'package.module:function')"
+            f"{what} takes a detector that carries its architecture, and this {type(unwrapped(model)).__name__} has "
+            "none: open it with jdkd.detect.open_model(NAME or 'package.module:function'), or set model.architecture "
+            "to jdkd.rewrite.describe(model, 'package.module:function')"
         )
     return known
 
 
+def known_architecture(model: nn.Module) -> Architecture | None:
+    """The architecture that a detector carries, wrapped or not; None where it carries none."""
+    known = getattr(unwrapped(model), "architecture", None)
+    return known if isinstance(known, Architecture) else None
+
+
 def identity(model: nn.Module) -> str | None:
     """The id of a detector's architecture, 64 hexadecimal digits; None where it carries none."""
-    known = getattr(unwrapped(model), "architecture", None)
-    return known.id if isinstance(known, Architecture) else None
+    known = known_architecture(model)
+    return known.id if known else None
 
 
 def not_scripted(model: nn.Module, what: str) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from jdkd.data import in_order
 from jdkd.detect import fix_roi_scales
-from jdkd.detect.contract import capped, detections
+from jdkd.detect.contract import capped, detections, known_architecture
 from jdkd.detect.heads import known_classes
 from jdkd.detect.input_size import require_visible
 from jdkd.detect.sources import builders_of
@@ -131,8 +131,8 @@ def _segmented(dataset: Any) -> bool:
 
 def _asked_for(model: nn.Module) -> int:
     """Detections an image that a builder was asked for; COCO's number where none was."""
-    known = getattr(model, "architecture", None)
-    asked = [each.arguments.get("max_detections") for each in (builders_of(known) if known is not None else ())]
+    known = known_architecture(model)
+    asked = [each.arguments.get("max_detections") for each in (builders_of(known) if known else ())]
     return next((number for number in asked if number is not None), COCO_DETECTIONS)
 
 
@@ -167,7 +167,8 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
 
     Where the number of classes does not show, :class:`Findings` checks the labels.
     """
-    names = getattr(getattr(model, "architecture", None), "classes", ())
+    architecture = known_architecture(model)
+    names = architecture.classes if architecture else ()
     known = len(names) or known_classes(model)
     if known is None:
         return
