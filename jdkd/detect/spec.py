@@ -32,6 +32,21 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Regions:
+    """How many regions the two stages look at; the arguments are those of :class:`DetectorSpec`."""
+
+    proposals: int = 1000
+    rois: int = 512
+    positives: float = 0.25
+    roi_samples: int = 2
+
+    @classmethod
+    def of(cls, min_size: int) -> "Regions":
+        """torchvision's numbers, or fewer where the short side of an image is below 400 pixels."""
+        return cls(300, 64, 0.5, 1) if min_size < 400 else cls()
+
+
+@dataclass(frozen=True)
 class DetectorSpec:
     """Everything needed to build a detector; equal specs build equal architectures.
 
@@ -63,10 +78,10 @@ class DetectorSpec:
     min_size: int = 800
     max_size: int = 1333
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
-    proposals: int = 1000
-    rois: int = 512
-    positives: float = 0.25
-    roi_samples: int = 2
+    proposals: int = Regions.proposals
+    rois: int = Regions.rois
+    positives: float = Regions.positives
+    roi_samples: int = Regions.roi_samples
     max_detections: int = 100
     norm: str = "batch"
     head: str = "faster_rcnn"
@@ -169,21 +184,6 @@ def named_spec(
         max_detections=max_detections,
         **vars(Regions.of(min_size)),
     )
-
-
-@dataclass(frozen=True)
-class Regions:
-    """How many regions the two stages look at; the arguments are those of :class:`DetectorSpec`."""
-
-    proposals: int = 1000
-    rois: int = 512
-    positives: float = 0.25
-    roi_samples: int = 2
-
-    @classmethod
-    def of(cls, min_size: int) -> "Regions":
-        """torchvision's numbers, or fewer where the short side of an image is below 400 pixels."""
-        return cls(300, 64, 0.5, 1) if min_size < 400 else cls()
 
 
 def smallest_anchor(min_size: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -248,12 +248,7 @@ def renumber(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         module.normalized_shape = tuple(weight.shape)
     elif hasattr(module, "num_features"):
-        module.num_features = next(tensor.shape[0] for tensor in tensors_of(module))
+        held = (*module._parameters.values(), *module._buffers.values())
+        module.num_features = next(tensor.shape[0] for tensor in held if tensor is not None and tensor.dim())
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]
-
-
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """A layer's own parameters and buffers that have a dimension."""
-    for table in (module._parameters, module._buffers):
-        yield from (tensor for tensor in table.values() if tensor is not None and tensor.dim())
