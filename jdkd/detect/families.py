@@ -21,6 +21,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from jdkd.detect.backbones import PYRAMIDS, Extended, Pyramid, maps_of
+from jdkd.detect.input_size import require_order, require_whole
 from jdkd.detect.norms import GROUP, exchange_norms
 from jdkd.detect.roi_scales import set_roi_scales
 from jdkd.detect.spec import Regions, smallest_anchor
@@ -180,11 +181,9 @@ def _options(
             known[name] = getattr(has, name)
         elif getattr(has, name) is None:
             raise InputError(f"{family} has no {name}; leave {name} {known[name]!r} out.")
-    sizes = {"min_size": min_size, "max_size": max_size, **known}
-    for name in ("classes", "channels", "min_size", "max_size", "box_head", "keypoints", "max_detections"):
-        size = sizes[name]
-        if size is not None and (type(size) is not int or size < 1):
-            raise InputError(f"{name} must be a whole number of at least 1, got {size!r}.")
+    counts = ("classes", "channels", "box_head", "keypoints", "max_detections")
+    sizes = {name: known[name] for name in counts} | {"min_size": min_size, "max_size": max_size}
+    require_whole({name: size for name, size in sizes.items() if size is not None})
     if known["channels"] % (step := 32 if family in OF_32_GROUPS else GROUP):
         raise InputError(f"channels of {family} must be a multiple of {step}, got {known['channels']}.")
     least = has.min_size if min_size is None else min_size
@@ -193,8 +192,7 @@ def _options(
         raise InputError(
             f"{family} resizes images to {least}x{least}; leave max_size {most} out, or give it as min_size."
         )
-    if most < least:
-        raise InputError(f"max_size {most} is below min_size {least}; give both, the larger one as max_size.")
+    require_order(least, most)
     return Options(
         family=family,
         pyramid=pyramid or has.pyramid,

@@ -11,7 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from jdkd.detect.input_size import input_transform
+from jdkd.detect.input_size import input_transform, require_order, require_whole
 from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError
 from jdkd.rewrite.building import call
@@ -30,9 +30,8 @@ def resize(
     Raises:
         InputError: it has no such transform, or its anchors are for one size alone.
     """
-    for name, size in (("min_size", min_size), ("max_size", max_size), ("max_detections", max_detections)):
-        if size is not None and (type(size) is not int or size < 1):
-            raise InputError(f"{name} must be a whole number of at least 1, got {size!r}.")
+    sizes = {"min_size": min_size, "max_size": max_size, "max_detections": max_detections}
+    require_whole({name: size for name, size in sizes.items() if size is not None})
     kind = type(model).__name__
     if max_detections is not None:
         heads = [module for module in model.modules() if isinstance(getattr(module, "detections_per_img", None), int)]
@@ -49,8 +48,7 @@ def resize(
         return
     least = min(transform.min_size) if min_size is None else min_size
     most = max(transform.max_size, least) if max_size is None else max_size
-    if most < least:
-        raise InputError(f"max_size {most} is below min_size {least}; give both, the larger one as max_size.")
+    require_order(least, most)
     transform.min_size, transform.max_size = (least,), most
 
 

@@ -14,7 +14,7 @@ from jdkd.data import in_order
 from jdkd.detect import fix_roi_scales
 from jdkd.detect.contract import capped, detections, known_architecture
 from jdkd.detect.heads import known_classes
-from jdkd.detect.input_size import require_visible
+from jdkd.detect.input_size import require_visible, require_whole
 from jdkd.detect.sources import builders_of
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
@@ -97,9 +97,7 @@ def evaluate(
         raise InputError(f"evaluate takes a detector, a torch.nn.Module; got a {type(model).__name__}.")
     inner = unwrapped(model)
     most = _asked_for(inner) if max_detections is None else max_detections
-    for name, value in (("batch_size", batch_size), ("max_detections", most)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    require_whole({"batch_size": batch_size, "max_detections": most})
     _require_same_classes(inner, dataset.classes, dataset.label_to_category)
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
