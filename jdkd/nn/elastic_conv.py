@@ -149,14 +149,6 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         return tuple(whole - less[1 - i // 2] for i, whole in enumerate(self._reversed_padding_repeated_twice))
 
     @property
-    def active_in_channels(self) -> int:
-        return self._record.active.inputs.count
-
-    @property
-    def active_out_channels(self) -> int:
-        return self._record.active.outputs.count
-
-    @property
     def active_kernel_size(self) -> tuple[int, int]:
         return self._record.active.kernel or pair(self.kernel_size)
 

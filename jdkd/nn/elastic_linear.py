@@ -59,14 +59,6 @@ class ElasticLinear(ElasticWeight, nn.Linear):
             active_channels(out_channels, self.out_features, "out_channels"),
         )
 
-    @property
-    def active_in_channels(self) -> int:
-        return self._record.active.inputs.count
-
-    @property
-    def active_out_channels(self) -> int:
-        return self._record.active.outputs.count
-
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):
             return as_node(self, x, x)
