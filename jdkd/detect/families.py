@@ -130,6 +130,7 @@ def detector(
     Raises:
         InputError: there is no such family, backbone, norm or pyramid, or they do not go together.
     """
+    names = () if isinstance(classes, int | float) else class_names(classes)
     known = _options(
         family,
         pyramid=pyramid,
@@ -137,7 +138,7 @@ def detector(
         max_size=max_size,
         anchors=anchors,
         backbone=backbone,
-        classes=classes if isinstance(classes, int) else len(classes),
+        classes=len(names) if names else classes,
         channels=channels,
         norm=norm,
         box_head=box_head,
@@ -147,9 +148,24 @@ def detector(
     model = FAMILIES[family].build(known)
     if norm is not None:
         exchange_norms(model.backbone.body if norm == "frozen" else model, norm)
-    names = () if isinstance(classes, int) else tuple(classes)
     model.architecture = Architecture(BUILDER, asdict(known), classes=names)
     return model
+
+
+def class_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Names of the object classes, label k is the k-th.
+
+    Raises:
+        InputError: they are no list of names, none, empty or repeated.
+    """
+    listed = () if isinstance(names, str) or not isinstance(names, Sequence) else tuple(names)
+    if (
+        not listed
+        or not all(isinstance(name, str) and name.strip() for name in listed)
+        or len(set(listed)) < len(listed)
+    ):
+        raise InputError(f"classes must be names, each once, or how many there are, got {names!r:.200}.")
+    return listed
 
 
 def _options(
@@ -169,7 +185,9 @@ def _options(
     if family not in FAMILIES:
         raise InputError(f"family {family!r} is none of {', '.join(FAMILIES)}; give one of these.")
     has = FAMILIES[family]
-    if pyramid is not None and pyramid not in PYRAMIDS:
+    if not isinstance(known["backbone"], str):
+        raise InputError(f"backbone must be a name, got {known['backbone']!r:.80}; give resnet50 or the like.")
+    if pyramid is not None and pyramid not in tuple(PYRAMIDS):
         raise InputError(f"pyramid must be {' or '.join(PYRAMIDS)}, got {pyramid!r}.")
     if pyramid is not None and has.pyramid is None:
         raise InputError(
@@ -211,7 +229,9 @@ def _anchors(family: str, pyramid: str | None, min_size: int, given: Sequence[in
             raise InputError(f"the anchors of {family} {why}; leave anchors out.")
         return own
     levels = len(PYRAMIDS[pyramid])
-    found = tuple(smallest_anchor(min_size) << level for level in range(levels)) if given is None else tuple(given)
+    if given is None:
+        given = [smallest_anchor(min_size) << level for level in range(levels)]
+    found = tuple(given) if isinstance(given, Sequence) else (given,)
     if len(found) != levels or any(type(size) is not int or size < 1 for size in found):
         raise InputError(f"anchors must be {levels} whole numbers of pixels, one per level, got {list(found)}.")
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jdkd.detect.families import BUILDER
+from jdkd.detect.families import BUILDER, class_names
 from jdkd.detect.predictors import remake_predictors
 from jdkd.detect.published import weights_file
 from jdkd.detect.sources import builders_of, open_model, parts_of
@@ -49,9 +49,7 @@ def import_detector(
     Raises:
         InputError: the source makes no model, the weights do not fit, or the classes are repeated or empty.
     """
-    names = [name for name in classes if name.strip()]
-    if len(names) != len(classes) or len(set(names)) != len(names):
-        raise InputError(f"classes must be names, each once, got {', '.join(map(repr, classes))[:200]}.")
+    classes = class_names(classes) if len(classes) else ()
     model = open_model(source, **options)
     origin: Architecture = model.architecture
     if weights is not None:

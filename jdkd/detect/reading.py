@@ -42,8 +42,12 @@ def read(
         The topology; ``followed`` has the channels of each level of the pyramid.
 
     Raises:
-        InputError: the detector does not run on such a list.
+        InputError: it is no module, the size is none, or the detector does not run on such a list.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"read takes a torch.nn.Module, got a {type(model).__name__}.")
+    if not isinstance(size, tuple | list) or len(size) != 2 or any(type(s) is not int or s < 1 for s in size):
+        raise InputError(f"size must be height and width in whole pixels of at least 1, got {size!r:.80}.")
     example = [torch.rand(3, *size, generator=torch.Generator().manual_seed(0)).to(**_kind(model))]
     with few_regions(model, *size):
         try:

@@ -49,6 +49,11 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
         InputError: it is none of these, what it names makes no ``torch.nn.Module``, or an option is not for it.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if not isinstance(source, str | Path):
+        raise InputError(f"a model is opened by its name, its folder or package.module:function, got {source!r:.80}.")
+    if classes is not None and (type(classes) is not int or classes < 1):
+        raise InputError(f"classes must be a whole number of at least 1, got {classes!r}.")
+    source = str(source)
     if any((Path(source) / name).is_file() for name in (SPEC, ARCHITECTURE)):
         _refuse(given, ("norm", *OURS), f"{source} is a folder, whose detector has its own")
         return _resized(load(source), given)

@@ -25,6 +25,7 @@ from jdkd.morph.parts import STREAMS, slimmed
 from jdkd.morph.parts import parts as parts_of
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
+from jdkd.rewrite.channels import require_traced
 
 FLOOR = 0.25  # no group loses more than the rest in one action
 MAX_MOVE = 3  # blocks that go from one list to the next in one rearrangement
@@ -199,13 +200,7 @@ def _of(model: nn.Module, topology: Topology) -> nn.Module:
         InputError: the topology was read off another.
     """
     model = unwrapped(model)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    if sizes != topology.sizes:
-        other = next(iter(dict(sizes.items() ^ topology.sizes.items())))
-        raise InputError(
-            f"the topology is of another model than this {type(model).__name__}: {other} differs; give what "
-            "jdkd.detect.read says of this one."
-        )
+    require_traced(model, topology)
     return model
 
 

@@ -52,7 +52,8 @@ class Architecture:
             raise InputError(f"blocks must leave at least one child in {empty[0]!r}.")
         for name in ("arguments", "attributes"):
             object.__setattr__(self, name, _json_like(name, _mapping(name, getattr(self, name))))
-        if isinstance(self.classes, str) or not all(isinstance(name, str) for name in self.classes):
+        listed = isinstance(self.classes, list | tuple)
+        if not listed or not all(isinstance(name, str) for name in self.classes):
             raise InputError(f"classes must be a list of names, got {self.classes!r:.80}.")
         object.__setattr__(self, "classes", tuple(self.classes))
 

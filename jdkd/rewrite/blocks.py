@@ -13,7 +13,7 @@ from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.graph import BlockList, Topology
-from jdkd.rewrite.channels import duplicate
+from jdkd.rewrite.channels import duplicate, whole
 
 
 def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[int]]) -> nn.Module:
@@ -31,16 +31,22 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
         their names.
 
     Raises:
-        InputError: there is no such list, it holds no such block, or a block cannot be born as the identity.
+        InputError: there is no such list, it holds no such block, a block cannot be born as the identity, or the model
+            has other blocks than the topology.
     """
-    copied = duplicate(model)
+    copied, modules = duplicate(model), dict(model.named_modules())
     runs: dict[str, list[tuple[BlockList, list[int]]]] = {}  # of each container
     for name, places in order.items():
-        blocks = topology.block_list(name)
+        blocks, places = topology.block_list(name), whole(f"blocks of the list {name!r}", places)
         last = len(blocks.blocks) - 1
         if any(not 0 <= place <= last for place in places):
-            raise InputError(f"the list {name!r} has the blocks 0..{last}, and {list(places)} names others.")
-        runs.setdefault(blocks.container, []).append((blocks, list(places)))
+            raise InputError(f"the list {name!r} has the blocks 0..{last}, and {places} names others.")
+        if gone := [path for path in blocks.blocks if path not in modules]:
+            raise InputError(
+                f"the topology was read off another model: this {type(model).__name__} has no block {gone[0]!r}; read "
+                "the model again after each rewrite."
+            )
+        runs.setdefault(blocks.container, []).append((blocks, places))
     for path, arranged in runs.items():
         container = copied.get_submodule(path)
         set_children(container, _arranged(container, arranged))

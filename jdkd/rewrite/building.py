@@ -210,7 +210,7 @@ def set_attribute(model: nn.Module, name: str, value: Any) -> None:
             f"attributes sets {name!r}, and the builder makes {'none' if now is None else f'a {type(now).__name__}'}; "
             "give the architecture the builder that it was made with."
         )
-    setattr(module, leaf, tuple(value) if isinstance(now, tuple) else value)
+    setattr(module, leaf, tuple(value) if isinstance(now, tuple) and isinstance(value, list) else value)
 
 
 def _found(model: nn.Module, path: str, what: str) -> nn.Module:

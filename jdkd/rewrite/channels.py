@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,8 +33,10 @@ def prune(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
         The copy; in evaluation mode it computes what the model would if nothing read the other units' channels.
 
     Raises:
-        InputError: there is no such group, or its units are not in range, repeated, or none.
+        InputError: there is no such group, its units are not in range, repeated, or none, or the topology is of
+            another model.
     """
+    require_traced(model, topology)
     chosen = {name: checked(topology, name, units) for name, units in keep.items()}
     gathers = {}
     for (tensor, dim), slots in _slots(topology, chosen).items():
@@ -54,10 +57,12 @@ def widen(model: nn.Module, topology: Topology, extra: Mapping[str, int]) -> nn.
         extra: how many units to add, by the name of their group.
 
     Raises:
-        InputError: there is no such group, it cannot grow, or a number is negative.
+        InputError: there is no such group, it cannot grow, a number is negative, or the topology is of another model.
     """
+    require_traced(model, topology)
     for name, count in extra.items():
         group = topology[name]
+        whole(f"widen: extra of group {name!r}", [count])
         if count < 0:
             raise InputError(f"widen: group {name!r} is to get {count} units; give 0 or more, and prune to take away.")
         if not group.grows:
@@ -102,6 +107,7 @@ def _runs(group: ChannelGroup, slot: Slot) -> list[np.ndarray]:
 
 def mask(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
     """A copy of a model in which no product reads the units that are not kept: what :func:`prune` must agree with."""
+    require_traced(model, topology)
     chosen = {name: checked(topology, name, units) for name, units in keep.items()}
     masked = duplicate(model)
     tensors = tensors_by_name(masked)
@@ -120,7 +126,8 @@ def checked(topology: Topology, name: str, units: Iterable[int]) -> np.ndarray:
     Raises:
         InputError: there is no such group, or its units are not in range, repeated, or none.
     """
-    units, count = np.array(sorted(int(unit) for unit in units), dtype=np.int64), topology[name].units
+    units = np.array(sorted(whole(f"what group {name!r} is to keep", units)), dtype=np.int64)
+    count = topology[name].units
     if not units.size or units[0] < 0 or units[-1] >= count or len(np.unique(units)) < len(units):
         raise InputError(
             f"group {name!r} has the units 0..{count - 1} and is to keep {units.tolist()[:8]}; name at least one, each "
@@ -132,6 +139,38 @@ def checked(topology: Topology, name: str, units: Iterable[int]) -> np.ndarray:
 def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, those that do not go into the state dict too; tied ones once, by their first name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def whole(what: str, numbers: Iterable[int]) -> list[int]:
+    """Whole numbers of any kind, Python's, numpy's or tensors, as Python's.
+
+    Raises:
+        InputError: some are of another kind, as those of a mask are; ``what`` begins the message.
+    """
+    try:
+        listed = list(numbers)
+        if any(isinstance(number, bool) or getattr(number, "dtype", None) == torch.bool for number in listed):
+            raise TypeError
+        return [operator.index(number) for number in listed]
+    except TypeError:
+        raise InputError(f"{what} must be a list of whole numbers, got {numbers!r:.80}.") from None
+
+
+def require_traced(model: nn.Module, topology: Topology) -> None:
+    """Refuses a topology that was read off another model, or off this one before it was rewritten.
+
+    Raises:
+        InputError: the parameters are others, or of other sizes.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    if sizes == topology.sizes:
+        return
+    name = next(name for name in (*topology.sizes, *sizes) if sizes.get(name) != topology.sizes.get(name))
+    now, then = (f"{each[name]} numbers" if name in each else "none" for each in (sizes, topology.sizes))
+    raise InputError(
+        f"the topology was read off another model: {name!r} has {now} in this {type(model).__name__} and had {then} "
+        "there; read the model again after each rewrite."
+    )
 
 
 def _slots(topology: Topology, named: Mapping[str, object]) -> dict[tuple[str, int], list[tuple[ChannelGroup, Slot]]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
+from jdkd.notices import say_once
 from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.building import arrange_children, build, reshaped
 from jdkd.rewrite.channels import tensors_by_name
@@ -18,6 +20,7 @@ SIZES = {  # attributes that follow from tensors
     "num_groups", "normalized_shape", "num_parameters",
 }  # fmt: skip
 PLAIN = bool | int | float | str
+OURS = frozenset((*vars(nn.Module()), "architecture"))  # attributes that torch and this package give a module
 
 
 def describe(
@@ -55,7 +58,15 @@ def describe(
         who = "the model has" if name in ours else f"{builder} makes"
         raise InputError(f"only {who} a tensor {name}; describe it with the builder that made it.")
     shapes = {name: tuple(t.shape) for name, t in ours.items() if t.shape != theirs[name].shape}
-    return found.replace(shapes=shapes, attributes=_attributes(model, reshaped(fresh, shapes)))
+    fresh = reshaped(fresh, shapes)
+    if unsaid := next(_unsaid(model, fresh), None):
+        say_once(
+            f"{unsaid} of the {type(model).__name__} is not what {builder} makes, and an architecture says nothing of "
+            "it but plain attributes: whoever builds it gets the builder's; where that matters, set it in a function "
+            "of your own, and describe the model with that one",
+            key=f"{builder} {unsaid}",
+        )
+    return found.replace(shapes=shapes, attributes=_attributes(model, fresh))
 
 
 def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict[str, tuple[int, ...]]:
@@ -71,6 +82,8 @@ def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict
             f"{path or 'the model'} is a {_kind(ours)}, and the builder makes a {_kind(theirs)} there; only channels, "
             "blocks and plain attributes may have changed, so describe it with a builder that makes its modules."
         )
+    if theirs._modules and not ours._modules:
+        raise InputError(f"nothing is left in {path or 'the model'}, where the builder makes blocks; keep one of them.")
     if list(ours._modules) == list(theirs._modules):
         for exact in (True, False):
             try:
@@ -173,6 +186,36 @@ def _attributes(model: nn.Module, theirs: nn.Module) -> dict[str, Any]:
             if name in made and made[name] != value:
                 found[f"{path}.{name}".lstrip(".")] = value
     return found
+
+
+def _unsaid(model: nn.Module, theirs: nn.Module) -> Iterator[str]:
+    """Attributes that both have and that are no plain ones, such as tables and objects of numbers, and that differ."""
+    builders = dict(theirs.named_modules())
+    for path, module in model.named_modules():
+        made = vars(builders[path])
+        for name, value in vars(module).items():
+            if name in made and name not in OURS and not _is_plain(value) and _differs(value, made[name]):
+                yield f"{path}.{name}".lstrip(".")
+
+
+def _differs(ours: Any, theirs: Any, depth: int = 4) -> bool:
+    """Whether two values hold other numbers or texts; what a builder left empty is filled when a model runs."""
+    if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
+        if ours.is_meta or theirs.is_meta or not theirs.numel():
+            return False
+        same = ours.shape == theirs.shape  # of half precision, and moved to a device, they are rounded
+        return not (same and torch.allclose(ours.detach().cpu().float(), theirs.detach().cpu().float(), 1e-2, 0))
+    if isinstance(theirs, PLAIN) and isinstance(ours, PLAIN):
+        return ours != theirs
+    if type(ours) is not type(theirs) or isinstance(ours, nn.Module | type) or callable(ours) or not depth:
+        return False
+    if isinstance(ours, list | tuple):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    elif not isinstance(ours, dict):
+        ours, theirs = getattr(ours, "__dict__", {}), getattr(theirs, "__dict__", {})
+    if not theirs:
+        return False
+    return ours.keys() != theirs.keys() or any(_differs(ours[key], theirs[key], depth - 1) for key in theirs)
 
 
 def _kind(module: nn.Module) -> str:

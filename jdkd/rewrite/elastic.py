@@ -12,7 +12,7 @@ from jdkd.graph import ChannelGroup, Slot, Topology
 from jdkd.nn.coupling import ChannelSlot, ElasticGroups
 from jdkd.nn.exchange import as_elastic, as_elastic_block, as_plain, elastic_class
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.rewrite.channels import tensors_by_name
+from jdkd.rewrite.channels import require_traced, tensors_by_name
 
 SIDES = "out", "in"  # by the dimension of a weight
 VECTORS = "bias", "running_mean", "running_var"
@@ -35,7 +35,7 @@ def make_elastic(model: nn.Module, topology: Topology, groups: Iterable[ChannelG
         The model itself, with its ``elastic_groups``.
 
     Raises:
-        InputError: it is elastic already.
+        InputError: it is elastic already, or the topology is of another model.
     """
     inner = unwrapped(model)
     if getattr(inner, "elastic_groups", None) is not None:
@@ -65,6 +65,7 @@ def make_plain(model: nn.Module) -> nn.Module:
 
 def elastic_groups(model: nn.Module, topology: Topology, groups: Iterable[ChannelGroup] | None = None) -> ElasticGroups:
     """What :func:`make_elastic` would make elastic, and what it would leave out and why; nothing changes."""
+    require_traced(model, topology)
     modules = dict(model.named_modules())
     owners = Counter(
         id(tensor)

@@ -10,11 +10,15 @@ from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.graph import Topology
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.blocks import arrange
 from jdkd.rewrite.building import set_attribute
 from jdkd.rewrite.channels import duplicate, prune, widen
 from jdkd.rewrite.description import describe
+
+NUMBERS = int, float
+KINDS = (bool, NUMBERS, str, (list, tuple))  # of plain attributes
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,12 @@ class Rewrite:
         """The rewritten model, a copy; one that carries its ``architecture`` gets the new one.
 
         Args:
-            model: what ``topology`` was read off; it stays as it is.
+            model: what ``topology`` was read off, in torch's wrappers if it was in them; it stays as it is.
             topology: what is coupled to what.
 
         Raises:
-            InputError: a group, a block or an attribute is not there.
+            InputError: a group, a block or an attribute is not there or cannot be so, or ``topology`` is of another
+                model.
         """
         child = model
         if self.keep:
@@ -61,10 +66,12 @@ class Rewrite:
         if child is model:
             child = duplicate(model)
         for name, value in self.attributes.items():
+            _require_alike(child, name, value)
             set_attribute(child, name, value)
-        known = getattr(model, "architecture", None)
+        inner = unwrapped(child)
+        known = getattr(inner, "architecture", None)
         if isinstance(known, Architecture):
-            child.architecture = describe(child, known.builder, known.arguments, classes=known.classes)
+            inner.architecture = describe(inner, known.builder, known.arguments, classes=known.classes)
         return child
 
     def surviving(self, channels: Sequence[tuple[str, int] | None]) -> tuple[int, ...]:
@@ -74,4 +81,20 @@ class Rewrite:
             place
             for place, channel in enumerate(channels)
             if channel is None or channel[0] not in kept or channel[1] in kept[channel[0]]
+        )
+
+
+def _require_alike(model: nn.Module, name: str, value: Any) -> None:
+    """Refuses a value of another kind than the one that is there; what is not there :func:`set_attribute` refuses.
+
+    Raises:
+        InputError: a list stands for a number, say.
+    """
+    owner, _, leaf = name.rpartition(".")
+    now = getattr(dict(model.named_modules()).get(owner), leaf, None)
+    kinds = next((kinds for kinds in KINDS if isinstance(now, kinds)), None)
+    wrong = kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and kinds is NUMBERS))
+    if wrong:
+        raise InputError(
+            f"attributes: {name!r} is {now!r:.80}, a {type(now).__name__}, and cannot become {value!r:.80}."
         )

@@ -227,3 +227,14 @@ def test_weights_that_are_not_finite_are_not_loaded_as_a_detector_that_finds_not
 def test_a_spec_nested_without_end_is_no_json():
     with pytest.raises(InputError, match="spec is not JSON"):
         DetectorSpec.from_json("[" * 100_000)
+
+
+@pytest.mark.parametrize("size", [64, (0, 32), (-1, 32), (32.0, 32), (3, 32, 32)])
+def test_an_example_of_no_size_is_refused(size):
+    with pytest.raises(InputError, match="size must be height and width in whole pixels"):
+        read(detector(small_spec()), size=size)
+
+
+def test_what_is_no_module_cannot_be_read():
+    with pytest.raises(InputError, match=r"read takes a torch\.nn\.Module, got a str"):
+        read("retinanet_resnet50_fpn")

@@ -268,6 +268,13 @@ def test_timm_that_is_not_there_is_named(monkeypatch):
         ({"box_head": 64}, "retinanet has no box_head"),
         ({"family": "fasterrcnn", "keypoints": 5}, "fasterrcnn has no keypoints"),
         ({"classes": 0}, "classes must be a whole number"),
+        ({"classes": 2.0}, "classes must be a whole number"),
+        ({"classes": "cat"}, "classes must be names, each once, .* got 'cat'"),
+        ({"classes": ("cat", "cat")}, "classes must be names, each once"),
+        ({"classes": []}, "classes must be names, each once"),
+        ({"backbone": None}, "backbone must be a name"),
+        ({"pyramid": ["P2-P6"]}, "pyramid must be P2-P6 or P3-P7"),
+        ({"anchors": 3}, "anchors must be 5 whole numbers"),
         ({"max_detections": 1.5}, "max_detections must be a whole number"),
     ],
 )

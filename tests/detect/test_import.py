@@ -199,3 +199,16 @@ def test_a_folder_holds_one_detector(tmp_path):
 
 def test_a_detector_carries_the_builder_it_is_from():
     assert architecture_of(open_model(MINE), "search").builder == MINE
+
+
+def test_classes_are_never_the_letters_of_a_word():
+    with pytest.raises(InputError, match=r"classes must be names, each once, .* got 'cat'"):
+        import_detector("fcos_resnet50_fpn", classes="cat")
+
+
+@pytest.mark.parametrize("classes", [0, -1, 2.0])
+def test_a_number_of_classes_that_is_none_is_refused_whoever_builds(classes):
+    with pytest.raises(InputError, match="classes must be a whole number of at least 1"):
+        open_model("fcos_resnet50_fpn", classes=classes)
+    with pytest.raises(InputError, match="is opened by its name"):
+        open_model(None)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch import nn
 from jdkd.detect import read
 from jdkd.errors import InputError
 from jdkd.graph import Topology, trace
+from jdkd.notices import Notice
 from jdkd.rewrite import (
     Architecture,
     Rewrite,
@@ -192,7 +195,9 @@ def test_only_parameters_are_without_memory(tiny):
 def test_builders_that_compute_with_weights_or_keep_them_are_built_all_the_same(tiny, tmp_path, builder):
     ours = drawn(build(Architecture(f"{tiny}:{builder}")))
     before = torch.get_rng_state()
-    save_architecture(tmp_path / "net", ours, describe(ours, f"{tiny}:{builder}"))
+    told = pytest.warns(Notice, match="doubled") if builder == "derived" else nullcontext()
+    with told:
+        save_architecture(tmp_path / "net", ours, describe(ours, f"{tiny}:{builder}"))
     with torch.no_grad():
         assert torch.equal(load_architecture(tmp_path / "net")(IMAGES), ours(IMAGES))
     assert torch.equal(before, torch.get_rng_state())
@@ -341,3 +346,45 @@ def test_checkpoints_that_cannot_be_read_are_refused(tiny, tmp_path):
     refused("cannot be read")
     (folder / "weights.safetensors").unlink()
     refused("has no weights.safetensors")
+
+
+class Boxed(nn.Module):
+    """Holds numbers where no state dict and no plain attribute has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.anchors, self._limits, self.seen = [torch.ones(2)], {"most": 3}, {}
+        self.coder = SimpleNamespace(weights=(1.0, 2.0))
+
+
+def boxed() -> nn.Module:
+    return Boxed()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("anchors", lambda model: model.anchors[0].mul_(2)),
+        ("_limits", lambda model: model._limits.update(most=4)),
+        ("coder", lambda model: setattr(model.coder, "weights", (1.0, 1.0))),
+    ],
+)
+def test_numbers_that_an_architecture_cannot_say_are_named(name, change):
+    model = Boxed()
+    change(model)
+    with pytest.warns(Notice, match=f"{name} of the Boxed is not what .*:boxed makes"):
+        describe(model, f"{__name__}:boxed")
+
+
+def test_what_fills_while_a_model_runs_or_is_rounded_is_not_named():
+    model = Boxed()
+    model.seen["a size"] = torch.rand(3)
+    model.anchors[0] = model.anchors[0].half() * 1.001
+    assert not describe(model, f"{__name__}:boxed").attributes
+
+
+def test_an_attribute_that_became_a_number_from_a_pair_is_built_again():
+    model = boxed()
+    model.conv.padding = 0
+    assert build(describe(model, f"{__name__}:boxed")).conv.padding == 0

@@ -227,3 +227,13 @@ def test_an_elastic_model_is_not_made_elastic_again():
         make_elastic(net, topology)
     make_plain(net)
     assert make_elastic(net, topology) is net and net.module.elastic_groups.groups
+
+
+@pytest.mark.parametrize("rewrite", [Rewrite(keep={"0": [0, 2]}), Rewrite(blocks={"1": [0]})])
+def test_a_topology_from_before_a_rewrite_makes_nothing_elastic(rewrite):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(*(Residual(8, 4) for _ in range(2))), nn.Conv2d(8, 4, 1))
+    topology = trace(model, torch.rand(1, 3, 8, 8))
+    child = rewrite.apply(model, topology)
+    with pytest.raises(InputError, match="the topology was read off another model"):
+        make_elastic(child, topology)
+    assert not any(isinstance(module, Elastic) for module in child.modules())
