@@ -1,10 +1,11 @@
-"""What `make demo` found, over several seeds: keeps the results and tells them as a table.
+"""What `make demo` and `examples/blood_cells.sh` found, by seeds: keeps the results and prints them as a table.
 
-python -m benchmarks.demo runs/demo/search runs/demo-1/search    keep the results of finished searches
-python -m benchmarks.demo                                        print the table of those that are kept
+python -m benchmarks.demo demo runs/demo/search runs/demo-1/search    keep the results of finished searches
+python -m benchmarks.demo blood_cells                                 print the table of those that are kept
 """
 
 import json
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -13,12 +14,13 @@ from typing import Any
 from benchmarks import record
 from jdkd.errors import InputError
 
+KEPT = ("demo", "blood_cells")
 NETWORKS = ("base", "control", "control_single", "student")
 HEADINGS = ("seed", "base mAP", "control", "control, one cycle", "student", "student p50 / base p50 (95 %)", "params")
 
 
 def collect(folders: list[Path]) -> list[dict[str, Any]]:
-    """The results of finished searches.
+    """The results of finished searches, with the names of files and folders in place of where they lie.
 
     Raises:
         InputError: a folder holds none.
@@ -28,7 +30,11 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
         file = folder / "result.json"
         if not file.is_file():
             raise InputError(f"{folder} holds no result.json; give the folder of a finished search.")
-        found.append(json.loads(file.read_text()))
+        result = json.loads(file.read_text())
+        for part in ("selection", "report"):
+            result[part] |= {name: Path(result[part][name]).name for name in ("image_folder", "annotations")}
+        result["command"] = " ".join(Path(word).name for word in shlex.split(result["command"]))
+        found.append(result)
     return found
 
 
@@ -56,9 +62,12 @@ def _size(result: dict[str, Any]) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    for result in collect([Path(argument) for argument in arguments]):
-        record.append(record.result_file(result["device"]["device"].partition(":")[0], "demo"), [result])
-    print(table(record.load(sorted(record.RESULTS.glob("*/demo.jsonl")))))
+    name, *folders = arguments or [KEPT[0]]
+    if name not in KEPT:
+        raise InputError(f"{name!r} is none of {', '.join(KEPT)}; begin with what the searches are of.")
+    for result in collect([Path(folder) for folder in folders]):
+        record.append(record.result_file(result["device"]["device"].partition(":")[0], name), [result])
+    print(table(record.load(sorted(record.RESULTS.glob(f"*/{name}.jsonl")))))
 
 
 if __name__ == "__main__":

@@ -13,3 +13,9 @@ class ModelError(InputError):
     """A model that cannot be trained or scored: its losses or detections are not finite, or it leaves too little of
     the images. Whoever has others, a search for one, may go on without it.
     """
+
+
+def said(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says."""
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jdkd.cli.flags import ModelFlags
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.files import require_file, write_whole
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Inspect:
         from rich.console import Console
 
         from jdkd.detect import open_model
-        from jdkd.detect.input_size import input_transform
+        from jdkd.detect.reading import few_regions
         from jdkd.graph import report
 
         if self.json is not None:
@@ -45,9 +45,8 @@ class Inspect:
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; give at least 1 pixel.")
         model = open_model(self.model, **vars(self.choice))
-        if (transform := input_transform(model)) is not None and transform.fixed_size is None:
-            transform.min_size, transform.max_size = (min(self.height, self.width),), max(self.height, self.width)
-        with Console(stderr=True).status("tracing one forward, then cutting every group"):
+        status = Console(stderr=True).status("tracing one forward, then cutting every group")
+        with status, few_regions(model, self.height, self.width):
             topology = _topology(model, self.height, self.width, self.verify)
         Console().print(report(topology))
         if self.json is not None:
@@ -67,7 +66,7 @@ def _topology(model: nn.Module, height: int, width: int, verify: bool) -> Topolo
         try:
             topology = trace(model, example)
         except Exception as error:  # whatever a model says of an input that it does not take
-            refusals.append(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+            refusals.append(said(error))
             continue
         return rewrite.verify(model, topology, example) if verify else topology
     raise InputError(

@@ -26,7 +26,7 @@ class Search:
     """
 
     base: Path
-    """Folder of the base detector, written by `jdkd train`."""
+    """Folder of the base detector, written by train or import."""
     out: Path
     """Folder for student, result.json, archive.sqlite, pareto.png, report.html."""
     source: DataFlags = field(default_factory=DataFlags)

@@ -174,11 +174,11 @@ def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:
         counts = _counts(segmentation, height, width)
         return mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
     if not isinstance(segmentation, list):
-        raise _Unreadable(f"has the segmentation {_short(segmentation)}, neither polygons nor run lengths")
+        raise _Unreadable(f"has the segmentation {segmentation!r:.60}, neither polygons nor run lengths")
     polygons = [_polygon(one, max(height, width)) for one in segmentation]
     polygons = [one for one in polygons if len(one) >= 6]
     if not polygons:
-        raise _Unreadable(f"has the segmentation {_short(segmentation)}, without a polygon of three corners")
+        raise _Unreadable(f"has the segmentation {segmentation!r:.60}, without a polygon of three corners")
     traced = mask.frPyObjects(polygons, height, width)
     return traced[0] if len(traced) == 1 else mask.merge(traced)
 
@@ -193,7 +193,7 @@ def _polygon(given: Any, side: int) -> list[float]:
             numbers = np.array(["ragged"])
     right = numbers.ndim == 1 and (not len(numbers) or numbers.dtype.kind in "iuf") and len(numbers) % 2 == 0
     if not isinstance(given, list) or not right or not np.isfinite(numbers).all():
-        raise _Unreadable(f"has the polygon {_short(given)}, not a list of x, y, x, y, ... in pixels")
+        raise _Unreadable(f"has the polygon {given!r:.60}, not a list of x, y, x, y, ... in pixels")
     if len(numbers) and np.abs(numbers).max() > FARTHEST * side + side:
         raise _Unreadable(f"has a polygon that reaches to {np.abs(numbers).max():g} px")
     return numbers.tolist()
@@ -203,13 +203,13 @@ def _counts(given: dict[str, Any], height: int, width: int) -> list[int]:
     """The run lengths, zeros first, column by column; they are checked, as the library reads on past their end."""
     size, counts = given.get("size"), given.get("counts")
     if size != [height, width]:
-        raise _Unreadable(f"has run lengths of size {_short(size)}, not of height and width {[height, width]}")
+        raise _Unreadable(f"has run lengths of size {size!r:.60}, not of height and width {[height, width]}")
     if isinstance(counts, str):
         counts = decompressed(counts.encode(errors="replace"))
     right = isinstance(counts, list) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in counts)
     if not right or sum(counts) != height * width:
         total = f", which cover {sum(counts)} of {height * width} pixels" if right else ""
-        raise _Unreadable(f"has the run lengths {_short(given.get('counts'))}{total}")
+        raise _Unreadable(f"has the run lengths {given.get('counts')!r:.60}{total}")
     return counts
 
 
@@ -267,8 +267,3 @@ def _missing_their_box(read: dict[int, dict[str, Any]], pixels: np.ndarray) -> s
     apart = (around[:, :2] >= boxes[:, 2:]) | (around[:, :2] + around[:, 2:] <= boxes[:, :2])  # [n, 2]
     empty = np.array([mask.area(one) == 0 for one in lengths])  # of more than 255 at once, mask.area makes an error
     return set(places[empty | apart.any(axis=1)].tolist())
-
-
-def _short(value: Any, most: int = 60) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= most else f"{shown[:most]}..."

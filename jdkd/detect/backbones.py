@@ -13,7 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import Conv2dNormActivation
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 
 STRIDES = (4, 8, 16, 32)  # of the maps C2 to C5
 PYRAMIDS = {"P2-P6": (4, 8, 16, 32, 64), "P3-P7": (8, 16, 32, 64, 128)}  # strides
@@ -136,10 +136,8 @@ def _of_timm(name: str) -> Maps:
     try:
         body = timm.create_model(name, features_only=True, pretrained=False)
     except Exception as error:  # whatever timm raises of a name that it does not know, or that has no maps
-        reason = str(error).split("\n")[0]
         raise InputError(
-            f"timm makes no features_only model {name!r} ({type(error).__name__}: {reason}); give one of "
-            "timm.list_models() that has them."
+            f"timm makes no features_only model {name!r} ({said(error)}); give one of timm.list_models() that has them."
         ) from error
     strides = list(body.feature_info.reduction())
     if not set(STRIDES) <= set(strides):
@@ -183,7 +181,7 @@ class Pyramid(Backbone):
         pyramid: ``"P2-P6"``, whose last level is a pooled one, or ``"P3-P7"``, whose last two are convolved.
         channels: of every level.
         norm: of the FPN's convolutions; none by default.
-        top: channels of what P6 is made of: those of P5 by default, or of C5.
+        from_c5: whether P6 of ``"P3-P7"`` is made of C5, instead of P5.
     """
 
     def __init__(
@@ -214,7 +212,7 @@ class Extended(Backbone):
 
     Args:
         maps: of :func:`maps_of`.
-        channels: of the widest further map but one, which has twice as many.
+        channels: of the further maps, but for the first, which has twice as many, and the last, which has half.
         lite: whether they begin at stride 16 and are made by depthwise convolutions (Sandler et al., CVPR 2018).
     """
 

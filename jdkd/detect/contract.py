@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Architecture
 
@@ -27,21 +27,25 @@ def architecture_of(model: nn.Module, what: str) -> Architecture:
     Raises:
         InputError: it carries none.
     """
-    inner = unwrapped(model)
-    known = getattr(inner, "architecture", None)
-    if not isinstance(known, Architecture):
+    if (known := known_architecture(model)) is None:
         raise InputError(
-            f"{what} takes a detector that carries its architecture, and this {type(inner).__name__} has none: open it "
-            "with jdkd.detect.open_model(NAME or 'package.module:function'), or set model.architecture to "
-            "jdkd.rewrite.describe(model, 'package.module:function')"
+            f"{what} takes a detector that carries its architecture, and this {type(unwrapped(model)).__name__} has "
+            "none: open it with jdkd.detect.open_model(NAME or 'package.module:function'), or set model.architecture "
+            "to jdkd.rewrite.describe(model, 'package.module:function')"
         )
     return known
 
 
+def known_architecture(model: nn.Module) -> Architecture | None:
+    """The architecture that a detector carries, wrapped or not; None where it carries none."""
+    known = getattr(unwrapped(model), "architecture", None)
+    return known if isinstance(known, Architecture) else None
+
+
 def identity(model: nn.Module) -> str | None:
     """The id of a detector's architecture, 64 hexadecimal digits; None where it carries none."""
-    known = getattr(unwrapped(model), "architecture", None)
-    return known.id if isinstance(known, Architecture) else None
+    known = known_architecture(model)
+    return known.id if known else None
 
 
 def not_scripted(model: nn.Module, what: str) -> None:
@@ -86,9 +90,8 @@ def detections(model: nn.Module, images: Sequence[Tensor]) -> list[Mapping[str, 
     try:
         found = model(list(images))
     except (TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
         raise InputError(
-            f"{kind} does not run on a list of images [3, H, W] ({reason}); give a detector that does, as "
+            f"{kind} does not run on a list of images [3, H, W] ({said(error)}); give a detector that does, as "
             "torchvision's do, or wrap it in one"
         ) from error
     if isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], Mapping) and isinstance(found[1], list):

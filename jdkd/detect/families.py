@@ -21,15 +21,15 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from jdkd.detect.backbones import PYRAMIDS, Extended, Pyramid, maps_of
+from jdkd.detect.input_size import require_order, require_whole
 from jdkd.detect.norms import GROUP, exchange_norms
 from jdkd.detect.roi_scales import set_roi_scales
-from jdkd.detect.spec import smallest_anchor
+from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError
 from jdkd.rewrite import Architecture
 
 BUILDER = "jdkd.detect:detector"
 RATIOS = (0.5, 1.0, 2.0)
-SMALL = 400  # pixels: below it, fewer regions are proposed and sampled
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Family:
     """What a family of torchvision's has where nothing else is said.
 
     Args:
+        build: what makes a detector of it.
         pyramid: what its heads read; None where they read the backbone's own maps.
         box_head: hidden units of its box head, if it has one.
         keypoints: that it finds of an object, if it does.
@@ -77,7 +78,7 @@ class Options:
     @property
     def candidates(self) -> int:
         """Regions or boxes that are looked at before a final non-maximum suppression."""
-        return 300 if self.min_size < SMALL else 1000
+        return Regions.of(self.min_size).proposals
 
     @property
     def is_second(self) -> bool:
@@ -198,11 +199,9 @@ def _options(
             known[name] = getattr(has, name)
         elif getattr(has, name) is None:
             raise InputError(f"{family} has no {name}; leave {name} {known[name]!r} out.")
-    sizes = {"min_size": min_size, "max_size": max_size, **known}
-    for name in ("classes", "channels", "min_size", "max_size", "box_head", "keypoints", "max_detections"):
-        size = sizes[name]
-        if size is not None and (type(size) is not int or size < 1):
-            raise InputError(f"{name} must be a whole number of at least 1, got {size!r}.")
+    counts = ("classes", "channels", "box_head", "keypoints", "max_detections")
+    sizes = {name: known[name] for name in counts} | {"min_size": min_size, "max_size": max_size}
+    require_whole({name: size for name, size in sizes.items() if size is not None})
     if known["channels"] % (step := 32 if family in OF_32_GROUPS else GROUP):
         raise InputError(f"channels of {family} must be a multiple of {step}, got {known['channels']}.")
     least = has.min_size if min_size is None else min_size
@@ -211,8 +210,7 @@ def _options(
         raise InputError(
             f"{family} resizes images to {least}x{least}; leave max_size {most} out, or give it as min_size."
         )
-    if most < least:
-        raise InputError(f"max_size {most} is below min_size {least}; give both, the larger one as max_size.")
+    require_order(least, most)
     return Options(
         family=family,
         pyramid=pyramid or has.pyramid,
@@ -247,11 +245,11 @@ def _two_stages(options: Options) -> FasterRCNN:
     """Ren et al., NeurIPS 2015; He et al., ICCV 2017; the second versions as Li et al., 2021, have them."""
     norm = nn.BatchNorm2d if options.is_second else None
     backbone = _pyramid(options, norm=norm)
-    width, small = options.channels, options.min_size < SMALL
+    width, regions = options.channels, Regions.of(options.min_size)
 
     def pool(size: int) -> MultiScaleRoIAlign:
         read = [name for name in backbone.strides if name.isdigit()]
-        made = MultiScaleRoIAlign(read, size, sampling_ratio=1 if small else 2)
+        made = MultiScaleRoIAlign(read, size, sampling_ratio=regions.roi_samples)
         set_roi_scales(made, [backbone.strides[name] for name in read])
         return made
 
@@ -284,8 +282,8 @@ def _two_stages(options: Options) -> FasterRCNN:
         rpn_post_nms_top_n_train=2 * options.candidates,
         rpn_post_nms_top_n_test=options.candidates,
         box_roi_pool=pool(7),
-        box_batch_size_per_image=64 if small else 512,
-        box_positive_fraction=0.5 if small else 0.25,
+        box_batch_size_per_image=regions.rois,
+        box_positive_fraction=regions.positives,
         box_detections_per_img=options.max_detections,
         **heads,
     )

@@ -1,6 +1,6 @@
 """The size to which a detector resizes its input."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -27,7 +27,7 @@ def input_size(model: nn.Module) -> tuple[int, int] | None:
     return int(transform.min_size[-1]), int(transform.max_size)  # the last one is for evaluation
 
 
-def resized(model: nn.Module, min_size: int) -> dict[str, Any]:
+def size_attributes(model: nn.Module, min_size: int) -> dict[str, Any]:
     """The attributes by which a detector resizes its input to another short side, for :class:`jdkd.rewrite.Rewrite`.
 
     Args:
@@ -53,6 +53,27 @@ def resized(model: nn.Module, min_size: int) -> dict[str, Any]:
         f"{path}.min_size": tuple(max(1, round(side * min_size / now[0])) for side in transform.min_size),
         f"{path}.max_size": max(min_size, round(now[1] * min_size / now[0])),
     }
+
+
+def require_whole(numbers: Mapping[str, Any]) -> None:
+    """Refuses what is no whole number of at least 1.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    for name, number in numbers.items():
+        if type(number) is not int or number < 1:
+            raise InputError(f"{name} must be a whole number of at least 1, got {number!r}.")
+
+
+def require_order(min_size: int, max_size: int) -> None:
+    """Refuses a limit of the long side below the short side.
+
+    Raises:
+        InputError: it is.
+    """
+    if max_size < min_size:
+        raise InputError(f"max_size {max_size} is below min_size {min_size}; give both, the larger one as max_size.")
 
 
 def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]]) -> None:

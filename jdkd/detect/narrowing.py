@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from jdkd.detect.reading import read
-from jdkd.detect.spec import round_width
 from jdkd.errors import InputError
 from jdkd.rewrite import Rewrite
 
@@ -21,7 +20,7 @@ def narrowed(model: nn.Module, width: float) -> nn.Module:
 
     Args:
         model: any detector that carries its ``architecture``.
-        width: the share; each group keeps a multiple of 8 channels where it can.
+        width: the share; how it is rounded says :meth:`jdkd.graph.ChannelGroup.shrunk`.
 
     Raises:
         InputError: the share is not in 0..1, or the detector does not run on a list of images.
@@ -33,8 +32,7 @@ def narrowed(model: nn.Module, width: float) -> nn.Module:
     topology = read(model)
     keep = {}
     for group in topology.groups:
-        kept = max(1, round(round_width(width * group.size) / group.size * group.units))
-        if kept < group.units:
+        if (kept := group.shrunk(width)) < group.units:
             keep[group.name] = range(kept)
     child = Rewrite(keep=keep).apply(model, topology)
     before, after = dict(model.named_parameters()), dict(child.named_parameters())

@@ -69,17 +69,16 @@ def _norm(norm: str, old: nn.BatchNorm2d, eps: float) -> nn.Module:
     return made
 
 
-def with_norms(builder: str, arguments: Mapping[str, Any], norm: str, eps: float | None = None) -> nn.Module:
+def with_norms(builder: str, arguments: Mapping[str, Any], norm: str) -> nn.Module:
     """What a builder makes, with norms of another kind; see :func:`exchange_norms`.
 
     Args:
         builder: import path ``"package.module:function"``.
         arguments: what it is called with.
         norm: the kind.
-        eps: of the norms.
     """
     with torch.no_grad():
-        return exchange_norms(call(builder, arguments), norm, eps)
+        return exchange_norms(call(builder, arguments), norm)
 
 
 def with_frozen_norms(builder: str, arguments: Mapping[str, Any], eps: float) -> nn.Module:

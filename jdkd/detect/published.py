@@ -1,4 +1,4 @@
-"""See :func:`published_weights`."""
+"""See :func:`weights_file`."""
 
 from __future__ import annotations
 

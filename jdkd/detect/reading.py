@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from jdkd.detect.input_size import input_transform
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.graph import Topology, trace
 from jdkd.nn.necks import neck_of
 from jdkd.rewrite import verify
@@ -55,10 +55,9 @@ def read(
         except InputError:
             raise
         except Exception as error:  # whatever a model says of an input that it does not take
-            reason = str(error).splitlines()[0] if str(error) else "no message"
             raise InputError(
                 f"{type(model).__name__} does not run on a list of one image [3, {size[0]}, {size[1]}] "
-                f"({type(error).__name__}: {reason}); give a detector that does, or wrap it with jdkd.detect.adopt."
+                f"({said(error)}); give a detector that does, or wrap it with jdkd.detect.adopt."
             ) from error
         if check:
             topology = verify(model, topology, example)

@@ -11,9 +11,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from jdkd.detect.families import SMALL
-from jdkd.detect.input_size import input_transform
-from jdkd.detect.spec import smallest_anchor
+from jdkd.detect.input_size import input_transform, require_order, require_whole
+from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError
 from jdkd.rewrite.building import call
 
@@ -31,9 +30,8 @@ def resize(
     Raises:
         InputError: it has no such transform, or its anchors are for one size alone.
     """
-    for name, size in (("min_size", min_size), ("max_size", max_size), ("max_detections", max_detections)):
-        if size is not None and (type(size) is not int or size < 1):
-            raise InputError(f"{name} must be a whole number of at least 1, got {size!r}.")
+    sizes = {"min_size": min_size, "max_size": max_size, "max_detections": max_detections}
+    require_whole({name: size for name, size in sizes.items() if size is not None})
     kind = type(model).__name__
     if max_detections is not None:
         heads = [module for module in model.modules() if isinstance(getattr(module, "detections_per_img", None), int)]
@@ -50,8 +48,7 @@ def resize(
         return
     least = min(transform.min_size) if min_size is None else min_size
     most = max(transform.max_size, least) if max_size is None else max_size
-    if most < least:
-        raise InputError(f"max_size {most} is below min_size {least}; give both, the larger one as max_size.")
+    require_order(least, most)
     transform.min_size, transform.max_size = (least,), most
 
 
@@ -86,12 +83,14 @@ def resized(builder: str, arguments: Mapping[str, Any], **sizes: int) -> nn.Modu
     if least is None or "min_size" not in sizes:
         return model
     share = smallest_anchor(sizes["min_size"]) / smallest_anchor(least)
+    regions = Regions.of(sizes["min_size"])
     for module in list(model.modules()):
-        if sizes["min_size"] < SMALL and isinstance(module, RegionProposalNetwork):
-            module._pre_nms_top_n = module._post_nms_top_n = {"training": 600, "testing": 300}
-        if sizes["min_size"] < SMALL and isinstance(module, RoIHeads):
+        if regions != Regions() and isinstance(module, RegionProposalNetwork):
+            kept = {"training": 2 * regions.proposals, "testing": regions.proposals}
+            module._pre_nms_top_n = module._post_nms_top_n = kept
+        if regions != Regions() and isinstance(module, RoIHeads):
             sampler = module.fg_bg_sampler
-            sampler.batch_size_per_image, sampler.positive_fraction = 64, 0.5
+            sampler.batch_size_per_image, sampler.positive_fraction = regions.rois, regions.positives
         scaled = getattr(module, "anchor_generator", None)
         if isinstance(scaled, AnchorGenerator) and not isinstance(module, FCOS):  # of which they are the strides
             sizes_now = tuple(tuple(max(1, int(share * size)) for size in level) for level in scaled.sizes)

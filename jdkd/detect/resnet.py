@@ -29,7 +29,6 @@ class Block(nn.Module):
         kernels = (3, 3) if len(inner) == 1 else (1, 3, 1)
         strides = (stride, 1) if len(inner) == 1 else (1, stride, 1)
         widths = (in_channels, *inner, out_channels)
-        self.depth = len(kernels)
         self.conv3 = self.bn3 = None
         for i, (kernel, step) in enumerate(zip(kernels, strides, strict=True)):
             conv = nn.Conv2d(widths[i], widths[i + 1], kernel, stride=step, padding=kernel // 2, bias=False)

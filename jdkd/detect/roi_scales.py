@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 
+from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 
@@ -91,7 +91,7 @@ def _strides(owner: nn.Module) -> dict[str, float]:
     transform = getattr(owner, "transform", None)
     channels = len(getattr(transform, "image_mean", (0, 0, 0)))
     like = next((t for t in (*backbone.parameters(), *backbone.buffers()) if t.is_floating_point()), torch.empty(0))
-    with _evaluating(backbone), torch.no_grad():
+    with mode(backbone, training=False), torch.no_grad():
         for side in (PROBE, *_own_sides(transform)):
             try:
                 levels = backbone(like.new_zeros(1, channels, side, side))
@@ -119,14 +119,3 @@ def _agree(pool: MultiScaleRoIAlign, strides: Sequence[float]) -> bool:
 
 def _listed(scales: Sequence[float]) -> str:
     return ", ".join(f"1/{1 / scale:g}" for scale in scales)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    before = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, training in before:
-            child.training = training

@@ -14,6 +14,7 @@ from torchvision.models import get_model_builder, list_models
 
 from jdkd.detect.build import build
 from jdkd.detect.checkpoint import SPEC, load
+from jdkd.detect.contract import known_architecture
 from jdkd.detect.families import BUILDER, FAMILIES
 from jdkd.detect.resizing import resize
 from jdkd.detect.spec import NAMED_SPECS, named_spec
@@ -117,7 +118,7 @@ def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[s
 
 def _called(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     model = call(builder, arguments).eval()
-    if not hasattr(model, "architecture") or "builder" in arguments:
+    if known_architecture(model) is None or "builder" in arguments:
         model.architecture = Architecture(builder, arguments)
     return model
 

@@ -30,9 +30,20 @@ class Stage:
     width: int
     blocks: tuple[tuple[int, ...], ...]
 
-    @property
-    def depth(self) -> int:
-        return len(self.blocks)
+
+@dataclass(frozen=True)
+class Regions:
+    """How many regions the two stages look at; the arguments are those of :class:`DetectorSpec`."""
+
+    proposals: int = 1000
+    rois: int = 512
+    positives: float = 0.25
+    roi_samples: int = 2
+
+    @classmethod
+    def of(cls, min_size: int) -> "Regions":
+        """torchvision's numbers, or fewer where the short side of an image is below 400 pixels."""
+        return cls(300, 64, 0.5, 1) if min_size < 400 else cls()
 
 
 @dataclass(frozen=True)
@@ -67,10 +78,10 @@ class DetectorSpec:
     min_size: int = 800
     max_size: int = 1333
     anchors: tuple[int, ...] = (32, 64, 128, 256, 512)
-    proposals: int = 1000
-    rois: int = 512
-    positives: float = 0.25
-    roi_samples: int = 2
+    proposals: int = Regions.proposals
+    rois: int = Regions.rois
+    positives: float = Regions.positives
+    roi_samples: int = Regions.roi_samples
     max_detections: int = 100
     norm: str = "batch"
     head: str = "faster_rcnn"
@@ -92,7 +103,7 @@ class DetectorSpec:
         try:
             fields = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{source} is not JSON ({error}); write one with `jdkd train`.") from None
+            raise InputError(f"{source} is not JSON ({error}); give what `DetectorSpec.to_json` wrote.") from None
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or not {"classes", "stages"} <= fields.keys() <= known:
             got = sorted(fields) if isinstance(fields, dict) else type(fields).__name__
@@ -110,9 +121,9 @@ class DetectorSpec:
         return dataclasses.replace(self, **changes)
 
 
-def round_width(width: float, divisor: int = 8) -> int:
-    """The nearest multiple of ``divisor`` that is at least ``divisor``."""
-    return max(divisor, int(width / divisor + 0.5) * divisor)
+def round_width(width: float) -> int:
+    """The nearest multiple of 8 channels, at least 8."""
+    return max(8, int(width / 8 + 0.5) * 8)
 
 
 def named_spec(
@@ -137,9 +148,8 @@ def named_spec(
         depth: multiplies the number of blocks of every stage.
         fpn, box_head: override the multiplied widths.
         min_size, max_size: input size in pixels; the longest side is 1333 by default, or ``min_size`` where that is
-            more. Anchors follow it (32-512 at 800 px, smallest one never
-            under 8), and below 400 px fewer regions are proposed (300) and
-            sampled (64, half of them objects), with one point per bin.
+            more. Anchors follow it (32-512 at 800 px, the smallest never under 8), and below 400 px fewer regions are
+            proposed (300) and sampled (64, half of them objects), with one point per bin.
         max_detections: detections that are kept of an image.
 
     Raises:
@@ -161,7 +171,6 @@ def named_spec(
         for channels, blocks in zip(inner, depths, strict=True)
     )
     smallest = smallest_anchor(min_size)
-    small = min_size < 400
     return DetectorSpec(
         classes=tuple(classes),
         stages=stages,
@@ -172,11 +181,8 @@ def named_spec(
         min_size=min_size,
         max_size=max(1333, min_size) if max_size is None else max_size,
         anchors=tuple(smallest << level for level in range(5)),
-        proposals=300 if small else 1000,
-        rois=64 if small else 512,
-        positives=0.5 if small else 0.25,
-        roi_samples=1 if small else 2,
         max_detections=max_detections,
+        **vars(Regions.of(min_size)),
     )
 
 

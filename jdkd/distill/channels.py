@@ -105,7 +105,7 @@ def _index(channels: Any) -> _Index:
     whole = not index.is_floating_point() and not index.is_complex() and index.dtype != torch.bool
     if index.dim() != 1 or len(index) == 0 or not whole or index.min() < 0:
         raise InputError(
-            f"channels is or holds {_short(channels)}; give the index, from 0, of the teacher's channel for each of "
+            f"channels is or holds {channels!r:.60}; give the index, from 0, of the teacher's channel for each of "
             "the student's, a list of integers, or such a list for each level"
         )
     values, counts = index.unique(return_counts=True)
@@ -116,8 +116,3 @@ def _index(channels: Any) -> _Index:
 
 def _is_list(value: Any) -> bool:
     return (isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0) and not isinstance(value, str)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,9 @@ from jdkd.distill.route import Route, module_of, route_of
 from jdkd.distill.student_input import StudentInput
 from jdkd.distill.teacher import conversion_between
 from jdkd.errors import InputError
+from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
+from jdkd.reference.pearson import join, moments
 
 
 class PyramidSnapshot(NamedTuple):
@@ -41,7 +42,6 @@ def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[PyramidSnapshot]:
         One a batch, on the model's device.
     """
     from jdkd.train.inputs import images_on
-    from jdkd.train.modes import mode
 
     model = unwrapped(module_of(model, "model"))
     route = route_of(model, "model")
@@ -83,10 +83,9 @@ def correlations(
             it normalises images and the other does not.
     """
     from jdkd.train.inputs import images_on
-    from jdkd.train.modes import mode
 
     picked, levels = TeacherChannels(channels), as_strides(levels)
-    pools: dict[tuple[int, int], _Comoments] = {}  # (stride, place among the levels of that stride)
+    sums: dict[tuple[int, int], Tensor] = {}  # [6, C], by stride and place among the pairs
     student = unwrapped(module_of(student, "student"))
     route = route_of(student, "student")
     with contextlib.ExitStack() as stack:
@@ -104,12 +103,13 @@ def correlations(
             sizes = {"size": ours.size, "teacher_size": theirs.size}
             pairs = pair_levels(ours.pyramid, theirs.pyramid, levels=levels, channels=picked, **sizes)
             for place, pair in enumerate(pairs):
-                pools.setdefault((pair.stride, place), _Comoments()).take(pair.student, pair.teacher)
-    if not pools:
+                key = pair.stride, place
+                sums[key] = _joined(sums.get(key), pair.student, pair.teacher)
+    if not sums:
         raise InputError("correlations was given 0 batches and needs at least 1; give it some images.")
     distances: dict[int, list[float]] = {}
-    for (stride, _), pool in sorted(pools.items()):
-        distances.setdefault(stride, []).append(pool.distance())
+    for stride, place in sorted(sums):
+        distances.setdefault(stride, []).append(_distance(sums[stride, place]))
     return {stride: sum(values) / len(values) for stride, values in distances.items()}
 
 
@@ -152,36 +152,22 @@ def _snapshot(seen: StudentInput, pyramid: Pyramid, who: str) -> PyramidSnapshot
     return PyramidSnapshot(found_levels(pyramid, who), tuple(seen.images.shape[-2:]))
 
 
-@dataclass
-class _Comoments:
-    """Count, means and centred sums of two signals per channel, merged batch by batch in float64.
+def _joined(moments_before: Tensor | None, ours: Tensor, theirs: Tensor) -> Tensor:
+    """The moments, ``[6, C]``, of what was seen and one more batch of a level, in float64.
 
-    Chan, Golub and LeVeque (1983), here with the sum of products beside the sums of squares.
+    Args:
+        moments_before: of the batches before; None before the first.
+        ours, theirs: ``[N, C, H, W]``; a student of another size is resized.
     """
+    if ours.shape[-2:] != theirs.shape[-2:]:
+        ours = nn.functional.interpolate(ours, size=theirs.shape[-2:], mode="bilinear")
+    found = moments([ours.double()], [theirs.double()])
+    return found if moments_before is None else join(torch.stack((moments_before, found)))
 
-    count: int = 0
-    means: Tensor | None = None  # [2, C]
-    sums: Tensor | None = None  # [3, C]: of squares of the student, of the teacher, of products
 
-    def take(self, ours: Tensor, theirs: Tensor) -> None:
-        """Merges a batch of one level, ``[N, C, H, W]`` each; a student of another size is resized."""
-        if ours.shape[-2:] != theirs.shape[-2:]:
-            ours = nn.functional.interpolate(ours, size=theirs.shape[-2:], mode="bilinear")
-        both = torch.stack((ours, theirs)).double().transpose(1, 2).flatten(2)  # [2, C, N*H*W]
-        count, means = both.shape[2], both.mean(dim=2)
-        both = both - means[..., None]
-        sums = torch.stack(((both[0] ** 2).sum(1), (both[1] ** 2).sum(1), (both[0] * both[1]).sum(1)))
-        if not self.count:
-            self.count, self.means, self.sums = count, means, sums
-            return
-        total, shift = self.count + count, means - self.means
-        crossed = torch.stack((shift[0] ** 2, shift[1] ** 2, shift[0] * shift[1]))
-        self.sums = self.sums + sums + crossed * (self.count * count / total)
-        self.means = self.means + shift * (count / total)
-        self.count = total
-
-    def distance(self) -> float:
-        """Mean of 1 - r over channels."""
-        squares = self.sums[0] * self.sums[1]
-        r = torch.where(squares > 0, self.sums[2] / squares.sqrt(), 0.0)  # [C]
-        return float((1 - r).mean())
+def _distance(sums: Tensor) -> float:
+    """Mean of 1 - r over channels."""
+    *_, ours, theirs, products = sums  # [C] each
+    squares = ours * theirs
+    r = torch.where(squares > 0, products / squares.sqrt(), 0.0)  # [C]
+    return float((1 - r).mean())

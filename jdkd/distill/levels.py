@@ -115,7 +115,7 @@ def as_strides(levels: Iterable[int] | None) -> tuple[int, ...] | None:
     whole = all(isinstance(stride, Integral) and not isinstance(stride, bool) and stride > 0 for stride in given)
     if not given or not whole or len(set(given)) < len(given):
         raise InputError(
-            f"levels is {_short(given or levels)}; give the strides of the levels to compare, once each, such as "
+            f"levels is {given or levels!r:.60}; give the strides of the levels to compare, once each, such as "
             "[8, 16, 32]"
         )
     return tuple(map(int, given))
@@ -132,8 +132,3 @@ def _fits(level: Size, image: Size) -> bool:
     """Whether a level has one stride, a power of two, in both directions."""
     steps = (2**k for k in range(max(image).bit_length() + 1))
     return any(all(i // step <= side <= -(-i // step) for side, i in zip(level, image, strict=True)) for step in steps)
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

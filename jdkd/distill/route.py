@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from jdkd.distill.neck import Pyramid
 from jdkd.distill.student_input import StudentInput, parameters_of
-from jdkd.errors import InputError
-from jdkd.nn.necks import BACKBONE, NECK, NotReached, backbone_of, holders, neck_of, outermost, run_until
+from jdkd.errors import InputError, said
+from jdkd.nn.necks import BACKBONE, NECK, NotReached, backbone_of, has_module, holders, neck_of, outermost, run_until
 from jdkd.nn.unwrapping import unwrapped
 
 HOLDERS = ("ema", "module", "model", "ema_model")  # where objects that are no modules keep a model
@@ -100,9 +100,8 @@ class Route:
         except (torch.OutOfMemoryError, InputError):
             raise
         except (NotReached, TypeError, AttributeError, RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if isinstance(error, NotReached):
-                reason = f"it never called its {type(self.neck).__name__}"
+            missed = isinstance(error, NotReached)
+            reason = f"it never called its {type(self.neck).__name__}" if missed else said(error)
             raise InputError(
                 f"the {who} ({kind}) does not run up to its neck on a list of images [3, H, W] ({reason}); give a "
                 "detector that does, as torchvision's do, or wrap it with jdkd.detect.adopt"
@@ -124,11 +123,10 @@ class Route:
         except (torch.OutOfMemoryError, InputError):
             raise
         except (RuntimeError, ValueError, AssertionError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"the teacher's {type(module).__name__} does not run on the student's images, {list(images.shape)} of "
-                f"{images.dtype} on {images.device}: {reason}; if they are too small for it, let the student's be "
-                "larger (its min_size)"
+                f"{images.dtype} on {images.device} ({said(error)}); if they are too small for it, let the student's "
+                "be larger (its min_size)"
             ) from error
         return list(pyramid) if isinstance(pyramid, Iterator) else pyramid
 
@@ -157,9 +155,9 @@ def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
             return _route(inner, neck, who)
         raise InputError(_nowhere(inner, who, f"{NECK} or {BACKBONE}", found))
     for root in (model, inner):
-        if _has(root, path):
+        if has_module(root, path):
             return _route(root, path, who)
-    if len(found) == 1 and _has(found[0][1], path):
+    if len(found) == 1 and has_module(found[0][1], path):
         return _route(inner, f"{found[0][0]}.{path}".strip("."), who)
     raise InputError(_nowhere(inner, who, path, []))
 
@@ -197,14 +195,6 @@ def _inmost(chain: list[nn.Module]) -> nn.Module:
             break
         model = module
     return model
-
-
-def _has(root: nn.Module, path: str) -> bool:
-    try:
-        root.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _nowhere(model: nn.Module, who: str, wanted: str, holders: list[tuple[str, nn.Module]]) -> str:

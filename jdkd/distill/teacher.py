@@ -27,9 +27,8 @@ class TeacherRunner:
 
     A context manager that may be entered several times over, so that several losses share one runner. While it
     is entered the teacher is in evaluation mode and needs no gradients; afterwards (when the last one leaves it,
-    if several students share it) it is as it was, but for the device. The
-    teacher runs without a graph, on the student's device, at most once per forward of the student, and never
-    becomes part of it.
+    if several students share it) it is as it was, but for the device. The teacher runs without a graph, on the
+    student's device, at most once per forward of the student, and never becomes part of it.
 
     Args:
         student, teacher: detectors with a submodule that returns a pyramid and that images ``[N, C, H, W]`` reach

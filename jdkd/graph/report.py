@@ -9,7 +9,7 @@ from jdkd.graph.topology import Topology
 if TYPE_CHECKING:
     from rich.console import Group
 
-MOST_READERS = 3
+MOST = 3  # names in one place
 
 
 def report(topology: Topology) -> Group:
@@ -32,13 +32,11 @@ def report(topology: Topology) -> Group:
     groups = table("Channel groups", "group", "channels", "units", "read by")
     for group in topology.groups:
         readers = list(dict.fromkeys(slot.tensor.rpartition(".")[0] for slot in group.slots if slot.role == "in"))
-        more = f" and {len(readers) - MOST_READERS} more" if len(readers) > MOST_READERS else ""
-        groups.add_row(group.name, str(group.size), str(group.units), ", ".join(readers[:MOST_READERS]) + more)
+        groups.add_row(group.name, str(group.size), str(group.units), _listed(readers))
     frozen = table("Frozen", "tensors", "because")
     for each in topology.frozen:
         names = list(dict.fromkeys(tensor.rpartition(".")[0] or tensor for tensor, _ in each.tensors))
-        more = f" and {len(names) - MOST_READERS} more" if len(names) > MOST_READERS else ""
-        frozen.add_row(Text(", ".join(names[:MOST_READERS]) + more), Text(each.reason))
+        frozen.add_row(Text(_listed(names)), Text(each.reason))
     lists = table("Lists of residual blocks", "list", "blocks", "from", "to")
     for blocks in topology.block_lists:
         lists.add_row(blocks.name, str(len(blocks.blocks)), blocks.blocks[0], blocks.blocks[-1])
@@ -51,3 +49,8 @@ def report(topology: Topology) -> Group:
     ]
     parts = [made for made in (groups, frozen, lists) if made.row_count]
     return Group(*parts, *(Text(line) for line in summary))
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more

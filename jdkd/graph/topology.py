@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,6 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from jdkd.errors import InputError
+
+MULTIPLE = 8  # channels that groups keep, where they have more: a GPU gains nothing from other widths
 DISAGREES = "cut and masked disagree"  # how the reason begins where :func:`jdkd.rewrite.verify` froze a group
 
 
@@ -76,6 +80,19 @@ class ChannelGroup:
         """Channels, as the layer that names the group counts them."""
         return self.units * next(slot for slot in self.slots if slot.role == "out").repeat
 
+    def rounded(self, units: float) -> int:
+        """The nearest number of units, at least one, that makes a multiple of 8 channels where the group has that many.
+
+        Where it has more channels and no number of its units makes one, units are rounded as they are.
+        """
+        step = MULTIPLE // math.gcd(MULTIPLE, self.size // self.units)
+        step = 1 if step > self.units else step
+        return max(step, int(units / step + 0.5) * step)
+
+    def shrunk(self, share: float) -> int:
+        """How many units stay of a share of them, :meth:`rounded`; groups of 8 channels and fewer stay whole."""
+        return self.units if self.size <= MULTIPLE else min(self.units, self.rounded(share * self.units))
+
     def to_json(self) -> dict[str, Any]:
         slots = [slot.to_json() for slot in self.slots]
         return {"name": self.name, "units": self.units, "grows": self.grows, "slots": slots}
@@ -120,9 +137,14 @@ class BlockList:
             yield path, bool(ends) and all(ends)
 
     @property
+    def copied(self) -> int | None:
+        """The last block whose copies can be born as the identity, by its place; None where there is none."""
+        return max((place for place, (_, can) in enumerate(self.identities()) if can), default=None)
+
+    @property
     def can_grow(self) -> bool:
-        """Whether copies of its last block can be born as the identity."""
-        return [can for _, can in self.identities()][-1]
+        """Whether copies of some block can be born as the identity."""
+        return self.copied is not None
 
 
 def block_lists(runs: Iterable[Sequence[tuple[str, tuple[tuple[str, ...], ...]]]]) -> tuple[BlockList, ...]:
@@ -175,7 +197,31 @@ class Topology:
     held: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> ChannelGroup:
-        return next(group for group in self.groups if group.name == name)
+        """The channel group of a name.
+
+        Raises:
+            InputError: there is none.
+        """
+        found = next((group for group in self.groups if group.name == name), None)
+        if found is None:
+            known = ", ".join(sorted(group.name for group in self.groups)[:5])
+            raise InputError(
+                f"there is no channel group {name!r} that can be cut; there are {known} and so on "
+                f"({len(self.groups)}): see topology.groups."
+            )
+        return found
+
+    def block_list(self, name: str) -> BlockList:
+        """The block list of a name.
+
+        Raises:
+            InputError: there is none.
+        """
+        lists = {blocks.name: blocks for blocks in self.block_lists}
+        if name not in lists:
+            known = f"name one of {', '.join(lists)}" if lists else "it has none"
+            raise InputError(f"{name!r} is no list of residual blocks in this model; {known}.")
+        return lists[name]
 
     def prunable_share(self) -> float:
         """The share of all parameters that stand in a slot of some group."""

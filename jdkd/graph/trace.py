@@ -16,6 +16,7 @@ from jdkd.graph.declaration import Declaration
 from jdkd.graph.residuals import Step
 from jdkd.graph.topology import BlockList, ChannelGroup, Frozen, Slot, Topology, block_lists
 from jdkd.graph.tracer import Tracer
+from jdkd.nn.modes import mode
 
 
 def trace(model: nn.Module, *example: Any, declared: Declaration | None = None, follow: str | None = None) -> Topology:
@@ -40,14 +41,9 @@ def trace(model: nn.Module, *example: Any, declared: Declaration | None = None, 
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise InputError(f"{name!r} has no shape yet; run the model once on an example before it is traced.")
-    modes = [(module, module.training) for module in model.modules()]
-    tracer = Tracer(model.eval(), declared.operators, follow)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            tracer.run(example)
-    finally:
-        for module, training in modes:
-            module.training = training
+    tracer = Tracer(model, declared.operators, follow)
+    with mode(model, training=False), torch.random.fork_rng(devices=[]):
+        tracer.run(example)
     channels = tracer.marks.channels
     declared.apply(channels)
     component = channels.components()

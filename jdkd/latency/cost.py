@@ -13,6 +13,7 @@ from jdkd.detect.contract import detections, not_scripted
 from jdkd.detect.input_size import input_transform, require_visible
 from jdkd.detect.proposals import full_proposals
 from jdkd.errors import InputError
+from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 
 
@@ -37,7 +38,7 @@ def profile_cost(
     """Count parameters and multiply-accumulates of a detector for one image.
 
     A two-stage detector is charged with as many proposals as its RPN may keep, whatever its weights propose,
-    so that counts of specs can be compared. NMS, RoI align and normalisation count as nothing. FLOPs are
+    so that counts of architectures can be compared. NMS, RoI align and normalisation count as nothing. FLOPs are
     those of torch's `FlopCounterMode`; a multiply-accumulate is two of them.
 
     Args:
@@ -59,14 +60,9 @@ def profile_cost(
     size = size or _input_size(model, otherwise)
     require_visible(model, [("size", *size)])
     like = next(model.parameters(), torch.empty(0))
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        with full_proposals(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            detections(model, [torch.zeros(3, *size, device=like.device)])
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    counter = FlopCounterMode(display=False)
+    with mode(model, training=False), full_proposals(model), torch.no_grad(), counter:
+        detections(model, [torch.zeros(3, *size, device=like.device)])
     return Cost(parameter_count(model), counter.get_total_flops() / 2e9, (size[0], size[1]))
 
 

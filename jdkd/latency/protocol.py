@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect import fix_roi_scales
+from jdkd.detect import fix_roi_scales, parameter_count
 from jdkd.detect.contract import identity
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
@@ -261,7 +261,7 @@ def _facts(model: nn.Module) -> dict[str, Any]:
     weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
     channels_last = all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": parameter_count(model),
         "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
         "channels_last": channels_last,
         "batch_norms": batch_norms(model),

@@ -46,25 +46,21 @@ class LatencyReport:
 
     @property
     def base(self) -> str:
-        """Name of the model that ratios refer to by default."""
+        """Name of the model that ratios refer to."""
         return next(iter(self.models))
 
-    def ratio(self, name: str, base: str | None = None, *, mode: str = "end_to_end", seed: int = 0) -> Ratio:
+    def ratio(self, name: str, *, mode: str = "end_to_end") -> Ratio:
         """Median latency of a model over that of the base, with a 95 % interval.
 
         Args:
             name: of the model.
-            base: of the one that it is compared with; the first by default.
             mode: `end_to_end`, `model_only` or `backbone_replay`.
-            seed: of the bootstrap.
 
         Returns:
             See :func:`jdkd.latency.statistics.bootstrap_ratio`.
         """
-        base = base or self.base
-        return bootstrap_ratio(
-            self.models[name].modes()[mode].samples, self.models[base].modes()[mode].samples, seed=seed
-        )
+        own, base = (self.models[each].modes()[mode].samples for each in (name, self.base))
+        return bootstrap_ratio(own, base)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able form with raw samples, percentiles (ms) and the ratios to the base."""

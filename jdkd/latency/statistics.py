@@ -81,8 +81,7 @@ def bootstrap_ratio(
     """Ratio of medians with a percentile bootstrap over rounds (Efron and Tibshirani 1993, chapter 13).
 
     Samples of one round were taken next to each other, on the same image and under the same load, so a round
-    is
-    drawn whole and for both models at once: drift that hits both cancels instead of widening the interval.
+    is drawn whole and for both models at once: drift that hits both cancels instead of widening the interval.
 
     Args:
         model: milliseconds [rounds * per_round], round by round.

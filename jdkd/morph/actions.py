@@ -1,14 +1,13 @@
 """Student morphism: the five actions that change a student and let it keep its weights.
 
 The action space follows Joint-DetNAS (Yao et al., CVPR 2021, abstract and figure 2: morphism of the architecture and
-removal of redundant parameters, with weight inheritance). Ranges, divisors and floors are our choice. An action is a
+removal of redundant parameters, with weight inheritance). Ranges and least shares are our choice. An action is a
 pure function of the parent, any detector, and of its topology: it returns a :class:`Morph` and changes nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,16 +16,17 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from jdkd.detect.input_size import input_size, resized
+from jdkd.detect.input_size import input_size, size_attributes
 from jdkd.errors import InputError
-from jdkd.graph import BlockList, ChannelGroup, Topology
+from jdkd.graph import BlockList, Topology
+from jdkd.graph.topology import MULTIPLE
 from jdkd.morph.importance import gamma_importance, magnitude_importance, strongest, weakest_blocks
 from jdkd.morph.parts import STREAMS, slimmed
 from jdkd.morph.parts import parts as parts_of
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
+from jdkd.rewrite.channels import require_traced
 
-DIVISOR = 8  # channel counts stay multiples of it, or a GPU gains nothing from the narrower layer
 FLOOR = 0.25  # no group loses more than the rest in one action
 MAX_MOVE = 3  # blocks that go from one list to the next in one rearrangement
 SHARES = (0.0, 0.25, 0.5)  # of a part, dropped in one action
@@ -57,20 +57,20 @@ def remove_block(model: nn.Module, topology: Topology, name: str) -> Morph:
     Raises:
         InputError: there is no such list, or its container would be left without a child.
     """
-    model, blocks = _of(model, topology), _list(topology, name)
+    model, blocks = _of(model, topology), topology.block_list(name)
     if not _removable(model, blocks):
         raise InputError(f"the only block of {name} stays, as nothing else is in {blocks.container}; remove another.")
     return Morph(f"remove a block of {name}", Rewrite(blocks={name: _without(model, blocks, 1)}))
 
 
 def add_block(model: nn.Module, topology: Topology, name: str) -> Morph:
-    """Repeats the last block of a list, as wide inside as that, born as the identity.
+    """Repeats the last block of a list that can be born as the identity, as wide inside as that.
 
     Raises:
-        InputError: there is no such list, or its last block cannot be born as the identity.
+        InputError: there is no such list, or none of its blocks can be born as the identity.
     """
     _of(model, topology)
-    return Morph(f"add a block to {name}", Rewrite(blocks={name: _with(_list(topology, name), 1)}))
+    return Morph(f"add a block to {name}", Rewrite(blocks={name: _with(topology.block_list(name), 1)}))
 
 
 def rearrange(model: nn.Module, topology: Topology, source: str, target: str, count: int = 1) -> Morph:
@@ -82,7 +82,7 @@ def rearrange(model: nn.Module, topology: Topology, source: str, target: str, co
     Raises:
         InputError: there are no such lists, or they are not neighbours, or have no block to give or to repeat.
     """
-    model, losing, gaining = _of(model, topology), _list(topology, source), _list(topology, target)
+    model, losing, gaining = _of(model, topology), topology.block_list(source), topology.block_list(target)
     order = [blocks.name for blocks in topology.block_lists]
     room = min(MAX_MOVE, _removable(model, losing))
     if abs(order.index(source) - order.index(target)) != 1 or not 1 <= count <= room:
@@ -102,8 +102,8 @@ def prune_channels(
     Args:
         model: the detector.
         topology: of it.
-        ratio: share of all inner channels that pass a norm to drop, 0 to below 1. Every group is rounded to a multiple
-            of :data:`DIVISOR` channels, where its units allow, and keeps at least :data:`FLOOR` of its channels.
+        ratio: share of all inner channels that pass a norm to drop, 0 to below 1. Every group is rounded, see
+            :meth:`ChannelGroup.shrunk`, and keeps at least :data:`FLOOR` of its channels.
         parts: share of each group of a part to drop, by magnitude; see :func:`jdkd.morph.parts`.
 
     Raises:
@@ -119,13 +119,13 @@ def prune_channels(
     keep = _slimmed(model, topology, ratio) if ratio else {}
     for name, share in asked.items():
         for group in [topology[each] for each in known.get(name, ())]:
-            count = _kept_units(group, 1 - share)
+            count = group.shrunk(max(1 - share, FLOOR))
             if count < group.units:
                 keep[group.name] = strongest(magnitude_importance(model, group), count)
     if not keep:
         raise InputError(
-            f"dropping {_listed(asked) or 'nothing'} changes nothing after rounding to multiples of {DIVISOR} channels;"
-            " drop more."
+            f"dropping {_listed(asked) or 'nothing'} changes nothing after rounding to multiples of {MULTIPLE} "
+            "channels; drop more."
         )
     return Morph(f"prune {_listed(asked)} channels", Rewrite(keep=keep))
 
@@ -137,7 +137,7 @@ def change_resolution(model: nn.Module, min_size: int) -> Morph:
         InputError: the detector does not resize its input, or to one fixed size.
     """
     model = unwrapped(model)
-    now, attributes = input_size(model), resized(model, min_size)
+    now, attributes = input_size(model), size_attributes(model, min_size)
     return Morph(f"input {now[0]} -> {min_size} px", Rewrite(attributes=attributes))
 
 
@@ -200,22 +200,8 @@ def _of(model: nn.Module, topology: Topology) -> nn.Module:
         InputError: the topology was read off another.
     """
     model = unwrapped(model)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    if sizes != topology.sizes:
-        other = next(iter(dict(sizes.items() ^ topology.sizes.items())))
-        raise InputError(
-            f"the topology is of another model than this {type(model).__name__}: {other} differs; give what "
-            "jdkd.detect.read says of this one."
-        )
+    require_traced(model, topology)
     return model
-
-
-def _list(topology: Topology, name: str) -> BlockList:
-    lists = {blocks.name: blocks for blocks in topology.block_lists}
-    if name not in lists:
-        known = f"name one of {', '.join(lists)}" if lists else "it has none"
-        raise InputError(f"{name!r} is no list of residual blocks in this detector; {known}.")
-    return lists[name]
 
 
 def _removable(model: nn.Module, blocks: BlockList) -> int:
@@ -231,11 +217,10 @@ def _without(model: nn.Module, blocks: BlockList, count: int) -> tuple[int, ...]
 
 
 def _with(blocks: BlockList, count: int) -> tuple[int, ...]:
-    """Blocks, and ``count`` times the last one more."""
+    """Blocks, and ``count`` times the one that is copied."""
     if not blocks.can_grow:
-        raise InputError(f"{blocks.blocks[-1]} cannot be born as the identity, so it cannot be added to {blocks.name}.")
-    last = len(blocks.blocks) - 1
-    return (*range(last), *[last] * (count + 1))
+        raise InputError(f"{blocks.name} stays as deep as it is: its blocks cannot be born as the identity.")
+    return (*range(len(blocks.blocks)), *[blocks.copied] * count)
 
 
 def _slimmed(model: nn.Module, topology: Topology, ratio: float) -> dict[str, Sequence[int]]:
@@ -249,22 +234,10 @@ def _slimmed(model: nn.Module, topology: Topology, ratio: float) -> dict[str, Se
     threshold = everything.kthvalue(max(1, min(len(everything), round(ratio * len(everything))))).values
     keep = {}
     for group, values in zip(groups, importance, strict=True):
-        count = _kept_units(group, float((values > threshold).sum()) / group.units)
+        count = group.shrunk(max(float((values > threshold).sum()) / group.units, FLOOR))
         if count < group.units:
             keep[group.name] = strongest(values, count)
     return keep
-
-
-def _kept_units(group: ChannelGroup, share: float) -> int:
-    """Units that stay: rounded, never under the floor, never more than there are.
-
-    Channels become a multiple of the divisor; where a group has more of them and no number of its units is one, units
-    stay as they are.
-    """
-    step = DIVISOR // math.gcd(DIVISOR, group.size // group.units)
-    if step > group.units and group.size > DIVISOR:
-        step = 1
-    return min(group.units, max(step, int(max(share, FLOOR) * group.units / step + 0.5) * step))
 
 
 def _listed(shares: Mapping[str, float]) -> str:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.graph import BlockList, ChannelGroup, Slot, Topology
+from jdkd.rewrite.channels import named
 
 
 def gamma_importance(model: nn.Module, topology: Topology, group: ChannelGroup) -> Tensor:
@@ -17,7 +18,7 @@ def gamma_importance(model: nn.Module, topology: Topology, group: ChannelGroup) 
     """
     norms = {f"{norm}.weight" for norm in topology.norms(group)}
     gammas = [
-        _tensor(model, slot.tensor).detach().abs().float().cpu()[torch.from_numpy(slot.places)].mean(1)
+        named(model, slot.tensor).detach().abs().float().cpu()[torch.from_numpy(slot.places)].mean(1)
         for slot in group.slots
         if slot.tensor in norms
     ]
@@ -35,8 +36,8 @@ def magnitude_importance(model: nn.Module, group: ChannelGroup) -> Tensor:
     sides = []
     for role in ("out", "in"):
         slots = [slot for slot in group.slots if slot.role == role]
-        weights = [slot for slot in slots if _tensor(model, slot.tensor).dim() > 1]
-        sides.append(torch.stack([_norms(_tensor(model, slot.tensor), slot) for slot in weights or slots]).mean(0))
+        weights = [slot for slot in slots if named(model, slot.tensor).dim() > 1]
+        sides.append(torch.stack([_norms(named(model, slot.tensor), slot) for slot in weights or slots]).mean(0))
     return sides[0] * sides[1]
 
 
@@ -63,7 +64,7 @@ def _strength(model: nn.Module, ends: tuple[tuple[str, ...], ...]) -> float:
     for chain in ends:
         strength, learns = 1.0, False
         for name in chain:
-            found = _tensor(model, name.removeprefix("+"))
+            found = named(model, name.removeprefix("+"))
             weight = getattr(found, "weight", None) if isinstance(found, nn.Module) else found
             if learns or name.startswith("+") or not isinstance(weight, Tensor):
                 continue
@@ -80,8 +81,3 @@ def _norms(tensor: Tensor, slot: Slot) -> Tensor:  # -> [units]
     rows = torch.linalg.vector_norm(values, dim=others) if others else values.abs()
     norms = torch.linalg.vector_norm(rows.cpu()[torch.from_numpy(slot.places)], dim=1)
     return norms / norms.mean().clamp(min=1e-12)
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor | nn.Module:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)

@@ -50,6 +50,14 @@ class Elastic(nn.Module):
             active = self._beside_the_weights(given, {} if moved is None else moved)
             self._record = Record(given, active, epoch, self._traced(active) if self._in_regions else None)
 
+    def _activate(self, *given: Any) -> None:
+        """What a layer's own ``set_active`` does: reads what it is given, and makes that the active part."""
+        try:
+            part = self.part(*given)
+        except InputError as error:
+            raise InputError(f"{type(self).__name__}.set_active: {error}") from None
+        self._put(part)
+
     def _now(self) -> Any:
         """What a forward uses.
 
@@ -181,11 +189,6 @@ def _same_entry(p: Any, q: Any) -> bool:
         return p.count == q.count and p.index is q.index
     on_host = p.index.device.type == q.index.device.type == "cpu"
     return on_host and torch.equal(p.index, q.index)
-
-
-def set_active_error(layer: nn.Module, error: InputError) -> InputError:
-    """The error of a layer's own ``set_active``."""
-    return InputError(f"{type(layer).__name__}.set_active: {error}")
 
 
 def part_of(vector: Tensor | None, channels: Channels) -> Tensor | None:

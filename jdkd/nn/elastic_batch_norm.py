@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.elastic import Elastic, filled, part_of, set_active_error
+from jdkd.nn.elastic import Elastic, filled, part_of
 from jdkd.nn.subnet import Subnet
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, on_device
@@ -109,11 +109,7 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         Raises:
             InputError: if the supernet has no such channels; the active ones stay as they were.
         """
-        try:
-            part = self.part(channels, name)
-        except InputError as error:
-            raise set_active_error(self, error) from None
-        self._put(part)
+        self._activate(channels, name)
 
     def part(self, channels: ChannelsLike = None, name: str | None = None) -> _Norm:
         """Reads what :meth:`set_active` is given, and activates nothing."""

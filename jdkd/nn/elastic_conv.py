@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.elastic import active_over_all, filled, part_of, set_active_error
+from jdkd.nn.elastic import active_over_all, filled, part_of
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, Kernel, active_part
@@ -124,11 +124,7 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         Raises:
             InputError: if the supernet has no such channels or taps; the active ones stay as they were.
         """
-        try:
-            part = self.part(in_channels, out_channels, kernel_size)
-        except InputError as error:
-            raise set_active_error(self, error) from None
-        self._put(part)
+        self._activate(in_channels, out_channels, kernel_size)
 
     def part(
         self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None, kernel_size: KernelLike = None
@@ -151,14 +147,6 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
             for d, full, k in zip(self.dilation, self.kernel_size, kernel or self.kernel_size, strict=True)
         ]
         return tuple(whole - less[1 - i // 2] for i, whole in enumerate(self._reversed_padding_repeated_twice))
-
-    @property
-    def active_in_channels(self) -> int:
-        return self._record.active.inputs.count
-
-    @property
-    def active_out_channels(self) -> int:
-        return self._record.active.outputs.count
 
     @property
     def active_kernel_size(self) -> tuple[int, int]:

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jdkd.errors import InputError
-from jdkd.nn.elastic import active_over_all, filled, part_of, set_active_error
+from jdkd.nn.elastic import active_over_all, filled, part_of
 from jdkd.nn.packed_weight import ElasticWeight, packed_bias
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels, active_part
@@ -51,11 +50,7 @@ class ElasticLinear(ElasticWeight, nn.Linear):
         Raises:
             InputError: if the supernet has no such features; the active ones stay as they were.
         """
-        try:
-            part = self.part(in_channels, out_channels)
-        except InputError as error:
-            raise set_active_error(self, error) from None
-        self._put(part)
+        self._activate(in_channels, out_channels)
 
     def part(self, in_channels: ChannelsLike = None, out_channels: ChannelsLike = None) -> _Features:
         """Reads what :meth:`set_active` is given, and activates nothing."""
@@ -63,14 +58,6 @@ class ElasticLinear(ElasticWeight, nn.Linear):
             active_channels(in_channels, self.in_features, "in_channels"),
             active_channels(out_channels, self.out_features, "out_channels"),
         )
-
-    @property
-    def active_in_channels(self) -> int:
-        return self._record.active.inputs.count
-
-    @property
-    def active_out_channels(self) -> int:
-        return self._record.active.outputs.count
 
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(x, Proxy):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.nn.elastic import Elastic, filled, part_of, set_active_error
+from jdkd.nn.elastic import Elastic, filled, part_of
 from jdkd.nn.symbolic import Proxy, as_node
 from jdkd.ops.active_channels import Channels, ChannelsLike, active_channels
 from jdkd.ops.elastic_conv import check_channels
@@ -37,11 +37,7 @@ class ElasticNorm(Elastic):
         Raises:
             InputError: if the supernet has no such channels; the active ones stay as they were.
         """
-        try:
-            part = self.part(channels)
-        except InputError as error:
-            raise set_active_error(self, error) from None
-        self._put(part)
+        self._activate(channels)
 
     def part(self, channels: ChannelsLike = None) -> _Norm:
         """Reads what :meth:`set_active` is given, and activates nothing."""

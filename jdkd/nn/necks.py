@@ -90,12 +90,13 @@ def _stop(module: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
 def _own(module: nn.Module) -> str | None:
     """Path, in a module, of what returns its levels."""
     said = vars(module).get(SAYS)
-    if isinstance(said, str) and said and _has(module, said):
+    if isinstance(said, str) and said and has_module(module, said):
         return said
     return next((name for name in (NECK, BACKBONE) if isinstance(getattr(module, name, None), nn.Module)), None)
 
 
-def _has(module: nn.Module, path: str) -> bool:
+def has_module(module: nn.Module, path: str) -> bool:
+    """Whether a module has a submodule of that path; ``""`` is the module itself."""
     try:
         module.get_submodule(path)
     except AttributeError:

@@ -72,6 +72,14 @@ class ElasticWeight(Elastic):
     _packing: WeightPacking | None = None  # who packs this layer
     _packed: Packed | None = None
 
+    @property
+    def active_in_channels(self) -> int:
+        return self._record.active.inputs.count
+
+    @property
+    def active_out_channels(self) -> int:
+        return self._record.active.outputs.count
+
     def _weight_part(self) -> Part | None:
         """The active part of the weight; None if what a forward uses is no part of it."""
         raise NotImplementedError

@@ -129,7 +129,7 @@ def train_pool(
         scored: subnets to score afterwards, the largest and the smallest among them, so that the spread is known.
         device: where to train.
         resume: carry on from what ``folder`` holds; a finished pool is only read.
-        progress: told after every step.
+        progress: called with (what, done, total, losses) after every step.
 
     Returns:
         The pool, in memory as on disk.

@@ -96,16 +96,16 @@ def progressive_shrinking(
         folder: where the phases keep their checkpoints and the frozen largest network.
         device: where to train.
         resume: carry on from what ``folder`` holds.
-        progress: told after every step.
+        progress: called with (what, done, total, losses) after every step.
     """
     for number, phase in enumerate(config.phases):
         training = config.phase_config(number)
-        told = progress and (lambda *state, name=phase.name: progress(f"pool: {name}", *state))
+        named = progress and (lambda *state, name=phase.name: progress(f"pool: {name}", *state))
         how = {
             "device": device,
             "folder": folder / f"{number + 1}-{phase.name}",
             "resume": resume,
-            "progress": told,
+            "progress": named,
         }
         if not phase.subnets:
             fit(supernet.model, dataset, training, **how)

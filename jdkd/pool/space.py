@@ -7,7 +7,7 @@ from typing import Any
 
 from jdkd.errors import InputError
 from jdkd.graph import Topology
-from jdkd.pool.stages import copied_block, pool_groups, read_stages
+from jdkd.pool.stages import pool_groups, read_stages
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Space:
             )
         depths = []
         for stage in read_stages(topology, ()):
-            more = extra_depth if stage.blocks is not None and copied_block(stage.blocks) is not None else 0
+            more = extra_depth if stage.blocks is not None and stage.blocks.can_grow else 0
             depths.append(tuple(range(stage.depth, stage.depth + more + 1)))
         least = 1 / width
         single = width == 1 or steps == 1 or not pool_groups(topology)

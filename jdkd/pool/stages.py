@@ -1,12 +1,9 @@
 """The stages of a detector, read off its topology: which blocks and which channels of it a pool makes elastic."""
 
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from jdkd.graph import BlockList, ChannelGroup, Topology
-
-MULTIPLE = 8  # channels, where a group has that many
 
 
 @dataclass(frozen=True)
@@ -67,16 +64,3 @@ def _home(group: ChannelGroup, lists: tuple[BlockList, ...]) -> int | None:
             if all(slot.tensor.startswith(f"{block}.") for slot in group.slots):
                 return number
     return None
-
-
-def rounded_units(group: ChannelGroup, units: float) -> int:
-    """The nearest number of units, at least one, that makes a multiple of 8 channels, where the group has that many."""
-    step = MULTIPLE // math.gcd(MULTIPLE, group.size // group.units)
-    step = 1 if step > group.units else step
-    return max(step, int(units / step + 0.5) * step)
-
-
-def copied_block(blocks: BlockList) -> int | None:
-    """The last block of a list whose copy can be born as the identity, by its place; None where there is none."""
-    able = [place for place, (_, can) in enumerate(blocks.identities()) if can]
-    return able[-1] if able else None

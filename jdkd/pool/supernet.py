@@ -9,9 +9,9 @@ from jdkd.graph import Topology
 from jdkd.nn import Subnet as Active
 from jdkd.nn import set_subnet
 from jdkd.pool.space import Space, Subnet
-from jdkd.pool.stages import copied_block, pool_groups, read_stages, rounded_units
+from jdkd.pool.stages import pool_groups, read_stages
 from jdkd.rewrite import Rewrite, elastic_groups, make_elastic, make_plain
-from jdkd.rewrite.channels import duplicate
+from jdkd.rewrite.channels import duplicate, tensors_by_name
 
 
 class Supernet:
@@ -55,7 +55,7 @@ class Supernet:
     def units(self, subnet: Subnet) -> dict[str, int]:
         """How many leading units of each elastic channel group a subnet runs."""
         return {
-            group.name: min(group.units, rounded_units(group, width * group.units))
+            group.name: min(group.units, group.rounded(width * group.units))
             for stage, width in zip(self.stages, subnet.widths, strict=True)
             for group in stage.groups
         }
@@ -84,7 +84,7 @@ class Supernet:
         Importance is the L1 norm of the weights that read a unit (Cai et al., ICLR 2020). The function of the largest
         network does not change.
         """
-        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        tensors = tensors_by_name(self.model)
         for group in (group for stage in self.stages for group in stage.groups):
             strength = torch.zeros(group.units, dtype=torch.float64)
             for slot in group.slots:
@@ -114,11 +114,11 @@ def grow_base(base: nn.Module, topology: Topology, space: Space) -> tuple[nn.Mod
         The largest network, whose outputs equal the base's, and its topology.
     """
     groups = [topology[name] for name in elastic_groups(base, topology, pool_groups(topology)).groups]
-    more = {g.name: rounded_units(g, space.growth * g.units) - g.units for g in groups if g.grows}
+    more = {g.name: g.rounded(space.growth * g.units) - g.units for g in groups if g.grows}
     extra = {name: count for name, count in more.items() if count > 0}
     blocks = {}
     for listed, choices in zip(topology.block_lists, space.depths, strict=False):
         here = range(len(listed.blocks))
-        blocks[listed.name] = (*here, *[copied_block(listed)] * (choices[-1] - len(here)))
+        blocks[listed.name] = (*here, *[listed.copied] * (choices[-1] - len(here)))
     largest = Rewrite(extra=extra, blocks=blocks).apply(base, topology)
     return largest, read(largest, like=topology)

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from jdkd.errors import said
 from jdkd.graph import Topology
 from jdkd.graph.topology import without_blocks
 from jdkd.rewrite.blocks import arrange, with_checked_ends
 from jdkd.rewrite.channels import duplicate
-from jdkd.rewrite.comparison import culprits, difference, returned_by, said
+from jdkd.rewrite.comparison import culprits, difference, returned_by
 from jdkd.rewrite.trial import Trial
 
 
@@ -66,9 +67,9 @@ def _leaving_differs(trial: Trial, topology: Topology, paths: Sequence[str]) -> 
 
 
 def _repeating_differs(trial: Trial, topology: Topology, names: Sequence[str]) -> str | None:
-    """What changes when the last block of some lists is repeated, or None."""
+    """What changes when a block of some lists is repeated, or None."""
     order = {
-        blocks.name: [*range(len(blocks.blocks)), len(blocks.blocks) - 1]
+        blocks.name: [*range(len(blocks.blocks)), blocks.copied]
         for blocks in topology.block_lists
         if blocks.name in names
     }

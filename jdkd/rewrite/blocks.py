@@ -34,10 +34,18 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
         InputError: there is no such list, it holds no such block, a block cannot be born as the identity, or the model
             has other blocks than the topology.
     """
-    copied = duplicate(model)
+    copied, modules = duplicate(model), dict(model.named_modules())
     runs: dict[str, list[tuple[BlockList, list[int]]]] = {}  # of each container
     for name, places in order.items():
-        blocks, places = _checked(model, topology, name, places)
+        blocks, places = topology.block_list(name), whole(f"blocks of the list {name!r}", places)
+        last = len(blocks.blocks) - 1
+        if any(not 0 <= place <= last for place in places):
+            raise InputError(f"the list {name!r} has the blocks 0..{last}, and {places} names others.")
+        if gone := [path for path in blocks.blocks if path not in modules]:
+            raise InputError(
+                f"the topology was read off another model: this {type(model).__name__} has no block {gone[0]!r}; read "
+                "the model again after each rewrite."
+            )
         runs.setdefault(blocks.container, []).append((blocks, places))
     for path, arranged in runs.items():
         container = copied.get_submodule(path)
@@ -112,22 +120,6 @@ def _set_to_zero(layer: nn.Module) -> bool:
         layer.weight.zero_()
         return True
     return False
-
-
-def _checked(model: nn.Module, topology: Topology, name: str, order: Sequence[int]) -> tuple[BlockList, list[int]]:
-    lists = {blocks.name: blocks for blocks in topology.block_lists}
-    if name not in lists:
-        raise InputError(f"there is no list of blocks {name!r}; there are {', '.join(lists) or 'none'}.")
-    blocks, order = lists[name], whole(f"blocks of the list {name!r}", order)
-    modules, count = dict(model.named_modules()), len(blocks.blocks)
-    if gone := [path for path in blocks.blocks if path not in modules]:
-        raise InputError(
-            f"the topology was read off another model: this {type(model).__name__} has no block {gone[0]!r}; read the "
-            "model again after each rewrite."
-        )
-    if any(not 0 <= place < count for place in order):
-        raise InputError(f"the list {name!r} has the blocks 0..{count - 1}, and {order} names others.")
-    return blocks, order
 
 
 @torch.no_grad()

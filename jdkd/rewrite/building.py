@@ -20,11 +20,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.blocks import set_children
-from jdkd.rewrite.channels import gathered
+from jdkd.rewrite.channels import gathered, tensors_by_name
 
 REGISTERED = ("_parameters", "_buffers", "_modules")
 
@@ -68,7 +68,7 @@ def call(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     except InputError:
         raise
     except Exception as error:  # whatever a builder of anyone's raises
-        raise InputError(f"the builder {builder} with {_shown(arguments)} raised {_named(error)}.") from error
+        raise InputError(f"the builder {builder} with {_shown(arguments)} raised {said(error)}.") from error
     if not isinstance(made, nn.Module):
         raise InputError(f"{builder!r} returned a {type(made).__name__}; it must return a torch.nn.Module.")
     made = unwrapped(made)
@@ -77,11 +77,6 @@ def call(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     if any(is_lazy(tensor) for tensor in (*made.parameters(), *made.buffers())):
         raise InputError(f"{builder!r} returned lazy layers without a size; let it run its module once on an example.")
     return made
-
-
-def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those that do not go into the state dict too; tied ones once, by their first name."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def imported(builder: str) -> Callable[..., Any]:
@@ -105,7 +100,7 @@ def imported(builder: str) -> Callable[..., Any]:
     except (AttributeError, ValueError) as error:
         raise InputError(f"{builder!r} cannot be imported ({error}); give package.module:function.") from None
     except Exception as error:  # whatever a module of anyone's raises
-        raise InputError(f"{builder!r} cannot be imported: {module} raised {_named(error)}.") from error
+        raise InputError(f"{builder!r} cannot be imported: {module} raised {said(error)}.") from error
     if not callable(found):
         raise InputError(f"{builder!r} is a {type(found).__name__}; name a function that returns the model.")
     return found
@@ -148,7 +143,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
     handle = register_module_parameter_registration_hook(move)
     try:
-        with warnings.catch_warnings():  # a builder that loads weights is told that they go nowhere
+        with warnings.catch_warnings():  # a builder that loads weights gets warnings that they go nowhere
             warnings.filterwarnings("ignore", message=".*no-op")
             yield
     finally:
@@ -226,11 +221,6 @@ def _found(model: nn.Module, path: str, what: str) -> nn.Module:
             f"{what} names {path!r}, which the builder does not make; give the architecture the builder that it was "
             "made with."
         ) from None
-
-
-def _named(error: Exception) -> str:
-    first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
 def _shown(arguments: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import copy
 import operator
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -61,11 +61,11 @@ def widen(model: nn.Module, topology: Topology, extra: Mapping[str, int]) -> nn.
     """
     require_traced(model, topology)
     for name, count in extra.items():
-        checked(topology, name, [0])
+        group = topology[name]
         whole(f"widen: extra of group {name!r}", [count])
         if count < 0:
             raise InputError(f"widen: group {name!r} is to get {count} units; give 0 or more, and prune to take away.")
-        if not topology[name].grows:
+        if not group.grows:
             raise InputError(f"widen: group {name!r} cannot grow, as the model's code holds on to places in it.")
     gathers, silent = {}, defaultdict(list)
     for (tensor, dim), slots in _slots(topology, extra).items():
@@ -110,7 +110,7 @@ def mask(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
     require_traced(model, topology)
     chosen = {name: checked(topology, name, units) for name, units in keep.items()}
     masked = duplicate(model)
-    tensors = dict(masked.named_parameters()) | dict(masked.named_buffers())
+    tensors = tensors_by_name(masked)
     with torch.no_grad():
         for (tensor, dim), slots in _slots(topology, chosen).items():
             for group, slot in slots:
@@ -126,20 +126,19 @@ def checked(topology: Topology, name: str, units: Iterable[int]) -> np.ndarray:
     Raises:
         InputError: there is no such group, or its units are not in range, repeated, or none.
     """
-    groups = {group.name: group for group in topology.groups}
-    if name not in groups:
-        raise InputError(
-            f"there is no channel group {name!r} that can be cut; there are {', '.join(sorted(groups)[:5])} and so on "
-            f"({len(groups)}): see topology.groups."
-        )
     units = np.array(sorted(whole(f"what group {name!r} is to keep", units)), dtype=np.int64)
-    count = groups[name].units
+    count = topology[name].units
     if not units.size or units[0] < 0 or units[-1] >= count or len(np.unique(units)) < len(units):
         raise InputError(
             f"group {name!r} has the units 0..{count - 1} and is to keep {units.tolist()[:8]}; name at least one, each "
             "once."
         )
     return units
+
+
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, those that do not go into the state dict too; tied ones once, by their first name."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def whole(what: str, numbers: Iterable[int]) -> list[int]:
@@ -185,10 +184,11 @@ def _slots(topology: Topology, named: Mapping[str, object]) -> dict[tuple[str, i
 
 
 def _size(model: nn.Module, tensor: str, dim: int) -> int:
-    return _tensor(model, tensor).shape[dim]
+    return named(model, tensor).shape[dim]
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
+def named(model: nn.Module, name: str) -> Tensor | nn.Module:
+    """A parameter, buffer or module by its dotted name; tied ones by any of theirs."""
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf)
 
@@ -210,10 +210,10 @@ def gathered(
     for tensor, dim in gathers:
         dims_of[tensor].append(dim)
     made = {
-        id(tensor): _taken(tensor, name, dims_of[name], gathers, silent)
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        id(tensor): _taken(tensor, name, dims_of.get(name, ()), gathers, silent)
+        for name, tensor in tensors_by_name(model).items()
     }
-    changed = {id(made[id(_tensor(model, name))]) for name in dims_of if dims_of[name]}
+    changed = {id(made[id(named(model, name))]) for name in dims_of}
     copied = duplicate(model, made)
     for module in copied.modules():
         if any(id(tensor) in changed for tensor in (*module._parameters.values(), *module._buffers.values())):
@@ -287,12 +287,7 @@ def renumber(module: nn.Module) -> None:
     elif isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
         module.normalized_shape = tuple(weight.shape)
     elif hasattr(module, "num_features"):
-        module.num_features = next(tensor.shape[0] for tensor in tensors_of(module))
+        held = (*module._parameters.values(), *module._buffers.values())
+        module.num_features = next(tensor.shape[0] for tensor in held if tensor is not None and tensor.dim())
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]
-
-
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """A layer's own parameters and buffers that have a dimension."""
-    for table in (module._parameters, module._buffers):
-        yield from (tensor for tensor in table.values() if tensor is not None and tensor.dim())

@@ -15,7 +15,8 @@ from jdkd.errors import InputError
 from jdkd.files import claim_folder, read_text, write_whole
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.building import build, tensors_by_name
+from jdkd.rewrite.building import build
+from jdkd.rewrite.channels import tensors_by_name
 
 ARCHITECTURE, WEIGHTS = "architecture.json", "weights.safetensors"
 ORIGIN = "give a folder written by `jdkd train` or `jdkd import`"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from jdkd.errors import said
+
 TOLERANCE = 1e-4  # largest difference over the largest value
 Returned = dict[str, list[Tensor]]  # by the path of a module, call after call
 
@@ -93,11 +95,6 @@ def culprits(names: Sequence[str], differs: Callable[[Sequence[str]], str | None
     half = len(names) // 2
     found = culprits(names[:half], differs) | culprits(names[half:], differs)
     return found or dict.fromkeys(names, f"{reason}, together with its neighbours")
-
-
-def said(error: Exception) -> str:
-    """The kind of an error and the first line of what it says."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
 
 
 @contextmanager

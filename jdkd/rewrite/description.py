@@ -12,7 +12,8 @@ from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.building import arrange_children, build, reshaped, tensors_by_name
+from jdkd.rewrite.building import arrange_children, build, reshaped
+from jdkd.rewrite.channels import tensors_by_name
 
 SIZES = {  # attributes that follow from tensors
     "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features", "num_channels",

@@ -12,7 +12,7 @@ from jdkd.graph import ChannelGroup, Slot, Topology
 from jdkd.nn.coupling import ChannelSlot, ElasticGroups
 from jdkd.nn.exchange import as_elastic, as_elastic_block, as_plain, elastic_class
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.rewrite.channels import require_traced
+from jdkd.rewrite.channels import require_traced, tensors_by_name
 
 SIDES = "out", "in"  # by the dimension of a weight
 VECTORS = "bias", "running_mean", "running_var"
@@ -74,7 +74,7 @@ def elastic_groups(model: nn.Module, topology: Topology, groups: Iterable[Channe
         for tensor in table.values()
         if tensor is not None
     )
-    tied = {name for name, tensor in _tensors(model).items() if owners[id(tensor)] > 1}
+    tied = {name for name, tensor in tensors_by_name(model).items() if owners[id(tensor)] > 1}
     taken: dict[str, list[ChannelSlot]] = {}
     left_out: dict[str, str] = {}
     for group in topology.inner if groups is None else groups:
@@ -92,10 +92,6 @@ def _layers(elastic: ElasticGroups) -> Iterable[str]:
 
 def _blocks(elastic: ElasticGroups) -> Iterable[str]:
     return dict.fromkeys(path for paths in elastic.stages.values() for path in paths)
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def _sides(

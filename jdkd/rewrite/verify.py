@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.graph import ChannelGroup, Frozen, Topology
 from jdkd.graph.topology import DISAGREES
 from jdkd.rewrite.block_lists import with_tried_blocks
 from jdkd.rewrite.channels import mask, prune, widen
-from jdkd.rewrite.comparison import culprits, difference, returned_by, said
+from jdkd.rewrite.comparison import culprits, difference, returned_by
 from jdkd.rewrite.trial import Trial, comparable
 
 REMEDY = "look in the model's code for numbers or places of channels, and for tensors that are no part of it"
 
 
-def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0.5) -> Topology:
+def verify(model: nn.Module, topology: Topology, *example: Any) -> Topology:
     """Cuts every group of a topology once, and compares with the model in which nothing reads what was cut.
 
     Both run on the example in evaluation mode, in float64 and with drawn weights where the model can; compared is
@@ -32,7 +32,6 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
         model: the module that ``topology`` was read off.
         topology: what :func:`jdkd.graph.trace` found.
         *example: what it was traced with.
-        share: of each group's units, how many go.
 
     Returns:
         The topology, with the groups that disagreed among the frozen ones, and the reason; with those that cannot grow
@@ -42,7 +41,7 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
     watched = [path for blocks in topology.block_lists for path in blocks.blocks]
     trial = comparable(model, example, watched)
     names = [group.name for group in topology.groups if group.units > 1]
-    wrong = culprits(names, lambda some: _cut_differs(trial, topology, some, share))
+    wrong = culprits(names, lambda some: _cut_differs(trial, topology, some))
     frozen = [
         Frozen(tuple((slot.tensor, slot.dim) for slot in topology[name].slots), f"{DISAGREES}: {reason}; {REMEDY}")
         for name, reason in wrong.items()
@@ -56,9 +55,9 @@ def verify(model: nn.Module, topology: Topology, *example: Any, share: float = 0
     )
 
 
-def _cut_differs(trial: Trial, topology: Topology, names: Sequence[str], share: float) -> str | None:
+def _cut_differs(trial: Trial, topology: Topology, names: Sequence[str]) -> str | None:
     """What is different between cut and masked, or None."""
-    keep = {name: _left(topology[name], share, place) for place, name in enumerate(names)}
+    keep = {name: _left(topology[name], place) for place, name in enumerate(names)}
     try:  # the smaller one is what is kept in memory
         got = returned_by(prune(trial.model, topology, keep), trial.example)
     except Exception as error:  # whatever a model's code makes of fewer channels
@@ -75,10 +74,10 @@ def _growth_differs(trial: Trial, topology: Topology, names: Sequence[str]) -> s
     return difference(trial.returned, grown, trial.example)
 
 
-def _left(group: ChannelGroup, share: float, seed: int) -> list[int]:
-    """Units that stay: about ``1 - share`` of them, drawn; each group keeps another share, so that those which only
-    fit while they are of one size are found."""
+def _left(group: ChannelGroup, seed: int) -> list[int]:
+    """Units that stay: about half of them, drawn; each group keeps another share, so that those which only fit while
+    they are of one size are found."""
     generator = torch.Generator().manual_seed(seed)
-    stays = (1 - share) * (0.75 + 0.5 * torch.rand((), generator=generator).item())
+    stays = 0.375 + 0.25 * torch.rand((), generator=generator).item()
     count = min(max(1, round(stays * group.units)), group.units - 1)
     return torch.randperm(group.units, generator=generator)[:count].tolist()

@@ -1,6 +1,6 @@
 """What stays the same during a search: the base, the data and how they are divided."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +17,17 @@ from jdkd.detect.contract import architecture_of, require_learner
 from jdkd.errors import InputError
 from jdkd.files import content_hash
 from jdkd.graph import Topology
-from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure
+from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_cost
 from jdkd.latency.clock import environment
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
+from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
+from jdkd.search.archive import Candidate
 from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
 from jdkd.search.timing import BRIEF, LONG, Timing, machine_of
-from jdkd.train import TrainConfig, calibrate_bn
+from jdkd.train import Scores, TrainConfig, calibrate_bn, evaluate
 from jdkd.train.inputs import with_targets_of
 
 TIMING_IMAGES = 8
@@ -34,8 +36,6 @@ MATERIAL = (
     *("target_latency", "candidates", "proposals", "batch_size", "lr", "amp", "seed"),
     *("feature_weight", "head_weight", "resolutions"),
 )  # settings that make a search the one it is
-
-ProgressCallback = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, values
 
 
 @dataclass
@@ -50,7 +50,7 @@ class SearchContext:
         train: to train on.
         selection, report: to select on and to report on; no image is in two of the three.
         timing_images: what latency is measured with, uint8 ``[3, H, W]``.
-        progress: told what is going on.
+        progress: called with (what, done, total, values) as the work goes on.
     """
 
     config: SearchConfig
@@ -111,6 +111,24 @@ class SearchContext:
         )
         samples = {name: model.end_to_end.samples for name, model in measured.models.items()}
         return {name: Timing(name, stage, measured.environment, own, samples[base]) for name, own in samples.items()}
+
+    def folder(self, number: int) -> Path:
+        """Where a candidate lies."""
+        return self.config.out / "candidates" / f"{number:03d}"
+
+    def detector(self, candidate: Candidate) -> nn.Module:
+        """A candidate as the search left it, on the device."""
+        return self.base if candidate.kind == "base" else load(self.folder(candidate.number), self.config.device)
+
+    def scored(self, detector: nn.Module, part: Part) -> Scores:
+        """Scores a detector on the images that select or report, as it would be deployed."""
+        config = self.config
+        return evaluate(fuse_for_inference(detector), part.dataset, device=config.device, batch_size=config.batch_size)
+
+    def cost(self, detector: nn.Module) -> dict[str, Any]:
+        """Parameters and GMACs of a detector, for the first of the timing images."""
+        cost = profile_cost(detector, tuple(self.timing_images[0].shape[1:]))
+        return {"params": cost.params, "gmacs": cost.gmacs}
 
     @property
     def base_id(self) -> str:

@@ -25,19 +25,19 @@ from jdkd.detect.contract import architecture_of
 from jdkd.distill import Distiller
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
-from jdkd.latency import fuse_for_inference, profile_cost
 from jdkd.notices import say_once
 from jdkd.pool import PoolTrainConfig, ScoredSubnet, Subnet, TeacherPool, load_pool, train_pool
+from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
-from jdkd.search.archive import ARCHIVE, Archive, Candidate, Cycle
+from jdkd.search.archive import ARCHIVE, Archive, Cycle
 from jdkd.search.choice import fitness, pareto_front
 from jdkd.search.config import Plan, SearchConfig, plan
-from jdkd.search.context import ProgressCallback, SearchContext, open_context, say_if_trained_elsewhere
+from jdkd.search.context import SearchContext, open_context, say_if_trained_elsewhere
 from jdkd.search.matching import match
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.screening import screen
 from jdkd.search.timing import Timing
-from jdkd.train import DivergenceError, evaluate, fit
+from jdkd.train import DivergenceError, fit
 
 DISTILL_DELAY = 0.1  # share of a candidate's steps that a new teacher keeps silent
 TOURNAMENT = 3  # members of the front that are drawn, of whom the fittest becomes the parent
@@ -61,7 +61,7 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
 
     Args:
         config: what to search for.
-        progress: told (what, done, total, values) as the work goes on.
+        progress: called with (what, done, total, values) as the work goes on.
 
     Returns:
         The result, as written to ``result.json``.
@@ -92,10 +92,10 @@ def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -
         pool = given or _grown_pool(context, budget)
         _remember(pool, context)
         _time_on_this_machine(archive, context)
-        _clear(len(archive) - 1, config)  # where a kill came between
+        _clear(len(archive) - 1, context)  # where a kill came between
         for number in range(len(archive), budget.candidates + 1):
             _run_candidate(number, archive, pool, context, budget)
-            _clear(number, config)
+            _clear(number, context)
             context.progress("candidates", number, budget.candidates, {"mAP": archive.candidates[-1].map})
         return conclude(archive, pool.steps, context)
     finally:
@@ -104,7 +104,7 @@ def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -
 
 def _given_pool(folder: Path, context: SearchContext) -> TeacherPool:
     """The pool of an earlier search."""
-    pool = load_pool(folder, context.base, context.train, device=context.config.device)
+    pool = load_pool(folder, context.base, context.train, topology=context.topology, device=context.config.device)
     say_if_trained_elsewhere(f"the teacher pool in {folder}", pool.trained_on, context.train)
     return pool
 
@@ -119,6 +119,7 @@ def _grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
             context.selection.dataset,
             PoolTrainConfig(context.training(budget.pool, seed=100, lr=2 * config.lr), head_weight=1.0),
             config.out / "pool",
+            topology=context.topology,
             device=config.device,
             resume=config.resume,
             progress=context.progress,
@@ -156,7 +157,7 @@ def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
             "that it has are timed again."
         )
     for name, candidate in away.items():
-        archive.add_timing(context.timed({name: _detector(candidate, context)})[name])
+        archive.add_timing(context.timed({name: context.detector(candidate)})[name])
 
 
 def _add_base(archive: Archive, context: SearchContext) -> None:
@@ -185,7 +186,7 @@ def _run_candidate(number: int, archive: Archive, pool: TeacherPool, context: Se
     """Decides, inherits, trains, scores, times and archives one candidate; one that fails is archived as such."""
     begun = time.perf_counter()
     config = context.config
-    folder = config.out / "candidates" / f"{number:03d}"
+    folder = context.folder(number)
     decision = _decided(folder, number, archive, pool, context)
     parent = next(candidate for candidate in archive.candidates if candidate.id == decision.parent)
     student = load(folder / "init", config.device)
@@ -255,7 +256,7 @@ def _decide(number: int, archive: Archive, pool: TeacherPool, context: SearchCon
     front = pareto_front(archive.scored)
     drawn = rng.sample(front, min(TOURNAMENT, len(front)))
     parent = max(drawn, key=lambda candidate: fitness(candidate, config.target_latency))
-    student = _detector(parent, context)
+    student = context.detector(parent)
     present = parent.teacher or pool.members[0].subnet
     if number % 2:
         known = {candidate.architecture_id: candidate.latency_ratio for candidate in archive.scored}
@@ -287,30 +288,19 @@ def _taught(
         yield losses
 
 
-def _clear(number: int, config: SearchConfig) -> None:
+def _clear(number: int, context: SearchContext) -> None:
     """Removes what only the resume of a candidate needs, once it is in the archive."""
     for leftover in ("training", "init"):
-        shutil.rmtree(config.out / "candidates" / f"{number:03d}" / leftover, ignore_errors=True)
+        shutil.rmtree(context.folder(number) / leftover, ignore_errors=True)
 
 
 def _measured(detector: nn.Module, context: SearchContext) -> tuple[Timing, dict[str, float]]:
     """Times a detector and scores it on the images that select, as it would be deployed."""
-    config, own = context.config, architecture_of(detector, "search").id
-    scores = evaluate(
-        fuse_for_inference(detector), context.selection.dataset, device=config.device, batch_size=config.batch_size
-    )
+    own, scores = architecture_of(detector, "search").id, context.scored(detector, context.selection)
     return context.timed({own: detector})[own], {"map": scores.map, "map50": scores.map50}
 
 
 def _architecture(detector: nn.Module, context: SearchContext) -> dict[str, Any]:
     """What an archive says of an architecture, besides its latency."""
-    cost = profile_cost(detector, tuple(context.timing_images[0].shape[1:]))
     known = architecture_of(detector, "search")
-    return {"architecture": known, "architecture_id": known.id, "params": cost.params, "gmacs": cost.gmacs}
-
-
-def _detector(candidate: Candidate, context: SearchContext) -> nn.Module:
-    """A candidate as the search left it."""
-    if candidate.kind == "base":
-        return context.base
-    return load(context.config.out / "candidates" / f"{candidate.number:03d}", context.config.device)
+    return {"architecture": known, "architecture_id": known.id, **context.cost(detector)}

@@ -26,8 +26,8 @@ def match(
     A teacher's score is what it is ahead of the student in mAP, times the mean r of their features. One that is far
     ahead but whose features have nothing to do with the student's (r of 0 or less, or undefined) has none, nor has one
     that is no better than the student. Where none has any the present one stays, as nothing speaks for another; it also
-    stays where another scores just as much. (Our choice; Joint-DetNAS searches for the matching
-    teacher by training with it.)
+    stays where another scores just as much. (Our choice; Joint-DetNAS searches for the matching teacher by training
+    with it.)
 
     Args:
         student: the detector to be taught.

@@ -11,14 +11,14 @@ from torch import nn
 from jdkd.detect import load, save
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
-from jdkd.latency import Latency, Ratio, fuse_for_inference, profile_cost
+from jdkd.latency import Latency, Ratio
 from jdkd.notices import say_once
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate, Cycle
 from jdkd.search.choice import choose, contender
 from jdkd.search.context import SearchContext
 from jdkd.search.timing import LONG
-from jdkd.train import evaluate, fit
+from jdkd.train import fit
 
 RESULT = "result.json"
 CONTROL_SEED = 900
@@ -45,7 +45,7 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
         "base": lambda: context.base,
         "control": lambda: _control("control", student.cycles, context),
         "control_single": lambda: _control("control_single", single, context),
-        "student": lambda: load(config.out / "candidates" / f"{student.number:03d}", config.device),
+        "student": lambda: context.detector(student),
     }
     save(config.out / "student", made["student"]())
     latency, result = archive.latency(student.architecture_id), {}
@@ -92,8 +92,8 @@ def _chosen(archive: Archive, context: SearchContext) -> Candidate:
         candidate = contender(students, target, timed)
         if candidate is None:
             return choose(students, target)
-        detector = load(context.config.out / "candidates" / f"{candidate.number:03d}", context.config.device)
-        archive.add_timing(context.timed({candidate.architecture_id: detector}, LONG)[candidate.architecture_id])
+        own = candidate.architecture_id
+        archive.add_timing(context.timed({own: context.detector(candidate)}, LONG)[own])
 
 
 def _control(name: str, cycles: tuple[Cycle, ...], context: SearchContext) -> nn.Module:
@@ -118,19 +118,14 @@ def _control(name: str, cycles: tuple[Cycle, ...], context: SearchContext) -> nn
 
 
 def _row(detector: nn.Module, latency: Latency, ratio: Ratio, steps: int, context: SearchContext) -> dict[str, Any]:
-    config = context.config
-    scores = evaluate(
-        fuse_for_inference(detector), context.report.dataset, device=config.device, batch_size=config.batch_size
-    )
-    cost = profile_cost(detector, tuple(context.timing_images[0].shape[1:]))
+    scores = context.scored(detector, context.report)
     return {
         "map": scores.map,
         "map50": scores.map50,
         "latency_ms": {"p50": latency.p50, "p90": latency.p90, "p99": latency.p99},
         "latency_ratio": ratio.value,
         "latency_ratio_interval": list(ratio.interval),
-        "params": cost.params,
-        "gmacs": cost.gmacs,
+        **context.cost(detector),
         "train_steps": steps,
     }
 

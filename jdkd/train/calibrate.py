@@ -15,11 +15,11 @@ from torch.nn.parameter import is_lazy
 from jdkd.detect.contract import not_scripted
 from jdkd.errors import InputError, ModelError
 from jdkd.nn import Subnet, set_subnet
+from jdkd.nn.modes import mode
 from jdkd.nn.necks import run_until, trunk_of
 from jdkd.nn.recomputation import SubnetState
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.train.inputs import images_of, images_on, stacked
-from jdkd.train.modes import mode
 
 UNSEEN = -1.0  # no variance: marks the channels that an elastic batch norm does not touch
 

@@ -1,4 +1,4 @@
-"""The settings of one training, as data: a frozen dataclass that goes to JSON and back."""
+"""The settings of one training, as data."""
 
 import math
 from dataclasses import dataclass

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from jdkd.data import batches
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError, ModelError
+from jdkd.nn.modes import mode
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
@@ -22,7 +23,6 @@ from jdkd.train.divergence import DivergenceError, NonFiniteMonitor
 from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
 from jdkd.train.log import Log
-from jdkd.train.modes import mode
 from jdkd.train.optimizer import add_l1_subgradient, build_optimizer, slimmable_scales
 
 LEAST_SCALE = 2.0**-8  # a loss scale that sank so far means that the gradient is infinite at any scale
@@ -275,7 +275,7 @@ def _with_variance(config: TrainConfig) -> Iterator[None]:
             raise
         raise ModelError(
             f"batch_size {config.batch_size} leaves a batch norm 1 value a channel, which has no variance ({error}): "
-            'train on more or larger images (batch_size, min_size), or with norm "frozen" in the spec.'
+            'train on more or larger images (batch_size, min_size), or with norm "frozen".'
         ) from error
 
 

@@ -12,15 +12,15 @@ from torch import nn
 
 from jdkd.data import in_order
 from jdkd.detect import fix_roi_scales
-from jdkd.detect.contract import capped, detections
+from jdkd.detect.contract import capped, detections, known_architecture
 from jdkd.detect.heads import known_classes
-from jdkd.detect.input_size import require_visible
+from jdkd.detect.input_size import require_visible, require_whole
 from jdkd.detect.sources import builders_of
 from jdkd.errors import InputError
+from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.train.findings import Findings
-from jdkd.train.modes import mode
 from jdkd.train.twelve import twelve
 
 COCO_DETECTIONS = 100  # an image, where nothing else is said
@@ -83,7 +83,7 @@ def evaluate(
         workers: processes that read images.
         max_detections: how many detections an image the detector may make and are scored, those of the highest
             scores; by default as many as its builder was asked for, and 100 without one, which is COCO's rule.
-        progress: told how many of how many images are done.
+        progress: called with (images done, images) after every batch.
 
     Returns:
         The scores; a detector that finds nothing has a ``map`` of 0. Where no image of the dataset has a box to
@@ -97,9 +97,7 @@ def evaluate(
         raise InputError(f"evaluate takes a detector, a torch.nn.Module; got a {type(model).__name__}.")
     inner = unwrapped(model)
     most = _asked_for(inner) if max_detections is None else max_detections
-    for name, value in (("batch_size", batch_size), ("max_detections", most)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    require_whole({"batch_size": batch_size, "max_detections": most})
     _require_same_classes(inner, dataset.classes, dataset.label_to_category)
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
@@ -131,8 +129,8 @@ def _segmented(dataset: Any) -> bool:
 
 def _asked_for(model: nn.Module) -> int:
     """Detections an image that a builder was asked for; COCO's number where none was."""
-    known = getattr(model, "architecture", None)
-    asked = [each.arguments.get("max_detections") for each in (builders_of(known) if known is not None else ())]
+    known = known_architecture(model)
+    asked = [each.arguments.get("max_detections") for each in (builders_of(known) if known else ())]
     return next((number for number in asked if number is not None), COCO_DETECTIONS)
 
 
@@ -167,7 +165,8 @@ def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories
 
     Where the number of classes does not show, :class:`Findings` checks the labels.
     """
-    names = getattr(getattr(model, "architecture", None), "classes", ())
+    architecture = known_architecture(model)
+    names = architecture.classes if architecture else ()
     known = len(names) or known_classes(model)
     if known is None:
         return

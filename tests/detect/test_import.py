@@ -163,6 +163,17 @@ def test_what_was_rewritten_is_saved_without_a_word_about_how(tmp_path):
     assert loaded.backbone.blocks[1].inner.out_channels == 4
 
 
+def named():
+    made = mine()
+    made.architecture = "resnet-like"  # as other libraries call what they were asked for
+    return made
+
+
+def test_an_architecture_of_another_kind_is_none():
+    model = open_model("tests.detect.test_import:named")
+    assert architecture_of(model, "x") == Architecture("tests.detect.test_import:named")
+
+
 def test_incomplete_weights_and_bad_names_are_refused(tmp_path):
     state = mine().state_dict()
     del state["roi_heads.box_head.1.weight"]

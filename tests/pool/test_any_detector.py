@@ -9,7 +9,7 @@ import torch
 from jdkd.notices import Notice
 from jdkd.pool import Phase, PoolTrainConfig, Space, Supernet, grow_base, load_pool, train_pool
 from jdkd.pool.elastic_pool import _say_what_is_rigid
-from jdkd.pool.stages import read_stages, rounded_units
+from jdkd.pool.stages import read_stages
 from jdkd.rewrite import Architecture, build, describe
 from jdkd.rewrite.trial import returned_by
 from jdkd.train import TrainConfig
@@ -99,7 +99,7 @@ def test_channels_in_front_of_a_list_belong_to_its_stage_and_heads_to_the_last()
 def test_widths_are_multiples_of_eight_channels_where_a_group_has_so_many():
     _, topology = parent("fcos")
     for group in topology.groups:
-        each, units = group.size // group.units, rounded_units(group, 0.7 * group.units)
+        each, units = group.size // group.units, group.rounded(0.7 * group.units)
         assert units >= 1 and (units * each % 8 == 0 or group.size < 8 or 8 % each)
         assert abs(units - 0.7 * group.units) * each <= 8
 

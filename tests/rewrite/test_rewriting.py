@@ -10,6 +10,7 @@ from jdkd.detect import read
 from jdkd.errors import InputError
 from jdkd.graph import Frozen, Topology, trace
 from jdkd.graph.topology import DISAGREES
+from jdkd.morph import add_block
 from jdkd.rewrite import Rewrite, build, verify
 from tests.graph.networks import Residual, awake, conv
 from tests.morph.small import SIZE, parent
@@ -109,7 +110,7 @@ def test_a_rewrite_of_nothing_is_a_copy():
     [
         ({"keep": {"9": [0]}}, "no channel group '9'"),
         ({"extra": {"0.0": -1}}, "give 0 or more"),
-        ({"blocks": {"9": [0]}}, "no list of blocks '9'"),
+        ({"blocks": {"9": [0]}}, "'9' is no list of residual blocks"),
         ({"attributes": {"0.padding_mood": 3}}, "attributes sets '0.padding_mood'"),
     ],
 )
@@ -254,6 +255,15 @@ def test_a_list_whose_copies_change_the_model_cannot_grow():
     model = awake(nn.Sequential(conv(3, 8), Repeated(), nn.Conv2d(8, 2, 1)))
     topology = checked(model)
     assert not topology.held and [blocks.can_grow for blocks in topology.block_lists] == [False]
+
+
+def test_a_list_grows_by_its_last_block_that_can_be_born_as_the_identity():
+    model = stack(Residual(8, 6), Gate())
+    topology = checked(model)
+    assert topology.block_lists[0].copied == 0
+    morph = add_block(model, topology, "1")
+    assert morph.rewrite.blocks == {"1": (0, 1, 0)}
+    torch.testing.assert_close(morph.apply(model, topology)(X), model(X))
 
 
 # ---- what was found of the parent holds of the child

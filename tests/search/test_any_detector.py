@@ -11,6 +11,7 @@ from jdkd.detect import save
 from jdkd.rewrite import Architecture, build
 from jdkd.run_folder import RunFolder
 from jdkd.search import search
+from jdkd.train.inputs import with_targets_of
 from tests.search.conftest import DIGITS
 from tests.search.small_search import archived, config_of
 
@@ -23,7 +24,7 @@ BUILDERS = {
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice"),  # a handful of scenes, 10 digits
     pytest.mark.filterwarnings("ignore:.*learn from features alone:jdkd.notices.Notice"),
-    pytest.mark.filterwarnings("ignore:.*have one width in the whole teacher pool:jdkd.notices.Notice"),
+    pytest.mark.filterwarnings("ignore:all teachers of the pool have one width:jdkd.notices.Notice"),
 ]
 
 REBUILD = """
@@ -67,8 +68,9 @@ def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(famil
 def base_of(builder, arguments, folder, tmp_path):
     """An untrained base of a builder, as `jdkd import` leaves it, and a search from it."""
     config = config_of(folder, tmp_path / "out", base=tmp_path / "base")
-    RunFolder(config.base).begin("train", {"data": {"train": CocoDetectionDataset(config.train).fingerprint}})
     base = build(Architecture(builder, arguments))
     base.architecture = Architecture(builder, arguments, classes=DIGITS)
+    seen = with_targets_of(base, CocoDetectionDataset(config.train))
+    RunFolder(config.base).begin("train", {"data": {"train": seen.fingerprint}})
     save(config.base, base)
     return config

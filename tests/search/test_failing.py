@@ -34,7 +34,7 @@ def broken(monkeypatch, what):
             raise ModelError("nothing is left to score.")
         return train.evaluate(model, *given, **options)
 
-    monkeypatch.setattr("jdkd.search.loop.evaluate", evaluate)
+    monkeypatch.setattr("jdkd.search.context.evaluate", evaluate)
 
     monkeypatch.setattr("jdkd.search.loop.fit", fit)
     monkeypatch.setattr("jdkd.search.outcome.fit", fit)
@@ -87,7 +87,7 @@ def test_a_base_that_cannot_be_scored_costs_no_training(folder, steady, tmp_path
     def nothing(*given, **options):
         raise ModelError("nothing is left to score")
 
-    monkeypatch.setattr("jdkd.search.loop.evaluate", nothing)
+    monkeypatch.setattr("jdkd.search.context.evaluate", nothing)
     with pytest.raises(ModelError):
         search(config_of(folder, tmp_path / "out"))
     assert not (tmp_path / "out" / "pool").exists()

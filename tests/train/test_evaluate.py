@@ -80,6 +80,12 @@ def test_a_find_on_an_image_without_objects_counts_against(scenes):
     assert evaluate(Oracle(answers), scenes, **CPU).map < 0.99
 
 
+def test_an_architecture_of_another_kind_says_nothing(scenes):
+    model = Oracle(truth(scenes))
+    model.architecture = "vit_base"  # as other libraries call what they were asked for
+    assert evaluate(model, scenes, **CPU).map == pytest.approx(1)
+
+
 @pytest.mark.parametrize("finds", [True, False])
 def test_without_any_object_there_is_no_score(scenes, finds):
     empty = scenes.subset([len(scenes) - 1])
