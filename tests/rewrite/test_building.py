@@ -251,7 +251,7 @@ def test_reduced_precision_is_kept(tiny, tmp_path):
         ({"builder": "a:b", "arguments": 3}, "arguments must map"),
         ({"builder": "a:b", "classes": "cat"}, "list of names"),
         ({"builder": "a:b", "classes": [1]}, "list of names"),
-        ({"builder": "a:b", "classes": None}, "no architecture"),
+        ({"builder": "a:b", "classes": None}, "must be a list of names, got None"),
         ([1], "got list"),
     ],
 )
