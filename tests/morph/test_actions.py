@@ -285,7 +285,7 @@ ACTIONS = {
 @pytest.mark.parametrize("action", ACTIONS)
 def test_a_topology_of_another_model_is_refused_and_wrappers_are_seen_through(action):
     model, topology = parent("faster_rcnn")
-    with pytest.raises(InputError, match="the topology was read off another model.* in this FCOS"):
+    with pytest.raises(InputError, match=r"the topology was read off another model.* in this FCOS"):
         ACTIONS[action](parent("fcos")[0], topology)
     wrapped = nn.DataParallel(AveragedModel(model))
     morph = ACTIONS[action](wrapped, topology)
