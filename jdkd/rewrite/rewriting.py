@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.graph import Topology
+from jdkd.graph import ChannelGroup, Topology
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.blocks import arrange
@@ -73,6 +75,48 @@ class Rewrite:
         if isinstance(known, Architecture):
             inner.architecture = describe(inner, known.builder, known.arguments, classes=known.classes)
         return child
+
+    def foreseen(self, topology: Topology, child: nn.Module) -> Topology | None:
+        """What a trace would read of the child, where it follows from what was read of the parent.
+
+        Args:
+            topology: of the parent; what was verified of it holds of the child.
+            child: what :meth:`apply` returned.
+
+        Returns:
+            The child's topology; None where blocks or added channels changed what there is to read.
+        """
+        if self.blocks or self.extra:
+            return None
+        kept = {name: np.sort(np.asarray(list(units), dtype=np.int64)) for name, units in self.keep.items()}
+        gone: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
+        for group in topology.groups:
+            for slot in group.slots if group.name in kept else ():
+                gone[slot.tensor, slot.dim].append(np.delete(slot.places, kept[group.name], axis=0).ravel())
+        removed = {place: np.sort(np.concatenate(each)) for place, each in gone.items()}
+
+        def cut(group: ChannelGroup) -> ChannelGroup:
+            units = kept.get(group.name, np.arange(group.units))
+            slots = []
+            for slot in group.slots:
+                places = slot.places[units]
+                before = np.searchsorted(removed.get((slot.tensor, slot.dim), places[:0, 0]), places)
+                slots.append(replace(slot, places=places - before))
+            return replace(group, units=len(units), slots=tuple(slots))
+
+        def renumbered(channel: tuple[str, int] | None) -> tuple[str, int] | None:
+            if channel is None or channel[0] not in kept:
+                return channel
+            return channel[0], int(np.searchsorted(kept[channel[0]], channel[1]))
+
+        return replace(
+            topology,
+            groups=tuple(map(cut, topology.groups)),
+            sizes={name: parameter.numel() for name, parameter in unwrapped(child).named_parameters()},
+            followed=tuple(
+                tuple(renumbered(level[place]) for place in self.surviving(level)) for level in topology.followed
+            ),
+        )
 
     def surviving(self, channels: Sequence[tuple[str, int] | None]) -> tuple[int, ...]:
         """Places of those channels, given as :attr:`Topology.followed` has them, that are left, in order."""

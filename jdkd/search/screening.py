@@ -99,7 +99,7 @@ def _propose(
         left = [morph.rewrite.surviving(level) for level in topology.followed]
         kept = [tuple(level[channel] for channel in own) for level, own in zip(kept, left, strict=True)]
         student = morph.apply(student, topology)
-        topology = context.read(student)
+        topology = morph.rewrite.foreseen(topology, student) or context.read(student)
         actions.append(morph.action)
     require_visible(student, context.image_sizes)
     context.calibrated(student)
