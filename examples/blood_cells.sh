@@ -14,7 +14,7 @@ DATA=${1:?usage: examples/blood_cells.sh DATA [OUT]}
 OUT=${2:-runs/blood_cells}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 STEPS=${STEPS:-500}
-SEARCH_STEPS=${SEARCH_STEPS:-900}
+SEARCH_STEPS=${SEARCH_STEPS:-1800}
 WEIGHTS=${WEIGHTS:-$OUT/mobilenet_v2.pth}
 
 mkdir -p "$OUT"
