@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jdkd.errors import InputError, said
 from jdkd.nn.unwrapping import unwrapped
+from jdkd.notices import say_once
 from jdkd.rewrite import Architecture
 
 FOUND = {"boxes": "[M, 4]", "labels": "[M]", "scores": "[M]"}
@@ -143,7 +144,10 @@ def require_learner(model: nn.Module, images: Sequence[Tensor], targets: Sequenc
             raise InputError(
                 f"{kind} does not train on a list of images [3, H, W] and one of targets ({reason}); {remedy}."
             ) from error
-        except Exception:  # it takes them; whether this batch and device suit it shows in training
+        except Exception as error:  # it takes them; whether this batch and device suit it shows in training
+            say_once(
+                f"{kind} raised {said(error)} on a first trial of {len(images)} image(s); it is trained all the same"
+            )
             return
     if complaint := losses_complaint(found, trains=False):
         raise InputError(f"{kind} returned {complaint} while training; {remedy}.")

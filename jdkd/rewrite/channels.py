@@ -38,11 +38,19 @@ def prune(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
     """
     require_traced(model, topology)
     chosen = {name: checked(topology, name, units) for name, units in keep.items()}
-    gathers = {}
-    for (tensor, dim), slots in _slots(topology, chosen).items():
-        gone = np.concatenate([np.delete(slot.places, chosen[group.name], axis=0).ravel() for group, slot in slots])
-        gathers[tensor, dim] = np.delete(np.arange(_size(model, tensor, dim)), gone)
+    gathers = {
+        (tensor, dim): np.delete(np.arange(_size(model, tensor, dim)), gone)
+        for (tensor, dim), gone in leaving(topology, chosen).items()
+    }
     return gathered(model, gathers, {})
+
+
+def leaving(topology: Topology, chosen: Mapping[str, np.ndarray]) -> dict[tuple[str, int], np.ndarray]:
+    """Places along dimensions of tensors, ascending, that leave with the units that are not chosen of some groups."""
+    return {
+        place: np.sort(np.concatenate([np.delete(s.places, chosen[group.name], axis=0).ravel() for group, s in slots]))
+        for place, slots in _slots(topology, chosen).items()
+    }
 
 
 def widen(model: nn.Module, topology: Topology, extra: Mapping[str, int]) -> nn.Module:

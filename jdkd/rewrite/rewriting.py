@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +15,7 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
 from jdkd.rewrite.blocks import arrange
 from jdkd.rewrite.building import set_attribute
-from jdkd.rewrite.channels import duplicate, prune, widen
+from jdkd.rewrite.channels import checked, duplicate, leaving, prune, widen
 from jdkd.rewrite.description import describe
 
 NUMBERS = int, float
@@ -88,12 +87,8 @@ class Rewrite:
         """
         if self.blocks or self.extra:
             return None
-        kept = {name: np.sort(np.asarray(list(units), dtype=np.int64)) for name, units in self.keep.items()}
-        gone: dict[tuple[str, int], list[np.ndarray]] = defaultdict(list)
-        for group in topology.groups:
-            for slot in group.slots if group.name in kept else ():
-                gone[slot.tensor, slot.dim].append(np.delete(slot.places, kept[group.name], axis=0).ravel())
-        removed = {place: np.sort(np.concatenate(each)) for place, each in gone.items()}
+        kept = {name: checked(topology, name, units) for name, units in self.keep.items()}
+        removed = leaving(topology, kept)
 
         def cut(group: ChannelGroup) -> ChannelGroup:
             units = kept.get(group.name, np.arange(group.units))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,6 @@ class SearchContext:
     Args:
         config: what was asked for.
         base: the base detector, on the device, in evaluation mode.
-        topology: what is coupled to what in it, checked.
         deployed_base: the base as it would be deployed; latencies are relative to it.
         train: to train on.
         selection, report: to select on and to report on; no image is in two of the three.
@@ -55,7 +55,6 @@ class SearchContext:
 
     config: SearchConfig
     base: nn.Module
-    topology: Topology
     deployed_base: nn.Module
     train: CocoDetectionDataset
     selection: Part
@@ -135,6 +134,26 @@ class SearchContext:
         """The id of the base's architecture."""
         return architecture_of(self.base, "search").id
 
+    @cached_property
+    def topology(self) -> Topology:
+        """What is coupled to what in the base, checked; read when it is first asked for."""
+        self.progress("reading the base", 0, 1, {})
+        topology = read(self.base, check=True)
+        self.progress("reading the base", 1, 1, {})
+        return topology
+
+    def require_pyramid(self) -> None:
+        """Refuses a base without feature maps.
+
+        Raises:
+            InputError: no module of it is known to return some.
+        """
+        if not self.topology.followed:
+            raise InputError(
+                f"the detector in {self.config.base} has no neck or backbone that returns feature maps [N, C, H, W], "
+                "by which teachers teach; name the module that does with jdkd.detect.adopt(..., pyramid=)."
+            )
+
     def read(self, detector: nn.Module) -> Topology:
         """What is coupled to what in a descendant of the base; what was checked of the base holds of it too."""
         return self.topology if detector is self.base else read(detector, like=self.topology)
@@ -203,15 +222,7 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
-    progress("reading the base", 0, 1, {})
-    topology = read(base, check=True)
-    if not topology.followed:
-        raise InputError(
-            f"the detector in {config.base} has no neck or backbone that returns feature maps [N, C, H, W], by which "
-            "teachers teach; name the module that does with jdkd.detect.adopt(..., pyramid=)."
-        )
-    progress("reading the base", 1, 1, {})
-    return SearchContext(config, base, topology, fuse_for_inference(base), train, selection, report, images, progress)
+    return SearchContext(config, base, fuse_for_inference(base), train, selection, report, images, progress)
 
 
 def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetectionDataset) -> None:

@@ -71,6 +71,8 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
             nothing has been written then.
     """
     context = open_context(config, progress or (lambda *state: None))
+    if read_result(config.out) is None:
+        context.require_pyramid()
     budget = plan(config, len(context.train))
     given = config.teacher_pool and _given_pool(config.teacher_pool, context)
     run = RunFolder(config.out)

@@ -12,9 +12,10 @@ from torchvision.models import resnet18
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
 from jdkd.detect import DetectorSpec, build, load, named_spec, read, save
-from jdkd.detect.contract import architecture_of, identity
+from jdkd.detect.contract import architecture_of, identity, require_learner
 from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference
+from jdkd.notices import Notice
 from jdkd.rewrite import Rewrite
 from tests.detectors import CLASSES, assert_same, detector, outputs, small_spec
 
@@ -238,3 +239,13 @@ def test_an_example_of_no_size_is_refused(size):
 def test_what_is_no_module_cannot_be_read():
     with pytest.raises(InputError, match=r"read takes a torch\.nn\.Module, got a str"):
         read("retinanet_resnet50_fpn")
+
+
+class Exhausted(nn.Linear):
+    def forward(self, images, targets=None):
+        raise RuntimeError("no memory left\nwhere it ran")
+
+
+def test_a_first_trial_that_fails_for_another_reason_is_said():
+    with pytest.warns(Notice, match=r"Exhausted raised RuntimeError: no memory left on a first trial of 1 image\(s\)"):
+        require_learner(Exhausted(1, 1), [torch.rand(3, 8, 8)], [{}])
