@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,7 @@ def read_result(out: Path) -> dict[str, Any] | None:
         InputError: there is a file that is not one.
     """
     file, remedy = out / RESULT, "remove it and resume the search that wrote it"
-    if not file.is_file():
+    if not os.path.isfile(file):  # False too for a name that no file can have, which begin() refuses in words
         return None
     result = read_json(file, remedy)
     if not isinstance(result, dict) or not isinstance(result.get("base"), dict):
