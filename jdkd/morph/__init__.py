@@ -9,6 +9,19 @@ from jdkd.morph.actions import (
     rearrange,
     remove_block,
 )
+from jdkd.morph.cutting import cut_to
+from jdkd.morph.importance import channel_importance
 from jdkd.morph.parts import parts
 
-__all__ = ["Morph", "add_block", "change_resolution", "draw", "parts", "prune_channels", "rearrange", "remove_block"]
+__all__ = [
+    "Morph",
+    "add_block",
+    "change_resolution",
+    "channel_importance",
+    "cut_to",
+    "draw",
+    "parts",
+    "prune_channels",
+    "rearrange",
+    "remove_block",
+]
