@@ -117,7 +117,7 @@ class LatencyTable:
         relative = np.array([predicted / ratio - 1 for predicted, ratio in pairs])
         if not len(relative):
             return {"rank": math.nan, "error": math.nan, "bias": math.nan}
-        return {"rank": _kendall(pairs), "error": float(abs(relative).mean()), "bias": float(relative.mean())}
+        return {"rank": kendall(pairs), "error": float(abs(relative).mean()), "bias": float(relative.mean())}
 
     @property
     def fixed(self) -> float:
@@ -261,7 +261,7 @@ def _non_negative(a: np.ndarray, b: np.ndarray, ridge: np.ndarray) -> np.ndarray
     return x
 
 
-def _kendall(pairs: Sequence[tuple[float, float]]) -> float:
+def kendall(pairs: Sequence[tuple[float, float]]) -> float:
     """Kendall's tau: of all pairs of pairs, the share that agrees in order minus the share that does not."""
     signs = [np.sign((a - c) * (b - d)) for k, (a, b) in enumerate(pairs) for c, d in pairs[:k]]
     return float(np.mean(signs)) if signs else math.nan

@@ -1,6 +1,7 @@
 """Student morphism: actions on a detector, and how much each of its parts matters."""
 
 from jdkd.morph.actions import (
+    GROWING,
     Morph,
     add_block,
     change_resolution,
@@ -8,12 +9,14 @@ from jdkd.morph.actions import (
     prune_channels,
     rearrange,
     remove_block,
+    shortened,
 )
 from jdkd.morph.cutting import cut_to
 from jdkd.morph.importance import channel_importance
 from jdkd.morph.parts import parts
 
 __all__ = [
+    "GROWING",
     "Morph",
     "add_block",
     "change_resolution",
@@ -24,4 +27,5 @@ __all__ = [
     "prune_channels",
     "rearrange",
     "remove_block",
+    "shortened",
 ]

@@ -51,6 +51,7 @@ class Candidate:
         latency_ratio: the first over the second. These and the interval are of the architecture, pooled over all its
             measurements (:func:`jdkd.search.timing.pooled`), so equal ones have equal ratios.
         latency_interval: of the ratio, 95 %.
+        predicted: the ratio that was predicted before it was measured.
         failure: why it could not be trained or scored; scores and latency are NaN then. None where all went well.
     """
 
@@ -76,6 +77,7 @@ class Candidate:
     base_latency_p50: float
     latency_ratio: float
     latency_interval: tuple[float, float]
+    predicted: float = 1.0
     failure: str | None = None
 
 

@@ -5,13 +5,6 @@ there is room, and then, with every worker idle, this process times them in turn
 learning rate follows the lineage: whatever student comes out has been annealed in one cycle, from its first cut on.
 """
 
-"""The joint search (Joint-DetNAS, Yao et al., CVPR 2021, driven by PKD, Cao et al., NeurIPS 2022).
-
-A :class:`jdkd.search.strategy.Strategy` decides a generation, an executor trains and scores its candidates wherever
-there is room, and then, with every worker idle, this process times them in turn with the base and archives them. The
-learning rate follows the lineage: whatever student comes out has been annealed in one cycle, from its first cut on.
-"""
-
 import math
 import shutil
 import time
@@ -85,7 +78,7 @@ def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -
                 _run(proposals, workers, archive, context)
                 _clear(archive, budget, context)
                 workers.clear()
-        return conclude(archive, table, pool.steps if pool else 0, context)
+        return conclude(archive, pool.steps if pool else 0, context)
 
 
 def _workers(context: SearchContext, pool: TeacherPool | None) -> Journal:
@@ -153,6 +146,7 @@ def _archive(
         action=proposal.action,
         teacher=proposal.teacher,
         target=proposal.target,
+        predicted=proposal.predicted,
         architecture_id=known["architecture"].id,
         **known,
         map=outcome.get("map", math.nan),

@@ -1,6 +1,7 @@
 """How a search ends: the students are chosen, the control is trained, everything is scored on the reporting images."""
 
 import copy
+import math
 import os
 import shlex
 from collections import defaultdict
@@ -13,7 +14,7 @@ from jdkd.detect import load, save
 from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
-from jdkd.latency.table import LatencyTable
+from jdkd.latency.table import kendall
 from jdkd.notices import say_once
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate
@@ -31,7 +32,7 @@ MEANING = (
 )
 
 
-def conclude(archive: Archive, table: LatencyTable, pool_steps: int, context: SearchContext) -> dict[str, Any]:
+def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[str, Any]:
     """Writes the students and ``result.json`` and returns what is in the latter.
 
     There is a student for each target, in ``student/`` where there is one target, else in ``student-0.53/`` and so on.
@@ -71,9 +72,7 @@ def conclude(archive: Archive, table: LatencyTable, pool_steps: int, context: Se
         "method": vars(config.method),
         "latency_ratio_is": MEANING,
         "aa": _against_itself(context),
-        "predictor": table.errors(
-            {one.architecture_id: (one.architecture, one.latency_ratio) for one in archive.scored[1:]}
-        ),
+        "predictor": _predictor(archive),
         "cost": _cost(archive, pool_steps, result.get("control", {}).get("train_steps", 0)),
     }
     write_json(config.out / RESULT, result)
@@ -139,6 +138,19 @@ def _against_itself(context: SearchContext) -> dict[str, Any]:
     timing = context.timed({"copy": copy.deepcopy(context.base)})["copy"]
     ratio = pooled([timing]).ratio
     return {"ratio": ratio.value, "interval": list(ratio.interval)}
+
+
+def _predictor(archive: Archive) -> dict[str, Any]:
+    """How well latencies were predicted, before each was measured, of all architectures of the search."""
+    pairs = {
+        one.architecture_id: (one.predicted, one.latency_ratio) for one in archive.scored[1:] if one.kind == "morph"
+    }
+    errors = [abs(predicted / ratio - 1) for predicted, ratio in pairs.values()]
+    return {
+        "architectures": len(pairs),
+        "kendall_tau": kendall(list(pairs.values())),
+        "mean_absolute_percentage_error": 100 * sum(errors) / len(errors) if errors else math.nan,
+    }
 
 
 def _cost(archive: Archive, pool_steps: int, control_steps: int) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Proposal:
         teacher: who teaches it; None where nobody does.
         cycle: its stretch of training.
         seed: of its training.
+        predicted: its latency over the base's, by the table of latencies.
         target: the latency ratio that it is made for; None where it explores for several.
     """
 
@@ -48,6 +49,7 @@ class Proposal:
     teacher: Teacher | None
     cycle: Cycle
     seed: int
+    predicted: float
     target: float | None = None
 
     def to_json(self) -> dict[str, Any]:

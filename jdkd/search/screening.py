@@ -8,16 +8,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import nn
 
 from jdkd.detect.contract import architecture_of
 from jdkd.detect.input_size import input_size, require_visible
 from jdkd.distill import correlations, pyramids
-from jdkd.distill.correlation import PyramidSnapshot
 from jdkd.errors import InputError, ModelError
-from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable
-from jdkd.morph import Morph, change_resolution, cut_to, draw, importances
+from jdkd.morph import GROWING, Morph, change_resolution, channel_importance, cut_to, draw, remove_block, shortened
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
 from jdkd.search.archive import Candidate
@@ -27,9 +25,11 @@ from jdkd.search.inheriting import inherit
 from jdkd.search.timing import pooled
 
 ARCHITECTURE, CHANNELS = "architecture", "channels"  # what may be changed
-MOST_BLOCKS = 2  # actions on blocks that one proposal may combine
+TEMPERATURE = 0.3  # of a cut that is to be another than the plain one, see jdkd.morph.cut_to
+DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; else blocks may go
+MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
-CLOSE = 0.03  # share by which a student may be slower than aimed at
+CLOSE = 0.03  # share by which a student may be slower than aimed at, and twice of it faster
 
 
 @dataclass(frozen=True)
@@ -37,51 +37,120 @@ class Screened:
     """A student that could be.
 
     Args:
-        action: what is done, in words.
-        morphs: what is done, one after the other.
-        student: the child, with its inherited weights, repaired and recalibrated.
+        action: what is done to its parent, in words.
+        rewrites: the same as data, one after the other.
+        student: the child, with everything that it inherits.
         similarity: mean r between its features and its parent's.
-        latency_ratio: latency over the base's, as it is predicted, or measured where it was.
+        predicted: its latency over the base's, by the table.
+        latency_ratio: the same as it was measured, NaN before.
     """
 
     action: str
-    morphs: tuple[Morph, ...]
+    rewrites: tuple[Rewrite, ...]
     student: nn.Module
-    similarity: float = 1.0
+    similarity: float
+    predicted: float
     latency_ratio: float = math.nan
-
-    @property
-    def rewrites(self) -> tuple[Rewrite, ...]:
-        return tuple(morph.rewrite for morph in self.morphs)
 
     @property
     def architecture_id(self) -> str:
         return architecture_of(self.student, "search").id
 
 
-class Parent:
-    """A detector that students are proposed of, and what is known of it once for all of them."""
+@dataclass(frozen=True)
+class Recipe:
+    """How a student comes to be, but for its latency: equal recipes give equal students at one.
 
-    def __init__(self, candidate: Candidate, context: SearchContext) -> None:
-        self.candidate, self.context = candidate, context
+    Args:
+        before: what is done before the cut.
+        shorter: lists of blocks that lose one.
+        min_size: short side of the input, where it changes.
+        channels: whether channels are cut until the latency is reached.
+        temperature, seed: of the cut.
+    """
+
+    before: tuple[Morph, ...] = ()
+    shorter: tuple[str, ...] = ()
+    min_size: int | None = None
+    channels: bool = True
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Parent:
+    """A candidate that students are made of, and what is known of it once for all of them."""
+
+    def __init__(self, candidate: Candidate, table: LatencyTable, context: SearchContext) -> None:
+        self.candidate, self.table, self.context = candidate, table, context
         self.model = context.detector(candidate)
         self.topology = context.read(self.model)
-        self.seen: Sequence[PyramidSnapshot] = pyramids(self.model, context.probe())
-        self.importance: dict[str, Tensor] = self.important(self.model, self.topology)
+        self.seen = pyramids(self.model, context.probe())
+        self.importance = self._important(self.model)
 
-    def important(self, model: nn.Module, topology: Topology) -> dict[str, Tensor]:
-        """What every channel of a descendant is worth, by the criterion asked for."""
-        return importances(model, topology, self.context.config.method.criterion, self.context.probe())
+    def draw(self, ways: Sequence[str], rng: random.Random) -> Recipe:
+        """A recipe by chance."""
+        context, topology, now = self.context, self.topology, input_size(self.model)
+        recipe = Recipe(channels=CHANNELS in ways, temperature=TEMPERATURE, seed=rng.getrandbits(32))
+        if ARCHITECTURE not in ways:
+            return recipe
+        sizes = [size for size in context.resolutions if now is not None and size <= now[0]]
+        if sizes and (size := rng.choice(sizes)) != now[0]:
+            recipe = replace(recipe, min_size=size)
+        if rng.random() < DEEPER:
+            with contextlib.suppress(InputError):  # no list of blocks can grow
+                grown = draw(self.model, topology, rng, max_depth=context.most_blocks, kinds=GROWING)
+                return replace(recipe, before=(grown,))
+        short = shortened(self.model, topology)
+        return replace(recipe, shorter=tuple(rng.sample(short, rng.randint(0, min(MOST_SHORTER, len(short))))))
+
+    def make(self, recipe: Recipe, aim: float) -> Screened:
+        """The student of a recipe at a predicted latency.
+
+        Raises:
+            InputError: no cut reaches it.
+            ModelError: the student does not see some of the images.
+        """
+        context, model, topology, importance = self.context, self.model, self.topology, self.importance
+        for morph in recipe.before:
+            model = morph.apply(model, topology)
+            topology = context.read(model)
+            importance = self._important(model)
+        if recipe.channels:
+            how = {"shorter": recipe.shorter, "min_size": recipe.min_size, "temperature": recipe.temperature}
+            cut = cut_to(model, topology, self.table, aim, importance, **how, rng=random.Random(recipe.seed))
+            morphs = (*recipe.before, cut)
+        else:
+            morphs = (*recipe.before, *_without_channels(model, topology, recipe))
+        rewrites = tuple(morph.rewrite for morph in morphs)
+        child = inherit(self.model, self.topology, rewrites, context)
+        require_visible(child.model, context.image_sizes)
+        distances = correlations(child.model, self.seen, context.probe(), channels=child.kept).values()
+        action = "; ".join(morph.action for morph in morphs) or "change nothing"
+        kept = 1 - sum(distances) / len(distances)
+        return Screened(action, rewrites, child.model, kept, self.table.predict(child.model))
+
+    def measured(self, recipe: Recipe, screened: Screened, aim: float) -> Screened:
+        """A student with its measured latency, made once more where that is not what was predicted."""
+        timed = replace(screened, latency_ratio=self._ratio(screened))
+        if not recipe.channels or -2 * CLOSE < timed.latency_ratio / aim - 1 < CLOSE:
+            return timed
+        with contextlib.suppress(InputError):  # it cannot be cut more
+            better = self.make(recipe, screened.predicted * aim / timed.latency_ratio)
+            return replace(better, latency_ratio=self._ratio(better))
+        return timed
+
+    def _ratio(self, screened: Screened) -> float:
+        own = screened.architecture_id
+        return pooled([self.context.timed({own: screened.student})[own]]).ratio.value
+
+    def _important(self, model: nn.Module) -> dict:
+        context = self.context
+        topology = self.topology if model is self.model else context.read(model)
+        return channel_importance(model, topology, context.config.method.criterion, context.probe())
 
 
 def screen(
-    parents: Sequence[Candidate],
-    aim: float,
-    count: int,
-    ways: Sequence[str],
-    table: LatencyTable,
-    context: SearchContext,
-    rng: random.Random,
+    parents: Sequence[Parent], aim: float, count: int, ways: Sequence[str], rng: random.Random
 ) -> list[tuple[Candidate, Screened]]:
     """Proposes students at one latency, makes each, and returns the most promising.
 
@@ -91,119 +160,47 @@ def screen(
     Args:
         parents: detectors to change, the best first; it gets half of the proposals or more.
         aim: wanted latency over the base's.
-        count: students to return at most, of as many architectures.
+        count: students to return at most, each of another architecture.
         ways: what may be changed.
-        table: what parts of the base cost.
-        context: data, base and device of the search.
         rng: the source of chance.
-    """
-    opened, total = [Parent(candidate, context) for candidate in parents], context.config.proposals
-    best, known, drawn = max(one.map for one in parents), set(), []
-    for number in range(total):
-        parent = opened[number % len(opened)] if number % 2 else opened[0]
-        try:
-            screened = _propose(parent, aim, ways, table, rng, plain=number == 0)
-        except ModelError as error:  # too small for some of the images
-            say_once(f"a student that was proposed is left out: {error}")
-            continue
-        context.progress("screening students", number + 1, total, {"r": screened.similarity})
-        if screened.architecture_id not in known:
-            known.add(screened.architecture_id)
-            lead = parent.candidate.map / best if best else 1.0
-            late = max(0.0, screened.latency_ratio / aim - 1)
-            drawn.append((lead * screened.similarity - LATENCY_PENALTY * late, parent, screened))
-    if not drawn:
-        raise InputError(f"no student at {aim:.2f} of the base's latency can be made; ask for a larger target.")
-    drawn.sort(key=lambda entry: (-entry[0], entry[2].latency_ratio))
-    return [(parent.candidate, _measured(parent, one, aim, table)) for _, parent, one in drawn[:count]]
-
-
-def trimmed(
-    parent: Candidate, student: nn.Module, target: float, table: LatencyTable, context: SearchContext
-) -> Screened:
-    """A candidate as it is where it reaches a target, or with its channels cut once more."""
-    as_it_is = Screened("train on", (), student, latency_ratio=parent.latency_ratio)
-    if parent.latency_ratio <= target:
-        return as_it_is
-    try:
-        opened = Parent(parent, context)
-        return _measured(opened, _cut(opened, (), MARGIN * target, table), MARGIN * target, table)
-    except InputError:  # nothing is left to cut
-        return as_it_is
-
-
-def _propose(
-    parent: Parent, aim: float, ways: Sequence[str], table: LatencyTable, rng: random.Random, plain: bool
-) -> Screened:
-    """One student; a plain one differs by its channels alone."""
-    morphs: tuple[Morph, ...] = ()
-    if ARCHITECTURE in ways and not plain:
-        morphs = _rearranged(parent, rng)
-    if CHANNELS in ways:
-        with contextlib.suppress(InputError):  # fast enough without a cut, or nothing is left to cut
-            return _cut(parent, morphs, aim, table, rng)
-    return _made(parent, morphs, table)
-
-
-def _rearranged(parent: Parent, rng: random.Random) -> tuple[Morph, ...]:
-    """Another input size, and some actions on blocks."""
-    context, morphs, model, topology = parent.context, [], parent.model, parent.topology
-    now = input_size(model)
-    sizes = [size for size in context.resolutions if now is not None and size <= now[0]]
-    if sizes and (size := rng.choice(sizes)) != now[0]:
-        morphs.append(change_resolution(model, size))
-    for _ in range(rng.randint(0, MOST_BLOCKS)):
-        try:
-            morph = draw(model, topology, rng, max_depth=context.most_blocks)
-        except InputError:
-            break
-        morphs.append(morph)
-        model = morph.apply(model, topology)
-        topology = context.read(model)
-    return tuple(morphs)
-
-
-def _cut(
-    parent: Parent, morphs: tuple[Morph, ...], aim: float, table: LatencyTable, rng: random.Random | None = None
-) -> Screened:
-    """The parent after some morphs, and a cut of its channels down to a latency.
 
     Raises:
-        InputError: no cut reaches it, or none is needed.
+        InputError: none can be made at this latency.
     """
-    model, topology = parent.model, parent.topology
-    for morph in morphs:
-        model = morph.apply(model, topology)
-        topology = morph.rewrite.foreseen(topology, model) or parent.context.read(model)
-    importance = parent.important(model, topology) if any(m.rewrite.blocks for m in morphs) else parent.importance
-    return _made(parent, (*morphs, cut_to(model, topology, table, aim, importance, rng=rng)), table)
+    context, made, why = parents[0].context, {}, None
+    total, best = context.config.proposals, max(parent.candidate.map for parent in parents)
+    for number in range(total):
+        parent = parents[number // 2 % len(parents)] if number % 2 else parents[0]
+        recipe = parent.draw(ways, rng) if number else Recipe(channels=CHANNELS in ways)
+        try:
+            screened = parent.make(recipe, aim)
+        except (InputError, ModelError) as error:  # too slow all the same, or too small for some of the images
+            why = error
+            continue
+        context.progress("screening students", number + 1, total, {"r": screened.similarity})
+        lead = parent.candidate.map / best if best else 1.0
+        score = lead * screened.similarity - LATENCY_PENALTY * max(0.0, screened.predicted / aim - 1)
+        made.setdefault(screened.architecture_id, (score if score == score else -math.inf, parent, recipe, screened))
+    if not made:
+        raise InputError(f"no student at {aim:.2f} of the base's latency can be made: {why}")
+    chosen = sorted(made.values(), key=lambda entry: (-entry[0], entry[3].predicted))[:count]
+    return [(parent.candidate, parent.measured(recipe, screened, aim)) for _, parent, recipe, screened in chosen]
 
 
-def _made(parent: Parent, morphs: tuple[Morph, ...], table: LatencyTable) -> Screened:
-    context, rewrites = parent.context, tuple(morph.rewrite for morph in morphs)
-    child = inherit(parent.model, parent.topology, rewrites, context)
-    require_visible(child.model, context.image_sizes)
-    distances = correlations(child.model, parent.seen, context.probe(), channels=child.kept).values()
-    return Screened(
-        "; ".join(morph.action for morph in morphs) or "no change",
-        morphs,
-        child.model,
-        1 - sum(distances) / len(distances),
-        table.predict(child.model),
-    )
+def trimmed(parent: Parent, target: float) -> Screened:
+    """A candidate as it is where it reaches a target, or with its channels cut once more."""
+    candidate = parent.candidate
+    as_it_is = Screened("train on", (), parent.model, 1.0, candidate.latency_ratio, candidate.latency_ratio)
+    if candidate.latency_ratio <= target:
+        return as_it_is
+    aim = MARGIN * target * parent.table.predict(parent.model) / candidate.latency_ratio
+    try:
+        return parent.measured(Recipe(), parent.make(Recipe(), aim), MARGIN * target)
+    except InputError as error:
+        say_once(f"candidate {candidate.number} stays at {candidate.latency_ratio:.2f} of the base's latency: {error}")
+        return as_it_is
 
 
-def _measured(parent: Parent, screened: Screened, aim: float, table: LatencyTable) -> Screened:
-    """A student with its measured latency; one that was predicted wrongly is cut more, or less."""
-    for last in (False, True):
-        own = screened.architecture_id
-        (ratio,) = [
-            pooled([t]).ratio.value for name, t in parent.context.timed({own: screened.student}).items() if name == own
-        ]
-        screened = replace(screened, latency_ratio=ratio)
-        cut = bool(screened.morphs) and bool(screened.morphs[-1].rewrite.keep)
-        if last or not cut or -2 * CLOSE < ratio / aim - 1 < CLOSE:
-            return screened
-        with contextlib.suppress(InputError):
-            screened = _cut(parent, screened.morphs[:-1], aim * aim / ratio, table)
-    return screened
+def _without_channels(model: nn.Module, topology, recipe: Recipe) -> list[Morph]:
+    morphs = [remove_block(model, topology, name) for name in recipe.shorter]
+    return morphs + ([change_resolution(model, recipe.min_size)] if recipe.min_size else [])

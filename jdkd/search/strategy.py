@@ -6,8 +6,7 @@ import random
 
 import torch
 
-from jdkd.latency.table import LatencyTable
-from jdkd.notices import say_once
+from jdkd.latency.table import Features, LatencyTable
 from jdkd.pool.members import Teacher
 from jdkd.search.archive import Archive, Candidate
 from jdkd.search.choice import contenders, fitness, pareto_front
@@ -15,7 +14,7 @@ from jdkd.search.config import Plan, Rung
 from jdkd.search.context import SearchContext
 from jdkd.search.matching import Matching
 from jdkd.search.proposal import Cycle, Proposal
-from jdkd.search.screening import ARCHITECTURE, CHANNELS, Screened, screen, trimmed
+from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Screened, screen, trimmed
 
 Made = tuple[Candidate, str, Screened, Teacher | None, float | None]  # parent, kind, what is changed, teacher, target
 PARENTS = 2  # members of the last generation's front that have children
@@ -38,6 +37,7 @@ class Strategy:
 
     def __init__(self, context: SearchContext, plan: Plan, matching: Matching, table: LatencyTable) -> None:
         self.context, self.plan, self.matching, self.table = context, plan, matching, table
+        self._features: dict[str, Features] = {}  # of the architectures that were measured
 
     def ask(self, archive: Archive) -> list[Proposal]:
         """The next generation; none where the search is at its end.
@@ -51,7 +51,6 @@ class Strategy:
         rung = self.plan.rungs[generation - 1]
         rng = random.Random(f"{self.context.config.seed}/{generation}")
         torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
-        self.table.correct({one.architecture: one.latency_ratio for one in archive.scored})
         made = self._explored(rung, archive, rng) if rung.explores else self._trained_on(rung, archive, rng)
         first = len(archive)
         return [
@@ -62,6 +61,7 @@ class Strategy:
                 kind=kind,
                 action=screened.action,
                 rewrites=screened.rewrites,
+                predicted=screened.predicted,
                 teacher=teacher,
                 cycle=Cycle(rung.steps, parent.lineage_steps, self._total(rung, parent), self.context.config.lr),
                 seed=first + place,
@@ -73,26 +73,32 @@ class Strategy:
     def _explored(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
         """Students at the rung's latency, of the best of the generation before."""
         (aim,) = rung.aims
-        before = _latest(archive)
-        parents = sorted(pareto_front(before), key=lambda one: -fitness(one, aim))[:PARENTS]
-        screened = screen(parents, aim, rung.candidates, self._ways(archive), self.table, self.context, rng)
-        self.context.progress("screening students", 1, 1, {})
+        best = sorted(pareto_front(_latest(archive)), key=lambda one: -fitness(one, aim))[:PARENTS]
+        table = self._table(archive)
+        parents = [Parent(candidate, table, self.context) for candidate in best]
+        screened = screen(parents, aim, rung.candidates, self._ways(archive), rng)
         return [(parent, "morph", one, self.matching.of(one.student, parent, rng), None) for parent, one in screened]
 
     def _trained_on(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
         """For every target, the best that may reach it, trained on; one that is still too slow is cut once more."""
-        made = []
+        made, table = [], self._table(archive)
         for target in rung.aims:
-            chosen = contenders(self._running(archive, target), target)[: rung.candidates]
-            if not chosen:
-                say_once(f"no candidate is left that may reach {target:g} of the base's latency")
-            for parent in chosen:
-                student = self.context.detector(parent)
-                cut = trimmed(parent, student, target, self.table, self.context)
+            for parent in contenders(self._running(archive, target), target)[: rung.candidates]:
+                cut = trimmed(Parent(parent, table, self.context), target)
                 teacher = self.matching.of(cut.student, parent, rng)
                 kind = "morph" if cut.rewrites else "train" if teacher == parent.teacher else "teacher"
                 made.append((parent, kind, cut, teacher, target))
         return made
+
+    def _table(self, archive: Archive) -> LatencyTable:
+        """The table, corrected by every architecture that was measured."""
+        measured = []
+        for candidate in archive.scored[1:]:
+            own = candidate.architecture_id
+            if own not in self._features:
+                self._features[own] = self.table.features(self.context.detector(candidate))
+            measured.append((self._features[own], candidate.latency_ratio))
+        return self.table.corrected(measured)
 
     def _running(self, archive: Archive, target: float) -> list[Candidate]:
         """Who may be trained on for a target: its own of the generation before, or all that explored."""
