@@ -26,7 +26,7 @@ from jdkd.distill import Distiller
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
 from jdkd.notices import say_once
-from jdkd.pool import PoolTrainConfig, ScoredSubnet, Subnet, TeacherPool, load_pool, train_pool
+from jdkd.pool import PoolTrainConfig, ScoredTeacher, Subnet, TeacherPool, load_pool, train_pool
 from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Cycle
@@ -138,9 +138,9 @@ def _remember(pool: TeacherPool, context: SearchContext) -> None:
     file, selection = context.config.out / TEACHERS, context.selection.dataset
     if file.exists():
         members = read_json(file, "remove it and resume: teachers are scored again")
-        pool.members = [ScoredSubnet.from_json(member) for member in members]
+        pool.members = [ScoredTeacher.from_json(member) for member in members]
     elif pool.scored_on != selection.fingerprint:
-        pool.score_members([member.subnet for member in pool.members], context.base, selection, context.progress)
+        pool.score_members([member.teacher for member in pool.members], selection, context.progress)
         _write_teachers(pool, context)
 
 
@@ -259,7 +259,7 @@ def _decide(number: int, archive: Archive, pool: TeacherPool, context: SearchCon
     drawn = rng.sample(front, min(TOURNAMENT, len(front)))
     parent = max(drawn, key=lambda candidate: fitness(candidate, config.target_latency))
     student = context.detector(parent)
-    present = parent.teacher or pool.members[0].subnet
+    present = parent.teacher or pool.members[0].teacher
     if number % 2:
         known = {candidate.architecture_id: candidate.latency_ratio for candidate in archive.scored}
         chosen = screen(student, known, context, rng)

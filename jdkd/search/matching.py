@@ -41,18 +41,18 @@ def match(
     Returns:
         The teacher, and what is done, in words.
     """
-    known = {member.subnet for member in pool.members}
+    known = {member.teacher for member in pool.members}
     fresh = [subnet for _ in range(NEIGHBOURS) if (subnet := pool.space.mutate(present, rng)) not in known]
     for done, subnet in enumerate(dict.fromkeys(fresh), start=1):
-        pool.members.append(pool.score(subnet, context.base, context.selection.dataset))
+        pool.members.append(pool.score(subnet, context.selection.dataset))
         context.progress("scoring teachers", done, len(fresh), {"mAP": pool.members[-1].map})
     scores = {}
-    for member in sorted(pool.members, key=lambda member: member.subnet != present):  # of equals the first stays
+    for member in sorted(pool.members, key=lambda member: member.teacher != present):  # of equals the first stays
         ahead = member.map - student_map
         if ahead > 0:
             probe = context.probe()
-            distances = correlations(student, pool.teacher(member.subnet), probe, channels=feature_channels).values()
-            scores[member.subnet] = ahead * (1 - sum(distances) / len(distances))
+            distances = correlations(student, pool.teacher(member.teacher), probe, channels=feature_channels).values()
+            scores[member.teacher] = ahead * (1 - sum(distances) / len(distances))
     scores = {subnet: score for subnet, score in scores.items() if score > 0}
     if not scores:
         return present, f"stay with {present}, no related teacher is ahead"
