@@ -19,6 +19,7 @@ from jdkd.nn.modes import mode
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
+from jdkd.train.distributed import align, average_gradients, is_first, own_batches, processes, rank
 from jdkd.train.divergence import DivergenceError, NonFiniteMonitor
 from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
@@ -62,6 +63,9 @@ def fit(
     (seed, k) alone, so one that was interrupted and resumed ends where an uninterrupted one does, bit for bit
     on a CPU. The caller's own generators are left as they were.
 
+    Inside a process group (:mod:`jdkd.train.distributed`) all processes train the same model: each on
+    ``batch_size`` images of its own, with gradients averaged. The first writes; all end with its model.
+
     Args:
         model: the detector, moved to ``device`` and trained there; its modules keep their mode.
         dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`, with masks if the detector trains on them.
@@ -91,7 +95,9 @@ def fit(
     dataset = with_targets_of(model, dataset)
     run = _Run(model, config, torch.device(device), losses)
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
-    batch = {"batch_size": config.batch_size, "steps": config.steps, "seed": config.seed, "start": run.step}
+    home = home if is_first() else None  # the others have read what they resume, and write nothing
+    align(model)
+    batch = {"batch_size": config.batch_size, "seed": config.seed, **own_batches(run.step, config.steps)}
     how = {"flip": config.flip, "workers": config.workers, "device": run.device}
     with mode(model, training=True), torch.random.fork_rng([run.device] if run.on_gpu else []):
         try:
@@ -112,6 +118,7 @@ def fit(
             raise
         finally:
             model.zero_grad(set_to_none=True)
+    align(model)
     return FitReport(run.step, run.seconds, run.losses)
 
 
@@ -163,7 +170,7 @@ class _Run:
     def advance(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
         """Takes one optimizer step."""
         self.between_steps = False
-        self._seed(step_seed(self.config.seed, self.step))
+        self._seed(step_seed(self.config.seed, self.step * processes() + rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -173,10 +180,11 @@ class _Run:
             self._see(names, values)
             self.scaler.scale(values.sum()).backward()
             self._terms.append((names, values.detach()))
+        average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         self._norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
         if not self.scaler.is_enabled():  # with loss scaling, an infinite gradient only means a smaller scale
-            self._see(("gradient norm",), self._norm[None])
+            self._see(("gradient norm",), self._norm[None], last=True)
         add_l1_subgradient(self.scales, self.config.gamma_l1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -254,9 +262,9 @@ class _Run:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
 
-    def _see(self, names: tuple[str, ...], values: Tensor) -> None:
+    def _see(self, names: tuple[str, ...], values: Tensor, last: bool = False) -> None:
         self.monitor.observe(self.step + 1, names, values)
-        if not self.on_gpu:
+        if not self.on_gpu and (last or processes() == 1):  # one that left early would keep the others waiting
             self.check()
 
 
@@ -284,7 +292,7 @@ class _Home:
 
     def __init__(self, folder: Path, run: _Run, data: dict[str, Any], resume: bool) -> None:
         self.folder, self.run, self.data = folder, run, data
-        self.config = dataclasses.asdict(run.config)
+        self.config = {**dataclasses.asdict(run.config), "processes": processes()}
         if not resume and (folder / checkpoint.CHECKPOINT).exists():
             raise InputError(f"{folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder.")
         self._open(checkpoint.read(folder) if resume else None)
@@ -296,7 +304,8 @@ class _Home:
 
     def _open(self, state: dict[str, Any] | None) -> None:
         if state is not None:
-            checkpoint.require_same("config", state["config"], self.config, ignore=RESUME_MAY_CHANGE)
+            settings = {"processes": 1, **state["config"]}  # of one process, as all were in earlier versions
+            checkpoint.require_same("config", settings, self.config, ignore=RESUME_MAY_CHANGE)
             checkpoint.require_same("data", state["data"], self.data)
             if (before := state.get("precision")) not in (None, now := self.run.precision):
                 say_once(
@@ -312,7 +321,8 @@ class _Home:
                     "model it was made with."
                 ) from error
         self._kept()
-        self.log = Log(self.folder / "log.jsonl", self.run.step)
+        if is_first():
+            self.log = Log(self.folder / "log.jsonl", self.run.step)
 
     def _kept(self) -> None:
         at = f"step {self.run.step} in {self.folder}" if self.run.step else "none yet"
