@@ -22,6 +22,7 @@ from jdkd.files import content_hash, read_json, write_json
 from jdkd.graph import Topology
 from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_cost
 from jdkd.latency.clock import environment
+from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.shrinking import ProgressCallback
@@ -144,6 +145,11 @@ class SearchContext:
         )
         samples = {name: model.end_to_end.samples for name, model in measured.models.items()}
         return {name: Timing(name, stage, measured.environment, own, samples[base]) for name, own in samples.items()}
+
+    def latency_table(self) -> LatencyTable:
+        """What each part of the base costs on this device, measured."""
+        told = lambda *state: self.progress("timing the parts of the base", *state)  # noqa: E731
+        return measure_table(self.base, self.topology, self.timing_images, device=self.config.device, progress=told)
 
     def folder(self, number: int) -> Path:
         """Where a candidate lies."""
