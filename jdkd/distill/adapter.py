@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
 from jdkd.errors import InputError
 
 
@@ -123,3 +124,22 @@ class SquaredError:
         errors = [F.mse_loss(s.float(), t.float()) / 2 for s, t in zip(students, teachers, strict=True)]
         losses = self.loss_weight * torch.stack(errors)
         return students, losses.sum(), losses.detach()
+
+
+@torch.no_grad()
+def explained(students: Sequence[PyramidSnapshot], teachers: Sequence[PyramidSnapshot]) -> float:
+    """How much of a teacher's features an adapter could say in a student's: Pearson's r between the teacher's channels
+    and their best linear prediction, mean over channels, then over levels.
+
+    Args:
+        students, teachers: what the two made of the same batches, see :func:`pyramids`.
+
+    Raises:
+        InputError: no level matches.
+    """
+    regressions: dict[tuple[int, int], Regression] = {}  # by stride and place among the pairs
+    for ours, theirs in zip(students, teachers, strict=True):
+        for place, pair in enumerate(aligned_pairs(ours, theirs, channels=None)):
+            prior = pair.student.new_zeros(pair.teacher.shape[1], pair.student.shape[1])
+            regressions.setdefault((pair.stride, place), Regression(prior)).add(pair.student, pair.teacher)
+    return sum(1 - regression.distance() for regression in regressions.values()) / len(regressions)

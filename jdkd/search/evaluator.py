@@ -142,7 +142,7 @@ class Evaluator:
             ) -> Iterator[dict[str, Tensor]]:
                 yield student(images, targets) | distiller.losses()
 
-            yield {"losses": losses, "extra": distiller.adapters}
+            yield {"losses": losses, "auxiliary": distiller.adapters}
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from jdkd.distill import explained, pyramids
-from jdkd.distill.correlation import PyramidSnapshot
+from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.pool import Subnet, TeacherPool

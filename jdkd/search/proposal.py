@@ -58,7 +58,7 @@ class Proposal:
         rest = {
             "teacher": self.teacher and teacher_to_json(self.teacher),
             "cycle": asdict(self.cycle),
-            "target": self.target,
+            "predicted": self.predicted, "target": self.target,
         }
         return {**shown, **rest, "rewrites": rewrites}
 
