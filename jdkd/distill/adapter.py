@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
 from jdkd.errors import InputError
+from jdkd.reference.pearson import match_size
 
 
 class Adapters(nn.ModuleList):
@@ -121,7 +122,8 @@ class SquaredError:
 
     def __call__(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """The levels ``[N, C, H, W]`` as they are, half the squared error, and its part by level ``[L]``."""
-        errors = [F.mse_loss(s.float(), t.float()) / 2 for s, t in zip(students, teachers, strict=True)]
+        pairs = (match_size(*pair, resize_stu=False) for pair in zip(students, teachers, strict=True))
+        errors = [F.mse_loss(ours.float(), theirs.float()) / 2 for ours, theirs in pairs]
         losses = self.loss_weight * torch.stack(errors)
         return students, losses.sum(), losses.detach()
 

@@ -79,7 +79,8 @@ def fit(
         auxiliary: a module that ``losses`` uses, such as the adapters of distillation: its parameters are trained with
             the detector's and kept in the checkpoint, but are no part of the detector.
         inherit: the checkpoint of another training, its folder, its file or what is in it, whose optimizer this one
-            goes on with where parameters have the same name and shape; the others begin fresh.
+            goes on with where parameters have the same name and shape; the others begin fresh. Not read by a training
+            that is resumed, which has its own.
         folder: where the checkpoint and the log (``log.jsonl``) go; nothing is written without one.
         resume: carry on from the checkpoint in ``folder``, if there is one.
         progress: called after every step.
@@ -100,7 +101,7 @@ def fit(
     require_visible(model, getattr(dataset, "sizes", ()))
     dataset = with_targets_of(model, dataset)
     run = _Run(model, config, torch.device(device), losses, auxiliary)
-    if inherit is not None:
+    if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):
         run.inherit(inherit)
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
     home = home if is_first() else None  # the others have read what they resume, and write nothing
@@ -243,8 +244,8 @@ class _Run:
 
     def inherit(self, parent: Path | str | Mapping[str, Any]) -> None:
         """Goes on with the moments of another training's optimizer; see :func:`fit`."""
-        state = parent if isinstance(parent, Mapping) else checkpoint.read_parent(Path(parent))
-        inherit_moments(self.optimizer, state.get("optimizer", state))
+        state = checkpoint.read_parent(Path(parent)) if isinstance(parent, str | Path) else parent
+        inherit_moments(self.optimizer, state.get("optimizer", state) if isinstance(state, Mapping) else state)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
