@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from jdkd.distill.feature import as_weight
 from jdkd.distill.gradients import check_gradient
 from jdkd.distill.hooks import Hook
-from jdkd.distill.neck import levels_of
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
@@ -95,10 +94,10 @@ class HeadDistiller:
         places, logits = self._places, self._logits
         self._places = self._logits = None
         if self._ran_with_gradients:
-            check_gradient(logits, self.runner.student, "class logits", ran_with_gradients=True)
+            check_gradient(logits.requires_grad, self.runner.student, "class logits", ran_with_gradients=True)
         enabled, dtype = self._autocast
         with torch.no_grad(), torch.autocast(logits.device.type, dtype, enabled):
-            taught = self._teachers_head.about(places, levels_of(self.runner.teacher_pyramid))
+            taught = self._teachers_head.about(places, self.runner.of_teacher.pyramid)
         if taught.shape != logits.shape:
             raise InputError(
                 f"the student classifies {len(logits)} anchors of a batch and the teacher {len(taught)}; take a "

@@ -41,8 +41,22 @@ def read(folder: Path) -> dict[str, Any] | None:
         InputError: the file is damaged, or none of ours.
     """
     file = folder / CHECKPOINT
+    return _read(file) if file.is_file() else None
+
+
+def read_parent(place: Path) -> dict[str, Any]:
+    """The checkpoint in a folder, or in a file, on the CPU.
+
+    Raises:
+        InputError: there is none, it is damaged, or none of ours.
+    """
+    file = place / CHECKPOINT if place.is_dir() else place
     if not file.is_file():
-        return None
+        raise InputError(f"inherit names {place}, where there is no {CHECKPOINT}; give the folder of a training.")
+    return _read(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own
