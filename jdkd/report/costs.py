@@ -41,23 +41,21 @@ def latency_section(outcome: Outcome) -> str:
     Returns:
         HTML; empty where a result has none of it.
     """
-    return _intervals(outcome) + _predictions(outcome.result.get("predictor"))
+    return _intervals(outcome) + _predictions(outcome)
 
 
 def _intervals(outcome: Outcome) -> str:
-    rows: list[tuple[str, float, float, float, float | None, bool]] = []  # name, ratio, low, high, asked, as it must be
+    rows: list[tuple[str, float, float, float, float, bool]] = []  # name, ratio, low, high, asked, as it must be
     aa = aa_verdict(outcome.result)
     if aa is not None:
         own = outcome.result["aa"]
         rows.append(("base against itself", own["ratio"], *own["interval"], 1.0, aa[0]))
     for student in outcome.students:
-        ratio, interval = student.entry.get("latency_ratio"), student.entry.get("latency_ratio_interval")
-        if ratio is not None:
-            low, high = interval or (ratio, ratio)
-            rows.append((student.title, ratio, low, high, student.target, student.met))
+        ratio, interval = (student.entry[name] for name in ("latency_ratio", "latency_ratio_interval"))
+        rows.append((student.title, ratio, *interval, student.target, ratio <= student.target))
     if not rows:
         return ""
-    values = [value for row in rows for value in row[1:5] if value is not None]
+    values = [value for row in rows for value in row[1:5]]
     axes = Axes(spread([*values, 1.0], 0.12), (0, 1), ("latency over the base's, 95 % intervals", ""), (760, 0), 170)
     axes.bottom = axes.top + ROW * len(rows)
     drawn = [tag("line", x1=axes.x(at), x2=axes.x(at), y1=axes.top, y2=axes.bottom, class_="grid") for at in _at(axes)]
@@ -65,9 +63,8 @@ def _intervals(outcome: Outcome) -> str:
     for number, (name, ratio, low, high, asked, holds) in enumerate(rows):
         y, kind = axes.top + ROW * (number + 0.5), "good" if holds else "bad"
         drawn.append(tag("text", name, x=axes.left - 12, y=y + 4, text_anchor="end"))
-        if asked is not None:
-            at = axes.x(asked)
-            drawn.append(tag("line", x1=at, x2=at, y1=y - ROW / 2 + 3, y2=y + ROW / 2 - 3, class_="target"))
+        at = axes.x(asked)
+        drawn.append(tag("line", x1=at, x2=at, y1=y - ROW / 2 + 3, y2=y + ROW / 2 - 3, class_="target"))
         drawn.append(tag("line", x1=axes.x(low), x2=axes.x(high), y1=y, y2=y, class_=f"interval {kind}"))
         told = tag("title", f"{name}: {ratio:.4f} ({low:.4f}–{high:.4f})")
         drawn.append(tag("circle", None, told, cx=axes.x(ratio), cy=y, r=5, class_=f"middle {kind}"))
@@ -83,30 +80,27 @@ def _at(axes: Axes) -> list[float]:
     return ticks(*axes._x)
 
 
-def _predictions(predictor: Any) -> str:
-    """How well the table of latencies foresaw what was then measured."""
-    if not isinstance(predictor, dict):
+def _predictions(outcome: Outcome) -> str:
+    """How well the table of latencies foresaw what was then measured, architecture by architecture."""
+    pairs = {one.architecture_id: one for one in outcome.scored if one.kind == "morph"}
+    if len(pairs) < 2:
         return ""
-    tau, error = predictor.get("kendall_tau"), predictor.get("mean_absolute_percentage_error")
-    count, points = predictor.get("architectures"), predictor.get("points") or []
-    told = []
-    if tau is not None:
-        told.append(f"rank correlation (Kendall's tau) {tau:.3f}")
-    if error is not None:
-        told.append(f"mean absolute error {100 * error:.1f} %")
-    sentence = f"Predicted from a table of parts against measured{f', {count} architectures' if count else ''}"
-    text = f'<p id="predictor">{sentence}{": " if told else ""}{", ".join(told)}.</p>'
-    if not points:
-        return text
-    range_ = spread([value for point in points for value in point[:2]])
+    told, text = outcome.result.get("predictor"), "Predicted from a table of parts, before it was measured"
+    if told:
+        text += (
+            f": over {told['architectures']} architectures the rank correlation (Kendall's tau) is "
+            f"{told['kendall_tau']:.2f}, the mean absolute error {told['mean_absolute_percentage_error']:.1f} %"
+        )
+    range_ = spread([value for one in pairs.values() for value in (one.predicted, one.latency_ratio)])
     axes = Axes(range_, range_, ("predicted latency over the base's", "measured"), (460, 380))
     line = tag("line", x1=axes.x(range_[0]), x2=axes.x(range_[1]), y1=axes.y(range_[0]), y2=axes.y(range_[1]))
     drawn = [f'<g class="diagonal">{line}</g>']
-    for predicted, measured in (point[:2] for point in points):
-        told = tag("title", f"predicted {predicted:.3f}, measured {measured:.3f}")
-        drawn.append(tag("circle", None, told, cx=axes.x(predicted), cy=axes.y(measured), r=4, class_="pupil"))
-    title = "predicted against measured latency"
-    return f'{text}<div class="scroll">{axes.drawing("".join(drawn), title, class_="chart half")}</div>'
+    for one in pairs.values():
+        words = tag("title", f"{one.number}: predicted {one.predicted:.3f}, measured {one.latency_ratio:.3f}")
+        place = {"cx": axes.x(one.predicted), "cy": axes.y(one.latency_ratio)}
+        drawn.append(tag("circle", None, words, **place, r=4, class_="pupil"))
+    chart = axes.drawing("".join(drawn), "predicted against measured latency", class_="chart half")
+    return f'<p id="predictor">{escape(text)}.</p><div class="scroll">{chart}</div>'
 
 
 def cost_section(result: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from jdkd.report.outcome import Outcome, generation_of
+from jdkd.report.outcome import Outcome
 from jdkd.report.svg import Axes, colour, spread, tag
 from jdkd.search.archive import Candidate
 from jdkd.search.choice import pareto_front
@@ -31,7 +31,7 @@ def front_over_time(outcome: Outcome) -> str:
         HTML; without scripts, and on paper, it shows the whole search.
     """
     candidates = outcome.scored
-    generations = sorted({generation_of(one) for one in candidates})
+    generations = sorted({one.generation for one in candidates})
     ratios = [one.latency_ratio for one in candidates] + outcome.targets
     axes = Axes(
         spread(ratios),
@@ -43,14 +43,14 @@ def front_over_time(outcome: Outcome) -> str:
         points = [(one.latency_ratio, one.map) for one in line if one.failure is None]
         inside.append(tag("path", d=axes.path(points), class_="lineage"))
     for generation in generations:
-        front = pareto_front([one for one in candidates if generation_of(one) <= generation])
+        front = pareto_front([one for one in candidates if one.generation <= generation])
         points = [(one.latency_ratio, one.map) for one in front]
         now = generation == generations[-1]
         path = axes.path(points, steps=True)
         inside.append(tag("path", d=path, class_="front", data_at=generation, hidden=None if now else "hidden"))
     inside += [_point(one, generations, axes) for one in candidates]
     for student in outcome.students:
-        one = outcome.by_id.get(student.candidate or "")
+        one = outcome.by_id.get(student.candidate)
         if one is not None and one.failure is None:
             told = f"{student.title}: {_told(one)}"
             inside.append(mark("student", axes.x(one.latency_ratio), axes.y(one.map), 9, "chosen", told))
@@ -67,7 +67,7 @@ def mark(kind: str, x: float, y: float, radius: float, class_: str = "", title: 
 
 
 def _point(one: Candidate, generations: Sequence[int], axes: Axes) -> str:
-    own = generation_of(one)
+    own = one.generation
     share = generations.index(own) / max(1, len(generations) - 1)
     x, y = axes.x(one.latency_ratio), axes.y(one.map)
     if one.kind == "base":
@@ -90,7 +90,7 @@ def _slider(generations: Sequence[int], candidates: Sequence[Candidate], targets
         return ""
     told = {}
     for generation in generations:
-        then = [one for one in candidates if generation_of(one) <= generation]
+        then = [one for one in candidates if one.generation <= generation]
         best = [(target, [one.map for one in then if one.latency_ratio <= target]) for target in targets]
         reached = "; ".join(f"best within {target:g}: {max(found):.3f}" for target, found in best if found)
         told[generation] = f"generation {generation} of {generations[-1]}, {len(then) - 1} candidates" + (
@@ -121,4 +121,4 @@ def _key(drawn: str, words: str, width: int = 16) -> str:
 
 def _told(one: Candidate) -> str:
     """A candidate in a line, for who points at it."""
-    return f"{one.number}: {one.action}; mAP {one.map:.3f} at {one.latency_ratio:.3f}, generation {generation_of(one)}"
+    return f"{one.number}: {one.action}; mAP {one.map:.3f} at {one.latency_ratio:.3f}, generation {one.generation}"

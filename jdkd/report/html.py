@@ -12,7 +12,7 @@ from typing import Any
 from jdkd.report.costs import aa_verdict, cost_section, latency_section
 from jdkd.report.front import front_over_time
 from jdkd.report.lineage import lineage_tree
-from jdkd.report.outcome import CONTROLS, HEADINGS, Outcome, generation_of, rows
+from jdkd.report.outcome import HEADINGS, Outcome, rows
 from jdkd.report.predictions import predictions_section
 from jdkd.report.stages import architecture_section
 from jdkd.report.teachers import teachers_section
@@ -100,7 +100,7 @@ def _result(outcome: Outcome) -> str:
 
 
 def _lineage(outcome: Outcome) -> str:
-    return _explained(_TREE, lineage_tree(outcome)) + _failed_controls(outcome.result)
+    return _explained(_TREE, lineage_tree(outcome)) + _failed_control(outcome.result)
 
 
 def _candidates(outcome: Outcome) -> str:
@@ -127,7 +127,7 @@ def _cells(one: Candidate, on_front: bool) -> list[str]:
     """A candidate as text, in the order of `_COLUMNS`."""
     return [
         f"{one.number}{'*' if on_front else ''}",
-        str(generation_of(one)),
+        str(one.generation),
         one.action if one.failure is None else f"{one.action} (failed)",
         str(one.teacher or "–"),
         *_measured(one),
@@ -135,7 +135,7 @@ def _cells(one: Candidate, on_front: bool) -> list[str]:
         f"{one.gmacs:.2f}",
         f"{one.steps:,}",
         f"{one.lineage_steps:,}",
-        f"{one.seconds:.0f}",
+        f"{sum(one.seconds.values()):.0f}",
         one.id,
         one.parent or "–",
     ]
@@ -149,11 +149,10 @@ def _measured(one: Candidate) -> list[str]:
     return [f"{one.map:.3f}", f"{one.map50:.3f}", f"{one.latency_ratio:.3f}", milliseconds]
 
 
-def _failed_controls(result: dict[str, Any]) -> str:
-    """Controls that could not be trained, and why; nothing where all went well."""
-    entries = {name.replace("_", ", "): result.get(name) or {} for name in CONTROLS}
-    told = [f"{name} failed: {entry['failure']}" for name, entry in entries.items() if "failure" in entry]
-    return "".join(f'<p class="bad">{escape(sentence)}</p>' for sentence in told)
+def _failed_control(result: dict[str, Any]) -> str:
+    """Why the control could not be trained; nothing where it was."""
+    why = (result.get("control") or {}).get("failure")
+    return f'<p class="bad">{escape(f"The control failed: {why}")}</p>' if why else ""
 
 
 def _data(result: dict[str, Any]) -> str:
@@ -177,10 +176,8 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     result = outcome.result
     device = result.get("device")
     facts = dict(device) if isinstance(device, dict) else {"device": device}
-    facts |= {name: result.get(name) for name in ("seed", "target_latency", "latency_ratio_is", "pool_steps")}
+    facts |= {name: result.get(name) for name in ("seed", "target_map", "latency_ratio_is")}
     facts["begun"], facts["finished"] = outcome.run.get("started"), outcome.run.get("finished")
-    if result.get("seconds") is not None:
-        facts["time_of_all_candidates"] = f"{result['seconds'] / 60:.1f} min"
     versions = result.get("versions") or outcome.run.get("versions") or {}
     facts |= {name: one for name, one in versions.items() if name not in facts}
     return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]

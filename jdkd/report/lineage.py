@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 from jdkd.report.front import mark
-from jdkd.report.outcome import Outcome, gains, generation_of, signed
+from jdkd.report.outcome import Outcome, gains, signed
 from jdkd.report.svg import tag
 from jdkd.search.archive import Candidate
 
@@ -46,11 +46,11 @@ def lineage_tree(outcome: Outcome) -> str:
     Returns:
         HTML.
     """
-    students = {one.candidate: one.title for one in outcome.students if one.candidate}
+    students = {one.candidate: one.title for one in outcome.students}
     ancestors = {one.id for line in outcome.lines for one in line}
     places = list(arranged(outcome.candidates, ancestors))
     lanes = 1 + max(place.lane for place in places)
-    changes = [gains(place.candidate, outcome.by_id.get(place.candidate.parent or "")) for place in places]
+    changes = [gains(place.candidate, outcome.by_id.get(place.candidate.parent)) for place in places]
     most = [max((abs(change[k]) for change in changes if math.isfinite(change[k])), default=0) for k in (0, 1)]
     body = []
     for place, change in zip(places, changes, strict=True):
@@ -58,7 +58,7 @@ def lineage_tree(outcome: Outcome) -> str:
         body.append(
             f'<tr class="{_class(one, students, ancestors)}"><td class="rails">{_rails(place, lanes, one.id, students)}'
             f'</td><td class="number">{one.number}</td><td class="what" title="{escape(_title(one))}">'
-            f"{_what(one, students)}</td><td>{generation_of(one)}</td>"
+            f"{_what(one, students)}</td><td>{one.generation}</td>"
             f"<td class='text'>{escape(str(one.teacher or '–'))}</td><td>{one.steps:,}</td>"
             f"{_change(change[0], most[0], good=1)}<td>{_score(one.map)}</td>"
             f"{_change(change[1], most[1], good=-1)}<td>{_score(one.latency_ratio)}</td></tr>"

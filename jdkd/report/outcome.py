@@ -17,7 +17,6 @@ from jdkd.search.choice import pareto_front
 from jdkd.search.outcome import read_result
 
 TEACHERS = "teachers.json"
-CONTROLS = ("control", "control_single")  # results of a former format hold two
 
 
 @dataclass(frozen=True)
@@ -26,21 +25,30 @@ class Student:
 
     Args:
         entry: its scores on the images that report, as in `result.json`.
-        target: the latency that was asked for, over the base's; None where the result does not say.
-        met: whether it is that fast.
-        candidate: id in the archive; None where the result does not say.
         folder: where its weights lie.
     """
 
     entry: dict[str, Any]
-    target: float | None
-    met: bool
-    candidate: str | None
     folder: Path
 
     @property
+    def target(self) -> float:
+        """The latency that was asked for, over the base's."""
+        return self.entry["target"]
+
+    @property
+    def met(self) -> bool:
+        """Whether it is as fast, and as good, as was asked for."""
+        return self.entry["target_met"]
+
+    @property
+    def candidate(self) -> str:
+        """Its id in the archive."""
+        return self.entry["id"]
+
+    @property
     def title(self) -> str:
-        return "student" if self.target is None else f"student for {self.target:g}"
+        return f"student for {self.target:g}"
 
 
 @dataclass(frozen=True)
@@ -83,15 +91,12 @@ class Outcome:
     def targets(self) -> list[float]:
         """The latencies that were asked for, over the base's, the slowest first."""
         told = [student.target for student in self.students]
-        if not told:
-            asked = self.run.get("identity") or {}
-            told = asked.get("targets") or [asked.get("target_latency")]
-        return sorted({target for target in told if target is not None}, reverse=True)
+        return sorted(told or self.run.get("identity", {}).get("targets", []), reverse=True)
 
     @property
     def lines(self) -> list[list[Candidate]]:
         """Per student that the archive knows, it and its ancestors, the base first."""
-        known = (self.by_id.get(student.candidate or "") for student in self.students)
+        known = (self.by_id.get(student.candidate) for student in self.students)
         return [self.line(one) for one in known if one is not None]
 
     def line(self, candidate: Candidate) -> list[Candidate]:
@@ -134,27 +139,7 @@ def students_of(result: dict[str, Any], folder: Path = Path()) -> list[Student]:
         result: contents of `result.json`.
         folder: of the search.
     """
-    entries = result.get("students")
-    if entries is None:  # a search for one target
-        entry = result.get("student")
-        known = {"target": result.get("target_latency"), "candidate": result.get("student_id")}
-        met = {"target_met": result.get("target_met")}
-        entries = [{**known, **met, "folder": "student", **entry}] if isinstance(entry, dict) else []
-    return [
-        Student(
-            entry,
-            entry.get("target"),
-            bool(entry.get("target_met")),
-            entry.get("candidate"),
-            folder / entry.get("folder", "student"),
-        )
-        for entry in entries
-    ]
-
-
-def generation_of(candidate: Candidate) -> int:
-    """The generation that it was made in; where an archive has none, its number."""
-    return getattr(candidate, "generation", candidate.number)
+    return [Student(entry, folder / entry["folder"]) for entry in result.get("students", [])]
 
 
 def gains(candidate: Candidate, parent: Candidate | None) -> tuple[float, float]:
@@ -174,7 +159,7 @@ class Row:
     """Final scores of one network on the images that report; None where it was not measured, or failed.
 
     Args:
-        key: `base`, `control`, `control_single` or `student`.
+        key: `base`, `control` or `student`.
         title: what it is, in words.
         map, map50: in 0..1.
         p50, p90, p99: end-to-end latency in ms.
@@ -236,13 +221,10 @@ def rows(result: dict[str, Any]) -> list[Row]:
     Returns:
         One row each, the base first.
     """
-    several = "control_single" in result
-    names = {"base": "base", "control": "control, same cycles" if several else "control"}
-    names["control_single"] = "control, one cycle"
-    found = [(key, title, result.get(key)) for key, title in names.items()]
     students = students_of(result)
+    found = [(name, name, result.get(name)) for name in ("base", "control")]
     found += [("student", one.title if len(students) > 1 else "student", one.entry) for one in students]
-    return [_row(key, title, entry) for key, title, entry in found if isinstance(entry, dict)]
+    return [_row(*each) for each in found if each[2] is not None]
 
 
 def _row(key: str, title: str, entry: dict[str, Any]) -> Row:

@@ -13,12 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito, Color Universal Design (2008): told apart with any kind of colour vision; shapes differ too.
-BLUE, ORANGE, GREEN, VERMILLION, PURPLE, GREY = (
+BLUE, ORANGE, GREEN, VERMILLION, GREY = (
     "#0072B2",
     "#E69F00",
     "#009E73",
     "#D55E00",
-    "#CC79A7",
     "#6E6E6E",
 )
 KINDS = {
@@ -29,7 +28,6 @@ KINDS = {
 FINAL = {
     "base": {"color": "black", "marker": "s", "markersize": 9},
     "control": {"color": GREEN, "marker": "D", "markersize": 8},
-    "control_single": {"color": PURPLE, "marker": "P", "markersize": 9},
     "student": {"color": VERMILLION, "marker": "*", "markersize": 16},
 }
 

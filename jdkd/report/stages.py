@@ -168,7 +168,7 @@ def architecture_section(outcome: Outcome) -> str:
         HTML; empty where nothing but the base is known.
     """
     drawn = []
-    shown = [(one.title, outcome.by_id.get(one.candidate or "")) for one in outcome.students]
+    shown = [(one.title, outcome.by_id.get(one.candidate)) for one in outcome.students]
     if not outcome.students and len(outcome.scored) > 1:
         shown = [("fastest so far", min(outcome.scored, key=lambda one: one.latency_ratio))]
     base = outcome.candidates[0].architecture

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jdkd.errors import InputError
-from jdkd.report.outcome import Outcome, generation_of
+from jdkd.report.outcome import Outcome
 from jdkd.search.archive import Candidate
 
 if TYPE_CHECKING:
@@ -60,11 +61,13 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
             optuna.delete_study(**given)
             study, there = optuna.create_study(**given, **directions), []
         study.set_user_attr(MARK, own)
-        study.set_metric_names([*OBJECTIVES])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names([*OBJECTIVES])
         study.add_trials(wanted[len(there) :])
     except (SQLAlchemyError, ValueError, ImportError) as error:
-        words = str(error).strip().splitlines()[0]
-        raise InputError(f"{storage} cannot hold an Optuna study ({words}); give one such as sqlite:///study.db.") from None
+        why = str(error).strip().splitlines()[0]
+        raise InputError(f"{storage} cannot hold an Optuna study ({why}); give one such as sqlite:///a.db.") from None
     finally:
         optuna.logging.set_verbosity(level)
     return study
@@ -75,14 +78,13 @@ def _trial(one: Candidate, teachers: Sequence[str]) -> FrozenTrial:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.trial import TrialState, create_trial
 
-    aim = getattr(one, "aim", None)
     parameters = {
-        "kind": (one.kind, CategoricalDistribution(KINDS if one.kind in KINDS else (*KINDS, one.kind))),
-        "generation": (generation_of(one), IntDistribution(0, MOST)),
+        "kind": (one.kind, CategoricalDistribution(KINDS)),
+        "generation": (one.generation, IntDistribution(0, MOST)),
         "steps": (one.steps, IntDistribution(0, MOST)),
     }
-    if aim is not None:
-        parameters["aim"] = (aim, FloatDistribution(0.0, max(1.0, aim)))
+    if one.target is not None:
+        parameters["target"] = (one.target, FloatDistribution(0.0, 1.0))
     if one.teacher is not None:
         parameters["teacher"] = (str(one.teacher), CategoricalDistribution(teachers))
     failed = one.failure is not None or not math.isfinite(one.map + one.latency_ratio)

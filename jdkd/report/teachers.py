@@ -7,11 +7,12 @@ from collections import defaultdict
 from html import escape
 from typing import Any
 
-from jdkd.pool import Subnet
+from jdkd.pool.members import teacher_from_json
 from jdkd.report.front import mark
 from jdkd.report.outcome import Outcome, gains, signed
 from jdkd.report.svg import Axes, spread, tag
 from jdkd.search.archive import Candidate
+from jdkd.search.proposal import BASE
 
 SILENT = 8  # members that taught nobody and are listed all the same, best first
 
@@ -25,13 +26,16 @@ def teachers_section(outcome: Outcome) -> str:
     Returns:
         HTML; empty where there was no teacher.
     """
-    scores = {name_of(member): member for member in outcome.teachers}
+    scores = {str(teacher_from_json(member)): member for member in outcome.teachers}
     taught: dict[str, list[Candidate]] = defaultdict(list)
     for one in outcome.candidates:
         if one.teacher is not None:
             taught[str(one.teacher)].append(one)
     if not scores and not taught:
         return ""
+    if BASE in taught:
+        base = outcome.candidates[0]
+        scores[BASE] = {"map": base.map, "parameters": base.params}
     names = sorted({*scores, *taught}, key=lambda name: -_number(scores.get(name), "map"))
     silent = [name for name in names if name not in taught]
     shown = [name for name in names if name in taught or name in silent[:SILENT]]
@@ -39,27 +43,19 @@ def teachers_section(outcome: Outcome) -> str:
     left_out = len(names) - len(shown)
     more = f'<p class="faint">{left_out} more members were scored and taught nobody.</p>' if left_out else ""
     head = (
-        '<th class="text">teacher</th><th>mAP</th><th>M params</th><th>1 − r to the base</th><th>taught</th>'
+        '<th class="text">teacher</th><th>mAP</th><th>M params</th><th>taught</th>'
         '<th>mean gain</th><th class="text">candidates</th>'
     )
     table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     return _curriculum(outcome, scores) + table + more
 
 
-def name_of(member: dict[str, Any]) -> str:
-    """What candidates call a member of the pool: a subnet's ranges, or the name of a foreign one."""
-    subnet = member.get("subnet")
-    if isinstance(subnet, dict):
-        return str(Subnet.from_json(subnet))
-    return str(subnet if subnet is not None else member.get("name", "?"))
-
-
 def _row(name: str, member: dict[str, Any] | None, students: list[Candidate], outcome: Outcome) -> str:
-    changes = [gains(one, outcome.by_id.get(one.parent or ""))[0] for one in students]
+    changes = [gains(one, outcome.by_id.get(one.parent))[0] for one in students]
     known = [change for change in changes if math.isfinite(change)]
     mean = signed(sum(known) / len(known)) if known else "–"
     size = (member or {}).get("parameters")
-    cells = [_shown(member, "map"), "–" if size is None else f"{size / 1e6:.2f}", _shown(member, "distance")]
+    cells = [_shown(member, "map"), "–" if size is None else f"{size / 1e6:.2f}"]
     whom = ", ".join(str(one.number) for one in students) or "–"
     inner = "".join(f"<td>{cell}</td>" for cell in (*cells, len(students), mean))
     return f'<tr><td class="text">{escape(name)}</td>{inner}<td class="text wrap">{whom}</td></tr>'

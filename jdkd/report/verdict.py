@@ -4,54 +4,52 @@ from __future__ import annotations
 
 from typing import Any
 
-from jdkd.report.outcome import CONTROLS, Outcome, Student, generation_of, signed, students_of
+from jdkd.report.outcome import Outcome, Student, signed, students_of
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """Whether the asked latencies were met, one sentence each; empty where the result does not say."""
+    """Whether what was asked for was met, one sentence a student; empty where the result has none."""
     students = students_of(result)
-    name = "The student" if len(students) == 1 else "A student"
-    return " ".join(sentence for student in students if (sentence := _latency(student, name)))
+    return " ".join(_latency(student, result, _name(students)) for student in students)
 
 
 def summary(outcome: Outcome) -> list[str]:
-    """The same with the scores: a sentence or two per student, or how far a search has come.
+    """The same with the scores: two sentences a student, or how far a search has come.
 
     Args:
         outcome: of a search, finished or under way.
     """
-    students = [student for student in outcome.students if student.entry.get("map") is not None]
-    if not students:
-        return [_so_far(outcome)]
-    name = "The student" if len(students) == 1 else "A student"
-    return [" ".join(filter(None, (_latency(one, name), _score(one, outcome.result)))) for one in students]
+    result, students = outcome.result, outcome.students
+    told = [f"{_latency(one, result, _name(students))} {_score(one, result)}" for one in students]
+    return told or [_so_far(outcome)]
 
 
-def _latency(student: Student, name: str) -> str:
-    ratio, target = student.entry.get("latency_ratio"), student.target
-    if target is None or ratio is None:
-        return ""
+def _name(students: list[Student]) -> str:
+    return "The student" if len(students) == 1 else "A student"
+
+
+def _latency(student: Student, result: dict[str, Any], name: str) -> str:
+    ratio, target, least = student.entry["latency_ratio"], student.target, result.get("target_map")
     taken = f"{name} takes {_told(ratio, target)} of the base's time"
     if student.met:
         return f"{taken}; {target} was asked for."
+    if ratio <= target:
+        return f"{taken}, but nothing within {target} has the mAP of {least} on the images that select."
     return f"{taken} and misses the {target} that was asked for; it is the fastest found."
 
 
 def _score(student: Student, result: dict[str, Any]) -> str:
     """Its mAP beside the base's and the control's."""
-    own = student.entry["map"]
-    others = {"the base": result.get("base"), "the base trained as long as it (the control)": None}
-    control = next((result[name] for name in CONTROLS if isinstance(result.get(name), dict)), None)
-    others["the base trained as long as it (the control)"] = control
-    known = {name: entry["map"] for name, entry in others.items() if entry and entry.get("map") is not None}
-    beside = " and ".join(f"{signed(own - score)} against {name}" for name, score in known.items())
-    return f"Its mAP is {own:.3f}{', ' if beside else ''}{beside}."
+    own, others = student.entry["map"], {"the base": "base", "the base trained as long as it (the control)": "control"}
+    scores = {name: (result.get(key) or {}).get("map") for name, key in others.items()}
+    beside = [f"{signed(own - score)} against {name}" for name, score in scores.items() if score is not None]
+    return f"Its mAP is {own:.3f}{', ' if beside else ''}{' and '.join(beside)}."
 
 
 def _so_far(outcome: Outcome) -> str:
     """How far a search has come that has no result yet."""
     tried, failed = len(outcome.candidates) - 1, len(outcome.candidates) - len(outcome.scored)
-    made = f"{tried} candidate{'s' * (tried != 1)} in {max(map(generation_of, outcome.candidates))} generations"
+    made = f"{tried} candidate{'s' * (tried != 1)} in {outcome.candidates[-1].generation} generations"
     lost = f", {failed} of them failed" if failed else ""
     fast = [f"{best.map:.3f} at most within {target:g} of the base's time" for target, best in best_so_far(outcome)]
     found = f"; mAP {', '.join(fast)}" if fast else ""

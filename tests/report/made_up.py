@@ -7,10 +7,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from jdkd.pool import Subnet
+from jdkd.pool.members import ScoredTeacher, Subnet
 from jdkd.rewrite import Architecture
 from jdkd.run_folder import RunFolder
-from jdkd.search.archive import Archive, Candidate, Cycle
+from jdkd.search.archive import Archive, Candidate
+from jdkd.search.proposal import Cycle
 from jdkd.search.timing import Timing
 
 ARCHITECTURE = Architecture("tests.report.made_up:stack", {"width": 32}, classes=("a", "b"))
@@ -44,14 +45,14 @@ def add(archive: Archive, number: int, score: float, ratio: float, parent: int |
     timing = Timing(f"spec {number}", "brief", environment, samples, (20.0,) * 4)
     known = {
         "number": number, "id": f"{number:03d}", "parent": None if parent is None else f"{parent:03d}",
+        "generation": -(-number // 4), "target": 0.53 if number > 12 else None,
+        "predicted": ratio * (1 + number % 5 / 50),
         "kind": "base" if parent is None else "morph", "action": "base" if parent is None else "prune 20 % of <inner>",
-        "teacher": None if parent is None else MEMBERS[number % 3], "architecture": ARCHITECTURE,
-        "architecture_id": f"spec {number}", "feature_channels": ((0, 1, 2),), "map": score, "map50": 1.5 * score,
+        "teacher": None if parent is None else [*MEMBERS, "a foreign one"][number % 4], "architecture": ARCHITECTURE,
+        "architecture_id": f"spec {number}", "map": score, "map50": 1.5 * score,
         "steps": own, "lineage_steps": own * number, "cycles": () if parent is None else (Cycle(100, 0, 300, 2e-3),),
-        "params": int(1e5 * samples[0]), "gmacs": 0.02 * samples[0], "seconds": 12.5,
-    }  # fmt: skip
-    later = {"generation": -(-number // 4), "aim": None if parent is None else 0.53}  # an archive may not have them yet
-    known |= {name: value for name, value in later.items() if name in Candidate.__dataclass_fields__} | changes
+        "params": int(1e5 * samples[0]), "gmacs": 0.02 * samples[0], "seconds": {"training": 10.0, "scoring": 2.5},
+    } | changes  # fmt: skip
     return archive.add(None if known.get("failure") else timing, **known)
 
 
@@ -94,11 +95,8 @@ def result(candidates: list[Candidate]) -> dict[str, Any]:
     for target in TARGETS:
         fast = [one for one in candidates if one.latency_ratio <= target]
         one = max(fast, key=lambda c: c.map) if fast else min(candidates, key=lambda c: c.latency_ratio)
-        about = {"target": target, "target_met": bool(fast), "candidate": one.id, "folder": f"student-{target:g}"}
+        about = {"target": target, "target_met": bool(fast), "id": one.id, "folder": f"student-{target:g}"}
         students.append(entry(one.map + 0.01, one.latency_p50, one.latency_ratio, one.lineage_steps, **about))
-    rng = random.Random(1)
-    foreseen = {"kendall_tau": 0.91, "mean_absolute_percentage_error": 0.032, "architectures": 18}
-    points = [[one.latency_ratio * rng.gauss(1, 0.04), one.latency_ratio] for one in candidates[1:]]
     seconds = {"training": 900.0, "scoring": 210.0, "timing": 130.0, "screening": 60.0, "other": 9.0}
     return {
         "base": entry(0.36, 20.0, 1.0, 400), "control": entry(0.40, 20.0, 1.0, 700), "students": students,
@@ -106,7 +104,7 @@ def result(candidates: list[Candidate]) -> dict[str, Any]:
         "report": part(51, 130, "half, the higher SHA-256 of image files"), "seed": 0, "device": "cpu",
         "versions": {"torch": "2.11.0", "jdkd": "0.1.0"}, "command": ["jdkd", "search", "--base", "a folder"],
         "target_met": all(one["target_met"] for one in students), "aa": {"ratio": 1.002, "interval": [0.991, 1.014]},
-        "predictor": foreseen | {"points": points},
+        "predictor": {"kendall_tau": 0.91, "mean_absolute_percentage_error": 3.2, "architectures": 18},
         "cost": {"pool_steps": 300, "candidate_steps": 2300, "control_steps": 700, "seconds": seconds},
     }  # fmt: skip
 
@@ -114,8 +112,8 @@ def result(candidates: list[Candidate]) -> dict[str, Any]:
 def teachers() -> list[dict[str, Any]]:
     """Members of a pool, a foreign one among them."""
     scores = zip(MEMBERS, (0.45, 0.43, 0.39), strict=True)
-    members = [{"subnet": s.to_json(), "map": m, "parameters": 2_900_000, "distance": 0.2} for s, m in scores]
-    return [*members, {"subnet": "a foreign one", "map": 0.51, "parameters": 41_000_000, "distance": 0.4}]
+    members = [ScoredTeacher(subnet, score, 2_900_000) for subnet, score in scores]
+    return [one.to_json() for one in (*members, ScoredTeacher("a foreign one", 0.51, 41_000_000))]
 
 
 def make_search(folder: Path, *, finished: bool = True, count: int = 24, seed: int = 0) -> Path:

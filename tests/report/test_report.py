@@ -24,17 +24,16 @@ def text(tmp_path_factory):
 
 @pytest.fixture
 def single():
-    """A result of the format before: one student, two controls."""
+    """A result for one target, which was missed."""
+    about = {"target": 0.53, "target_met": False, "id": "007", "folder": "student"}
     return {
-        "base": entry(0.36, 20.0, 1.0, 400),
+        "base": entry(0.36, 20.0, 1.0, 0),
         "control": entry(0.44, 20.0, 1.0, 700),
-        "control_single": entry(0.46, 20.1, 1.003, 700),
-        "student": entry(0.49, 12.0, 0.6, 700),
+        "students": [entry(0.49, 12.0, 0.6, 700, **about)],
         "report": {"images": 51},
         "selection": {"images": 50},
-        "target_latency": 0.53,
+        "target_map": None,
         "target_met": False,
-        "student_id": "007",
     }
 
 
@@ -64,7 +63,7 @@ def test_page_has_a_section_for_everything_that_a_search_wrote(text):
     ]
     for name in _sections(text):
         assert f'<a href="#{name}">' in text
-    assert "Kendall's tau) 0.910, mean absolute error 3.2 %" in text
+    assert "Kendall's tau) is 0.91, the mean absolute error 3.2 %" in text
     assert "training 15.0 min (68.8 %)" in text and "teacher pool 300 (9.1 %)" in text
     assert "jdkd search --base &#x27;a folder&#x27;" in text
     where = "of data/instances_val2017.json in data/val2017"
@@ -138,19 +137,17 @@ def test_report_leaves_the_archive_alone_and_can_be_written_again(folder):
     assert {each.name for each in folder.iterdir()} == names
 
 
-def test_a_result_of_the_format_before_is_shown_too(folder, single):
+def test_report_of_a_search_that_found_nothing_better(folder, single):
+    del single["control"]
+    single["students"][0] |= {"id": "000", **entry(0.36, 20.0, 1.0, 0)}
     (folder / "result.json").write_text(json.dumps(single | {"report": None, "selection": None}))
     text = write_report(folder)[1].read_text()
-    assert "takes 0.600 of the base&#x27;s time and misses the 0.53" in text and "control, one cycle" in text
-    assert read_outcome(folder).students[0].folder == folder / "student"
+    assert "takes 1.000 of the base&#x27;s time and misses the 0.53" in text and "(the control)" not in text
 
 
-def test_report_of_a_search_that_found_nothing_better(folder, single):
-    for name in ("control", "control_single"):
-        del single[name]
-    single |= {"student_id": "000", "student": {**single["base"], "latency_ratio_interval": None}}
-    (folder / "result.json").write_text(json.dumps(single | {"report": None, "selection": None}))
-    assert "control, one cycle" not in write_report(folder)[1].read_text()
+def test_a_control_that_failed_is_said(folder):
+    text = _rewritten(folder, control={"failure": "the losses of step 3 are not finite."})
+    assert "The control failed: the losses of step 3 are not finite." in text and "(the control)" not in text
 
 
 @pytest.mark.parametrize(
@@ -163,8 +160,14 @@ def test_report_of_a_search_that_found_nothing_better(folder, single):
     ],
 )
 def test_the_verdict_never_contradicts_its_own_digits(single, ratio, target, says):
-    single["student"]["latency_ratio"] = ratio
-    assert says in verdict(single | {"target_latency": target, "target_met": ratio <= target})
+    single["students"][0] |= {"latency_ratio": ratio, "target": target, "target_met": ratio <= target}
+    assert says in verdict(single)
+
+
+def test_the_verdict_says_what_was_missed_where_an_map_was_asked_for(single):
+    single["students"][0] |= {"latency_ratio": 0.5}
+    said = "takes 0.500 of the base's time, but nothing within 0.53 has the mAP of 0.6 on the images that select."
+    assert said in verdict(single | {"target_map": 0.6})
 
 
 def test_page_shows_the_two_medians_that_make_a_ratio(folder, text):
@@ -182,7 +185,7 @@ def test_table_fits_a_terminal_and_tells_the_target(single, folder):
 
     text = shown(single)
     assert "0.600 (0.590–0.612)" in text and "misses the 0.53" in text
-    assert "control_single" in text and "Scores on 51 images, chosen on 50 others" in text
+    assert "control" in text and "Scores on 51 images, chosen on 50 others" in text
     assert result_table({"base": single["base"]}).row_count == 1
     text = shown(result(read_outcome(folder).scored))
     assert "student 0.75" in text and "student 0.53" in text
