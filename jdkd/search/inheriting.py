@@ -10,10 +10,7 @@ from torch import nn
 
 from jdkd.detect.contract import architecture_of
 from jdkd.graph import Topology
-try:
-    from jdkd.morph import repair
-except ImportError:
-    repair = lambda *a: None
+from jdkd.morph import repair
 from jdkd.rewrite import Rewrite, build
 from jdkd.search.context import SearchContext
 

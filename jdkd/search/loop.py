@@ -12,6 +12,7 @@ from contextlib import closing
 from typing import Any
 
 from jdkd.detect.contract import architecture_of
+from jdkd.execution import Journal, executor
 from jdkd.files import read_json, write_json
 from jdkd.latency.table import LatencyTable
 from jdkd.notices import say_once
@@ -22,7 +23,6 @@ from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.config import Plan, SearchConfig, plan
 from jdkd.search.context import SearchContext, candidate_folder, open_context
 from jdkd.search.evaluator import TRAINING, Evaluator, Training
-from jdkd.search.execution import Journal, executor
 from jdkd.search.matching import Matching
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.proposal import Proposal
