@@ -92,6 +92,8 @@ class Processes:
                 yield attempt.job, outcome
             case ("error", error):
                 worker.attempt = None
+                if not worker.is_ready:  # it has no task to do others of
+                    self._workers.pop(place).kill()
                 raise error
             case None:
                 del self._workers[place]
@@ -138,10 +140,10 @@ class Processes:
             yield attempt.job, {"failure": f"its worker process {ended}, {attempt.lost} times in succession."}
             return
         left.appendleft(attempt)
-        tries = f", for the {('first', 'second')[attempt.lost - 1]} time" if attempt.lost else ""
+        again = f" ({attempt.lost} of {RETRIES})" if attempt.lost else ""
         say_once(
-            f"a worker process {ended} at {named(attempt.job)}{tries}; another carries it on",
-            key=f"{worker.process.pid} ended",
+            f"{named(attempt.job)} lost its worker process, which {ended}; another carries it on{again}",
+            key=f"lost {worker.process.pid}",
         )
 
 
@@ -194,5 +196,5 @@ class _Worker:
 def _ending(exitcode: Any) -> str:
     if exitcode >= 0:
         return f"ended with exit code {exitcode}"
-    hint = ", as a system does that runs out of memory" if exitcode == -signal.SIGKILL else ""
+    hint = " (as a system does that runs out of memory)" if exitcode == -signal.SIGKILL else ""
     return f"was killed by {signal.Signals(-exitcode).name}{hint}"

@@ -40,7 +40,7 @@ class Task(Protocol):
 
         Returns:
             From a job to its outcome, both JSON. It depends on the job and the task alone; torch's generators are
-            seeded with the job before it is called. ModelError makes the job a failure, any other ends the search.
+            seeded with the job before it is called. ModelError makes the job a failure, another error ends the search.
         """
 
     def elsewhere(self, out: Path, inputs: Mapping[str, Path]) -> "Task":

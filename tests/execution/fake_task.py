@@ -10,14 +10,13 @@ from pathlib import Path
 
 import torch
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, ModelError
 from jdkd.notices import say_once
-from jdkd.train import DivergenceError
 
 
 @dataclass(frozen=True)
 class FakeTask:
-    """Its jobs leave marks in ``marks``, so that a test sees what was done, by whom and how often."""
+    """Its jobs leave marks, so that a test sees what was done, by whom and how often."""
 
     out: Path
     marks: Path
@@ -25,28 +24,31 @@ class FakeTask:
     opening: str = "well"
 
     def open(self, device, progress):
-        mark(self.marks, f"opened-{os.getpid()}")
-        if self.opening == "refused":
-            raise InputError(f"the base in {self.out} cannot be read.")
-        if self.opening == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.opening == "ended":
-            os._exit(3)
+        (self.marks / f"opened-{os.getpid()}").touch()
+        match self.opening:
+            case "refused":
+                raise InputError("the base cannot be read.")
+            case "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "ended":
+                os._exit(3)
         held = {name: (folder / "content.txt").read_text() for name, folder in self.inputs.items()}
 
         def evaluate(job):
-            mark(self.marks, f"begun-{job['number']}-{os.getpid()}")
+            (self.marks / f"begun-{job['number']}-{os.getpid()}").touch()
             progress(f"candidate {job['number']}", 0, 2, {"loss": 1.0})
-            say_once("an image holds no box", key="no box")
-            outcome = fate(job.get("fate", "well"), self.marks / f"first-{job['number']}")
+            say_once(f"candidate {job['number']} holds no box", key=job.get("key", "no box"))
+            first = self.marks / f"first-{job['number']}"
+            is_first = not first.exists()
+            first.touch()
+            befall(job.get("fate"), is_first, first)
             progress(f"candidate {job['number']}", 2, 2, {"loss": 0.5})
-            for name in self.reads(job):
-                outcome["read"] = (self.out / name / "content.txt").read_text()
+            read = [(self.out / name / "content.txt").read_text() for name in self.reads(job)]
             for name in self.writes(job):
                 (self.out / name / "deep").mkdir(parents=True, exist_ok=True)
                 (self.out / name / "deep" / "content.txt").write_text(f"of {job['number']}")
-            about = {"number": job["number"], "device": device, "threads": torch.get_num_threads(), "inputs": held}
-            return outcome | about | {"drawn": torch.rand(()).item(), "pid": os.getpid(), "pair": (1, 2)}
+            outcome = {"device": device, "threads": torch.get_num_threads(), "inputs": held, "read": read}
+            return outcome | {"drawn": torch.rand(()).item(), "pid": os.getpid(), "pair": (1, 2)}
 
         return evaluate
 
@@ -60,13 +62,11 @@ class FakeTask:
         return job.get("writes", ())
 
 
-def fate(what, first):
+def befall(fate, is_first, mark):
     """Does what a job says, some of it only the first time."""
-    fresh = not first.exists()
-    first.touch()
-    match what:
+    match fate:
         case "diverges":
-            raise DivergenceError("training diverged at step 1 of 1.", 1, "loss_pkd")
+            raise ModelError("training diverged.")
         case "is refused":
             raise InputError("an image cannot be read.")
         case "is a bug":
@@ -79,28 +79,19 @@ def fate(what, first):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
         case "is always killed":
             os.kill(os.getpid(), signal.SIGKILL)
-        case "is killed once" if fresh:
+        case "is killed once" if is_first:
             os.kill(os.getpid(), signal.SIGKILL)
-        case "crashes once" if fresh:
+        case "crashes once" if is_first:
             os.kill(os.getpid(), signal.SIGSEGV)
+        case "waits for another":
+            while not mark.with_name("go").exists():
+                time.sleep(0.01)
         case "waits":
-            return waited(first)
-        case "sleeps":
-            time.sleep(0.5)
-    return {}
-
-
-def waited(first):
-    try:
-        time.sleep(60)
-    except KeyboardInterrupt:
-        first.with_name("saved").touch()
-        raise
-    return {}
-
-
-def mark(folder, name):
-    (folder / name).touch()
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                mark.with_name(f"saved-{os.getpid()}").touch()
+                raise
 
 
 class Unpicklable(Exception):
