@@ -62,7 +62,7 @@ class Search:
     """Address of a Ray cluster that trains them, or auto."""
     batch_size: int = 8
     """Images per step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: on a GPU."""

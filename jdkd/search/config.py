@@ -107,7 +107,7 @@ class SearchConfig:
     candidates: int = 3
     proposals: int = 12
     batch_size: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-3
     amp: str = "auto"
     loaders: int = 0
     workers: int = 0

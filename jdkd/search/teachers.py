@@ -30,7 +30,7 @@ def grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
             context.base,
             context.train,
             context.selection.dataset,
-            PoolTrainConfig(context.training(budget.pool, seed=POOL_SEED, lr=2 * config.lr), head_weight=1.0),
+            PoolTrainConfig(context.training(budget.pool, seed=POOL_SEED), head_weight=1.0),
             config.pool,
             topology=context.topology,
             device=config.device,
@@ -39,7 +39,7 @@ def grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
         )
     except DivergenceError as error:
         raise InputError(
-            f"no teacher pool can be grown at twice the lr of {config.lr:g}: at step {error.step} {error.what} is not "
+            f"no teacher pool can be grown at the lr of {config.lr:g}: at step {error.step} {error.what} is not "
             "finite; search into another folder at a lower lr, or give a teacher_pool."
         ) from error
     return _invited(pool, context)
