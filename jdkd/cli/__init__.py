@@ -20,6 +20,7 @@ REFUSED = 2
 EXTRAS = ("optuna", "ray", "tensorboard")
 """Packages with an extra of their own name."""
 
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 

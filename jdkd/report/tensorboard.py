@@ -23,7 +23,7 @@ class TensorBoardMirror:
     """Writes what the logs of trainings and the archive of a search say as TensorBoard's events, and what comes new.
 
     Every training is a run of its own, named by its folder, with its losses, learning rate and gradient norm by step.
-    The search is a run `search`: mAP, latency ratio and steps by the number of the candidate, and the plot of the front.
+    The search is a run `search`: mAP, latency ratio and steps by the number of the candidate, and the front as a plot.
     Logs and archive stay the source: a mirror that is opened writes everything anew, so nothing is there twice.
 
     Args:
