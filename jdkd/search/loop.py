@@ -72,13 +72,21 @@ def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -
             remember(pool, context)
         _time_on_this_machine(archive, context)
         table = _table(context)
+        _tell(archive, budget, pool, context)
         strategy = Strategy(context, budget, Matching(context, pool, archive.candidates[0].map), table)
         with closing(_workers(context, pool)) as workers:
             while proposals := _generation(strategy, archive, context):
                 _run(proposals, workers, archive, context)
+                _tell(archive, budget, pool, context)
                 _clear(archive, budget, context)
                 workers.clear()
         return conclude(archive, pool.steps if pool else 0, context)
+
+
+def _tell(archive: Archive, budget: Plan, pool: TeacherPool | None, context: SearchContext) -> None:
+    """Reports how far the budget is spent."""
+    taken = (pool.steps if pool else 0) + sum(candidate.steps for candidate in archive.candidates)
+    context.progress("budget", taken, budget.total, {"generations": len(budget.rungs)})
 
 
 def _workers(context: SearchContext, pool: TeacherPool | None) -> Journal:
