@@ -12,6 +12,7 @@ from jdkd.morph.actions import (
 from jdkd.morph.cutting import cut_to
 from jdkd.morph.importance import channel_importance
 from jdkd.morph.parts import parts
+from jdkd.morph.repairing import repair
 
 __all__ = [
     "Morph",
@@ -24,4 +25,5 @@ __all__ = [
     "prune_channels",
     "rearrange",
     "remove_block",
+    "repair",
 ]
