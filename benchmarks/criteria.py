@@ -5,7 +5,8 @@ Run ``python -m benchmarks.criteria --base DIR --data DIR`` with one thread; it 
 batch norms recalibrated, without and with the least-squares repair of what reads cut channels, and is scored before and
 after ``--steps`` of training (0: not at all). ``today`` cuts one share of every part, by |gamma| and magnitude, as
 :func:`jdkd.morph.prune_channels` does by itself; the others cut by importance for each millisecond.
-Latencies are processor time of the thread, as other programs may run beside; a second cut brings the measured ones together.
+Latencies are processor time of the thread, as other programs may run beside; a second cut brings the measured ones
+together.
 """
 
 from __future__ import annotations
