@@ -7,7 +7,7 @@ import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Annotated, Any, Union
 
 from jdkd.cli.failures import Interrupted, full_disk
@@ -16,6 +16,9 @@ from jdkd.notices import Notice
 
 REFUSED = 2
 """Exit code for what the user can act on: bad input, a full disk, Ctrl-C, a package that is not installed."""
+
+EXTRAS = ("optuna", "ray", "tensorboard")
+"""Packages with an extra of their own name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        with _notices_as_lines():
+        with _notices_as_lines(), _quiet_beside_the_first():
             code = _parse(argv)()
         sys.stdout.flush()
         return code or 0
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "jdkd":
             raise
-        return _refuse(f"the package {error.name} is missing; install it with: pip install 'jdkd[detect]'")
+        extra = error.name if error.name in EXTRAS else "detect"
+        return _refuse(f"the package {error.name} is missing; install it with: pip install 'jdkd[{extra}]'")
     except OSError as error:
         if not full_disk(error):
             raise
@@ -64,6 +68,8 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     from jdkd.cli.importing import Import
     from jdkd.cli.inspect import Inspect
     from jdkd.cli.latency import Latency
+    from jdkd.cli.pool import PoolEval, PoolExport, PoolTrain
+    from jdkd.cli.report import Report
     from jdkd.cli.search import Search
     from jdkd.cli.train import Train
 
@@ -72,12 +78,17 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
 
     positional = tyro.conf.PositionalRequiredArgs
     data = Union[named("digits", Digits, positional), named("check", CheckData, positional)]  # noqa: UP007
+    pool = Union[  # noqa: UP007
+        named("train", PoolTrain), named("eval", PoolEval, positional), named("export", PoolExport, positional)
+    ]
     commands = (
         Annotated[data, tyro.conf.subcommand(name="data", description="Make data to try things on, or check data.")],
         named("import", Import, positional),
         named("inspect", Inspect, positional),
         named("train", Train),
+        Annotated[pool, tyro.conf.subcommand(name="pool", description="Train, measure and open a teacher pool.")],
         named("search", Search),
+        named("report", Report, positional),
         named("eval", Eval, positional),
         named("latency", Latency, positional),
         named("env", Env),
@@ -106,6 +117,16 @@ def _notices_as_lines() -> Iterator[None]:
                 otherwise(message, category, *where, **more)
 
         warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _quiet_beside_the_first() -> Iterator[None]:
+    """Of several processes of one training only the first tells what it does; what one refuses is said all the same."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
 

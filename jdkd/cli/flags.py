@@ -93,3 +93,23 @@ def resolve_device(device: str) -> str:
             f"--device is {device}, but torch {torch.__version__} sees {there} CUDA devices; give --device auto or cpu."
         )
     return device
+
+
+def recorded_split(folder: Path, name: str) -> Split | None:
+    """The split, `train` or `val`, that a run recorded, if it is still there.
+
+    Args:
+        folder: of the run, or one in it, such as its student or its pool.
+        name: of the split.
+    """
+    from jdkd.data import Split
+    from jdkd.run_folder import RunFolder
+
+    for place in (folder, folder.resolve().parent):
+        data = (RunFolder(place).read() or {}).get("where", {}).get("data", {})
+        if not {f"{name}_images", f"{name}_annotations"} <= data.keys():
+            continue
+        split = Split(Path(data[f"{name}_images"]), Path(data[f"{name}_annotations"]), name)
+        if split.images.is_dir() and split.annotations.is_file():
+            return split
+    return None

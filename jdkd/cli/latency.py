@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jdkd.cli.flags import DataFlags, resolve_device
+from jdkd.cli.flags import DataFlags, recorded_split, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import require_file, write_json
@@ -87,7 +87,7 @@ class Latency:
 
         if self.images:
             return [read_image(file) for file in self.images], f"{len(self.images)} image files"
-        split = self.source.split("val") if self.source.given else _recorded(self.base)
+        split = self.source.split("val") if self.source.given else recorded_split(self.base, "val")
         if split is not None:
             with Progress() as progress:
                 split = replace(split, strict=self.source.strict)
@@ -109,21 +109,6 @@ def _named(folders: list[Path]) -> dict[str, Path]:
         repeated = sum(1 for other in named.values() if other == folder)
         named[f"{name} ({repeated + 1})" if repeated else name] = folder
     return named
-
-
-def _recorded(base: Path) -> Any:
-    """The validation split that a run recorded for a detector, if it is still there."""
-    from jdkd.data import Split
-    from jdkd.run_folder import RunFolder
-
-    for folder in (base, base.resolve().parent):
-        data = (RunFolder(folder).read() or {}).get("where", {}).get("data", {})
-        if not {"val_images", "val_annotations"} <= data.keys():
-            continue
-        split = Split(Path(data["val_images"]), Path(data["val_annotations"]), "val")
-        if split.images.is_dir() and split.annotations.is_file():
-            return split
-    return None
 
 
 def _photographs() -> list[Tensor]:

@@ -28,7 +28,7 @@ class Search:
     base: Path
     """Folder of the base detector, written by train or import."""
     out: Path
-    """Folder for student, result.json, archive.sqlite, pareto.png, report.html."""
+    """Folder for the students, result.json, archive.sqlite, pareto.png, report.html."""
     source: DataFlags = field(default_factory=DataFlags)
     selection_images: Path | None = None
     """Folder of images to select on; all of val reports then [half of val selects, the other half reports]."""
@@ -36,15 +36,33 @@ class Search:
     """COCO annotations of the images to select on; no detector may have been trained on them."""
     teacher_pool: Path | None = None
     """Folder of a finished teacher pool; without it, one is grown from the base."""
+    teachers: tuple[Path, ...] = ()
+    """Folders of other detectors of the same classes that may teach."""
     target_latency: float = 0.53
     """End-to-end latency to reach, as a fraction of the base's."""
+    targets: str | None = None
+    """Several at once, such as 0.75,0.53,0.35: a front with a student for each, instead of --target-latency."""
+    target_map: float | None = None
+    """mAP on the images that select that is enough: the student is the fastest that has it."""
     steps: int | None = None
-    """Training steps in all: pool, candidates and both controls [36 epochs]."""
-    candidates: int = 4
-    """Students to train."""
+    """Training steps of pool and candidates together."""
+    epochs: float | None = None
+    """The same in epochs of the training images [24]."""
+    minutes: float | None = None
+    """The same in minutes of training, by the time of a step of the base on this machine."""
+    candidates: int = 3
+    """Students to train in every generation that looks for an architecture."""
+    proposals: int = 12
+    """Students to screen, untrained, for each of these generations."""
+    control: bool = True
+    """Train the base as long as the student, to compare with; that is not part of the budget."""
+    workers: int = 0
+    """Processes that train candidates at once."""
+    ray: str | None = None
+    """Address of a Ray cluster that trains them, or auto."""
     batch_size: int = 8
     """Images per step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: on a GPU."""
@@ -52,7 +70,7 @@ class Search:
     """How long the timing of a student that may be chosen lasts."""
     seed: int = 0
     """Decides everything that is drawn."""
-    workers: int = 0
+    loaders: int = 0
     """Processes that read images."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
@@ -68,6 +86,7 @@ class Search:
         (train, val), selection = self.source.splits(), self._selection()
         settings = {field.name for field in dataclasses.fields(SearchConfig)} & vars(self).keys()
         given = {name: getattr(self, name) for name in settings} | {"device": resolve_device(self.device)}
+        given["targets"] = self._targets()
         command = ("jdkd", *sys.argv[1:])
         config = SearchConfig(**given, train=train, val=val, selection=selection, command=command)
         run = RunFolder(self.out)
@@ -75,12 +94,26 @@ class Search:
             result = search(config, progress=progress)
             plot, page = write_report(self.out)
         Console().print(result_table(result))
-        for path in (self.out / "student", self.out / "result.json", self.out / "archive.sqlite", plot, page):
+        students = [self.out / student["folder"] for student in result["students"]]
+        for path in (*students, self.out / "result.json", self.out / "archive.sqlite", plot, page):
             print(path)
         if not result["target_met"]:
             raise InputError(
                 f"{verdict(result)} Give a larger --target-latency or more --candidates and --steps, in another folder."
             )
+
+    def _targets(self) -> tuple[float, ...]:
+        """The latencies to reach.
+
+        Raises:
+            InputError: they are no numbers.
+        """
+        if self.targets is None:
+            return (self.target_latency,)
+        try:
+            return tuple(float(target) for target in self.targets.split(","))
+        except ValueError:
+            raise InputError(f"--targets is {self.targets!r}; give fractions such as 0.75,0.53,0.35.") from None
 
     def _selection(self) -> Split | None:
         """The images to select on, where they are given.

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Train:
-    """Train a base detector and score it on the validation split."""
+    """Train a base detector and score it on the validation split.
+
+    Several processes: torchrun --nproc-per-node N -m jdkd train ...; --batch-size is of each.
+    """
 
     out: Path
     """Folder for architecture.json, weights.safetensors, train.json, log.jsonl."""
@@ -55,7 +58,7 @@ class Train:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 8
-    """Images per step."""
+    """Images per step, of each process."""
     lr: float = 2e-3
     """Peak learning rate of the one cycle."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -84,16 +87,23 @@ class Train:
     """Carry on what OUT holds."""
 
     def __call__(self) -> None:
+        from jdkd.train.distributed import process_group
+
+        with process_group(resolve_device(self.device)) as device:
+            self._run(device)
+
+    def _run(self, device: str) -> None:
         from jdkd.data import batches
         from jdkd.data.splits import whereabouts
         from jdkd.detect import save
         from jdkd.detect.contract import require_learner
         from jdkd.latency import fuse_for_inference
         from jdkd.train import evaluate, fit
+        from jdkd.train.distributed import from_first, is_first, processes
         from jdkd.train.inputs import with_targets_of
 
-        device, splits = resolve_device(self.device), self.source.splits()
-        if self.choice.norm == "sync":
+        splits = self.source.splits()
+        if self.choice.norm == "sync" and processes() == 1:
             say_once(
                 "norm sync takes statistics over several processes on GPUs, and this is one process on "
                 f"{device}, where it does what batch does"
@@ -108,10 +118,12 @@ class Train:
             identity = self._identity(model, weights, config, train, val)
             where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
             record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
-            resumed = run.begin("train", identity, resume=self.resume, **record)
+            resumed = from_first(lambda: run.begin("train", identity, resume=self.resume, **record))
             with Progress() as progress:
                 how = {"device": device, "folder": self.out, "resume": resumed}
                 report = fit(model, train, config, **how, progress=progress.task("train"))
+                if not is_first():  # which saves and scores
+                    return
                 save(self.out, model)
                 scored = {"device": device, "batch_size": self.batch_size, "workers": self.workers}
                 scores = evaluate(fuse_for_inference(model), val, **scored, progress=progress.task("evaluate"))

@@ -27,6 +27,7 @@ def batches(
     steps: int,
     seed: int,
     start: int = 0,
+    every: int = 1,
     flip: float = 0.0,
     workers: int = 0,
     device: torch.device | str = "cpu",
@@ -41,9 +42,10 @@ def batches(
     Args:
         dataset: what to draw from.
         batch_size: images per batch.
-        steps: number of the batch to stop before; ``steps - start`` batches are yielded.
+        steps: number of the batch to stop before; ``steps - start`` batches are yielded, or each ``every``-th of them.
         seed: of order and flips.
         start: number of the first batch.
+        every: yield each ``every``-th batch only, as one of so many processes does that share them.
         flip: probability of mirroring an image left to right; leave it 0 where ``dataset.mirror_symmetric`` is
             False.
         workers: processes that read ahead; 0 reads in this process.
@@ -60,6 +62,7 @@ def batches(
         ("batch_size", batch_size, 1),
         ("steps", steps, 0),
         ("start", start, 0),
+        ("every", every, 1),
         ("seed", seed, 0),
         ("workers", workers, 0),
     ):
@@ -68,7 +71,7 @@ def batches(
     if not 0 <= flip <= 1:
         raise InputError(f"flip is {flip} but is a probability; give a value from 0 to 1")
     device = torch.device(device)
-    source, numbers = _Batches(dataset, batch_size, seed, flip), range(start, steps)
+    source, numbers = _Batches(dataset, batch_size, seed, flip), range(start, steps, every)
     return _on_device(read_ahead(source, numbers, workers, pin=device.type == "cuda"), device)
 
 

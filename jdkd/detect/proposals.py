@@ -1,9 +1,10 @@
-"""See :func:`full_proposals`."""
+"""How many regions an RPN proposes, and which: for comparisons that must not depend on its weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,3 +40,27 @@ class _FullProposals(nn.Module):
         self.rpn(images, features, targets)
         boxes = [torch.tensor([[0.0, 0.0, width, height]]) for height, width in images.image_sizes]
         return [box.to(images.tensors).repeat(self.rpn.post_nms_top_n(), 1) for box in boxes], {}
+
+
+@contextmanager
+def proposals_of(model: nn.Module, known: MutableMapping[str, Any]) -> Iterator[None]:
+    """Remembers what every RPN proposes, or proposes what is known, so that two models see the same regions.
+
+    Args:
+        model: a detector.
+        known: proposals by the path of the RPN, which still runs; those that are missing are added.
+    """
+
+    def left(path: str) -> Any:
+        def proposed(module: nn.Module, inputs: Any, out: tuple[list[Tensor], dict[str, Tensor]]) -> Any:
+            return known.setdefault(path, out[0]), out[1]
+
+        return proposed
+
+    found = [(path, module) for path, module in model.named_modules() if isinstance(module, RegionProposalNetwork)]
+    handles = [module.register_forward_hook(left(path)) for path, module in found]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

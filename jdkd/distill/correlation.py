@@ -1,34 +1,23 @@
 """Does this teacher match? The correlation of two pyramids, measured without training."""
 
+from __future__ import annotations
+
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
 from jdkd.distill.channels import Channels, TeacherChannels
-from jdkd.distill.levels import as_strides, pair_levels
-from jdkd.distill.neck import Pyramid, found_levels
+from jdkd.distill.levels import LevelPair, as_strides
 from jdkd.distill.route import Route, module_of, route_of
-from jdkd.distill.student_input import StudentInput
-from jdkd.distill.teacher import conversion_between
+from jdkd.distill.teacher_view import TeacherView
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.reference.pearson import join, moments
-
-
-class PyramidSnapshot(NamedTuple):
-    """What a detector made of one batch.
-
-    Args:
-        pyramid: name -> level ``[N, C, H, W]``.
-        size: height and width in pixels of what its backbone saw.
-    """
-
-    pyramid: Mapping[str, Tensor]
-    size: tuple[int, int]
 
 
 @torch.no_grad()
@@ -46,7 +35,7 @@ def pyramids(model: nn.Module, batches: Iterable[Any]) -> list[PyramidSnapshot]:
     model = unwrapped(module_of(model, "model"))
     route = route_of(model, "model")
     with mode(model, training=False):
-        return [_snapshot(*route.look(model, images_on(model, batch), "model"), "model") for batch in batches]
+        return [route.look(model, images_on(model, batch), "model")[1] for batch in batches]
 
 
 @torch.no_grad()
@@ -82,87 +71,69 @@ def correlations(
         InputError: there is no batch, or more than pyramids; no level matches, or channel counts differ; one says how
             it normalises images and the other does not.
     """
-    from jdkd.train.inputs import images_on
-
-    picked, levels = TeacherChannels(channels), as_strides(levels)
     sums: dict[tuple[int, int], Tensor] = {}  # [6, C], by stride and place among the pairs
+    wanted = TeacherChannels(channels), as_strides(levels)
     student = unwrapped(module_of(student, "student"))
     route = route_of(student, "student")
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode(student, training=False))
         if isinstance(teacher, nn.Module) or not isinstance(teacher, Sequence):
             teacher = unwrapped(module_of(teacher, "teacher"))
-            look = _Teacher(teacher, route_of(teacher, "teacher"), None if own_size else route)
+            look = TeacherView(teacher, route_of(teacher, "teacher"), None if own_size else route)
             stack.enter_context(mode(teacher, training=False))
         else:
             look = _Snapshots(teacher)
-        for batch in batches:
-            images = images_on(student, batch)
-            seen, pyramid = route.look(student, images, "student")
-            ours, theirs = _snapshot(seen, pyramid, "student"), look(seen, batch)
-            sizes = {"size": ours.size, "teacher_size": theirs.size}
-            pairs = pair_levels(ours.pyramid, theirs.pyramid, levels=levels, channels=picked, **sizes)
+        for _, pairs in compared(student, route, look, batches, *wanted):
             for place, pair in enumerate(pairs):
-                key = pair.stride, place
-                sums[key] = _joined(sums.get(key), pair.student, pair.teacher)
+                found = moments([pair.student.double()], [pair.teacher.double()])
+                before = sums.get((pair.stride, place))
+                sums[pair.stride, place] = found if before is None else join(torch.stack((before, found)))
     if not sums:
         raise InputError("correlations was given 0 batches and needs at least 1; give it some images.")
-    distances: dict[int, list[float]] = {}
-    for stride, place in sorted(sums):
-        distances.setdefault(stride, []).append(_distance(sums[stride, place]))
-    return {stride: sum(values) / len(values) for stride, values in distances.items()}
+    return mean_by_stride({key: _distance(pooled) for key, pooled in sums.items()})
 
 
-class _Teacher:
-    """What a teacher makes of the images that a student saw, or, at its own input size, of a batch.
+def compared(
+    student: nn.Module,
+    route: Route,
+    look: TeacherView | _Snapshots,
+    batches: Iterable[Any],
+    channels: TeacherChannels | None,
+    levels: Sequence[int] | None,
+) -> Iterator[tuple[PyramidSnapshot, list[LevelPair]]]:
+    """What a student makes of each batch, and the levels of it that are compared, see :func:`aligned_pairs`.
 
     Args:
-        model: the teacher.
-        route: the way of the images through it.
-        student: the student's, whose images it is to see.
+        student, route: in evaluation mode, and the way of the images through it.
+        look: how its teacher sees a batch.
+        batches: as :func:`correlations` takes them.
+        channels, levels: see :func:`aligned_pairs`.
     """
+    from jdkd.train.inputs import images_of, images_on
 
-    def __init__(self, model: nn.Module, route: Route, student: Route | None) -> None:
-        self.model, self.route = model, route
-        self.convert = None if student is None else conversion_between(student, route)
+    for batch in batches:
+        seen, ours = route.look(student, images_on(student, batch), "student")
+        yield ours, aligned_pairs(ours, look(seen, ours.sizes, images_of(batch)), levels, channels)
 
-    def __call__(self, seen: StudentInput, batch: Any) -> PyramidSnapshot:
-        from jdkd.train.inputs import images_on
 
-        self.model.to(seen.images.device)
-        if self.convert is None:
-            return _snapshot(*self.route.look(self.model, images_on(self.model, batch), "teacher"), "teacher")
-        pyramid = self.route.run(seen, self.convert(seen.images, seen.inside))
-        return PyramidSnapshot(found_levels(pyramid, "teacher"), tuple(seen.images.shape[-2:]))
+def mean_by_stride(distances: Mapping[tuple[int, int], float]) -> dict[int, float]:
+    """stride -> mean over the levels of that stride, of values by stride and place; finest first."""
+    values: dict[int, list[float]] = {}
+    for stride, place in sorted(distances):
+        values.setdefault(stride, []).append(distances[stride, place])
+    return {stride: sum(found) / len(found) for stride, found in values.items()}
 
 
 class _Snapshots:
-    """The pyramids of a teacher, batch by batch."""
+    """What a teacher made of the batches, one by one."""
 
     def __init__(self, snapshots: Sequence[PyramidSnapshot]) -> None:
         self.count, self.left = len(snapshots), iter(snapshots)
 
-    def __call__(self, seen: StudentInput, batch: Any) -> PyramidSnapshot:
+    def __call__(self, *batch: Any) -> PyramidSnapshot:
         for snapshot in self.left:
             return snapshot
         raise InputError(f"correlations was given {self.count} pyramids and more batches; give one for each batch.")
-
-
-def _snapshot(seen: StudentInput, pyramid: Pyramid, who: str) -> PyramidSnapshot:
-    return PyramidSnapshot(found_levels(pyramid, who), tuple(seen.images.shape[-2:]))
-
-
-def _joined(moments_before: Tensor | None, ours: Tensor, theirs: Tensor) -> Tensor:
-    """The moments, ``[6, C]``, of what was seen and one more batch of a level, in float64.
-
-    Args:
-        moments_before: of the batches before; None before the first.
-        ours, theirs: ``[N, C, H, W]``; a student of another size is resized.
-    """
-    if ours.shape[-2:] != theirs.shape[-2:]:
-        ours = nn.functional.interpolate(ours, size=theirs.shape[-2:], mode="bilinear")
-    found = moments([ours.double()], [theirs.double()])
-    return found if moments_before is None else join(torch.stack((moments_before, found)))
 
 
 def _distance(sums: Tensor) -> float:

@@ -1,11 +1,12 @@
 """Both terms of distillation, over one forward of the teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 
+from jdkd.distill.adapter import Adapters
 from jdkd.distill.channels import Channels
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller
@@ -20,13 +21,17 @@ class Distiller:
 
     Args:
         student, teacher: detectors; see :class:`FeatureDistiller` and :class:`HeadDistiller`.
-        feature_weight: weight of each level of the Pearson loss; 0 leaves the term out.
+        feature_weight: weight of each level of the features' loss; 0 leaves the term out.
         head_weight: weight of the class logits; 0 leaves the term out. Ask :func:`can_distil_heads` first where the two
             may be of any kind.
         channels: ``[C_student]``, the teacher's channel opposite each of the student's, or such a list a level.
         levels: strides of the levels to compare.
         reuse: keep the teacher's features while the student is given the very same images, for several
             subnets in one step; see :class:`TeacherRunner`.
+        own_size: the teacher sees the batch at its own input size instead of the student's.
+        adapter: compare features through trained 1x1 convolutions, see :meth:`FeatureDistiller.fit_adapters`; their
+            parameters are :attr:`adapters`.
+        imitation: of features, ``"pearson"`` or ``"mse"``; see :class:`FeatureDistiller`.
     """
 
     def __init__(
@@ -39,16 +44,29 @@ class Distiller:
         channels: Channels = None,
         levels: Sequence[int] | None = None,
         reuse: bool = False,
+        own_size: bool = False,
+        adapter: bool = False,
+        imitation: str = "pearson",
     ) -> None:
-        self.runner = runner = TeacherRunner(student, teacher, reuse=reuse)
+        self.runner = runner = TeacherRunner(student, teacher, reuse=reuse, own_size=own_size)
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
+        self._features: FeatureDistiller | None = None
         if feature_weight:
-            self.terms["loss_pkd"] = FeatureDistiller(
-                student, teacher, loss_weight=feature_weight, channels=channels, levels=levels, runner=runner
-            )
+            how = {"channels": channels, "levels": levels, "adapter": adapter, "imitation": imitation, "runner": runner}
+            self._features = FeatureDistiller(student, teacher, loss_weight=feature_weight, **how)
+            self.terms["loss_pkd" if imitation == "pearson" else "loss_mse"] = self._features
         if head_weight:
             self.terms["loss_head_kd"] = HeadDistiller(student, teacher, loss_weight=head_weight, runner=runner)
         self._entered = ExitStack()
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What is to be trained with the student, ``fit(..., auxiliary=distiller.adapters)``; None before they fit."""
+        return None if self._features is None else self._features.adapters
+
+    def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
+        """See :meth:`FeatureDistiller.fit_adapters`; without a loss of features there is nothing to fit."""
+        return {} if self._features is None else self._features.fit_adapters(batches)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:

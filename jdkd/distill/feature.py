@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from jdkd.distill.adapter import Adapters, Regression, SquaredError
+from jdkd.distill.alignment import aligned_pairs
 from jdkd.distill.channels import Channels, TeacherChannels
+from jdkd.distill.correlation import mean_by_stride
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
-from jdkd.distill.levels import as_strides, pair_levels
-from jdkd.distill.neck import Pyramid, found_levels, with_levels
+from jdkd.distill.levels import as_strides
+from jdkd.distill.neck import Pyramid, with_levels
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn import PearsonTap
@@ -43,7 +46,14 @@ class FeatureDistiller:
         channels: ``[C_student]``, the teacher's channel opposite each of the student's, where the student's
             pyramid was pruned; or a list a level, see :class:`jdkd.distill.channels.TeacherChannels`.
         levels: strides of the levels to compare; by default all that both have, without the pooled one.
-        runner: a shared runner of the teacher; by default its own.
+        own_size: the teacher sees the batch at its own input size, see :class:`TeacherRunner`; the student's levels are
+            resized to its.
+        adapter: compare through trained 1x1 convolutions from the student's channels to the teacher's, so that widths
+            may differ in any way. Call :meth:`fit_adapters` before training, and have :attr:`adapters` trained with the
+            student: ``fit(..., auxiliary=distiller.adapters)``.
+        imitation: ``"pearson"``, or ``"mse"`` for the squared error (FitNets; Romero et al., ICLR 2015), which sees
+            scales and offsets too and takes none of the options below.
+        runner: a shared runner of the teacher; by default its own, and then it knows whether ``own_size`` is meant.
         level_weights, statistics, zero_variance, group: see :func:`jdkd.functional.pearson_tap`.
 
     Raises:
@@ -58,6 +68,9 @@ class FeatureDistiller:
         loss_weight: float = 6.0,
         channels: Channels = None,
         levels: Iterable[int] | None = None,
+        own_size: bool = False,
+        adapter: bool = False,
+        imitation: str = "pearson",
         runner: TeacherRunner | None = None,
         level_weights: Sequence[float] | None = None,
         statistics: str = "batch",
@@ -68,11 +81,14 @@ class FeatureDistiller:
         settings_of(len(level_weights) if hasattr(level_weights, "__len__") else 0, level_weights, 1.0, **options)
         self.levels = as_strides(levels)
         self._channels = TeacherChannels(channels)
-        self.tap = PearsonTap(as_weight(loss_weight), return_levels=True, level_weights=level_weights, **options)
-        self.runner = runner or TeacherRunner(student, teacher)
+        self.tap = _imitation(imitation, as_weight(loss_weight), {"level_weights": level_weights, **options})
+        self.runner = runner or TeacherRunner(student, teacher, own_size=own_size)
+        self._adapts = adapter
+        self.adapters: Adapters | None = None  # one for every pair of levels, once they are fitted
         self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
         self._loss: Tensor | None = None
         self._begun_with_gradients = True
+        self._learns = False  # whether a gradient reaches the student through one of its levels
         self._ran_with_gradients = False
         self._begun_in = FORWARD
         self._hooks: list[Any] = []
@@ -91,6 +107,38 @@ class FeatureDistiller:
         self._hooks, self._loss = [], None
         self.runner.__exit__(*error)
 
+    @torch.no_grad()
+    def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
+        """Makes the adapters: each predicts the teacher's level from the student's as well as a linear map can.
+
+        Least squares in closed form, which is also the map of the largest Pearson correlation, so that the loss says
+        something from the first step. Where a level has few positions they stay near ``channels``.
+
+        Args:
+            batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``. Both
+                detectors are run on them in evaluation mode: calibrate a student's batch norms before.
+
+        Returns:
+            stride -> mean of 1 - r over the teacher's channels on these batches, as :func:`correlations` gives it.
+
+        Raises:
+            InputError: ``adapter`` was not asked for, there is no batch, or no level matches.
+        """
+        if not self._adapts:
+            raise InputError("fit_adapters was called and adapter is False; make the distiller with adapter=True")
+        regressions: dict[tuple[int, int], Regression] = {}  # by stride and place among the pairs
+        for ours, pairs in self.runner.compared(batches, None, self.levels):
+            for place, pair in enumerate(pairs):
+                if (key := (pair.stride, place)) not in regressions:
+                    widths = pair.teacher.shape[1], pair.student.shape[1]
+                    prior = self._channels.matrix(*widths, pair.name, [*ours.pyramid])
+                    regressions[key] = Regression(prior.to(pair.student.device))
+                regressions[key].add(pair.student, pair.teacher)
+        if not regressions:
+            raise InputError("fit_adapters was given 0 batches and needs at least 1; give it some images.")
+        self.adapters = Adapters(list(regressions.values()), bias=isinstance(self.tap, SquaredError))
+        return mean_by_stride({key: regression.distance() for key, regression in regressions.items()})
+
     def loss(self) -> Tensor:
         """The loss of the student's last forward, a scalar in fp32; once per forward.
 
@@ -104,7 +152,7 @@ class FeatureDistiller:
             )
         loss, self._loss = self._loss, None
         if self.tap.loss_weight and self._begun_with_gradients:
-            check_gradient(loss, self.runner.student, "pyramid", ran_with_gradients=self._ran_with_gradients)
+            check_gradient(self._learns, self.runner.student, "pyramid", ran_with_gradients=self._ran_with_gradients)
         return loss
 
     @property
@@ -130,7 +178,7 @@ class FeatureDistiller:
         if pass_number() not in (FORWARD, self._begun_in):  # a checkpoint recomputes the neck: its loss was given
             return self._tapped(pyramid)[0] if self.tap.loss_weight else pyramid
         if self._loss is None:
-            self.level_losses, self._ran_with_gradients = {}, False
+            self.level_losses, self._ran_with_gradients, self._learns = {}, False, False
         self._ran_with_gradients |= torch.is_grad_enabled()
         if not self.tap.loss_weight:
             self._loss = torch.zeros((), device=runner.device)
@@ -143,12 +191,31 @@ class FeatureDistiller:
 
     def _tapped(self, pyramid: Pyramid) -> tuple[Pyramid, list[int], Tensor, Tensor]:
         """The pyramid that the heads get; and strides, loss and its part by level ``[L]`` of the levels compared."""
-        runner = self.runner
-        ours, theirs = found_levels(pyramid, "student"), found_levels(runner.teacher_pyramid, "teacher")
-        pairs = pair_levels(ours, theirs, runner.size, self.levels, channels=self._channels)
-        students = [pair.student for pair in pairs]
-        tapped, loss, losses = self.tap(students, [pair.teacher for pair in pairs])
+        ours, theirs = self.runner.of_student(pyramid), self.runner.of_teacher
+        pairs = aligned_pairs(ours, theirs, self.levels, None if self._adapts else self._channels)
+        students, teachers = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+        self._learns |= any(level.requires_grad for level in students)
+        if self._adapts:
+            students = self._adapted(students, teachers)
+        tapped, loss, losses = self.tap(students, teachers)
+        # Of levels that were resized or adapted, which the pyramid does not hold, the heads keep the neck's.
         return with_levels(pyramid, students, tapped), [pair.stride for pair in pairs], loss, losses
+
+    def _adapted(self, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+        if self.adapters is None:
+            raise InputError("adapter is asked for and there is none yet; call fit_adapters(batches) before training")
+        return self.adapters(students, teachers)
+
+
+def _imitation(name: str, loss_weight: float, options: dict[str, Any]) -> PearsonTap | SquaredError:
+    if name == "pearson":
+        return PearsonTap(loss_weight, return_levels=True, **options)
+    if name != "mse":
+        raise InputError(f"imitation is {name!r}; choose pearson or mse")
+    defaults = FeatureDistiller.__init__.__kwdefaults__
+    if given := [option for option, value in options.items() if value != defaults[option]]:
+        raise InputError(f"imitation is 'mse', which takes no {', '.join(given)}; leave that out, or take 'pearson'")
+    return SquaredError(loss_weight)
 
 
 def as_weight(weight: Any) -> float:

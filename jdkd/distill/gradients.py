@@ -1,7 +1,7 @@
 """Gradients: a loss that teaches nothing is an error; and which pass is under way."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from jdkd.errors import InputError
 
@@ -13,11 +13,11 @@ def pass_number() -> int:
     return FORWARD if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
-def check_gradient(value: Tensor, student: nn.Module, what: str, *, ran_with_gradients: bool) -> None:
+def check_gradient(learns: bool, student: nn.Module, what: str, *, ran_with_gradients: bool) -> None:
     """Refuses what no gradient can pass, though gradients are wanted.
 
     Args:
-        value: a loss, or what one is made of.
+        learns: whether what the loss is made of depends on what is trained.
         student: who is to learn.
         what: which part of the student it comes from.
         ran_with_gradients: whether gradients were enabled while that part ran.
@@ -25,7 +25,7 @@ def check_gradient(value: Tensor, student: nn.Module, what: str, *, ran_with_gra
     Raises:
         InputError: no parameter of the student would get a gradient from it.
     """
-    if value.requires_grad or not torch.is_grad_enabled():
+    if learns or not torch.is_grad_enabled():
         return
     name = type(student).__name__
     if not ran_with_gradients:

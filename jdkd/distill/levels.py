@@ -23,11 +23,13 @@ class LevelPair(NamedTuple):
     Args:
         stride: in pixels.
         student, teacher: ``[N, C, H, W]``.
+        name: of the student's.
     """
 
     stride: int
     student: Tensor
     teacher: Tensor
+    name: str
 
 
 def level_strides(pyramid: Mapping[str, Tensor], size: Size, who: str) -> dict[str, int]:
@@ -54,7 +56,7 @@ def pair_levels(
     levels: Sequence[int] | None = None,
     *,
     teacher_size: Size | None = None,
-    channels: TeacherChannels = EVERY,
+    channels: TeacherChannels | None = EVERY,
 ) -> list[LevelPair]:
     """Pairs the levels of two pyramids that have the same stride, finest first or in the order asked for.
 
@@ -68,7 +70,7 @@ def pair_levels(
         levels: the strides wanted; by default all that both have. The pooled level on top of torchvision's
             pyramids is left out, as it holds nothing that the level before it does not.
         teacher_size: height and width of the batch that the teacher saw, where it is another.
-        channels: the teacher's that stand opposite the student's; they are picked.
+        channels: the teacher's that stand opposite the student's; they are picked. None: the widths may differ.
 
     Raises:
         InputError: nothing matches, a stride asked for is missing, or the channels do not fit.
@@ -95,11 +97,12 @@ def pair_levels(
                     "that stride"
                 )
     chosen = [(*ours[i], theirs[j][1]) for stride in wanted for i, j in pairs if ours[i][0] == stride]
+    found = [LevelPair(stride, student[name], teacher[other], name) for stride, name, other in chosen]
+    if channels is None:
+        return found
     return [
-        LevelPair(
-            stride, student[name], channels.select(teacher[other], student[name].shape[1], stride, name, [*student])
-        )
-        for stride, name, other in chosen
+        pair._replace(teacher=channels.select(pair.teacher, pair.student.shape[1], pair.stride, pair.name, [*student]))
+        for pair in found
     ]
 
 

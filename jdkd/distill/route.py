@@ -10,11 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.distill.neck import Pyramid
+from jdkd.distill.alignment import PyramidSnapshot
+from jdkd.distill.hooks import Hook
+from jdkd.distill.neck import Pyramid, found_levels
 from jdkd.distill.student_input import StudentInput, parameters_of
 from jdkd.errors import InputError, said
 from jdkd.nn.necks import BACKBONE, NECK, NotReached, backbone_of, has_module, holders, neck_of, outermost, run_until
 from jdkd.nn.unwrapping import unwrapped
+from jdkd.ops.pearson_strides import Size
 
 HOLDERS = ("ema", "module", "model", "ema_model")  # where objects that are no modules keep a model
 
@@ -76,8 +79,19 @@ class Route:
                     "batch of images; name a submodule that it calls"
                 ) from None
 
-    def look(self, model: nn.Module, images: Sequence[Tensor], who: str) -> tuple[StudentInput, Pyramid]:
-        """What goes into the entrance, and the pyramid, of images that a detector is given; its heads do not run.
+    def watch_sizes(self, see: Callable[[list[Size] | None], None]) -> list[Any]:
+        """Hooks that say height and width of every image before it was padded, as torchvision's transform does."""
+
+        def transformed(transform: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            images = output[0] if isinstance(output, tuple) and output else output
+            sizes = getattr(images, "image_sizes", None)
+            see(None if sizes is None else [tuple(size) for size in sizes])
+
+        transform = getattr(self.chain[-1], "transform", None)
+        return [transform.register_forward_hook(Hook(transformed))] if isinstance(transform, nn.Module) else []
+
+    def look(self, model: nn.Module, images: Sequence[Tensor], who: str) -> tuple[StudentInput, PyramidSnapshot]:
+        """What goes into the entrance, and what comes of it, when a detector is given images; its heads do not run.
 
         Args:
             model: the detector, whose forward takes a list of images as torchvision's do.
@@ -85,16 +99,16 @@ class Route:
             who: what errors call it.
 
         Raises:
-            InputError: it does not run on them, or does not call its neck.
+            InputError: it does not run on them, does not call its neck, or that returns no levels.
         """
-        kind, seen = type(model).__name__, []
+        kind, seen, sizes = type(model).__name__, [], []
 
         def see(entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = StudentInput.of(parameters_of(entrance), args, kwargs)
             if found is not None and (not found.sizes or entrance is self.chain[-1]):
                 seen.append(found)
 
-        handle = self.entrance.register_forward_pre_hook(see, with_kwargs=True)
+        hooks = [self.entrance.register_forward_pre_hook(see, with_kwargs=True), *self.watch_sizes(sizes.append)]
         try:
             pyramid = run_until(self.neck, lambda: model(list(images)))
         except (torch.OutOfMemoryError, InputError):
@@ -107,13 +121,14 @@ class Route:
                 "detector that does, as torchvision's do, or wrap it with jdkd.detect.adopt"
             ) from error
         finally:
-            handle.remove()
+            for hook in hooks:
+                hook.remove()
         if not seen:
             raise InputError(
                 f"the {who} ({kind}) calls its {type(self.entrance).__name__} with no images; keep what is called with "
                 "a batch [N, 3, H, W] in a submodule called backbone"
             )
-        return seen[-1], pyramid
+        return seen[-1], PyramidSnapshot.of(found_levels(pyramid, who), seen[-1], next(reversed(sizes), None))
 
     def _enter(self, module: nn.Module, seen: StudentInput, images: Tensor) -> Any:
         takes_list = bool(seen.sizes) and module is self.chain[-1]

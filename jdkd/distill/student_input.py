@@ -116,6 +116,11 @@ class StudentInput:
         return mask == 0 if "padding" in name else mask
 
 
+def listed_images(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
+    """The list of images ``[3, H, W]`` among the arguments of a call; empty where there is none."""
+    return next(filter(_is_list_of_images, (*args, *kwargs.values())), ())
+
+
 def _is_list_of_images(value: Any) -> bool:
     return (
         isinstance(value, list | tuple)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from jdkd.distill.alignment import PyramidSnapshot
+from jdkd.distill.channels import TeacherChannels
+from jdkd.distill.correlation import compared
 from jdkd.distill.gradients import FORWARD, pass_number
 from jdkd.distill.holding import hold, release
 from jdkd.distill.hooks import Hook
-from jdkd.distill.neck import Pyramid, levels_of
-from jdkd.distill.normalisation import SAME, Conversion, conversion, normalisation_from, normalisation_of
+from jdkd.distill.levels import LevelPair
+from jdkd.distill.neck import Pyramid, found_levels, levels_of
 from jdkd.distill.roi_scales import set_roi_scales_of
 from jdkd.distill.route import Route, module_of, route_of
-from jdkd.distill.student_input import StudentInput, parameters_of
+from jdkd.distill.student_input import StudentInput, listed_images, parameters_of
+from jdkd.distill.teacher_view import TeacherView
 from jdkd.errors import InputError
+from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
-
-Sizes = list[tuple[int, int]]  # height and width of every image before it was padded
+from jdkd.ops.pearson_strides import Size
 
 
 class TeacherRunner:
@@ -36,6 +41,9 @@ class TeacherRunner:
             images differently, the batch is converted, see :func:`normalisation_of`.
         reuse: keep the teacher's pyramid while the student is given the very same images, as when several
             subnets are trained in one step. Only for a teacher that does not change in between.
+        own_size: give the teacher what the student was called with, a list of images ``[3, H, W]`` in 0..1, so that
+            its own transform brings them to its own input size; the same batch, with the same flips. By default it
+            sees what the student's transform made of them.
         neck, teacher_neck: dotted names of the submodules that return the pyramids, where they are others than
             ``neck`` or ``backbone``; the teacher's is as the student's unless given.
         student_normalisation, teacher_normalisation: how the images are normalised that reach the backbones, where
@@ -53,33 +61,36 @@ class TeacherRunner:
         teacher: nn.Module,
         *,
         reuse: bool = False,
+        own_size: bool = False,
         neck: str | None = None,
         teacher_neck: str | None = None,
         student_normalisation: Any = None,
         teacher_normalisation: Any = None,
     ) -> None:
         student, teacher = module_of(student, "student"), module_of(teacher, "teacher")
-        self.student, self.teacher, self.reuse = unwrapped(student), unwrapped(teacher), reuse
+        self.student, self.teacher = unwrapped(student), unwrapped(teacher)
+        self.reuse, self.own_size = reuse, own_size
         _check_apart(self.student, self.teacher)
         self._route = route_of(student, "student", neck)
-        self._teacher_route = route_of(teacher, "teacher", neck if teacher_neck is None else teacher_neck)
+        theirs = route_of(teacher, "teacher", neck if teacher_neck is None else teacher_neck)
         self.neck = self._route.neck
         self._names = tuple(parameters_of(self._route.entrance))
         says = student_normalisation, teacher_normalisation
-        self._convert = conversion_between(self._route, self._teacher_route, *says)
-        _say_if_compiled(teacher, self._teacher_route)
+        self._view = TeacherView(self.teacher, theirs, None if own_size else self._route, says)
+        _say_if_compiled(teacher, theirs)
         for model in (self.student, self.teacher):
             set_roi_scales_of(model)
         self.enabled = True  # whether losses that are computed during the student's forward are wanted
         self._entered = 0
         self._hooks: list[Any] = []
         self._batch: StudentInput | None = None
-        self._sizes: Sizes | None = None  # of the batch's images, and of those that are about to become one
-        self._next_sizes: Sizes | None = None
+        self._sizes: list[Size] | None = None  # of the batch's images, and of those that are about to become one
+        self._next_sizes: list[Size] | None = None
         self._entered_in = FORWARD  # the pass in which the batch came in
         self._neck_inputs: set[int] = set()  # addresses of the tensors that the neck was given in the last forward
-        self._taught: Pyramid | None = None
-        self._images: tuple[tuple[Tensor, int], ...] = ()
+        self._taught: PyramidSnapshot | None = None
+        self._images: tuple[tuple[Tensor, int], ...] = ()  # that the student was called with, and their versions
+        self._called_in: int | None = None  # the pass in which the student's forward is under way, if it is
         self._same_images = False
 
     def __enter__(self) -> Self:
@@ -87,11 +98,11 @@ class TeacherRunner:
         if self._entered == 1:
             hold(self.teacher)
             hooks = [self._route.entrance.register_forward_pre_hook(Hook(self._see), with_kwargs=True)]
-            transform = getattr(self._route.chain[-1], "transform", None)
-            if isinstance(transform, nn.Module):
-                hooks.append(transform.register_forward_hook(Hook(self._see_sizes)))
-            if self.reuse:
-                hooks.append(self.student.register_forward_pre_hook(Hook(self._see_images), prepend=True))
+            hooks += self._route.watch_sizes(self._see_sizes)
+            if self.reuse or self.own_size:
+                how = {"prepend": True, "with_kwargs": True}
+                hooks.append(self.student.register_forward_pre_hook(Hook(self._see_images), **how))
+                hooks.append(self.student.register_forward_hook(Hook(self._left), always_call=True))
             self._hooks = hooks
         return self
 
@@ -105,31 +116,32 @@ class TeacherRunner:
             self._batch = self._taught = self._sizes = self._next_sizes = None
 
     @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels of the batch."""
-        return tuple(self._seen().images.shape[-2:])
-
-    @property
     def device(self) -> torch.device:
         return self._seen().images.device
 
+    def compared(
+        self, batches: Iterable[Any], channels: TeacherChannels | None, levels: Sequence[int] | None
+    ) -> Iterator[tuple[PyramidSnapshot, list[LevelPair]]]:
+        """What the student makes of other batches, and the levels that are compared, in evaluation mode."""
+        with mode(self.student, training=False), mode(self.teacher, training=False):
+            yield from compared(self.student, self._route, self._view, batches, channels, levels)
+
+    def of_student(self, pyramid: Pyramid) -> PyramidSnapshot:
+        """What the student made of its last batch.
+
+        Args:
+            pyramid: what its neck has returned.
+        """
+        return PyramidSnapshot.of(found_levels(pyramid, "student"), self._seen(), self._sizes)
+
     @property
-    def teacher_pyramid(self) -> Pyramid:
-        """The teacher's levels for the student's last batch; kept only where they may be asked for again."""
+    def of_teacher(self) -> PyramidSnapshot:
+        """What the teacher makes of the student's last batch; kept only where it may be asked for again."""
         if self._taught is not None:
             return self._taught
-        seen = self._seen()
-        images = seen.images
-        inside = None
-        first = next((parameter for parameter in self.teacher.parameters() if parameter.is_floating_point()), images)
-        if first.device != images.device:
-            self.teacher.to(images.device)
         if self.teacher.training:  # a container that holds both may have put it there
             self.teacher.eval()
-        with torch.no_grad():
-            if self._convert.is_needed:
-                inside = seen.inside if self._sizes is None else _inside(self._sizes, images)
-            taught = self._teacher_route.run(seen, self._convert(images, inside).to(first.dtype))
+        taught = self._view(self._seen(), self._sizes, [image for image, _ in self._images])
         if self.reuse or self._entered > 1:
             self._taught = taught
         return taught
@@ -173,53 +185,47 @@ class TeacherRunner:
                 f"the student's {type(entered).__name__} was given {got}, and the teacher needs the same images as a "
                 "tensor [N, 3, H, W]; give the student a backbone that is called with one"
             )
-        keep = self._same_images and self._batch is not None and self._batch.images.shape == batch.images.shape
-        self._same_images, self._entered_in = False, pass_number()
         before = self._batch
+        same_shape = before is not None and (self.own_size or before.images.shape == batch.images.shape)
+        keep = self._same_images and same_shape
+        self._same_images, self._entered_in = False, pass_number()
         recomputed = before is not None and self._entered_in != FORWARD and _same(before, batch)
+        if self.own_size and self.student.training and self._called_in != self._entered_in and not recomputed:
+            raise InputError(
+                f"the student's {type(entered).__name__} ran outside of the forward of {type(self.student).__name__}, "
+                "so there is no telling which images its teacher is to see at its own size; call the student itself, "
+                "and let a checkpoint begin there or backward follow each forward"
+            )
         if self._next_sizes is not None or not recomputed:  # else the checkpoint began after the transform
             self._sizes, self._next_sizes = self._next_sizes, None
         self._batch = batch
         if not keep:
             self._taught = None
 
-    def _see_sizes(self, transform: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps how high and wide the images are inside a padded batch, as torchvision's transform says."""
-        images = output[0] if isinstance(output, tuple) and output else output
-        sizes = getattr(images, "image_sizes", None)
-        self._next_sizes = None if sizes is None else [tuple(size) for size in sizes]
+    def _see_sizes(self, sizes: list[Size] | None) -> None:
+        self._next_sizes = sizes
 
-    def _see_images(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
-        images = tuple((image, image._version) for image in inputs[0]) if inputs else ()
-        before = self._images
+    def _see_images(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        images = tuple((image, image._version) for image in listed_images(args, kwargs))
+        if self.own_size and student.training and not images:
+            raise InputError(
+                f"the student ({type(student).__name__}) was called without a list of images [3, H, W], which its "
+                "teacher needs to see them at its own size; call it with one, as torchvision's detectors are called "
+                "(jdkd.detect.adopt makes one of others), or leave own_size out"
+            )
+        before, self._called_in = self._images, pass_number()
         self._same_images = 0 < len(images) == len(before) and all(
             image is other and version == seen for (image, version), (other, seen) in zip(images, before, strict=True)
         )
         self._images = images
 
+    def _left(self, student: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self._called_in = None
+
 
 def _same(before: StudentInput, now: StudentInput) -> bool:
     """Whether the very same images came in again; of a list, which is copied, there is no telling."""
     return torch.compiler.is_compiling() or before.images.data_ptr() == now.images.data_ptr()
-
-
-def conversion_between(ours: Route, theirs: Route, student_says: Any = None, teacher_says: Any = None) -> Conversion:
-    """The way from the images of a student's backbone to those of a teacher's.
-
-    Args:
-        ours, theirs: the ways of the images through both.
-        student_says, teacher_says: how they are normalised, see :class:`TeacherRunner`; by default as the models say.
-
-    Raises:
-        InputError: one says how it normalises and the other does not.
-    """
-    if SAME in [says for says in (student_says, teacher_says) if isinstance(says, str)]:
-        return Conversion(None, None)
-    found = []
-    for who, route, says in (("student", ours, student_says), ("teacher", theirs, teacher_says)):
-        own = says is None
-        found.append(normalisation_of(route.chain, route.entrance, who) if own else normalisation_from(says, who))
-    return conversion(*found, *(type(route.chain[-1]).__name__ for route in (ours, theirs)))
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
@@ -246,13 +252,3 @@ def _say_if_compiled(teacher: nn.Module, route: Route) -> None:
             "the teacher was compiled as a whole, and runs uncompiled: distillation needs it up to its neck alone; "
             "compile its backbone instead (teacher.backbone.compile())"
         )
-
-
-def _inside(sizes: Sizes, images: Tensor) -> Tensor | None:
-    """bool ``[N, H, W]``, True where the images of these sizes are; None if they are not those of the batch."""
-    if len(sizes) != len(images):
-        return None
-    height, width = images.shape[-2:]
-    rows, columns = (torch.arange(length, device=images.device) for length in (height, width))
-    sides = torch.tensor(sizes).to(images.device, non_blocking=True)  # [N, 2]
-    return (rows < sides[:, :1])[:, :, None] & (columns < sides[:, 1:])[:, None, :]

@@ -5,6 +5,7 @@ from jdkd.latency.folding import fuse_for_inference
 from jdkd.latency.protocol import QUICK, REPORTED, Schedule, measure, measure_quick
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency, Ratio, bootstrap_ratio, percentile
+from jdkd.latency.table import LatencyTable, measure_table
 
 __all__ = [
     "QUICK",
@@ -12,6 +13,7 @@ __all__ = [
     "Cost",
     "Latency",
     "LatencyReport",
+    "LatencyTable",
     "ModelLatency",
     "Ratio",
     "Schedule",
@@ -19,6 +21,7 @@ __all__ = [
     "fuse_for_inference",
     "measure",
     "measure_quick",
+    "measure_table",
     "percentile",
     "profile_cost",
 ]

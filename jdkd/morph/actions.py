@@ -31,6 +31,8 @@ FLOOR = 0.25  # no group loses more than the rest in one action
 MAX_MOVE = 3  # blocks that go from one list to the next in one rearrangement
 SHARES = (0.0, 0.25, 0.5)  # of a part, dropped in one action
 MOST_PARTS = 2  # that one action cuts
+KINDS = "prune", "prune", "remove", "add", "rearrange", "resolution"
+GROWING = "add", "rearrange"  # kinds of actions by which a list of blocks grows
 STREAMS_CHANCE = 0.1  # that an action cuts the residual streams, the least share of them, instead of a part
 
 
@@ -141,7 +143,20 @@ def change_resolution(model: nn.Module, min_size: int) -> Morph:
     return Morph(f"input {now[0]} -> {min_size} px", Rewrite(attributes=attributes))
 
 
-def draw(model: nn.Module, topology: Topology, rng: random.Random, resolutions: Sequence[int], max_depth: int) -> Morph:
+def shortened(model: nn.Module, topology: Topology) -> list[str]:
+    """Lists of blocks that can lose one."""
+    return [blocks.name for blocks in topology.block_lists if _removable(unwrapped(model), blocks)]
+
+
+def draw(
+    model: nn.Module,
+    topology: Topology,
+    rng: random.Random,
+    resolutions: Sequence[int] = (),
+    *,
+    max_depth: int,
+    kinds: Sequence[str] = KINDS,
+) -> Morph:
     """One action, drawn at random among those that the detector allows.
 
     Args:
@@ -150,6 +165,7 @@ def draw(model: nn.Module, topology: Topology, rng: random.Random, resolutions: 
         rng: the source of chance.
         resolutions: short sides that may be chosen, in pixels.
         max_depth: no list of blocks grows beyond so many.
+        kinds: of actions, those that are named more often are drawn more often.
 
     Raises:
         InputError: nothing is left to do.
@@ -163,7 +179,7 @@ def draw(model: nn.Module, topology: Topology, rng: random.Random, resolutions: 
     now = input_size(model)
     sizes = [size for size in resolutions if now is not None and size != now[0]]
     for _ in range(100):
-        kind = rng.choice(("prune", "prune", "remove", "add", "rearrange", "resolution"))
+        kind = rng.choice(kinds)
         if kind == "prune":
             with contextlib.suppress(InputError):  # nothing left to drop after rounding: draw again
                 ratio = rng.choice((0.0, rng.uniform(0.1, 0.3))) if slimmed(topology) else 0.0

@@ -2,12 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from jdkd.errors import InputError
 from jdkd.graph import BlockList, ChannelGroup, Slot, Topology
-from jdkd.rewrite.channels import named
+from jdkd.morph.gradients import gradient_importance
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite.channels import named, require_traced
+
+READ_OFF = "gamma", "magnitude"  # criteria that need the weights alone
+LEARNT = "taylor", "fisher"  # those that need batches to train on
+CRITERIA = *READ_OFF, *LEARNT
+
+
+def channel_importance(
+    model: nn.Module, topology: Topology, criterion: str, batches: Iterable[Any] | None = None
+) -> dict[str, Tensor]:
+    """How much every unit of every channel group matters, comparable between groups; all units together weigh 1.
+
+    Gradients are in the unit of the losses whichever group they are of, and are divided by their sum over all groups.
+    What is read off the weights has another scale in every layer (a norm after it, or the reader's weights, undo it):
+    each group is divided by its own sum first, and weighs as much as its share of all units. To cut a share of the
+    weakest of one group then costs what it costs in another.
+
+    Args:
+        model: the detector; it stays as it is.
+        topology: of it.
+        criterion: ``"gamma"``, see :func:`gamma_importance`, and magnitude where no norm is passed; ``"magnitude"``,
+            see :func:`magnitude_importance`; ``"taylor"`` or ``"fisher"``, see :func:`gradient_importance`.
+        batches: ``(images, targets)`` to train on, for the latter two.
+
+    Returns:
+        ``[units]`` by the name of the group, on the CPU.
+
+    Raises:
+        InputError: there is no such criterion, or it needs batches.
+    """
+    model = unwrapped(model)
+    require_traced(model, topology)
+    if criterion not in CRITERIA:
+        raise InputError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}.")
+    if criterion in LEARNT:
+        if batches is None:
+            raise InputError(f"criterion {criterion!r} needs batches of images and targets; give some, or 'gamma'.")
+        found = gradient_importance(model, topology, batches, criterion)
+    else:
+        found = {}
+        for group in topology.groups:
+            slim = criterion == "gamma" and topology.norms(group)
+            values = gamma_importance(model, topology, group) if slim else magnitude_importance(model, group)
+            found[group.name] = values * group.units / values.sum().clamp(min=1e-12)
+    total = sum(values.double().sum().item() for values in found.values())
+    return {name: (values / max(total, 1e-30)).float() for name, values in found.items()}
 
 
 def gamma_importance(model: nn.Module, topology: Topology, group: ChannelGroup) -> Tensor:

@@ -5,9 +5,9 @@ What is here is our choice, after once-for-all (Cai et al., ICLR 2020): a larges
 sampled beside it in every step and distilled from it once frozen, channels sorted before each opening.
 """
 
+import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,63 +18,18 @@ from jdkd.data import batches
 from jdkd.detect import load, save
 from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.distill import Distiller, can_distil_heads
+from jdkd.errors import InputError
+from jdkd.files import read_json, write_json
 from jdkd.notices import say_once
+from jdkd.pool.phases import Phase, PoolTrainConfig
 from jdkd.pool.supernet import Supernet
-from jdkd.train import TrainConfig, calibrate_bn, fit
+from jdkd.train import TrainConfig, calibrate_bn, checkpoint, fit
+from jdkd.train.distributed import from_first
 from jdkd.train.engine import Losses
 
 ProgressCallback = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, losses
-CALIBRATION_BATCHES = 8
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One phase of the shrinking.
-
-    Args:
-        name: what the log calls it.
-        share: of the pool's forward-backward passes.
-        top_fraction: upper share of every range that subnets are drawn from (0: the largest network alone).
-        subnets: drawn per step, besides the largest network.
-        lr: peak learning rate, relative to the pool's.
-    """
-
-    name: str
-    share: float
-    top_fraction: float
-    subnets: int
-    lr: float
-
-
-PHASES = (
-    Phase("largest", share=0.70, top_fraction=0.0, subnets=0, lr=1.0),
-    Phase("middle", share=0.15, top_fraction=0.5, subnets=1, lr=0.4),
-    Phase("full", share=0.15, top_fraction=1.0, subnets=1, lr=0.4),
-)
-
-
-@dataclass(frozen=True)
-class PoolTrainConfig:
-    """How a pool is trained.
-
-    Args:
-        train: settings of the phases; ``steps`` counts the forward-backward passes of all phases together (a
-            step of a phase takes one for the largest network and one for each subnet), ``lr`` is scaled by phase.
-        phases: in order.
-        feature_weight, head_weight: of distilling the sampled subnets from the frozen largest network.
-    """
-
-    train: TrainConfig
-    phases: tuple[Phase, ...] = PHASES
-    feature_weight: float = 6.0
-    head_weight: float = 1.0
-
-    def phase_config(self, number: int) -> TrainConfig:
-        """Settings of phase ``number`` (from 0)."""
-        phase = self.phases[number]
-        steps = max(1, round(phase.share * self.train.steps / (1 + phase.subnets)))
-        fields = {"steps": steps, "lr": phase.lr * self.train.lr}
-        return replace(self.train, **fields, seed=self.train.seed + 1 + number)
+CALIBRATION_BATCHES = 8  # over which the batch norms of a subnet are measured anew
+PLAN = "plan.json"
 
 
 def progressive_shrinking(
@@ -98,6 +53,7 @@ def progressive_shrinking(
         resume: carry on from what ``folder`` holds.
         progress: called with (what, done, total, losses) after every step.
     """
+    from_first(lambda: _require_same_plan(folder, supernet, config, resume))
     for number, phase in enumerate(config.phases):
         training = config.phase_config(number)
         named = progress and (lambda *state, name=phase.name: progress(f"pool: {name}", *state))
@@ -107,7 +63,7 @@ def progressive_shrinking(
             "resume": resume,
             "progress": named,
         }
-        if not phase.subnets:
+        if phase.passes == 1:
             fit(supernet.model, dataset, training, **how)
             continue
         teacher = _frozen_largest(supernet, dataset, training, folder / "largest", device)
@@ -117,7 +73,7 @@ def progressive_shrinking(
             say_once("the pool's subnets learn from features alone: no class logits are found that could be compared.")
         weights = {"feature_weight": config.feature_weight, "head_weight": heads * config.head_weight}
         with Distiller(supernet.model, teacher, reuse=True, **weights) as distiller:
-            losses = _sandwich(supernet, distiller, phase, training.seed)
+            losses = _losses(supernet, distiller, phase, training.seed)
             fit(supernet.model, dataset, training, losses=losses, **how)
         supernet.activate(supernet.space.largest)
 
@@ -135,13 +91,17 @@ def _frozen_largest(
     supernet: Supernet, dataset: Any, config: TrainConfig, folder: Path, device: torch.device | str
 ) -> nn.Module:
     """The largest network as it was before any subnet was trained; kept, so that a resumed run has the same."""
-    if not (folder / WEIGHTS).exists():
-        largest = supernet.extract(supernet.space.largest)
-        save(folder, calibrate(largest, dataset, config.batch_size, config.seed, device))
+
+    def keep() -> None:
+        if not (folder / WEIGHTS).exists():
+            largest = supernet.extract(supernet.space.largest)
+            save(folder, calibrate(largest, dataset, config.batch_size, config.seed, device))
+
+    from_first(keep)
     return load(folder, device)
 
 
-def _sandwich(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int) -> Losses:
+def _losses(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int) -> Losses:
     """Every step trains the largest network and then subnets, which are also distilled (Yu et al., ECCV 2020)."""
     space = supernet.space.top_fraction(phase.top_fraction)
 
@@ -151,8 +111,25 @@ def _sandwich(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int)
         yield supernet.model(images, targets)
         distiller.runner.enabled = True
         rng = random.Random(f"{seed}/{step}")
-        for _ in range(phase.subnets):
-            supernet.activate(space.sample(rng))
+        for subnet in [space.smallest] * phase.sandwich + [space.sample(rng) for _ in range(phase.subnets)]:
+            supernet.activate(subnet)
             yield supernet.model(images, targets) | distiller.losses()
 
     return losses
+
+
+def _require_same_plan(folder: Path, supernet: Supernet, config: PoolTrainConfig, resume: bool) -> None:
+    """Keeps what the training is of, and refuses to carry on one of other phases or another space.
+
+    Raises:
+        InputError: the folder holds the training of another plan, or one that was not to be resumed.
+    """
+    plan = json.loads(json.dumps({"space": supernet.space.to_json(), **config.identity()}))
+    file = folder / PLAN
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, plan)
+    elif not resume:
+        raise InputError(f"{folder} holds the training of another pool ({PLAN}); resume it or give another folder.")
+    else:
+        checkpoint.require_same("plan", read_json(file, f"remove {folder} to start again"), plan)

@@ -1,6 +1,7 @@
 """The teachers a pool holds, as data: elastic depth and width per stage."""
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -106,6 +107,26 @@ class Space:
             at = allowed.index(values[stage])
             values[stage] = rng.choice([allowed[i] for i in (at - 1, at + 1) if 0 <= i < len(allowed)])
         return Subnet(tuple(depths), tuple(widths))
+
+    def named(self, name: str) -> Subnet:
+        """The subnet that a text names: ``largest``, ``smallest``, or what ``str`` makes of one, such as "2x0.67 1x1".
+
+        Raises:
+            InputError: it names none, or the supernet does not hold it.
+        """
+        if name in ("largest", "smallest"):
+            return getattr(self, name)
+        parts = [re.fullmatch(r"(\d+)x(\d*\.?\d+)", part) for part in re.split(r"[,\s]+", name.strip())]
+        if None in parts:
+            raise InputError(
+                f"{name!r} names no subnet; give largest, smallest, best, or blocks x width for each of the "
+                f"{len(self.depths)} stages, such as '{self.smallest}'."
+            )
+        exact = {f"{width:.2g}": width for width in self.widths}  # what a name rounds
+        widths = [float(part[2]) for part in parts]
+        subnet = Subnet(tuple(int(part[1]) for part in parts), tuple(exact.get(f"{w:.2g}", w) for w in widths))
+        self.check(subnet)
+        return subnet
 
     def check(self, subnet: Subnet) -> None:
         """Refuses what the supernet does not hold.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import shlex
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -10,41 +9,106 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from jdkd.report.outcome import HEADINGS, NAMES, Outcome, images_of, rows, verdict
+from jdkd.report.costs import aa_verdict, cost_section, latency_section
+from jdkd.report.front import front_over_time
+from jdkd.report.lineage import lineage_tree
+from jdkd.report.outcome import HEADINGS, Outcome, rows
+from jdkd.report.predictions import predictions_section
+from jdkd.report.stages import architecture_section
+from jdkd.report.teachers import teachers_section
+from jdkd.report.verdict import images_of, summary
 from jdkd.search.archive import Candidate
 
 _COLUMNS = (
-    *("#", "action", "teacher", "mAP", "mAP50", "ratio", "p50 / base's, ms", "M params", "GMACs"),
+    *("#", "gen.", "action", "teacher", "mAP", "mAP50", "ratio", "p50 / base's, ms", "M params", "GMACs"),
     *("steps", "lineage", "seconds", "id", "parent"),
 )
 _TEXT = {"network", "action", "teacher", "id", "parent", "what", "value"}
 
 
-def page(outcome: Outcome, plot: bytes) -> str:
-    """A page that tells a search by itself: no scripts, no links, the plot inlined.
+def page(outcome: Outcome) -> str:
+    """A page that tells a search by itself: one file that asks nothing of a network, and reads on paper too.
 
     Args:
-        outcome: of a finished search.
-        plot: a PNG.
+        outcome: of a search, finished or under way.
 
     Returns:
-        HTML.
+        HTML. What the search has not written is left out, with its heading.
     """
-    result, best = outcome.result, {one.id for one in outcome.front}
-    student, measured = result.get("student_id"), rows(result)
-    command = result.get("command") or ""
+    command = outcome.result.get("command") or outcome.run.get("command") or ""
+    sections = {
+        "result": ("Result", _result(outcome)),
+        "over-time": ("The front over time", front_over_time(outcome)),
+        "architecture": ("What was cut", _explained(_ARCHITECTURE, architecture_section(outcome))),
+        "predictions": ("What base and student see", predictions_section(outcome)),
+        "lineage": ("Lineage: what each action gained and cost", _lineage(outcome)),
+        "teachers": ("Teachers", teachers_section(outcome)),
+        "latency": ("Latency: how far to believe it", latency_section(outcome)),
+        "cost": ("Where the time went", cost_section(outcome.result)),
+        "candidates": ("Every candidate", _candidates(outcome)),
+        "made": ("How it was made", _made(outcome, command)),
+    }
+    told = [(name, title, body) for name, (title, body) in sections.items() if body]
     return Template(files("jdkd.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title="Joint search for a student detector",
-        verdict=escape(verdict(result)),
-        image=f"data:image/png;base64,{base64.b64encode(plot).decode()}",
-        data=_data(result),
-        result=_table(HEADINGS, [(row.cells(), row.key == "student") for row in measured]),
-        lineage=_lineage(outcome.line),
-        candidates=_table(_COLUMNS, [(_cells(one, one.id in best), one.id == student) for one in outcome.candidates]),
-        failures=_failures(outcome),
-        command=escape(command if isinstance(command, str) else shlex.join(command)),
-        facts=_table(("what", "value"), [([name, value], False) for name, value in _facts(result)]),
+        verdict="".join(f"<p>{escape(sentence)}</p>" for sentence in summary(outcome)),
+        alarm=_alarm(outcome),
+        contents="".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in told),
+        sections="\n".join(_section(*section) for section in told),
     )
+
+
+def _section(name: str, title: str, body: str) -> str:
+    return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
+
+
+_ARCHITECTURE = (
+    "A bar is a layer and its height the channels that it makes: the base's as an outline, the student's filled; "
+    "dashed is what is gone, and in another colour what was added. Names are the detector's own."
+)
+_LATENCY = (
+    "Latency is end to end: from the decoded image on the host, through resizing, network and NMS, to the boxes on the "
+    "host; base and student run in turn in one process. It is the latency of an architecture: all its measurements are "
+    "pooled, and a control's is the base's. A control is the base trained for the steps of the student's lineage."
+)
+_TREE = (
+    "A row stands below the one that it descends from; a line that leads to a student runs straight on. Scores are on "
+    "the images that select; what is right of the middle was added, orange where that is a loss."
+)
+_ARCHIVE = (
+    "Scores are on the images that select; * marks the Pareto front, shaded rows are students. Every ratio is that of "
+    "the two medians beside it; the machine's own speed may differ from row to row."
+)
+
+
+def _explained(words: str, body: str) -> str:
+    return f'<p class="faint">{escape(words)}</p>{body}' if body else ""
+
+
+def _alarm(outcome: Outcome) -> str:
+    """What makes the page's ratios worthless, on top of it."""
+    aa = aa_verdict(outcome.result)
+    return f'<p class="alarm">{escape(aa[1])}</p>' if aa is not None and not aa[0] else ""
+
+
+def _result(outcome: Outcome) -> str:
+    measured = rows(outcome.result)
+    if not measured:
+        return ""
+    table = _table(HEADINGS, [(row.cells(), row.key == "student") for row in measured])
+    return f'<p>{_data(outcome.result)}</p><div class="scroll">{table}</div><p class="faint">{_LATENCY}</p>'
+
+
+def _lineage(outcome: Outcome) -> str:
+    return _explained(_TREE, lineage_tree(outcome)) + _failed_control(outcome.result)
+
+
+def _candidates(outcome: Outcome) -> str:
+    best = {one.id for one in outcome.front}
+    students = {one.candidate for one in outcome.students}
+    body = [(_cells(one, one.id in best), one.id in students) for one in outcome.candidates]
+    table = f'<p class="faint">{_ARCHIVE}</p><div class="scroll">{_table(_COLUMNS, body)}</div>'
+    return f"<details><summary>{len(body):,} rows of the archive</summary>{table}</details>"
 
 
 def _table(headings: Sequence[str], body: Iterable[tuple[Sequence[str], bool]]) -> str:
@@ -63,6 +127,7 @@ def _cells(one: Candidate, on_front: bool) -> list[str]:
     """A candidate as text, in the order of `_COLUMNS`."""
     return [
         f"{one.number}{'*' if on_front else ''}",
+        str(one.generation),
         one.action if one.failure is None else f"{one.action} (failed)",
         str(one.teacher or "–"),
         *_measured(one),
@@ -70,7 +135,7 @@ def _cells(one: Candidate, on_front: bool) -> list[str]:
         f"{one.gmacs:.2f}",
         f"{one.steps:,}",
         f"{one.lineage_steps:,}",
-        f"{one.seconds:.0f}",
+        f"{sum(one.seconds.values()):.0f}",
         one.id,
         one.parent or "–",
     ]
@@ -84,29 +149,10 @@ def _measured(one: Candidate) -> list[str]:
     return [f"{one.map:.3f}", f"{one.map50:.3f}", f"{one.latency_ratio:.3f}", milliseconds]
 
 
-def _failures(outcome: Outcome) -> str:
-    """What failed and why, as a list; nothing where all went well."""
-    told = [(f"candidate {one.number}", one.failure) for one in outcome.candidates if one.failure is not None]
-    controls = {name: outcome.result.get(name) or {} for name in ("control", "control_single")}
-    told += [(NAMES[name], entry["failure"]) for name, entry in controls.items() if "failure" in entry]
-    items = "".join(f"<li>{escape(f'{name} failed: {why}')}</li>" for name, why in told)
-    return f"<ul>{items}</ul>" if items else ""
-
-
-def _lineage(line: Sequence[Candidate]) -> str:
-    """The steps from the base to the student as an ordered list."""
-    if not line:
-        return "<p>The student is the base.</p>"
-    items = []
-    for one in line:
-        teacher = f", taught by {one.teacher}" if one.teacher else ""
-        cycle = f"; {one.steps:,} steps" if one.steps else ""
-        scores = f"mAP {one.map:.3f} at {one.latency_ratio:.3f} of the base's time"
-        items.append(f"<li>{escape(one.action)}{escape(teacher)}{cycle}<br><span class='faint'>{scores}</span></li>")
-    stretches = [f"{one.start}–{one.start + one.steps} of {one.total} (peak {one.lr:g})" for one in line[-1].cycles]
-    told = f"Steps of each learning-rate cycle that the student went through: {', '.join(stretches)}."
-    after = f"<p class='faint'>{escape(told)}</p>" if stretches else ""
-    return f"<ol>{''.join(items)}</ol>{after}"
+def _failed_control(result: dict[str, Any]) -> str:
+    """Why the control could not be trained; nothing where it was."""
+    why = (result.get("control") or {}).get("failure")
+    return f'<p class="bad">{escape(f"The control failed: {why}")}</p>' if why else ""
 
 
 def _data(result: dict[str, Any]) -> str:
@@ -117,12 +163,21 @@ def _data(result: dict[str, Any]) -> str:
     return escape(" ".join(sentences + after))
 
 
-def _facts(result: dict[str, Any]) -> list[tuple[str, str]]:
+def _made(outcome: Outcome, command: str | Sequence[str]) -> str:
+    """The command, the machine and the versions."""
+    words = command if isinstance(command, str) else shlex.join(command)
+    facts = [([name, value], False) for name, value in _facts(outcome)]
+    table = f'<div class="scroll">{_table(("what", "value"), facts)}</div>' if facts else ""
+    return f"<pre>{escape(words)}</pre>{table}"
+
+
+def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     """Machine, seed, time that the candidates took, and versions, by name."""
+    result = outcome.result
     device = result.get("device")
     facts = dict(device) if isinstance(device, dict) else {"device": device}
-    facts |= {name: result.get(name) for name in ("seed", "target_latency", "latency_ratio_is", "pool_steps")}
-    if result.get("seconds") is not None:
-        facts["time_of_all_candidates"] = f"{result['seconds'] / 60:.1f} min"
-    facts |= {name: one for name, one in (result.get("versions") or {}).items() if name not in facts}
+    facts |= {name: result.get(name) for name in ("seed", "target_map", "latency_ratio_is")}
+    facts["begun"], facts["finished"] = outcome.run.get("started"), outcome.run.get("finished")
+    versions = result.get("versions") or outcome.run.get("versions") or {}
+    facts |= {name: one for name, one in versions.items() if name not in facts}
     return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]

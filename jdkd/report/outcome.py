@@ -1,62 +1,157 @@
-"""What a finished search left behind, read back."""
+"""What a search has written, read for those who show it."""
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
+from jdkd.files import read_json
+from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.choice import pareto_front
-from jdkd.search.outcome import RESULT, read_result
+from jdkd.search.outcome import read_result
 
-NAMES = {
-    "base": "base",
-    "control": "control, same cycles",
-    "control_single": "control, one cycle",
-    "student": "student",
-}
+TEACHERS = "teachers.json"
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a search found for one target.
+
+    Args:
+        entry: its scores on the images that report, as in `result.json`.
+        folder: where its weights lie.
+    """
+
+    entry: dict[str, Any]
+    folder: Path
+
+    @property
+    def target(self) -> float:
+        """The latency that was asked for, over the base's."""
+        return self.entry["target"]
+
+    @property
+    def met(self) -> bool:
+        """Whether it is as fast, and as good, as was asked for."""
+        return self.entry["target_met"]
+
+    @property
+    def candidate(self) -> str:
+        """Its id in the archive."""
+        return self.entry["id"]
+
+    @property
+    def title(self) -> str:
+        return f"student for {self.target:g}"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished search.
+    """A search, finished or under way.
 
     Args:
-        result: contents of `result.json`; its scores are on the images that report.
+        folder: where it lies.
+        result: contents of `result.json`, whose scores are on the images that report; empty while it runs.
         candidates: the archive, in order; their scores are on the images that select.
-        front: those of them that no other beats, fastest first.
-        line: the student and its ancestors, the base first.
+        teachers: the members of the pool that were scored, as in `teachers.json`.
+        run: contents of `run.json`; empty where there is none.
     """
 
+    folder: Path
     result: dict[str, Any]
     candidates: list[Candidate]
-    front: list[Candidate]
-    line: list[Candidate]
+    teachers: list[dict[str, Any]] = field(default_factory=list)
+    run: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scored(self) -> list[Candidate]:
+        """Those that were trained, scored and timed."""
+        return [one for one in self.candidates if one.failure is None]
+
+    @property
+    def front(self) -> list[Candidate]:
+        """Those of them that no other beats, fastest first."""
+        return pareto_front(self.scored)
+
+    @cached_property
+    def by_id(self) -> dict[str, Candidate]:
+        return {one.id: one for one in self.candidates}
+
+    @cached_property
+    def students(self) -> list[Student]:
+        return students_of(self.result, self.folder)
+
+    @property
+    def targets(self) -> list[float]:
+        """The latencies that were asked for, over the base's, the slowest first."""
+        told = [student.target for student in self.students]
+        return sorted(told or self.run.get("identity", {}).get("targets", []), reverse=True)
+
+    @property
+    def lines(self) -> list[list[Candidate]]:
+        """Per student that the archive knows, it and its ancestors, the base first."""
+        known = (self.by_id.get(student.candidate) for student in self.students)
+        return [self.line(one) for one in known if one is not None]
+
+    def line(self, candidate: Candidate) -> list[Candidate]:
+        """A candidate and its ancestors, the base first."""
+        line = [candidate]
+        while line[-1].parent is not None and line[-1].parent in self.by_id:
+            line.append(self.by_id[line[-1].parent])
+        return line[::-1]
 
 
 def read_outcome(folder: Path) -> Outcome:
-    """Read what a search wrote.
+    """Read what a search has written so far.
 
     Args:
-        folder: with `result.json` and `archive.sqlite`.
+        folder: of a search; it holds `archive.sqlite`, and `result.json` once the search is finished.
 
     Returns:
         The outcome.
 
     Raises:
-        InputError: one of the two is missing or unreadable.
+        InputError: there is no archive, it is empty, or one of the files is unreadable.
     """
-    for name in (ARCHIVE, RESULT):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder / name} does not exist; a report is made of the folder of a finished search.")
-    result = read_result(folder)
-    with closing(Archive(folder / ARCHIVE)) as archive:
-        named = [candidate for candidate in archive.candidates if candidate.id == result.get("student_id")]
-        line = archive.lineage(named[0]) if named else []
-        return Outcome(result, archive.candidates, pareto_front(archive.scored), line)
+    file = folder / ARCHIVE
+    if not file.is_file() or not file.stat().st_size:
+        raise InputError(f"{file} does not exist or is empty; a report is made of the folder of a search.")
+    result = read_result(folder) or {}
+    with closing(Archive(file)) as archive:
+        candidates = archive.candidates
+    if not candidates:
+        raise InputError(f"{file} holds no candidate yet; wait until the search has scored its base.")
+    teachers = folder / TEACHERS
+    members = read_json(teachers, "remove it and resume the search") if teachers.is_file() else []
+    return Outcome(folder, result, candidates, members, RunFolder(folder).read() or {})
+
+
+def students_of(result: dict[str, Any], folder: Path = Path()) -> list[Student]:
+    """The students of a result, in its order; none while a search runs.
+
+    Args:
+        result: contents of `result.json`.
+        folder: of the search.
+    """
+    return [Student(entry, folder / entry["folder"]) for entry in result.get("students", [])]
+
+
+def gains(candidate: Candidate, parent: Candidate | None) -> tuple[float, float]:
+    """What an action changed in mAP and in the latency ratio; NaN where there is no parent or one of them failed."""
+    if parent is None:
+        return math.nan, math.nan
+    return candidate.map - parent.map, candidate.latency_ratio - parent.latency_ratio
+
+
+def signed(value: float) -> str:
+    """A change with its sign, three digits."""
+    return f"{value:+.3f}".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -64,7 +159,7 @@ class Row:
     """Final scores of one network on the images that report; None where it was not measured, or failed.
 
     Args:
-        key: its name in `result.json`.
+        key: `base`, `control` or `student`.
         title: what it is, in words.
         map, map50: in 0..1.
         p50, p90, p99: end-to-end latency in ms.
@@ -118,7 +213,7 @@ HEADINGS = (
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """Base, controls and student of a result, as far as it has them.
+    """Base, control and students of a result, as far as it has them.
 
     Args:
         result: contents of `result.json`.
@@ -126,55 +221,21 @@ def rows(result: dict[str, Any]) -> list[Row]:
     Returns:
         One row each, the base first.
     """
-    made = []
-    for key, title in NAMES.items():
-        entry = result.get(key)
-        if not isinstance(entry, dict):
-            continue
-        latency, interval = entry.get("latency_ms") or {}, entry.get("latency_ratio_interval")
-        made.append(
-            Row(
-                key=key,
-                title=title,
-                ratio=entry.get("latency_ratio"),
-                interval=tuple(interval) if interval else None,
-                **{name: latency.get(name) for name in ("p50", "p90", "p99")},
-                **{name: entry.get(name) for name in ("map", "map50", "params", "gmacs", "train_steps")},
-            )
-        )
-    return made
+    students = students_of(result)
+    found = [(name, name, result.get(name)) for name in ("base", "control")]
+    found += [("student", one.title if len(students) > 1 else "student", one.entry) for one in students]
+    return [_row(*each) for each in found if each[2] is not None]
 
 
-def verdict(result: dict[str, Any]) -> str:
-    """Whether the asked latency was met, as a sentence; empty where the result does not say."""
-    target, student = result.get("target_latency"), result.get("student") or {}
-    if target is None or student.get("latency_ratio") is None:
-        return ""
-    taken = f"The student takes {_told(student['latency_ratio'], target)} of the base's time"
-    if result.get("target_met"):
-        return f"{taken}; {target} was asked for."
-    return f"{taken} and misses the {target} that was asked for; it is the fastest found."
-
-
-def _told(ratio: float, target: float) -> str:
-    """A ratio in so many digits that it is seen on which side of the target it is."""
-    digits = next(n for n in range(3, 20) if (float(f"{ratio:.{n}f}") <= target) == (ratio <= target))
-    return f"{ratio:.{digits}f}"
-
-
-def images_of(result: dict[str, Any], role: str) -> str:
-    """Which images selected or reported, as a phrase; empty where the result does not say.
-
-    Args:
-        result: contents of `result.json`.
-        role: `selection` or `report`.
-    """
-    part = result.get(role)
-    if not isinstance(part, dict):
-        return ""
-    return (
-        f"{part['images']:,} images with {part['boxes']:,} boxes of {part['annotations']} in {part['image_folder']} "
-        f"({part['which']})"
+def _row(key: str, title: str, entry: dict[str, Any]) -> Row:
+    latency, interval = entry.get("latency_ms") or {}, entry.get("latency_ratio_interval")
+    return Row(
+        key=key,
+        title=title,
+        ratio=entry.get("latency_ratio"),
+        interval=tuple(interval) if interval else None,
+        **{name: latency.get(name) for name in ("p50", "p90", "p99")},
+        **{name: entry.get(name) for name in ("map", "map50", "params", "gmacs", "train_steps")},
     )
 
 

@@ -13,22 +13,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito, Color Universal Design (2008): told apart with any kind of colour vision; shapes differ too.
-BLUE, ORANGE, GREEN, VERMILLION, PURPLE, GREY = (
+BLUE, ORANGE, GREEN, VERMILLION, GREY = (
     "#0072B2",
     "#E69F00",
     "#009E73",
     "#D55E00",
-    "#CC79A7",
     "#6E6E6E",
 )
 KINDS = {
     "morph": ("student morphed", {"color": BLUE, "marker": "o"}),
     "teacher": ("teacher changed", {"color": ORANGE, "marker": "^"}),
+    "train": ("trained on", {"color": GREEN, "marker": "d"}),
 }
 FINAL = {
     "base": {"color": "black", "marker": "s", "markersize": 9},
     "control": {"color": GREEN, "marker": "D", "markersize": 8},
-    "control_single": {"color": PURPLE, "marker": "P", "markersize": 9},
     "student": {"color": VERMILLION, "marker": "*", "markersize": 16},
 }
 
@@ -41,7 +40,7 @@ def pareto_plot(outcome: Outcome) -> bytes:
     at the speed of the result. Candidates that failed are left out.
 
     Args:
-        outcome: of a finished search.
+        outcome: of a search; while it has no result, the second panel is left out.
 
     Returns:
         A PNG.
@@ -56,15 +55,17 @@ def pareto_plot(outcome: Outcome) -> bytes:
         "grid.alpha": 0.25,
         "svg.fonttype": "none",
     }
+    measured = rows(outcome.result)
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(12.5, 5.6), dpi=130, layout="constrained")  # no pyplot: no display, no state
-        search, final = figure.subplots(1, 2, width_ratios=(3, 2))
-        _plot_search(search, outcome)
-        _plot_final(final, rows(outcome.result))
-        final.set_title(f"Result: {_counted(outcome, 'report')}, 95 % intervals")
-        base_ms = (outcome.result["base"].get("latency_ms") or {}).get("p50")
-        for axes in (search, final):
-            _dress(axes, base_ms, outcome.result.get("target_latency"))
+        panels = figure.subplots(1, 2 if measured else 1, width_ratios=(3, 2) if measured else None, squeeze=False)[0]
+        _plot_search(panels[0], outcome)
+        if measured:
+            _plot_final(panels[1], measured)
+            panels[1].set_title(f"Result: {_counted(outcome, 'report')}, 95 % intervals")
+        base_ms = ((outcome.result.get("base") or {}).get("latency_ms") or {}).get("p50")
+        for axes in panels:
+            _dress(axes, base_ms, outcome.targets)
         stream = io.BytesIO()
         figure.savefig(stream, format="png", metadata={"Software": None})
     return stream.getvalue()
@@ -72,23 +73,18 @@ def pareto_plot(outcome: Outcome) -> bytes:
 
 def _plot_search(axes: Axes, outcome: Outcome) -> None:
     """Every candidate, the front and the lineage of the student."""
-    candidates, line = [one for one in outcome.candidates if one.failure is None], outcome.line
+    candidates, lines = outcome.scored, outcome.lines
     for kind, (label, look) in KINDS.items():
         points = [candidate for candidate in candidates if candidate.kind == kind]
         if points:
             axes.scatter(*_xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **look)
     if outcome.front:
         axes.step(*_xy(outcome.front), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front")
-    if len(line) > 1:
-        axes.plot(
-            *_xy(line),
-            color=VERMILLION,
-            linewidth=1.4,
-            linestyle=":",
-            zorder=1,
-            label="lineage of the student",
-        )
-    for name, points in (("base", [one for one in candidates if one.kind == "base"]), ("student", line[-1:])):
+    for number, line in enumerate(lines):
+        label = None if number else "lineage of a student" if len(lines) > 1 else "lineage of the student"
+        axes.plot(*_xy(line), color=VERMILLION, linewidth=1.4, linestyle=":", zorder=1, label=label)
+    ends = [line[-1] for line in lines]
+    for name, points in (("base", [one for one in candidates if one.kind == "base"]), ("student", ends)):
         if points:
             axes.plot(*_xy(points), linestyle="none", markeredgecolor="white", label=name, zorder=4, **FINAL[name])
     axes.set_title(f"Search: the base and {len(outcome.candidates) - 1} candidates, {_counted(outcome, 'selection')}")
@@ -108,12 +104,13 @@ def _plot_final(axes: Axes, measured: Sequence[Row]) -> None:
         )
 
 
-def _dress(axes: Axes, base_ms: float | None, target: float | None) -> None:
-    """Labels, limits, legend, the asked latency, and a second axis in ms."""
+def _dress(axes: Axes, base_ms: float | None, targets: Sequence[float]) -> None:
+    """Labels, limits, legend, the asked latencies, and a second axis in ms."""
     axes.set_xlabel("latency, end to end, relative to the base")
     axes.margins(x=0.08, y=0.12)
-    if target is not None:
-        axes.axvline(target, color=GREY, linewidth=1, linestyle="--", label=f"asked: {target}", zorder=0)
+    asked = f"asked: {', '.join(map(str, targets))}"
+    for number, target in enumerate(targets):
+        axes.axvline(target, color=GREY, linewidth=1, linestyle="--", label=None if number else asked, zorder=0)
     if base_ms:
         upper = axes.secondary_xaxis("top", functions=(lambda x: x * base_ms, lambda x: x / base_ms))
         upper.set_xlabel(f"p50, ms, where the base takes {base_ms:.1f}", fontsize=9, color=GREY)

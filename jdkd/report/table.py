@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jdkd.report.outcome import rows, verdict
+from jdkd.report.outcome import rows
+from jdkd.report.verdict import verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -33,8 +34,9 @@ def result_table(result: dict[str, Any]) -> Table:
     for row in rows(result):
         _, score, score50, milliseconds, ratio, params, gmacs, steps = row.cells()
         p50 = milliseconds.partition(" ")[0]
+        name = row.title.replace(" for", "") if row.key == "student" else row.key
         table.add_row(
-            *(row.key, score, score50, p50, ratio, f"{params} M", gmacs, steps),
+            *(name, score, score50, p50, ratio, f"{params} M", gmacs, steps),
             style="bold" if row.key == "student" else None,
         )
     return table

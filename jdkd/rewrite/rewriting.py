@@ -19,6 +19,7 @@ from jdkd.rewrite.channels import checked, duplicate, leaving, prune, widen
 from jdkd.rewrite.description import describe
 
 NUMBERS = int, float
+PLACES = "keep", "blocks"  # of a rewrite, that are lists of places by a name
 KINDS = (bool, NUMBERS, str, (list, tuple))  # of plain attributes
 
 
@@ -45,6 +46,17 @@ class Rewrite:
     def __post_init__(self) -> None:
         if self.keep and self.extra:
             raise InputError("a rewrite either keeps channels or adds some; apply one, trace, and apply the other.")
+
+    def to_json(self) -> dict[str, Any]:
+        """The rewrite as JSON; what :meth:`from_json` makes of it is equal."""
+        shown = {name: {key: list(map(int, own)) for key, own in getattr(self, name).items()} for name in PLACES}
+        return {**shown, "extra": dict(self.extra), "attributes": dict(self.attributes)}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Rewrite:
+        places = {name: {key: tuple(own) for key, own in fields[name].items()} for name in PLACES}
+        attributes = {name: tuple(own) if isinstance(own, list) else own for name, own in fields["attributes"].items()}
+        return cls(**places, extra=fields["extra"], attributes=attributes)
 
     def apply(self, model: nn.Module, topology: Topology) -> nn.Module:
         """The rewritten model, a copy; one that carries its ``architecture`` gets the new one.

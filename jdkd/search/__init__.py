@@ -1,8 +1,20 @@
-"""The joint search: students and teachers change in turn, an archive remembers, controls keep it honest."""
+"""The joint search: students and teachers change together, an archive remembers, a control keeps it honest."""
 
-from jdkd.search.archive import Archive, Candidate, Cycle
+from jdkd.search.archive import Archive, Candidate
 from jdkd.search.choice import pareto_front
-from jdkd.search.config import Plan, SearchConfig, plan
+from jdkd.search.config import Method, Plan, SearchConfig, plan
 from jdkd.search.loop import search
+from jdkd.search.proposal import Cycle, Proposal
 
-__all__ = ["Archive", "Candidate", "Cycle", "Plan", "SearchConfig", "pareto_front", "plan", "search"]
+__all__ = [
+    "Archive",
+    "Candidate",
+    "Cycle",
+    "Method",
+    "Plan",
+    "Proposal",
+    "SearchConfig",
+    "pareto_front",
+    "plan",
+    "search",
+]

@@ -3,34 +3,26 @@
 import json
 import math
 import sqlite3
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
-from jdkd.pool import Subnet
+from jdkd.pool.members import Teacher, teacher_from_json, teacher_to_json
 from jdkd.rewrite import Architecture
+from jdkd.search.proposal import Cycle
 from jdkd.search.timing import PooledLatency, Timing, pooled
 
 ARCHIVE = "archive.sqlite"
-FORMAT = 3  # 1 kept one latency a candidate, without the base's samples beside it; 2 a spec of one family
+FORMAT = 4  # 1 kept one latency a candidate, without the base's samples; 2 a spec of one family; 3 no generations
 _TYPES = {"int": "INTEGER", "float": "REAL", "str": "TEXT"}
 _FOREIGN = ("SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CORRUPT")  # what SQLite says of a file that is something else
-_JSON = ("feature_channels", "latency_interval")
+_JSON = ("latency_interval", "seconds", "target")
 _UNTIMED = {
     **dict.fromkeys(("latency_p50", "base_latency_p50", "latency_ratio"), math.nan),
     "latency_interval": (math.nan, math.nan),
 }
-
-
-@dataclass(frozen=True)
-class Cycle:
-    """A stretch of training: ``steps`` steps from ``start`` of a learning-rate cycle of ``total`` steps."""
-
-    steps: int
-    start: int
-    total: int
-    lr: float
 
 
 @dataclass(frozen=True)
@@ -41,35 +33,38 @@ class Candidate:
         number: counts from 0, the base.
         id: names the candidate and its architecture.
         parent: id of the candidate it inherits from; None for the base.
-        kind: ``"base"``, ``"morph"`` (another student) or ``"teacher"`` (another teacher).
+        generation: that it was made in; 0 for the base.
+        kind: ``"base"``, ``"morph"`` (another student), ``"teacher"`` (another teacher) or ``"train"`` (both stayed).
         action: what was done to the parent, in words.
-        teacher: the pool subnet that taught it; None for the base.
+        teacher: who taught it; None where nobody did.
+        target: the latency ratio that it is made for; None where it explored for several.
         architecture: what it is made of.
         architecture_id: of that; what ``timings`` in the archive are kept under.
-        feature_channels: for every level of its pyramid, the teachers' channel opposite each of its own.
         map, map50: COCO scores on the images that select.
         steps: training steps of its own.
         lineage_steps: those and its ancestors', the base's own training left out.
         cycles: the stretches of training of its lineage, oldest first.
         params, gmacs: size and cost at its input size.
-        seconds: wall-clock time that it took.
+        seconds: of wall-clock time, by what they were spent on.
         latency_p50: milliseconds end to end, median.
         base_latency_p50: the base's, timed in turn with it.
         latency_ratio: the first over the second. These and the interval are of the architecture, pooled over all its
             measurements (:func:`jdkd.search.timing.pooled`), so equal ones have equal ratios.
         latency_interval: of the ratio, 95 %.
+        predicted: the ratio that was predicted before it was measured.
         failure: why it could not be trained or scored; scores and latency are NaN then. None where all went well.
     """
 
     number: int
     id: str
     parent: str | None
+    generation: int
     kind: str
     action: str
-    teacher: Subnet | None
+    teacher: Teacher | None
+    target: float | None
     architecture: Architecture
     architecture_id: str
-    feature_channels: tuple[tuple[int, ...], ...]
     map: float
     map50: float
     steps: int
@@ -77,11 +72,12 @@ class Candidate:
     cycles: tuple[Cycle, ...]
     params: int
     gmacs: float
-    seconds: float
+    seconds: Mapping[str, float]
     latency_p50: float
     base_latency_p50: float
     latency_ratio: float
     latency_interval: tuple[float, float]
+    predicted: float = 1.0
     failure: str | None = None
 
 
@@ -239,7 +235,7 @@ def _column_type(annotation: str) -> str:
 def _to_row(candidate: Candidate) -> list[Any]:
     values = {field.name: getattr(candidate, field.name) for field in fields(Candidate)}
     values["architecture"] = candidate.architecture.to_json(indent=None)
-    values["teacher"] = candidate.teacher and json.dumps(candidate.teacher.to_json())
+    values["teacher"] = candidate.teacher and json.dumps(teacher_to_json(candidate.teacher))
     values["cycles"] = json.dumps([asdict(cycle) for cycle in candidate.cycles])
     for name in _JSON:
         values[name] = json.dumps(values[name])
@@ -248,11 +244,11 @@ def _to_row(candidate: Candidate) -> list[Any]:
 
 def _from_row(row: dict[str, Any]) -> Candidate:
     row["architecture"] = Architecture.from_json(row["architecture"], source=f"candidate {row['number']}")
-    row["teacher"] = row["teacher"] and Subnet.from_json(json.loads(row["teacher"]))
+    row["teacher"] = row["teacher"] and teacher_from_json(json.loads(row["teacher"]))
     row["cycles"] = tuple(Cycle(**cycle) for cycle in json.loads(row["cycles"]))
     for name in _JSON:
-        row[name] = tuple(json.loads(row[name]))
-    row["feature_channels"] = tuple(map(tuple, row["feature_channels"]))
+        row[name] = json.loads(row[name])
+    row["latency_interval"] = tuple(row["latency_interval"])
     for field in fields(Candidate):
         if row[field.name] is None and field.type is float:  # SQLite keeps NaN as NULL
             row[field.name] = math.nan

@@ -21,33 +21,53 @@ def fitness(candidate: Candidate, target: float) -> float:
     return candidate.map * min(1.0, target / candidate.latency_ratio) ** LATENCY_EXPONENT
 
 
-def choose(candidates: Sequence[Candidate], target: float) -> Candidate:
-    """The best of those that meet the target latency, or the fastest where none does; of equals the faster, better."""
-    fast = [candidate for candidate in candidates if candidate.latency_ratio <= target]
-    if fast:
-        return max(fast, key=lambda c: (c.map, -c.latency_ratio))
-    return min(candidates, key=lambda c: (c.latency_ratio, -c.map))
+def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate]:
+    """Who may be trained on for a target, the fittest first, one of an architecture."""
+    best: dict[str, Candidate] = {}
+    for candidate in sorted(candidates, key=lambda c: (-fitness(c, target), c.latency_ratio)):
+        best.setdefault(candidate.architecture_id, candidate)
+    return list(best.values())
 
 
-def contender(candidates: Sequence[Candidate], target: float, timed: Container[str]) -> Candidate | None:
-    """The next candidate that has to be timed at length before one can be chosen.
-
-    From the best mAP down, that is whoever may meet the target by the interval of its ratio, until one that was
-    timed at length does meet it; where none does, the fastest.
+def choose(candidates: Sequence[Candidate], target: float, least: float | None = None) -> Candidate:
+    """The best of those that meet the target latency, or the fastest where none does; of equals the faster, better.
 
     Args:
         candidates: all that can be chosen.
         target: wanted latency over the base's.
+        least: mAP that is enough: the fastest that reaches it is chosen, or the best where none does.
+    """
+    fast = [candidate for candidate in candidates if candidate.latency_ratio <= target]
+    if not fast:
+        return min(candidates, key=lambda c: (c.latency_ratio, -c.map))
+    good = [candidate for candidate in fast if least is not None and candidate.map >= least]
+    if good:
+        return min(good, key=lambda c: (c.latency_ratio, -c.map))
+    return max(fast, key=lambda c: (c.map, -c.latency_ratio))
+
+
+def contender(
+    candidates: Sequence[Candidate], target: float, timed: Container[str], least: float | None = None
+) -> Candidate | None:
+    """The next candidate that has to be timed at length before one can be chosen.
+
+    From the best mAP down, that is whoever may meet the target by the interval of its ratio, until one that was
+    timed at length does meet it; where none does, the fastest. Where an mAP is enough, it is the one that would be
+    chosen.
+
+    Args:
+        candidates, target, least: as of :func:`choose`.
         timed: ids of the architectures that were timed at length.
 
     Returns:
         The candidate, or None where :func:`choose` may decide.
     """
-    for candidate in sorted(candidates, key=lambda c: (-c.map, c.latency_ratio)):
-        if candidate.architecture_id in timed:
-            if candidate.latency_ratio <= target:
-                return None
-        elif min(candidate.latency_ratio, candidate.latency_interval[0]) <= target:
-            return candidate
-    fastest = choose(candidates, target)
-    return None if fastest.architecture_id in timed else fastest
+    if least is None:
+        for candidate in sorted(candidates, key=lambda c: (-c.map, c.latency_ratio)):
+            if candidate.architecture_id in timed:
+                if candidate.latency_ratio <= target:
+                    return None
+            elif min(candidate.latency_ratio, candidate.latency_interval[0]) <= target:
+                return candidate
+    chosen = choose(candidates, target, least)
+    return None if chosen.architecture_id in timed else chosen

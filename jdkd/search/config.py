@@ -1,16 +1,56 @@
 """What a search is asked to do, and how it spends its training steps."""
 
+from __future__ import annotations
+
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from jdkd.data import Split
 from jdkd.errors import InputError
 from jdkd.train import TrainConfig
 
-POOL_SHARE = 0.36  # of the budget; the rest is three times the lineage: the candidates and the two controls
-CANDIDATES = 4
-EPOCHS = 36  # default budget: as long as a 3x schedule
+EPOCHS = 24.0  # default budget: as long as two trainings of the usual 12 epochs
+POOL_SHARE = 0.25  # of the budget, for the teacher pool
+EXPLORING_SHARE = 0.12  # of the rest, for the short trainings that find the architectures
+HALVING_SHARE = 0.1  # of the rest, that both finalists of a target are trained before one of them goes on alone
+FINALISTS = 2  # for each target
+SEGMENTS = 2  # in which the one that goes on is trained, each with the teacher that matches by then
+MOST_CUT = 0.6  # of the latency is left by one generation at least: larger cuts go in several
+MARGIN = 0.96  # of a target is aimed at: training changes what NMS has to do
+
+CRITERIA = ("taylor", "fisher", "gamma", "magnitude")
+TEACHING = ("dynamic", "fixed", "base", "none")
+IMITATION = ("pearson", "mse")
+ORDERS = ("joint", "pipelined")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What of the method is on, for ablations; the defaults are the method.
+
+    Args:
+        order: ``"joint"``, or ``"pipelined"``: first an architecture, then one cut, then distillation.
+        inherit: whether a child keeps its parent's weights, or begins with fresh ones.
+        teaching: ``"dynamic"`` (the teacher that matches), ``"fixed"`` (the pool's best), ``"base"`` or ``"none"``.
+        imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
+        criterion: by which channels are cut, one of :data:`CRITERIA`.
+        gradual: whether large cuts go in several generations.
+    """
+
+    order: str = "joint"
+    inherit: bool = True
+    teaching: str = "dynamic"
+    imitation: str = "pearson"
+    criterion: str = "taylor"
+    gradual: bool = True
+
+    def __post_init__(self) -> None:
+        known = {"order": ORDERS, "teaching": TEACHING, "imitation": IMITATION, "criterion": CRITERIA}
+        for name, choices in known.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(choices)}.")
 
 
 @dataclass(frozen=True)
@@ -24,17 +64,25 @@ class SearchConfig:
             of ``val`` selects and the other reports (:func:`jdkd.search.selection.divide`).
         out: folder that everything is written to.
         teacher_pool: folder of a finished pool; by default one is grown from the base.
-        target_latency: wanted latency over the base's, end to end; 0.53 is what Joint-DetNAS publishes.
-        steps: training steps that the search may spend on pool, candidates and controls together, a step being
-            one forward and backward pass of one batch; by default 36 epochs of the training images.
-        candidates: students to train.
-        proposals: students to screen, untrained, for each that is trained.
-        batch_size, lr, amp, workers: of every training; ``lr`` is the peak.
+        teachers: folders of other detectors of the same classes, members of the pool.
+        targets: wanted latencies over the base's, end to end, a student for each; 0.53 is what Joint-DetNAS publishes.
+        target_map: where given, the student is the fastest that reaches this mAP on the images that select.
+        steps: training steps that pool and candidates may take together, a step being one forward and backward pass
+            of one batch.
+        epochs: the same in epochs of the training images; 24 where nothing is given.
+        minutes: the same in minutes of training on this machine, by the time of a few steps of the base.
+        candidates: students to train in each generation that looks for an architecture.
+        proposals: students to screen, untrained, for each such generation.
+        batch_size, lr, amp, loaders: of every training; ``lr`` is the peak, ``loaders`` are processes that read images.
+        workers: processes that train candidates at once; 0 trains in this one.
+        ray: address of a Ray cluster that trains them instead, or ``"auto"``.
+        control: whether the base is trained as long as a student's lineage, to be compared with.
         feature_weight, head_weight: of the distillation (Pearson loss per level; class logits).
         resolutions: short sides that students may choose from, over the base's.
         latency_rounds: rounds in which every candidate is timed; those that may be chosen are timed again, in five
             times as many.
         latency_seconds: how long the timing of one that may be chosen lasts at least.
+        method: what of the method is on.
         seed: decides everything that is drawn.
         device: where to run.
         resume: carry on from what ``out`` holds.
@@ -50,36 +98,82 @@ class SearchConfig:
     out: Path
     selection: Split | None = None
     teacher_pool: Path | None = None
-    target_latency: float = 0.53
+    teachers: tuple[Path, ...] = ()
+    targets: tuple[float, ...] = (0.53,)
+    target_map: float | None = None
     steps: int | None = None
-    candidates: int = CANDIDATES
+    epochs: float | None = None
+    minutes: float | None = None
+    candidates: int = 3
     proposals: int = 12
     batch_size: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-3
     amp: str = "auto"
+    loaders: int = 0
     workers: int = 0
-    feature_weight: float = 6.0
+    ray: str | None = None
+    control: bool = True
+    feature_weight: float = 2.0
     head_weight: float = 0.0
     resolutions: tuple[float, ...] = (0.75, 0.875, 1.0)
     latency_rounds: int = 20
     latency_seconds: float = 10.0
+    method: Method = field(default_factory=Method)
     seed: int = 0
     device: str = "cpu"
     resume: bool = False
     command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_latency <= 1:
+        if not self.targets or not all(0 < target <= 1 for target in self.targets):
             raise InputError(
-                f"target_latency is a fraction of the base's latency and must be in (0, 1], got {self.target_latency}."
+                f"targets are fractions of the base's latency, at least one, each in (0, 1], got {list(self.targets)}."
             )
+        object.__setattr__(self, "targets", tuple(sorted(set(self.targets), reverse=True)))
+        if self.target_map is not None and not 0 < self.target_map < 1:
+            raise InputError(f"target_map is an mAP and must be in (0, 1), got {self.target_map}.")
+        budgets = {name: getattr(self, name) for name in ("steps", "epochs", "minutes")}
+        given = {name: value for name, value in budgets.items() if value is not None}
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are given; give the budget in one of steps, epochs and minutes.")
+        for name, value in given.items():
+            if not 0 < value < math.inf:
+                raise InputError(f"{name} must be above 0, got {value}.")
         for name, least in (("candidates", 1), ("proposals", 1), ("batch_size", 1), ("latency_rounds", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        for name in ("latency_seconds", "feature_weight", "head_weight", "seed"):
+        for name in ("latency_seconds", "feature_weight", "head_weight", "seed", "workers"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
-        TrainConfig(1, batch_size=self.batch_size, lr=self.lr, amp=self.amp, workers=self.workers)
+        if self.workers and self.ray is not None:
+            raise InputError("workers and ray are both given; the candidates are trained by one of them.")
+        TrainConfig(1, batch_size=self.batch_size, lr=self.lr, amp=self.amp, workers=self.loaders)
+
+    @property
+    def pool(self) -> Path:
+        """Folder of the teacher pool, given or grown."""
+        return self.teacher_pool or self.out / "pool"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One generation of a search.
+
+    Args:
+        aims: the latency ratio to cut to, where it looks for architectures; for each target, where it trains on.
+        explores: whether it looks for architectures, or trains on those that were found.
+        candidates: for each aim.
+        steps: training steps of each candidate.
+    """
+
+    aims: tuple[float, ...]
+    explores: bool
+    candidates: int
+    steps: int
+
+    @property
+    def cost(self) -> int:
+        return len(self.aims) * self.candidates * self.steps
 
 
 @dataclass(frozen=True)
@@ -88,56 +182,90 @@ class Plan:
 
     Args:
         pool: forward-backward passes of the pool.
-        candidates: students to train.
-        per_candidate: training steps of each.
+        rungs: the generations, in order.
     """
 
     pool: int
-    candidates: int
-    per_candidate: int
+    rungs: tuple[Rung, ...]
 
     @property
-    def lineage(self) -> int:
-        """Steps of a student that descends from all the others; each control takes as many."""
-        return self.candidates * self.per_candidate
+    def exploring(self) -> int:
+        """Generations that look for architectures."""
+        return sum(rung.explores for rung in self.rungs)
+
+    @property
+    def training_on(self) -> int:
+        """Steps of a lineage after its architecture was found."""
+        return sum(rung.steps for rung in self.rungs if not rung.explores)
 
     @property
     def total(self) -> int:
-        return self.pool + 3 * self.lineage
+        return self.pool + sum(rung.cost for rung in self.rungs)
+
+    @property
+    def lineage(self) -> int:
+        """Steps of the longest lineage; the control takes as many as the student's."""
+        return sum(rung.steps for rung in self.rungs)
 
     def __str__(self) -> str:
+        count = sum(len(rung.aims) * rung.candidates for rung in self.rungs)
         return (
-            f"{self.total} training steps at most: {self.pool} for the teacher pool, {self.candidates} candidates of "
-            f"{self.per_candidate}, and two controls of up to {self.lineage}"
+            f"{self.total} training steps: {self.pool} for the teacher pool, {self.total - self.pool} for {count} "
+            f"candidates in {len(self.rungs)} generations, the longest lineage {self.lineage}"
         )
 
 
-def steps_of(config: SearchConfig, images: int) -> int:
-    """The budget in training steps, for so many training images."""
-    return config.steps if config.steps is not None else EPOCHS * images // config.batch_size
-
-
-def plan(config: SearchConfig, images: int) -> Plan:
-    """Divides the budget.
+def steps_of(config: SearchConfig, images: int, step_seconds: float | None = None) -> int:
+    """The budget in training steps.
 
     Args:
         config: the search.
         images: number of training images.
+        step_seconds: of one step of the base on this machine, where the budget is in minutes.
+    """
+    if config.steps is not None:
+        return config.steps
+    if config.minutes is not None:
+        return int(60 * config.minutes / step_seconds)
+    return int((config.epochs or EPOCHS) * images / config.batch_size)
+
+
+def plan(config: SearchConfig, steps: int) -> Plan:
+    """Divides a budget of ``steps`` training steps among the pool and the generations.
+
+    The generations first go down to the targets, latency by latency, with several short trainings each. Then every
+    target has its finalists, which are trained on, and the better one alone to the end (successive halving, Jamieson
+    & Talwalkar, AISTATS 2016): short trainings for many, long ones for few. The shares are our choice.
 
     Raises:
         InputError: the budget is too small for one step each.
     """
-    steps = steps_of(config, images)
-    pool = 0 if config.teacher_pool else round(POOL_SHARE * steps)
-    per_candidate = (steps - pool) // (3 * config.candidates)
-    if per_candidate < 1 or (pool < 6 and not config.teacher_pool):
-        least = (
-            3 * config.candidates
-            if config.teacher_pool
-            else max(18, round(3 * config.candidates / (1 - POOL_SHARE)) + 1)
-        )
+    taught = config.method.teaching in ("dynamic", "fixed")
+    pool = 0 if config.teacher_pool or not taught else round(POOL_SHARE * steps)
+    aims, targets = _path(config), config.targets
+    left, kinds = steps - pool, len(config.targets)
+    finalists = min(FINALISTS, config.candidates)
+    short = int(EXPLORING_SHARE * left / (len(aims) * config.candidates))
+    left -= len(aims) * config.candidates * short
+    halving = int(HALVING_SHARE * left / kinds) if finalists > 1 else 0
+    alone = (left // kinds - finalists * halving) // SEGMENTS
+    rungs = [Rung((aim,), True, config.candidates, short) for aim in aims]
+    rungs += [Rung(targets, False, finalists, halving)] * (halving > 0)
+    rungs += [Rung(targets, False, 1, alone)] * SEGMENTS
+    if min(rung.steps for rung in rungs) < 1 or (pool < 6 and taught and not config.teacher_pool):
+        least = math.ceil(max(8.0 / POOL_SHARE, 2 * len(aims) * config.candidates / EXPLORING_SHARE))
         raise InputError(
-            f"steps is {steps}, too few for a pool, {config.candidates} candidates and their controls; give at least "
-            f"{least}."
+            f"the budget is {steps} steps, too few for a pool and {len(aims)} generations of {config.candidates} "
+            f"candidates; give about {least} or more."
         )
-    return Plan(pool, config.candidates, per_candidate)
+    return Plan(pool, tuple(rungs))
+
+
+def _path(config: SearchConfig) -> list[float]:
+    """The latency ratios that the generations aim at, in turn, down to the smallest target."""
+    path = [1.0]
+    for target in config.targets:
+        aim = MARGIN * target
+        count = max(1, math.ceil(math.log(aim / path[-1]) / math.log(MOST_CUT) - 1e-9)) if config.method.gradual else 1
+        path += [path[-1] * (aim / path[-1]) ** (i / count) for i in range(1, count + 1)]
+    return [aim for before, aim in pairwise(path) if aim < before]

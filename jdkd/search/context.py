@@ -1,5 +1,6 @@
 """What stays the same during a search: the base, the data and how they are divided."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,11 +16,13 @@ from jdkd.data.splits import whereabouts
 from jdkd.detect import load, read
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
 from jdkd.detect.contract import architecture_of, require_learner
+from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
-from jdkd.files import content_hash
+from jdkd.files import content_hash, read_json, write_json
 from jdkd.graph import Topology
 from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_cost
 from jdkd.latency.clock import environment
+from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.shrinking import ProgressCallback
@@ -28,14 +31,16 @@ from jdkd.search.archive import Candidate
 from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
 from jdkd.search.timing import BRIEF, LONG, Timing, machine_of
-from jdkd.train import Scores, TrainConfig, calibrate_bn, evaluate
+from jdkd.train import Scores, TrainConfig, calibrate_bn, evaluate, fit
 from jdkd.train.inputs import with_targets_of
 
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3
+BUDGET = "budget.json"
+BUDGET_STEPS = 3  # of the base, that a budget in minutes is measured by
 MATERIAL = (
-    *("target_latency", "candidates", "proposals", "batch_size", "lr", "amp", "seed"),
-    *("feature_weight", "head_weight", "resolutions"),
+    *("targets", "target_map", "minutes", "candidates", "proposals", "batch_size", "lr", "amp", "seed"),
+    *("control", "feature_weight", "head_weight", "resolutions"),
 )  # settings that make a search the one it is
 
 
@@ -66,6 +71,36 @@ class SearchContext:
     def image_sizes(self) -> list[tuple[str, int, int]]:
         """(file name, height, width) of every image, also of those that report: a student has to see them all."""
         return [size for data in (self.train, self.selection.dataset, self.report.dataset) for size in data.sizes]
+
+    @property
+    def resolutions(self) -> list[int]:
+        """Short sides that a student may choose from, in pixels; none where the base's input size is not its own."""
+        base = input_size(self.base)
+        shares = self.config.resolutions if base else ()
+        return sorted({max(32, round(base[0] * share / 32) * 32) for share in shares})
+
+    @property
+    def most_blocks(self) -> int:
+        """Blocks that no list of a student grows beyond."""
+        return max((len(blocks.blocks) for blocks in self.topology.block_lists), default=0) + 1
+
+    @cached_property
+    def steps(self) -> int:
+        """The budget in training steps; one in minutes is kept on disk, as it follows from how fast this machine is."""
+        config, file = self.config, self.config.out / BUDGET
+        if config.minutes is None:
+            return steps_of(config, len(self.train))
+        if file.exists():
+            return read_json(file, f"remove {config.out} and begin again")["steps"]
+        self.progress("timing a step of the base", 0, 1, {})
+        report = fit(copy.deepcopy(self.base), self.train, self.training(BUDGET_STEPS, seed=0), device=config.device)
+        self.progress("timing a step of the base", 1, 1, {})
+        return steps_of(config, len(self.train), report.seconds / BUDGET_STEPS)
+
+    def keep_budget(self) -> None:
+        """Keeps a budget that was measured."""
+        if self.config.minutes is not None:
+            write_json(self.config.out / BUDGET, {"minutes": self.config.minutes, "steps": self.steps})
 
     def probe(self) -> Iterator[Any]:
         """A few training batches, always the same: for recalibration and for correlations."""
@@ -111,13 +146,22 @@ class SearchContext:
         samples = {name: model.end_to_end.samples for name, model in measured.models.items()}
         return {name: Timing(name, stage, measured.environment, own, samples[base]) for name, own in samples.items()}
 
+    def latency_table(self) -> LatencyTable:
+        """What each part of the base costs on this device, measured."""
+        told = lambda *state: self.progress("timing the parts of the base", *state)  # noqa: E731
+        return measure_table(self.base, self.topology, self.timing_images, device=self.config.device, progress=told)
+
     def folder(self, number: int) -> Path:
         """Where a candidate lies."""
-        return self.config.out / "candidates" / f"{number:03d}"
+        return self.config.out / candidate_folder(number)
+
+    def made(self, number: int) -> nn.Module:
+        """A candidate as its training left it, on the device."""
+        return load(self.folder(number), self.config.device)
 
     def detector(self, candidate: Candidate) -> nn.Module:
-        """A candidate as the search left it, on the device."""
-        return self.base if candidate.kind == "base" else load(self.folder(candidate.number), self.config.device)
+        """A candidate of the archive, on the device."""
+        return self.base if candidate.kind == "base" else self.made(candidate.number)
 
     def scored(self, detector: nn.Module, part: Part) -> Scores:
         """Scores a detector on the images that select or report, as it would be deployed."""
@@ -167,7 +211,7 @@ class SearchContext:
         """Settings of one training; ``seed`` tells the trainings of a search apart."""
         config = self.config
         settings = {"lr": config.lr, "flip": 0.5 if self.train.mirror_symmetric else 0.0, "checkpoint_every": 25}
-        settings |= {"batch_size": config.batch_size, "amp": config.amp, "workers": config.workers}
+        settings |= {"batch_size": config.batch_size, "amp": config.amp, "workers": config.loaders}
         return TrainConfig(steps=steps, seed=1000 * config.seed + seed, **settings | changes)
 
     def identity(self) -> dict[str, Any]:
@@ -178,8 +222,10 @@ class SearchContext:
             "base": {"architecture": self.base_id, "weights": content_hash(config.base / WEIGHTS)},
             "teacher_pool": pool and content_hash(*(pool / name for name in (POOL, ARCHITECTURE, WEIGHTS))),
             "data": {name: dataset.fingerprint for name, dataset in parts.items()},
+            "teachers": [content_hash(folder / WEIGHTS) for folder in config.teachers],
             **{name: getattr(config, name) for name in MATERIAL},
-            "steps": steps_of(config, len(self.train)),
+            "method": vars(config.method),
+            "steps": None if config.minutes else steps_of(config, len(self.train)),
         }
 
     def where(self) -> dict[str, Any]:
@@ -188,6 +234,11 @@ class SearchContext:
         splits = {"train": config.train, "val": config.val, "selection": config.selection}
         data = whereabouts({name: split for name, split in splits.items() if split is not None})
         return {"data": data, "base": str(config.base.resolve()), "device": config.device}
+
+
+def candidate_folder(number: int) -> str:
+    """Where a candidate lies below the folder of its search."""
+    return f"candidates/{number:03d}"
 
 
 def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchContext:

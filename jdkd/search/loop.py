@@ -1,59 +1,35 @@
 """The joint search (Joint-DetNAS, Yao et al., CVPR 2021, driven by PKD, Cao et al., NeurIPS 2022).
 
-Two processes alternate: student morphism keeps the teacher and changes the student, dynamic distillation
-keeps the student and changes the teacher. A child inherits its parent's weights and is trained for a short
-while with the detection loss and the Pearson loss to its teacher. All candidates share one learning-rate
-cosine that spans the search, so whichever lineage survives has been annealed, and its controls can follow
-the same pattern.
+A :class:`jdkd.search.strategy.Strategy` decides a generation, an executor trains and scores its candidates wherever
+there is room, and then, with every worker idle, this process times them in turn with the base and archives them. The
+learning rate follows the lineage: whatever student comes out has been annealed in one cycle, from its first cut on.
 """
 
 import math
-import random
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from jdkd.detect import load, save
 from jdkd.detect.contract import architecture_of
-from jdkd.distill import Distiller
-from jdkd.errors import InputError, ModelError
+from jdkd.execution import Journal, executor
 from jdkd.files import read_json, write_json
+from jdkd.latency.table import LatencyTable
 from jdkd.notices import say_once
-from jdkd.pool import PoolTrainConfig, ScoredSubnet, Subnet, TeacherPool, load_pool, train_pool
+from jdkd.pool import TeacherPool
 from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
-from jdkd.search.archive import ARCHIVE, Archive, Cycle
-from jdkd.search.choice import fitness, pareto_front
+from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.config import Plan, SearchConfig, plan
-from jdkd.search.context import SearchContext, open_context, say_if_trained_elsewhere
-from jdkd.search.matching import match
+from jdkd.search.context import SearchContext, candidate_folder, open_context
+from jdkd.search.evaluator import TRAINING, Evaluator, Training
+from jdkd.search.matching import Matching
 from jdkd.search.outcome import conclude, read_result
-from jdkd.search.screening import screen
-from jdkd.search.timing import Timing
-from jdkd.train import DivergenceError, fit
+from jdkd.search.proposal import Proposal
+from jdkd.search.strategy import Strategy
+from jdkd.search.teachers import given_pool, grown_pool, remember, write_teachers
 
-DISTILL_DELAY = 0.1  # share of a candidate's steps that a new teacher keeps silent
-TOURNAMENT = 3  # members of the front that are drawn, of whom the fittest becomes the parent
-TEACHERS = "teachers.json"
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the next candidate is to be; kept on disk until it is in the archive, so that a kill repeats nothing."""
-
-    parent: str
-    kind: str
-    action: str
-    teacher: Subnet
-    feature_channels: tuple[tuple[int, ...], ...]
-    new_teacher: bool
+GENERATION, TABLE = "generation.json", "latency_table.json"
 
 
 def search(config: SearchConfig, progress: ProgressCallback | None = None) -> dict[str, Any]:
@@ -73,8 +49,8 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
     context = open_context(config, progress or (lambda *state: None))
     if read_result(config.out) is None:
         context.require_pyramid()
-    budget = plan(config, len(context.train))
-    given = config.teacher_pool and _given_pool(config.teacher_pool, context)
+    budget = plan(config, context.steps)
+    given = config.teacher_pool and given_pool(config.teacher_pool, context)
     run = RunFolder(config.out)
     how = {"resume": config.resume, "command": config.command, "where": context.where()}
     run.begin("search", context.identity(), **how)
@@ -87,65 +63,142 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
 def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -> dict[str, Any]:
     """The result of a search that has not come to its end yet."""
     config = context.config
-    archive = Archive(config.out / ARCHIVE)
-    try:
+    context.keep_budget()
+    with closing(Archive(config.out / ARCHIVE)) as archive:
         if not archive.candidates:
             _add_base(archive, context)  # before the pool: a base that cannot be scored costs no training
-        pool = given or _grown_pool(context, budget)
-        _remember(pool, context)
+        pool = given or (grown_pool(context, budget) if budget.pool else None)
+        if pool is not None:
+            remember(pool, context)
         _time_on_this_machine(archive, context)
-        _clear(len(archive) - 1, context)  # where a kill came between
-        for number in range(len(archive), budget.candidates + 1):
-            _run_candidate(number, archive, pool, context, budget)
-            _clear(number, context)
-            context.progress("candidates", number, budget.candidates, {"mAP": archive.candidates[-1].map})
-        return conclude(archive, pool.steps, context)
-    finally:
-        archive.close()
+        table = _table(context)
+        strategy = Strategy(context, budget, Matching(context, pool, archive.candidates[0].map), table)
+        with closing(_workers(context, pool)) as workers:
+            while proposals := _generation(strategy, archive, context):
+                _run(proposals, workers, archive, context)
+                _clear(archive, budget, context)
+                workers.clear()
+        return conclude(archive, pool.steps if pool else 0, context)
 
 
-def _given_pool(folder: Path, context: SearchContext) -> TeacherPool:
-    """The pool of an earlier search."""
-    pool = load_pool(folder, context.base, context.train, topology=context.topology, device=context.config.device)
-    say_if_trained_elsewhere(f"the teacher pool in {folder}", pool.trained_on, context.train)
-    return pool
-
-
-def _grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
-    """The pool that this search grows from its base."""
+def _workers(context: SearchContext, pool: TeacherPool | None) -> Journal:
+    """Who trains and scores the candidates."""
     config = context.config
-    try:
-        return train_pool(
-            context.base,
-            context.train,
-            context.selection.dataset,
-            PoolTrainConfig(context.training(budget.pool, seed=100, lr=2 * config.lr), head_weight=1.0),
-            config.out / "pool",
-            topology=context.topology,
-            device=config.device,
-            resume=config.resume,
-            progress=context.progress,
-        )
-    except DivergenceError as error:
-        raise InputError(
-            f"no teacher pool can be grown at twice the lr of {config.lr:g}: at step {error.step} {error.what} is not "
-            "finite; search into another folder at a lower lr, or give a teacher_pool."
-        ) from error
+    how = {"workers": config.workers, "ray": config.ray, "progress": context.progress}
+    made = executor(Training(config), config.device, **how, evaluate=Evaluator(context, pool))
+    return Journal(made, config.out / "outcomes")
 
 
-def _remember(pool: TeacherPool, context: SearchContext) -> None:
-    """Gives the pool the members that this search has scored; a pool that was scored on other images is scored anew."""
-    file, selection = context.config.out / TEACHERS, context.selection.dataset
+def _generation(strategy: Strategy, archive: Archive, context: SearchContext) -> list[Proposal]:
+    """The candidates to make next: those on disk that a kill has left, or new ones."""
+    file = context.config.out / GENERATION
     if file.exists():
-        members = read_json(file, "remove it and resume: teachers are scored again")
-        pool.members = [ScoredSubnet.from_json(member) for member in members]
-    elif pool.scored_on != selection.fingerprint:
-        pool.score_members([member.subnet for member in pool.members], context.base, selection, context.progress)
-        _write_teachers(pool, context)
+        remedy = "remove it and resume: the generation is decided anew"
+        kept = [Proposal.from_json(fields) for fields in read_json(file, remedy)]
+        if unfinished := [proposal for proposal in kept if proposal.number >= len(archive)]:
+            return unfinished
+    proposals = strategy.ask(archive)
+    if strategy.matching.pool is not None:
+        write_teachers(strategy.matching.pool, context)
+    write_json(file, [proposal.to_json() for proposal in proposals])
+    return proposals
 
 
-def _write_teachers(pool: TeacherPool, context: SearchContext) -> None:
-    write_json(context.config.out / TEACHERS, [member.to_json() for member in pool.members])
+def _run(proposals: list[Proposal], workers: Journal, archive: Archive, context: SearchContext) -> None:
+    """Makes a generation: all are trained and scored, then timed, then archived in order."""
+    by_id = {candidate.id: candidate for candidate in archive.candidates}
+    jobs = [proposal.to_json() | {"from": _whence(by_id[proposal.parent])} for proposal in proposals]
+    outcomes = {}
+    for job, outcome in workers.run(jobs):
+        outcomes[job["number"]] = outcome
+        context.progress("candidates", len(outcomes), len(jobs), {"mAP": outcome.get("map", math.nan)})
+    for proposal in proposals:
+        _archive(proposal, by_id[proposal.parent], outcomes[proposal.number], archive, context)
+
+
+def _whence(parent: Candidate) -> str | None:
+    return None if parent.kind == "base" else candidate_folder(parent.number)
+
+
+def _archive(
+    proposal: Proposal, parent: Candidate, outcome: dict[str, Any], archive: Archive, context: SearchContext
+) -> None:
+    """Times a candidate and adds it to the archive; one that failed is archived as such."""
+    failure, cycle, begun = outcome.get("failure"), proposal.cycle, time.perf_counter()
+    timing, known = None, {"architecture": parent.architecture, "params": parent.params, "gmacs": parent.gmacs}
+    if failure is None:
+        student = context.made(proposal.number)
+        own = architecture_of(student, "search")
+        timing = context.timed({own.id: student})[own.id]
+        known = {"architecture": own, **context.cost(student)}
+    else:
+        say_once(
+            f"candidate {proposal.number} ({proposal.action}) failed, and the search goes on without it: {failure}"
+        )
+    seconds = outcome.get("seconds", {}) | {"timing": time.perf_counter() - begun}
+    archive.add(
+        timing,
+        number=proposal.number,
+        id=f"{proposal.number:03d}-{known['architecture'].id[:8]}",
+        parent=parent.id,
+        generation=proposal.generation,
+        kind=proposal.kind,
+        action=proposal.action,
+        teacher=proposal.teacher,
+        target=proposal.target,
+        predicted=proposal.predicted,
+        architecture_id=known["architecture"].id,
+        **known,
+        map=outcome.get("map", math.nan),
+        map50=outcome.get("map50", math.nan),
+        steps=cycle.steps,
+        lineage_steps=parent.lineage_steps + cycle.steps,
+        cycles=(*parent.cycles, cycle),
+        seconds=seconds,
+        failure=failure,
+    )
+
+
+def _add_base(archive: Archive, context: SearchContext) -> None:
+    """The base as the first entry of the archive, timed against itself."""
+    begun = time.perf_counter()
+    scores = context.scored(context.base, context.selection)
+    scored = time.perf_counter()
+    known = architecture_of(context.base, "search")
+    timing = context.timed({known.id: context.base})[known.id]
+    archive.add(
+        timing,
+        number=0,
+        id=f"000-{known.id[:8]}",
+        parent=None,
+        generation=0,
+        kind="base",
+        action="base",
+        teacher=None,
+        target=None,
+        architecture=known,
+        architecture_id=known.id,
+        **context.cost(context.base),
+        map=scores.map,
+        map50=scores.map50,
+        steps=0,
+        lineage_steps=0,
+        cycles=(),
+        seconds={"scoring": scored - begun, "timing": time.perf_counter() - scored},
+        failure=None,
+    )
+
+
+def _table(context: SearchContext) -> LatencyTable:
+    """What the parts of the base cost here; measured once a machine."""
+    file = context.config.out / TABLE
+    if file.exists():
+        kept = read_json(file, "remove it and resume: the parts are timed again")
+        if kept["machine"] == context.machine:
+            return LatencyTable.from_json(kept["table"])
+    table = context.latency_table()
+    write_json(file, {"machine": context.machine, "table": table.to_json()})
+    return table
 
 
 def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
@@ -162,147 +215,9 @@ def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
         archive.add_timing(context.timed({name: context.detector(candidate)})[name])
 
 
-def _add_base(archive: Archive, context: SearchContext) -> None:
-    """The base as the first entry of the archive."""
-    begun = time.perf_counter()
-    timing, scores = _measured(context.base, context)
-    archive.add(
-        timing,
-        number=0,
-        id=f"000-{context.base_id[:8]}",
-        parent=None,
-        kind="base",
-        action="base",
-        teacher=None,
-        **_architecture(context.base, context),
-        feature_channels=tuple(tuple(range(len(level))) for level in context.topology.followed),
-        steps=0,
-        lineage_steps=0,
-        cycles=(),
-        **scores,
-        seconds=time.perf_counter() - begun,
-    )
-
-
-def _run_candidate(number: int, archive: Archive, pool: TeacherPool, context: SearchContext, budget: Plan) -> None:
-    """Decides, inherits, trains, scores, times and archives one candidate; one that fails is archived as such."""
-    begun = time.perf_counter()
-    config = context.config
-    folder = context.folder(number)
-    decision = _decided(folder, number, archive, pool, context)
-    parent = next(candidate for candidate in archive.candidates if candidate.id == decision.parent)
-    student = load(folder / "init", config.device)
-    steps = budget.per_candidate
-    cycle = Cycle(steps, (number - 1) * steps, budget.lineage, config.lr)
-    train = context.training(steps, seed=number, cycle_start=cycle.start, cycle_steps=cycle.total)
-    silent = round(DISTILL_DELAY * steps) if decision.new_teacher else 0
-    failure = None
-    try:
-        with _taught(student, pool.teacher(decision.teacher), decision.feature_channels, silent, config) as losses:
-            fit(
-                student,
-                context.train,
-                train,
-                device=config.device,
-                losses=losses,
-                folder=folder / "training",
-                resume=True,
-                progress=lambda *state: context.progress(f"candidate {number}: {decision.action}", *state),
-            )
-        save(folder, context.calibrated(student))
-        timing, scores = _measured(student, context)
-    except ModelError as error:
-        failure, timing, scores = str(error), None, {"map": math.nan, "map50": math.nan}
-        say_once(f"candidate {number} ({decision.action}) failed, and the search goes on without it: {failure}")
-    archive.add(
-        timing,
-        number=number,
-        id=f"{number:03d}-{architecture_of(student, 'search').id[:8]}",
-        parent=parent.id,
-        kind=decision.kind,
-        action=decision.action,
-        teacher=decision.teacher,
-        **_architecture(student, context),
-        feature_channels=decision.feature_channels,
-        steps=steps,
-        lineage_steps=parent.lineage_steps + steps,
-        cycles=(*parent.cycles, cycle),
-        **scores,
-        seconds=time.perf_counter() - begun,
-        failure=failure,
-    )
-
-
-def _decided(folder: Path, number: int, archive: Archive, pool: TeacherPool, context: SearchContext) -> Decision:
-    """The decision for this candidate: the one on disk if there is one, or a new one."""
-    file = folder / "decision.json"
-    if file.exists() and (folder / "init").exists():
-        fields = read_json(file, f"remove {folder} and resume")
-        lists = {
-            "teacher": Subnet.from_json(fields["teacher"]),
-            "feature_channels": tuple(map(tuple, fields["feature_channels"])),
-        }
-        return Decision(**fields | lists)
-    decision, student = _decide(number, archive, pool, context)
-    save(folder / "init", student)
-    _write_teachers(pool, context)
-    write_json(file, {**vars(decision), "teacher": decision.teacher.to_json()})
-    return decision
-
-
-def _decide(number: int, archive: Archive, pool: TeacherPool, context: SearchContext) -> tuple[Decision, nn.Module]:
-    """Odd candidates change the student, even ones the teacher."""
-    config = context.config
-    rng = random.Random(f"{config.seed}/{number}")
-    torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
-    front = pareto_front(archive.scored)
-    drawn = rng.sample(front, min(TOURNAMENT, len(front)))
-    parent = max(drawn, key=lambda candidate: fitness(candidate, config.target_latency))
-    student = context.detector(parent)
-    present = parent.teacher or pool.members[0].subnet
-    if number % 2:
-        known = {candidate.architecture_id: candidate.latency_ratio for candidate in archive.scored}
-        chosen = screen(student, known, context, rng)
-        channels = tuple(
-            tuple(level[channel] for channel in kept)
-            for level, kept in zip(parent.feature_channels, chosen.kept, strict=True)
-        )
-        new = parent.teacher is None
-        return Decision(parent.id, "morph", chosen.action, present, channels, new), chosen.student
-    teacher, action = match(student, parent.map, parent.feature_channels, present, pool, context, rng)
-    new = teacher != parent.teacher
-    return Decision(parent.id, "teacher", action, teacher, parent.feature_channels, new), student
-
-
-@contextmanager
-def _taught(
-    student: nn.Module, teacher: nn.Module, channels: tuple[tuple[int, ...], ...], silent: int, config: SearchConfig
-) -> Iterator[Any]:
-    """The losses of a student under a teacher that keeps silent for the first steps."""
-    weights = {"feature_weight": config.feature_weight, "head_weight": config.head_weight}
-    with Distiller(student, teacher, channels=channels, **weights) as distiller:
-
-        def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
-            distiller.runner.enabled = step >= silent
-            own = student(images, targets)
-            yield own if step < silent else own | distiller.losses()
-
-        yield losses
-
-
-def _clear(number: int, context: SearchContext) -> None:
-    """Removes what only the resume of a candidate needs, once it is in the archive."""
-    for leftover in ("training", "init"):
-        shutil.rmtree(context.folder(number) / leftover, ignore_errors=True)
-
-
-def _measured(detector: nn.Module, context: SearchContext) -> tuple[Timing, dict[str, float]]:
-    """Times a detector and scores it on the images that select, as it would be deployed."""
-    own, scores = architecture_of(detector, "search").id, context.scored(detector, context.selection)
-    return context.timed({own: detector})[own], {"map": scores.map, "map50": scores.map50}
-
-
-def _architecture(detector: nn.Module, context: SearchContext) -> dict[str, Any]:
-    """What an archive says of an architecture, besides its latency."""
-    known = architecture_of(detector, "search")
-    return {"architecture": known, "architecture_id": known.id, **context.cost(detector)}
+def _clear(archive: Archive, budget: Plan, context: SearchContext) -> None:
+    """Removes the checkpoints of candidates that no longer can be trained on."""
+    last = max(candidate.generation for candidate in archive.candidates)
+    for candidate in archive.candidates:
+        if last > budget.exploring and candidate.generation < last:
+            shutil.rmtree(context.folder(candidate.number) / TRAINING, ignore_errors=True)

@@ -1,60 +1,95 @@
-"""Dynamic distillation: which teacher of the pool matches this student?"""
+"""Dynamic distillation: who of all that could teach matches this student?"""
+
+from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
-from jdkd.distill import correlations
+from jdkd.distill import explained, pyramids
+from jdkd.distill.alignment import PyramidSnapshot
+from jdkd.errors import InputError
+from jdkd.notices import say_once
 from jdkd.pool import Subnet, TeacherPool
+from jdkd.pool.members import Teacher
+from jdkd.search.archive import Candidate
 from jdkd.search.context import SearchContext
+from jdkd.search.proposal import BASE
 
-NEIGHBOURS = 3  # unscored subnets that are looked at, around the present teacher
+NOISE = 0.01  # mAP by which a teacher must be ahead to be ahead at all
+NEIGHBOURS = 2  # unscored subnets that are looked at, around the present teacher, in every generation
 
 
-def match(
-    student: nn.Module,
-    student_map: float,
-    feature_channels: Sequence[Sequence[int]],
-    present: Subnet,
-    pool: TeacherPool,
-    context: SearchContext,
-    rng: random.Random,
-) -> tuple[Subnet, str]:
-    """The teacher that promises the student most, measured without training.
+@dataclass(frozen=True)
+class _Known:
+    """A possible teacher: its mAP on the images that select, and what it makes of the probe."""
 
-    A teacher's score is what it is ahead of the student in mAP, times the mean r of their features. One that is far
-    ahead but whose features have nothing to do with the student's (r of 0 or less, or undefined) has none, nor has one
-    that is no better than the student. Where none has any the present one stays, as nothing speaks for another; it also
-    stays where another scores just as much. (Our choice; Joint-DetNAS searches for the matching teacher by training
-    with it.)
+    map: float
+    seen: Sequence[PyramidSnapshot]
+
+
+class Matching:
+    """Chooses the teacher of every student.
+
+    A teacher's score is what it is ahead of the student in mAP, times the share of its features that the student's
+    explain (:func:`jdkd.distill.explained`): one that knows more, and whose language the student can speak through the
+    adapter. Who is not ahead has nothing to say and never teaches; where nobody is ahead the student learns from the
+    labels alone. (Our choice; Joint-DetNAS searches for the matching teacher by training with it.)
 
     Args:
-        student: the detector to be taught.
-        student_map: its score on the images that select.
-        feature_channels: for every level, the teachers' channel opposite each of the student's.
-        present: its teacher so far.
-        pool: the teachers; neighbours of the present one that had no score are scored and remembered.
-        context: data and device of the search.
-        rng: the source of chance.
-
-    Returns:
-        The teacher, and what is done, in words.
+        context: data, base and settings.
+        pool: the teachers besides the base; None where there are none.
+        base_map: of the base on the images that select.
     """
-    known = {member.subnet for member in pool.members}
-    fresh = [subnet for _ in range(NEIGHBOURS) if (subnet := pool.space.mutate(present, rng)) not in known]
-    for done, subnet in enumerate(dict.fromkeys(fresh), start=1):
-        pool.members.append(pool.score(subnet, context.base, context.selection.dataset))
-        context.progress("scoring teachers", done, len(fresh), {"mAP": pool.members[-1].map})
-    scores = {}
-    for member in sorted(pool.members, key=lambda member: member.subnet != present):  # of equals the first stays
-        ahead = member.map - student_map
-        if ahead > 0:
-            probe = context.probe()
-            distances = correlations(student, pool.teacher(member.subnet), probe, channels=feature_channels).values()
-            scores[member.subnet] = ahead * (1 - sum(distances) / len(distances))
-    scores = {subnet: score for subnet, score in scores.items() if score > 0}
-    if not scores:
-        return present, f"stay with {present}, no related teacher is ahead"
-    best = max(scores, key=scores.get)
-    return best, f"learn from {best}" if best != present else f"stay with {present}"
+
+    def __init__(self, context: SearchContext, pool: TeacherPool | None, base_map: float) -> None:
+        self.context, self.pool, self.base_map = context, pool, base_map
+        self._known: dict[Teacher, _Known] = {}
+
+    def of(self, student: nn.Module, parent: Candidate, rng: random.Random) -> Teacher | None:
+        """The teacher of a student that inherits from ``parent``, measured without training."""
+        teaching = self.context.config.method.teaching
+        if teaching == "none":
+            return None
+        if teaching == "base" or self.pool is None:
+            return BASE
+        if teaching == "fixed":
+            return max(self.pool.members, key=lambda member: member.map).teacher
+        if isinstance(parent.teacher, Subnet):
+            self._look_around(parent.teacher, rng)
+        ours = pyramids(student, self.context.probe())
+        scores = {
+            teacher: (known.map - parent.map) * self._explained(teacher, known, ours)
+            for teacher, known in self._teachers().items()
+            if known.map > parent.map + NOISE
+        }
+        best = max(scores, key=scores.get, default=None)  # of equals the first: the base, then the pool's best
+        return best if best is not None and scores[best] > 0 else None
+
+    def _teachers(self) -> dict[Teacher, _Known]:
+        """Everyone who could teach, the base first, then the pool from the best down."""
+        if BASE not in self._known:
+            self._known[BASE] = _Known(self.base_map, pyramids(self.context.base, self.context.probe()))
+        for member in self.pool.members:
+            if member.teacher not in self._known:
+                seen = pyramids(self.pool.teacher(member.teacher), self.context.probe())
+                self._known[member.teacher] = _Known(member.map, seen)
+        return self._known
+
+    def _look_around(self, present: Subnet, rng: random.Random) -> None:
+        """Scores subnets near the present teacher that have no score yet."""
+        known = {member.teacher for member in self.pool.members}
+        near = [subnet for _ in range(NEIGHBOURS) if (subnet := self.pool.space.mutate(present, rng)) not in known]
+        for done, subnet in enumerate(dict.fromkeys(near), start=1):
+            self.pool.members.append(self.pool.score(subnet, self.context.selection.dataset))
+            self.context.progress("scoring teachers", done, len(near), {"mAP": self.pool.members[-1].map})
+
+    def _explained(self, teacher: Teacher, known: _Known, ours: Sequence[PyramidSnapshot]) -> float:
+        """Share of a teacher's features that a student's explain; 0 where the two cannot be compared, which is said."""
+        try:
+            return explained(ours, known.seen)
+        except InputError as error:
+            say_once(f"{teacher} does not teach this student: {error}", key=f"no teacher {teacher}")
+            return 0.0

@@ -1,28 +1,31 @@
-"""How a search ends: the student is chosen, the controls are trained, everything is scored on the reporting images."""
+"""How a search ends: the students are chosen, the control is trained, everything is scored on the reporting images."""
 
 import copy
 import math
 import os
 import shlex
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from jdkd.detect import load, save
+from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
-from jdkd.latency import Latency, Ratio
+from jdkd.latency.table import kendall
 from jdkd.notices import say_once
 from jdkd.run_folder import versions
-from jdkd.search.archive import Archive, Candidate, Cycle
+from jdkd.search.archive import Archive, Candidate
 from jdkd.search.choice import choose, contender
+from jdkd.search.config import SearchConfig
 from jdkd.search.context import SearchContext
-from jdkd.search.timing import LONG
+from jdkd.search.timing import LONG, PooledLatency, pooled
 from jdkd.train import fit
 
 RESULT = "result.json"
-CONTROL_SEED = 900
+CONTROL_SEED, TRAINING = 900, "training"
 MEANING = (
     "median end to end over the base's, timed in turn; all measurements of one architecture pooled, each scaled to the "
     "base's median in the latest; every sample is in archive.sqlite, table timings"
@@ -30,57 +33,60 @@ MEANING = (
 
 
 def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[str, Any]:
-    """Writes ``student/`` and ``result.json`` and returns what is in the latter.
+    """Writes the students and ``result.json`` and returns what is in the latter.
 
-    The controls are the base trained for as long as the student's lineage: ``control`` in the same stretches
-    of the learning-rate cycle, each with a fresh optimizer, ``control_single`` in one uninterrupted cycle. Latency is
-    that of an architecture, so theirs is the base's. One that cannot be trained has its ``failure`` in place of scores.
+    There is a student for each target, in ``student/`` where there is one target, else in ``student-0.53/`` and so on.
+    The control is the base trained for as long as the longest lineage of a student, in one cycle of the learning rate.
+    Latency is that of an architecture, so the control's is the base's. One that cannot be trained has its ``failure``
+    in place of scores.
 
     Raises:
         InputError: every candidate failed.
     """
     config = context.config
-    student = _chosen(archive, context)
-    single = (Cycle(student.lineage_steps, 0, student.lineage_steps, config.lr),)
-    made = {
-        "base": lambda: context.base,
-        "control": lambda: _control("control", student.cycles, context),
-        "control_single": lambda: _control("control_single", single, context),
-        "student": lambda: context.detector(student),
-    }
-    save(config.out / "student", made["student"]())
-    latency, result = archive.latency(student.architecture_id), {}
-    for name, make in made.items():
-        own = (latency.own, latency.ratio) if name == "student" else (latency.base, Ratio(1.0, 1.0, 1.0))
-        try:
-            result[name] = _row(make(), *own, 0 if name == "base" else student.lineage_steps, context)
-        except ModelError as error:
-            if not name.startswith("control"):
-                raise
-            say_once(f"{name} failed: {error} The student has one control less to be compared with.")
-            result[name] = {"failure": str(error)}
-        context.progress("scoring", len(result), len(made), {"mAP": result[name].get("map", math.nan)})
+    chosen = {target: _chosen(archive, target, context) for target in config.targets}
+    names = {target: "student" if len(chosen) == 1 else f"student-{target:g}" for target in chosen}
+    base = archive.latency(archive.candidates[0].architecture_id)
+    longest = max(student.lineage_steps for student in chosen.values())
+    result: dict[str, Any] = {"base": _row(context.base, base, 0, context)}
+    if config.control:
+        result["control"] = _control(longest, base, context)
+    students = []
+    for done, (target, student) in enumerate(chosen.items(), start=1):
+        detector = context.detector(student)
+        save(config.out / names[target], detector)
+        row = _row(detector, archive.latency(student.architecture_id), student.lineage_steps, context)
+        met = _met(student, target, config)
+        students.append(row | {"target": target, "target_met": met, "id": student.id, "folder": names[target]})
+        context.progress("scoring", done, len(chosen), {"mAP": row["map"]})
     result |= {
+        "students": students,
+        "target_map": config.target_map,
+        "target_met": all(student["target_met"] for student in students),
         "seed": config.seed,
         "selection": context.selection.to_json(),
         "report": context.report.to_json(),
-        "device": archive.timings(student.architecture_id)[-1].environment,
+        "device": archive.timings(archive.candidates[0].architecture_id)[-1].environment,
         "versions": versions(),
         "command": shlex.join(config.command),
-        "target_latency": config.target_latency,
-        "target_met": student.latency_ratio <= config.target_latency,
+        "method": vars(config.method),
         "latency_ratio_is": MEANING,
-        "student_id": student.id,
-        "pool_steps": pool_steps,
-        "seconds": sum(candidate.seconds for candidate in archive.candidates),
+        "aa": _against_itself(context),
+        "predictor": _predictor(archive),
+        "cost": _cost(archive, pool_steps, result.get("control", {}).get("train_steps", 0)),
     }
     write_json(config.out / RESULT, result)
     return result
 
 
-def _chosen(archive: Archive, context: SearchContext) -> Candidate:
-    """The student; whoever may be it is timed at length first, and its samples join those that it has."""
-    target = context.config.target_latency
+def _met(student: Candidate, target: float, config: SearchConfig) -> bool:
+    good = config.target_map is None or student.map >= config.target_map
+    return good and student.latency_ratio <= target
+
+
+def _chosen(archive: Archive, target: float, context: SearchContext) -> Candidate:
+    """The student of a target; whoever may be it is timed at length first, and its samples join those that it has."""
+    least = context.config.target_map
     if len(archive.scored) == 1:
         raise InputError(
             f"all {len(archive) - 1} candidates failed, the last one as {archive.candidates[-1].failure} Search into "
@@ -90,45 +96,71 @@ def _chosen(archive: Archive, context: SearchContext) -> Candidate:
         students = archive.scored[1:]
         ids = {student.architecture_id for student in students}
         timed = {i for i in ids for t in archive.timings(i) if (t.stage, t.machine) == (LONG, context.machine)}
-        candidate = contender(students, target, timed)
+        candidate = contender(students, target, timed, least)
         if candidate is None:
-            return choose(students, target)
+            return choose(students, target, least)
         own = candidate.architecture_id
         archive.add_timing(context.timed({own: context.detector(candidate)}, LONG)[own])
 
 
-def _control(name: str, cycles: tuple[Cycle, ...], context: SearchContext) -> nn.Module:
-    """The base after the given stretches of training, without a teacher and without a change."""
-    config = context.config
-    folder = config.out / "controls" / name
-    model = copy.deepcopy(context.base)
-    for number, cycle in enumerate(cycles):
-        train = context.training(
-            cycle.steps,
-            seed=CONTROL_SEED + number,
-            lr=cycle.lr,
-            cycle_start=cycle.start,
-            cycle_steps=cycle.total,
-        )
-        fit(
-            model, context.train, train, device=config.device, folder=folder / str(number), resume=True,
-            progress=lambda *state: context.progress(name.replace("_", ", "), *state),
-        )  # fmt: skip
-    save(folder, context.calibrated(model))
-    return load(folder, config.device)
+def _control(steps: int, latency: PooledLatency, context: SearchContext) -> dict[str, Any]:
+    """The row of the base trained for so many more steps, without a teacher and without a change."""
+    config, folder = context.config, context.config.out / "control"
+    if not (folder / WEIGHTS).exists():
+        model = copy.deepcopy(context.base)
+        try:
+            fit(
+                model, context.train, context.training(steps, seed=CONTROL_SEED), device=config.device,
+                folder=folder / TRAINING, resume=True, progress=lambda *state: context.progress("control", *state),
+            )  # fmt: skip
+        except ModelError as error:
+            say_once(f"the control failed: {error} The student has nothing to be compared with but its base.")
+            return {"failure": str(error)}
+        save(folder, context.calibrated(model))
+    return _row(load(folder, config.device), latency, steps, context)
 
 
-def _row(detector: nn.Module, latency: Latency, ratio: Ratio, steps: int, context: SearchContext) -> dict[str, Any]:
-    scores = context.scored(detector, context.report)
+def _row(detector: nn.Module, latency: PooledLatency, steps: int, context: SearchContext) -> dict[str, Any]:
+    scores, own, ratio = context.scored(detector, context.report), latency.own, latency.ratio
     return {
         "map": scores.map,
         "map50": scores.map50,
-        "latency_ms": {"p50": latency.p50, "p90": latency.p90, "p99": latency.p99},
+        "latency_ms": {"p50": own.p50, "p90": own.p90, "p99": own.p99},
         "latency_ratio": ratio.value,
         "latency_ratio_interval": list(ratio.interval),
         **context.cost(detector),
         "train_steps": steps,
     }
+
+
+def _against_itself(context: SearchContext) -> dict[str, Any]:
+    """The base timed against a copy of itself: what the clock makes of no difference at all."""
+    timing = context.timed({"copy": copy.deepcopy(context.base)})["copy"]
+    ratio = pooled([timing]).ratio
+    return {"ratio": ratio.value, "interval": list(ratio.interval)}
+
+
+def _predictor(archive: Archive) -> dict[str, Any]:
+    """How well latencies were predicted, before each was measured, of all architectures of the search."""
+    pairs = {
+        one.architecture_id: (one.predicted, one.latency_ratio) for one in archive.scored[1:] if one.kind == "morph"
+    }
+    errors = [abs(predicted / ratio - 1) for predicted, ratio in pairs.values()]
+    return {
+        "architectures": len(pairs),
+        "kendall_tau": kendall(list(pairs.values())),
+        "mean_absolute_percentage_error": 100 * sum(errors) / len(errors) if errors else math.nan,
+    }
+
+
+def _cost(archive: Archive, pool_steps: int, control_steps: int) -> dict[str, Any]:
+    """What the search took, in steps and in seconds by what they were spent on."""
+    seconds: dict[str, float] = defaultdict(float)
+    for candidate in archive.candidates:
+        for what, spent in candidate.seconds.items():
+            seconds[what] += spent
+    steps = {"pool_steps": pool_steps, "candidate_steps": sum(one.steps for one in archive.candidates)}
+    return {**steps, "control_steps": control_steps, "seconds": dict(seconds)}
 
 
 def read_result(out: Path) -> dict[str, Any] | None:

@@ -1,8 +1,11 @@
-"""Screening: many students proposed, none trained, one chosen."""
+"""Screening: many students proposed, none trained, few chosen."""
 
+from __future__ import annotations
+
+import contextlib
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -10,105 +13,194 @@ from torch import nn
 from jdkd.detect.contract import architecture_of
 from jdkd.detect.input_size import input_size, require_visible
 from jdkd.distill import correlations, pyramids
-from jdkd.distill.correlation import PyramidSnapshot
 from jdkd.errors import InputError, ModelError
-from jdkd.graph import Topology
-from jdkd.morph import draw
+from jdkd.latency.table import LatencyTable
+from jdkd.morph import GROWING, Morph, change_resolution, channel_importance, cut_to, draw, remove_block, shortened
 from jdkd.notices import say_once
+from jdkd.rewrite import Rewrite
+from jdkd.search.archive import Candidate
+from jdkd.search.config import MARGIN
 from jdkd.search.context import SearchContext
+from jdkd.search.inheriting import inherit
 from jdkd.search.timing import pooled
 
-MOST_ACTIONS = 3  # actions that one proposal may combine, as SP-NAS draws them (Jiang et al., CVPR 2020)
+ARCHITECTURE, CHANNELS = "architecture", "channels"  # what may be changed
+TEMPERATURE = 0.3  # of a cut that is to be another than the plain one, see jdkd.morph.cut_to
+DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; else blocks may go
+MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
-TARGET_MARGIN = 0.93  # of the target is aimed at: training changes what NMS has to do
+CLOSE = 0.03  # share by which a student may be slower than aimed at, and twice of it faster
 
 
 @dataclass(frozen=True)
-class Proposal:
-    """A student that could be: its weights, and what is known of it before training.
+class Screened:
+    """A student that could be.
 
     Args:
-        action: what was done, in words.
-        student: the child, with its inherited weights and recalibrated.
-        kept: for every level of its pyramid, the parent's channel opposite each of its own.
+        action: what is done to its parent, in words.
+        rewrites: the same as data, one after the other.
+        student: the child, with everything that it inherits.
         similarity: mean r between its features and its parent's.
-        latency_ratio: latency over the base's.
+        predicted: its latency over the base's, by the table.
+        latency_ratio: the same as it was measured, NaN before.
     """
 
     action: str
+    rewrites: tuple[Rewrite, ...]
     student: nn.Module
-    kept: tuple[tuple[int, ...], ...]
     similarity: float
-    latency_ratio: float = float("nan")
+    predicted: float
+    latency_ratio: float = math.nan
 
     @property
     def architecture_id(self) -> str:
         return architecture_of(self.student, "search").id
 
-    def score(self, target: float) -> float:
-        """What training it promises: features kept, less what it is slower than a little under the target."""
-        score = self.similarity - LATENCY_PENALTY * max(0.0, self.latency_ratio / (TARGET_MARGIN * target) - 1)
-        return score if score == score else -math.inf  # features that are not numbers keep nothing
 
-
-def screen(parent: nn.Module, known: Mapping[str, float], context: SearchContext, rng: random.Random) -> Proposal:
-    """Proposes students, rewrites each physically, measures it, and returns the most promising.
-
-    Nothing is trained. What an action has damaged is read off the correlation of the child's features with
-    its parent's; what it has saved is timed against the base, all in one interleaved measurement. An architecture that
-    the search knows is not timed again. These times only rank proposals: detections, and with them the cost of NMS,
-    change in training, so they are not pooled with those of candidates.
+@dataclass(frozen=True)
+class Recipe:
+    """How a student comes to be, but for its latency: equal recipes give equal students at one.
 
     Args:
-        parent: the detector to change.
-        known: latency ratios of the architectures that the search has timed, by id.
-        context: data, base and device of the search.
-        rng: the source of chance.
+        before: what is done before the cut.
+        shorter: lists of blocks that lose one.
+        min_size: short side of the input, where it changes.
+        channels: whether channels are cut until the latency is reached.
+        temperature, seed: of the cut.
     """
-    count = context.config.proposals
-    seen, topology = pyramids(parent, context.probe()), context.read(parent)
-    proposals = []
-    for done in range(1, count + 1):
-        try:
-            proposals.append(_propose(parent, topology, seen, context, rng))
-        except ModelError as error:  # too small for some of the images
-            if done == count and not proposals:
-                raise
-            say_once(f"a student that was proposed is left out: {error}")
+
+    before: tuple[Morph, ...] = ()
+    shorter: tuple[str, ...] = ()
+    min_size: int | None = None
+    channels: bool = True
+    temperature: float = 0.0
+    seed: int = 0
+
+
+class Parent:
+    """A candidate that students are made of, and what is known of it once for all of them."""
+
+    def __init__(self, candidate: Candidate, table: LatencyTable, context: SearchContext) -> None:
+        self.candidate, self.table, self.context = candidate, table, context
+        self.model = context.detector(candidate)
+        self.topology = context.read(self.model)
+        self.seen = pyramids(self.model, context.probe())
+        self.importance = self._important(self.model)
+
+    def draw(self, ways: Sequence[str], rng: random.Random) -> Recipe:
+        """A recipe by chance."""
+        context, topology, now = self.context, self.topology, input_size(self.model)
+        recipe = Recipe(channels=CHANNELS in ways, temperature=TEMPERATURE, seed=rng.getrandbits(32))
+        if ARCHITECTURE not in ways:
+            return recipe
+        sizes = [size for size in context.resolutions if now is not None and size <= now[0]]
+        if sizes and (size := rng.choice(sizes)) != now[0]:
+            recipe = replace(recipe, min_size=size)
+        if rng.random() < DEEPER:
+            with contextlib.suppress(InputError):  # no list of blocks can grow
+                grown = draw(self.model, topology, rng, max_depth=context.most_blocks, kinds=GROWING)
+                return replace(recipe, before=(grown,))
+        short = shortened(self.model, topology)
+        return replace(recipe, shorter=tuple(rng.sample(short, rng.randint(0, min(MOST_SHORTER, len(short))))))
+
+    def make(self, recipe: Recipe, aim: float) -> Screened:
+        """The student of a recipe at a predicted latency.
+
+        Raises:
+            InputError: no cut reaches it.
+            ModelError: the student does not see some of the images.
+        """
+        context, model, topology, importance = self.context, self.model, self.topology, self.importance
+        for morph in recipe.before:
+            model = morph.apply(model, topology)
+            topology = context.read(model)
+            importance = self._important(model)
+        if recipe.channels:
+            how = {"shorter": recipe.shorter, "min_size": recipe.min_size, "temperature": recipe.temperature}
+            cut = cut_to(model, topology, self.table, aim, importance, **how, rng=random.Random(recipe.seed))
+            morphs = (*recipe.before, cut)
         else:
-            context.progress("screening students", done, count, {"r": proposals[-1].similarity})
-    unknown = {p.architecture_id: p.student for p in proposals if p.architecture_id not in known}
-    timings = context.timed(unknown) if unknown else {}
-    ratios = {name: pooled([timing]).ratio.value for name, timing in timings.items()} | dict(known)
-    timed = [replace(proposal, latency_ratio=ratios[proposal.architecture_id]) for proposal in proposals]
-    return max(timed, key=lambda proposal: proposal.score(context.config.target_latency))
+            morphs = (*recipe.before, *_without_channels(model, topology, recipe))
+        rewrites = tuple(morph.rewrite for morph in morphs)
+        child = inherit(self.model, self.topology, rewrites, context)
+        require_visible(child.model, context.image_sizes)
+        distances = correlations(child.model, self.seen, context.probe(), channels=child.kept).values()
+        action = "; ".join(morph.action for morph in morphs) or "change nothing"
+        kept = 1 - sum(distances) / len(distances)
+        return Screened(action, rewrites, child.model, kept, self.table.predict(child.model))
+
+    def measured(self, recipe: Recipe, screened: Screened, aim: float) -> Screened:
+        """A student with its measured latency, made once more where that is not what was predicted."""
+        timed = replace(screened, latency_ratio=self._ratio(screened))
+        if not recipe.channels or -2 * CLOSE < timed.latency_ratio / aim - 1 < CLOSE:
+            return timed
+        with contextlib.suppress(InputError):  # it cannot be cut more
+            better = self.make(recipe, screened.predicted * aim / timed.latency_ratio)
+            return replace(better, latency_ratio=self._ratio(better))
+        return timed
+
+    def _ratio(self, screened: Screened) -> float:
+        own = screened.architecture_id
+        return pooled([self.context.timed({own: screened.student})[own]]).ratio.value
+
+    def _important(self, model: nn.Module) -> dict:
+        context = self.context
+        topology = self.topology if model is self.model else context.read(model)
+        return channel_importance(model, topology, context.config.method.criterion, context.probe())
 
 
-def _propose(
-    parent: nn.Module, topology: Topology, seen: Sequence[PyramidSnapshot], context: SearchContext, rng: random.Random
-) -> Proposal:
-    most = max((len(blocks.blocks) for blocks in context.topology.block_lists), default=0) + 1
-    student, actions, kept = parent, [], [tuple(range(len(level))) for level in topology.followed]
-    for _ in range(rng.randint(1, MOST_ACTIONS)):
+def screen(
+    parents: Sequence[Parent], aim: float, count: int, ways: Sequence[str], rng: random.Random
+) -> list[tuple[Candidate, Screened]]:
+    """Proposes students at one latency, makes each, and returns the most promising.
+
+    Nothing is trained. What a change has damaged is read off the correlation of the child's features with its
+    parent's, each at its own input size; latencies are predicted, and those of the chosen measured.
+
+    Args:
+        parents: detectors to change, the best first; it gets half of the proposals or more.
+        aim: wanted latency over the base's.
+        count: students to return at most, each of another architecture.
+        ways: what may be changed.
+        rng: the source of chance.
+
+    Raises:
+        InputError: none can be made at this latency.
+    """
+    context, made, why = parents[0].context, {}, None
+    total, best = context.config.proposals, max(parent.candidate.map for parent in parents)
+    for number in range(total):
+        parent = parents[number // 2 % len(parents)] if number % 2 else parents[0]
+        recipe = parent.draw(ways, rng) if number else Recipe(channels=CHANNELS in ways)
         try:
-            morph = draw(student, topology, rng, _resolutions(context), max_depth=most)
-        except InputError:
-            if not actions:
-                raise
-            break
-        left = [morph.rewrite.surviving(level) for level in topology.followed]
-        kept = [tuple(level[channel] for channel in own) for level, own in zip(kept, left, strict=True)]
-        student = morph.apply(student, topology)
-        topology = morph.rewrite.foreseen(topology, student) or context.read(student)
-        actions.append(morph.action)
-    require_visible(student, context.image_sizes)
-    context.calibrated(student)
-    distances = correlations(student, seen, context.probe(), channels=kept).values()
-    return Proposal("; ".join(actions), student, tuple(kept), 1 - sum(distances) / len(distances))
+            screened = parent.make(recipe, aim)
+        except (InputError, ModelError) as error:  # too slow all the same, or too small for some of the images
+            why = error
+            continue
+        context.progress("screening students", number + 1, total, {"r": screened.similarity})
+        lead = parent.candidate.map / best if best else 1.0
+        score = lead * screened.similarity - LATENCY_PENALTY * max(0.0, screened.predicted / aim - 1)
+        made.setdefault(screened.architecture_id, (score if score == score else -math.inf, parent, recipe, screened))
+    if not made:
+        raise InputError(f"no student at {aim:.2f} of the base's latency can be made: {why}")
+    chosen = sorted(made.values(), key=lambda entry: (-entry[0], entry[3].predicted))[:count]
+    return [(parent.candidate, parent.measured(recipe, screened, aim)) for _, parent, recipe, screened in chosen]
 
 
-def _resolutions(context: SearchContext) -> list[int]:
-    """Short sides that a student may choose from, in pixels; none where the base's input size is not its own."""
-    base = input_size(context.base)
-    shares = context.config.resolutions if base else ()
-    return sorted({max(32, round(base[0] * share / 32) * 32) for share in shares})
+def trimmed(parent: Parent, target: float) -> Screened:
+    """A candidate as it is where it reaches a target, or with its channels cut once more."""
+    candidate = parent.candidate
+    as_it_is = Screened("train on", (), parent.model, 1.0, candidate.latency_ratio, candidate.latency_ratio)
+    if candidate.latency_ratio <= target:
+        return as_it_is
+    aim = MARGIN * target * parent.table.predict(parent.model) / candidate.latency_ratio
+    try:
+        return parent.measured(Recipe(), parent.make(Recipe(), aim), MARGIN * target)
+    except InputError as error:
+        say_once(f"candidate {candidate.number} stays at {candidate.latency_ratio:.2f} of the base's latency: {error}")
+        return as_it_is
+
+
+def _without_channels(model: nn.Module, topology, recipe: Recipe) -> list[Morph]:
+    morphs = [remove_block(model, topology, name) for name in recipe.shorter]
+    return morphs + ([change_resolution(model, recipe.min_size)] if recipe.min_size else [])

@@ -21,6 +21,7 @@ FIELDS = {
     "config": dict,
     "data": dict,
 }  # and of what kind each is
+LATER = {"auxiliary": dict}  # which older ones do not have
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
@@ -41,8 +42,22 @@ def read(folder: Path) -> dict[str, Any] | None:
         InputError: the file is damaged, or none of ours.
     """
     file = folder / CHECKPOINT
+    return _read(file) if file.is_file() else None
+
+
+def read_parent(place: Path) -> dict[str, Any]:
+    """The checkpoint in a folder, or in a file, on the CPU.
+
+    Raises:
+        InputError: there is none, it is damaged, or none of ours.
+    """
+    file = place / CHECKPOINT if place.is_dir() else place
     if not file.is_file():
-        return None
+        raise InputError(f"inherit names {place}, where there is no {CHECKPOINT}; give the folder of a training.")
+    return _read(file)
+
+
+def _read(file: Path) -> dict[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error type of its own
@@ -55,8 +70,8 @@ def read(folder: Path) -> dict[str, Any] | None:
             f"checkpoint {file} is not one that a training left: it holds {got}, not {', '.join(sorted(FIELDS))}; move "
             "it away, or give another folder."
         )
-    for name, kind in FIELDS.items():
-        if not isinstance(state[name], kind):
+    for name, kind in (FIELDS | LATER).items():
+        if name in state and not isinstance(state[name], kind):
             raise InputError(
                 f"checkpoint {file} is not one that a training left: its {name} is a {type(state[name]).__name__}, not "
                 f"a {kind.__name__}; move it away, or give another folder."

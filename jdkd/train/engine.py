@@ -19,11 +19,12 @@ from jdkd.nn.modes import mode
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
+from jdkd.train.distributed import align, average_gradients, from_first, is_first, own_batches, processes, rank
 from jdkd.train.divergence import DivergenceError, NonFiniteMonitor
 from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
 from jdkd.train.log import Log
-from jdkd.train.optimizer import add_l1_subgradient, build_optimizer, slimmable_scales
+from jdkd.train.optimizer import add_l1_subgradient, build_optimizer, inherit_moments, slimmable_scales
 
 LEAST_SCALE = 2.0**-8  # a loss scale that sank so far means that the gradient is infinite at any scale
 
@@ -52,15 +53,20 @@ def fit(
     *,
     device: torch.device | str,
     losses: Losses | None = None,
+    auxiliary: nn.Module | None = None,
+    inherit: Path | str | Mapping[str, Any] | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
     progress: ProgressCallback | None = None,
 ) -> FitReport:
-    """Trains a detector in place, for one cycle of the learning rate with a fresh optimizer.
+    """Trains a detector in place, for one cycle of the learning rate with an optimizer of its own.
 
     A training is a function of the model, the data and the config: step k draws from a generator seeded with
     (seed, k) alone, so one that was interrupted and resumed ends where an uninterrupted one does, bit for bit
     on a CPU. The caller's own generators are left as they were.
+
+    Inside a process group (:mod:`jdkd.train.distributed`) all processes train the same model: each on
+    ``batch_size`` images of its own, with gradients averaged. The first writes; all end with its model.
 
     Args:
         model: the detector, moved to ``device`` and trained there; its modules keep their mode.
@@ -70,6 +76,11 @@ def fit(
         losses: ``losses(images, targets, step)`` gives one or more dictionaries of scalar losses. Each is
             summed and back-propagated before the next is asked for, so a generator that runs one subnet at a
             time accumulates gradients with the memory of one. By default, the detector's own losses.
+        auxiliary: a module that ``losses`` uses, such as the adapters of distillation: its parameters are trained with
+            the detector's and kept in the checkpoint, but are no part of the detector.
+        inherit: the checkpoint of another training, its folder, its file or what is in it, whose optimizer this one
+            goes on with where parameters have the same name and shape; the others begin fresh. Not read by a training
+            that is resumed, which has its own.
         folder: where the checkpoint and the log (``log.jsonl``) go; nothing is written without one.
         resume: carry on from the checkpoint in ``folder``, if there is one.
         progress: called after every step.
@@ -81,7 +92,7 @@ def fit(
         InputError: an image is too elongated for the detector's input size, or a batch leaves a batch norm one value
             a channel; ``folder`` holds another run, the checkpoint does not belong to these settings, data or
             model, or ``folder`` cannot be written; the detector trains on masks that the data do not have, or on
-            keypoints.
+            keypoints; ``inherit`` has nothing that fits.
         DivergenceError: a loss or gradient is not finite. On a CPU the step is not taken; on a GPU it is
             noticed at the next log line or checkpoint, and the weights in memory may have gone with it. The
             checkpoint is good.
@@ -89,11 +100,15 @@ def fit(
     """
     require_visible(model, getattr(dataset, "sizes", ()))
     dataset = with_targets_of(model, dataset)
-    run = _Run(model, config, torch.device(device), losses)
+    run = _Run(model, config, torch.device(device), losses, auxiliary)
+    if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):
+        run.inherit(inherit)
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
-    batch = {"batch_size": config.batch_size, "steps": config.steps, "seed": config.seed, "start": run.step}
+    home = home if is_first() else None  # the others hold what is resumed, and write nothing
+    align(model)
+    batch = {"batch_size": config.batch_size, "seed": config.seed, **own_batches(run.step, config.steps)}
     how = {"flip": config.flip, "workers": config.workers, "device": run.device}
-    with mode(model, training=True), torch.random.fork_rng([run.device] if run.on_gpu else []):
+    with mode(run.trained, training=True), torch.random.fork_rng([run.device] if run.on_gpu else []):
         try:
             for images, targets in batches(dataset, **batch, **how) if run.step < config.steps else ():
                 with uninterrupted():
@@ -111,7 +126,8 @@ def fit(
                 home.save()
             raise
         finally:
-            model.zero_grad(set_to_none=True)
+            run.trained.zero_grad(set_to_none=True)
+    align(model)
     return FitReport(run.step, run.seconds, run.losses)
 
 
@@ -131,14 +147,22 @@ def _own_losses(model: nn.Module) -> Losses:
 class _Run:
     """A training under way."""
 
-    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, losses: Losses | None) -> None:
-        self.model = model.to(device)
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        device: torch.device,
+        losses: Losses | None,
+        auxiliary: nn.Module | None,
+    ) -> None:
+        self.model, self.auxiliary = model, auxiliary
+        self.trained = nn.ModuleList([model] if auxiliary is None else [model, auxiliary]).to(device)
         self.config = config
         self.device = device
         self.on_gpu = device.type == "cuda"
         self.dtype = _autocast_dtype(config.amp, device)
         self.ask = losses or _own_losses(model)
-        self.optimizer = build_optimizer(model, config)
+        self.optimizer = build_optimizer(model, config, auxiliary)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scales = slimmable_scales(model)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -163,7 +187,7 @@ class _Run:
     def advance(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
         """Takes one optimizer step."""
         self.between_steps = False
-        self._seed(step_seed(self.config.seed, self.step))
+        self._seed(step_seed(self.config.seed, self.step * processes() + rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -173,10 +197,11 @@ class _Run:
             self._see(names, values)
             self.scaler.scale(values.sum()).backward()
             self._terms.append((names, values.detach()))
+        average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         self._norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
         if not self.scaler.is_enabled():  # with loss scaling, an infinite gradient only means a smaller scale
-            self._see(("gradient norm",), self._norm[None])
+            self._see(("gradient norm",), self._norm[None], last=True)
         add_l1_subgradient(self.scales, self.config.gamma_l1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -214,10 +239,21 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "precision": self.precision,
+            "auxiliary": {} if self.auxiliary is None else self.auxiliary.state_dict(),
         }
+
+    def inherit(self, parent: Path | str | Mapping[str, Any]) -> None:
+        """Goes on with the moments of another training's optimizer; see :func:`fit`."""
+        state = checkpoint.read_parent(Path(parent)) if isinstance(parent, str | Path) else parent
+        inherit_moments(self.optimizer, state.get("optimizer", state) if isinstance(state, Mapping) else state)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
+        kept = state.get("auxiliary", {})
+        if self.auxiliary is not None:
+            self.auxiliary.load_state_dict(kept)
+        elif kept:
+            raise ValueError(f"it holds {', '.join([*kept][:3])} of an auxiliary module, and fit was given none")
         self.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:  # empty where the loss was not scaled
             self.scaler.load_state_dict(state["scaler"])
@@ -254,9 +290,9 @@ class _Run:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=self.dtype) if self.dtype else nullcontext()
 
-    def _see(self, names: tuple[str, ...], values: Tensor) -> None:
+    def _see(self, names: tuple[str, ...], values: Tensor, last: bool = False) -> None:
         self.monitor.observe(self.step + 1, names, values)
-        if not self.on_gpu:
+        if not self.on_gpu and (last or processes() == 1):  # one that left early would keep the others waiting
             self.check()
 
 
@@ -284,19 +320,26 @@ class _Home:
 
     def __init__(self, folder: Path, run: _Run, data: dict[str, Any], resume: bool) -> None:
         self.folder, self.run, self.data = folder, run, data
-        self.config = dataclasses.asdict(run.config)
-        if not resume and (folder / checkpoint.CHECKPOINT).exists():
-            raise InputError(f"{folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder.")
-        self._open(checkpoint.read(folder) if resume else None)
+        self.config = {**dataclasses.asdict(run.config), "processes": processes()}
+        self._open(from_first(lambda: self._state(resume)))
 
     def save(self) -> None:
         self.run.check()
         checkpoint.write(self.folder, {**self.run.state(), "config": self.config, "data": self.data})
         self._kept()
 
+    def _state(self, resume: bool) -> dict[str, Any] | None:
+        """The checkpoint that is carried on, if there is one."""
+        if not resume and (self.folder / checkpoint.CHECKPOINT).exists():
+            raise InputError(
+                f"{self.folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder."
+            )
+        return checkpoint.read(self.folder) if resume else None
+
     def _open(self, state: dict[str, Any] | None) -> None:
         if state is not None:
-            checkpoint.require_same("config", state["config"], self.config, ignore=RESUME_MAY_CHANGE)
+            settings = {"processes": 1, **state["config"]}  # of one process, as all were in earlier versions
+            checkpoint.require_same("config", settings, self.config, ignore=RESUME_MAY_CHANGE)
             checkpoint.require_same("data", state["data"], self.data)
             if (before := state.get("precision")) not in (None, now := self.run.precision):
                 say_once(
@@ -312,7 +355,8 @@ class _Home:
                     "model it was made with."
                 ) from error
         self._kept()
-        self.log = Log(self.folder / "log.jsonl", self.run.step)
+        if is_first():
+            self.log = Log(self.folder / "log.jsonl", self.run.step)
 
     def _kept(self) -> None:
         at = f"step {self.run.step} in {self.folder}" if self.run.step else "none yet"

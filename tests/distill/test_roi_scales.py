@@ -66,7 +66,7 @@ def test_the_head_term_pools_the_teachers_features_at_its_strides():
     heads.box_predictor.register_forward_hook(lambda predictor, inputs, output: seen.update(logits=output[0]))
     with HeadDistiller(student, teacher) as distiller:
         student(*batch())
-        pyramid = distiller.runner.teacher_pyramid
+        pyramid = distiller.runner.of_teacher.pyramid
         found = distiller.loss()
     assert seen["sizes"] == [(40, 192)] and heads.box_roi_pool.scales == RIGHT
 

@@ -8,7 +8,7 @@ import torch
 
 from jdkd.notices import Notice
 from jdkd.pool import Phase, PoolTrainConfig, Space, Supernet, grow_base, load_pool, train_pool
-from jdkd.pool.elastic_pool import _say_what_is_rigid
+from jdkd.pool.growing import _say_what_is_rigid
 from jdkd.pool.stages import read_stages
 from jdkd.rewrite import Architecture, build, describe
 from jdkd.rewrite.trial import returned_by
@@ -126,7 +126,7 @@ def test_a_detector_that_nobody_declared_gets_a_pool(digits, tmp_path):
         pool = train_pool(base, train, selection, CONFIG, tmp_path, scored=2)
     read = load_pool(tmp_path, base, train)
     assert read.members == pool.members and len({member.parameters for member in read.members}) == 2
-    ours, theirs = (each.teacher(each.members[0].subnet).state_dict() for each in (pool, read))
+    ours, theirs = (each.teacher(each.members[0].teacher).state_dict() for each in (pool, read))
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 

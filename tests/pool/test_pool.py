@@ -198,12 +198,12 @@ def test_an_interrupted_pool_ends_as_an_uninterrupted_one(digits, tmp_path):
     read = load_pool(tmp_path / "cut", base, train)
     assert read.members == whole.members and len(read.members) == 3
     assert [m.map for m in read.members] == sorted((m.map for m in read.members), reverse=True)
-    subnet = read.members[-1].subnet
+    subnet = read.members[-1].teacher
     assert_same(outputs(read.teacher(subnet)), outputs(whole.teacher(subnet)))
     assert (read.trained_on, read.scored_on) == (train.fingerprint, selection.fingerprint)
-    subnets = {member.subnet for member in read.members}
-    read.score_members([*subnets, *subnets], base, train)
-    assert {member.subnet for member in read.members} == subnets and len(read.members) == len(subnets)
+    subnets = {member.teacher for member in read.members}
+    read.score_members([*subnets, *subnets], train)
+    assert {member.teacher for member in read.members} == subnets and len(read.members) == len(subnets)
     assert read.scored_on == train.fingerprint and read.members != whole.members
 
 
@@ -217,7 +217,7 @@ def test_a_teacher_that_finds_nothing_finite_scores_0_and_says_so(digits, monkey
     pool = TeacherPool(Supernet(space, largest, topology), train, 2, 0, "cpu")
     monkeypatch.setattr("jdkd.pool.elastic_pool.evaluate", evaluate)
     with pytest.warns(Notice, match=r"scores 0: nothing is left to score\."):
-        assert pool.score(space.smallest, base, selection).map == 0.0
+        assert pool.score(space.smallest, selection).map == 0.0
 
 
 def test_a_pool_that_cannot_teach_the_base_is_refused(digits, tmp_path):

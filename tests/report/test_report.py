@@ -1,5 +1,4 @@
 import json
-import random
 import re
 from contextlib import closing
 
@@ -7,144 +6,147 @@ import pytest
 from rich.console import Console
 
 from jdkd.errors import InputError
-from jdkd.pool import Subnet
 from jdkd.report import read_outcome, result_table, verdict, write_report
-from jdkd.rewrite import Architecture
-from jdkd.search.archive import Archive, Cycle
-from jdkd.search.timing import Timing
-
-ARCHITECTURE = Architecture("my.nets:make", classes=("a", "b"))
-
-
-def _added(archive, number, score, ratio, parent=None, kind="morph", action="prune 20 % of <inner> & FPN"):
-    own = 0 if parent is None else 100
-    environment = {"device": "cpu", "device_name": "a cpu", "threads": 1, "torch": "2.11"}
-    timing = Timing(f"spec {number}", "brief", environment, (20 * ratio,) * 4, (20.0,) * 4)
-    return archive.add(
-        timing,
-        number=number,
-        id=f"{number:03d}",
-        parent=None if parent is None else f"{parent:03d}",
-        kind=kind,
-        action=action,
-        teacher=None if parent is None else Subnet((3, 4, 6, 3), (1.0, 1.0, 0.5, 0.5)),
-        architecture=ARCHITECTURE,
-        feature_channels=((0, 1, 2),),
-        map=score,
-        map50=min(1, 1.7 * score),
-        architecture_id=f"spec {number}",
-        steps=own,
-        lineage_steps=own * number,
-        cycles=() if parent is None else (Cycle(100, 0, 300, 2e-3),),
-        params=int(1.8e6 * ratio),
-        gmacs=0.41 * ratio,
-        seconds=12.5,
-    )
-
-
-def _fill(archive, count=24):
-    generator = random.Random(0)
-    _added(archive, 0, 0.38, 1.0, kind="base", action="base")
-    for number in range(1, count):
-        ratio = generator.uniform(0.5, 1.05)
-        score = 0.30 + 0.2 * ratio**0.5 + generator.gauss(0, 0.02)
-        kind = generator.choice(["morph", "teacher"])
-        _added(archive, number, score, ratio, generator.randrange(number), kind)
-
-
-def _entry(score, p50, ratio, steps):
-    return {
-        "map": score,
-        "map50": score * 1.7,
-        "latency_ms": {"p50": p50, "p90": 1.1 * p50, "p99": 1.4 * p50},
-        "latency_ratio": ratio,
-        "latency_ratio_interval": [ratio - 0.01, ratio + 0.012],
-        "params": int(1.8e6 * ratio),
-        "gmacs": 0.41 * ratio,
-        "train_steps": steps,
-    }
-
-
-def _part(images, boxes, which):
-    where = {"image_folder": "data/val2017", "annotations": "data/instances_val2017.json"}
-    return {**where, "which": which, "images": images, "boxes": boxes}
+from jdkd.search.archive import Archive
+from tests.report.made_up import entry, make_search, result
 
 
 @pytest.fixture
-def result():
+def folder(tmp_path):
+    return make_search(tmp_path / "search")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """The page of a finished search."""
+    return write_report(make_search(tmp_path_factory.mktemp("page") / "search"))[1].read_text()
+
+
+@pytest.fixture
+def single():
+    """A result for one target, which was missed."""
+    about = {"target": 0.53, "target_met": False, "id": "007", "folder": "student"}
     return {
-        "base": _entry(0.36, 20.0, 1.0, 400),
-        "control": _entry(0.44, 20.0, 1.0, 700),
-        "control_single": _entry(0.46, 20.1, 1.003, 700),
-        "student": _entry(0.49, 12.0, 0.6, 700),
-        "selection": _part(50, 120, "half, the lower SHA-256 of image files"),
-        "report": _part(51, 130, "half, the higher SHA-256 of image files"),
-        "seed": 0,
-        "device": "cpu",
-        "versions": {"torch": "2.11.0", "jdkd": "0.1.0"},
-        "command": ["jdkd", "search", "--base", "a folder"],
-        "target_latency": 0.53,
+        "base": entry(0.36, 20.0, 1.0, 0),
+        "control": entry(0.44, 20.0, 1.0, 700),
+        "students": [entry(0.49, 12.0, 0.6, 700, **about)],
+        "report": {"images": 51},
+        "selection": {"images": 50},
+        "target_map": None,
         "target_met": False,
-        "student_id": "007",
-        "seconds": 345.6,
     }
 
 
-@pytest.fixture
-def folder(tmp_path, result):
-    with closing(Archive(tmp_path / "archive.sqlite")) as archive:
-        _fill(archive)
-    (tmp_path / "result.json").write_text(json.dumps(result))
-    return tmp_path
+def _rewritten(folder, **changes):
+    """The text of the page after the result was changed; None takes a part out."""
+    found = json.loads((folder / "result.json").read_text()) | changes
+    (folder / "result.json").write_text(json.dumps({name: part for name, part in found.items() if part is not None}))
+    return write_report(folder)[1].read_text()
+
+
+def _sections(text):
+    return re.findall(r'<section id="([\w-]+)">', text)
 
 
 def test_page_stands_alone(folder):
     plot, page = write_report(folder)
     text = page.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert 'src="data:image/png;base64,iVBOR' in text
-    outside = re.sub(r"base64,[^\"]*", "", text)
-    for forbidden in ("http", "<script", "<link", "@import", "url(", "$"):
-        assert forbidden not in outside
-    assert 'name="viewport"' in text
+    for forbidden in ("http", "<link", "@import", "url(", "src=", "$"):
+        assert forbidden not in text
+    assert 'name="viewport"' in text and text.count("<script>") == 1
 
 
-def test_page_says_what_there_is_to_say(folder):
-    text = write_report(folder)[1].read_text()
-    assert text.count("<tr") == 1 + 4 + 1 + 24 + 1 + 6  # a heading and its rows, three times
-    assert "takes 0.600 of the base&#x27;s time and misses the 0.53" in text
+def test_page_has_a_section_for_everything_that_a_search_wrote(text):
+    assert _sections(text) == [
+        *("result", "over-time", "architecture", "lineage", "teachers", "latency", "cost", "candidates", "made")
+    ]
+    for name in _sections(text):
+        assert f'<a href="#{name}">' in text
+    assert "Kendall&#x27;s tau) is 0.91, the mean absolute error 3.2 %" in text
+    assert "training 15.0 min (68.8 %)" in text and "teacher pool 300 (9.1 %)" in text
     assert "jdkd search --base &#x27;a folder&#x27;" in text
-    assert "prune 20 % of &lt;inner&gt; &amp; FPN, taught by 3x1 4x1 6x0.5 3x0.5" in text
-    assert "0.600 (0.590–0.612)" in text and "12.0 / 13.2 / 16.8" in text
     where = "of data/instances_val2017.json in data/val2017"
     assert f"chose on 50 images with 120 boxes {where} (half, the lower SHA-256 of image files)" in text
-    assert f"result below is of 51 images with 130 boxes {where} (half, the higher SHA-256" in text
+
+
+def test_parts_that_a_result_lacks_are_left_out_with_their_headings(folder):
+    (folder / "teachers.json").unlink()
+    text = _rewritten(folder, predictor=None, cost=None, aa=None, control=None, report=None, selection=None)
+    assert not {"cost", "predictions"} & set(_sections(text))
+    assert "Kendall" not in text and 'id="aa"' not in text and "(the control)" not in text
+
+
+def test_a_clock_that_cannot_be_trusted_is_said_on_top(folder, text):
+    assert 'class="alarm"' not in text
+    text = _rewritten(folder, aa={"ratio": 1.03, "interval": [1.01, 1.05]})
+    alarm = text.index('<p class="alarm">The clock of this search cannot be trusted')
+    assert alarm < text.index("<section") and "takes 1.030 of its own time (95 %: 1.010–1.050)" in text[alarm:]
+
+
+def test_every_student_has_its_sentence_beside_base_and_control(folder, text):
+    found = json.loads((folder / "result.json").read_text())
+    for student in found["students"]:
+        assert f"{student['target']} was asked for" in text or f"misses the {student['target']} that was" in text
+        over = f"{student['map'] - 0.36:+.3f} against the base".replace("-", "−")
+        assert f"Its mAP is {student['map']:.3f}, {over}" in text
+    assert len({student["target_met"] for student in found["students"]}) == 2  # one is met and one is missed
+
+
+def test_the_scores_of_a_running_search_are_told_without_a_result(tmp_path):
+    folder = make_search(tmp_path / "search", finished=False)
+    text = write_report(folder)[1].read_text()
+    assert "This search is not finished: 23 candidates" in text and "3 of them failed" in text
+    best = max(one.map for one in read_outcome(folder).scored if one.latency_ratio <= 0.75)
+    assert f"{best:.3f} at most within 0.75 of the base" in text
+    assert "result" not in _sections(text) and {"over-time", "architecture", "lineage"} <= set(_sections(text))
+
+
+def test_the_slider_knows_every_generation(folder, text):
+    told = json.loads(re.search(r'data-told="([^"]*)"', text).group(1).replace("&quot;", '"'))
+    outcome = read_outcome(folder)
+    assert told[0] == [0, f"generation 0 of {told[-1][0]}, 0 candidates"]
+    assert f"{len(outcome.scored) - 1} candidates" in told[-1][1]
+    assert len(re.findall(r"data-at=", text)) == len(told)
+    assert len(re.findall(r'data-at="\d+" hidden', text)) == len(told) - 1
+    assert len(re.findall(r"data-g=", text)) == len(outcome.scored)
+
+
+def test_failed_candidates_are_in_the_tree_with_their_reason_and_in_no_plot(text):
+    tree = text[text.index('id="lineage"') : text.index('id="teachers"')]
+    assert tree.count('class="cross"') == 3 and tree.count("failed: the losses of step 31 are not finite") == 6
+    assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", text)
+
+
+def test_outcome_has_the_lineages_from_the_base_to_the_students(folder):
+    outcome = read_outcome(folder)
+    assert len(outcome.candidates) == 24 and len(outcome.lines) == 2
+    for line, student in zip(outcome.lines, outcome.students, strict=True):
+        assert line[0].kind == "base" and line[-1].id == student.candidate
+        assert [child.parent for child in line[1:]] == [parent.id for parent in line[:-1]]
 
 
 def test_report_leaves_the_archive_alone_and_can_be_written_again(folder):
-    before = (folder / "archive.sqlite").read_bytes()
+    before, names = (folder / "archive.sqlite").read_bytes(), {each.name for each in folder.iterdir()}
     write_report(folder)
     first = (folder / "pareto.png").read_bytes()
     write_report(folder)
     assert (folder / "pareto.png").read_bytes() == first
     assert (folder / "archive.sqlite").read_bytes() == before
-    names = {"archive.sqlite", "result.json", "pareto.png", "report.html"}
-    assert {entry.name for entry in folder.iterdir()} == names
+    assert {each.name for each in folder.iterdir()} == names | {"pareto.png", "report.html"}
 
 
-def test_report_of_a_search_that_found_nothing_better(folder, result):
-    for name in ("control", "control_single"):
-        del result[name]
-    result |= {"student_id": "000", "student": {**result["base"], "latency_ratio_interval": None}}
-    (folder / "result.json").write_text(json.dumps(result))
-    assert "control, one cycle" not in write_report(folder)[1].read_text()
+def test_report_of_a_search_that_found_nothing_better(folder, single):
+    del single["control"]
+    single["students"][0] |= {"id": "000", **entry(0.36, 20.0, 1.0, 0)}
+    (folder / "result.json").write_text(json.dumps(single | {"report": None, "selection": None}))
+    text = write_report(folder)[1].read_text()
+    assert "takes 1.000 of the base&#x27;s time and misses the 0.53" in text and "(the control)" not in text
 
 
-def test_outcome_has_the_lineage_from_the_base_to_the_student(folder):
-    outcome = read_outcome(folder)
-    assert len(outcome.candidates) == 24
-    assert outcome.line[0].kind == "base" and outcome.line[-1].id == "007"
-    assert [child.parent for child in outcome.line[1:]] == [parent.id for parent in outcome.line[:-1]]
+def test_a_control_that_failed_is_said(folder):
+    text = _rewritten(folder, control={"failure": "the losses of step 3 are not finite."})
+    assert "The control failed: the losses of step 3 are not finite." in text and "(the control)" not in text
 
 
 @pytest.mark.parametrize(
@@ -156,36 +158,47 @@ def test_outcome_has_the_lineage_from_the_base_to_the_student(folder):
         (0.99, 0.9999999, "takes 0.990 of the base's time; 0.9999999 was"),
     ],
 )
-def test_the_verdict_never_contradicts_its_own_digits(result, ratio, target, says):
-    result["student"]["latency_ratio"] = ratio
-    assert says in verdict(result | {"target_latency": target, "target_met": ratio <= target})
+def test_the_verdict_never_contradicts_its_own_digits(single, ratio, target, says):
+    single["students"][0] |= {"latency_ratio": ratio, "target": target, "target_met": ratio <= target}
+    assert says in verdict(single)
 
 
-def test_page_shows_the_two_medians_that_make_a_ratio(folder):
+def test_the_verdict_says_what_was_missed_where_an_map_was_asked_for(single):
+    single["students"][0] |= {"latency_ratio": 0.5}
+    said = "takes 0.500 of the base's time, but nothing within 0.53 has the mAP of 0.6 on the images that select."
+    assert said in verdict(single | {"target_map": 0.6})
+
+
+def test_page_shows_the_two_medians_that_make_a_ratio(folder, text):
     with closing(Archive(folder / "archive.sqlite")) as archive:
         (one,) = (one for one in archive.candidates if one.number == 3)
-    text = write_report(folder)[1].read_text()
     assert f"<td>{one.latency_ratio:.3f}</td><td>{one.latency_p50:.2f} / 20.00</td>" in text
 
 
-def test_table_fits_a_terminal_and_tells_the_target(result):
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(result_table(result))
-        text = console.export_text()
+def test_table_fits_a_terminal_and_tells_the_target(single, folder):
+    def shown(found):
+        console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        with console.file:
+            console.print(result_table(found))
+            return console.export_text()
+
+    text = shown(single)
     assert "0.600 (0.590–0.612)" in text and "misses the 0.53" in text
-    assert "control_single" in text and "Scores on 51 images, chosen on 50 others" in text
-    assert result_table({"base": result["base"]}).row_count == 1
+    assert "control" in text and "Scores on 51 images, chosen on 50 others" in text
+    assert result_table({"base": single["base"]}).row_count == 1
+    text = shown(result(read_outcome(folder).scored))
+    assert "student 0.75" in text and "student 0.53" in text
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("archive.sqlite", None, r"archive\.sqlite does not exist"),
+        ("archive.sqlite", None, r"archive\.sqlite does not exist or is empty"),
+        ("archive.sqlite", b"", r"archive\.sqlite does not exist or is empty"),
         ("archive.sqlite", b"not a database at all, though long enough to be one" * 20, "no archive"),
-        ("result.json", None, r"result\.json does not exist"),
         ("result.json", b"{", "is not JSON"),
         ("result.json", b"[]", "has no 'base'"),
+        ("teachers.json", b"{", "is not JSON"),
     ],
 )
 def test_names_the_file_that_is_missing_or_broken_and_writes_nothing(folder, name, content, message):
@@ -195,3 +208,9 @@ def test_names_the_file_that_is_missing_or_broken_and_writes_nothing(folder, nam
     with pytest.raises(InputError, match=message):
         write_report(folder)
     assert not (folder / "pareto.png").exists() and not (folder / "report.html").exists()
+
+
+def test_an_archive_without_a_candidate_is_refused(tmp_path):
+    Archive(tmp_path / "archive.sqlite").close()
+    with pytest.raises(InputError, match="holds no candidate yet"):
+        write_report(tmp_path)

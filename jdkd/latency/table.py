@@ -1,0 +1,267 @@
+"""See :class:`LatencyTable`: what each part of a detector costs on a device, measured, and what a rewrite would."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jdkd.detect.input_size import input_size, size_attributes
+from jdkd.graph import Topology
+from jdkd.latency.folding import fuse_for_inference
+from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shapes_of
+from jdkd.latency.protocol import QUICK, ProgressCallback, measure
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite import Rewrite
+from jdkd.rewrite.channels import require_traced
+
+SHARES = 0.5, 0.25  # of a part's channels that stay in the versions that are measured
+SIZES = 0.75, 0.5  # of the input's short side in them
+AT_ONCE = 12  # versions in memory and measured in turn with the base
+ROUNDS = 5  # of a measurement; each times every version twice
+RIDGE = 0.3  # what keeps the costs of parts that were hardly told apart from wandering, see LatencyTable
+OUTPUTS = "outputs"  # the feature that counts all outputs of all layers
+
+Features = dict[str, float]
+"""Multiply-accumulates of every part of a detector, by its name, and :data:`OUTPUTS`."""
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Predicts the latency of a base's descendants, over that of the base, from measured versions of the base.
+
+    The latency is taken as a fixed cost, plus a cost for each multiply-accumulate that differs between the parts of the
+    detector, plus one for each number that a layer writes. Multiply-accumulates are products of what a layer reads and
+    writes, so cuts on both sides of it are not counted twice. The costs, none of them negative, are those that explain
+    the measured ratios best, by relative error, with a ridge. (Of one cost for all parts, one for each, two for each,
+    and with or without one for each layer, the simplest that ranks random rewrites best.)
+
+    Args:
+        containers: paths of the modules that hold blocks.
+        sizes: short sides of the input at which ``positions`` were counted, ascending; 0 where the base has none.
+        positions: for every weight, at how many places it is applied at each of the sizes.
+        rows: features of each measured version and its latency ratio to the base; the base's own comes first.
+        milliseconds: of the base, when it was measured.
+    """
+
+    containers: tuple[str, ...]
+    sizes: tuple[int, ...]
+    positions: Mapping[str, tuple[float, ...]]
+    rows: tuple[tuple[Features, float], ...]
+    milliseconds: float
+
+    def features(self, model: nn.Module, topology: Topology | None = None, rewrite: Rewrite | None = None) -> Features:
+        """What the latency of a model, or of what a rewrite makes of it, is predicted from.
+
+        Args:
+            model: the base or a descendant.
+            topology: of it; needed for a rewrite.
+            rewrite: what would be done to it.
+        """
+        shapes = shapes_of(model)
+        if rewrite is not None and topology is not None:
+            shapes = shapes_after(unwrapped(model), topology, rewrite)
+        found: dict[str, float] = defaultdict(float)
+        for name, places in self.places(shapes, size_of(model, rewrite)).items():
+            found[part_of(name.rpartition(".")[0], self.containers)] += places * math.prod(shapes[name])
+            found[OUTPUTS] += places * shapes[name][0]
+        return dict(found)
+
+    def places(self, names: Iterable[str], size: int) -> dict[str, float]:
+        """At how many places each of a descendant's weights is applied; those that the base did not use are left out.
+
+        Args:
+            names: of the weights.
+            size: short side of the input, in pixels; 0 for a detector without one.
+        """
+        squares, found = [each**2 for each in self.sizes], {}
+        for name in names:
+            known = place_of(name, self.containers, self.positions)
+            if known is not None:
+                counts = self.positions[known]
+                found[name] = float(np.interp(size**2, squares, counts))
+                if squares and size**2 > squares[-1]:
+                    found[name] *= 1 + (size**2 / squares[-1] - 1) * (counts[-1] != counts[0])
+        return found
+
+    def ratio(self, features: Features) -> float:
+        """Predicted latency over the base's."""
+        return self.fixed + sum(self.costs[name] * value for name, value in features.items() if name in self.costs)
+
+    def predict(self, model: nn.Module, topology: Topology | None = None, rewrite: Rewrite | None = None) -> float:
+        """Predicted latency ratio to the base of a descendant, or of what a rewrite would make of it."""
+        return self.ratio(self.features(model, topology, rewrite))
+
+    def corrected(self, measured: Sequence[tuple[Features, float]]) -> LatencyTable:
+        """The table that also knows descendants that were measured: their features and latency ratios to the base."""
+        return replace(self, rows=(*self.rows, *measured))
+
+    def errors(self, measured: Sequence[tuple[Features, float]]) -> dict[str, float]:
+        """How well it predicts.
+
+        Args:
+            measured: features and measured ratios.
+
+        Returns:
+            ``rank``: Kendall's tau of predicted and measured, NaN of fewer than two; ``error``: mean absolute relative
+            error; ``bias``: mean relative error, positive where the prediction is too high.
+        """
+        pairs = [(self.ratio(features), ratio) for features, ratio in measured]
+        relative = np.array([predicted / ratio - 1 for predicted, ratio in pairs])
+        if not len(relative):
+            return {"rank": math.nan, "error": math.nan, "bias": math.nan}
+        return {"rank": kendall(pairs), "error": float(abs(relative).mean()), "bias": float(relative.mean())}
+
+    @property
+    def fixed(self) -> float:
+        """The share of the base's latency that no cut saves."""
+        return self._solved[0]
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """By feature, what one more of it adds to the ratio."""
+        return self._solved[1]
+
+    def parts(self) -> dict[str, float]:
+        """Milliseconds that each part of the base takes by its multiply-accumulates, and the rest by its kind."""
+        base = self.rows[0][0]
+        named = {name: self.costs[name] * base[name] for name in base}
+        return {name: self.milliseconds * ratio for name, ratio in {"fixed": self.fixed, **named}.items()}
+
+    @cached_property
+    def _solved(self) -> tuple[float, dict[str, float]]:
+        base = self.rows[0][0]
+        names = [name for name in base if base[name] > 0]
+        shares = np.array([[1.0, *(row.get(name, 0.0) / base[name] for name in names)] for row, _ in self.rows])
+        ratios = np.array([ratio for _, ratio in self.rows])
+        ridge = np.array([0.0, *(0.0 if name == OUTPUTS else RIDGE for name in names)])
+        solved = _non_negative(shares / ratios[:, None], np.ones(len(ratios)), ridge + 1e-9)
+        return float(solved[0]), {n: float(s / base[n]) for n, s in zip(names, solved[1:], strict=True)}
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LatencyTable:
+        """Inverse of :meth:`to_json`."""
+        return cls(
+            containers=tuple(data["containers"]),
+            sizes=tuple(data["sizes"]),
+            positions={name: tuple(counts) for name, counts in data["positions"].items()},
+            rows=tuple((dict(features), float(ratio)) for features, ratio in data["rows"]),
+            milliseconds=float(data["milliseconds"]),
+        )
+
+
+def measure_table(
+    model: nn.Module,
+    topology: Topology,
+    images: Sequence[Tensor],
+    *,
+    device: str | torch.device = "cpu",
+    rounds: int = ROUNDS,
+    progress: ProgressCallback | None = None,
+) -> LatencyTable:
+    """Measures a base and versions of it, as they would be deployed and in turn: cut in one part, shorter, smaller.
+
+    Args:
+        model: the base, trained, as the cost of NMS depends on the detections.
+        topology: of it.
+        images: ``[3, H, W]`` on the host, uint8 or floats in 0..1.
+        device: where to measure.
+        rounds: of a measurement, see :class:`jdkd.latency.Schedule`.
+        progress: called with (versions measured, versions, {}).
+    """
+    model = unwrapped(model)
+    require_traced(model, topology)
+    versions = _versions(model, topology)
+    table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=(), milliseconds=0.0)
+    deployed = fuse_for_inference(model)
+    rows = [(table.features(model), 1.0)]
+    schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "modes": ("end_to_end",), "device": device}
+    for start in range(0, len(versions), AT_ONCE):
+        some = versions[start : start + AT_ONCE]
+        timed = {"base": deployed}
+        timed |= {str(k): fuse_for_inference(each.apply(model, topology)) for k, each in enumerate(some)}
+        medians = [each.end_to_end.p50 for each in measure(timed, images, **schedule).models.values()]
+        for each, median in zip(some, medians[1:], strict=True):
+            rows.append((table.features(model, topology, each), median / medians[0]))
+        table = replace(table, milliseconds=medians[0])
+        if progress:
+            progress(start + len(some), len(versions), {})
+    return replace(table, rows=tuple(rows))
+
+
+def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
+    """One part cut, everything cut, a block fewer in one list, another input size."""
+    containers, parts = _containers(topology), defaultdict(list)
+    for group in topology.groups:
+        parts[part_of(group.makers[0], containers)].append(group)
+    found = []
+    for groups in [*parts.values(), topology.groups]:
+        for share in SHARES:
+            keep = {group.name: range(group.shrunk(share)) for group in groups if group.shrunk(share) < group.units}
+            found += [Rewrite(keep=keep)] if keep else []
+    for blocks in topology.block_lists:
+        others = len(model.get_submodule(blocks.container)._modules) - len(blocks.blocks)
+        if others or len(blocks.blocks) > 1:
+            found.append(Rewrite(blocks={blocks.name: range(len(blocks.blocks) - 1)}))
+    now = input_size(model)
+    found += [Rewrite(attributes=size_attributes(model, round(share * now[0]))) for share in SIZES if now]
+    return list({repr(each): each for each in found}.values())
+
+
+def _containers(topology: Topology) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(blocks.container for blocks in topology.block_lists))
+
+
+def _positions(
+    model: nn.Module, topology: Topology, image: Tensor
+) -> tuple[tuple[int, ...], dict[str, tuple[float, ...]]]:
+    """Sizes, and at each of them how often every weight is applied."""
+    now = input_size(model)
+    if now is None:
+        return (0,), {name: (count,) for name, count in positions(model, image).items()}
+    sizes = sorted({round(share * now[0]) for share in (1.0, *SIZES)})
+    counted = [
+        positions(Rewrite(attributes=size_attributes(model, size)).apply(model, topology), image) for size in sizes
+    ]
+    names = counted[-1]
+    return tuple(sizes), {name: tuple(each.get(name, 0.0) for each in counted) for name in names}
+
+
+def size_of(model: nn.Module, rewrite: Rewrite | None = None) -> int:
+    """Short side of a detector's input after a rewrite, in pixels; 0 for one without an input size of its own."""
+    now = input_size(model)
+    if now is None:
+        return 0
+    for name in size_attributes(model, now[0]) if rewrite is not None else ():
+        if name in rewrite.attributes and isinstance(rewrite.attributes[name], tuple | list):
+            return int(rewrite.attributes[name][-1])
+    return now[0]
+
+
+def _non_negative(a: np.ndarray, b: np.ndarray, ridge: np.ndarray) -> np.ndarray:
+    """What minimises |a x - b|^2 + ridge . x^2 over x >= 0: coordinate descent."""
+    gram, target, x = a.T @ a + np.diag(ridge), a.T @ b, np.zeros(a.shape[1])
+    for _ in range(2000):
+        before = x.copy()
+        for j in range(len(x)):
+            x[j] = max(0.0, x[j] - (gram[j] @ x - target[j]) / gram[j, j])
+        if np.abs(x - before).max() < 1e-10:
+            break
+    return x
+
+
+def kendall(pairs: Sequence[tuple[float, float]]) -> float:
+    """Kendall's tau: of all pairs of pairs, the share that agrees in order minus the share that does not."""
+    signs = [np.sign((a - c) * (b - d)) for k, (a, b) in enumerate(pairs) for c, d in pairs[:k]]
+    return float(np.mean(signs)) if signs else math.nan

@@ -1,0 +1,194 @@
+"""See :func:`cut_to`: channels of the whole detector, cut by what is lost for each millisecond saved."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor, nn
+
+from jdkd.errors import InputError
+from jdkd.graph import ChannelGroup, Topology
+from jdkd.latency.layers import part_of, shapes_after
+from jdkd.latency.table import OUTPUTS, LatencyTable, size_of
+from jdkd.morph.actions import FLOOR, Morph, change_resolution, remove_block
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite import Rewrite
+from jdkd.rewrite.channels import require_traced
+
+FINEST = 32  # steps in which a group is cut at most
+
+
+def cut_to(
+    model: nn.Module,
+    topology: Topology,
+    table: LatencyTable,
+    aim: float,
+    importance: Mapping[str, Tensor],
+    *,
+    shorter: Sequence[str] = (),
+    min_size: int | None = None,
+    floor: float = FLOOR,
+    temperature: float = 0.0,
+    rng: random.Random | None = None,
+) -> Morph:
+    """Cuts channels of all groups until the predicted latency meets an aim.
+
+    Greedy: again and again the group is cut by one step, :meth:`jdkd.graph.ChannelGroup.shrunk` gives its size, that
+    loses least importance for what it saves, as the detector is by then.
+
+    Args:
+        model: the detector to cut, the table's base or a descendant of it.
+        topology: of it.
+        table: of its base on this device.
+        aim: predicted latency over the base's, at most.
+        importance: of every unit of every group, see :func:`channel_importance`; a group without it stays whole.
+        shorter: lists of blocks that lose their weakest block as well.
+        min_size: the short side of the input as well, in pixels.
+        floor: share of its units that each group keeps.
+        temperature: spread of the factors, ``exp(temperature * N(0, 1))`` for each group, by which importance is
+            multiplied: at 0 always the same cut, above that a different one for each state of ``rng``.
+        rng: the source of chance; needed above 0.
+
+    Returns:
+        The cut as data, which may be no cut at all where blocks and input alone reach the aim.
+
+    Raises:
+        InputError: the aim cannot be reached, or an argument is out of range.
+    """
+    model = unwrapped(model)
+    require_traced(model, topology)
+    if not (0 < floor <= 1 and aim > 0 and temperature >= 0) or (temperature and rng is None):
+        raise InputError(
+            f"aim {aim} must be above 0, floor {floor} in (0, 1], temperature {temperature} at least 0, above it with "
+            "an rng."
+        )
+    around = _around(model, topology, shorter, min_size)
+    costs = _Costs.of(model, topology, table, around.rewrite)
+    groups = [group for group in topology.groups if group.name in importance and group.units > 1]
+    rows = [_Row.of(group, importance[group.name], floor, _factor(temperature, rng)) for group in groups]
+    while costs.ratio() > aim:
+        found = [(row.next_loss() / saved, row) for row in rows if (saved := costs.saved(row)) > 0]
+        if not found:
+            raise InputError(
+                f"no cut of {', '.join([around.action] if around.action else ['channels'])} reaches {aim:.3f} of the "
+                f"base's latency: {costs.ratio():.3f} is the least with a floor of {floor:g} of each group; lower the "
+                "floor, take blocks or input size away too, or cut again later."
+            )
+        row = min(found, key=lambda pair: pair[0])[1]
+        costs.cut(row)
+    keep = {row.group.name: row.kept() for row in rows if row.left < row.group.units}
+    action = "; ".join(filter(None, [around.action, _said(rows, table)]))
+    return Morph(action or "cut nothing", replace(around.rewrite, keep=keep))
+
+
+def _around(model: nn.Module, topology: Topology, shorter: Sequence[str], min_size: int | None) -> Morph:
+    """What is done besides cutting channels."""
+    morphs = [remove_block(model, topology, name) for name in shorter]
+    morphs += [change_resolution(model, min_size)] if min_size is not None else []
+    blocks = {name: order for morph in morphs for name, order in morph.rewrite.blocks.items()}
+    attributes = {name: value for morph in morphs for name, value in morph.rewrite.attributes.items()}
+    return Morph("; ".join(morph.action for morph in morphs), Rewrite(blocks=blocks, attributes=attributes))
+
+
+def _factor(temperature: float, rng: random.Random | None) -> float:
+    return math.exp(temperature * rng.gauss(0.0, 1.0)) if temperature else 1.0
+
+
+@dataclass
+class _Row:
+    """A group while it is cut: ``steps`` are the numbers of units at which it may stop, descending."""
+
+    group: ChannelGroup
+    order: np.ndarray  # units, the most important first
+    lost: np.ndarray  # [units + 1], importance lost where so many are left
+    steps: list[int]
+
+    @classmethod
+    def of(cls, group: ChannelGroup, values: Tensor, floor: float, factor: float) -> _Row:
+        order = values.argsort(descending=True, stable=True).numpy()
+        sums = np.concatenate([[0.0], np.cumsum(values.double().numpy()[order])])
+        least = group.shrunk(floor)
+        wanted = [group.shrunk(share / FINEST) for share in range(FINEST, 0, -1)]
+        steps = sorted({units for units in wanted if units >= least} | {group.units}, reverse=True)
+        return cls(group, order, (sums[-1] - sums) * factor, steps)
+
+    @property
+    def left(self) -> int:
+        return self.steps[0]
+
+    def next_loss(self) -> float:
+        return float(self.lost[self.steps[1]] - self.lost[self.steps[0]])
+
+    def kept(self) -> tuple[int, ...]:
+        return tuple(sorted(self.order[: self.left].tolist()))
+
+
+class _Costs:
+    """Predicted latency of a detector while its groups are cut."""
+
+    def __init__(self, fixed: float, sizes: np.ndarray, rates: np.ndarray, touched: dict[str, list]) -> None:
+        self._fixed, self._sizes, self._rates, self._touched = fixed, sizes, rates, touched
+
+    @classmethod
+    def of(cls, model: nn.Module, topology: Topology, table: LatencyTable, around: Rewrite) -> _Costs:
+        """Of the detector after what is done besides."""
+        shapes = shapes_after(model, topology, around)
+        places = table.places(shapes, size_of(model, around))
+        names = list(places)
+        dims = max(len(shapes[name]) for name in names)
+        sizes = np.array([[*shapes[name], *[1] * (dims - len(shapes[name]))] for name in names], dtype=float)
+        by_part = [table.costs.get(part_of(name.rpartition(".")[0], table.containers), 0.0) for name in names]
+        rates = np.array([[cost, table.costs.get(OUTPUTS, 0.0)] for cost in by_part])
+        rates *= np.array([[places[name]] for name in names])
+        number = {name: place for place, name in enumerate(names)}
+        touched = defaultdict(list)
+        for group in topology.groups:
+            for slot in group.slots:
+                copies = [name for name in (slot.tensor,) if name in number]
+                touched[group.name] += [(number[name], slot.dim, slot.repeat) for name in copies]
+        return cls(table.fixed, sizes, rates, dict(touched))
+
+    def ratio(self) -> float:
+        return self._fixed + self._of(self._sizes, self._rates)
+
+    def saved(self, row: _Row) -> float:
+        """What the next step of a group saves."""
+        touched = self._touched.get(row.group.name)
+        if len(row.steps) < 2 or not touched:
+            return 0.0
+        lines, sizes = self._after(row)
+        return self._of(self._sizes[lines], self._rates[lines]) - self._of(sizes, self._rates[lines])
+
+    def cut(self, row: _Row) -> None:
+        """Takes the next step of a group."""
+        lines, sizes = self._after(row)
+        self._sizes[lines] = sizes
+        row.steps.pop(0)
+
+    def _after(self, row: _Row) -> tuple[list[int], np.ndarray]:
+        gone, touched = row.steps[0] - row.steps[1], self._touched[row.group.name]
+        lines = sorted({line for line, _, _ in touched})
+        place, sizes = {line: k for k, line in enumerate(lines)}, self._sizes[lines]
+        for line, dim, repeat in touched:
+            sizes[place[line], dim] -= gone * repeat
+        return lines, sizes
+
+    @staticmethod
+    def _of(sizes: np.ndarray, rates: np.ndarray) -> float:
+        return float((rates[:, 0] * sizes.prod(1) + rates[:, 1] * sizes[:, 0]).sum())
+
+
+def _said(rows: Sequence[_Row], table: LatencyTable) -> str:
+    """How many of the channels of each part are left, in words."""
+    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for row in rows:
+        found = counts[part_of(row.group.makers[0], table.containers)]
+        found[0] += row.left * (row.group.size // row.group.units)
+        found[1] += row.group.size
+    shares = [f"{name} {left / whole:.0%}" for name, (left, whole) in counts.items() if left < whole]
+    return f"keep {', '.join(shares)} of the channels" if shares else ""

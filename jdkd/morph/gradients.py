@@ -1,0 +1,145 @@
+"""What the losses say of each channel: first-order Taylor and Fisher importance over coupled groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from jdkd.detect.contract import losses_complaint
+from jdkd.errors import InputError
+from jdkd.graph import ChannelGroup, Slot, Topology
+from jdkd.nn.modes import mode
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite.channels import named, require_traced
+
+STILL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, StochasticDepth)
+
+
+def gradient_importance(
+    model: nn.Module, topology: Topology, batches: Iterable[Any], criterion: str
+) -> dict[str, Tensor]:
+    """How much the losses would change without each unit, to first order, squared.
+
+    ``taylor`` sums weight times gradient over what makes a unit (the weights and biases of its norms, where it passes
+    some), squares it for each batch and adds the squares up (Molchanov et al., CVPR 2019). ``fisher`` takes the
+    gradient of one mask on the unit at all places that read it, squares it for each image and adds the squares up (Liu
+    et al., Group Fisher Pruning, ICML 2021); a mask's gradient is weight times gradient, summed over the weights that
+    read the unit, so no activation is kept. Norms use their running statistics, dropout is off, and chance is the same
+    in every call.
+
+    Args:
+        model: a detector that gives its losses while it trains; modes, gradients, buffers and random numbers stay as
+            they are.
+        topology: of it.
+        batches: ``(images, targets)``.
+        criterion: ``"taylor"`` or ``"fisher"``.
+
+    Returns:
+        ``[units]`` by the name of the group, on the CPU, in squared units of the losses: comparable between groups.
+
+    Raises:
+        InputError: there is no batch, or its losses are none, not finite or need no parameter.
+    """
+    model = unwrapped(model)
+    require_traced(model, topology)
+    slots = {group.name: _speaking(group, topology, criterion) for group in topology.groups}
+    wanted = dict.fromkeys(slot.tensor for found in slots.values() for slot in found)
+    parameters = {name: named(model, name) for name in wanted}
+    parameters = {
+        name: tensor
+        for name, tensor in parameters.items()
+        if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+    }
+    sums = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in topology.groups}
+    count = 0
+    with _still(model), _differentiable(parameters.values()):
+        for images, targets in _bites(batches, one_by_one=criterion == "fisher"):
+            products = _products(model, parameters, images, targets)
+            for group in topology.groups:
+                sums[group.name] += _summed(group, slots[group.name], products).square()
+            count += 1
+    if not count:
+        raise InputError(f"{criterion} importance was given 0 batches and needs at least 1; give it some images.")
+    return {name: (values / count).float() for name, values in sums.items()}
+
+
+def _speaking(group: ChannelGroup, topology: Topology, criterion: str) -> list[Slot]:
+    """Where the gradient of a group's units is read."""
+    if criterion == "fisher":
+        return [slot for slot in group.slots if slot.role == "in"]
+    norms = topology.norms(group)
+    made = [slot for slot in group.slots if slot.role == "scale" and slot.tensor.rpartition(".")[0] in norms]
+    return made or [slot for slot in group.slots if slot.role == "out"]
+
+
+def _summed(group: ChannelGroup, slots: Sequence[Slot], products: dict[str, Tensor]) -> Tensor:  # -> [units], float64
+    total = torch.zeros(group.units, dtype=torch.float64)
+    for slot in slots:
+        if slot.tensor in products:
+            product = products[slot.tensor]
+            rows = (
+                product.sum([dim for dim in range(product.dim()) if dim != slot.dim]) if product.dim() > 1 else product
+            )
+            total += rows[torch.from_numpy(slot.places)].sum(1)
+    return total
+
+
+def _products(
+    model: nn.Module, parameters: dict[str, Tensor], images: Sequence[Tensor], targets: Sequence[Any]
+) -> dict[str, Tensor]:
+    """Weight times gradient of the sum of the losses, on the CPU."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        torch.manual_seed(0)
+        losses = model(list(images), list(targets))
+        if complaint := losses_complaint(losses, trains=True):
+            raise InputError(f"importance needs losses, and {type(model).__name__} returned {complaint}.")
+        loss = sum(losses.values())
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+    if not loss.isfinite():
+        raise InputError(
+            f"importance needs finite losses, and those of this {type(model).__name__} are {loss.item()}; train it at "
+            "a lower lr first."
+        )
+    return {
+        name: (tensor.detach() * gradient).double().cpu()
+        for (name, tensor), gradient in zip(parameters.items(), gradients, strict=True)
+        if gradient is not None
+    }
+
+
+def _bites(batches: Iterable[Any], one_by_one: bool) -> Iterator[tuple[Sequence[Tensor], Sequence[Any]]]:
+    for images, targets in batches:
+        if one_by_one:
+            for image, target in zip(images, targets, strict=True):
+                yield [image], [target]
+        else:
+            yield images, targets
+
+
+@contextmanager
+def _still(model: nn.Module) -> Iterator[None]:
+    """In training mode, but for norms with running statistics and for dropout."""
+    with mode(model, training=True):
+        for module in model.modules():
+            if isinstance(module, STILL):
+                module.training = False
+        yield
+
+
+@contextmanager
+def _differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Lets frozen parameters have gradients for a while."""
+    frozen = [parameter for parameter in parameters if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,154 @@
+"""One candidate, from proposal to outcome: inherit, train, score. Wherever it runs, equal proposals end alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from jdkd.detect import load, save
+from jdkd.distill import Distiller, can_distil_heads
+from jdkd.pool import TeacherPool
+from jdkd.pool.members import Teacher
+from jdkd.pool.shrinking import ProgressCallback
+from jdkd.search.config import SearchConfig
+from jdkd.search.context import SearchContext, candidate_folder, open_context
+from jdkd.search.inheriting import fresh, inherit
+from jdkd.search.proposal import BASE, Proposal
+from jdkd.search.teachers import given_pool
+from jdkd.train import fit
+
+TRAINING = "training"  # folder of a candidate's checkpoint and log
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What all candidates of a search have in common, for an executor.
+
+    Args:
+        config: the search; its base and its pool are read.
+    """
+
+    config: SearchConfig
+
+    @property
+    def out(self) -> Path:
+        return self.config.out
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        return {"base": self.config.base, **({"pool": pool} if (pool := self.config.pool).is_dir() else {})}
+
+    def open(self, device: str, progress: ProgressCallback) -> Evaluator:
+        """Loads base, data and teachers, once a process."""
+        context = open_context(replace(self.config, device=device), progress)
+        return Evaluator(context, given_pool(self.config.pool, context) if self.config.pool.is_dir() else None)
+
+    def elsewhere(self, out: Path, inputs: Mapping[str, Path]) -> Training:
+        """The same where the folders lie elsewhere."""
+        return Training(replace(self.config, out=out, base=inputs["base"], teacher_pool=inputs.get("pool")))
+
+    def reads(self, job: Json) -> tuple[str, ...]:
+        return (job["from"],) if job["from"] else ()
+
+    def writes(self, job: Json) -> tuple[str, ...]:
+        return (candidate_folder(job["number"]),)
+
+
+class Evaluator:
+    """Trains and scores candidates, each in a folder of its own.
+
+    Args:
+        context: base, data and settings.
+        pool: the teachers besides the base; None where there are none.
+    """
+
+    def __init__(self, context: SearchContext, pool: TeacherPool | None) -> None:
+        self.context, self.pool = context, pool
+
+    def __call__(self, job: Json) -> Json:
+        """Makes a candidate, or carries on one that was interrupted.
+
+        Args:
+            job: a proposal as JSON, and ``from``: folder of its parent below the search's, None for the base.
+
+        Returns:
+            Its scores, and seconds by what they were spent on; the detector lies in the candidate's folder then.
+
+        Raises:
+            ModelError: it cannot be trained or scored.
+        """
+        context, seconds = self.context, {}
+        parent = context.config.out / job["from"] if job["from"] else context.config.base
+        proposal = Proposal.from_json({name: value for name, value in job.items() if name != "from"})
+        student = self._trained(proposal, parent, seconds)
+        with _timed(seconds, "scoring"):
+            scores = context.scored(student, context.selection)
+        return {"map": scores.map, "map50": scores.map50, "seconds": seconds}
+
+    def _trained(self, proposal: Proposal, parent: Path, seconds: dict[str, float]) -> nn.Module:
+        context, config, cycle = self.context, self.context.config, proposal.cycle
+        folder = context.folder(proposal.number)
+        with _timed(seconds, "inheriting"):
+            student = load(parent, config.device)
+            if proposal.rewrites:
+                student = inherit(student, context.read(student), proposal.rewrites, context).model
+                student = student if config.method.inherit else fresh(student, proposal.seed)
+            teacher = self._teacher(proposal.teacher)
+        schedule = {"lr": cycle.lr, "cycle_start": cycle.start, "cycle_steps": cycle.total}
+        said = f"candidate {proposal.number}: {proposal.action}"
+        with _timed(seconds, "training"), self._taught(student, teacher) as taught:
+            fit(
+                student,
+                context.train,
+                context.training(cycle.steps, seed=proposal.seed, **schedule),
+                device=config.device,
+                folder=folder / TRAINING,
+                resume=True,
+                inherit=None if proposal.rewrites else parent / TRAINING,
+                progress=lambda *state: context.progress(said, *state),
+                **taught,
+            )
+            save(folder, context.calibrated(student))
+        return student
+
+    def _teacher(self, teacher: Teacher | None) -> nn.Module | None:
+        if teacher is None or teacher == BASE:
+            return self.context.base if teacher else None
+        return self.pool.teacher(teacher)
+
+    @contextmanager
+    def _taught(self, student: nn.Module, teacher: nn.Module | None) -> Iterator[dict[str, Any]]:
+        """What a training is given besides its settings: the losses of a student under its teacher."""
+        if teacher is None:
+            yield {}
+            return
+        config = self.context.config
+        weights = {"feature_weight": config.feature_weight}
+        if config.head_weight and can_distil_heads(student, teacher):
+            weights["head_weight"] = config.head_weight
+        how = {"adapter": True, "own_size": True, "imitation": config.method.imitation}
+        with Distiller(student, teacher, **weights, **how) as distiller:
+            distiller.fit_adapters(self.context.probe())
+
+            def losses(
+                images: list[Tensor], targets: list[dict[str, Tensor]], step: int
+            ) -> Iterator[dict[str, Tensor]]:
+                yield student(images, targets) | distiller.losses()
+
+            yield {"losses": losses, "auxiliary": distiller.adapters}
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - begun

@@ -1,0 +1,62 @@
+"""What a child takes over from its parent: the weights that rewrites leave, repaired and recalibrated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from jdkd.detect.contract import architecture_of
+from jdkd.graph import Topology
+from jdkd.morph import repair
+from jdkd.rewrite import Rewrite, build
+from jdkd.search.context import SearchContext
+
+
+@dataclass(frozen=True)
+class Child:
+    """A detector after rewrites.
+
+    Args:
+        model: in evaluation mode.
+        topology: what is coupled to what in it.
+        kept: for every level of its pyramid, the parent's channel opposite each of its own.
+    """
+
+    model: nn.Module
+    topology: Topology
+    kept: tuple[tuple[int, ...], ...]
+
+
+def inherit(parent: nn.Module, topology: Topology, rewrites: Sequence[Rewrite], context: SearchContext) -> Child:
+    """The child of a detector, with everything that it takes over.
+
+    After each cut the weights that read what was cut are repaired (:func:`jdkd.morph.repair`), and in the end batch
+    norms are recalibrated.
+
+    Args:
+        parent: stays as it is.
+        topology: of the parent.
+        rewrites: one after the other, each of what the one before has left.
+        context: the images for repair and recalibration.
+    """
+    child, kept = parent, tuple(tuple(range(len(level))) for level in topology.followed)
+    for rewrite in rewrites:
+        before, child = child, rewrite.apply(child, topology)
+        if rewrite.keep:
+            repair(child, before, rewrite, topology, context.probe())
+        left = [rewrite.surviving(level) for level in topology.followed]
+        kept = tuple(tuple(level[channel] for channel in own) for level, own in zip(kept, left, strict=True))
+        topology = rewrite.foreseen(topology, child) or context.read(child)
+    return Child(context.calibrated(child), topology, kept)
+
+
+def fresh(model: nn.Module, seed: int) -> nn.Module:
+    """The same architecture with weights that know nothing, for a search without inheritance."""
+    device = next(model.parameters()).device
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = build(architecture_of(model, "search"))
+    return made.to(device)

@@ -1,0 +1,125 @@
+"""What a search tries next: evolution over a Pareto archive, generation by generation."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from jdkd.latency.table import Features, LatencyTable
+from jdkd.pool.members import Teacher
+from jdkd.search.archive import Archive, Candidate
+from jdkd.search.choice import contenders, fitness, pareto_front
+from jdkd.search.config import Plan, Rung
+from jdkd.search.context import SearchContext
+from jdkd.search.matching import Matching
+from jdkd.search.proposal import Cycle, Proposal
+from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Screened, screen, trimmed
+
+Made = tuple[Candidate, str, Screened, Teacher | None, float | None]  # parent, kind, what is changed, teacher, target
+PARENTS = 2  # members of the last generation's front that have children
+
+
+class Strategy:
+    """Decides a whole generation at a time, from the archive alone.
+
+    So any number of workers, in whatever order they finish, gives the same search. Two processes are joined in every
+    generation, as in Joint-DetNAS (Yao et al., CVPR 2021): the student's architecture changes and it inherits weights,
+    and the teacher is chosen anew for what the student has become. First the generations go down to the wanted
+    latencies, with short trainings for several students each; then the best of each target are trained on.
+
+    Args:
+        context: data, base and settings.
+        plan: the generations.
+        matching: who teaches whom.
+        table: what the base's parts cost.
+    """
+
+    def __init__(self, context: SearchContext, plan: Plan, matching: Matching, table: LatencyTable) -> None:
+        self.context, self.plan, self.matching, self.table = context, plan, matching, table
+        self._features: dict[str, Features] = {}  # of the architectures that were measured
+
+    def ask(self, archive: Archive) -> list[Proposal]:
+        """The next generation; none where the search is at its end.
+
+        Args:
+            archive: everything that has been tried, the last generation as a whole.
+        """
+        generation = 1 + max(candidate.generation for candidate in archive.candidates)
+        if generation > len(self.plan.rungs):
+            return []
+        rung = self.plan.rungs[generation - 1]
+        rng = random.Random(f"{self.context.config.seed}/{generation}")
+        torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
+        made = self._explored(rung, archive, rng) if rung.explores else self._trained_on(rung, archive, rng)
+        first = len(archive)
+        return [
+            Proposal(
+                number=first + place,
+                generation=generation,
+                parent=parent.id,
+                kind=kind,
+                action=screened.action,
+                rewrites=screened.rewrites,
+                predicted=screened.predicted,
+                teacher=teacher,
+                cycle=Cycle(rung.steps, parent.lineage_steps, self._total(rung, parent), self.context.config.lr),
+                seed=first + place,
+                target=target,
+            )
+            for place, (parent, kind, screened, teacher, target) in enumerate(made)
+        ]
+
+    def _explored(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
+        """Students at the rung's latency, of the best of the generation before."""
+        (aim,) = rung.aims
+        best = sorted(pareto_front(_latest(archive)), key=lambda one: -fitness(one, aim))[:PARENTS]
+        table = self._table(archive)
+        parents = [Parent(candidate, table, self.context) for candidate in best]
+        screened = screen(parents, aim, rung.candidates, self._ways(archive), rng)
+        return [(parent, "morph", one, self.matching.of(one.student, parent, rng), None) for parent, one in screened]
+
+    def _trained_on(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
+        """For every target, the best that may reach it, trained on; one that is still too slow is cut once more."""
+        made, table = [], self._table(archive)
+        for target in rung.aims:
+            for parent in contenders(self._running(archive, target), target)[: rung.candidates]:
+                cut = trimmed(Parent(parent, table, self.context), target)
+                teacher = self.matching.of(cut.student, parent, rng)
+                kind = "morph" if cut.rewrites else "train" if teacher == parent.teacher else "teacher"
+                made.append((parent, kind, cut, teacher, target))
+        return made
+
+    def _table(self, archive: Archive) -> LatencyTable:
+        """The table, corrected by every architecture that was measured."""
+        measured = []
+        for candidate in archive.scored[1:]:
+            own = candidate.architecture_id
+            if own not in self._features:
+                self._features[own] = self.table.features(self.context.detector(candidate))
+            measured.append((self._features[own], candidate.latency_ratio))
+        return self.table.corrected(measured)
+
+    def _running(self, archive: Archive, target: float) -> list[Candidate]:
+        """Who may be trained on for a target: its own of the generation before, or all that explored."""
+        own = [one for one in _latest(archive) if one.target == target]
+        return own or [one for one in archive.scored if one.target is None]
+
+    def _ways(self, archive: Archive) -> tuple[str, ...]:
+        """What a generation may change: all at once, or, in a pipeline, first the architecture and then channels."""
+        if self.context.config.method.order == "joint":
+            return ARCHITECTURE, CHANNELS
+        done = max(one.generation for one in archive.candidates)
+        return (CHANNELS,) if done + 1 == self.plan.exploring else (ARCHITECTURE,)
+
+    def _total(self, rung: Rung, parent: Candidate) -> int:
+        """Steps of the learning-rate cycle of a lineage, all through: exploring and training on."""
+        if rung.explores:
+            return self.plan.lineage
+        return parent.lineage_steps + self.plan.training_on if parent.target is None else parent.cycles[-1].total
+
+
+def _latest(archive: Archive) -> list[Candidate]:
+    """The scored candidates of the last generation that has some."""
+    last = max(one.generation for one in archive.scored)
+    return [one for one in archive.scored if one.generation == last]

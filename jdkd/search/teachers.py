@@ -1,0 +1,71 @@
+"""Who can teach in a search: the pool that it is given, or grows from its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jdkd.detect import load
+from jdkd.errors import InputError
+from jdkd.files import read_json, write_json
+from jdkd.pool import PoolTrainConfig, ScoredTeacher, TeacherPool, load_pool, train_pool
+from jdkd.search.config import Plan
+from jdkd.search.context import SearchContext, say_if_trained_elsewhere
+from jdkd.train import DivergenceError
+
+TEACHERS, POOL_SEED = "teachers.json", 100
+
+
+def given_pool(folder: Path, context: SearchContext) -> TeacherPool:
+    """A finished pool, its own or that of an earlier search."""
+    pool = load_pool(folder, context.base, context.train, topology=context.topology, device=context.config.device)
+    say_if_trained_elsewhere(f"the teacher pool in {folder}", pool.trained_on, context.train)
+    return _invited(pool, context)
+
+
+def grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
+    """The pool that a search grows from its base."""
+    config = context.config
+    try:
+        pool = train_pool(
+            context.base,
+            context.train,
+            context.selection.dataset,
+            PoolTrainConfig(context.training(budget.pool, seed=POOL_SEED), head_weight=1.0),
+            config.pool,
+            topology=context.topology,
+            device=config.device,
+            resume=config.resume,
+            progress=context.progress,
+        )
+    except DivergenceError as error:
+        raise InputError(
+            f"no teacher pool can be grown at the lr of {config.lr:g}: at step {error.step} {error.what} is not "
+            "finite; search into another folder at a lower lr, or give a teacher_pool."
+        ) from error
+    return _invited(pool, context)
+
+
+def _invited(pool: TeacherPool, context: SearchContext) -> TeacherPool:
+    """The pool with the detectors of another make that may teach beside it."""
+    for folder in context.config.teachers:
+        pool.add_foreign(folder.name, load(folder, context.config.device))
+    return pool
+
+
+def remember(pool: TeacherPool, context: SearchContext) -> None:
+    """Gives a pool the members that this search has scored; one that was scored on other images is scored anew."""
+    file, selection = context.config.out / TEACHERS, context.selection.dataset
+    if file.exists():
+        members = read_json(file, "remove it and resume: teachers are scored again")
+        pool.members = [ScoredTeacher.from_json(member) for member in members]
+        return
+    if pool.scored_on != selection.fingerprint:
+        pool.score_members([member.teacher for member in pool.members], selection, context.progress)
+    known = {member.teacher for member in pool.members}
+    pool.members += [pool.score(name, selection) for name in pool.foreign if name not in known]
+    write_teachers(pool, context)
+
+
+def write_teachers(pool: TeacherPool, context: SearchContext) -> None:
+    """Keeps the scores of a pool's members with the search."""
+    write_json(context.config.out / TEACHERS, [member.to_json() for member in pool.members])
