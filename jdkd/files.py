@@ -150,8 +150,8 @@ def lock_folder(folder: Path, name: str) -> None:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             return
         raise InputError(
-            f"{name} {_shortened(folder)} is written to by another process ({holder}); wait until it has ended, or give "
-            "another folder."
+            f"{name} {_shortened(folder)} is written to by another process ({holder}); wait until it has ended, or "
+            "give another folder."
         ) from None
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
