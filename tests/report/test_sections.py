@@ -11,7 +11,7 @@ from jdkd.data import write_digit_scenes
 from jdkd.detect import save
 from jdkd.pool import Subnet
 from jdkd.report.lineage import arranged
-from jdkd.report.outcome import Outcome, Student
+from jdkd.report.outcome import Outcome, signed
 from jdkd.report.predictions import predictions_section
 from jdkd.report.stages import Layer, stages
 from jdkd.report.svg import Axes, colour, spread, ticks
@@ -178,5 +178,13 @@ def test_axes_put_the_range_on_the_frame():
     assert colour(-1) == colour(0) != colour(1) == colour(2)
 
 
-def test_a_student_says_what_it_was_made_for():
-    assert Student({"target": 0.53, "target_met": True, "id": "1"}, None).title == "student for 0.53"
+def test_who_is_the_student_of_two_targets_is_shown_once(tmp_path):
+    about = [{"target": target, "target_met": True, "id": "001", "folder": "x"} for target in (0.75, 0.53)]
+    outcome = Outcome(tmp_path, {"students": about}, [candidate(0), candidate(1, 0, ratio=0.5)])
+    assert outcome.chosen == {"001": "student for 0.75 and 0.53"} and outcome.targets == [0.75, 0.53]
+    assert [[one.number for one in line] for line in outcome.lines] == [[0, 1]]
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.1, "+0.100"), (-0.1, "−0.100"), (-0.0004, "0.000"), (0.0, "0.000")])
+def test_changes_have_a_sign_where_they_are_any(value, told):
+    assert signed(value) == told
