@@ -16,7 +16,7 @@ from tests.search.rows import ARCHITECTURE, known, timing
 
 def test_what_goes_in_comes_out_after_reopening(tmp_path):
     with closing(Archive(tmp_path / "a.sqlite")) as archive:
-        base = archive.add(timing(), **known(0, teacher=None, cycles=()))
+        base = archive.add(timing(), **known(0, teacher=None, cycles=(), kind="base"))
         child = archive.add(timing(), **known(1, parent="000"))
         rows = [base, child]
         assert archive.candidates == rows
