@@ -17,8 +17,8 @@ from jdkd.search.archive import ARCHIVE
 from jdkd.search.evaluator import Training
 
 DECIDED = (
-    "number, id, generation, parent, kind, action, teacher, target, architecture, map, map50, latency_ratio, predicted, "
-    "lineage_steps, cycles"
+    "number, id, generation, parent, kind, action, teacher, target, architecture, map, map50, latency_ratio, "
+    "predicted, lineage_steps, cycles"
 )
 
 
@@ -33,7 +33,7 @@ def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
 
 
 def steady_measure(models, images, *, device, rounds, progress=None, **schedule) -> LatencyReport:
-    """In place of :func:`jdkd.latency.measure`: time grows with parameters and input, so equal searches choose alike."""
+    """In place of :func:`jdkd.latency.measure`: time grows with parameters and input, so that equal ones choose alike."""
     if progress:
         progress(rounds, rounds, {})
     taken = {name: ModelLatency(end_to_end=Latency((_time(model),) * 2 * rounds)) for name, model in models.items()}

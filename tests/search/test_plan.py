@@ -1,7 +1,7 @@
 """How a budget of training steps is spent."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
@@ -38,7 +38,7 @@ def test_no_generation_leaves_less_than_a_share_and_the_last_reaches_the_target(
     for target in (1.0, 0.75, 0.53, 0.35, 0.1):
         path = [1.0, *aims(replace(CONFIG, targets=(target,)))]
         assert path[-1] == pytest.approx(MARGIN * target)
-        steps = [after / before for before, after in zip(path, path[1:], strict=False)]
+        steps = [after / before for before, after in pairwise(path)]
         assert all(MOST_CUT - 1e-9 <= step < 1 for step in steps)
         assert max(steps) == pytest.approx(min(steps)), "all are as large"
 
