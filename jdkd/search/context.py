@@ -269,7 +269,7 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
     train = with_targets_of(base, opened["training"])
     few = min(2, config.batch_size)
     require_learner(base, *next(batches(train, batch_size=few, steps=1, seed=config.seed, device=config.device)))
-    say_if_trained_elsewhere(f"the base in {config.base}", _trained_on(config.base), train)
+    say_if_trained_elsewhere(f"the base in {config.base}", trained_on(config.base), train)
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
@@ -292,10 +292,10 @@ def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetec
         )
 
 
-def _trained_on(base: Path) -> str | None:
-    """Fingerprint of the images that a base was trained on, by the record of its training."""
+def trained_on(detector: Path) -> str | None:
+    """Fingerprint of the images that a detector was trained on, by the record of its training."""
     with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
-        return RunFolder(base).read()["identity"]["data"]["train"]
+        return RunFolder(detector).read()["identity"]["data"]["train"]
     return None
 
 

@@ -10,7 +10,7 @@ from jdkd.files import read_as, write_json
 from jdkd.pool import PoolTrainConfig, ScoredTeacher, TeacherPool, load_pool, train_pool
 from jdkd.pool.foreign import require_common, require_name
 from jdkd.search.config import Plan
-from jdkd.search.context import SearchContext, say_if_trained_elsewhere
+from jdkd.search.context import SearchContext, say_if_trained_elsewhere, trained_on
 from jdkd.search.proposal import BASE
 from jdkd.train import DivergenceError
 
@@ -73,6 +73,7 @@ def require_teachers(context: SearchContext) -> None:
             raise InputError(f"the teacher in {folder} is named as what the search starts from; rename its folder.")
         require_name(name, names)
         require_common(name, load(folder, context.config.device), context.base, images)
+        say_if_trained_elsewhere(f"teacher {name}", trained_on(folder), context.train)
         names.append(name)
 
 

@@ -33,7 +33,7 @@ def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
 
 
 def steady_measure(models, images, *, device, rounds, progress=None, **schedule) -> LatencyReport:
-    """In place of :func:`jdkd.latency.measure`: time grows with parameters and input, so that equal ones choose alike."""
+    """In place of :func:`jdkd.latency.measure`: time grows with parameters and input size."""
     if progress:
         progress(rounds, rounds, {})
     taken = {name: ModelLatency(end_to_end=Latency((_time(model),) * 2 * rounds)) for name, model in models.items()}

@@ -6,6 +6,7 @@ import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,17 +95,18 @@ def test_what_selects_and_what_reports_are_named_and_disjoint(folder, finished):
     assert pool["trained_on"] == identity["train"] not in (selection["fingerprint"], report["fingerprint"])
 
 
-def test_every_target_has_a_student_of_its_own_under_a_foreign_teacher(folder, finished, quick, steady, tmp_path):
+def test_every_target_has_a_student_of_its_own_under_a_foreign_teacher(
+    folder, finished, quick, steady, tmp_path, monkeypatch
+):
     foreign = tmp_path / "wide"
     wide = small_spec(classes=DIGITS, fpn=24)
+    shutil.copytree(folder / "base", foreign)  # with the record of what it was trained on
     save(foreign, detector(wide, seed=3))
     told, always = [], Method(teaching="fixed")
     changes = {"targets": (0.9, 0.6), "teacher_pool": finished[0] / "pool", "teachers": (foreign,), "method": always}
     config = quick(tmp_path / "out", steps=12, **changes)
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(Notice, match="does not say whether|hold no box"):
-        patch.setattr("jdkd.search.teachers.say_if_trained_elsewhere", lambda *given: None)
-        patch.setattr("jdkd.pool.elastic_pool.evaluate", lambda model, *given, **how: scores_of(model, wide))
-        result = search(config, lambda what, *state: told.append(what))
+    monkeypatch.setattr("jdkd.pool.elastic_pool.evaluate", lambda model, *given, **how: scores_of(model, wide))
+    result = search(config, lambda what, *state: told.append(what))
     fast, faster = [student["latency_ratio"] for student in result["students"]]
     assert [student["target"] for student in result["students"]] == [0.9, 0.6] and faster < fast <= 0.9
     assert [student["folder"] for student in result["students"]] == ["student-0.9", "student-0.6"]
@@ -120,8 +122,6 @@ def test_every_target_has_a_student_of_its_own_under_a_foreign_teacher(folder, f
 
 def scores_of(model, best):
     """In place of :func:`jdkd.train.evaluate`: the teacher of one spec is the best."""
-    from types import SimpleNamespace
-
     return SimpleNamespace(map=0.9 if model.architecture.arguments.get("spec", {}).get("fpn") == best.fpn else 0.1)
 
 
@@ -162,8 +162,6 @@ def test_a_target_that_no_cut_reaches_is_missed_by_a_student_all_the_same(quick,
 
 
 def test_a_budget_in_minutes_is_measured_once_and_kept(quick, steady, tmp_path, monkeypatch):
-    from types import SimpleNamespace
-
     def fit(model, *given, **options):
         measured.append(1)
         return SimpleNamespace(seconds=3.0)  # of three steps
