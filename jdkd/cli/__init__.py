@@ -17,6 +17,9 @@ from jdkd.notices import Notice
 REFUSED = 2
 """Exit code for what the user can act on: bad input, a full disk, Ctrl-C, a package that is not installed."""
 
+EXTRAS = ("optuna", "ray", "tensorboard")
+"""Packages with an extra of their own name."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "jdkd":
             raise
-        return _refuse(f"the package {error.name} is missing; install it with: pip install 'jdkd[detect]'")
+        extra = error.name if error.name in EXTRAS else "detect"
+        return _refuse(f"the package {error.name} is missing; install it with: pip install 'jdkd[{extra}]'")
     except OSError as error:
         if not full_disk(error):
             raise
@@ -65,6 +69,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     from jdkd.cli.inspect import Inspect
     from jdkd.cli.latency import Latency
     from jdkd.cli.pool import PoolEval, PoolExport, PoolTrain
+    from jdkd.cli.report import Report
     from jdkd.cli.search import Search
     from jdkd.cli.train import Train
 
@@ -83,6 +88,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         named("train", Train),
         Annotated[pool, tyro.conf.subcommand(name="pool", description="Train, measure and open a teacher pool.")],
         named("search", Search),
+        named("report", Report, positional),
         named("eval", Eval, positional),
         named("latency", Latency, positional),
         named("env", Env),

@@ -62,32 +62,37 @@ class RayTasks:
             self._shared = [ray.put((task, inputs))]
         names = dict.fromkeys(name for job in jobs for name in task.reads(job))
         stored = {name: ray.put(_files_in(task.out / name)) for name in names}
-        for job in jobs:
-            read = {name: stored[name] for name in task.reads(job)}
-            reference = self._answer.remote(self._token, self._shared, job, read, self._device, self._board)
-            self._pending[reference] = job
-        while self._pending:
-            done, _ = ray.wait([*self._pending], timeout=GLANCE)
+        try:
+            for job in jobs:
+                read = {name: stored[name] for name in task.reads(job)}
+                reference = self._answer.remote(self._token, self._shared, job, read, self._device, self._board)
+                self._pending[reference] = job
+            while self._pending:
+                done, _ = ray.wait([*self._pending], timeout=GLANCE)
+                self._tell()
+                for reference in done:
+                    job = self._pending.pop(reference)
+                    yield job, self._outcome(job, reference)
             self._tell()
-            for reference in done:
-                yield self._pending[reference], self._outcome(reference)
-                del self._pending[reference]
-        self._tell()
+        finally:  # where it was not the last of them that ended this
+            self._cancel()
 
     def close(self) -> None:
         """As :meth:`Executor.close`; what a cancelled job had trained stays on its machine and is lost."""
-        for reference in self._pending:
-            with suppress(Exception):
-                self._ray.cancel(reference)
-        self._pending = {}
+        self._cancel()
         if self._is_ours:
             self._is_ours = False
             self._ray.shutdown()
 
-    def _outcome(self, reference: Any) -> Json:
+    def _cancel(self) -> None:
+        for reference in self._pending:
+            with suppress(self._ray.exceptions.RayError):
+                self._ray.cancel(reference)
+        self._pending = {}
+
+    def _outcome(self, job: Json, reference: Any) -> Json:
         """What a finished task came to, once its files are written."""
         lost = self._ray.exceptions
-        job = self._pending[reference]
         try:
             kind, answer, files = self._ray.get(reference)
         except (lost.WorkerCrashedError, lost.NodeDiedError, lost.OutOfMemoryError) as error:

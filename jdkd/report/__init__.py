@@ -6,12 +6,13 @@ from pathlib import Path
 
 from jdkd.files import write_whole
 from jdkd.report.html import page
+from jdkd.report.mirrors import Mirrors
 from jdkd.report.outcome import Outcome, read_outcome
 from jdkd.report.plot import pareto_plot
 from jdkd.report.table import result_table
-from jdkd.report.verdict import verdict
+from jdkd.report.verdict import summary, verdict
 
-__all__ = ["Outcome", "read_outcome", "result_table", "verdict", "write_report"]
+__all__ = ["Mirrors", "Outcome", "read_outcome", "result_table", "summary", "verdict", "write_report"]
 
 
 def write_report(folder: Path | str) -> tuple[Path, Path]:

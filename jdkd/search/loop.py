@@ -16,6 +16,7 @@ from jdkd.execution import Journal, executor
 from jdkd.files import read_as, write_json
 from jdkd.latency.table import LatencyTable
 from jdkd.notices import say_once
+from jdkd.pool import TeacherPool
 from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
@@ -77,10 +78,19 @@ def _searched(evaluator: Evaluator, budget: Plan, workers: Journal) -> dict[str,
             remember(pool, context)
         _time_on_this_machine(archive, context)
         table = _table(context)
+        _tell(archive, budget, pool, context)
         strategy = Strategy(context, budget, Matching(context, pool, archive.candidates[0].map), table)
         while proposals := _generation(strategy, archive, workers, context):
             _run(proposals, workers, archive, context)
+            _tell(archive, budget, pool, context)
         return conclude(archive, pool.steps if pool else 0, context)
+
+
+def _tell(archive: Archive, budget: Plan, pool: TeacherPool | None, context: SearchContext) -> None:
+    """Reports how far the budget is spent."""
+    taken = pool.steps if pool and budget.pool else 0  # a pool that was given cost nothing of it
+    taken += sum(candidate.steps for candidate in archive.candidates)
+    context.progress("budget", taken, budget.total, {"generations": len(budget.rungs)})
 
 
 def _workers(evaluator: Evaluator) -> Journal:

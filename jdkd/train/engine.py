@@ -19,7 +19,7 @@ from jdkd.nn.modes import mode
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
-from jdkd.train.distributed import align, average_gradients, is_first, own_batches, processes, rank
+from jdkd.train.distributed import align, average_gradients, from_first, is_first, own_batches, processes, rank
 from jdkd.train.divergence import DivergenceError, NonFiniteMonitor
 from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
@@ -104,7 +104,7 @@ def fit(
     if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):
         run.inherit(inherit)
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
-    home = home if is_first() else None  # the others have read what they resume, and write nothing
+    home = home if is_first() else None  # the others hold what is resumed, and write nothing
     align(model)
     batch = {"batch_size": config.batch_size, "seed": config.seed, **own_batches(run.step, config.steps)}
     how = {"flip": config.flip, "workers": config.workers, "device": run.device}
@@ -321,14 +321,20 @@ class _Home:
     def __init__(self, folder: Path, run: _Run, data: dict[str, Any], resume: bool) -> None:
         self.folder, self.run, self.data = folder, run, data
         self.config = {**dataclasses.asdict(run.config), "processes": processes()}
-        if not resume and (folder / checkpoint.CHECKPOINT).exists():
-            raise InputError(f"{folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder.")
-        self._open(checkpoint.read(folder) if resume else None)
+        self._open(from_first(lambda: self._state(resume)))
 
     def save(self) -> None:
         self.run.check()
         checkpoint.write(self.folder, {**self.run.state(), "config": self.config, "data": self.data})
         self._kept()
+
+    def _state(self, resume: bool) -> dict[str, Any] | None:
+        """The checkpoint that is carried on, if there is one."""
+        if not resume and (self.folder / checkpoint.CHECKPOINT).exists():
+            raise InputError(
+                f"{self.folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder."
+            )
+        return checkpoint.read(self.folder) if resume else None
 
     def _open(self, state: dict[str, Any] | None) -> None:
         if state is not None:

@@ -48,7 +48,7 @@ class FakeTask:
                 (self.out / name / "deep").mkdir(parents=True, exist_ok=True)
                 (self.out / name / "deep" / "content.txt").write_text(f"of {job['number']}")
             outcome = {"device": device, "threads": torch.get_num_threads(), "inputs": held, "read": read}
-            return outcome | {"drawn": torch.rand(()).item(), "pid": os.getpid(), "pair": (1, 2)}
+            return outcome | {"drawn": torch.rand((), device=device).item(), "pid": os.getpid(), "pair": (1, 2)}
 
         return evaluate
 

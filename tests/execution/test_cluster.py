@@ -98,5 +98,5 @@ def test_a_cluster_that_is_not_there_is_named(task):
     ray = pytest.importorskip("ray")
     if ray.is_initialized():
         ray.shutdown()
-    with pytest.raises(InputError, match="no Ray cluster is found at ray 'auto'.*ray start --head"):
+    with pytest.raises(InputError, match=r"no Ray cluster is found at ray 'auto'.*ray start --head"):
         executor(task, "cpu", ray="auto")

@@ -230,3 +230,14 @@ def test_what_this_process_has_open_is_not_opened_again(task, jobs_of):
     before = pids(task.marks)
     ready = executor(task, "cpu", evaluate=lambda job: {"answer": 1})
     assert outcomes(ready, jobs_of(None)) == [{"answer": 1}] and pids(task.marks) == before
+
+
+@pytest.mark.gpu
+def test_workers_share_a_gpu_and_draw_alike(task, jobs_of):
+    jobs = jobs_of(None, None)
+    with closing(executor(task, "cuda", workers=2)) as two:
+        there = outcomes(two, jobs)
+    assert {outcome["device"] for outcome in there} <= {f"cuda:{i}" for i in range(torch.cuda.device_count())}
+    assert [outcome["drawn"] for outcome in there] == [
+        outcome["drawn"] for outcome in outcomes(executor(task, "cuda"), jobs)
+    ]

@@ -63,7 +63,7 @@ def test_page_has_a_section_for_everything_that_a_search_wrote(text):
     ]
     for name in _sections(text):
         assert f'<a href="#{name}">' in text
-    assert "Kendall's tau) is 0.91, the mean absolute error 3.2 %" in text
+    assert "Kendall&#x27;s tau) is 0.91, the mean absolute error 3.2 %" in text
     assert "training 15.0 min (68.8 %)" in text and "teacher pool 300 (9.1 %)" in text
     assert "jdkd search --base &#x27;a folder&#x27;" in text
     where = "of data/instances_val2017.json in data/val2017"
@@ -74,7 +74,7 @@ def test_parts_that_a_result_lacks_are_left_out_with_their_headings(folder):
     (folder / "teachers.json").unlink()
     text = _rewritten(folder, predictor=None, cost=None, aa=None, control=None, report=None, selection=None)
     assert not {"cost", "predictions"} & set(_sections(text))
-    assert 'id="predictor"' not in text and 'id="aa"' not in text and "(the control)" not in text
+    assert "Kendall" not in text and 'id="aa"' not in text and "(the control)" not in text
 
 
 def test_a_clock_that_cannot_be_trusted_is_said_on_top(folder, text):
@@ -127,14 +127,13 @@ def test_outcome_has_the_lineages_from_the_base_to_the_students(folder):
 
 
 def test_report_leaves_the_archive_alone_and_can_be_written_again(folder):
-    before = (folder / "archive.sqlite").read_bytes()
+    before, names = (folder / "archive.sqlite").read_bytes(), {each.name for each in folder.iterdir()}
     write_report(folder)
     first = (folder / "pareto.png").read_bytes()
     write_report(folder)
     assert (folder / "pareto.png").read_bytes() == first
     assert (folder / "archive.sqlite").read_bytes() == before
-    names = {"archive.sqlite", "result.json", "teachers.json", "run.json", "pareto.png", "report.html"}
-    assert {each.name for each in folder.iterdir()} == names
+    assert {each.name for each in folder.iterdir()} == names | {"pareto.png", "report.html"}
 
 
 def test_report_of_a_search_that_found_nothing_better(folder, single):

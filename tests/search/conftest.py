@@ -53,5 +53,5 @@ def finished(folder):
 @pytest.fixture
 def quick(folder):
     """Settings of a search without a pool, a teacher, a control and a choice."""
-    least = {"candidates": 1, "proposals": 1, "steps": 8, "control": False, "method": Method(teaching="none")}
+    least = {"candidates": 1, "proposals": 1, "steps": 10, "control": False, "method": Method(teaching="none")}
     return lambda out, **changes: config_of(folder, out, **least | changes)

@@ -42,7 +42,7 @@ def broken(monkeypatch, what):
 def test_a_search_outlives_candidates_and_a_control_that_fail(quick, steady, tmp_path, monkeypatch):
     broken(monkeypatch, {"candidates/001": "diverge", "candidates/002": "find nothing finite", "control": "diverge"})
     with pytest.warns(Notice) as said:
-        result = search(quick(tmp_path / "out", steps=16, targets=(0.5,), control=True))
+        result = search(quick(tmp_path / "out", steps=18, targets=(0.5,), control=True))
     words = [str(notice.message) for notice in said]
     assert any(w.startswith("candidate 1 (") and "training diverged at step 1" in w for w in words)
     assert any(w.startswith("candidate 2 (") and "nothing is left to score" in w for w in words)

@@ -9,7 +9,7 @@ import pytest
 from jdkd.data import Split
 from jdkd.errors import InputError
 from jdkd.search import Method, SearchConfig, plan
-from jdkd.search.config import MARGIN, MOST_CUT, steps_of
+from jdkd.search.config import EXPLORING_SHARE, MARGIN, MOST_CUT, steps_of
 
 SPLIT = Split(Path("images"), Path("boxes.json"))
 CONFIG = SearchConfig(Path("base"), SPLIT, SPLIT, Path("out"))
@@ -28,7 +28,7 @@ def test_the_budget_goes_to_the_pool_to_many_short_and_to_few_long_trainings():
     assert (
         one == two and one.candidates == 1 and one.steps > 3 * halving[0].steps and one.steps > 3 * exploring[0].steps
     )
-    assert sum(rung.cost for rung in exploring) == pytest.approx(0.3 * 7500, rel=0.01)
+    assert sum(rung.cost for rung in exploring) == pytest.approx(EXPLORING_SHARE * 7500, rel=0.01)
     assert budget.lineage == sum(rung.steps for rung in budget.rungs) > budget.total / 2, "most goes to who ships"
     assert budget.training_on == budget.lineage - sum(rung.steps for rung in exploring)
     assert str(budget.total) in str(budget) and "10 candidates in 5 generations" in str(budget)

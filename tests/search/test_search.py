@@ -104,7 +104,7 @@ def test_every_target_has_a_student_of_its_own_under_a_foreign_teacher(
     save(foreign, detector(wide, seed=3))
     told, always = [], Method(teaching="fixed")
     changes = {"targets": (0.9, 0.6), "teacher_pool": finished[0] / "pool", "teachers": (foreign,), "method": always}
-    config = quick(tmp_path / "out", steps=12, **changes)
+    config = quick(tmp_path / "out", steps=18, **changes)
     monkeypatch.setattr("jdkd.pool.elastic_pool.evaluate", lambda model, *given, **how: scores_of(model, wide))
     result = search(config, lambda what, *state: told.append(what))
     fast, faster = [student["latency_ratio"] for student in result["students"]]

@@ -1,0 +1,105 @@
+"""See :class:`TensorBoardMirror`."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jdkd.report.outcome import Outcome
+from jdkd.report.plot import pareto_plot
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+LOG = "log.jsonl"
+EVENTS = "events.out.tfevents.*"
+
+
+class TensorBoardMirror:
+    """Writes what the logs of trainings and the archive of a search say as TensorBoard's events, and what comes new.
+
+    Every training is a run of its own, named by its folder, with its losses, learning rate and gradient norm by step.
+    The search is a run `search`: mAP, latency ratio and steps by the number of the candidate, and the front as a plot.
+    Logs and archive stay the source: a mirror that is opened writes everything anew, so nothing is there twice.
+
+    Args:
+        folder: of a training or a search.
+        where: folder for the events, which belongs to this mirror; by default `tensorboard` in the first.
+    """
+
+    def __init__(self, folder: Path, where: Path | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.where = folder, where or folder / "tensorboard"
+        self._make, self._writers = SummaryWriter, {}
+        self._read: dict[Path, int] = {}  # bytes of each log that are written
+        self._candidates = 0
+
+    def update(self, outcome: Outcome | None = None) -> None:
+        """Adds what is new.
+
+        Args:
+            outcome: of the search in the folder; None where it is a training, or has no candidate yet.
+        """
+        if not self._writers:
+            for file in self.where.rglob(EVENTS):
+                file.unlink()
+        for log in sorted(self.folder.rglob(LOG)):
+            self._add_training(log)
+        if outcome is not None and len(outcome.candidates) > self._candidates:
+            self._add_candidates(outcome)
+        for writer in self._writers.values():
+            writer.flush()
+
+    def close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+
+    def _writer(self, run: str) -> SummaryWriter:
+        if run not in self._writers:
+            self._writers[run] = self._make(self.where / run)
+        return self._writers[run]
+
+    def _add_training(self, log: Path) -> None:
+        """The whole lines that a log has had since it was last read; one that is shorter by now was begun anew."""
+        with log.open("rb") as stream:
+            content = stream.read()
+        at = self._read.get(log, 0)
+        new = content[at if at <= len(content) else 0 :]
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read[log] = len(content) - len(new) + len(whole)
+        run = log.parent.relative_to(self.folder)
+        for line in whole.splitlines():
+            row = json.loads(line)
+            for name, value in _numbers({key: each for key, each in row.items() if key != "step"}):
+                self._writer("training" if run == Path() else str(run)).add_scalar(name, value, row["step"])
+
+    def _add_candidates(self, outcome: Outcome) -> None:
+        """The candidates that have come since, and the plot as it is now."""
+        import numpy as np
+        from PIL import Image
+
+        writer = self._writer("search")
+        for one in outcome.candidates[self._candidates :]:
+            scores = {"mAP": one.map, "mAP50": one.map50, "latency_ratio": one.latency_ratio, "steps": one.steps}
+            for name, value in _numbers(scores):
+                writer.add_scalar(f"candidates/{name}", value, one.number)
+            teacher = f"; taught by {one.teacher}" if one.teacher is not None else ""
+            failed = f"; failed: {one.failure}" if one.failure is not None else ""
+            writer.add_text("candidates/action", f"{one.kind}: {one.action}{teacher}{failed}", one.number)
+        self._candidates = len(outcome.candidates)
+        picture = Image.open(io.BytesIO(pareto_plot(outcome))).convert("RGB")
+        writer.add_image("front", np.asarray(picture), outcome.candidates[-1].generation, dataformats="HWC")
+
+
+def _numbers(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:
+    """The finite numbers in a row and in what it holds, by their path."""
+    for key, value in row.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{above}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield f"{above}{key}", float(value)

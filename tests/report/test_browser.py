@@ -1,0 +1,81 @@
+import pytest
+
+from jdkd.report import read_outcome
+from jdkd.report.html import page
+from tests.report.browser import Browser, found
+from tests.report.made_up import make_search
+
+pytestmark = pytest.mark.skipif(found() is None, reason="no Chromium is installed")
+SEEN = "[...document.querySelectorAll('{}')].filter(one => !one.hasAttribute('hidden')).length"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Pages of a finished search, of one under way, and of a large one."""
+    folder = tmp_path_factory.mktemp("pages")
+    kinds = {"finished": {}, "running": {"finished": False}, "large": {"count": 60, "seed": 3}}
+    for name, how in kinds.items():
+        (folder / f"{name}.html").write_text(page(read_outcome(make_search(folder / name, **how))))
+    return {name: folder / f"{name}.html" for name in kinds}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.mark.parametrize("name", ["finished", "running", "large"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_open_without_complaint_and_ask_for_nothing(browser, pages, name, width):
+    browser.open(pages[name], width)
+    assert browser.complaints == []
+    assert [each for each in browser.requests if not each.startswith("data:")] == [pages[name].as_uri()]
+    assert browser.run("document.querySelectorAll('section h2').length") >= 6
+    assert browser.run("document.documentElement.scrollWidth") <= width  # wide things scroll by themselves
+
+
+@pytest.mark.parametrize(
+    "planted", ["console.error('no')", "nowhere()", "fetch('file:///nowhere')", "new Image().src='x'"]
+)
+def test_a_planted_error_is_seen(browser, tmp_path, planted):
+    page = tmp_path / "planted.html"
+    page.write_text(f"<!doctype html><body><script>{planted}</script>")
+    browser.open(page)
+    assert browser.complaints or len(browser.requests) > 1
+
+
+def test_the_slider_takes_the_search_back_in_time(browser, pages):
+    browser.open(pages["finished"])
+    points, fronts = SEEN.format("#front [data-g]"), SEEN.format("#front [data-at]")
+    assert (browser.run(points), browser.run(fronts), browser.run(SEEN.format("#front .chosen"))) == (21, 1, 2)
+    move = "slider.value = 1; slider.dispatchEvent(new Event('input'))"
+    browser.run(move)
+    early = browser.run("[...document.querySelectorAll('#front [data-g]')].filter(one => one.dataset.g <= 1).length")
+    assert (browser.run(points), browser.run(fronts), browser.run(SEEN.format("#front .chosen"))) == (early, 1, 0)
+    assert browser.run("document.querySelector('.slider output').textContent").startswith("generation 1 of 6, 4 cand")
+    assert 1 < early < 21 and browser.complaints == []
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    assert browser.run(points) == 21 and browser.run("document.querySelector('details').open")
+
+
+def test_dark_pages_are_dark_and_paper_is_white(browser, pages):
+    ground = "getComputedStyle(document.body).backgroundColor"
+    browser.open(pages["finished"], dark=True)
+    assert browser.run(ground) == "rgb(20, 22, 26)"
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    assert browser.run(ground) == "rgb(255, 255, 255)"
+    browser.open(pages["finished"])
+    assert browser.run(ground) == "rgb(255, 255, 255)"
+
+
+def test_every_mark_lies_inside_its_drawing(browser, pages):
+    browser.open(pages["large"])
+    outside = """[...document.querySelectorAll('svg.chart [data-g], svg.chart circle, svg.chart rect')].filter(one => {
+        const own = one.getBoundingClientRect(), all = one.ownerSVGElement.getBoundingClientRect();
+        return own.left < all.left - 1 || own.right > all.right + 1 || own.top < all.top - 1
+            || own.bottom > all.bottom + 1;
+    }).length"""
+    assert browser.run("document.querySelectorAll('svg.chart [data-g]').length") > 50
+    assert browser.run(outside) == 0

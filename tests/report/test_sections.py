@@ -1,0 +1,185 @@
+"""The parts of the page by themselves: the tree, the stages, what is seen on images, the charts."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+
+from jdkd.data import write_digit_scenes
+from jdkd.detect import save
+from jdkd.pool import Subnet
+from jdkd.report.lineage import arranged
+from jdkd.report.outcome import Outcome, Student
+from jdkd.report.predictions import predictions_section
+from jdkd.report.stages import Layer, stages
+from jdkd.report.svg import Axes, colour, spread, ticks
+from jdkd.report.teachers import teachers_section
+from jdkd.rewrite import Architecture
+from tests.detectors import detector, small_spec
+from tests.report.made_up import ARCHITECTURE, CUT, entry
+from tests.search.rows import candidate
+
+DIGITS = tuple(str(digit) for digit in range(10))
+
+
+def _family(*parents):
+    """Candidates by the numbers of their parents; the first is the base."""
+    ids = [None if parent is None else f"{parent:03d}" for parent in parents]
+    return [candidate(number, parent=parent, map=0.4) for number, parent in enumerate(ids)]
+
+
+def test_a_line_of_descent_that_leads_to_a_student_runs_straight_and_the_others_branch_off_first():
+    places = list(arranged(_family(None, 0, 0, 1, 3), {"000", "001", "003", "004"}))
+    assert [(place.candidate.number, place.lane, place.parent) for place in places] == [
+        *((0, 0, None), (2, 1, 0), (1, 0, 0), (3, 0, 0), (4, 0, 0))
+    ]
+    assert [place.through for place in places] == [frozenset(), frozenset({0}), *[frozenset()] * 3]
+    assert [place.goes_on for place in places] == [True, False, True, True, False]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_line_of_a_tree_runs_through_another(seed):
+    rng = random.Random(seed)
+    family = _family(None, *(rng.randrange(number) for number in range(1, 60)))
+    places = list(arranged(family, {"000", "007"}))
+    assert sorted(place.candidate.number for place in places) == [*range(60)]
+    rows = {place.candidate.id: row for row, place in enumerate(places)}
+    for row, place in enumerate(places):
+        assert place.lane not in place.through
+        if place.parent is not None:
+            first = rows[place.candidate.parent]
+            assert first < row and places[first].lane == place.parent
+            held = {other.lane for other in places[first + 1 : row]}
+            assert place.parent not in held  # nobody else stands where the line to the parent runs
+            assert all(place.parent in other.through for other in places[first + 1 : row])
+
+
+def test_a_chain_of_a_thousand_is_a_tree_too():
+    assert [place.lane for place in arranged(_family(None, *range(1000)), set())] == [0] * 1001
+
+
+def test_stages_stand_beside_each_other_with_what_was_cut_and_added():
+    found = {stage.name: stage for stage in stages(ARCHITECTURE, CUT)}
+    assert list(found) == ["stem", "stages.0", "stages.1", "head"]
+    assert [found["stages.0"].blocks, found["stages.1"].blocks, found["stem"].blocks] == [(3, 2), (2, 3), None]
+    first = found["stages.0"].layers
+    assert first[:2] == (Layer("block 0.0", 32, 24), Layer("block 0.1", 32, 32))
+    assert first[4:] == (Layer("block 2.0", 32, None), Layer("block 2.1", 32, None))
+    added = [layer for layer in found["stages.1"].layers if layer.base is None]
+    assert [layer.student for layer in added] == [32, 32] and len(found["stages.1"].layers) == 6
+    assert found["head"].layers == (Layer("scores", 3, 3), Layer("boxes", 4, 4)) and not found["head"].changed
+    assert sum(stage.params[0] for stage in found.values()) == sum(
+        p.numel() for p in torch.nn.ModuleList([_built(ARCHITECTURE)]).parameters()
+    )
+
+
+def _built(architecture):
+    from jdkd.rewrite import build
+
+    return build(architecture, "meta")
+
+
+def test_every_parameter_of_a_detector_is_in_one_stage():
+    known = detector(small_spec()).architecture
+    made = stages(known, known)
+    assert sum(stage.params[0] for stage in made) == sum(p.numel() for p in _built(known).parameters())
+    assert not any(stage.changed for stage in made) and sum(stage.blocks is not None for stage in made) >= 3
+
+
+def test_an_architecture_that_cannot_be_built_is_said_and_the_page_goes_on():
+    from jdkd.report.stages import architecture_section
+
+    gone = Architecture("nowhere.at_all:make")
+    family = [candidate(0, architecture=gone, kind="base"), candidate(1, parent="000", architecture=gone)]
+    told = architecture_section(Outcome(None, {}, family))
+    assert "The architecture is not drawn" in told and "nowhere.at_all" in told
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """A folder of scenes, and a finished search whose base and student are detectors of their digits."""
+    folder = tmp_path_factory.mktemp("seen")
+    write_digit_scenes(folder / "data", train=1, val=4, size=64, seed=0)
+    save(folder / "base", detector(small_spec(classes=DIGITS)))
+    save(folder / "student", detector(small_spec(classes=DIGITS), seed=1))
+    images = folder / "data/val2017"
+    part = {"image_folder": str(images), "annotations": str(folder / "data/annotations/instances_val2017.json")}
+    names = sorted(file.name for file in images.iterdir())
+    result = {"report": part | {"examples": names[1:3]}, "students": [entry(0.1, 5.0, 0.5, 3, target=0.53)]}
+    family = [candidate(0, kind="base", architecture=detector(small_spec(classes=DIGITS)).architecture)]
+    result["students"][0] |= {"target_met": True, "id": "000", "folder": "student"}
+    return Outcome(folder, result, family, [], {"where": {"base": str(folder / "base")}})
+
+
+def test_predictions_stand_beside_the_truth_with_each_picture_once(seen):
+    text = predictions_section(seen)
+    truth = json.loads((seen.folder / "data/annotations/instances_val2017.json").read_text())
+    ids = {image["file_name"]: image["id"] for image in truth["images"]}
+    counts = [
+        sum(one["image_id"] == ids[name] for one in truth["annotations"]) for name in seen.result["report"]["examples"]
+    ]
+    assert text.count("data:image/jpeg;base64,") == 2 and text.count("<use ") == 4
+    assert [int(n) for n in re.findall(r"truth: (\d+) boxes", text)] == counts
+    assert text.count('class="box truth"') == sum(counts)
+    for title in ("base", "student for 0.53"):
+        assert [int(n) for n in re.findall(rf"{title}: \d+ of (\d+) found", text)] == counts
+    drawn = len(re.findall(r'class="box (?:found|wrong)"', text))
+    assert 0 < drawn <= 2 * sum(counts)
+
+
+def test_a_detection_is_found_where_class_and_place_are_right_and_each_truth_once():
+    from jdkd.report.predictions import _judged
+
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 10, 9]])
+    found = {"boxes": boxes, "labels": torch.tensor([1, 2, 2, 1]), "scores": torch.tensor([0.9, 0.8, 0.7, 0.6])}
+    truth = {"boxes": torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 31]]), "labels": torch.tensor([1, 2])}
+    judged = _judged(found, truth, ("a", "b"))
+    assert [(box.kind, box.label) for box in judged] == [("found", "a 0.90"), ("wrong", "b 0.80")]
+    several = {name: tensor[[0, 3, 2]] for name, tensor in found.items()}
+    three = {"boxes": truth["boxes"][[0, 1, 1]], "labels": truth["labels"][[0, 1, 1]]}
+    assert [box.kind for box in _judged(several, three, ("a", "b"))] == ["found", "found", "wrong"]
+
+
+def test_images_that_are_gone_are_said(seen):
+    moved = Outcome(seen.folder, json.loads(json.dumps(seen.result)), seen.candidates, [], seen.run)
+    moved.result["report"]["annotations"] = "nowhere.json"
+    assert "Not shown: " in predictions_section(moved) and "nowhere.json" in predictions_section(moved)
+    del moved.result["report"]["examples"]
+    assert predictions_section(moved) == ""
+
+
+def test_teachers_are_told_with_whom_they_taught_and_whether_they_were_ahead():
+    big, ratio = Subnet((3,), (1.0,)), 0.9
+    family = [candidate(0, kind="base", map=0.4, teacher=None)]
+    family.append(candidate(1, parent="000", map=0.42, ratio=ratio, teacher=big))
+    family.append(candidate(2, parent="001", map=0.47, ratio=ratio, teacher="a <foreign> one"))
+    family.append(candidate(3, parent="002", map=0.46, ratio=ratio, teacher="base"))
+    members = [{"subnet": big.to_json(), "map": 0.45, "parameters": 2_000_000}]
+    members.append({"foreign": "a <foreign> one", "map": 0.5, "parameters": 9_000_000})
+    text = teachers_section(Outcome(None, {}, family, members))
+    rows = re.findall(r'<tr><td class="text">(.*?)</td>(.*?)</tr>', text)
+    told = {name: re.findall(r">([^<]*)</td>", cells) for name, cells in rows}
+    assert told["a &lt;foreign&gt; one"] == ["0.500", "9.00", "1", "+0.050", "2"]
+    assert told[str(big)] == ["0.450", "2.00", "1", "+0.020", "1"]
+    assert told["base"][:1] == ["0.400"] and told["base"][2:] == ["1", "−0.010", "3"]
+    assert "1 of 3 candidates ended at or above their teacher" in text
+
+
+@pytest.mark.parametrize("range_", [(0.0, 1.0), (0.5, 0.53), (-3.0, 4.0), (0.0, 1234.0), (1e-6, 2e-6)])
+def test_ticks_are_few_round_numbers_inside_the_range(range_):
+    found = ticks(*range_)
+    assert 3 <= len(found) <= 8 and range_[0] <= found[0] and found[-1] <= range_[1]
+    assert all(len(f"{value:g}") <= 8 for value in found)
+
+
+def test_axes_put_the_range_on_the_frame():
+    axes = Axes(spread([1.0, 2.0, float("nan")], 0.0), spread([5.0], 0.1), ("x", "y"))
+    assert (axes.x(1.0), axes.x(2.0)) == (axes.left, axes.right)
+    assert axes.top < axes.y(5.0) < axes.bottom and spread([]) == (0.0, 1.0)
+    assert colour(-1) == colour(0) != colour(1) == colour(2)
+
+
+def test_a_student_says_what_it_was_made_for():
+    assert Student({"target": 0.53, "target_met": True, "id": "1"}, None).title == "student for 0.53"
