@@ -6,13 +6,15 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 
 LOCK = ".lock"
+Built = TypeVar("Built")
 
 
 def write_whole(file: Path, content: str | bytes | memoryview) -> None:
@@ -70,6 +72,15 @@ def read_json(file: Path, remedy: str) -> Any:
         raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is not JSON ({error}); {remedy}.") from None
+
+
+def read_as(build: Callable[[Any], Built], file: Path, remedy: str) -> Built:
+    """What ``build`` makes of the JSON in ``file``; as :func:`read_json`, and JSON of something else is refused too."""
+    content = read_json(file, remedy)
+    try:
+        return build(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{file} holds something else than it should ({said(error)}); {remedy}.") from None
 
 
 def content_hash(*files: Path) -> str:
