@@ -56,7 +56,7 @@ class Training:
         """The same where the folders lie elsewhere."""
         teachers = tuple(folder for name, folder in inputs.items() if name.startswith("teachers/"))
         here = {"base": inputs["base"], "teacher_pool": inputs.get("pool"), "teachers": teachers}
-        return Training(replace(self.config, out=out, **here))
+        return replace(self, config=replace(self.config, out=out, **here))
 
     def reads(self, job: Json) -> tuple[str, ...]:
         return (job["from"],) if job["from"] else ()
