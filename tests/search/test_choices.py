@@ -14,7 +14,7 @@ from jdkd.distill import correlations
 from jdkd.errors import ModelError
 from jdkd.morph import change_resolution
 from jdkd.notices import Notice
-from jdkd.pool import ScoredSubnet, Space, Subnet
+from jdkd.pool import ScoredTeacher, Space, Subnet
 from jdkd.search import matching, pareto_front, screening
 from jdkd.search.choice import choose, contender, fitness
 from jdkd.search.screening import TARGET_MARGIN, Proposal
@@ -129,11 +129,11 @@ def pool():
     space = Space.from_base(read(detector(small_spec())))
     smaller = Subnet(space.smallest.depths, (space.widths[0], *space.widths[-1:] * 3))
     members = [
-        ScoredSubnet(s, map, 1, 0.2) for s, map in ((space.largest, 0.6), (smaller, 0.55), (space.smallest, 0.4))
+        ScoredTeacher(s, map, 1) for s, map in ((space.largest, 0.6), (smaller, 0.55), (space.smallest, 0.4))
     ]
 
     def score(subnet, base, selection):
-        return ScoredSubnet(subnet, 0.1, 1, 0.2)
+        return ScoredTeacher(subnet, 0.1, 1)
 
     return SimpleNamespace(space=space, members=members, teacher=lambda subnet: subnet, score=score)
 
@@ -151,7 +151,7 @@ def matched(pool, student_map, correlation, monkeypatch, present=None) -> tuple[
 
 
 def test_the_teacher_that_is_ahead_and_speaks_the_language_is_chosen(pool, monkeypatch):
-    best, second, third = (member.subnet for member in pool.members)
+    best, second, third = (member.teacher for member in pool.members)
     assert matched(pool, 0.3, {}, monkeypatch) == (best, f"stay with {best}")
     assert matched(pool, 0.3, {best: 0.1, second: 0.9}, monkeypatch) == (second, f"learn from {second}")
     assert matched(pool, 0.39, {best: 0.0, second: 0.0, third: 0.9}, monkeypatch)[0] == third
@@ -160,7 +160,7 @@ def test_the_teacher_that_is_ahead_and_speaks_the_language_is_chosen(pool, monke
 @pytest.mark.parametrize("student_map", [0.6, 0.7, 1.0])
 @pytest.mark.parametrize("relation", [0.9, 0.05, 0.0, -0.9])
 def test_once_no_teacher_is_ahead_the_present_one_stays(pool, student_map, relation, monkeypatch):
-    best, second, third = (member.subnet for member in pool.members)
+    best, second, third = (member.teacher for member in pool.members)
     for present in (best, second, third):
         chosen, action = matched(pool, student_map, {third: relation}, monkeypatch, present)
         assert chosen == present and action == f"stay with {present}, no related teacher is ahead"
@@ -168,7 +168,7 @@ def test_once_no_teacher_is_ahead_the_present_one_stays(pool, student_map, relat
 
 @pytest.mark.parametrize("unrelated", [0.0, -0.8, math.nan])
 def test_a_teacher_that_is_ahead_but_unrelated_is_not_chosen(pool, unrelated, monkeypatch):
-    best, second, third = (member.subnet for member in pool.members)
+    best, second, third = (member.teacher for member in pool.members)
     assert matched(pool, 0.3, {best: unrelated, second: 0.01, third: unrelated}, monkeypatch, third)[0] == second
     everywhere = dict.fromkeys((best, second, third), unrelated)
     assert matched(pool, 0.3, everywhere, monkeypatch, third)[0] == third
@@ -176,14 +176,14 @@ def test_a_teacher_that_is_ahead_but_unrelated_is_not_chosen(pool, unrelated, mo
 
 @pytest.mark.parametrize("score", [-1.0, math.nan])
 def test_a_teacher_without_a_score_is_not_chosen(pool, score, monkeypatch):
-    best, second, _ = (member.subnet for member in pool.members)
-    pool.members[0] = ScoredSubnet(best, score, 1, 0.2)
+    best, second, _ = (member.teacher for member in pool.members)
+    pool.members[0] = ScoredTeacher(best, score, 1)
     assert matched(pool, 0.3, {best: 0.99}, monkeypatch)[0] == second
 
 
 def test_of_teachers_that_promise_the_same_the_present_one_stays(pool, monkeypatch):
-    subnets = [member.subnet for member in pool.members]
-    pool.members = [ScoredSubnet(subnet, 0.6, 1, 0.2) for subnet in subnets]
+    subnets = [member.teacher for member in pool.members]
+    pool.members = [ScoredTeacher(subnet, 0.6, 1) for subnet in subnets]
     for present in subnets:
         assert matched(pool, 0.3, {}, monkeypatch, present)[0] == present
 
@@ -193,7 +193,7 @@ def test_neighbours_that_were_scored_are_remembered(pool, monkeypatch):
     matched(pool, 0.3, {}, monkeypatch)
     fresh = pool.members[before:]
     assert 1 <= len(fresh) <= matching.NEIGHBOURS
-    assert len({member.subnet for member in pool.members}) == len(pool.members)
+    assert len({member.teacher for member in pool.members}) == len(pool.members)
 
 
 def test_the_front_holds_what_nothing_beats():
