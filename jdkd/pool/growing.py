@@ -25,7 +25,7 @@ from jdkd.train.distributed import is_first
 SCORED = 20  # subnets, where scoring them takes no more than
 SCORING_SHARE = 0.2  # of the time that training takes
 # In forwards of an image in training: what a pass with its gradient takes, and what a scored image takes with all that
-# comes after the heads. On a CPU at 96 pixels, 160 passes of 4 images took 12.9 s, scoring a subnet on 60 images 1.02 s.
+# comes after the heads. On a CPU at 96 pixels, 160 passes of 4 images took 12.9 s, a score on 60 images 1.02 s.
 TRAINED, EVALUATED = 3, 2
 
 

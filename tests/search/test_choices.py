@@ -132,7 +132,7 @@ def pool():
         ScoredTeacher(s, map, 1) for s, map in ((space.largest, 0.6), (smaller, 0.55), (space.smallest, 0.4))
     ]
 
-    def score(subnet, base, selection):
+    def score(subnet, selection):
         return ScoredTeacher(subnet, 0.1, 1)
 
     return SimpleNamespace(space=space, members=members, teacher=lambda subnet: subnet, score=score)
