@@ -8,7 +8,7 @@ files agree. Where an operator has goals, the table is theirs, and the other row
 import re
 from pathlib import Path
 
-from benchmarks import demo, goals, record
+from benchmarks import ablations, goals, record, searches
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,7 +27,9 @@ def _table(op: str) -> str:
         return goals.table(op, record.latest(rows))
     if not rows:
         return "Not measured."
-    return demo.table(rows) if op in demo.KEPT else record.table(record.latest(rows))
+    if op == ablations.OP:
+        return ablations.page(rows)
+    return searches.table(rows) if op in searches.KEPT else record.table(record.latest(rows))
 
 
 if __name__ == "__main__":

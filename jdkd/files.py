@@ -1,14 +1,20 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that one process writes to."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import platform
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
+
+LOCK = ".lock"
+Built = TypeVar("Built")
 
 
 def write_whole(file: Path, content: str | bytes | memoryview) -> None:
@@ -68,6 +74,15 @@ def read_json(file: Path, remedy: str) -> Any:
         raise InputError(f"{file} is not JSON ({error}); {remedy}.") from None
 
 
+def read_as(build: Callable[[Any], Built], file: Path, remedy: str) -> Built:
+    """What ``build`` makes of the JSON in ``file``; as :func:`read_json`, and JSON of something else is refused too."""
+    content = read_json(file, remedy)
+    try:
+        return build(content)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(f"{file} holds something else than it should ({said(error)}); {remedy}.") from None
+
+
 def content_hash(*files: Path) -> str:
     """SHA-256 of what the files hold, one after the other, 64 hexadecimal digits; wherever they lie.
 
@@ -116,6 +131,57 @@ def claim_folder(folder: Path, name: str) -> bool:
             f"{name} {_shortened(folder)} cannot be a folder to write to: {_obstacle(folder, error)}; give another."
         ) from None
     return bool(made)
+
+
+_locks: dict[tuple[int, int], int] = {}  # what this process holds: device and inode of the file -> its descriptor
+
+
+def lock_folder(folder: Path, name: str) -> None:
+    """Keeps other processes out of ``folder`` until this one ends, however it does, or :func:`unlock_folder`.
+
+    The kernel holds the lock (POSIX, on the file ``.lock``), so none outlives its process, and children do not inherit
+    it. Where this process has it already, nothing happens; on a file system without locks, neither.
+
+    Args:
+        folder: there, and writable.
+        name: the argument that named it, for the message.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    file = folder / LOCK
+    if _identity(file) in _locks:  # not opened again: to close one descriptor of a file gives up all locks on it
+        return
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.read(descriptor, 100).decode(errors="replace")
+        os.close(descriptor)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return
+        raise InputError(
+            f"{name} {_shortened(folder)} is written to by another process ({holder}); wait until it has ended, or "
+            "give another folder."
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"{os.getpid()} on {platform.node()}".encode())
+    _locks[_identity(file)] = descriptor
+
+
+def unlock_folder(folder: Path) -> None:
+    """Lets other processes into ``folder`` again; nothing happens where this one has not locked it."""
+    descriptor = _locks.pop(_identity(folder / LOCK), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def require_file(file: Path, name: str) -> None:

@@ -1,8 +1,11 @@
 """What a user is told once, while the work goes on."""
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _said: set[str] = set()
+_messengers: list[Callable[[str, str], None]] = []  # the last one is told
 
 
 class Notice(UserWarning):
@@ -20,6 +23,23 @@ def say_once(sentence: str, key: str | None = None) -> None:
         key: what it is about; by default the sentence itself.
     """
     key = sentence if key is None else key
-    if key not in _said:
-        _said.add(key)
+    if key in _said:
+        return
+    _said.add(key)
+    if _messengers:
+        _messengers[-1](sentence, key)
+    else:
         warnings.warn(sentence, Notice, stacklevel=3)
+
+
+@contextmanager
+def told_to(messenger: Callable[[str, str], None]) -> Iterator[None]:
+    """Hands what is said in this block, with its key, to ``messenger`` in place of a warning.
+
+    For a process that works for another, which says it with :func:`say_once` in its turn.
+    """
+    _messengers.append(messenger)
+    try:
+        yield
+    finally:
+        _messengers.remove(messenger)

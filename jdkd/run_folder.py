@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
-from jdkd.files import claim_folder, read_json, write_json
+from jdkd.files import LOCK, claim_folder, lock_folder, read_json, unlock_folder, write_json
 
 RUN_FILE = "run.json"
 FORMAT = 2  # of the record; 1 told data and weights apart by where they lay
@@ -24,6 +24,8 @@ class RunFolder:
     A run is told from another by its kind and its identity: what a resumed run must have in common with the one
     that it carries on. That is what data, weights and settings are (fingerprints, seeds, budgets), never where they
     lie or what they run on: folders may be renamed, the device and the number of workers may change.
+
+    From `begin` until `finish`, `close` or the end of the process, other processes may not begin in it or carry it on.
 
     Args:
         path: the folder; it need not exist yet.
@@ -58,13 +60,15 @@ class RunFolder:
 
         Raises:
             InputError: the folder holds another run, or one with other settings, or files that no run left
-                there, or it cannot be written to. Nothing has been written then.
+                there, or another process is at work in it, or it cannot be written to. Nothing has been written then.
         """
         wanted = json.loads(json.dumps(identity))
         found = self.read()
         if found is None:
             self._require_empty()
             self._is_new = claim_folder(self.path, "the folder of the run")
+            lock_folder(self.path, "the folder of the run")
+            self._require_empty()  # still, now that nobody else may write
             record = {
                 "format": FORMAT,
                 "kind": kind,
@@ -98,6 +102,8 @@ class RunFolder:
                 "same, or give another folder."
             )
         claim_folder(self.path, "the folder of the run")
+        if not found["finished"]:
+            lock_folder(self.path, "the folder of the run")
         if where is not None and json.loads(json.dumps(where)) != found["where"]:
             self._write({**found, "where": dict(where)})
         return True
@@ -105,11 +111,18 @@ class RunFolder:
     def finish(self, **facts: Any) -> None:
         """Record that the run came to its end, with JSON-able facts beside it."""
         self._write({**(self.read() or {}), **facts, "finished": _now()})
+        self.close()
+
+    def close(self) -> None:
+        """Let other processes into the folder again; what the run has not finished can be resumed by any."""
+        unlock_folder(self.path)
 
     def withdraw(self) -> None:
         """Undo `begin` where it was this object that began, and nothing else has been written since."""
-        if self._is_ours and [entry.name for entry in self.path.iterdir()] == [RUN_FILE]:
+        if self._is_ours and {entry.name for entry in self.path.iterdir()} <= {RUN_FILE, LOCK}:
             self.file.unlink()
+            self.close()
+            (self.path / LOCK).unlink()
             if self._is_new:
                 self.path.rmdir()
 
@@ -140,10 +153,12 @@ class RunFolder:
                 raise InputError(f"{self.path} is a file and cannot hold a run; give a folder.")
             if self.file.is_dir():
                 raise InputError(f"{self.file} is a folder, so {self.path} is not the folder of a run; give another.")
-            strangers = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+            found = {entry.name for entry in self.path.iterdir()} if self.path.is_dir() else set()
         except OSError:  # what is wrong with it is said where it is made
             return
-        if strangers:
+        if RUN_FILE in found:
+            raise InputError(f"{self.path} was taken for another run just now; give another folder.")
+        if strangers := sorted(found - {LOCK}):
             raise InputError(
                 f"{self.path} holds {', '.join(strangers[:3])}{' and more' if len(strangers) > 3 else ''} "
                 f"but no {RUN_FILE}, so it is not the folder of a run; give an empty or a new one."

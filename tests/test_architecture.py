@@ -16,7 +16,7 @@ FLOORS = (
     "_ext",
     "_backend _dispatch _verdicts",
     "ops",
-    "functional env testing check",
+    "functional env testing check execution",
     "nn",
     "graph",
     "rewrite",

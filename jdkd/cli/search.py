@@ -17,6 +17,8 @@ from jdkd.run_folder import RunFolder
 if TYPE_CHECKING:
     from jdkd.data import Split
 
+TARGET = 0.53  # what Joint-DetNAS publishes
+
 
 @dataclass(frozen=True)
 class Search:
@@ -38,8 +40,8 @@ class Search:
     """Folder of a finished teacher pool; without it, one is grown from the base."""
     teachers: tuple[Path, ...] = ()
     """Folders of other detectors of the same classes that may teach."""
-    target_latency: float = 0.53
-    """End-to-end latency to reach, as a fraction of the base's."""
+    target_latency: float | None = None
+    """End-to-end latency to reach, as a fraction of the base's [0.53]."""
     targets: str | None = None
     """Several at once, such as 0.75,0.53,0.35: a front with a student for each, instead of --target-latency."""
     target_map: float | None = None
@@ -62,7 +64,7 @@ class Search:
     """Address of a Ray cluster that trains them, or auto."""
     batch_size: int = 8
     """Images per step."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Peak learning rate."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: on a GPU."""
@@ -106,10 +108,12 @@ class Search:
         """The latencies to reach.
 
         Raises:
-            InputError: they are no numbers.
+            InputError: they are no numbers, or are given twice.
         """
         if self.targets is None:
-            return (self.target_latency,)
+            return (TARGET if self.target_latency is None else self.target_latency,)
+        if self.target_latency is not None:
+            raise InputError("--targets and --target-latency are both given; give all in --targets.")
         try:
             return tuple(float(target) for target in self.targets.split(","))
         except ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSClassificationHead
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from torchvision.models.detection.ssd import SSDScoringHead
+from torchvision.models.detection.transform import resize_boxes
 
 FOCAL = (RetinaNetClassificationHead, FCOSClassificationHead)  # a sigmoid for each class
 DENSE = (*FOCAL, SSDScoringHead)
@@ -39,8 +40,14 @@ class ClassHead(Protocol):
     def places(self, inputs: tuple[Any, ...]) -> Any:
         """The places in the inputs of ``asked``."""
 
-    def about(self, places: Any, levels: Mapping[str, Tensor]) -> Tensor:
-        """``[R, K]``, the logits at another head's places, of its own detector's levels, name -> ``[N, C, H, W]``."""
+    def about(self, places: Any, levels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]] | None) -> Tensor:
+        """``[R, K]``, the logits at another head's places.
+
+        Args:
+            places: the other's.
+            levels: of its own detector, name -> ``[N, C, H, W]``.
+            sizes: height and width of every image in its own detector, where the other saw them in another size.
+        """
 
     def objection(self, other: ClassHead) -> str | None:
         """Why two heads do not speak of the same places and classes."""
@@ -84,13 +91,17 @@ class _OfRegions:
         _, regions, sizes = inputs
         return [region.detach() for region in regions], list(sizes)
 
-    def about(self, places: Any, levels: Mapping[str, Tensor]) -> Tensor:
+    def about(self, places: Any, levels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]] | None) -> Tensor:
         """Half precision is pooled in single, as autocast does."""
-        regions, sizes = places
+        regions, seen = places
         like = next(self.heads.parameters())
         wide = torch.promote_types(like.dtype, torch.float32)
         levels = {name: level.to(wide) for name, level in levels.items()}
-        pooled = self.heads.box_roi_pool(levels, [region.to(wide) for region in regions], sizes)  # [R, C, 7, 7]
+        regions = [region.to(wide) for region in regions]
+        if sizes is not None:
+            pairs = zip(regions, seen, sizes, strict=True)
+            regions, seen = [resize_boxes(region, before, after) for region, before, after in pairs], list(sizes)
+        pooled = self.heads.box_roi_pool(levels, regions, seen)  # [R, C, 7, 7]
         return self.says(self.heads.box_head(pooled.to(like.dtype)))[0]
 
     def objection(self, other: ClassHead) -> str | None:
@@ -113,7 +124,7 @@ class _OfAnchors:
     def places(self, inputs: tuple[Any, ...]) -> None:
         return None
 
-    def about(self, places: None, levels: Mapping[str, Tensor]) -> Tensor:
+    def about(self, places: None, levels: Mapping[str, Tensor], sizes: Sequence[tuple[int, int]] | None) -> Tensor:
         return self.logits(self.says(list(levels.values())))
 
     def objection(self, other: ClassHead) -> str | None:

@@ -27,6 +27,16 @@ def input_size(model: nn.Module) -> tuple[int, int] | None:
     return int(transform.min_size[-1]), int(transform.max_size)  # the last one is for evaluation
 
 
+def resizes_alike(model: nn.Module, other: nn.Module) -> bool:
+    """Whether ``model`` brings an image to the size in training that ``other`` brings it to in evaluation."""
+    ours, theirs = input_transform(model), input_transform(other)
+    if ours is None or theirs is None:
+        return ours is theirs
+    if ours.fixed_size is not None or theirs.fixed_size is not None:
+        return ours.fixed_size == theirs.fixed_size
+    return {*ours.min_size} == {theirs.min_size[-1]} and ours.max_size == theirs.max_size
+
+
 def size_attributes(model: nn.Module, min_size: int) -> dict[str, Any]:
     """The attributes by which a detector resizes its input to another short side, for :class:`jdkd.rewrite.Rewrite`.
 

@@ -1,5 +1,6 @@
 """One detector taught by another, through forward hooks; neither is changed."""
 
+from jdkd.distill.adapter import explained
 from jdkd.distill.attachment import DistillationHandle, attach
 from jdkd.distill.correlation import correlations, pyramids
 from jdkd.distill.distiller import Distiller
@@ -16,5 +17,6 @@ __all__ = [
     "attach",
     "can_distil_heads",
     "correlations",
+    "explained",
     "pyramids",
 ]

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
 from jdkd.errors import InputError
+from jdkd.reference.pearson import match_size
 
 
 class Adapters(nn.ModuleList):
@@ -120,6 +122,26 @@ class SquaredError:
 
     def __call__(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
         """The levels ``[N, C, H, W]`` as they are, half the squared error, and its part by level ``[L]``."""
-        errors = [F.mse_loss(s.float(), t.float()) / 2 for s, t in zip(students, teachers, strict=True)]
+        pairs = (match_size(*pair, resize_stu=False) for pair in zip(students, teachers, strict=True))
+        errors = [F.mse_loss(ours.float(), theirs.float()) / 2 for ours, theirs in pairs]
         losses = self.loss_weight * torch.stack(errors)
         return students, losses.sum(), losses.detach()
+
+
+@torch.no_grad()
+def explained(students: Sequence[PyramidSnapshot], teachers: Sequence[PyramidSnapshot]) -> float:
+    """How much of a teacher's features an adapter could say in a student's: Pearson's r between the teacher's channels
+    and their best linear prediction, mean over channels, then over levels.
+
+    Args:
+        students, teachers: what the two made of the same batches, see :func:`pyramids`.
+
+    Raises:
+        InputError: no level matches.
+    """
+    regressions: dict[tuple[int, int], Regression] = {}  # by stride and place among the pairs
+    for ours, theirs in zip(students, teachers, strict=True):
+        for place, pair in enumerate(aligned_pairs(ours, theirs, channels=None)):
+            prior = pair.student.new_zeros(pair.teacher.shape[1], pair.student.shape[1])
+            regressions.setdefault((pair.stride, place), Regression(prior)).add(pair.student, pair.teacher)
+    return sum(1 - regression.distance() for regression in regressions.values()) / len(regressions)

@@ -20,13 +20,13 @@ class PyramidSnapshot(NamedTuple):
     Args:
         pyramid: name -> level ``[N, C, H, W]``.
         size: height and width in pixels of what its backbone saw.
-        sizes: of every image in that before it was padded, where the detector says so.
+        sizes: of every image in that before it was padded, as far as the detector says so.
         inside: bool ``[N, H, W]``, True where the images are, where a mask says so instead.
     """
 
     pyramid: Mapping[str, Tensor]
     size: Size
-    sizes: tuple[Size, ...] | None = None
+    sizes: tuple[Size, ...]
     inside: Tensor | None = None
 
     @classmethod
@@ -35,23 +35,22 @@ class PyramidSnapshot(NamedTuple):
     ) -> PyramidSnapshot:
         """Of what went into a backbone, and the sizes of the images if they are known from elsewhere."""
         known = sizes if sizes is not None and len(sizes) == len(seen.images) else seen.sizes
-        return cls(pyramid, tuple(seen.images.shape[-2:]), tuple(known) or None, None if known else seen.inside)
+        size = tuple(seen.images.shape[-2:])
+        return cls(pyramid, size, tuple(known) or (size,) * len(seen.images), None if known else seen.inside)
 
-    @property
     def extents(self) -> Tensor:
         """``[N, 2]``, height and width in pixels of every image, without what it was padded with."""
-        level = next(iter(self.pyramid.values()))
+        device = next(iter(self.pyramid.values())).device
         if self.inside is not None:
-            return torch.stack([self.inside.any(dim).sum(1) for dim in (2, 1)], dim=1).float().to(level.device)
-        sizes = self.sizes or (self.size,) * len(level)
-        return torch.tensor(sizes, dtype=torch.float32).to(level.device, non_blocking=True)
+            return torch.stack([self.inside.any(dim).sum(1) for dim in (2, 1)], dim=1).float().to(device)
+        return torch.tensor(self.sizes, dtype=torch.float32).to(device, non_blocking=True)
 
 
 def size_ratio(ours: PyramidSnapshot, theirs: PyramidSnapshot) -> Tensor | None:
     """``[N, 2]``, how many pixels one detector saw for one of the other's, downwards and across; None if as many."""
     if (ours.size, ours.sizes) == (theirs.size, theirs.sizes):
         return None
-    return ours.extents / theirs.extents
+    return ours.extents() / theirs.extents()
 
 
 def aligned_pairs(
@@ -90,7 +89,8 @@ def resampled(level: Tensor, size: Size, ratio: Tensor) -> Tensor:
     with torch.autocast(level.device.type, enabled=False):
         hats = (_hats(ratio[:, axis].to(level.dtype), level.shape[2 + axis], size[axis]) for axis in (0, 1))
         rows, columns = hats  # [N, H', H], [N, W', W]
-        return rows[:, None] @ (level @ columns.mT[:, None])
+        across = torch.bmm(level.flatten(1, 2), columns.mT).unflatten(1, level.shape[1:3])  # [N, C, H, W']
+        return rows[:, None] @ across
 
 
 def _hats(ratio: Tensor, before: int, after: int) -> Tensor:

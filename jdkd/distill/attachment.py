@@ -107,6 +107,7 @@ def attach(
     teacher_neck: str | None = None,
     student_normalisation: Any = None,
     teacher_normalisation: Any = None,
+    own_size: bool = False,
     **options: Any,
 ) -> DistillationHandle:
     """Lets a teacher add ``loss_pkd`` to the losses that a detector returns in training mode.
@@ -124,8 +125,8 @@ def attach(
     one instead. The outputs keep their type.
 
     Forward hooks do it: nothing is added to the student's parameters, buffers or state dict. Until ``remove`` the
-    teacher is in evaluation mode without gradients; it sees the student's images at their size, normalised its own
-    way, and only up to its neck. In evaluation mode nothing runs. Attach before or after wrapping in
+    teacher is in evaluation mode without gradients; it sees the student's images at their size (unless ``own_size``),
+    normalised its own way, and only up to its neck. In evaluation mode nothing runs. Attach before or after wrapping in
     ``DistributedDataParallel``, which needs no ``find_unused_parameters``. Deep copies of the student, such as a
     running average, are not distilled. What torchvision's RoI pools took for their scales is set right in both.
 
@@ -147,6 +148,8 @@ def attach(
         student_normalisation, teacher_normalisation: how the images are normalised that reach each backbone:
             ``(mean, std)``, ``(mean, std, scale, order)`` with ``scale`` 1 or 255 and ``order`` ``"rgb"`` or ``"bgr"``,
             an image processor that holds them, or ``"same"`` where both get the same images.
+        own_size: let the teacher see the images that the student is called with, a list of ``[3, H, W]`` in 0..1, at
+            its own input size, and resize the student's levels to its.
         **options: level_weights, statistics, zero_variance and group of :func:`jdkd.functional.pearson_tap`.
 
     Returns:
@@ -167,6 +170,7 @@ def attach(
         teacher_neck=teacher_neck,
         student_normalisation=student_normalisation,
         teacher_normalisation=teacher_normalisation,
+        own_size=own_size,
     )
     chosen = {"loss_weight": loss_weight, "levels": levels, "channels": channels}
     return DistillationHandle(FeatureDistiller(student, teacher, runner=runner, **chosen, **options))

@@ -16,9 +16,14 @@ from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 
 
-def can_distil_heads(student: nn.Module, teacher: nn.Module) -> bool:
-    """Whether :class:`HeadDistiller` takes two detectors: their heads classify the same places, in the same way."""
-    return _objection(unwrapped(student), unwrapped(teacher)) is None
+def can_distil_heads(student: nn.Module, teacher: nn.Module, *, own_size: bool = False) -> bool:
+    """Whether :class:`HeadDistiller` takes two detectors: their heads classify the same places, in the same way.
+
+    Args:
+        student, teacher: detectors.
+        own_size: whether the teacher sees images at its own input size, see :class:`TeacherRunner`.
+    """
+    return _objection(unwrapped(student), unwrapped(teacher), own_size) is None
 
 
 class HeadDistiller:
@@ -34,6 +39,9 @@ class HeadDistiller:
     losses are by the anchors that match one. Where each class has a sigmoid of its own the divergence is binary,
     summed over classes. This normalisation is ours.
 
+    A teacher that sees images at its own size is asked about regions at their places there. Not about anchors: at
+    another size an object belongs to those of another level, so that the two heads would rightly disagree.
+
     A context manager, used as :class:`jdkd.distill.feature.FeatureDistiller` is.
 
     Args:
@@ -43,7 +51,7 @@ class HeadDistiller:
         runner: a shared runner of the teacher; by default its own.
 
     Raises:
-        InputError: one of the two has no such head, or they do not classify the same.
+        InputError: one of the two has no such head, they do not classify the same, or all anchors at two sizes.
     """
 
     def __init__(
@@ -57,7 +65,7 @@ class HeadDistiller:
         from jdkd.detect.heads import class_head
 
         student, teacher = unwrapped(student), unwrapped(teacher)
-        if (objection := _objection(student, teacher)) is not None:
+        if (objection := _objection(student, teacher, runner is not None and runner.own_size)) is not None:
             raise InputError(f"{objection}; distil the features only (head_weight 0).")
         self._head, self._teachers_head = class_head(student), class_head(teacher)
         self.runner = runner or TeacherRunner(student, teacher)
@@ -97,7 +105,8 @@ class HeadDistiller:
             check_gradient(logits.requires_grad, self.runner.student, "class logits", ran_with_gradients=True)
         enabled, dtype = self._autocast
         with torch.no_grad(), torch.autocast(logits.device.type, dtype, enabled):
-            taught = self._teachers_head.about(places, self.runner.of_teacher.pyramid)
+            seen = self.runner.of_teacher
+            taught = self._teachers_head.about(places, seen.pyramid, seen.sizes if self.runner.own_size else None)
         if taught.shape != logits.shape:
             raise InputError(
                 f"the student classifies {len(logits)} anchors of a batch and the teacher {len(taught)}; take a "
@@ -116,9 +125,10 @@ class HeadDistiller:
         self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
 
-def _objection(student: nn.Module, teacher: nn.Module) -> str | None:
+def _objection(student: nn.Module, teacher: nn.Module, own_size: bool) -> str | None:
     """Why the heads of two detectors cannot be compared."""
     from jdkd.detect.heads import class_head
+    from jdkd.detect.input_size import resizes_alike
 
     ours, theirs = class_head(student), class_head(teacher)
     for who, model, head in (("student", student, ours), ("teacher", teacher, theirs)):
@@ -134,6 +144,11 @@ def _objection(student: nn.Module, teacher: nn.Module) -> str | None:
         return (
             f"the student knows {ours.outputs - 1} classes and the teacher {theirs.outputs - 1}, and head distillation "
             "needs the same"
+        )
+    if own_size and ours.dense and not resizes_alike(student, teacher):
+        return (
+            f"the heads of student ({type(student).__name__}) and teacher ({type(teacher).__name__}) classify anchors, "
+            "and at the teacher's own input size, which is not the student's, an object belongs to other levels of them"
         )
     return None
 

@@ -47,9 +47,8 @@ class TeacherView:
         if first.device != images.device:
             self.teacher.to(images.device)
         if self._convert is None:
-            return self.route.look(self.teacher, [i.detach().to(images.device, first.dtype) for i in given], "teacher")[
-                1
-            ]
+            own = [image.detach().to(images.device, first.dtype) for image in given]
+            return self.route.look(self.teacher, own, "teacher")[1]
         inside = None
         if self._convert.is_needed:
             inside = seen.inside if sizes is None else _inside(sizes, images)

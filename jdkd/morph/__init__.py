@@ -14,6 +14,7 @@ from jdkd.morph.actions import (
 from jdkd.morph.cutting import cut_to
 from jdkd.morph.importance import channel_importance
 from jdkd.morph.parts import parts
+from jdkd.morph.repairing import repair
 
 __all__ = [
     "GROWING",
@@ -27,5 +28,6 @@ __all__ = [
     "prune_channels",
     "rearrange",
     "remove_block",
+    "repair",
     "shortened",
 ]

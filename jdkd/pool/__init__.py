@@ -4,11 +4,13 @@ from jdkd.pool.elastic_pool import TeacherPool, load_pool, save_pool
 from jdkd.pool.growing import train_pool
 from jdkd.pool.members import ScoredTeacher, Teacher, teacher_from_json, teacher_to_json
 from jdkd.pool.phases import PHASES, Phase, PoolTrainConfig, read_phases
+from jdkd.pool.shrinking import CALIBRATION_BATCHES, calibrate
 from jdkd.pool.space import Space, Subnet
 from jdkd.pool.spread import Spread, measure_spread
 from jdkd.pool.supernet import Supernet, grow_base
 
 __all__ = [
+    "CALIBRATION_BATCHES",
     "PHASES",
     "Phase",
     "PoolTrainConfig",
@@ -19,6 +21,7 @@ __all__ = [
     "Supernet",
     "Teacher",
     "TeacherPool",
+    "calibrate",
     "grow_base",
     "load_pool",
     "measure_spread",

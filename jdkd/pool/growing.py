@@ -13,6 +13,7 @@ from jdkd.detect import read
 from jdkd.detect.contract import architecture_of
 from jdkd.errors import InputError
 from jdkd.graph import Topology
+from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL, TeacherPool, load_pool, save_pool
 from jdkd.pool.phases import PoolTrainConfig
@@ -74,6 +75,11 @@ def train_pool(
         if resume:
             return load_pool(folder, base, dataset, topology=topology, device=device)
         raise InputError(f"{folder} holds a finished pool ({POOL}); resume it or give another folder.")
+    if not topology.followed:
+        raise InputError(
+            "a teacher pool takes a base with feature maps [N, C, H, W] by which teachers teach, and no module of this "
+            f"{type(unwrapped(base)).__name__} is known to return some; name it with jdkd.detect.adopt(..., pyramid=)."
+        )
     space = space or Space.from_base(topology)
     supernet = Supernet(space, *grow_base(base, topology, space))
     pool = TeacherPool(supernet, dataset, config.train.batch_size, config.train.seed, device, steps=config.steps)

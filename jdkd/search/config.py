@@ -13,7 +13,7 @@ from jdkd.train import TrainConfig
 
 EPOCHS = 24.0  # default budget: as long as two trainings of the usual 12 epochs
 POOL_SHARE = 0.25  # of the budget, for the teacher pool
-EXPLORING_SHARE = 0.3  # of the rest, for the short trainings that find the architectures
+EXPLORING_SHARE = 0.12  # of the rest, for the short trainings that find the architectures
 HALVING_SHARE = 0.1  # of the rest, that both finalists of a target are trained before one of them goes on alone
 FINALISTS = 2  # for each target
 SEGMENTS = 2  # in which the one that goes on is trained, each with the teacher that matches by then
@@ -107,7 +107,7 @@ class SearchConfig:
     candidates: int = 3
     proposals: int = 12
     batch_size: int = 8
-    lr: float = 1e-3
+    lr: float = 2e-3
     amp: str = "auto"
     loaders: int = 0
     workers: int = 0

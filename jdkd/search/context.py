@@ -18,7 +18,7 @@ from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
 from jdkd.detect.contract import architecture_of, require_learner
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
-from jdkd.files import content_hash, read_json, write_json
+from jdkd.files import content_hash, read_as, write_json
 from jdkd.graph import Topology
 from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_cost
 from jdkd.latency.clock import environment
@@ -77,7 +77,7 @@ class SearchContext:
         """Short sides that a student may choose from, in pixels; none where the base's input size is not its own."""
         base = input_size(self.base)
         shares = self.config.resolutions if base else ()
-        return sorted({max(32, round(base[0] * share / 32) * 32) for share in shares})
+        return sorted({base[0] if share == 1 else max(32, round(base[0] * share / 32) * 32) for share in shares})
 
     @property
     def most_blocks(self) -> int:
@@ -91,7 +91,7 @@ class SearchContext:
         if config.minutes is None:
             return steps_of(config, len(self.train))
         if file.exists():
-            return read_json(file, f"remove {config.out} and begin again")["steps"]
+            return read_as(lambda kept: int(kept["steps"]), file, f"remove {config.out} and begin again")
         self.progress("timing a step of the base", 0, 1, {})
         report = fit(copy.deepcopy(self.base), self.train, self.training(BUDGET_STEPS, seed=0), device=config.device)
         self.progress("timing a step of the base", 1, 1, {})
@@ -222,7 +222,7 @@ class SearchContext:
             "base": {"architecture": self.base_id, "weights": content_hash(config.base / WEIGHTS)},
             "teacher_pool": pool and content_hash(*(pool / name for name in (POOL, ARCHITECTURE, WEIGHTS))),
             "data": {name: dataset.fingerprint for name, dataset in parts.items()},
-            "teachers": [content_hash(folder / WEIGHTS) for folder in config.teachers],
+            "teachers": {folder.absolute().name: content_hash(folder / WEIGHTS) for folder in config.teachers},
             **{name: getattr(config, name) for name in MATERIAL},
             "method": vars(config.method),
             "steps": None if config.minutes else steps_of(config, len(self.train)),
@@ -269,7 +269,7 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
     train = with_targets_of(base, opened["training"])
     few = min(2, config.batch_size)
     require_learner(base, *next(batches(train, batch_size=few, steps=1, seed=config.seed, device=config.device)))
-    say_if_trained_elsewhere(f"the base in {config.base}", _trained_on(config.base), train)
+    say_if_trained_elsewhere(f"the base in {config.base}", trained_on(config.base), train)
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
@@ -292,10 +292,10 @@ def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetec
         )
 
 
-def _trained_on(base: Path) -> str | None:
-    """Fingerprint of the images that a base was trained on, by the record of its training."""
+def trained_on(detector: Path) -> str | None:
+    """Fingerprint of the images that a detector was trained on, by the record of its training."""
     with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
-        return RunFolder(base).read()["identity"]["data"]["train"]
+        return RunFolder(detector).read()["identity"]["data"]["train"]
     return None
 
 

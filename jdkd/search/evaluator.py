@@ -20,8 +20,9 @@ from jdkd.search.config import SearchConfig
 from jdkd.search.context import SearchContext, candidate_folder, open_context
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.proposal import BASE, Proposal
-from jdkd.search.teachers import given_pool
+from jdkd.search.teachers import given_pool, name_of
 from jdkd.train import fit
+from jdkd.train.checkpoint import CHECKPOINT
 
 TRAINING = "training"  # folder of a candidate's checkpoint and log
 Json = dict[str, Any]
@@ -43,7 +44,8 @@ class Training:
 
     @property
     def inputs(self) -> dict[str, Path]:
-        return {"base": self.config.base, **({"pool": pool} if (pool := self.config.pool).is_dir() else {})}
+        teachers = {f"teachers/{name_of(folder)}": folder for folder in self.config.teachers}
+        return {"base": self.config.base, **({"pool": pool} if (pool := self.config.pool).is_dir() else {}), **teachers}
 
     def open(self, device: str, progress: ProgressCallback) -> Evaluator:
         """Loads base, data and teachers, once a process."""
@@ -52,7 +54,9 @@ class Training:
 
     def elsewhere(self, out: Path, inputs: Mapping[str, Path]) -> Training:
         """The same where the folders lie elsewhere."""
-        return Training(replace(self.config, out=out, base=inputs["base"], teacher_pool=inputs.get("pool")))
+        teachers = tuple(folder for name, folder in inputs.items() if name.startswith("teachers/"))
+        here = {"base": inputs["base"], "teacher_pool": inputs.get("pool"), "teachers": teachers}
+        return Training(replace(self.config, out=out, **here))
 
     def reads(self, job: Json) -> tuple[str, ...]:
         return (job["from"],) if job["from"] else ()
@@ -111,7 +115,7 @@ class Evaluator:
                 device=config.device,
                 folder=folder / TRAINING,
                 resume=True,
-                inherit=None if proposal.rewrites else parent / TRAINING,
+                inherit=None if proposal.rewrites else _moments(parent / TRAINING),
                 progress=lambda *state: context.progress(said, *state),
                 **taught,
             )
@@ -142,7 +146,12 @@ class Evaluator:
             ) -> Iterator[dict[str, Tensor]]:
                 yield student(images, targets) | distiller.losses()
 
-            yield {"losses": losses, "extra": distiller.adapters}
+            yield {"losses": losses, "auxiliary": distiller.adapters}
+
+
+def _moments(training: Path) -> Path | None:
+    """What a training takes its optimizer's state from: the parent's, unless it has none, as the base, or no more."""
+    return training if (training / CHECKPOINT).exists() else None
 
 
 @contextmanager

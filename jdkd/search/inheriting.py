@@ -34,7 +34,7 @@ def inherit(parent: nn.Module, topology: Topology, rewrites: Sequence[Rewrite], 
     """The child of a detector, with everything that it takes over.
 
     After each cut the weights that read what was cut are repaired (:func:`jdkd.morph.repair`), and in the end batch
-    norms are recalibrated.
+    norms are recalibrated. Without a rewrite the child is the parent, as it is.
 
     Args:
         parent: stays as it is.
@@ -50,7 +50,7 @@ def inherit(parent: nn.Module, topology: Topology, rewrites: Sequence[Rewrite], 
         left = [rewrite.surviving(level) for level in topology.followed]
         kept = tuple(tuple(level[channel] for channel in own) for level, own in zip(kept, left, strict=True))
         topology = rewrite.foreseen(topology, child) or context.read(child)
-    return Child(context.calibrated(child), topology, kept)
+    return Child(context.calibrated(child) if rewrites else child, topology, kept)
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:

@@ -8,11 +8,12 @@ learning rate follows the lineage: whatever student comes out has been annealed 
 import math
 import shutil
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from typing import Any
 
 from jdkd.detect.contract import architecture_of
-from jdkd.files import read_json, write_json
+from jdkd.execution import Journal, executor
+from jdkd.files import read_as, write_json
 from jdkd.latency.table import LatencyTable
 from jdkd.notices import say_once
 from jdkd.pool import TeacherPool
@@ -22,12 +23,11 @@ from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.config import Plan, SearchConfig, plan
 from jdkd.search.context import SearchContext, candidate_folder, open_context
 from jdkd.search.evaluator import TRAINING, Evaluator, Training
-from jdkd.search.execution import Journal, executor
 from jdkd.search.matching import Matching
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.proposal import Proposal
 from jdkd.search.strategy import Strategy
-from jdkd.search.teachers import given_pool, grown_pool, remember, write_teachers
+from jdkd.search.teachers import given_pool, grown_pool, remember, require_teachers, write_teachers
 
 GENERATION, TABLE = "generation.json", "latency_table.json"
 
@@ -47,56 +47,71 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
             nothing has been written then.
     """
     context = open_context(config, progress or (lambda *state: None))
-    if read_result(config.out) is None:
+    found = read_result(config.out)
+    if found is None:
         context.require_pyramid()
+        require_teachers(context)
     budget = plan(config, context.steps)
     given = config.teacher_pool and given_pool(config.teacher_pool, context)
     run = RunFolder(config.out)
     how = {"resume": config.resume, "command": config.command, "where": context.where()}
-    run.begin("search", context.identity(), **how)
-    result = read_result(config.out) or _searched(context, budget, given)
+    evaluator = Evaluator(context, given or None)
+    with nullcontext() if found else closing(_workers(evaluator)) as workers:
+        run.begin("search", context.identity(), **how)
+        result = found or _searched(evaluator, budget, workers)
     if not run.read()["finished"]:
         run.finish()
     return result
 
 
-def _searched(context: SearchContext, budget: Plan, given: TeacherPool | None) -> dict[str, Any]:
+def _searched(evaluator: Evaluator, budget: Plan, workers: Journal) -> dict[str, Any]:
     """The result of a search that has not come to its end yet."""
-    config = context.config
+    context, config = evaluator.context, evaluator.context.config
     context.keep_budget()
     with closing(Archive(config.out / ARCHIVE)) as archive:
         if not archive.candidates:
             _add_base(archive, context)  # before the pool: a base that cannot be scored costs no training
-        pool = given or (grown_pool(context, budget) if budget.pool else None)
+        if budget.pool:
+            evaluator.pool = grown_pool(context, budget)
+        pool = evaluator.pool
         if pool is not None:
             remember(pool, context)
         _time_on_this_machine(archive, context)
         table = _table(context)
+        _tell(archive, budget, pool, context)
         strategy = Strategy(context, budget, Matching(context, pool, archive.candidates[0].map), table)
-        with closing(_workers(context, pool)) as workers:
-            while proposals := _generation(strategy, archive, context):
-                _run(proposals, workers, archive, context)
-                _clear(archive, budget, context)
-                workers.clear()
+        while proposals := _generation(strategy, archive, workers, context):
+            _run(proposals, workers, archive, context)
+            _tell(archive, budget, pool, context)
         return conclude(archive, pool.steps if pool else 0, context)
 
 
-def _workers(context: SearchContext, pool: TeacherPool | None) -> Journal:
+def _tell(archive: Archive, budget: Plan, pool: TeacherPool | None, context: SearchContext) -> None:
+    """Reports how far the budget is spent."""
+    taken = pool.steps if pool and budget.pool else 0  # a pool that was given cost nothing of it
+    taken += sum(candidate.steps for candidate in archive.candidates)
+    context.progress("budget", taken, budget.total, {"generations": len(budget.rungs)})
+
+
+def _workers(evaluator: Evaluator) -> Journal:
     """Who trains and scores the candidates."""
-    config = context.config
-    how = {"workers": config.workers, "ray": config.ray, "progress": context.progress}
-    made = executor(Training(config), config.device, **how, evaluate=Evaluator(context, pool))
+    config = evaluator.context.config
+    how = {"workers": config.workers, "ray": config.ray, "progress": evaluator.context.progress}
+    made = executor(Training(config), config.device, **how, evaluate=evaluator)
     return Journal(made, config.out / "outcomes")
 
 
-def _generation(strategy: Strategy, archive: Archive, context: SearchContext) -> list[Proposal]:
+def _generation(strategy: Strategy, archive: Archive, workers: Journal, context: SearchContext) -> list[Proposal]:
     """The candidates to make next: those on disk that a kill has left, or new ones."""
     file = context.config.out / GENERATION
     if file.exists():
         remedy = "remove it and resume: the generation is decided anew"
-        kept = [Proposal.from_json(fields) for fields in read_json(file, remedy)]
-        if unfinished := [proposal for proposal in kept if proposal.number >= len(archive)]:
+        kept = read_as(lambda proposals: [*map(Proposal.from_json, proposals)], file, remedy)
+        unfinished = [proposal for proposal in kept if proposal.number >= len(archive)]
+        if unfinished and unfinished[0].number == len(archive):  # else the archive was lost
             return unfinished
+    _clear(archive, strategy.plan, context)
+    workers.clear()
     proposals = strategy.ask(archive)
     if strategy.matching.pool is not None:
         write_teachers(strategy.matching.pool, context)
@@ -193,9 +208,10 @@ def _table(context: SearchContext) -> LatencyTable:
     """What the parts of the base cost here; measured once a machine."""
     file = context.config.out / TABLE
     if file.exists():
-        kept = read_json(file, "remove it and resume: the parts are timed again")
-        if kept["machine"] == context.machine:
-            return LatencyTable.from_json(kept["table"])
+        remedy = "remove it and resume: the parts are timed again"
+        machine, table = read_as(lambda kept: (kept["machine"], LatencyTable.from_json(kept["table"])), file, remedy)
+        if machine == context.machine:
+            return table
     table = context.latency_table()
     write_json(file, {"machine": context.machine, "table": table.to_json()})
     return table
@@ -218,6 +234,7 @@ def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
 def _clear(archive: Archive, budget: Plan, context: SearchContext) -> None:
     """Removes the checkpoints of candidates that no longer can be trained on."""
     last = max(candidate.generation for candidate in archive.candidates)
+    trainable = range(last, len(budget.rungs))  # generations with children to come
     for candidate in archive.candidates:
-        if last > budget.exploring and candidate.generation < last:
+        if last > budget.exploring and candidate.generation not in trainable:
             shutil.rmtree(context.folder(candidate.number) / TRAINING, ignore_errors=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from jdkd.distill import explained, pyramids
-from jdkd.distill.correlation import PyramidSnapshot
+from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.pool import Subnet, TeacherPool
@@ -56,7 +56,7 @@ class Matching:
         if teaching == "base" or self.pool is None:
             return BASE
         if teaching == "fixed":
-            return max(self.pool.members, key=lambda member: member.map).teacher
+            return max(self.pool.members, key=lambda member: (member.map == member.map, member.map)).teacher
         if isinstance(parent.teacher, Subnet):
             self._look_around(parent.teacher, rng)
         ours = pyramids(student, self.context.probe())
@@ -65,8 +65,8 @@ class Matching:
             for teacher, known in self._teachers().items()
             if known.map > parent.map + NOISE
         }
-        best = max(scores, key=scores.get, default=None)  # of equals the first: the base, then the pool's best
-        return best if best is not None and scores[best] > 0 else None
+        promising = {teacher: score for teacher, score in scores.items() if score > 0}  # NaN is not
+        return max(promising, key=promising.get, default=None)  # of equals the first: the base, then the pool's best
 
     def _teachers(self) -> dict[Teacher, _Known]:
         """Everyone who could teach, the base first, then the pool from the best down."""

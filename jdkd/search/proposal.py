@@ -58,6 +58,7 @@ class Proposal:
         rest = {
             "teacher": self.teacher and teacher_to_json(self.teacher),
             "cycle": asdict(self.cycle),
+            "predicted": self.predicted,
             "target": self.target,
         }
         return {**shown, **rest, "rewrites": rewrites}

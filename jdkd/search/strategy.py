@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
 
+from jdkd.errors import InputError
 from jdkd.latency.table import Features, LatencyTable
+from jdkd.notices import say_once
 from jdkd.pool.members import Teacher
 from jdkd.search.archive import Archive, Candidate
 from jdkd.search.choice import contenders, fitness, pareto_front
@@ -18,6 +21,7 @@ from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Screened, scre
 
 Made = tuple[Candidate, str, Screened, Teacher | None, float | None]  # parent, kind, what is changed, teacher, target
 PARENTS = 2  # members of the last generation's front that have children
+NO_CUT = 0.98  # of the parents' latency: where not even that can be reached, nothing can be cut
 
 
 class Strategy:
@@ -76,8 +80,25 @@ class Strategy:
         best = sorted(pareto_front(_latest(archive)), key=lambda one: -fitness(one, aim))[:PARENTS]
         table = self._table(archive)
         parents = [Parent(candidate, table, self.context) for candidate in best]
-        screened = screen(parents, aim, rung.candidates, self._ways(archive), rng)
-        return [(parent, "morph", one, self.matching.of(one.student, parent, rng), None) for parent, one in screened]
+        screened = self._screened(parents, aim, rung.candidates, self._ways(archive), rng)
+        taught = self.context.config.method.order == "joint"  # in a pipeline distillation comes last
+        teachers = [self.matching.of(one.student, parent, rng) if taught else None for parent, one in screened]
+        return [(parent, "morph", one, who, None) for (parent, one), who in zip(screened, teachers, strict=True)]
+
+    def _screened(
+        self, parents: list[Parent], aim: float, count: int, ways: tuple[str, ...], rng: random.Random
+    ) -> list[tuple[Candidate, Screened]]:
+        """Students at the aim; where none can be made, nearer to what the parents are by now."""
+        now = min(parent.candidate.latency_ratio for parent in parents)
+        while True:
+            try:
+                return screen(parents, aim, count, ways, rng)
+            except InputError as error:
+                nearer = math.sqrt(aim * now)
+                if nearer > NO_CUT * now:
+                    raise
+                say_once(f"{error} This generation goes to {nearer:.2f} instead.")
+                aim = nearer
 
     def _trained_on(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
         """For every target, the best that may reach it, trained on; one that is still too slow is cut once more."""
@@ -101,9 +122,10 @@ class Strategy:
         return self.table.corrected(measured)
 
     def _running(self, archive: Archive, target: float) -> list[Candidate]:
-        """Who may be trained on for a target: its own of the generation before, or all that explored."""
+        """Who may be trained on for a target: its own of the generation before, or all that explored, or the base."""
+        base, *others = archive.scored
         own = [one for one in _latest(archive) if one.target == target]
-        return own or [one for one in archive.scored if one.target is None]
+        return own or [one for one in others if one.target is None] or [base]
 
     def _ways(self, archive: Archive) -> tuple[str, ...]:
         """What a generation may change: all at once, or, in a pipeline, first the architecture and then channels."""

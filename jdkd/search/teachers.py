@@ -6,10 +6,12 @@ from pathlib import Path
 
 from jdkd.detect import load
 from jdkd.errors import InputError
-from jdkd.files import read_json, write_json
+from jdkd.files import read_as, write_json
 from jdkd.pool import PoolTrainConfig, ScoredTeacher, TeacherPool, load_pool, train_pool
+from jdkd.pool.foreign import require_common, require_name
 from jdkd.search.config import Plan
-from jdkd.search.context import SearchContext, say_if_trained_elsewhere
+from jdkd.search.context import SearchContext, say_if_trained_elsewhere, trained_on
+from jdkd.search.proposal import BASE
 from jdkd.train import DivergenceError
 
 TEACHERS, POOL_SEED = "teachers.json", 100
@@ -30,7 +32,7 @@ def grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
             context.base,
             context.train,
             context.selection.dataset,
-            PoolTrainConfig(context.training(budget.pool, seed=POOL_SEED, lr=2 * config.lr), head_weight=1.0),
+            PoolTrainConfig(context.training(budget.pool, seed=POOL_SEED), head_weight=1.0),
             config.pool,
             topology=context.topology,
             device=config.device,
@@ -39,7 +41,7 @@ def grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
         )
     except DivergenceError as error:
         raise InputError(
-            f"no teacher pool can be grown at twice the lr of {config.lr:g}: at step {error.step} {error.what} is not "
+            f"no teacher pool can be grown at the lr of {config.lr:g}: at step {error.step} {error.what} is not "
             "finite; search into another folder at a lower lr, or give a teacher_pool."
         ) from error
     return _invited(pool, context)
@@ -48,16 +50,39 @@ def grown_pool(context: SearchContext, budget: Plan) -> TeacherPool:
 def _invited(pool: TeacherPool, context: SearchContext) -> TeacherPool:
     """The pool with the detectors of another make that may teach beside it."""
     for folder in context.config.teachers:
-        pool.add_foreign(folder.name, load(folder, context.config.device))
+        pool.add_foreign(name_of(folder), load(folder, context.config.device))
     return pool
+
+
+def name_of(teacher: Path) -> str:
+    """The name of a detector that may teach: its folder's."""
+    return teacher.absolute().name
+
+
+def require_teachers(context: SearchContext) -> None:
+    """Refuses detectors that cannot teach, before anything is written.
+
+    Raises:
+        InputError: one cannot be loaded, told from another by its name, or compared with the base.
+    """
+    names: list[str] = []
+    images = next(context.probe())[0][:1] if context.config.teachers else []
+    for folder in context.config.teachers:
+        name = name_of(folder)
+        if name == BASE:
+            raise InputError(f"the teacher in {folder} is named as what the search starts from; rename its folder.")
+        require_name(name, names)
+        require_common(name, load(folder, context.config.device), context.base, images)
+        say_if_trained_elsewhere(f"teacher {name}", trained_on(folder), context.train)
+        names.append(name)
 
 
 def remember(pool: TeacherPool, context: SearchContext) -> None:
     """Gives a pool the members that this search has scored; one that was scored on other images is scored anew."""
     file, selection = context.config.out / TEACHERS, context.selection.dataset
     if file.exists():
-        members = read_json(file, "remove it and resume: teachers are scored again")
-        pool.members = [ScoredTeacher.from_json(member) for member in members]
+        remedy = "remove it and resume: teachers are scored again"
+        pool.members = read_as(lambda members: [*map(ScoredTeacher.from_json, members)], file, remedy)
         return
     if pool.scored_on != selection.fingerprint:
         pool.score_members([member.teacher for member in pool.members], selection, context.progress)

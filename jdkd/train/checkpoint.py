@@ -21,6 +21,7 @@ FIELDS = {
     "config": dict,
     "data": dict,
 }  # and of what kind each is
+LATER = {"auxiliary": dict}  # which older ones do not have
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
@@ -69,8 +70,8 @@ def _read(file: Path) -> dict[str, Any]:
             f"checkpoint {file} is not one that a training left: it holds {got}, not {', '.join(sorted(FIELDS))}; move "
             "it away, or give another folder."
         )
-    for name, kind in FIELDS.items():
-        if not isinstance(state[name], kind):
+    for name, kind in (FIELDS | LATER).items():
+        if name in state and not isinstance(state[name], kind):
             raise InputError(
                 f"checkpoint {file} is not one that a training left: its {name} is a {type(state[name]).__name__}, not "
                 f"a {kind.__name__}; move it away, or give another folder."

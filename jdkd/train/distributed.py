@@ -38,7 +38,7 @@ def _joined() -> bool:
 
 @contextmanager
 def process_group(device: str) -> Iterator[str]:
-    """Joins the processes that torchrun started, for the duration of the block; does nothing without it.
+    """Joins the processes that torchrun started, for the duration of the block; does nothing without it, or in a group.
 
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
@@ -49,7 +49,7 @@ def process_group(device: str) -> Iterator[str]:
     Raises:
         InputError: there are more processes than GPUs.
     """
-    if not (distributed.is_available() and distributed.is_torchelastic_launched()):
+    if _joined() or not (distributed.is_available() and distributed.is_torchelastic_launched()):
         yield device
         return
     on_gpu = device.startswith("cuda")

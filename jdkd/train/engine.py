@@ -19,7 +19,7 @@ from jdkd.nn.modes import mode
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
-from jdkd.train.distributed import align, average_gradients, is_first, own_batches, processes, rank
+from jdkd.train.distributed import align, average_gradients, from_first, is_first, own_batches, processes, rank
 from jdkd.train.divergence import DivergenceError, NonFiniteMonitor
 from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
@@ -79,7 +79,8 @@ def fit(
         auxiliary: a module that ``losses`` uses, such as the adapters of distillation: its parameters are trained with
             the detector's and kept in the checkpoint, but are no part of the detector.
         inherit: the checkpoint of another training, its folder, its file or what is in it, whose optimizer this one
-            goes on with where parameters have the same name and shape; the others begin fresh.
+            goes on with where parameters have the same name and shape; the others begin fresh. Not read by a training
+            that is resumed, which has its own.
         folder: where the checkpoint and the log (``log.jsonl``) go; nothing is written without one.
         resume: carry on from the checkpoint in ``folder``, if there is one.
         progress: called after every step.
@@ -100,10 +101,10 @@ def fit(
     require_visible(model, getattr(dataset, "sizes", ()))
     dataset = with_targets_of(model, dataset)
     run = _Run(model, config, torch.device(device), losses, auxiliary)
-    if inherit is not None:
+    if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):
         run.inherit(inherit)
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
-    home = home if is_first() else None  # the others have read what they resume, and write nothing
+    home = home if is_first() else None  # the others hold what is resumed, and write nothing
     align(model)
     batch = {"batch_size": config.batch_size, "seed": config.seed, **own_batches(run.step, config.steps)}
     how = {"flip": config.flip, "workers": config.workers, "device": run.device}
@@ -243,8 +244,8 @@ class _Run:
 
     def inherit(self, parent: Path | str | Mapping[str, Any]) -> None:
         """Goes on with the moments of another training's optimizer; see :func:`fit`."""
-        state = parent if isinstance(parent, Mapping) else checkpoint.read_parent(Path(parent))
-        inherit_moments(self.optimizer, state.get("optimizer", state))
+        state = checkpoint.read_parent(Path(parent)) if isinstance(parent, str | Path) else parent
+        inherit_moments(self.optimizer, state.get("optimizer", state) if isinstance(state, Mapping) else state)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -320,14 +321,20 @@ class _Home:
     def __init__(self, folder: Path, run: _Run, data: dict[str, Any], resume: bool) -> None:
         self.folder, self.run, self.data = folder, run, data
         self.config = {**dataclasses.asdict(run.config), "processes": processes()}
-        if not resume and (folder / checkpoint.CHECKPOINT).exists():
-            raise InputError(f"{folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder.")
-        self._open(checkpoint.read(folder) if resume else None)
+        self._open(from_first(lambda: self._state(resume)))
 
     def save(self) -> None:
         self.run.check()
         checkpoint.write(self.folder, {**self.run.state(), "config": self.config, "data": self.data})
         self._kept()
+
+    def _state(self, resume: bool) -> dict[str, Any] | None:
+        """The checkpoint that is carried on, if there is one."""
+        if not resume and (self.folder / checkpoint.CHECKPOINT).exists():
+            raise InputError(
+                f"{self.folder} holds another run ({checkpoint.CHECKPOINT}); resume it or give another folder."
+            )
+        return checkpoint.read(self.folder) if resume else None
 
     def _open(self, state: dict[str, Any] | None) -> None:
         if state is not None:

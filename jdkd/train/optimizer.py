@@ -21,9 +21,16 @@ def build_optimizer(model: nn.Module, config: TrainConfig, auxiliary: nn.Module 
         model: whose parameters it knows by their names.
         config: the settings.
         auxiliary: a module that is trained along, in the same groups.
+
+    Raises:
+        InputError: that has parameters of the model.
     """
     named = list(unwrapped(model).named_parameters())
-    named += [(f"{AUXILIARY}.{name}", p) for name, p in auxiliary.named_parameters()] if auxiliary is not None else []
+    if auxiliary is not None:
+        names = {parameter: name for name, parameter in named}
+        if shared := next((names[parameter] for parameter in auxiliary.parameters() if parameter in names), None):
+            raise InputError(f"auxiliary holds the model's own {shared}; give it only what is no part of the model")
+        named += [(f"{AUXILIARY}.{name}", parameter) for name, parameter in auxiliary.named_parameters()]
     trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     groups = [
         {"params": [(name, p) for name, p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -35,7 +42,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, auxiliary: nn.Module 
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
-def inherit_moments(optimizer: torch.optim.Optimizer, parent: Mapping[str, Any]) -> None:
+def inherit_moments(optimizer: torch.optim.Optimizer, parent: Any) -> None:
     """Lets an optimizer go on with the moments of another, where parameters have the same name and shape.
 
     The others, those of a cut layer or a new block, begin fresh, as do those of an auxiliary module, which another
@@ -46,7 +53,7 @@ def inherit_moments(optimizer: torch.optim.Optimizer, parent: Mapping[str, Any])
         parent: state of another such optimizer.
 
     Raises:
-        InputError: it is the state of another kind of optimizer, or no parameter is in both.
+        InputError: it is no state, that of another kind of optimizer, or no parameter is in both.
     """
     before = dict(_states_by_name(parent))
     wanted = "momentum_buffer" if isinstance(optimizer, torch.optim.SGD) else "exp_avg"
@@ -72,18 +79,19 @@ def inherit_moments(optimizer: torch.optim.Optimizer, parent: Mapping[str, Any])
     optimizer.load_state_dict({**own, "state": copy.deepcopy(found)})  # steps write into them
 
 
-def _states_by_name(state: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Tensor]]]:
+def _states_by_name(state: Any) -> list[tuple[str, Mapping[str, Tensor]]]:
     """Name and moments of the parameters in an optimizer's state."""
-    groups = state.get("param_groups")
-    if not isinstance(groups, list) or not all("param_names" in group for group in groups):
+    try:
+        names: dict[int, str] = {}
+        for group in state["param_groups"]:
+            names.update(zip(group["params"], group["param_names"], strict=True))
+        return [(names[number], moments) for number, moments in state["state"].items()]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            "inherit holds no optimizer state with the names of its parameters; give the checkpoint of a training of "
-            "jdkd.train.fit (its folder, its file or what is in it), or leave inherit out"
-        )
-    numbers = {}
-    for group in groups:
-        numbers.update(zip(group["params"], group["param_names"], strict=True))
-    return [(numbers[number], moments) for number, moments in state["state"].items()]
+            f"inherit is a {type(state).__name__} without the state of an optimizer that knows its parameters' names; "
+            "give the checkpoint of a training of jdkd.train.fit (its folder, its file or what is in it), or leave "
+            "inherit out"
+        ) from error
 
 
 def slimmable_scales(model: nn.Module) -> list[Tensor]:

@@ -185,5 +185,3 @@ def test_what_is_asked_of_a_pool_and_is_not_there_is_refused(jdkd, pool, trained
         assert not (tmp_path / "out").exists()
     answer = jdkd("pool", "export", pool)
     assert answer.code == 2 and "--out is missing" in answer.err
-
-

@@ -32,9 +32,9 @@ def pretend(monkeypatch):
             timing = Timing(known.id, "brief", environment, (20.0, 20.0), (20.0, 20.0))
             base = {
                 "number": 0, "id": "000", "parent": None, "kind": "base", "action": "base", "teacher": None,
-                "architecture": known, "architecture_id": known.id, "feature_channels": ((0,),),
+                "architecture": known, "architecture_id": known.id, "generation": 0, "target": None,
                 "map": 0.4, "map50": 0.6, "steps": 0, "lineage_steps": 0,
-                "cycles": (), "params": 1000, "gmacs": 0.1, "seconds": 1.0,
+                "cycles": (), "params": 1000, "gmacs": 0.1, "seconds": {"scoring": 1.0},
             }  # fmt: skip
             run = RunFolder(config.out)
             run.begin("search", {"seed": config.seed}, resume=config.resume, command=config.command)
@@ -46,10 +46,13 @@ def pretend(monkeypatch):
                 raise outcome
             result = {
                 "base": {**ENTRY, "latency_ratio": 1.0},
-                "student": {**ENTRY, "latency_ratio": outcome},
-                "target_latency": config.target_latency,
-                "target_met": outcome <= config.target_latency,
-                "student_id": "000",
+                "students": [
+                    {**ENTRY, "latency_ratio": outcome, "target": target, "target_met": outcome <= target}
+                    | {"id": "000", "folder": "student" if len(config.targets) == 1 else f"student-{target:g}"}
+                    for target in config.targets
+                ],
+                "target_map": config.target_map,
+                "target_met": outcome <= min(config.targets),
             }
             (config.out / "result.json").write_text(json.dumps(result))
             run.finish()
@@ -71,7 +74,7 @@ def test_ends_with_a_table_a_report_and_the_paths(jdkd, pretend, arguments, tmp_
     answer = jdkd(*arguments, "--seed", 3, "--device", "cpu")
     assert answer.code == 0, answer.err
     (config,) = configs
-    assert (config.steps, config.seed, config.device, config.target_latency) == (40, 3, "cpu", 0.53)
+    assert (config.steps, config.seed, config.device, config.targets) == (40, 3, "cpu", (0.53,))
     assert config.selection is None and config.command[:2] == ("jdkd", "search") and "40" in config.command
     for name in ("student", "result.json", "archive.sqlite", "pareto.png", "report.html"):
         assert str(tmp_path / "out" / name) in answer.out
@@ -132,3 +135,47 @@ def test_a_selection_of_images_that_report_is_refused_before_anything_is_written
     assert answer.code == 2 and "Traceback" not in answer.err
     assert "all 4 images" in answer.err and "are validation images, which report too" in answer.err
     assert not (tmp_path / "out").exists()
+
+
+def test_every_flag_arrives_in_the_search(jdkd, pretend, arguments, squares, tmp_path):
+    configs = pretend(0.3)
+    flags = ["--targets", "0.75,0.53,0.35", "--target-map", 0.2, "--workers", 2, "--no-control", "--loaders", 1]
+    flags += ["--teachers", squares, tmp_path, "--teacher-pool", tmp_path, "--candidates", 4, "--proposals", 5]
+    answer = jdkd("search", "--base", arguments[2], *arguments[3:-2], "--minutes", 2.5, *flags)
+    assert answer.code == 0, answer.err
+    (config,) = configs
+    assert config.targets == (0.75, 0.53, 0.35) and config.target_map == 0.2 and config.minutes == 2.5
+    assert (config.workers, config.loaders, config.control, config.steps, config.ray) == (2, 1, False, None, None)
+    assert config.teachers == (squares, tmp_path) and config.teacher_pool == tmp_path
+    assert (config.candidates, config.proposals) == (4, 5)
+    assert all(str(tmp_path / "out" / f"student-{target}") in answer.out for target in (0.75, 0.53, 0.35))
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--targets", "0.75;0.5"], "--targets is '0.75;0.5'; give fractions such as 0.75,0.53,0.35."),
+        (["--targets", "75,53"], "targets are fractions of the base's latency"),
+        (["--targets", "0.7,0.5", "--target-latency", "0.5"], "--targets and --target-latency are both given"),
+        (["--target-latency", "53"], "got [53.0]"),
+        (["--target-map", "41"], "target_map is an mAP and must be in (0, 1), got 41.0."),
+        (["--epochs", "3"], "steps and epochs are given"),
+        (["--workers", "-1"], "workers must be a number of at least 0, got -1"),
+        (["--workers", "2", "--ray", "auto"], "workers and ray are both given"),
+        (["--steps", "2"], "the budget is 2 steps, too few"),
+        (["--teachers", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_gets_one_sentence(jdkd, arguments, tmp_path, flags, says):
+    answer = jdkd(*arguments, *flags)
+    assert answer.code == 2 and says in answer.err and "Traceback" not in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_says_what_every_flag_does(jdkd):
+    answer = jdkd("search", "--help")
+    words = " ".join(answer.out.replace("\u2502", " ").split())
+    assert answer.code == 0
+    for flag in ("--targets", "--target-map", "--minutes", "--workers", "--ray", "--teachers", "--no-control"):
+        assert flag in words
+    assert "a student for each" in words and "that is not part of the budget" in words

@@ -115,7 +115,9 @@ def test_blocks_whose_ends_are_unknown_are_not_added():
     for act in (lambda: add_block(model, topology, name), lambda: rearrange(model, topology, lists[0].name, name)):
         with pytest.raises(InputError, match="cannot be born as the identity"):
             act()
-    assert all(draw(model, topology, random.Random(k), (), 9).action != f"add a block to {name}" for k in range(50))
+    assert all(
+        draw(model, topology, random.Random(k), (), max_depth=9).action != f"add a block to {name}" for k in range(50)
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,19 +230,19 @@ def test_a_detector_without_an_input_size_of_its_own_keeps_it(name):
         change_resolution(model, 48)
     with pytest.raises(InputError, match="positive whole number, got 0"):
         change_resolution(parent("fcos")[0], 0)
-    assert not any(draw(model, topology, random.Random(k), (48,), 3).rewrite.attributes for k in range(30))
+    assert not any(draw(model, topology, random.Random(k), (48,), max_depth=3).rewrite.attributes for k in range(30))
 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_drawing_reaches_every_action_and_repeats_from_its_seed(name):
     model, topology = parent(name)
-    drawn = [draw(model, topology, random.Random(seed), (48, 80), 4) for seed in range(60)]
+    drawn = [draw(model, topology, random.Random(seed), (48, 80), max_depth=4) for seed in range(60)]
     kinds = {morph.action.split()[0] for morph in drawn}
     wanted = {"prune", "remove", "add"} if name in DEEP else {"prune"}
     wanted |= {"input"} if input_size(model) else set()
     wanted |= {"move"} if len(topology.block_lists) > 1 else set()
     assert kinds == wanted
-    assert drawn == [draw(model, topology, random.Random(seed), (48, 80), 4) for seed in range(60)]
+    assert drawn == [draw(model, topology, random.Random(seed), (48, 80), max_depth=4) for seed in range(60)]
     cut = [morph.action.count("%") for morph in drawn if morph.action.startswith("prune")]
     streams = [morph for morph in drawn if "streams" in morph.action]
     assert max(cut) <= 3 and len(streams) < len(cut) / 3  # never everything at once
@@ -251,7 +253,7 @@ def test_twenty_drawn_actions_run_and_are_described_saved_and_loaded(name, tmp_p
     model, topology = parent(name)
     rng = random.Random(1)
     for _ in range(4 if name == "ssd" else 20):  # of four layers
-        morph = draw(model, topology, rng, (48, 64), 4)
+        morph = draw(model, topology, rng, (48, 64), max_depth=4)
         model = morph.apply(model, topology)
         topology = reread(model, topology)  # runs it
     save(tmp_path, model)
@@ -267,7 +269,7 @@ def test_every_drawn_child_trains():
     topology, rng = read(model, check=True, size=SIZE), random.Random(0)
     target = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 40.0]]), "labels": torch.tensor([1])}]
     for _ in range(6):
-        model = draw(model, topology, rng, (48, 64), 4).apply(model, topology).train()
+        model = draw(model, topology, rng, (48, 64), max_depth=4).apply(model, topology).train()
         sum(model([torch.rand(3, 64, 96)], target).values()).backward()
         assert all(p.grad is not None for p in model.parameters())
         topology = reread(model, topology)
@@ -278,7 +280,7 @@ ACTIONS = {
     "remove_block": lambda model, topology: remove_block(model, topology, "backbone.body.layer1"),
     "rearrange": lambda model, topology: rearrange(model, topology, "backbone.body.layer1", "backbone.body.layer2"),
     "prune_channels": lambda model, topology: prune_channels(model, topology, 0.5),
-    "draw": lambda model, topology: draw(model, topology, random.Random(0), [32], 3),
+    "draw": lambda model, topology: draw(model, topology, random.Random(0), [32], max_depth=3),
 }
 
 

@@ -3,15 +3,16 @@ import warnings
 import pytest
 
 from jdkd.data import CocoDetectionDataset, resolve_splits, write_digit_scenes
-from jdkd.detect import save
+from jdkd.detect import Stage, save
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
-from jdkd.search import search
+from jdkd.search import Method, search
 from jdkd.search.context import open_context
 from tests.detectors import detector, small_spec
 from tests.search.small_search import config_of, make_steady
 
 DIGITS = tuple(str(digit) for digit in range(10))
+STAGES = (Stage(16, ((8,),)), Stage(16, ((8,), (16,))), Stage(24, ((8,),)), Stage(32, ((8,),)))
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +22,7 @@ def folder(tmp_path_factory):
     write_digit_scenes(folder / "data", train=12, val=6, size=64, seed=0)
     train = CocoDetectionDataset(resolve_splits(folder / "data")[0])
     RunFolder(folder / "base").begin("train", {"data": {"train": train.fingerprint}})
-    save(folder / "base", detector(small_spec(classes=DIGITS)))
+    save(folder / "base", detector(small_spec(classes=DIGITS, stages=STAGES)))
     return folder
 
 
@@ -50,6 +51,7 @@ def finished(folder):
 
 
 @pytest.fixture
-def small(folder, finished):
-    """Settings of a search that need not grow a pool."""
-    return lambda out, **changes: config_of(folder, out, teacher_pool=finished[0] / "pool", **{"steps": 9} | changes)
+def quick(folder):
+    """Settings of a search without a pool, a teacher, a control and a choice."""
+    least = {"candidates": 1, "proposals": 1, "steps": 10, "control": False, "method": Method(teaching="none")}
+    return lambda out, **changes: config_of(folder, out, **least | changes)

@@ -11,11 +11,11 @@ ARCHITECTURE = Architecture("my.nets:make", {"width": 8}, classes=("cat",))
 def known(number=0, *, map=0.4, parent=None, **changes) -> dict:
     """Everything about a candidate but its latency."""
     facts = {
-        "number": number, "id": f"{number:03d}", "parent": parent, "kind": "morph", "action": "prune", "map": map,
-        "teacher": Subnet((2, 2, 2, 2), (1.0, 0.5, 1.0, 1.0)), "architecture": ARCHITECTURE,
-        "architecture_id": ARCHITECTURE.id, "feature_channels": ((0, 3), (1,)), "map50": 0.6, "steps": 5,
-        "lineage_steps": 5, "cycles": (Cycle(5, 0, 10, 1e-3),),
-        "params": 7, "gmacs": 0.5, "seconds": 1.0,
+        "number": number, "id": f"{number:03d}", "parent": parent, "generation": min(number, 1), "kind": "morph",
+        "action": "prune", "teacher": Subnet((2, 2, 2, 2), (1.0, 0.5, 1.0, 1.0)), "target": None,
+        "architecture": ARCHITECTURE, "architecture_id": ARCHITECTURE.id, "map": map, "map50": 0.6, "steps": 5,
+        "lineage_steps": 5, "cycles": (Cycle(5, 0, 10, 1e-3),), "params": 7, "gmacs": 0.5, "predicted": 0.75,
+        "seconds": {"training": 1.0, "scoring": 0.5},
     }  # fmt: skip
     return facts | changes
 

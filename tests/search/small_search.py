@@ -3,7 +3,7 @@
 import sqlite3
 import sys
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,26 +14,35 @@ from jdkd.latency import Latency, LatencyReport, ModelLatency
 from jdkd.latency.clock import environment
 from jdkd.search import SearchConfig, search
 from jdkd.search.archive import ARCHIVE
+from jdkd.search.evaluator import Training
 
-DECIDED = "number, id, parent, kind, action, teacher, architecture, map, map50, latency_ratio, lineage_steps, cycles"
+DECIDED = (
+    "number, id, generation, parent, kind, action, teacher, target, architecture, map, map50, latency_ratio, "
+    "predicted, lineage_steps, cycles"
+)
 
 
 def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
+    """One generation that looks for an architecture, one that trains the finalists, two that train the student."""
     train, val = resolve_splits(folder / "data")
     small = SearchConfig(
-        folder / "base", train, val, out, target_latency=0.95, steps=24, candidates=2, proposals=2, batch_size=2,
+        folder / "base", train, val, out, targets=(0.9,), steps=32, candidates=2, proposals=2, batch_size=2,
         lr=1e-4, latency_rounds=2, latency_seconds=0.0, command=("jdkd", "search", "--base", "a folder"),
     )  # fmt: skip
     return replace(small, **changes)
 
 
 def steady_measure(models, images, *, device, rounds, progress=None, **schedule) -> LatencyReport:
-    """In place of :func:`jdkd.latency.measure`: time grows with parameters, so that equal searches choose alike."""
+    """In place of :func:`jdkd.latency.measure`: time grows with parameters and input size."""
     if progress:
         progress(rounds, rounds, {})
-    times = {name: 10 + 1e-4 * sum(p.numel() for p in model.parameters()) for name, model in models.items()}
-    taken = {name: ModelLatency(end_to_end=Latency((time,) * 2 * rounds)) for name, time in times.items()}
+    taken = {name: ModelLatency(end_to_end=Latency((_time(model),) * 2 * rounds)) for name, model in models.items()}
     return LatencyReport(taken, environment(torch.device(device)), {})
+
+
+def _time(model: torch.nn.Module) -> float:
+    size = getattr(getattr(model, "transform", None), "min_size", (64,))[-1]
+    return 1 + 1e-4 * sum(p.numel() for p in model.parameters()) * (size / 64)
 
 
 def archived(out, columns=DECIDED) -> list[tuple]:
@@ -44,8 +53,21 @@ def archived(out, columns=DECIDED) -> list[tuple]:
 def make_steady(patch) -> None:
     """Latencies that depend on the architecture alone, and the least of what takes long."""
     patch.setattr("jdkd.search.context.measure", steady_measure)
-    patch.setattr("jdkd.pool.shrinking.CALIBRATION_BATCHES", 1)
+    patch.setattr("jdkd.latency.table.measure", steady_measure)
+    patch.setattr("jdkd.latency.table.SHARES", (0.5,))
+    patch.setattr("jdkd.search.context.PROBE_BATCHES", 1)
+    patch.setattr("jdkd.search.context.TIMING_IMAGES", 1)
     patch.setattr("jdkd.search.matching.NEIGHBOURS", 1)
+    patch.setattr("jdkd.pool.shrinking.CALIBRATION_BATCHES", 1)
+
+
+@dataclass(frozen=True)
+class SteadyTraining(Training):
+    """What workers are given: they train as this process does."""
+
+    def open(self, device, progress):
+        make_steady(pytest.MonkeyPatch())
+        return super().open(device, progress)
 
 
 if __name__ == "__main__":  # a search in a process of its own, to be killed: says what it is at

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,20 @@ from jdkd.data import CocoDetectionDataset
 from jdkd.detect import save
 from jdkd.rewrite import Architecture, build
 from jdkd.run_folder import RunFolder
-from jdkd.search import search
+from jdkd.search import Method, plan, search
 from jdkd.train.inputs import with_targets_of
 from tests.search.conftest import DIGITS
 from tests.search.small_search import archived, config_of
 
-BUILDERS = {
-    "RetinaNet": ("tests.search.nets:retinanet", {}),
-    "FCOS": ("tests.search.nets:fcos", {}),
-    "Mask R-CNN": ("tests.search.nets:mask_rcnn", {}),
-    "PAN": ("tests.graph.networks:pan_detector", {"classes": 10}),
+FAMILIES = {  # with what of the method is not the default
+    "RetinaNet": ("tests.search.nets:retinanet", {}, Method()),
+    "FCOS": ("tests.search.nets:fcos", {}, Method(teaching="base", imitation="mse", criterion="gamma")),
+    "Mask R-CNN": (
+        "tests.search.nets:mask_rcnn",
+        {},
+        Method(order="pipelined", teaching="base", criterion="magnitude"),
+    ),
+    "PAN": ("tests.graph.networks:pan_detector", {"classes": 10}, Method(inherit=False, teaching="none")),
 }
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice"),  # a handful of scenes, 10 digits
@@ -37,10 +42,10 @@ print(*[name for name in sys.modules if name.startswith("jdkd.detect")])
 """
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(family, folder, steady, tmp_path):
-    builder, arguments = BUILDERS[family]
-    config = base_of(builder, arguments, folder, tmp_path)
+    builder, arguments, method = FAMILIES[family]
+    config = base_of(builder, arguments, method, folder, tmp_path)
     met = []
 
     def stop(what, *state):
@@ -50,14 +55,15 @@ def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(famil
 
     with pytest.raises(KeyboardInterrupt):
         search(config, stop)
-    before = archived(config.out)
-    assert [row[0] for row in before] == [0, 1] and any(what.startswith("pool: ") for what in met)
-    told = []
-    result = search(config_of(folder, config.out, base=config.base, resume=True), lambda what, *_: told.append(what))
+    before, told = archived(config.out), []
+    assert any(what.startswith("pool: ") for what in met) is (method.teaching == "dynamic")
+    result = search(replace(config, resume=True), lambda what, *_: told.append(what))
     assert not any(what.startswith(("pool: ", "candidate 1:")) for what in told), "nothing finished is redone"
-    assert archived(config.out)[:2] == before and len(archived(config.out)) == 3
-    assert result["student"]["params"] > 0 and result["student"]["train_steps"] > 0
-    assert {row[3] for row in archived(config.out)} == {"base", "morph", "teacher"}
+    rows = archived(config.out)
+    assert rows[: len(before)] == before and len(rows) == 1 + sum(r.candidates for r in plan(config, 24).rungs)
+    (student,) = result["students"]
+    assert student["params"] > 0 and student["train_steps"] > 0 and student["latency_ratio"] < 1
+    assert {row[5] for row in rows} <= {"base", "morph", "teacher", "train"} and result["method"] == vars(method)
     answer = subprocess.run(
         [sys.executable, "-c", REBUILD, config.out / "student"],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],
@@ -65,9 +71,10 @@ def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(famil
     assert (answer.returncode, answer.stdout.strip()) == (0, ""), answer.stderr
 
 
-def base_of(builder, arguments, folder, tmp_path):
+def base_of(builder, arguments, method, folder, tmp_path):
     """An untrained base of a builder, as `jdkd import` leaves it, and a search from it."""
-    config = config_of(folder, tmp_path / "out", base=tmp_path / "base")
+    least = {"candidates": 1, "proposals": 1, "control": False, "steps": 24, "method": method}
+    config = config_of(folder, tmp_path / "out", base=tmp_path / "base", **least)
     base = build(Architecture(builder, arguments))
     base.architecture = Architecture(builder, arguments, classes=DIGITS)
     seen = with_targets_of(base, CocoDetectionDataset(config.train))

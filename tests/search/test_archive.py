@@ -16,7 +16,7 @@ from tests.search.rows import ARCHITECTURE, known, timing
 
 def test_what_goes_in_comes_out_after_reopening(tmp_path):
     with closing(Archive(tmp_path / "a.sqlite")) as archive:
-        base = archive.add(timing(), **known(0, teacher=None, cycles=()))
+        base = archive.add(timing(), **known(0, teacher=None, cycles=(), kind="base"))
         child = archive.add(timing(), **known(1, parent="000"))
         rows = [base, child]
         assert archive.candidates == rows
@@ -76,7 +76,7 @@ def test_timings_of_two_machines_are_not_pooled(tmp_path):
 def test_an_archive_of_an_earlier_version_is_refused_with_a_sentence(tmp_path):
     with closing(sqlite3.connect(tmp_path / "a.sqlite")) as old:
         old.execute("CREATE TABLE candidates (number INTEGER PRIMARY KEY, latency_ratio REAL, latency_samples TEXT)")
-    with pytest.raises(InputError, match=r"another version of jdkd \(format 1, here 3\).*another folder"):
+    with pytest.raises(InputError, match=r"another version of jdkd \(format 1, here 4\).*another folder"):
         Archive(tmp_path / "a.sqlite")
 
 

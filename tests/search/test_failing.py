@@ -35,50 +35,58 @@ def broken(monkeypatch, what):
         return train.evaluate(model, *given, **options)
 
     monkeypatch.setattr("jdkd.search.context.evaluate", evaluate)
-
-    monkeypatch.setattr("jdkd.search.loop.fit", fit)
+    monkeypatch.setattr("jdkd.search.evaluator.fit", fit)
     monkeypatch.setattr("jdkd.search.outcome.fit", fit)
 
 
-def test_a_search_outlives_candidates_and_a_control_that_fail(small, steady, tmp_path, monkeypatch):
-    broken(
-        monkeypatch, {"candidates/001": "diverge", "candidates/002": "find nothing finite", "control_single": "diverge"}
-    )
+def test_a_search_outlives_candidates_and_a_control_that_fail(quick, steady, tmp_path, monkeypatch):
+    broken(monkeypatch, {"candidates/001": "diverge", "candidates/002": "find nothing finite", "control": "diverge"})
     with pytest.warns(Notice) as said:
-        result = search(small(tmp_path / "out", candidates=3))
+        result = search(quick(tmp_path / "out", steps=18, targets=(0.5,), control=True))
     words = [str(notice.message) for notice in said]
     assert any(w.startswith("candidate 1 (") and "training diverged at step 1" in w for w in words)
     assert any(w.startswith("candidate 2 (") and "nothing is left to score" in w for w in words)
     failed = archived(tmp_path / "out", "number, map, map50, latency_ratio, failure IS NULL")
     assert [row[0] for row in failed if row[1:] == (None, None, None, 0)] == [1, 2]
     with closing(Archive(tmp_path / "out" / ARCHIVE)) as archive:
-        assert [one.number for one in archive.scored] == [0, 3] and math.isnan(archive.candidates[1].map)
-        assert archive.candidates[3].parent == archive.candidates[0].id
-        assert result["student_id"] == archive.candidates[3].id
-    assert result["control"]["map"] >= 0 and result["control_single"] == {
-        "failure": "training diverged at step 1 of 1."
-    }
+        assert [one.number for one in archive.scored] == [0, 3, 4] and math.isnan(archive.candidates[1].map)
+        assert archive.candidates[3].parent == archive.candidates[0].id, "where nothing else is left, the base"
+        assert result["students"][0]["id"] in [one.id for one in archive.candidates[3:]]
+    assert result["control"] == {"failure": "training diverged at step 1 of 1."}
+    assert result["students"][0]["target_met"] and result["cost"]["control_steps"] == 0
     text = write_report(tmp_path / "out")[1].read_text()
     assert "candidate 1 failed: training diverged" in text and "candidate 2 failed: " in text
-    assert "control, one cycle failed: training diverged" in text and "nan" not in re.sub('base64,[^"]*', "", text)
+    assert "control failed: training diverged" in text and "nan" not in re.sub('base64,[^"]*', "", text)
 
 
-def test_a_search_whose_candidates_all_fail_says_why(small, steady, tmp_path, monkeypatch):
+def test_a_finalist_that_fails_is_replaced_by_the_one_it_came_from(quick, steady, tmp_path, monkeypatch):
+    broken(monkeypatch, {"candidates/002": "diverge"})
+    with pytest.warns(Notice, match=r"candidate 2 \(.*failed"):
+        search(quick(tmp_path / "out"))
+    parents = archived(tmp_path / "out", "number, parent, kind, failure IS NULL")
+    assert [row[3] for row in parents] == [1, 1, 0, 1] and parents[2][1] == parents[3][1] != parents[1][1]
+
+
+def test_a_search_whose_candidates_all_fail_says_why(quick, steady, tmp_path, monkeypatch):
     broken(monkeypatch, {"candidates/": "diverge"})
-    with (
-        pytest.warns(Notice, match="goes on without it"),
-        pytest.raises(
-            InputError, match=r"all 1 candidates failed, .*diverged at step 1 of 1\. .*a lower lr than 0\.0001"
-        ),
-    ):
-        search(small(tmp_path / "out", candidates=1))
+    says = r"all 3 candidates failed, .*diverged at step 1 of 1\. .*a lower lr than 0\.0001"
+    with pytest.warns(Notice, match="goes on without it"), pytest.raises(InputError, match=says):
+        search(quick(tmp_path / "out"))
+
+
+def test_a_base_to_train_on_as_it_is_needs_no_optimizer_of_its_own(quick, steady, tmp_path, monkeypatch):
+    broken(monkeypatch, {"candidates/001": "diverge"})
+    with pytest.warns(Notice, match="goes on without it"):
+        result = search(quick(tmp_path / "out", targets=(1.0,)))
+    assert [row[2] for row in archived(tmp_path / "out", "number, parent, kind")] == ["base", "morph", "train", "train"]
+    assert result["students"][0]["latency_ratio"] == 1.0
 
 
 def test_a_pool_that_cannot_be_trained_says_what_can_be_done(folder, steady, tmp_path, monkeypatch):
     def diverge(*given, **options):
         raise DivergenceError("training diverged.", 3, "loss_box_reg")
 
-    monkeypatch.setattr("jdkd.search.loop.train_pool", diverge)
+    monkeypatch.setattr("jdkd.search.teachers.train_pool", diverge)
     with pytest.raises(InputError, match=r"at step 3 loss_box_reg is not finite; search into another folder"):
         search(config_of(folder, tmp_path / "out"))
 

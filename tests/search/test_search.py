@@ -2,29 +2,25 @@
 
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from jdkd.data import Split
 from jdkd.detect import load, save
 from jdkd.errors import InputError
-from jdkd.latency.clock import environment
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
-from jdkd.search import plan, search
-from jdkd.search.archive import ARCHIVE, Archive
-from jdkd.search.loop import TEACHERS
+from jdkd.search import Archive, Method, plan, search
+from jdkd.search.archive import ARCHIVE
+from jdkd.search.teachers import TEACHERS
 from tests.detectors import detector, small_spec
 from tests.search.conftest import DIGITS
-from tests.search.small_search import archived, config_of, steady_measure
+from tests.search.small_search import archived, config_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
 
@@ -32,39 +28,59 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.No
 def test_a_search_leaves_a_student_a_result_and_an_archive(folder, finished):
     out, result, told = finished
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
-    budget = plan(config_of(folder, out), 12)
-    steps = {name: result[name]["train_steps"] for name in ("base", "control", "control_single", "student")}
-    assert steps.pop("base") == 0 and len(set(steps.values())) == 1
-    rows = archived(out, "number, kind, steps, architecture, id")
-    assert [row[:3] for row in rows] == [
-        (0, "base", 0), (1, "morph", budget.per_candidate), (2, "teacher", budget.per_candidate)
-    ]  # fmt: skip
-    (known,) = [row[3] for row in rows if row[4] == result["student_id"]]
-    assert load(out / "student").architecture.to_json(indent=None) == known
+    (student,) = result["students"]
+    with closing(Archive(out / ARCHIVE)) as archive:
+        (known,) = (one for one in archive.candidates if one.id == student["id"])
+        line = archive.lineage(known)
+    assert load(out / student["folder"]).architecture == known.architecture
+    assert student["train_steps"] == known.lineage_steps == sum(one.steps for one in line)
+    assert result["control"]["train_steps"] == known.lineage_steps, "trained as long"
     assert {"pool: largest", "pool: full", "screening students", "control", "timing"} <= told
     assert not list(out.glob("candidates/*/training")), "what only a resume needs is cleared away"
+    assert not (out / "outcomes").exists()
     assert result["command"] == "jdkd search --base 'a folder'"
     assert RunFolder(out).read()["finished"]
 
 
+def test_generations_are_as_planned_and_a_lineage_is_annealed_in_one_cycle(folder, finished):
+    out, result, _ = finished
+    budget = plan(config_of(folder, out), 32)
+    with closing(Archive(out / ARCHIVE)) as archive:
+        candidates = archive.candidates
+        assert max(one.generation for one in candidates) == len(budget.rungs)
+        for one in candidates[1:]:
+            rung = budget.rungs[one.generation - 1]
+            assert one.steps == rung.steps and (one.target is None) is rung.explores
+            cycles, total = one.cycles, one.cycles[-1].total
+            assert [cycle.start for cycle in cycles] == [sum(c.steps for c in cycles[:k]) for k in range(len(cycles))]
+            assert one.lineage_steps <= total <= budget.lineage
+            if one.generation == len(budget.rungs):
+                assert one.lineage_steps == total, "who is trained to the end ends at the end of its cycle"
+        final = [one for one in candidates if not budget.rungs[one.generation - 1].explores and one.number]
+    assert all(one.parent != candidates[0].id for one in final), "the base is no finalist"
+    assert result["cost"]["candidate_steps"] == sum(one.steps for one in candidates) <= budget.total - budget.pool
+    assert result["cost"]["pool_steps"] <= budget.pool
+    assert {"training", "scoring", "timing", "inheriting"} <= result["cost"]["seconds"].keys()
+
+
 def test_the_result_the_archive_and_the_target_know_one_ratio(finished):
     out, result, _ = finished
+    told, base = result["students"][0], result["base"]
     with closing(Archive(out / ARCHIVE)) as archive:
-        (student,) = (one for one in archive.candidates if one.id == result["student_id"])
+        (student,) = (one for one in archive.candidates if one.id == told["id"])
         timings = archive.timings(student.architecture_id)
-        assert all(
-            len(t.samples) == len(t.base_samples)
-            for one in archive.candidates
-            for t in archive.timings(one.architecture_id)
-        )
-    told, base = result["student"], result["base"]
+        everything = [t for one in archive.candidates for t in archive.timings(one.architecture_id)]
+    assert all(len(t.samples) == len(t.base_samples) for t in everything)
     assert told["latency_ratio"] == student.latency_ratio
     assert told["latency_ratio_interval"] == list(student.latency_interval)
     assert told["latency_ratio"] == pytest.approx(told["latency_ms"]["p50"] / base["latency_ms"]["p50"])
-    assert result["target_met"] is (student.latency_ratio <= 0.95)
+    assert told["target"] == 0.9 and result["target_met"] is told["target_met"] is (student.latency_ratio <= 0.9)
     assert [t.stage for t in timings].count("long") == 1, "who is chosen was timed at length, once"
-    assert base["latency_ratio"] == result["control"]["latency_ratio"] == result["control_single"]["latency_ratio"] == 1
-    assert "architecture" in result["latency_ratio_is"]
+    assert base["latency_ratio"] == result["control"]["latency_ratio"] == 1
+    assert result["aa"] == {"ratio": 1.0, "interval": [1.0, 1.0]}
+    predictor = result["predictor"]
+    assert predictor["architectures"] >= 1 and 0 <= predictor["mean_absolute_percentage_error"] < 30
+    assert "architecture" in result["latency_ratio_is"] and result["method"] == vars(Method())
 
 
 def test_what_selects_and_what_reports_are_named_and_disjoint(folder, finished):
@@ -79,179 +95,118 @@ def test_what_selects_and_what_reports_are_named_and_disjoint(folder, finished):
     assert pool["trained_on"] == identity["train"] not in (selection["fingerprint"], report["fingerprint"])
 
 
-def test_a_killed_search_resumes_and_reaches_the_same_archive(folder, finished, steady):
-    out, root = folder / "killed", Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.search.small_search", str(folder), str(out)]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core would spin
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone, cwd=root) as process:
-        for line in process.stdout:
-            if line.startswith("candidate 2"):
-                break
-        process.send_signal(signal.SIGKILL)
-    before, told = archived(out), []
-    assert [row[0] for row in before] == [0, 1] and not (out / "result.json").exists()
-    search(config_of(folder, out, resume=True), lambda what, *state: told.append(what))
-    assert not any(what.startswith(("pool: ", "candidate 1:")) for what in told), "nothing finished is redone"
-    assert archived(out)[:2] == before
-    assert archived(out) == archived(finished[0])
+def test_every_target_has_a_student_of_its_own_under_a_foreign_teacher(
+    folder, finished, quick, steady, tmp_path, monkeypatch
+):
+    foreign = tmp_path / "wide"
+    wide = small_spec(classes=DIGITS, fpn=24)
+    shutil.copytree(folder / "base", foreign)  # with the record of what it was trained on
+    save(foreign, detector(wide, seed=3))
+    told, always = [], Method(teaching="fixed")
+    changes = {"targets": (0.9, 0.6), "teacher_pool": finished[0] / "pool", "teachers": (foreign,), "method": always}
+    config = quick(tmp_path / "out", steps=18, **changes)
+    monkeypatch.setattr("jdkd.pool.elastic_pool.evaluate", lambda model, *given, **how: scores_of(model, wide))
+    result = search(config, lambda what, *state: told.append(what))
+    fast, faster = [student["latency_ratio"] for student in result["students"]]
+    assert [student["target"] for student in result["students"]] == [0.9, 0.6] and faster < fast <= 0.9
+    assert [student["folder"] for student in result["students"]] == ["student-0.9", "student-0.6"]
+    assert all(load(tmp_path / "out" / student["folder"]) for student in result["students"])
+    assert "control" not in result and "control" not in told and result["cost"]["control_steps"] == 0
+    members = json.loads((tmp_path / "out" / TEACHERS).read_text())
+    assert [member["foreign"] for member in members if "foreign" in member] == ["wide"]
+    taught = {row[0] for row in archived(tmp_path / "out", "teacher")}
+    assert taught == {None, json.dumps({"foreign": "wide"})}, "of another width and depth, through the adapter"
+    targets = [row[0] for row in archived(tmp_path / "out", "target")]
+    assert {json.loads(target) for target in targets} == {None, 0.9, 0.6}
 
 
-def test_a_search_interrupted_again_and_again_reaches_the_same_archive(folder, finished, steady):
-    out, config = folder / "interrupted", config_of(folder, folder / "interrupted", resume=True)
-    moments = ("pool: largest", "pool: scoring", "screening students", "candidate 1", "candidates", "scoring teachers")
-    for moment in (*moments, "timing", "control", "scoring"):
-
-        def stop(what, *state, moment=moment):
-            if what.startswith(moment):
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            search(config, stop)
-        assert RunFolder(out).read()["finished"] is None and not (out / "result.json").exists()
-    result = search(config)
-    assert archived(out) == archived(finished[0])
-    for name in ("base", "control", "control_single", "student"):
-        assert result[name] == finished[1][name]
+def scores_of(model, best):
+    """In place of :func:`jdkd.train.evaluate`: the teacher of one spec is the best."""
+    return SimpleNamespace(map=0.9 if model.architecture.arguments.get("spec", {}).get("fpn") == best.fpn else 0.1)
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("make", "says"),
     [
-        ("result.json", r"result\.json is not JSON.*remove it and resume"),
-        ("teachers.json", r"teachers\.json is not JSON.*remove it and resume"),
+        (lambda folder: None, "wide"),
+        (lambda folder: save(folder / "wide", detector(small_spec())), r"teacher wide knows 3 \(cat, dog, bird\)|wide"),
+        (lambda folder: save(folder / "base", detector(small_spec(classes=DIGITS))), "is named as what the search"),
+        (lambda folder: save(folder / "best", detector(small_spec(classes=DIGITS))), "named best, as a subnet is"),
     ],
+    ids=["is not there", "of other classes", "named base", "named as a subnet"],
 )
-def test_a_file_that_is_broken_is_named(folder, finished, tmp_path, name, says):
-    shutil.copytree(finished[0], tmp_path / "out")
-    (tmp_path / "out" / "result.json").unlink()
-    (tmp_path / "out" / name).write_text("{")
+def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_written(folder, tmp_path, make, says):
+    make(tmp_path)
+    teacher = next((tmp_path / name for name in ("base", "best") if (tmp_path / name).exists()), tmp_path / "wide")
     with pytest.raises(InputError, match=says):
-        search(config_of(folder, tmp_path / "out", resume=True))
+        search(config_of(folder, tmp_path / "out", teachers=(teacher,)))
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_result_that_is_none_is_named(folder, finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "out")
-    (tmp_path / "out" / "result.json").write_text("[]")
-    with pytest.raises(InputError, match=r"result\.json has no 'base'.*remove it and resume"):
-        search(config_of(folder, tmp_path / "out", resume=True))
+def test_two_teachers_of_one_name_are_refused(folder, tmp_path):
+    same = [tmp_path / name / "wide" for name in ("one", "two")]
+    for place in same:
+        save(place, detector(small_spec(classes=DIGITS)))
+    with pytest.raises(InputError, match="a foreign teacher wide already"):
+        search(config_of(folder, tmp_path / "out", teachers=tuple(same)))
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_kill_after_the_archive_leaves_nothing_behind(folder, finished, steady, tmp_path, monkeypatch):
-    shutil.copytree(finished[0], tmp_path / "out")
-    (tmp_path / "out" / "result.json").unlink()
-    (tmp_path / "out" / "candidates" / "002" / "training").mkdir()
-    search(config_of(folder, tmp_path / "out", resume=True))
-    assert not (tmp_path / "out" / "candidates" / "002" / "training").exists()
+def test_a_target_that_no_cut_reaches_is_missed_by_a_student_all_the_same(quick, steady, tmp_path):
+    with pytest.warns(Notice) as said:
+        result = search(quick(tmp_path / "out", targets=(0.02,), method=Method(teaching="none", gradual=False)))
+    words = [str(notice.message) for notice in said]
+    assert any("no student at 0.02 of the base's latency" in w and "This generation goes to" in w for w in words)
+    assert not result["target_met"] and result["students"][0]["latency_ratio"] < 0.9
+    assert (tmp_path / "out" / "student").is_dir()
 
 
-def test_renamed_folders_are_the_same_search(folder, finished, tmp_path):
-    there = tmp_path / "elsewhere"
-    for name in ("data", "base", "out"):
-        shutil.copytree(folder / name, there / name)
-    shutil.move(there / "base", tmp_path / "another name")
-    config = config_of(there, there / "out", base=tmp_path / "another name", workers=3, resume=True)
-    told = []
-    again = search(config, lambda what, *state: told.append(what))
-    assert not [what for what in told if not what.startswith("check ")], "data are looked at, and nothing is done"
-    assert again == json.loads(json.dumps(finished[1]))
+def test_a_budget_in_minutes_is_measured_once_and_kept(quick, steady, tmp_path, monkeypatch):
+    def fit(model, *given, **options):
+        measured.append(1)
+        return SimpleNamespace(seconds=3.0)  # of three steps
 
-
-def test_the_device_is_where_a_search_runs_and_not_what_it_is(context):
-    identity, where = context.identity(), context.where()
-    assert "device" not in json.dumps(identity) and where["device"] == "cpu"
-    moved = replace(context, config=replace(context.config, device="cuda:1"))
-    assert moved.identity() == identity and moved.where() != where
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"seed": 7}, "seed was 0 and is 7"),
-        ({"proposals": 5}, "proposals was 2 and is 5"),
-        ({"feature_weight": 1.0}, "feature_weight was 6.0 and is 1.0"),
-    ],
-)
-def test_another_search_is_refused_in_its_folder(folder, finished, changes, says):
-    before = (finished[0] / "run.json").read_bytes()
-    with pytest.raises(InputError, match="already holds a run"):
-        search(config_of(folder, finished[0], **changes))
-    with pytest.raises(InputError, match=says):
-        search(config_of(folder, finished[0], resume=True, **changes))
-    assert (finished[0] / "run.json").read_bytes() == before
-
-
-def test_other_weights_or_images_are_another_search(folder, finished, tmp_path):
-    shutil.copytree(folder / "base", tmp_path / "base")
-    save(tmp_path / "base", detector(small_spec(classes=DIGITS), seed=1))
-    with pytest.raises(InputError, match=r"base\.weights was"):
-        search(config_of(folder, finished[0], resume=True, base=tmp_path / "base"))
-    val = config_of(folder, finished[0]).val
-    content = json.loads(val.annotations.read_text())
-    content["annotations"].pop()
-    (tmp_path / "val.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"data\.(report|selection) was"):
-        search(config_of(folder, finished[0], resume=True, val=Split(val.images, tmp_path / "val.json")))
-
-
-def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, finished, steady, monkeypatch):
-    out = folder / "moved"
-    shutil.copytree(finished[0], out)
-    (out / "result.json").unlink()
-    monkeypatch.setattr("jdkd.search.context.environment", lambda device: environment(device) | {"device_name": "new"})
     measured = []
+    monkeypatch.setattr("jdkd.search.context.fit", fit)
+    monkeypatch.setattr("jdkd.search.loop._searched", lambda evaluator, budget, workers: keep(evaluator, budget))
 
-    def measure(models, images, **options):
-        measured.append(set(models))
-        report = steady_measure(models, images, **options)
-        return replace(report, environment=report.environment | {"device_name": "new"})
+    def keep(evaluator, budget):
+        evaluator.context.keep_budget()
+        return {"total": budget.total}
 
-    monkeypatch.setattr("jdkd.search.context.measure", measure)
-    with pytest.warns(Notice, match="goes on on new.* timed again"):
-        result = search(config_of(folder, out, resume=True))
-    assert set.union(*measured) == {architecture_id for (architecture_id,) in archived(out, "architecture_id")}
-    assert result["device"]["device_name"] == "new"
-
-
-def test_a_lost_archive_is_made_again(small, steady, tmp_path):
-    config = small(tmp_path / "out", candidates=1, steps=3)
-    search(config)
-    before = archived(tmp_path / "out")
-    for name in (ARCHIVE, "result.json"):
-        (tmp_path / "out" / name).unlink()
-    search(replace(config, resume=True))
-    assert archived(tmp_path / "out") == before
+    config = quick(tmp_path / "out", steps=None, minutes=0.5)
+    found = search(config)
+    assert measured == [1] and 25 <= found["total"] <= 30
+    assert search(replace(config, resume=True)) == found and measured == [1]
+    with pytest.raises(InputError, match=r"minutes was 0\.5 and is 1\.0"):
+        search(replace(config, resume=True, minutes=1.0))
+    (tmp_path / "out" / "budget.json").write_text("{}")
+    with pytest.raises(InputError, match=r"budget\.json holds something else"):
+        search(replace(config, resume=True))
 
 
-def test_a_finished_pool_serves_another_search_and_is_scored_on_its_images(folder, finished, steady, tmp_path):
+def test_a_finished_pool_serves_another_search_and_is_scored_on_its_images(folder, finished, quick, steady, tmp_path):
     pool, out = finished[0] / "pool", tmp_path / "again"
     before, whole = (pool / "pool.json").read_bytes(), config_of(folder, out).val
     train = config_of(folder, out).train
-    config = config_of(folder, out, teacher_pool=pool, seed=1, steps=3, candidates=1, val=train, train=whole)
+    config = quick(out, teacher_pool=pool, seed=1, val=train, train=whole, method=Method())
     with pytest.warns(Notice, match="was trained on other data than"):
         result = search(config)
     assert result["seed"] == 1 and not (out / "pool").exists()
     assert (pool / "pool.json").read_bytes() == before
     scores = [(teacher["subnet"], teacher["map"]) for teacher in json.loads((out / TEACHERS).read_text())]
-    known = [(member["subnet"], member["map"]) for member in json.loads(before)["members"]]
-    assert sorted(map(str, (s for s, _ in scores))) == sorted(map(str, (s for s, _ in known))) and scores != known
+    known = [member["subnet"] for member in json.loads(before)["members"]]
+    assert all(any(subnet == own for own, _ in scores) for subnet in known)
 
 
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"steps": 3}, "steps is 3, too few"),
-        ({"target_latency": 0.0}, r"must be in \(0, 1\], got 0.0"),
-        ({"target_latency": 1.5}, "got 1.5"),
-        ({"candidates": 0}, "candidates must be at least 1, got 0"),
-        ({"latency_rounds": 0}, "latency_rounds must be at least 1, got 0"),
+        ({"steps": 3}, "the budget is 3 steps, too few"),
+        ({"epochs": 0.1, "steps": None}, "the budget is 0 steps, too few"),
         ({"teacher_pool": Path("no pool")}, "holds no finished teacher pool"),
         ({"teacher_pool": Path(__file__)}, "holds no finished teacher pool"),
-        ({"lr": -1.0}, r"lr must be a number of at least 0\.0, got -1\.0"),
-        ({"seed": -1}, "seed must be a number of at least 0, got -1"),
-        ({"workers": -1}, "workers must be"),
-        ({"amp": "int8"}, "amp must be one of"),
-        ({"latency_seconds": math.nan}, "latency_seconds must be a number of at least 0, got nan"),
-        ({"feature_weight": math.inf}, "feature_weight must be"),
+        ({"ray": "nowhere:1"}, "ray"),
     ],
 )
 def test_a_search_that_cannot_be_planned_is_refused_before_anything_is_written(folder, tmp_path, changes, says):
@@ -260,10 +215,11 @@ def test_a_search_that_cannot_be_planned_is_refused_before_anything_is_written(f
     assert not (tmp_path / "out").exists()
 
 
-def test_the_default_budget_said_in_steps_is_the_same_search(context):
+def test_the_default_budget_said_in_steps_or_epochs_is_the_same_search(context):
     default = replace(context, config=replace(context.config, steps=None))
-    said = replace(context, config=replace(context.config, steps=36 * 12 // 2))
-    assert default.identity() == said.identity() != context.identity()
+    for same in ({"steps": 24 * 12 // 2}, {"steps": None, "epochs": 24.0}):
+        said = replace(context, config=replace(context.config, **same))
+        assert default.identity() == said.identity() != context.identity()
 
 
 def test_a_val_without_boxes_to_select_on_is_refused_before_anything_is_written(folder, tmp_path):
@@ -306,21 +262,3 @@ def test_a_base_of_weights_that_are_no_numbers_is_refused_before_anything_is_wri
     with pytest.raises(InputError, match=r"backbone\.body\.conv1\.weight holds .* not finite"):
         search(config_of(folder, tmp_path / "out", base=tmp_path / "base"))
     assert not (tmp_path / "out").exists()
-
-
-def test_the_budget_covers_pool_candidates_and_both_controls(folder):
-    config = config_of(folder, folder / "none", steps=1200, candidates=4)
-    budget = plan(config, 100)
-    assert 1150 <= budget.total <= 1200 and budget.pool == 432
-    assert plan(replace(config, steps=None), 1000).total <= 36 * 1000 // 2
-    assert plan(replace(config, teacher_pool=folder), 100).pool == 0
-
-
-def test_the_folder_of_an_earlier_version_is_refused_with_a_sentence(folder, finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "old")
-    record = json.loads((tmp_path / "old" / "run.json").read_text())
-    record["identity"] = {"data": {"train_images": "/a/b"}, "device": "cpu"}
-    del record["format"]
-    (tmp_path / "old" / "run.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match=r"begun by another version of jdkd.*give another folder"):
-        search(config_of(folder, tmp_path / "old", resume=True))

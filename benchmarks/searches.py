@@ -1,0 +1,102 @@
+"""What searches found, by seeds: keeps the results of finished ones and prints them as a table.
+
+python -m benchmarks.searches demo runs/demo/search runs/demo-1/search    keep the results of `make demo`
+python -m benchmarks.searches blood_cells                                 print the table of those that are kept
+"""
+
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+from jdkd.errors import InputError
+
+KEPT = {
+    "demo": "`make demo`",
+    "digit_scenes": "an FCOS on digit scenes",
+    "blood_cells": "an FCOS on photographs of blood cells",
+    "blood_cells_two_stage": "a Faster R-CNN on photographs of blood cells",
+}
+HEADINGS = ("target", "seed", "base mAP", "control", "student", "student p50 / base p50 (95 %)", "params", "steps")
+
+
+def collect(folders: list[Path]) -> list[dict[str, Any]]:
+    """The results of finished searches, with the names of files and folders in place of where they lie.
+
+    Raises:
+        InputError: a folder holds none.
+    """
+    found = []
+    for folder in folders:
+        file = folder / "result.json"
+        if not file.is_file():
+            raise InputError(f"{folder} holds no result.json; give the folder of a finished search.")
+        result = json.loads(file.read_text())
+        for part in ("selection", "report"):
+            result[part] |= {name: Path(result[part][name]).name for name in ("image_folder", "annotations")}
+        result["command"] = " ".join(Path(word).name for word in shlex.split(result["command"]))
+        found.append(result)
+    return found
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """A Markdown table: a row for each target and seed, and the means of each target.
+
+    Args:
+        results: contents of `result.json`; of a seed that occurs twice, the later one counts.
+    """
+    results = sorted({result["seed"]: result for result in results}.values(), key=lambda result: result["seed"])
+    lines = [f"| {' | '.join(HEADINGS)} |", "| " + " | ".join(["---:"] * len(HEADINGS)) + " |"]
+    targets = sorted({student["target"] for result in results for student in result["students"]}, reverse=True)
+    for target in targets:
+        pairs = [(result, one) for result in results for one in result["students"] if one["target"] == target]
+        for result, student in pairs:
+            low, high = student["latency_ratio_interval"]
+            scores = [_map(result["base"]), _map(result.get("control", {})), _map(student)]
+            ratio = f"{student['latency_ratio']:.3f} ({low:.3f}–{high:.3f})"
+            cells = [f"{target:g}", str(result["seed"]), *scores, ratio, f"{_size(result, student):.2f}×"]
+            lines.append(f"| {' | '.join([*cells, str(student['train_steps'])])} |")
+        if len(pairs) > 1:
+            means = [_mean(rows) for rows in ([r["base"] for r, _ in pairs], [r.get("control", {}) for r, _ in pairs])]
+            ratio = statistics.mean(student["latency_ratio"] for _, student in pairs)
+            size = statistics.mean(_size(result, student) for result, student in pairs)
+            cells = [
+                f"{target:g}",
+                "mean ± sd",
+                *means,
+                _mean([s for _, s in pairs]),
+                f"{ratio:.3f}",
+                f"{size:.2f}×",
+                "",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _map(row: dict[str, Any]) -> str:
+    return f"{row['map']:.3f}" if "map" in row else "–"
+
+
+def _mean(rows: list[dict[str, Any]]) -> str:
+    values = [row["map"] for row in rows if "map" in row]
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else "–"
+
+
+def _size(result: dict[str, Any], student: dict[str, Any]) -> float:
+    return student["params"] / result["base"]["params"]
+
+
+def main(arguments: list[str]) -> None:
+    name, *folders = arguments or [next(iter(KEPT))]
+    if name not in KEPT:
+        raise InputError(f"{name!r} is none of {', '.join(KEPT)}; begin with what the searches are of.")
+    for result in collect([Path(folder) for folder in folders]):
+        record.append(record.result_file(result["device"]["device"].partition(":")[0], name), [result])
+    print(table(record.load(sorted(record.RESULTS.glob(f"*/{name}.jsonl")))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

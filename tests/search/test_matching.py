@@ -1,0 +1,120 @@
+"""Who teaches a student: one that is ahead of it and whose features it can explain, or nobody."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from jdkd.detect import read
+from jdkd.errors import InputError
+from jdkd.notices import Notice
+from jdkd.pool import ScoredTeacher, Space, Subnet
+from jdkd.search import Method, matching
+from jdkd.search.matching import Matching
+from jdkd.search.proposal import BASE
+from tests.detectors import detector, small_spec
+from tests.search.rows import candidate
+
+
+@pytest.fixture
+def pool():
+    """Two scored subnets, a foreign teacher, and the memory of what else was scored."""
+    space = Space.from_base(read(detector(small_spec())))
+    members = [ScoredTeacher(t, map, 1) for t, map in ((space.largest, 0.6), ("yolo", 0.55), (space.smallest, 0.4))]
+    return SimpleNamespace(
+        space=space, members=members, teacher=lambda teacher: teacher, score=lambda t, data: ScoredTeacher(t, 0.1, 1)
+    )
+
+
+@pytest.fixture
+def matched(pool, monkeypatch):
+    """The teacher of a student of an mAP, by the shares of each teacher's features that it explains."""
+
+    def of(map, shares=None, *, base_map=0.3, present=None, teaching="dynamic", ours=pool):
+        def explained(student, teacher):
+            share = (shares or {}).get(teacher, 0.5)
+            if isinstance(share, Exception):
+                raise share
+            return share
+
+        monkeypatch.setattr(matching, "pyramids", lambda model, batches: model)
+        monkeypatch.setattr(matching, "explained", explained)
+        config = SimpleNamespace(method=Method(teaching=teaching))
+        context = SimpleNamespace(
+            base=BASE, config=config, selection=SimpleNamespace(dataset=None), progress=lambda *state: None,
+            probe=lambda: iter(()),
+        )  # fmt: skip
+        parent = candidate(1, map=map, teacher=present)
+        return Matching(context, ours, base_map).of("student", parent, random.Random(0))
+
+    return of
+
+
+def test_the_teacher_that_is_ahead_and_speaks_the_language_is_chosen(pool, matched):
+    largest, foreign, smallest = (member.teacher for member in pool.members)
+    assert matched(0.2) == largest
+    assert matched(0.2, {largest: 0.1, foreign: 0.9}) == foreign
+    assert matched(0.2, {largest: 0.1, foreign: 0.1, smallest: 0.9}) == smallest
+    assert matched(0.2, {largest: 0.01, foreign: 0.01, smallest: 0.01}) == BASE
+
+
+@pytest.mark.parametrize("share", [0.9, 0.05, 1.0])
+def test_a_teacher_that_is_behind_never_teaches_however_alike_it_is(pool, matched, share):
+    largest, foreign, smallest = (member.teacher for member in pool.members)
+    assert matched(0.45, {smallest: 1.0, BASE: 1.0, largest: share, foreign: 0.01}) == largest
+    for ahead_of_all in (0.6, 0.7, 1.0):
+        for present in (None, BASE, foreign, smallest):
+            assert matched(ahead_of_all, {smallest: share, BASE: share}, present=present) is None
+
+
+def test_what_is_ahead_by_less_than_the_noise_is_not_ahead(matched):
+    assert matched(0.6 - 0.9 * matching.NOISE) is None
+    assert matched(0.6 - 1.1 * matching.NOISE) is not None
+
+
+@pytest.mark.parametrize("unrelated", [0.0, -0.8, math.nan])
+def test_a_teacher_that_is_ahead_but_unrelated_does_not_teach(pool, matched, unrelated):
+    largest, foreign, smallest = (member.teacher for member in pool.members)
+    assert matched(0.2, {largest: unrelated, foreign: 0.01, smallest: unrelated, BASE: unrelated}) == foreign
+    assert matched(0.2, dict.fromkeys((largest, foreign, smallest, BASE), unrelated)) is None
+
+
+@pytest.mark.parametrize("score", [-1.0, math.nan])
+def test_a_teacher_without_a_score_does_not_teach(pool, matched, score):
+    largest, foreign, _ = (member.teacher for member in pool.members)
+    pool.members[0] = ScoredTeacher(largest, score, 1)
+    assert matched(0.2, {largest: 1.0}) == foreign
+    assert matched(0.2, teaching="fixed") == foreign
+
+
+def test_of_equally_related_ones_the_one_that_is_further_ahead_teaches(pool, matched):
+    assert matched(0.35) == pool.members[0].teacher
+    pool.members.reverse()
+    assert matched(0.35) == pool.members[-1].teacher
+    assert matched(0.35, base_map=0.9) == BASE
+
+
+def test_a_teacher_that_cannot_be_compared_is_left_out_and_said_once(pool, matched):
+    largest, foreign, _ = (member.teacher for member in pool.members)
+    with pytest.warns(Notice, match=r"does not teach this student: no common stride") as said:
+        assert matched(0.2, {largest: InputError("no common stride.")}) == foreign
+    assert len(said) == 1
+
+
+def test_what_teaches_can_be_set(pool, matched):
+    assert matched(0.9, teaching="fixed") == pool.members[0].teacher, "the pool's best, whatever the student"
+    assert matched(0.9, teaching="base") == BASE
+    assert matched(0.2, teaching="none") is None
+    assert matched(0.2, ours=None) == BASE, "without a pool the base teaches"
+
+
+def test_neighbours_of_the_present_teacher_are_scored_and_remembered(pool, matched):
+    before = len(pool.members)
+    matched(0.2, present=pool.space.smallest)
+    fresh = pool.members[before:]
+    assert 1 <= len(fresh) <= matching.NEIGHBOURS and all(isinstance(member.teacher, Subnet) for member in fresh)
+    assert len({member.teacher for member in pool.members}) == len(pool.members)
+    for present in (None, BASE, "yolo"):
+        matched(0.2, present=present)
+    assert len(pool.members) == before + len(fresh), "what is no subnet has no neighbours"

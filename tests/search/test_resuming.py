@@ -1,0 +1,216 @@
+"""A search that was killed, interrupted, moved or asked of more workers comes to the same archive."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jdkd.data import Split
+from jdkd.detect import save
+from jdkd.errors import InputError
+from jdkd.latency.clock import environment
+from jdkd.notices import Notice
+from jdkd.run_folder import RunFolder
+from jdkd.search import Archive, Method, search
+from jdkd.search.archive import ARCHIVE
+from tests.detectors import detector, small_spec
+from tests.search.conftest import DIGITS
+from tests.search.small_search import SteadyTraining, archived, config_of, steady_measure
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of a finished search that lacks its result."""
+    shutil.copytree(finished[0], tmp_path / "out")
+    (tmp_path / "out" / "result.json").unlink()
+    return tmp_path / "out"
+
+
+def forgotten(out, number):
+    """Takes the candidates from a number on out of an archive, as if a kill had come before them."""
+    with closing(Archive(out / ARCHIVE)) as archive:
+        archive._db.execute("DELETE FROM candidates WHERE number >= ?", (number,))
+        archive._db.commit()
+
+
+def test_a_search_killed_once_and_interrupted_again_and_again_reaches_the_same_archive(folder, finished, steady):
+    out, root = folder / "killed", Path(__file__).parents[2]
+    command = [sys.executable, "-m", "tests.search.small_search", str(folder), str(out)]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core would spin
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone, cwd=root) as process:
+        for line in process.stdout:
+            if line.startswith("candidate 2"):
+                break
+        process.send_signal(signal.SIGKILL)
+    decided, told = (out / "generation.json").read_text(), []
+    assert len(archived(out)) <= 2 and not (out / "result.json").exists()
+    config = config_of(folder, out, resume=True)
+    for moment in ("candidate 2", "candidates", "screening students", "timing", "control", "scoring"):
+
+        def stop(what, *state, moment=moment):
+            told.append(what)
+            if what.startswith(moment):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            search(config, stop)
+        assert RunFolder(out).read()["finished"] is None and not (out / "result.json").exists()
+        if moment == "candidate 2":
+            assert (out / "generation.json").read_text() == decided, "a generation is decided once"
+    result = search(config)
+    assert not any(what.startswith(("pool: ", "candidate 1:")) for what in told), "nothing finished is redone"
+    assert archived(out) == archived(finished[0])
+    for name in ("base", "control", "students", "predictor", "aa"):
+        assert result[name] == finished[1][name]
+
+
+def test_two_workers_reach_the_same_archive_as_none(folder, finished, unfinished, steady, monkeypatch):
+    last = max(row[2] for row in archived(unfinished))
+    exploring = [row[0] for row in archived(unfinished) if row[2] == 1]
+    forgotten(unfinished, exploring[0])
+    (unfinished / "generation.json").unlink()
+    monkeypatch.setattr("jdkd.search.loop.Training", SteadyTraining)
+    told = []
+    search(config_of(folder, unfinished, resume=True, workers=2), lambda what, *state: told.append(what))
+    assert archived(unfinished) == archived(finished[0]) and last > 1
+    assert any(what.startswith("candidate 1:") for what in told), "what workers report is passed on"
+
+
+@pytest.mark.parametrize("lost", ["half of a generation", "everything", "generation.json"])
+def test_what_the_archive_has_lost_is_made_again(folder, finished, unfinished, steady, lost):
+    with closing(Archive(unfinished / ARCHIVE)) as archive:
+        last = archive.candidates[-1].number
+    if lost == "everything":
+        (unfinished / ARCHIVE).unlink()
+    else:
+        forgotten(unfinished, last)
+        (unfinished / "generation.json").unlink() if lost == "generation.json" else None
+        shutil.rmtree(unfinished / "candidates" / f"{last:03d}")
+    search(config_of(folder, unfinished, resume=True))
+    assert archived(unfinished) == archived(finished[0])
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"members": 1}', '[{"number": 1}]'])
+@pytest.mark.parametrize("name", ["teachers.json", "latency_table.json", "generation.json"])
+def test_a_file_that_is_broken_is_named(folder, unfinished, name, content):
+    (unfinished / name).write_text(content)
+    with pytest.raises(InputError, match=rf"{name} (is not JSON|holds something else).*remove it and resume"):
+        search(config_of(folder, unfinished, resume=True))
+
+
+@pytest.mark.parametrize(("content", "says"), [("[]", "has no 'base'"), ("{", "is not JSON")])
+def test_a_result_that_is_none_is_named(folder, unfinished, content, says):
+    (unfinished / "result.json").write_text(content)
+    with pytest.raises(InputError, match=rf"result\.json {says}.*remove it and resume"):
+        search(config_of(folder, unfinished, resume=True))
+
+
+def test_a_candidate_whose_weights_are_damaged_is_named(folder, finished, unfinished, steady):
+    with closing(Archive(unfinished / ARCHIVE)) as archive:
+        last = archive.candidates[-1]
+    forgotten(unfinished, last.number)
+    weights = next((unfinished / "candidates" / last.parent[:3]).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(InputError, match=f"candidates/{last.parent[:3]}"):
+        search(config_of(folder, unfinished, resume=True))
+
+
+def test_a_kill_after_the_archive_leaves_nothing_behind(folder, finished, unfinished, steady):
+    (unfinished / "candidates" / "002" / "training").mkdir()
+    again = search(config_of(folder, unfinished, resume=True))
+    assert not (unfinished / "candidates" / "002" / "training").exists()
+    assert again["students"] == finished[1]["students"] and archived(unfinished) == archived(finished[0])
+
+
+def test_renamed_folders_are_the_same_search(folder, finished, tmp_path):
+    there = tmp_path / "elsewhere"
+    for name in ("data", "base", "out"):
+        shutil.copytree(folder / name, there / name)
+    shutil.move(there / "base", tmp_path / "another name")
+    other = {"workers": 3, "loaders": 2, "latency_seconds": 1.0}  # how it is done, and not what
+    config = config_of(there, there / "out", base=tmp_path / "another name", resume=True, **other)
+    told = []
+    again = search(config, lambda what, *state: told.append(what))
+    assert not [what for what in told if not what.startswith("check ")], "data are looked at, and nothing is done"
+    assert again == json.loads(json.dumps(finished[1]))
+
+
+def test_the_device_is_where_a_search_runs_and_not_what_it_is(context):
+    identity, where = context.identity(), context.where()
+    assert "device" not in json.dumps(identity) and where["device"] == "cpu"
+    moved = replace(context, config=replace(context.config, device="cuda:1"))
+    assert moved.identity() == identity and moved.where() != where
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"seed": 7}, "seed was 0 and is 7"),
+        ({"proposals": 5}, "proposals was 2 and is 5"),
+        ({"feature_weight": 1.0}, "feature_weight was 2.0 and is 1.0"),
+        ({"targets": (0.9, 0.5)}, r"targets was \[0.9\] and is \[0.9, 0.5\]"),
+        ({"method": Method(criterion="gamma")}, r"method.criterion was 'taylor' and is 'gamma'"),
+        ({"steps": 33}, "steps was 32 and is 33"),
+    ],
+)
+def test_another_search_is_refused_in_its_folder(folder, finished, changes, says):
+    before = (finished[0] / "run.json").read_bytes()
+    with pytest.raises(InputError, match="already holds a run"):
+        search(config_of(folder, finished[0], **changes))
+    with pytest.raises(InputError, match=says):
+        search(config_of(folder, finished[0], resume=True, **changes))
+    assert (finished[0] / "run.json").read_bytes() == before
+
+
+def test_other_weights_or_images_or_teachers_are_another_search(folder, finished, tmp_path):
+    shutil.copytree(folder / "base", tmp_path / "base")
+    save(tmp_path / "base", detector(small_spec(classes=DIGITS), seed=1))
+    with pytest.raises(InputError, match=r"base\.(weights|architecture) was"):
+        search(config_of(folder, finished[0], resume=True, base=tmp_path / "base"))
+    with pytest.raises(InputError, match=r"teachers.*was"):
+        search(config_of(folder, finished[0], resume=True, teachers=(tmp_path / "base",)))
+    val = config_of(folder, finished[0]).val
+    content = json.loads(val.annotations.read_text())
+    content["annotations"].pop()
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"data\.(report|selection) was"):
+        search(config_of(folder, finished[0], resume=True, val=Split(val.images, tmp_path / "val.json")))
+
+
+def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, unfinished, steady, monkeypatch):
+    monkeypatch.setattr("jdkd.search.context.environment", lambda device: environment(device) | {"device_name": "new"})
+    measured, table = [], []
+
+    def measure(models, images, **options):
+        measured.append(set(models))
+        report = steady_measure(models, images, **options)
+        return replace(report, environment=report.environment | {"device_name": "new"})
+
+    monkeypatch.setattr("jdkd.search.context.measure", measure)
+    monkeypatch.setattr(
+        "jdkd.latency.table.measure", lambda *given, **how: table.append(1) or steady_measure(*given, **how)
+    )
+    with pytest.warns(Notice, match="goes on on new.* timed again"):
+        result = search(config_of(folder, unfinished, resume=True))
+    known = {architecture_id for (architecture_id,) in archived(unfinished, "architecture_id")}
+    assert set.union(*measured) == known | {"copy"} and table, "also the parts of the base, and the base against itself"
+    assert result["device"]["device_name"] == "new"
+
+
+def test_the_folder_of_an_earlier_version_is_refused_with_a_sentence(folder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "old")
+    record = json.loads((tmp_path / "old" / "run.json").read_text())
+    record["identity"] = {"data": {"train_images": "/a/b"}, "device": "cpu"}
+    del record["format"]
+    (tmp_path / "old" / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match=r"begun by another version of jdkd.*give another folder"):
+        search(config_of(folder, tmp_path / "old", resume=True))

@@ -1,0 +1,213 @@
+"""Which students are proposed, without any training, and what a proposal is."""
+
+import json
+import math
+import random
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jdkd.detect.contract import architecture_of
+from jdkd.distill import correlations
+from jdkd.errors import InputError
+from jdkd.notices import Notice
+from jdkd.search import Archive, Method, Proposal, plan, screening
+from jdkd.search.archive import ARCHIVE
+from jdkd.search.inheriting import fresh, inherit
+from jdkd.search.loop import _table
+from jdkd.search.matching import Matching
+from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Recipe, screen, trimmed
+from jdkd.search.strategy import Strategy
+from tests.search.rows import candidate, timing
+from tests.search.small_search import make_steady
+
+EVERYTHING = ARCHITECTURE, CHANNELS
+
+
+@pytest.fixture(scope="module")
+def parent(context):
+    """The base, to make students of."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_steady(patch)
+        return Parent(candidate(0, kind="base", map=0.4), context.latency_table(), context)
+
+
+@pytest.fixture
+def timed(context, monkeypatch):
+    """Sets what a student is timed at, over what its table predicts."""
+
+    def at(factor, table):
+        def measured(models):
+            ((name, model),) = models.items()
+            return {name: timing((10 * factor * table.predict(model),) * 2, name=name)}
+
+        monkeypatch.setattr(context, "timed", measured)
+
+    return at
+
+
+def test_students_are_predicted_to_meet_the_aim_and_are_of_different_architectures(parent, steady):
+    found = screen([parent], 0.8, 3, EVERYTHING, random.Random(0))
+    assert 1 <= len(found) <= min(3, parent.context.config.proposals)
+    assert len({one.architecture_id for _, one in found}) == len(found)
+    for origin, one in found:
+        assert origin is parent.candidate and one.rewrites and "%" in one.action
+        assert one.predicted <= 0.8 + 1e-9 and 0 < one.similarity < 1 and 0.5 < one.latency_ratio < 1
+        assert one.student.architecture.id == one.architecture_id != parent.context.base_id
+
+
+def test_the_similarity_is_the_mean_r_of_every_level_with_the_parents(parent, steady):
+    made = parent.make(Recipe(), 0.8)
+    context = parent.context
+    kept = inherit(parent.model, parent.topology, made.rewrites, context).kept
+    levels = correlations(made.student, context.base, context.probe(), channels=kept, own_size=True).values()
+    assert made.similarity == pytest.approx(1 - sum(levels) / len(levels), abs=1e-5)
+
+
+def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(parent, steady):
+    rng = random.Random(1)
+    for recipe in [Recipe(min_size=32), *(parent.draw(EVERYTHING, rng) for _ in range(3))]:
+        one, two = parent.make(recipe, 0.7), parent.make(recipe, 0.7)
+        assert (one.rewrites, one.action, one.similarity) == (two.rewrites, two.action, two.similarity)
+        sent = json.loads(json.dumps([rewrite.to_json() for rewrite in one.rewrites]))
+        read = [type(one.rewrites[0]).from_json(fields) for fields in sent]
+        again = inherit(parent.model, parent.topology, read, parent.context).model
+        assert architecture_of(again, "a test").id == one.architecture_id
+
+
+def test_a_pipeline_changes_blocks_and_input_or_channels_and_not_both(parent):
+    rng = random.Random(0)
+    drawn = [parent.draw((ARCHITECTURE,), rng) for _ in range(20)]
+    assert not any(recipe.channels for recipe in drawn)
+    assert any(recipe.shorter for recipe in drawn) and any(recipe.min_size for recipe in drawn)
+    drawn = [parent.draw((CHANNELS,), rng) for _ in range(20)]
+    assert all(recipe.channels and not (recipe.shorter or recipe.before or recipe.min_size) for recipe in drawn)
+    assert len({recipe.seed for recipe in drawn}) == 20
+
+
+def test_where_the_table_was_wrong_the_student_is_made_once_more(parent, steady, timed):
+    recipe, made = Recipe(), parent.make(Recipe(), 0.8)
+    timed(1.01, parent.table)
+    assert parent.measured(recipe, made, 0.8).rewrites == made.rewrites, "close enough"
+    timed(1.15, parent.table)
+    again = parent.measured(recipe, made, 0.8)
+    assert again.predicted <= 0.8 / 1.15 + 0.02 < made.predicted
+    assert again.latency_ratio == pytest.approx(1.15 * again.predicted)
+    timed(100.0, parent.table)
+    assert parent.measured(recipe, made, 0.8).rewrites == made.rewrites, "it cannot be cut so far"
+
+
+def test_features_that_are_no_numbers_are_never_preferred(parent, steady, monkeypatch):
+    first, calls = parent.make(Recipe(), 0.7).architecture_id, []
+
+    def broken(student, *given, **options):
+        calls.append(student)
+        return {4: math.nan if len(calls) == 1 else 0.9}
+
+    monkeypatch.setattr(screening, "correlations", broken)
+    found = screen([parent], 0.7, 1, EVERYTHING, random.Random(3))
+    assert len(calls) == 2 and found[0][1].architecture_id != first
+
+
+def test_no_student_is_proposed_that_leaves_no_pixel_of_an_image(parent, steady, monkeypatch):
+    long = ("long.png", 1, parent.model.transform.max_size + 1)
+    monkeypatch.setattr(type(parent.context), "image_sizes", [long])
+    with pytest.raises(InputError, match=r"no student at 0\.70 of the base's latency can be made: .*long\.png"):
+        screen([parent], 0.7, 1, (CHANNELS,), random.Random(0))
+
+
+def test_the_better_parent_gets_more_proposals_and_its_lead_counts(monkeypatch):
+    asked = []
+
+    def make(self, recipe, aim):
+        asked.append(self.candidate)
+        name = f"student {len(asked)}"
+        return SimpleNamespace(similarity=0.9, predicted=aim, architecture_id=name)
+
+    context = SimpleNamespace(config=SimpleNamespace(proposals=8), progress=lambda *state: None)
+    better, worse = candidate(1, map=0.4), candidate(2, map=0.3)
+    parents = [SimpleNamespace(candidate=one, context=context, draw=lambda *given: None) for one in (better, worse)]
+    for one in parents:
+        one.make = lambda recipe, aim, one=one: make(one, recipe, aim)
+        one.measured = lambda recipe, screened, aim: screened
+    found = screen(parents, 0.5, 4, EVERYTHING, random.Random(0))
+    assert asked.count(better) == 6 and asked.count(worse) == 2
+    assert [origin for origin, _ in found] == [better] * 4
+
+
+def test_a_finalist_that_is_fast_enough_stays_as_it_is(parent):
+    one = Parent.__new__(Parent)
+    one.__dict__ |= vars(parent) | {"candidate": candidate(1, ratio=0.5)}
+    assert trimmed(one, 0.53).rewrites == () and trimmed(one, 0.53).latency_ratio == 0.5
+
+
+def test_a_finalist_that_is_too_slow_is_cut_once_more_or_said_to_stay(parent, steady, timed):
+    timed(1.0, parent.table)
+    one = Parent.__new__(Parent)
+    one.__dict__ |= vars(parent) | {"candidate": candidate(1, ratio=1.0)}
+    cut = trimmed(one, 0.9)
+    assert cut.rewrites and cut.latency_ratio <= 0.9
+    with pytest.warns(Notice, match="candidate 1 stays at 1.00 of the base's latency: no cut"):
+        assert trimmed(one, 0.01).rewrites == ()
+
+
+def test_without_a_change_the_parent_is_handed_on_as_it_is(parent):
+    before = {name: tensor.clone() for name, tensor in parent.model.state_dict().items()}
+    child = inherit(parent.model, parent.topology, (), parent.context)
+    assert child.model is parent.model and [len(level) for level in child.kept] == [16] * len(child.kept)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in child.model.state_dict().items())
+
+
+def test_a_child_keeps_its_parents_weights_and_a_fresh_one_the_architecture_alone(parent, steady):
+    made = parent.make(Recipe(), 0.8)
+    new, again, other = (fresh(made.student, seed) for seed in (1, 1, 2))
+    name = "roi_heads.box_head.fc7.weight"
+    ours, base = made.student.state_dict()[name], parent.model.state_dict()[name]
+    assert torch.isin(ours, base).all() and not torch.isin(new.state_dict()[name], base).any()
+    assert torch.equal(new.state_dict()[name], again.state_dict()[name])
+    assert not torch.equal(new.state_dict()[name], other.state_dict()[name])
+    assert architecture_of(new, "a test").id == made.architecture_id
+
+
+@pytest.fixture
+def asked(context, finished, steady, tmp_path):
+    """What a strategy proposes after the first so many candidates of the finished search."""
+
+    def ask(count, **changes):
+        here = replace(context, config=replace(context.config, out=tmp_path, **changes))
+        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+        with closing(Archive(tmp_path / ARCHIVE)) as archive:
+            archive.candidates = archive.candidates[:count]
+            strategy = Strategy(here, plan(here.config, 32), Matching(here, None, archive.scored[0].map), _table(here))
+            return strategy.ask(archive), strategy.ask(archive)
+
+    return ask
+
+
+def test_a_generation_follows_from_the_archive_alone_and_is_pure_json(asked, finished):
+    one, two = asked(1)
+    assert one == two and [proposal.number for proposal in one] == list(range(1, 1 + len(one)))
+    assert [Proposal.from_json(json.loads(json.dumps(proposal.to_json()))) for proposal in one] == one
+    with closing(Archive(finished[0] / ARCHIVE)) as archive:
+        made = [c for c in archive.candidates if c.generation == 1]
+    assert [(p.action, p.parent, p.predicted) for p in one] == [(c.action, c.parent, c.predicted) for c in made]
+    assert {(p.kind, p.target, p.generation, p.teacher) for p in one} == {("morph", None, 1, "base")}
+    assert len({proposal.seed for proposal in one}) == len(one)
+
+
+def test_a_pipeline_distils_only_once_its_architecture_is_found(asked, finished):
+    pipelined = Method(order="pipelined", teaching="base")
+    exploring, _ = asked(1, method=pipelined)
+    assert {proposal.teacher for proposal in exploring} == {None}
+    trained_on, _ = asked(2, method=pipelined)
+    assert {proposal.teacher for proposal in trained_on} == {"base"} and {p.target for p in trained_on} == {0.9}
+
+
+def test_a_search_that_is_at_its_end_proposes_nothing(asked, finished):
+    with closing(Archive(finished[0] / ARCHIVE)) as archive:
+        everything = len(archive)
+    assert asked(everything) == ([], [])

@@ -1,0 +1,90 @@
+"""Two processes train what one does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+
+import pytest
+import torch
+
+from jdkd.errors import InputError
+from jdkd.train import fit
+from tests.train.two_processes import CONFIG, Toy
+
+
+@pytest.fixture(scope="module")
+def two(digits, tmp_path_factory):
+    """What each of the two found, and their folder."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    data = digits[0].split.images.parent
+    command = [sys.executable, "-m", "tests.train.two_processes", str(folder), str(data)]
+    each = [{"RANK": str(place), "LOCAL_RANK": str(place), "OMP_NUM_THREADS": "1"} for place in range(2)]
+    with ExitStack() as ends:
+        started = [subprocess.Popen(command, env={**os.environ, **shared, **own}) for own in each]
+        for process in started:
+            ends.enter_context(process)
+            ends.callback(process.kill)
+        assert [process.wait(120) for process in started] == [0, 0]
+    return [torch.load(folder / f"{place}.pt", weights_only=False) for place in range(2)], folder
+
+
+@pytest.fixture(scope="module")
+def one(digits):
+    """The same training in one process, with batches of twice the size."""
+    toy = Toy()
+    fit(toy, digits[0], replace(CONFIG, batch_size=2 * CONFIG.batch_size), device="cpu")
+    return toy
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(two, one):
+    found, folder = two
+    before = Toy().state_dict()
+    for name, tensor in one.state_dict().items():
+        if name != "seen":
+            torch.testing.assert_close(found[0]["toy"][name], tensor, rtol=1e-5, atol=1e-7)
+            assert torch.equal(tensor, before[name]) == (name == "unused"), name
+    assert [each["processes"] for each in found] == [2, 2]
+    size = CONFIG.batch_size
+    shares = [each["order"] for each in found]
+    together = [one for at in range(0, len(shares[0]), size) for share in shares for one in share[at : at + size]]
+    assert together == one.order and len(together) == 2 * size * CONFIG.steps
+    rows = [json.loads(line) for line in (folder / "whole" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4], "one process writes"
+
+
+def test_both_end_with_the_model_of_the_first(two):
+    first, second = two[0]
+    assert float(first["toy"]["seen"]) == CONFIG.steps
+    for what in ("toy", "resumed", "pool"):
+        assert all(torch.equal(tensor, second[what][name]) for name, tensor in first[what].items()), what
+    assert first["drawn"] == second["drawn"]
+
+
+def test_two_processes_end_bit_for_bit_where_they_would_have_without_an_interruption(two):
+    first = two[0][0]
+    assert all(torch.equal(tensor, first["resumed"][name]) for name, tensor in first["toy"].items())
+
+
+def test_what_goes_wrong_in_one_ends_both(two):
+    first, second = two[0]
+    assert first["diverged"] == (2, "gradient norm") and second["diverged"] == (2, "loss")
+    assert first["raised"] == second["raised"] == "'missing'"
+
+
+def test_the_first_of_two_scores_and_writes_the_pool(two, digits):
+    found, folder = two
+    assert [each["members"] for each in found] == [1, 0]
+    assert (folder / "pool" / "pool.json").is_file() and not (folder / "pool" / "training").exists()
+
+
+def test_a_training_of_two_processes_is_not_carried_on_by_one(two, digits):
+    with pytest.raises(InputError, match="processes was 2 and is 1"):
+        fit(Toy(), digits[0], CONFIG, device="cpu", folder=two[1] / "cut", resume=True)

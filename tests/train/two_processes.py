@@ -1,0 +1,109 @@
+"""What each of two processes does that :mod:`tests.train.test_distributed` starts: ``python -m … FOLDER DATA``."""
+
+import math
+import random
+import sys
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from jdkd.data import CocoDetectionDataset, resolve_splits
+from jdkd.pool import Phase, PoolTrainConfig, train_pool
+from jdkd.train import DivergenceError, TrainConfig, fit
+from jdkd.train.distributed import from_first, process_group, processes, rank
+from tests.detectors import detector, small_spec
+
+CONFIG = TrainConfig(steps=4, batch_size=2, optimizer="sgd", lr=0.1, checkpoint_every=1, log_every=1, seed=3)
+POOL = PoolTrainConfig(
+    TrainConfig(steps=5, batch_size=1, lr=1e-4),
+    phases=(Phase("largest", 0.4, 0.0, 0, 1.0), Phase("full", 0.6, 1.0, 1, 0.5, sandwich=True)),
+)
+
+
+class Toy(nn.Module):
+    """No norm; one weight learns from some images alone, one from none."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.rare = nn.Parameter(torch.tensor([0.5]))
+        self.unused = nn.Parameter(torch.ones(2, 2))
+        self.register_buffer("seen", torch.zeros(()))
+        self.order = []
+
+    def forward(self, images, targets):
+        self.seen += 1 + rank()
+        self.order += [target["image_id"] for target in targets]
+        loss = sum((self.conv(image[None]) - 0.3).square().mean() for image in images)
+        if rare := sum(target["image_id"] % 4 == 1 for target in targets):
+            loss = loss + rare * self.rare.square().sum()
+        return {"loss": loss / len(images)}
+
+
+class Stop(Exception):
+    """In the middle of a training."""
+
+
+def stop(step, total, losses):
+    if step == 2:
+        raise Stop
+
+
+def resumed(data, folder):
+    """A training that all processes left after two steps, and carried on."""
+    with suppress(Stop):
+        fit(Toy(), data, CONFIG, device="cpu", folder=folder, progress=stop)
+    model = Toy()
+    fit(model, data, CONFIG, device="cpu", folder=folder, resume=True)
+    return model
+
+
+def diverged(data):
+    """What both are told where one has a loss that is no number."""
+    toy = Toy()
+
+    def losses(images, targets, step):
+        yield {"loss": toy(images, targets)["loss"] * (math.nan if rank() and step == 1 else 1)}
+
+    try:
+        fit(toy, data, CONFIG, device="cpu", losses=losses)
+    except DivergenceError as error:
+        return error.step, error.what
+
+
+def raised():
+    """What both see where the first fails."""
+    try:
+        from_first(lambda: {}["missing"])
+    except KeyError as error:
+        return str(error)
+
+
+def main(folder: Path, data: Path) -> None:
+    warnings.simplefilter("ignore")
+    train, selection = (CocoDetectionDataset(split) for split in resolve_splits(data))
+    with process_group("cpu") as device:
+        toy = Toy()
+        fit(toy, train, CONFIG, device=device, folder=folder / "whole")
+        base = detector(small_spec(classes=train.classes))
+        pool = train_pool(base, train, selection, POOL, folder / "pool", scored=1, device=device)
+        found = {
+            "processes": processes(),
+            "order": toy.order,
+            "toy": toy.state_dict(),
+            "resumed": resumed(train, folder / "cut").state_dict(),
+            "diverged": diverged(train),
+            "raised": raised(),
+            "drawn": from_first(lambda: random.random()),
+            "pool": pool.supernet.model.state_dict(),
+            "members": len(pool.members),
+        }
+        torch.save(found, folder / f"{rank()}.pt")
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
