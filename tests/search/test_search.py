@@ -193,8 +193,11 @@ def test_a_budget_in_minutes_is_measured_once_and_kept(quick, steady, tmp_path, 
 def test_a_finished_pool_is_scored_anew_on_the_images_of_another_search(folder, finished, steady, tmp_path):
     pool, whole = finished[0] / "pool", config_of(folder, tmp_path)
     before = (pool / "pool.json").read_bytes()
-    with pytest.warns(Notice, match="was trained on other data than"):
-        context = open_context(replace(whole, train=whole.val, val=whole.train), lambda *state: None)
+    save(tmp_path / "base", load(folder / "base"))
+    swapped = replace(whole, base=tmp_path / "base", train=whole.val, val=whole.train)
+    with pytest.warns(Notice, match="base .* does not say whether it was trained on"):
+        context = open_context(swapped, lambda *state: None)
+    with pytest.warns(Notice, match="teacher pool .* was trained on other data than"):
         given = given_pool(pool, context)
     known = [member.teacher for member in given.members]
     remember(given, context)
