@@ -30,7 +30,7 @@ FLOORS = (
     "experimental",  # so nothing imports from it
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-OPTIONAL = {"tyro", "rich", "matplotlib", "ray", "onnx", "sklearn"}
+OPTIONAL = {"tyro", "rich", "matplotlib", "ray", "onnx", "sklearn", "optuna", "sqlalchemy", "tensorboard"}
 NOT_AT_IMPORT = OPTIONAL | {"triton", "torchvision", "pycocotools", "safetensors", "PIL", "numba", "pandas"}
 NAMELESS = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_LINES = 400

@@ -12,7 +12,13 @@ import torch
 
 
 class Clock(Protocol):
-    """Times one call."""
+    """Times one call.
+
+    Args:
+        name: what a report calls it.
+    """
+
+    name: str
 
     def time(self, call: Callable[[], object]) -> float:
         """Run `call` and return the milliseconds that it took."""
@@ -47,6 +53,21 @@ class CudaClock:
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
+
+
+class CpuClock:
+    """Processor time of the calling thread: what one thread would take if nobody else used the machine.
+
+    For experiments on a busy machine, with ``torch.set_num_threads(1)``; work of other threads does not count.
+    """
+
+    name = "thread_time"
+
+    def time(self, call: Callable[[], object]) -> float:
+        """Run `call` and return the ms of processor time that it took."""
+        begin = time.thread_time()
+        call()
+        return 1e3 * (time.thread_time() - begin)
 
 
 def clock_for(device: torch.device) -> HostClock | CudaClock:

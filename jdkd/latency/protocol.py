@@ -149,6 +149,7 @@ def measure(
     tolerance: float = REPORTED.tolerance,
     batch_size: int = 1,
     modes: Sequence[str] = tuple(MODES),
+    clock: Clock | None = None,
     progress: ProgressCallback | None = None,
 ) -> LatencyReport:
     """Time detectors against each other, interleaved in this process.
@@ -167,6 +168,7 @@ def measure(
         modes: of `end_to_end` (images on the host to boxes on the host), `model_only` (normalised batch to
             boxes after NMS) and `backbone_replay` (CUDA graph, GPU only); a mode that a model does not have
             is left out.
+        clock: what tells the time; by default CUDA events, or the wall time of the host.
         progress: called with (rounds done, least rounds, {}) after every round.
 
     Returns:
@@ -181,14 +183,14 @@ def measure(
     schedule = Schedule(rounds, min_seconds, max_seconds, warmup_seconds, warmup_limit, window, tolerance)
     images = [images[index % len(images)] for index in range(max(len(images), batch_size))]
     batches = [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
-    before = gpu_state(device)
+    before, clock = gpu_state(device), clock or clock_for(device)
     with torch.inference_mode(), _cudnn_benchmark(device):
         for model in models.values():
             fix_roi_scales(model.to(device))
         made = {mode: {name: MODES[mode](model, batches, device) for name, model in models.items()} for mode in modes}
         calls = {mode: named for mode, named in made.items() if None not in named.values()}
-        samples, run = interleave(calls, len(batches), schedule, clock_for(device), progress)
-        facts = environment(device)
+        samples, run = interleave(calls, len(batches), schedule, clock, progress)
+        facts = environment(device) | {"clock": clock.name}
     return LatencyReport(
         models={name: _of_model(name, model, samples) for name, model in models.items()},
         environment={**facts, "gpu_before": before, "gpu_after": gpu_state(device)},

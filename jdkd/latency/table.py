@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jdkd.detect.input_size import input_size, size_attributes
 from jdkd.graph import Topology
+from jdkd.latency.clock import Clock
 from jdkd.latency.folding import fuse_for_inference
 from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shapes_of
 from jdkd.latency.protocol import QUICK, ProgressCallback, measure
@@ -168,6 +169,7 @@ def measure_table(
     *,
     device: str | torch.device = "cpu",
     rounds: int = ROUNDS,
+    clock: Clock | None = None,
     progress: ProgressCallback | None = None,
 ) -> LatencyTable:
     """Measures a base and versions of it, as they would be deployed and in turn: cut in one part, shorter, smaller.
@@ -178,6 +180,7 @@ def measure_table(
         images: ``[3, H, W]`` on the host, uint8 or floats in 0..1.
         device: where to measure.
         rounds: of a measurement, see :class:`jdkd.latency.Schedule`.
+        clock: see :func:`jdkd.latency.measure`.
         progress: called with (versions measured, versions, {}).
     """
     model = unwrapped(model)
@@ -186,12 +189,13 @@ def measure_table(
     table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=(), milliseconds=0.0)
     deployed = fuse_for_inference(model)
     rows = [(table.features(model), 1.0)]
-    schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "modes": ("end_to_end",), "device": device}
+    schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
     for start in range(0, len(versions), AT_ONCE):
         some = versions[start : start + AT_ONCE]
         timed = {"base": deployed}
         timed |= {str(k): fuse_for_inference(each.apply(model, topology)) for k, each in enumerate(some)}
-        medians = [each.end_to_end.p50 for each in measure(timed, images, **schedule).models.values()]
+        report = measure(timed, images, modes=("end_to_end",), **schedule)
+        medians = [timing.end_to_end.p50 for timing in report.models.values()]
         for each, median in zip(some, medians[1:], strict=True):
             rows.append((table.features(model, topology, each), median / medians[0]))
         table = replace(table, milliseconds=medians[0])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jdkd.detect.input_size import input_size, size_attributes
 from jdkd.errors import InputError
@@ -97,16 +97,22 @@ def rearrange(model: nn.Module, topology: Topology, source: str, target: str, co
 
 
 def prune_channels(
-    model: nn.Module, topology: Topology, ratio: float, parts: Mapping[str, float] | None = None
+    model: nn.Module,
+    topology: Topology,
+    ratio: float,
+    parts: Mapping[str, float] | None = None,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> Morph:
-    """Drops the inner channels with the smallest |gamma| of the whole detector (network slimming), and parts of others.
+    """Drops the least important inner channels of the whole detector, and of parts of others.
 
     Args:
         model: the detector.
         topology: of it.
         ratio: share of all inner channels that pass a norm to drop, 0 to below 1. Every group is rounded, see
             :meth:`ChannelGroup.shrunk`, and keeps at least :data:`FLOOR` of its channels.
-        parts: share of each group of a part to drop, by magnitude; see :func:`jdkd.morph.parts`.
+        parts: share of each group of a part to drop; see :func:`jdkd.morph.parts`.
+        importance: of every unit of every group, see :func:`jdkd.morph.channel_importance`; by default |gamma| inside
+            (network slimming), and magnitude in parts.
 
     Raises:
         InputError: a share is outside 0 to below 1, there is no such part, or the rounding leaves nothing to drop.
@@ -118,12 +124,13 @@ def prune_channels(
             raise InputError(f"{name} is the share of channels to drop and must be in [0, 1), got {share}.")
         if name not in known and name != "inner":
             raise InputError(f"{name!r} is no part of the detector; its parts are {', '.join(known)}.")
-    keep = _slimmed(model, topology, ratio) if ratio else {}
+    keep = _slimmed(model, topology, ratio, importance) if ratio else {}
     for name, share in asked.items():
         for group in [topology[each] for each in known.get(name, ())]:
             count = group.shrunk(max(1 - share, FLOOR))
             if count < group.units:
-                keep[group.name] = strongest(magnitude_importance(model, group), count)
+                values = importance[group.name] if importance else magnitude_importance(model, group)
+                keep[group.name] = strongest(values, count)
     if not keep:
         raise InputError(
             f"dropping {_listed(asked) or 'nothing'} changes nothing after rounding to multiples of {MULTIPLE} "
@@ -156,6 +163,7 @@ def draw(
     *,
     max_depth: int,
     kinds: Sequence[str] = KINDS,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> Morph:
     """One action, drawn at random among those that the detector allows.
 
@@ -166,6 +174,7 @@ def draw(
         resolutions: short sides that may be chosen, in pixels.
         max_depth: no list of blocks grows beyond so many.
         kinds: of actions, those that are named more often are drawn more often.
+        importance: what channels are pruned by, see :func:`prune_channels`.
 
     Raises:
         InputError: nothing is left to do.
@@ -183,7 +192,7 @@ def draw(
         if kind == "prune":
             with contextlib.suppress(InputError):  # nothing left to drop after rounding: draw again
                 ratio = rng.choice((0.0, rng.uniform(0.1, 0.3))) if slimmed(topology) else 0.0
-                return prune_channels(model, topology, ratio, _drawn(topology, rng))
+                return prune_channels(model, topology, ratio, _drawn(topology, rng), importance)
         elif kind == "remove" and deep:
             return remove_block(model, topology, rng.choice(deep).name)
         elif kind == "add" and roomy:
@@ -239,11 +248,13 @@ def _with(blocks: BlockList, count: int) -> tuple[int, ...]:
     return (*range(len(blocks.blocks)), *[blocks.copied] * count)
 
 
-def _slimmed(model: nn.Module, topology: Topology, ratio: float) -> dict[str, Sequence[int]]:
+def _slimmed(
+    model: nn.Module, topology: Topology, ratio: float, given: Mapping[str, Tensor] | None
+) -> dict[str, Sequence[int]]:
     groups = slimmed(topology)
     if not groups:
         raise InputError(f"ratio {ratio} is of inner channels that pass a norm, and there are none; name parts to cut.")
-    importance = [gamma_importance(model, topology, group) for group in groups]
+    importance = [given[group.name] if given else gamma_importance(model, topology, group) for group in groups]
     everything = torch.cat(
         [values.repeat_interleave(group.size // group.units) for group, values in zip(groups, importance, strict=True)]
     )

@@ -49,11 +49,10 @@ def front_over_time(outcome: Outcome) -> str:
         path = axes.path(points, steps=True)
         inside.append(tag("path", d=path, class_="front", data_at=generation, hidden=None if now else "hidden"))
     inside += [_point(one, generations, axes) for one in candidates]
-    for student in outcome.students:
-        one = outcome.by_id.get(student.candidate)
-        if one is not None and one.failure is None:
-            told = f"{student.title}: {_told(one)}"
-            inside.append(mark("student", axes.x(one.latency_ratio), axes.y(one.map), 9, "chosen", told))
+    for id_, title in outcome.chosen.items():
+        one = outcome.by_id[id_]
+        place = axes.x(one.latency_ratio), axes.y(one.map)
+        inside.append(mark("student", *place, 9, "chosen", f"{title}: {_told(one)}"))
     title = "mAP against latency of every candidate, by generation"
     chart = axes.drawing("".join(inside), title, class_="chart wide", id="front")
     return f'<div class="scroll">{chart}</div>{_slider(generations, candidates, outcome.targets)}{_legend(candidates)}'

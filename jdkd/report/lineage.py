@@ -46,7 +46,7 @@ def lineage_tree(outcome: Outcome) -> str:
     Returns:
         HTML.
     """
-    students = {one.candidate: one.title for one in outcome.students}
+    students = outcome.chosen
     ancestors = {one.id for line in outcome.lines for one in line}
     places = list(arranged(outcome.candidates, ancestors))
     lanes = 1 + max(place.lane for place in places)

@@ -94,10 +94,18 @@ class Outcome:
         return sorted(told or self.run.get("identity", {}).get("targets", []), reverse=True)
 
     @property
+    def chosen(self) -> dict[str, str]:
+        """What the candidates that became students are called, by their ids; one may be the student of two targets."""
+        targets: dict[str, list[str]] = {}
+        for student in self.students:
+            if student.candidate in self.by_id:
+                targets.setdefault(student.candidate, []).append(f"{student.target:g}")
+        return {id_: f"student for {' and '.join(asked)}" for id_, asked in targets.items()}
+
+    @property
     def lines(self) -> list[list[Candidate]]:
-        """Per student that the archive knows, it and its ancestors, the base first."""
-        known = (self.by_id.get(student.candidate) for student in self.students)
-        return [self.line(one) for one in known if one is not None]
+        """Per candidate that became a student, it and its ancestors, the base first."""
+        return [self.line(self.by_id[id_]) for id_ in self.chosen]
 
     def line(self, candidate: Candidate) -> list[Candidate]:
         """A candidate and its ancestors, the base first."""
@@ -151,7 +159,8 @@ def gains(candidate: Candidate, parent: Candidate | None) -> tuple[float, float]
 
 def signed(value: float) -> str:
     """A change with its sign, three digits."""
-    return f"{value:+.3f}".replace("-", "−")
+    told = f"{value:+.3f}"
+    return told[1:] if told.strip("+-0.") == "" else told.replace("-", "−")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,9 @@ def predictions_section(outcome: Outcome) -> str:
     try:
         dataset = _examples(part, names[:SHOWN])
         images, targets = zip(*dataset, strict=True)
-        models = {"base": Path(where.get("base", ""))} | {one.title: one.folder for one in outcome.students}
+        folders = {one.candidate: one.folder for one in outcome.students}
+        models = {"base": Path(where.get("base", ""))}
+        models |= {title: folders[id_] for id_, title in outcome.chosen.items()}
         seen = {title: _seen(folder, images, targets, dataset.classes) for title, folder in models.items()}
     except InputError as error:
         return f'<p class="faint">Not shown: {escape(str(error))}</p>'

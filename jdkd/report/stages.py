@@ -168,13 +168,11 @@ def architecture_section(outcome: Outcome) -> str:
         HTML; empty where nothing but the base is known.
     """
     drawn = []
-    shown = [(one.title, outcome.by_id.get(one.candidate)) for one in outcome.students]
+    shown = [(title, outcome.by_id[id_]) for id_, title in outcome.chosen.items()]
     if not outcome.students and len(outcome.scored) > 1:
         shown = [("fastest so far", min(outcome.scored, key=lambda one: one.latency_ratio))]
     base = outcome.candidates[0].architecture
     for title, one in shown:
-        if one is None:
-            continue
         try:
             drawn.append(_network(title, base, one.architecture))
         except InputError as error:

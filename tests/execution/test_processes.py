@@ -155,7 +155,7 @@ def test_what_somebody_has_to_mend_ends_the_search(request, place, fate, kind, s
     ("opening", "says"),
     [
         ("refused", r"the base cannot be read\."),
-        ("killed", "killed by SIGKILL, .* before it had loaded base and data"),
+        ("killed", "killed by SIGKILL .* before it had loaded base and data"),
         ("ended", "ended with exit code 3 before it had loaded base and data"),
     ],
 )

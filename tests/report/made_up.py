@@ -37,23 +37,35 @@ def stack(width: int = 32):
     return model
 
 
+def known(number: int, score: float, ratio: float, parent: int | None = None, **changes: Any) -> dict[str, Any]:
+    """Everything about a candidate but its latency."""
+    size = 1.0 if math.isnan(ratio) else ratio
+    first = {"kind": "base", "action": "base", "parent": None, "teacher": None, "steps": 0, "cycles": ()}
+    later = {
+        "kind": "morph", "action": "prune 20 % of <inner>", "parent": f"{parent or 0:03d}", "steps": 100,
+        "teacher": [*MEMBERS, "a foreign one"][number % 4], "cycles": (Cycle(100, 0, 300, 2e-3),),
+    }  # fmt: skip
+    return {
+        "number": number, "id": f"{number:03d}", "generation": -(-number // 4), "architecture": ARCHITECTURE,
+        "target": 0.53 if number > 12 else None, "predicted": size * (1 + number % 5 / 50), "map": score,
+        "map50": 1.5 * score, "architecture_id": f"spec {number}", "lineage_steps": 100 * number, "gmacs": 0.4 * size,
+        "params": int(2e6 * size), "seconds": {"training": 10.0, "scoring": 2.5},
+    } | (first if parent is None else later) | changes  # fmt: skip
+
+
+def candidate(number: int, parent: int | None = None, score: float = 0.4, ratio: float = 1.0, **changes: Any):
+    """A candidate of an architecture of its own."""
+    times = {"latency_p50": 20.0 * ratio, "base_latency_p50": 20.0, "latency_ratio": ratio}
+    return Candidate(**known(number, score, ratio, parent, **changes), **times, latency_interval=(ratio, ratio))
+
+
 def add(archive: Archive, number: int, score: float, ratio: float, parent: int | None = None, **changes: Any):
     """A candidate, timed once, or failed where `failure` is given."""
-    own = 0 if parent is None else 100
     environment = {"device": "cpu", "device_name": "a cpu", "threads": 1, "torch": "2.11"}
-    samples = (20.0 if math.isnan(ratio) else 20 * ratio,) * 4
-    timing = Timing(f"spec {number}", "brief", environment, samples, (20.0,) * 4)
-    known = {
-        "number": number, "id": f"{number:03d}", "parent": None if parent is None else f"{parent:03d}",
-        "generation": -(-number // 4), "target": 0.53 if number > 12 else None,
-        "predicted": ratio * (1 + number % 5 / 50),
-        "kind": "base" if parent is None else "morph", "action": "base" if parent is None else "prune 20 % of <inner>",
-        "teacher": None if parent is None else [*MEMBERS, "a foreign one"][number % 4], "architecture": ARCHITECTURE,
-        "architecture_id": f"spec {number}", "map": score, "map50": 1.5 * score,
-        "steps": own, "lineage_steps": own * number, "cycles": () if parent is None else (Cycle(100, 0, 300, 2e-3),),
-        "params": int(1e5 * samples[0]), "gmacs": 0.02 * samples[0], "seconds": {"training": 10.0, "scoring": 2.5},
-    } | changes  # fmt: skip
-    return archive.add(None if known.get("failure") else timing, **known)
+    timing = None
+    if "failure" not in changes:
+        timing = Timing(f"spec {number}", "brief", environment, (20 * ratio,) * 4, (20.0,) * 4)
+    return archive.add(timing, **known(number, score, ratio, parent, **changes))
 
 
 def fill(archive: Archive, count: int = 24, seed: int = 0) -> None:

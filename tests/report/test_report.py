@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 from contextlib import closing
 
 import pytest
@@ -7,19 +8,26 @@ from rich.console import Console
 
 from jdkd.errors import InputError
 from jdkd.report import read_outcome, result_table, verdict, write_report
+from jdkd.report.html import page
 from jdkd.search.archive import Archive
 from tests.report.made_up import entry, make_search, result
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a finished search that nobody changes."""
+    return make_search(tmp_path_factory.mktemp("made") / "search")
+
+
 @pytest.fixture
-def folder(tmp_path):
-    return make_search(tmp_path / "search")
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "search")
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
+def text(made):
     """The page of a finished search."""
-    return write_report(make_search(tmp_path_factory.mktemp("page") / "search"))[1].read_text()
+    return page(read_outcome(made))
 
 
 @pytest.fixture
@@ -41,7 +49,7 @@ def _rewritten(folder, **changes):
     """The text of the page after the result was changed; None takes a part out."""
     found = json.loads((folder / "result.json").read_text()) | changes
     (folder / "result.json").write_text(json.dumps({name: part for name, part in found.items() if part is not None}))
-    return write_report(folder)[1].read_text()
+    return page(read_outcome(folder))
 
 
 def _sections(text):
@@ -49,8 +57,8 @@ def _sections(text):
 
 
 def test_page_stands_alone(folder):
-    plot, page = write_report(folder)
-    text = page.read_text()
+    plot, html = write_report(folder)
+    text = html.read_text()
     assert plot.read_bytes().startswith(b"\x89PNG")
     for forbidden in ("http", "<link", "@import", "url(", "src=", "$"):
         assert forbidden not in text
@@ -140,7 +148,7 @@ def test_report_of_a_search_that_found_nothing_better(folder, single):
     del single["control"]
     single["students"][0] |= {"id": "000", **entry(0.36, 20.0, 1.0, 0)}
     (folder / "result.json").write_text(json.dumps(single | {"report": None, "selection": None}))
-    text = write_report(folder)[1].read_text()
+    text = page(read_outcome(folder))
     assert "takes 1.000 of the base&#x27;s time and misses the 0.53" in text and "(the control)" not in text
 
 

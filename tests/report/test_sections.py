@@ -11,23 +11,21 @@ from jdkd.data import write_digit_scenes
 from jdkd.detect import save
 from jdkd.pool import Subnet
 from jdkd.report.lineage import arranged
-from jdkd.report.outcome import Outcome, Student
+from jdkd.report.outcome import Outcome, signed
 from jdkd.report.predictions import predictions_section
 from jdkd.report.stages import Layer, stages
 from jdkd.report.svg import Axes, colour, spread, ticks
 from jdkd.report.teachers import teachers_section
 from jdkd.rewrite import Architecture
 from tests.detectors import detector, small_spec
-from tests.report.made_up import ARCHITECTURE, CUT, entry
-from tests.search.rows import candidate
+from tests.report.made_up import ARCHITECTURE, CUT, candidate, entry
 
 DIGITS = tuple(str(digit) for digit in range(10))
 
 
 def _family(*parents):
     """Candidates by the numbers of their parents; the first is the base."""
-    ids = [None if parent is None else f"{parent:03d}" for parent in parents]
-    return [candidate(number, parent=parent, map=0.4) for number, parent in enumerate(ids)]
+    return [candidate(number, parent) for number, parent in enumerate(parents)]
 
 
 def test_a_line_of_descent_that_leads_to_a_student_runs_straight_and_the_others_branch_off_first():
@@ -92,7 +90,7 @@ def test_an_architecture_that_cannot_be_built_is_said_and_the_page_goes_on():
     from jdkd.report.stages import architecture_section
 
     gone = Architecture("nowhere.at_all:make")
-    family = [candidate(0, architecture=gone, kind="base"), candidate(1, parent="000", architecture=gone)]
+    family = [candidate(0, architecture=gone), candidate(1, 0, architecture=gone)]
     told = architecture_section(Outcome(None, {}, family))
     assert "The architecture is not drawn" in told and "nowhere.at_all" in told
 
@@ -108,7 +106,7 @@ def seen(tmp_path_factory):
     part = {"image_folder": str(images), "annotations": str(folder / "data/annotations/instances_val2017.json")}
     names = sorted(file.name for file in images.iterdir())
     result = {"report": part | {"examples": names[1:3]}, "students": [entry(0.1, 5.0, 0.5, 3, target=0.53)]}
-    family = [candidate(0, kind="base", architecture=detector(small_spec(classes=DIGITS)).architecture)]
+    family = [candidate(0, architecture=detector(small_spec(classes=DIGITS)).architecture)]
     result["students"][0] |= {"target_met": True, "id": "000", "folder": "student"}
     return Outcome(folder, result, family, [], {"where": {"base": str(folder / "base")}})
 
@@ -151,11 +149,10 @@ def test_images_that_are_gone_are_said(seen):
 
 
 def test_teachers_are_told_with_whom_they_taught_and_whether_they_were_ahead():
-    big, ratio = Subnet((3,), (1.0,)), 0.9
-    family = [candidate(0, kind="base", map=0.4, teacher=None)]
-    family.append(candidate(1, parent="000", map=0.42, ratio=ratio, teacher=big))
-    family.append(candidate(2, parent="001", map=0.47, ratio=ratio, teacher="a <foreign> one"))
-    family.append(candidate(3, parent="002", map=0.46, ratio=ratio, teacher="base"))
+    big = Subnet((3,), (1.0,))
+    taught = ((0, 0.42, big), (1, 0.47, "a <foreign> one"), (2, 0.46, "base"))
+    family = [candidate(0)]
+    family += [candidate(k, parent, score, 0.9, teacher=by) for k, (parent, score, by) in enumerate(taught, start=1)]
     members = [{"subnet": big.to_json(), "map": 0.45, "parameters": 2_000_000}]
     members.append({"foreign": "a <foreign> one", "map": 0.5, "parameters": 9_000_000})
     text = teachers_section(Outcome(None, {}, family, members))
@@ -181,5 +178,13 @@ def test_axes_put_the_range_on_the_frame():
     assert colour(-1) == colour(0) != colour(1) == colour(2)
 
 
-def test_a_student_says_what_it_was_made_for():
-    assert Student({"target": 0.53, "target_met": True, "id": "1"}, None).title == "student for 0.53"
+def test_who_is_the_student_of_two_targets_is_shown_once(tmp_path):
+    about = [{"target": target, "target_met": True, "id": "001", "folder": "x"} for target in (0.75, 0.53)]
+    outcome = Outcome(tmp_path, {"students": about}, [candidate(0), candidate(1, 0, ratio=0.5)])
+    assert outcome.chosen == {"001": "student for 0.75 and 0.53"} and outcome.targets == [0.75, 0.53]
+    assert [[one.number for one in line] for line in outcome.lines] == [[0, 1]]
+
+
+@pytest.mark.parametrize(("value", "told"), [(0.1, "+0.100"), (-0.1, "−0.100"), (-0.0004, "0.000"), (0.0, "0.000")])
+def test_changes_have_a_sign_where_they_are_any(value, told):
+    assert signed(value) == told

@@ -75,9 +75,7 @@ def test_a_checkpoint_with_and_a_training_without_one_do_not_fit(scenes, tmp_pat
     config = TrainConfig(steps=2, batch_size=2)
     trained(scenes, config, folder=tmp_path / "with")
     fit(Toy(), scenes, config, **CPU, folder=tmp_path / "without")
-    with pytest.raises(
-        InputError, match="weight, norm.weight, norm.bias of an auxiliary module, and fit was given none"
-    ):
+    with pytest.raises(InputError, match=r"norm\.bias of an auxiliary module, and fit was given none"):
         fit(Toy(), scenes, config, **CPU, folder=tmp_path / "with", resume=True)
     with pytest.raises(InputError, match=r"does not fit this model.*Scale"):
         trained(scenes, config, folder=tmp_path / "without", resume=True)
@@ -118,7 +116,7 @@ def test_a_child_goes_on_with_its_parents_moments(scenes, tmp_path, optimizer, g
     state = torch.load(file, weights_only=True)
     fresh, expected = copy.deepcopy(model), copy.deepcopy(model)
     reference = build_optimizer(expected, config)
-    reference.load_state_dict(state["optimizer"])
+    reference.load_state_dict(copy.deepcopy(state["optimizer"]))
     fit(fresh, scenes, config, **CPU)
     given = {"folder": tmp_path, "file": str(file), "checkpoint": state, "state": state["optimizer"]}[give]
     before = copy.deepcopy(state)

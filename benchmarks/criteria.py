@@ -1,0 +1,170 @@
+"""Which channels a cut should take: criteria compared at one predicted and measured latency, on a trained base.
+
+Run ``python -m benchmarks.criteria --base DIR --data DIR`` with one thread; it appends rows to
+``results/<device>/criteria.jsonl`` and prints them as a table. For each aim the base is cut by every criterion, with
+batch norms recalibrated, without and with the least-squares repair of what reads cut channels, and is scored before and
+after ``--steps`` of training (0: not at all). ``today`` cuts one share of every part, by |gamma| and magnitude, as
+:func:`jdkd.morph.prune_channels` does by itself; the others cut by importance for each millisecond.
+Latencies are processor time of the thread, as other programs may run beside; a second cut brings the measured ones
+together.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import record
+from jdkd.data import CocoDetectionDataset, batches, resolve_split
+from jdkd.detect import load, read
+from jdkd.distill import correlations, pyramids
+from jdkd.graph import Topology
+from jdkd.latency import LatencyTable, fuse_for_inference, measure_quick, measure_table
+from jdkd.latency.clock import CpuClock
+from jdkd.morph import Morph, channel_importance, cut_to, parts, prune_channels, repair
+from jdkd.morph.importance import CRITERIA
+from jdkd.train import TrainConfig, calibrate_bn, evaluate, fit
+
+TODAY = "today"
+BATCHES, BATCH = 3, 8  # that gradients, repair and calibration see
+TRAINED = {(TODAY, False), (TODAY, True), ("taylor", True), ("fisher", True)}  # criterion, repaired
+Row = dict[str, Any]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--base", type=Path, required=True, help="folder of a trained detector")
+    options.add_argument("--data", type=Path, required=True, help="COCO-format folder that it was trained on")
+    options.add_argument("--aims", type=float, nargs="+", default=[0.75, 0.53])
+    options.add_argument("--images", type=int, default=100, help="validation images that score")
+    options.add_argument("--steps", type=int, default=100, help="of training after the cut")
+    options.add_argument("--lr", type=float, default=1e-3)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
+    torch.set_num_threads(1)
+    file = record.result_file("cpu", "criteria")
+    found = []
+    for row in _rows(given):
+        record.append(file, [row])
+        found.append(row)
+        print(_line(row), flush=True)
+    print(table(found))
+
+
+def _rows(given: argparse.Namespace) -> Iterator[Row]:
+    """A row for each aim, criterion and repair."""
+    train, val = (CocoDetectionDataset(resolve_split(name, given.data, None, None, False)) for name in ("train", "val"))
+    val = val.subset(range(min(given.images, len(val))))
+    base = load(given.base)
+    topology = read(base)
+    images = [val[index][0] for index in range(4)]
+    costs = measure_table(base, topology, images, clock=CpuClock())
+    probe = list(batches(train, batch_size=BATCH, steps=BATCHES, seed=given.seed))
+    unseen = list(batches(val, batch_size=BATCH, steps=2, seed=given.seed))
+    seen, importance = pyramids(base, unseen), {c: channel_importance(base, topology, c, probe) for c in CRITERIA}
+    common = {
+        "op": "criteria",
+        "base": given.base.name,
+        "base_map": evaluate(fuse_for_inference(base), val, device="cpu").map,
+        "images": len(val),
+        "seed": given.seed,
+        "steps": given.steps,
+        "lr": given.lr,
+    }
+    common |= {name: value for name, value in record.environment("cpu", 0).items() if name != "copy_bytes_per_s"}
+    for aim in given.aims:
+        morphs, ratios = _cuts(base, topology, costs, aim, importance, images)
+        for name, morph in morphs.items():
+            for repaired in (False, True):
+                child = morph.apply(base, topology)
+                if repaired:
+                    repair(child, base, morph.rewrite, topology, probe)
+                calibrate_bn(child, probe)
+                channels = [morph.rewrite.surviving(level) for level in topology.followed]
+                distances = correlations(child, seen, unseen, channels=channels).values()
+                yield {
+                    **common,
+                    "aim": aim,
+                    "criterion": name,
+                    "repaired": repaired,
+                    "predicted": costs.predict(base, topology, morph.rewrite),
+                    "ratio": ratios[name],
+                    "kept_r": 1 - sum(distances) / len(distances),
+                    "map": evaluate(fuse_for_inference(child), val, device="cpu").map,
+                    "map_trained": _trained(child, train, val, given)
+                    if given.steps and (name, repaired) in TRAINED
+                    else None,
+                    "action": morph.action,
+                }
+
+
+def _cuts(
+    base: nn.Module,
+    topology: Topology,
+    costs: LatencyTable,
+    aim: float,
+    importance: Mapping[str, Mapping[str, Tensor]],
+    images: Sequence[Tensor],
+) -> tuple[dict[str, Morph], dict[str, float]]:
+    """What each criterion cuts for one aim, and the ratios that were measured, brought together by a second try."""
+    aims = dict.fromkeys([TODAY, *importance], aim)
+    for _ in range(2):
+        morphs = {TODAY: _today(base, topology, costs, aims[TODAY])}
+        morphs |= {name: cut_to(base, topology, costs, aims[name], importance[name]) for name in importance}
+        models = {"base": base} | {name: morph.apply(base, topology) for name, morph in morphs.items()}
+        deployed = {name: fuse_for_inference(model) for name, model in models.items()}
+        measured = measure_quick(deployed, images, clock=CpuClock())
+        ratios = {name: measured.ratio(name).value for name in morphs}
+        aims = {name: aims[name] * aim / ratio for name, ratio in ratios.items()}
+    return morphs, ratios
+
+
+def _today(base: nn.Module, topology: Topology, costs: LatencyTable, aim: float) -> Morph:
+    """The least share of all parts whose cut is predicted to reach an aim."""
+    low, high = 0.0, 0.95
+    for _ in range(12):
+        share = (low + high) / 2
+        morph = prune_channels(base, topology, share, dict.fromkeys(parts(topology), share))
+        low, high = (low, share) if costs.predict(base, topology, morph.rewrite) <= aim else (share, high)
+    return prune_channels(base, topology, high, dict.fromkeys(parts(topology), high))
+
+
+def _trained(child: nn.Module, train: Any, val: Any, given: argparse.Namespace) -> float | None:
+    """mAP after a short training, if there is to be one."""
+    if not given.steps:
+        return None
+    flip = 0.5 if train.mirror_symmetric else 0.0
+    config = TrainConfig(steps=given.steps, lr=given.lr, seed=given.seed, flip=flip, batch_size=BATCH)
+    fit(child, train, config, device="cpu")
+    return evaluate(fuse_for_inference(child), val, device="cpu").map
+
+
+def _line(row: Row) -> str:
+    trained = "-" if row["map_trained"] is None else f"{row['map_trained']:.3f}"
+    cells = [row["base"], f"{row['aim']:.2f}", row["criterion"], "yes" if row["repaired"] else "no"]
+    cells += [f"{row[name]:.3f}" for name in ("ratio", "kept_r", "map")]
+    return "| " + " | ".join([*cells, trained]) + " |"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as Markdown."""
+    head = [
+        "base",
+        "aim",
+        "criterion",
+        "repaired",
+        "measured ratio",
+        "kept r",
+        "mAP",
+        f"after {rows[0]['steps']} steps",
+    ]
+    return "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *map(_line, rows)])
+
+
+if __name__ == "__main__":
+    main()

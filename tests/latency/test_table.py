@@ -1,0 +1,149 @@
+"""The latency table: what layers compute is counted, and known costs are found again from measured versions."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from jdkd.detect import read
+from jdkd.detect.input_size import size_attributes
+from jdkd.errors import InputError
+from jdkd.latency import Latency, LatencyReport, LatencyTable, measure_table, profile_cost
+from jdkd.latency import table as table_module
+from jdkd.latency.clock import CpuClock
+from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shapes_of
+from jdkd.latency.report import ModelLatency
+from jdkd.rewrite import Rewrite
+from tests.detectors import detector, small_spec
+from tests.morph.small import SIZE, parent, picture
+
+STAGE = "backbone.body.layer2"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return detector(small_spec())
+
+
+@pytest.fixture(scope="module")
+def topology(model):
+    return read(model, size=(64, 96))
+
+
+def half(topology, names=None):
+    groups = [topology[name] for name in names] if names else topology.groups
+    return {group.name: range(group.units // 2) for group in groups if group.units > 1}
+
+
+def computed(model, picture) -> float:
+    counted = positions(model, picture)
+    return sum(counted[name] * math.prod(shape) for name, shape in shapes_of(model).items() if name in counted)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "fcos", "ssd", "pan"])
+def test_places_times_weights_are_the_multiply_accumulates_that_torch_counts(name):
+    model, image = copy.deepcopy(parent(name)[0]).float(), picture()[0]
+    assert computed(model, image) == pytest.approx(profile_cost(model, SIZE).gmacs * 1e9, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "pan"])
+def test_shapes_are_foreseen_of_cuts_of_growth_and_of_blocks(name):
+    model, topology = parent(name)
+    longer = {
+        blocks.name: [*range(len(blocks.blocks)), blocks.copied, blocks.copied] for blocks in topology.block_lists
+    }
+    shorter = {blocks.name: range(len(blocks.blocks) - 1) for blocks in topology.block_lists if len(blocks.blocks) > 1}
+    grown = {group.name: 3 for group in topology.groups if group.grows}
+    for rewrite in (
+        Rewrite(keep=half(topology), blocks=longer),
+        Rewrite(keep=half(topology), blocks=shorter),
+        Rewrite(extra=grown),
+    ):
+        child = rewrite.apply(model, topology)
+        foreseen = shapes_after(model, topology, rewrite)
+        assert sorted(foreseen.values()) == sorted(shapes_of(child).values())
+        assert foreseen != shapes_of(model)
+
+
+def test_a_layer_of_a_new_block_runs_where_its_neighbours_did():
+    known = ["stem.weight", "stage.0.conv.weight", "stage.1.conv.weight"]
+    assert place_of("stage.7.conv.weight", ["stage"], known) == "stage.1.conv.weight"
+    assert place_of("stage.1+2.conv.weight", ["stage"], known) == "stage.1.conv.weight"
+    assert place_of("stage.7.other.weight", ["stage"], known) is None and place_of("x.weight", ["stage"], known) is None
+    assert part_of("stage.1.conv", ["stage"]) == "stage" and part_of("stem", []) == "stem"
+    assert part_of("head.towers.0.3", []) == "head.towers" and part_of("a.b.c.conv", ["a"]) == "a"
+
+
+@pytest.fixture
+def priced(monkeypatch, model, topology):
+    """Instead of being timed, models are priced: a fixed cost, and another for each part's multiply-accumulates."""
+    image = torch.rand(3, 64, 96)
+
+    def cost(model) -> float:
+        counted = positions(model, image)
+        macs = {}
+        for name, shape in shapes_of(model).items():
+            where = part_of(name.rpartition(".")[0], [f"backbone.body.layer{k}" for k in (1, 2, 3, 4)])
+            macs[where] = macs.get(where, 0.0) + counted[name] * math.prod(shape)
+        return 4.0 + sum(value / 1e6 * (3 if "layer" in where else 1) for where, value in macs.items())
+
+    def measure(models, images, **options):
+        times = {name: ModelLatency(Latency((cost(model),) * 2)) for name, model in models.items()}
+        return LatencyReport(times, {}, {})
+
+    monkeypatch.setattr(table_module, "measure", measure)
+    monkeypatch.setattr(table_module, "fuse_for_inference", lambda model: model)
+    monkeypatch.setattr(table_module, "RIDGE", 1e-6)
+    return measure_table(model, topology, [image]), cost
+
+
+def test_costs_that_are_known_are_found_and_predict_other_rewrites(priced, model, topology):
+    table, cost = priced
+    assert table.fixed == pytest.approx(4 / cost(model), rel=0.05)
+    assert table.parts()["backbone.body.layer1"] > 2 * table.parts()["roi_heads.box_head"] / 3
+    assert sum(table.parts().values()) == pytest.approx(cost(model), rel=0.01) == pytest.approx(table.milliseconds)
+    inner = [group.name for group in topology.inner]
+    rewrites = [
+        Rewrite(keep=half(topology, inner)),
+        Rewrite(keep=half(topology), attributes=size_attributes(model, 56)),
+        Rewrite(blocks={STAGE: (0, 0, 0)}),
+        Rewrite(keep=half(topology, inner[::2]), blocks={STAGE: ()}),
+    ]
+    for rewrite in rewrites:
+        child = rewrite.apply(model, topology)
+        predicted = table.predict(model, topology, rewrite)
+        assert predicted == pytest.approx(cost(child) / cost(model), rel=0.03)
+        assert table.predict(child) == pytest.approx(predicted, rel=1e-6)  # a descendant speaks for itself
+
+
+def test_a_table_is_json_and_learns_from_what_is_measured(priced, model, topology):
+    table, _ = priced
+    assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
+    rewrites = [Rewrite(keep=half(topology, [group.name])) for group in topology.groups]
+    slower = [(table.features(model, topology, each), 1.1 * table.predict(model, topology, each)) for each in rewrites]
+    errors, mended = table.errors(slower), table.corrected(slower).errors(slower)
+    assert errors["rank"] == 1 and errors["bias"] == pytest.approx(1 / 1.1 - 1, abs=1e-3)
+    assert mended["error"] < 0.6 * errors["error"]
+    backwards = [(features, 1 / ratio) for features, ratio in slower]
+    assert table.errors(backwards)["rank"] == -1 and math.isnan(table.errors([])["rank"])
+
+
+def test_detectors_without_an_input_size_and_with_one_block_have_tables(monkeypatch):
+    for name in ("ssd", "pan"):
+        model, topology = parent(name)
+        table = measure_table(model, topology, [picture()[0].double()], rounds=1, clock=CpuClock())
+        assert table.sizes == (0,) and table.ratio(table.rows[0][0]) == pytest.approx(1, abs=0.5)
+        assert 0 < table.predict(model, topology, Rewrite(keep=half(topology))) <= table.predict(model)
+
+
+def test_a_topology_of_another_model_is_refused(topology):
+    with pytest.raises(InputError, match="read off another model"):
+        measure_table(parent("fcos")[0], topology, picture())
+
+
+def test_processor_time_does_not_count_what_is_waited_for():
+    import time
+
+    assert CpuClock().time(lambda: time.sleep(0.05)) < 20

@@ -1,0 +1,222 @@
+"""Cuts for a latency: what is least worth its time goes, and the readers of what went are repaired."""
+
+import copy
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from jdkd.detect import read
+from jdkd.detect.input_size import input_size
+from jdkd.errors import InputError
+from jdkd.latency import LatencyTable
+from jdkd.latency.layers import positions
+from jdkd.morph import channel_importance, cut_to, draw, prune_channels, repair
+from jdkd.morph.actions import FLOOR
+from jdkd.rewrite import Rewrite, prune
+from tests.detectors import detector, small_spec
+from tests.morph.small import SIZE, parent, picture
+
+WIDE = "backbone.fpn.layer_blocks.0.0"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return detector(small_spec(fpn=64, box_head=64))
+
+
+@pytest.fixture(scope="module")
+def topology(model):
+    return read(model, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def table(model, topology):
+    """Of a machine on which nothing counts but multiply-accumulates, and a tenth is fixed."""
+    return priced(model, topology)
+
+
+def priced(model, topology):
+    names = positions(model, picture()[0])
+    containers = tuple(dict.fromkeys(blocks.container for blocks in topology.block_lists))
+    size = input_size(model)[0]
+    areas = {name: (count / 4, count) for name, count in names.items()}
+    empty = LatencyTable(containers, (size // 2, size), areas, (), 10.0)
+    base = empty.features(model)
+    total = sum(base.values())
+    rows = [(base, 1.0), *(({**base, name: 0.0}, 1 - 0.9 * base[name] / total) for name in base)]
+    return LatencyTable(containers, (size // 2, size), areas, tuple((row, ratio) for row, ratio in rows), 10.0)
+
+
+def even(topology):
+    return {group.name: torch.ones(group.units) for group in topology.groups}
+
+
+@pytest.mark.parametrize("criterion", ["gamma", "magnitude"])
+def test_a_cut_meets_its_aim_by_no_more_than_a_step_and_keeps_the_floor(model, topology, table, criterion):
+    importance = channel_importance(model, topology, criterion)
+    for aim in (0.8, 0.6, 0.4):
+        morph = cut_to(model, topology, table, aim, importance)
+        assert 0.9 * aim < table.predict(model, topology, morph.rewrite) <= aim
+        assert table.predict(morph.apply(model, topology)) == pytest.approx(
+            table.predict(model, topology, morph.rewrite), rel=1e-6
+        )
+        for name, units in morph.rewrite.keep.items():
+            group = topology[name]
+            assert len(units) >= group.shrunk(FLOOR) and len(units) == group.rounded(len(units))
+            gone = sorted(set(range(group.units)) - set(units))
+            assert importance[name][gone].max() <= importance[name][list(units)].min()
+    assert "of the channels" in morph.action
+
+
+def test_what_is_worth_little_for_its_time_goes_first(model, topology, table):
+    importance = even(topology)
+    dear = {name: values * (1e-4 if name == WIDE else 1.0) for name, values in importance.items()}
+    assert set(cut_to(model, topology, table, 0.98, dear).rewrite.keep) == {WIDE}
+    cheap = dict(importance)
+    cheap.pop(WIDE)  # a group whose importance is not given stays
+    assert WIDE in cut_to(model, topology, table, 0.5, importance).rewrite.keep
+    assert WIDE not in cut_to(model, topology, table, 0.7, cheap).rewrite.keep
+
+
+def test_the_last_channels_of_a_group_cost_more_than_the_first(model, topology, table):
+    kept = cut_to(model, topology, table, 0.6, even(topology)).rewrite.keep
+    shares = [len(units) / topology[name].units for name, units in kept.items()]
+    assert min(shares) < 1 and len(kept) > 5  # spread over groups instead of one after the other to its floor
+
+
+def test_chance_proposes_other_cuts_for_one_aim_and_repeats_from_its_seed(model, topology, table):
+    def drawn(seed):
+        rng = random.Random(seed)
+        return cut_to(model, topology, table, 0.5, even(topology), temperature=1.0, rng=rng).rewrite
+
+    proposals = [drawn(seed) for seed in range(4)]
+    assert drawn(0) == proposals[0] and len({repr(each) for each in proposals}) > 1
+    assert all(table.predict(model, topology, each) <= 0.5 for each in proposals)
+
+
+def test_blocks_and_input_size_save_too(model, topology, table):
+    stage = "backbone.body.layer2"
+    morph = cut_to(model, topology, table, 0.5, even(topology), shorter=[stage], min_size=48)
+    assert morph.rewrite.blocks == {stage: ()} and input_size(morph.apply(model, topology))[0] == 48
+    alone = cut_to(model, topology, table, 0.5, even(topology))
+
+    def channels(morph):
+        return sum(len(units) for units in morph.rewrite.keep.values())
+
+    assert channels(morph) > channels(alone) or len(morph.rewrite.keep) < len(alone.rewrite.keep)
+    enough = cut_to(model, topology, table, 0.9, even(topology), min_size=48)
+    assert not enough.rewrite.keep and enough.action == "input 64 -> 48 px"
+
+
+@pytest.mark.parametrize(
+    ("aim", "options", "words"),
+    [
+        (0.05, {}, r"reaches 0\.050 of the base's latency: 0\.\d+ is the least with a floor of 0\.25"),
+        (0.5, {"floor": 0.0}, r"floor 0\.0 in \(0, 1\]"),
+        (-1.0, {}, r"aim -1\.0 must be above 0"),
+        (0.5, {"temperature": 0.5}, "with an rng"),
+    ],
+)
+def test_what_cannot_be_met_is_refused(model, topology, table, aim, options, words):
+    with pytest.raises(InputError, match=words):
+        cut_to(model, topology, table, aim, even(topology), **options)
+    with pytest.raises(InputError, match="read off another model"):
+        cut_to(parent("fcos")[0], topology, table, 0.5, even(topology))
+
+
+def test_given_importance_decides_what_is_pruned_and_drawn(model, topology):
+    importance = {group.name: torch.arange(group.units).float() for group in topology.groups}
+    shares = {"backbone.fpn": 0.5, "roi_heads.box_head": 0.5}
+    keep = prune_channels(model, topology, 0.3, shares, importance).rewrite.keep
+    for name, units in keep.items():
+        assert units == tuple(range(topology[name].units - len(units), topology[name].units))
+    assert {topology["roi_heads.box_head.fc6"].name} <= set(keep)
+    pruned = [draw(model, topology, random.Random(seed), (), 1, importance).rewrite.keep for seed in range(12)]
+    assert any(pruned)
+    assert all(units[-1] == topology[name].units - 1 for keep in pruned for name, units in keep.items())
+
+
+def repeated(model, topology, name):
+    """A copy whose second half of a group's units are the first half's again, so that nothing is lost with them."""
+    model, group = copy.deepcopy(model), topology[name]
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    half = group.units // 2
+    for slot in group.slots:
+        if slot.role != "in":
+            first, second = (torch.from_numpy(part.ravel()) for part in (slot.places[:half], slot.places[half:]))
+            tensor = tensors[slot.tensor].data
+            tensor.index_copy_(slot.dim, second, tensor.index_select(slot.dim, first))
+    return model, Rewrite(keep={name: range(half)})
+
+
+def activations(model, path, images):
+    found = []
+    handle = model.get_submodule(path).register_forward_hook(lambda module, inputs, out: found.append(out))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "reader"),
+    [
+        ("faster_rcnn", "backbone.body.layer2.1.conv1", "backbone.body.layer2.1.conv2"),
+        ("faster_rcnn", "backbone.body.layer3.0.downsample.0", "backbone.fpn.inner_blocks.2.0"),
+        ("faster_rcnn", "roi_heads.box_head.fc6", "roi_heads.box_head.fc7"),
+        ("fcos", "head.classification_head.conv.3", "head.classification_head.conv.6"),  # on every level
+        ("retinanet", "backbone.fpn.inner_blocks.0.0", "backbone.fpn.layer_blocks.0.0"),
+    ],
+)
+def test_nothing_is_lost_where_what_is_left_says_the_same(family, name, reader):
+    model, topology = parent(family)
+    model, rewrite = repeated(model, topology, name)
+    images = [image.double() for image in picture()]
+    wanted, cut, mended = (
+        activations(model, reader, images),
+        rewrite.apply(model, topology),
+        rewrite.apply(model, topology),
+    )
+    before = copy.deepcopy(model.state_dict())
+    repaired = repair(mended, nn.DataParallel(model), rewrite, topology, [images])
+    assert reader in repaired
+    for now, damaged, then in zip(
+        activations(mended, reader, images), activations(cut, reader, images), wanted, strict=True
+    ):
+        assert (damaged - then).norm() > 0.05 * then.norm()
+        assert (now - then).norm() < 0.1 * (damaged - then).norm()
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+
+
+def test_layers_after_dropped_blocks_and_at_other_sizes_are_repaired_by_their_own_past():
+    model, topology = parent("faster_rcnn")
+    name = "backbone.body.layer2"
+    model = Rewrite(blocks={name: [0, 0, 0]}).apply(model, topology)
+    topology = read(model, like=topology, size=SIZE)
+    model.backbone.body.layer2[2].bn3.weight.data.fill_(0.3)
+    inner = f"{name}.3.conv1"
+    assert inner not in {group.name for group in topology.groups}
+    inner = f"{name}.2.conv1"
+    model, rewrite = repeated(model, topology, inner)
+    rewrite = Rewrite(keep=rewrite.keep, blocks={name: (1,)}, attributes={"transform.min_size": (48,)})
+    child = rewrite.apply(model, topology)
+    images = [image.double() for image in picture()]
+    repaired = repair(child, model, rewrite, topology, [images])
+    assert repaired == [f"{name}.1.conv2"]
+    half = topology[inner].units // 2
+    now, then = child.get_submodule(f"{name}.1.conv2").weight, model.get_submodule(f"{name}.2.conv2").weight
+    assert (now - then[:, :half]).norm() > 0.1 * then.norm()
+
+
+def test_repair_needs_images_and_leaves_what_was_not_cut():
+    model, topology = parent("ssd")
+    rewrite = Rewrite(keep={"backbone.features.0": range(8)})
+    child = rewrite.apply(model, topology)
+    with pytest.raises(InputError, match="repair was given 0 batches"):
+        repair(child, model, rewrite, topology, [])
+    assert repair(child, model, rewrite, topology, [[picture()[0].double()]]) == ["backbone.features.2"]
+    plain = prune(model, topology, rewrite.keep)
+    changed = {key for key, tensor in child.state_dict().items() if not torch.equal(tensor, plain.state_dict()[key])}
+    assert changed == {"backbone.features.2.weight", "backbone.features.2.bias"}

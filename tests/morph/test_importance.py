@@ -1,0 +1,141 @@
+"""Importance by gradients: what a mask on the unit would do to the losses, and nothing else of the model changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from jdkd.detect import read
+from jdkd.errors import InputError
+from jdkd.morph.importance import CRITERIA, channel_importance
+from jdkd.rewrite.channels import named
+from tests.detectors import detector, small_spec
+from tests.morph.small import parent
+
+GROUPS = {
+    "inner": "backbone.body.layer2.1.conv1",
+    "stream": "backbone.body.layer2.0.downsample.0",
+    "head": "roi_heads.box_head.fc6",
+}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return detector(small_spec())
+
+
+@pytest.fixture(scope="module")
+def topology(model):
+    return read(model, size=(64, 96))
+
+
+def batch(count: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.rand(3, 64, 96, generator=generator) for _ in range(count)]
+    box = torch.tensor([[4.0, 4.0, 40.0, 50.0]])
+    return images, [{"boxes": box + 3 * k, "labels": torch.tensor([1 + k % 3])} for k in range(count)]
+
+
+def still(model):
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
+def losses(model, images, targets):
+    torch.manual_seed(0)
+    return sum(model(images, targets).values())
+
+
+@pytest.mark.parametrize("name", GROUPS.values(), ids=GROUPS)
+def test_fisher_is_the_root_of_the_squared_gradient_of_one_mask_at_all_places_that_read_a_unit(model, topology, name):
+    images, targets = batch(3)
+    found = channel_importance(model, topology, "fisher", [(images[:2], targets[:2]), (images[2:], targets[2:])])
+    masked, group = still(model), topology[name]
+    mask = torch.ones(group.units, requires_grad=True)
+    for slot in group.slots:
+        if slot.role == "in":
+            layer = masked.get_submodule(slot.tensor.rpartition(".")[0])
+            unit_of = torch.empty(slot.places.size, dtype=torch.long)
+            unit_of[torch.from_numpy(slot.places).flatten()] = torch.arange(group.units).repeat_interleave(slot.repeat)
+
+            def read_through(module, inputs, unit_of=unit_of):
+                x = inputs[0]
+                shape = [1, -1, 1, 1] if x.dim() == 4 else [1, -1]
+                return (x * mask[unit_of].reshape(shape),)
+
+            layer.register_forward_pre_hook(read_through)
+    wanted = sum(
+        torch.autograd.grad(losses(masked, [image], [target]), mask)[0].square()
+        for image, target in zip(images, targets, strict=True)
+    )
+    torch.testing.assert_close(
+        found[name] / found[name].sum(), wanted.sqrt() / wanted.sqrt().sum(), rtol=1e-3, atol=1e-6
+    )
+
+
+def test_taylor_is_the_root_of_the_squared_sums_over_a_units_norms(model, topology):
+    given = [batch(2), batch(1, seed=1)]
+    name = GROUPS["stream"]
+    found = channel_importance(model, topology, "taylor", given)[name]
+    wanted = torch.zeros(topology[name].units)
+    for images, targets in given:
+        trained = still(model)
+        losses(trained, images, targets).backward()
+        norms = [trained.get_submodule(path) for path in topology.norms(topology[name])]
+        assert len(norms) == 3  # the first block's, its shortcut's, the second block's
+        wanted += sum(p.detach() * p.grad for norm in norms for p in norm.parameters()).square()
+    torch.testing.assert_close(found / found.sum(), wanted.sqrt() / wanted.sqrt().sum(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_the_model_is_left_as_it_was_and_units_weigh_one_together(criterion):
+    model = detector(small_spec())
+    topology = read(model, size=(64, 96))
+    model.backbone.body.conv1.weight.requires_grad_(False)
+    model.rpn.train()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model)
+    chance = torch.random.get_rng_state()
+    found = channel_importance(nn.DataParallel(model), topology, criterion, [batch(2)])
+    assert torch.equal(chance, torch.random.get_rng_state())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before.state_dict()[name])
+    assert all((parameter.grad == 1).all() for parameter in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    assert {name: len(values) for name, values in found.items()} == {g.name: g.units for g in topology.groups}
+    assert sum(values.sum() for values in found.values()).item() == pytest.approx(1, abs=1e-4)
+    again = channel_importance(model, topology, criterion, [batch(2)])
+    assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "fisher"])
+def test_a_unit_that_nothing_reads_weighs_nothing(criterion):
+    model = detector(small_spec())
+    topology = read(model, size=(64, 96))
+    group = topology[GROUPS["stream"]]
+    for slot in group.slots:
+        if slot.role == "in":
+            named(model, slot.tensor).data.index_fill_(slot.dim, torch.from_numpy(slot.places[3]), 0)
+    found = channel_importance(model, topology, criterion, [batch(1)])[group.name]
+    assert found[3] < found.sum() * 1e-6 and (found > 0).sum() == group.units - 1
+
+
+def test_what_cannot_weigh_is_refused(model, topology):
+    with pytest.raises(InputError, match="one of gamma, magnitude, taylor, fisher, got 'l1'"):
+        channel_importance(model, topology, "l1")
+    with pytest.raises(InputError, match="'fisher' needs batches"):
+        channel_importance(model, topology, "fisher")
+    with pytest.raises(InputError, match="taylor importance was given 0 batches"):
+        channel_importance(model, topology, "taylor", [])
+    with pytest.raises(InputError, match="read off another model"):
+        channel_importance(parent("fcos")[0], topology, "gamma")
+    broken = copy.deepcopy(model)
+    broken.rpn.head.cls_logits.bias.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="finite losses"):
+        channel_importance(broken, topology, "taylor", [batch(1)])
