@@ -47,7 +47,7 @@ def assert_equal(out, undisturbed):
     with closing(sqlite3.connect(out / ARCHIVE)) as archive:
         (count,) = archive.execute("SELECT count(*) FROM timings WHERE stage = 'brief'").fetchone()
     assert count == len(archived(out, "number")), "every candidate was timed and archived once"
-    for name in ("base", "student", "control"):
+    for name in ("base", "students", "control"):
         ours, theirs = (json.loads((where / "result.json").read_text())[name] for where in (out, undisturbed))
         assert ours == theirs
 
