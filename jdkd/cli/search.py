@@ -56,8 +56,8 @@ class Search:
     """Students to train in every generation that looks for an architecture."""
     proposals: int = 12
     """Students to screen, untrained, for each of these generations."""
-    control: bool = True
-    """Train the base as long as the student, to compare with; that is not part of the budget."""
+    no_control: bool = False
+    """Leave out the control: the base trained as long as the student, to compare with, outside of the budget."""
     workers: int = 0
     """Processes that train candidates at once."""
     ray: str | None = None
@@ -88,7 +88,7 @@ class Search:
         (train, val), selection = self.source.splits(), self._selection()
         settings = {field.name for field in dataclasses.fields(SearchConfig)} & vars(self).keys()
         given = {name: getattr(self, name) for name in settings} | {"device": resolve_device(self.device)}
-        given["targets"] = self._targets()
+        given |= {"targets": self._targets(), "control": not self.no_control}
         command = ("jdkd", *sys.argv[1:])
         config = SearchConfig(**given, train=train, val=val, selection=selection, command=command)
         run = RunFolder(self.out)
@@ -101,8 +101,13 @@ class Search:
             print(path)
         if not result["target_met"]:
             raise InputError(
-                f"{verdict(result)} Give a larger --target-latency or more --candidates and --steps, in another folder."
+                f"{verdict(result)} Give {self._larger()} or more --candidates and --steps, in another folder."
             )
+
+    def _larger(self) -> str:
+        """What asks for less."""
+        latency = "a larger --target-latency" if self.targets is None else "larger --targets"
+        return latency if self.target_map is None else f"{latency}, a lower --target-map"
 
     def _targets(self) -> tuple[float, ...]:
         """The latencies to reach.

@@ -194,11 +194,6 @@ class Plan:
         return sum(rung.explores for rung in self.rungs)
 
     @property
-    def training_on(self) -> int:
-        """Steps of a lineage after its architecture was found."""
-        return sum(rung.steps for rung in self.rungs if not rung.explores)
-
-    @property
     def total(self) -> int:
         return self.pool + sum(rung.cost for rung in self.rungs)
 

@@ -7,13 +7,16 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from jdkd.detect.contract import architecture_of
 from jdkd.detect.input_size import input_size, require_visible
 from jdkd.distill import correlations, pyramids
+from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError, ModelError
+from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable
 from jdkd.morph import GROWING, Morph, change_resolution, channel_importance, cut_to, draw, remove_block, shortened
 from jdkd.notices import say_once
@@ -83,9 +86,21 @@ class Parent:
     def __init__(self, candidate: Candidate, table: LatencyTable, context: SearchContext) -> None:
         self.candidate, self.table, self.context = candidate, table, context
         self.model = context.detector(candidate)
-        self.topology = context.read(self.model)
-        self.seen = pyramids(self.model, context.probe())
-        self.importance = self._important(self.model)
+
+    @cached_property
+    def topology(self) -> Topology:
+        """What is coupled to what in it."""
+        return self.context.read(self.model)
+
+    @cached_property
+    def seen(self) -> Sequence[PyramidSnapshot]:
+        """What it makes of the probe."""
+        return pyramids(self.model, self.context.probe())
+
+    @cached_property
+    def importance(self) -> dict[str, Tensor]:
+        """Of its channels."""
+        return self._important(self.model)
 
     def draw(self, ways: Sequence[str], rng: random.Random) -> Recipe:
         """A recipe by chance."""
@@ -143,7 +158,7 @@ class Parent:
         own = screened.architecture_id
         return pooled([self.context.timed({own: screened.student})[own]]).ratio.value
 
-    def _important(self, model: nn.Module) -> dict:
+    def _important(self, model: nn.Module) -> dict[str, Tensor]:
         context = self.context
         topology = self.topology if model is self.model else context.read(model)
         return channel_importance(model, topology, context.config.method.criterion, context.probe())

@@ -57,6 +57,7 @@ class Strategy:
         torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
         made = self._explored(rung, archive, rng) if rung.explores else self._trained_on(rung, archive, rng)
         first = len(archive)
+        to_come = sum(later.steps for later in self.plan.rungs[generation - 1 :])  # all end with their cycle
         return [
             Proposal(
                 number=first + place,
@@ -67,7 +68,7 @@ class Strategy:
                 rewrites=screened.rewrites,
                 predicted=screened.predicted,
                 teacher=teacher,
-                cycle=Cycle(rung.steps, parent.lineage_steps, self._total(rung, parent), self.context.config.lr),
+                cycle=Cycle(rung.steps, parent.lineage_steps, parent.lineage_steps + to_come, self.context.config.lr),
                 seed=first + place,
                 target=target,
             )
@@ -133,12 +134,6 @@ class Strategy:
             return ARCHITECTURE, CHANNELS
         done = max(one.generation for one in archive.candidates)
         return (CHANNELS,) if done + 1 == self.plan.exploring else (ARCHITECTURE,)
-
-    def _total(self, rung: Rung, parent: Candidate) -> int:
-        """Steps of the learning-rate cycle of a lineage, all through: exploring and training on."""
-        if rung.explores:
-            return self.plan.lineage
-        return parent.lineage_steps + self.plan.training_on if parent.target is None else parent.cycles[-1].total
 
 
 def _latest(archive: Archive) -> list[Candidate]:

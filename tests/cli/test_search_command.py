@@ -178,4 +178,4 @@ def test_help_says_what_every_flag_does(jdkd):
     assert answer.code == 0
     for flag in ("--targets", "--target-map", "--minutes", "--workers", "--ray", "--teachers", "--no-control"):
         assert flag in words
-    assert "a student for each" in words and "that is not part of the budget" in words
+    assert "a student for each" in words and "--no-control Leave out the control" in words
