@@ -85,16 +85,19 @@ class SearchProgress(Progress):
     def state(self) -> str:
         """Generation, candidates, budget and the time that is left, in a line."""
         taken = min(self._planned, self._steps + sum(self._under_way.values()))
-        told = []
+        told, is_over = [], False
         if self._outcome is not None:
             last, tried = self._outcome.candidates[-1].generation, len(self._outcome.candidates) - 1
             now = last + any(name.startswith(COUNTED[0]) for name in self._under_way)
             told.append(f"generation {now}{f' of {self._generations}' if self._generations else ''}")
+            is_over = last == self._generations
             failed = len(self._outcome.candidates) - len(self._outcome.scored)
             told.append(f"{tried} candidates{f', {failed} failed' if failed else ''}")
         told.append(f"{taken:,} of {self._planned:,} steps")
         spent, share = time.monotonic() - self._begun, (taken - self._begun_at) / max(1, self._planned - self._begun_at)
-        if share > 0.02:
+        if is_over:
+            told.append("the result is being made")
+        elif share > 0.02:
             told.append(f"about {_clock(spent * (1 - share) / share)} left")
         return " · ".join(told)
 

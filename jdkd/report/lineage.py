@@ -59,7 +59,8 @@ def lineage_tree(outcome: Outcome) -> str:
             f'<tr class="{_class(one, students, ancestors)}"><td class="rails">{_rails(place, lanes, one.id, students)}'
             f'</td><td class="number">{one.number}</td><td class="what" title="{escape(_title(one))}">'
             f"{_what(one, students)}</td><td>{one.generation}</td>"
-            f"<td class='text'>{escape(str(one.teacher or '–'))}</td><td>{one.steps:,}</td>"
+            f"<td class='text' title='{escape(str(one.teacher))}'>{escape(str(one.teacher or '–'))}</td>"
+            f"<td>{one.steps:,}</td>"
             f"{_change(change[0], most[0], good=1)}<td>{_score(one.map)}</td>"
             f"{_change(change[1], most[1], good=-1)}<td>{_score(one.latency_ratio)}</td></tr>"
         )

@@ -148,7 +148,9 @@ def _box(box: Box, side: int) -> str:
     left, top, right, bottom = box.corners
     size = side / 24
     place = {"x": left, "y": top, "width": right - left, "height": bottom - top}
-    words = tag("text", box.label, x=left + size / 6, y=max(top - size / 5, 0.85 * size), font_size=size)
+    words = tag(
+        "text", box.label, x=left + size / 6, y=max(top - size / 5, 0.85 * size), style=f"font-size: {size:.1f}px"
+    )
     return tag("g", None, tag("rect", **place, class_="halo"), tag("rect", **place), words, class_=f"box {box.kind}")
 
 

@@ -213,8 +213,8 @@ def _card(stage: Stage) -> str:
     if stage.blocks is not None:
         before, after = stage.blocks
         told.insert(0, f"{before} → {after} blocks" if before != after else f"{before} block{'s' * (before != 1)}")
-    params = [f"{count / 1e6:.2f}" for count in stage.params]
-    told.append(f"{' → '.join(dict.fromkeys(params))} M params")
+    params = [f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.1f} k" for count in stage.params]
+    told.append(f"{' → '.join(dict.fromkeys(params))} params")
     picture = drawing((width, HEIGHT + 2), bars, f"channels of the layers of {stage.name}", width=width)
     more = f"<br>the first {MOST} of {len(stage.layers)} layers" if len(stage.layers) > MOST else ""
     caption = f"<b>{_name(stage.name)}</b><br>{'<br>'.join(told)}{more}"

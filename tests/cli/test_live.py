@@ -84,3 +84,11 @@ def test_mirrors_are_refreshed_with_every_generation_and_now_and_then(on):
         progress("candidate 1: a", step, 100)
     progress("budget", 100, 200)
     assert called == [130.0, 160.0, 190.0, 200.0]
+
+
+def test_a_search_whose_generations_are_over_has_no_steps_left_to_wait_for(on, tmp_path):
+    make_search(tmp_path / "search", finished=False)
+    progress, _, _ = on(True)
+    progress("budget", 0, 100)
+    progress("budget", 97, 100, {"generations": 6})
+    assert progress.state().endswith("97 of 100 steps · the result is being made")
