@@ -24,10 +24,13 @@ from jdkd.rewrite import Rewrite
 from jdkd.rewrite.channels import require_traced
 
 SHARES = 0.5, 0.25  # of a part's channels that stay in the versions that are measured
-SIZES = 0.75, 0.5  # of the input's short side in them
+SIZES = 0.75, 0.5  # of the input's short side in them,
+STRIDE = 32  # rounded to a multiple of this, to which images are padded
 AT_ONCE = 12  # versions in memory and measured in turn with the base
 ROUNDS = 5  # of a measurement; each times every version twice
 RIDGE = 0.3  # what keeps the costs of parts that were hardly told apart from wandering, see LatencyTable
+CERTAIN = 10.0  # how much more than others the base's own row weighs, whose ratio is 1
+DOUBT = 3  # how many measurements that agree with the table it would take to believe it, see LatencyTable.corrected
 OUTPUTS = "outputs"  # the feature that counts all outputs of all layers
 
 Features = dict[str, float]
@@ -50,6 +53,7 @@ class LatencyTable:
         positions: for every weight, at how many places it is applied at each of the sizes.
         rows: features of each measured version and its latency ratio to the base; the base's own comes first.
         milliseconds: of the base, when it was measured.
+        factor: of all predictions, see :meth:`corrected`.
     """
 
     containers: tuple[str, ...]
@@ -57,6 +61,7 @@ class LatencyTable:
     positions: Mapping[str, tuple[float, ...]]
     rows: tuple[tuple[Features, float], ...]
     milliseconds: float
+    factor: float = 1.0
 
     def features(self, model: nn.Module, topology: Topology | None = None, rewrite: Rewrite | None = None) -> Features:
         """What the latency of a model, or of what a rewrite makes of it, is predicted from.
@@ -101,8 +106,17 @@ class LatencyTable:
         return self.ratio(self.features(model, topology, rewrite))
 
     def corrected(self, measured: Sequence[tuple[Features, float]]) -> LatencyTable:
-        """The table that also knows descendants that were measured: their features and latency ratios to the base."""
-        return replace(self, rows=(*self.rows, *measured))
+        """The table with the factor by which descendants that were trained and measured are slower or faster.
+
+        What a cut version of the base detects before it is trained, and so the cost of NMS, is not what it will. (One
+        factor predicts random rewrites better than costs that are solved anew with the measured ones among the rows.)
+
+        Args:
+            measured: all of them, features and latency ratio to the base; of none it is the table as it was measured.
+        """
+        plain = replace(self, factor=1.0)
+        logs = [math.log(ratio / plain.ratio(features)) for features, ratio in measured]
+        return replace(self, factor=math.exp(sum(logs) / (len(logs) + DOUBT)))
 
     def errors(self, measured: Sequence[tuple[Features, float]]) -> dict[str, float]:
         """How well it predicts.
@@ -143,7 +157,9 @@ class LatencyTable:
         shares = np.array([[1.0, *(row.get(name, 0.0) / base[name] for name in names)] for row, _ in self.rows])
         ratios = np.array([ratio for _, ratio in self.rows])
         ridge = np.array([0.0, *(0.0 if name == OUTPUTS else RIDGE for name in names)])
-        solved = _non_negative(shares / ratios[:, None], np.ones(len(ratios)), ridge + 1e-9)
+        trust = np.where(np.arange(len(ratios)) == 0, CERTAIN, 1.0) / ratios
+        solved = _non_negative(shares * trust[:, None], ratios * trust, ridge + 1e-9)
+        solved *= self.factor
         return float(solved[0]), {n: float(s / base[n]) for n, s in zip(names, solved[1:], strict=True)}
 
     def to_json(self) -> dict[str, Any]:
@@ -159,6 +175,7 @@ class LatencyTable:
             positions={name: tuple(counts) for name, counts in data["positions"].items()},
             rows=tuple((dict(features), float(ratio)) for features, ratio in data["rows"]),
             milliseconds=float(data["milliseconds"]),
+            factor=float(data["factor"]),
         )
 
 
@@ -218,8 +235,7 @@ def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
         others = len(model.get_submodule(blocks.container)._modules) - len(blocks.blocks)
         if others or len(blocks.blocks) > 1:
             found.append(Rewrite(blocks={blocks.name: range(len(blocks.blocks) - 1)}))
-    now = input_size(model)
-    found += [Rewrite(attributes=size_attributes(model, round(share * now[0]))) for share in SIZES if now]
+    found += [Rewrite(attributes=size_attributes(model, size)) for size in _sizes(model)[:-1]]
     return list({repr(each): each for each in found}.values())
 
 
@@ -231,15 +247,23 @@ def _positions(
     model: nn.Module, topology: Topology, image: Tensor
 ) -> tuple[tuple[int, ...], dict[str, tuple[float, ...]]]:
     """Sizes, and at each of them how often every weight is applied."""
-    now = input_size(model)
-    if now is None:
+    sizes = _sizes(model)
+    if not sizes:
         return (0,), {name: (count,) for name, count in positions(model, image).items()}
-    sizes = sorted({round(share * now[0]) for share in (1.0, *SIZES)})
     counted = [
         positions(Rewrite(attributes=size_attributes(model, size)).apply(model, topology), image) for size in sizes
     ]
     names = counted[-1]
-    return tuple(sizes), {name: tuple(each.get(name, 0.0) for each in counted) for name in names}
+    return sizes, {name: tuple(each.get(name, 0.0) for each in counted) for name in names}
+
+
+def _sizes(model: nn.Module) -> tuple[int, ...]:
+    """Short sides of the input that are measured, ascending, its own the last; none without one."""
+    now = input_size(model)
+    if now is None:
+        return ()
+    smaller = {max(1, round(share * now[0] / STRIDE)) * STRIDE for share in SIZES}
+    return (*sorted(size for size in smaller if size < now[0]), now[0])
 
 
 def size_of(model: nn.Module, rewrite: Rewrite | None = None) -> int:
@@ -254,14 +278,24 @@ def size_of(model: nn.Module, rewrite: Rewrite | None = None) -> int:
 
 
 def _non_negative(a: np.ndarray, b: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """What minimises |a x - b|^2 + ridge . x^2 over x >= 0: coordinate descent."""
-    gram, target, x = a.T @ a + np.diag(ridge), a.T @ b, np.zeros(a.shape[1])
-    for _ in range(2000):
-        before = x.copy()
-        for j in range(len(x)):
-            x[j] = max(0.0, x[j] - (gram[j] @ x - target[j]) / gram[j, j])
-        if np.abs(x - before).max() < 1e-10:
+    """What minimises |a x - b|^2 + ridge . x^2 over x >= 0 (Lawson and Hanson, 1974, chapter 23)."""
+    a, b = np.vstack([a, np.diag(np.sqrt(ridge))]), np.concatenate([b, np.zeros(len(ridge))])
+    x, free = np.zeros(a.shape[1]), np.zeros(a.shape[1], dtype=bool)
+    for _ in range(10 * len(x)):
+        slope = np.where(free, -np.inf, a.T @ (b - a @ x))
+        if slope.max() < 1e-9:
             break
+        free[slope.argmax()] = True
+        while True:
+            solved = np.zeros(len(x))
+            solved[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
+            below = free & (solved <= 0)
+            if not below.any():
+                break
+            step = (x[below] / (x[below] - solved[below])).min()
+            x += step * (solved - x)
+            free &= x > 1e-12
+        x = solved
     return x
 
 

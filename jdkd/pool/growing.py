@@ -24,7 +24,9 @@ from jdkd.train.distributed import is_first
 
 SCORED = 20  # subnets, where scoring them takes no more than
 SCORING_SHARE = 0.2  # of the time that training takes
-FORWARDS = 3  # that a forward-backward pass of an image takes as long as
+# In forwards of an image in training: what a pass with its gradient takes, and what a scored image takes with all that
+# comes after the heads. On a CPU at 96 pixels, 160 passes of 4 images took 12.9 s, a score on 60 images 1.02 s.
+TRAINED, EVALUATED = 3, 2
 
 
 def train_pool(
@@ -107,8 +109,8 @@ def affordable(config: PoolTrainConfig, images: int) -> int:
         images: that a score is taken on.
     """
     batch = config.train.batch_size
-    trained = FORWARDS * config.train.steps * batch
-    each = images + CALIBRATION_BATCHES * batch
+    trained = TRAINED * config.train.steps * batch
+    each = EVALUATED * images + CALIBRATION_BATCHES * batch
     return max(2, min(SCORED, int(SCORING_SHARE * trained / each)))
 
 

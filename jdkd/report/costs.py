@@ -72,7 +72,7 @@ def _intervals(outcome: Outcome) -> str:
     drawn.append(tag("text", axes.labels[0], x=middle, y=axes.bottom + 38, text_anchor="middle", class_="label"))
     title = "latency ratios of the students and of the base against itself, with 95 % intervals"
     chart = drawing((760, axes.bottom + 46), "".join(drawn), title, class_="chart wide", id="intervals")
-    told = f'<p class="{"" if aa[0] else "alarm"}" id="aa">{escape(aa[1])}</p>' if aa else ""
+    told = f'<p class="{"" if aa[0] else "bad"}" id="aa">{escape(aa[1])}</p>' if aa else ""
     return f'{told}<div class="scroll">{chart}</div><p class="legend">┊ what was asked for, and 1 for the base.</p>'
 
 

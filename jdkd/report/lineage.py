@@ -73,8 +73,15 @@ def lineage_tree(outcome: Outcome) -> str:
     )
     return (
         f'<div class="scroll"><table class="tree"><thead><tr>{headings}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
+        f"<tbody>{''.join(body)}</tbody></table></div>{_failures(outcome.candidates)}"
     )
+
+
+def _failures(candidates: list[Candidate]) -> str:
+    """What failed, and why; nothing where all went well."""
+    told = [f"{one.number} failed: {one.failure}" for one in candidates if one.failure is not None]
+    items = "".join(f"<li>{escape(sentence)}</li>" for sentence in told)
+    return f'<ul class="bad">{items}</ul>' if items else ""
 
 
 def arranged(candidates: list[Candidate], ancestors: set[str]) -> Iterator[Place]:
@@ -146,7 +153,7 @@ def _class(one: Candidate, students: dict[str, str], ancestors: set[str]) -> str
 def _what(one: Candidate, students: dict[str, str]) -> str:
     """What was done, and what became of it."""
     badge = f'<b class="badge">{escape(students[one.id])}</b>' if one.id in students else ""
-    failed = f' <span class="bad">failed: {escape(one.failure)}</span>' if one.failure is not None else ""
+    failed = ' <span class="bad">failed</span>' if one.failure is not None else ""
     return f"{badge}{escape(one.action)}{failed}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jdkd.errors import InputError
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 MARK = "jdkd search"  # the attribute by which a study is known as a search's mirror; holds the base's id
 OBJECTIVES = {"mAP": "maximize", "latency_ratio": "minimize"}
 KINDS = ("base", "morph", "teacher", "train")
-MOST = 10**9  # of steps and generations
 
 
 def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) -> Study:
@@ -43,8 +42,7 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
     from sqlalchemy.exc import SQLAlchemyError
 
     name = outcome.folder.resolve().name if name is None else name
-    teachers = sorted({str(one.teacher) for one in outcome.candidates if one.teacher is not None})
-    wanted = [_trial(one, teachers) for one in outcome.candidates]
+    wanted = _trials(outcome.candidates)
     own = outcome.candidates[0].id
     given = {"storage": storage, "study_name": name}
     directions = {"directions": [*OBJECTIVES.values()]}
@@ -73,33 +71,45 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
     return study
 
 
-def _trial(one: Candidate, teachers: Sequence[str]) -> FrozenTrial:
-    """A candidate as a trial of Optuna's."""
+def _trials(candidates: Sequence[Candidate]) -> list[FrozenTrial]:
+    """Candidates as trials, whose parameters range over what there is so far."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    teachers = sorted({str(one.teacher) for one in candidates if one.teacher is not None})
+    ranges = {
+        "kind": CategoricalDistribution(KINDS),
+        "generation": IntDistribution(0, candidates[-1].generation),
+        "steps": IntDistribution(0, max(one.steps for one in candidates)),
+        "target": FloatDistribution(0.0, 1.0),
+        "teacher": CategoricalDistribution(teachers) if teachers else None,
+    }
+    return [_trial(one, ranges) for one in candidates]
+
+
+def _trial(one: Candidate, ranges: Mapping[str, Any]) -> FrozenTrial:
+    """A candidate as a trial of Optuna's."""
     from optuna.trial import TrialState, create_trial
 
-    parameters = {
-        "kind": (one.kind, CategoricalDistribution(KINDS)),
-        "generation": (one.generation, IntDistribution(0, MOST)),
-        "steps": (one.steps, IntDistribution(0, MOST)),
-    }
-    if one.target is not None:
-        parameters["target"] = (one.target, FloatDistribution(0.0, 1.0))
-    if one.teacher is not None:
-        parameters["teacher"] = (str(one.teacher), CategoricalDistribution(teachers))
+    teacher = None if one.teacher is None else str(one.teacher)
+    given = {"kind": one.kind, "generation": one.generation, "steps": one.steps, "target": one.target}
+    parameters = {name: value for name, value in (given | {"teacher": teacher}).items() if value is not None}
     failed = one.failure is not None or not math.isfinite(one.map + one.latency_ratio)
     told: dict[str, Any] = {"candidate": one.id, "action": one.action, "parent": one.parent}
     told |= {"failure": one.failure} if failed else {"latency_interval": list(one.latency_interval)}
     return create_trial(
         state=TrialState.FAIL if failed else TrialState.COMPLETE,
         values=None if failed else [one.map, one.latency_ratio],
-        params={name: value for name, (value, _) in parameters.items()},
-        distributions={name: kind for name, (_, kind) in parameters.items()},
+        params=parameters,
+        distributions={name: ranges[name] for name in parameters},
         user_attrs=told,
     )
 
 
 def _alike(there: FrozenTrial, wanted: FrozenTrial) -> bool:
-    """Whether a trial of the study says what it should."""
-    names = ("state", "values", "params", "distributions", "user_attrs")
-    return all(getattr(there, name) == getattr(wanted, name) for name in names)
+    """Whether a trial of the study says what it should; Optuna lets ranges of numbers differ, and no choices."""
+    names = ("state", "values", "params", "user_attrs")
+    choices = [
+        {name: kind.choices for name, kind in trial.distributions.items() if hasattr(kind, "choices")}
+        for trial in (there, wanted)
+    ]
+    return choices[0] == choices[1] and all(getattr(there, name) == getattr(wanted, name) for name in names)

@@ -22,9 +22,13 @@ def fitness(candidate: Candidate, target: float) -> float:
 
 
 def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate]:
-    """Who may be trained on for a target, the fittest first, one of an architecture."""
+    """Who may be trained on for a target, one of an architecture: who meets it from the best down, then the fittest."""
+
+    def rank(candidate: Candidate) -> tuple[bool, float, float]:
+        return candidate.latency_ratio > target, -fitness(candidate, target), candidate.latency_ratio
+
     best: dict[str, Candidate] = {}
-    for candidate in sorted(candidates, key=lambda c: (-fitness(c, target), c.latency_ratio)):
+    for candidate in sorted(candidates, key=rank):
         best.setdefault(candidate.architecture_id, candidate)
     return list(best.values())
 

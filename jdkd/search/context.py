@@ -24,6 +24,7 @@ from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_c
 from jdkd.latency.clock import environment
 from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.notices import say_once
+from jdkd.pool import shrinking
 from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
@@ -102,20 +103,20 @@ class SearchContext:
         if self.config.minutes is not None:
             write_json(self.config.out / BUDGET, {"minutes": self.config.minutes, "steps": self.steps})
 
-    def probe(self) -> Iterator[Any]:
-        """A few training batches, always the same: for recalibration and for correlations."""
+    def probe(self, count: int | None = None) -> Iterator[Any]:
+        """A few training batches, always the same: for importance, repair and correlations."""
         config = self.config
         return batches(
             self.train,
             batch_size=config.batch_size,
-            steps=PROBE_BATCHES,
+            steps=PROBE_BATCHES if count is None else count,
             seed=config.seed,
             device=config.device,
         )
 
     def calibrated(self, model: nn.Module) -> nn.Module:
         """The model with recalibrated batch norms, in evaluation mode on the device."""
-        calibrate_bn(model.to(self.config.device), self.probe())
+        calibrate_bn(model.to(self.config.device), self.probe(shrinking.CALIBRATION_BATCHES))
         return model.eval()
 
     def timed(self, detectors: Mapping[str, nn.Module], stage: str = BRIEF) -> dict[str, Timing]:

@@ -56,7 +56,7 @@ class Training:
         """The same where the folders lie elsewhere."""
         teachers = tuple(folder for name, folder in inputs.items() if name.startswith("teachers/"))
         here = {"base": inputs["base"], "teacher_pool": inputs.get("pool"), "teachers": teachers}
-        return Training(replace(self.config, out=out, **here))
+        return replace(self, config=replace(self.config, out=out, **here))
 
     def reads(self, job: Json) -> tuple[str, ...]:
         return (job["from"],) if job["from"] else ()
@@ -105,6 +105,7 @@ class Evaluator:
                 student = inherit(student, context.read(student), proposal.rewrites, context).model
                 student = student if config.method.inherit else fresh(student, proposal.seed)
             teacher = self._teacher(proposal.teacher)
+        before = parent / TRAINING
         schedule = {"lr": cycle.lr, "cycle_start": cycle.start, "cycle_steps": cycle.total}
         said = f"candidate {proposal.number}: {proposal.action}"
         with _timed(seconds, "training"), self._taught(student, teacher) as taught:
@@ -135,7 +136,7 @@ class Evaluator:
             return
         config = self.context.config
         weights = {"feature_weight": config.feature_weight}
-        if config.head_weight and can_distil_heads(student, teacher):
+        if config.head_weight and can_distil_heads(student, teacher, own_size=True):
             weights["head_weight"] = config.head_weight
         how = {"adapter": True, "own_size": True, "imitation": config.method.imitation}
         with Distiller(student, teacher, **weights, **how) as distiller:

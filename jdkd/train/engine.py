@@ -105,7 +105,7 @@ def fit(
         run.inherit(inherit)
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
     home = home if is_first() else None  # the others hold what is resumed, and write nothing
-    align(model)
+    align(run.trained)
     batch = {"batch_size": config.batch_size, "seed": config.seed, **own_batches(run.step, config.steps)}
     how = {"flip": config.flip, "workers": config.workers, "device": run.device}
     with mode(run.trained, training=True), torch.random.fork_rng([run.device] if run.on_gpu else []):
@@ -127,7 +127,7 @@ def fit(
             raise
         finally:
             run.trained.zero_grad(set_to_none=True)
-    align(model)
+    align(run.trained)
     return FitReport(run.step, run.seconds, run.losses)
 
 

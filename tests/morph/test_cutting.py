@@ -18,7 +18,7 @@ from jdkd.rewrite import Rewrite, prune
 from tests.detectors import detector, small_spec
 from tests.morph.small import SIZE, parent, picture
 
-WIDE = "backbone.fpn.layer_blocks.0.0"
+WIDE = "backbone.fpn.layer_blocks.3.0"
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ def test_what_is_worth_little_for_its_time_goes_first(model, topology, table):
 
 
 def test_the_last_channels_of_a_group_cost_more_than_the_first(model, topology, table):
-    kept = cut_to(model, topology, table, 0.6, even(topology)).rewrite.keep
-    shares = [len(units) / topology[name].units for name, units in kept.items()]
-    assert min(shares) < 1 and len(kept) > 5  # spread over groups instead of one after the other to its floor
+    kept = cut_to(model, topology, table, 0.4, even(topology)).rewrite.keep
+    shares = sorted(len(units) / topology[name].units for name, units in kept.items())
+    assert FLOOR < shares[-1] < 1 and len(shares) > 1  # not one after the other to its floor
 
 
 def test_chance_proposes_other_cuts_for_one_aim_and_repeats_from_its_seed(model, topology, table):
@@ -167,7 +167,7 @@ def activations(model, path, images):
         ("faster_rcnn", "backbone.body.layer3.0.downsample.0", "backbone.fpn.inner_blocks.2.0"),
         ("faster_rcnn", "roi_heads.box_head.fc6", "roi_heads.box_head.fc7"),
         ("fcos", "head.classification_head.conv.3", "head.classification_head.conv.6"),  # on every level
-        ("retinanet", "backbone.fpn.inner_blocks.0.0", "backbone.fpn.layer_blocks.0.0"),
+        ("retinanet", "backbone.fpn.inner_blocks.2.0", "backbone.fpn.layer_blocks.0.0"),
     ],
 )
 def test_nothing_is_lost_where_what_is_left_says_the_same(family, name, reader):
@@ -196,8 +196,6 @@ def test_layers_after_dropped_blocks_and_at_other_sizes_are_repaired_by_their_ow
     model = Rewrite(blocks={name: [0, 0, 0]}).apply(model, topology)
     topology = read(model, like=topology, size=SIZE)
     model.backbone.body.layer2[2].bn3.weight.data.fill_(0.3)
-    inner = f"{name}.3.conv1"
-    assert inner not in {group.name for group in topology.groups}
     inner = f"{name}.2.conv1"
     model, rewrite = repeated(model, topology, inner)
     rewrite = Rewrite(keep=rewrite.keep, blocks={name: (1,)}, attributes={"transform.min_size": (48,)})

@@ -35,7 +35,7 @@ def test_a_pool_of_r101_takes_a_step_at_the_shapes_of_coco_is_interrupted_and_re
     coco, tmp_path, monkeypatch, request
 ):
     if "slow" not in (request.config.option.markexpr or ""):
-        pytest.skip("takes minutes and 10 GiB; run it with: pytest -m slow tests/pool")
+        pytest.skip("takes three minutes of a free core and 8 GiB; run it with: pytest -m slow tests/pool")
     monkeypatch.setattr("jdkd.pool.shrinking.CALIBRATION_BATCHES", 1)
     torch.manual_seed(0)
     base = build(named_spec("faster_rcnn_r101_fpn", coco.classes))

@@ -70,6 +70,14 @@ def test_dark_pages_are_dark_and_paper_is_white(browser, pages):
     assert browser.run(ground) == "rgb(255, 255, 255)"
 
 
+def test_tables_fit_on_paper(browser, pages):
+    browser.open(pages["large"], 718)  # A4 between its margins
+    browser.run("dispatchEvent(new Event('beforeprint'))")
+    browser.call("Emulation.setEmulatedMedia", media="print")
+    wide = "[...document.querySelectorAll('table')].filter(one => one.getBoundingClientRect().right > 718).length"
+    assert browser.run("document.querySelectorAll('table').length") >= 4 and browser.run(wide) == 0
+
+
 def test_every_mark_lies_inside_its_drawing(browser, pages):
     browser.open(pages["large"])
     outside = """[...document.querySelectorAll('svg.chart [data-g], svg.chart circle, svg.chart rect')].filter(one => {

@@ -14,11 +14,10 @@ import torch
 from jdkd.search import search
 from jdkd.search.archive import ARCHIVE
 from tests.execution.killing import killed_until_through
-from tests.search import killed_search
+from tests.search.killed_search import killed_config, make_workers_steady
 from tests.search.small_search import archived
 
 KILLS = int(os.environ.get("JDKD_TEST_KILLS", "2"))  # 20 is what the package promises
-DECIDED = "number, id, parent, generation, kind, action, teacher, architecture, map, map50, latency_ratio, cycles"
 pytestmark = pytest.mark.slow
 
 
@@ -32,7 +31,7 @@ def finished(out) -> set[int]:
 
 
 def command(folder, out):
-    return [sys.executable, "-m", "tests.search.killed_search", str(folder), str(out), "2"]
+    return [sys.executable, "-m", "tests.search.killed_search", str(folder), str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def undisturbed(folder):
 
 
 def assert_equal(out, undisturbed):
-    assert archived(out, DECIDED) == archived(undisturbed, DECIDED)
+    assert archived(out) == archived(undisturbed)
     with closing(sqlite3.connect(out / ARCHIVE)) as archive:
         (count,) = archive.execute("SELECT count(*) FROM timings WHERE stage = 'brief'").fetchone()
     assert count == len(archived(out, "number")), "every candidate was timed and archived once"
@@ -73,13 +72,12 @@ def test_a_ray_cluster_that_loses_a_worker_changes_nothing(folder, undisturbed, 
             killed.append(next(iter(at_work())))
             os.kill(killed[0], signal.SIGKILL)
 
-    killed_search.make_steady(monkeypatch)
-    monkeypatch.setattr(killed_search, "FOLDER", folder)
+    make_workers_steady(monkeypatch)
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        search(killed_search.killed_config(folder, out, ray="auto"), kill_one)
+        search(killed_config(folder, out, ray="auto"), kill_one)
     finally:
         torch.set_num_threads(threads)
         ray.shutdown()
