@@ -105,7 +105,6 @@ class Evaluator:
                 student = inherit(student, context.read(student), proposal.rewrites, context).model
                 student = student if config.method.inherit else fresh(student, proposal.seed)
             teacher = self._teacher(proposal.teacher)
-        before = parent / TRAINING
         schedule = {"lr": cycle.lr, "cycle_start": cycle.start, "cycle_steps": cycle.total}
         said = f"candidate {proposal.number}: {proposal.action}"
         with _timed(seconds, "training"), self._taught(student, teacher) as taught:
