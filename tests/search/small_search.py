@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from jdkd.data import resolve_splits
+from jdkd.detect import read
+from jdkd.detect.contract import identity
+from jdkd.graph import Topology
 from jdkd.latency import Latency, LatencyReport, ModelLatency
 from jdkd.latency.clock import environment
+from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.search import SearchConfig, search
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.evaluator import Training
@@ -50,8 +54,30 @@ def archived(out, columns=DECIDED) -> list[tuple]:
         return archive.execute(f"SELECT {columns} FROM candidates ORDER BY number").fetchall()
 
 
+_tables: dict[str, LatencyTable] = {}
+_topologies: dict[str, Topology] = {}
+
+
+def remembered_table(model, topology, images, **options) -> LatencyTable:
+    """In place of :func:`jdkd.latency.table.measure_table`, once an architecture: the clock is steady."""
+    name = identity(model)
+    if name not in _tables:
+        _tables[name] = measure_table(model, topology, images, **options)
+    return _tables[name]
+
+
+def remembered_topology(model, *, check=False, like=None) -> Topology:
+    """In place of :func:`jdkd.detect.read`: what was checked of an architecture once."""
+    name = identity(model)
+    if check and name not in _topologies:
+        _topologies[name] = read(model, check=True)
+    return _topologies[name] if check else read(model, like=like)
+
+
 def make_steady(patch) -> None:
     """Latencies that depend on the architecture alone, and the least of what takes long."""
+    patch.setattr("jdkd.search.context.measure_table", remembered_table)
+    patch.setattr("jdkd.search.context.read", remembered_topology)
     patch.setattr("jdkd.search.context.measure", steady_measure)
     patch.setattr("jdkd.latency.table.measure", steady_measure)
     patch.setattr("jdkd.latency.table.SHARES", (0.5,))

@@ -46,17 +46,17 @@ print(*[name for name in sys.modules if name.startswith("jdkd.detect")])
 def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(family, folder, steady, tmp_path):
     builder, arguments, method = FAMILIES[family]
     config = base_of(builder, arguments, method, folder, tmp_path)
-    met = []
+    pooled = method.teaching == "dynamic"
+    for moment in ["pool: scoring"] * pooled + ["candidate 2"]:
 
-    def stop(what, *state):
-        met.append(what)
-        if what.startswith("candidate 2"):
-            raise KeyboardInterrupt
+        def stop(what, *state, moment=moment):
+            if what.startswith(moment):
+                raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        search(config, stop)
+        with pytest.raises(KeyboardInterrupt):
+            search(replace(config, resume=True), stop)
     before, told = archived(config.out), []
-    assert any(what.startswith("pool: ") for what in met) is (method.teaching == "dynamic")
+    assert (config.out / "pool" / "pool.json").exists() is pooled
     result = search(replace(config, resume=True), lambda what, *_: told.append(what))
     assert not any(what.startswith(("pool: ", "candidate 1:")) for what in told), "nothing finished is redone"
     rows = archived(config.out)

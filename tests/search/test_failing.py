@@ -55,8 +55,8 @@ def test_a_search_outlives_candidates_and_a_control_that_fail(quick, steady, tmp
     assert result["control"] == {"failure": "training diverged at step 1 of 1."}
     assert result["students"][0]["target_met"] and result["cost"]["control_steps"] == 0
     text = write_report(tmp_path / "out")[1].read_text()
-    assert "candidate 1 failed: training diverged" in text and "candidate 2 failed: " in text
-    assert "control failed: training diverged" in text and "nan" not in re.sub('base64,[^"]*', "", text)
+    assert "failed: training diverged at step 1" in text and "failed: nothing is left to score" in text
+    assert "The control failed: training diverged" in text and "nan" not in re.sub('base64,[^"]*', "", text)
 
 
 def test_a_finalist_that_fails_is_replaced_by_the_one_it_came_from(quick, steady, tmp_path, monkeypatch):

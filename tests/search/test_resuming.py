@@ -22,7 +22,7 @@ from jdkd.search import Archive, Method, search
 from jdkd.search.archive import ARCHIVE
 from tests.detectors import detector, small_spec
 from tests.search.conftest import DIGITS
-from tests.search.small_search import SteadyTraining, archived, config_of, steady_measure
+from tests.search.small_search import SteadyTraining, archived, config_of, remembered_table, steady_measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
 
@@ -191,7 +191,7 @@ def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, unfinish
 
     monkeypatch.setattr("jdkd.search.context.measure", measure)
     monkeypatch.setattr(
-        "jdkd.latency.table.measure", lambda *given, **how: table.append(1) or steady_measure(*given, **how)
+        "jdkd.search.context.measure_table", lambda *given, **how: table.append(1) or remembered_table(*given, **how)
     )
     with pytest.warns(Notice, match="goes on on new.* timed again"):
         result = search(config_of(folder, unfinished, resume=True))

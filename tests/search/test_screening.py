@@ -70,7 +70,7 @@ def test_the_similarity_is_the_mean_r_of_every_level_with_the_parents(parent, st
 
 def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(parent, steady):
     rng = random.Random(1)
-    for recipe in [Recipe(min_size=32), *(parent.draw(EVERYTHING, rng) for _ in range(3))]:
+    for recipe in (Recipe(min_size=32), parent.draw(EVERYTHING, rng)):
         one, two = parent.make(recipe, 0.7), parent.make(recipe, 0.7)
         assert (one.rewrites, one.action, one.similarity) == (two.rewrites, two.action, two.similarity)
         sent = json.loads(json.dumps([rewrite.to_json() for rewrite in one.rewrites]))
@@ -79,8 +79,9 @@ def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(par
         assert architecture_of(again, "a test").id == one.architecture_id
 
 
-def test_a_pipeline_changes_blocks_and_input_or_channels_and_not_both(parent):
+def test_a_pipeline_changes_blocks_and_input_or_channels_and_not_both(parent, monkeypatch):
     rng = random.Random(0)
+    monkeypatch.setattr(type(parent.context), "resolutions", [32, 64])
     drawn = [parent.draw((ARCHITECTURE,), rng) for _ in range(20)]
     assert not any(recipe.channels for recipe in drawn)
     assert any(recipe.shorter for recipe in drawn) and any(recipe.min_size for recipe in drawn)
@@ -165,7 +166,7 @@ def test_without_a_change_the_parent_is_handed_on_as_it_is(parent):
 def test_a_child_keeps_its_parents_weights_and_a_fresh_one_the_architecture_alone(parent, steady):
     made = parent.make(Recipe(), 0.8)
     new, again, other = (fresh(made.student, seed) for seed in (1, 1, 2))
-    name = "roi_heads.box_head.fc7.weight"
+    name = "backbone.body.conv1.weight"  # reads nothing that was cut, so that nothing of it was repaired
     ours, base = made.student.state_dict()[name], parent.model.state_dict()[name]
     assert torch.isin(ours, base).all() and not torch.isin(new.state_dict()[name], base).any()
     assert torch.equal(new.state_dict()[name], again.state_dict()[name])
