@@ -170,7 +170,8 @@ def screen(
     """Proposes students at one latency, makes each, and returns the most promising.
 
     Nothing is trained. What a change has damaged is read off the correlation of the child's features with its
-    parent's, each at its own input size; latencies are predicted, and those of the chosen measured.
+    parent's, each at its own input size; latencies are predicted, and those of the chosen measured. The best of every
+    input size come first: smaller images correlate less with larger ones, whatever they are worth in the end.
 
     Args:
         parents: detectors to change, the best first; it gets half of the proposals or more.
@@ -198,7 +199,10 @@ def screen(
         made.setdefault(screened.architecture_id, (score if score == score else -math.inf, parent, recipe, screened))
     if not made:
         raise InputError(f"no student at {aim:.2f} of the base's latency can be made: {why}")
-    chosen = sorted(made.values(), key=lambda entry: (-entry[0], entry[3].predicted))[:count]
+    ranked = sorted(made.values(), key=lambda entry: (-entry[0], entry[3].predicted))
+    firsts = {input_size(screened.student): number for number, (*_, screened) in reversed([*enumerate(ranked)])}
+    varied = sorted(range(len(ranked)), key=lambda number: (number not in firsts.values(), number))
+    chosen = [ranked[number] for number in varied[:count]]
     return [(parent.candidate, parent.measured(recipe, screened, aim)) for _, parent, recipe, screened in chosen]
 
 
