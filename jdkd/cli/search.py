@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from jdkd.cli.failures import keeping
 from jdkd.cli.flags import DataFlags, resolve_device
-from jdkd.cli.progress import Progress
+from jdkd.cli.live import SearchProgress
 from jdkd.errors import InputError
 from jdkd.run_folder import RunFolder
 
@@ -76,13 +76,17 @@ class Search:
     """Processes that read images."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    tensorboard: bool = False
+    """Write TensorBoard events to OUT/tensorboard as the search goes."""
+    optuna: str | None = None
+    """Mirror the candidates as an Optuna study in this storage, such as sqlite:///study.db."""
     resume: bool = False
     """Carry on what OUT holds."""
 
     def __call__(self) -> None:
         from rich.console import Console
 
-        from jdkd.report import result_table, verdict, write_report
+        from jdkd.report import Mirrors, result_table, verdict, write_report
         from jdkd.search import SearchConfig, search
 
         (train, val), selection = self.source.splits(), self._selection()
@@ -91,10 +95,12 @@ class Search:
         given |= {"targets": self._targets(), "control": not self.no_control}
         command = ("jdkd", *sys.argv[1:])
         config = SearchConfig(**given, train=train, val=val, selection=selection, command=command)
-        run = RunFolder(self.out)
-        with keeping(run, "every finished candidate and the last checkpoint"), Progress() as progress:
+        run, mirrors = RunFolder(self.out), Mirrors(self.out, self.optuna, self.tensorboard)
+        shown = SearchProgress(self.out, config.targets, mirrors.update)
+        with keeping(run, "every finished candidate and the last checkpoint"), shown as progress:
             result = search(config, progress=progress)
             plot, page = write_report(self.out)
+            mirrors.close()
         Console().print(result_table(result))
         students = [self.out / student["folder"] for student in result["students"]]
         for path in (*students, self.out / "result.json", self.out / "archive.sqlite", plot, page):

@@ -18,6 +18,7 @@ from jdkd.notices import say_once
 
 REMEDY = "give more of them, or others to select on with --selection-images and --selection-annotations"
 SHOWN = 3  # examples in a message
+EXAMPLES = 6  # images that a report shows
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Part:
             "which": self.which,
             "images": len(self.dataset),
             "boxes": self.boxes,
+            "examples": [name for name, _, _ in self.dataset.sizes[:EXAMPLES]],
             "fingerprint": self.dataset.fingerprint,
         }
 
