@@ -6,7 +6,6 @@ learning rate follows the lineage: whatever student comes out has been annealed 
 """
 
 import math
-import shutil
 import time
 from contextlib import closing, nullcontext
 from typing import Any
@@ -28,6 +27,7 @@ from jdkd.search.outcome import conclude, read_result
 from jdkd.search.proposal import Proposal
 from jdkd.search.strategy import Strategy
 from jdkd.search.teachers import given_pool, grown_pool, remember, require_teachers, write_teachers
+from jdkd.train.checkpoint import CHECKPOINT
 
 GENERATION, TABLE = "generation.json", "latency_table.json"
 
@@ -232,9 +232,9 @@ def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:
 
 
 def _clear(archive: Archive, budget: Plan, context: SearchContext) -> None:
-    """Removes the checkpoints of candidates that no longer can be trained on."""
+    """Removes the checkpoints of candidates that no longer can be trained on; their logs stay."""
     last = max(candidate.generation for candidate in archive.candidates)
     trainable = range(last, len(budget.rungs))  # generations with children to come
     for candidate in archive.candidates:
         if last > budget.exploring and candidate.generation not in trainable:
-            shutil.rmtree(context.folder(candidate.number) / TRAINING, ignore_errors=True)
+            (context.folder(candidate.number) / TRAINING / CHECKPOINT).unlink(missing_ok=True)

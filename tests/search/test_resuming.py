@@ -119,9 +119,11 @@ def test_a_candidate_whose_weights_are_damaged_is_named(folder, finished, unfini
 
 
 def test_a_kill_after_the_archive_leaves_nothing_behind(folder, finished, unfinished, steady):
-    (unfinished / "candidates" / "002" / "training").mkdir()
+    training = unfinished / "candidates" / "002" / "training"
+    training.mkdir(exist_ok=True)
+    (training / "checkpoint.pt").touch()
     again = search(config_of(folder, unfinished, resume=True))
-    assert not (unfinished / "candidates" / "002" / "training").exists()
+    assert not (training / "checkpoint.pt").exists()
     assert again["students"] == finished[1]["students"] and archived(unfinished) == archived(finished[0])
 
 
