@@ -54,7 +54,7 @@ class Search:
     """The same in minutes of training, by the time of a step of the base on this machine."""
     candidates: int = 3
     """Students to train in every generation that looks for an architecture."""
-    proposals: int = 12
+    proposals: int = 8
     """Students to screen, untrained, for each of these generations."""
     no_control: bool = False
     """Leave out the control: the base trained as long as the student, to compare with, outside of the budget."""

@@ -105,7 +105,7 @@ class SearchConfig:
     epochs: float | None = None
     minutes: float | None = None
     candidates: int = 3
-    proposals: int = 12
+    proposals: int = 8
     batch_size: int = 8
     lr: float = 2e-3
     amp: str = "auto"
