@@ -205,7 +205,10 @@ def test_a_finished_pool_is_scored_anew_on_the_images_of_another_search(folder, 
     assert given.scored_on == context.selection.dataset.fingerprint != json.loads(before)["scored_on"]
     assert sorted(map(str, known)) == sorted(str(member.teacher) for member in given.members)
     kept = json.loads((tmp_path / TEACHERS).read_text())
-    assert [member.to_json() for member in given.members] == kept and (pool / "pool.json").read_bytes() == before
+    assert (
+        json.loads(json.dumps([member.to_json() for member in given.members])) == kept
+        and (pool / "pool.json").read_bytes() == before
+    )
 
 
 @pytest.mark.parametrize(
