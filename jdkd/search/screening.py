@@ -200,7 +200,8 @@ def screen(
     if not made:
         raise InputError(f"no student at {aim:.2f} of the base's latency can be made: {why}")
     ranked = sorted(made.values(), key=lambda entry: (-entry[0], entry[3].predicted))
-    firsts = {input_size(screened.student): number for number, (*_, screened) in reversed([*enumerate(ranked)])}
+    sound = [(number, screened) for number, (score, *_, screened) in enumerate(ranked) if score > -math.inf]
+    firsts = {input_size(screened.student): number for number, screened in reversed(sound)}
     varied = sorted(range(len(ranked)), key=lambda number: (number not in firsts.values(), number))
     chosen = [ranked[number] for number in varied[:count]]
     return [(parent.candidate, parent.measured(recipe, screened, aim)) for _, parent, recipe, screened in chosen]

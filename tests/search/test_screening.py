@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd.detect.contract import architecture_of
 from jdkd.distill import correlations
@@ -127,7 +128,7 @@ def test_the_better_parent_gets_more_proposals_and_its_lead_counts(monkeypatch):
     def make(self, recipe, aim):
         asked.append(self.candidate)
         name = f"student {len(asked)}"
-        return SimpleNamespace(similarity=0.9, predicted=aim, architecture_id=name)
+        return SimpleNamespace(similarity=0.9, predicted=aim, architecture_id=name, student=torch.nn.Identity())
 
     context = SimpleNamespace(config=SimpleNamespace(proposals=8), progress=lambda *state: None)
     better, worse = candidate(1, map=0.4), candidate(2, map=0.3)
@@ -138,6 +139,26 @@ def test_the_better_parent_gets_more_proposals_and_its_lead_counts(monkeypatch):
     found = screen(parents, 0.5, 4, EVERYTHING, random.Random(0))
     assert asked.count(better) == 6 and asked.count(worse) == 2
     assert [origin for origin, _ in found] == [better] * 4
+
+
+def test_the_best_of_every_input_size_come_first_but_for_those_that_are_no_numbers():
+    students = [(0.9, 64), (0.8, 64), (0.1, 32), (math.nan, 48)]
+    made = [
+        SimpleNamespace(similarity=r, predicted=0.5, architecture_id=f"{k}", student=resized(size), number=k)
+        for k, (r, size) in enumerate(students)
+    ]
+    context = SimpleNamespace(config=SimpleNamespace(proposals=4), progress=lambda *state: None)
+    left = iter(made)
+    one = SimpleNamespace(candidate=candidate(1), context=context, draw=lambda *given: None)
+    one.make, one.measured = lambda recipe, aim: next(left), lambda recipe, screened, aim: screened
+    assert [found.number for _, found in screen([one], 0.5, 3, EVERYTHING, random.Random(0))] == [0, 2, 1]
+
+
+def resized(size: int) -> torch.nn.Module:
+    """A detector of an input size, as far as a look at its transform tells."""
+    model = torch.nn.Module()
+    model.transform = GeneralizedRCNNTransform(size, 100, [0.0] * 3, [1.0] * 3)
+    return model
 
 
 def test_a_finalist_that_is_fast_enough_stays_as_it_is(parent):

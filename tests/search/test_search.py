@@ -19,6 +19,7 @@ from jdkd.search import Archive, Method, plan, search
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.context import open_context
 from jdkd.search.teachers import TEACHERS, given_pool, remember
+from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
 from tests.search.conftest import DIGITS
 from tests.search.small_search import archived, config_of
@@ -37,7 +38,7 @@ def test_a_search_leaves_a_student_a_result_and_an_archive(folder, finished):
     assert student["train_steps"] == known.lineage_steps == sum(one.steps for one in line)
     assert result["control"]["train_steps"] == known.lineage_steps, "trained as long"
     assert {"pool: largest", "pool: full", "screening students", "control", "timing"} <= told
-    assert not list(out.glob("candidates/*/training")), "what only a resume needs is cleared away"
+    assert not list(out.glob(f"candidates/*/training/{CHECKPOINT}")), "what only a resume needs is cleared away"
     assert not (out / "outcomes").exists()
     assert result["command"] == "jdkd search --base 'a folder'"
     assert RunFolder(out).read()["finished"]
@@ -204,7 +205,10 @@ def test_a_finished_pool_is_scored_anew_on_the_images_of_another_search(folder, 
     assert given.scored_on == context.selection.dataset.fingerprint != json.loads(before)["scored_on"]
     assert sorted(map(str, known)) == sorted(str(member.teacher) for member in given.members)
     kept = json.loads((tmp_path / TEACHERS).read_text())
-    assert [member.to_json() for member in given.members] == kept and (pool / "pool.json").read_bytes() == before
+    assert (
+        json.loads(json.dumps([member.to_json() for member in given.members])) == kept
+        and (pool / "pool.json").read_bytes() == before
+    )
 
 
 @pytest.mark.parametrize(
