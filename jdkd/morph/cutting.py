@@ -15,12 +15,13 @@ from jdkd.errors import InputError
 from jdkd.graph import ChannelGroup, Topology
 from jdkd.latency.layers import part_of, shapes_after
 from jdkd.latency.table import OUTPUTS, LatencyTable, size_of
-from jdkd.morph.actions import FLOOR, Morph, change_resolution, remove_block
+from jdkd.morph.actions import Morph, shorten
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
 from jdkd.rewrite.channels import require_traced
 
 FINEST = 32  # steps in which a group is cut at most
+FLOOR = 0.25  # no group loses more than the rest in one cut
 
 
 def cut_to(
@@ -70,7 +71,7 @@ def cut_to(
             f"aim {aim} must be above 0, floor {floor} in (0, 1], temperature {temperature} at least 0, above it with "
             "an rng."
         )
-    around = _around(model, topology, shorter, min_size)
+    around = shorten(model, topology, shorter, min_size)
     costs = _Costs.of(model, topology, table, around.rewrite)
     groups = [group for group in topology.groups if group.name in importance and group.units > 1]
     rows = [_Row.of(group, importance[group.name], floor, _factor(temperature, rng)) for group in groups]
@@ -87,15 +88,6 @@ def cut_to(
     keep = {row.group.name: row.kept() for row in rows if row.left < row.group.units}
     action = "; ".join(filter(None, [around.action, _said(rows, table)]))
     return Morph(action or "cut nothing", replace(around.rewrite, keep=keep))
-
-
-def _around(model: nn.Module, topology: Topology, shorter: Sequence[str], min_size: int | None) -> Morph:
-    """What is done besides cutting channels."""
-    morphs = [remove_block(model, topology, name) for name in shorter]
-    morphs += [change_resolution(model, min_size)] if min_size is not None else []
-    blocks = {name: order for morph in morphs for name, order in morph.rewrite.blocks.items()}
-    attributes = {name: value for morph in morphs for name, value in morph.rewrite.attributes.items()}
-    return Morph("; ".join(morph.action for morph in morphs), Rewrite(blocks=blocks, attributes=attributes))
 
 
 def _factor(temperature: float, rng: random.Random | None) -> float:
@@ -153,8 +145,8 @@ class _Costs:
         touched = defaultdict(list)
         for group in topology.groups:
             for slot in group.slots:
-                copies = [name for name in (slot.tensor,) if name in number]
-                touched[group.name] += [(number[name], slot.dim, slot.repeat) for name in copies]
+                if slot.tensor in number:
+                    touched[group.name].append((number[slot.tensor], slot.dim, slot.repeat))
         return cls(table.fixed, sizes, rates, dict(touched))
 
     def ratio(self) -> float:
