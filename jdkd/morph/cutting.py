@@ -70,6 +70,7 @@ def cut_to(
             f"aim {aim} must be above 0, floor {floor} in (0, 1], temperature {temperature} at least 0, above it with "
             "an rng."
         )
+    _require_importance(topology, importance)
     around = _around(model, topology, shorter, min_size)
     costs = _Costs.of(model, topology, table, around.rewrite)
     groups = [group for group in topology.groups if group.name in importance and group.units > 1]
@@ -89,8 +90,25 @@ def cut_to(
     return Morph(action or "cut nothing", replace(around.rewrite, keep=keep))
 
 
+def _require_importance(topology: Topology, importance: Mapping[str, Tensor]) -> None:
+    for group in topology.groups:
+        values = importance.get(group.name)
+        if values is not None and (tuple(values.shape) != (group.units,) or not (values >= 0).all()):
+            raise InputError(
+                f"importance of {group.name} must be numbers of at least 0 for its {group.units} units, got a tensor "
+                f"{list(values.shape)} from {values.min():.3g} to {values.max():.3g}; give channel_importance() of "
+                "this very model."
+            )
+
+
 def _around(model: nn.Module, topology: Topology, shorter: Sequence[str], min_size: int | None) -> Morph:
-    """What is done besides cutting channels."""
+    """What is done besides cutting channels.
+
+    Raises:
+        InputError: no list of blocks is named, or one twice.
+    """
+    if isinstance(shorter, str) or len(set(shorter)) < len(shorter):
+        raise InputError(f"shorter is {shorter!r}; give a list of lists of blocks, each once, as each loses one block.")
     morphs = [remove_block(model, topology, name) for name in shorter]
     morphs += [change_resolution(model, min_size)] if min_size is not None else []
     blocks = {name: order for morph in morphs for name, order in morph.rewrite.blocks.items()}
