@@ -3,10 +3,10 @@
 Run ``python -m benchmarks.criteria --base DIR --data DIR`` with one thread; it appends rows to
 ``results/<device>/criteria.jsonl`` and prints them as a table. For each aim the base is cut by every criterion, with
 batch norms recalibrated, without and with the least-squares repair of what reads cut channels, and is scored before and
-after ``--steps`` of training (0: not at all). ``today`` cuts one share of every part, by |gamma| and magnitude, as
-:func:`jdkd.morph.prune_channels` does by itself; the others cut by importance for each millisecond.
-Latencies are processor time of the thread, as other programs may run beside; a second cut brings the measured ones
-together.
+after ``--steps`` of training (0: not at all). ``slimming`` is network slimming (Liu et al., ICCV 2017): one share of
+all inner channels by their |gamma|, and the same share of each other group by magnitude; the others cut by importance
+for each millisecond. Latencies are processor time of the thread, as other programs may run beside; a second cut brings
+the measured ones together.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from benchmarks import record
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import load, read
 from jdkd.distill import correlations, pyramids
-from jdkd.graph import Topology
+from jdkd.graph import ChannelGroup, Topology
 from jdkd.latency import LatencyTable, fuse_for_inference, measure_quick, measure_table
 from jdkd.latency.clock import CpuClock
-from jdkd.morph import Morph, channel_importance, cut_to, parts, prune_channels, repair
-from jdkd.morph.importance import CRITERIA
+from jdkd.morph import Morph, channel_importance, cut_to, repair
+from jdkd.morph.cutting import FLOOR
+from jdkd.morph.importance import CRITERIA, gamma_importance, magnitude_importance
+from jdkd.rewrite import Rewrite
 from jdkd.train import TrainConfig, calibrate_bn, evaluate, fit
 
-TODAY = "today"
+SLIMMING = "slimming"
 BATCHES, BATCH = 3, 8  # that gradients, repair and calibration see
-TRAINED = {(TODAY, False), (TODAY, True), ("taylor", True), ("fisher", True)}  # criterion, repaired
+TRAINED = {(SLIMMING, False), (SLIMMING, True), ("taylor", True), ("fisher", True)}  # criterion, repaired
 Row = dict[str, Any]
 
 
@@ -96,9 +98,7 @@ def _rows(given: argparse.Namespace) -> Iterator[Row]:
                     "ratio": ratios[name],
                     "kept_r": 1 - sum(distances) / len(distances),
                     "map": evaluate(fuse_for_inference(child), val, device="cpu").map,
-                    "map_trained": _trained(child, train, val, given)
-                    if given.steps and (name, repaired) in TRAINED
-                    else None,
+                    "map_trained": _trained(child, train, val, given) if (name, repaired) in TRAINED else None,
                     "action": morph.action,
                 }
 
@@ -112,9 +112,9 @@ def _cuts(
     images: Sequence[Tensor],
 ) -> tuple[dict[str, Morph], dict[str, float]]:
     """What each criterion cuts for one aim, and the ratios that were measured, brought together by a second try."""
-    aims = dict.fromkeys([TODAY, *importance], aim)
+    aims = dict.fromkeys([SLIMMING, *importance], aim)
     for _ in range(2):
-        morphs = {TODAY: _today(base, topology, costs, aims[TODAY])}
+        morphs = {SLIMMING: _slimming(base, topology, costs, aims[SLIMMING])}
         morphs |= {name: cut_to(base, topology, costs, aims[name], importance[name]) for name in importance}
         models = {"base": base} | {name: morph.apply(base, topology) for name, morph in morphs.items()}
         deployed = {name: fuse_for_inference(model) for name, model in models.items()}
@@ -124,18 +124,38 @@ def _cuts(
     return morphs, ratios
 
 
-def _today(base: nn.Module, topology: Topology, costs: LatencyTable, aim: float) -> Morph:
-    """The least share of all parts whose cut is predicted to reach an aim."""
+def _slimming(base: nn.Module, topology: Topology, costs: LatencyTable, aim: float) -> Morph:
+    """The least share of all channels whose cut is predicted to reach an aim."""
     low, high = 0.0, 0.95
     for _ in range(12):
         share = (low + high) / 2
-        morph = prune_channels(base, topology, share, dict.fromkeys(parts(topology), share))
-        low, high = (low, share) if costs.predict(base, topology, morph.rewrite) <= aim else (share, high)
-    return prune_channels(base, topology, high, dict.fromkeys(parts(topology), high))
+        reached = costs.predict(base, topology, _slimmed(base, topology, share).rewrite) <= aim
+        low, high = (low, share) if reached else (share, high)
+    return _slimmed(base, topology, high)
+
+
+def _slimmed(base: nn.Module, topology: Topology, share: float) -> Morph:
+    """A cut of one share: of all inner channels that pass a norm together, and of each other group by itself."""
+    inner = {g.name: gamma_importance(base, topology, g) for g in topology.inner if topology.norms(g)}
+    channels = [values.repeat_interleave(_unit(topology[name])) for name, values in inner.items()]
+    every = torch.cat(channels) if channels else torch.zeros(1)
+    threshold = every.kthvalue(max(1, round(share * len(every)))).values
+    keep = {}
+    for group in topology.groups:
+        values = inner.get(group.name)
+        left = 1 - share if values is None else float((values > threshold).sum()) / group.units
+        if (count := group.shrunk(max(left, FLOOR))) < group.units:
+            values = magnitude_importance(base, group) if values is None else values
+            keep[group.name] = values.argsort(descending=True, stable=True)[:count].sort().values.tolist()
+    return Morph(f"slim by {share:.0%}", Rewrite(keep=keep))
+
+
+def _unit(group: ChannelGroup) -> int:
+    return group.size // group.units
 
 
 def _trained(child: nn.Module, train: Any, val: Any, given: argparse.Namespace) -> float | None:
-    """mAP after a short training, if there is to be one."""
+    """mAP after a short training; None where ``--steps`` is 0."""
     if not given.steps:
         return None
     flip = 0.5 if train.mirror_symmetric else 0.0

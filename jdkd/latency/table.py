@@ -22,6 +22,7 @@ from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shap
 from jdkd.latency.protocol import QUICK, ProgressCallback, measure
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
+from jdkd.rewrite.blocks import removable
 from jdkd.rewrite.channels import require_traced
 
 SHARES = 0.5, 0.25  # of a part's channels that stay in the versions that are measured
@@ -246,8 +247,7 @@ def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
             keep = {group.name: range(group.shrunk(share)) for group in groups if group.shrunk(share) < group.units}
             found += [Rewrite(keep=keep)] if keep else []
     for blocks in topology.block_lists:
-        others = len(model.get_submodule(blocks.container)._modules) - len(blocks.blocks)
-        if others or len(blocks.blocks) > 1:
+        if removable(model, blocks):
             found.append(Rewrite(blocks={blocks.name: range(len(blocks.blocks) - 1)}))
     found += [Rewrite(attributes=size_attributes(model, size)) for size in _sizes(model)[:-1]]
     return list({repr(each): each for each in found}.values())

@@ -15,12 +15,13 @@ from jdkd.errors import InputError
 from jdkd.graph import ChannelGroup, Topology
 from jdkd.latency.layers import part_of, shapes_after
 from jdkd.latency.table import OUTPUTS, LatencyTable, size_of
-from jdkd.morph.actions import FLOOR, Morph, change_resolution, remove_block
+from jdkd.morph.actions import Morph, shorten
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
 from jdkd.rewrite.channels import require_traced
 
 FINEST = 32  # steps in which a group is cut at most
+FLOOR = 0.25  # no group loses more than the rest in one cut
 
 
 def cut_to(
@@ -71,7 +72,7 @@ def cut_to(
             "an rng."
         )
     _require_importance(topology, importance)
-    around = _around(model, topology, shorter, min_size)
+    around = shorten(model, topology, shorter, min_size)
     costs = _Costs.of(model, topology, table, around.rewrite)
     groups = [group for group in topology.groups if group.name in importance and group.units > 1]
     rows = [_Row.of(group, importance[group.name], floor, _factor(temperature, rng)) for group in groups]
@@ -99,21 +100,6 @@ def _require_importance(topology: Topology, importance: Mapping[str, Tensor]) ->
                 f"{list(values.shape)} from {values.min():.3g} to {values.max():.3g}; give channel_importance() of "
                 "this very model."
             )
-
-
-def _around(model: nn.Module, topology: Topology, shorter: Sequence[str], min_size: int | None) -> Morph:
-    """What is done besides cutting channels.
-
-    Raises:
-        InputError: no list of blocks is named, or one twice.
-    """
-    if isinstance(shorter, str) or len(set(shorter)) < len(shorter):
-        raise InputError(f"shorter is {shorter!r}; give a list of lists of blocks, each once, as each loses one block.")
-    morphs = [remove_block(model, topology, name) for name in shorter]
-    morphs += [change_resolution(model, min_size)] if min_size is not None else []
-    blocks = {name: order for morph in morphs for name, order in morph.rewrite.blocks.items()}
-    attributes = {name: value for morph in morphs for name, value in morph.rewrite.attributes.items()}
-    return Morph("; ".join(morph.action for morph in morphs), Rewrite(blocks=blocks, attributes=attributes))
 
 
 def _factor(temperature: float, rng: random.Random | None) -> float:
@@ -171,8 +157,8 @@ class _Costs:
         touched = defaultdict(list)
         for group in topology.groups:
             for slot in group.slots:
-                copies = [name for name in (slot.tensor,) if name in number]
-                touched[group.name] += [(number[name], slot.dim, slot.repeat) for name in copies]
+                if slot.tensor in number:
+                    touched[group.name].append((number[slot.tensor], slot.dim, slot.repeat))
         return cls(table.fixed, sizes, rates, dict(touched))
 
     def ratio(self) -> float:

@@ -101,11 +101,6 @@ def weakest_blocks(model: nn.Module, blocks: BlockList, count: int) -> tuple[int
     return tuple(sorted(range(len(strength)), key=strength.__getitem__)[:count])
 
 
-def strongest(importance: Tensor, count: int) -> tuple[int, ...]:
-    """Indices of the ``count`` most important units, in ascending order."""
-    return tuple(sorted(importance.argsort(descending=True, stable=True)[:count].tolist()))
-
-
 def _strength(model: nn.Module, ends: tuple[tuple[str, ...], ...]) -> float:
     """Mean |weight| of what is nearest to the sums of a block; infinite where that is not known.
 

@@ -53,6 +53,12 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
     return copied
 
 
+def removable(model: nn.Module, blocks: BlockList) -> int:
+    """How many blocks of a list may be dropped: all, but for the last child of their container."""
+    others = len(model.get_submodule(blocks.container)._modules) - len(blocks.blocks)
+    return len(blocks.blocks) - (others == 0)
+
+
 def _arranged(container: nn.Module, runs: Sequence[tuple[BlockList, list[int]]]) -> list[tuple[str, nn.Module]]:
     """The children that a container is to have, where some runs of its blocks stand in another order."""
     children = dict(container._modules)

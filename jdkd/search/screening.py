@@ -18,7 +18,7 @@ from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable
-from jdkd.morph import GROWING, Morph, change_resolution, channel_importance, cut_to, draw, remove_block, shortened
+from jdkd.morph import Morph, can_shorten, channel_importance, cut_to, grow, shorten
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
 from jdkd.search.archive import Candidate
@@ -113,9 +113,8 @@ class Parent:
             recipe = replace(recipe, min_size=size)
         if rng.random() < DEEPER:
             with contextlib.suppress(InputError):  # no list of blocks can grow
-                grown = draw(self.model, topology, rng, max_depth=context.most_blocks, kinds=GROWING)
-                return replace(recipe, before=(grown,))
-        short = shortened(self.model, topology)
+                return replace(recipe, before=(grow(self.model, topology, rng, max_depth=context.most_blocks),))
+        short = can_shorten(self.model, topology)
         return replace(recipe, shorter=tuple(rng.sample(short, rng.randint(0, min(MOST_SHORTER, len(short))))))
 
     def make(self, recipe: Recipe, aim: float) -> Screened:
@@ -132,10 +131,10 @@ class Parent:
             importance = self._important(model)
         if recipe.channels:
             how = {"shorter": recipe.shorter, "min_size": recipe.min_size, "temperature": recipe.temperature}
-            cut = cut_to(model, topology, self.table, aim, importance, **how, rng=random.Random(recipe.seed))
-            morphs = (*recipe.before, cut)
+            last = cut_to(model, topology, self.table, aim, importance, **how, rng=random.Random(recipe.seed))
         else:
-            morphs = (*recipe.before, *_without_channels(model, topology, recipe))
+            last = shorten(model, topology, recipe.shorter, recipe.min_size)
+        morphs = [morph for morph in (*recipe.before, last) if morph.rewrite != Rewrite()]
         rewrites = tuple(morph.rewrite for morph in morphs)
         child = inherit(self.model, self.topology, rewrites, context)
         require_visible(child.model, context.image_sizes)
@@ -145,13 +144,17 @@ class Parent:
         return Screened(action, rewrites, child.model, kept, self.table.predict(child.model))
 
     def measured(self, recipe: Recipe, screened: Screened, aim: float) -> Screened:
-        """A student with its measured latency, made once more where that is not what was predicted."""
+        """A student with its measured latency, made once more where that is not what was predicted.
+
+        Of the two it is the one that is nearer to the aim; one that is too slow comes last.
+        """
         timed = replace(screened, latency_ratio=self._ratio(screened))
         if not recipe.channels or -2 * CLOSE < timed.latency_ratio / aim - 1 < CLOSE:
             return timed
         with contextlib.suppress(InputError):  # it cannot be cut more
             better = self.make(recipe, screened.predicted * aim / timed.latency_ratio)
-            return replace(better, latency_ratio=self._ratio(better))
+            again = replace(better, latency_ratio=self._ratio(better))
+            return min(timed, again, key=lambda one: _miss(one.latency_ratio / aim))
         return timed
 
     def _ratio(self, screened: Screened) -> float:
@@ -162,6 +165,11 @@ class Parent:
         context = self.context
         topology = self.topology if model is self.model else context.read(model)
         return channel_importance(model, topology, context.config.method.criterion, context.probe())
+
+
+def _miss(ratio: float) -> tuple[bool, float]:
+    """How far a latency over the one aimed at is off, to be sorted by."""
+    return ratio > 1 + CLOSE, abs(math.log(ratio))
 
 
 def screen(
@@ -219,8 +227,3 @@ def trimmed(parent: Parent, target: float) -> Screened:
     except InputError as error:
         say_once(f"candidate {candidate.number} stays at {candidate.latency_ratio:.2f} of the base's latency: {error}")
         return as_it_is
-
-
-def _without_channels(model: nn.Module, topology, recipe: Recipe) -> list[Morph]:
-    morphs = [remove_block(model, topology, name) for name in recipe.shorter]
-    return morphs + ([change_resolution(model, recipe.min_size)] if recipe.min_size else [])

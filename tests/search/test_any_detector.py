@@ -63,7 +63,7 @@ def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(famil
     assert rows[: len(before)] == before and len(rows) == 1 + sum(r.candidates for r in plan(config, 24).rungs)
     (student,) = result["students"]
     assert student["params"] > 0 and student["train_steps"] > 0 and student["latency_ratio"] < 1
-    assert {row[5] for row in rows} <= {"base", "morph", "teacher", "train"} and result["method"] == vars(method)
+    assert {row[4] for row in rows} <= {"base", "morph", "teacher", "train"} and result["method"] == vars(method)
     answer = subprocess.run(
         [sys.executable, "-c", REBUILD, config.out / "student"],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2],

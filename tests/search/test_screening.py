@@ -103,6 +103,14 @@ def test_where_the_table_was_wrong_the_student_is_made_once_more(parent, steady,
     assert parent.measured(recipe, made, 0.8).rewrites == made.rewrites, "it cannot be cut so far"
 
 
+def test_a_second_try_that_misses_the_aim_by_more_is_left(parent, steady, monkeypatch):
+    made, ratios = parent.make(Recipe(), 0.8), iter((0.6, 1.0, 1.2, 0.9))
+    monkeypatch.setattr(Parent, "_ratio", lambda self, screened: next(ratios))
+    kept = parent.measured(Recipe(), made, 0.8)
+    assert kept.latency_ratio == 0.6 and kept.rewrites == made.rewrites, "faster than needed, and not too slow"
+    assert parent.measured(Recipe(), made, 0.8).latency_ratio == 0.9, "of two that are too slow the nearer"
+
+
 def test_features_that_are_no_numbers_are_never_preferred(parent, steady, monkeypatch):
     first, calls = parent.make(Recipe(), 0.7).architecture_id, []
 
