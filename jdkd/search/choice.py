@@ -34,7 +34,9 @@ def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate
 
 
 def choose(candidates: Sequence[Candidate], target: float, least: float | None = None) -> Candidate:
-    """The best of those that meet the target latency, or the fastest where none does; of equals the faster, better.
+    """The best of those that meet the target latency, or the fastest where none does.
+
+    Of equals it is the faster or the better, and then the one whose lineage was trained longer.
 
     Args:
         candidates: all that can be chosen.
@@ -43,11 +45,11 @@ def choose(candidates: Sequence[Candidate], target: float, least: float | None =
     """
     fast = [candidate for candidate in candidates if candidate.latency_ratio <= target]
     if not fast:
-        return min(candidates, key=lambda c: (c.latency_ratio, -c.map))
+        return min(candidates, key=lambda c: (c.latency_ratio, -c.map, -c.lineage_steps))
     good = [candidate for candidate in fast if least is not None and candidate.map >= least]
     if good:
-        return min(good, key=lambda c: (c.latency_ratio, -c.map))
-    return max(fast, key=lambda c: (c.map, -c.latency_ratio))
+        return min(good, key=lambda c: (c.latency_ratio, -c.map, -c.lineage_steps))
+    return max(fast, key=lambda c: (c.map, -c.latency_ratio, c.lineage_steps))
 
 
 def contender(

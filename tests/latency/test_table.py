@@ -128,6 +128,9 @@ def test_a_table_is_json_and_learns_from_what_is_measured(priced, model, topolog
     assert better.errors(slower)["error"] < 0.3 * errors["error"] and better.corrected(slower) == better
     assert better.corrected([]) == table and table.corrected(slower[:1]).factor < better.factor < 1.1
     assert LatencyTable.from_json(json.loads(json.dumps(better.to_json()))) == better
+    for row in ([], [[table.rows[0][0], math.nan]], [[table.rows[0][0], 0.0]], [[{"a": math.inf}, 1.0]]):
+        with pytest.raises(ValueError, match="no measured latencies"):
+            LatencyTable.from_json({**table.to_json(), "rows": row})
     backwards = [(features, 1 / ratio) for features, ratio in slower]
     assert table.errors(backwards)["rank"] == -1 and math.isnan(table.errors([])["rank"])
 
@@ -140,9 +143,13 @@ def test_detectors_without_an_input_size_and_with_one_block_have_tables(monkeypa
         assert 0 < table.predict(model, topology, Rewrite(keep=half(topology))) <= table.predict(model)
 
 
-def test_a_topology_of_another_model_is_refused(topology):
+def test_a_topology_of_another_model_and_what_is_no_image_are_refused(model, topology):
     with pytest.raises(InputError, match="read off another model"):
         measure_table(parent("fcos")[0], topology, picture())
+    with pytest.raises(InputError, match="image"):
+        measure_table(model, topology, [])
+    with pytest.raises(InputError, match="image"):
+        measure_table(model, topology, [torch.rand(64, 64)])
 
 
 def test_processor_time_does_not_count_what_is_waited_for():

@@ -76,9 +76,8 @@ def test_a_budget_that_is_too_small_says_what_is_enough():
     for targets, candidates, teaching, pool in cases:
         config = replace(CONFIG, targets=targets, candidates=candidates, teacher_pool=pool)
         config = replace(config, method=Method(teaching=teaching))
-        with pytest.raises(
-            InputError, match=r"the budget is 3 steps, too few.*give about \d+ steps or more"
-        ) as refused:
+        says = r"the budget is 3 steps, too few.*give about \d+ steps or more"
+        with pytest.raises(InputError, match=says) as refused:
             plan(config, 3)
         enough = int(str(refused.value).rpartition("about ")[2].split()[0])
         assert 3 < plan(config, enough).total <= enough, (targets, candidates, teaching)
