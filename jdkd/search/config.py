@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jdkd.data import Split
 from jdkd.errors import InputError
+from jdkd.morph.importance import CRITERIA
 from jdkd.train import TrainConfig
 
 EPOCHS = 24.0  # default budget: as long as two trainings of the usual 12 epochs
@@ -20,7 +21,6 @@ SEGMENTS = 2  # in which the one that goes on is trained, each with the teacher 
 MOST_CUT = 0.6  # of the latency is left by one generation at least: larger cuts go in several
 MARGIN = 0.96  # of a target is aimed at: training changes what NMS has to do
 
-CRITERIA = ("taylor", "fisher", "gamma", "magnitude")
 TEACHING = ("dynamic", "fixed", "base", "none")
 IMITATION = ("pearson", "mse")
 ORDERS = ("joint", "pipelined")
@@ -35,7 +35,7 @@ class Method:
         inherit: whether a child keeps its parent's weights, or begins with fresh ones.
         teaching: ``"dynamic"`` (the teacher that matches), ``"fixed"`` (the pool's best), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
-        criterion: by which channels are cut, one of :data:`CRITERIA`.
+        criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
         gradual: whether large cuts go in several generations.
     """
 
@@ -74,7 +74,7 @@ class SearchConfig:
         candidates: students to train in each generation that looks for an architecture.
         proposals: students to screen, untrained, for each such generation.
         batch_size, lr, amp, loaders: of every training; ``lr`` is the peak, ``loaders`` are processes that read images.
-        workers: processes that train candidates at once; 0 trains in this one.
+        workers: processes that train candidates at once; 0 and 1 train in this one.
         ray: address of a Ray cluster that trains them instead, or ``"auto"``.
         control: whether the base is trained as long as a student's lineage, to be compared with.
         feature_weight, head_weight: of the distillation (Pearson loss per level; class logits).
