@@ -98,9 +98,7 @@ def priced(model, topology):
         patch.setattr(table_module, "measure", measure)
         patch.setattr(table_module, "fuse_for_inference", lambda model: model)
         patch.setattr(table_module, "RIDGE", 1e-6)
-        found = measure_table(model, topology, [image])
-        assert found.fixed > 0  # worked out while there is next to no ridge
-        return found, cost
+        yield measure_table(model, topology, [image]), cost
 
 
 def test_costs_that_are_known_are_found_and_predict_other_rewrites(priced, model, topology):
