@@ -1,7 +1,11 @@
 """Who has children, who is trained on, and who is the student."""
 
+import json
+from types import SimpleNamespace
+
 from jdkd.search import pareto_front
 from jdkd.search.choice import choose, contender, contenders, fitness
+from jdkd.search.outcome import _predictor
 from tests.search.rows import candidate
 
 
@@ -74,3 +78,13 @@ def test_where_no_one_meets_the_target_the_fastest_is_timed_at_length():
     assert contender([slow, fast], 0.5, {fast.architecture_id}) is None
     slower = candidate(2, map=0.5, ratio=0.97)
     assert contender([slow, slower], 0.5, {slower.architecture_id}) is slow, "at length it was not the fastest"
+
+
+def test_what_one_architecture_cannot_tell_of_the_predictor_is_null_in_json():
+    base, one, two = (candidate(number, ratio=1 - number / 10, predicted=0.9) for number in range(3))
+    for scored, told in (([base], (0, None, None)), ([base, one], (1, None, 0.0)), ([base, one, two], (2, 0.0, 6.25))):
+        found = _predictor(SimpleNamespace(scored=scored))
+        assert (found["architectures"], found["kendall_tau"]) == told[:2]
+        error = found["mean_absolute_percentage_error"]
+        assert error is told[2] if told[2] is None else abs(error - told[2]) < 1e-9
+        json.dumps(found, allow_nan=False)
