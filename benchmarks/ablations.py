@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks import record
 from jdkd.data import resolve_splits
-from jdkd.search import Method, SearchConfig, search
+from jdkd.search import Method, SearchConfig, plan, search
 
 OP = "ablations"
 DATA = "--train 700 --val 400 --size 96"
@@ -31,7 +31,7 @@ BASE = (
     "--model fcos --backbone resnet18 --norm batch --width 0.5 --fpn 64 --min-size 96 --max-size 96 --steps 1000 "
     "--lr 2e-3"
 )
-STEPS, POOL_SHARE = 2000, 0.25  # twice the base's training
+STEPS = 2000  # twice the base's training
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("the method", {}),
     "pipelined": ("NAS, then pruning, then distillation", {"order": "pipelined", "teaching": "fixed"}),
@@ -59,11 +59,8 @@ def run(folder: Path, arm: str, seed: int, steps: int, target: float) -> dict[st
     )
     result = search(config)  # every arm is taught by this one's pool
     if arm != "joint":
-        pool = (
-            {}
-            if arm in POOLLESS
-            else {"teacher_pool": config.out / "pool", "steps": steps - result["cost"]["pool_steps"]}
-        )
+        charged = {"teacher_pool": config.out / "pool", "steps": steps - plan(config, steps).pool}
+        pool = {} if arm in POOLLESS else charged
         method = Method(**ARMS[arm][1])
         out = folder / f"{arm.replace(' ', '-')}-{seed}"
         own = search(replace(config, out=out, method=method, control=False, **pool))

@@ -122,6 +122,8 @@ class SearchProgress(Progress):
         from rich import box
         from rich.table import Table
 
+        from jdkd.search.choice import best_within
+
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for heading in ("asked", "mAP", "ratio (95 %)", "#"):
             table.add_column(heading, justify="right", no_wrap=True)
@@ -129,11 +131,10 @@ class SearchProgress(Progress):
         base = outcome.candidates[0]
         table.add_row("base", f"{base.map:.3f}", "1", "0", "", style="dim")
         for target in self.targets:
-            fast = [one for one in outcome.scored[1:] if one.latency_ratio <= target]
-            if not fast:
+            best = best_within(outcome.scored[1:], target)
+            if best is None:
                 table.add_row(f"{target:g}", "–", "none so far", "", "")
                 continue
-            best = max(fast, key=lambda one: (one.map, -one.latency_ratio))
             low, high = best.latency_interval
             ratio = f"{best.latency_ratio:.3f} ({low:.2f}–{high:.2f})"
             table.add_row(f"{target:g}", f"{best.map:.3f}", ratio, str(best.number), best.action)

@@ -65,21 +65,6 @@ class TeacherChannels:
             )
         return teacher if index is None else teacher.index_select(1, index.on(teacher.device))
 
-    def matrix(self, teacher: int, student: int, name: str, names: Sequence[str]) -> Tensor:
-        """``[C_t, C_s]``, ones where a channel of the teacher stands opposite one of the student's; in float64.
-
-        Args:
-            teacher, student: channels of their levels.
-            name, names: see :meth:`select`.
-        """
-        index = self._of(name, names)
-        chosen = range(student if teacher == student else 0) if index is None else index.index.tolist()
-        ones = torch.zeros(teacher, student, dtype=torch.float64)
-        for ours, theirs in enumerate(chosen[:student]):
-            if theirs < teacher:
-                ones[theirs, ours] = 1
-        return ones
-
     def _of(self, name: str, names: Sequence[str]) -> _Index | None:
         if self._by_name is not None:
             if unknown := self._by_name.keys() - set(names):

@@ -83,7 +83,7 @@ def correlations(
             stack.enter_context(mode(teacher, training=False))
         else:
             look = _Snapshots(teacher)
-        for _, pairs in compared(student, route, look, batches, *wanted):
+        for pairs in compared(student, route, look, batches, *wanted):
             for place, pair in enumerate(pairs):
                 found = moments([pair.student.double()], [pair.teacher.double()])
                 before = sums.get((pair.stride, place))
@@ -100,8 +100,8 @@ def compared(
     batches: Iterable[Any],
     channels: TeacherChannels | None,
     levels: Sequence[int] | None,
-) -> Iterator[tuple[PyramidSnapshot, list[LevelPair]]]:
-    """What a student makes of each batch, and the levels of it that are compared, see :func:`aligned_pairs`.
+) -> Iterator[list[LevelPair]]:
+    """The levels of each batch that are compared, see :func:`aligned_pairs`.
 
     Args:
         student, route: in evaluation mode, and the way of the images through it.
@@ -113,7 +113,7 @@ def compared(
 
     for batch in batches:
         seen, ours = route.look(student, images_on(student, batch), "student")
-        yield ours, aligned_pairs(ours, look(seen, ours.sizes, images_of(batch)), levels, channels)
+        yield aligned_pairs(ours, look(seen, ours.sizes, images_of(batch)), levels, channels)
 
 
 def mean_by_stride(distances: Mapping[tuple[int, int], float]) -> dict[int, float]:

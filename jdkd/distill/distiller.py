@@ -1,13 +1,12 @@
 """Both terms of distillation, over one forward of the teacher."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from jdkd.distill.adapter import Adapters
-from jdkd.distill.channels import Channels
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller
 from jdkd.distill.teacher import TeacherRunner
@@ -24,8 +23,6 @@ class Distiller:
         feature_weight: weight of each level of the features' loss; 0 leaves the term out.
         head_weight: weight of the class logits; 0 leaves the term out. Ask :func:`can_distil_heads` first where the two
             may be of any kind.
-        channels: ``[C_student]``, the teacher's channel opposite each of the student's, or such a list a level.
-        levels: strides of the levels to compare.
         reuse: keep the teacher's features while the student is given the very same images, for several
             subnets in one step; see :class:`TeacherRunner`.
         own_size: the teacher sees the batch at its own input size instead of the student's.
@@ -41,8 +38,6 @@ class Distiller:
         *,
         feature_weight: float = 6.0,
         head_weight: float = 0.0,
-        channels: Channels = None,
-        levels: Sequence[int] | None = None,
         reuse: bool = False,
         own_size: bool = False,
         adapter: bool = False,
@@ -52,7 +47,7 @@ class Distiller:
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
         self._features: FeatureDistiller | None = None
         if feature_weight:
-            how = {"channels": channels, "levels": levels, "adapter": adapter, "imitation": imitation, "runner": runner}
+            how = {"adapter": adapter, "imitation": imitation, "runner": runner}
             self._features = FeatureDistiller(student, teacher, loss_weight=feature_weight, **how)
             self.terms["loss_pkd" if imitation == "pearson" else "loss_mse"] = self._features
         if head_weight:

@@ -16,7 +16,7 @@ from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.correlation import mean_by_stride
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
-from jdkd.distill.levels import as_strides
+from jdkd.distill.levels import LevelPair, as_strides
 from jdkd.distill.neck import Pyramid, with_levels
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
@@ -49,8 +49,8 @@ class FeatureDistiller:
         own_size: the teacher sees the batch at its own input size, see :class:`TeacherRunner`; the student's levels are
             resized to its.
         adapter: compare through trained 1x1 convolutions from the student's channels to the teacher's, so that widths
-            may differ in any way. Call :meth:`fit_adapters` before training, and have :attr:`adapters` trained with the
-            student: ``fit(..., auxiliary=distiller.adapters)``.
+            may differ in any way; then without ``channels``. Call :meth:`fit_adapters` before training, and have
+            :attr:`adapters` trained with the student: ``fit(..., auxiliary=distiller.adapters)``.
         imitation: ``"pearson"``, or ``"mse"`` for the squared error (FitNets; Romero et al., ICLR 2015), which sees
             scales and offsets too and takes none of the options below.
         runner: a shared runner of the teacher; by default its own, and then it knows whether ``own_size`` is meant.
@@ -79,11 +79,12 @@ class FeatureDistiller:
     ) -> None:
         options = {"statistics": statistics, "zero_variance": zero_variance, "group": group}
         settings_of(len(level_weights) if hasattr(level_weights, "__len__") else 0, level_weights, 1.0, **options)
+        if adapter and channels is not None:
+            raise InputError("adapter and channels are both given; adapters find the channels, leave channels out")
         self.levels = as_strides(levels)
-        self._channels = TeacherChannels(channels)
+        self._channels = None if adapter else TeacherChannels(channels)
         self.tap = _imitation(imitation, as_weight(loss_weight), {"level_weights": level_weights, **options})
         self.runner = runner or TeacherRunner(student, teacher, own_size=own_size)
-        self._adapts = adapter
         self.adapters: Adapters | None = None  # one for every pair of levels, once they are fitted
         self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
         self._loss: Tensor | None = None
@@ -112,7 +113,8 @@ class FeatureDistiller:
         """Makes the adapters: each predicts the teacher's level from the student's as well as a linear map can.
 
         Least squares in closed form, which is also the map of the largest Pearson correlation, so that the loss says
-        something from the first step. Where a level has few positions they stay near ``channels``.
+        something from the first step. Where a level has few positions they stay near 0, or, between equal widths,
+        near the identity.
 
         Args:
             batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``. Both
@@ -124,15 +126,13 @@ class FeatureDistiller:
         Raises:
             InputError: ``adapter`` was not asked for, there is no batch, or no level matches.
         """
-        if not self._adapts:
+        if self._channels is not None:
             raise InputError("fit_adapters was called and adapter is False; make the distiller with adapter=True")
         regressions: dict[tuple[int, int], Regression] = {}  # by stride and place among the pairs
-        for ours, pairs in self.runner.compared(batches, None, self.levels):
+        for pairs in self.runner.compared(batches, self.levels):
             for place, pair in enumerate(pairs):
                 if (key := (pair.stride, place)) not in regressions:
-                    widths = pair.teacher.shape[1], pair.student.shape[1]
-                    prior = self._channels.matrix(*widths, pair.name, [*ours.pyramid])
-                    regressions[key] = Regression(prior.to(pair.student.device))
+                    regressions[key] = Regression(_prior(pair))
                 regressions[key].add(pair.student, pair.teacher)
         if not regressions:
             raise InputError("fit_adapters was given 0 batches and needs at least 1; give it some images.")
@@ -192,10 +192,10 @@ class FeatureDistiller:
     def _tapped(self, pyramid: Pyramid) -> tuple[Pyramid, list[int], Tensor, Tensor]:
         """The pyramid that the heads get; and strides, loss and its part by level ``[L]`` of the levels compared."""
         ours, theirs = self.runner.of_student(pyramid), self.runner.of_teacher
-        pairs = aligned_pairs(ours, theirs, self.levels, None if self._adapts else self._channels)
+        pairs = aligned_pairs(ours, theirs, self.levels, self._channels)
         students, teachers = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
         self._learns |= any(level.requires_grad for level in students)
-        if self._adapts:
+        if self._channels is None:
             students = self._adapted(students, teachers)
         tapped, loss, losses = self.tap(students, teachers)
         # Of levels that were resized or adapted, which the pyramid does not hold, the heads keep the neck's.
@@ -205,6 +205,13 @@ class FeatureDistiller:
         if self.adapters is None:
             raise InputError("adapter is asked for and there is none yet; call fit_adapters(batches) before training")
         return self.adapters(students, teachers)
+
+
+def _prior(pair: LevelPair) -> Tensor:  # -> [C_t, C_s]
+    """What an adapter is where a level says nothing."""
+    widths = pair.teacher.shape[1], pair.student.shape[1]
+    alike = widths[0] == widths[1]
+    return torch.eye(widths[0], device=pair.student.device) if alike else pair.student.new_zeros(widths)
 
 
 def _imitation(name: str, loss_weight: float, options: dict[str, Any]) -> PearsonTap | SquaredError:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.distill.alignment import PyramidSnapshot
-from jdkd.distill.channels import TeacherChannels
 from jdkd.distill.correlation import compared
 from jdkd.distill.gradients import FORWARD, pass_number
 from jdkd.distill.holding import hold, release
@@ -119,12 +118,10 @@ class TeacherRunner:
     def device(self) -> torch.device:
         return self._seen().images.device
 
-    def compared(
-        self, batches: Iterable[Any], channels: TeacherChannels | None, levels: Sequence[int] | None
-    ) -> Iterator[tuple[PyramidSnapshot, list[LevelPair]]]:
-        """What the student makes of other batches, and the levels that are compared, in evaluation mode."""
+    def compared(self, batches: Iterable[Any], levels: Sequence[int] | None) -> Iterator[list[LevelPair]]:
+        """The levels of each of other batches that adapters are fitted to, in evaluation mode."""
         with mode(self.student, training=False), mode(self.teacher, training=False):
-            yield from compared(self.student, self._route, self._view, batches, channels, levels)
+            yield from compared(self.student, self._route, self._view, batches, None, levels)
 
     def of_student(self, pyramid: Pyramid) -> PyramidSnapshot:
         """What the student made of its last batch.

@@ -54,7 +54,6 @@ class LatencyTable:
         sizes: short sides of the input at which ``positions`` were counted, ascending; 0 where the base has none.
         positions: for every weight, at how many places it is applied at each of the sizes.
         rows: features of each measured version and its latency ratio to the base; the base's own comes first.
-        milliseconds: of the base, when it was measured.
         factor: of all predictions, see :meth:`corrected`.
     """
 
@@ -62,7 +61,6 @@ class LatencyTable:
     sizes: tuple[int, ...]
     positions: Mapping[str, tuple[float, ...]]
     rows: tuple[tuple[Features, float], ...]
-    milliseconds: float
     factor: float = 1.0
 
     def features(self, model: nn.Module, topology: Topology | None = None, rewrite: Rewrite | None = None) -> Features:
@@ -120,22 +118,6 @@ class LatencyTable:
         logs = [math.log(ratio / plain.ratio(features)) for features, ratio in measured]
         return replace(self, factor=math.exp(sum(logs) / (len(logs) + DOUBT)))
 
-    def errors(self, measured: Sequence[tuple[Features, float]]) -> dict[str, float]:
-        """How well it predicts.
-
-        Args:
-            measured: features and measured ratios.
-
-        Returns:
-            ``rank``: Kendall's tau of predicted and measured, NaN of fewer than two; ``error``: mean absolute relative
-            error; ``bias``: mean relative error, positive where the prediction is too high.
-        """
-        pairs = [(self.ratio(features), ratio) for features, ratio in measured]
-        relative = np.array([predicted / ratio - 1 for predicted, ratio in pairs])
-        if not len(relative):
-            return {"rank": math.nan, "error": math.nan, "bias": math.nan}
-        return {"rank": kendall(pairs), "error": float(abs(relative).mean()), "bias": float(relative.mean())}
-
     @property
     def fixed(self) -> float:
         """The share of the base's latency that no cut saves."""
@@ -145,12 +127,6 @@ class LatencyTable:
     def costs(self) -> dict[str, float]:
         """By feature, what one more of it adds to the ratio."""
         return self._solved[1]
-
-    def parts(self) -> dict[str, float]:
-        """Milliseconds that each part of the base takes by its multiply-accumulates, and the rest by its kind."""
-        base = self.rows[0][0]
-        named = {name: self.costs[name] * base[name] for name in base}
-        return {name: self.milliseconds * ratio for name, ratio in {"fixed": self.fixed, **named}.items()}
 
     @cached_property
     def _solved(self) -> tuple[float, dict[str, float]]:
@@ -184,7 +160,6 @@ class LatencyTable:
             sizes=tuple(data["sizes"]),
             positions={name: tuple(counts) for name, counts in data["positions"].items()},
             rows=tuple((dict(features), float(ratio)) for features, ratio in data["rows"]),
-            milliseconds=float(data["milliseconds"]),
             factor=float(data["factor"]),
         )
 
@@ -218,7 +193,7 @@ def measure_table(
     require_visible(model, [(f"images[{i}]", *image.shape[1:]) for i, image in enumerate(images)])
     require_traced(model, topology)
     versions = _versions(model, topology)
-    table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=(), milliseconds=0.0)
+    table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=())
     deployed = fuse_for_inference(model)
     rows = [(table.features(model), 1.0)]
     schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
@@ -230,7 +205,6 @@ def measure_table(
         medians = [timing.end_to_end.p50 for timing in report.models.values()]
         for each, median in zip(some, medians[1:], strict=True):
             rows.append((table.features(model, topology, each), median / medians[0]))
-        table = replace(table, milliseconds=medians[0])
         if progress:
             progress(start + len(some), len(versions), {})
     return replace(table, rows=tuple(rows))

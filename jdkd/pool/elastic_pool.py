@@ -37,7 +37,7 @@ class TeacherPool:
         batch_size, seed: of the recalibration.
         device: where teachers live.
         members: the teachers that were scored, best first.
-        steps: training steps that the pool took.
+        steps: forward-backward passes that its training took, as ``jdkd pool train --steps`` counts them.
         trained_on, scored_on: fingerprints of the training images and of those that the scores are of; None where they
             are not known.
         foreign: detectors of another make by name; see :meth:`add_foreign`.

@@ -84,7 +84,7 @@ def train_pool(
         )
     space = space or Space.from_base(topology)
     supernet = Supernet(space, *grow_base(base, topology, space))
-    pool = TeacherPool(supernet, dataset, config.train.batch_size, config.train.seed, device, steps=config.steps)
+    pool = TeacherPool(supernet, dataset, config.train.batch_size, config.train.seed, device, steps=config.passes)
     pool.trained_on = dataset.fingerprint
     for name, detector in (foreign or {}).items():
         pool.add_foreign(name, detector)

@@ -139,9 +139,9 @@ class PoolTrainConfig:
         return replace(self.train, **changed, seed=self.train.seed + 1 + number)
 
     @property
-    def steps(self) -> int:
-        """Optimizer steps of all phases."""
-        return sum(self.phase_config(number).steps for number in range(len(self.phases)))
+    def passes(self) -> int:
+        """Forward-backward passes of all phases, which are ``train.steps`` but for what phases round."""
+        return sum(self.phase_config(number).steps * phase.passes for number, phase in enumerate(self.phases))
 
     def identity(self) -> dict[str, Any]:
         """What a resumed training must have in common with the first one, besides the settings of its phases."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jdkd.latency import LatencyReport, fuse_for_inference, measure_quick
 from jdkd.pool.elastic_pool import TeacherPool
-from jdkd.pool.members import Teacher, teacher_to_json
+from jdkd.pool.members import ScoredTeacher, Teacher, teacher_to_json
 from jdkd.pool.shrinking import ProgressCallback
 
 TIMED_TOGETHER = 8  # teachers that are in memory at a time, beside the largest
@@ -24,7 +24,8 @@ class SpreadRow:
         map: COCO mAP.
         parameters: of the detector alone.
         latency_ms: median end to end of one image.
-        ratio, interval: of its latency to the largest network's, timed in turn, and where it lies with 95 %.
+        latency_ratio: of its latency to the largest network's, timed in turn.
+        latency_interval: where that lies with 95 %.
     """
 
     name: str
@@ -32,8 +33,8 @@ class SpreadRow:
     map: float
     parameters: int
     latency_ms: float
-    ratio: float
-    interval: tuple[float, float]
+    latency_ratio: float
+    latency_interval: tuple[float, float]
 
     @property
     def is_foreign(self) -> bool:
@@ -90,13 +91,15 @@ def measure_spread(
     return Spread(sorted(rows, key=lambda row: -row.map), reports[0].environment if reports else {})
 
 
-def _row(name: str, member: Any, report: LatencyReport) -> SpreadRow:
+def _row(name: str, member: ScoredTeacher, report: LatencyReport) -> SpreadRow:
     timed = name if name in report.models else "largest"
-    milliseconds, ratio = report.models[timed].end_to_end.p50, 1.0
-    interval = (1.0, 1.0)
-    if timed != "largest":
-        found = report.ratio(timed)
-        ratio, interval = found.value, found.interval
+    found = None if timed == "largest" else report.ratio(timed)
     return SpreadRow(
-        name, teacher_to_json(member.teacher), member.map, member.parameters, milliseconds, ratio, interval
+        name=name,
+        teacher=teacher_to_json(member.teacher),
+        map=member.map,
+        parameters=member.parameters,
+        latency_ms=report.models[timed].end_to_end.p50,
+        latency_ratio=found.value if found else 1.0,
+        latency_interval=found.interval if found else (1.0, 1.0),
     )

@@ -8,7 +8,7 @@ from typing import Any
 from jdkd.report.outcome import Outcome
 from jdkd.report.svg import Axes, drawing, spread, tag, ticks
 
-KINDS = ("training", "scoring", "timing", "screening", "other")  # what time goes to; shades in the order of the page
+KINDS = ("training", "scoring", "timing", "inheriting")  # what the time of a candidate goes to, as the page has it
 PLACES = (("pool_steps", "teacher pool"), ("candidate_steps", "candidates"), ("control_steps", "control"))
 ROW = 34
 
@@ -104,7 +104,7 @@ def _predictions(outcome: Outcome) -> str:
 
 
 def cost_section(result: dict[str, Any]) -> str:
-    """Where training steps and time went, as bars.
+    """Where training steps and the time of the candidates went, as bars.
 
     Args:
         result: contents of `result.json`.
@@ -121,7 +121,7 @@ def cost_section(result: dict[str, Any]) -> str:
     steps = [(title, cost[name], f"{cost[name]:,}") for name, title in PLACES if cost.get(name)]
     parts = []
     if times:
-        parts.append(_bar(f"Time, {_clock(sum(each[1] for each in times))} in all", times))
+        parts.append(_bar(f"Time of base and candidates, {_clock(sum(each[1] for each in times))} in all", times))
     if steps:
         parts.append(_bar(f"Training steps, {sum(each[1] for each in steps):,} in all", steps))
     return "".join(parts)

@@ -9,7 +9,7 @@ from html import escape
 from jdkd.report.outcome import Outcome
 from jdkd.report.svg import Axes, colour, spread, tag
 from jdkd.search.archive import Candidate
-from jdkd.search.choice import pareto_front
+from jdkd.search.choice import best_within, pareto_front
 
 SHAPES = {  # of a mark with a radius of about 1
     "base": "M-.9-.9H.9V.9H-.9Z",
@@ -90,8 +90,8 @@ def _slider(generations: Sequence[int], candidates: Sequence[Candidate], targets
     told = {}
     for generation in generations:
         then = [one for one in candidates if one.generation <= generation]
-        best = [(target, [one.map for one in then if one.latency_ratio <= target]) for target in targets]
-        reached = "; ".join(f"best within {target:g}: {max(found):.3f}" for target, found in best if found)
+        best = [(target, best_within(then, target)) for target in targets]
+        reached = "; ".join(f"best within {target:g}: {one.map:.3f}" for target, one in best if one)
         told[generation] = f"generation {generation} of {generations[-1]}, {len(then) - 1} candidates" + (
             f"; {reached}" if reached else ""
         )

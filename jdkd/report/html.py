@@ -69,7 +69,7 @@ _ARCHITECTURE = (
 _LATENCY = (
     "Latency is end to end: from the decoded image on the host, through resizing, network and NMS, to the boxes on the "
     "host; base and student run in turn in one process. It is the latency of an architecture: all its measurements are "
-    "pooled, and a control's is the base's. A control is the base trained for the steps of the student's lineage."
+    "pooled, and the control's is the base's. The control is the base trained for the steps of the longest lineage."
 )
 _TREE = (
     "A row stands below the one that it descends from; a line that leads to a student runs straight on. Scores are on "
@@ -172,7 +172,7 @@ def _made(outcome: Outcome, command: str | Sequence[str]) -> str:
 
 
 def _facts(outcome: Outcome) -> list[tuple[str, str]]:
-    """Machine, seed, time that the candidates took, and versions, by name."""
+    """Machine, seed, what the search was asked, when it ran, and versions, by name."""
     result = outcome.result
     device = result.get("device")
     facts = dict(device) if isinstance(device, dict) else {"device": device}

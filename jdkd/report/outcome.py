@@ -16,8 +16,7 @@ from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.choice import pareto_front
 from jdkd.search.outcome import read_result
-
-TEACHERS = "teachers.json"
+from jdkd.search.teachers import TEACHERS
 
 
 @dataclass(frozen=True)

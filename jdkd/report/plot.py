@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jdkd.report.outcome import Outcome, Row, rows
-from jdkd.search.archive import Candidate
+from jdkd.search.choice import Placed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,27 +72,27 @@ def pareto_plot(outcome: Outcome) -> bytes:
 
 
 def _plot_search(axes: Axes, outcome: Outcome) -> None:
-    """Every candidate, the front and the lineage of the student."""
+    """Every candidate, the front and the lineages of the students."""
     candidates, lines = outcome.scored, outcome.lines
     for kind, (label, look) in KINDS.items():
         points = [candidate for candidate in candidates if candidate.kind == kind]
         if points:
-            axes.scatter(*_xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **look)
+            axes.scatter(*xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **look)
     if outcome.front:
-        axes.step(*_xy(outcome.front), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front")
+        axes.step(*xy(outcome.front), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front")
     for number, line in enumerate(lines):
         label = None if number else "lineage of a student" if len(lines) > 1 else "lineage of the student"
-        axes.plot(*_xy(line), color=VERMILLION, linewidth=1.4, linestyle=":", zorder=1, label=label)
+        axes.plot(*xy(line), color=VERMILLION, linewidth=1.4, linestyle=":", zorder=1, label=label)
     ends = [line[-1] for line in lines]
     for name, points in (("base", [one for one in candidates if one.kind == "base"]), ("student", ends)):
         if points:
-            axes.plot(*_xy(points), linestyle="none", markeredgecolor="white", label=name, zorder=4, **FINAL[name])
+            axes.plot(*xy(points), linestyle="none", markeredgecolor="white", label=name, zorder=4, **FINAL[name])
     axes.set_title(f"Search: the base and {len(outcome.candidates) - 1} candidates, {_counted(outcome, 'selection')}")
     axes.set_ylabel("mAP (COCO, IoU 0.50:0.95)")
 
 
 def _plot_final(axes: Axes, measured: Sequence[Row]) -> None:
-    """Base, controls and student with the intervals of their latency ratios."""
+    """Base, control and students with the intervals of their latency ratios."""
     for row in measured:
         if row.map is None or row.ratio is None:
             continue
@@ -125,5 +125,6 @@ def _counted(outcome: Outcome, role: str) -> str:
     return f"{part['images']:,} {named} images" if isinstance(part, dict) else f"{named} images"
 
 
-def _xy(candidates: Sequence[Candidate]) -> tuple[list[float], list[float]]:
-    return [one.latency_ratio for one in candidates], [one.map for one in candidates]
+def xy(points: Sequence[Placed]) -> tuple[list[float], list[float]]:
+    """Latency ratios and mAPs."""
+    return [one.latency_ratio for one in points], [one.map for one in points]

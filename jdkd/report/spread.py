@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jdkd.report.plot import BLUE, GREY, ORANGE, VERMILLION
+from jdkd.report.plot import BLUE, GREY, ORANGE, VERMILLION, xy
+from jdkd.search.choice import pareto_front
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,18 +31,18 @@ def spread_plot(rows: Sequence[SpreadRow], title: str) -> bytes:
     axes = figure.subplots()
     subnets = [row for row in rows if not row.is_foreign]
     foreign = [row for row in rows if row.is_foreign]
-    best = _front(rows)
-    axes.step(*_xy(best), where="post", color=GREY, linewidth=1.4, zorder=1, label="none is faster and better")
+    best = pareto_front(rows)
+    axes.step(*xy(best), where="post", color=GREY, linewidth=1.4, zorder=1, label="none is faster and better")
     for points, label, look in (
         (subnets, "subnet", {"color": BLUE, "fmt": "o"}),
         (foreign, "foreign teacher", {"color": ORANGE, "fmt": "^"}),
-        ([row for row in subnets if row.ratio == 1], "largest", {"color": VERMILLION, "fmt": "s"}),
+        ([row for row in subnets if row.latency_ratio == 1], "largest", {"color": VERMILLION, "fmt": "s"}),
     ):
         if points:
-            wide = [[abs(row.ratio - row.interval[side]) for row in points] for side in (0, 1)]
-            axes.errorbar(*_xy(points), xerr=wide, markersize=6, capsize=2, elinewidth=0.8, label=label, **look)
+            wide = [[abs(row.latency_ratio - row.latency_interval[side]) for row in points] for side in (0, 1)]
+            axes.errorbar(*xy(points), xerr=wide, markersize=6, capsize=2, elinewidth=0.8, label=label, **look)
     for row in foreign:
-        axes.annotate(row.name, (row.ratio, row.map), textcoords="offset points", xytext=(6, 4), fontsize=9)
+        axes.annotate(row.name, (row.latency_ratio, row.map), textcoords="offset points", xytext=(6, 4), fontsize=9)
     axes.set(xlabel="latency, end to end, relative to the largest network", ylabel="mAP (COCO, IoU 0.50:0.95)")
     axes.set_title(title)
     axes.grid(alpha=0.25)
@@ -62,21 +63,8 @@ def spread_table(rows: Sequence[SpreadRow]) -> Table:
     for heading in ("mAP", "M params", "p50, ms", "to the largest (95 %)"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        low, high = row.interval
-        ratio = "1" if row.ratio == low == high == 1 else f"{row.ratio:.3f} ({low:.3f}–{high:.3f})"
+        low, high = row.latency_interval
+        ratio = "1" if row.latency_ratio == low == high == 1 else f"{row.latency_ratio:.3f} ({low:.3f}–{high:.3f})"
         name = f"{row.name} (foreign)" if row.is_foreign else row.name
         table.add_row(name, f"{row.map:.3f}", f"{row.parameters / 1e6:.2f}", f"{row.latency_ms:.1f}", ratio)
     return table
-
-
-def _front(rows: Sequence[SpreadRow]) -> list[SpreadRow]:
-    """Those that none is both faster and better than, fastest first."""
-    found: list[Any] = []
-    for row in sorted(rows, key=lambda row: (row.ratio, -row.map)):
-        if not found or row.map > found[-1].map:
-            found.append(row)
-    return found
-
-
-def _xy(rows: Sequence[SpreadRow]) -> tuple[list[float], list[float]]:
-    return [row.ratio for row in rows], [row.map for row in rows]

@@ -20,7 +20,7 @@ def result_table(result: dict[str, Any]) -> Table:
         result: contents of `result.json`.
 
     Returns:
-        A rich table: one row each for base, controls and student; the sentence about the target below it.
+        A rich table: a row each for base, control and students; below it, whether they are what was asked for.
     """
     from rich import box
     from rich.table import Table

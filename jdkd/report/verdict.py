@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jdkd.report.outcome import Outcome, Student, signed, students_of
+from jdkd.search.choice import best_within
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -51,19 +52,10 @@ def _so_far(outcome: Outcome) -> str:
     tried, failed = len(outcome.candidates) - 1, len(outcome.candidates) - len(outcome.scored)
     made = f"{tried} candidate{'s' * (tried != 1)} in {outcome.candidates[-1].generation} generations"
     lost = f", {failed} of them failed" if failed else ""
-    fast = [f"{best.map:.3f} at most within {target:g} of the base's time" for target, best in best_so_far(outcome)]
+    reached = [(target, best_within(outcome.scored[1:], target)) for target in outcome.targets]
+    fast = [f"{best.map:.3f} at most within {target:g} of the base's time" for target, best in reached if best]
     found = f"; mAP {', '.join(fast)}" if fast else ""
     return f"This search is not finished: {made}{lost}{found} (on the images that select)."
-
-
-def best_so_far(outcome: Outcome) -> list[tuple[float, Any]]:
-    """For every target that some candidate meets, the best such, the slowest target first."""
-    found = []
-    for target in outcome.targets:
-        fast = [one for one in outcome.scored[1:] if one.latency_ratio <= target]
-        if fast:
-            found.append((target, max(fast, key=lambda one: (one.map, -one.latency_ratio))))
-    return found
 
 
 def images_of(result: dict[str, Any], role: str) -> str:

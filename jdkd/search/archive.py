@@ -170,14 +170,6 @@ class Archive:
         timings = self.timings(architecture_id)
         return pooled([timing for timing in timings if timing.machine == timings[-1].machine])
 
-    def lineage(self, candidate: Candidate) -> list[Candidate]:
-        """The candidate and its ancestors, the base first."""
-        by_id = {other.id: other for other in self.candidates}
-        line = [candidate]
-        while line[-1].parent is not None:
-            line.append(by_id[line[-1].parent])
-        return line[::-1]
-
     def close(self) -> None:
         self._db.close()
 

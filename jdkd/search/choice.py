@@ -1,19 +1,36 @@
 """Which candidate is worth a child, which ones may be the student, and which one is."""
 
 from collections.abc import Container, Sequence
+from typing import Protocol, TypeVar
 
 from jdkd.search.archive import Candidate
 
 LATENCY_EXPONENT = 2.0  # in a parent's fitness (the form is MnasNet's, Tan et al., CVPR 2019)
 
 
-def pareto_front(candidates: Sequence[Candidate]) -> list[Candidate]:
+class Placed(Protocol):
+    """What has an mAP and a latency over another's: a candidate, or a teacher of a pool."""
+
+    map: float
+    latency_ratio: float
+
+
+P = TypeVar("P", bound=Placed)
+
+
+def pareto_front(points: Sequence[P]) -> list[P]:
     """Those that no other beats in mAP without being slower; fastest first."""
-    front: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.latency_ratio, -c.map)):
-        if not front or candidate.map > front[-1].map:
-            front.append(candidate)
+    front: list[P] = []
+    for point in sorted(points, key=lambda one: (one.latency_ratio, -one.map)):
+        if not front or point.map > front[-1].map:
+            front.append(point)
     return front
+
+
+def best_within(points: Sequence[P], target: float) -> P | None:
+    """The best of those that meet a target latency, of equals the fastest, then the last; None where none does."""
+    fast = [one for one in reversed(points) if one.latency_ratio <= target]
+    return max(fast, key=lambda one: (one.map, -one.latency_ratio), default=None)
 
 
 def fitness(candidate: Candidate, target: float) -> float:
@@ -36,20 +53,19 @@ def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate
 def choose(candidates: Sequence[Candidate], target: float, least: float | None = None) -> Candidate:
     """The best of those that meet the target latency, or the fastest where none does.
 
-    Of equals it is the faster or the better, and then the one whose lineage was trained longer.
+    Of equals it is the faster or the better, and then the last, whose lineage was trained longer.
 
     Args:
         candidates: all that can be chosen.
         target: wanted latency over the base's.
         least: mAP that is enough: the fastest that reaches it is chosen, or the best where none does.
     """
-    fast = [candidate for candidate in candidates if candidate.latency_ratio <= target]
-    if not fast:
-        return min(candidates, key=lambda c: (c.latency_ratio, -c.map, -c.lineage_steps))
-    good = [candidate for candidate in fast if least is not None and candidate.map >= least]
-    if good:
-        return min(good, key=lambda c: (c.latency_ratio, -c.map, -c.lineage_steps))
-    return max(fast, key=lambda c: (c.map, -c.latency_ratio, c.lineage_steps))
+    best = best_within(candidates, target)
+    if best is None:
+        return min(reversed(candidates), key=lambda c: (c.latency_ratio, -c.map))
+    if least is None or best.map < least:
+        return best
+    return min((c for c in reversed(candidates) if c.map >= least), key=lambda c: (c.latency_ratio, -c.map))
 
 
 def contender(

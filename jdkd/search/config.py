@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jdkd.data import Split
 from jdkd.errors import InputError
+from jdkd.morph.importance import CRITERIA
 from jdkd.train import TrainConfig
 
 EPOCHS = 24.0  # default budget: as long as two trainings of the usual 12 epochs
@@ -22,7 +23,6 @@ LONGEST = 1e9  # steps, epochs or minutes: what is more is a slip
 LARGEST_SEED = 2**48  # trainings are told apart by a thousand times it and more, in 64 bits
 MARGIN = 0.96  # of a target is aimed at: training changes what NMS has to do
 
-CRITERIA = ("taylor", "fisher", "gamma", "magnitude")
 TEACHING = ("dynamic", "fixed", "base", "none")
 IMITATION = ("pearson", "mse")
 ORDERS = ("joint", "pipelined")
@@ -37,7 +37,7 @@ class Method:
         inherit: whether a child keeps its parent's weights, or begins with fresh ones.
         teaching: ``"dynamic"`` (the teacher that matches), ``"fixed"`` (the pool's best), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
-        criterion: by which channels are cut, one of :data:`CRITERIA`.
+        criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
         gradual: whether large cuts go in several generations.
     """
 
@@ -76,7 +76,7 @@ class SearchConfig:
         candidates: students to train in each generation that looks for an architecture.
         proposals: students to screen, untrained, for each such generation.
         batch_size, lr, amp, loaders: of every training; ``lr`` is the peak, ``loaders`` are processes that read images.
-        workers: processes that train candidates at once; 0 trains in this one.
+        workers: processes that train candidates at once; 0 and 1 train in this one.
         ray: address of a Ray cluster that trains them instead, or ``"auto"``.
         control: whether the base is trained as long as a student's lineage, to be compared with.
         feature_weight, head_weight: of the distillation (Pearson loss per level; class logits).

@@ -24,20 +24,20 @@ from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_c
 from jdkd.latency.clock import environment
 from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.notices import say_once
-from jdkd.pool import shrinking
 from jdkd.pool.elastic_pool import POOL
-from jdkd.pool.shrinking import ProgressCallback
+from jdkd.pool.shrinking import ProgressCallback, calibrate
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import Candidate
 from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
 from jdkd.search.timing import BRIEF, LONG, Timing, machine_of
-from jdkd.train import Scores, TrainConfig, calibrate_bn, evaluate, fit
+from jdkd.train import Scores, TrainConfig, evaluate, fit
 from jdkd.train.inputs import with_targets_of
 
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3
 BUDGET = "budget.json"
+TRAINING = "training"  # folder of a checkpoint and a log, in that of a candidate or of the control
 BUDGET_STEPS = 3  # of the base, that a budget in minutes is measured by
 MATERIAL = (
     *("targets", "target_map", "minutes", "candidates", "proposals", "batch_size", "lr", "amp", "seed"),
@@ -103,21 +103,16 @@ class SearchContext:
         if self.config.minutes is not None:
             write_json(self.config.out / BUDGET, {"minutes": self.config.minutes, "steps": self.steps})
 
-    def probe(self, count: int | None = None) -> Iterator[Any]:
+    def probe(self) -> Iterator[Any]:
         """A few training batches, always the same: for importance, repair and correlations."""
         config = self.config
-        return batches(
-            self.train,
-            batch_size=config.batch_size,
-            steps=PROBE_BATCHES if count is None else count,
-            seed=config.seed,
-            device=config.device,
-        )
+        how = {"batch_size": config.batch_size, "seed": config.seed, "device": config.device}
+        return batches(self.train, steps=PROBE_BATCHES, **how)
 
     def calibrated(self, model: nn.Module) -> nn.Module:
         """The model with recalibrated batch norms, in evaluation mode on the device."""
-        calibrate_bn(model.to(self.config.device), self.probe(shrinking.CALIBRATION_BATCHES))
-        return model.eval()
+        config = self.config
+        return calibrate(model, self.train, config.batch_size, config.seed, config.device)
 
     def timed(self, detectors: Mapping[str, nn.Module], stage: str = BRIEF) -> dict[str, Timing]:
         """One interleaved measurement of the base and of other architectures.

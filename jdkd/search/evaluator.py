@@ -17,20 +17,19 @@ from jdkd.pool import TeacherPool
 from jdkd.pool.members import Teacher
 from jdkd.pool.shrinking import ProgressCallback
 from jdkd.search.config import SearchConfig
-from jdkd.search.context import SearchContext, candidate_folder, open_context
+from jdkd.search.context import TRAINING, SearchContext, candidate_folder, open_context
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.proposal import BASE, Proposal
 from jdkd.search.teachers import given_pool, name_of
 from jdkd.train import fit
 from jdkd.train.checkpoint import CHECKPOINT
 
-TRAINING = "training"  # folder of a candidate's checkpoint and log
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Training:
-    """What all candidates of a search have in common, for an executor.
+class SearchTask:
+    """What all candidates of a search have in common, as an executor takes it (:class:`jdkd.execution.Task`).
 
     Args:
         config: the search; its base and its pool are read.
@@ -52,7 +51,7 @@ class Training:
         context = open_context(replace(self.config, device=device), progress)
         return Evaluator(context, given_pool(self.config.pool, context) if self.config.pool.is_dir() else None)
 
-    def elsewhere(self, out: Path, inputs: Mapping[str, Path]) -> Training:
+    def elsewhere(self, out: Path, inputs: Mapping[str, Path]) -> SearchTask:
         """The same where the folders lie elsewhere."""
         teachers = tuple(folder for name, folder in inputs.items() if name.startswith("teachers/"))
         here = {"base": inputs["base"], "teacher_pool": inputs.get("pool"), "teachers": teachers}

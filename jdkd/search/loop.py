@@ -20,8 +20,8 @@ from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.config import Plan, SearchConfig, plan
-from jdkd.search.context import SearchContext, candidate_folder, open_context
-from jdkd.search.evaluator import TRAINING, Evaluator, Training
+from jdkd.search.context import TRAINING, SearchContext, candidate_folder, open_context
+from jdkd.search.evaluator import Evaluator, SearchTask
 from jdkd.search.matching import Matching
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.proposal import Proposal
@@ -97,7 +97,7 @@ def _workers(evaluator: Evaluator) -> Journal:
     """Who trains and scores the candidates."""
     config = evaluator.context.config
     how = {"workers": config.workers, "ray": config.ray, "progress": evaluator.context.progress}
-    made = executor(Training(config), config.device, **how, evaluate=evaluator)
+    made = executor(SearchTask(config), config.device, **how, evaluate=evaluator)
     return Journal(made, config.out / "outcomes")
 
 

@@ -66,10 +66,10 @@ class Matching:
             if known.map > parent.map + NOISE
         }
         promising = {teacher: score for teacher, score in scores.items() if score > 0}  # NaN is not
-        return max(promising, key=promising.get, default=None)  # of equals the first: the base, then the pool's best
+        return max(promising, key=promising.get, default=None)  # of equals the first, the base before all
 
     def _teachers(self) -> dict[Teacher, _Known]:
-        """Everyone who could teach, the base first, then the pool from the best down."""
+        """Everyone who could teach: the base, then the members of the pool."""
         if BASE not in self._known:
             self._known[BASE] = _Known(self.base_map, pyramids(self.context.base, self.context.probe()))
         for member in self.pool.members:

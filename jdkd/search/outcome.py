@@ -19,12 +19,12 @@ from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate
 from jdkd.search.choice import choose, contender
 from jdkd.search.config import SearchConfig
-from jdkd.search.context import SearchContext
+from jdkd.search.context import TRAINING, SearchContext
 from jdkd.search.timing import LONG, PooledLatency, pooled
 from jdkd.train import fit
 
 RESULT = "result.json"
-CONTROL_SEED, TRAINING = 900, "training"
+CONTROL_SEED = 900
 MEANING = (
     "median end to end over the base's, timed in turn; all measurements of one architecture pooled, each scaled to the "
     "base's median in the latest; every sample is in archive.sqlite, table timings"

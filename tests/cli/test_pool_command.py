@@ -69,7 +69,9 @@ def test_the_spread_of_a_pool_is_measured_on_the_data_that_it_recorded(jdkd, poo
     assert len(rows) == 4 and (content["images"], content["split"]) == (4, "val")
     assert [row["map"] for row in rows] == sorted((row["map"] for row in rows), reverse=True)
     assert len({row["parameters"] for row in rows}) == 4
-    assert all(row["latency_ms"] > 0 and row["interval"][0] <= row["ratio"] <= row["interval"][1] for row in rows)
+    for row in rows:
+        low, high = row["latency_interval"]
+        assert row["latency_ms"] > 0 and low <= row["latency_ratio"] <= high
     assert "retina (foreign)" in answer.out and "1x1 1x1 1x1" not in answer.out.split("retina")[0][:20]
     assert (tmp_path / "spread" / "spread.png").read_bytes().startswith(b"\x89PNG")
     assert "distance" not in rows[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect import adopt, load, load_weights, open_model, read, save
-from jdkd.distill import Distiller, attach, correlations, pyramids
+from jdkd.distill import Distiller, FeatureDistiller, attach, correlations, pyramids
 from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference, measure, profile_cost
 from jdkd.rewrite import Rewrite
@@ -96,11 +96,11 @@ def test_it_is_distilled_by_its_pyramid(pruned, images, targets):
     with attach(student, teacher, channels=every_other) as handle:
         terms = student(images, targets)
     assert terms.keys() == {"loss_class", "loss_pkd"} and list(handle.losses) == [4, 8]
-    with Distiller(student, teacher, channels=[every_other, every_other]) as distiller:
+    with FeatureDistiller(student, teacher, channels=[every_other, every_other]) as distiller:
         student(images, targets)
         assert distiller.loss().item() == pytest.approx(terms["loss_pkd"].item(), rel=1e-4)
     with pytest.raises(InputError, match=r"student \(Adopted\) has no head .* distil the features only"):
-        Distiller(student, teacher, head_weight=1.0, channels=every_other)
+        Distiller(student, teacher, head_weight=1.0)
 
 
 def test_its_correlations_are_those_of_its_pyramid(images):

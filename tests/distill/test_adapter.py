@@ -60,11 +60,10 @@ def test_the_fit_is_the_least_squares_over_all_batches_together():
     assert regression.distance() == pytest.approx((1 - r).mean().item(), abs=1e-9)
 
 
-def test_what_a_level_does_not_show_stays_with_the_channels():
-    student, teacher = PyramidDetector(2, {"a": 4, "b": 64}), PyramidDetector(5, {"a": 4, "b": 64}, seed=1)
-    distiller = adapted(student, teacher, batch(1, 64), channels=[4, 1])  # 1x1 at stride 64
-    expected = torch.zeros(5, 2)
-    expected[4, 0] = expected[1, 1] = 1
+@pytest.mark.parametrize(("width", "expected"), [(3, torch.eye(3)), (5, torch.zeros(5, 3))])
+def test_what_a_level_does_not_show_is_0_or_the_identity_between_equal_widths(width, expected):
+    student, teacher = PyramidDetector(3, {"a": 4, "b": 64}), PyramidDetector(width, {"a": 4, "b": 64}, seed=1)
+    distiller = adapted(student, teacher, batch(1, 64))  # 1x1 at stride 64
     assert torch.equal(distiller.adapters[1].weight[:, :, 0, 0], expected)
     assert not torch.allclose(distiller.adapters[0].weight[:, :, 0, 0], expected, atol=0.1)
 
@@ -242,11 +241,12 @@ def test_the_squared_error_needs_no_adapter_where_widths_agree(student, teacher,
     ("options", "message"),
     [
         ({"imitation": "l2"}, "imitation is 'l2'; choose pearson or mse"),
+        ({"adapter": True, "channels": [0]}, "adapter and channels are both given; .* leave channels out"),
         ({"imitation": "mse", "statistics": "instance"}, "'mse', which takes no statistics; leave that out"),
         ({"imitation": "mse", "level_weights": [1.0]}, "'mse', which takes no level_weights"),
     ],
 )
-def test_an_imitation_that_there_is_not_is_named(student, teacher, options, message):
+def test_what_does_not_go_together_is_named(student, teacher, options, message):
     with pytest.raises(InputError, match=message):
         FeatureDistiller(student, teacher, **options)
 

@@ -15,6 +15,7 @@ from jdkd.latency import table as table_module
 from jdkd.latency.clock import CpuClock
 from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shapes_of
 from jdkd.latency.report import ModelLatency
+from jdkd.latency.table import kendall
 from jdkd.rewrite import Rewrite
 from tests.detectors import detector, small_spec
 from tests.morph.small import SIZE, parent, picture
@@ -76,8 +77,8 @@ def test_a_layer_of_a_new_block_runs_where_its_neighbours_did():
     assert part_of("head.towers.0.3", []) == "head.towers" and part_of("a.b.c.conv", ["a"]) == "a"
 
 
-@pytest.fixture
-def priced(monkeypatch, model, topology):
+@pytest.fixture(scope="module")
+def priced(model, topology):
     """Instead of being timed, models are priced: a fixed cost, and another for each part's multiply-accumulates."""
     image = torch.rand(3, 64, 96)
 
@@ -93,17 +94,23 @@ def priced(monkeypatch, model, topology):
         times = {name: ModelLatency(Latency((cost(model),) * 2)) for name, model in models.items()}
         return LatencyReport(times, {}, {})
 
-    monkeypatch.setattr(table_module, "measure", measure)
-    monkeypatch.setattr(table_module, "fuse_for_inference", lambda model: model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table_module, "measure", measure)
+        patch.setattr(table_module, "fuse_for_inference", lambda model: model)
+        return measure_table(model, topology, [image]), cost
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """Next to no ridge: costs are solved when they are first asked for."""
     monkeypatch.setattr(table_module, "RIDGE", 1e-6)
-    return measure_table(model, topology, [image]), cost
 
 
-def test_costs_that_are_known_are_found_and_predict_other_rewrites(priced, model, topology):
+def test_costs_that_are_known_are_found_and_predict_other_rewrites(free, priced, model, topology):
     table, cost = priced
     assert table.fixed == pytest.approx(4 / cost(model), rel=0.05)
-    assert table.parts()["backbone.body.layer1"] > 2 * table.parts()["roi_heads.box_head"] / 3
-    assert sum(table.parts().values()) == pytest.approx(cost(model), rel=0.01) == pytest.approx(table.milliseconds)
+    assert table.costs["backbone.body.layer1"] == pytest.approx(3 * table.costs["roi_heads.box_head"], rel=0.2)
+    assert table.predict(model) == pytest.approx(1, rel=0.01)
     inner = [group.name for group in topology.inner]
     rewrites = [
         Rewrite(keep=half(topology, inner)),
@@ -118,24 +125,28 @@ def test_costs_that_are_known_are_found_and_predict_other_rewrites(priced, model
         assert table.predict(child) == pytest.approx(predicted, rel=1e-6)  # a descendant speaks for itself
 
 
-def test_a_table_is_json_and_learns_from_what_is_measured(priced, model, topology):
+def test_a_table_is_json_and_learns_from_what_is_measured(free, priced, model, topology):
     table, _ = priced
     assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
     rewrites = [Rewrite(keep=half(topology, [group.name])) for group in topology.groups]
     slower = [(table.features(model, topology, each), 1.1 * table.predict(model, topology, each)) for each in rewrites]
-    errors, better = table.errors(slower), table.corrected(slower)
-    assert errors["rank"] == 1 and errors["bias"] == pytest.approx(1 / 1.1 - 1, abs=1e-3)
-    assert better.errors(slower)["error"] < 0.3 * errors["error"] and better.corrected(slower) == better
+    better = table.corrected(slower)
+    assert all(abs(better.ratio(features) / ratio - 1) < 0.03 for features, ratio in slower)
+    assert better.corrected(slower) == better
     assert better.corrected([]) == table and table.corrected(slower[:1]).factor < better.factor < 1.1
     assert LatencyTable.from_json(json.loads(json.dumps(better.to_json()))) == better
     for row in ([], [[table.rows[0][0], math.nan]], [[table.rows[0][0], 0.0]], [[{"a": math.inf}, 1.0]]):
         with pytest.raises(ValueError, match="no measured latencies"):
             LatencyTable.from_json({**table.to_json(), "rows": row})
-    backwards = [(features, 1 / ratio) for features, ratio in slower]
-    assert table.errors(backwards)["rank"] == -1 and math.isnan(table.errors([])["rank"])
+
+
+def test_kendalls_tau_is_1_of_one_order_and_less_by_two_thirds_of_a_swap_in_three():
+    assert kendall([(1, 10), (2, 20), (3, 30)]) == 1 and kendall([(1, 3), (2, 2), (3, 1)]) == -1
+    assert kendall([(1, 10), (2, 30), (3, 20)]) == pytest.approx(1 / 3) and math.isnan(kendall([(1, 1)]))
 
 
 def test_detectors_without_an_input_size_and_with_one_block_have_tables(monkeypatch):
+    monkeypatch.setattr(table_module, "SHARES", (0.5,))
     for name in ("ssd", "pan"):
         model, topology = parent(name)
         table = measure_table(model, topology, [picture()[0].double()], rounds=1, clock=CpuClock())

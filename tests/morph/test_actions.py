@@ -12,8 +12,16 @@ from torch.optim.swa_utils import AveragedModel
 from jdkd.detect import load, read, save
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
-from jdkd.morph import add_block, change_resolution, draw, parts, prune_channels, rearrange, remove_block
-from jdkd.morph.parts import slimmed
+from jdkd.morph import (
+    Morph,
+    add_block,
+    can_shorten,
+    change_resolution,
+    grow,
+    rearrange,
+    remove_block,
+    shorten,
+)
 from jdkd.rewrite import Rewrite, build, mask
 from jdkd.rewrite.comparison import returned_by
 from tests.detectors import detector, small_spec
@@ -21,17 +29,16 @@ from tests.morph.small import DETECTORS, SIZE, parent, picture
 
 PICTURE = ([image.double() for image in picture()],)
 DEEP = [name for name in DETECTORS if name != "ssd"]  # with residual blocks
-PARTS = {
-    "faster_rcnn": {"streams", "backbone.fpn", "rpn.head", "roi_heads.box_head"},
-    "fcos": {"streams", "backbone.body", "backbone.fpn"},  # stages of one block are no streams; the head passes norms
-    "retinanet": {"backbone.body", "backbone.fpn", "head.classification_head", "head.regression_head"},
-    "ssd": {"backbone.features", "backbone.extra"},
-    "pan": {"streams", "stages", "neck.lateral", "neck.top_down"},
-}
 
 
 def reread(child, topology):
     return read(child, like=topology, size=SIZE)
+
+
+def halved(topology):
+    """Half of every group that can be cut, the first half."""
+    sizes = {group.name: group.shrunk(0.5) for group in topology.groups}
+    return {name: tuple(range(size)) for name, size in sizes.items() if size < topology[name].units}
 
 
 def assert_same(one: nn.Module, other: nn.Module, least: int = 10) -> None:
@@ -115,90 +122,16 @@ def test_blocks_whose_ends_are_unknown_are_not_added():
     for act in (lambda: add_block(model, topology, name), lambda: rearrange(model, topology, lists[0].name, name)):
         with pytest.raises(InputError, match="cannot be born as the identity"):
             act()
-    assert all(
-        draw(model, topology, random.Random(k), (), max_depth=9).action != f"add a block to {name}" for k in range(50)
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "norm", "group"),
-    [
-        ("fcos", "backbone.body.2.0.bn2", "backbone.body.2.0.conv2"),
-        ("fcos", "head.regression_head.conv.4", "head.regression_head.conv.3"),
-        ("faster_rcnn", "backbone.body.layer2.1.bn1", "backbone.body.layer2.1.conv1"),
-        ("pan", "stages.2.1.1", "stages.2.1.0"),
-    ],
-    ids=["frozen batch norm", "group norm", "batch norm", "a plain layer"],
-)
-def test_pruning_drops_the_channels_with_the_smallest_gamma(name, norm, group):
-    model, topology = parent(name)
-    model = copy.deepcopy(model)
-    for inner in slimmed(topology):
-        for layer in topology.norms(inner):
-            model.get_submodule(layer).weight.data.fill_(1.0)
-    size = topology[group].size
-    model.get_submodule(norm).weight.data[: size // 2] = 1e-3
-    share = size // 2 / sum(inner.size for inner in slimmed(topology))
-    assert prune_channels(model, topology, share).rewrite.keep == {group: tuple(range(size // 2, size))}
+    drawn = [grow(model, topology, random.Random(k), max_depth=9).rewrite.blocks for k in range(50)]
+    assert max(len(blocks.get(name, ())) for blocks in drawn) < len(stiff.blocks)  # it may give one
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_pruning_equals_masking_over_all_that_can_be_cut(name):
+def test_cutting_equals_masking_over_all_that_can_be_cut(name):
     model, topology = parent(name)
-    shares = dict.fromkeys(parts(topology), 0.5)
-    morph = prune_channels(model, topology, 0.5 if slimmed(topology) else 0.0, shares)
-    cut = {group.name for group in topology.groups if group.size > 8}
-    assert cut <= set(morph.rewrite.keep) | {group.name for group in slimmed(topology)}
-    assert_same(morph.apply(model, topology), mask(model, topology, morph.rewrite.keep))
-
-
-def test_magnitudes_say_what_a_part_keeps():
-    model, topology = parent("ssd")
-    model = copy.deepcopy(model)
-    model.backbone.features[0].weight.data[3:11] *= 1e-3  # as made
-    model.backbone.features[4].weight.data[:, 5:13] *= 1e-3  # as read
-    keep = prune_channels(model, topology, 0, {"backbone.features": 0.5}).rewrite.keep
-    assert keep["backbone.features.0"] == (0, 1, 2, *range(11, 16))
-    assert not set(keep["backbone.features.2"]) & set(range(5, 13))
-
-
-@pytest.mark.parametrize("name", DETECTORS)
-def test_every_group_is_slimmed_or_in_one_part(name):
-    _, topology = parent(name)
-    found = parts(topology)
-    assert set(found) == PARTS[name]
-    named = [group.name for group in slimmed(topology)] + [each for part in found.values() for each in part]
-    assert sorted(named) == sorted(group.name for group in topology.groups)
-
-
-def test_pruning_keeps_multiples_of_eight_and_a_quarter():
-    model = detector(small_spec(fpn=64))
-    topology = read(model)
-    fpn = topology["backbone.fpn.inner_blocks.3.0"]
-    keep = prune_channels(model, topology, 0.9, {"backbone.fpn": 0.9}).rewrite.keep
-    assert len(keep[fpn.name]) == 16 and all(len(units) % 8 == 0 for units in keep.values())
-    model, topology = parent("pan")
-    towers = [units for name, units in prune_channels(model, topology, 0.9).rewrite.keep.items() if "tower" in name]
-    assert [len(units) for units in towers] == [2, 2]  # norm groups of 4 channels: the least that 8 divides
-    assert topology["tower.0.0"].size // topology["tower.0.0"].units == 4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ((0.0, {"stages": 0.01}), "changes nothing"),
-        ((0.0,), "dropping nothing changes nothing"),
-        ((0.1, {"neck.lateral": 1.0}), r"neck.lateral is the share.*1\.0"),
-        ((-0.1,), r"inner is the share.*-0\.1"),
-        ((0.1, {"fpn": 0.5}), "'fpn' is no part of the detector; its parts are streams, stages"),
-    ],
-)
-def test_shares_that_cannot_be_cut_are_refused(arguments, words):
-    model, topology = parent("pan")
-    with pytest.raises(InputError, match=words):
-        prune_channels(model, topology, *arguments)
-    with pytest.raises(InputError, match="there are none; name parts"):
-        prune_channels(*parent("ssd"), 0.5)
+    keep = halved(topology)
+    assert keep.keys() == {group.name for group in topology.groups if group.size > 8}
+    assert_same(Rewrite(keep=keep).apply(model, topology), mask(model, topology, keep))
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "fcos", "retinanet"])
@@ -224,37 +157,56 @@ def test_training_sizes_follow_the_one_for_evaluation():
 
 @pytest.mark.parametrize("name", ["ssd", "pan"])
 def test_a_detector_without_an_input_size_of_its_own_keeps_it(name):
-    model, topology = parent(name)
+    model, _ = parent(name)
     assert input_size(model) is None
     with pytest.raises(InputError, match="48 px: it takes images as they are, or resizes them to one fixed size"):
         change_resolution(model, 48)
     with pytest.raises(InputError, match="positive whole number, got 0"):
         change_resolution(parent("fcos")[0], 0)
-    assert not any(draw(model, topology, random.Random(k), (48,), max_depth=3).rewrite.attributes for k in range(30))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
-def test_drawing_reaches_every_action_and_repeats_from_its_seed(name):
+@pytest.mark.parametrize("name", DEEP)
+def test_growing_adds_and_moves_blocks_within_the_depth_and_repeats_from_its_seed(name):
     model, topology = parent(name)
-    drawn = [draw(model, topology, random.Random(seed), (48, 80), max_depth=4) for seed in range(60)]
-    kinds = {morph.action.split()[0] for morph in drawn}
-    wanted = {"prune", "remove", "add"} if name in DEEP else {"prune"}
-    wanted |= {"input"} if input_size(model) else set()
-    wanted |= {"move"} if len(topology.block_lists) > 1 else set()
-    assert kinds == wanted
-    assert drawn == [draw(model, topology, random.Random(seed), (48, 80), max_depth=4) for seed in range(60)]
-    cut = [morph.action.count("%") for morph in drawn if morph.action.startswith("prune")]
-    streams = [morph for morph in drawn if "streams" in morph.action]
-    assert max(cut) <= 3 and len(streams) < len(cut) / 3  # never everything at once
+    lists = topology.block_lists
+    depth = 1 + max(len(blocks.blocks) for blocks in lists)
+    drawn = [grow(model, topology, random.Random(seed), max_depth=depth) for seed in range(40)]
+    assert drawn == [grow(model, topology, random.Random(seed), max_depth=depth) for seed in range(40)]
+    assert {morph.action.split()[0] for morph in drawn} == ({"add", "move"} if len(lists) > 1 else {"add"})
+    assert {name for morph in drawn for name in morph.rewrite.blocks} == {blocks.name for blocks in lists}
+    assert max(len(order) for morph in drawn for order in morph.rewrite.blocks.values()) == depth
+    with pytest.raises(InputError, match="can grow within 1 blocks; allow more depth"):
+        grow(model, topology, random.Random(0), max_depth=1)
+
+
+def test_blocks_leave_and_the_input_shrinks_in_one_action():
+    model, topology = parent("faster_rcnn")
+    names = can_shorten(model, topology)[:2]
+    morph = shorten(model, topology, names, 48)
+    assert len(names) == 2 and morph.rewrite.blocks.keys() == set(names)
+    assert morph.action.split("; ") == [*(f"remove a block of {name}" for name in names), "input 64 -> 48 px"]
+    assert input_size(morph.apply(model, topology))[0] == 48
+    assert shorten(model, topology).rewrite == Rewrite()
+
+
+def any_action(model, topology, rng) -> Morph:
+    """One action of those that the detector allows."""
+    actions = [lambda: Morph("halve a group", Rewrite(keep=dict([rng.choice(sorted(halved(topology).items()))])))]
+    if can_shorten(model, topology):
+        actions.append(lambda: remove_block(model, topology, rng.choice(can_shorten(model, topology))))
+    if any(blocks.can_grow and len(blocks.blocks) < 4 for blocks in topology.block_lists):
+        actions.append(lambda: grow(model, topology, rng, max_depth=4))
+    if input_size(model):
+        actions.append(lambda: change_resolution(model, rng.choice((48, 64))))
+    return rng.choice(actions)()
 
 
 @pytest.mark.parametrize("name", DETECTORS)
-def test_twenty_drawn_actions_run_and_are_described_saved_and_loaded(name, tmp_path):
+def test_actions_in_succession_run_and_are_described_saved_and_loaded(name, tmp_path):
     model, topology = parent(name)
     rng = random.Random(1)
-    for _ in range(4 if name == "ssd" else 20):  # of four layers
-        morph = draw(model, topology, rng, (48, 64), max_depth=4)
-        model = morph.apply(model, topology)
+    for _ in range(2 if name == "ssd" else 5):  # of four layers
+        model = any_action(model, topology, rng).apply(model, topology)
         topology = reread(model, topology)  # runs it
     save(tmp_path, model)
     again = load(tmp_path)
@@ -264,12 +216,12 @@ def test_twenty_drawn_actions_run_and_are_described_saved_and_loaded(name, tmp_p
     ]
 
 
-def test_every_drawn_child_trains():
+def test_every_child_trains():
     model = detector(small_spec())
     topology, rng = read(model, check=True, size=SIZE), random.Random(0)
     target = [{"boxes": torch.tensor([[4.0, 4.0, 30.0, 40.0]]), "labels": torch.tensor([1])}]
     for _ in range(6):
-        model = draw(model, topology, rng, (48, 64), max_depth=4).apply(model, topology).train()
+        model = any_action(model, topology, rng).apply(model, topology).train()
         sum(model([torch.rand(3, 64, 96)], target).values()).backward()
         assert all(p.grad is not None for p in model.parameters())
         topology = reread(model, topology)
@@ -279,8 +231,7 @@ ACTIONS = {
     "add_block": lambda model, topology: add_block(model, topology, "backbone.body.layer1"),
     "remove_block": lambda model, topology: remove_block(model, topology, "backbone.body.layer1"),
     "rearrange": lambda model, topology: rearrange(model, topology, "backbone.body.layer1", "backbone.body.layer2"),
-    "prune_channels": lambda model, topology: prune_channels(model, topology, 0.5),
-    "draw": lambda model, topology: draw(model, topology, random.Random(0), [32], max_depth=3),
+    "grow": lambda model, topology: grow(model, topology, random.Random(0), max_depth=3),
 }
 
 

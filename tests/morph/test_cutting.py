@@ -14,8 +14,8 @@ from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.latency import LatencyTable
 from jdkd.latency.layers import positions
-from jdkd.morph import channel_importance, cut_to, draw, prune_channels, repair
-from jdkd.morph.actions import FLOOR
+from jdkd.morph import channel_importance, cut_to, repair
+from jdkd.morph.cutting import FLOOR
 from jdkd.rewrite import Rewrite, prune
 from tests.detectors import detector, small_spec
 from tests.morph.small import SIZE, parent, picture
@@ -44,11 +44,11 @@ def priced(model, topology):
     containers = tuple(dict.fromkeys(blocks.container for blocks in topology.block_lists))
     size = input_size(model)[0]
     areas = {name: (count / 4, count) for name, count in names.items()}
-    empty = LatencyTable(containers, (size // 2, size), areas, (), 10.0)
+    empty = LatencyTable(containers, (size // 2, size), areas, ())
     base = empty.features(model)
     total = sum(base.values())
     rows = [(base, 1.0), *(({**base, name: 0.0}, 1 - 0.9 * base[name] / total) for name in base)]
-    return LatencyTable(containers, (size // 2, size), areas, tuple((row, ratio) for row, ratio in rows), 10.0)
+    return LatencyTable(containers, (size // 2, size), areas, tuple(rows))
 
 
 def even(topology):
@@ -136,18 +136,6 @@ def test_importance_that_is_none_of_this_model_is_refused(model, topology, table
     for wrong in (values[:-1], -values - 1, values * math.nan, values[None]):
         with pytest.raises(InputError, match=rf"importance of {re.escape(name)} must be numbers of at least 0 for"):
             cut_to(model, topology, table, 0.9, {**one, name: wrong})
-
-
-def test_given_importance_decides_what_is_pruned_and_drawn(model, topology):
-    importance = {group.name: torch.arange(group.units).float() for group in topology.groups}
-    shares = {"backbone.fpn": 0.5, "roi_heads.box_head": 0.5}
-    keep = prune_channels(model, topology, 0.3, shares, importance).rewrite.keep
-    for name, units in keep.items():
-        assert units == tuple(range(topology[name].units - len(units), topology[name].units))
-    assert {topology["roi_heads.box_head.fc6"].name} <= set(keep)
-    pruned = [draw(model, topology, random.Random(seed), (), 1, importance).rewrite.keep for seed in range(12)]
-    assert any(pruned)
-    assert all(units[-1] == topology[name].units - 1 for keep in pruned for name, units in keep.items())
 
 
 def repeated(model, topology, name):

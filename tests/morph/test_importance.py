@@ -51,7 +51,7 @@ def losses(model, images, targets):
 
 
 @pytest.mark.parametrize("name", GROUPS.values(), ids=GROUPS)
-def test_fisher_is_the_root_of_the_squared_gradient_of_one_mask_at_all_places_that_read_a_unit(model, topology, name):
+def test_fisher_is_the_squared_gradient_of_one_mask_at_all_places_that_read_a_unit(model, topology, name):
     images, targets = batch(3)
     found = channel_importance(model, topology, "fisher", [(images[:2], targets[:2]), (images[2:], targets[2:])])
     masked, group = still(model), topology[name]
@@ -72,12 +72,10 @@ def test_fisher_is_the_root_of_the_squared_gradient_of_one_mask_at_all_places_th
         torch.autograd.grad(losses(masked, [image], [target]), mask)[0].square()
         for image, target in zip(images, targets, strict=True)
     )
-    torch.testing.assert_close(
-        found[name] / found[name].sum(), wanted.sqrt() / wanted.sqrt().sum(), rtol=1e-3, atol=1e-6
-    )
+    torch.testing.assert_close(found[name] / found[name].sum(), wanted / wanted.sum(), rtol=1e-3, atol=1e-6)
 
 
-def test_taylor_is_the_root_of_the_squared_sums_over_a_units_norms(model, topology):
+def test_taylor_is_the_squared_sum_over_a_units_norms(model, topology):
     given = [batch(2), batch(1, seed=1)]
     name = GROUPS["stream"]
     found = channel_importance(model, topology, "taylor", given)[name]
@@ -88,7 +86,7 @@ def test_taylor_is_the_root_of_the_squared_sums_over_a_units_norms(model, topolo
         norms = [trained.get_submodule(path) for path in topology.norms(topology[name])]
         assert len(norms) == 3  # the first block's, its shortcut's, the second block's
         wanted += sum(p.detach() * p.grad for norm in norms for p in norm.parameters()).square()
-    torch.testing.assert_close(found / found.sum(), wanted.sqrt() / wanted.sqrt().sum(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found / found.sum(), wanted / wanted.sum(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -112,6 +110,37 @@ def test_the_model_is_left_as_it_was_and_units_weigh_one_together(criterion):
     assert sum(values.sum() for values in found.values()).item() == pytest.approx(1, abs=1e-4)
     again = channel_importance(model, topology, criterion, [batch(2)])
     assert all(torch.equal(found[name], again[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm", "group"),
+    [
+        ("fcos", "backbone.body.2.0.bn2", "backbone.body.2.0.conv2"),
+        ("fcos", "head.regression_head.conv.4", "head.regression_head.conv.3"),
+        ("faster_rcnn", "backbone.body.layer2.1.bn1", "backbone.body.layer2.1.conv1"),
+        ("pan", "stages.2.1.1", "stages.2.1.0"),
+    ],
+    ids=["frozen batch norm", "group norm", "batch norm", "a plain layer"],
+)
+def test_gamma_is_read_off_the_norms_that_a_group_passes(name, norm, group):
+    model, topology = parent(name)
+    model, half = copy.deepcopy(model), topology[group].size // 2
+    for layer in topology.norms(topology[group]):
+        model.get_submodule(layer).weight.data.fill_(1.0)
+    model.get_submodule(norm).weight.data[:half] = 1e-3
+    found = channel_importance(model, topology, "gamma")[group]
+    weak = found.argsort()[: int((found < found.max() / 10).sum())]
+    assert sorted(weak.tolist()) == [*range(half * topology[group].units // topology[group].size)]
+
+
+def test_magnitude_is_what_makes_a_unit_times_what_reads_it():
+    model, topology = parent("ssd")
+    model = copy.deepcopy(model)
+    model.backbone.features[0].weight.data[3:11] *= 1e-3  # as made
+    model.backbone.features[4].weight.data[:, 5:13] *= 1e-3  # as read
+    found = channel_importance(model, topology, "magnitude")
+    assert set(found["backbone.features.0"].argsort()[:8].tolist()) == set(range(3, 11))
+    assert set(found["backbone.features.2"].argsort()[:8].tolist()) == set(range(5, 13))
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "fisher"])

@@ -150,7 +150,7 @@ def test_a_step_trains_the_largest_then_the_smallest_where_asked_then_what_is_dr
 def test_passes_of_a_sandwich_are_counted():
     phases = (replace(PHASES[0], share=0.4), Phase("full", 0.6, 1.0, 2, 0.5, sandwich=True))
     config = PoolTrainConfig(TrainConfig(steps=100), phases)
-    assert [config.phase_config(number).steps for number in range(2)] == [40, 15] and config.steps == 55
+    assert [config.phase_config(number).steps for number in range(2)] == [40, 15] and config.passes == 40 + 4 * 15
 
 
 def test_no_more_is_scored_than_a_share_of_the_training_pays():

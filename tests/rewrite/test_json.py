@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from jdkd.detect.contract import architecture_of
-from jdkd.morph import add_block, change_resolution, prune_channels, rearrange, remove_block
+from jdkd.morph import Morph, add_block, change_resolution, rearrange, remove_block
 from jdkd.rewrite import Rewrite
 from tests.morph.small import parent
 
@@ -30,7 +30,7 @@ def test_every_action_does_the_same_after_the_journey():
     model, topology = parent("faster_rcnn")
     lists = [blocks.name for blocks in topology.block_lists]
     morphs = [
-        prune_channels(model, topology, 0.3),
+        Morph("halve", Rewrite(keep={group.name: range(group.shrunk(0.5)) for group in topology.groups})),
         add_block(model, topology, lists[0]),
         remove_block(model, topology, lists[-1]),
         rearrange(model, topology, lists[1], lists[0]),

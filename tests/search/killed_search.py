@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from jdkd.search import Method, SearchConfig, search
-from tests.search.small_search import SteadyTraining, config_of, make_steady
+from tests.search.small_search import SteadyTask, config_of, make_steady
 
 
 def killed_config(folder: Path, out: Path, **changes) -> SearchConfig:
@@ -17,7 +17,7 @@ def killed_config(folder: Path, out: Path, **changes) -> SearchConfig:
 
 def make_workers_steady(patch) -> None:
     make_steady(patch)
-    patch.setattr("jdkd.search.loop.Training", SteadyTraining)
+    patch.setattr("jdkd.search.loop.SearchTask", SteadyTask)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from jdkd.latency.clock import environment
 from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.search import SearchConfig, search
 from jdkd.search.archive import ARCHIVE
-from jdkd.search.evaluator import Training
+from jdkd.search.evaluator import SearchTask
 
 DECIDED = (
     "number, id, generation, parent, kind, action, teacher, target, architecture, map, map50, latency_ratio, "
@@ -88,7 +88,7 @@ def make_steady(patch) -> None:
 
 
 @dataclass(frozen=True)
-class SteadyTraining(Training):
+class SteadyTask(SearchTask):
     """What workers are given: they train as this process does."""
 
     def open(self, device, progress):

@@ -24,7 +24,7 @@ from jdkd.search.teachers import TEACHERS
 from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
 from tests.search.conftest import DIGITS
-from tests.search.small_search import SteadyTraining, archived, config_of, remembered_table, steady_measure
+from tests.search.small_search import SteadyTask, archived, config_of, remembered_table, steady_measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
 
@@ -60,7 +60,7 @@ def test_a_search_killed_once_and_interrupted_again_and_again_reaches_the_same_a
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core would spin
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone, cwd=root) as process:
         for line in process.stdout:
-            if line.startswith("candidate 2"):
+            if line.startswith("candidate 1"):
                 break
         process.send_signal(signal.SIGKILL)
     decided, told = (out / "generation.json").read_text(), []
@@ -89,7 +89,7 @@ def test_a_lost_archive_is_made_again_and_by_two_workers_the_same(folder, finish
     (unfinished / ARCHIVE).unlink()
     (unfinished / TEACHERS).unlink()  # which knows those that were scored in later generations
     shutil.rmtree(unfinished / "candidates")
-    monkeypatch.setattr("jdkd.search.loop.Training", SteadyTraining)
+    monkeypatch.setattr("jdkd.search.loop.SearchTask", SteadyTask)
     told = []
     search(config_of(folder, unfinished, resume=True, workers=2), lambda what, *state: told.append(what))
     assert archived(unfinished) == archived(finished[0])

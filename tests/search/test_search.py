@@ -14,6 +14,7 @@ from jdkd.data import Split
 from jdkd.detect import load, save
 from jdkd.errors import InputError
 from jdkd.notices import Notice
+from jdkd.report import read_outcome
 from jdkd.run_folder import RunFolder
 from jdkd.search import Archive, Method, plan, search
 from jdkd.search.archive import ARCHIVE
@@ -31,9 +32,9 @@ def test_a_search_leaves_a_student_a_result_and_an_archive(folder, finished):
     out, result, told = finished
     assert json.loads((out / "result.json").read_text()) == json.loads(json.dumps(result))
     (student,) = result["students"]
-    with closing(Archive(out / ARCHIVE)) as archive:
-        (known,) = (one for one in archive.candidates if one.id == student["id"])
-        line = archive.lineage(known)
+    outcome = read_outcome(out)
+    known = outcome.by_id[student["id"]]
+    (line,) = outcome.lines
     assert load(out / student["folder"]).architecture == known.architecture
     assert student["train_steps"] == known.lineage_steps == sum(one.steps for one in line)
     assert result["control"]["train_steps"] == known.lineage_steps, "trained as long"
@@ -61,7 +62,7 @@ def test_generations_are_as_planned_and_a_lineage_is_annealed_in_one_cycle(folde
         final = [one for one in candidates if not budget.rungs[one.generation - 1].explores and one.number]
     assert all(one.parent != candidates[0].id for one in final), "the base is no finalist"
     assert result["cost"]["candidate_steps"] == sum(one.steps for one in candidates) <= budget.total - budget.pool
-    assert result["cost"]["pool_steps"] <= budget.pool
+    assert result["cost"]["pool_steps"] == pytest.approx(budget.pool, abs=2), "but for what phases round"
     assert {"training", "scoring", "timing", "inheriting"} <= result["cost"]["seconds"].keys()
 
 
