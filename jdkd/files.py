@@ -17,17 +17,18 @@ LOCK = ".lock"
 Built = TypeVar("Built")
 
 
-def write_whole(file: Path, content: str | bytes | memoryview) -> None:
+def write_whole(file: Path, content: str | bytes | memoryview, *, shared: bool = False) -> None:
     """Puts ``content`` in the place of ``file`` at once; until then, what was there stays.
 
     Args:
         file: where to; its folder exists.
         content: text (UTF-8) or bytes.
+        shared: whether other processes may write it at the same time; the last one stays.
 
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
-    partial = file.with_name(f".{file.name}.partial")
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial" if shared else f".{file.name}.partial")
     try:
         with partial.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)

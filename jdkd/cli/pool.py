@@ -123,7 +123,10 @@ class PoolTrain:
         names = {field.name for field in dataclasses.fields(TrainConfig)} & vars(self).keys()
         settings = {name: getattr(self, name) for name in names} | {"flip": 0.5 * train.mirror_symmetric}
         phases = PHASES if self.phases is None else read_phases(self.phases)
-        return PoolTrainConfig(TrainConfig(**settings), phases, self.feature_weight, self.head_weight)
+        config = PoolTrainConfig(TrainConfig(**settings), phases, self.feature_weight, self.head_weight)
+        if self.steps < (least := sum(phase.passes for phase in config.phases)):
+            raise InputError(f"--steps is {self.steps}; give at least {least}, a step of every phase.")
+        return config
 
     def _identity(
         self, config: PoolTrainConfig, space: Any, train: CocoDetectionDataset, val: CocoDetectionDataset
@@ -276,13 +279,13 @@ def _opened(split: Any, model: nn.Module, who: str, progress: Progress) -> CocoD
 
 def _require_classes(model: nn.Module, who: str, data: CocoDetectionDataset) -> None:
     """Refuses a detector of other classes than the data's, or of unknown ones."""
-    from jdkd.detect.contract import architecture_of
+    from jdkd.detect.contract import architecture_of, unlike
 
     if (classes := architecture_of(model, who).classes) != data.classes:
         known = f"the classes {', '.join(classes[:5])} ({len(classes)})" if classes else "classes without names"
         raise InputError(
-            f"{who} knows {known}, {data.split.annotations} has {', '.join(data.classes[:5])} ({len(data.classes)}); "
-            "give the data that it was made for, or import it with --classes."
+            f"{who} knows {known}, {data.split.annotations} has {', '.join(data.classes[:5])} ({len(data.classes)}): "
+            f"{unlike(classes, data.classes)}; give the data that it was made for, or import it with --classes."
         )
 
 

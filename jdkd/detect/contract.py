@@ -37,6 +37,16 @@ def architecture_of(model: nn.Module, what: str) -> Architecture:
     return known
 
 
+def unlike(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """The first class in which two lists differ, in words; empty where they are equal."""
+    for number in range(max(len(theirs), len(ours))):
+        one, other = (names[number] if number < len(names) else None for names in (theirs, ours))
+        if one != other:
+            one, other = ("missing" if name is None else repr(name) for name in (one, other))
+            return f"class {number + 1} is {one} in the first and {other} in the second"
+    return ""
+
+
 def known_architecture(model: nn.Module) -> Architecture | None:
     """The architecture that a detector carries, wrapped or not; None where it carries none."""
     known = getattr(unwrapped(model), "architecture", None)

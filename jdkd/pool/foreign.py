@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.contract import architecture_of, unlike
 from jdkd.distill import pyramids
 from jdkd.distill.levels import POOLED, level_strides
 from jdkd.errors import InputError
@@ -47,7 +47,7 @@ def require_common(name: str, detector: nn.Module, largest: nn.Module, images: A
         known = _short(theirs) if theirs else "classes that have no names"
         raise InputError(
             f"teacher {name} knows {known} and the pool {_short(ours)}{order}; give a detector of the pool's classes, "
-            "named so (`jdkd import --classes`)."
+            f"named so (`jdkd import --classes`): {unlike(theirs, ours)}."
         )
     try:
         strides = [_strides(model, images) for model in (largest, detector)]

@@ -10,6 +10,8 @@ from jdkd.errors import InputError
 from jdkd.graph import Topology
 from jdkd.pool.stages import pool_groups, read_stages
 
+WIDEST = 100.0  # times the base: what is more is a slip
+
 
 @dataclass(frozen=True)
 class Subnet:
@@ -58,12 +60,12 @@ class Space:
             steps: number of widths from the base's to the largest.
 
         Raises:
-            InputError: the largest network would be smaller than the base.
+            InputError: the largest network would be smaller than the base, or larger than anybody means.
         """
-        if extra_depth < 0 or width < 1 or steps < 1:
+        if extra_depth < 0 or not 1 <= width <= WIDEST or steps < 1:
             raise InputError(
-                f"a pool is grown: extra_depth must be at least 0, width 1 and steps 1, got {extra_depth}, "
-                f"{width} and {steps}."
+                f"a pool is grown: extra_depth must be at least 0, width in 1..{WIDEST:g} and the number of widths at "
+                f"least 1, got {extra_depth}, {width} and {steps}."
             )
         depths = []
         for stage in read_stages(topology, ()):

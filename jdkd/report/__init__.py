@@ -30,6 +30,6 @@ def write_report(folder: Path | str) -> tuple[Path, Path]:
     folder = Path(folder)
     outcome = read_outcome(folder)
     plot, text = pareto_plot(outcome), page(outcome)
-    write_whole(folder / "pareto.png", plot)
-    write_whole(folder / "report.html", text)
+    write_whole(folder / "pareto.png", plot, shared=True)  # a search writes them, and `jdkd report` while it runs
+    write_whole(folder / "report.html", text, shared=True)
     return folder / "pareto.png", folder / "report.html"

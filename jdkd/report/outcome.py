@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
-from jdkd.files import read_json
+from jdkd.files import read_as
+from jdkd.pool import ScoredTeacher
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.choice import pareto_front
@@ -135,8 +136,16 @@ def read_outcome(folder: Path) -> Outcome:
     if not candidates:
         raise InputError(f"{file} holds no candidate yet; wait until the search has scored its base.")
     teachers = folder / TEACHERS
-    members = read_json(teachers, "remove it and resume the search") if teachers.is_file() else []
+    remedy = "remove it and resume the search"
+    members = read_as(_members, teachers, remedy) if teachers.is_file() else []
     return Outcome(folder, result, candidates, members, RunFolder(folder).read() or {})
+
+
+def _members(content: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pool's members as a search has written them; raises where they are something else."""
+    for member in content:
+        ScoredTeacher.from_json(member)
+    return content
 
 
 def students_of(result: dict[str, Any], folder: Path = Path()) -> list[Student]:

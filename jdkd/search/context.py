@@ -15,7 +15,7 @@ from jdkd.data import CocoDetectionDataset, batches
 from jdkd.data.splits import whereabouts
 from jdkd.detect import load, read
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
-from jdkd.detect.contract import architecture_of, require_learner
+from jdkd.detect.contract import architecture_of, require_learner, unlike
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.files import content_hash, read_as, write_json
@@ -270,7 +270,8 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
         if dataset.classes != classes:
             raise InputError(
                 f"the base in {config.base} knows the classes {_short(classes)}, the {name} data has "
-                f"{_short(dataset.classes)}; give the data that the base was made for."
+                f"{_short(dataset.classes)}: {unlike(classes, dataset.classes)}; give the data that the base "
+                "was made for."
             )
     train = with_targets_of(base, opened["training"])
     few = min(2, config.batch_size)

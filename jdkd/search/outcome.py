@@ -1,7 +1,6 @@
 """How a search ends: the students are chosen, the control is trained, everything is scored on the reporting images."""
 
 import copy
-import math
 import os
 import shlex
 from collections import defaultdict
@@ -141,15 +140,15 @@ def _against_itself(context: SearchContext) -> dict[str, Any]:
 
 
 def _predictor(archive: Archive) -> dict[str, Any]:
-    """How well latencies were predicted, before each was measured, of all architectures of the search."""
+    """How well latencies were predicted, before each was measured, of all architectures; None of too few to tell."""
     pairs = {
         one.architecture_id: (one.predicted, one.latency_ratio) for one in archive.scored[1:] if one.kind == "morph"
     }
     errors = [abs(predicted / ratio - 1) for predicted, ratio in pairs.values()]
     return {
         "architectures": len(pairs),
-        "kendall_tau": kendall(list(pairs.values())),
-        "mean_absolute_percentage_error": 100 * sum(errors) / len(errors) if errors else math.nan,
+        "kendall_tau": kendall(list(pairs.values())) if len(pairs) > 1 else None,
+        "mean_absolute_percentage_error": 100 * sum(errors) / len(errors) if errors else None,
     }
 
 

@@ -206,7 +206,7 @@ def screen(
         score = lead * screened.similarity - LATENCY_PENALTY * max(0.0, screened.predicted / aim - 1)
         made.setdefault(screened.architecture_id, (score if score == score else -math.inf, parent, recipe, screened))
     if not made:
-        raise InputError(f"no student at {aim:.2f} of the base's latency can be made: {why}")
+        raise InputError(f"no student at {aim:.2f} of the base's latency can be made: {str(why).partition(';')[0]}.")
     ranked = sorted(made.values(), key=lambda entry: (-entry[0], entry[3].predicted))
     sound = [(number, screened) for number, (score, *_, screened) in enumerate(ranked) if score > -math.inf]
     firsts = {input_size(screened.student): number for number, screened in reversed(sound)}

@@ -89,17 +89,29 @@ class Strategy:
     def _screened(
         self, parents: list[Parent], aim: float, count: int, ways: tuple[str, ...], rng: random.Random
     ) -> list[tuple[Candidate, Screened]]:
-        """Students at the aim; where none can be made, nearer to what the parents are by now."""
-        now = min(parent.candidate.latency_ratio for parent in parents)
+        """Students at the aim; where none can be made, nearer to what the parents are by now.
+
+        Raises:
+            InputError: even the least cut cannot be made.
+        """
+        now, wanted = min(parent.candidate.latency_ratio for parent in parents), aim
         while True:
             try:
-                return screen(parents, aim, count, ways, rng)
+                found = screen(parents, aim, count, ways, rng)
             except InputError as error:
-                nearer = math.sqrt(aim * now)
-                if nearer > NO_CUT * now:
-                    raise
-                say_once(f"{error} This generation goes to {nearer:.2f} instead.")
-                aim = nearer
+                aim = math.sqrt(aim * now)
+                if aim > NO_CUT * now:
+                    raise InputError(
+                        f"{error} What is left of the latency is none of the channels, blocks and images that can be "
+                        f"cut, so from {now:.2f} no student gets faster: search into another folder, from a base or "
+                        "at an input size where convolutions take the time, or for a larger target."
+                    ) from None
+                continue
+            if aim > wanted:
+                say_once(
+                    f"no student can be made at {wanted:.2f} of the base's latency; this generation has {aim:.2f}."
+                )
+            return found
 
     def _trained_on(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
         """For every target, the best that may reach it, trained on; one that is still too slow is cut once more."""

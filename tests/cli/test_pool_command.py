@@ -149,6 +149,10 @@ def test_what_cannot_be_a_pool_is_refused_before_anything_is_written(jdkd, pool_
         (["--teacher", tmp_path / "none"], "none"),
         (["--teacher", trained, trained], "let every name be another"),
         (["--width", 0.5], "a pool is grown"),
+        (["--width", "nan"], "width in 1..100 and the number of widths at least 1, got 1, nan and 3."),
+        (["--width", "inf"], "got 1, inf and 3."),
+        (["--steps", 0], "--steps is 0; give at least 4, a step of every phase."),
+        (["--steps", 3], "--steps is 3; give at least 4"),
         (["--phases", tmp_path / "none.json"], "none.json cannot be read"),
         (["--steps", -1], "steps must be a number of at least 0"),
         (["--data", tmp_path], "does not exist"),
@@ -168,6 +172,7 @@ def test_a_teacher_of_other_classes_is_refused_by_name(jdkd, pool_arguments, tra
     save(tmp_path / "other", other)
     answer = jdkd(*pool_arguments, "--teacher", tmp_path / "other", "--out", tmp_path / "out")
     assert answer.code == 2 and "in another order" in answer.err and "teacher other knows 2 classes" in answer.err
+    assert "class 1 is 'blue' in the first and 'red' in the second" in answer.err
     assert not (tmp_path / "out").exists()
 
 

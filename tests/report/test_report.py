@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 from contextlib import closing
@@ -124,6 +125,29 @@ def test_failed_candidates_are_in_the_tree_with_their_reason_and_in_no_plot(text
     tree = text[text.index('id="lineage"') : text.index('id="teachers"')]
     assert tree.count('class="cross"') == 3 and tree.count("failed: the losses of step 31 are not finite") == 6
     assert "nan" not in re.sub(r"[a-z]nan|nan[a-z]", "", text)
+
+
+def test_a_report_that_two_processes_write_at_once_is_whole(folder, monkeypatch):
+    replace = os.replace
+
+    def meanwhile(partial, file):
+        with monkeypatch.context() as other:
+            other.setattr(os, "replace", replace)
+            other.setattr(os, "getpid", lambda: 1)
+            write_report(folder)
+        replace(partial, file)
+
+    monkeypatch.setattr(os, "replace", meanwhile)
+    plot, text = write_report(folder)
+    assert plot.read_bytes()[:4] == b"\x89PNG" and text.read_text().rstrip().endswith("</html>")
+    assert not [file for file in folder.iterdir() if "partial" in file.name]
+
+
+def test_teachers_that_are_none_are_named(folder):
+    for content in ("[1]", "[{}]", '{"a": 1}'):
+        (folder / "teachers.json").write_text(content)
+        with pytest.raises(InputError, match=r"teachers\.json holds something else than it should"):
+            write_report(folder)
 
 
 def test_outcome_has_the_lineages_from_the_base_to_the_students(folder):

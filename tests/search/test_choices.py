@@ -1,7 +1,11 @@
 """Who has children, who is trained on, and who is the student."""
 
+import json
+from types import SimpleNamespace
+
 from jdkd.search import pareto_front
 from jdkd.search.choice import choose, contender, contenders, fitness
+from jdkd.search.outcome import _predictor
 from tests.search.rows import candidate
 
 
@@ -27,6 +31,12 @@ def test_of_one_architecture_the_better_is_the_student():
     for target in (0.95, 0.5):
         assert choose([worse, better], target) is choose([better, worse], target) is better
         assert pareto_front([worse, better]) == [better]
+
+
+def test_of_equals_the_one_that_was_trained_longer_is_the_student():
+    short, long = (candidate(number, ratio=0.9, lineage_steps=10 * number) for number in (1, 2))
+    for target, least in ((0.95, None), (0.95, 0.3), (0.5, None)):
+        assert choose([short, long], target, least) is choose([long, short], target, least) is long
 
 
 def test_where_an_map_is_enough_the_fastest_that_has_it_is_the_student():
@@ -68,3 +78,13 @@ def test_where_no_one_meets_the_target_the_fastest_is_timed_at_length():
     assert contender([slow, fast], 0.5, {fast.architecture_id}) is None
     slower = candidate(2, map=0.5, ratio=0.97)
     assert contender([slow, slower], 0.5, {slower.architecture_id}) is slow, "at length it was not the fastest"
+
+
+def test_what_one_architecture_cannot_tell_of_the_predictor_is_null_in_json():
+    base, one, two = (candidate(number, ratio=1 - number / 10, predicted=0.9) for number in range(3))
+    for scored, told in (([base], (0, None, None)), ([base, one], (1, None, 0.0)), ([base, one, two], (2, 0.0, 6.25))):
+        found = _predictor(SimpleNamespace(scored=scored))
+        assert (found["architectures"], found["kendall_tau"]) == told[:2]
+        error = found["mean_absolute_percentage_error"]
+        assert error is told[2] if told[2] is None else abs(error - told[2]) < 1e-9
+        json.dumps(found, allow_nan=False)

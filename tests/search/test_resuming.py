@@ -44,6 +44,16 @@ def forgotten(out, number):
         archive._db.commit()
 
 
+def interrupted_at(moment):
+    """A progress callback that presses Ctrl-C."""
+
+    def stop(what, *state):
+        if what.startswith(moment):
+            raise KeyboardInterrupt
+
+    return stop
+
+
 def test_a_search_killed_once_and_interrupted_again_and_again_reaches_the_same_archive(folder, finished, steady):
     out, root = folder / "killed", Path(__file__).parents[2]
     command = [sys.executable, "-m", "tests.search.small_search", str(folder), str(out)]
@@ -143,6 +153,43 @@ def test_renamed_folders_are_the_same_search(folder, finished, tmp_path):
     again = search(config, lambda what, *state: told.append(what))
     assert not [what for what in told if not what.startswith("check ")], "data are looked at, and nothing is done"
     assert again == json.loads(json.dumps(finished[1]))
+
+
+def test_a_generation_on_disk_that_is_of_another_archive_is_decided_anew(folder, finished, unfinished, steady):
+    last = max(row[0] for row in archived(unfinished))
+    forgotten(unfinished, last)
+    with pytest.raises(KeyboardInterrupt):
+        search(config_of(folder, unfinished, resume=True), interrupted_at(f"candidate {last}"))
+    decided = json.loads((unfinished / "generation.json").read_text())
+    for wrong in ({"parent": "nobody"}, {"number": last + 1}):
+        (unfinished / "generation.json").write_text(json.dumps([proposal | wrong for proposal in decided]))
+        with pytest.raises(KeyboardInterrupt):
+            search(config_of(folder, unfinished, resume=True), interrupted_at(f"candidate {last}"))
+        assert json.loads((unfinished / "generation.json").read_text()) == decided
+
+
+def test_a_damaged_candidate_is_named_whoever_opens_it(folder, unfinished, steady):
+    last = max(row[0] for row in archived(unfinished))
+    forgotten(unfinished, last)
+    (unfinished / "generation.json").unlink()
+    for file in unfinished.glob("candidates/*/weights.safetensors"):
+        file.write_bytes(file.read_bytes()[:500])
+    says = (
+        r"candidate \d of this search cannot be opened: .*weights\.safetensors.*; copy .*again, or search into another"
+    )
+    with pytest.raises(InputError, match=says):
+        search(config_of(folder, unfinished, resume=True))
+
+
+@pytest.mark.parametrize("students", [None, {}, [{}], [3]])
+def test_a_result_without_its_students_is_named(folder, finished, tmp_path, students):
+    shutil.copytree(finished[0], tmp_path / "out")
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    (tmp_path / "out" / "result.json").write_text(json.dumps(result | {"students": students}))
+    with pytest.raises(
+        InputError, match=r"result\.json does not say of its students folder, id, .*remove it and resume"
+    ):
+        search(config_of(folder, tmp_path / "out", resume=True))
 
 
 def test_the_device_is_where_a_search_runs_and_not_what_it_is(context):
