@@ -17,7 +17,7 @@ DEMO ?= runs/demo
 DEMO_SEED ?= 0
 DEMO_DATA ?= --train 700 --val 200 --size 128
 DEMO_BASE ?= --width 0.25 --fpn 64 --box-head 128 --min-size 128 --max-size 128 --steps 400 --lr 2e-3
-DEMO_SEARCH ?= --steps 1100 --target-latency 0.8
+DEMO_SEARCH ?= --steps 800 --target-latency 0.75
 
 PYTEST_ARGS ?= -n 2 --dist worksteal
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From photographs to a faster detector, in about half an hour on two cores:  examples/blood_cells.sh DATA [OUT]
+# From photographs to a faster detector, on two cores:  examples/blood_cells.sh DATA [OUT]
 #
 # DATA is a folder in the COCO layout; the sizes here are for blood cells under a microscope (640 x 480 pixels, three
 # classes, 205 photographs to train, 87 to validate). The base is an FCOS over a MobileNetV2 that knows ImageNet; the
@@ -14,7 +14,7 @@ DATA=${1:?usage: examples/blood_cells.sh DATA [OUT]}
 OUT=${2:-runs/blood_cells}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 STEPS=${STEPS:-500}
-SEARCH_STEPS=${SEARCH_STEPS:-1800}
+SEARCH_STEPS=${SEARCH_STEPS:-1000}
 WEIGHTS=${WEIGHTS:-$OUT/mobilenet_v2.pth}
 
 mkdir -p "$OUT"

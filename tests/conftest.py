@@ -138,3 +138,10 @@ def digits(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits") / "scenes"
     write_digit_scenes(folder, train=16, val=4, size=64, seed=0)
     return tuple(CocoDetectionDataset(split) for split in resolve_splits(folder))
+
+
+@pytest.fixture(scope="session")
+def when_asked(request):
+    """Skips what takes minutes, unless slow tests are asked for: ``pytest -m slow``."""
+    if "slow" not in (request.config.option.markexpr or ""):
+        pytest.skip("takes minutes; run it with: pytest -m slow")

@@ -30,7 +30,7 @@ def executor(
     Raises:
         InputError: both or a negative number of workers are given, or there is no such cluster.
     """
-    if workers < 0:
+    if not isinstance(workers, int) or workers < 0:
         raise InputError(f"workers is {workers}; give 0 to work in one process, or the number of processes.")
     if workers and ray is not None:
         raise InputError(

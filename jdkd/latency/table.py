@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect.input_size import input_size, size_attributes
+from jdkd.detect.input_size import input_size, require_visible, size_attributes
 from jdkd.graph import Topology
+from jdkd.latency.calls import check_images
 from jdkd.latency.clock import Clock
 from jdkd.latency.folding import fuse_for_inference
 from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shapes_of
@@ -145,7 +146,15 @@ class LatencyTable:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LatencyTable:
-        """Inverse of :meth:`to_json`."""
+        """Inverse of :meth:`to_json`.
+
+        Raises:
+            ValueError: it holds no measurement, or one that is no number.
+        """
+        measured = [ratio for _, ratio in data["rows"]]
+        counted = [value for features, _ in data["rows"] for value in features.values()]
+        if not measured or not min(measured) > 0 or not np.isfinite([*measured, *counted]).all():
+            raise ValueError("rows are no measured latencies")
         return cls(
             containers=tuple(data["containers"]),
             sizes=tuple(data["sizes"]),
@@ -175,8 +184,13 @@ def measure_table(
         rounds: of a measurement, see :class:`jdkd.latency.Schedule`.
         clock: see :func:`jdkd.latency.measure`.
         progress: called with (versions measured, versions, {}).
+
+    Raises:
+        InputError: there is no image, or one that the base does not see; the topology is of another model.
     """
     model = unwrapped(model)
+    check_images(images)
+    require_visible(model, [(f"images[{i}]", *image.shape[1:]) for i, image in enumerate(images)])
     require_traced(model, topology)
     versions = _versions(model, topology)
     table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=())

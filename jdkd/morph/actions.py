@@ -108,8 +108,10 @@ def shorten(model: nn.Module, topology: Topology, shorter: Sequence[str] = (), m
         min_size: short side of the input in pixels; by default it stays.
 
     Raises:
-        InputError: as of :func:`remove_block` and :func:`change_resolution`.
+        InputError: as of :func:`remove_block` and :func:`change_resolution`, or a list is named twice.
     """
+    if isinstance(shorter, str) or len(set(shorter)) < len(shorter):
+        raise InputError(f"shorter is {shorter!r}; give a list of lists of blocks, each once, as each loses one block.")
     morphs = [remove_block(model, topology, name) for name in shorter]
     morphs += [change_resolution(model, min_size)] if min_size is not None else []
     blocks = {name: order for morph in morphs for name, order in morph.rewrite.blocks.items()}

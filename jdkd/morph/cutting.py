@@ -71,6 +71,7 @@ def cut_to(
             f"aim {aim} must be above 0, floor {floor} in (0, 1], temperature {temperature} at least 0, above it with "
             "an rng."
         )
+    _require_importance(topology, importance)
     around = shorten(model, topology, shorter, min_size)
     costs = _Costs.of(model, topology, table, around.rewrite)
     groups = [group for group in topology.groups if group.name in importance and group.units > 1]
@@ -88,6 +89,17 @@ def cut_to(
     keep = {row.group.name: row.kept() for row in rows if row.left < row.group.units}
     action = "; ".join(filter(None, [around.action, _said(rows, table)]))
     return Morph(action or "cut nothing", replace(around.rewrite, keep=keep))
+
+
+def _require_importance(topology: Topology, importance: Mapping[str, Tensor]) -> None:
+    for group in topology.groups:
+        values = importance.get(group.name)
+        if values is not None and (tuple(values.shape) != (group.units,) or not (values >= 0).all()):
+            raise InputError(
+                f"importance of {group.name} must be numbers of at least 0 for its {group.units} units, got a tensor "
+                f"{list(values.shape)} from {values.min():.3g} to {values.max():.3g}; give channel_importance() of "
+                "this very model."
+            )
 
 
 def _factor(temperature: float, rng: random.Random | None) -> float:

@@ -115,7 +115,11 @@ def _products(
 
 
 def _bites(batches: Iterable[Any], one_by_one: bool) -> Iterator[tuple[Sequence[Tensor], Sequence[Any]]]:
-    for images, targets in batches:
+    for batch in batches:
+        pair = isinstance(batch, tuple | list) and len(batch) == 2
+        if not pair or not all(isinstance(half, Sequence | Tensor) for half in batch):
+            raise InputError(f"importance needs batches (images, targets), a list of each, got {batch!r:.60}.")
+        images, targets = batch
         if one_by_one:
             for image, target in zip(images, targets, strict=True):
                 yield [image], [target]

@@ -25,6 +25,10 @@ _UNTIMED = {
 }
 
 
+class ForeignFormat(InputError):
+    """An archive of another version."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A detector that the search has trained, scored and timed, or tried to.
@@ -102,6 +106,7 @@ class Archive:
             self._db.execute("PRAGMA synchronous = FULL")
             self._require_tables(file)
             self.candidates = [_from_row(row) for row in self._rows()]
+            self._require_whole()
         except sqlite3.DatabaseError as error:
             self.close()
             if getattr(error, "sqlite_errorname", "") in _FOREIGN:
@@ -110,12 +115,14 @@ class Archive:
                 f"{file} cannot be opened ({error}): end the process that holds it, or make it and its folder "
                 "writable, then resume."
             ) from error
-        except InputError:
+        except ForeignFormat:
             self.close()
             raise
-        except (KeyError, TypeError, ValueError) as error:
+        except (InputError, KeyError, TypeError, ValueError) as error:
             self.close()
-            raise InputError(f"{file} holds a row that cannot be read ({error}); search into another folder.") from None
+            raise InputError(
+                f"{file} holds a row that cannot be read ({str(error).rstrip('.')}); search into another folder."
+            ) from None
 
     def __len__(self) -> int:
         return len(self.candidates)
@@ -189,7 +196,7 @@ class Archive:
         (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
         if tables and found != FORMAT:
-            raise InputError(
+            raise ForeignFormat(
                 f"{file} was written by another version of jdkd (format {found or 1}, here {FORMAT}), whose "
                 "columns mean something else; search into another folder, or read it with the jdkd that wrote it."
             )
@@ -203,6 +210,22 @@ class Archive:
                 self._db.execute(f"CREATE TABLE candidates ({columns})")
                 self._db.execute(f"CREATE TABLE timings (number INTEGER PRIMARY KEY, {timings})")
                 self._db.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _require_whole(self) -> None:
+        """Refuses an archive that lacks what a search never leaves out.
+
+        Raises:
+            ValueError: a candidate, its parent or its timings are missing.
+        """
+        known: set[str | None] = {None}
+        for number, one in enumerate(self.candidates):
+            if one.number != number or one.parent not in known:
+                raise ValueError(f"what candidate {one.number} follows or descends from is missing")
+            known.add(one.id)
+        for name in {one.architecture_id for one in self.scored}:
+            timings = self.timings(name)
+            if not timings or not all(timing.samples and timing.base_samples for timing in timings):
+                raise ValueError(f"timings of architecture {name} are missing")
 
     def _rows(self) -> list[dict[str, Any]]:
         names = [name for name, _ in self._columns]

@@ -28,8 +28,8 @@ def pareto_front(points: Sequence[P]) -> list[P]:
 
 
 def best_within(points: Sequence[P], target: float) -> P | None:
-    """The best of those that meet a target latency, of equals the fastest; None where none does."""
-    fast = [one for one in points if one.latency_ratio <= target]
+    """The best of those that meet a target latency, of equals the fastest, then the last; None where none does."""
+    fast = [one for one in reversed(points) if one.latency_ratio <= target]
     return max(fast, key=lambda one: (one.map, -one.latency_ratio), default=None)
 
 
@@ -51,7 +51,9 @@ def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate
 
 
 def choose(candidates: Sequence[Candidate], target: float, least: float | None = None) -> Candidate:
-    """The best of those that meet the target latency, or the fastest where none does; of equals the faster, better.
+    """The best of those that meet the target latency, or the fastest where none does.
+
+    Of equals it is the faster or the better, and then the last, whose lineage was trained longer.
 
     Args:
         candidates: all that can be chosen.
@@ -60,10 +62,10 @@ def choose(candidates: Sequence[Candidate], target: float, least: float | None =
     """
     best = best_within(candidates, target)
     if best is None:
-        return min(candidates, key=lambda c: (c.latency_ratio, -c.map))
+        return min(reversed(candidates), key=lambda c: (c.latency_ratio, -c.map))
     if least is None or best.map < least:
         return best
-    return min((c for c in candidates if c.map >= least), key=lambda c: (c.latency_ratio, -c.map))
+    return min((c for c in reversed(candidates) if c.map >= least), key=lambda c: (c.latency_ratio, -c.map))
 
 
 def contender(

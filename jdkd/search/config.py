@@ -19,6 +19,8 @@ HALVING_SHARE = 0.1  # of the rest, that both finalists of a target are trained 
 FINALISTS = 2  # for each target
 SEGMENTS = 2  # in which the one that goes on is trained, each with the teacher that matches by then
 MOST_CUT = 0.6  # of the latency is left by one generation at least: larger cuts go in several
+LONGEST = 1e9  # steps, epochs or minutes: what is more is a slip
+LARGEST_SEED = 2**48  # trainings are told apart by a thousand times it and more, in 64 bits
 MARGIN = 0.96  # of a target is aimed at: training changes what NMS has to do
 
 TEACHING = ("dynamic", "fixed", "base", "none")
@@ -130,6 +132,11 @@ class SearchConfig:
                 f"targets are fractions of the base's latency, at least one, each in (0, 1], got {list(self.targets)}."
             )
         object.__setattr__(self, "targets", tuple(sorted(set(self.targets), reverse=True)))
+        if len(named := {f"{target:g}" for target in self.targets}) < len(self.targets):  # folders are named so
+            raise InputError(
+                f"targets are {list(self.targets)}, of which some are the same in six digits; give {len(named)} "
+                f"that differ, as {', '.join(sorted(named, reverse=True))}."
+            )
         if self.target_map is not None and not 0 < self.target_map < 1:
             raise InputError(f"target_map is an mAP and must be in (0, 1), got {self.target_map}.")
         budgets = {name: getattr(self, name) for name in ("steps", "epochs", "minutes")}
@@ -137,14 +144,16 @@ class SearchConfig:
         if len(given) > 1:
             raise InputError(f"{' and '.join(given)} are given; give the budget in one of steps, epochs and minutes.")
         for name, value in given.items():
-            if not 0 < value < math.inf:
-                raise InputError(f"{name} must be above 0, got {value}.")
+            if not 0 < value <= LONGEST:
+                raise InputError(f"{name} must be a number above 0, at most {LONGEST:g}, got {value}.")
         for name, least in (("candidates", 1), ("proposals", 1), ("batch_size", 1), ("latency_rounds", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}.")
-        for name in ("latency_seconds", "feature_weight", "head_weight", "seed", "workers"):
+        for name in ("latency_seconds", "feature_weight", "head_weight", "seed", "workers", "loaders"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
+        if self.seed > LARGEST_SEED:
+            raise InputError(f"seed must be at most {LARGEST_SEED}, got {self.seed}.")
         if self.workers and self.ray is not None:
             raise InputError("workers and ray are both given; the candidates are trained by one of them.")
         TrainConfig(1, batch_size=self.batch_size, lr=self.lr, amp=self.amp, workers=self.loaders)
@@ -251,9 +260,15 @@ def plan(config: SearchConfig, steps: int) -> Plan:
         least = math.ceil(max(8.0 / POOL_SHARE, 2 * len(aims) * config.candidates / EXPLORING_SHARE))
         raise InputError(
             f"the budget is {steps} steps, too few for a pool and {len(aims)} generations of {config.candidates} "
-            f"candidates; give about {least} or more."
+            f"candidates; give about {least} steps or more{_as_asked(config, least / max(1, steps))}."
         )
     return Plan(pool, tuple(rungs))
+
+
+def _as_asked(config: SearchConfig, times: float) -> str:
+    """So many times a budget, in the unit that it was given in."""
+    given = {"epochs": config.epochs, "minutes": config.minutes}
+    return "".join(f", {value * times:.2g} {name}" for name, value in given.items() if value is not None)
 
 
 def _path(config: SearchConfig) -> list[float]:

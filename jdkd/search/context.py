@@ -152,8 +152,18 @@ class SearchContext:
         return self.config.out / candidate_folder(number)
 
     def made(self, number: int) -> nn.Module:
-        """A candidate as its training left it, on the device."""
-        return load(self.folder(number), self.config.device)
+        """A candidate as its training left it, on the device.
+
+        Raises:
+            InputError: its folder is damaged or gone.
+        """
+        try:
+            return load(self.folder(number), self.config.device)
+        except InputError as error:
+            raise InputError(
+                f"candidate {number} of this search cannot be opened: {str(error).partition('; ')[0]}; copy "
+                f"{self.folder(number)} again, or search into another folder."
+            ) from None
 
     def detector(self, candidate: Candidate) -> nn.Module:
         """A candidate of the archive, on the device."""

@@ -88,18 +88,18 @@ class Evaluator:
             ModelError: it cannot be trained or scored.
         """
         context, seconds = self.context, {}
-        parent = context.config.out / job["from"] if job["from"] else context.config.base
+        parent = context.config.out / job["from"] if job["from"] else None
         proposal = Proposal.from_json({name: value for name, value in job.items() if name != "from"})
         student = self._trained(proposal, parent, seconds)
         with _timed(seconds, "scoring"):
             scores = context.scored(student, context.selection)
         return {"map": scores.map, "map50": scores.map50, "seconds": seconds}
 
-    def _trained(self, proposal: Proposal, parent: Path, seconds: dict[str, float]) -> nn.Module:
+    def _trained(self, proposal: Proposal, parent: Path | None, seconds: dict[str, float]) -> nn.Module:
         context, config, cycle = self.context, self.context.config, proposal.cycle
         folder = context.folder(proposal.number)
         with _timed(seconds, "inheriting"):
-            student = load(parent, config.device)
+            student = context.made(int(parent.name)) if parent else load(config.base, config.device)
             if proposal.rewrites:
                 student = inherit(student, context.read(student), proposal.rewrites, context).model
                 student = student if config.method.inherit else fresh(student, proposal.seed)
@@ -114,7 +114,7 @@ class Evaluator:
                 device=config.device,
                 folder=folder / TRAINING,
                 resume=True,
-                inherit=None if proposal.rewrites else _moments(parent / TRAINING),
+                inherit=None if proposal.rewrites else _moments(parent),
                 progress=lambda *state: context.progress(said, *state),
                 **taught,
             )
@@ -148,9 +148,9 @@ class Evaluator:
             yield {"losses": losses, "auxiliary": distiller.adapters}
 
 
-def _moments(training: Path) -> Path | None:
+def _moments(parent: Path | None) -> Path | None:
     """What a training takes its optimizer's state from: the parent's, unless it has none, as the base, or no more."""
-    return training if (training / CHECKPOINT).exists() else None
+    return parent / TRAINING if parent and (parent / TRAINING / CHECKPOINT).exists() else None
 
 
 @contextmanager

@@ -108,7 +108,9 @@ def _generation(strategy: Strategy, archive: Archive, workers: Journal, context:
         remedy = "remove it and resume: the generation is decided anew"
         kept = read_as(lambda proposals: [*map(Proposal.from_json, proposals)], file, remedy)
         unfinished = [proposal for proposal in kept if proposal.number >= len(archive)]
-        if unfinished and unfinished[0].number == len(archive):  # else the archive was lost
+        known = {candidate.id for candidate in archive.candidates}
+        whole = [*range(len(archive), len(archive) + len(unfinished))] == [each.number for each in unfinished]
+        if unfinished and whole and all(each.parent in known for each in unfinished):  # else the archive was lost
             return unfinished
     _clear(archive, strategy.plan, context)
     workers.clear()

@@ -175,4 +175,8 @@ def read_result(out: Path) -> dict[str, Any] | None:
     result = read_json(file, remedy)
     if not isinstance(result, dict) or not isinstance(result.get("base"), dict):
         raise InputError(f"{file} has no 'base', so it is not the result of a search; {remedy}.")
+    students = result.get("students")
+    needed = {"id", "folder", "target", "target_met", "map", "latency_ratio"}
+    if not isinstance(students, list) or not all(isinstance(one, dict) and needed <= one.keys() for one in students):
+        raise InputError(f"{file} does not say of its students {', '.join(sorted(needed))}; {remedy}.")
     return result

@@ -63,6 +63,8 @@ class TrainConfig:
         for name, least in _LEAST.items():
             if not (value := getattr(self, name)) >= least or not math.isfinite(value):
                 raise InputError(f"{name} must be a number of at least {least}, got {value}.")
+        if self.seed >= 2**64:
+            raise InputError(f"seed must be below 2**64, got {self.seed}.")
         for name in ("warmup", "lr_end", "momentum", "flip"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise InputError(f"{name} is a fraction and must be in 0..1, got {value}.")

@@ -98,6 +98,8 @@ def fit(
             checkpoint is good.
         KeyboardInterrupt: after the step under way was finished and saved.
     """
+    if not isinstance(auxiliary, nn.Module | None):
+        raise InputError(f"auxiliary is {auxiliary!r:.60}; give a torch.nn.Module of what is trained along, or None.")
     require_visible(model, getattr(dataset, "sizes", ()))
     dataset = with_targets_of(model, dataset)
     run = _Run(model, config, torch.device(device), losses, auxiliary)

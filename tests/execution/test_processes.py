@@ -219,6 +219,9 @@ def test_gpus_are_shared_out_in_turn(monkeypatch):
 def test_workers_that_cannot_be_are_refused(task):
     with pytest.raises(InputError, match="workers is -1"):
         executor(task, "cpu", workers=-1)
+    for workers in (1.5, None):
+        with pytest.raises(InputError, match=f"workers is {workers}; give 0 to work in one"):
+            executor(task, "cpu", workers=workers)
     with pytest.raises(InputError, match="workers is 2 and ray 'auto'"):
         executor(task, "cpu", workers=2, ray="auto")
     assert isinstance(executor(task, "cpu", workers=1), InProcess)

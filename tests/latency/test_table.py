@@ -1,7 +1,6 @@
 """The latency table: what layers compute is counted, and known costs are found again from measured versions."""
 
 import copy
-import dataclasses
 import json
 import math
 
@@ -79,7 +78,7 @@ def test_a_layer_of_a_new_block_runs_where_its_neighbours_did():
 
 
 @pytest.fixture(scope="module")
-def measured(model, topology):
+def priced(model, topology):
     """Instead of being timed, models are priced: a fixed cost, and another for each part's multiply-accumulates."""
     image = torch.rand(3, 64, 96)
 
@@ -102,14 +101,12 @@ def measured(model, topology):
 
 
 @pytest.fixture
-def priced(measured, monkeypatch):
-    """Of that clock, which says exactly what a part costs."""
+def free(monkeypatch):
+    """Next to no ridge: costs are solved when they are first asked for."""
     monkeypatch.setattr(table_module, "RIDGE", 1e-6)
-    table, cost = measured
-    return dataclasses.replace(table), cost  # whose costs are not worked out yet
 
 
-def test_costs_that_are_known_are_found_and_predict_other_rewrites(priced, model, topology):
+def test_costs_that_are_known_are_found_and_predict_other_rewrites(free, priced, model, topology):
     table, cost = priced
     assert table.fixed == pytest.approx(4 / cost(model), rel=0.05)
     assert table.costs["backbone.body.layer1"] == pytest.approx(3 * table.costs["roi_heads.box_head"], rel=0.2)
@@ -128,7 +125,7 @@ def test_costs_that_are_known_are_found_and_predict_other_rewrites(priced, model
         assert table.predict(child) == pytest.approx(predicted, rel=1e-6)  # a descendant speaks for itself
 
 
-def test_a_table_is_json_and_learns_from_what_is_measured(priced, model, topology):
+def test_a_table_is_json_and_learns_from_what_is_measured(free, priced, model, topology):
     table, _ = priced
     assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
     rewrites = [Rewrite(keep=half(topology, [group.name])) for group in topology.groups]
@@ -138,6 +135,9 @@ def test_a_table_is_json_and_learns_from_what_is_measured(priced, model, topolog
     assert better.corrected(slower) == better
     assert better.corrected([]) == table and table.corrected(slower[:1]).factor < better.factor < 1.1
     assert LatencyTable.from_json(json.loads(json.dumps(better.to_json()))) == better
+    for row in ([], [[table.rows[0][0], math.nan]], [[table.rows[0][0], 0.0]], [[{"a": math.inf}, 1.0]]):
+        with pytest.raises(ValueError, match="no measured latencies"):
+            LatencyTable.from_json({**table.to_json(), "rows": row})
 
 
 def test_kendalls_tau_is_1_of_one_order_and_less_by_two_thirds_of_a_swap_in_three():
@@ -154,9 +154,13 @@ def test_detectors_without_an_input_size_and_with_one_block_have_tables(monkeypa
         assert 0 < table.predict(model, topology, Rewrite(keep=half(topology))) <= table.predict(model)
 
 
-def test_a_topology_of_another_model_is_refused(topology):
+def test_a_topology_of_another_model_and_what_is_no_image_are_refused(model, topology):
     with pytest.raises(InputError, match="read off another model"):
         measure_table(parent("fcos")[0], topology, picture())
+    with pytest.raises(InputError, match="image"):
+        measure_table(model, topology, [])
+    with pytest.raises(InputError, match="image"):
+        measure_table(model, topology, [torch.rand(64, 64)])
 
 
 def test_processor_time_does_not_count_what_is_waited_for():

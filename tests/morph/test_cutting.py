@@ -1,7 +1,9 @@
 """Cuts for a latency: what is least worth its time goes, and the readers of what went are repaired."""
 
 import copy
+import math
 import random
+import re
 
 import pytest
 import torch
@@ -117,6 +119,8 @@ def test_blocks_and_input_size_save_too(model, topology, table):
         (0.5, {"floor": 0.0}, r"floor 0\.0 in \(0, 1\]"),
         (-1.0, {}, r"aim -1\.0 must be above 0"),
         (0.5, {"temperature": 0.5}, "with an rng"),
+        (0.5, {"shorter": ["backbone.body.layer2"] * 2}, "each once, as each loses one block"),
+        (0.5, {"shorter": "backbone.body.layer2"}, r"shorter is 'backbone\.body\.layer2'; give a list"),
     ],
 )
 def test_what_cannot_be_met_is_refused(model, topology, table, aim, options, words):
@@ -124,6 +128,14 @@ def test_what_cannot_be_met_is_refused(model, topology, table, aim, options, wor
         cut_to(model, topology, table, aim, even(topology), **options)
     with pytest.raises(InputError, match="read off another model"):
         cut_to(parent("fcos")[0], topology, table, 0.5, even(topology))
+
+
+def test_importance_that_is_none_of_this_model_is_refused(model, topology, table):
+    one = even(topology)
+    name, values = next(iter(one.items()))
+    for wrong in (values[:-1], -values - 1, values * math.nan, values[None]):
+        with pytest.raises(InputError, match=rf"importance of {re.escape(name)} must be numbers of at least 0 for"):
+            cut_to(model, topology, table, 0.9, {**one, name: wrong})
 
 
 def repeated(model, topology, name):

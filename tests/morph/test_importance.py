@@ -160,6 +160,9 @@ def test_what_cannot_weigh_is_refused(model, topology):
         channel_importance(model, topology, "l1")
     with pytest.raises(InputError, match="'fisher' needs batches"):
         channel_importance(model, topology, "fisher")
+    for junk in (3, [batch(1)[0]], (batch(1)[0], None)):
+        with pytest.raises(InputError, match=r"needs batches \(images, targets\), a list of each, got"):
+            channel_importance(model, topology, "fisher", [junk])
     with pytest.raises(InputError, match="taylor importance was given 0 batches"):
         channel_importance(model, topology, "taylor", [])
     with pytest.raises(InputError, match="read off another model"):

@@ -31,11 +31,8 @@ def coco(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pool_of_r101_takes_a_step_at_the_shapes_of_coco_is_interrupted_and_resumes(
-    coco, tmp_path, monkeypatch, request
-):
-    if "slow" not in (request.config.option.markexpr or ""):
-        pytest.skip("takes three minutes of a free core and 8 GiB; run it with: pytest -m slow tests/pool")
+@pytest.mark.usefixtures("when_asked")  # three minutes of a free core, and 8 GiB
+def test_a_pool_of_r101_takes_a_step_at_the_shapes_of_coco_is_interrupted_and_resumes(coco, tmp_path, monkeypatch):
     monkeypatch.setattr("jdkd.pool.shrinking.CALIBRATION_BATCHES", 1)
     torch.manual_seed(0)
     base = build(named_spec("faster_rcnn_r101_fpn", coco.classes))

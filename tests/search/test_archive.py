@@ -56,7 +56,7 @@ def test_equal_architectures_have_equal_ratios_whatever_their_own_timing_said(tm
 
 def test_a_later_timing_brings_every_row_of_its_architecture_up_to_date(tmp_path):
     with closing(Archive(tmp_path / "a.sqlite")) as archive:
-        for number in (1, 2):
+        for number in (0, 1):
             archive.add(timing((7.0, 7.0)), **known(number))
         latency = archive.add_timing(timing((5.0,) * 40, (10.0,) * 40, stage="long"))
         shown = archive.candidates
@@ -129,6 +129,33 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path):
     with closing(sqlite3.connect(tmp_path / "a.sqlite")) as raw, raw:
         raw.execute("UPDATE candidates SET cycles = '[{'")
     with pytest.raises(InputError, match=r"a\.sqlite holds a row that cannot be read"):
+        Archive(tmp_path / "a.sqlite")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM candidates WHERE number = 0",
+        "DELETE FROM candidates WHERE number = 1",
+        "UPDATE candidates SET parent = 'nobody' WHERE number = 2",
+        "UPDATE candidates SET architecture = 'x' WHERE number = 1",
+        "DELETE FROM timings",
+        "UPDATE timings SET samples = '[]'",
+        "UPDATE timings SET base_samples = '[1.0, 0.0]'",
+        "UPDATE timings SET samples = '[\"fast\"]'",
+    ],
+)
+def test_an_archive_that_lacks_a_part_is_refused_and_named(tmp_path, damage):
+    with closing(Archive(tmp_path / "a.sqlite")) as archive:
+        for number in range(3):
+            archive.add(timing(), **known(number, parent=f"{number - 1:03d}" if number else None))
+    with closing(sqlite3.connect(tmp_path / "a.sqlite")) as raw, raw:
+        raw.execute(damage)
+    with pytest.raises(InputError, match=r"a\.sqlite holds a row that cannot be read \(.*\); search into another"):
+        Archive(tmp_path / "a.sqlite")
+    with closing(sqlite3.connect(tmp_path / "a.sqlite")) as raw, raw:
+        raw.execute("DROP TABLE timings")
+    with pytest.raises(InputError, match=r"a\.sqlite"):
         Archive(tmp_path / "a.sqlite")
 
 

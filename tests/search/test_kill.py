@@ -18,7 +18,7 @@ from tests.search.killed_search import killed_config, make_workers_steady
 from tests.search.small_search import archived
 
 KILLS = int(os.environ.get("JDKD_TEST_KILLS", "2"))  # 20 is what the package promises
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("when_asked")]
 
 
 def finished(out) -> set[int]:
@@ -35,7 +35,7 @@ def command(folder, out):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(folder):
+def undisturbed(when_asked, folder):
     """Folder of a search by two workers that nobody killed."""
     killed_until_through(command(folder, folder / "undisturbed"), [], lambda: set())
     return folder / "undisturbed"

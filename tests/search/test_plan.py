@@ -76,10 +76,18 @@ def test_a_budget_that_is_too_small_says_what_is_enough():
     for targets, candidates, teaching, pool in cases:
         config = replace(CONFIG, targets=targets, candidates=candidates, teacher_pool=pool)
         config = replace(config, method=Method(teaching=teaching))
-        with pytest.raises(InputError, match=r"the budget is 3 steps, too few.*give about \d+ or more") as refused:
+        says = r"the budget is 3 steps, too few.*give about \d+ steps or more"
+        with pytest.raises(InputError, match=says) as refused:
             plan(config, 3)
         enough = int(str(refused.value).rpartition("about ")[2].split()[0])
         assert 3 < plan(config, enough).total <= enough, (targets, candidates, teaching)
+
+
+def test_a_budget_that_is_too_small_says_what_is_enough_in_its_own_unit():
+    with pytest.raises(InputError, match=r"the budget is 4 steps.* steps or more, \d+ epochs\."):
+        plan(replace(CONFIG, epochs=2.0), 4)
+    with pytest.raises(InputError, match=r"the budget is 4 steps.* steps or more, \d+ minutes\."):
+        plan(replace(CONFIG, minutes=2.0), 4)
 
 
 def test_steps_epochs_and_minutes_are_one_budget():
@@ -98,9 +106,13 @@ def test_steps_epochs_and_minutes_are_one_budget():
         ({"targets": ()}, r"at least one.*got \[\]"),
         ({"target_map": 40.0}, r"target_map is an mAP and must be in \(0, 1\), got 40.0"),
         ({"steps": 9, "epochs": 1.0}, "steps and epochs are given; give the budget in one of"),
-        ({"minutes": 0.0}, "minutes must be above 0, got 0.0"),
-        ({"steps": -5}, "steps must be above 0, got -5"),
-        ({"epochs": float("inf")}, "epochs must be above 0"),
+        ({"targets": (0.9, 0.8999999)}, r"some are the same in six digits; give 1 that differ, as 0\.9\."),
+        ({"minutes": 0.0}, "minutes must be a number above 0, at most 1e\\+09, got 0.0"),
+        ({"minutes": float("nan")}, "minutes must be a number above 0, .* got nan"),
+        ({"steps": -5}, "steps must be a number above 0, .* got -5"),
+        ({"epochs": float("inf")}, "epochs must be a number above 0, .* got inf"),
+        ({"epochs": 1e308}, r"epochs must be .* at most 1e\+09, got 1e\+308"),
+        ({"seed": 10**30}, "seed must be at most 281474976710656, got 1000"),
         ({"candidates": 0}, "candidates must be at least 1, got 0"),
         ({"proposals": 0}, "proposals must be at least 1, got 0"),
         ({"latency_rounds": 0}, "latency_rounds must be at least 1, got 0"),
@@ -109,7 +121,7 @@ def test_steps_epochs_and_minutes_are_one_budget():
         ({"lr": -1.0}, r"lr must be a number of at least 0\.0, got -1\.0"),
         ({"seed": -1}, "seed must be a number of at least 0, got -1"),
         ({"workers": -1}, "workers must be a number of at least 0, got -1"),
-        ({"loaders": -1}, "must be"),
+        ({"loaders": -1}, "loaders must be a number of at least 0, got -1"),
         ({"workers": 2, "ray": "auto"}, "workers and ray are both given"),
         ({"amp": "int8"}, "amp must be one of"),
     ],

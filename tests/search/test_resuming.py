@@ -50,7 +50,7 @@ def test_a_search_killed_once_and_interrupted_again_and_again_reaches_the_same_a
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core would spin
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone, cwd=root) as process:
         for line in process.stdout:
-            if line.startswith("candidate 2"):
+            if line.startswith("candidate 1"):
                 break
         process.send_signal(signal.SIGKILL)
     decided, told = (out / "generation.json").read_text(), []

@@ -103,6 +103,8 @@ def test_parameters_of_the_model_are_not_trained_twice(scenes):
     model = Toy()
     with pytest.raises(InputError, match=r"auxiliary holds the model's own norm\.weight"):
         fit(model, scenes, TrainConfig(steps=1), **CPU, auxiliary=model.norm)
+    with pytest.raises(InputError, match=r"auxiliary is 3; give a torch\.nn\.Module"):
+        fit(model, scenes, TrainConfig(steps=1), **CPU, auxiliary=3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
