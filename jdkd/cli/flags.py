@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.errors import InputError
 
 if TYPE_CHECKING:
-    from jdkd.data import Split
+    from jdkd.data import CocoDetectionDataset, Split
+    from jdkd.train import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,50 @@ class ModelFlags:
     """P2-P6 or P3-P7 [as the family has it]."""
     norm: str | None = None
     """batch, frozen, sync or group [as the backbone has it]."""
+
+
+@dataclass(frozen=True)
+class TrainingFlags:
+    """How and where a command trains."""
+
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision; auto: on a GPU."""
+    seed: int = 0
+    """Decides everything that is drawn."""
+    workers: int = 0
+    """Processes that read images."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    resume: bool = False
+    """Carry on what OUT holds."""
+
+    @property
+    def kept(self) -> str:
+        """What of an interrupted training is kept, in words."""
+        return f"the checkpoint of every {self.checkpoint_every} steps and of the last one"
+
+    @contextmanager
+    def processes(self) -> Iterator[str]:
+        """Joins the processes that torchrun started; yields the device of this one."""
+        from jdkd.train.distributed import process_group
+
+        with process_group(resolve_device(self.device)) as device:
+            yield device
+
+    def config(self, train: CocoDetectionDataset, **settings: Any) -> TrainConfig:
+        """Settings of a training.
+
+        Args:
+            train: the training images; by default they are mirrored where they may be.
+            settings: those that are no flags here; what is no setting of a training is left out.
+        """
+        from jdkd.train import TrainConfig
+
+        known = {field.name for field in fields(TrainConfig)}
+        given = {name: value for name, value in (vars(self) | settings).items() if name in known and value is not None}
+        return TrainConfig(**{"flip": 0.5 * train.mirror_symmetric} | given)
 
 
 def resolve_device(device: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, recorded_split, resolve_device
+from jdkd.cli.flags import DataFlags, TrainingFlags, recorded_split, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, content_hash, write_json, write_whole
@@ -60,23 +60,10 @@ class PoolTrain:
     """Of PKD from the frozen largest network to the subnets."""
     head_weight: float = 1.0
     """Of its class logits."""
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Mixed precision; auto: on a GPU."""
-    seed: int = 0
-    """Decides everything that is drawn."""
-    workers: int = 0
-    """Processes that read images."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    resume: bool = False
-    """Carry on what OUT holds."""
+    training: TrainingFlags = field(default_factory=TrainingFlags)
 
     def __call__(self) -> None:
-        from jdkd.train.distributed import process_group
-
-        with process_group(resolve_device(self.device)) as device:
+        with self.training.processes() as device:
             self._run(device)
 
     def _run(self, device: str) -> None:
@@ -100,14 +87,16 @@ class PoolTrain:
             train, val = with_targets_of(base, opened[0]), opened[1]
             config, run = self._config(train), RunFolder(self.out)
             few = min(2, self.batch_size)
-            require_learner(base, *next(batches(train, batch_size=few, steps=1, seed=self.seed, device=device)))
-            with keeping(run, f"the checkpoint of every {self.checkpoint_every} steps and of the last one"):
+            require_learner(
+                base, *next(batches(train, batch_size=few, steps=1, seed=self.training.seed, device=device))
+            )
+            with keeping(run, self.training.kept):
                 topology = read(base, check=True)
                 space = Space.from_base(topology, self.extra_depth, self.width, self.widths)
                 where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
                 record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
                 identity = self._identity(config, space, train, val)
-                resumed = from_first(lambda: run.begin("pool train", identity, resume=self.resume, **record))
+                resumed = from_first(lambda: run.begin("pool train", identity, resume=self.training.resume, **record))
                 pool = train_pool(
                     base, train, val, config, self.out, space=space, topology=topology, foreign=foreign,
                     scored=self.subnets, device=device, resume=resumed, progress=progress,
@@ -118,12 +107,11 @@ class PoolTrain:
 
     def _config(self, train: CocoDetectionDataset) -> PoolTrainConfig:
         from jdkd.pool import PHASES, PoolTrainConfig, read_phases
-        from jdkd.train import TrainConfig
 
-        names = {field.name for field in dataclasses.fields(TrainConfig)} & vars(self).keys()
-        settings = {name: getattr(self, name) for name in names} | {"flip": 0.5 * train.mirror_symmetric}
         phases = PHASES if self.phases is None else read_phases(self.phases)
-        config = PoolTrainConfig(TrainConfig(**settings), phases, self.feature_weight, self.head_weight)
+        config = PoolTrainConfig(
+            self.training.config(train, **vars(self)), phases, self.feature_weight, self.head_weight
+        )
         if self.steps < (least := sum(phase.passes for phase in config.phases)):
             raise InputError(f"--steps is {self.steps}; give at least {least}, a step of every phase.")
         return config

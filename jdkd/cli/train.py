@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, ModelFlags, resolve_device
+from jdkd.cli.flags import DataFlags, ModelFlags, TrainingFlags
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import content_hash, read_text, write_json
@@ -73,23 +73,10 @@ class Train:
     """L1 penalty on the scales of batch norms, which prepares for pruning."""
     flip: float | None = None
     """Probability of a horizontal flip [0.5, or 0 where the data say that a mirrored object is another]."""
-    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Mixed precision; auto: on a GPU."""
-    seed: int = 0
-    """Of weights, order of images and sampling."""
-    workers: int = 0
-    """Processes that read images."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints."""
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    resume: bool = False
-    """Carry on what OUT holds."""
+    training: TrainingFlags = field(default_factory=TrainingFlags)
 
     def __call__(self) -> None:
-        from jdkd.train.distributed import process_group
-
-        with process_group(resolve_device(self.device)) as device:
+        with self.training.processes() as device:
             self._run(device)
 
     def _run(self, device: str) -> None:
@@ -109,23 +96,25 @@ class Train:
                 f"{device}, where it does what batch does"
             )
         train, val = _open(splits)
-        config = self._config(train)
+        config = self.training.config(train, **vars(self))
         run = RunFolder(self.out)
         model, weights = self._model(train.classes)
         train = with_targets_of(model, train)
-        require_learner(model, *next(batches(train, batch_size=min(2, self.batch_size), steps=1, seed=self.seed)))
-        with keeping(run, f"the checkpoint of every {self.checkpoint_every} steps and of the last one"):
+        require_learner(
+            model, *next(batches(train, batch_size=min(2, self.batch_size), steps=1, seed=self.training.seed))
+        )
+        with keeping(run, self.training.kept):
             identity = self._identity(model, weights, config, train, val)
             where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
             record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
-            resumed = from_first(lambda: run.begin("train", identity, resume=self.resume, **record))
+            resumed = from_first(lambda: run.begin("train", identity, resume=self.training.resume, **record))
             with Progress() as progress:
                 how = {"device": device, "folder": self.out, "resume": resumed}
                 report = fit(model, train, config, **how, progress=progress.task("train"))
                 if not is_first():  # which saves and scores
                     return
                 save(self.out, model)
-                scored = {"device": device, "batch_size": self.batch_size, "workers": self.workers}
+                scored = {"device": device, "batch_size": self.batch_size, "workers": self.training.workers}
                 scores = evaluate(fuse_for_inference(model), val, **scored, progress=progress.task("evaluate"))
             content = _summary(model, scores, report, val.sizes[0][1:]) | {
                 "config": dataclasses.asdict(config),
@@ -145,7 +134,7 @@ class Train:
 
         from jdkd.detect import NAMED_SPECS, frozen_like, load_weights, narrowed, weights_file
 
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.training.seed)
         if (self.spec is None) == (self.model is None):
             both = "both --spec and --model" if self.spec else "neither --spec nor --model"
             raise InputError(f"{both} given; give one of them, the detector to train.")
@@ -222,13 +211,6 @@ class Train:
             )
         model.architecture = describe(model, known.builder, known.arguments, classes=classes)
         return model
-
-    def _config(self, train: CocoDetectionDataset) -> TrainConfig:
-        from jdkd.train import TrainConfig
-
-        flip = self.flip if self.flip is not None else 0.5 * train.mirror_symmetric
-        names = {field.name for field in dataclasses.fields(TrainConfig)} & vars(self).keys()
-        return TrainConfig(**{**{name: getattr(self, name) for name in names}, "flip": flip})
 
     def _identity(
         self,

@@ -42,7 +42,8 @@ class _Layer:
     rows: list[Tensor] = field(default_factory=list)
 
     def solve(self) -> None:
-        """New weights: those nearest to the old ones by which its outputs are nearest to the parent's."""
+        """New weights: those nearest to the old ones by which its outputs are nearest to the parent's; where these are
+        not finite, as activations were not, the old ones stay."""
         x = torch.cat(self.rows)  # [places, inputs]
         y = torch.cat([wanted for _, wanted in self.seen])  # [places, outputs]
         module, weight = self.module, self.module.weight.detach()

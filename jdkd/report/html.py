@@ -9,12 +9,13 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from jdkd.report.costs import aa_verdict, cost_section, latency_section
+from jdkd.report.architecture import architecture_section
+from jdkd.report.costs import cost_section
 from jdkd.report.front import front_over_time
+from jdkd.report.latencies import aa_verdict, latency_section
 from jdkd.report.lineage import lineage_tree
 from jdkd.report.outcome import HEADINGS, Outcome, rows
 from jdkd.report.predictions import predictions_section
-from jdkd.report.stages import architecture_section
 from jdkd.report.teachers import teachers_section
 from jdkd.report.verdict import images_of, summary
 from jdkd.search.archive import Candidate

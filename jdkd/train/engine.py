@@ -54,7 +54,7 @@ def fit(
     device: torch.device | str,
     losses: Losses | None = None,
     auxiliary: nn.Module | None = None,
-    inherit: Path | str | Mapping[str, Any] | None = None,
+    inherit: Path | str | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
     progress: ProgressCallback | None = None,
@@ -78,9 +78,9 @@ def fit(
             time accumulates gradients with the memory of one. By default, the detector's own losses.
         auxiliary: a module that ``losses`` uses, such as the adapters of distillation: its parameters are trained with
             the detector's and kept in the checkpoint, but are no part of the detector.
-        inherit: the checkpoint of another training, its folder, its file or what is in it, whose optimizer this one
-            goes on with where parameters have the same name and shape; the others begin fresh. Not read by a training
-            that is resumed, which has its own.
+        inherit: the checkpoint of another training, its folder or its file, whose optimizer this one goes on with where
+            parameters have the same name and shape; the others begin fresh. Not read by a training that is resumed,
+            which has its own.
         folder: where the checkpoint and the log (``log.jsonl``) go; nothing is written without one.
         resume: carry on from the checkpoint in ``folder``, if there is one.
         progress: called after every step.
@@ -104,7 +104,7 @@ def fit(
     dataset = with_targets_of(model, dataset)
     run = _Run(model, config, torch.device(device), losses, auxiliary)
     if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):
-        run.inherit(inherit)
+        inherit_moments(run.optimizer, checkpoint.read_parent(Path(inherit))["optimizer"])
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
     home = home if is_first() else None  # the others hold what is resumed, and write nothing
     align(run.trained)
@@ -243,11 +243,6 @@ class _Run:
             "precision": self.precision,
             "auxiliary": {} if self.auxiliary is None else self.auxiliary.state_dict(),
         }
-
-    def inherit(self, parent: Path | str | Mapping[str, Any]) -> None:
-        """Goes on with the moments of another training's optimizer; see :func:`fit`."""
-        state = checkpoint.read_parent(Path(parent)) if isinstance(parent, str | Path) else parent
-        inherit_moments(self.optimizer, state.get("optimizer", state) if isinstance(state, Mapping) else state)
 
     def restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])

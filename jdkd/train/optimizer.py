@@ -88,9 +88,8 @@ def _states_by_name(state: Any) -> list[tuple[str, Mapping[str, Tensor]]]:
         return [(names[number], moments) for number, moments in state["state"].items()]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise InputError(
-            f"inherit is a {type(state).__name__} without the state of an optimizer that knows its parameters' names; "
-            "give the checkpoint of a training of jdkd.train.fit (its folder, its file or what is in it), or leave "
-            "inherit out"
+            f"inherit holds a {type(state).__name__} that is not the state of an optimizer with its parameters' names; "
+            "give the checkpoint of a training of jdkd.train.fit, or leave inherit out"
         ) from error
 
 

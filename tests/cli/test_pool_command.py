@@ -51,7 +51,7 @@ def test_a_pool_is_trained_and_says_what_its_members_score(pool, trained, foreig
     facts = json.loads((pool / "pool.json").read_text())
     assert [next(iter(member)) for member in facts["members"]].count("foreign") == 1 and len(facts["members"]) == 3
     assert {"foreign": "retina"}.items() <= next(m for m in facts["members"] if "foreign" in m).items()
-    assert facts["steps"] == 4  # 2 of one pass, 2 of three
+    assert facts["steps"] == 8  # 2 steps of one pass, 2 of three
     assert json.loads((pool / "run.json").read_text())["finished"]
     assert not (pool / "training").exists()
     assert (pool / "foreign" / "retina" / "weights.safetensors").read_bytes() == (

@@ -87,7 +87,7 @@ def test_every_parameter_of_a_detector_is_in_one_stage():
 
 
 def test_an_architecture_that_cannot_be_built_is_said_and_the_page_goes_on():
-    from jdkd.report.stages import architecture_section
+    from jdkd.report.architecture import architecture_section
 
     gone = Architecture("nowhere.at_all:make")
     family = [candidate(0, architecture=gone), candidate(1, 0, architecture=gone)]
