@@ -74,7 +74,7 @@ def test_where_nothing_can_be_written_is_said_before_any_work(
     answer = jdkd(
         *{
             "train": (*train_arguments, "--out", name),
-            "search": ("search", "--base", trained, "--data", squares, "--out", name, "--steps", 18),
+            "search": ("search", "--base", trained, "--data", squares, "--out", name, "--steps", 120),
             "data": ("data", "digits", name, "--train", 1, "--val", 1),
             "eval": ("eval", trained, "--data", squares, "--json", name),
             "latency": ("latency", trained, "--data", squares, "--out", name, "--seconds", 0, "--rounds", 1),
@@ -86,12 +86,14 @@ def test_where_nothing_can_be_written_is_said_before_any_work(
 
 @pytest.mark.parametrize("command", ["train", "search"])
 def test_resuming_a_run_needs_a_name_that_can_be(jdkd, train_arguments, trained, squares, command):
-    arguments = train_arguments if command == "train" else ("search", "--base", trained, "--data", squares)
+    arguments = (
+        train_arguments if command == "train" else ("search", "--base", trained, "--data", squares, "--steps", 120)
+    )
     _refused(jdkd(*arguments, "--out", "x" * 300, "--resume"), "File name too long")
 
 
 def test_a_folder_of_another_command(jdkd, trained, squares):
-    answer = jdkd("search", "--base", trained, "--data", squares, "--out", trained, "--resume")
+    answer = jdkd("search", "--base", trained, "--data", squares, "--out", trained, "--steps", 120, "--resume")
     _refused(answer, "jdkd train", "jdkd search")
 
 
@@ -193,8 +195,8 @@ def test_a_base_without_spec_or_with_weights_that_do_not_fit(jdkd, trained, squa
 
 def test_a_search_refuses_an_impossible_target_or_budget(jdkd, trained, squares, tmp_path):
     out = ("search", "--base", trained, "--data", squares, "--out", tmp_path / "out")
-    _refused(jdkd(*out, "--target-latency", "1.5"), "target_latency", "1.5")
-    _refused(jdkd(*out, "--steps", "2"), "steps is 2")
+    _refused(jdkd(*out, "--target-latency", "1.5"), "targets", "1.5")
+    _refused(jdkd(*out, "--steps", "2"), "the budget is 2 steps")
     assert not (tmp_path / "out").exists()
 
 
