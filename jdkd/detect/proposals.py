@@ -1,14 +1,18 @@
-"""How many regions an RPN proposes, and which: for comparisons that must not depend on its weights."""
+"""How many regions are proposed and kept, and which: for comparisons that must not depend on weights."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import boxes as box_ops
+
+from jdkd.detect.contract import detections
+from jdkd.nn.modes import mode
 
 
 @contextmanager
@@ -64,3 +68,61 @@ def proposals_of(model: nn.Module, known: MutableMapping[str, Any]) -> Iterator[
     finally:
         for handle in handles:
             handle.remove()
+
+
+def nms_counts(model: nn.Module, images: Sequence[Tensor]) -> tuple[int, ...]:
+    """How many boxes each NMS of a detector keeps, call by call, mean over images; nothing where none is torchvision's.
+
+    Args:
+        model: a detector; left as it was.
+        images: ``[3, H, W]``, one at a time.
+    """
+    kept: list[list[int]] = []
+
+    def counting(nms: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def counted(*given: Any, **named: Any) -> Tensor:
+            found = nms(*given, **named)
+            kept[-1].append(len(found))
+            return found
+
+        return counted
+
+    with _nms(counting), mode(model, training=False), torch.no_grad():
+        for image in images:
+            kept.append([])
+            detections(model, [image])
+    return tuple(round(sum(counts) / len(counts)) for counts in zip(*kept, strict=False))
+
+
+@contextmanager
+def steady_nms(counts: Sequence[int]) -> Iterator[None]:
+    """Lets torchvision's NMS keep so many boxes for a while, those of the best scores, however they overlap.
+
+    What NMS costs, and what comes after it, depends on the detections. Those of a detector that was cut and not yet
+    trained are none, and it may take twice the time of one that was.
+
+    Args:
+        counts: call by call, as :func:`nms_counts` found them, again and again.
+    """
+    calls = 0
+
+    def keeping(nms: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def best(boxes: Tensor, scores: Tensor, *others: Any, **named: Any) -> Tensor:
+            nonlocal calls
+            calls += 1
+            return scores.topk(min(len(scores), counts[(calls - 1) % len(counts)])).indices
+
+        return best if counts else nms
+
+    with _nms(keeping):
+        yield
+
+
+@contextmanager
+def _nms(changed: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Iterator[None]:
+    before = box_ops.batched_nms
+    box_ops.batched_nms = changed(before)
+    try:
+        yield
+    finally:
+        box_ops.batched_nms = before

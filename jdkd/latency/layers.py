@@ -51,13 +51,17 @@ def positions(model: nn.Module, image: Tensor) -> dict[str, float]:
         model: a detector; left as it was.
         image: ``[3, H, W]``, uint8 or floats in 0..1.
     """
-    like = next(model.parameters())
-    image = image.to(like.device)
-    image = image.to(like.dtype).div_(255) if image.dtype == torch.uint8 else image
     counting = _Positions(model)
     with mode(model, training=False), full_proposals(model), torch.no_grad(), counting:
-        detections(model, [image])
+        detections(model, [as_floats(image, model)])
     return counting.found
+
+
+def as_floats(image: Tensor, model: nn.Module) -> Tensor:
+    """An image ``[3, H, W]``, uint8 or floats in 0..1, as floats on a model's device."""
+    like = next(model.parameters())
+    image = image.to(like.device)
+    return image.to(like.dtype).div_(255) if image.dtype == torch.uint8 else image
 
 
 def shapes_of(model: nn.Module) -> Shapes:

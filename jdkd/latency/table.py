@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect.input_size import input_size, require_visible, size_attributes
+from jdkd.detect.proposals import nms_counts, steady_nms
 from jdkd.graph import Topology
 from jdkd.latency.calls import check_images
 from jdkd.latency.clock import Clock
 from jdkd.latency.folding import fuse_for_inference
-from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shapes_of
+from jdkd.latency.layers import as_floats, part_of, place_of, positions, shapes_after, shapes_of
 from jdkd.latency.protocol import QUICK, ProgressCallback, measure
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
@@ -55,6 +56,8 @@ class LatencyTable:
         positions: for every weight, at how many places it is applied at each of the sizes.
         rows: features of each measured version and its latency ratio to the base; the base's own comes first.
         factor: of all predictions, see :meth:`corrected`.
+        nms: what the base's NMS takes beyond one that only counts, see :func:`jdkd.detect.proposals.steady_nms`, over
+            the rest of the base's time.
     """
 
     containers: tuple[str, ...]
@@ -62,6 +65,11 @@ class LatencyTable:
     positions: Mapping[str, tuple[float, ...]]
     rows: tuple[tuple[Features, float], ...]
     factor: float = 1.0
+    nms: float = 0.0
+
+    def with_nms(self, ratio: float) -> float:
+        """The latency ratio of a detector that keeps as many boxes as the base, from one measured without NMS."""
+        return (ratio + self.nms) / (1 + self.nms)
 
     def features(self, model: nn.Module, topology: Topology | None = None, rewrite: Rewrite | None = None) -> Features:
         """What the latency of a model, or of what a rewrite makes of it, is predicted from.
@@ -161,6 +169,7 @@ class LatencyTable:
             positions={name: tuple(counts) for name, counts in data["positions"].items()},
             rows=tuple((dict(features), float(ratio)) for features, ratio in data["rows"]),
             factor=float(data["factor"]),
+            nms=float(data["nms"]),
         )
 
 
@@ -175,6 +184,8 @@ def measure_table(
     progress: ProgressCallback | None = None,
 ) -> LatencyTable:
     """Measures a base and versions of it, as they would be deployed and in turn: cut in one part, shorter, smaller.
+
+    The versions are not trained, and what they detect is nothing to time NMS by: they keep as many boxes as the base.
 
     Args:
         model: the base, trained, as the cost of NMS depends on the detections.
@@ -197,17 +208,24 @@ def measure_table(
     deployed = fuse_for_inference(model)
     rows = [(table.features(model), 1.0)]
     schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
+    schedule |= {"modes": ("end_to_end",)}
+    counts = nms_counts(deployed, [as_floats(image, deployed) for image in images])
+    nms = []  # of the base, over the rest
     for start in range(0, len(versions), AT_ONCE):
         some = versions[start : start + AT_ONCE]
         timed = {"base": deployed}
         timed |= {str(k): fuse_for_inference(each.apply(model, topology)) for k, each in enumerate(some)}
-        report = measure(timed, images, modes=("end_to_end",), **schedule)
+        whole = measure({"base": deployed}, images, **schedule).models["base"].end_to_end.p50
+        with steady_nms(counts):
+            report = measure(timed, images, **schedule)
         medians = [timing.end_to_end.p50 for timing in report.models.values()]
+        nms.append(whole / medians[0] - 1)
         for each, median in zip(some, medians[1:], strict=True):
             rows.append((table.features(model, topology, each), median / medians[0]))
         if progress:
             progress(start + len(some), len(versions), {})
-    return replace(table, rows=tuple(rows))
+    table = replace(table, nms=max(0.0, sum(nms) / len(nms)) if nms else 0.0)
+    return replace(table, rows=tuple((features, table.with_nms(ratio)) for features, ratio in rows))
 
 
 def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,11 +17,13 @@ from jdkd.detect import load, read
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
 from jdkd.detect.contract import architecture_of, require_learner, unlike
 from jdkd.detect.input_size import input_size
+from jdkd.detect.proposals import nms_counts, steady_nms
 from jdkd.errors import InputError
 from jdkd.files import content_hash, read_as, write_json
 from jdkd.graph import Topology
 from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_cost
 from jdkd.latency.clock import environment
+from jdkd.latency.layers import as_floats
 from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
@@ -114,12 +116,16 @@ class SearchContext:
         config = self.config
         return calibrate(model, self.train, config.batch_size, config.seed, config.device)
 
-    def timed(self, detectors: Mapping[str, nn.Module], stage: str = BRIEF) -> dict[str, Timing]:
+    def timed(
+        self, detectors: Mapping[str, nn.Module], stage: str = BRIEF, *, trained: bool = True
+    ) -> dict[str, Timing]:
         """One interleaved measurement of the base and of other architectures.
 
         Args:
             detectors: by the id of their architecture; one of the base's own is not timed, as its ratio is 1.
             stage: how long.
+            trained: False for detectors that are not: all keep as many boxes as the base then, without NMS, see
+                :func:`jdkd.detect.proposals.steady_nms`.
 
         Returns:
             By the same ids, and the base's.
@@ -131,16 +137,21 @@ class SearchContext:
         if stage == LONG:
             schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
             schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, config.latency_seconds)
-        measured = measure(
-            models,
-            self.timing_images,
-            device=config.device,
-            modes=("end_to_end",),
-            progress=(lambda *state: self.progress("timing", *state)) if stage == LONG else None,
-            **schedule | {"rounds": rounds},
-        )
+        with nullcontext() if trained else steady_nms(self._kept_boxes):
+            measured = measure(
+                models,
+                self.timing_images,
+                device=config.device,
+                modes=("end_to_end",),
+                progress=(lambda *state: self.progress("timing", *state)) if stage == LONG else None,
+                **schedule | {"rounds": rounds},
+            )
         samples = {name: model.end_to_end.samples for name, model in measured.models.items()}
         return {name: Timing(name, stage, measured.environment, own, samples[base]) for name, own in samples.items()}
+
+    @cached_property
+    def _kept_boxes(self) -> tuple[int, ...]:
+        return nms_counts(self.deployed_base, [as_floats(image, self.deployed_base) for image in self.timing_images])
 
     def latency_table(self) -> LatencyTable:
         """What each part of the base costs on this device, measured."""

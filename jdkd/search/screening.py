@@ -159,7 +159,8 @@ class Parent:
 
     def _ratio(self, screened: Screened) -> float:
         own = screened.architecture_id
-        return pooled([self.context.timed({own: screened.student})[own]]).ratio.value
+        timing = self.context.timed({own: screened.student}, trained=False)[own]
+        return self.table.with_nms(pooled([timing]).ratio.value)
 
     def _important(self, model: nn.Module) -> dict[str, Tensor]:
         context = self.context

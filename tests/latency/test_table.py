@@ -167,3 +167,9 @@ def test_processor_time_does_not_count_what_is_waited_for():
     import time
 
     assert CpuClock().time(lambda: time.sleep(0.05)) < 20
+
+
+def test_what_nms_takes_stands_beside_what_was_measured_without_it():
+    table = LatencyTable((), (0,), {}, (({}, 1.0),), nms=0.25)
+    assert table.with_nms(1.0) == 1.0 and table.with_nms(0.5) == pytest.approx(0.6)
+    assert LatencyTable.from_json(table.to_json()).nms == 0.25
