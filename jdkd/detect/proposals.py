@@ -99,7 +99,7 @@ def steady_nms(counts: Sequence[int]) -> Iterator[None]:
     """Lets torchvision's NMS keep so many boxes for a while, those of the best scores, however they overlap.
 
     What NMS costs, and what comes after it, depends on the detections. Those of a detector that was cut and not yet
-    trained are none, and it may take twice the time of one that was.
+    trained are none, and its time is not that of one that was.
 
     Args:
         counts: call by call, as :func:`nms_counts` found them, again and again.

@@ -47,8 +47,7 @@ class LatencyTable:
     The latency is taken as a fixed cost, plus a cost for each multiply-accumulate that differs between the parts of the
     detector, plus one for each number that a layer writes. Multiply-accumulates are products of what a layer reads and
     writes, so cuts on both sides of it are not counted twice. The costs, none of them negative, are those that explain
-    the measured ratios best, by relative error, with a ridge. (Of one cost for all parts, one for each, two for each,
-    and with or without one for each layer, the simplest that ranks random rewrites best.)
+    the measured ratios best, by relative error, with a ridge. The form is our choice.
 
     Args:
         containers: paths of the modules that hold blocks.
@@ -116,8 +115,8 @@ class LatencyTable:
     def corrected(self, measured: Sequence[tuple[Features, float]]) -> LatencyTable:
         """The table with the factor by which descendants that were trained and measured are slower or faster.
 
-        What a cut version of the base detects before it is trained, and so the cost of NMS, is not what it will. (One
-        factor predicts random rewrites better than costs that are solved anew with the measured ones among the rows.)
+        What they detect, and so the cost of NMS, need not be what the base does. (One factor instead of costs that are
+        solved anew with the measured ones among the rows: our choice.)
 
         Args:
             measured: all of them, features and latency ratio to the base; of none it is the table as it was measured.

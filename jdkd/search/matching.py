@@ -33,10 +33,11 @@ class _Known:
 class Matching:
     """Chooses the teacher of every student.
 
-    A teacher's score is what it is ahead of the student in mAP, times the share of its features that the student's
-    explain (:func:`jdkd.distill.explained`): one that knows more, and whose language the student can speak through the
-    adapter. Who is not ahead has nothing to say and never teaches; where nobody is ahead the student learns from the
-    labels alone. (Our choice; Joint-DetNAS searches for the matching teacher by training with it.)
+    A teacher's score is what it is ahead of the student in mAP, times the correlation of its features with their best
+    prediction from the student's (:func:`jdkd.distill.explained`): one that knows more, and whose language the student
+    can speak through the adapter. Who is not ahead has nothing to say and never teaches; where nobody is ahead the
+    student learns from the labels alone. (Our choice; Joint-DetNAS searches for the matching teacher by training with
+    it.)
 
     Args:
         context: data, base and settings.
@@ -87,7 +88,7 @@ class Matching:
             self.context.progress("scoring teachers", done, len(near), {"mAP": self.pool.members[-1].map})
 
     def _explained(self, teacher: Teacher, known: _Known, ours: Sequence[PyramidSnapshot]) -> float:
-        """Share of a teacher's features that a student's explain; 0 where the two cannot be compared, which is said."""
+        """How well a teacher's features follow from a student's; 0 where the two cannot be compared, which is said."""
         try:
             return explained(ours, known.seen)
         except InputError as error:
