@@ -77,7 +77,7 @@ def run(folder: Path, arm: str, seed: int, steps: int, target: float) -> dict[st
         "base": result["base"]["map"],
         "control": result["control"]["map"],
         **{name: student[name] for name in shown},
-        "seconds": sum(own["cost"]["seconds"].values()),
+        "seconds": own["cost"]["seconds"],
         "device": own["device"]["device_name"],
         "threads": own["device"]["threads"],
         "commit": record.commit(),

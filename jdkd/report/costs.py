@@ -7,12 +7,13 @@ from typing import Any
 
 from jdkd.report.svg import drawing, tag
 
-KINDS = ("training", "scoring", "timing", "inheriting")  # what the time of a candidate goes to, as the page has it
+KINDS = ("pool", "candidates", "control", "timing", "scoring", "proposing")  # what a search spends time on
+OWN_KINDS = ("training", "scoring", "timing", "inheriting")  # and a candidate
 PLACES = (("pool_steps", "teacher pool"), ("candidate_steps", "candidates"), ("control_steps", "control"))
 
 
 def cost_section(result: dict[str, Any]) -> str:
-    """Where training steps and the time of the candidates went, as bars.
+    """Where time and training steps went, as bars.
 
     Args:
         result: contents of `result.json`.
@@ -23,13 +24,16 @@ def cost_section(result: dict[str, Any]) -> str:
     cost = result.get("cost")
     if not isinstance(cost, dict):
         return ""
-    seconds = cost.get("seconds") or {}
-    named = [*KINDS, *(kind for kind in seconds if kind not in KINDS)]
-    times = [(kind, seconds[kind], _clock(seconds[kind])) for kind in named if seconds.get(kind)]
     steps = [(title, cost[name], f"{cost[name]:,}") for name, title in PLACES if cost.get(name)]
     parts = []
-    if times:
-        parts.append(_bar(f"Time of base and candidates, {_clock(sum(each[1] for each in times))} in all", times))
+    for title, name, kinds in (
+        ("Time of the search", "seconds", KINDS),
+        ("Time of base and candidates, wherever they were made", "candidate_seconds", OWN_KINDS),
+    ):
+        seconds = cost.get(name) or {}
+        named = [*kinds, *(kind for kind in seconds if kind not in kinds)]
+        if times := [(kind, seconds[kind], _clock(seconds[kind])) for kind in named if seconds.get(kind)]:
+            parts.append(_bar(f"{title}, {_clock(sum(seconds.values()))} in all", times))
     if steps:
         parts.append(_bar(f"Training steps, {sum(each[1] for each in steps):,} in all", steps))
     return "".join(parts)

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from jdkd.run_folder import RunFolder
 from jdkd.search.archive import Candidate
 from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
+from jdkd.search.spending import Spending
 from jdkd.search.timing import BRIEF, LONG, Timing, machine_of
 from jdkd.train import Scores, TrainConfig, evaluate, fit
 from jdkd.train.inputs import with_targets_of
@@ -59,6 +60,7 @@ class SearchContext:
         selection, report: to select on and to report on; no image is in two of the three.
         timing_images: what latency is measured with, uint8 ``[3, H, W]``.
         progress: called with (what, done, total, values) as the work goes on.
+        spent: where the time of this process goes.
     """
 
     config: SearchConfig
@@ -69,6 +71,7 @@ class SearchContext:
     report: Part
     timing_images: list[Tensor]
     progress: ProgressCallback
+    spent: Spending = field(default_factory=Spending)
 
     @property
     def image_sizes(self) -> list[tuple[str, int, int]]:
@@ -137,7 +140,8 @@ class SearchContext:
         if stage == LONG:
             schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
             schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, config.latency_seconds)
-        with nullcontext() if trained else steady_nms(self._kept_boxes):
+        untrained = nullcontext() if trained else steady_nms(self._kept_boxes)
+        with self.spent.on("timing"), untrained:
             measured = measure(
                 models,
                 self.timing_images,
@@ -156,7 +160,9 @@ class SearchContext:
     def latency_table(self) -> LatencyTable:
         """What each part of the base costs on this device, measured."""
         told = lambda *state: self.progress("timing the parts of the base", *state)  # noqa: E731
-        return measure_table(self.base, self.topology, self.timing_images, device=self.config.device, progress=told)
+        how = {"device": self.config.device, "progress": told}
+        with self.spent.on("timing"):
+            return measure_table(self.base, self.topology, self.timing_images, **how)
 
     def folder(self, number: int) -> Path:
         """Where a candidate lies."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext, candidate_folder, open_context
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.proposal import BASE, Proposal
+from jdkd.search.spending import Spending
 from jdkd.search.teachers import given_pool, name_of
 from jdkd.train import fit
 from jdkd.train.checkpoint import CHECKPOINT
@@ -87,18 +87,18 @@ class Evaluator:
         Raises:
             ModelError: it cannot be trained or scored.
         """
-        context, seconds = self.context, {}
+        context, spent = self.context, Spending()
         parent = context.config.out / job["from"] if job["from"] else None
         proposal = Proposal.from_json({name: value for name, value in job.items() if name != "from"})
-        student = self._trained(proposal, parent, seconds)
-        with _timed(seconds, "scoring"):
+        student = self._trained(proposal, parent, spent)
+        with spent.on("scoring"):
             scores = context.scored(student, context.selection)
-        return {"map": scores.map, "map50": scores.map50, "seconds": seconds}
+        return {"map": scores.map, "map50": scores.map50, "seconds": spent.seconds}
 
-    def _trained(self, proposal: Proposal, parent: Path | None, seconds: dict[str, float]) -> nn.Module:
+    def _trained(self, proposal: Proposal, parent: Path | None, spent: Spending) -> nn.Module:
         context, config, cycle = self.context, self.context.config, proposal.cycle
         folder = context.folder(proposal.number)
-        with _timed(seconds, "inheriting"):
+        with spent.on("inheriting"):
             student = context.made(int(parent.name)) if parent else load(config.base, config.device)
             if proposal.rewrites:
                 student = inherit(student, context.read(student), proposal.rewrites, context).model
@@ -106,7 +106,7 @@ class Evaluator:
             teacher = self._teacher(proposal.teacher)
         schedule = {"lr": cycle.lr, "cycle_start": cycle.start, "cycle_steps": cycle.total}
         said = f"candidate {proposal.number}: {proposal.action}"
-        with _timed(seconds, "training"), self._taught(student, teacher) as taught:
+        with spent.on("training"), self._taught(student, teacher) as taught:
             fit(
                 student,
                 context.train,
@@ -151,12 +151,3 @@ class Evaluator:
 def _moments(parent: Path | None) -> Path | None:
     """What a training takes its optimizer's state from: the parent's, unless it has none, as the base, or no more."""
     return parent / TRAINING if parent and (parent / TRAINING / CHECKPOINT).exists() else None
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
-    begun = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[what] = seconds.get(what, 0.0) + time.perf_counter() - begun

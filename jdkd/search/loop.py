@@ -7,7 +7,8 @@ learning rate follows the lineage: whatever student comes out has been annealed 
 
 import math
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 from jdkd.detect.contract import architecture_of
@@ -29,7 +30,7 @@ from jdkd.search.strategy import Strategy
 from jdkd.search.teachers import given_pool, grown_pool, remember, require_teachers, write_teachers
 from jdkd.train.checkpoint import CHECKPOINT
 
-GENERATION, TABLE = "generation.json", "latency_table.json"
+GENERATION, TABLE, SPENT = "generation.json", "latency_table.json", "spent.json"
 
 
 def search(config: SearchConfig, progress: ProgressCallback | None = None) -> dict[str, Any]:
@@ -68,22 +69,38 @@ def _searched(evaluator: Evaluator, budget: Plan, workers: Journal) -> dict[str,
     """The result of a search that has not come to its end yet."""
     context, config = evaluator.context, evaluator.context.config
     context.keep_budget()
-    with closing(Archive(config.out / ARCHIVE)) as archive:
+    with closing(Archive(config.out / ARCHIVE)) as archive, _accounted(context):
         if not archive.candidates:
             _add_base(archive, context)  # before the pool: a base that cannot be scored costs no training
+        _time_on_this_machine(archive, context)
+        table = _table(context)  # before the pool too: a base that cannot be timed
         if budget.pool:
-            evaluator.pool = grown_pool(context, budget)
+            with context.spent.on("pool"):
+                evaluator.pool = grown_pool(context, budget)
         pool = evaluator.pool
         if pool is not None:
-            remember(pool, context)
-        _time_on_this_machine(archive, context)
-        table = _table(context)
+            with context.spent.on("scoring"):
+                remember(pool, context)
         _tell(archive, budget, pool, context)
         strategy = Strategy(context, budget, Matching(context, pool, archive.candidates[0].map), table)
         while proposals := _generation(strategy, archive, workers, context):
             _run(proposals, workers, archive, context)
             _tell(archive, budget, pool, context)
-        return conclude(archive, pool.steps if pool else 0, context)
+        return conclude(archive, pool.steps if pool and budget.pool else 0, context)
+
+
+@contextmanager
+def _accounted(context: SearchContext) -> Iterator[None]:
+    """Keeps what the time is spent on, over the runs of a search; a run that is killed leaves no account of itself."""
+    file = context.config.out / SPENT
+    if file.exists():
+        kept = read_as(lambda seconds: {str(k): float(v) for k, v in seconds.items()}, file, "remove it and resume")
+        context.spent.seconds |= kept
+    try:
+        with context.spent.on("everything else"):
+            yield
+    finally:
+        write_json(file, context.spent.seconds)
 
 
 def _tell(archive: Archive, budget: Plan, pool: TeacherPool | None, context: SearchContext) -> None:
@@ -114,7 +131,8 @@ def _generation(strategy: Strategy, archive: Archive, workers: Journal, context:
             return unfinished
     _clear(archive, strategy.plan, context)
     workers.clear()
-    proposals = strategy.ask(archive)
+    with context.spent.on("proposing"):
+        proposals = strategy.ask(archive)
     if strategy.matching.pool is not None:
         write_teachers(strategy.matching.pool, context)
     write_json(file, [proposal.to_json() for proposal in proposals])
@@ -126,9 +144,10 @@ def _run(proposals: list[Proposal], workers: Journal, archive: Archive, context:
     by_id = {candidate.id: candidate for candidate in archive.candidates}
     jobs = [proposal.to_json() | {"from": _whence(by_id[proposal.parent])} for proposal in proposals]
     outcomes = {}
-    for job, outcome in workers.run(jobs):
-        outcomes[job["number"]] = outcome
-        context.progress("candidates", len(outcomes), len(jobs), {"mAP": outcome.get("map", math.nan)})
+    with context.spent.on("candidates"):
+        for job, outcome in workers.run(jobs):
+            outcomes[job["number"]] = outcome
+            context.progress("candidates", len(outcomes), len(jobs), {"mAP": outcome.get("map", math.nan)})
     for proposal in proposals:
         _archive(proposal, by_id[proposal.parent], outcomes[proposal.number], archive, context)
 
@@ -179,7 +198,8 @@ def _archive(
 def _add_base(archive: Archive, context: SearchContext) -> None:
     """The base as the first entry of the archive, timed against itself."""
     begun = time.perf_counter()
-    scores = context.scored(context.base, context.selection)
+    with context.spent.on("scoring"):
+        scores = context.scored(context.base, context.selection)
     scored = time.perf_counter()
     known = architecture_of(context.base, "search")
     timing = context.timed({known.id: context.base})[known.id]

@@ -72,7 +72,7 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
         "latency_ratio_is": MEANING,
         "aa": _against_itself(context),
         "predictor": _predictor(archive),
-        "cost": _cost(archive, pool_steps, result.get("control", {}).get("train_steps", 0)),
+        "cost": _cost(archive, pool_steps, result.get("control", {}).get("train_steps", 0), context),
     }
     write_json(config.out / RESULT, result)
     return result
@@ -108,10 +108,11 @@ def _control(steps: int, latency: PooledLatency, context: SearchContext) -> dict
     if not (folder / WEIGHTS).exists():
         model = copy.deepcopy(context.base)
         try:
-            fit(
-                model, context.train, context.training(steps, seed=CONTROL_SEED), device=config.device,
-                folder=folder / TRAINING, resume=True, progress=lambda *state: context.progress("control", *state),
-            )  # fmt: skip
+            with context.spent.on("control"):
+                fit(
+                    model, context.train, context.training(steps, seed=CONTROL_SEED), device=config.device,
+                    folder=folder / TRAINING, resume=True, progress=lambda *state: context.progress("control", *state),
+                )  # fmt: skip
         except ModelError as error:
             say_once(f"the control failed: {error} The student has nothing to be compared with but its base.")
             return {"failure": str(error)}
@@ -120,7 +121,9 @@ def _control(steps: int, latency: PooledLatency, context: SearchContext) -> dict
 
 
 def _row(detector: nn.Module, latency: PooledLatency, steps: int, context: SearchContext) -> dict[str, Any]:
-    scores, own, ratio = context.scored(detector, context.report), latency.own, latency.ratio
+    own, ratio = latency.own, latency.ratio
+    with context.spent.on("scoring"):
+        scores = context.scored(detector, context.report)
     return {
         "map": scores.map,
         "map50": scores.map50,
@@ -152,14 +155,15 @@ def _predictor(archive: Archive) -> dict[str, Any]:
     }
 
 
-def _cost(archive: Archive, pool_steps: int, control_steps: int) -> dict[str, Any]:
-    """What the search took, in steps and in seconds by what they were spent on."""
+def _cost(archive: Archive, pool_steps: int, control_steps: int, context: SearchContext) -> dict[str, Any]:
+    """What the search took: steps, seconds of this process, and those of the candidates, wherever they were made."""
     seconds: dict[str, float] = defaultdict(float)
     for candidate in archive.candidates:
         for what, spent in candidate.seconds.items():
             seconds[what] += spent
     steps = {"pool_steps": pool_steps, "candidate_steps": sum(one.steps for one in archive.candidates)}
-    return {**steps, "control_steps": control_steps, "seconds": dict(seconds)}
+    spent = {"seconds": dict(context.spent.seconds), "candidate_seconds": dict(seconds)}
+    return {**steps, "control_steps": control_steps, **spent}
 
 
 def read_result(out: Path) -> dict[str, Any] | None:

@@ -73,7 +73,9 @@ def test_page_has_a_section_for_everything_that_a_search_wrote(text):
     for name in _sections(text):
         assert f'<a href="#{name}">' in text
     assert "Kendall&#x27;s tau) is 0.91, the mean absolute error 3.2 %" in text
-    assert "training 15.0 min (68.8 %)" in text and "teacher pool 300 (9.1 %)" in text
+    assert (
+        "training 15.0 min (72.6 %)" in text and "pool 3.3 min (13.6 %)" in text and "teacher pool 300 (9.1 %)" in text
+    )
     assert "jdkd search --base &#x27;a folder&#x27;" in text
     where = "of data/instances_val2017.json in data/val2017"
     assert f"chose on 50 images with 120 boxes {where} (half, the lower SHA-256 of image files)" in text

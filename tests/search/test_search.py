@@ -63,7 +63,10 @@ def test_generations_are_as_planned_and_a_lineage_is_annealed_in_one_cycle(folde
     assert all(one.parent != candidates[0].id for one in final), "the base is no finalist"
     assert result["cost"]["candidate_steps"] == sum(one.steps for one in candidates) <= budget.total - budget.pool
     assert result["cost"]["pool_steps"] == pytest.approx(budget.pool, abs=2), "but for what phases round"
-    assert {"training", "scoring", "timing", "inheriting"} <= result["cost"]["seconds"].keys()
+    assert {"training", "scoring", "timing", "inheriting"} <= result["cost"]["candidate_seconds"].keys()
+    spent = result["cost"]["seconds"]
+    assert {"pool", "candidates", "control", "timing", "scoring", "proposing", "everything else"} == spent.keys()
+    assert all(seconds > 0 for seconds in spent.values())
 
 
 def test_the_result_the_archive_and_the_target_know_one_ratio(finished):
