@@ -7,8 +7,11 @@ from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller, can_distil_heads
 from jdkd.distill.normalisation import Normalisation
+from jdkd.distill.training import DistillConfig, Distilled, distill
 
 __all__ = [
+    "DistillConfig",
+    "Distilled",
     "DistillationHandle",
     "Distiller",
     "FeatureDistiller",
@@ -17,6 +20,7 @@ __all__ = [
     "attach",
     "can_distil_heads",
     "correlations",
+    "distill",
     "explained",
     "pyramids",
 ]

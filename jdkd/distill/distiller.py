@@ -74,7 +74,8 @@ class Distiller:
         Returns:
             ``"loss_pkd of stride 8"`` and so on -> a scalar without gradients.
         """
-        losses = {} if self._features is None else self._features.level_losses
+        silent = self._features is None or not self.runner.enabled
+        losses = {} if silent else self._features.level_losses
         return {f"{self._term} of stride {stride}": loss for stride, loss in losses.items()}
 
     def __enter__(self) -> Self:
