@@ -52,8 +52,9 @@ def take_neck_and_heads(student: nn.Module, teacher: nn.Module) -> Taken:
     taken = [name for name in wanted if name in theirs and theirs[name].shape == ours[name].shape]
     if not any(ours[name].dim() > 1 for name in taken):
         raise InputError(
-            f"the student ({type(student).__name__}) can take over nothing from its teacher ({type(teacher).__name__}): "
-            "no tensor of their necks and heads has the same name and shape; leave inherit out."
+            f"the student ({type(student).__name__}) can take over nothing from its teacher "
+            f"({type(teacher).__name__}): no tensor of their necks and heads has the same name and shape; leave "
+            "inherit out."
         )
     for name in taken:
         ours[name].copy_(theirs[name])

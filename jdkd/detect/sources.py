@@ -82,6 +82,12 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
     return _called(*_builder(source, classes, given))
 
 
+def has_own_weights(source: str) -> bool:
+    """Whether what :func:`open_model` makes of a source may have been trained: folders, and what functions return."""
+    family, colon, _ = source.partition(":")
+    return Path(source).is_dir() or (bool(colon) and family not in FAMILIES)
+
+
 def builders_of(architecture: Architecture) -> Iterator[Architecture]:
     """What a detector is built by: a builder, and inside it the one whose detector it changes, and so on."""
     arguments = architecture.arguments

@@ -31,6 +31,7 @@ class Distiller:
         adapter: compare features through trained 1x1 convolutions, see :meth:`FeatureDistiller.fit_adapters`; their
             parameters are :attr:`adapters`.
         imitation: of features, ``"pearson"``, ``"mse"`` or ``"cwd"``; see :class:`FeatureDistiller`.
+        tau: temperature of ``"cwd"``.
         levels: strides of the levels of features to compare; by default all that both have.
     """
 
@@ -45,13 +46,15 @@ class Distiller:
         own_size: bool = False,
         adapter: bool = False,
         imitation: str = "pearson",
+        tau: float = 1.0,
         levels: Iterable[int] | None = None,
     ) -> None:
+        self.adapts = adapter and bool(feature_weight)
         self.runner = runner = TeacherRunner(student, teacher, reuse=reuse, own_size=own_size)
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
         self._features: FeatureDistiller | None = None
         if feature_weight:
-            how = {"adapter": adapter, "imitation": imitation, "levels": levels, "runner": runner}
+            how = {"adapter": adapter, "imitation": imitation, "tau": tau, "levels": levels, "runner": runner}
             self._features = FeatureDistiller(student, teacher, loss_weight=feature_weight, **how)
             self._term = TERMS[imitation]
             self.terms[self._term] = self._features

@@ -226,11 +226,9 @@ def _imitation(
     if name not in takes:
         raise InputError(f"imitation is {name!r}; choose {', '.join([*takes][:-1])} or {[*takes][-1]}")
     defaults = FeatureDistiller.__init__.__kwdefaults__
-    if given := [option for option, value in options.items() if option not in takes[name] and value != defaults[option]]:
+    if given := [each for each in options if each not in takes[name] and options[each] != defaults[each]]:
         other = next(other for other, taken in takes.items() if given[0] in taken)
-        raise InputError(
-            f"imitation is {name!r}, which takes no {', '.join(given)}; leave that out, or take {other!r}"
-        )
+        raise InputError(f"imitation is {name!r}, which takes no {', '.join(given)}; leave that out, or take {other!r}")
     if name == "pearson":
         return PearsonTap(loss_weight, return_levels=True, **{option: options[option] for option in takes[name]})
     if name == "mse":

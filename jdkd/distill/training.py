@@ -39,6 +39,7 @@ class DistillConfig:
         loss_weight: of each level; ``"auto"`` is the published one, for PKD 6 where the teacher has two stages and 10
             between detectors of one.
         logits_weight: of the class logits.
+        tau: temperature of ``"cwd"``.
         levels: strides of the levels to compare; by default all that both have.
         own_size: the teacher sees images at its own input size; else at the student's.
         adapter: compare through trained 1x1 convolutions, dropped afterwards; by default where widths differ.
@@ -52,6 +53,7 @@ class DistillConfig:
     loss: str = "pkd"
     loss_weight: float | str = AUTO
     logits_weight: float = 1.0
+    tau: float = 1.0
     levels: Sequence[int] | None = None
     own_size: bool = True
     adapter: bool | None = None
@@ -131,7 +133,7 @@ def distill(
 def taught(
     student: nn.Module, teacher: nn.Module, method: DistillConfig, probe: Sequence[Any]
 ) -> Iterator[dict[str, Any]]:
-    """What :func:`jdkd.train.fit` is given for a student that learns from a teacher: its losses and what goes with them.
+    """What :func:`jdkd.train.fit` is given for a student that learns from a teacher: losses and what goes with them.
 
     Says once what is compared, how and with what weight.
 
@@ -143,19 +145,13 @@ def taught(
     Raises:
         InputError: they cannot be compared in that way.
     """
+    distiller, pairs = comparable(student, teacher, probe[0], method)
     if method.inherit:
         say_once(str(take_neck_and_heads(student, teacher)))
-    weight = method.weight(student, teacher)
-    options = {"feature_weight": weight, "own_size": method.own_size, "imitation": IMITATION[method.loss]}
-    options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == "pkd+logits")}
-    distiller = Distiller(student, teacher, **options)
-    if weight:
-        pairs = next(distiller.runner.compared(probe[:1], method.levels))
-        differ = any(pair.student.shape[1] != pair.teacher.shape[1] for pair in pairs)
-        if adapts := differ if method.adapter is None else method.adapter:
-            distiller = Distiller(student, teacher, adapter=True, **options)
-            _fit_adapters(distiller, student, probe)
-        say_once(_comparison(method, weight, pairs, adapts))
+    if pairs:
+        say_once(_comparison(method, method.weight(student, teacher), pairs, distiller.adapts))
+    if distiller.adapts:
+        _fit_adapters(distiller, student, probe)
     until = method.detach_after
 
     def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
@@ -167,6 +163,35 @@ def taught(
         yield {"losses": losses, "parts": distiller.parts, "auxiliary": distiller.adapters}
 
 
+@torch.no_grad()
+def comparable(
+    student: nn.Module, teacher: nn.Module, batch: Any, method: DistillConfig
+) -> tuple[Distiller, list[LevelPair]]:
+    """What compares two detectors, and the levels that it compares of a batch; both stay as they are.
+
+    Args:
+        student, teacher: on one device.
+        batch: ``(images, targets)``.
+        method: how the teacher is to teach.
+
+    Returns:
+        It, without adapters yet; and no levels where their weight is 0.
+
+    Raises:
+        InputError: the two cannot be compared in that way.
+    """
+    weight = method.weight(student, teacher)
+    options = {"feature_weight": weight, "own_size": method.own_size, "imitation": IMITATION[method.loss]}
+    options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == "pkd+logits")}
+    distiller = Distiller(student, teacher, tau=method.tau, adapter=bool(method.adapter), **options)
+    pairs = next(distiller.runner.compared([batch], method.levels)) if weight else []
+    differ = any(pair.student.shape[1] != pair.teacher.shape[1] for pair in pairs)
+    if differ and method.adapter is None:
+        distiller = Distiller(student, teacher, tau=method.tau, adapter=True, **options)
+    return distiller, pairs
+
+
+@torch.no_grad()
 def _fit_adapters(distiller: Distiller, student: nn.Module, probe: Sequence[Any]) -> None:
     """Fits them to what the student's features are in training: norms that have seen nothing are measured meanwhile."""
     norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
