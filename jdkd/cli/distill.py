@@ -101,16 +101,16 @@ class Distill:
         lessons = self._lessons(config) if is_fresh else None
         if lessons is not None:
             data.of(teacher, config.batch_size, config.seed)
-            say_once(
-                f"the teacher {self.teacher or chosen.teacher} has no weights yet and is trained first, for "
-                f"{lessons.steps} steps, in {self.out / TEACHER}; give --teacher a folder, or --teacher-weights, to "
-                "spare that"
-            )
 
         def fitting(progress: Any, how: dict[str, Any]) -> FitReport:
             from jdkd.distill import distill
 
             if lessons is not None:
+                say_once(
+                    f"the teacher {self.teacher or chosen.teacher} has no weights yet and is trained first, for "
+                    f"{lessons.steps} steps, in {self.out / TEACHER}; give --teacher a folder, or --teacher-weights, "
+                    "to spare that"
+                )
                 _train(teacher, data, lessons, self.out / TEACHER, how["device"], job.shown(progress, TEACHER))
             return distill(student, teacher, data.train, config, method, **how).training
 
@@ -122,12 +122,20 @@ class Distill:
         Raises:
             InputError: there is no pair, or a flag is for presets.
         """
+        from jdkd.detect import FAMILIES
+
         if chosen is None:
             missing = [f"--{name}" for name in ("teacher", "student") if getattr(self, name) is None]
             if missing:
                 raise InputError(f"{' and '.join(missing)} not given; give both, or --preset NAME of a published pair.")
             if self.narrow is not None:
                 raise InputError(f"--narrow {self.narrow:g} is of a --preset; --width narrows a student.")
+        for source in () if chosen is None else (chosen.student, chosen.teacher):
+            if (family := source.partition(":")[0]) not in FAMILIES:
+                raise InputError(
+                    f"--preset {chosen.name} is of the family {family}, and this version has {', '.join(FAMILIES)}; "
+                    "take a pair of these."
+                )
         if self.narrow is not None and not 0 < self.narrow <= 1:
             raise InputError(f"--narrow is {self.narrow:g}, a share of the channels to keep; give one in 0..1.")
         if self.teacher_steps is not None and self.teacher_steps < 1:

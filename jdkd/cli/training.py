@@ -130,6 +130,7 @@ class Job:
             content = _summary(self.model, scores, report, self.data.val.sizes[0][1:]) | {
                 "config": dataclasses.asdict(self.config),
                 "device": self.device,
+                **identity,
             }
             write_json(self.out / f"{self.kind}.json", content)
             if mirror is not None:

@@ -45,6 +45,19 @@ def take_neck_and_heads(student: nn.Module, teacher: nn.Module) -> Taken:
     Raises:
         InputError: nothing agrees; the student is as it was then.
     """
+    found, theirs = in_common(student, teacher), unwrapped(teacher).state_dict()
+    ours = unwrapped(student).state_dict()
+    for name in found.taken:
+        ours[name].copy_(theirs[name])
+    return found
+
+
+def in_common(student: nn.Module, teacher: nn.Module) -> Taken:
+    """What :func:`take_neck_and_heads` would take over.
+
+    Raises:
+        InputError: nothing agrees.
+    """
     student, teacher = unwrapped(student), unwrapped(teacher)
     ours, theirs = student.state_dict(), teacher.state_dict()
     bodies = tuple(f"{path}." for path in (_body_of(student), _body_of(teacher)))
@@ -56,8 +69,6 @@ def take_neck_and_heads(student: nn.Module, teacher: nn.Module) -> Taken:
             f"({type(teacher).__name__}): no tensor of their necks and heads has the same name and shape; leave "
             "inherit out."
         )
-    for name in taken:
-        ours[name].copy_(theirs[name])
     return Taken(tuple(taken), tuple(name for name in wanted if name not in taken))
 
 

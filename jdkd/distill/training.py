@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import load, open_model
 from jdkd.detect.heads import is_two_stage
-from jdkd.detect.inheriting import take_neck_and_heads
+from jdkd.detect.inheriting import in_common, take_neck_and_heads
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import as_weight
 from jdkd.distill.levels import LevelPair, as_strides
@@ -180,6 +180,8 @@ def comparable(
     Raises:
         InputError: the two cannot be compared in that way.
     """
+    if method.inherit:
+        in_common(student, teacher)
     weight = method.weight(student, teacher)
     options = {"feature_weight": weight, "own_size": method.own_size, "imitation": IMITATION[method.loss]}
     options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == "pkd+logits")}

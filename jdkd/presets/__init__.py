@@ -49,7 +49,7 @@ class Preset:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The settings of the training."""
+        """The flags of the training: schedule and decay, and what :class:`jdkd.train.TrainConfig` knows."""
         return {name: getattr(self, name) for name in RECIPE}
 
     def __str__(self) -> str:
