@@ -88,7 +88,7 @@ def test_a_pipeline_changes_blocks_and_input_or_channels_and_not_both(parent, mo
     assert not any(recipe.channels for recipe in drawn)
     assert any(recipe.shorter for recipe in drawn) and any(recipe.min_size for recipe in drawn)
     drawn = [parent.draw((CHANNELS,), rng) for _ in range(20)]
-    assert all(recipe.channels and not (recipe.shorter or recipe.before or recipe.min_size) for recipe in drawn)
+    assert all(recipe.channels and not (recipe.shorter or recipe.grown or recipe.min_size) for recipe in drawn)
     assert len({recipe.seed for recipe in drawn}) == 20
 
 
