@@ -42,8 +42,8 @@ def timed(context, monkeypatch):
     """Sets what a student is timed at, over what its table predicts."""
 
     def at(factor, table):
-        def measured(models, *, trained):
-            assert not trained
+        def measured(models, *, kept):
+            assert kept == table.kept
             ((name, model),) = models.items()
             return {name: timing((10 * factor * table.predict(model),) * 2, name=name)}
 
@@ -227,7 +227,7 @@ def test_a_generation_follows_from_the_archive_alone_and_is_pure_json(asked, fin
         made = [c for c in archive.candidates if c.generation == 1]
     assert [(p.action, p.parent, p.predicted) for p in one] == [(c.action, c.parent, c.predicted) for c in made]
     assert {(p.kind, p.target, p.generation, p.teacher) for p in one} == {("morph", None, 1, "base")}
-    assert len({proposal.seed for proposal in one}) == len(one)
+    assert len({proposal.number for proposal in one}) == len(one)
 
 
 def test_a_pipeline_distils_only_once_its_architecture_is_found(asked, finished):
