@@ -43,6 +43,10 @@ SIZE = 96, 128  # short and long side of what detectors see, in pixels
 SCENES = {"train": 400, "val": 400, "size": 96, "seed": 0}
 TRAINING = TrainConfig(STEPS, batch_size=4, lr=2e-3, amp="bf16")
 RESAMPLES = 400
+HEADINGS = ("images", "teacher (mAP)", "student", "loss", "mAP by seed", "gain over none (95 %)", "after each quarter")
+
+Way = tuple[str, str, str, float | str]
+"""A teacher's family, a student's, the loss and its weight."""
 
 
 def model(family: str, classes: Sequence[str], seed: int, *, student: bool) -> torch.nn.Module:
@@ -111,15 +115,14 @@ def gain(ours: Sequence[Judged], theirs: Sequence[Judged]) -> dict[str, Any]:
     """
     rng, values = np.random.default_rng(0), []
     for times in draws(ours[0].count, RESAMPLES):
-        seed = int(rng.integers(len(ours)))
-        others = [seed, *rng.integers(len(ours), size=len(ours) - 1)]
-        values.append(np.mean([ours[one].map(times) - theirs[one].map(times) for one in others]))
+        drawn = rng.integers(len(ours), size=len(ours))
+        values.append(np.mean([ours[seed].map(times) - theirs[seed].map(times) for seed in drawn]))
     mean = float(np.mean([a.map() - b.map() for a, b in zip(ours, theirs, strict=True)]))
     return {"gain": mean, "gain_interval": list(interval(values))}
 
 
-def rows(bench: Bench, ways: Iterable[tuple[str, str, str, float | str]], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """A row for each way to train a student: its scores by seed, and its gain over the same student without a teacher."""
+def rows(bench: Bench, ways: Iterable[Way], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each way: scores by seed, and what it gains over the same student without a teacher."""
     made = []
     for teacher, family, loss, weight in ways:
         students = [bench.student(teacher, family, loss, seed, weight) for seed in seeds]
@@ -163,18 +166,14 @@ def main(arguments: Sequence[str]) -> None:
 def page(kept: Sequence[dict[str, Any]]) -> str:
     """A Markdown table: a way a row, the latest of each."""
     latest = {tuple(row[name] for name in ("data", "teacher", "student", "loss", "weight")): row for row in kept}
-    lines = [
-        "| images | teacher (mAP) | student | loss | mAP by seed | gain over no teacher (95 %) | after each quarter |"
-    ]
-    lines.append("| --- | --- | --- | --- | ---: | ---: | ---: |")
+    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | ---: | ---: | ---: |"]
     for row in latest.values():
         taught = row["loss"] != "none"
         teacher = f"{row['teacher']} ({row['teacher_map']:.3f})" if taught else "–"
         loss = row["loss"] if row["weight"] == "auto" else f"{row['loss']}, weight {row['weight']:g}"
         scores = " ".join(f"{value:.3f}" for value in row["maps"])
-        more = (
-            f"{row['gain']:+.3f} ({row['gain_interval'][0]:+.3f} to {row['gain_interval'][1]:+.3f})" if taught else "–"
-        )
+        low, high = row.get("gain_interval", (0, 0))
+        more = f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})" if taught else "–"
         curve = " ".join(f"{value:.3f}" for value in np.mean(row["curves"], axis=0))
         lines.append(f"| {row['data']} | {teacher} | {row['student']} | {loss} | {scores} | {more} | {curve} |")
     return "\n".join(lines)
