@@ -32,7 +32,7 @@ TEMPERATURE = 0.3  # of a cut that is to be another than the plain one, see jdkd
 DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; else blocks may go
 MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
-CLOSE = 0.03  # share by which a student may be slower than aimed at, and twice of it faster
+CLOSE = -0.03, 0.02  # shares by which a student may be faster and slower than aimed at
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Parent:
         Of the two it is the one that is nearer to the aim; one that is too slow comes last.
         """
         timed = replace(screened, latency_ratio=self._ratio(screened))
-        if not recipe.channels or -2 * CLOSE < timed.latency_ratio / aim - 1 < CLOSE:
+        if not recipe.channels or CLOSE[0] < timed.latency_ratio / aim - 1 < CLOSE[1]:
             return timed
         with contextlib.suppress(InputError):  # it cannot be cut more
             better = self.make(recipe, screened.predicted * aim / timed.latency_ratio)
@@ -170,7 +170,7 @@ class Parent:
 
 def _miss(ratio: float) -> tuple[bool, float]:
     """How far a latency over the one aimed at is off, to be sorted by."""
-    return ratio > 1 + CLOSE, abs(math.log(ratio))
+    return ratio > 1 + CLOSE[1], abs(math.log(ratio))
 
 
 def screen(

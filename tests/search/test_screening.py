@@ -120,6 +120,7 @@ def test_features_that_are_no_numbers_are_never_preferred(parent, steady, monkey
         return {4: math.nan if len(calls) == 1 else 0.9}
 
     monkeypatch.setattr(screening, "correlations", broken)
+    monkeypatch.setattr(Parent, "measured", lambda self, recipe, screened, aim: screened)
     found = screen([parent], 0.7, 1, EVERYTHING, random.Random(3))
     assert len(calls) == 2 and found[0][1].architecture_id != first
 
