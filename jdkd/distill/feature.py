@@ -238,7 +238,7 @@ def _imitation(
     return ChannelWiseDivergence(loss_weight, options["tau"])
 
 
-def as_weight(weight: Any) -> float:
+def as_weight(weight: Any, name: str = "loss_weight") -> float:
     """The weight of a loss.
 
     Raises:
@@ -250,5 +250,5 @@ def as_weight(weight: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number) or number < 0:
-        raise InputError(f"loss_weight is {weight!r}; give a finite number, 0 or above")
+        raise InputError(f"{name} is {weight!r}; give a finite number, 0 or above")
     return number

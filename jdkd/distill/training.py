@@ -65,7 +65,7 @@ class DistillConfig:
             raise InputError(f"loss must be one of {', '.join(IMITATION)}, got {self.loss!r}.")
         for name in ("loss_weight", "logits_weight"):
             if (weight := getattr(self, name)) != AUTO or name != "loss_weight":
-                object.__setattr__(self, name, as_weight(weight))
+                object.__setattr__(self, name, as_weight(weight, name))
         object.__setattr__(self, "levels", as_strides(self.levels))
         last = self.detach_after
         if last is not None and (type(last) is not int or last < 0):

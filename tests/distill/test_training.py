@@ -174,7 +174,7 @@ def test_folders_and_names_will_do(teacher, scenes, tmp_path):
         ({"loss": "fgd"}, "loss must be one of pkd, mse, cwd"),
         ({"loss_weight": "much"}, "loss_weight is 'much'"),
         ({"loss_weight": float("nan")}, "loss_weight is nan"),
-        ({"logits_weight": "auto"}, "loss_weight is 'auto'"),
+        ({"logits_weight": "auto"}, "logits_weight is 'auto'"),
         ({"levels": [8, 8]}, "give the strides of the levels"),
         ({"detach_after": -1}, "detach_after must be a whole number"),
         ({"detach_after": 1.5}, "detach_after must be a whole number"),
