@@ -2,7 +2,7 @@ import pytest
 
 from jdkd.report import read_outcome
 from jdkd.report.html import page
-from jdkd.report.predictions import Box, _box
+from jdkd.report.pictures import Box, box_mark
 from tests.report.browser import Browser, found
 from tests.report.made_up import make_search
 
@@ -72,7 +72,7 @@ def test_dark_pages_are_dark_and_paper_is_white(browser, pages):
 
 
 def test_words_on_a_picture_are_as_small_as_they_are_meant(browser, tmp_path, pages):
-    box = _box(Box((8.0, 8.0, 20.0, 20.0), "cat", "found"), 48)
+    box = box_mark(Box((8.0, 8.0, 20.0, 20.0), "cat", "found"), 48)
     text = pages["finished"].read_text().replace("</body>", f'<svg viewBox="0 0 48 48">{box}</svg></body>')
     (tmp_path / "page.html").write_text(text)
     browser.open(tmp_path / "page.html")
