@@ -66,10 +66,10 @@ class Show:
         )
         with Progress() as progress:
             dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
-            models = {source: opened(source, len(dataset.classes)) for source in dict.fromkeys(self.detectors)}
+            models = {source: detector_of(source, len(dataset.classes)) for source in dict.fromkeys(self.detectors)}
             student, teacher = next(iter(models.values())), None
             if self.teacher is not None:
-                teacher = opened(self.teacher, len(dataset.classes)).to(device)
+                teacher = detector_of(self.teacher, len(dataset.classes)).to(device)
                 responses(student.to(device), teacher, [dataset[0][0].float() / 255])  # says what does not fit at once
             how = {"device": device, "batch_size": self.batch_size, "workers": self.workers}
             sights = []
@@ -107,7 +107,7 @@ class Show:
             raise InputError(f"--threshold is {self.threshold:g}; give a score, from 0 to 1.")
 
 
-def opened(source: str, classes: int) -> nn.Module:
+def detector_of(source: str, classes: int) -> nn.Module:
     """A detector that has learned something: of a folder, or what a function makes.
 
     Raises:

@@ -95,7 +95,7 @@ class Train:
                 "norm sync takes statistics over several processes on GPUs, and this is one process on "
                 f"{device}, where it does what batch does"
             )
-        train, val = _open(splits)
+        train, val = opened(splits)
         config = self.training.config(train, **vars(self))
         run = RunFolder(self.out)
         model, weights = self._model(train.classes)
@@ -116,7 +116,7 @@ class Train:
                 save(self.out, model)
                 scored = {"device": device, "batch_size": self.batch_size, "workers": self.training.workers}
                 scores = evaluate(fuse_for_inference(model), val, **scored, progress=progress.task("evaluate"))
-            content = _summary(model, scores, report, val.sizes[0][1:]) | {
+            content = summary(model, scores, report, val.sizes[0][1:]) | {
                 "config": dataclasses.asdict(config),
                 "device": device,
             }
@@ -232,7 +232,7 @@ class Train:
         }
 
 
-def _open(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionDataset]:
+def opened(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionDataset]:
     """Both splits.
 
     Raises:
@@ -250,7 +250,7 @@ def _open(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionD
     return train, val
 
 
-def _summary(model: Any, scores: Any, report: Any, size: tuple[int, int]) -> dict[str, Any]:
+def summary(model: Any, scores: Any, report: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Scores, cost and what the training took, JSON-able; ``size`` is of an image."""
     from jdkd.latency import profile_cost
 
