@@ -15,6 +15,7 @@ from jdkd.report.layout import laid_out, table
 from jdkd.report.lineage import lineage_tree
 from jdkd.report.outcome import HEADINGS, Outcome, rows
 from jdkd.report.predictions import predictions_section
+from jdkd.report.taught import taught_section
 from jdkd.report.teachers import teachers_section
 from jdkd.report.verdict import images_of, summary
 from jdkd.search.archive import Candidate
@@ -42,6 +43,7 @@ def page(outcome: Outcome) -> str:
         "predictions": ("What base and student see", predictions_section(outcome)),
         "lineage": ("Lineage: what each action gained and cost", _lineage(outcome)),
         "teachers": ("Teachers", teachers_section(outcome)),
+        "responses": ("What student and teacher respond to", taught_section(outcome)),
         "latency": ("Latency: how far to believe it", latency_section(outcome)),
         "cost": ("Where the time went", cost_section(outcome.result)),
         "candidates": ("Every candidate", _candidates(outcome)),

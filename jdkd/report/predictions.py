@@ -39,7 +39,7 @@ def predictions_section(outcome: Outcome) -> str:
     if not names or not outcome.students:
         return ""
     try:
-        dataset = _examples(part, names[:SHOWN])
+        dataset = examples(part, names)
         images, targets = zip(*dataset, strict=True)
         folders = {one.candidate: one.folder for one in outcome.students}
         models = {"base": Path(where.get("base", ""))}
@@ -62,15 +62,15 @@ def predictions_section(outcome: Outcome) -> str:
     return f'<p class="faint">{rule}</p>{"".join(figures)}'
 
 
-def _examples(part: Mapping[str, Any], names: Sequence[str]) -> CocoDetectionDataset:
-    """The images of these file names.
+def examples(part: Mapping[str, Any], names: Sequence[str]) -> CocoDetectionDataset:
+    """The first images of these file names, of those that report.
 
     Raises:
         InputError: they are not there any more.
     """
     dataset = CocoDetectionDataset(Split(Path(part["image_folder"]), Path(part["annotations"])))
     known = {name: index for index, (name, _, _) in enumerate(dataset.sizes)}
-    return dataset.subset(known[name] for name in names if name in known)
+    return dataset.subset(known[name] for name in names[:SHOWN] if name in known)
 
 
 def _seen(
