@@ -15,7 +15,7 @@ from jdkd.distill.responses import responses
 from jdkd.errors import InputError
 from jdkd.pool import load_pool
 from jdkd.pool.members import Teacher
-from jdkd.report.outcome import Outcome
+from jdkd.report.outcome import Outcome, Student
 from jdkd.report.predictions import examples
 from jdkd.report.responses import responses_section
 from jdkd.search.proposal import BASE
@@ -36,12 +36,11 @@ def taught_section(outcome: Outcome) -> str:
     """
     part = outcome.result.get("report")
     names = part.get("examples") if isinstance(part, dict) else None
-    taught = [one for one in outcome.students if one.candidate in outcome.by_id]
-    taught = [one for one in taught if outcome.by_id[one.candidate].teacher is not None]
+    taught = [one for one in outcome.students if _last_teacher(one, outcome) is not None]
     if not names or not taught:
         return ""
     student = min(taught, key=lambda one: one.target)
-    teacher = outcome.by_id[student.candidate].teacher
+    teacher = _last_teacher(student, outcome)
     try:
         dataset = examples(part, names)
         images = [image for image, _ in dataset]
@@ -51,6 +50,14 @@ def taught_section(outcome: Outcome) -> str:
         return f'<p class="faint">Not shown: {escape(str(error))}</p>'
     titles = student.title, f"its last teacher ({teacher})"
     return responses_section(levels, images[0], len(images), CHANNELS, titles)
+
+
+def _last_teacher(student: Student, outcome: Outcome) -> Teacher | None:
+    """Who taught a student, or the youngest of its ancestors that anybody taught."""
+    if student.candidate not in outcome.by_id:
+        return None
+    line = outcome.line(outcome.by_id[student.candidate])
+    return next((one.teacher for one in reversed(line) if one.teacher is not None), None)
 
 
 def _teacher(teacher: Teacher, outcome: Outcome, dataset: CocoDetectionDataset) -> nn.Module:

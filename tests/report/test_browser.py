@@ -51,7 +51,7 @@ def seen(tmp_path_factory, digits):
     _, val = digits
     images = [judge(target["boxes"][1:], target["labels"][1:], torch.ones(len(target["labels"]))[1:], target)
               for _, target in val]  # fmt: skip
-    sights = [Sight("a student with a long name of one word_" * 3, images, 0.5), Sight("base", images[::-1], 0.5)]
+    sights = [Sight("a_name_that_is_one_word_" * 5, images, 0.5), Sight("base", images[::-1], 0.5)]
     responses = responses_section(levels_of(), val[0][0], 4, 4, ("student", "teacher"))
     page = tmp_path_factory.mktemp("seen") / "seen.html"
     page.write_text(seen_page(val, sights, 3, responses=responses, command=["jdkd", "show", "x" * 200]))
