@@ -63,6 +63,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
 
     from jdkd.cli.check import Check
     from jdkd.cli.data import CheckData, Digits
+    from jdkd.cli.distill import Distill
     from jdkd.cli.env import Env
     from jdkd.cli.evaluate import Eval
     from jdkd.cli.importing import Import
@@ -88,6 +89,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         named("import", Import, positional),
         named("inspect", Inspect, positional),
         named("train", Train),
+        named("distill", Distill),
         Annotated[pool, tyro.conf.subcommand(name="pool", description="Train, measure and open a teacher pool.")],
         named("search", Search),
         named("report", Report, positional),

@@ -64,6 +64,12 @@ def known_classes(model: nn.Module) -> int | None:
     return None if head is None else head.outputs - 1
 
 
+def is_two_stage(model: nn.Module) -> bool:
+    """Whether a detector looks twice: it proposes regions and classifies those."""
+    head = class_head(model)
+    return not head.dense if head is not None else any(hasattr(module, "roi_head") for module in model.modules())
+
+
 def _head_in(module: nn.Module) -> ClassHead | None:
     heads = getattr(module, "roi_heads", None)
     scores = getattr(getattr(heads, "box_predictor", None), "cls_score", None)

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from jdkd.distill.adapter import Adapters, Regression, SquaredError
 from jdkd.distill.alignment import aligned_pairs
+from jdkd.distill.channel_wise import ChannelWiseDivergence
 from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.correlation import mean_by_stride
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
@@ -51,8 +52,10 @@ class FeatureDistiller:
         adapter: compare through trained 1x1 convolutions from the student's channels to the teacher's, so that widths
             may differ in any way; then without ``channels``. Call :meth:`fit_adapters` before training, and have
             :attr:`adapters` trained with the student: ``fit(..., auxiliary=distiller.adapters)``.
-        imitation: ``"pearson"``, or ``"mse"`` for the squared error (FitNets; Romero et al., ICLR 2015), which sees
-            scales and offsets too and takes none of the options below.
+        imitation: ``"pearson"``; ``"mse"`` for the squared error (FitNets; Romero et al., ICLR 2015), which sees
+            scales and offsets too; or ``"cwd"`` for the divergence between what channels say of positions (Shu et al.,
+            ICCV 2021). Those two take none of Pearson's options below.
+        tau: temperature of ``"cwd"``.
         runner: a shared runner of the teacher; by default its own, and then it knows whether ``own_size`` is meant.
         level_weights, statistics, zero_variance, group: see :func:`jdkd.functional.pearson_tap`.
 
@@ -71,6 +74,7 @@ class FeatureDistiller:
         own_size: bool = False,
         adapter: bool = False,
         imitation: str = "pearson",
+        tau: float = 1.0,
         runner: TeacherRunner | None = None,
         level_weights: Sequence[float] | None = None,
         statistics: str = "batch",
@@ -83,7 +87,8 @@ class FeatureDistiller:
             raise InputError("adapter and channels are both given; adapters find the channels, leave channels out")
         self.levels = as_strides(levels)
         self._channels = None if adapter else TeacherChannels(channels)
-        self.tap = _imitation(imitation, as_weight(loss_weight), {"level_weights": level_weights, **options})
+        options = {"level_weights": level_weights, **options, "tau": tau}
+        self.tap = _imitation(imitation, as_weight(loss_weight), options)
         self.runner = runner or TeacherRunner(student, teacher, own_size=own_size)
         self.adapters: Adapters | None = None  # one for every pair of levels, once they are fitted
         self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
@@ -214,15 +219,23 @@ def _prior(pair: LevelPair) -> Tensor:  # -> [C_t, C_s]
     return torch.eye(widths[0], device=pair.student.device) if alike else pair.student.new_zeros(widths)
 
 
-def _imitation(name: str, loss_weight: float, options: dict[str, Any]) -> PearsonTap | SquaredError:
-    if name == "pearson":
-        return PearsonTap(loss_weight, return_levels=True, **options)
-    if name != "mse":
-        raise InputError(f"imitation is {name!r}; choose pearson or mse")
+def _imitation(
+    name: str, loss_weight: float, options: dict[str, Any]
+) -> PearsonTap | SquaredError | ChannelWiseDivergence:
+    takes = {"pearson": {*options} - {"tau"}, "mse": set(), "cwd": {"tau"}}
+    if name not in takes:
+        raise InputError(f"imitation is {name!r}; choose {', '.join([*takes][:-1])} or {[*takes][-1]}")
     defaults = FeatureDistiller.__init__.__kwdefaults__
-    if given := [option for option, value in options.items() if value != defaults[option]]:
-        raise InputError(f"imitation is 'mse', which takes no {', '.join(given)}; leave that out, or take 'pearson'")
-    return SquaredError(loss_weight)
+    if given := [each for each in options if each not in takes[name] and options[each] != defaults[each]]:
+        other = next(other for other, taken in takes.items() if given[0] in taken)
+        raise InputError(f"imitation is {name!r}, which takes no {', '.join(given)}; leave that out, or take {other!r}")
+    if name == "pearson":
+        return PearsonTap(loss_weight, return_levels=True, **{option: options[option] for option in takes[name]})
+    if name == "mse":
+        return SquaredError(loss_weight)
+    if not (isinstance(options["tau"], int | float) and 0 < options["tau"] < math.inf):
+        raise InputError(f"tau is {options['tau']!r}, a temperature; give a finite number above 0")
+    return ChannelWiseDivergence(loss_weight, options["tau"])
 
 
 def as_weight(weight: Any) -> float:

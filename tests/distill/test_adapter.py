@@ -240,7 +240,7 @@ def test_the_squared_error_needs_no_adapter_where_widths_agree(student, teacher,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"imitation": "l2"}, "imitation is 'l2'; choose pearson or mse"),
+        ({"imitation": "l2"}, "imitation is 'l2'; choose pearson, mse or cwd"),
         ({"adapter": True, "channels": [0]}, "adapter and channels are both given; .* leave channels out"),
         ({"imitation": "mse", "statistics": "instance"}, "'mse', which takes no statistics; leave that out"),
         ({"imitation": "mse", "level_weights": [1.0]}, "'mse', which takes no level_weights"),
