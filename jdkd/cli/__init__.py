@@ -72,6 +72,8 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     from jdkd.cli.pool import PoolEval, PoolExport, PoolTrain
     from jdkd.cli.report import Report
     from jdkd.cli.search import Search
+    from jdkd.cli.show import Show
+    from jdkd.cli.swap import Swap
     from jdkd.cli.train import Train
 
     def named(name: str, command: Any, *markers: Any) -> Any:
@@ -92,6 +94,8 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         named("search", Search),
         named("report", Report, positional),
         named("eval", Eval, positional),
+        named("show", Show, positional),
+        named("swap", Swap),
         named("latency", Latency, positional),
         named("env", Env),
         named("check", Check),

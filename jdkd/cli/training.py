@@ -98,11 +98,12 @@ class Job:
     training: TrainingFlags
     device: str
 
-    def run(self, fitting: Fitting, **identity: Any) -> None:
+    def run(self, fitting: Fitting, facts: Mapping[str, Any] | None = None, **identity: Any) -> None:
         """Trains the detector, or carries that on; saves, scores and tells.
 
         Args:
             fitting: trains it, with the progress to report to and with what :func:`jdkd.train.fit` takes of a folder.
+            facts: what is written beside the scores; ``fitting`` may add to it.
             identity: what a resumed run must have in common with the first, besides what every training has.
         """
         from jdkd.data.splits import whereabouts
@@ -131,6 +132,7 @@ class Job:
                 "config": dataclasses.asdict(self.config),
                 "device": self.device,
                 **identity,
+                **(facts or {}),
             }
             write_json(self.out / f"{self.kind}.json", content)
             if mirror is not None:

@@ -98,7 +98,7 @@ def evaluate(
     inner = unwrapped(model)
     most = _asked_for(inner) if max_detections is None else max_detections
     require_whole({"batch_size": batch_size, "max_detections": most})
-    _require_same_classes(inner, dataset.classes, dataset.label_to_category)
+    require_same_classes(inner, dataset.classes, dataset.label_to_category)
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
     findings = Findings(type(inner).__name__, dataset.label_to_category)
@@ -160,7 +160,7 @@ def _score(dataset: Any, found: list[dict[str, Any]], most: int, of: str = "bbox
     return Scores(*stats[:3], stats, lines, most)
 
 
-def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
+def require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
     """Refuses a detector that was made for other classes, or for the same ones in another order.
 
     Where the number of classes does not show, :class:`Findings` checks the labels.
