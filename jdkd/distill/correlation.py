@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +101,7 @@ def compared(
     batches: Iterable[Any],
     channels: TeacherChannels | None,
     levels: Sequence[int] | None,
+    call: Callable[[Any], Any] | None = None,
 ) -> Iterator[list[LevelPair]]:
     """The levels of each batch that are compared, see :func:`aligned_pairs`.
 
@@ -108,12 +110,20 @@ def compared(
         look: how its teacher sees a batch.
         batches: as :func:`correlations` takes them.
         channels, levels: see :func:`aligned_pairs`.
+        call: runs the student on a batch; by default it is called with the batch's images, or, where that is a mapping,
+            with its entries.
     """
     from jdkd.train.inputs import images_of, images_on
 
     for batch in batches:
-        seen, ours = route.look(student, images_on(student, batch), "student")
-        yield aligned_pairs(ours, look(seen, ours.sizes, images_of(batch)), levels, channels)
+        if call is None and not isinstance(batch, Mapping):
+            given = images_of(batch)
+            seen, ours = route.look(student, images_on(student, batch), "student")
+        else:
+            run = partial(call, batch) if call is not None else partial(student, **batch)
+            seen, ours = route.observe(run, student, "student")
+            given = []
+        yield aligned_pairs(ours, look(seen, ours.sizes, given), levels, channels)
 
 
 def mean_by_stride(distances: Mapping[tuple[int, int], float]) -> dict[int, float]:

@@ -1,12 +1,13 @@
 """Both terms of distillation, over one forward of the teacher."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from jdkd.distill.adapter import Adapters
+from jdkd.distill.calibration import Agreements, Permutations
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller
 from jdkd.distill.teacher import TeacherRunner
@@ -26,8 +27,10 @@ class Distiller:
         reuse: keep the teacher's features while the student is given the very same images, for several
             subnets in one step; see :class:`TeacherRunner`.
         own_size: the teacher sees the batch at its own input size instead of the student's.
-        adapter: compare features through trained 1x1 convolutions, see :meth:`FeatureDistiller.fit_adapters`; their
-            parameters are :attr:`adapters`.
+        adapter: compare features through trained 1x1 convolutions, see :meth:`calibrate`; their parameters are
+            :attr:`adapters`.
+        align: ``"none"``, ``"permute"`` or ``"linear"``, for detectors of unrelated origin; see
+            :class:`FeatureDistiller`, and call :meth:`calibrate`.
         imitation: of features, ``"pearson"`` or ``"mse"``; see :class:`FeatureDistiller`.
     """
 
@@ -41,13 +44,14 @@ class Distiller:
         reuse: bool = False,
         own_size: bool = False,
         adapter: bool = False,
+        align: str = "none",
         imitation: str = "pearson",
     ) -> None:
         self.runner = runner = TeacherRunner(student, teacher, reuse=reuse, own_size=own_size)
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
         self._features: FeatureDistiller | None = None
         if feature_weight:
-            how = {"adapter": adapter, "imitation": imitation, "runner": runner}
+            how = {"adapter": adapter, "align": align, "imitation": imitation, "runner": runner}
             self._features = FeatureDistiller(student, teacher, loss_weight=feature_weight, **how)
             self.terms["loss_pkd" if imitation == "pearson" else "loss_mse"] = self._features
         if head_weight:
@@ -55,9 +59,15 @@ class Distiller:
         self._entered = ExitStack()
 
     @property
-    def adapters(self) -> Adapters | None:
-        """What is to be trained with the student, ``fit(..., auxiliary=distiller.adapters)``; None before they fit."""
+    def adapters(self) -> Adapters | Permutations | None:
+        """What stands between the channels of both, once it is fitted; with ``fit(..., auxiliary=distiller.adapters)``
+        it is trained with the student, if it is to be, and a resumed run has the same.
+        """
         return None if self._features is None else self._features.adapters
+
+    def calibrate(self, batches: Iterable[Any], call: Callable[[Any], Any] | None = None) -> Agreements:
+        """See :meth:`FeatureDistiller.calibrate`; without a loss of features there is nothing to bring together."""
+        return Agreements({}, "none") if self._features is None else self._features.calibrate(batches, call)
 
     def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
         """See :meth:`FeatureDistiller.fit_adapters`; without a loss of features there is nothing to fit."""

@@ -101,6 +101,20 @@ class Route:
         Raises:
             InputError: it does not run on them, does not call its neck, or that returns no levels.
         """
+        remedy = (
+            "a list of images [3, H, W] ({}); give a detector that does, as torchvision's do, or wrap it with "
+            "jdkd.detect.adopt"
+        )
+        return self.observe(lambda: model(list(images)), model, who, remedy)
+
+    def observe(
+        self, run: Callable[[], Any], model: nn.Module, who: str, remedy: str = "that batch ({}); mend how it is called"
+    ) -> tuple[StudentInput, PyramidSnapshot]:
+        """What :meth:`look` says, where ``run`` calls the detector.
+
+        Raises:
+            InputError: it does not run, does not call its neck, or that returns no levels.
+        """
         kind, seen, sizes = type(model).__name__, [], []
 
         def see(entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,16 +124,13 @@ class Route:
 
         hooks = [self.entrance.register_forward_pre_hook(see, with_kwargs=True), *self.watch_sizes(sizes.append)]
         try:
-            pyramid = run_until(self.neck, lambda: model(list(images)))
+            pyramid = run_until(self.neck, run)
         except (torch.OutOfMemoryError, InputError):
             raise
-        except (NotReached, TypeError, AttributeError, RuntimeError, ValueError, AssertionError) as error:
+        except (NotReached, TypeError, AttributeError, RuntimeError, ValueError, AssertionError, LookupError) as error:
             missed = isinstance(error, NotReached)
             reason = f"it never called its {type(self.neck).__name__}" if missed else said(error)
-            raise InputError(
-                f"the {who} ({kind}) does not run up to its neck on a list of images [3, H, W] ({reason}); give a "
-                "detector that does, as torchvision's do, or wrap it with jdkd.detect.adopt"
-            ) from error
+            raise InputError(f"the {who} ({kind}) does not run up to its neck on {remedy.format(reason)}") from error
         finally:
             for hook in hooks:
                 hook.remove()
