@@ -12,37 +12,11 @@ from jdkd.distill.calibration import Agreement, Permutations
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.reference.pearson import pkd_loss
-from tests.distill.pyramids import PyramidDetector
+from tests.distill.pyramids import Detector, PyramidDetector, batch
 from tests.train.toy import same, values
 
-WIDTH = 6
-STRIDES = {"fine": 4, "coarse": 8}
+WIDTH = 6  # of a Detector
 WAYS = ("permute", "linear")
-
-
-class Convolved(nn.Module):
-    """Two levels of as many channels as asked for, each a feature of its own of what is in the image."""
-
-    def __init__(self, width: int = WIDTH, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.fine = nn.Conv2d(3, width, 5, 4, padding=2, bias=False)
-        self.coarse = nn.Conv2d(width, width, 3, 2, padding=1, bias=False)
-        self.gain = 1.0
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
-        fine = self.fine(x)
-        return {"fine": fine * self.gain, "coarse": self.coarse(fine) * self.gain}
-
-
-class Detector(nn.Module):
-    def __init__(self, width: int = WIDTH, seed: int = 0) -> None:
-        super().__init__()
-        self.backbone = Convolved(width, seed)
-
-    def forward(self, images: list[Tensor], targets: object = None) -> dict[str, Tensor]:
-        levels = self.backbone(torch.stack(images))
-        return {"loss_head": sum(level.square().mean() for level in levels.values())}
 
 
 class Remixed(nn.Module):
@@ -59,10 +33,6 @@ class Remixed(nn.Module):
         return {"loss_head": self.backbone(torch.stack(images))["fine"].square().mean()}
 
 
-def images(count: int = 4, seed: int = 0, size: int = 64) -> list[Tensor]:
-    return list(torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)))
-
-
 def mix(kind: str, seed: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     if kind == "permute":
@@ -75,24 +45,24 @@ def test_a_teacher_that_is_the_student_in_another_basis_is_recognised(align):
     student = Detector()
     teacher = Remixed(student, mix(align))
     distiller = FeatureDistiller(student, teacher, loss_weight=1.0, align=align)
-    found = distiller.calibrate([images(), images(3, seed=1)])
+    found = distiller.calibrate([batch(4), batch(3, seed=1)])
     before = {
         stride: 1 - distance
-        for stride, distance in correlations(student, teacher, [images(), images(3, seed=1)]).items()
+        for stride, distance in correlations(student, teacher, [batch(4), batch(3, seed=1)]).items()
     }
     assert list(found) == [4, 8]
     for stride, (was, now) in found.items():
         assert was == pytest.approx(before[stride], abs=1e-6) and was < 0.5 and now == pytest.approx(1, abs=0.02)
     with distiller:
-        student.train()(images(2, seed=2))
+        student.train()(batch(2, seed=2))
         assert distiller.loss().item() == pytest.approx(0, abs=0.05), "on images that it was not fitted to"
 
 
 def test_channels_are_matched_for_the_largest_sum_of_r_by_the_teachers_own_gather():
     student, teacher = Detector().train(), Detector(seed=1)
     distiller = FeatureDistiller(student, teacher, loss_weight=2.0, align="permute")
-    distiller.calibrate([images(8)])
-    ours, theirs = (model.backbone(torch.stack(images(8))) for model in (student, teacher))
+    distiller.calibrate([batch(8)])
+    ours, theirs = (model.backbone(torch.stack(batch(8))) for model in (student, teacher))
     expected, picked = 0, {}
     for (name, level), index in zip(ours.items(), distiller.adapters.buffers(), strict=True):
         a, b = (x.detach().transpose(0, 1).flatten(1) for x in (level, theirs[name]))
@@ -109,7 +79,7 @@ def test_channels_are_matched_for_the_largest_sum_of_r_by_the_teachers_own_gathe
     student.backbone.register_forward_hook(lambda _, inputs, levels: seen.append(levels))
     with distiller:
         student.backbone.register_forward_hook(lambda _, inputs, levels: seen.append(levels))
-        student(images(8))
+        student(batch(8))
         loss = distiller.loss()
     expected = pkd_loss([*ours.values()], [theirs[name][:, picked[name]].detach() for name in ours], 2.0)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -122,11 +92,11 @@ def test_channels_are_matched_for_the_largest_sum_of_r_by_the_teachers_own_gathe
 def test_a_linear_map_is_frozen_and_the_student_learns_through_it():
     student, teacher = Detector().train(), Detector(WIDTH + 3, seed=1)
     distiller = FeatureDistiller(student, teacher, align="linear")
-    found = distiller.calibrate([images(8)])
+    found = distiller.calibrate([batch(8)])
     assert all(before is None and after > 0.2 for before, after in found.values()), "of differing widths"
     assert not any(parameter.requires_grad for parameter in distiller.adapters.parameters())
     with distiller:
-        student(images(2))
+        student(batch(2))
         distiller.loss().backward()
     assert all(parameter.grad is None for parameter in distiller.adapters.parameters())
     assert student.backbone.fine.weight.grad.abs().sum() > 0
@@ -135,15 +105,15 @@ def test_a_linear_map_is_frozen_and_the_student_learns_through_it():
 def test_r_after_is_of_images_that_nothing_was_fitted_to():
     """More channels than positions predict anything that they were fitted to, and nothing else."""
     student, teacher = Detector(64), Detector(64, seed=1)
-    noise = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     teacher.backbone.register_forward_hook(
-        lambda _, inputs, levels: {k: torch.randn(v.shape, generator=noise) for k, v in levels.items()}
+        lambda _, inputs, levels: {k: torch.randn(v.shape, generator=generator) for k, v in levels.items()}
     )
     distiller = FeatureDistiller(student, teacher, align="linear", levels=[8])
     with pytest.warns(
         Notice, match=r"teacher \(Detector\) has nothing to say to the student .* stride \[8\]: after lin"
     ):
-        found = distiller.calibrate([images(2, size=32 + 32)])
+        found = distiller.calibrate([batch(2, size=32 + 32)])
     assert abs(found[8].after) < 0.05
 
 
@@ -152,9 +122,9 @@ def test_an_alignment_that_would_take_a_level_farther_away_leaves_it_as_it_is():
     teacher = copy.deepcopy(student)  # the same channels, somewhat changed: the best match is the one it comes with
     for align in WAYS:
         distiller = FeatureDistiller(student, teacher, align=align)
-        found = distiller.calibrate([images(2, size=8)])  # four positions, and one
+        found = distiller.calibrate([batch(2, size=8)])  # four positions, and one
         assert all(after >= before - 1e-9 for before, after in found.values())
-    for index in FeatureDistiller(student, teacher, align="permute").calibrate([images(2, size=8)]).values():
+    for index in FeatureDistiller(student, teacher, align="permute").calibrate([batch(2, size=8)]).values():
         assert index == pytest.approx(Agreement(1.0, 1.0))
 
 
@@ -163,7 +133,7 @@ def test_a_teacher_that_is_dead_is_said_once_to_have_nothing_to_say(how, recwarn
     student, teacher = Detector(), Detector(seed=1)
     teacher.backbone.gain = 0.0
     for _ in range(2):
-        found = FeatureDistiller(student, teacher, **how).calibrate([images()])
+        found = FeatureDistiller(student, teacher, **how).calibrate([batch(4)])
         assert found == {4: (0.0, 0.0), 8: (0.0, 0.0)}
     said = [str(warning.message) for warning in recwarn if warning.category is Notice]
     assert len(said) == 1 and "nothing to say" in said[0] and "[4, 8]" in said[0] and "0.000, 0.000" in said[0]
@@ -171,33 +141,33 @@ def test_a_teacher_that_is_dead_is_said_once_to_have_nothing_to_say(how, recwarn
 
 def test_what_was_found_is_printed_a_line_a_level():
     student = Detector()
-    text = str(FeatureDistiller(student, Remixed(student, mix("permute")), align="permute").calibrate([images()]))
+    text = str(FeatureDistiller(student, Remixed(student, mix("permute")), align="permute").calibrate([batch(4)]))
     first, *levels = text.splitlines()
     assert first == "mean r of student and teacher, before and after permute"
     assert len(levels) == 2 and levels[0].startswith("stride    4: ") and levels[0].endswith("-> 1.000")
-    wider = str(FeatureDistiller(student, Detector(9), adapter=True).calibrate([images()]))
+    wider = str(FeatureDistiller(student, Detector(9), adapter=True).calibrate([batch(4)]))
     assert "stride    8: differing widths -> " in wider
-    assert dict(FeatureDistiller(student, Detector(), levels=[8]).calibrate([images()])) == {8: pytest.approx((1, 1))}
+    assert dict(FeatureDistiller(student, Detector(), levels=[8]).calibrate([batch(4)])) == {8: pytest.approx((1, 1))}
 
 
 def test_a_distiller_hands_on_what_stands_between_and_its_state_brings_it_back():
     student, teacher = Detector(), Detector(seed=1)
     distiller = Distiller(student, teacher, align="permute", imitation="mse")
     assert distiller.adapters is None
-    assert list(distiller.calibrate([images()])) == [4, 8]
+    assert list(distiller.calibrate([batch(4)])) == [4, 8]
     assert isinstance(distiller.adapters, Permutations) and not [*distiller.adapters.parameters()]
     again = Distiller(student, teacher, align="permute")
-    again.calibrate([images(seed=9)])
+    again.calibrate([batch(4, seed=9)])
     again.adapters.load_state_dict(distiller.adapters.state_dict())
     assert same(values(again.adapters), values(distiller.adapters))
     index = [*distiller.adapters.buffers()]
     with distiller:
-        student.train()(images(2))
+        student.train()(batch(2))
         loss = distiller.loss()
-    ours, theirs = (model.backbone(torch.stack(images(2))) for model in (student, teacher))
+    ours, theirs = (model.backbone(torch.stack(batch(2))) for model in (student, teacher))
     pairs = zip(ours.values(), theirs.values(), index, strict=True)
     assert loss.item() == pytest.approx(sum(6 * F.mse_loss(a, b[:, i]).item() / 2 for a, b, i in pairs), rel=1e-5)
-    assert Distiller(student, teacher, feature_weight=0, align="linear").calibrate([images()]) == {}
+    assert Distiller(student, teacher, feature_weight=0, align="linear").calibrate([batch(4)]) == {}
 
 
 @pytest.mark.parametrize(
@@ -220,10 +190,10 @@ def test_what_cannot_be_aligned_is_refused():
     with pytest.raises(
         InputError, match=r"each of the student's 6 channels one of the teacher's, which has 4 .*linear"
     ):
-        FeatureDistiller(student, narrow, align="permute").calibrate([images()])
+        FeatureDistiller(student, narrow, align="permute").calibrate([batch(4)])
     assert student.training and torch.is_grad_enabled(), "a refusal leaves everything as it was"
     with pytest.raises(InputError, match=r"pyramid has 6 channels and the teacher's 4 .*or adapter=True"):
-        FeatureDistiller(student, narrow).calibrate([images()])
+        FeatureDistiller(student, narrow).calibrate([batch(4)])
     with pytest.raises(InputError, match="calibrate was given 0 batches"):
         FeatureDistiller(student, Detector(seed=1), align="permute").calibrate([])
     distiller = FeatureDistiller(student, Detector(seed=1), align="permute")
@@ -231,11 +201,11 @@ def test_what_cannot_be_aligned_is_refused():
         distiller,
         pytest.raises(InputError, match=r"align='permute' is asked for and there is none yet; call calibrat"),
     ):
-        student.train()(images())
+        student.train()(batch(4))
     broken = Detector(seed=1)
     broken.backbone.gain = float("nan")
     with pytest.raises(InputError, match=r"values of the calibration images that are not finite \(level of stride 4\)"):
-        FeatureDistiller(student, broken, align="linear").calibrate([images()])
+        FeatureDistiller(student, broken, align="linear").calibrate([batch(4)])
 
 
 def test_a_narrower_student_takes_the_best_of_the_teachers_channels():
@@ -243,6 +213,6 @@ def test_a_narrower_student_takes_the_best_of_the_teachers_channels():
     student = PyramidDetector(4, {"a": 4})
     student.backbone.forward = lambda x: {"a": teacher.backbone(x)["fine"][:, [7, 2, 0, 5]] + 0}
     distiller = FeatureDistiller(student, teacher, align="permute", levels=[4])
-    found = distiller.calibrate([images()])
+    found = distiller.calibrate([batch(4)])
     assert found == {4: (None, pytest.approx(1))}
     assert next(distiller.adapters.buffers()).tolist() == [7, 2, 0, 5]
