@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
@@ -37,7 +37,7 @@ class DistillationHandle:
         self._is_inside = False  # the student's forward
         self._steps = 0  # since the adapters were fitted
         self._fitted: list[tuple[nn.Parameter, int]] = []  # their parameters, and the versions of these then
-        self._hooks = [self._neck.register_forward_hook(Hook(self._neck_ran))]
+        self._hooks = [distiller.runner.watch_pyramid(self._neck_ran)]
         self._distiller = distiller.__enter__()
         self._hooks.append(self._student.register_forward_pre_hook(Hook(self._begun), prepend=True))
         self._hooks.append(self._student.register_forward_hook(Hook(self)))
@@ -99,7 +99,7 @@ class DistillationHandle:
     def __exit__(self, *error: object) -> None:
         self.remove()
 
-    def __call__(self, student: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Mapping[str, Any] | None:
+    def __call__(self, student: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
         """The student's outputs with the teacher's loss; a forward hook."""
         self._is_inside = False
         if not student.training:
@@ -171,7 +171,9 @@ def attach(
                 ...
 
     Of outputs that have an entry ``loss``, the total, as Hugging Face's models return them, the loss is added to that
-    one instead. The outputs keep their type.
+    one instead; of a tuple to its first entry, which is the loss with ``return_dict=False`` and of Ultralytics' models
+    (there it is one entry more; as theirs are sums over the batch, multiply ``loss_weight`` by its size). The outputs
+    keep their type.
 
     Where widths differ, trained 1x1 convolutions bring the student's channels to the teacher's; where both have as many
     that mean other things, ``align`` does. Either is fitted on a few images first, and never becomes part of the
@@ -200,7 +202,8 @@ def attach(
         channels: ``[C_student]``, the teacher's channel opposite each of the student's, where they are not as many; or
             such a list for each of the student's levels, in the order in which its neck returns them or by their names.
         neck: dotted name of the student's submodule that returns the pyramid, a tensor, or sequences and mappings of
-            ``[N, C, H, W]``; by default ``neck`` or else ``backbone``.
+            ``[N, C, H, W]``; or of a head that is called with it, ``"head:input"``; by default ``neck``, or else
+            ``backbone``, or else what the head of Ultralytics' models is called with.
         teacher_neck: the teacher's; by default as the student's.
         student_normalisation, teacher_normalisation: how the images are normalised that reach each backbone:
             ``(mean, std)``, ``(mean, std, scale, order)`` with ``scale`` 1 or 255 and ``order`` ``"rgb"`` or ``"bgr"``,

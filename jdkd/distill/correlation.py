@@ -14,6 +14,7 @@ from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
 from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.levels import LevelPair, as_strides
 from jdkd.distill.route import Route, module_of, route_of
+from jdkd.distill.student_input import parameters_of
 from jdkd.distill.teacher_view import TeacherView
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
@@ -111,7 +112,7 @@ def compared(
         batches: as :func:`correlations` takes them.
         channels, levels: see :func:`aligned_pairs`.
         call: runs the student on a batch; by default it is called with the batch's images, or, where that is a mapping,
-            with its entries.
+            with its entries, or with that itself where it has no parameters of these names.
     """
     from jdkd.train.inputs import images_of, images_on
 
@@ -120,7 +121,8 @@ def compared(
             given = images_of(batch)
             seen, ours = route.look(student, images_on(student, batch), "student")
         else:
-            run = partial(call, batch) if call is not None else partial(student, **batch)
+            named = isinstance(batch, Mapping) and not batch.keys().isdisjoint(parameters_of(student))
+            run = partial(student, **batch) if call is None and named else partial(call or student, batch)
             seen, ours = route.observe(run, student, "student")
             given = []
         yield aligned_pairs(ours, look(seen, ours.sizes, given), levels, channels)

@@ -105,7 +105,7 @@ class FeatureDistiller:
         self.runner.__enter__()
         self._hooks = [
             self.runner.student.register_forward_pre_hook(Hook(self._begun), prepend=True),
-            self.runner.neck.register_forward_hook(Hook(self._arrived)),
+            self.runner.watch_pyramid(self._arrived),
         ]
         return self
 
