@@ -174,7 +174,7 @@ def test_a_head_that_is_called_with_the_levels_may_be_named_and_adapted():
         assert list(found) == [4, 8] and [a.out_channels for a in handle.adapters] == [8, 12]
         student(batch)[0].sum().backward()
         assert handle.adapters[0].weight.grad.abs().sum() > 0
-    with attach(student, Returning(dict, 1), adapter=True, teacher_neck="backbone") as handle:  # another framework's
+    with attach(student, Returning(dict, 1), adapter=True, teacher_normalisation="same") as handle:
         assert list(handle.calibrate([batch])) == [4, 8]
     with pytest.raises(InputError, match=r"no submodule model.7; .* or a head that is called with it, 'head:input'"):
         attach(student, teacher, neck="model.7:input")
