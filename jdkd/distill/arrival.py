@@ -62,7 +62,7 @@ def check_arrival(route: Route, says: Normalisation | None, who: str, *, own_siz
         InputError: it says one thing and does another.
     """
     seen = arrival(route)
-    if seen is None or says is None:
+    if seen is None or says is None or len(says.mean) not in (1, len(COLOUR)):
         return COLOUR if seen is None else seen
     expected = _normalised(says)
     allowed = [expected] if own_size else [COLOUR, expected, _normalised(says, as_given=True)]

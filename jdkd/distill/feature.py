@@ -17,7 +17,7 @@ from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
 from jdkd.distill.levels import as_strides
-from jdkd.distill.neck import Pyramid, with_levels
+from jdkd.distill.neck import Pyramid, levels_of, with_levels
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn import PearsonTap
@@ -99,6 +99,7 @@ class FeatureDistiller:
         self._learns = False  # whether a gradient reaches the student through one of its levels
         self._ran_with_gradients = False
         self._begun_in = FORWARD
+        self._levels: set[int] = set()  # addresses of those that the heads were given
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
@@ -106,6 +107,7 @@ class FeatureDistiller:
         self._hooks = [
             self.runner.student.register_forward_pre_hook(Hook(self._begun), prepend=True),
             self.runner.watch_pyramid(self._arrived),
+            *(writer.register_forward_pre_hook(Hook(self._spared)) for writer in self.runner.writers()),
         ]
         return self
 
@@ -181,6 +183,7 @@ class FeatureDistiller:
 
     def _begun(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._loss = None
+        self._levels = set()
         self._begun_with_gradients, self._begun_in = torch.is_grad_enabled(), pass_number()
 
     def _arrived(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Pyramid) -> Pyramid | None:
@@ -218,7 +221,17 @@ class FeatureDistiller:
             students, teachers = self._brought_together(students, teachers)
         tapped, loss, losses = self.tap(students, teachers)
         # Of levels that were resized or adapted, which the pyramid does not hold, the heads keep the neck's.
-        return with_levels(pyramid, students, tapped), [pair.stride for pair in pairs], loss, losses
+        pyramid = with_levels(pyramid, students, tapped)
+        if not torch.compiler.is_compiling():
+            self._levels = {level.data_ptr() for level in levels_of(pyramid).values()}
+        return pyramid, [pair.stride for pair in pairs], loss, losses
+
+    def _spared(self, writer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Gives a head that writes to a level a copy, as the gradient of the loss needs the level as it was."""
+        level = inputs[0] if inputs else None
+        if torch.compiler.is_compiling() or not isinstance(level, Tensor) or level.data_ptr() not in self._levels:
+            return None
+        return level.clone(), *inputs[1:]
 
     def _brought_together(
         self, students: Sequence[Tensor], teachers: Sequence[Tensor]

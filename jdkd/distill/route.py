@@ -106,6 +106,15 @@ class Route:
 
         return self.neck.register_forward_pre_hook(Hook(called))
 
+    def writers(self) -> list[nn.Module]:
+        """Activations outside of the neck and backbone that write to what they are given."""
+        inside = set(self.neck.modules()) if not self.given else set()
+        if self.entrance is not self.chain[-1]:
+            inside |= set(self.entrance.modules())
+        return [
+            part for part in self.chain[0].modules() if getattr(part, "inplace", False) is True and part not in inside
+        ]
+
     def watch_sizes(self, see: Callable[[list[Size] | None], None]) -> list[Any]:
         """Hooks that say height and width of every image before it was padded, as torchvision's transform does."""
 

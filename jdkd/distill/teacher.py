@@ -74,6 +74,7 @@ class TeacherRunner:
         self._route = route_of(student, "student", neck)
         theirs = route_of(teacher, "teacher", neck if teacher_neck is None else teacher_neck)
         self.neck, self.watch_pyramid = self._route.neck, self._route.watch_pyramid
+        self.writers = self._route.writers
         self._names = tuple(parameters_of(self._route.entrance))
         says = student_normalisation, teacher_normalisation
         self._view = TeacherView(self.teacher, theirs, None if own_size else self._route, says)
