@@ -113,8 +113,13 @@ class _Halves:
 class _Permute:
     @staticmethod
     def fit(regression: Regression) -> Tensor:  # -> [C_s], of the teacher's channels
-        """The assignment of the largest sum of r (Kuhn, 1955)."""
-        from scipy.optimize import linear_sum_assignment
+        """The assignment of the largest sum of r (the Hungarian method; Kuhn, 1955)."""
+        try:
+            from scipy.optimize import linear_sum_assignment
+        except ModuleNotFoundError as error:
+            raise InputError(
+                "align='permute' needs scipy, which is not installed; install jdkd[detect], or take align='linear'"
+            ) from error
 
         r = regression.correlation().T  # [C_s, C_t]
         _, index = linear_sum_assignment(r.cpu().numpy(), maximize=True)

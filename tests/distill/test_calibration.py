@@ -1,6 +1,7 @@
 """Detectors of unrelated origin: their channels matched or mapped on a few images, and how far that brings them."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -12,7 +13,10 @@ from jdkd.distill.calibration import Agreement, Permutations
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.reference.pearson import pkd_loss
+from jdkd.train import TrainConfig, fit
+from tests.detectors import detector, small_spec
 from tests.distill.pyramids import Detector, PyramidDetector, batch
+from tests.train.scenes import write_scenes
 from tests.train.toy import same, values
 
 WIDTH = 6  # of a Detector
@@ -208,6 +212,13 @@ def test_what_cannot_be_aligned_is_refused():
         FeatureDistiller(student, broken, align="linear").calibrate([batch(4)])
 
 
+def test_without_scipy_channels_are_not_matched_and_it_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    with pytest.raises(InputError, match=r"needs scipy, .* install jdkd\[detect\], or take align='linear'"):
+        FeatureDistiller(Detector(), Detector(seed=1), align="permute").calibrate([batch(4)])
+    assert FeatureDistiller(Detector(), Detector(seed=1), align="linear").calibrate([batch(4)])
+
+
 def test_a_narrower_student_takes_the_best_of_the_teachers_channels():
     teacher = Detector(9, seed=1)
     student = PyramidDetector(4, {"a": 4})
@@ -216,3 +227,23 @@ def test_a_narrower_student_takes_the_best_of_the_teachers_channels():
     found = distiller.calibrate([batch(4)])
     assert found == {4: (None, pytest.approx(1))}
     assert next(distiller.adapters.buffers()).tolist() == [7, 2, 0, 5]
+
+
+@pytest.mark.parametrize("align", WAYS)
+def test_a_training_keeps_what_was_fitted_and_a_resumed_one_has_it_again(align, tmp_path):
+    scenes, teacher = write_scenes(tmp_path / "scenes", images=4), detector(small_spec("bottleneck"), seed=7)
+    config, fitted = TrainConfig(steps=1, batch_size=2), []
+    for seed in (0, 1):  # the second time on other images, by which it would have been fitted otherwise
+        student = detector(small_spec())
+        with Distiller(student, teacher, align=align) as distiller:
+            distiller.calibrate([batch(2, seed=seed)])
+            begun = values(distiller.adapters)
+
+            def losses(images, targets, step, student=student, distiller=distiller):
+                yield student(images, targets) | distiller.losses()
+
+            how = {"losses": losses, "auxiliary": distiller.adapters, "folder": tmp_path / "run", "resume": seed == 1}
+            fit(student, scenes, config, device="cpu", **how)
+            fitted.append(values(distiller.adapters))
+            assert same(begun, fitted[-1]) == (seed == 0), "it is never trained, and the first one's is taken up"
+    assert same(*fitted)
