@@ -1,10 +1,7 @@
-"""COCO average precision of a detector, by pycocotools."""
+"""See :func:`evaluate`."""
 
-import contextlib
 import dataclasses
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,42 +18,7 @@ from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.train.findings import Findings
-from jdkd.train.twelve import twelve
-
-COCO_DETECTIONS = 100  # an image, where nothing else is said
-
-
-@dataclass(frozen=True)
-class Scores:
-    """COCO's twelve numbers; -1 stands, as pycocotools has it, where there is no ground truth to score.
-
-    Attributes:
-        map: average precision over IoU 0.50:0.95, all areas.
-        map50, map75: the same at IoU 0.50 and at 0.75.
-        stats: all twelve, in pycocotools' order.
-        lines: the twelve lines that pycocotools prints.
-        max_detections: how many detections an image were scored.
-        segm: the same of the masks, where the detector gives them and the data have segmentations; else None.
-    """
-
-    map: float
-    map50: float
-    map75: float
-    stats: list[float]
-    lines: str
-    max_detections: int = COCO_DETECTIONS
-    segm: "Scores | None" = None
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """map, map50, map75 and stats, and those of masks under segm where they were scored; JSON-able."""
-        own = {name: getattr(self, name) for name in ("map", "map50", "map75", "stats")}
-        return own if self.segm is None else {**own, "segm": self.segm.numbers}
-
-    @property
-    def text(self) -> str:
-        """The lines of boxes, and those of masks where they were scored."""
-        return self.lines if self.segm is None else f"boxes:\n{self.lines}\nmasks:\n{self.segm.lines}"
+from jdkd.train.scoring import COCO_DETECTIONS, Scores, score
 
 
 def evaluate(
@@ -113,10 +75,10 @@ def evaluate(
                 progress(done, len(dataset))
     rows = findings.close()
     masks = [{key: value for key, value in row.items() if key != "bbox"} for row in rows if "segmentation" in row]
-    boxes = _score(dataset, rows, most)
+    boxes = score(dataset, rows, most)
     if not findings.masks:
         return boxes
-    return dataclasses.replace(boxes, segm=_score(dataset.with_masks(), masks, most, "segm"))
+    return dataclasses.replace(boxes, segm=score(dataset.with_masks(), masks, most, "segm"))
 
 
 def _segmented(dataset: Any) -> bool:
@@ -132,32 +94,6 @@ def _asked_for(model: nn.Module) -> int:
     known = known_architecture(model)
     asked = [each.arguments.get("max_detections") for each in (builders_of(known) if known else ())]
     return next((number for number in asked if number is not None), COCO_DETECTIONS)
-
-
-def _score(dataset: Any, found: list[dict[str, Any]], most: int, of: str = "bbox") -> Scores:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = dataset.coco
-        if found:
-            results = truth.loadRes(found)
-        else:  # loadRes cannot take an empty list
-            results = COCO()
-            results.dataset = {**truth.dataset, "annotations": []}
-            results.createIndex()
-        scoring = COCOeval(truth, results, of)
-        scoring.params.imgIds = sorted(dataset.image_ids)
-        scoring.params.maxDets = [min(1, most), min(10, most), most]
-        scoring.evaluate()
-        scoring.accumulate()
-    stats, lines = twelve(scoring)
-    if stats[0] == -1:
-        say_once(
-            f"none of the {len(dataset)} images has a box to detect, so there is nothing to score and every number is "
-            "-1; choose images with boxes"
-        )
-    return Scores(*stats[:3], stats, lines, most)
 
 
 def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
