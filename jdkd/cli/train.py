@@ -111,11 +111,13 @@ class Train:
             with Progress() as progress:
                 how = {"device": device, "folder": self.out, "resume": resumed}
                 report = fit(model, train, config, **how, progress=progress.task("train"))
-                if not is_first():  # which saves and scores
-                    return
-                save(self.out, model)
+                if is_first():
+                    save(self.out, model)
                 scored = {"device": device, "batch_size": self.batch_size, "workers": self.training.workers}
-                scores = evaluate(fuse_for_inference(model), val, **scored, progress=progress.task("evaluate"))
+                scored |= {"shared": True, "progress": progress.task("evaluate")}
+                scores = evaluate(fuse_for_inference(model), val, **scored)
+                if not is_first():  # which writes
+                    return
             content = _summary(model, scores, report, val.sizes[0][1:]) | {
                 "config": dataclasses.asdict(config),
                 "device": device,
@@ -239,8 +241,9 @@ def _open(splits: tuple[Any, Any]) -> tuple[CocoDetectionDataset, CocoDetectionD
         InputError: one cannot be used, or they differ in their classes.
     """
     from jdkd.data import CocoDetectionDataset
+    from jdkd.train.distributed import first_goes_ahead
 
-    with Progress() as progress:
+    with Progress() as progress, first_goes_ahead():
         train, val = (CocoDetectionDataset(split, progress.task(f"check {split.name} images")) for split in splits)
     if train.classes != val.classes:
         raise InputError(

@@ -17,6 +17,7 @@ from jdkd.errors import InputError
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
+from jdkd.train.distributed import from_first, gathered, processes, rank
 from jdkd.train.findings import Findings
 from jdkd.train.scoring import COCO_DETECTIONS, Scores, score
 
@@ -29,6 +30,7 @@ def evaluate(
     batch_size: int = 8,
     workers: int = 0,
     max_detections: int | None = None,
+    shared: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Scores a detector on every image of a dataset, those without annotations included.
@@ -45,11 +47,13 @@ def evaluate(
         workers: processes that read images.
         max_detections: how many detections an image the detector may make and are scored, those of the highest
             scores; by default as many as its builder was asked for, and 100 without one, which is COCO's rule.
+        shared: inside of a process group (:mod:`jdkd.train.distributed`), where all processes call this with the same
+            model: each runs it on its share of the images, the first scores what all have found.
         progress: called with (images done, images) after every batch.
 
     Returns:
-        The scores; a detector that finds nothing has a ``map`` of 0. Where no image of the dataset has a box to
-        detect there is nothing to score: all numbers are -1, which is said once.
+        The scores, in all processes that share; a detector that finds nothing has a ``map`` of 0. Where no image of
+        the dataset has a box to detect there is nothing to score: all numbers are -1, which is said once.
 
     Raises:
         InputError: the model is no such detector, its classes are not the dataset's, a label is none of them, an
@@ -63,16 +67,30 @@ def evaluate(
     _require_same_classes(inner, dataset.classes, dataset.label_to_category)
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
-    findings = Findings(type(inner).__name__, dataset.label_to_category)
-    done = 0
-    with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
-        for items in in_order(dataset, batch_size=batch_size, workers=workers):
-            found = detections(model, [image.to(device).float() / 255 for image, _ in items])
-            for (_, target), detection in zip(items, found, strict=True):
-                findings.add(target["image_id"], detection, "masks" in detection and _segmented(dataset))
-            done += len(items)
-            if progress:
-                progress(done, len(dataset))
+    start, every = (rank(), processes()) if shared else (0, 1)
+
+    def find() -> Findings:
+        findings = Findings(type(inner).__name__, dataset.label_to_category)
+        done = 0
+        with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
+            for items in in_order(dataset, batch_size=batch_size, workers=workers, start=start, every=every):
+                found = detections(model, [image.to(device).float() / 255 for image, _ in items])
+                for (_, target), detection in zip(items, found, strict=True):
+                    findings.add(target["image_id"], detection, "masks" in detection and _segmented(dataset))
+                done += len(items)
+                if progress:
+                    progress(min(done * every, len(dataset)), len(dataset))
+        return findings
+
+    parts = gathered(find) if shared else [find()]
+    return from_first(lambda: _scored(parts, dataset, most)) if shared else _scored(parts, dataset, most)
+
+
+def _scored(parts: list[Findings], dataset: Any, most: int) -> Scores:
+    """What all parts of the detections score together."""
+    findings = parts[0]
+    for other in parts[1:]:
+        findings.merge(other)
     rows = findings.close()
     masks = [{key: value for key, value in row.items() if key != "bbox"} for row in rows if "segmentation" in row]
     boxes = score(dataset, rows, most)
