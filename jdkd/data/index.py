@@ -130,7 +130,7 @@ def _packed(arrays: Mapping[str, np.ndarray], facts: Any) -> bytearray:
     content[:first] = (_MAGIC + len(text).to_bytes(8, "little") + text.encode()).ljust(first, b"\0")
     for name, array in arrays.items():
         start = places[name][2]
-        content[start : start + array.nbytes] = memoryview(np.ascontiguousarray(array)).cast("B")
+        content[start : start + array.nbytes] = array.tobytes()
     return content
 
 

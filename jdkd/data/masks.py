@@ -91,8 +91,8 @@ class Segmentations:
 
     def __getstate__(self) -> dict[str, Any]:
         """What is kept on disk is opened again in another process, not sent to it."""
-        kept = self.found.index is not None
-        return {name: value for name, value in vars(self).items() if not (kept and name == "_read")}
+        derived = ("_read", "_of_boxes") if self.found.index else ()
+        return {name: value for name, value in vars(self).items() if name not in derived}
 
 
 class Reading(NamedTuple):
