@@ -83,7 +83,13 @@ def batches(
 
 
 def in_order(
-    dataset: CocoDetectionDataset, *, batch_size: int, workers: int = 0, start: int = 0, every: int = 1
+    dataset: CocoDetectionDataset,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    start: int = 0,
+    every: int = 1,
+    pin: bool = False,
 ) -> Iterator[Items]:
     """Yield all images of a data set with their targets, in order, in lists of at most ``batch_size``.
 
@@ -92,13 +98,14 @@ def in_order(
         batch_size: images per list.
         workers: processes that read ahead; 0 reads in this process.
         start, every: yield the lists ``start``, ``start + every`` and so on only, as one of several processes does.
+        pin: let workers' images come in pinned memory, from which a GPU copies them while it works.
 
     Raises:
         InputError: an argument is out of range; while iterating, an image cannot be read.
     """
     _require_least(("batch_size", batch_size, 1), ("workers", workers, 0), ("start", start, 0), ("every", every, 1))
     slices = _Slices(dataset, batch_size)
-    return read_ahead(slices, range(start, -(-len(dataset) // batch_size), every), workers)
+    return read_ahead(slices, range(start, -(-len(dataset) // batch_size), every), workers, pin)
 
 
 def _require_least(*settings: tuple[str, int, int]) -> None:

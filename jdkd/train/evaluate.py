@@ -68,13 +68,15 @@ def evaluate(
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
     start, every = (rank(), processes()) if shared else (0, 1)
+    read = {"batch_size": batch_size, "workers": workers, "start": start, "every": every}
+    read["pin"] = torch.device(device).type == "cuda"
 
     def find() -> Findings:
         findings = Findings(type(inner).__name__, dataset.label_to_category)
         done = 0
         with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
-            for items in in_order(dataset, batch_size=batch_size, workers=workers, start=start, every=every):
-                found = detections(model, [image.to(device).float() / 255 for image, _ in items])
+            for items in in_order(dataset, **read):
+                found = detections(model, [image.to(device, non_blocking=True).float() / 255 for image, _ in items])
                 for (_, target), detection in zip(items, found, strict=True):
                     findings.add(target["image_id"], detection, "masks" in detection and _segmented(dataset))
                 done += len(items)
