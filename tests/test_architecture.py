@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    "errors files notices run_folder",
+    "errors files notices run_folder presets",
     "kernels reference",
     "_ext",
     "_backend _dispatch _verdicts",

@@ -57,6 +57,7 @@ class LatencyTable:
         factor: of all predictions, see :meth:`corrected`.
         nms: what the base's NMS takes beyond one that only counts, see :func:`jdkd.detect.proposals.steady_nms`, over
             the rest of the base's time.
+        kept: how many boxes each NMS of the base keeps, call by call; so many are kept where no NMS is timed.
     """
 
     containers: tuple[str, ...]
@@ -65,6 +66,7 @@ class LatencyTable:
     rows: tuple[tuple[Features, float], ...]
     factor: float = 1.0
     nms: float = 0.0
+    kept: tuple[int, ...] = ()
 
     def with_nms(self, ratio: float) -> float:
         """The latency ratio of a detector that keeps as many boxes as the base, from one measured without NMS."""
@@ -169,6 +171,7 @@ class LatencyTable:
             rows=tuple((dict(features), float(ratio)) for features, ratio in data["rows"]),
             factor=float(data["factor"]),
             nms=float(data["nms"]),
+            kept=tuple(int(count) for count in data["kept"]),
         )
 
 
@@ -203,19 +206,19 @@ def measure_table(
     require_visible(model, [(f"images[{i}]", *image.shape[1:]) for i, image in enumerate(images)])
     require_traced(model, topology)
     versions = _versions(model, topology)
-    table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=())
     deployed = fuse_for_inference(model)
+    kept = nms_counts(deployed, [as_floats(image, deployed) for image in images])
+    table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=(), kept=kept)
     rows = [(table.features(model), 1.0)]
     schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
     schedule |= {"modes": ("end_to_end",)}
-    counts = nms_counts(deployed, [as_floats(image, deployed) for image in images])
     nms = []  # of the base, over the rest
     for start in range(0, len(versions), AT_ONCE):
         some = versions[start : start + AT_ONCE]
         timed = {"base": deployed}
         timed |= {str(k): fuse_for_inference(each.apply(model, topology)) for k, each in enumerate(some)}
         whole = measure({"base": deployed}, images, **schedule).models["base"].end_to_end.p50
-        with steady_nms(counts):
+        with steady_nms(kept):
             report = measure(timed, images, **schedule)
         medians = [timing.end_to_end.p50 for timing in report.models.values()]
         nms.append(whole / medians[0] - 1)

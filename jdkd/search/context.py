@@ -1,7 +1,7 @@
 """What stays the same during a search: the base, the data and how they are divided."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,13 +17,12 @@ from jdkd.detect import load, read
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
 from jdkd.detect.contract import architecture_of, require_learner, unlike
 from jdkd.detect.input_size import input_size
-from jdkd.detect.proposals import nms_counts, steady_nms
+from jdkd.detect.proposals import steady_nms
 from jdkd.errors import InputError
 from jdkd.files import content_hash, read_as, write_json
 from jdkd.graph import Topology
 from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_cost
 from jdkd.latency.clock import environment
-from jdkd.latency.layers import as_floats
 from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
@@ -120,14 +119,14 @@ class SearchContext:
         return calibrate(model, self.train, config.batch_size, config.seed, config.device)
 
     def timed(
-        self, detectors: Mapping[str, nn.Module], stage: str = BRIEF, *, trained: bool = True
+        self, detectors: Mapping[str, nn.Module], stage: str = BRIEF, *, kept: Sequence[int] | None = None
     ) -> dict[str, Timing]:
         """One interleaved measurement of the base and of other architectures.
 
         Args:
             detectors: by the id of their architecture; one of the base's own is not timed, as its ratio is 1.
             stage: how long.
-            trained: False for detectors that are not: all keep as many boxes as the base then, without NMS, see
+            kept: for detectors that are not trained: how many boxes all keep then, without NMS, see
                 :func:`jdkd.detect.proposals.steady_nms`.
 
         Returns:
@@ -140,8 +139,7 @@ class SearchContext:
         if stage == LONG:
             schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
             schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, config.latency_seconds)
-        untrained = nullcontext() if trained else steady_nms(self._kept_boxes)
-        with self.spent.on("timing"), untrained:
+        with self.spent.on("timing"), nullcontext() if kept is None else steady_nms(kept):
             measured = measure(
                 models,
                 self.timing_images,
@@ -152,10 +150,6 @@ class SearchContext:
             )
         samples = {name: model.end_to_end.samples for name, model in measured.models.items()}
         return {name: Timing(name, stage, measured.environment, own, samples[base]) for name, own in samples.items()}
-
-    @cached_property
-    def _kept_boxes(self) -> tuple[int, ...]:
-        return nms_counts(self.deployed_base, [as_floats(image, self.deployed_base) for image in self.timing_images])
 
     def latency_table(self) -> LatencyTable:
         """What each part of the base costs on this device, measured."""

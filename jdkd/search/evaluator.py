@@ -102,7 +102,7 @@ class Evaluator:
             student = context.made(int(parent.name)) if parent else load(config.base, config.device)
             if proposal.rewrites:
                 student = inherit(student, context.read(student), proposal.rewrites, context).model
-                student = student if config.method.inherit else fresh(student, proposal.seed)
+                student = student if config.method.inherit else fresh(student, proposal.number)
             teacher = self._teacher(proposal.teacher)
         schedule = {"lr": cycle.lr, "cycle_start": cycle.start, "cycle_steps": cycle.total}
         said = f"candidate {proposal.number}: {proposal.action}"
@@ -110,7 +110,7 @@ class Evaluator:
             fit(
                 student,
                 context.train,
-                context.training(cycle.steps, seed=proposal.seed, **schedule),
+                context.training(cycle.steps, seed=proposal.number, **schedule),
                 device=config.device,
                 folder=folder / TRAINING,
                 resume=True,

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
+from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.detect.contract import architecture_of
+from jdkd.errors import InputError
 from jdkd.execution import Journal, executor
 from jdkd.files import read_as, write_json
 from jdkd.latency.table import LatencyTable
@@ -49,6 +51,12 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
     """
     context = open_context(config, progress or (lambda *state: None))
     found = read_result(config.out)
+    for student in found["students"] if found else ():
+        if not (config.out / student["folder"] / WEIGHTS).exists():
+            raise InputError(
+                f"this search is finished, but its student in {config.out / student['folder']} is gone; copy it from "
+                f"{config.out / candidate_folder(int(student['id'].partition('-')[0]))}."
+            )
     if found is None:
         context.require_pyramid()
         require_teachers(context)

@@ -27,7 +27,7 @@ class Proposal:
     """A candidate that is to be made, decided from the archive alone.
 
     Args:
-        number: of the candidate, from 1.
+        number: of the candidate, from 1; the seed of its training too.
         generation: that it belongs to, from 1.
         parent: id of the candidate that it inherits from.
         kind: ``"morph"`` (another student), ``"teacher"`` (another teacher) or ``"train"`` (both stay).
@@ -35,7 +35,6 @@ class Proposal:
         rewrites: what is done to it, one after the other; each is of what the one before has left.
         teacher: who teaches it; None where nobody does.
         cycle: its stretch of training.
-        seed: of its training.
         predicted: its latency over the base's, by the table of latencies.
         target: the latency ratio that it is made for; None where it explores for several.
     """
@@ -48,13 +47,12 @@ class Proposal:
     rewrites: tuple[Rewrite, ...]
     teacher: Teacher | None
     cycle: Cycle
-    seed: int
     predicted: float
     target: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         rewrites = [rewrite.to_json() for rewrite in self.rewrites]
-        shown = {name: getattr(self, name) for name in ("number", "generation", "parent", "kind", "action", "seed")}
+        shown = {name: getattr(self, name) for name in ("number", "generation", "parent", "kind", "action")}
         rest = {
             "teacher": self.teacher and teacher_to_json(self.teacher),
             "cycle": asdict(self.cycle),

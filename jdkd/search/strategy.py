@@ -69,7 +69,6 @@ class Strategy:
                 predicted=screened.predicted,
                 teacher=teacher,
                 cycle=Cycle(rung.steps, parent.lineage_steps, parent.lineage_steps + to_come, self.context.config.lr),
-                seed=first + place,
                 target=target,
             )
             for place, (parent, kind, screened, teacher, target) in enumerate(made)

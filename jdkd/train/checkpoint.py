@@ -21,7 +21,7 @@ FIELDS = {
     "config": dict,
     "data": dict,
 }  # and of what kind each is
-LATER = {"auxiliary": dict}  # which older ones do not have
+LATER = {"auxiliary": dict, "average": dict}  # which older ones do not have
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
@@ -53,7 +53,9 @@ def read_parent(place: Path) -> dict[str, Any]:
     """
     file = place / CHECKPOINT if place.is_dir() else place
     if not file.is_file():
-        raise InputError(f"inherit names {place}, where there is no {CHECKPOINT}; give the folder of a training.")
+        raise InputError(
+            f"inherit names {place}, where no checkpoint is; give the folder of a training, or the {CHECKPOINT} in it."
+        )
     return _read(file)
 
 

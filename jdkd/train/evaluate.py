@@ -64,7 +64,7 @@ def evaluate(
     inner = unwrapped(model)
     most = _asked_for(inner) if max_detections is None else max_detections
     require_whole({"batch_size": batch_size, "max_detections": most})
-    _require_same_classes(inner, dataset.classes, dataset.label_to_category)
+    require_same_classes(inner, dataset.classes, dataset.label_to_category)
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
     start, every = (rank(), processes()) if shared else (0, 1)
@@ -116,7 +116,7 @@ def _asked_for(model: nn.Module) -> int:
     return next((number for number in asked if number is not None), COCO_DETECTIONS)
 
 
-def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
+def require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
     """Refuses a detector that was made for other classes, or for the same ones in another order.
 
     Where the number of classes does not show, :class:`Findings` checks the labels.

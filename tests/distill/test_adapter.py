@@ -78,7 +78,7 @@ def test_least_squares_starts_closer_than_any_selection_of_channels():
     student, teacher, images = PyramidDetector(3, LEVELS), PyramidDetector(6, LEVELS, seed=1), batch()
     distiller = FeatureDistiller(student, teacher, loss_weight=1.0, adapter=True)
     fitted = distiller.fit_adapters([images, batch(seed=3)])
-    assert fitted == pytest.approx({4: 0, 8: 0}, abs=0.01), "three colours make every channel of the teacher"
+    assert fitted == pytest.approx({4: 0, 8: 0}, abs=0.02), "three colours make every channel of the teacher"
     for channels in ([0, 1, 2], [5, 3, 4]):
         assert min(correlations(student, teacher, [images], channels).values()) > 0.1
     with distiller:
@@ -159,7 +159,7 @@ def test_under_autocast_the_adapters_stay_in_single_precision(narrow, teacher, i
 
 
 def test_adapters_are_fitted_before_they_are_used_and_to_the_levels_they_meet(narrow, teacher, images, targets):
-    with FeatureDistiller(narrow, teacher, adapter=True), pytest.raises(InputError, match=r"call fit_adapters\(batch"):
+    with FeatureDistiller(narrow, teacher, adapter=True), pytest.raises(InputError, match=r"call calibrate\(batch"):
         narrow(images, targets)
     with pytest.raises(InputError, match="adapter is False; make the distiller with adapter=True"):
         FeatureDistiller(narrow, teacher).fit_adapters([images])
@@ -167,7 +167,7 @@ def test_adapters_are_fitted_before_they_are_used_and_to_the_levels_they_meet(na
         FeatureDistiller(narrow, teacher, adapter=True).fit_adapters([])
     distiller = FeatureDistiller(detector(small_spec(fpn=24)).train(), teacher, adapter=True)
     distiller.adapters = adapted(narrow, teacher, images).adapters
-    with distiller, pytest.raises(InputError, match=r"fitted to \[\(8, 16\), .*; call fit_adapters\(batches\) anew"):
+    with distiller, pytest.raises(InputError, match=r"fitted to \[\(8, 16\), .*; call calibrate\(batches\) anew"):
         distiller.runner.student(images, targets)
 
 
@@ -240,7 +240,7 @@ def test_the_squared_error_needs_no_adapter_where_widths_agree(student, teacher,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"imitation": "l2"}, "imitation is 'l2'; choose pearson or mse"),
+        ({"imitation": "l2"}, "imitation is 'l2'; choose pearson, mse or cwd"),
         ({"adapter": True, "channels": [0]}, "adapter and channels are both given; .* leave channels out"),
         ({"imitation": "mse", "statistics": "instance"}, "'mse', which takes no statistics; leave that out"),
         ({"imitation": "mse", "level_weights": [1.0]}, "'mse', which takes no level_weights"),

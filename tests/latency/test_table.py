@@ -127,6 +127,7 @@ def test_costs_that_are_known_are_found_and_predict_other_rewrites(free, priced,
 
 def test_a_table_is_json_and_learns_from_what_is_measured(free, priced, model, topology):
     table, _ = priced
+    assert len(table.kept) > 1, "how many boxes each NMS of the base keeps"
     assert LatencyTable.from_json(json.loads(json.dumps(table.to_json()))) == table
     rewrites = [Rewrite(keep=half(topology, [group.name])) for group in topology.groups]
     slower = [(table.features(model, topology, each), 1.1 * table.predict(model, topology, each)) for each in rewrites]

@@ -1,38 +1,21 @@
 """The largest pool that is meant to train: R101-FPN for 80 classes on images of 800 x 1333."""
 
-import json
-
 import pytest
 import torch
 
-from jdkd.data import CocoDetectionDataset, Split
+from jdkd.data import CocoDetectionDataset
 from jdkd.detect import build, named_spec, parameter_count
 from jdkd.pool import Phase, PoolTrainConfig, load_pool, train_pool
 from jdkd.train import TrainConfig
+from tests.coco_shapes import coco_shapes
 
-SIZE = 1333, 800  # width, height
 PHASES = (Phase("largest", 1 / 3, 0.0, 0, 1.0), Phase("full", 2 / 3, 1.0, 0, 0.5, sandwich=True))
-
-
-@pytest.fixture
-def coco(tmp_path):
-    """A split of one image of COCO's size after resizing, with 80 classes."""
-    from PIL import Image
-
-    Image.effect_noise(SIZE, 60).convert("RGB").save(tmp_path / "1.png")
-    box = {"bbox": [100, 120, 300, 200], "area": 60000, "iscrowd": 0}
-    content = {
-        "images": [{"id": 1, "file_name": "1.png", "width": SIZE[0], "height": SIZE[1]}],
-        "annotations": [{"id": 1, "image_id": 1, "category_id": 7, **box}],
-        "categories": [{"id": number, "name": f"class {number}"} for number in range(1, 81)],
-    }
-    (tmp_path / "instances.json").write_text(json.dumps(content))
-    return CocoDetectionDataset(Split(tmp_path, tmp_path / "instances.json", "train"))
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("when_asked")  # three minutes of a free core, and 8 GiB
-def test_a_pool_of_r101_takes_a_step_at_the_shapes_of_coco_is_interrupted_and_resumes(coco, tmp_path, monkeypatch):
+def test_a_pool_of_r101_takes_a_step_at_the_shapes_of_coco_is_interrupted_and_resumes(tmp_path, monkeypatch):
+    coco = CocoDetectionDataset(coco_shapes(tmp_path / "data", "train"))
     monkeypatch.setattr("jdkd.pool.shrinking.CALIBRATION_BATCHES", 1)
     torch.manual_seed(0)
     base = build(named_spec("faster_rcnn_r101_fpn", coco.classes))

@@ -192,6 +192,16 @@ def test_a_result_without_its_students_is_named(folder, finished, tmp_path, stud
         search(config_of(folder, tmp_path / "out", resume=True))
 
 
+def test_a_finished_search_whose_student_is_gone_says_where_another_copy_lies(folder, finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    shutil.rmtree(out / "student")
+    with pytest.raises(InputError, match=r"its student in .*student is gone; copy it from ") as raised:
+        search(config_of(folder, out, resume=True))
+    shutil.copytree(str(raised.value).rpartition("from ")[2].rstrip("."), out / "student")
+    assert search(config_of(folder, out, resume=True))["students"] == finished[1]["students"]
+
+
 def test_the_device_is_where_a_search_runs_and_not_what_it_is(context):
     identity, where = context.identity(), context.where()
     assert "device" not in json.dumps(identity) and where["device"] == "cpu"

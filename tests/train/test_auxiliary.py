@@ -193,6 +193,6 @@ def test_what_cannot_be_inherited_is_named(given, message):
 
 
 def test_a_parent_that_is_not_there_is_named_before_anything_is_written(scenes, tmp_path):
-    with pytest.raises(InputError, match=r"inherit names nowhere, where there is no checkpoint\.pt"):
+    with pytest.raises(InputError, match=r"inherit names nowhere, where no checkpoint is; give the folder"):
         fit(Toy(), scenes, TrainConfig(steps=1), **CPU, folder=tmp_path / "run", inherit="nowhere")
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,183 @@
+"""What a teacher is worth: students under PKD, MSE, CWD and nobody, at equal steps, over seeds.
+
+python -m benchmarks.distillation FOLDER                         digit scenes: every pair, loss and seed
+python -m benchmarks.distillation FOLDER --data DIR --name NAME  the same on photographs in the COCO layout
+python -m benchmarks.distillation FOLDER --sweep                 weights of PKD on one pair
+python -m benchmarks.distillation                                print the page of the results that are kept
+
+FOLDER gets the images, a teacher for each family and a folder for each student; what it holds is carried on. Teachers
+are trained three times as long as students. A student is scored after each quarter of its steps on images that nobody
+trained on. Intervals are of the bootstrap over seeds and images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import record
+from benchmarks.resampling import Judged, draws, interval
+from jdkd.data import CocoDetectionDataset, Split, resolve_splits, write_digit_scenes
+from jdkd.detect import detector, load, narrowed, save
+from jdkd.distill import DistillConfig, distill
+from jdkd.files import read_json, write_json
+from jdkd.latency import fuse_for_inference
+from jdkd.train import TrainConfig, fit
+from jdkd.train.evaluate import detections_of
+
+OP = "distillation"
+PAIRS = (("fasterrcnn", "fcos"), ("fcos", "retinanet"), ("retinanet", "fasterrcnn"), ("fcos", "fcos"))
+LOSSES = ("none", "pkd", "mse", "cwd")
+WEIGHTS = (1.0, 2.0, 6.0, 10.0, 20.0)  # of PKD, in the sweep
+SEEDS = (0, 1, 2)
+STEPS, QUARTERS, LONGER = 800, 4, 3
+SIZE = 96, 128  # short and long side of what detectors see, in pixels
+SCENES = {"train": 400, "val": 400, "size": 96, "seed": 0}
+TRAINING = TrainConfig(STEPS, batch_size=4, lr=2e-3, amp="bf16")
+RESAMPLES = 400
+HEADINGS = ("images", "teacher (mAP)", "student", "loss", "mAP by seed", "gain over none (95 %)", "after each quarter")
+
+Way = tuple[str, str, str, float | str]
+"""A teacher's family, a student's, the loss and its weight."""
+
+
+def model(family: str, classes: Sequence[str], seed: int, *, student: bool) -> torch.nn.Module:
+    """A detector over ResNet-18 with 64 channels in its pyramid; a student has half a teacher's in its backbone."""
+    torch.manual_seed(seed)
+    own = {"box_head": 256 if student else 128} if family == "fasterrcnn" else {}
+    how = {"channels": 128 if student else 64, "min_size": SIZE[0], "max_size": SIZE[1], "norm": "batch", **own}
+    made = detector(family, "resnet18", tuple(classes), **how)
+    return narrowed(made, 0.5) if student else made
+
+
+class Bench:
+    """The data of one page, and the folder of what is trained on it."""
+
+    def __init__(self, folder: Path, name: str, train: Split, val: Split) -> None:
+        self.folder, self.name = folder / name, name
+        self.train, self.val = CocoDetectionDataset(train), CocoDetectionDataset(val)
+        self.training = replace(TRAINING, flip=0.5 if self.train.mirror_symmetric else 0.0)
+
+    def teacher(self, family: str) -> torch.nn.Module:
+        """A finished teacher of a family."""
+        out = self.folder / f"teacher-{family}"
+        if not (out / "scores.json").exists():
+            made = model(family, self.train.classes, 1000, student=False)
+            fit(made, self.train, replace(self.training, steps=LONGER * STEPS), folder=out, resume=True)
+            save(out, made)
+            write_json(out / "scores.json", {"map": self._judged(made)[1].map()})
+        return load(out, "cpu")
+
+    def student(self, teacher: str, family: str, loss: str, seed: int, weight: float | str = "auto") -> dict[str, Any]:
+        """A finished student: its mAP after each quarter, and its detections in the end."""
+        words = (teacher, family, loss, seed) if weight == "auto" else (teacher, family, loss, weight, seed)
+        out = self.folder / "-".join(map(str, words))
+        if (out / "found.json").exists():
+            return read_json(out / "found.json", "remove it: the student is trained again")
+        own, curve, steps = model(family, self.train.classes, seed, student=True), [], STEPS // QUARTERS
+        for quarter in range(QUARTERS):
+            part = replace(self.training, steps=steps, cycle_start=quarter * steps, cycle_steps=STEPS)
+            part = replace(part, seed=QUARTERS * seed + quarter)
+            how = {"folder": out / f"quarter-{quarter}", "resume": True}
+            if quarter:
+                how["inherit"] = out / f"quarter-{quarter - 1}"
+            if loss == "none":
+                fit(own, self.train, part, **how)
+            else:
+                distill(own, self.teacher(teacher), self.train, part, DistillConfig(loss, loss_weight=weight), **how)
+            found, judged = self._judged(own)
+            curve.append({"step": (quarter + 1) * steps, "map": judged.map()})
+        content = {"curve": curve, "found": found}
+        write_json(out / "found.json", content)
+        return content
+
+    def judged(self, *words: Any) -> Judged:
+        return Judged(self.val, self.student(*words)["found"])
+
+    def _judged(self, own: torch.nn.Module) -> tuple[list[dict[str, Any]], Judged]:
+        found = detections_of(fuse_for_inference(own.eval()), self.val)
+        return found, Judged(self.val, found)
+
+
+def gain(ours: Sequence[Judged], theirs: Sequence[Judged]) -> dict[str, Any]:
+    """What one way scores more than another on average, with its interval over seeds and images.
+
+    Args:
+        ours, theirs: judged students, seed by seed.
+    """
+    rng, values = np.random.default_rng(0), []
+    for times in draws(ours[0].count, RESAMPLES):
+        drawn = rng.integers(len(ours), size=len(ours))
+        values.append(np.mean([ours[seed].map(times) - theirs[seed].map(times) for seed in drawn]))
+    mean = float(np.mean([a.map() - b.map() for a, b in zip(ours, theirs, strict=True)]))
+    return {"gain": mean, "gain_interval": list(interval(values))}
+
+
+def rows(bench: Bench, ways: Iterable[Way], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """A row for each way: scores by seed, and what it gains over the same student without a teacher."""
+    made = []
+    for teacher, family, loss, weight in ways:
+        students = [bench.student(teacher, family, loss, seed, weight) for seed in seeds]
+        ours = [bench.judged(teacher, family, loss, seed, weight) for seed in seeds]
+        alone = [bench.judged("nobody", family, "none", seed) for seed in seeds]
+        row = {"op": OP, "data": bench.name, "teacher": teacher, "student": family, "loss": loss, "weight": weight}
+        row |= {"seeds": list(seeds), "steps": STEPS, "maps": [each["curve"][-1]["map"] for each in students]}
+        row["curves"] = [[point["map"] for point in each["curve"]] for each in students]
+        if loss != "none":
+            row |= gain(ours, alone)
+            row["teacher_map"] = read_json(bench.folder / f"teacher-{teacher}" / "scores.json", "train it again")["map"]
+        made.append(row | {"device": record.device_name("cpu"), "commit": record.commit()})
+        print(json.dumps(made[-1]), flush=True)
+    return made
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--name", default="digit_scenes")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--pairs", nargs="+", type=int, default=list(range(len(PAIRS))))
+    parser.add_argument("--sweep", action="store_true")
+    asked = parser.parse_args(arguments)
+    if asked.folder is not None:
+        torch.set_num_threads(1)
+        data = asked.data or asked.folder / "digit_scenes" / "data"
+        if asked.data is None:
+            write_digit_scenes(data, **SCENES, resume=True)
+        bench = Bench(asked.folder, asked.name, *resolve_splits(data))
+        pairs = [PAIRS[number] for number in asked.pairs]
+        ways = [(*pair, "pkd", weight) for pair in pairs[:1] for weight in WEIGHTS]
+        if not asked.sweep:
+            alone = [("nobody", family, "none", "auto") for family in dict.fromkeys(student for _, student in pairs)]
+            ways = alone + [(*pair, loss, "auto") for pair in pairs for loss in LOSSES[1:]]
+        record.append(record.result_file("cpu", OP), rows(bench, ways, asked.seeds))
+    print(page(record.load(sorted(record.RESULTS.glob(f"*/{OP}.jsonl")))))
+
+
+def page(kept: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table: a way a row, the latest of each."""
+    latest = {tuple(row[name] for name in ("data", "teacher", "student", "loss", "weight")): row for row in kept}
+    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | ---: | ---: | ---: |"]
+    for row in latest.values():
+        taught = row["loss"] != "none"
+        teacher = f"{row['teacher']} ({row['teacher_map']:.3f})" if taught else "–"
+        loss = row["loss"] if row["weight"] == "auto" else f"{row['loss']}, weight {row['weight']:g}"
+        scores = " ".join(f"{value:.3f}" for value in row["maps"])
+        low, high = row.get("gain_interval", (0, 0))
+        more = f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})" if taught else "–"
+        curve = " ".join(f"{value:.3f}" for value in np.mean(row["curves"], axis=0))
+        lines.append(f"| {row['data']} | {teacher} | {row['student']} | {loss} | {scores} | {more} | {curve} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

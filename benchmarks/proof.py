@@ -1,0 +1,121 @@
+"""Makes the searches whose results README shows: a base, trained out, and a joint search from it, over seeds.
+
+python -m benchmarks.proof digit_scenes FOLDER                     seeds 0 to 2, one after the other
+python -m benchmarks.proof blood_cells FOLDER --data DIR --seeds 1 2
+
+Both carry on what FOLDER holds and write on one thread what `benchmarks.searches` keeps. Whether a base no longer gains
+is judged by the control of its search: the base, trained on for as long as its student, without a change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from benchmarks import record, searches
+from jdkd.data import resolve_splits
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One kind of base and its search.
+
+    Args:
+        data: how its images are drawn, anew for each seed; None for photographs that are given, which are halved.
+        model: flags of `jdkd train` for what the base is.
+        batch_size, amp: of every training.
+        steps: of the base; the search may take twice as many.
+        lr: peak learning rate of every training.
+    """
+
+    data: str | None
+    model: str
+    batch_size: int
+    steps: int
+    lr: float = 2e-3
+    amp: str = "bf16"
+
+
+_RESNET = "--backbone resnet18 --norm batch --width 0.75 --fpn 64"
+RECIPES = {
+    "digit_scenes": Recipe(
+        "--train 400 --val 400 --size 128", f"--model fcos {_RESNET} --min-size 128 --max-size 128", 4, 3000
+    ),
+    "blood_cells": Recipe(None, f"--model fcos {_RESNET} --min-size 144 --max-size 192", 4, 2000),
+    "blood_cells_two_stage": Recipe(
+        None, f"--model fasterrcnn {_RESNET} --box-head 128 --min-size 144 --max-size 192", 4, 2000
+    ),
+}
+
+
+def run(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
+    """Trains a base and searches from it; returns the folder of the search."""
+    base, out = folder / f"base-{seed}", folder / f"search-{seed}"
+    if recipe.data:
+        data = folder / f"data-{seed}"
+        _jdkd("data", "digits", data, *recipe.data.split(), "--seed", seed, "--resume")
+    else:
+        data = halved(data, folder / "data")
+    common = ("--data", data, "--batch-size", recipe.batch_size, "--lr", recipe.lr, "--amp", recipe.amp)
+    common += ("--seed", seed, "--resume")
+    _jdkd("train", "--out", base, *recipe.model.split(), "--steps", recipe.steps, *common)
+    _jdkd("search", "--base", base, "--out", out, "--steps", 2 * recipe.steps, *common)
+    return out
+
+
+def halved(data: Path, folder: Path) -> Path:
+    """Photographs at half their height and width: what reads and resizes them is no part of what is compared."""
+    if not folder.exists():
+        making = folder.with_name(f"{folder.name}.part")
+        for split in resolve_splits(data):
+            content = json.loads(split.annotations.read_text())
+            file, images = making / "annotations" / split.annotations.name, making / split.images.name
+            for place in (file.parent, images):
+                place.mkdir(parents=True, exist_ok=True)
+            for image in content["images"]:
+                with Image.open(split.images / image["file_name"]) as photo:
+                    photo.reduce(2).save(images / image["file_name"], quality=95)
+                image |= {"width": (image["width"] + 1) // 2, "height": (image["height"] + 1) // 2}
+            for one in content["annotations"]:
+                one |= {"bbox": [side / 2 for side in one["bbox"]], "area": one["area"] / 4}
+            file.write_text(json.dumps(content))
+        making.rename(folder)
+    return folder
+
+
+def _jdkd(*words: object) -> None:
+    """One command on one thread: a student that misses its target is a result too."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    ended = subprocess.run([sys.executable, "-m", "jdkd", *map(str, words)], env=os.environ | threads, check=False)
+    if ended.returncode and not (words[0] == "search" and (Path(str(words[4])) / "result.json").exists()):
+        raise SystemExit(f"jdkd {' '.join(map(str, words))} ended with {ended.returncode}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(RECIPES))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data", type=Path, help="photographs in the COCO layout")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    asked = parser.parse_args(arguments)
+    recipe = RECIPES[asked.name]
+    torch.set_num_threads(1)  # what the searches are kept under
+    if (recipe.data is None) != (asked.data is not None):
+        parser.error(f"{asked.name} {'draws its own images' if recipe.data else 'needs --data, a folder of images'}")
+    for seed in asked.seeds:
+        found = searches.collect([run(recipe, asked.folder, asked.data, seed)])
+        record.append(record.result_file("cpu", asked.name), found)
+    print(searches.table(record.load(sorted(record.RESULTS.glob(f"*/{asked.name}.jsonl")))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
