@@ -71,7 +71,7 @@ class Bench:
         out = self.folder / f"teacher-{family}"
         if not (out / "scores.json").exists():
             made = model(family, self.train.classes, 1000, student=False)
-            fit(made, self.train, replace(self.training, steps=LONGER * STEPS), folder=out, resume=True)
+            fit(made, self.train, replace(self.training, steps=LONGER * STEPS), folder=out, resume=True, device="cpu")
             save(out, made)
             write_json(out / "scores.json", {"map": self._judged(made)[1].map()})
         return load(out, "cpu")
@@ -86,7 +86,7 @@ class Bench:
         for quarter in range(QUARTERS):
             part = replace(self.training, steps=steps, cycle_start=quarter * steps, cycle_steps=STEPS)
             part = replace(part, seed=QUARTERS * seed + quarter)
-            how = {"folder": out / f"quarter-{quarter}", "resume": True}
+            how = {"folder": out / f"quarter-{quarter}", "resume": True, "device": "cpu"}
             if quarter:
                 how["inherit"] = out / f"quarter-{quarter - 1}"
             if loss == "none":
