@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,10 @@ class TrainingFlags:
     """Mixed precision; auto: on a GPU."""
     seed: int = 0
     """Decides everything that is drawn."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged in a step: memory of one, images of all."""
+    by_aspect: bool = True
+    """Batches of landscape or of portrait images alone, where there are enough of both: less padding."""
     workers: int = 0
     """Processes that read images."""
     checkpoint_every: int = 100
@@ -87,7 +92,11 @@ class TrainingFlags:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     resume: bool = False
-    """Carry on what OUT holds."""
+    """Carry on what OUT holds; torchrun's restarts do so by themselves."""
+
+    def __post_init__(self) -> None:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            object.__setattr__(self, "resume", True)
 
     @property
     def kept(self) -> str:

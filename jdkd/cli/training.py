@@ -47,9 +47,10 @@ class Data:
             InputError: one split cannot be used, or they differ in their classes.
         """
         from jdkd.data import CocoDetectionDataset
+        from jdkd.train.distributed import first_goes_ahead
 
         splits = source.splits()
-        with Progress() as progress:
+        with Progress() as progress, first_goes_ahead():
             train, val = (CocoDetectionDataset(split, progress.task(f"check {split.name} images")) for split in splits)
         if train.classes != val.classes:
             raise InputError(
@@ -122,12 +123,13 @@ class Job:
                 shown = _mirrored(self.shown(progress, self.kind), mirror)
                 how = {"device": self.device, "folder": self.out, "resume": resumed, "progress": shown}
                 report = fitting(progress, how)
-                if not is_first():  # which saves and scores
-                    return
-                save(self.out, self.model)
+                if is_first():
+                    save(self.out, self.model)
                 scored = {"device": self.device, "batch_size": self.config.batch_size, "workers": self.training.workers}
-                scored["progress"] = progress.task("evaluate")
+                scored |= {"shared": True, "progress": progress.task("evaluate")}
                 scores = evaluate(fuse_for_inference(self.model), self.data.val, **scored)
+                if not is_first():  # which writes
+                    return
             content = _summary(self.model, scores, report, self.data.val.sizes[0][1:]) | {
                 "config": dataclasses.asdict(self.config),
                 "device": self.device,

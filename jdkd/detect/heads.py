@@ -66,8 +66,7 @@ def known_classes(model: nn.Module) -> int | None:
 
 def is_two_stage(model: nn.Module) -> bool:
     """Whether a detector looks twice: it proposes regions and classifies those."""
-    head = class_head(model)
-    return not head.dense if head is not None else any(hasattr(module, "roi_head") for module in model.modules())
+    return any(hasattr(module, name) for module in model.modules() for name in ("roi_heads", "roi_head"))
 
 
 def _head_in(module: nn.Module) -> ClassHead | None:

@@ -1,12 +1,13 @@
 """Both terms of distillation, over one forward of the teacher."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from jdkd.distill.adapter import Adapters
+from jdkd.distill.calibration import Agreements, Permutations
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller
 from jdkd.distill.teacher import TeacherRunner
@@ -28,8 +29,10 @@ class Distiller:
         reuse: keep the teacher's features while the student is given the very same images, for several
             subnets in one step; see :class:`TeacherRunner`.
         own_size: the teacher sees the batch at its own input size instead of the student's.
-        adapter: compare features through trained 1x1 convolutions, see :meth:`FeatureDistiller.fit_adapters`; their
-            parameters are :attr:`adapters`.
+        adapter: compare features through trained 1x1 convolutions, see :meth:`calibrate`; their parameters are
+            :attr:`adapters`.
+        align: ``"none"``, ``"permute"`` or ``"linear"``, for detectors of unrelated origin; see
+            :class:`FeatureDistiller`, and call :meth:`calibrate`.
         imitation: of features, ``"pearson"``, ``"mse"`` or ``"cwd"``; see :class:`FeatureDistiller`.
         tau: temperature of ``"cwd"``.
         levels: strides of the levels of features to compare; by default all that both have.
@@ -45,6 +48,7 @@ class Distiller:
         reuse: bool = False,
         own_size: bool = False,
         adapter: bool = False,
+        align: str = "none",
         imitation: str = "pearson",
         tau: float = 1.0,
         levels: Iterable[int] | None = None,
@@ -54,7 +58,8 @@ class Distiller:
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
         self._features: FeatureDistiller | None = None
         if feature_weight:
-            how = {"adapter": adapter, "imitation": imitation, "tau": tau, "levels": levels, "runner": runner}
+            how = {"adapter": adapter, "align": align, "imitation": imitation, "tau": tau, "levels": levels}
+            how |= {"runner": runner}
             self._features = FeatureDistiller(student, teacher, loss_weight=feature_weight, **how)
             self._term = TERMS[imitation]
             self.terms[self._term] = self._features
@@ -63,13 +68,15 @@ class Distiller:
         self._entered = ExitStack()
 
     @property
-    def adapters(self) -> Adapters | None:
-        """What is to be trained with the student, ``fit(..., auxiliary=distiller.adapters)``; None before they fit."""
+    def adapters(self) -> Adapters | Permutations | None:
+        """What stands between the channels of both, once it is fitted; with ``fit(..., auxiliary=distiller.adapters)``
+        it is trained with the student, if it is to be, and a resumed run has the same.
+        """
         return None if self._features is None else self._features.adapters
 
-    def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
-        """See :meth:`FeatureDistiller.fit_adapters`; without a loss of features there is nothing to fit."""
-        return {} if self._features is None else self._features.fit_adapters(batches)
+    def calibrate(self, batches: Iterable[Any], call: Callable[[Any], Any] | None = None) -> Agreements:
+        """See :meth:`FeatureDistiller.calibrate`; without a loss of features there is nothing to bring together."""
+        return Agreements({}, "none") if self._features is None else self._features.calibrate(batches, call)
 
     def parts(self) -> dict[str, Tensor]:
         """What the loss of features was in the student's last forward, by level; ``fit(..., parts=distiller.parts)``.

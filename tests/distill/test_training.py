@@ -52,6 +52,17 @@ def test_unequal_widths_go_through_an_adapter_that_is_dropped(teacher, scenes, t
     assert {tuple(weight.shape) for weight in kept["auxiliary"].values()} == {(16, 8, 1, 1)}
 
 
+def test_unrelated_channels_are_matched_and_r_is_said(student, teacher, scenes):
+    with pytest.warns(Notice) as notices:
+        found = distill(student, teacher, scenes, FEW, DistillConfig(align="permute"))
+    said = " ".join(str(notice.message) for notice in notices)
+    assert "brought together by align=permute, from 16 to 16" in said
+    assert "mean r of student and teacher, before and after permute\nstride    4: " in said
+    assert found.training.losses["loss_pkd"] > 0
+    with pytest.raises(InputError, match="adapter and align='linear' are both given"):
+        DistillConfig(adapter=True, align="linear")
+
+
 def test_what_fits_adapters_leaves_the_norms_of_the_student(teacher, scenes):
     narrow = detector(small_spec(fpn=8)).train()
     for module in narrow.modules():
@@ -174,7 +185,7 @@ def test_folders_and_names_will_do(teacher, scenes, tmp_path):
         ({"loss": "fgd"}, "loss must be one of pkd, mse, cwd"),
         ({"loss_weight": "much"}, "loss_weight is 'much'"),
         ({"loss_weight": float("nan")}, "loss_weight is nan"),
-        ({"logits_weight": "auto"}, "loss_weight is 'auto'"),
+        ({"logits_weight": "auto"}, "logits_weight is 'auto'"),
         ({"levels": [8, 8]}, "give the strides of the levels"),
         ({"detach_after": -1}, "detach_after must be a whole number"),
         ({"detach_after": 1.5}, "detach_after must be a whole number"),
