@@ -24,9 +24,9 @@ class Show:
     """See on a page what detectors find beside what there is to find, worst images first.
 
     With --teacher also what each channel of a student's pyramid and of its teacher's responds to, and how far the two
-    agree (Pearson's r). For example:
+    agree (Pearson's r).
 
-    jdkd show runs/student runs/base --data coco --out seen.html --teacher runs/teacher
+    Example: jdkd show runs/student runs/base --data coco --out seen.html --teacher runs/teacher
     """
 
     detectors: tuple[str, ...]

@@ -108,4 +108,4 @@ def test_the_help_has_an_example(jdkd):
     for command in ("swap", "show"):
         answer = jdkd(command, "--help")
         assert answer.code == 0 and f"jdkd {command} " in " ".join(answer.out.split()).partition("options")[0]
-        assert "xample:" in answer.out
+        assert "Example: jdkd" in answer.out
