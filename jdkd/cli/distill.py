@@ -67,6 +67,8 @@ class Distill:
     """Show the teacher the images at the student's input size instead of its own."""
     adapter: bool = False
     """Compare through trained 1x1 convolutions where widths agree, too; where they differ, it is always so."""
+    align: Literal["none", "permute", "linear"] = "none"
+    """Between detectors of unrelated origin: match channels, or predict the teacher's, as a few images show them."""
     inherit: bool = False
     """Begin with the teacher's neck and heads, as far as names and shapes agree."""
     detach_after: int | None = None
@@ -164,6 +166,7 @@ class Distill:
             levels=strides,
             own_size=not self.shared_size,
             adapter=True if self.adapter else None,
+            align=self.align,
             inherit=self.inherit,
             detach_after=self.detach_after,
         )

@@ -78,10 +78,6 @@ class Distiller:
         """See :meth:`FeatureDistiller.calibrate`; without a loss of features there is nothing to bring together."""
         return Agreements({}, "none") if self._features is None else self._features.calibrate(batches, call)
 
-    def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
-        """See :meth:`FeatureDistiller.fit_adapters`; without a loss of features there is nothing to fit."""
-        return {} if self._features is None else self._features.fit_adapters(batches)
-
     def parts(self) -> dict[str, Tensor]:
         """What the loss of features was in the student's last forward, by level; ``fit(..., parts=distiller.parts)``.
 

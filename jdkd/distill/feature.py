@@ -142,26 +142,10 @@ class FeatureDistiller:
         Raises:
             InputError: there is no batch, no level matches, or channels cannot be matched.
         """
-        return self._calibrated(batches, call, "calibrate")
-
-    def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
-        """:meth:`calibrate` for ``adapter=True``.
-
-        Returns:
-            stride -> mean of 1 - r over the teacher's channels.
-
-        Raises:
-            InputError: ``adapter`` was not asked for, there is no batch, or no level matches.
-        """
-        if self.align != ADAPTER:
-            raise InputError("fit_adapters was called and adapter is False; make the distiller with adapter=True")
-        return {stride: 1 - r.after for stride, r in self._calibrated(batches, None, "fit_adapters").items()}
-
-    def _calibrated(self, batches: Iterable[Any], call: Callable[[Any], Any] | None, caller: str) -> Agreements:
         runner = self.runner
         compared = runner.compared(batches, self.levels, self._channels, call)
         who = type(runner.student).__name__, type(runner.teacher).__name__
-        how = {"bias": isinstance(self.tap, SquaredError), "who": who, "caller": caller}
+        how = {"bias": isinstance(self.tap, SquaredError), "who": who}
         self.adapters, agreements = calibrated(compared, self.align, **how)
         return agreements
 

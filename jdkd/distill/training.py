@@ -15,6 +15,7 @@ from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import load, open_model
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
+from jdkd.distill.calibration import as_alignment
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import as_weight
 from jdkd.distill.levels import LevelPair, as_strides
@@ -43,6 +44,8 @@ class DistillConfig:
         levels: strides of the levels to compare; by default all that both have.
         own_size: the teacher sees images at its own input size; else at the student's.
         adapter: compare through trained 1x1 convolutions, dropped afterwards; by default where widths differ.
+        align: ``"permute"`` or ``"linear"`` for detectors of unrelated origin; see
+            :class:`jdkd.distill.FeatureDistiller`.
         inherit: begin with the teacher's neck and heads, as far as names and shapes agree.
         detach_after: step after which the student goes on without its teacher; by default never.
 
@@ -57,12 +60,14 @@ class DistillConfig:
     levels: Sequence[int] | None = None
     own_size: bool = True
     adapter: bool | None = None
+    align: str = "none"
     inherit: bool = False
     detach_after: int | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in IMITATION:
             raise InputError(f"loss must be one of {', '.join(IMITATION)}, got {self.loss!r}.")
+        as_alignment(self.align, adapter=bool(self.adapter))
         for name in ("loss_weight", "logits_weight"):
             if (weight := getattr(self, name)) != AUTO or name != "loss_weight":
                 object.__setattr__(self, name, as_weight(weight, name))
@@ -150,8 +155,8 @@ def taught(
         say_once(str(take_neck_and_heads(student, teacher)))
     if pairs:
         say_once(_comparison(method, method.weight(student, teacher), pairs, distiller.adapts))
-    if distiller.adapts:
-        _fit_adapters(distiller, student, probe)
+    if distiller.adapts or method.align != "none":
+        _calibrate(distiller, student, probe)
     until = method.detach_after
 
     def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
@@ -185,23 +190,26 @@ def comparable(
     weight = method.weight(student, teacher)
     options = {"feature_weight": weight, "own_size": method.own_size, "imitation": IMITATION[method.loss]}
     options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == "pkd+logits")}
+    options["align"] = method.align
     distiller = Distiller(student, teacher, tau=method.tau, adapter=bool(method.adapter), **options)
     pairs = next(distiller.runner.compared([batch], method.levels)) if weight else []
     differ = any(pair.student.shape[1] != pair.teacher.shape[1] for pair in pairs)
-    if differ and method.adapter is None:
+    if differ and method.adapter is None and method.align == "none":
         distiller = Distiller(student, teacher, tau=method.tau, adapter=True, **options)
     return distiller, pairs
 
 
 @torch.no_grad()
-def _fit_adapters(distiller: Distiller, student: nn.Module, probe: Sequence[Any]) -> None:
-    """Fits them to what the student's features are in training: norms that have seen nothing are measured meanwhile."""
+def _calibrate(distiller: Distiller, student: nn.Module, probe: Sequence[Any]) -> None:
+    """Brings channels together as they are in training: norms that have seen nothing are measured meanwhile."""
     norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
     fresh = any(norm.num_batches_tracked is not None and not norm.num_batches_tracked for norm in norms)
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     if fresh:
         calibrate_bn(student, probe)
-    distiller.fit_adapters(probe)
+    agreements = distiller.calibrate(probe)
+    if not distiller.adapts:
+        say_once(str(agreements))
     for buffer, value in before:
         buffer.copy_(value)
 
@@ -212,6 +220,8 @@ def _comparison(method: DistillConfig, weight: float, pairs: Sequence[LevelPair]
     ours, theirs = (sorted({getattr(pair, side).shape[1] for pair in pairs}) for side in ("student", "teacher"))
     own, other = (" and ".join(map(str, widths)) for widths in (ours, theirs))
     how = f"through a trained 1x1 adapter, from {own} channels to {other}" if adapts else f"channel by channel ({own})"
+    if method.align != "none":
+        how = f"channels brought together by align={method.align}, from {own} to {other}"
     seen = "at its own input size" if method.own_size else "as the student does"
     return (
         f"{method.loss} of weight {weight:g} on the levels of stride {strides}, {how}; the teacher sees images {seen}"

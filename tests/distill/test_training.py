@@ -52,6 +52,17 @@ def test_unequal_widths_go_through_an_adapter_that_is_dropped(teacher, scenes, t
     assert {tuple(weight.shape) for weight in kept["auxiliary"].values()} == {(16, 8, 1, 1)}
 
 
+def test_unrelated_channels_are_matched_and_r_is_said(student, teacher, scenes):
+    with pytest.warns(Notice) as notices:
+        found = distill(student, teacher, scenes, FEW, DistillConfig(align="permute"))
+    said = " ".join(str(notice.message) for notice in notices)
+    assert "brought together by align=permute, from 16 to 16" in said
+    assert "mean r of student and teacher, before and after permute\nstride    4: " in said
+    assert found.training.losses["loss_pkd"] > 0
+    with pytest.raises(InputError, match="adapter and align='linear' are both given"):
+        DistillConfig(adapter=True, align="linear")
+
+
 def test_what_fits_adapters_leaves_the_norms_of_the_student(teacher, scenes):
     narrow = detector(small_spec(fpn=8)).train()
     for module in narrow.modules():
