@@ -90,7 +90,7 @@ class Distill:
         say_where_nothing_synchronises(self.detector.choice.norm, device)
         data = Data.opened(self.source)
         recipe = self._recipe(chosen, processes())
-        config = self.training.config(data.train, **recipe.settings(len(data.train)))
+        config = self.training.config(data.train, **recipe.settings(len(data.train), self.training.accumulate))
         flags = self._detector(chosen)
         if chosen is not None:
             print("\n".join([str(chosen), *(f"  {line}" for line in chosen.differs)]))

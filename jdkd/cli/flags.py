@@ -158,8 +158,8 @@ class RecipeFlags:
     tensorboard: bool = False
     """Write TensorBoard events to OUT/tensorboard as the training goes."""
 
-    def settings(self, images: int) -> dict[str, Any]:
-        """What of these is a setting of a training on so many images.
+    def settings(self, images: int, accumulate: int = 1) -> dict[str, Any]:
+        """What of these is a setting of a training on so many images, of so many batches a step.
 
         Raises:
             InputError: the length is given twice.
@@ -173,7 +173,7 @@ class RecipeFlags:
         if self.schedule is None:
             known = {"steps": 1000, "milestones": milestones_of(self.decay or "cosine")}
         else:
-            at_once = max(1, batch_size) * processes()
+            at_once = max(1, batch_size) * processes() * max(1, accumulate)
             known = named_schedule(self.schedule, images, at_once, self.decay or "step")
         given = {name: value for name, value in vars(self).items() if value is not None}
         return known | given | {"sizes": self.train_sizes or None}

@@ -53,7 +53,7 @@ class Swap:
         from jdkd.train.freezing import frozen
 
         data = Data.opened(self.source)
-        settings = {"gamma_l1": 0.0} | self.recipe.settings(len(data.train))
+        settings = {"gamma_l1": 0.0} | self.recipe.settings(len(data.train), self.training.accumulate)
         config = self.training.config(data.train, **settings)
         features, head = load(self.features), load(self.head)
         require_same_classes(head, data.val.classes, data.val.label_to_category)

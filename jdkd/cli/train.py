@@ -40,7 +40,7 @@ class Train:
 
         say_where_nothing_synchronises(self.detector.choice.norm, device)
         data = Data.opened(self.source)
-        config = self.training.config(data.train, **self.recipe.settings(len(data.train)))
+        config = self.training.config(data.train, **self.recipe.settings(len(data.train), self.training.accumulate))
         if (self.spec is None) == (self.model is None):
             both = "both --spec and --model" if self.spec else "neither --spec nor --model"
             raise InputError(f"{both} given; give one of them, the detector to train.")
