@@ -178,7 +178,7 @@ def as_alignment(align: Any, *, adapter: bool) -> str:
 
 @torch.no_grad()
 def calibrated(
-    compared: Generator[list[LevelPair]], how: str, *, bias: bool, who: tuple[str, str], caller: str = "calibrate"
+    compared: Generator[list[LevelPair]], how: str, *, bias: bool, who: tuple[str, str]
 ) -> tuple[Adapters | Permutations | None, Agreements]:
     """What is put between the levels of two detectors, and how far it brings them together.
 
@@ -190,7 +190,6 @@ def calibrated(
         how: ``"none"``, ``"permute"``, ``"linear"`` or ``"adapter"``.
         bias: whether convolutions add one.
         who: what the notice calls student and teacher.
-        caller: what errors call the function that was given the batches.
 
     Raises:
         InputError: there is no batch; or channels are to be matched, and the student has more than the teacher.
@@ -198,7 +197,7 @@ def calibrated(
     with closing(compared):
         found = _gathered(compared, how, who)
     if not found:
-        raise InputError(f"{caller} was given 0 batches and needs at least 1; give it some images.")
+        raise InputError("calibrate was given 0 batches and needs at least 1; give it some images.")
     before = {key: halves.before() for key, halves in found.items()}
     if how == "none":
         return None, _agreements(before, before, how)

@@ -12,6 +12,8 @@ from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller
 from jdkd.distill.teacher import TeacherRunner
 
+TERMS = {"pearson": "loss_pkd", "mse": "loss_mse", "cwd": "loss_cwd"}
+
 
 class Distiller:
     """Feature and head distillation from one teacher, whose backbone runs once per forward of the student.
@@ -31,7 +33,9 @@ class Distiller:
             :attr:`adapters`.
         align: ``"none"``, ``"permute"`` or ``"linear"``, for detectors of unrelated origin; see
             :class:`FeatureDistiller`, and call :meth:`calibrate`.
-        imitation: of features, ``"pearson"`` or ``"mse"``; see :class:`FeatureDistiller`.
+        imitation: of features, ``"pearson"``, ``"mse"`` or ``"cwd"``; see :class:`FeatureDistiller`.
+        tau: temperature of ``"cwd"``.
+        levels: strides of the levels of features to compare; by default all that both have.
     """
 
     def __init__(
@@ -46,14 +50,19 @@ class Distiller:
         adapter: bool = False,
         align: str = "none",
         imitation: str = "pearson",
+        tau: float = 1.0,
+        levels: Iterable[int] | None = None,
     ) -> None:
+        self.adapts = adapter and bool(feature_weight)
         self.runner = runner = TeacherRunner(student, teacher, reuse=reuse, own_size=own_size)
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
         self._features: FeatureDistiller | None = None
         if feature_weight:
-            how = {"adapter": adapter, "align": align, "imitation": imitation, "runner": runner}
+            how = {"adapter": adapter, "align": align, "imitation": imitation, "tau": tau, "levels": levels}
+            how |= {"runner": runner}
             self._features = FeatureDistiller(student, teacher, loss_weight=feature_weight, **how)
-            self.terms["loss_pkd" if imitation == "pearson" else "loss_mse"] = self._features
+            self._term = TERMS[imitation]
+            self.terms[self._term] = self._features
         if head_weight:
             self.terms["loss_head_kd"] = HeadDistiller(student, teacher, loss_weight=head_weight, runner=runner)
         self._entered = ExitStack()
@@ -69,9 +78,15 @@ class Distiller:
         """See :meth:`FeatureDistiller.calibrate`; without a loss of features there is nothing to bring together."""
         return Agreements({}, "none") if self._features is None else self._features.calibrate(batches, call)
 
-    def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
-        """See :meth:`FeatureDistiller.fit_adapters`; without a loss of features there is nothing to fit."""
-        return {} if self._features is None else self._features.fit_adapters(batches)
+    def parts(self) -> dict[str, Tensor]:
+        """What the loss of features was in the student's last forward, by level; ``fit(..., parts=distiller.parts)``.
+
+        Returns:
+            ``"loss_pkd of stride 8"`` and so on -> a scalar without gradients.
+        """
+        silent = self._features is None or not self.runner.enabled
+        losses = {} if silent else self._features.level_losses
+        return {f"{self._term} of stride {stride}": loss for stride, loss in losses.items()}
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:

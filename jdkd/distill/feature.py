@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from jdkd.distill.adapter import Adapters, SquaredError
 from jdkd.distill.alignment import aligned_pairs
 from jdkd.distill.calibration import ADAPTER, Agreements, Permutations, as_alignment, calibrated
+from jdkd.distill.channel_wise import ChannelWiseDivergence
 from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
@@ -55,8 +56,10 @@ class FeatureDistiller:
             student's with one of the teacher's, ``"linear"`` predicts the teacher's by a 1x1 map that is never trained,
             ``"none"`` takes them as they come. Call :meth:`calibrate` before training; given to ``fit`` as
             ``auxiliary`` too, what was found is the same in a resumed run.
-        imitation: ``"pearson"``, or ``"mse"`` for the squared error (FitNets; Romero et al., ICLR 2015), which sees
-            scales and offsets too and takes none of the options below.
+        imitation: ``"pearson"``; ``"mse"`` for the squared error (FitNets; Romero et al., ICLR 2015), which sees
+            scales and offsets too; or ``"cwd"`` for the divergence between what channels say of positions (Shu et al.,
+            ICCV 2021). Those two take none of Pearson's options below.
+        tau: temperature of ``"cwd"``.
         runner: a shared runner of the teacher; by default its own, and then it knows whether ``own_size`` is meant.
         level_weights, statistics, zero_variance, group: see :func:`jdkd.functional.pearson_tap`.
 
@@ -76,6 +79,7 @@ class FeatureDistiller:
         adapter: bool = False,
         align: str = "none",
         imitation: str = "pearson",
+        tau: float = 1.0,
         runner: TeacherRunner | None = None,
         level_weights: Sequence[float] | None = None,
         statistics: str = "batch",
@@ -90,7 +94,8 @@ class FeatureDistiller:
             raise InputError(f"{given} and channels are both given; the former finds the channels, leave channels out")
         self.levels = as_strides(levels)
         self._channels = TeacherChannels(channels) if self.align == "none" else None
-        self.tap = _imitation(imitation, as_weight(loss_weight), {"level_weights": level_weights, **options})
+        options = {"level_weights": level_weights, **options, "tau": tau}
+        self.tap = _imitation(imitation, as_weight(loss_weight), options)
         self.runner = runner or TeacherRunner(student, teacher, own_size=own_size)
         self.adapters: Adapters | Permutations | None = None  # what stands between every pair of levels, once fitted
         self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
@@ -137,26 +142,10 @@ class FeatureDistiller:
         Raises:
             InputError: there is no batch, no level matches, or channels cannot be matched.
         """
-        return self._calibrated(batches, call, "calibrate")
-
-    def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
-        """:meth:`calibrate` for ``adapter=True``.
-
-        Returns:
-            stride -> mean of 1 - r over the teacher's channels.
-
-        Raises:
-            InputError: ``adapter`` was not asked for, there is no batch, or no level matches.
-        """
-        if self.align != ADAPTER:
-            raise InputError("fit_adapters was called and adapter is False; make the distiller with adapter=True")
-        return {stride: 1 - r.after for stride, r in self._calibrated(batches, None, "fit_adapters").items()}
-
-    def _calibrated(self, batches: Iterable[Any], call: Callable[[Any], Any] | None, caller: str) -> Agreements:
         runner = self.runner
         compared = runner.compared(batches, self.levels, self._channels, call)
         who = type(runner.student).__name__, type(runner.teacher).__name__
-        how = {"bias": isinstance(self.tap, SquaredError), "who": who, "caller": caller}
+        how = {"bias": isinstance(self.tap, SquaredError), "who": who}
         self.adapters, agreements = calibrated(compared, self.align, **how)
         return agreements
 
@@ -242,18 +231,26 @@ class FeatureDistiller:
         return self.adapters(students, teachers)
 
 
-def _imitation(name: str, loss_weight: float, options: dict[str, Any]) -> PearsonTap | SquaredError:
-    if name == "pearson":
-        return PearsonTap(loss_weight, return_levels=True, **options)
-    if name != "mse":
-        raise InputError(f"imitation is {name!r}; choose pearson or mse")
+def _imitation(
+    name: str, loss_weight: float, options: dict[str, Any]
+) -> PearsonTap | SquaredError | ChannelWiseDivergence:
+    takes = {"pearson": {*options} - {"tau"}, "mse": set(), "cwd": {"tau"}}
+    if name not in takes:
+        raise InputError(f"imitation is {name!r}; choose {', '.join([*takes][:-1])} or {[*takes][-1]}")
     defaults = FeatureDistiller.__init__.__kwdefaults__
-    if given := [option for option, value in options.items() if value != defaults[option]]:
-        raise InputError(f"imitation is 'mse', which takes no {', '.join(given)}; leave that out, or take 'pearson'")
-    return SquaredError(loss_weight)
+    if given := [each for each in options if each not in takes[name] and options[each] != defaults[each]]:
+        other = next(other for other, taken in takes.items() if given[0] in taken)
+        raise InputError(f"imitation is {name!r}, which takes no {', '.join(given)}; leave that out, or take {other!r}")
+    if name == "pearson":
+        return PearsonTap(loss_weight, return_levels=True, **{option: options[option] for option in takes[name]})
+    if name == "mse":
+        return SquaredError(loss_weight)
+    if not (isinstance(options["tau"], int | float) and 0 < options["tau"] < math.inf):
+        raise InputError(f"tau is {options['tau']!r}, a temperature; give a finite number above 0")
+    return ChannelWiseDivergence(loss_weight, options["tau"])
 
 
-def as_weight(weight: Any) -> float:
+def as_weight(weight: Any, name: str = "loss_weight") -> float:
     """The weight of a loss.
 
     Raises:
@@ -265,5 +262,5 @@ def as_weight(weight: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number) or number < 0:
-        raise InputError(f"loss_weight is {weight!r}; give a finite number, 0 or above")
+        raise InputError(f"{name} is {weight!r}; give a finite number, 0 or above")
     return number

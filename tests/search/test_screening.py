@@ -243,3 +243,12 @@ def test_a_search_that_is_at_its_end_proposes_nothing(asked, finished):
     with closing(Archive(finished[0] / ARCHIVE)) as archive:
         everything = len(archive)
     assert asked(everything) == ([], [])
+
+
+def test_no_group_is_the_bottleneck_of_the_rest_where_the_aim_is_reached_without_one(parent, steady):
+    def least_kept(aim):
+        (rewrite,) = parent.make(Recipe(), aim).rewrites
+        return min(len(units) / parent.topology[name].units for name, units in rewrite.keep.items())
+
+    gentle, harsh = least_kept(0.8), least_kept(0.45)
+    assert harsh < screening.FLOOR <= gentle < 1
