@@ -31,7 +31,7 @@ from jdkd.distill import DistillConfig, distill
 from jdkd.files import read_json, write_json
 from jdkd.latency import fuse_for_inference
 from jdkd.train import TrainConfig, fit
-from jdkd.train.evaluate import detections_of
+from jdkd.train.evaluate import find
 
 OP = "distillation"
 PAIRS = (("fasterrcnn", "fcos"), ("fcos", "retinanet"), ("retinanet", "fasterrcnn"), ("fcos", "fcos"))
@@ -103,7 +103,7 @@ class Bench:
         return Judged(self.val, self.student(*words)["found"])
 
     def _judged(self, own: torch.nn.Module) -> tuple[list[dict[str, Any]], Judged]:
-        found = detections_of(fuse_for_inference(own.eval()), self.val)
+        found = find(fuse_for_inference(own.eval()), self.val, device="cpu", batch_size=8).close()
         return found, Judged(self.val, found)
 
 

@@ -68,24 +68,43 @@ def evaluate(
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
     start, every = (rank(), processes()) if shared else (0, 1)
-    read = {"batch_size": batch_size, "workers": workers, "start": start, "every": every}
-    read["pin"] = torch.device(device).type == "cuda"
 
-    def find() -> Findings:
-        findings = Findings(type(inner).__name__, dataset.label_to_category)
-        done = 0
-        with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
-            for items in in_order(dataset, **read):
-                found = detections(model, [image.to(device, non_blocking=True).float() / 255 for image, _ in items])
-                for (_, target), detection in zip(items, found, strict=True):
-                    findings.add(target["image_id"], detection, "masks" in detection and _segmented(dataset))
-                done += len(items)
-                if progress:
-                    progress(min(done * every, len(dataset)), len(dataset))
-        return findings
+    def part() -> Findings:
+        read = {"batch_size": batch_size, "workers": workers, "start": start, "every": every}
+        return find(model, dataset, device=device, max_detections=max_detections, progress=progress, **read)
 
-    parts = gathered(find) if shared else [find()]
+    parts = gathered(part) if shared else [part()]
     return from_first(lambda: _scored(parts, dataset, most)) if shared else _scored(parts, dataset, most)
+
+
+def find(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    device: torch.device | str,
+    max_detections: int | None = None,
+    every: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    **read: Any,
+) -> Findings:
+    """What a detector finds on the images of a dataset, or on every so many of them.
+
+    Args:
+        model, dataset, device, max_detections, progress: as of :func:`evaluate`, which checks them.
+        every: one of so many images is looked at.
+        read: ``batch_size``, ``workers`` and ``start`` of :func:`jdkd.data.in_order`.
+    """
+    findings, done = Findings(type(unwrapped(model)).__name__, dataset.label_to_category), 0
+    pin = torch.device(device).type == "cuda"
+    with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
+        for items in in_order(dataset, every=every, pin=pin, **read):
+            found = detections(model, [image.to(device, non_blocking=True).float() / 255 for image, _ in items])
+            for (_, target), detection in zip(items, found, strict=True):
+                findings.add(target["image_id"], detection, "masks" in detection and _segmented(dataset))
+            done += len(items)
+            if progress:
+                progress(min(done * every, len(dataset)), len(dataset))
+    return findings
 
 
 def _scored(parts: list[Findings], dataset: Any, most: int) -> Scores:
