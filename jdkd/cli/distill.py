@@ -105,7 +105,9 @@ class Distill:
             data.of(teacher, config.batch_size, config.seed)
 
         def fitting(progress: Any, how: dict[str, Any]) -> FitReport:
+            from jdkd.data import batches
             from jdkd.distill import distill
+            from jdkd.distill.recall import say_if_blind
 
             if lessons is not None:
                 say_once(
@@ -114,6 +116,7 @@ class Distill:
                     "to spare that"
                 )
                 _train(teacher, data, lessons, self.out / TEACHER, how["device"], job.shown(progress, TEACHER))
+            say_if_blind(teacher, batches(data.train, batch_size=config.batch_size, steps=1, seed=config.seed))
             return distill(student, teacher, data.train, config, method, **how).training
 
         job.run(fitting, **_identity(teacher, method, lessons))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -46,9 +46,21 @@ class Agreements(dict[int, Agreement]):
         self.how = how
 
     def __str__(self) -> str:
-        known = {stride: "differing widths" if b is None else f"{b:.3f}" for stride, (b, _) in self.items()}
-        lines = (f"stride {stride:>4}: {known[stride]} -> {after:.3f}" for stride, (_, after) in self.items())
-        return "\n".join((f"mean r of student and teacher, before and after {self.how}", *lines))
+        width = max(map(len, map(str, self)), default=0)
+        lines = (f"stride {stride:>{width}}: {change}" for stride, change in self._changes())
+        return "\n".join((self._about(), *lines))
+
+    def sentence(self) -> str:
+        """The same in one line."""
+        changes = "; ".join(f"stride {stride}: {change}" for stride, change in self._changes())
+        return f"{self._about()}: {changes}"
+
+    def _about(self) -> str:
+        return f"mean r of student and teacher, before and after {self.how}"
+
+    def _changes(self) -> Iterator[tuple[int, str]]:
+        for stride, (before, after) in self.items():
+            yield stride, f"{'differing widths' if before is None else f'{before:.3f}'} -> {after:.3f}"
 
 
 class Permutations(nn.Module):
@@ -209,7 +221,7 @@ def _gathered(
     for pairs in compared:
         for place, pair in enumerate(pairs):
             if (key := (pair.stride, place)) not in found:
-                _check_widths(pair, how)
+                check_widths(pair, how)
                 found[key] = _Halves(pair)
             found[key].add(pair)
             if not found[key].whole.is_finite():
@@ -220,7 +232,12 @@ def _gathered(
     return found
 
 
-def _check_widths(pair: LevelPair, how: str) -> None:
+def check_widths(pair: LevelPair, how: str) -> None:
+    """Refuses a student that has more channels than a teacher has to be matched with.
+
+    Raises:
+        InputError: it does.
+    """
     ours, theirs = pair.student.shape[1], pair.teacher.shape[1]
     if how == "permute" and ours > theirs:
         raise InputError(

@@ -15,7 +15,7 @@ from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import load, open_model
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
-from jdkd.distill.calibration import as_alignment
+from jdkd.distill.calibration import as_alignment, check_widths
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import as_weight
 from jdkd.distill.levels import LevelPair, as_strides
@@ -193,6 +193,8 @@ def comparable(
     options["align"] = method.align
     distiller = Distiller(student, teacher, tau=method.tau, adapter=bool(method.adapter), **options)
     pairs = next(distiller.runner.compared([batch], method.levels)) if weight else []
+    for pair in pairs:
+        check_widths(pair, method.align)
     differ = any(pair.student.shape[1] != pair.teacher.shape[1] for pair in pairs)
     if differ and method.adapter is None and method.align == "none":
         distiller = Distiller(student, teacher, tau=method.tau, adapter=True, **options)
@@ -209,7 +211,7 @@ def _calibrate(distiller: Distiller, student: nn.Module, probe: Sequence[Any]) -
         calibrate_bn(student, probe)
     agreements = distiller.calibrate(probe)
     if not distiller.adapts:
-        say_once(str(agreements))
+        say_once(agreements.sentence())
     for buffer, value in before:
         buffer.copy_(value)
 

@@ -145,12 +145,14 @@ def test_a_teacher_that_is_dead_is_said_once_to_have_nothing_to_say(how, recwarn
 
 def test_what_was_found_is_printed_a_line_a_level():
     student = Detector()
-    text = str(FeatureDistiller(student, Remixed(student, mix("permute")), align="permute").calibrate([batch(4)]))
+    found = FeatureDistiller(student, Remixed(student, mix("permute")), align="permute").calibrate([batch(4)])
+    text = str(found)
+    assert found.sentence().count("; stride 8: ") == 1 and "\n" not in found.sentence()
     first, *levels = text.splitlines()
     assert first == "mean r of student and teacher, before and after permute"
-    assert len(levels) == 2 and levels[0].startswith("stride    4: ") and levels[0].endswith("-> 1.000")
+    assert len(levels) == 2 and levels[0].startswith("stride 4: ") and levels[0].endswith("-> 1.000")
     wider = str(FeatureDistiller(student, Detector(9), adapter=True).calibrate([batch(4)]))
-    assert "stride    8: differing widths -> " in wider
+    assert "stride 8: differing widths -> " in wider
     assert dict(FeatureDistiller(student, Detector(), levels=[8]).calibrate([batch(4)])) == {8: pytest.approx((1, 1))}
 
 

@@ -57,10 +57,12 @@ def test_unrelated_channels_are_matched_and_r_is_said(student, teacher, scenes):
         found = distill(student, teacher, scenes, FEW, DistillConfig(align="permute"))
     said = " ".join(str(notice.message) for notice in notices)
     assert "brought together by align=permute, from 16 to 16" in said
-    assert "mean r of student and teacher, before and after permute\nstride    4: " in said
+    assert "mean r of student and teacher, before and after permute: stride 4: " in said
     assert found.training.losses["loss_pkd"] > 0
     with pytest.raises(InputError, match="adapter and align='linear' are both given"):
         DistillConfig(adapter=True, align="linear")
+    with pytest.raises(InputError, match=r"each of the student's 16 channels one of the teacher's, which has 8"):
+        comparable(student, detector(small_spec(fpn=8)), _batch(scenes), DistillConfig(align="permute"))
 
 
 def test_what_fits_adapters_leaves_the_norms_of_the_student(teacher, scenes):
