@@ -246,11 +246,13 @@ class SearchContext:
         }
 
     def where(self) -> dict[str, Any]:
-        """Where data and base lie, and the device: for the record."""
+        """Where data, base and teachers lie, and the device: for the record."""
         config = self.config
         splits = {"train": config.train, "val": config.val, "selection": config.selection}
         data = whereabouts({name: split for name, split in splits.items() if split is not None})
-        return {"data": data, "base": str(config.base.resolve()), "device": config.device}
+        teachers = {folder.absolute().name: str(folder.resolve()) for folder in config.teachers}
+        lie = {"base": str(config.base.resolve()), "pool": str(config.pool.resolve()), "teachers": teachers}
+        return {"data": data, **lie, "device": config.device}
 
 
 def candidate_folder(number: int) -> str:
