@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS
-from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead, FCOSRegressionHead
+from torchvision.models.detection.fcos import FCOSClassificationHead, FCOSHead
 from torchvision.ops import box_iou
 
 from jdkd.detect.norms import group_norm
-from jdkd.detect.one_stage import BoxSides, at_least_single
+from jdkd.detect.one_stage import BoxSides, at_least_single, flat, tower
 
 CANDIDATES = 9  # of every level, section 4.3
+LARGEST = math.log(1000 / 16)  # of the logarithms of distances, torchvision's bound
 
 
 def adaptive_assignment(
@@ -78,7 +80,7 @@ class ATSS(FCOS):
 
 
 class ATSSHead(FCOSHead):
-    """FCOS's head with group norms of 8 channels a group; what it says of boxes is in fp32 at least.
+    """FCOS's head, of which a box at first is the anchor.
 
     Args:
         channels: of the pyramid, a multiple of 8.
@@ -89,8 +91,31 @@ class ATSSHead(FCOSHead):
         nn.Module.__init__(self)  # as FCOSHead's own would make norms of 32 groups
         self.box_coder = BoxSides()
         self.classification_head = FCOSClassificationHead(channels, 1, outputs, norm_layer=group_norm)
-        self.regression_head = FCOSRegressionHead(channels, 1, norm_layer=group_norm)
+        self.regression_head = SidesHead(channels)
 
     def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
         """``cls_logits`` [N, A, K], ``bbox_regression`` [N, A, 4] and ``bbox_ctrness`` [N, A, 1]."""
         return {name: at_least_single(output) for name, output in super().forward(x).items()}
+
+
+class SidesHead(nn.Module):
+    """Distances to the sides of a box in sizes of the anchor, and the centre-ness.
+
+    Distances are ``exp(x) / 2``: positive as those of Tian et al., ICCV 2019 (section 3.2), which a rectified linear
+    unit, torchvision's choice, does not leave where it has once come to zero.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = tower(channels, 4)
+        self.bbox_reg = nn.Conv2d(channels, 4, 3, padding=1)
+        self.bbox_ctrness = nn.Conv2d(channels, 1, 3, padding=1)
+        for layer in (self.bbox_reg, self.bbox_ctrness):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: list[Tensor]) -> tuple[Tensor, Tensor]:  # [N, C, H, W] each -> [N, A, 4], [N, A, 1]
+        features = [self.conv(level) for level in x]
+        logs = torch.cat([flat(self.bbox_reg(feature)) for feature in features], dim=1)
+        centers = torch.cat([flat(self.bbox_ctrness(feature)) for feature in features], dim=1)
+        return at_least_single(logs).clamp(max=LARGEST).exp() / 2, centers
