@@ -377,6 +377,8 @@ FAMILIES = {
     "retinanet": Family(_retinanet, "P3-P7"),
     "retinanet_v2": Family(_retinanet, "P3-P7"),
     "fcos": Family(_fcos, "P3-P7", anchor_scale=None),
+    "ssd": Family(_ssd, None, min_size=300, square=True),
+    "ssdlite": Family(partial(_ssd, lite=True), None, min_size=320, square=True),
     "atss": Family(partial(_of_every_place, ATSS, ATSSHead), "P3-P7", anchor_scale=2),
     "gfl": Family(partial(_of_every_place, GFL, GFLHead, score_thresh=0.05), "P3-P7", anchor_scale=2),
     "reppoints": Family(
@@ -384,7 +386,5 @@ FAMILIES = {
         "P3-P7",
         anchor_scale=None,
     ),
-    "ssd": Family(_ssd, None, min_size=300, square=True),
-    "ssdlite": Family(partial(_ssd, lite=True), None, min_size=320, square=True),
 }
 OF_32_GROUPS = ("fcos",)  # torchvision makes their heads so
