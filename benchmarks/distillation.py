@@ -31,7 +31,7 @@ from jdkd.distill import DistillConfig, distill
 from jdkd.files import read_json, write_json
 from jdkd.latency import fuse_for_inference
 from jdkd.train import TrainConfig, fit
-from jdkd.train.evaluate import detections_of
+from jdkd.train.evaluate import find
 
 OP = "distillation"
 PAIRS = (("fasterrcnn", "fcos"), ("fcos", "retinanet"), ("retinanet", "fasterrcnn"), ("fcos", "fcos"))
@@ -71,7 +71,7 @@ class Bench:
         out = self.folder / f"teacher-{family}"
         if not (out / "scores.json").exists():
             made = model(family, self.train.classes, 1000, student=False)
-            fit(made, self.train, replace(self.training, steps=LONGER * STEPS), folder=out, resume=True)
+            fit(made, self.train, replace(self.training, steps=LONGER * STEPS), folder=out, resume=True, device="cpu")
             save(out, made)
             write_json(out / "scores.json", {"map": self._judged(made)[1].map()})
         return load(out, "cpu")
@@ -86,7 +86,7 @@ class Bench:
         for quarter in range(QUARTERS):
             part = replace(self.training, steps=steps, cycle_start=quarter * steps, cycle_steps=STEPS)
             part = replace(part, seed=QUARTERS * seed + quarter)
-            how = {"folder": out / f"quarter-{quarter}", "resume": True}
+            how = {"folder": out / f"quarter-{quarter}", "resume": True, "device": "cpu"}
             if quarter:
                 how["inherit"] = out / f"quarter-{quarter - 1}"
             if loss == "none":
@@ -103,7 +103,7 @@ class Bench:
         return Judged(self.val, self.student(*words)["found"])
 
     def _judged(self, own: torch.nn.Module) -> tuple[list[dict[str, Any]], Judged]:
-        found = detections_of(fuse_for_inference(own.eval()), self.val)
+        found = find(fuse_for_inference(own.eval()), self.val, device="cpu", batch_size=8).close()
         return found, Judged(self.val, found)
 
 

@@ -10,6 +10,7 @@ is judged by the control of its search: the base, trained on for as long as its 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from benchmarks import record, searches
+from jdkd.data import resolve_splits
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Recipe:
     """One kind of base and its search.
 
     Args:
-        data: how its images are drawn, anew for each seed; None where they are given.
+        data: how its images are drawn, anew for each seed; None for photographs that are given, which are halved.
         model: flags of `jdkd train` for what the base is.
         batch_size, amp: of every training.
         steps: of the base; the search may take twice as many.
@@ -60,11 +63,33 @@ def run(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
     if recipe.data:
         data = folder / f"data-{seed}"
         _jdkd("data", "digits", data, *recipe.data.split(), "--seed", seed, "--resume")
+    else:
+        data = halved(data, folder / "data")
     common = ("--data", data, "--batch-size", recipe.batch_size, "--lr", recipe.lr, "--amp", recipe.amp)
     common += ("--seed", seed, "--resume")
     _jdkd("train", "--out", base, *recipe.model.split(), "--steps", recipe.steps, *common)
     _jdkd("search", "--base", base, "--out", out, "--steps", 2 * recipe.steps, *common)
     return out
+
+
+def halved(data: Path, folder: Path) -> Path:
+    """Photographs at half their height and width: what reads and resizes them is no part of what is compared."""
+    if not folder.exists():
+        making = folder.with_name(f"{folder.name}.part")
+        for split in resolve_splits(data):
+            content = json.loads(split.annotations.read_text())
+            file, images = making / "annotations" / split.annotations.name, making / split.images.name
+            for place in (file.parent, images):
+                place.mkdir(parents=True, exist_ok=True)
+            for image in content["images"]:
+                with Image.open(split.images / image["file_name"]) as photo:
+                    photo.reduce(2).save(images / image["file_name"], quality=95)
+                image |= {"width": (image["width"] + 1) // 2, "height": (image["height"] + 1) // 2}
+            for one in content["annotations"]:
+                one |= {"bbox": [side / 2 for side in one["bbox"]], "area": one["area"] / 4}
+            file.write_text(json.dumps(content))
+        making.rename(folder)
+    return folder
 
 
 def _jdkd(*words: object) -> None:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from jdkd import __version__, _ext
+from jdkd.files import cache_folder
 
 RIGHT, WRONG, FAILED = "right", "wrong", "failed"
 # Of the largest exact value: a few roundings of float32, or of the half-precision result. A swapped lane errs by 1.
@@ -259,18 +260,10 @@ def _sources() -> str:
 
 def folder(device: torch.device) -> Path | None:
     """Where the verdicts on a device lie; None where there is no home to keep them in."""
-    try:
-        root = _root()
-    except RuntimeError:  # no home
+    if (root := cache_folder()) is None:
         return None
     key = json.dumps(environment(device), sort_keys=True)
     return root / "verdicts" / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def _root() -> Path:
-    if named := os.environ.get("JDKD_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdkd"
 
 
 def read(name: str, device: torch.device) -> Verdict | None:

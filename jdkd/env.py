@@ -31,8 +31,8 @@ _PACKAGES = (
 _VARIABLES = {
     "JDKD_BACKEND": f"backend of every operator that has it: {', '.join(_backend.BACKENDS)}",
     "JDKD_BUILD_EXT": "read by setup.py: auto, 1 (a missing toolchain is an error), 0 (pure Python)",
-    "JDKD_CACHE": "folder for what checks of kernels found, by default ~/.cache/jdkd; where set, also for Triton's "
-    "compiled kernels, unless TRITON_CACHE_DIR is",
+    "JDKD_CACHE": "folder for what checks of kernels found and for indices of annotations, by default ~/.cache/jdkd; "
+    "where set, also for Triton's compiled kernels, unless TRITON_CACHE_DIR is",
 }
 
 

@@ -100,6 +100,16 @@ def content_hash(*files: Path) -> str:
     return digest.hexdigest()
 
 
+def cache_folder() -> Path | None:
+    """Where what can be made anew is kept: ``JDKD_CACHE``, or ``jdkd`` in the user's cache folder; None without one."""
+    if named := os.environ.get("JDKD_CACHE"):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jdkd"
+    except RuntimeError:  # no home
+        return None
+
+
 def claim_folder(folder: Path, name: str) -> bool:
     """Makes sure that ``folder`` is there and can be written to.
 

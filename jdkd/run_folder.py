@@ -171,7 +171,7 @@ class RunFolder:
 def versions() -> dict[str, str]:
     """Versions of what the numbers of a run depend on; packages that are not installed are left out."""
     found = {"python": platform.python_version()}
-    for package in ("jdkd", "torch", "torchvision", "triton", "numpy", "pycocotools"):
+    for package in ("jdkd", "torch", "torchvision", "triton", "numpy", "pycocotools", "faster-coco-eval"):
         with suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
-    "errors files notices run_folder",
+    "errors files notices run_folder presets",
     "kernels reference",
     "_ext",
     "_backend _dispatch _verdicts",
@@ -31,7 +31,9 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
 OPTIONAL = {"tyro", "rich", "matplotlib", "ray", "onnx", "sklearn", "optuna", "sqlalchemy", "tensorboard"}
-NOT_AT_IMPORT = OPTIONAL | {"triton", "torchvision", "pycocotools", "safetensors", "PIL", "numba", "pandas"}
+NOT_AT_IMPORT = OPTIONAL | {
+    *("triton", "torchvision", "pycocotools", "faster_coco_eval", "safetensors", "PIL", "numba", "pandas"),
+}
 NAMELESS = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_LINES = 400
 FAMILIES = re.compile(  # detectors and what is in them, as words of an identifier or of a sentence

@@ -164,7 +164,7 @@ def test_a_right_verdict_of_another_environment_is_not_believed(toy):
 @pytest.mark.parametrize("place", ["a file/below", "/proc/nowhere"])
 def test_a_cache_that_cannot_be_written_breaks_nothing(toy, monkeypatch, tmp_path, place):
     (tmp_path / "a file").touch()
-    monkeypatch.setattr(_verdicts, "_root", lambda: Path(tmp_path, place))
+    monkeypatch.setattr(_verdicts, "cache_folder", lambda: Path(tmp_path, place))
     assert [chosen(), chosen()] == ["cpu", "cpu"] and toy.checks == 1
 
 

@@ -63,6 +63,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
 
     from jdkd.cli.check import Check
     from jdkd.cli.data import CheckData, Digits
+    from jdkd.cli.distill import Distill
     from jdkd.cli.env import Env
     from jdkd.cli.evaluate import Eval
     from jdkd.cli.importing import Import
@@ -71,6 +72,8 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     from jdkd.cli.pool import PoolEval, PoolExport, PoolTrain
     from jdkd.cli.report import Report
     from jdkd.cli.search import Search
+    from jdkd.cli.show import Show
+    from jdkd.cli.swap import Swap
     from jdkd.cli.train import Train
 
     def named(name: str, command: Any, *markers: Any) -> Any:
@@ -86,10 +89,13 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         named("import", Import, positional),
         named("inspect", Inspect, positional),
         named("train", Train),
+        named("distill", Distill),
         Annotated[pool, tyro.conf.subcommand(name="pool", description="Train, measure and open a teacher pool.")],
         named("search", Search),
         named("report", Report, positional),
         named("eval", Eval, positional),
+        named("show", Show, positional),
+        named("swap", Swap),
         named("latency", Latency, positional),
         named("env", Env),
         named("check", Check),

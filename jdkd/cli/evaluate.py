@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Eval:
-    """Score a detector on COCO-format data: the twelve lines of pycocotools, of boxes (and masks), and JSON."""
+    """Score a detector on COCO-format data: pycocotools' twelve lines (also of masks), a table of classes, JSON."""
 
     ckpt: Path
     """Folder of the detector, written by train or import."""

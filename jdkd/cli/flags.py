@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -80,6 +81,10 @@ class TrainingFlags:
     """Mixed precision; auto: on a GPU."""
     seed: int = 0
     """Decides everything that is drawn."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged in a step: memory of one, images of all."""
+    by_aspect: bool = True
+    """Batches of landscape or of portrait images alone, where there are enough of both: less padding."""
     workers: int = 0
     """Processes that read images."""
     checkpoint_every: int = 100
@@ -87,7 +92,11 @@ class TrainingFlags:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     resume: bool = False
-    """Carry on what OUT holds."""
+    """Carry on what OUT holds; torchrun's restarts do so by themselves."""
+
+    def __post_init__(self) -> None:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            object.__setattr__(self, "resume", True)
 
     @property
     def kept(self) -> str:
@@ -114,6 +123,60 @@ class TrainingFlags:
         known = {field.name for field in fields(TrainConfig)}
         given = {name: value for name, value in (vars(self) | settings).items() if name in known and value is not None}
         return TrainConfig(**{"flip": 0.5 * train.mirror_symmetric} | given)
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """How one detector is trained, and how long; in brackets what holds where nothing is said."""
+
+    steps: int | None = None
+    """Optimizer steps [1000]."""
+    schedule: Literal["1x", "2x", "3x"] | None = None
+    """12, 24 or 36 epochs instead of --steps, with 500 steps of warm-up and --decay step."""
+    decay: Literal["cosine", "step"] | None = None
+    """How the rate falls: along a cosine, or to a tenth after 2/3 and again after 11/12 of the steps [cosine]."""
+    batch_size: int | None = None
+    """Images per step, of each process [8]."""
+    lr: float | None = None
+    """Peak learning rate of the one cycle [0.002]."""
+    optimizer: Literal["adamw", "sgd"] | None = None
+    """AdamW, or SGD with momentum [adamw]."""
+    weight_decay: float | None = None
+    """Of weights; norms and biases are not decayed [0.01]."""
+    warmup: float | None = None
+    """Fraction of the steps over which the rate rises [0.1]."""
+    clip: float | None = None
+    """Largest norm of the gradients; 0 does not clip [10]."""
+    gamma_l1: float | None = None
+    """L1 penalty on the scales of batch norms, which prepares for pruning [1e-5]."""
+    flip: float | None = None
+    """Probability of a horizontal flip [0.5, or 0 where the data say that a mirrored object is another]."""
+    train_sizes: tuple[int, ...] = ()
+    """Short sides in pixels, one of which each image is resized to while training [--min-size]."""
+    ema: float | None = None
+    """Decay of a running average of the weights, which is what is saved and scored; such as 0.999 [none]."""
+    tensorboard: bool = False
+    """Write TensorBoard events to OUT/tensorboard as the training goes."""
+
+    def settings(self, images: int, accumulate: int = 1) -> dict[str, Any]:
+        """What of these is a setting of a training on so many images, of so many batches a step.
+
+        Raises:
+            InputError: the length is given twice.
+        """
+        from jdkd.train.distributed import processes
+        from jdkd.train.schedule import milestones_of, named_schedule
+
+        if self.steps is not None and self.schedule is not None:
+            raise InputError(f"--steps {self.steps} and --schedule {self.schedule} are both given; give one of them.")
+        batch_size = 8 if self.batch_size is None else self.batch_size
+        if self.schedule is None:
+            known = {"steps": 1000, "milestones": milestones_of(self.decay or "cosine")}
+        else:
+            at_once = max(1, batch_size) * processes() * max(1, accumulate)
+            known = named_schedule(self.schedule, images, at_once, self.decay or "step")
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return known | given | {"sizes": self.train_sizes or None}
 
 
 def resolve_device(device: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from jdkd.cli.progress import Progress
+from jdkd.cli.progress import Progress, clock
 from jdkd.errors import InputError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class SearchProgress(Progress):
         if is_over:
             told.append("the result is being made")
         elif share > 0.02:
-            told.append(f"about {_clock(spent * (1 - share) / share)} left")
+            told.append(f"about {clock(spent * (1 - share) / share)} left")
         return " · ".join(told)
 
     def _count(self, taken: int, planned: int, values: Mapping[str, Any]) -> None:
@@ -139,8 +139,3 @@ class SearchProgress(Progress):
             ratio = f"{best.latency_ratio:.3f} ({low:.2f}–{high:.2f})"
             table.add_row(f"{target:g}", f"{best.map:.3f}", ratio, str(best.number), best.action)
         return table
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"

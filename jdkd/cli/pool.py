@@ -72,7 +72,7 @@ class PoolTrain:
         from jdkd.detect import load, read
         from jdkd.detect.contract import require_learner
         from jdkd.pool import Space, train_pool
-        from jdkd.train.distributed import from_first, is_first
+        from jdkd.train.distributed import first_goes_ahead, from_first, is_first
         from jdkd.train.inputs import with_targets_of
 
         splits, base = self.source.splits(), load(self.base, device)
@@ -83,7 +83,8 @@ class PoolTrain:
             names = ", ".join(folder.resolve().name for folder in self.teacher)
             raise InputError(f"--teacher gives folders of the names {names}; let every name be another.")
         with Progress() as progress:
-            opened = [_opened(split, base, f"the base in {self.base}", progress) for split in splits]
+            with first_goes_ahead():
+                opened = [_opened(split, base, f"the base in {self.base}", progress) for split in splits]
             train, val = with_targets_of(base, opened[0]), opened[1]
             config, run = self._config(train), RunFolder(self.out)
             few = min(2, self.batch_size)

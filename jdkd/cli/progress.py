@@ -27,6 +27,7 @@ class Progress:
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._told: dict[str, tuple[float, int]] = {}
+        self._lines_from: dict[str, tuple[float, int]] = {}
         if self._console.is_terminal:
             self._bars = progress.Progress(
                 progress.TextColumn("{task.description}", markup=False),
@@ -41,6 +42,25 @@ class Progress:
     def task(self, name: str) -> Callable[..., None]:
         """A callback `(done, total, values={})` that reports under a name."""
         return partial(self, name)
+
+    def training(self, name: str, images: int) -> Callable[..., None]:
+        """A callback of :func:`jdkd.train.fit` that shows the images per second beside the losses.
+
+        Args:
+            name: what is trained.
+            images: of a step.
+        """
+        first: tuple[int, float] | None = None  # step and time of the first report; what was before it was slower
+
+        def report(step: int, total: int, losses: Mapping[str, float]) -> None:
+            nonlocal first
+            now = time.monotonic()
+            first = first or (step, now)
+            taken, spent = step - first[0], now - first[1]
+            rate = {"images/s": images * taken / spent} if taken and spent > 0 else {}
+            self(name, step, total, {**losses, **rate})
+
+        return report
 
     def __call__(self, name: str, done: int, total: int, values: Mapping[str, Any] | None = None) -> None:
         """Report that `done` of `total` parts of `name` are done.
@@ -75,17 +95,27 @@ class Progress:
         last, told = self._told.get(name, (now, -1))
         if name not in self._told:
             self._told[name] = (now, -1)
+            self._lines_from[name] = (now, done)
         if told != done and (done >= total or now - last >= QUIET_SECONDS):
             self._told[name] = (now, done)
-            self._console.print(
-                f"{name}  {done}/{total}  {values}".rstrip(), markup=False, highlight=False, soft_wrap=True
-            )
+            begun, at = self._lines_from[name]
+            left = ""
+            if at < done < total and now > begun:
+                left = f"  about {clock((now - begun) * (total - done) / (done - at))} left"
+            line = f"{name}  {done}/{total}  {values}".rstrip() + left
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _hide_finished(self) -> None:
         """Keep the last few bars only, so that they fit the screen."""
         finished = [task for task in self._bars.tasks if task.finished and task.visible]
         for task in finished[: max(0, len(self._bars.tasks) - SHOWN)]:
             self._bars.update(task.id, visible=False)
+
+
+def clock(seconds: float) -> str:
+    """A time in words: seconds, minutes or hours."""
+    minutes = round(seconds / 60)
+    return f"{round(seconds)} s" if seconds < 90 else f"{minutes} min" if minutes < 90 else f"{minutes / 60:.1f} h"
 
 
 def _figure(value: Any) -> str:

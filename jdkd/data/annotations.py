@@ -14,10 +14,18 @@ from typing import Any
 import numpy as np
 
 from jdkd.data.boxes import clean, corners_of
-from jdkd.data.problems import Problem
+from jdkd.data.columns import Columns
+from jdkd.data.index import Contents, Index, Texts, index_of, text_as_arrays
+from jdkd.data.problems import Problem, recalled, remembered
 from jdkd.data.records import PLURALS, Records
+from jdkd.data.stream import Unusual, read_object
+from jdkd.errors import InputError
 
-LISTS = ("images", "annotations", "categories")
+LISTS = {
+    "images": ("id", "width", "height", "file_name"),
+    "annotations": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+    "categories": ("id", "name"),
+}  # and what of their records is read
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,31 @@ class Annotations:
     labels: np.ndarray  # [A] int64 in 1..K
     offsets: np.ndarray  # [N + 1] int64
     truth: GroundTruth
+    index: Index | None = None  # where they are kept, if they are
+
+    def __reduce__(self) -> Any:
+        """What is kept on disk is opened again in another process, not sent to it."""
+        kept = self.index is not None and self.index.read() is not None
+        return (_reopened, (self.index,)) if kept else (Annotations, tuple(vars(self).values()))
+
+
+def open_annotations(path: Path) -> tuple[Annotations | None, list[Problem]]:
+    """The same as :func:`inspect_annotations`, of a large file out of the index that the first to open it leaves.
+
+    Of what is put right on reading, the index keeps the numbers and the first examples. A file with errors has none.
+    """
+    index = index_of(path, "annotations")
+    if index is None:
+        return inspect_annotations(path)
+    kept = index.read()
+    if kept is None:
+        found, problems = inspect_annotations(path)
+        if found is None or any(problem.severity == "error" for problem in problems):
+            return found, problems
+        kept = index.write(*_to_keep(found, problems))
+        if kept is None:
+            return found, problems
+    return _from_index(index, kept), [recalled(path, problem) for problem in kept.facts["problems"]]
 
 
 def inspect_annotations(path: Path) -> tuple[Annotations | None, list[Problem]]:
@@ -68,8 +101,8 @@ def inspect_annotations(path: Path) -> tuple[Annotations | None, list[Problem]]:
     problems: list[Problem] = []
     raw = _load(path, problems)
     images, annotations, categories = (
-        Records(kind, path, raw.get(key, []), problems)
-        for kind, key in zip(("image", "annotation", "category"), LISTS, strict=True)
+        Records(kind, path, raw[key] if key in raw else Columns.of([], keys), problems)
+        for kind, (key, keys) in zip(("image", "annotation", "category"), LISTS.items(), strict=True)
     )
     sizes, file_names, names = _sizes(images), _file_names(images), categories.strings("name")
     image_order, category_order = _sound_by_id(images), _sound_by_id(categories)
@@ -106,6 +139,39 @@ def inspect_annotations(path: Path) -> tuple[Annotations | None, list[Problem]]:
     return found, _errors_first(problems)
 
 
+def _to_keep(found: Annotations, problems: list[Problem]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays and the rest of what an index keeps."""
+    names, ends = text_as_arrays([name.encode() for name in found.file_names])
+    arrays = {"file_names": names, "name_ends": ends}
+    arrays |= {name: array for name, array in vars(found).items() if isinstance(array, np.ndarray)}
+    arrays |= {f"truth.{name}": array for name, array in vars(found.truth).items()}
+    return arrays, {
+        "info": found.info,
+        "classes": found.classes,
+        "problems": [remembered(problem) for problem in problems],
+    }
+
+
+def _from_index(index: Index, kept: Contents) -> Annotations:
+    arrays = dict(kept.arrays)
+    texts = Texts(arrays.pop("file_names"), arrays.pop("name_ends"))
+    truth = {name.removeprefix("truth."): arrays.pop(name) for name in kept.arrays if name.startswith("truth.")}
+    return Annotations(
+        info=kept.facts["info"],
+        file_names=[text.decode() for text in texts],
+        classes=tuple(kept.facts["classes"]),
+        truth=GroundTruth(**truth),
+        index=index,
+        **arrays,
+    )
+
+
+def _reopened(index: Index) -> Annotations:
+    if (kept := index.read()) is None:
+        raise InputError(f"the index {index.file} of {index.source} is gone; open the data anew")
+    return _from_index(index, kept)
+
+
 @contextmanager
 def _no_gc() -> Iterator[None]:
     """Keep the collector from walking millions of fresh, cycle-free records again and again."""
@@ -119,15 +185,15 @@ def _no_gc() -> Iterator[None]:
 
 
 def _load(path: Path, problems: list[Problem]) -> dict[str, Any]:
-    """The object in the file, its three lists being lists; what is not is left out and a problem."""
+    """The object in the file, its three lists as columns; what is no list is left out and a problem."""
 
     def wrong(kind: str, what: str, remedy: str) -> None:
         problems.append(Problem(kind, path, [0], lambda _: what, remedy))
 
     another = "give a COCO annotation file"
     try:
-        with _no_gc(), open(path, encoding="utf-8-sig") as file:
-            raw = json.load(file)
+        with _no_gc():
+            raw = _read(path)
     except (ValueError, RecursionError) as error:
         wrong("no JSON", f"is not JSON ({error})", another)
         return {}
@@ -138,11 +204,34 @@ def _load(path: Path, problems: list[Problem]) -> dict[str, Any]:
         wrong("no COCO annotations", f"holds a {type(raw).__name__}, not an object", another)
         return {}
     for key in LISTS:
-        if not isinstance(raw.get(key), list):
+        if not isinstance(raw.get(key), Columns):
             found = "has no" if key not in raw else f"has {type(raw[key]).__name__} instead of a list as"
             remedy = "a COCO annotation file lists images, annotations, categories"
             wrong(f"no {key}", f'{found} "{key}"', remedy)
             raw.pop(key, None)
+    return raw
+
+
+def _read(path: Path) -> Any:
+    """What is in the file, its three lists as columns; read in little memory, unless it is unusual."""
+    raw: dict[str, Any] = {}
+    try:
+        for name, value in read_object(path, tuple(LISTS)):
+            if name not in LISTS:
+                raw[name] = value if name == "info" else None
+            elif name not in raw:
+                raw[name] = value if value != [] else Columns(LISTS[name])
+            else:
+                raw[name].add(value)
+    except Unusual:
+        with open(path, encoding="utf-8-sig") as file:
+            raw = json.load(file)
+        if isinstance(raw, dict):
+            raw |= {key: Columns.of(raw[key], keys) for key, keys in LISTS.items() if isinstance(raw.get(key), list)}
+        return raw
+    for name in LISTS:
+        if isinstance(raw.get(name), Columns):
+            raw[name].close()
     return raw
 
 
@@ -213,8 +302,9 @@ def _escapes(name: str) -> bool:
 
 def _crowd(annotations: Records) -> np.ndarray:
     """Which annotations are crowd regions: [A] bool."""
-    flags = [record.get("iscrowd", 0) for record in annotations.records]
-    bad = [place for place, flag in enumerate(flags) if flag not in (0, 1)]
+    flags = annotations.column("iscrowd")
+    absent = set(flags.absent)
+    bad = [place for place, flag in enumerate(flags) if flag not in (0, 1) and place not in absent]
     annotations.fault(
         'annotations with a wrong "iscrowd"',
         bad,

@@ -42,7 +42,7 @@ def clean(
         annotations.fault(
             "boxes given as fractions of their image",
             checked,
-            lambda place: f"and all others lie within 1 px: {annotations.records[place]['bbox']}",
+            lambda place: f"and all others lie within 1 px: {annotations.column('bbox')[place]}",
             "give x and width times the image's width, y and height times its height",
         )
         checked = annotations.sound & ~crowd
@@ -94,9 +94,9 @@ def _areas(annotations: Records, boxes: np.ndarray, inside: np.ndarray, kept: np
     The area of a segmentation is smaller than its box, at any ratio. The largest that a box can be said to have
     counts the pixels of both edges, as Pascal VOC does: (width + 1) * (height + 1).
     """
-    values = [record.get("area") for record in annotations.records]
+    values = annotations.column("area")
     given = np.array([_number(value) for value in values])  # [A]
-    absent = np.array([value is None for value in values], dtype=bool)
+    absent = np.array([value is None for value in values], dtype=bool)  # null as well as nothing
 
     def possible(sides: np.ndarray) -> np.ndarray:
         with np.errstate(over="ignore"):

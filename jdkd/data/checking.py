@@ -7,15 +7,18 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 
-from jdkd.data.annotations import Annotations, inspect_annotations
+from jdkd.data.annotations import Annotations, inspect_annotations, open_annotations
 from jdkd.data.images import MISSING, REMEDIES, ImageFault, no_warnings, verify_image
 from jdkd.data.masks import read_segmentations
 from jdkd.data.problems import Problem
 from jdkd.data.splits import Split
+from jdkd.errors import InputError
+from jdkd.files import write_whole
 
 ProgressCallback = Callable[[int, int], object]
 
@@ -69,10 +72,11 @@ def inspect_split(split: Split, *, decode: bool = False, progress: ProgressCallb
     Args:
         split: where images and annotations lie.
         decode: decode every image, and read segmentations. Otherwise an image's header is read and the end of its
-            file looked at, and only what looks truncated is decoded.
+            file looked at, and only what looks truncated is decoded; where annotations have an index, images that were
+            all sound and whose files have not changed since (size, time, inode) are not looked at again.
         progress: called with how many of how many images are done.
     """
-    annotations, problems = inspect_annotations(split.annotations)
+    annotations, problems = (inspect_annotations if decode else open_annotations)(split.annotations)
     if annotations is None:
         return Inspection(split, None, [], [], problems)
     listing = _Listing(split.images)
@@ -93,6 +97,10 @@ def inspect_split(split: Split, *, decode: bool = False, progress: ProgressCallb
             return row, fault, b""
 
     digests = [b""] * len(files)
+    seen = None if decode or faults else _seen_before(split, annotations, files)
+    if seen is not None and seen.is_file():
+        progress and progress(len(present), len(present))
+        present = []
     with no_warnings():
         for done, (row, fault, digest) in enumerate(_in_threads(verify, present), 1):
             digests[row] = digest
@@ -100,6 +108,10 @@ def inspect_split(split: Split, *, decode: bool = False, progress: ProgressCallb
                 faults[row] = fault
             if progress:
                 progress(done, len(present))
+    if present and seen is not None and not faults:
+        with suppress(OSError, InputError):
+            seen.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(seen, f"{len(files)} images in {split.images.absolute()}\n", shared=True)
     names = [name if file is None else file for name, file in zip(annotations.file_names, files, strict=True)]
     problems += _as_problems(split, names, faults)
     problems += _same_bytes(split, names, digests)
@@ -109,6 +121,20 @@ def inspect_split(split: Split, *, decode: bool = False, progress: ProgressCallb
         problems += of_masks
     problems.sort(key=lambda problem: problem.severity != "error")
     return Inspection(split, annotations, names, digests, problems, masks)
+
+
+def _seen_before(split: Split, annotations: Annotations, files: list[str]) -> Path | None:
+    """The file that is there if these very image files were all found sound; None without an index."""
+    if annotations.index is None:
+        return None
+    digest = blake2b(f"{annotations.index.key} {split.images.absolute()}".encode(), digest_size=16)
+    try:
+        for file in files:
+            found = os.stat(split.images / file)
+            digest.update(b"%d %d %d " % (found.st_size, found.st_mtime_ns, found.st_ino))
+    except OSError:
+        return None
+    return annotations.index.file.parents[1] / "images" / digest.hexdigest()
 
 
 def compare_splits(train: Inspection, val: Inspection) -> list[Problem]:

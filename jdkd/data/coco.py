@@ -86,6 +86,12 @@ class CocoDetectionDataset(Dataset):
         return [(self._all.file_names[row], *self._all.sizes[row].tolist()[::-1]) for row in self._rows]
 
     @property
+    def landscape(self) -> np.ndarray:
+        """[n] bool, whether each image is at least as wide as it is high, as the annotations have it."""
+        width, height = self._all.sizes[self._rows].T
+        return width >= height
+
+    @property
     def files(self) -> list[Path]:
         """Where the images lie, in order of index."""
         return [self.split.images / self._files[row] for row in self._rows]

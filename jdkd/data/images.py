@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, TiffImagePlugin
+from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as F
 
 from jdkd.errors import InputError
@@ -98,10 +99,10 @@ def read_image(path: Path | str, size: Size | None = None) -> torch.Tensor:
     """
     try:
         with no_warnings(), _opened(Path(path)) as file:
-            image = _decoded(file, size)
+            image = _of_jpeg(Path(path), file, size)
+            return F.pil_to_tensor(_decoded(file, size)) if image is None else image
     except ImageFault as fault:
         raise InputError(f"image {path} {fault.what}; {REMEDIES[fault.kind]}") from fault
-    return F.pil_to_tensor(image)
 
 
 def verify_image(path: Path, size: Size, *, decode: bool) -> None:
@@ -155,6 +156,20 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             raise ImageFault(UNREADABLE, f"cannot be read ({reason})") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageFault(UNREADABLE, f"cannot be read ({reason}): it is truncated or damaged") from error
+
+
+def _of_jpeg(path: Path, file: Image.Image, size: Size | None) -> torch.Tensor | None:
+    """A common JPEG decoded by torchvision, [3, H, W], to the same pixels in a fraction of Pillow's time.
+
+    None for what has to be turned or converted, and for what torchvision does not decode: Pillow says what is wrong.
+    """
+    if file.format != "JPEG" or file.mode not in ("RGB", "L") or _orientation_for(file, size) != 1:
+        return None
+    content = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    try:
+        return decode_jpeg(content, mode=ImageReadMode.RGB)
+    except RuntimeError:
+        return None
 
 
 def _decoded(file: Image.Image, size: Size | None) -> Image.Image:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,13 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
 
 from jdkd.data.coco import CocoDetectionDataset
+from jdkd.data.order import Order
 from jdkd.data.reading_ahead import Items, read_ahead
 from jdkd.errors import InputError
 
 Batch = tuple[list[torch.Tensor], list[dict[str, Any]]]
 
-_ORDER, _FLIP = 0, 1  # which random stream of a seed
+_FLIP = 1  # the random stream of a seed that decides flips; another orders images
 
 
 def batches(
@@ -28,6 +28,8 @@ def batches(
     seed: int,
     start: int = 0,
     every: int = 1,
+    joined: int = 1,
+    by_aspect: bool = False,
     flip: float = 0.0,
     workers: int = 0,
     device: torch.device | str = "cpu",
@@ -37,7 +39,8 @@ def batches(
     Batch k is a pure function of (seed, k): epochs are shuffled permutations without replacement, laid end to
     end and cut into batches (a batch may span two or, for a tiny data set, many epochs), and flips are drawn
     anew per batch. A run resumed at ``start=k`` therefore sees what the uninterrupted one would have seen, with
-    any number of workers. The global random state is neither read nor advanced.
+    any number of workers; and ``joined=n`` batches of B images are together what one batch of n * B is. The global
+    random state is neither read nor advanced.
 
     Args:
         dataset: what to draw from.
@@ -46,6 +49,9 @@ def batches(
         seed: of order and flips.
         start: number of the first batch.
         every: yield each ``every``-th batch only, as one of so many processes does that share them.
+        joined: batches of one optimizer step: so many in a row are one batch of so many times the size, cut into parts.
+        by_aspect: let the images of a step all be landscape or all portrait, so that little of a batch is padding;
+            where there are enough of both, see :class:`jdkd.data.order.Order`.
         flip: probability of mirroring an image left to right; leave it 0 where ``dataset.mirror_symmetric`` is
             False.
         workers: processes that read ahead; 0 reads in this process.
@@ -58,39 +64,55 @@ def batches(
     Raises:
         InputError: an argument is out of range; while iterating, an image cannot be read.
     """
-    for name, value, least in (
+    _require_least(
         ("batch_size", batch_size, 1),
         ("steps", steps, 0),
         ("start", start, 0),
         ("every", every, 1),
+        ("joined", joined, 1),
         ("seed", seed, 0),
         ("workers", workers, 0),
-    ):
-        if value < least:
-            raise InputError(f"{name} is {value} but must be at least {least}; give a larger one")
+    )
     if not 0 <= flip <= 1:
         raise InputError(f"flip is {flip} but is a probability; give a value from 0 to 1")
     device = torch.device(device)
-    source, numbers = _Batches(dataset, batch_size, seed, flip), range(start, steps, every)
+    groups = getattr(dataset, "landscape", None) if by_aspect else None
+    order = Order(len(dataset), joined * batch_size, seed, groups)
+    source, numbers = _Batches(dataset, order, joined, flip), range(start, steps, every)
     return _on_device(read_ahead(source, numbers, workers, pin=device.type == "cuda"), device)
 
 
-def in_order(dataset: CocoDetectionDataset, *, batch_size: int, workers: int = 0) -> Iterator[Items]:
+def in_order(
+    dataset: CocoDetectionDataset,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    start: int = 0,
+    every: int = 1,
+    pin: bool = False,
+) -> Iterator[Items]:
     """Yield all images of a data set with their targets, in order, in lists of at most ``batch_size``.
 
     Args:
         dataset: what to read.
         batch_size: images per list.
         workers: processes that read ahead; 0 reads in this process.
+        start, every: yield the lists ``start``, ``start + every`` and so on only, as one of several processes does.
+        pin: let workers' images come in pinned memory, from which a GPU copies them while it works.
 
     Raises:
         InputError: an argument is out of range; while iterating, an image cannot be read.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
+    _require_least(("batch_size", batch_size, 1), ("workers", workers, 0), ("start", start, 0), ("every", every, 1))
+    slices = _Slices(dataset, batch_size)
+    return read_ahead(slices, range(start, -(-len(dataset) // batch_size), every), workers, pin)
+
+
+def _require_least(*settings: tuple[str, int, int]) -> None:
+    """Refuses a setting below the least that it may be: name, value, least."""
+    for name, value, least in settings:
         if value < least:
             raise InputError(f"{name} is {value} but must be at least {least}; give a larger one")
-    slices = _Slices(dataset, batch_size)
-    return read_ahead(slices, range(-(-len(dataset) // batch_size)), workers)
 
 
 def _on_device(batches: Iterator[Items], device: torch.device) -> Iterator[Batch]:
@@ -119,25 +141,21 @@ class _Slices:
 
 
 class _Batches:
-    """Shuffled and mirrored batches by number; images still uint8."""
+    """Shuffled and mirrored batches by number, so many in a row being parts of one of the order; images still uint8."""
 
-    def __init__(self, dataset: CocoDetectionDataset, batch_size: int, seed: int, flip: float) -> None:
-        self.dataset, self.batch_size, self.seed, self.flip = dataset, batch_size, seed, flip
+    def __init__(self, dataset: CocoDetectionDataset, order: Order, joined: int, flip: float) -> None:
+        self.dataset, self.order, self.joined, self.flip = dataset, order, joined, flip
 
     def __getitem__(self, number: int) -> Items:
-        size, first = len(self.dataset), number * self.batch_size
-        flips = np.random.default_rng((self.seed, _FLIP, number)).random(self.batch_size) < self.flip
+        whole, part = divmod(number, self.joined)
+        size = self.order.batch // self.joined
+        mine = slice(part * size, (part + 1) * size)
+        flips = np.random.default_rng((self.order.seed, _FLIP, whole)).random(self.order.batch) < self.flip
         items = []
-        for place, mirrored in zip(range(first, first + self.batch_size), flips, strict=True):
-            epoch, rank = divmod(place, size)
-            item = self.dataset[_permutation(self.seed, epoch, size)[rank]]
+        for index, mirrored in zip(self.order[whole][mine], flips[mine], strict=True):
+            item = self.dataset[index]
             items.append(_mirror(*item) if mirrored else item)
         return items
-
-
-@lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, _ORDER, epoch)).permutation(size)  # [size]
 
 
 def _mirror(image: torch.Tensor, target: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:

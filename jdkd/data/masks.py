@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from jdkd.data.annotations import Annotations
-from jdkd.data.problems import Problem, refuse
+from jdkd.data.index import Texts, index_of, text_as_arrays
+from jdkd.data.problems import Problem, recalled, refuse, remembered
+from jdkd.data.stream import Unusual, read_object
 from jdkd.errors import InputError
 
 FARTHEST = 10  # sides of the image that a corner may lie from it; the library traces polygons pixel by pixel
@@ -42,7 +44,7 @@ class Segmentations:
         return self._read.given
 
     @property
-    def truth(self) -> list[bytes]:
+    def truth(self) -> Sequence[bytes]:
         """[G] COCO's compressed run lengths of the ground truth."""
         return self._read.lengths
 
@@ -82,18 +84,39 @@ class Segmentations:
 
     @cached_property
     def _read(self) -> Reading:
-        read = read_segmentations(self.path, self.found)
+        read = open_segmentations(self.path, self.found)
         if read.given:
             refuse(read.problems, self.strict)
         return read
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is kept on disk is opened again in another process, not sent to it."""
+        derived = ("_read", "_of_boxes") if self.found.index else ()
+        return {name: value for name, value in vars(self).items() if name not in derived}
 
 
 class Reading(NamedTuple):
     """What :func:`read_segmentations` makes of an annotation file."""
 
-    lengths: list[bytes]  # [G] COCO's compressed run lengths, of the box where there is no usable segmentation
+    lengths: Sequence[bytes]  # [G] COCO's compressed run lengths, of the box where there is no usable segmentation
     given: int  # how many objects, crowd regions aside, have a usable one
     problems: list[Problem]  # what was put right; that segmentations are missing is none where all are
+
+
+def open_segmentations(path: Path, found: Annotations) -> Reading:
+    """The same as :func:`read_segmentations`, where annotations have an index out of one of their own."""
+    index = found.index and index_of(path, "masks")
+    if index and index.key == found.index.key:
+        kept = index.read()
+        if kept is None:
+            read = read_segmentations(path, found)
+            content, ends = text_as_arrays(read.lengths)
+            facts = {"given": read.given, "problems": [remembered(problem) for problem in read.problems]}
+            if (kept := index.write({"content": content, "ends": ends}, facts)) is None:
+                return read
+        problems = [recalled(path, problem) for problem in kept.facts["problems"]]
+        return Reading(Texts(kept.arrays["content"], kept.arrays["ends"]), kept.facts["given"], problems)
+    return read_segmentations(path, found)
 
 
 def read_segmentations(path: Path, found: Annotations) -> Reading:
@@ -110,7 +133,7 @@ def read_segmentations(path: Path, found: Annotations) -> Reading:
     pixels = _pixels_of(truth.boxes, sizes)  # [G, 4]
     read: dict[int, dict[str, Any]] = {}
     missing, faults = [], {}
-    for place, segmentation in enumerate(_raw_segmentations(path, truth.ids.tolist())):
+    for place, segmentation in _raw_segmentations(path, truth.ids.tolist()):
         if segmentation is None or segmentation == []:
             missing.append(place)
             continue
@@ -153,17 +176,28 @@ class _Unreadable(Exception):
     """A segmentation that is none; its text reads on after the annotation's name."""
 
 
-def _raw_segmentations(path: Path, ids: Sequence[int]) -> list[Any]:
-    """[G] what stands in the file, None where nothing does."""
+def _raw_segmentations(path: Path, ids: Sequence[int]) -> Iterator[tuple[int, Any]]:
+    """What stands in the file for each object, None where nothing does, by its place among the objects."""
+    places: dict[Any, int] = {number: place for place, number in enumerate(ids)}
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig"))["annotations"]
-        by_id: dict[Any, Any] = {}
-        for record in records:
-            if isinstance(record, dict) and isinstance(number := record.get("id"), int | float):
-                by_id.setdefault(number, record.get("segmentation"))
-        return [by_id[number] for number in ids]
+        for record in _records(path):
+            number = record.get("id") if isinstance(record, dict) else None
+            if isinstance(number, int | float) and (place := places.pop(number, None)) is not None:
+                yield place, record.get("segmentation")
+        if places:
+            raise KeyError(next(iter(places)))
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is no longer the file that was opened ({error!r}); open the data anew") from error
+
+
+def _records(path: Path) -> Iterator[Any]:
+    """The annotations in a file, one by one."""
+    try:
+        for name, record in read_object(path, ("annotations",)):
+            if name == "annotations":
+                yield record
+    except Unusual:
+        yield from json.loads(path.read_text(encoding="utf-8-sig"))["annotations"]
 
 
 def _run_lengths(segmentation: Any, height: int, width: int) -> dict[str, Any]:

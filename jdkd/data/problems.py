@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jdkd.errors import InputError
 from jdkd.notices import say_once
@@ -57,6 +57,19 @@ class Problem:
         shown = "; ".join(map(self.describe, self.places[:EXAMPLES]))
         rest = ", for example" if self.count > EXAMPLES else ""
         return f"{self.file}: {self.count:,}{of} {self.kind}, {self.remedy}{rest}: {shown}"
+
+
+def remembered(problem: Problem) -> dict[str, Any]:
+    """What of a problem an index keeps, JSON-able: all but its file, and of its cases the first."""
+    kept = {name: getattr(problem, name) for name in ("kind", "remedy", "severity", "total", "count")}
+    return {**kept, "examples": list(map(problem.describe, problem.places[:EXAMPLES]))}
+
+
+def recalled(file: Path, kept: dict[str, Any]) -> Problem:
+    """The problem again, in a file of the same content."""
+    places, examples = range(kept["count"]), kept["examples"]
+    settings = {name: kept[name] for name in ("kind", "remedy", "severity", "total")}
+    return Problem(file=file, places=places, describe=lambda place: examples[place], **settings)
 
 
 def refuse(problems: Sequence[Problem], strict: bool = False) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from jdkd.data.columns import Column, Columns
 from jdkd.data.problems import Problem, Severity
 
 PLURALS = {"image": "images", "annotation": "annotations", "category": "categories"}
-_MISSING = object()
 _EXACT = 2.0**53  # from here on not every integer is a float
 
 
@@ -24,43 +24,42 @@ class Records:
     Args:
         kind: "image", "annotation" or "category".
         path: the annotation file.
-        raw: the list, as read.
+        columns: the list, as read; n of its elements are objects.
         problems: where faults are added.
 
     Attributes:
-        records: those of ``raw`` that are objects, n of them.
         sound: [n] bool, those without a fault so far.
         ids: [n] int64; only those of sound records count.
         unread: for a key, the places where nothing usable stands.
     """
 
-    def __init__(self, kind: str, path: Path, raw: list[Any], problems: list[Problem]) -> None:
+    def __init__(self, kind: str, path: Path, columns: Columns, problems: list[Problem]) -> None:
         self.kind, self.path, self.problems = kind, path, problems
-        strangers = [place for place, record in enumerate(raw) if not isinstance(record, dict)]
-        if strangers:
-            self.records: list[dict[str, Any]] = [record for record in raw if isinstance(record, dict)]
-            self._numbers = [place for place, record in enumerate(raw) if isinstance(record, dict)]
-        else:
-            self.records, self._numbers = raw, range(len(raw))
-        self.sound = np.ones(len(self.records), dtype=bool)
+        self.columns = columns
+        self.sound = np.ones(len(columns), dtype=bool)
         self.unread: dict[str, list[int]] = {}
         plural = PLURALS[kind]
         self._add(
             f"{plural} that are no objects",
-            strangers,
-            lambda place: f'"{plural}"[{place}] is {raw[place]!r}, not an object',
+            list(columns.strangers),
+            lambda place: f'"{plural}"[{place}] is {columns.strangers[place]!r}, not an object',
             f"correct it or remove the {kind}",
         )
         self.ids = self.integers("id")
         self._find_repeated_ids()
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.columns)
+
+    def column(self, key: str) -> Column:
+        """What stands under a key, None where nothing does."""
+        return self.columns.by_key[key]
 
     def name(self, place: int) -> str:
         """How a record is called in messages."""
-        record = self.records[place]
-        return f"{self.kind} {record['id']}" if "id" in record else f"{self.kind} number {self._numbers[place]}"
+        ids = self.column("id")
+        number = f"number {self.columns.numbers[place]}"
+        return f"{self.kind} {number if place in ids.absent else ids[place]}"
 
     def fault(
         self, kind: str, bad: np.ndarray | Sequence[int], describe: Callable[[int], str], remedy: str = ""
@@ -85,51 +84,42 @@ class Records:
         places = np.flatnonzero(bad).tolist()
         self._add(kind, places, lambda place: f"{self.name(place)} {describe(place)}", done, severity, len(self))
 
-    def values(self, key: str) -> list[Any]:
+    def values(self, key: str) -> Column:
         """What stands under ``key`` in all records; where nothing does, None and a fault."""
-        values = [record.get(key, _MISSING) for record in self.records]
-        if _MISSING in values:
-            absent = [place for place, value in enumerate(values) if value is _MISSING]
+        values = self.column(key)
+        if values.absent:
             remedy = f"add it or remove the {self.kind}"
-            self.fault(f"{PLURALS[self.kind]} without {key}", absent, lambda place: f'has no "{key}"', remedy)
-            self.unread.setdefault(key, []).extend(absent)
-            values = [None if value is _MISSING else value for value in values]
+            self.fault(f"{PLURALS[self.kind]} without {key}", values.absent, lambda place: f'has no "{key}"', remedy)
+            self.unread.setdefault(key, []).extend(values.absent)
         return values
 
     def numbers(self, key: str, width: int) -> np.ndarray:
         """The lists of so many finite numbers under ``key``: [n, width]; 0 where there is a fault."""
         values = self.values(key)
-        column = _finite(values, (len(values), width))
+        column = _finite(values.array(), (len(values), width))
         if column is not None:
             return column
-        singles = [_finite([value], (1, width)) for value in values]
-        bad = [place for place, one in enumerate(singles) if one is None and key in self.records[place]]
-        self._not(key, f"a list of {width} finite numbers", bad)
+        singles = [_finite(_array([value]), (1, width)) for value in values]
+        self._not(key, f"a list of {width} finite numbers", [place for place, one in enumerate(singles) if one is None])
         return np.concatenate([np.zeros((1, width)) if one is None else one for one in singles])
 
     def integers(self, key: str) -> np.ndarray:
         """The integers of 64 bits under ``key``, also those written as 3.0: [n] int64; 0 where there is a fault."""
         values = self.values(key)
-        column = _finite(values, (len(values),))
+        column = _finite(values.array(), (len(values),))
         if column is not None and (
             column.dtype.kind == "i"
             or (column.dtype.kind == "f" and (column == np.floor(column)).all() and (np.abs(column) < _EXACT).all())
         ):
             return column.astype(np.int64)
         found = [_integer(value) for value in values]
-        bad = [place for place, one in enumerate(found) if one is None and key in self.records[place]]
-        self._not(key, "an integer of 64 bits", bad)
+        self._not(key, "an integer of 64 bits", [place for place, one in enumerate(found) if one is None])
         return np.array([one or 0 for one in found], dtype=np.int64)
 
     def strings(self, key: str) -> list[str]:
         """The text under ``key``: [n]; empty where there is a fault."""
-        values = self.values(key)
-        bad = [
-            place
-            for place, value in enumerate(values)
-            if not (isinstance(value, str) and value) and key in self.records[place]
-        ]
-        self._not(key, "a name", bad)
+        values = list(self.values(key))
+        self._not(key, "a name", [at for at, value in enumerate(values) if not (isinstance(value, str) and value)])
         return [value if isinstance(value, str) else "" for value in values]
 
     def _find_repeated_ids(self) -> None:
@@ -147,14 +137,19 @@ class Records:
             first.setdefault(number, place)
 
         def describe(place: int) -> str:
-            times, before = repeated[int(self.ids[place])], self._numbers[again[place]]
-            return f"stands {times} times (records number {before} and {self._numbers[place]})"
+            times, before = repeated[int(self.ids[place])], self.columns.numbers[again[place]]
+            return f"stands {times} times (records number {before} and {self.columns.numbers[place]})"
 
         self.fault(f"a repeated {self.kind} id", list(again), describe, f"give every {self.kind} an id of its own")
 
     def _not(self, key: str, wanted: str, places: list[int]) -> None:
+        """Writes down that what stands there is not what is wanted, where anything does."""
+        values = self.column(key)
+        absent = set(values.absent)
+        places = [place for place in places if place not in absent]
+
         def describe(place: int) -> str:
-            return f'has "{key}" {_short(self.records[place][key])}, not {wanted}'
+            return f'has "{key}" {_short(values[place])}, not {wanted}'
 
         self.fault(f'{PLURALS[self.kind]} with a wrong "{key}"', places, describe)
         self.unread.setdefault(key, []).extend(places)
@@ -172,13 +167,18 @@ class Records:
             self.problems.append(Problem(kind, self.path, places, describe, remedy, severity, total))
 
 
-def _finite(values: list[Any], shape: tuple[int, ...]) -> np.ndarray | None:
-    """The values as an array of that shape, or None where they are not finite numbers that make one."""
-    if not values:
-        return np.zeros(shape, dtype=np.int64)
+def _array(values: list[Any]) -> np.ndarray | None:
     try:
-        column = np.array(values)
+        return np.array(values)
     except (ValueError, TypeError, OverflowError):
+        return None
+
+
+def _finite(column: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """The array, or None where it is not of finite numbers and of that shape."""
+    if not shape[0]:
+        return np.zeros(shape, dtype=np.int64)
+    if column is None:
         return None
     right = column.shape == shape and column.dtype.kind in "iuf" and np.isfinite(column).all()
     return column if right else None

@@ -14,6 +14,7 @@ from jdkd.detect.resizing import resized
 from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.sources import open_model
 from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round_width
+from jdkd.detect.swapping import swap_features, swapped
 from jdkd.detect.weights import LoadReport, load_weights
 
 __all__ = [
@@ -41,6 +42,8 @@ __all__ = [
     "resized",
     "round_width",
     "save",
+    "swap_features",
+    "swapped",
     "weights_file",
     "with_frozen_norms",
     "with_norms",

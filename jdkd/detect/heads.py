@@ -66,6 +66,11 @@ def known_classes(model: nn.Module) -> int | None:
     return None if head is None else head.outputs - 1
 
 
+def is_two_stage(model: nn.Module) -> bool:
+    """Whether a detector looks twice: it proposes regions and classifies those."""
+    return any(hasattr(module, name) for module in model.modules() for name in ("roi_heads", "roi_head"))
+
+
 def _head_in(module: nn.Module) -> ClassHead | None:
     heads = getattr(module, "roi_heads", None)
     scores = getattr(getattr(heads, "box_predictor", None), "cls_score", None)

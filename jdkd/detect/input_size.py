@@ -1,6 +1,7 @@
 """The size to which a detector resizes its input."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -63,6 +64,34 @@ def size_attributes(model: nn.Module, min_size: int) -> dict[str, Any]:
         f"{path}.min_size": tuple(max(1, round(side * min_size / now[0])) for side in transform.min_size),
         f"{path}.max_size": max(min_size, round(now[1] * min_size / now[0])),
     }
+
+
+@contextmanager
+def training_sizes(model: nn.Module, sizes: Sequence[int] | None) -> Iterator[None]:
+    """Lets a detector resize each image of a training to one of several sizes, drawn anew; then it is as it was.
+
+    Args:
+        model: a detector with torchvision's transform.
+        sizes: short sides in pixels, up to the limit of the long one; None changes nothing.
+
+    Raises:
+        InputError: it has no such transform, or resizes to one fixed size.
+    """
+    if not sizes:
+        yield
+        return
+    if input_size(model) is None:
+        raise InputError(
+            f"{type(unwrapped(model)).__name__} takes images as they are, or resizes them to one fixed size; leave the "
+            "sizes to train at out."
+        )
+    transform = input_transform(model)
+    own = transform.min_size, transform.max_size
+    transform.min_size, transform.max_size = tuple(sizes), max(own[1], *sizes)
+    try:
+        yield
+    finally:
+        transform.min_size, transform.max_size = own
 
 
 def require_whole(numbers: Mapping[str, Any]) -> None:

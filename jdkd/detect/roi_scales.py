@@ -88,6 +88,14 @@ def _strides(owner: nn.Module) -> dict[str, float]:
     backbone = unwrapped(owner.backbone)
     if isinstance(known := getattr(backbone, "strides", None), Mapping):  # ours say them
         return dict(known)
+    return {name: stride for name, (stride, _) in probed_levels(owner).items()}
+
+
+def probed_levels(owner: nn.Module) -> dict[str, tuple[float, int]]:
+    """Stride and channels of every level that the owner's backbone makes of a square image, by name; nothing where it
+    does not run.
+    """
+    backbone = unwrapped(owner.backbone)
     transform = getattr(owner, "transform", None)
     channels = len(getattr(transform, "image_mean", (0, 0, 0)))
     like = next((t for t in (*backbone.parameters(), *backbone.buffers()) if t.is_floating_point()), torch.empty(0))
@@ -99,7 +107,7 @@ def _strides(owner: nn.Module) -> dict[str, float]:
                 continue
             levels = {"0": levels} if isinstance(levels, Tensor) else levels
             if isinstance(levels, Mapping):
-                return {name: side / level.shape[-2] for name, level in levels.items()}
+                return {name: (side / level.shape[-2], level.shape[1]) for name, level in levels.items()}
     return {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,9 +18,11 @@ from jdkd.detect.checkpoint import SPEC, load
 from jdkd.detect.contract import known_architecture
 from jdkd.detect.families import BUILDER, FAMILIES
 from jdkd.detect.resizing import resize
-from jdkd.detect.spec import NAMED_SPECS, named_spec
+from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, named_spec
 from jdkd.errors import InputError
+from jdkd.files import read_json
 from jdkd.rewrite import Architecture, describe
+from jdkd.rewrite import build as rebuilt
 from jdkd.rewrite.building import call, imported
 from jdkd.rewrite.checkpoint import ARCHITECTURE
 
@@ -34,8 +37,9 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
     Args:
         source: a folder written by ``jdkd train``, ``jdkd import`` or :func:`jdkd.detect.save`; the name of a detector
             of torchvision (``"retinanet_resnet50_fpn"``), which is built as torchvision does it, with fresh weights; a
-            family of :data:`jdkd.detect.FAMILIES`, which wants a backbone; a named spec; or
-            ``"package.module:function"``, which is imported (the current folder is looked in too).
+            family of :data:`jdkd.detect.FAMILIES`, which wants a backbone, also as ``"family:backbone"``; a named spec;
+            a JSON file of a spec or of an architecture, built with fresh weights; or ``"package.module:function"``,
+            which is imported (the current folder is looked in too).
         classes: number of object classes, without background, of what is built. A function is called with it, and one
             for the background, as ``num_classes`` if it takes that, and a folder has its own.
         options: of :func:`jdkd.detect.detector`, each of them or None: ``backbone``, ``pyramid``, ``channels`` and
@@ -57,6 +61,13 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
     if any((Path(source) / name).is_file() for name in (SPEC, ARCHITECTURE)):
         _refuse(given, ("norm", *OURS), f"{source} is a folder, whose detector has its own")
         return _resized(load(source), given)
+    if source.endswith(".json"):
+        _refuse(given, ("norm", *OURS), f"{source} is a file, whose detector has its own")
+        return _resized(_of_file(Path(source)), given)
+    family, colon, backbone = source.partition(":")
+    if family in FAMILIES and colon:
+        _refuse(given, ("backbone",), f"{source} names its")
+        source, given = family, given | {"backbone": backbone}
     if ":" in source:
         _refuse(given, OURS, f"{source} builds its own")
         takes = "num_classes" in _parameters(imported(source))
@@ -69,6 +80,12 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
         norm = given.pop("norm", "batch")
         return build(named_spec(source, names, **channels, **given).replace(norm=norm)).eval()
     return _called(*_builder(source, classes, given))
+
+
+def has_own_weights(source: str) -> bool:
+    """Whether what :func:`open_model` makes of a source may have been trained: folders, and what functions return."""
+    family, colon, _ = source.partition(":")
+    return Path(source).is_dir() or (bool(colon) and family not in FAMILIES)
 
 
 def builders_of(architecture: Architecture) -> Iterator[Architecture]:
@@ -90,13 +107,23 @@ def torchvisions() -> list[str]:
     return list_models(module=detectors)
 
 
+def _of_file(file: Path) -> nn.Module:
+    """What a file of a spec or of an architecture describes."""
+    content = read_json(file, "give a JSON file of a spec or of an architecture")
+    text = json.dumps(content)
+    if isinstance(content, dict) and "builder" in content:
+        return rebuilt(Architecture.from_json(text, source=str(file))).eval()
+    return build(DetectorSpec.from_json(text, source=str(file))).eval()
+
+
 def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Import path and arguments of what makes a model by name."""
     family, backbone = (source, "") if source in FAMILIES else parts_of(source)
     if not family:
         raise InputError(
             f"{source!r} is no folder with an {ARCHITECTURE}, no package.module:function, none of torchvision's "
-            f"detectors {', '.join(torchvisions())}, none of the families {', '.join(FAMILIES)} (with a backbone), "
+            f"detectors {', '.join(torchvisions())}, none of the families {', '.join(FAMILIES)} (with a backbone, as "
+            f"FAMILY:BACKBONE), "
             f"and none of the named specs {', '.join(NAMED_SPECS)}; give one of these."
         )
     if source not in FAMILIES and not given.keys() & set(OURS):

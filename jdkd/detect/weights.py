@@ -1,6 +1,7 @@
 """See :func:`load_weights`."""
 
 import argparse
+import hashlib
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -55,6 +56,15 @@ class LoadReport:
                 more = ", ..." if len(left) > 5 else ""
                 lines.append(f"{len(left)} {what}: {', '.join(left[:5])}{more}")
         return "\n".join(lines)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers with their names, 64 hexadecimal digits; wherever they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in unwrapped(model).state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_weights(model: nn.Module, file: Path | str) -> LoadReport:

@@ -7,16 +7,21 @@ from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller, can_distil_heads
 from jdkd.distill.normalisation import Normalisation
+from jdkd.distill.training import DistillConfig, Distilled, comparable, distill
 
 __all__ = [
+    "DistillConfig",
     "DistillationHandle",
+    "Distilled",
     "Distiller",
     "FeatureDistiller",
     "HeadDistiller",
     "Normalisation",
     "attach",
     "can_distil_heads",
+    "comparable",
     "correlations",
+    "distill",
     "explained",
     "pyramids",
 ]

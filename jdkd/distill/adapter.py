@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
 from jdkd.errors import InputError
-from jdkd.reference.pearson import match_size
+from jdkd.reference.pearson import CONSTANT, match_size
+
+Solution = tuple[Tensor, Tensor]  # weights [C_t, C_s] and bias [C_t]
 
 
 class Adapters(nn.ModuleList):
@@ -20,29 +22,46 @@ class Adapters(nn.ModuleList):
     that differ.
 
     Args:
-        regressions: of every pair of levels.
+        solutions: of every pair of levels, what the convolution begins as, see :meth:`Regression.solved`.
         bias: whether they add one, which Pearson's correlation does not see.
+        trained: whether they have gradients; without, they are an alignment that stays as it was fitted.
     """
 
-    def __init__(self, regressions: Sequence[Regression], *, bias: bool) -> None:
-        super().__init__(_convolution(*regression.solved(), bias=bias) for regression in regressions)
+    def __init__(self, solutions: Sequence[Solution], *, bias: bool, trained: bool = True) -> None:
+        super().__init__(_convolution(*solution, bias=bias) for solution in solutions)
+        self.requires_grad_(trained)
 
-    def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> list[Tensor]:
-        """The student's levels ``[N, C_s, H, W]`` in the teacher's channels.
+    def forward(self, students: Sequence[Tensor], teachers: Sequence[Tensor]) -> tuple[list[Tensor], Sequence[Tensor]]:
+        """The student's levels ``[N, C_s, H, W]`` in the teacher's channels, and the teacher's as they are.
 
         Raises:
             InputError: these are not the levels that they were fitted to.
         """
-        found = [(ours.shape[1], theirs.shape[1]) for ours, theirs in zip(students, teachers, strict=True)]
-        fitted = [(adapter.in_channels, adapter.out_channels) for adapter in self]
-        if found != fitted:
-            raise InputError(
-                f"the levels that are compared have {found} channels of student and teacher, and the adapters were "
-                f"fitted to {fitted}; call fit_adapters(batches) anew for this pair"
-            )
-        kind = students[0].device.type
-        with torch.autocast(kind, enabled=False):
-            return [adapter(level.to(adapter.weight.dtype)) for adapter, level in zip(self, students, strict=True)]
+        check_fitted(students, teachers, [(adapter.in_channels, adapter.out_channels) for adapter in self])
+        device = students[0].device
+        if self[0].weight.device != device:
+            self.to(device)
+        with torch.autocast(device.type, enabled=False):
+            adapted = [adapter(level.to(adapter.weight.dtype)) for adapter, level in zip(self, students, strict=True)]
+        return adapted, teachers
+
+
+def check_fitted(students: Sequence[Tensor], teachers: Sequence[Tensor], fitted: list[tuple[int, int]]) -> None:
+    """Refuses levels of other numbers of channels than an alignment was fitted to.
+
+    Args:
+        students, teachers: levels ``[N, C, H, W]``.
+        fitted: channels of student and teacher, of every pair.
+
+    Raises:
+        InputError: they differ.
+    """
+    found = [(ours.shape[1], theirs.shape[1]) for ours, theirs in zip(students, teachers, strict=True)]
+    if found != fitted:
+        raise InputError(
+            f"the levels that are compared have {found} channels of student and teacher, and the adapters were "
+            f"fitted to {fitted}; call calibrate(batches) anew for this pair"
+        )
 
 
 class Regression:
@@ -54,47 +73,77 @@ class Regression:
 
     def __init__(self, prior: Tensor) -> None:
         self.prior = prior.double()
-        self._count = 0
-        self._shift: Tensor | None = None  # [C_s + C_t, 1]
-        self._sums = self._products = prior.new_zeros((), dtype=torch.float64)  # [C_s + C_t], [C_s + C_t, C_s + C_t]
+        self.count = 0
+        self._means = self._products = self.prior.new_zeros(())  # [C_s + C_t]; [C_s + C_t, C_s + C_t], centred
 
     def add(self, ours: Tensor, theirs: Tensor) -> None:
         """Takes in a pair of levels ``[N, C, H, W]``."""
         values = torch.cat([level.double().transpose(0, 1).flatten(1) for level in (ours, theirs)])  # [C_s + C_t, M]
-        self._shift = values.mean(1, keepdim=True) if self._shift is None else self._shift
-        values = values - self._shift
-        self._count += values.shape[1]
-        self._sums = self._sums + values.sum(1)
-        self._products = self._products + values @ values.mT
+        means = values.mean(1)
+        values = values - means[:, None]
+        self._join(values.shape[1], means, values @ values.mT)
 
-    def solved(self) -> tuple[Tensor, Tensor]:
+    def joined(self, other: Regression) -> Regression:
+        """That over the positions of both."""
+        both = Regression(self.prior)
+        for part in (self, other):
+            if part.count:
+                both._join(part.count, part._means, part._products)
+        return both
+
+    def is_finite(self) -> bool:
+        """Whether all values that were taken in are finite."""
+        return bool(self._products.isfinite().all())
+
+    def solved(self) -> Solution:
         """Weights ``[C_t, C_s]`` and bias ``[C_t]``: a ridge regression towards the prior.
 
         Its strength is as if every channel of the student had been seen once more by itself: next to nothing where a
         level has many positions, and enough where it has fewer than channels.
         """
-        width = self.prior.shape[1]
-        covariance = self._covariance()
-        inner, cross = covariance[:width, :width], covariance[width:, :width]
-        ridge = inner.diagonal().sum() / self._count
-        system = inner + torch.eye(width, dtype=inner.dtype, device=inner.device) * ridge.clamp(min=TINY)
+        inner, cross = self._covariances()
+        ridge = inner.diagonal().sum() / self.count
+        system = inner + torch.eye(len(inner), dtype=inner.dtype, device=inner.device) * ridge.clamp(min=TINY)
         weights = self.prior + torch.linalg.solve(system, cross - self.prior @ inner, left=False)
-        means = self._sums / self._count + self._shift[:, 0]
-        return weights, means[width:] - weights @ means[:width]
+        width = len(inner)
+        return weights, self._means[width:] - weights @ self._means[:width]
+
+    def correlation(self) -> Tensor:
+        """``[C_t, C_s]``, Pearson's r between every channel of the teacher and every one of the student."""
+        _, cross = self._covariances()
+        ours, theirs = self._variances()
+        squares = theirs[:, None] * ours
+        return torch.where(squares > 0, cross / squares.sqrt(), 0.0)
+
+    def explained_by(self, weights: Tensor) -> Tensor:
+        """``[C_t]``, Pearson's r between the teacher's channels and what weights ``[C_t, C_s]`` predict them to be."""
+        inner, cross = self._covariances()
+        predicted = (weights @ inner * weights).sum(1)  # [C_t], their variances
+        squares = predicted * self._variances()[1]
+        return torch.where(squares > 0, (weights * cross).sum(1) / squares.sqrt(), 0.0)
 
     def distance(self) -> float:
         """Mean of 1 - r over the teacher's channels, r being Pearson's between them and their prediction."""
-        width = self.prior.shape[1]
-        covariance, (weights, _) = self._covariance(), self.solved()
-        predicted = (weights @ covariance[:width, :width] * weights).sum(1)  # [C_t], their variances
-        products = (weights * covariance[width:, :width]).sum(1)
-        squares = predicted * covariance.diagonal()[width:]
-        r = torch.where(squares > 0, products / squares.sqrt(), 0.0)
-        return float((1 - r).mean())
+        return float((1 - self.explained_by(self.solved()[0])).mean())
 
-    def _covariance(self) -> Tensor:
-        means = self._sums / self._count
-        return self._products / self._count - means[:, None] * means
+    def _join(self, count: int, means: Tensor, products: Tensor) -> None:
+        """Chan, Golub and LeVeque (1983)."""
+        both, gap = self.count + count, means - self._means
+        self._products = self._products + products + gap[:, None] * gap * (self.count * count / both)
+        self._means = self._means + gap * (count / both)
+        self.count = both
+
+    def _covariances(self) -> tuple[Tensor, Tensor]:
+        """``[C_s, C_s]`` of the student's channels, and ``[C_t, C_s]`` of the teacher's with them."""
+        width, covariance = self.prior.shape[1], self._products / self.count
+        return covariance[:width, :width], covariance[width:, :width]
+
+    def _variances(self) -> tuple[Tensor, Tensor]:
+        """``[C_s]`` and ``[C_t]``; 0 where a channel is constant but for rounding."""
+        variances = self._products.diagonal() / self.count
+        moves = variances > (CONSTANT * self._means).square()
+        width = self.prior.shape[1]
+        return tuple(torch.where(moves, variances, 0.0).split([width, len(variances) - width]))
 
 
 TINY = 1e-30  # keeps a student whose channels are all constant solvable

@@ -61,7 +61,7 @@ class TeacherChannels:
             what = "" if index is None else f", of which channels picks {picked}"
             raise InputError(
                 f"the student's pyramid has {channels} channels and the teacher's {teacher.shape[1]}{what} (level of "
-                f"stride {stride}); give channels, the teacher's index for each of the student's."
+                f"stride {stride}); give channels, the teacher's index for each of the student's, or adapter=True."
             )
         return teacher if index is None else teacher.index_select(1, index.on(teacher.device))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
 from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.levels import LevelPair, as_strides
 from jdkd.distill.route import Route, module_of, route_of
+from jdkd.distill.student_input import parameters_of
 from jdkd.distill.teacher_view import TeacherView
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
@@ -100,6 +102,7 @@ def compared(
     batches: Iterable[Any],
     channels: TeacherChannels | None,
     levels: Sequence[int] | None,
+    call: Callable[[Any], Any] | None = None,
 ) -> Iterator[list[LevelPair]]:
     """The levels of each batch that are compared, see :func:`aligned_pairs`.
 
@@ -108,12 +111,21 @@ def compared(
         look: how its teacher sees a batch.
         batches: as :func:`correlations` takes them.
         channels, levels: see :func:`aligned_pairs`.
+        call: runs the student on a batch; by default it is called with the batch's images, or, where that is a mapping,
+            with its entries, or with that itself where it has no parameters of these names.
     """
     from jdkd.train.inputs import images_of, images_on
 
     for batch in batches:
-        seen, ours = route.look(student, images_on(student, batch), "student")
-        yield aligned_pairs(ours, look(seen, ours.sizes, images_of(batch)), levels, channels)
+        if call is None and not isinstance(batch, Mapping):
+            given = images_of(batch)
+            seen, ours = route.look(student, images_on(student, batch), "student")
+        else:
+            named = isinstance(batch, Mapping) and not batch.keys().isdisjoint(parameters_of(student))
+            run = partial(student, **batch) if call is None and named else partial(call or student, batch)
+            seen, ours = route.observe(run, student, "student")
+            given = []
+        yield aligned_pairs(ours, look(seen, ours.sizes, given), levels, channels)
 
 
 def mean_by_stride(distances: Mapping[tuple[int, int], float]) -> dict[int, float]:

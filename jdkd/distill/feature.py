@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from jdkd.distill.adapter import Adapters, Regression, SquaredError
+from jdkd.distill.adapter import Adapters, SquaredError
 from jdkd.distill.alignment import aligned_pairs
+from jdkd.distill.calibration import ADAPTER, Agreements, Permutations, as_alignment, calibrated
+from jdkd.distill.channel_wise import ChannelWiseDivergence
 from jdkd.distill.channels import Channels, TeacherChannels
-from jdkd.distill.correlation import mean_by_stride
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
-from jdkd.distill.levels import LevelPair, as_strides
-from jdkd.distill.neck import Pyramid, with_levels
+from jdkd.distill.levels import as_strides
+from jdkd.distill.neck import Pyramid, levels_of, with_levels
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn import PearsonTap
@@ -49,10 +50,16 @@ class FeatureDistiller:
         own_size: the teacher sees the batch at its own input size, see :class:`TeacherRunner`; the student's levels are
             resized to its.
         adapter: compare through trained 1x1 convolutions from the student's channels to the teacher's, so that widths
-            may differ in any way; then without ``channels``. Call :meth:`fit_adapters` before training, and have
+            may differ in any way; then without ``channels``. Call :meth:`calibrate` before training, and have
             :attr:`adapters` trained with the student: ``fit(..., auxiliary=distiller.adapters)``.
-        imitation: ``"pearson"``, or ``"mse"`` for the squared error (FitNets; Romero et al., ICLR 2015), which sees
-            scales and offsets too and takes none of the options below.
+        align: for detectors of unrelated origin, whose channels mean other things: ``"permute"`` matches each of the
+            student's with one of the teacher's, ``"linear"`` predicts the teacher's by a 1x1 map that is never trained,
+            ``"none"`` takes them as they come. Call :meth:`calibrate` before training; given to ``fit`` as
+            ``auxiliary`` too, what was found is the same in a resumed run.
+        imitation: ``"pearson"``; ``"mse"`` for the squared error (FitNets; Romero et al., ICLR 2015), which sees
+            scales and offsets too; or ``"cwd"`` for the divergence between what channels say of positions (Shu et al.,
+            ICCV 2021). Those two take none of Pearson's options below.
+        tau: temperature of ``"cwd"``.
         runner: a shared runner of the teacher; by default its own, and then it knows whether ``own_size`` is meant.
         level_weights, statistics, zero_variance, group: see :func:`jdkd.functional.pearson_tap`.
 
@@ -70,7 +77,9 @@ class FeatureDistiller:
         levels: Iterable[int] | None = None,
         own_size: bool = False,
         adapter: bool = False,
+        align: str = "none",
         imitation: str = "pearson",
+        tau: float = 1.0,
         runner: TeacherRunner | None = None,
         level_weights: Sequence[float] | None = None,
         statistics: str = "batch",
@@ -79,26 +88,31 @@ class FeatureDistiller:
     ) -> None:
         options = {"statistics": statistics, "zero_variance": zero_variance, "group": group}
         settings_of(len(level_weights) if hasattr(level_weights, "__len__") else 0, level_weights, 1.0, **options)
-        if adapter and channels is not None:
-            raise InputError("adapter and channels are both given; adapters find the channels, leave channels out")
+        self.align = as_alignment(align, adapter=adapter)
+        if self.align != "none" and channels is not None:
+            given = ADAPTER if adapter else f"align={align!r}"
+            raise InputError(f"{given} and channels are both given; the former finds the channels, leave channels out")
         self.levels = as_strides(levels)
-        self._channels = None if adapter else TeacherChannels(channels)
-        self.tap = _imitation(imitation, as_weight(loss_weight), {"level_weights": level_weights, **options})
+        self._channels = TeacherChannels(channels) if self.align == "none" else None
+        options = {"level_weights": level_weights, **options, "tau": tau}
+        self.tap = _imitation(imitation, as_weight(loss_weight), options)
         self.runner = runner or TeacherRunner(student, teacher, own_size=own_size)
-        self.adapters: Adapters | None = None  # one for every pair of levels, once they are fitted
+        self.adapters: Adapters | Permutations | None = None  # what stands between every pair of levels, once fitted
         self.level_losses: dict[int, Tensor] = {}  # stride -> scalar, detached, of the last training forward
         self._loss: Tensor | None = None
         self._begun_with_gradients = True
         self._learns = False  # whether a gradient reaches the student through one of its levels
         self._ran_with_gradients = False
         self._begun_in = FORWARD
+        self._levels: set[int] = set()  # addresses of those that the heads were given
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Self:
         self.runner.__enter__()
         self._hooks = [
             self.runner.student.register_forward_pre_hook(Hook(self._begun), prepend=True),
-            self.runner.neck.register_forward_hook(Hook(self._arrived)),
+            self.runner.watch_pyramid(self._arrived),
+            *(writer.register_forward_pre_hook(Hook(self._spared)) for writer in self.runner.writers()),
         ]
         return self
 
@@ -108,36 +122,32 @@ class FeatureDistiller:
         self._hooks, self._loss = [], None
         self.runner.__exit__(*error)
 
-    @torch.no_grad()
-    def fit_adapters(self, batches: Iterable[Any]) -> dict[int, float]:
-        """Makes the adapters: each predicts the teacher's level from the student's as well as a linear map can.
+    def calibrate(self, batches: Iterable[Any], call: Callable[[Any], Any] | None = None) -> Agreements:
+        """Makes :attr:`adapters`, what ``adapter`` or ``align`` puts between the channels of both, from a few images.
 
-        Least squares in closed form, which is also the map of the largest Pearson correlation, so that the loss says
-        something from the first step. Where a level has few positions they stay near 0, or, between equal widths,
-        near the identity.
+        A 1x1 map begins as the least squares in closed form, which is also the map of the largest Pearson correlation,
+        so that the loss says something from the first step; where a level has few positions it stays near 0, or,
+        between equal widths, near the identity. Channels are matched by the assignment of the largest sum of r.
 
         Args:
-            batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, or tensors ``[N, 3, H, W]``. Both
-                detectors are run on them in evaluation mode: calibrate a student's batch norms before.
+            batches: ``(images, targets)``, lists of images ``[3, H, W]`` in 0..1, tensors ``[N, 3, H, W]``, or
+                mappings of what the student is called with. Both detectors are run on them in evaluation mode:
+                calibrate a student's batch norms before.
+            call: ``call(batch)`` runs the student on a batch, where it takes no list of images.
 
         Returns:
-            stride -> mean of 1 - r over the teacher's channels on these batches, as :func:`correlations` gives it.
+            stride -> mean r of the channels before, where widths agree, and after; print it. The latter is of images
+            that the map was not fitted to, half by half, unless there is but one.
 
         Raises:
-            InputError: ``adapter`` was not asked for, there is no batch, or no level matches.
+            InputError: there is no batch, no level matches, or channels cannot be matched.
         """
-        if self._channels is not None:
-            raise InputError("fit_adapters was called and adapter is False; make the distiller with adapter=True")
-        regressions: dict[tuple[int, int], Regression] = {}  # by stride and place among the pairs
-        for pairs in self.runner.compared(batches, self.levels):
-            for place, pair in enumerate(pairs):
-                if (key := (pair.stride, place)) not in regressions:
-                    regressions[key] = Regression(_prior(pair))
-                regressions[key].add(pair.student, pair.teacher)
-        if not regressions:
-            raise InputError("fit_adapters was given 0 batches and needs at least 1; give it some images.")
-        self.adapters = Adapters(list(regressions.values()), bias=isinstance(self.tap, SquaredError))
-        return mean_by_stride({key: regression.distance() for key, regression in regressions.items()})
+        runner = self.runner
+        compared = runner.compared(batches, self.levels, self._channels, call)
+        who = type(runner.student).__name__, type(runner.teacher).__name__
+        how = {"bias": isinstance(self.tap, SquaredError), "who": who}
+        self.adapters, agreements = calibrated(compared, self.align, **how)
+        return agreements
 
     def loss(self) -> Tensor:
         """The loss of the student's last forward, a scalar in fp32; once per forward.
@@ -162,6 +172,7 @@ class FeatureDistiller:
 
     def _begun(self, student: nn.Module, inputs: tuple[Any, ...]) -> None:
         self._loss = None
+        self._levels = set()
         self._begun_with_gradients, self._begun_in = torch.is_grad_enabled(), pass_number()
 
     def _arrived(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Pyramid) -> Pyramid | None:
@@ -196,36 +207,50 @@ class FeatureDistiller:
         students, teachers = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
         self._learns |= any(level.requires_grad for level in students)
         if self._channels is None:
-            students = self._adapted(students, teachers)
+            students, teachers = self._brought_together(students, teachers)
         tapped, loss, losses = self.tap(students, teachers)
         # Of levels that were resized or adapted, which the pyramid does not hold, the heads keep the neck's.
-        return with_levels(pyramid, students, tapped), [pair.stride for pair in pairs], loss, losses
+        pyramid = with_levels(pyramid, students, tapped)
+        if not torch.compiler.is_compiling():
+            self._levels = {level.data_ptr() for level in levels_of(pyramid).values()}
+        return pyramid, [pair.stride for pair in pairs], loss, losses
 
-    def _adapted(self, students: list[Tensor], teachers: list[Tensor]) -> list[Tensor]:
+    def _spared(self, writer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Gives a head that writes to a level a copy, as the gradient of the loss needs the level as it was."""
+        level = inputs[0] if inputs else None
+        if torch.compiler.is_compiling() or not isinstance(level, Tensor) or level.data_ptr() not in self._levels:
+            return None
+        return level.clone(), *inputs[1:]
+
+    def _brought_together(
+        self, students: Sequence[Tensor], teachers: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         if self.adapters is None:
-            raise InputError("adapter is asked for and there is none yet; call fit_adapters(batches) before training")
+            asked = ADAPTER if self.align == ADAPTER else f"align={self.align!r}"
+            raise InputError(f"{asked} is asked for and there is none yet; call calibrate(batches) before training")
         return self.adapters(students, teachers)
 
 
-def _prior(pair: LevelPair) -> Tensor:  # -> [C_t, C_s]
-    """What an adapter is where a level says nothing."""
-    widths = pair.teacher.shape[1], pair.student.shape[1]
-    alike = widths[0] == widths[1]
-    return torch.eye(widths[0], device=pair.student.device) if alike else pair.student.new_zeros(widths)
-
-
-def _imitation(name: str, loss_weight: float, options: dict[str, Any]) -> PearsonTap | SquaredError:
-    if name == "pearson":
-        return PearsonTap(loss_weight, return_levels=True, **options)
-    if name != "mse":
-        raise InputError(f"imitation is {name!r}; choose pearson or mse")
+def _imitation(
+    name: str, loss_weight: float, options: dict[str, Any]
+) -> PearsonTap | SquaredError | ChannelWiseDivergence:
+    takes = {"pearson": {*options} - {"tau"}, "mse": set(), "cwd": {"tau"}}
+    if name not in takes:
+        raise InputError(f"imitation is {name!r}; choose {', '.join([*takes][:-1])} or {[*takes][-1]}")
     defaults = FeatureDistiller.__init__.__kwdefaults__
-    if given := [option for option, value in options.items() if value != defaults[option]]:
-        raise InputError(f"imitation is 'mse', which takes no {', '.join(given)}; leave that out, or take 'pearson'")
-    return SquaredError(loss_weight)
+    if given := [each for each in options if each not in takes[name] and options[each] != defaults[each]]:
+        other = next(other for other, taken in takes.items() if given[0] in taken)
+        raise InputError(f"imitation is {name!r}, which takes no {', '.join(given)}; leave that out, or take {other!r}")
+    if name == "pearson":
+        return PearsonTap(loss_weight, return_levels=True, **{option: options[option] for option in takes[name]})
+    if name == "mse":
+        return SquaredError(loss_weight)
+    if not (isinstance(options["tau"], int | float) and 0 < options["tau"] < math.inf):
+        raise InputError(f"tau is {options['tau']!r}, a temperature; give a finite number above 0")
+    return ChannelWiseDivergence(loss_weight, options["tau"])
 
 
-def as_weight(weight: Any) -> float:
+def as_weight(weight: Any, name: str = "loss_weight") -> float:
     """The weight of a loss.
 
     Raises:
@@ -237,5 +262,5 @@ def as_weight(weight: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
     if not math.isfinite(number) or number < 0:
-        raise InputError(f"loss_weight is {weight!r}; give a finite number, 0 or above")
+        raise InputError(f"{name} is {weight!r}; give a finite number, 0 or above")
     return number

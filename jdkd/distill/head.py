@@ -66,7 +66,7 @@ class HeadDistiller:
 
         student, teacher = unwrapped(student), unwrapped(teacher)
         if (objection := _objection(student, teacher, runner is not None and runner.own_size)) is not None:
-            raise InputError(f"{objection}; distil the features only (head_weight 0).")
+            raise InputError(f"{objection}; distil the features only (head_weight 0, loss 'pkd').")
         self._head, self._teachers_head = class_head(student), class_head(teacher)
         self.runner = runner or TeacherRunner(student, teacher)
         self.loss_weight = as_weight(loss_weight)
@@ -110,7 +110,7 @@ class HeadDistiller:
         if taught.shape != logits.shape:
             raise InputError(
                 f"the student classifies {len(logits)} anchors of a batch and the teacher {len(taught)}; take a "
-                "teacher with levels of the same strides, or distil the features only (head_weight 0)."
+                "teacher with levels of the same strides, or distil the features only (head_weight 0, loss 'pkd')."
             )
         divergence, objects = _divergence(logits.float(), taught.float(), self._head.exclusive)
         count = objects.clamp(min=1) if self._head.dense else max(1, len(logits))

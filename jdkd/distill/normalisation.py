@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
+from jdkd.nn.necks import head_of
 
 SAME = "same"  # what stands for the other side's normalisation
 ORDERS = ("rgb", "bgr")
@@ -85,8 +86,8 @@ def normalisation_of(chain: Sequence[nn.Module], entrance: nn.Module, who: str) 
 
     Known are the ways of torchvision (``transform``), OpenMMLab (``data_preprocessor``), Hugging Face
     (``image_processor``), detectron2 (``pixel_mean``), a child with mean and std and no weights, such as a
-    ``normalize`` module, the bare attributes ``image_mean`` or ``mean``, and, where nothing else is said, timm's
-    ``pretrained_cfg`` of the backbone.
+    ``normalize`` module, the bare attributes ``image_mean`` or ``mean``, and, where nothing else is said, that images
+    are in 0..1 for Ultralytics' models, and timm's ``pretrained_cfg`` of the backbone.
 
     Args:
         chain: the modules from the model down to the one whose child ``entrance`` is, or that it is.
@@ -109,6 +110,8 @@ def normalisation_of(chain: Sequence[nn.Module], entrance: nn.Module, who: str) 
         )
     if found:
         return found[0]
+    if any(head_of(module) for module in chain):
+        return Normalisation((0.0,), (1.0,), source="its sequence of layers, as Ultralytics' models")
     names = ("pretrained_cfg", "default_cfg")
     configs = (getattr(module, name, None) for module in entrance.modules() for name in names)
     return next((one for one in map(_of_timm, configs) if one is not None), None)

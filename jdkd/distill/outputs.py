@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jdkd.errors import InputError
@@ -14,19 +15,28 @@ LOSS = "loss_pkd"
 TOTAL = "loss"  # under this name Hugging Face's models return the sum of their losses, which is what trainers read
 
 
-def with_loss(outputs: Any, loss: Tensor, who: str) -> Mapping[str, Any]:
+def with_loss(outputs: Any, loss: Tensor, who: str) -> Mapping[str, Any] | tuple[Any, ...]:
     """A detector's outputs, of the same type, with a loss added to them.
 
     Args:
         outputs: a mapping. Where it has an entry ``loss``, the total that is trained on, the loss is added to that;
-            else all of it is losses, and this one comes beside them as ``loss_pkd``.
+            else all of it is losses, and this one comes beside them as ``loss_pkd``. Or a tuple that begins with the
+            total, a scalar, or with several losses ``[K]`` that are followed by the same without gradients, as
+            Ultralytics' models return them for a sum and a log; there it becomes one more, ``[K + 1]``.
         loss: a scalar.
         who: what errors call the detector.
 
     Raises:
-        InputError: these are neither a mapping with a total nor one of losses.
+        InputError: these are neither a mapping with a total nor one of losses, nor such a tuple.
     """
     remedy = "use jdkd.distill.FeatureDistiller or jdkd.nn.PearsonTap in your training step"
+    if isinstance(outputs, tuple) and _begins_with_losses(outputs):
+        first = (
+            outputs[0] + loss.to(outputs[0])
+            if outputs[0].dim() == 0
+            else torch.cat((outputs[0], loss[None].to(outputs[0])))
+        )
+        return outputs._replace(**{outputs._fields[0]: first}) if hasattr(outputs, "_fields") else (first, *outputs[1:])
     if not isinstance(outputs, Mapping):
         raise InputError(
             f"the student ({who}) returned a {type(outputs).__name__} in training mode, and attach adds {LOSS} to a "
@@ -51,6 +61,15 @@ def with_loss(outputs: Any, loss: Tensor, who: str) -> Mapping[str, Any]:
                 f"attach adds {LOSS} to a dict of scalar losses; give it targets, so that it has a loss, or {remedy}"
             )
     return _changed(outputs, LOSS, loss)
+
+
+def _begins_with_losses(outputs: tuple[Any, ...]) -> bool:
+    first, second = (*outputs, None, None)[:2]
+    if not (isinstance(first, Tensor) and first.is_floating_point() and len(outputs) > 1):
+        return False
+    if first.dim() == 0:
+        return first.requires_grad or not torch.is_grad_enabled()
+    return first.dim() == 1 and isinstance(second, Tensor) and second.shape == first.shape and not second.requires_grad
 
 
 def _is_loss(value: Any) -> bool:

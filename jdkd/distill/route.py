@@ -15,10 +15,22 @@ from jdkd.distill.hooks import Hook
 from jdkd.distill.neck import Pyramid, found_levels
 from jdkd.distill.student_input import StudentInput, parameters_of
 from jdkd.errors import InputError, said
-from jdkd.nn.necks import BACKBONE, NECK, NotReached, backbone_of, has_module, holders, neck_of, outermost, run_until
+from jdkd.nn.necks import (
+    BACKBONE,
+    NECK,
+    NotReached,
+    backbone_of,
+    has_module,
+    head_of,
+    holders,
+    neck_of,
+    outermost,
+    run_until,
+)
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.pearson_strides import Size
 
+GIVEN = ":input"  # after the path of a head that is called with the pyramid
 HOLDERS = ("ema", "module", "model", "ema_model")  # where objects that are no modules keep a model
 
 
@@ -44,14 +56,16 @@ class Route:
     Args:
         caller: the module whose forward takes images past the entrance to the neck.
         entrance: what the normalised images go into: the backbone that is next to the neck, or else the caller.
-        neck: what returns the pyramid.
+        neck: what returns the pyramid, or is called with it.
         chain: the modules around the entrance, from the model that was given inwards.
+        given: whether the pyramid is what the neck, a head then, is called with.
     """
 
     caller: nn.Module
     entrance: nn.Module
     neck: nn.Module
     chain: tuple[nn.Module, ...]
+    given: bool = False
 
     def run(self, seen: StudentInput, images: Tensor) -> Pyramid:
         """The pyramid of images ``[N, C, H, W]``, normalised as the entrance expects; nothing runs after the neck.
@@ -63,7 +77,7 @@ class Route:
         Raises:
             InputError: the neck is not on the way of the images, or the entrance asks for something unknown.
         """
-        if self.neck is self.entrance:
+        if self.neck is self.entrance and not self.given:
             return self._enter(self.entrance, seen, images)
         inside = any(module is self.neck for module in self.entrance.modules())
         caller = self.entrance if inside else self.caller
@@ -72,12 +86,34 @@ class Route:
                 swap = _swapped(images)
                 stack.callback(self.entrance.register_forward_pre_hook(swap, with_kwargs=True).remove)
             try:
-                return run_until(self.neck, lambda: self._enter(caller, seen, images))
+                return run_until(self.neck, lambda: self._enter(caller, seen, images), given=self.given)
             except NotReached:
                 raise InputError(
                     f"{type(caller).__name__} never called {type(self.neck).__name__}, which teacher_neck names, on a "
                     "batch of images; name a submodule that it calls"
                 ) from None
+
+    def watch_pyramid(self, see: Callable[[nn.Module, tuple[Any, ...], Pyramid], Pyramid | None]) -> Any:
+        """A hook that is called with the neck, its inputs and the pyramid, and may return another for the heads."""
+        if not self.given:
+            return self.neck.register_forward_hook(Hook(see))
+
+        def called(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not inputs:
+                raise InputError(f"the {type(head).__name__} is called without its levels as the first argument")
+            pyramid = see(head, (), inputs[0])
+            return None if pyramid is None else (pyramid, *inputs[1:])
+
+        return self.neck.register_forward_pre_hook(Hook(called))
+
+    def writers(self) -> list[nn.Module]:
+        """Activations outside of the neck and backbone that write to what they are given."""
+        inside = set(self.neck.modules()) if not self.given else set()
+        if self.entrance is not self.chain[-1]:
+            inside |= set(self.entrance.modules())
+        return [
+            part for part in self.chain[0].modules() if getattr(part, "inplace", False) is True and part not in inside
+        ]
 
     def watch_sizes(self, see: Callable[[list[Size] | None], None]) -> list[Any]:
         """Hooks that say height and width of every image before it was padded, as torchvision's transform does."""
@@ -101,6 +137,20 @@ class Route:
         Raises:
             InputError: it does not run on them, does not call its neck, or that returns no levels.
         """
+        remedy = (
+            "a list of images [3, H, W] ({}); give a detector that does, as torchvision's do, or wrap it with "
+            "jdkd.detect.adopt"
+        )
+        return self.observe(lambda: model(list(images)), model, who, remedy)
+
+    def observe(
+        self, run: Callable[[], Any], model: nn.Module, who: str, remedy: str = "that batch ({}); mend how it is called"
+    ) -> tuple[StudentInput, PyramidSnapshot]:
+        """What :meth:`look` says, where ``run`` calls the detector.
+
+        Raises:
+            InputError: it does not run, does not call its neck, or that returns no levels.
+        """
         kind, seen, sizes = type(model).__name__, [], []
 
         def see(entrance: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -110,16 +160,13 @@ class Route:
 
         hooks = [self.entrance.register_forward_pre_hook(see, with_kwargs=True), *self.watch_sizes(sizes.append)]
         try:
-            pyramid = run_until(self.neck, lambda: model(list(images)))
+            pyramid = run_until(self.neck, run, given=self.given)
         except (torch.OutOfMemoryError, InputError):
             raise
-        except (NotReached, TypeError, AttributeError, RuntimeError, ValueError, AssertionError) as error:
+        except (NotReached, TypeError, AttributeError, RuntimeError, ValueError, AssertionError, LookupError) as error:
             missed = isinstance(error, NotReached)
             reason = f"it never called its {type(self.neck).__name__}" if missed else said(error)
-            raise InputError(
-                f"the {who} ({kind}) does not run up to its neck on a list of images [3, H, W] ({reason}); give a "
-                "detector that does, as torchvision's do, or wrap it with jdkd.detect.adopt"
-            ) from error
+            raise InputError(f"the {who} ({kind}) does not run up to its neck on {remedy.format(reason)}") from error
         finally:
             for hook in hooks:
                 hook.remove()
@@ -154,7 +201,8 @@ def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
             a module with one detector in it.
         who: what errors call it.
         path: dotted name of the submodule that returns the pyramid, in the model as given, without torch's wrappers,
-            or in the detector inside ("" is the model itself); by default ``neck``, or else ``backbone``.
+            or in the detector inside ("" is the model itself), or, with ``":input"`` behind it, of a head that is
+            called with it; by default ``neck``, or else ``backbone``, or else what Ultralytics' heads are called with.
 
     Raises:
         InputError: there is no such submodule, or several detectors have one.
@@ -168,29 +216,34 @@ def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
     if path is None:
         if (neck := neck_of(inner)) is not None:
             return _route(inner, neck, who)
+        if not found and (head := head_of(inner)) is not None:
+            return _route(inner, head, who, given=True)
         raise InputError(_nowhere(inner, who, f"{NECK} or {BACKBONE}", found))
+    given, path = path.endswith(GIVEN), path.removesuffix(GIVEN)
     for root in (model, inner):
         if has_module(root, path):
-            return _route(root, path, who)
+            return _route(root, path, who, given=given)
     if len(found) == 1 and has_module(found[0][1], path):
-        return _route(inner, f"{found[0][0]}.{path}".strip("."), who)
+        return _route(inner, f"{found[0][0]}.{path}".strip("."), who, given=given)
     raise InputError(_nowhere(inner, who, path, []))
 
 
-def _route(root: nn.Module, path: str, who: str) -> Route:
+def _route(root: nn.Module, path: str, who: str, *, given: bool = False) -> Route:
     neck = root.get_submodule(path)
     names = path.split(".") if path else []
     chain = [root, *(root.get_submodule(".".join(names[: i + 1])) for i in range(len(names) - 1))]
     owner = next((module for module in reversed(chain) if backbone_of(module) is not None), None)
     if owner is not None:
         around = tuple(chain[: chain.index(owner) + 1])
-        return Route(owner, backbone_of(owner), neck, around)
+        return Route(owner, backbone_of(owner), neck, around, given)
     owners = outermost(root, lambda module: backbone_of(module) is not None)
     if len(owners) == 1:
         prefix, owner = owners[0]
         names = prefix.split(".")
         around = tuple(root.get_submodule(".".join(names[:i])) for i in range(len(names) + 1))
-        return Route(root, backbone_of(owner), neck, around)
+        return Route(root, backbone_of(owner), neck, around, given)
+    if given:  # a sequence of layers that the model goes through by itself is never called
+        chain = [module for module in chain if not isinstance(module, nn.Sequential)] or chain
     inmost = _inmost(chain)
     transform = getattr(inmost, "transform", None)
     if hasattr(transform, "image_mean") and hasattr(transform, "min_size"):
@@ -198,7 +251,7 @@ def _route(root: nn.Module, path: str, who: str) -> Route:
             f"the {who} ({type(inmost).__name__}) resizes and normalises images in its transform, and has no backbone "
             "that could be given them after that; keep what follows the transform in a submodule called backbone"
         )
-    return Route(inmost, inmost, neck, tuple(chain[: chain.index(inmost) + 1]))
+    return Route(inmost, inmost, neck, tuple(chain[: chain.index(inmost) + 1]), given)
 
 
 def _inmost(chain: list[nn.Module]) -> nn.Module:
@@ -223,7 +276,7 @@ def _nowhere(model: nn.Module, who: str, wanted: str, holders: list[tuple[str, n
         )
     return (
         f"the {who} ({type(model).__name__}) has no submodule {wanted}; name the one that returns its pyramid with "
-        f"{argument}, a dotted path (its children: {children})"
+        f"{argument}, a dotted path, or a head that is called with it, 'head{GIVEN}' (its children: {children})"
     )
 
 

@@ -41,12 +41,17 @@ class StudentInput:
     def of(cls, names: Iterable[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> StudentInput | None:
         """Finds images and mask among the arguments of a call, by their shapes; None where there are no images.
 
+        A mapping among them, as Ultralytics' models are trained with, is looked into.
+
         Args:
             names: of the parameters, in order.
             args, kwargs: of the call.
         """
         names = [*names, *map(str, range(len(args)))]  # of what goes into *args, the place
         named = dict(zip(names, args, strict=False)) | dict(kwargs)
+        named |= {
+            key: v for m in [*named.values()] if isinstance(m, Mapping) for key, v in m.items() if key not in named
+        }
         four = {name: value for name, value in named.items() if isinstance(value, Tensor) and value.dim() == 4}
         usual = [name for name in IMAGES if name in four and four[name].shape[1] > 1]
         coloured = [name for name, value in four.items() if value.shape[1] == 3]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from jdkd.distill.alignment import PyramidSnapshot
+from jdkd.distill.channels import TeacherChannels
 from jdkd.distill.correlation import compared
 from jdkd.distill.gradients import FORWARD, pass_number
 from jdkd.distill.holding import hold, release
@@ -72,7 +73,8 @@ class TeacherRunner:
         _check_apart(self.student, self.teacher)
         self._route = route_of(student, "student", neck)
         theirs = route_of(teacher, "teacher", neck if teacher_neck is None else teacher_neck)
-        self.neck = self._route.neck
+        self.neck, self.watch_pyramid = self._route.neck, self._route.watch_pyramid
+        self.writers = self._route.writers
         self._names = tuple(parameters_of(self._route.entrance))
         says = student_normalisation, teacher_normalisation
         self._view = TeacherView(self.teacher, theirs, None if own_size else self._route, says)
@@ -118,10 +120,16 @@ class TeacherRunner:
     def device(self) -> torch.device:
         return self._seen().images.device
 
-    def compared(self, batches: Iterable[Any], levels: Sequence[int] | None) -> Iterator[list[LevelPair]]:
-        """The levels of each of other batches that adapters are fitted to, in evaluation mode."""
+    def compared(
+        self,
+        batches: Iterable[Any],
+        levels: Sequence[int] | None,
+        channels: TeacherChannels | None = None,
+        call: Callable[[Any], Any] | None = None,
+    ) -> Iterator[list[LevelPair]]:
+        """The levels of each of other batches, in evaluation mode until it is exhausted or closed."""
         with mode(self.student, training=False), mode(self.teacher, training=False):
-            yield from compared(self.student, self._route, self._view, batches, None, levels)
+            yield from compared(self.student, self._route, self._view, batches, channels, levels, call)
 
     def of_student(self, pyramid: Pyramid) -> PyramidSnapshot:
         """What the student made of its last batch.

@@ -9,10 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.distill.alignment import PyramidSnapshot
+from jdkd.distill.arrival import check_arrival, check_unsaid
 from jdkd.distill.neck import found_levels
-from jdkd.distill.normalisation import SAME, Conversion, conversion, normalisation_from, normalisation_of
+from jdkd.distill.normalisation import (
+    SAME,
+    Conversion,
+    Normalisation,
+    conversion,
+    normalisation_from,
+    normalisation_of,
+)
 from jdkd.distill.route import Route
 from jdkd.distill.student_input import StudentInput
+from jdkd.errors import InputError
 from jdkd.ops.pearson_strides import Size
 
 
@@ -31,7 +40,11 @@ class TeacherView:
         self, teacher: nn.Module, route: Route, student: Route | None, says: tuple[Any, Any] = (None, None)
     ) -> None:
         self.teacher, self.route = teacher, route
-        self._convert = None if student is None else conversion_between(student, route, *says)
+        self._convert = None
+        if student is not None:
+            self._convert = conversion_between(student, route, *says)
+        else:
+            check_arrival(route, _said(route, says[1]), "teacher", own_size=True)
 
     @torch.no_grad()
     def __call__(self, seen: StudentInput, sizes: Sequence[Size] | None, given: Sequence[Tensor]) -> PyramidSnapshot:
@@ -64,7 +77,8 @@ def conversion_between(ours: Route, theirs: Route, student_says: Any = None, tea
         student_says, teacher_says: how they are normalised, see :class:`TeacherRunner`; by default as the models say.
 
     Raises:
-        InputError: one says how it normalises and the other does not.
+        InputError: one says how it normalises and the other does not, or does another thing than it says; or neither
+            says anything, and they do not do the same.
     """
     if SAME in [says for says in (student_says, teacher_says) if isinstance(says, str)]:
         return Conversion(None, None)
@@ -72,7 +86,24 @@ def conversion_between(ours: Route, theirs: Route, student_says: Any = None, tea
     for who, route, says in (("student", ours, student_says), ("teacher", theirs, teacher_says)):
         own = says is None
         found.append(normalisation_of(route.chain, route.entrance, who) if own else normalisation_from(says, who))
-    return conversion(*found, *(type(route.chain[-1]).__name__ for route in (ours, theirs)))
+        if own and found[-1] is not None:
+            check_arrival(route, found[-1], who)
+    convert = conversion(*found, *(type(route.chain[-1]).__name__ for route in (ours, theirs)))
+    if found == [None, None]:
+        check_unsaid(ours, theirs)
+    return convert
+
+
+def _said(route: Route, says: Any) -> Normalisation | None:
+    """How a teacher that is called itself has its images normalised, if that is said in one way."""
+    if isinstance(says, str) and says == SAME:
+        return None
+    if says is not None:
+        return normalisation_from(says, "teacher")
+    try:
+        return normalisation_of(route.chain, route.entrance, "teacher")
+    except InputError:  # what it does itself in several steps is what it was trained on
+        return None
 
 
 def _inside(sizes: Sequence[Size], images: Tensor) -> Tensor | None:

@@ -55,13 +55,27 @@ def trunk_of(model: nn.Module) -> list[nn.Module]:
     return [neck] if beside is neck else [beside, neck]
 
 
-def run_until(module: nn.Module, call: Callable[[], Any]) -> Any:
-    """What a module returns when ``call`` reaches it; nothing runs after that.
+def head_of(model: nn.Module) -> str | None:
+    """Path of a head that is called with a list of levels which no module returns; None where there is none.
+
+    Ultralytics' models and those before them are a sequence of layers that say in ``f`` which others they read, and the
+    last one, the head, reads several.
+    """
+    for path, layers in model.named_modules():
+        if isinstance(layers, nn.Sequential) and len(layers):
+            sources = getattr(layers[-1], "f", None)
+            if isinstance(sources, list | tuple) and len(sources) > 1:
+                return f"{path}.{len(layers) - 1}".lstrip(".")
+    return None
+
+
+def run_until(module: nn.Module, call: Callable[[], Any], *, given: bool = False) -> Any:
+    """What a module returns when ``call`` reaches it, or what it is ``given``; nothing runs after that.
 
     Raises:
         NotReached: the call went by without it.
     """
-    handle = module.register_forward_hook(_stop)
+    handle = module.register_forward_pre_hook(_stop_before) if given else module.register_forward_hook(_stop)
     try:
         call()
     except _Returned as returned:
@@ -85,6 +99,10 @@ class _Returned(Exception):
 
 def _stop(module: nn.Module, inputs: tuple[Any, ...], value: Any) -> None:
     raise _Returned(module, list(value) if isinstance(value, Iterator) else value)
+
+
+def _stop_before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    raise _Returned(module, inputs[0] if inputs else None)
 
 
 def _own(module: nn.Module) -> str | None:

@@ -98,14 +98,15 @@ class TeacherPool:
             raise InputError(f"the pool has no foreign teacher {teacher!r}, its foreign teachers are: {known}.")
         return self.foreign[teacher].to(self.device).eval()
 
-    def score(self, teacher: Teacher, selection: Any) -> ScoredTeacher:
+    def score(self, teacher: Teacher, selection: Any, shared: bool = False) -> ScoredTeacher:
         """Measures one teacher; one whose detections are no numbers scores 0, which is said."""
-        return self.scored(teacher, self.teacher(teacher), selection)
+        return self.scored(teacher, self.teacher(teacher), selection, shared)
 
-    def scored(self, teacher: Teacher, detector: nn.Module, selection: Any) -> ScoredTeacher:
+    def scored(self, teacher: Teacher, detector: nn.Module, selection: Any, shared: bool = False) -> ScoredTeacher:
         """The same of a teacher that is at hand already, as :meth:`teacher` gave it."""
+        how = {"device": self.device, "batch_size": self.batch_size, "shared": shared}
         try:
-            score = evaluate(detector, selection, device=self.device, batch_size=self.batch_size).map
+            score = evaluate(detector, selection, **how).map
         except ModelError as error:
             say_once(f"teacher {teacher} scores 0: {error}")
             score = 0.0
@@ -114,10 +115,13 @@ class TeacherPool:
     def score_members(
         self, teachers: Sequence[Teacher], selection: Any, progress: ProgressCallback | None = None
     ) -> None:
-        """Scores these teachers, each once, on these images; they become the members, best first."""
+        """Scores these teachers, each once, on these images; they become the members, best first.
+
+        Inside of a process group all processes call this, and share the images.
+        """
         members, distinct = [], dict.fromkeys(teachers)
         for teacher in distinct:
-            members.append(self.score(teacher, selection))
+            members.append(self.score(teacher, selection, shared=True))
             if progress:
                 progress("pool: scoring", len(members), len(distinct), {"mAP": members[-1].map})
         self.members = sorted(members, key=lambda member: -member.map)

@@ -63,8 +63,8 @@ def train_pool(
         progress: called with (what, done, total, losses) after every step.
 
     Returns:
-        The pool, in memory as on disk. Among several processes (:mod:`jdkd.train.distributed`) the first scores and
-        writes; in the others the pool has no members.
+        The pool, in memory as on disk. Among several processes (:mod:`jdkd.train.distributed`) all share the images
+        that are trained and scored on, and the first writes.
 
     Raises:
         InputError: the base does not carry its architecture, a foreign teacher cannot teach, ``folder`` holds another
@@ -91,9 +91,9 @@ def train_pool(
     _say_what_is_rigid(supernet)
     working = folder / "training"
     progressive_shrinking(supernet, dataset, config, working, device=device, resume=resume, progress=progress)
+    scored = affordable(config, len(selection)) if scored is None else scored
+    pool.score_members([*spread_over(space, scored, config.train.seed), *pool.foreign], selection, progress)
     if is_first():
-        scored = affordable(config, len(selection)) if scored is None else scored
-        pool.score_members([*spread_over(space, scored, config.train.seed), *pool.foreign], selection, progress)
         save_pool(folder, pool)
         shutil.rmtree(working)
     return pool

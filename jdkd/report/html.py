@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
-from importlib.resources import files
-from string import Template
 from typing import Any
 
 from jdkd.report.architecture import architecture_section
 from jdkd.report.costs import cost_section
 from jdkd.report.front import front_over_time
 from jdkd.report.latencies import aa_verdict, latency_section
+from jdkd.report.layout import laid_out, table
 from jdkd.report.lineage import lineage_tree
 from jdkd.report.outcome import HEADINGS, Outcome, rows
 from jdkd.report.predictions import predictions_section
+from jdkd.report.taught import taught_section
 from jdkd.report.teachers import teachers_section
 from jdkd.report.verdict import images_of, summary
 from jdkd.search.archive import Candidate
@@ -24,7 +24,6 @@ _COLUMNS = (
     *("#", "gen.", "action", "teacher", "mAP", "mAP50", "ratio", "p50 / base's, ms", "M params", "GMACs"),
     *("steps", "lineage", "seconds", "id", "parent"),
 )
-_TEXT = {"network", "action", "teacher", "id", "parent", "what", "value"}
 
 
 def page(outcome: Outcome) -> str:
@@ -44,23 +43,13 @@ def page(outcome: Outcome) -> str:
         "predictions": ("What base and student see", predictions_section(outcome)),
         "lineage": ("Lineage: what each action gained and cost", _lineage(outcome)),
         "teachers": ("Teachers", teachers_section(outcome)),
+        "responses": ("What student and teacher respond to", taught_section(outcome)),
         "latency": ("Latency: how far to believe it", latency_section(outcome)),
         "cost": ("Where the time went", cost_section(outcome.result)),
         "candidates": ("Every candidate", _candidates(outcome)),
         "made": ("How it was made", _made(outcome, command)),
     }
-    told = [(name, title, body) for name, (title, body) in sections.items() if body]
-    return Template(files("jdkd.report").joinpath("page.html").read_text(encoding="utf-8")).substitute(
-        title="Joint search for a student detector",
-        verdict="".join(f"<p>{escape(sentence)}</p>" for sentence in summary(outcome)),
-        alarm=_alarm(outcome),
-        contents="".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in told),
-        sections="\n".join(_section(*section) for section in told),
-    )
-
-
-def _section(name: str, title: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
+    return laid_out("Joint search for a student detector", summary(outcome), sections, _alarm(outcome))
 
 
 _ARCHITECTURE = (
@@ -96,8 +85,8 @@ def _result(outcome: Outcome) -> str:
     measured = rows(outcome.result)
     if not measured:
         return ""
-    table = _table(HEADINGS, [(row.cells(), row.key == "student") for row in measured])
-    return f'<p>{_data(outcome.result)}</p><div class="scroll">{table}</div><p class="faint">{_LATENCY}</p>'
+    shown = table(HEADINGS, [(row.cells(), row.key == "student") for row in measured])
+    return f'<p>{_data(outcome.result)}</p>{shown}<p class="faint">{_LATENCY}</p>'
 
 
 def _lineage(outcome: Outcome) -> str:
@@ -108,20 +97,8 @@ def _candidates(outcome: Outcome) -> str:
     best = {one.id for one in outcome.front}
     students = {one.candidate for one in outcome.students}
     body = [(_cells(one, one.id in best), one.id in students) for one in outcome.candidates]
-    table = f'<p class="faint">{_ARCHIVE}</p><div class="scroll">{_table(_COLUMNS, body)}</div>'
-    return f"<details><summary>{len(body):,} rows of the archive</summary>{table}</details>"
-
-
-def _table(headings: Sequence[str], body: Iterable[tuple[Sequence[str], bool]]) -> str:
-    """An HTML table; rows come with whether they are marked."""
-    kinds = [' class="text"' if heading in _TEXT else "" for heading in headings]
-    head = "".join(f"<th{kind}>{escape(text)}</th>" for kind, text in zip(kinds, headings, strict=True))
-    lines = []
-    for cells, marked in body:
-        inner = "".join(f"<td{kind}>{escape(text)}</td>" for kind, text in zip(kinds, cells, strict=True))
-        opening = '<tr class="marked">' if marked else "<tr>"
-        lines.append(f"{opening}{inner}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    shown = f'<p class="faint">{_ARCHIVE}</p>{table(_COLUMNS, body)}'
+    return f"<details><summary>{len(body):,} rows of the archive</summary>{shown}</details>"
 
 
 def _cells(one: Candidate, on_front: bool) -> list[str]:
@@ -168,8 +145,7 @@ def _made(outcome: Outcome, command: str | Sequence[str]) -> str:
     """The command, the machine and the versions."""
     words = command if isinstance(command, str) else shlex.join(command)
     facts = [([name, value], False) for name, value in _facts(outcome)]
-    table = f'<div class="scroll">{_table(("what", "value"), facts)}</div>' if facts else ""
-    return f"<pre>{escape(words)}</pre>{table}"
+    return f"<pre>{escape(words)}</pre>{table(('what', 'value'), facts) if facts else ''}"
 
 
 def _facts(outcome: Outcome) -> list[tuple[str, str]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,26 +16,10 @@ from jdkd.detect import load
 from jdkd.detect.contract import detections
 from jdkd.errors import InputError
 from jdkd.report.outcome import Outcome
-from jdkd.report.svg import drawing, tag
+from jdkd.report.pictures import Box, Panel, detected, picture_row, truth_panel
+from jdkd.train.image_scores import OVERLAP, judge
 
 SHOWN = 6  # images
-SIDE = 320  # pixels of the longer side of a picture on the page
-OVERLAP = 0.5  # IoU from which a detection counts as found, COCO's mAP50
-
-
-@dataclass(frozen=True)
-class Box:
-    """A box on an image.
-
-    Args:
-        corners: left, top, right, bottom in pixels.
-        label: name of its class, and of a detection its score.
-        kind: `truth`, or of a detection `found` or `wrong`.
-    """
-
-    corners: tuple[float, float, float, float]
-    label: str
-    kind: str
 
 
 def predictions_section(outcome: Outcome) -> str:
@@ -58,7 +39,7 @@ def predictions_section(outcome: Outcome) -> str:
     if not names or not outcome.students:
         return ""
     try:
-        dataset = _examples(part, names[:SHOWN])
+        dataset = examples(part, names)
         images, targets = zip(*dataset, strict=True)
         folders = {one.candidate: one.folder for one in outcome.students}
         models = {"base": Path(where.get("base", ""))}
@@ -66,11 +47,13 @@ def predictions_section(outcome: Outcome) -> str:
         seen = {title: _seen(folder, images, targets, dataset.classes) for title, folder in models.items()}
     except InputError as error:
         return f'<p class="faint">Not shown: {escape(str(error))}</p>'
-    truth = [[*map(Box, _corners(t), _names(t, dataset.classes), ["truth"] * len(t["labels"]))] for t in targets]
     figures = []
-    for number, image in enumerate(images):
-        boxes = {"truth": truth[number]} | {title: found[number] for title, found in seen.items()}
-        figures.append(_row(number, image, boxes))
+    for number, (image, target) in enumerate(zip(images, targets, strict=True)):
+        panels = [truth_panel(target, dataset.classes)]
+        for title, found in seen.items():
+            hits = sum(box.kind == "found" for box in found[number])
+            panels.append(Panel(title, found[number], f"{hits} of {len(target['labels'])} found"))
+        figures.append(picture_row(image, panels, f"example-{number}", f"image {number + 1}"))
     rule = (
         "Of n true boxes, the n most confident detections are drawn: solid where class and place are right (IoU from "
         f"{OVERLAP:g}), dashed where not. The images are the first of those that report, not chosen by how they come "
@@ -79,15 +62,15 @@ def predictions_section(outcome: Outcome) -> str:
     return f'<p class="faint">{rule}</p>{"".join(figures)}'
 
 
-def _examples(part: Mapping[str, Any], names: Sequence[str]) -> CocoDetectionDataset:
-    """The images of these file names.
+def examples(part: Mapping[str, Any], names: Sequence[str]) -> CocoDetectionDataset:
+    """The first images of these file names, of those that report.
 
     Raises:
         InputError: they are not there any more.
     """
     dataset = CocoDetectionDataset(Split(Path(part["image_folder"]), Path(part["annotations"])))
     known = {name: index for index, (name, _, _) in enumerate(dataset.sizes)}
-    return dataset.subset(known[name] for name in names if name in known)
+    return dataset.subset(known[name] for name in names[:SHOWN] if name in known)
 
 
 def _seen(
@@ -102,64 +85,5 @@ def _seen(
 
 def _judged(found: Mapping[str, Tensor], target: Mapping[str, Tensor], classes: Sequence[str]) -> list[Box]:
     """The most confident detections, as many as there are true boxes; each true box is found at most once."""
-    from torchvision.ops import box_iou
-
-    best = found["scores"].argsort(descending=True)[: len(target["labels"])]
-    chosen = {name: found[name][best].cpu() for name in ("boxes", "labels", "scores")}
-    overlaps = box_iou(chosen["boxes"].float(), target["boxes"].float())  # [M, T]
-    overlaps = overlaps * (chosen["labels"][:, None] == target["labels"][None])
-    boxes, free = [], set(range(len(target["labels"])))
-    for number, (corners, name) in enumerate(zip(_corners(chosen), _names(chosen, classes), strict=True)):
-        match = max(free, key=lambda k: overlaps[number, k].item(), default=None)
-        hit = match is not None and overlaps[number, match].item() >= OVERLAP
-        free -= {match} if hit else set()
-        label = f"{name} {chosen['scores'][number].item():.2f}"
-        boxes.append(Box(corners, label, "found" if hit else "wrong"))
-    return boxes
-
-
-def _corners(boxes: Mapping[str, Tensor]) -> list[tuple[float, ...]]:
-    return [tuple(corners) for corners in boxes["boxes"].tolist()]
-
-
-def _names(boxes: Mapping[str, Tensor], classes: Sequence[str]) -> list[str]:
-    return [classes[k - 1] if 0 < k <= len(classes) else str(k) for k in boxes["labels"].tolist()]
-
-
-def _row(number: int, image: Tensor, boxes: Mapping[str, Sequence[Box]]) -> str:
-    """One image once per network: the picture is on the page once, and used again."""
-    height, width = image.shape[1:]
-    panels = []
-    for title, own in boxes.items():
-        place = f"example-{number}"
-        if not panels:
-            shown = tag("image", href=_jpeg(image), width=width, height=height, id=place, preserveAspectRatio="none")
-        else:
-            shown = tag("use", href=f"#{place}")
-        drawn = shown + "".join(_box(box, max(height, width)) for box in own)
-        hits = sum(box.kind == "found" for box in own)
-        count = f"{len(own)} boxes" if title == "truth" else f"{hits} of {len(boxes['truth'])} found"
-        picture = drawing((width, height), drawn, f"image {number + 1}: {title}")
-        panels.append(f"<figure>{picture}<figcaption>{escape(title)}: {count}</figcaption></figure>")
-    return f'<div class="examples">{"".join(panels)}</div>'
-
-
-def _box(box: Box, side: int) -> str:
-    left, top, right, bottom = box.corners
-    size = side / 24
-    place = {"x": left, "y": top, "width": right - left, "height": bottom - top}
-    words = tag(
-        "text", box.label, x=left + size / 6, y=max(top - size / 5, 0.85 * size), style=f"font-size: {size:.1f}px"
-    )
-    return tag("g", None, tag("rect", **place, class_="halo"), tag("rect", **place), words, class_=f"box {box.kind}")
-
-
-def _jpeg(image: Tensor) -> str:
-    """A picture as a data address of some 10 kB."""
-    from PIL import Image
-
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    picture.thumbnail((SIDE, SIDE))
-    stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+    known = judge(*(found[name].cpu() for name in ("boxes", "labels", "scores")), target)
+    return detected(known, classes)[: len(target["labels"])]

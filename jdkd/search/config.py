@@ -13,7 +13,8 @@ from jdkd.morph.importance import CRITERIA
 from jdkd.train import TrainConfig
 
 EPOCHS = 24.0  # default budget: as long as two trainings of the usual 12 epochs
-POOL_SHARE = 0.25  # of the budget, for the teacher pool
+POOL_SHARE = 0.12  # of the budget, for the teacher pool, whose steps take about three times as long as a student's
+LEAST_POOL = 6  # steps, one for each pass of its phases
 EXPLORING_SHARE = 0.12  # of the rest, for the short trainings that find the architectures
 HALVING_SHARE = 0.1  # of the rest, that both finalists of a target are trained before one of them goes on alone
 FINALISTS = 2  # for each target
@@ -21,7 +22,7 @@ SEGMENTS = 2  # in which the one that goes on is trained, each with the teacher 
 MOST_CUT = 0.6  # of the latency is left by one generation at least: larger cuts go in several
 LONGEST = 1e9  # steps, epochs or minutes: what is more is a slip
 LARGEST_SEED = 2**48  # trainings are told apart by a thousand times it and more, in 64 bits
-MARGIN = 0.96  # of a target is aimed at: training changes what NMS has to do
+MARGIN = 0.975  # of a target is aimed at: training changes what NMS has to do
 
 TEACHING = ("dynamic", "fixed", "base", "none")
 IMITATION = ("pearson", "mse")
@@ -245,7 +246,7 @@ def plan(config: SearchConfig, steps: int) -> Plan:
         InputError: the budget is too small for one step each.
     """
     taught = config.method.teaching in ("dynamic", "fixed")
-    pool = 0 if config.teacher_pool or not taught else round(POOL_SHARE * steps)
+    pool = 0 if config.teacher_pool or not taught else max(LEAST_POOL, round(POOL_SHARE * steps))
     aims, targets = _path(config), config.targets
     left, kinds = steps - pool, len(config.targets)
     finalists = min(FINALISTS, config.candidates)
@@ -256,8 +257,8 @@ def plan(config: SearchConfig, steps: int) -> Plan:
     rungs = [Rung((aim,), True, config.candidates, short) for aim in aims]
     rungs += [Rung(targets, False, finalists, halving)] * (halving > 0)
     rungs += [Rung(targets, False, 1, alone)] * SEGMENTS
-    if min(rung.steps for rung in rungs) < 1 or (pool < 6 and taught and not config.teacher_pool):
-        least = math.ceil(max(8.0 / POOL_SHARE, 2 * len(aims) * config.candidates / EXPLORING_SHARE))
+    if min(rung.steps for rung in rungs) < 1:
+        least = math.ceil(pool + 2 * len(aims) * config.candidates / EXPLORING_SHARE)
         raise InputError(
             f"the budget is {steps} steps, too few for a pool and {len(aims)} generations of {config.candidates} "
             f"candidates; give about {least} steps or more{_as_asked(config, least / max(1, steps))}."

@@ -138,7 +138,7 @@ class Evaluator:
             weights["head_weight"] = config.head_weight
         how = {"adapter": True, "own_size": True, "imitation": config.method.imitation}
         with Distiller(student, teacher, **weights, **how) as distiller:
-            distiller.fit_adapters(self.context.probe())
+            distiller.calibrate(self.context.probe())
 
             def losses(
                 images: list[Tensor], targets: list[dict[str, Tensor]], step: int

@@ -8,6 +8,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -32,7 +33,8 @@ TEMPERATURE = 0.3  # of a cut that is to be another than the plain one, see jdkd
 DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; else blocks may go
 MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
-CLOSE = 0.03  # share by which a student may be slower than aimed at, and twice of it faster
+FLOOR = 0.5  # of its channels that each group keeps in one cut, where that reaches the aim
+CLOSE = -0.03, 0.02  # shares by which a student may be faster and slower than aimed at
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ class Parent:
             importance = self._important(model)
         if recipe.channels:
             how = {"shorter": recipe.shorter, "min_size": recipe.min_size, "temperature": recipe.temperature}
-            last = cut_to(model, topology, self.table, aim, importance, **how, rng=random.Random(recipe.seed))
+            last = self._cut(model, topology, aim, importance, **how, rng=random.Random(recipe.seed))
         else:
             last = shorten(model, topology, recipe.shorter, recipe.min_size)
         morphs = [morph for morph in (recipe.grown, last) if morph and morph.rewrite != Rewrite()]
@@ -143,13 +145,23 @@ class Parent:
         kept = 1 - sum(distances) / len(distances)
         return Screened(action, rewrites, child.model, kept, self.table.predict(child.model))
 
+    def _cut(self, model: nn.Module, topology: Topology, aim: float, *given: Any, **how: Any) -> Morph:
+        """A cut that leaves no group the bottleneck of the rest, as long as the aim is reached without one.
+
+        Raises:
+            InputError: it is not reached.
+        """
+        with contextlib.suppress(InputError):
+            return cut_to(model, topology, self.table, aim, *given, **how, floor=FLOOR)
+        return cut_to(model, topology, self.table, aim, *given, **how)
+
     def measured(self, recipe: Recipe, screened: Screened, aim: float) -> Screened:
         """A student with its measured latency, made once more where that is not what was predicted.
 
         Of the two it is the one that is nearer to the aim; one that is too slow comes last.
         """
         timed = replace(screened, latency_ratio=self._ratio(screened))
-        if not recipe.channels or -2 * CLOSE < timed.latency_ratio / aim - 1 < CLOSE:
+        if not recipe.channels or CLOSE[0] < timed.latency_ratio / aim - 1 < CLOSE[1]:
             return timed
         with contextlib.suppress(InputError):  # it cannot be cut more
             better = self.make(recipe, screened.predicted * aim / timed.latency_ratio)
@@ -170,7 +182,7 @@ class Parent:
 
 def _miss(ratio: float) -> tuple[bool, float]:
     """How far a latency over the one aimed at is off, to be sorted by."""
-    return ratio > 1 + CLOSE, abs(math.log(ratio))
+    return ratio > 1 + CLOSE[1], abs(math.log(ratio))
 
 
 def screen(

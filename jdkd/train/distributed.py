@@ -1,11 +1,12 @@
 """Several processes train one model: each takes its share of the images, gradients are averaged in every step.
 
-``torchrun --nproc-per-node N -m jdkd train ...`` starts them. The batch size is of one process. No wrapper is needed:
-what a step draws (subnets) depends on seed and step alone, so all processes run the same layers.
+``torchrun --nproc-per-node N -m jdkd train ...`` starts them; with ``--max-restarts``, what it starts anew carries on
+from the last checkpoint. The batch size is of one process. No wrapper is needed: what a step draws (subnets) depends on
+seed and step alone, so all processes run the same layers.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -66,13 +67,14 @@ def process_group(device: str) -> Iterator[str]:
         distributed.destroy_process_group()
 
 
-def own_batches(start: int, steps: int) -> dict[str, int]:
+def own_batches(start: int, steps: int, accumulate: int = 1) -> dict[str, int]:
     """Which batches of :func:`jdkd.data.batches` are this process's, in steps ``start .. steps - 1``.
 
-    Together, N processes with batches of B take what one with batches of N * B takes.
+    Together, N processes that accumulate over A batches of B take what one takes with batches of N * A * B.
     """
     count = processes()
-    return {"start": start * count + rank(), "steps": steps * count, "every": count}
+    each = count * accumulate
+    return {"start": start * each + rank(), "steps": steps * each, "every": count, "joined": each}
 
 
 @torch.no_grad()
@@ -107,16 +109,57 @@ def align(model: nn.Module) -> None:
         tensor.copy_(dense)
 
 
+def mean_of_all(values: Mapping[str, float]) -> dict[str, float]:
+    """The mean over all processes of what each has under a name; one that has nothing there counts as 0."""
+    count = processes()
+    if count == 1:
+        return dict(values)
+    everyones: list = [None] * count
+    distributed.all_gather_object(everyones, dict(values))
+    return {name: sum(own.get(name, 0.0) for own in everyones) / count for own in everyones for name in own}
+
+
+def gathered(make: Callable[[], T]) -> list[T]:
+    """What every process makes, in the first, and nothing in the others; where one raises, all do."""
+    if processes() == 1:
+        return [make()]
+    everyones: list = [None] * processes()
+    distributed.gather_object(_attempted(make), everyones if is_first() else None)
+
+    def refuse() -> None:
+        for _, error in everyones:
+            if error is not None:
+                raise error
+
+    from_first(refuse)
+    return [value for value, _ in everyones] if is_first() else []
+
+
+@contextmanager
+def first_goes_ahead() -> Iterator[None]:
+    """Lets the other processes into the block when the first is through it, so that they find what it wrote."""
+    if processes() > 1 and not is_first():
+        distributed.barrier()
+    try:
+        yield
+    finally:
+        if processes() > 1 and is_first():
+            distributed.barrier()
+
+
+def _attempted(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What is made, or the error."""
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error
+
+
 def from_first(make: Callable[[], T]) -> T:
     """What the first process makes, in all of them; where it raises, all do."""
     if processes() == 1:
         return make()
-    answer: list = [None, None]  # value, error
-    if is_first():
-        try:
-            answer[0] = make()
-        except Exception as error:
-            answer[1] = error
+    answer: list = [*_attempted(make)] if is_first() else [None, None]  # value, error
     distributed.broadcast_object_list(answer, 0)
     if answer[1] is not None:
         raise answer[1]

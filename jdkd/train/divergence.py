@@ -6,6 +6,7 @@ from torch import Tensor
 from jdkd.errors import ModelError
 
 NEVER = torch.iinfo(torch.int64).max
+GRADIENT = "gradient norm"
 
 
 class DivergenceError(ModelError):
@@ -13,7 +14,7 @@ class DivergenceError(ModelError):
 
     Attributes:
         step: the first step (from 1) at which it happened.
-        what: the loss, or ``"gradient norm"``.
+        what: the losses, and the parts of them that are known, or ``"gradient norm"``.
     """
 
     def __init__(self, message: str, step: int, what: str) -> None:
@@ -36,8 +37,9 @@ class NonFiniteMonitor:
         self._first[names] = seen if before is None else torch.minimum(before, seen)
 
     def first(self) -> tuple[int, str] | None:
-        """The first step at which something was not finite, and its name; None if all was well.
-        Synchronises.
+        """The first step at which something was not finite, and what that was; None if all was well.
+
+        Of losses and the gradient that they have, the losses are named. Synchronises.
         """
         found = [
             (step, name)
@@ -45,4 +47,8 @@ class NonFiniteMonitor:
             for step, name in zip(steps.tolist(), names, strict=True)
             if step != NEVER
         ]
-        return min(found, key=lambda item: item[0], default=None)
+        if not found:
+            return None
+        first = min(step for step, _ in found)
+        names = [name for step, name in found if step == first]
+        return first, ", ".join([name for name in names if name != GRADIENT] or names)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -13,22 +14,35 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.data import batches
-from jdkd.detect.input_size import require_visible
-from jdkd.errors import InputError, ModelError
+from jdkd.data.loading import Batch
+from jdkd.detect.input_size import require_visible, training_sizes
+from jdkd.errors import InputError
 from jdkd.nn.modes import mode
 from jdkd.notices import say_once
 from jdkd.train import checkpoint
-from jdkd.train.config import RESUME_MAY_CHANGE, TrainConfig
-from jdkd.train.distributed import align, average_gradients, from_first, is_first, own_batches, processes, rank
-from jdkd.train.divergence import DivergenceError, NonFiniteMonitor
+from jdkd.train.averaging import RunningAverage
+from jdkd.train.config import EARLIER, RESUME_MAY_CHANGE, TrainConfig
+from jdkd.train.distributed import (
+    align,
+    average_gradients,
+    from_first,
+    is_first,
+    mean_of_all,
+    own_batches,
+    processes,
+    rank,
+)
+from jdkd.train.divergence import GRADIENT, DivergenceError, NonFiniteMonitor
 from jdkd.train.inputs import with_targets_of
 from jdkd.train.interrupt import uninterrupted
 from jdkd.train.log import Log
 from jdkd.train.optimizer import add_l1_subgradient, build_optimizer, inherit_moments, slimmable_scales
+from jdkd.train.variance import with_variance
 
 LEAST_SCALE = 2.0**-8  # a loss scale that sank so far means that the gradient is infinite at any scale
 
 Losses = Callable[[list[Tensor], list[dict[str, Tensor]], int], Iterable[dict[str, Tensor]]]
+Parts = Callable[[], Mapping[str, Tensor]]
 
 
 class ProgressCallback(Protocol):
@@ -53,6 +67,7 @@ def fit(
     *,
     device: torch.device | str,
     losses: Losses | None = None,
+    parts: Parts | None = None,
     auxiliary: nn.Module | None = None,
     inherit: Path | str | None = None,
     folder: Path | str | None = None,
@@ -66,7 +81,9 @@ def fit(
     on a CPU. The caller's own generators are left as they were.
 
     Inside a process group (:mod:`jdkd.train.distributed`) all processes train the same model: each on
-    ``batch_size`` images of its own, with gradients averaged. The first writes; all end with its model.
+    ``batch_size`` images of its own, with gradients averaged, so that N of them take the steps of one with N times the
+    images (up to rounding, and what a forward draws or normalises over its own images). The first writes; all end with
+    its model.
 
     Args:
         model: the detector, moved to ``device`` and trained there; its modules keep their mode.
@@ -76,6 +93,8 @@ def fit(
         losses: ``losses(images, targets, step)`` gives one or more dictionaries of scalar losses. Each is
             summed and back-propagated before the next is asked for, so a generator that runs one subnet at a
             time accumulates gradients with the memory of one. By default, the detector's own losses.
+        parts: what the losses last asked for are made of, scalars without gradients by name, such as a loss by level:
+            logged beside them, and named where training diverges.
         auxiliary: a module that ``losses`` uses, such as the adapters of distillation: its parameters are trained with
             the detector's and kept in the checkpoint, but are no part of the detector.
         inherit: the checkpoint of another training, its folder or its file, whose optimizer this one goes on with where
@@ -102,19 +121,22 @@ def fit(
         raise InputError(f"auxiliary is {auxiliary!r:.60}; give a torch.nn.Module of what is trained along, or None.")
     require_visible(model, getattr(dataset, "sizes", ()))
     dataset = with_targets_of(model, dataset)
-    run = _Run(model, config, torch.device(device), losses, auxiliary)
+    run = _Run(model, config, torch.device(device), losses, auxiliary, parts)
     if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):
         inherit_moments(run.optimizer, checkpoint.read_parent(Path(inherit))["optimizer"])
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
     home = home if is_first() else None  # the others hold what is resumed, and write nothing
     align(run.trained)
-    batch = {"batch_size": config.batch_size, "seed": config.seed, **own_batches(run.step, config.steps)}
+    batch = {"batch_size": config.batch_size, "seed": config.seed, "by_aspect": config.by_aspect}
+    batch |= own_batches(run.step, config.steps, config.accumulate)
     how = {"flip": config.flip, "workers": config.workers, "device": run.device}
-    with mode(run.trained, training=True), torch.random.fork_rng([run.device] if run.on_gpu else []):
+    drawing = torch.random.fork_rng([run.device] if run.on_gpu else [])
+    with mode(run.trained, training=True), drawing, training_sizes(model, config.sizes):
         try:
-            for images, targets in batches(dataset, **batch, **how) if run.step < config.steps else ():
+            read = batches(dataset, **batch, **how) if run.step < config.steps else iter(())
+            for of_step in zip(*[read] * config.accumulate, strict=True):
                 with uninterrupted():
-                    run.advance(images, targets)
+                    run.advance(of_step)
                 if run.step % config.log_every == 0 or run.step in (1, config.steps):
                     row = run.row()
                     if home:
@@ -129,6 +151,8 @@ def fit(
             raise
         finally:
             run.trained.zero_grad(set_to_none=True)
+    if run.average is not None:
+        run.average.copy_to(model)
     align(run.trained)
     return FitReport(run.step, run.seconds, run.losses)
 
@@ -156,8 +180,10 @@ class _Run:
         device: torch.device,
         losses: Losses | None,
         auxiliary: nn.Module | None,
+        parts: Parts | None,
     ) -> None:
         self.model, self.auxiliary = model, auxiliary
+        self.parts = parts or dict
         self.trained = nn.ModuleList([model] if auxiliary is None else [model, auxiliary]).to(device)
         self.config = config
         self.device = device
@@ -167,6 +193,7 @@ class _Run:
         self.optimizer = build_optimizer(model, config, auxiliary)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scales = slimmable_scales(model)
+        self.average = RunningAverage(model, config.ema) if config.ema else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.monitor = NonFiniteMonitor()
         self.kept = "no checkpoint was kept, as no folder was given"
@@ -174,6 +201,7 @@ class _Run:
         self.between_steps = True
         self.losses: dict[str, float] = {}
         self._terms: list[tuple[tuple[str, ...], Tensor]] = []
+        self._parts: Mapping[str, Tensor] = {}
         self._norm = torch.zeros((), device=device)
         self._before, self._resumed = 0.0, time.perf_counter()
         self._logged = (0, 0.0)  # step and seconds of the last log line
@@ -186,44 +214,55 @@ class _Run:
     def seconds(self) -> float:
         return self._before + time.perf_counter() - self._resumed
 
-    def advance(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> None:
-        """Takes one optimizer step."""
+    def advance(self, batches: Sequence[Batch]) -> None:
+        """Takes one optimizer step, over the mean of the losses of some batches."""
         self.between_steps = False
-        self._seed(step_seed(self.config.seed, self.step * processes() + rank()))
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr_at(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self._terms = []
-        for terms in self._asked(images, targets):
-            names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])  # [terms]
-            self._see(names, values)
-            self.scaler.scale(values.sum()).backward()
-            self._terms.append((names, values.detach()))
+        for place, (images, targets) in enumerate(batches, self.step * len(batches)):
+            self._seed(step_seed(self.config.seed, place * processes() + rank()))
+            for terms in self._asked(images, targets):
+                names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])  # [terms]
+                self._parts = self.parts()
+                self._see((*names, *self._parts), torch.stack([*values.detach(), *self._parts.values()]))
+                values = values / len(batches)
+                self.scaler.scale(values.sum()).backward()
+                self._terms.append((names, values.detach()))
         average_gradients(self.parameters)
         self.scaler.unscale_(self.optimizer)
         self._norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip or float("inf"))
         if not self.scaler.is_enabled():  # with loss scaling, an infinite gradient only means a smaller scale
-            self._see(("gradient norm",), self._norm[None], last=True)
+            self._see((GRADIENT,), self._norm[None], last=True)
         add_l1_subgradient(self.scales, self.config.gamma_l1)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        if self.average is not None:
+            self.average.update(self.model, self.step)
         self.step += 1
         self.between_steps = True
 
     def row(self) -> dict[str, Any]:
-        """The log line of the last step: of several dictionaries of losses, the sum."""
-        self.check()
-        self.losses = {}
+        """The log line of the last step: of several dictionaries of losses, the sum; the mean of all processes."""
+        own: dict[str, float] = {}
         for names, values in self._terms:
             for name, value in zip(names, values.tolist(), strict=True):
-                self.losses[name] = self.losses.get(name, 0.0) + value
+                own[name] = own.get(name, 0.0) + value
+        losses = mean_of_all(own)
+        self.check()
+        if infinite := next((name for name, value in losses.items() if not math.isfinite(value)), None):
+            self._diverged(self.step, infinite)  # in another process, which says so too
+        self.losses = losses
         seconds, (step_before, seconds_before) = self.seconds, self._logged
         self._logged = (self.step, seconds)
         row = {"step": self.step, "lr": self.config.lr_at(self.step - 1), "grad_norm": float(self._norm)}
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
             if row["loss_scale"] < LEAST_SCALE:
-                self._diverged(self.step, "gradient norm")
+                self._diverged(self.step, GRADIENT)
+        if self._parts:
+            row["parts"] = {name: float(value) for name, value in self._parts.items()}
         taken = max(1, self.step - step_before)
         return row | {"step_seconds": (seconds - seconds_before) / taken, "losses": self.losses}
 
@@ -242,6 +281,7 @@ class _Run:
             "scaler": self.scaler.state_dict(),
             "precision": self.precision,
             "auxiliary": {} if self.auxiliary is None else self.auxiliary.state_dict(),
+            "average": {} if self.average is None else self.average.state_dict(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -252,6 +292,8 @@ class _Run:
         elif kept:
             raise ValueError(f"it holds {', '.join([*kept][:3])} of an auxiliary module, and fit was given none")
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         if state["scaler"]:  # empty where the loss was not scaled
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.losses, self._before = state["step"], state["losses"], state["seconds"]
@@ -259,11 +301,11 @@ class _Run:
 
     def _asked(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """Computes the dictionaries of losses under autocast, one by one, and only them."""
-        with self._autocast(), _with_variance(self.config):
+        with self._autocast(), with_variance(self.config):
             asked = self.ask(images, targets, self.step)
             terms_left = iter((asked,) if isinstance(asked, Mapping) else asked)
         while True:
-            with self._autocast(), _with_variance(self.config):
+            with self._autocast(), with_variance(self.config):
                 terms = next(terms_left, None)
             if terms is None:
                 return
@@ -271,7 +313,8 @@ class _Run:
 
     def _diverged(self, step: int, what: str) -> NoReturn:
         raise DivergenceError(
-            f"training diverged at step {step} of {self.config.steps}: {what} is not finite ({self.kept}); "
+            f"training diverged at step {step} of {self.config.steps}: {what} {'are' if ', ' in what else 'is'} not "
+            f"finite ({self.kept}); "
             f"lower lr ({self.config.lr:g}) or clip ({self.config.clip:g}), or raise warmup "
             f"({self.config.warmup:g}).",
             step,
@@ -291,25 +334,6 @@ class _Run:
         self.monitor.observe(self.step + 1, names, values)
         if not self.on_gpu and (last or processes() == 1):  # one that left early would keep the others waiting
             self.check()
-
-
-@contextmanager
-def _with_variance(config: TrainConfig) -> Iterator[None]:
-    """Says what to do where a batch leaves a batch norm a single value a channel, or one is synchronised on a CPU."""
-    try:
-        yield
-    except ValueError as error:
-        if "SyncBatchNorm expected" in str(error):
-            raise ModelError(
-                'norm "sync" takes its statistics over the processes of a group, which torch does on GPUs alone: train '
-                'there, or with norm "batch".'
-            ) from error
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise ModelError(
-            f"batch_size {config.batch_size} leaves a batch norm 1 value a channel, which has no variance ({error}): "
-            'train on more or larger images (batch_size, min_size), or with norm "frozen".'
-        ) from error
 
 
 class _Home:
@@ -335,7 +359,8 @@ class _Home:
 
     def _open(self, state: dict[str, Any] | None) -> None:
         if state is not None:
-            settings = {"processes": 1, **state["config"]}  # of one process, as all were in earlier versions
+            usual = dataclasses.asdict(TrainConfig(steps=0))  # what earlier versions did not know
+            settings = {**usual, **EARLIER, **state["config"]}
             checkpoint.require_same("config", settings, self.config, ignore=RESUME_MAY_CHANGE)
             checkpoint.require_same("data", state["data"], self.data)
             if (before := state.get("precision")) not in (None, now := self.run.precision):

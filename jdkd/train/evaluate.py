@@ -1,10 +1,7 @@
-"""COCO average precision of a detector, by pycocotools."""
+"""See :func:`evaluate`."""
 
-import contextlib
 import dataclasses
-import io
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,43 +17,9 @@ from jdkd.errors import InputError
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
+from jdkd.train.distributed import from_first, gathered, processes, rank
 from jdkd.train.findings import Findings
-from jdkd.train.twelve import twelve
-
-COCO_DETECTIONS = 100  # an image, where nothing else is said
-
-
-@dataclass(frozen=True)
-class Scores:
-    """COCO's twelve numbers; -1 stands, as pycocotools has it, where there is no ground truth to score.
-
-    Attributes:
-        map: average precision over IoU 0.50:0.95, all areas.
-        map50, map75: the same at IoU 0.50 and at 0.75.
-        stats: all twelve, in pycocotools' order.
-        lines: the twelve lines that pycocotools prints.
-        max_detections: how many detections an image were scored.
-        segm: the same of the masks, where the detector gives them and the data have segmentations; else None.
-    """
-
-    map: float
-    map50: float
-    map75: float
-    stats: list[float]
-    lines: str
-    max_detections: int = COCO_DETECTIONS
-    segm: "Scores | None" = None
-
-    @property
-    def numbers(self) -> dict[str, Any]:
-        """map, map50, map75 and stats, and those of masks under segm where they were scored; JSON-able."""
-        own = {name: getattr(self, name) for name in ("map", "map50", "map75", "stats")}
-        return own if self.segm is None else {**own, "segm": self.segm.numbers}
-
-    @property
-    def text(self) -> str:
-        """The lines of boxes, and those of masks where they were scored."""
-        return self.lines if self.segm is None else f"boxes:\n{self.lines}\nmasks:\n{self.segm.lines}"
+from jdkd.train.scoring import COCO_DETECTIONS, Scores, score
 
 
 def evaluate(
@@ -67,6 +30,7 @@ def evaluate(
     batch_size: int = 8,
     workers: int = 0,
     max_detections: int | None = None,
+    shared: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Scores:
     """Scores a detector on every image of a dataset, those without annotations included.
@@ -83,11 +47,13 @@ def evaluate(
         workers: processes that read images.
         max_detections: how many detections an image the detector may make and are scored, those of the highest
             scores; by default as many as its builder was asked for, and 100 without one, which is COCO's rule.
+        shared: inside of a process group (:mod:`jdkd.train.distributed`), where all processes call this with the same
+            model: each runs it on its share of the images, the first scores what all have found.
         progress: called with (images done, images) after every batch.
 
     Returns:
-        The scores; a detector that finds nothing has a ``map`` of 0. Where no image of the dataset has a box to
-        detect there is nothing to score: all numbers are -1, which is said once.
+        The scores, in all processes that share; a detector that finds nothing has a ``map`` of 0. Where no image of
+        the dataset has a box to detect there is nothing to score: all numbers are -1, which is said once.
 
     Raises:
         InputError: the model is no such detector, its classes are not the dataset's, a label is none of them, an
@@ -98,25 +64,60 @@ def evaluate(
     inner = unwrapped(model)
     most = _asked_for(inner) if max_detections is None else max_detections
     require_whole({"batch_size": batch_size, "max_detections": most})
-    _require_same_classes(inner, dataset.classes, dataset.label_to_category)
+    require_same_classes(inner, dataset.classes, dataset.label_to_category)
     require_visible(model, getattr(dataset, "sizes", ()))
     fix_roi_scales(model)
-    findings = Findings(type(inner).__name__, dataset.label_to_category)
-    done = 0
+    start, every = (rank(), processes()) if shared else (0, 1)
+
+    def part() -> Findings:
+        read = {"batch_size": batch_size, "workers": workers, "start": start, "every": every}
+        return find(model, dataset, device=device, max_detections=max_detections, progress=progress, **read)
+
+    parts = gathered(part) if shared else [part()]
+    return from_first(lambda: _scored(parts, dataset, most)) if shared else _scored(parts, dataset, most)
+
+
+def find(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    device: torch.device | str,
+    max_detections: int | None = None,
+    every: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+    **read: Any,
+) -> Findings:
+    """What a detector finds on the images of a dataset, or on every so many of them.
+
+    Args:
+        model, dataset, device, max_detections, progress: as of :func:`evaluate`, which checks them.
+        every: one of so many images is looked at.
+        read: ``batch_size``, ``workers`` and ``start`` of :func:`jdkd.data.in_order`.
+    """
+    findings, done = Findings(type(unwrapped(model)).__name__, dataset.label_to_category), 0
+    pin = torch.device(device).type == "cuda"
     with mode(model.to(device), training=False), capped(model, max_detections), torch.inference_mode():
-        for items in in_order(dataset, batch_size=batch_size, workers=workers):
-            found = detections(model, [image.to(device).float() / 255 for image, _ in items])
+        for items in in_order(dataset, every=every, pin=pin, **read):
+            found = detections(model, [image.to(device, non_blocking=True).float() / 255 for image, _ in items])
             for (_, target), detection in zip(items, found, strict=True):
                 findings.add(target["image_id"], detection, "masks" in detection and _segmented(dataset))
             done += len(items)
             if progress:
-                progress(done, len(dataset))
+                progress(min(done * every, len(dataset)), len(dataset))
+    return findings
+
+
+def _scored(parts: list[Findings], dataset: Any, most: int) -> Scores:
+    """What all parts of the detections score together."""
+    findings = parts[0]
+    for other in parts[1:]:
+        findings.merge(other)
     rows = findings.close()
     masks = [{key: value for key, value in row.items() if key != "bbox"} for row in rows if "segmentation" in row]
-    boxes = _score(dataset, rows, most)
+    boxes = score(dataset, rows, most)
     if not findings.masks:
         return boxes
-    return dataclasses.replace(boxes, segm=_score(dataset.with_masks(), masks, most, "segm"))
+    return dataclasses.replace(boxes, segm=score(dataset.with_masks(), masks, most, "segm"))
 
 
 def _segmented(dataset: Any) -> bool:
@@ -134,33 +135,7 @@ def _asked_for(model: nn.Module) -> int:
     return next((number for number in asked if number is not None), COCO_DETECTIONS)
 
 
-def _score(dataset: Any, found: list[dict[str, Any]], most: int, of: str = "bbox") -> Scores:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = dataset.coco
-        if found:
-            results = truth.loadRes(found)
-        else:  # loadRes cannot take an empty list
-            results = COCO()
-            results.dataset = {**truth.dataset, "annotations": []}
-            results.createIndex()
-        scoring = COCOeval(truth, results, of)
-        scoring.params.imgIds = sorted(dataset.image_ids)
-        scoring.params.maxDets = [min(1, most), min(10, most), most]
-        scoring.evaluate()
-        scoring.accumulate()
-    stats, lines = twelve(scoring)
-    if stats[0] == -1:
-        say_once(
-            f"none of the {len(dataset)} images has a box to detect, so there is nothing to score and every number is "
-            "-1; choose images with boxes"
-        )
-    return Scores(*stats[:3], stats, lines, most)
-
-
-def _require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
+def require_same_classes(model: nn.Module, classes: tuple[str, ...], categories: list[int]) -> None:
     """Refuses a detector that was made for other classes, or for the same ones in another order.
 
     Where the number of classes does not show, :class:`Findings` checks the labels.

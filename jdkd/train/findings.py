@@ -68,6 +68,14 @@ class Findings:
                 row["segmentation"] = lengths
         self.rows += rows
 
+    def merge(self, other: "Findings") -> None:
+        """Takes what another, of other images, has found; of the first that cannot be scored it keeps its own."""
+        self.rows += other.rows
+        self.masks |= other.masks
+        self._dropped += other._dropped
+        self._images += other._images
+        self._first = self._first or other._first
+
     def close(self) -> list[dict[str, Any]]:
         """Returns the rows, and says how many detections were left out.
 

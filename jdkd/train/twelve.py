@@ -21,7 +21,7 @@ def twelve(scoring: Any) -> tuple[list[float], str]:
     scored.
 
     Args:
-        scoring: a ``COCOeval`` of boxes that has accumulated, with three numbers in ``params.maxDets``.
+        scoring: a ``COCOeval`` that has accumulated, with three numbers in ``params.maxDets``.
 
     Returns:
         The numbers in pycocotools' order, -1 where there is nothing to score, and its lines.
@@ -30,11 +30,22 @@ def twelve(scoring: Any) -> tuple[list[float], str]:
     stats, lines = [], []
     for what, iou, area, number in ROWS:
         values = scoring.eval[what][..., AREAS.index(area), number]  # [T, R, K] or [T, K]
-        if iou is not None:
-            values = values[abs(thresholds - iou) < 1e-6]
-        values = values[values > -1]
-        stats.append(float(values.mean()) if values.size else -1.0)
+        stats.append(mean_of(values, thresholds, iou))
         span = f"{thresholds[0]:.2f}:{thresholds[-1]:.2f}" if iou is None else f"{iou:.2f}"
         most = scoring.params.maxDets[number]
         lines.append(f" {NAMES[what]} @[ IoU={span:<9} | area={area:>6} | maxDets={most:>3} ] = {stats[-1]:.3f}")
     return stats, "\n".join(lines)
+
+
+def mean_of(values: Any, thresholds: Any, iou: float | None) -> float:
+    """The mean of what there is to score, at one IoU or over all of them; -1 where there is nothing.
+
+    Args:
+        values: ``[T, ...]`` precision or recall, -1 where there is no ground truth.
+        thresholds: ``[T]`` of the IoU.
+        iou: one of them, or None.
+    """
+    if iou is not None:
+        values = values[abs(thresholds - iou) < 1e-6]
+    values = values[values > -1]
+    return float(values.mean()) if values.size else -1.0

@@ -63,16 +63,19 @@ def test_train_takes_a_spec_file_and_weights(jdkd, trained, squares, tmp_path):
     assert json.loads((tmp_path / "again" / "architecture.json").read_text()) == before
 
 
-def test_eval_prints_twelve_lines_and_json(jdkd, trained, squares, tmp_path):
+def test_eval_prints_twelve_lines_a_table_of_the_classes_and_json(jdkd, trained, squares, tmp_path):
     answer = jdkd("eval", trained, "--data", squares)
     assert answer.code == 0, answer.err
     *lines, last = answer.out.strip().splitlines()
-    assert len(lines) == 12 and all("IoU=" in line for line in lines)
-    assert len(json.loads(last)["stats"]) == 12
+    lines, table = lines[:12], lines[12:]
+    assert all("IoU=" in line for line in lines) and table[0].startswith("class")
+    content = json.loads(last)
+    assert len(content["stats"]) == 12
+    assert [line.split()[0] for line in table[1:]] == [each["name"] for each in content["per_class"]] != []
 
     file = tmp_path / "scores.json"
     answer = jdkd("eval", trained, "--data", squares, "--json", file)
-    assert len(answer.out.strip().splitlines()) == 12
+    assert answer.out.strip().splitlines() == [*lines, *table]
     assert json.loads(file.read_text()) == json.loads(last)
 
 
@@ -83,9 +86,13 @@ def test_eval_scores_masks_beside_boxes(jdkd, tmp_path):
     answer = jdkd("eval", tmp_path / "masks", "--val-images", data.images, "--val-annotations", data.annotations)
     assert answer.code == 0, answer.err
     *lines, last = answer.out.splitlines()
-    assert (lines[0], lines[13], len(lines)) == ("boxes:", "masks:", 26)
+    assert (lines[0], lines[13], len(lines)) == ("boxes:", "masks:", 30)
+    assert lines[26].startswith("class") and "mask mAP" in lines[26]
     content = json.loads(last)
-    assert content["segm"].keys() == {"map", "map50", "map75", "stats"} and len(content["segm"]["stats"]) == 12
+    assert (
+        content["segm"].keys() == {"map", "map50", "map75", "stats", "per_class"}
+        and len(content["segm"]["stats"]) == 12
+    )
     assert f"= {content['segm']['map']:.3f}" in lines[14] and 0 <= content["segm"]["map"] <= 1
 
 

@@ -47,3 +47,16 @@ def test_a_terminal_gets_bars_and_keeps_few_of_them(on):
             progress(f"candidate [{number}]", 5, 5, {"mAP": 0.5})
     assert "candidate [11]" in shown.getvalue() and "mAP 0.5" in shown.getvalue()
     assert sum(task.visible for task in progress._bars.tasks) <= 7
+
+
+def test_a_training_tells_its_images_per_second_and_what_is_left(on, monkeypatch):
+    progress, shown = on(False)
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    report = progress.training("train", 4)
+    for step in range(1, 61):
+        report(step, 60, {"loss": 0.5})
+        now[0] += 2.0
+    first, *_, last = shown.getvalue().splitlines()
+    assert first == "train  9/60  loss 0.5 images/s 2  about 102 s left".replace("102 s", "2 min")
+    assert last == "train  60/60  loss 0.5 images/s 2"

@@ -284,3 +284,37 @@ def test_an_image_that_vanished_after_opening_is_named(tmp_path):
     (split.images / "1.png").unlink()
     with pytest.raises(InputError, match=r"1\.png is missing"):
         dataset[1]
+
+
+def pillows(path):
+    """Pixels [height, width, 3] as Pillow decodes them, turned as they are shown."""
+    from PIL import ImageOps
+
+    return np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 6])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("how", [{"quality": 30, "subsampling": 2}, {"quality": 95, "progressive": True}])
+def test_every_jpeg_has_the_pixels_that_pillow_decodes(tmp_path, mode, how, orientation):
+    noise = np.random.default_rng(0).integers(0, 255, (5, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(noise).resize((61, 43)).convert(mode).save(tmp_path / "a.jpg", exif=exif, **how)
+    assert (read_image(tmp_path / "a.jpg").permute(1, 2, 0).numpy() == pillows(tmp_path / "a.jpg")).all()
+
+
+def test_a_common_jpeg_is_not_decoded_by_pillow(tmp_path, monkeypatch):
+    Image.fromarray(gradient()).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(images, "_decoded", None)
+    assert read(tmp_path / "a.jpg").shape == (4, 6, 3)
+
+
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.95])
+def test_a_truncated_jpeg_is_named_whoever_decodes_it(tmp_path, kept):
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(InputError, match=r"a\.jpg cannot be read .*truncated"):
+        read_image(tmp_path / "a.jpg")

@@ -14,6 +14,7 @@ from jdkd.data import CocoDetectionDataset, batches, in_order
 from jdkd.data.reading_ahead import read_ahead
 from jdkd.errors import InputError
 from jdkd.notices import Notice
+from tests.train.scenes import write_scenes
 
 from . import folders
 
@@ -108,6 +109,27 @@ def test_flips_mirror_pixels_and_boxes_together(dataset):
             assert torch.equal(turned_target["boxes"], expected)
             assert type(turned_target["boxes"]) is torch.Tensor
             assert torch.equal(turned_target["labels"], target["labels"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"by_aspect": True, "flip": 0.5}, {"flip": 0.5}])
+def test_batches_of_one_step_are_together_what_one_batch_is(tmp_path, settings):
+    scenes = write_scenes(tmp_path, images=9, size=(32, 40), turned=(0, 2, 3, 7))
+    settings = {"seed": 5, **settings}
+    whole = list(batches(scenes, batch_size=4, steps=6, **settings))
+    parts = list(batches(scenes, batch_size=2, steps=12, joined=2, **settings))
+    joined = [(a + c, b + d) for (a, b), (c, d) in zip(parts[::2], parts[1::2], strict=True)]
+    assert same(joined, whole)
+    shares = [list(batches(scenes, batch_size=2, steps=12, joined=2, start=k, every=2, **settings)) for k in (0, 1)]
+    assert same(shares[0], parts[::2]) and same(shares[1], parts[1::2])
+
+
+def test_by_aspect_a_batch_is_landscape_or_portrait(tmp_path):
+    scenes = write_scenes(tmp_path, images=9, size=(32, 40), turned=(0, 2, 3, 7))
+    shapes = [{image.shape[1:] for image in images} for images, _ in batches(scenes, batch_size=3, steps=12, seed=0)]
+    assert max(map(len, shapes)) == 2
+    grouped = batches(scenes, batch_size=3, steps=12, seed=0, by_aspect=True)
+    shapes = [{image.shape[1:] for image in images} for images, _ in grouped]
+    assert set(map(len, shapes)) == {1} and set.union(*shapes) == {(32, 40), (40, 32)}
 
 
 def test_about_the_asked_share_is_flipped(dataset):
@@ -233,6 +255,7 @@ def test_a_low_limit_of_open_files_is_raised_or_said_with_advice_that_works(data
         ({"steps": -1}, "steps is -1"),
         ({"start": -2}, "start is -2"),
         ({"seed": -1}, "seed is -1"),
+        ({"joined": 0}, "joined is 0"),
         ({"workers": -1}, "workers is -1"),
         ({"flip": 1.5}, "flip is 1.5 but is a probability"),
     ],

@@ -5,6 +5,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.detectors import detector, small_spec
+from tests.train.scenes import write_scenes
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
 
 
 @pytest.fixture

@@ -185,3 +185,58 @@ class HuggingFace(nn.Module):
         self.levels = levels
         loss, logits = None if labels is None else head_loss(levels), levels[-1].flatten(2)
         return DetectionOutput(loss=loss, logits=logits) if return_dict else (loss, logits)
+
+
+class Layer(nn.Module):
+    """One of a sequence that says in ``f`` which others it reads, as Ultralytics' do."""
+
+    def __init__(self, sources: int | list[int], *shape: int) -> None:
+        super().__init__()
+        self.f, self.conv = sources, nn.Conv2d(*shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.images = x
+        return F.silu(self.conv(x), inplace=True)
+
+
+class Detect(nn.Module):
+    """A head that is called with a list of levels, writes into it, and returns another thing in each mode."""
+
+    def __init__(self, sources: list[int], widths: list[int]) -> None:
+        super().__init__()
+        self.f, self.cv = sources, nn.ModuleList(nn.Conv2d(width, 9, 1) for width in widths)
+        self.ran = 0
+
+    def forward(self, x: list[Tensor]) -> Any:
+        self.ran += 1
+        self.given = list(x)
+        for place, conv in enumerate(self.cv):
+            x[place] = conv(x[place])
+        return x if self.training else (torch.cat([level.flatten(2) for level in x], 2), x)
+
+
+class Ultralytics(nn.Module):
+    """Called with a batch, a dict, it returns losses that are summed and a log of them; with images, a list."""
+
+    def __init__(self, widths: tuple[int, ...] = (6, 8), seed: int = 0, vector: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        layers = [Layer(-1, 3, widths[0], 4, 4), Layer(-1, widths[0], widths[1], 2, 2), Detect([0, 1], [*widths])]
+        self.model, self.vector = nn.Sequential(*layers), vector
+
+    def forward(self, x: Any) -> Any:
+        return self.loss(x) if isinstance(x, dict) else self.predict(x)
+
+    def predict(self, x: Tensor) -> Any:
+        outputs: list[Tensor] = []
+        for layer in self.model:
+            x = layer([outputs[source] for source in layer.f] if isinstance(layer.f, list) else x)
+            outputs.append(x)
+        return x
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        levels = self.forward(batch["img"])
+        levels = levels if isinstance(levels, list) else levels[1]
+        losses = torch.stack([level[:, part::3].square().mean() for part in range(3) for level in levels[:1]])
+        total = losses * len(batch["img"])
+        return (total if self.vector else total.sum()), losses.detach()

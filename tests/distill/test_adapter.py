@@ -27,7 +27,7 @@ def narrow() -> nn.Module:
 
 def adapted(student: nn.Module, teacher: nn.Module, images: list[Tensor], **options) -> FeatureDistiller:
     distiller = FeatureDistiller(student, teacher, adapter=True, **options)
-    distiller.fit_adapters([images])
+    distiller.calibrate([images])
     return distiller
 
 
@@ -77,8 +77,9 @@ def test_a_student_that_is_constant_is_solved_too():
 def test_least_squares_starts_closer_than_any_selection_of_channels():
     student, teacher, images = PyramidDetector(3, LEVELS), PyramidDetector(6, LEVELS, seed=1), batch()
     distiller = FeatureDistiller(student, teacher, loss_weight=1.0, adapter=True)
-    fitted = distiller.fit_adapters([images, batch(seed=3)])
-    assert fitted == pytest.approx({4: 0, 8: 0}, abs=0.01), "three colours make every channel of the teacher"
+    fitted = distiller.calibrate([images, batch(seed=3)])
+    known = {stride: r.after for stride, r in fitted.items()}
+    assert known == pytest.approx({4: 1, 8: 1}, abs=0.02), "three colours make every channel of the teacher"
     for channels in ([0, 1, 2], [5, 3, 4]):
         assert min(correlations(student, teacher, [images], channels).values()) > 0.1
     with distiller:
@@ -92,8 +93,8 @@ def test_batches_are_looked_at_in_evaluation_at_the_teachers_size_and_nothing_st
     shapes = []
     teacher.backbone.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(inputs[0].shape)))
     distiller = FeatureDistiller(narrow, teacher, own_size=True, adapter=True)
-    fitted = distiller.fit_adapters([(images, targets)])
-    assert list(fitted) == [4, 8, 16, 32] and all(0 < distance < 1 for distance in fitted.values())
+    fitted = distiller.calibrate([(images, targets)])
+    assert list(fitted) == [4, 8, 16, 32] and all(0 < r.after < 1 for r in fitted.values())
     assert shapes == [(2, 3, 96, 96)]
     assert narrow.training and teacher.training
     assert same(before[0], values(narrow)) and same(before[1], values(teacher))
@@ -159,15 +160,13 @@ def test_under_autocast_the_adapters_stay_in_single_precision(narrow, teacher, i
 
 
 def test_adapters_are_fitted_before_they_are_used_and_to_the_levels_they_meet(narrow, teacher, images, targets):
-    with FeatureDistiller(narrow, teacher, adapter=True), pytest.raises(InputError, match=r"call fit_adapters\(batch"):
+    with FeatureDistiller(narrow, teacher, adapter=True), pytest.raises(InputError, match=r"call calibrate\(batch"):
         narrow(images, targets)
-    with pytest.raises(InputError, match="adapter is False; make the distiller with adapter=True"):
-        FeatureDistiller(narrow, teacher).fit_adapters([images])
     with pytest.raises(InputError, match="given 0 batches and needs at least 1"):
-        FeatureDistiller(narrow, teacher, adapter=True).fit_adapters([])
+        FeatureDistiller(narrow, teacher, adapter=True).calibrate([])
     distiller = FeatureDistiller(detector(small_spec(fpn=24)).train(), teacher, adapter=True)
     distiller.adapters = adapted(narrow, teacher, images).adapters
-    with distiller, pytest.raises(InputError, match=r"fitted to \[\(8, 16\), .*; call fit_adapters\(batches\) anew"):
+    with distiller, pytest.raises(InputError, match=r"fitted to \[\(8, 16\), .*; call calibrate\(batches\) anew"):
         distiller.runner.student(images, targets)
 
 
@@ -187,7 +186,7 @@ def trained(scenes, teacher, folder, *, steps_until: int | None = None, resume: 
             raise KeyboardInterrupt
 
     with Distiller(student, teacher, feature_weight=2.0, own_size=True, adapter=True, reuse=True) as distiller:
-        distiller.fit_adapters([[scenes[index][0].float() / 255 for index in range(4)]])
+        distiller.calibrate([[scenes[index][0].float() / 255 for index in range(4)]])
         begun = values(distiller.adapters)
 
         def losses(images, targets, step):
@@ -216,7 +215,7 @@ def test_the_squared_error_goes_through_the_same_sizes_and_adapters(narrow, teac
     pyramids = []
     narrow.backbone.register_forward_hook(lambda _, inputs, output: pyramids.append(output))
     distiller = Distiller(narrow, teacher, feature_weight=3.0, own_size=True, adapter=True, imitation="mse")
-    distiller.fit_adapters([images])
+    distiller.calibrate([images])
     pyramids.clear()
     with distiller:
         narrow(images, targets)
@@ -240,7 +239,7 @@ def test_the_squared_error_needs_no_adapter_where_widths_agree(student, teacher,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"imitation": "l2"}, "imitation is 'l2'; choose pearson or mse"),
+        ({"imitation": "l2"}, "imitation is 'l2'; choose pearson, mse or cwd"),
         ({"adapter": True, "channels": [0]}, "adapter and channels are both given; .* leave channels out"),
         ({"imitation": "mse", "statistics": "instance"}, "'mse', which takes no statistics; leave that out"),
         ({"imitation": "mse", "level_weights": [1.0]}, "'mse', which takes no level_weights"),
@@ -253,5 +252,5 @@ def test_what_does_not_go_together_is_named(student, teacher, options, message):
 
 def test_without_features_there_is_nothing_to_adapt(student, teacher):
     distiller = Distiller(student, teacher, feature_weight=0, head_weight=1, adapter=True)
-    assert distiller.fit_adapters([batch()]) == {} and distiller.adapters is None
+    assert distiller.calibrate([batch()]) == {} and distiller.adapters is None
     assert isinstance(adapted(student, teacher, batch()).adapters, Adapters)

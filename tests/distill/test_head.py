@@ -70,7 +70,7 @@ def test_other_classes_are_named(student):
 
 def test_a_detector_without_a_class_head_is_named(student):
     other = PyramidDetector(4, {"0": 4})
-    message = r"the teacher \(PyramidDetector\) has no head .* on both; distil the features only \(head_weight 0\)"
+    message = r"the teacher \(PyramidDetector\) has no head .* on both; distil the features only \(head_weight 0, loss"
     with pytest.raises(InputError, match=message):
         HeadDistiller(student, other)
     with pytest.raises(InputError, match=r"the student \(PyramidDetector\) has no head"):

@@ -1,6 +1,6 @@
 """What a student returns keeps its type, and holds the teacher's loss where a trainer looks for it."""
 
-from collections import OrderedDict, UserDict
+from collections import OrderedDict, UserDict, namedtuple
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from jdkd.distill import attach
 from jdkd.errors import InputError
 from jdkd.functional import pearson_tap, pkd_loss
-from tests.distill.frameworks import BackboneOutput, DetectionOutput, HuggingFace, Levels, head_loss
+from tests.distill.frameworks import BackboneOutput, DetectionOutput, HuggingFace, Levels, Ultralytics, head_loss
 
 
 class Returning(nn.Module):
@@ -88,7 +88,11 @@ def test_a_dict_that_a_student_keeps_is_not_written_to():
     ("kind", "message"),
     [
         (lambda loss: loss, "returned a Tensor in training mode"),
-        (lambda loss: (loss, {}), "returned a tuple in training mode"),
+        (lambda loss: (loss.expand(3), {}), "returned a tuple in training mode"),
+        (lambda loss: (loss.expand(3), loss.expand(3)), "returned a tuple in training mode"),
+        (lambda loss: (loss.detach(), {}), "returned a tuple in training mode"),
+        (lambda loss: (loss,), "returned a tuple in training mode"),
+        (lambda loss: (), "returned a tuple in training mode"),
         (lambda loss: [loss], "returned a list in training mode"),
         (lambda loss: None, "returned a NoneType in training mode"),
         (
@@ -115,8 +119,65 @@ def test_a_student_without_labels_is_refused():
         pytest.raises(InputError, match=r"no loss in training mode.* give it targets"),
     ):
         student(images())
-    with attach(student, HuggingFace(1)), pytest.raises(InputError, match="returned a tuple"):
-        student(images(), labels=[], return_dict=False)
+
+
+def test_a_tuple_keeps_its_kind_and_its_first_entry_has_the_teachers_loss():
+    student, teacher = HuggingFace().train(), HuggingFace(1)
+    alone = student(images(), labels=[], return_dict=False)
+    with attach(student, teacher) as handle:
+        outputs = student(images(), labels=[], return_dict=False)
+    assert type(outputs) is tuple and torch.equal(outputs[1], alone[1])
+    torch.testing.assert_close(outputs[0], alone[0] + sum(handle.losses.values()))
+    named = namedtuple("Named", "total log")
+    student = Returning(lambda loss: named(loss, "log")).train()
+    with attach(student, Returning(dict, 1)):
+        outputs = student(images())
+    assert type(outputs) is named and outputs.log == "log"
+    torch.testing.assert_close(
+        outputs.total, head_loss(student.backbone(images())) + expected(student, Returning(dict, 1))
+    )
+
+
+@pytest.mark.parametrize("vector", [True, False])
+def test_a_sequence_of_layers_is_distilled_in_front_of_its_head_and_its_log_is_left_alone(vector):
+    student, teacher = Ultralytics(vector=vector).train(), Ultralytics(seed=1)
+    batch = {"img": images(), "cls": torch.zeros(3, 1), "batch_idx": torch.zeros(3)}
+    alone = student(batch)
+    with attach(student, teacher, loss_weight=2.0) as handle:
+        loss, items = student(batch)
+        assert student.eval()(images())[0].shape[1] == 9, "predicting goes on as ever"
+    levels = [[], []]
+    for model, found in zip((student, teacher), levels, strict=True):
+        model.predict(images())
+        found += model.model[-1].given
+    added = pkd_loss(*levels, 2.0)
+    assert list(handle.losses) == [4, 8] and teacher.model[-1].ran == 1, "by this test alone"
+    assert loss.shape == ((4,) if vector else ()) and torch.equal(items, alone[1])
+    torch.testing.assert_close(loss.sum(), alone[0].sum() + added)
+    loss.sum().backward()
+    assert student.model[0].conv.weight.grad.abs().sum() > 0
+    assert all("PearsonLoss" in level.grad_fn.name() for level in _given(student, teacher, batch))
+
+
+def _given(student: nn.Module, teacher: nn.Module, batch: dict) -> list[Tensor]:
+    """What the student's head gets."""
+    with attach(student.train(), teacher):
+        student(batch)
+    return student.model[-1].given
+
+
+def test_a_head_that_is_called_with_the_levels_may_be_named_and_adapted():
+    student, teacher = Ultralytics((4, 6)).train(), Ultralytics((8, 12), seed=1)
+    batch = {"img": images()}
+    with attach(student, teacher, neck="model.2:input", adapter=True) as handle:
+        found = handle.calibrate([batch])
+        assert list(found) == [4, 8] and [a.out_channels for a in handle.adapters] == [8, 12]
+        student(batch)[0].sum().backward()
+        assert handle.adapters[0].weight.grad.abs().sum() > 0
+    with attach(student, Returning(dict, 1), adapter=True, teacher_normalisation="same") as handle:
+        assert list(handle.calibrate([batch])) == [4, 8]
+    with pytest.raises(InputError, match=r"no submodule model.7; .* or a head that is called with it, 'head:input'"):
+        attach(student, teacher, neck="model.7:input")
 
 
 def test_the_tap_takes_output_objects_too():

@@ -7,6 +7,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from jdkd.distill.responses import LevelResponses
 from jdkd.pool.members import ScoredTeacher, Subnet
 from jdkd.rewrite import Architecture
 from jdkd.run_folder import RunFolder
@@ -127,6 +130,18 @@ def teachers() -> list[dict[str, Any]]:
     scores = zip(MEMBERS, (0.45, 0.43, 0.39), strict=True)
     members = [ScoredTeacher(subnet, score, 2_900_000) for subnet, score in scores]
     return [one.to_json() for one in (*members, ScoredTeacher("a foreign one", 0.51, 41_000_000))]
+
+
+def levels_of(channels: int = 6, seed: int = 0):
+    """Responses of two levels: the student's are the teacher's and noise, channel by channel more of it."""
+    generator, levels = torch.Generator().manual_seed(seed), []
+    for stride, (height, width) in ((8, (40, 60)), (16, (20, 30))):
+        theirs = torch.randn(channels, height, width, generator=generator)
+        share = torch.linspace(0, 1, channels)[torch.randperm(channels, generator=generator), None, None]
+        ours = (1 - share) * theirs + share * torch.randn(theirs.shape, generator=generator)
+        ours = (ours - ours.mean((1, 2), keepdim=True)) / ours.flatten(1).std(1)[:, None, None]
+        levels.append(LevelResponses(stride, (ours * theirs).mean((1, 2)), ours, theirs, None))
+    return levels
 
 
 def make_search(folder: Path, *, finished: bool = True, count: int = 24, seed: int = 0) -> Path:

@@ -1,10 +1,18 @@
+import base64
+import io
+
 import pytest
+import torch
+from PIL import Image
 
 from jdkd.report import read_outcome
 from jdkd.report.html import page
-from jdkd.report.predictions import Box, _box
+from jdkd.report.pictures import Box, box_mark
+from jdkd.report.responses import responses_section
+from jdkd.report.seen import Sight, seen_page
+from jdkd.train.image_scores import judge
 from tests.report.browser import Browser, found
-from tests.report.made_up import make_search
+from tests.report.made_up import levels_of, make_search
 
 pytestmark = pytest.mark.skipif(found() is None, reason="no Chromium is installed")
 SEEN = "[...document.querySelectorAll('{}')].filter(one => !one.hasAttribute('hidden')).length"
@@ -35,6 +43,46 @@ def test_pages_open_without_complaint_and_ask_for_nothing(browser, pages, name, 
     assert [each for each in browser.requests if not each.startswith("data:")] == [pages[name].as_uri()]
     assert browser.run("document.querySelectorAll('section h2').length") >= 6
     assert browser.run("document.documentElement.scrollWidth") <= width  # wide things scroll by themselves
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory, digits):
+    """A page of what two detectors see, and of what the channels of one and of its teacher respond to."""
+    _, val = digits
+    images = [judge(target["boxes"][1:], target["labels"][1:], torch.ones(len(target["labels"]))[1:], target)
+              for _, target in val]  # fmt: skip
+    sights = [Sight("a_name_that_is_one_word_" * 5, images, 0.5), Sight("base", images[::-1], 0.5)]
+    responses = responses_section(levels_of(), val[0][0], 4, 4, ("student", "teacher"))
+    page = tmp_path_factory.mktemp("seen") / "seen.html"
+    page.write_text(seen_page(val, sights, 3, responses=responses, command=["jdkd", "show", "x" * 200]))
+    return page
+
+
+def _halves(browser, element):
+    """The left and the right half of an element, as they are seen."""
+    place = f"(({{x, y, width, height}}) => ({{x, y: y + scrollY, width, height}}))({element}.getBoundingClientRect())"
+    clip = browser.run(place) | {"scale": 1}
+    shot = browser.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+    picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
+    width, height = picture.size
+    return picture.crop((2, 2, width // 2 - 3, height - 2)), picture.crop((width // 2 + 4, 2, width - 2, height - 2))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_what_is_seen_opens_without_complaint_and_fits(browser, seen, width, dark):
+    browser.open(seen, width, dark=dark)
+    assert browser.complaints == []
+    assert [each for each in browser.requests if not each.startswith("data:")] == [seen.as_uri()]
+    assert browser.run("[...document.querySelectorAll('section h2')].map(one => one.textContent)") == [
+        *("The worst images", "What the channels respond to", "How it was made")
+    ]
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    for number in (0, 7):  # pairs of the first and of the second level
+        for half in _halves(browser, f"document.querySelectorAll('.maps figure > svg')[{number}]"):
+            assert len(half.getcolors(1 << 16)) > 30  # a map is there, not an empty frame
+    ink, ground = (browser.run(f"getComputedStyle(document.body).{what}") for what in ("color", "backgroundColor"))
+    assert (ground == "rgb(20, 22, 26)") == dark and ink != ground
 
 
 @pytest.mark.parametrize(
@@ -72,7 +120,7 @@ def test_dark_pages_are_dark_and_paper_is_white(browser, pages):
 
 
 def test_words_on_a_picture_are_as_small_as_they_are_meant(browser, tmp_path, pages):
-    box = _box(Box((8.0, 8.0, 20.0, 20.0), "cat", "found"), 48)
+    box = box_mark(Box((8.0, 8.0, 20.0, 20.0), "cat", "found"), 48)
     text = pages["finished"].read_text().replace("</body>", f'<svg viewBox="0 0 48 48">{box}</svg></body>')
     (tmp_path / "page.html").write_text(text)
     browser.open(tmp_path / "page.html")

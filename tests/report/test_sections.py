@@ -3,18 +3,23 @@
 import json
 import random
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from jdkd.data import write_digit_scenes
-from jdkd.detect import save
+from jdkd.detect import load, save
+from jdkd.distill.responses import responses
 from jdkd.pool import Subnet
+from jdkd.report.html import page
 from jdkd.report.lineage import arranged
 from jdkd.report.outcome import Outcome, signed
-from jdkd.report.predictions import predictions_section
+from jdkd.report.predictions import examples, predictions_section
 from jdkd.report.stages import Layer, stages
 from jdkd.report.svg import Axes, colour, spread, ticks
+from jdkd.report.taught import taught_section
 from jdkd.report.teachers import teachers_section
 from jdkd.rewrite import Architecture
 from tests.detectors import detector, small_spec
@@ -146,6 +151,50 @@ def test_images_that_are_gone_are_said(seen):
     assert "Not shown: " in predictions_section(moved) and "nowhere.json" in predictions_section(moved)
     del moved.result["report"]["examples"]
     assert predictions_section(moved) == ""
+
+
+def _taught(seen, teacher, where=None):
+    """The same search, in which someone taught the student's parent."""
+    base, architecture = seen.candidates[0], seen.candidates[0].architecture
+    family = [base, candidate(1, 0, architecture=architecture, teacher=teacher)]
+    family.append(candidate(2, 1, architecture=architecture, teacher=None))
+    student = seen.result["students"][0] | {"id": "002"}
+    run = {"where": seen.run["where"] | (where or {})}
+    told = seen.result["report"] | {"images": 4, "boxes": 9, "which": "all"}
+    return Outcome(seen.folder, {"report": told, "students": [student]}, family, [], run)
+
+
+def test_what_student_and_teacher_respond_to_stands_side_by_side(seen):
+    text = taught_section(_taught(seen, "base"))
+    assert "its last teacher (base) on the left and student for 0.53 on the right" in text and "over 2 images" in text
+    assert re.findall(r"<h3>stride (\d+)</h3>", text) == ["4", "8", "16", "32"]
+    assert text.count("<figcaption>channel ") == 4 * 8 and text.count("data:image/png;base64,") == 4
+    images = [image.float() / 255 for image, _ in examples(seen.result["report"], seen.result["report"]["examples"])]
+    expected = responses(load(seen.folder / "student"), load(seen.folder / "base"), images)
+    for level in expected:
+        assert " ".join(f"{r:.2f}" for r in level.r.tolist()) in text
+
+
+def test_other_teachers_are_found_where_the_search_has_them(seen, monkeypatch):
+    elsewhere = {"teachers": {"a": str(seen.folder / "base")}}
+    assert "its last teacher (a)" in taught_section(_taught(seen, "a", elsewhere))
+    opened = []
+
+    def pool(folder, base, dataset):
+        opened.append((folder, base, len(dataset)))
+        return SimpleNamespace(teacher=lambda member: load(seen.folder / "base"))
+
+    monkeypatch.setattr("jdkd.report.taught.load_pool", pool)
+    assert "its last teacher (3x1)" in taught_section(_taught(seen, Subnet((3,), (1.0,))))
+    taught_section(_taught(seen, Subnet((3,), (1.0,)), {"pool": "given"}))
+    assert opened == [(seen.folder / "pool", None, 2), (Path("given"), None, 2)]
+
+
+def test_teachers_that_are_gone_are_said_and_without_one_there_is_no_section(seen):
+    text = taught_section(_taught(seen, Subnet((3,), (1.0,))))
+    assert text.startswith('<p class="faint">Not shown: ') and "holds no finished teacher pool" in text
+    assert taught_section(seen) == taught_section(_taught(seen, None)) == ""
+    assert 'id="responses"' in page(_taught(seen, "base")) and 'id="responses"' not in page(_taught(seen, None))
 
 
 def test_teachers_are_told_with_whom_they_taught_and_whether_they_were_ahead():

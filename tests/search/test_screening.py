@@ -120,6 +120,7 @@ def test_features_that_are_no_numbers_are_never_preferred(parent, steady, monkey
         return {4: math.nan if len(calls) == 1 else 0.9}
 
     monkeypatch.setattr(screening, "correlations", broken)
+    monkeypatch.setattr(Parent, "measured", lambda self, recipe, screened, aim: screened)
     found = screen([parent], 0.7, 1, EVERYTHING, random.Random(3))
     assert len(calls) == 2 and found[0][1].architecture_id != first
 
@@ -242,3 +243,12 @@ def test_a_search_that_is_at_its_end_proposes_nothing(asked, finished):
     with closing(Archive(finished[0] / ARCHIVE)) as archive:
         everything = len(archive)
     assert asked(everything) == ([], [])
+
+
+def test_no_group_is_the_bottleneck_of_the_rest_where_the_aim_is_reached_without_one(parent, steady):
+    def least_kept(aim):
+        (rewrite,) = parent.make(Recipe(), aim).rewrites
+        return min(len(units) / parent.topology[name].units for name, units in rewrite.keep.items())
+
+    gentle, harsh = least_kept(0.8), least_kept(0.45)
+    assert harsh < screening.FLOOR <= gentle < 1

@@ -19,12 +19,17 @@ def write_scenes(
     classes: tuple[str, ...] = CLASSES,
     seed: int = 0,
     size: tuple[int, int] = (SIZE, SIZE),
+    turned: tuple[int, ...] = (),
 ) -> CocoDetectionDataset:
-    """One or two rectangles an image of ``size`` (height, width), whose colour is their class; the last is empty."""
+    """One or two rectangles an image of ``size`` (height, width), whose colour is their class; the last is empty.
+
+    The images numbered in ``turned`` are of width and height exchanged.
+    """
     generator = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     annotations = []
-    for image in range(images):
+    sizes = [size[::-1] if image in turned else size for image in range(images)]
+    for image, size in enumerate(sizes):
         pixels = generator.integers(90, 110, (*size, 3), dtype=np.uint8)
         for _ in range(generator.integers(1, 3) if image < images - 1 else 0):
             label = int(generator.integers(len(classes)))
@@ -46,7 +51,8 @@ def write_scenes(
         Image.fromarray(pixels).save(folder / f"{image}.png")
     content = {
         "images": [
-            {"id": i + 100, "file_name": f"{i}.png", "height": size[0], "width": size[1]} for i in range(images)
+            {"id": i + 100, "file_name": f"{i}.png", "height": size[0], "width": size[1]}
+            for i, size in enumerate(sizes)
         ],
         "annotations": annotations,
         "categories": [{"id": CATEGORIES[k], "name": name} for k, name in enumerate(classes)],

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from jdkd.errors import InputError
-from jdkd.train import fit
-from tests.train.two_processes import CONFIG, Toy
+from jdkd.train import evaluate, fit
+from tests.detectors import CLASSES
+from tests.train.two_processes import CONFIG, CURVE, Finder, Toy, net, opened
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +80,38 @@ def test_what_goes_wrong_in_one_ends_both(two):
     assert first["raised"] == second["raised"] == "'missing'"
 
 
-def test_the_first_of_two_scores_and_writes_the_pool(two, digits):
+def test_both_score_the_pool_and_the_first_writes_it(two, digits):
     found, folder = two
-    assert [each["members"] for each in found] == [1, 0]
+    assert [each["members"] for each in found] == [1, 1]
     assert (folder / "pool" / "pool.json").is_file() and not (folder / "pool" / "training").exists()
+
+
+def losses_of(folder):
+    rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [[row["losses"][name] for name in sorted(row["losses"])] for row in rows]
+
+
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"accumulate": 2}])
+def test_two_processes_have_the_loss_curve_of_one_with_as_many_images(two, settings, tmp_path):
+    found, folder = two
+    model = net(CLASSES)
+    fit(model, opened(folder / "scenes"), replace(CURVE, **settings), device="cpu", folder=tmp_path)
+    ours, theirs = torch.tensor(losses_of(tmp_path)), torch.tensor(losses_of(folder / "curve"))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
+    assert (ours[:-1] - ours[1:]).sum(1).abs().min() > 1e-3, "every step moves the losses by more than the tolerance"
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(found[0]["curve"][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_score_what_one_does(two):
+    found, folder = two
+    scores = evaluate(Finder(), opened(folder / "scenes"), device="cpu", batch_size=3)
+    assert found[0]["scores"] == found[1]["scores"] == scores and 0.5 < scores.map < 1
+
+
+def test_an_image_that_one_of_two_cannot_read_is_said_by_both(two):
+    first, second = two[0]
+    assert first["unreadable"] == second["unreadable"] and "none.png is missing" in first["unreadable"]
 
 
 def test_a_training_of_two_processes_is_not_carried_on_by_one(two, digits):

@@ -44,9 +44,10 @@ def test_a_detector_with_a_mask_head_learns_masks(scenes):
     scores = evaluate(model, few, **CPU)
     assert scores.segm.map > 0.1 and scores.map > 0.1 and scores.segm.segm is None
     assert scores.segm.stats != scores.stats
-    assert scores.numbers.keys() == {"map", "map50", "map75", "stats", "segm"}
+    assert scores.numbers.keys() == {"map", "map50", "map75", "stats", "per_class", "segm"}
     json.dumps([scores.numbers, dataclasses.asdict(scores)])
-    assert scores.text == f"boxes:\n{scores.lines}\nmasks:\n{scores.segm.lines}"
+    assert scores.text == f"boxes:\n{scores.lines}\nmasks:\n{scores.segm.lines}\n{scores.table}"
+    assert "box mAP  box mAP50  box mAP75  mask mAP" in scores.table
 
 
 def test_resuming_with_masks_ends_where_an_uninterrupted_training_does(scenes, tmp_path):
@@ -146,7 +147,7 @@ def test_masks_without_a_truth_are_not_scored_which_is_said(tmp_path):
     answers = [{**answer, "masks": torch.ones(len(answer["boxes"]), 1, 64, 64)} for answer in truth(data)]
     with pytest.warns(Notice, match="no segmentation to score them against; boxes are scored"):
         scores = evaluate(Oracle(answers), data, **CPU)
-    assert scores.map == pytest.approx(1.0) and scores.segm is None and scores.text == scores.lines
+    assert scores.map == pytest.approx(1.0) and scores.segm is None and scores.text == f"{scores.lines}\n{scores.table}"
     assert "segm" not in scores.numbers
 
 

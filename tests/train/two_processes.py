@@ -9,18 +9,56 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torchvision.models.detection import RetinaNet
 
-from jdkd.data import CocoDetectionDataset, resolve_splits
+from jdkd.data import CocoDetectionDataset, Split, resolve_splits
+from jdkd.detect import build
+from jdkd.errors import InputError
 from jdkd.pool import Phase, PoolTrainConfig, train_pool
-from jdkd.train import DivergenceError, TrainConfig, fit
-from jdkd.train.distributed import from_first, process_group, processes, rank
+from jdkd.train import DivergenceError, TrainConfig, evaluate, fit
+from jdkd.train.distributed import first_goes_ahead, from_first, process_group, processes, rank
 from tests.detectors import detector, small_spec
+from tests.train.scenes import write_scenes
 
 CONFIG = TrainConfig(steps=4, batch_size=2, optimizer="sgd", lr=0.1, checkpoint_every=1, log_every=1, seed=3)
 POOL = PoolTrainConfig(
     TrainConfig(steps=5, batch_size=1, lr=1e-4),
     phases=(Phase("largest", 0.4, 0.0, 0, 1.0), Phase("full", 0.6, 1.0, 1, 0.5, sandwich=True)),
 )
+
+
+CURVE = TrainConfig(steps=4, batch_size=2, optimizer="sgd", lr=0.05, flip=0.5, log_every=1, gamma_l1=0.0, seed=1)
+
+
+def mixed(folder):
+    """Landscape and portrait images, five of each."""
+    return write_scenes(folder, images=10, size=(48, 80), turned=(1, 3, 4, 7, 8))
+
+
+def opened(folder):
+    return CocoDetectionDataset(Split(folder, folder / "annotations.json"))
+
+
+def net(classes):
+    """A detector whose loss is the mean of its images' losses, that draws nothing and normalises over no batch."""
+    torch.manual_seed(0)
+    backbone = build(small_spec(norm="frozen")).backbone
+    return RetinaNet(backbone, len(classes) + 1, min_size=48, max_size=96)
+
+
+class Finder(nn.Module):
+    """Takes what is bright in a channel for one object of that class."""
+
+    def forward(self, images):
+        return [self.found(image) for image in images]
+
+    def found(self, image):
+        bright = (image > 0.9).nonzero()  # [pixels, 3] channel, row and column
+        each = [bright[bright[:, 0] == channel, 1:].flip(1) for channel in range(3)]
+        there = [channel for channel in range(3) if len(each[channel])]
+        corners = [torch.cat((each[k].min(0).values, each[k].max(0).values + 1)) for k in there]
+        boxes = torch.stack(corners).float() if there else torch.zeros(0, 4)
+        return {"boxes": boxes, "labels": torch.tensor(there) + 1, "scores": image.mean((1, 2))[there]}
 
 
 class Toy(nn.Module):
@@ -75,6 +113,25 @@ def diverged(data):
         return error.step, error.what
 
 
+def curve(scenes, folder):
+    """Weights after a training, whose losses are in the log, on landscape and portrait images."""
+    model = net(scenes.classes)
+    fit(model, scenes, CURVE, device="cpu", folder=folder)
+    return model.state_dict()
+
+
+def unreadable(scenes):
+    """What both are told where one cannot read an image of its share."""
+    files = [*scenes._files]
+    scenes._files[3] = "none.png"  # of the second, in lists of two
+    try:
+        evaluate(Finder(), scenes, device="cpu", batch_size=2, shared=True)
+    except InputError as error:
+        return str(error)
+    finally:
+        scenes._files[:] = files
+
+
 def raised():
     """What both see where the first fails."""
     try:
@@ -87,6 +144,8 @@ def main(folder: Path, data: Path) -> None:
     warnings.simplefilter("ignore")
     train, selection = (CocoDetectionDataset(split) for split in resolve_splits(data))
     with process_group("cpu") as device:
+        with first_goes_ahead():
+            scenes = mixed(folder / "scenes") if rank() == 0 else opened(folder / "scenes")
         toy = Toy()
         fit(toy, train, CONFIG, device=device, folder=folder / "whole")
         base = detector(small_spec(classes=train.classes))
@@ -98,6 +157,9 @@ def main(folder: Path, data: Path) -> None:
             "resumed": resumed(train, folder / "cut").state_dict(),
             "diverged": diverged(train),
             "raised": raised(),
+            "curve": curve(scenes, folder / "curve"),
+            "scores": evaluate(Finder(), scenes, device="cpu", batch_size=2, shared=True),
+            "unreadable": unreadable(scenes),
             "drawn": from_first(lambda: random.random()),
             "pool": pool.supernet.model.state_dict(),
             "members": len(pool.members),

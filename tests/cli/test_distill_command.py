@@ -1,0 +1,172 @@
+"""`jdkd distill`: pairs by folder, name, file and preset; what it writes, carries on and refuses."""
+
+import json
+
+import pytest
+import torch
+
+from jdkd.detect import FAMILIES, load, open_model
+from jdkd.distill import DistillConfig, distill
+from jdkd.notices import Notice
+from jdkd.presets import preset, preset_names
+from jdkd.train import TrainConfig
+from tests.detectors import small_spec
+from tests.train.scenes import write_scenes
+
+SHORT = ("--steps", 2, "--batch-size", 2)
+
+
+@pytest.fixture(scope="session")
+def spec_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("spec") / "student.json"
+    file.write_text(small_spec(classes=("red", "blue")).to_json())
+    return file
+
+
+@pytest.fixture
+def pair(trained, spec_file, squares):
+    """A trained teacher and a student of the same width from a file, on the squares."""
+    return ("distill", "--teacher", trained, "--student", spec_file, "--data", squares)
+
+
+def test_help_has_an_example(jdkd):
+    answer = jdkd("distill", "--help")
+    assert (
+        answer.code == 0 and "Example: jdkd distill --teacher runs/teacher --student retinanet:resnet18" in answer.out
+    )
+
+
+def test_leaves_the_student_alone_its_scores_and_a_record(jdkd, pair, trained, tmp_path):
+    out = tmp_path / "out"
+    answer = jdkd(*pair, *SHORT, "--out", out, "--inherit", "--ema", 0.9)
+    assert answer.code == 0, answer.err
+    assert "pkd of weight 6 on the levels of stride 4, 8, 16, 32, channel by channel (16)" in answer.err
+    assert "taken over from the teacher: backbone.fpn" in answer.err and "images/s" in answer.err
+    assert {"architecture.json", "weights.safetensors", "distill.json", "log.jsonl"} <= {f.name for f in out.iterdir()}
+    assert [*load(out).state_dict()] == [*torch.load(out / "checkpoint.pt", weights_only=True)["model"]]
+    summary, record = (json.loads((out / f"{name}.json").read_text()) for name in ("distill", "run"))
+    assert summary["method"]["loss"] == "pkd" and summary["losses"]["loss_pkd"] > 0 and summary["config"]["ema"] == 0.9
+    assert record["kind"] == "distill" and record["finished"] and len(record["identity"]["teacher"]["weights"]) == 64
+    before = (out / "weights.safetensors").read_bytes()
+    again = jdkd(*pair, *SHORT, "--out", out, "--inherit", "--ema", 0.9, "--resume")
+    assert again.code == 0 and (out / "weights.safetensors").read_bytes() == before
+    other = jdkd(*pair, *SHORT, "--out", out, "--ema", 0.9, "--resume")
+    assert other.code == 2 and "method.inherit was true and is false" in other.err
+
+
+def test_a_preset_is_its_recipe_and_flags_go_before_it(jdkd, pair, tmp_path):
+    published = ("--preset", "fasterrcnn_r101_fasterrcnn_r50", "--min-size", 64, "--max-size", 64)
+    answer = jdkd(*pair[:1], *published, *pair[1:], *SHORT, "--lr", 1e-3, "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "published mAP on COCO: teacher 39.8, student 38.4, distilled 40.3 (mmrazor" in answer.out
+    identity = json.loads((tmp_path / "out" / "run.json").read_text())["identity"]
+    taken = {name: identity["training"][name] for name in ("optimizer", "lr", "weight_decay", "batch_size", "steps")}
+    assert taken == {"optimizer": "sgd", "lr": 1e-3, "weight_decay": 1e-4, "batch_size": 2, "steps": 2}
+    assert identity["training"]["milestones"] == pytest.approx([8 / 12, 11 / 12])
+    assert identity["method"]["loss_weight"] == 6 and identity["method"]["levels"] == [4, 8, 16, 32]
+
+
+def test_a_teacher_without_weights_is_trained_first_and_a_run_that_was_interrupted_is_carried_on(
+    jdkd, spec_file, squares, tmp_path, monkeypatch
+):
+    run = ("distill", "--teacher", spec_file, "--student", spec_file, "--data", squares, *SHORT)
+    run = (*run, "--teacher-steps", 1, "--out", tmp_path / "out")
+    monkeypatch.setattr("jdkd.distill.distill", _interrupt)
+    answer = jdkd(*run)
+    assert (
+        answer.code == 2 and "interrupted" in answer.err and "--resume" in answer.err and "Traceback" not in answer.err
+    )
+    assert f"{spec_file} has no weights yet and is trained first, for 1 steps" in answer.err
+    monkeypatch.undo()
+    taught = (tmp_path / "out" / "teacher" / "weights.safetensors").read_bytes()
+    answer = jdkd(*run, "--resume")
+    assert answer.code == 0 and "channel by channel (16)" in answer.err, answer.err
+    assert (tmp_path / "out" / "teacher" / "weights.safetensors").read_bytes() == taught
+    assert load(tmp_path / "out" / "teacher").architecture.classes == ("red", "blue")
+
+
+def _interrupt(*arguments, **options):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ((), "--teacher and --student not given"),
+        (("--teacher", "T"), "--student not given; give both, or --preset"),
+        (("--teacher", "nowhere", "--student", "S"), "'nowhere' is no folder with an architecture.json"),
+        (("--teacher", "T", "--student", "fcos:resnet19"), "backbone 'resnet19' is none of"),
+        (("--teacher", "T", "--student", "fcos:resnet18", "--backbone", "resnet18"), "leave backbone 'resnet18' out"),
+        (("--teacher", "T", "--student", "no.json"), "no.json"),
+        (
+            ("--teacher", "T", "--student", "S", "--backbone", "resnet18"),
+            "is a file, whose detector has its own backbone",
+        ),
+        (("--teacher", "T", "--student", "S", "--teacher-weights", "DEFAULT"), "is a folder, which has weights"),
+        (
+            ("--teacher", "T", "--student", "S", "--loss-weight", "much"),
+            "--loss-weight is 'much'; give a number, or auto",
+        ),
+        (("--teacher", "T", "--student", "S", "--loss-weight=-1"), "loss_weight is -1"),
+        (("--teacher", "T", "--student", "S", "--levels", "fine"), "--levels is 'fine'; give strides such as 8,16,32"),
+        (("--teacher", "T", "--student", "S", "--levels", "3"), "levels asks for [3]"),
+        (("--teacher", "T", "--student", "S", "--narrow", "0.5"), "--narrow 0.5 is of a --preset"),
+        (("--preset", "yolo"), "preset 'yolo' is none of fasterrcnn_r101"),
+        (("--preset", "fcos_x101_retinanet_r50", "--narrow", "2"), "--narrow is 2, a share of the channels"),
+        (
+            ("--teacher", "T", "--student", "S", "--steps", "1", "--schedule", "1x"),
+            "--steps 1 and --schedule 1x are both",
+        ),
+        (("--teacher", "T", "--student", "S", "--teacher-steps", "0"), "--teacher-steps is 0"),
+        (("--teacher", "T", "--student", "S", "--tau", "2"), "'pearson', which takes no tau"),
+        (("--teacher", "T", "--student", "S", "--ema", "2"), "ema is a fraction"),
+        (("--teacher", "T", "--student", "S", "--detach-after=-1"), "detach_after must be a whole number"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, spec_file, squares, tmp_path, flags, words):
+    flags = [{"T": trained, "S": spec_file}.get(flag, flag) for flag in flags]
+    answer = jdkd("distill", *flags, "--data", squares, "--out", tmp_path / "out")
+    assert answer.code == 2 and words in answer.err and "Traceback" not in answer.err, answer.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["gfl_r101_gfl_r50", "reppoints_x101-dcn_reppoints_r50"])
+def test_a_preset_of_a_family_that_is_not_there_is_refused(jdkd, squares, tmp_path, monkeypatch, name):
+    monkeypatch.delitem(FAMILIES, name.partition("_")[0], raising=False)
+    answer = jdkd("distill", "--preset", name, "--data", squares, "--out", tmp_path / "out")
+    assert answer.code == 2 and f"--preset {name} is of the family {name.partition('_')[0]}" in answer.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_events_are_written_while_it_trains(jdkd, pair, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    answer = jdkd(*pair, "--steps", 1, "--batch-size", 1, "--out", tmp_path / "out", "--tensorboard")
+    assert answer.code == 0 and [*(tmp_path / "out" / "tensorboard").rglob("events.out.tfevents.*")], answer.err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in preset_names() if name.partition("_")[0] in FAMILIES])
+def test_a_narrowed_pair_learns_the_digits(jdkd, tmp_path, name):
+    assert jdkd("data", "digits", tmp_path / "data", "--train", 200, "--val", 40).code == 0
+    run = ("distill", "--preset", name, "--narrow", 0.16, "--data", tmp_path / "data", "--steps", 200)
+    answer = jdkd(*run, "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    first, last = (sum(sum(row["losses"].values()) for row in part) for part in (rows[1:4], rows[-3:]))
+    assert last < 0.7 * first
+    assert json.loads((tmp_path / "out" / "distill.json").read_text())["map"] > 0.005
+
+
+@pytest.mark.slow
+def test_the_first_step_of_a_published_pair_at_its_published_size(tmp_path):
+    chosen = preset("maskrcnn_swin_retinanet_r50")
+    scenes = write_scenes(tmp_path / "scenes", images=2, size=(800, 1333))
+    sizes = {"classes": 3, "min_size": chosen.min_size, "max_size": chosen.max_size}
+    student, teacher = (open_model(source, **sizes) for source in (chosen.student, chosen.teacher))
+    seen = []
+    for model in (student, teacher):
+        model.backbone.register_forward_hook(lambda _, inputs, __: seen.append(tuple(inputs[0].shape[-2:])))
+    method = DistillConfig(loss_weight=chosen.loss_weight, levels=chosen.levels)
+    with pytest.warns(Notice, match="levels of stride 8, 16, 32, channel by channel"):
+        found = distill(student.train(), teacher, scenes, TrainConfig(steps=1, batch_size=1), method)
+    assert {*seen} == {(800, 1344)} and 0 < found.training.losses["loss_pkd"] < 2 * 6 * 3
