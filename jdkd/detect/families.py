@@ -20,9 +20,12 @@ from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign
 
+from jdkd.detect.atss import ATSS, ATSSHead
 from jdkd.detect.backbones import PYRAMIDS, Extended, Pyramid, maps_of
+from jdkd.detect.gfl import GFL, GFLHead
 from jdkd.detect.input_size import require_order, require_whole
 from jdkd.detect.norms import GROUP, exchange_norms
+from jdkd.detect.reppoints import RepPoints, RepPointsHead
 from jdkd.detect.roi_scales import set_roi_scales
 from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError
@@ -34,7 +37,7 @@ RATIOS = (0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Family:
-    """What a family of torchvision's has where nothing else is said.
+    """What a family has where nothing else is said.
 
     Args:
         build: what makes a detector of it.
@@ -43,6 +46,7 @@ class Family:
         keypoints: that it finds of an object, if it does.
         min_size: to which it resizes the short side of an image, in pixels.
         square: whether it resizes images to a square.
+        anchor_scale: its finest anchors, in sizes of a Faster R-CNN's; None where anchors are strides.
     """
 
     build: Callable[[Options], nn.Module]
@@ -51,6 +55,7 @@ class Family:
     keypoints: int | None = None
     min_size: int = 800
     square: bool = False
+    anchor_scale: int | None = 1
 
 
 @dataclass(frozen=True)
@@ -107,10 +112,11 @@ def detector(
 
     Args:
         family: of :data:`FAMILIES`: ``"fasterrcnn"``, ``"maskrcnn"``, ``"keypointrcnn"``, ``"retinanet"``, ``"fcos"``,
-            ``"ssd"``, ``"ssdlite"``, and ``"fasterrcnn_v2"``, ``"maskrcnn_v2"`` and ``"retinanet_v2"``.
+            ``"ssd"``, ``"ssdlite"``, ``"fasterrcnn_v2"``, ``"maskrcnn_v2"`` and ``"retinanet_v2"``; and, which
+            torchvision lacks, ``"atss"``, ``"gfl"`` and ``"reppoints"``.
         backbone: of :func:`jdkd.detect.backbones.backbone_names`, or ``"timm:NAME"``.
         classes: number of object classes, without background, or their names.
-        pyramid: ``"P2-P6"`` or ``"P3-P7"``; by default what the family has (P3-P7 for RetinaNet and FCOS). SSD and
+        pyramid: ``"P2-P6"`` or ``"P3-P7"``; by default what the family has (P3-P7 for those of one stage). SSD and
             SSDlite have none: their heads read six maps of strides 8 and 16 on.
         channels: of the pyramid and of the heads.
         norm: ``"batch"``, ``"frozen"`` (of the backbone's body), ``"sync"`` or ``"group"``; by default batch norms,
@@ -118,8 +124,8 @@ def detector(
         min_size, max_size: the short side of an image is resized to the first, in pixels, unless the long side would
             exceed the second. SSD and SSDlite resize to a square of the first. Below 400 pixels, fewer regions are
             proposed (300) and sampled (64), with one point per bin.
-        anchors: size per level, in pixels; by default they follow ``min_size``. FCOS's are the strides and SSD's are
-            shares of the image.
+        anchors: size per level, in pixels; by default they follow ``min_size``. FCOS's and RepPoints' are the
+            strides and SSD's are shares of the image.
         box_head: hidden units of the box head of the families of two stages [1024].
         keypoints: points per object of a Keypoint R-CNN [17].
         max_detections: detections that are kept of an image.
@@ -222,7 +228,8 @@ def _options(
 
 
 def _anchors(family: str, pyramid: str | None, min_size: int, given: Sequence[int] | None) -> tuple[int, ...] | None:
-    if pyramid is None or family == "fcos":
+    scale = FAMILIES[family].anchor_scale
+    if pyramid is None or scale is None:
         own = PYRAMIDS[pyramid] if pyramid else None
         if given is not None and tuple(given) != own:
             why = "are the strides of its levels" if pyramid else "are shares of the image"
@@ -230,7 +237,7 @@ def _anchors(family: str, pyramid: str | None, min_size: int, given: Sequence[in
         return own
     levels = len(PYRAMIDS[pyramid])
     if given is None:
-        given = [smallest_anchor(min_size) << level for level in range(levels)]
+        given = [scale * smallest_anchor(min_size) << level for level in range(levels)]
     found = tuple(given) if isinstance(given, Sequence) else (given,)
     if len(found) != levels or any(type(size) is not int or size < 1 for size in found):
         raise InputError(f"anchors must be {levels} whole numbers of pixels, one per level, got {list(found)}.")
@@ -312,6 +319,19 @@ def _fcos(options: Options) -> FCOS:
     return FCOS(_pyramid(options), options.outputs, anchor_generator=anchors, head=head, **how)
 
 
+def _of_every_place(kind: type[FCOS], head: type[nn.Module], options: Options, **how: float) -> FCOS:
+    """A detector with one square anchor at every place, which says how far its head's words reach."""
+    anchors = AnchorGenerator(tuple((size,) for size in options.anchors), ((1.0,),) * len(options.anchors))
+    return kind(
+        _pyramid(options),
+        options.outputs,
+        anchor_generator=anchors,
+        head=head(options.channels, options.outputs),
+        **_of_one_stage(options),
+        **how,
+    )
+
+
 def _of_one_stage(options: Options) -> dict[str, int]:
     return {
         "min_size": options.min_size,
@@ -356,8 +376,15 @@ FAMILIES = {
     "keypointrcnn": Family(_two_stages, "P2-P6", 1024, 17),
     "retinanet": Family(_retinanet, "P3-P7"),
     "retinanet_v2": Family(_retinanet, "P3-P7"),
-    "fcos": Family(_fcos, "P3-P7"),
+    "fcos": Family(_fcos, "P3-P7", anchor_scale=None),
     "ssd": Family(_ssd, None, min_size=300, square=True),
     "ssdlite": Family(partial(_ssd, lite=True), None, min_size=320, square=True),
+    "atss": Family(partial(_of_every_place, ATSS, ATSSHead), "P3-P7", anchor_scale=2),
+    "gfl": Family(partial(_of_every_place, GFL, GFLHead, score_thresh=0.05), "P3-P7", anchor_scale=2),
+    "reppoints": Family(
+        partial(_of_every_place, RepPoints, RepPointsHead, score_thresh=0.05, nms_thresh=0.5),
+        "P3-P7",
+        anchor_scale=None,
+    ),
 }
 OF_32_GROUPS = ("fcos",)  # torchvision makes their heads so

@@ -12,7 +12,9 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from torchvision.models.detection.ssd import SSDScoringHead
 from torchvision.models.detection.transform import resize_boxes
 
-FOCAL = (RetinaNetClassificationHead, FCOSClassificationHead)  # a sigmoid for each class
+from jdkd.detect.reppoints import RepPointsHead
+
+FOCAL = (RetinaNetClassificationHead, FCOSClassificationHead, RepPointsHead)  # a sigmoid for each class
 DENSE = (*FOCAL, SSDScoringHead)
 LAYOUT = ("sizes", "aspect_ratios", "scales", "steps", "clip")  # what says where anchors are, and how large
 
@@ -74,8 +76,11 @@ def _head_in(module: nn.Module) -> ClassHead | None:
     scores = getattr(getattr(heads, "box_predictor", None), "cls_score", None)
     if hasattr(heads, "box_roi_pool") and isinstance(getattr(scores, "out_features", None), int):
         return _OfRegions(heads)
-    head = getattr(getattr(module, "head", None), "classification_head", None)
     anchors = getattr(module, "anchor_generator", None)
+    head = getattr(module, "head", None)
+    if isinstance(head, RepPointsHead):
+        return _OfPoints(head, anchors)
+    head = getattr(head, "classification_head", None)
     return _OfAnchors(head, anchors) if isinstance(head, DENSE) else None
 
 
@@ -138,3 +143,10 @@ class _OfAnchors:
         if self.exclusive != other.exclusive:
             return "one has a softmax over its classes and the other a sigmoid for each"
         return None if self.layout == other.layout else "their anchors differ"
+
+
+class _OfPoints(_OfAnchors):
+    """The head of RepPoints, whose classes are read where its points lie."""
+
+    def logits(self, output: Mapping[str, Tensor]) -> Tensor:
+        return output["cls_logits"].flatten(0, 1)

@@ -13,7 +13,8 @@ from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from torchvision.models.detection.ssd import SSDClassificationHead
 from torchvision.models.detection.ssdlite import SSDLiteClassificationHead
 
-PRIOR = 0.01  # what a focal loss's classifier says at first (Lin et al., ICCV 2017, section 4.1)
+from jdkd.detect.one_stage import PRIOR
+from jdkd.detect.reppoints import RepPointsHead
 
 
 def remake_predictors(model: nn.Module, num_classes: int) -> dict[str, tuple[int, int]] | None:
@@ -48,6 +49,7 @@ CLASSIFIERS = (
     FCOSClassificationHead,
     SSDClassificationHead,
     SSDLiteClassificationHead,
+    RepPointsHead,
 )
 
 
@@ -58,7 +60,7 @@ def _predictors(head: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
         yield "bbox_pred", head.bbox_pred, head.cls_score.out_features
     elif isinstance(head, MaskRCNNPredictor):
         yield "mask_fcn_logits", head.mask_fcn_logits, head.mask_fcn_logits.out_channels
-    elif isinstance(head, RetinaNetClassificationHead | FCOSClassificationHead):
+    elif isinstance(head, RetinaNetClassificationHead | FCOSClassificationHead | RepPointsHead):
         yield "cls_logits", head.cls_logits, head.num_classes
     elif isinstance(head, CLASSIFIERS):
         for level, predictor in enumerate(head.module_list):

@@ -11,6 +11,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBo
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
+from jdkd.detect.atss import ATSS
 from jdkd.detect.input_size import input_transform, require_order, require_whole
 from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError
@@ -92,7 +93,8 @@ def resized(builder: str, arguments: Mapping[str, Any], **sizes: int) -> nn.Modu
             sampler = module.fg_bg_sampler
             sampler.batch_size_per_image, sampler.positive_fraction = regions.rois, regions.positives
         scaled = getattr(module, "anchor_generator", None)
-        if isinstance(scaled, AnchorGenerator) and not isinstance(module, FCOS):  # of which they are the strides
+        strides = isinstance(module, FCOS) and not isinstance(module, ATSS)
+        if isinstance(scaled, AnchorGenerator) and not strides:
             sizes_now = tuple(tuple(max(1, int(share * size)) for size in level) for level in scaled.sizes)
             module.anchor_generator = AnchorGenerator(sizes_now, scaled.aspect_ratios)
     return model

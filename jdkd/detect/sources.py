@@ -135,10 +135,9 @@ def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[s
             return builder, arguments
         return "jdkd.detect:resized", {"builder": builder, "arguments": arguments, **sizes}
     if "backbone" not in given and not backbone:
-        raise InputError(
-            f"{source} is a family of detectors, and has a backbone only in the names "
-            f"{', '.join(name for name in torchvisions() if parts_of(name)[0] == source)}; give a backbone too."
-        )
+        whole = ", ".join(name for name in torchvisions() if parts_of(name)[0] == source)
+        but = f", and has a backbone only in the names {whole}" if whole else ", and has no backbone of its own"
+        raise InputError(f"{source} is a family of detectors{but}; give a backbone too.")
     count = COCO if classes is None else classes
     return BUILDER, {"family": family, "backbone": backbone, "classes": count, **given}
 

@@ -138,7 +138,11 @@ def test_anchors_and_regions_suit_small_images():
     assert anchors_of(small("fasterrcnn", min_size=800))[0] == (32,)
     assert anchors_of(small("retinanet", min_size=128))[0] == (8, 10, 12)
     for pyramid, strides in PYRAMIDS.items():
-        assert anchors_of(small("fcos", pyramid=pyramid)) == tuple((stride,) for stride in strides)
+        for family in ("fcos", "reppoints"):
+            assert anchors_of(small(family, pyramid=pyramid)) == tuple((stride,) for stride in strides)
+    for family in ("atss", "gfl"):  # of 8 strides where images have the paper's size
+        assert anchors_of(small(family, min_size=800)) == ((64,), (128,), (256,), (512,), (1024,))
+        assert anchors_of(small(family, min_size=128))[0] == (16,)
     coarse = small("maskrcnn", pyramid="P3-P7")
     pools = [module for module in coarse.modules() if isinstance(module, MultiScaleRoIAlign)]
     assert [pool.scales for pool in pools] == [[1 / 8, 1 / 16, 1 / 32]] * 2
@@ -264,6 +268,8 @@ def test_timm_that_is_not_there_is_named(monkeypatch):
         ({"family": "ssd", "max_size": 100}, "ssd resizes images to 64x64; leave max_size 100 out"),
         ({"anchors": (8, 16)}, r"5 whole numbers of pixels, one per level, got \[8, 16\]"),
         ({"family": "fcos", "anchors": (8, 16, 32, 64, 100)}, "are the strides of its levels"),
+        ({"family": "reppoints", "anchors": (8, 16, 32, 64, 100)}, "are the strides of its levels"),
+        ({"family": "gfl", "channels": 20}, "multiple of 8, got 20"),
         ({"family": "ssdlite", "anchors": (8,)}, "are shares of the image"),
         ({"box_head": 64}, "retinanet has no box_head"),
         ({"family": "fasterrcnn", "keypoints": 5}, "fasterrcnn has no keypoints"),
@@ -287,6 +293,8 @@ def test_what_does_not_exist_or_go_together_is_refused(changes, words):
     ("source", "options", "words"),
     [
         ("fcos", {}, "has a backbone only in the names fcos_resnet50_fpn; give a backbone too"),
+        ("gfl", {}, "gfl is a family of detectors, and has no backbone of its own; give a backbone too"),
+        ("gfl_resnet50_fpn", {}, "none of the families .*gfl, reppoints"),
         ("yolo", {}, "none of torchvision's detectors"),
         ("ssd300_vgg16", {"min_size": 128}, "made for images of 300x300, and 128 was asked for"),
         ("ssd300_vgg16", {"pyramid": "P2-P6"}, "ssd has no pyramid"),
