@@ -127,20 +127,12 @@ class Distill:
         Raises:
             InputError: there is no pair, or a flag is for presets.
         """
-        from jdkd.detect import FAMILIES
-
         if chosen is None:
             missing = [f"--{name}" for name in ("teacher", "student") if getattr(self, name) is None]
             if missing:
                 raise InputError(f"{' and '.join(missing)} not given; give both, or --preset NAME of a published pair.")
             if self.narrow is not None:
                 raise InputError(f"--narrow {self.narrow:g} is of a --preset; --width narrows a student.")
-        for source in () if chosen is None else (chosen.student, chosen.teacher):
-            if (family := source.partition(":")[0]) not in FAMILIES:
-                raise InputError(
-                    f"--preset {chosen.name} is of the family {family}, and this version has {', '.join(FAMILIES)}; "
-                    "take a pair of these."
-                )
         if self.narrow is not None and not 0 < self.narrow <= 1:
             raise InputError(f"--narrow is {self.narrow:g}, a share of the channels to keep; give one in 0..1.")
         if self.teacher_steps is not None and self.teacher_steps < 1:
