@@ -1,6 +1,6 @@
 """Makes the searches whose results README shows: a base, trained out, and a joint search from it, over seeds.
 
-python -m benchmarks.proof digit_scenes FOLDER                     seeds 0 to 2, one after the other
+python -m benchmarks.proof digit_scenes_128 FOLDER                 seeds 0 to 2, one after the other
 python -m benchmarks.proof blood_cells FOLDER --data DIR --seeds 1 2
 
 Both carry on what FOLDER holds and write on one thread what `benchmarks.searches` keeps. Whether a base no longer gains
@@ -47,7 +47,7 @@ class Recipe:
 
 _RESNET = "--backbone resnet18 --norm batch --width 0.75 --fpn 64"
 RECIPES = {
-    "digit_scenes": Recipe(
+    "digit_scenes_128": Recipe(
         "--train 400 --val 400 --size 128", f"--model fcos {_RESNET} --min-size 128 --max-size 128", 4, 3000
     ),
     "blood_cells": Recipe(None, f"--model fcos {_RESNET} --min-size 144 --max-size 192", 4, 2000),

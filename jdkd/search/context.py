@@ -250,8 +250,8 @@ class SearchContext:
         config = self.config
         splits = {"train": config.train, "val": config.val, "selection": config.selection}
         data = whereabouts({name: split for name, split in splits.items() if split is not None})
-        teachers = {folder.absolute().name: str(folder.resolve()) for folder in config.teachers}
-        lie = {"base": str(config.base.resolve()), "pool": str(config.pool.resolve()), "teachers": teachers}
+        teachers = {folder.absolute().name: str(folder.absolute()) for folder in config.teachers}
+        lie = {"base": str(config.base.resolve()), "pool": str(config.pool.absolute()), "teachers": teachers}
         return {"data": data, **lie, "device": config.device}
 
 

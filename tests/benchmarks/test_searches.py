@@ -43,7 +43,7 @@ def test_a_table_has_means_by_target_and_the_later_of_two_results_of_a_seed():
 
 
 def test_other_names_and_folders_are_refused(tmp_path):
-    with pytest.raises(InputError, match="'demos' is none of demo, digit_scenes"):
+    with pytest.raises(InputError, match="'demos' is none of demo, digit_scenes, digit_scenes_128"):
         searches.main(["demos"])
     with pytest.raises(InputError, match=r"no result\.json"):
         searches.collect([tmp_path])

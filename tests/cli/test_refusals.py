@@ -254,9 +254,10 @@ def test_a_full_disk_names_the_file(jdkd, train_arguments, tmp_path, monkeypatch
     assert (tmp_path / "out" / "weights.safetensors").is_file()
 
 
-def test_a_missing_package_is_named_with_the_extra(jdkd, squares, trained, monkeypatch):
-    monkeypatch.setitem(sys.modules, "pycocotools.cocoeval", None)
-    _refused(jdkd("eval", trained, "--data", squares), "pycocotools", "pip install 'jdkd[detect]'")
+@pytest.mark.parametrize("package", ["pycocotools.coco", "faster_coco_eval"])
+def test_a_missing_package_is_named_with_the_extra(jdkd, squares, trained, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    _refused(jdkd("eval", trained, "--data", squares), package, "pip install 'jdkd[detect]'")
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch, trained, squares):

@@ -63,10 +63,10 @@ def test_what_was_interrupted_ends_as_it_would_have_and_measures_nothing_twice(
 
     advance = engine._Run.advance
 
-    def stop_before_the_third(run, images, targets):
+    def stop_before_the_third(run, batches):
         if run.step == 2:
             raise KeyboardInterrupt
-        advance(run, images, targets)
+        advance(run, batches)
 
     monkeypatch.setattr(engine._Run, "advance", stop_before_the_third)
     answer = jdkd(*pair, *TRAINING, "--out", cut)

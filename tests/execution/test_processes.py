@@ -1,5 +1,6 @@
 """Jobs in several processes: what they come to, and what becomes of them when a process dies."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -122,7 +123,7 @@ def test_a_job_that_kills_again_and_again_is_a_failure_and_the_others_go_on(task
 def test_a_worker_killed_while_it_waits_costs_no_job(two, jobs_of):
     killed = {outcome["pid"] for outcome in outcomes(two, jobs_of(None))}.pop()
     os.kill(killed, signal.SIGKILL)
-    assert soon(lambda: not alive(killed))
+    assert soon(lambda: killed not in {child.pid for child in multiprocessing.active_children()})
     assert killed not in {outcome["pid"] for outcome in outcomes(two, jobs_of(None, None))}
 
 

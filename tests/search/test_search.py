@@ -101,6 +101,7 @@ def test_what_selects_and_what_reports_are_named_and_disjoint(folder, finished):
     assert pool["trained_on"] == identity["train"] not in (selection["fingerprint"], report["fingerprint"])
 
 
+@pytest.mark.filterwarnings("ignore:the teacher .* has nothing to say:jdkd.notices.Notice")  # nobody was trained
 def test_every_target_has_a_student_of_its_own_under_a_foreign_teacher(
     folder, finished, quick, steady, tmp_path, monkeypatch
 ):
