@@ -60,7 +60,10 @@ def process_group(device: str) -> Iterator[str]:
             raise InputError(f"process {place + 1} of this machine has no GPU, there are {there}; start {there}.")
         device = f"cuda:{place}"
         torch.cuda.set_device(place)
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    # the store outlives a restart, and what the processes before have left in it must not be taken for theirs
+    store, number, size = next(distributed.rendezvous("env://"))
+    attempt = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    distributed.init_process_group("nccl" if on_gpu else "gloo", store=attempt, rank=number, world_size=size)
     try:
         yield device
     finally:
