@@ -1,4 +1,4 @@
-"""Makes the searches whose results README shows: a base, trained out, and a joint search from it, over seeds.
+"""Makes searches whose results the pages show: a base, and a joint search from it, over seeds.
 
 python -m benchmarks.proof digit_scenes_128 FOLDER                 seeds 0 to 2, one after the other
 python -m benchmarks.proof blood_cells FOLDER --data DIR --seeds 1 2

@@ -13,7 +13,7 @@ from jdkd.morph.importance import CRITERIA
 from jdkd.train import TrainConfig
 
 EPOCHS = 24.0  # default budget: as long as two trainings of the usual 12 epochs
-POOL_SHARE = 0.12  # of the budget, for the teacher pool, whose steps take about three times as long as a student's
+POOL_SHARE = 0.12  # of the budget, for the teacher pool, a step of which took 2.6 times a student's in one search
 LEAST_POOL = 6  # steps, one for each pass of its phases
 EXPLORING_SHARE = 0.12  # of the rest, for the short trainings that find the architectures
 HALVING_SHARE = 0.1  # of the rest, that both finalists of a target are trained before one of them goes on alone
