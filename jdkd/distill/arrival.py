@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jdkd.distill.student_input import StudentInput, parameters_of
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
+from jdkd.notices import say_once
 
 COLOUR = (0.2, 0.5, 0.8)  # of the image that detectors are called with; no two channels alike
 SIDE = 256  # of that image, in pixels; what pads to a multiple of a stride leaves it as it is
@@ -35,14 +37,20 @@ def arrival(route: Route) -> tuple[float, ...] | None:
         return None
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.zeros(()))
     image = torch.tensor(COLOUR, dtype=first.dtype, device=first.device)[:, None, None].expand(3, SIDE, SIDE)
+    errors: list[Exception] = []
     try:
         with mode(model, training=False), torch.random.fork_rng(devices=[]):
             for given in ([image.clone()], image[None].clone(), [{"image": image.clone()}]):
-                batch = _stopped_at(route.entrance, model.forward, given)
+                batch = _stopped_at(route.entrance, model.forward, given, errors)
                 if batch is not None and batch.shape[1] == len(COLOUR):
                     return tuple(batch[0].flatten(1).float().median(dim=1).values.tolist())
     except NotImplementedError:  # an exported program, which has no modes
         return None
+    if any(not isinstance(error, NotImplementedError) for error in errors):  # else it has no call at all
+        say_once(
+            f"what {type(model).__name__} gives its backbone was not checked, as no usual call of it gets there "
+            f"({type(errors[0]).__name__}: {errors[0]!s:.120}); it is taken at its word"
+        )
     return None
 
 
@@ -124,8 +132,8 @@ def _normalised(says: Normalisation, *, as_given: bool = False) -> tuple[float, 
     return tuple((scale * value - m) / s for value, m, s in zip(colour, mean, std, strict=False))
 
 
-def _stopped_at(entrance: nn.Module, call: Callable[[Any], Any], given: Any) -> Tensor | None:
-    """The images that a module is called with; None where it is not, or with none."""
+def _stopped_at(entrance: nn.Module, call: Callable[[Any], Any], given: Any, errors: list[Exception]) -> Tensor | None:
+    """The images that a module is called with; None where it is not, or with none. What it raises joins ``errors``."""
     found: list[StudentInput | None] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -134,9 +142,12 @@ def _stopped_at(entrance: nn.Module, call: Callable[[Any], Any], given: Any) -> 
 
     hook = entrance.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
     try:
-        call(given)
-    except Exception:  # somebody else's forward, called in one of three ways; what fails is no way to call it
+        with warnings.catch_warnings(action="ignore"):  # of a call that nobody made
+            call(given)
+    except _Stopped:
         pass
+    except Exception as error:  # somebody else's forward, called in one of three ways; what fails is no way to call it
+        errors.append(error)
     finally:
         hook.remove()
     return found[0].images if found and found[0] is not None else None

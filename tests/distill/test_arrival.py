@@ -12,6 +12,7 @@ from jdkd.distill import attach, correlations
 from jdkd.distill.arrival import COLOUR, arrival
 from jdkd.distill.route import route_of
 from jdkd.errors import InputError
+from jdkd.notices import Notice
 from tests.distill.frameworks import Detectron, HuggingFace, OpenMMLab, Plain, Processor, Ultralytics, head_loss
 from tests.distill.test_normalisation import ODD, TorchVision, photographs
 
@@ -155,7 +156,8 @@ def test_a_detector_that_cannot_be_called_is_taken_at_its_word():
         def forward(self, inputs: SimpleNamespace) -> dict[str, Tensor]:
             return {"loss": head_loss(self.backbone(inputs.tensors))}
 
-    assert arrival(route_of(Odd(), "teacher")) is None
+    with pytest.warns(Notice, match=r"Odd gives its backbone was not checked, .*AttributeError.*taken at its word"):
+        assert arrival(route_of(Odd(), "teacher")) is None
     student, teacher = Plain().train(), Odd(1)
     with attach(student, teacher):
         student(torch.rand(2, 3, 16, 24))
