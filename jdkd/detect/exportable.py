@@ -1,0 +1,384 @@
+"""See :func:`exportable`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.rpn import permute_and_flatten
+from torchvision.ops import MultiScaleRoIAlign, roi_align
+
+from jdkd.detect.contract import not_scripted
+from jdkd.detect.heads import class_head
+from jdkd.detect.input_size import input_transform
+from jdkd.detect.reppoints import Deformable
+from jdkd.detect.roi_scales import fix_roi_scales
+from jdkd.errors import InputError
+from jdkd.nn.unwrapping import unwrapped
+
+NOTHING = -1.0  # the score of what is no detection; those of detections are above 0
+LEAST_SIDE = 1e-2  # pixels, below which torchvision's box heads drop a box
+Suppress = Callable[[Tensor, Tensor, float, int], Tensor]
+"""``(boxes [B, n, 4], scores [B, G, n], iou, most)`` -> ``[M, 3]``, the batch, group and box of what is kept.
+
+A box is of the group where its score is above :data:`NOTHING`; of each group at most so many are asked for."""
+
+
+def exportable(model: nn.Module, suppress: Suppress, *, half: bool = False, final: bool = True) -> Exportable:
+    """A detector as a function of tensors alone, which finds what the detector does in evaluation.
+
+    No shape in it but that of what a suppression keeps depends on values: candidates and proposals are a fixed number
+    of the best of every level, and what is no detection is kept with a score of 0.
+
+    Args:
+        model: of torchvision's make or ours, in torch's wrappers or not; left as it was.
+        suppress: the non-maximum suppression.
+        half: with weights and features in fp16; boxes and scores are computed in fp32 all the same.
+        final: suppress what is found. Without it, all candidates are returned.
+
+    Raises:
+        InputError: there is no such form of this detector.
+    """
+    not_scripted(model, "export")
+    inner = unwrapped(model)
+    kind = type(inner).__name__
+    if isinstance(inner, KeypointRCNN):
+        raise InputError(f"{kind} cannot be exported: its key points are read off heat maps one by one, by their size.")
+    if not isinstance(inner, FCOS | RetinaNet | FasterRCNN):
+        raise InputError(
+            f"{kind} cannot be exported: what follows its heads is known for FCOS, RetinaNet, ATSS, GFL, RepPoints and "
+            "Faster and Mask R-CNN alone; give a detector of these."
+        )
+    if isinstance(inner, MaskRCNN) and not final:
+        raise InputError(
+            f"{kind} cannot be exported with its last non-maximum suppression outside: its masks are made of the boxes "
+            "that this keeps; export it with the suppression inside."
+        )
+    fix_roi_scales(inner)
+    inner = _sampling_by_grids(copy.deepcopy(inner)).eval().requires_grad_(False)
+    made = (TwoStages if isinstance(inner, FasterRCNN) else OneStage)(inner, suppress, final)
+    return made.to_half() if half else made
+
+
+class Exportable(nn.Module):
+    """What :func:`exportable` makes.
+
+    Called with ``images`` [N, 3, H, W] in 0..1, resized and padded at the right and the bottom, and ``sizes`` [N, 2], the
+    height and width of each without the padding. Returns ``boxes`` [N, D, 4] xyxy in the same pixels, ``labels`` [N, D]
+    and ``scores`` [N, D], the highest first and 0 where there is no more detection; from a detector with masks also
+    ``masks`` [N, D, R, R], of each box.
+
+    Attributes:
+        names: of what it returns.
+        with_stages: return also what it has computed on the way, whose names are then ``stage_names``.
+    """
+
+    def __init__(self, model: nn.Module, suppress: Suppress, final: bool) -> None:
+        super().__init__()
+        self.model, self.suppress, self.final = model, suppress, final
+        self.names: tuple[str, ...] = ("boxes", "labels", "scores")
+        self.with_stages = False
+        self.stage_names: list[str] = []
+        self.dtype = torch.float32
+        transform = input_transform(model)
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(transform, f"image_{name}"), dtype=torch.float32)
+            self.register_buffer(name, values.view(-1, 1, 1))
+
+    def to_half(self) -> Exportable:
+        self.model.half()
+        self.dtype = torch.float16
+        return self
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, ...]:
+        stages = {"the normalised image": self._normalised(images, sizes)}
+        levels = self.model.backbone(stages["the normalised image"].to(self.dtype))
+        levels = dict(levels) if isinstance(levels, Mapping) else {"0": levels}
+        stages |= {f"level {name}": level for name, level in levels.items()}
+        found = self.find(levels, images, sizes, stages)
+        self.stage_names = list(stages)
+        return (*found, *(stage.float() for stage in stages.values())) if self.with_stages else found
+
+    def find(
+        self, levels: dict[str, Tensor], images: Tensor, sizes: Tensor, stages: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What is in images, of whose features these are the levels; adds to the stages."""
+        raise NotImplementedError
+
+    def _normalised(self, images: Tensor, sizes: Tensor) -> Tensor:
+        """Of mean 0 and spread 1; the padding is 0."""
+        rows, columns = (torch.arange(images.shape[dim], device=images.device) for dim in (2, 3))
+        inside = (rows[:, None] < sizes[:, 0, None, None]) & (columns < sizes[:, 1, None, None])  # [N, H, W]
+        return torch.where(inside[:, None], (images - self.mean) / self.std, 0.0)
+
+    def _best(self, boxes: Tensor, labels: Tensor, scores: Tensor, groups: Tensor, iou: float, count: int):
+        """The detections among candidates ``boxes`` [B, n, 4], ``labels`` and ``scores`` [N, C], for B n = N C.
+
+        ``groups`` [B, G, n] are the scores by group, of which each is suppressed by itself; there are C candidates.
+        """
+        if self.final:
+            most = self.model_heads.detections_per_img
+            scores = _kept(self.suppress, boxes, groups, iou, most).reshape(scores.shape)
+            scores, which = scores.topk(min(most, count), dim=1)
+        boxes = boxes.reshape(*labels.shape, 4)
+        if self.final:
+            boxes, labels = _rows(boxes, which), labels.gather(1, which)
+        there = scores > 0
+        return torch.where(there[..., None], boxes, 0.0), torch.where(there, labels, 0), scores.clamp(min=0)
+
+
+class OneStage(Exportable):
+    """FCOS, RetinaNet and what classifies every place as they do."""
+
+    def __init__(self, model: nn.Module, suppress: Suppress, final: bool) -> None:
+        super().__init__(model, suppress, final)
+        self.anchors = Anchors(model.anchor_generator)
+        self.model_heads = model
+        self.outputs = class_head(model).outputs
+
+    def find(
+        self, levels: dict[str, Tensor], images: Tensor, sizes: Tensor, stages: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        model, parts, classes = self.model, [], self.outputs
+        most = model.topk_candidates
+        for number, (name, level) in enumerate(levels.items()):
+            head = {key: output.float() for key, output in model.head([level]).items() if key in SAID}
+            stages |= {f"{key} of level {name}": output for key, output in head.items()}
+            scores = head["cls_logits"].sigmoid()  # [N, A, K]
+            if "bbox_ctrness" in head:
+                scores = (scores * head["bbox_ctrness"].sigmoid()).sqrt()
+            scores, which = _top(scores.flatten(1), most)  # [N, k]
+            place = torch.where(scores > NOTHING, which.div(classes, rounding_mode="floor"), 0)
+            boxes = _decoded(
+                model.box_coder, _rows(head["bbox_regression"], place), self.anchors(number, level, images)[place]
+            )
+            scores = torch.where(scores > model.score_thresh, scores, NOTHING)
+            parts.append((_clipped(boxes, sizes), which % classes, scores))
+        boxes, labels, scores = (torch.cat(each, dim=1) for each in zip(*parts, strict=True))  # [N, C, 4], [N, C] twice
+        every = torch.arange(classes, device=labels.device)
+        groups = torch.where(labels[:, None] == every[:, None], scores[:, None], NOTHING)  # [N, K, C]
+        return self._best(boxes, labels, scores, groups, model.nms_thresh, most * len(parts))
+
+
+class TwoStages(Exportable):
+    """Faster and Mask R-CNN."""
+
+    def __init__(self, model: nn.Module, suppress: Suppress, final: bool) -> None:
+        super().__init__(model, suppress, final)
+        self.anchors = Anchors(model.rpn.anchor_generator)
+        self.model_heads = model.roi_heads
+        if model.roi_heads.has_mask():
+            self.names = (*self.names, "masks")
+
+    def find(
+        self, levels: dict[str, Tensor], images: Tensor, sizes: Tensor, stages: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        heads = self.model.roi_heads
+        proposals, there = self._proposed(levels, images, sizes, stages)  # [N, P, 4], [N, P]
+        stages["proposals"] = proposals
+        count = proposals.shape[1]
+        pooled = _pooled(heads.box_roi_pool, levels, proposals).to(self.dtype)
+        logits, codes = (output.float() for output in heads.box_predictor(heads.box_head(pooled)))  # [N P, K (4)]
+        classes = heads.box_predictor.cls_score.out_features
+        boxes = heads.box_coder.decode_single(codes, proposals.reshape(-1, 4)).reshape(-1, count, classes, 4)
+        boxes = _clipped(boxes[:, :, 1:].transpose(1, 2).flatten(1, 2), sizes)  # [N, (K - 1) P, 4]
+        scores = logits.softmax(dim=-1).reshape(-1, count, classes)[:, :, 1:].transpose(1, 2)  # [N, K - 1, P]
+        scores = torch.where((scores > heads.score_thresh) & there[:, None], scores, NOTHING).flatten(1)
+        scores = torch.where(_sides(boxes) >= LEAST_SIDE, scores, NOTHING)
+        labels = torch.arange(1, classes, device=boxes.device)[:, None].expand(classes - 1, self.kept).reshape(1, -1)
+        labels = labels.expand_as(scores)
+        of_class = boxes.reshape(-1, self.kept, 4)  # [N (K - 1), P, 4]
+        groups = scores.reshape(-1, 1, self.kept)
+        found = self._best(of_class, labels, scores, groups, heads.nms_thresh, self.kept * (classes - 1))
+        return (*found, self._masks(levels, *found[:2])) if heads.has_mask() else found
+
+    @property
+    def kept(self) -> int:
+        """Proposals of an image."""
+        rpn = self.model.rpn
+        return min(rpn.post_nms_top_n(), rpn.pre_nms_top_n() * self.anchors.levels)
+
+    def _proposed(
+        self, levels: dict[str, Tensor], images: Tensor, sizes: Tensor, stages: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The proposals, and which of them are any."""
+        rpn, parts = self.model.rpn, []
+        most = rpn.pre_nms_top_n()
+        for number, (name, level) in enumerate(levels.items()):
+            (logits,), (codes,) = rpn.head([level])
+            logits, codes = logits.float(), codes.float()
+            stages |= {f"objectness of level {name}": logits, f"bbox_deltas of level {name}": codes}
+            batch, each, height, width = logits.shape
+            logits = permute_and_flatten(logits, batch, each, 1, height, width).flatten(1)  # [N, A]
+            codes = permute_and_flatten(codes, batch, each, 4, height, width)  # [N, A, 4]
+            logits, which = _top(logits, most, -torch.inf)
+            real = logits > -torch.inf
+            place = torch.where(real, which, 0)
+            boxes = _decoded(rpn.box_coder, _rows(codes, place), self.anchors(number, level, images)[place])
+            boxes, scores = _clipped(boxes, sizes), logits.sigmoid()
+            real = real & (_sides(boxes) >= rpn.min_size) & (scores >= rpn.score_thresh)
+            parts.append((boxes, torch.where(real, scores, NOTHING)))
+        boxes, scores = (torch.stack(each, dim=1) for each in zip(*parts, strict=True))  # [N, L, k, 4], [N, L, k]
+        kept = _kept(self.suppress, boxes.flatten(0, 1), scores.flatten(0, 1)[:, None], rpn.nms_thresh, self.kept)
+        scores, which = kept.reshape(-1, most * len(parts)).topk(self.kept, dim=1)
+        there = scores > NOTHING
+        return torch.where(there[..., None], _rows(boxes.flatten(1, 2), which), 0.0), there
+
+    def _masks(self, levels: dict[str, Tensor], boxes: Tensor, labels: Tensor) -> Tensor:
+        """How sure each pixel of every box is, ``[N, D, R, R]``."""
+        heads = self.model.roi_heads
+        pooled = _pooled(heads.mask_roi_pool, levels, boxes).to(self.dtype)
+        logits = heads.mask_predictor(heads.mask_head(pooled)).float()  # [N D, K, R, R]
+        side = logits.shape[-1]
+        own = labels.reshape(-1, 1, 1, 1).expand(-1, 1, side, side)
+        return logits.gather(1, own).sigmoid().reshape(-1, boxes.shape[1], side, side)
+
+
+SAID = ("cls_logits", "bbox_regression", "bbox_ctrness")
+
+
+class Anchors(nn.Module):
+    """The anchors of a torchvision generator, level by level, for maps of any size."""
+
+    def __init__(self, generator: AnchorGenerator) -> None:
+        super().__init__()
+        self.levels = len(generator.cell_anchors)
+        for number, cells in enumerate(generator.cell_anchors):
+            self.register_buffer(f"cells_{number}", cells.float(), persistent=False)
+
+    def forward(self, number: int, level: Tensor, images: Tensor) -> Tensor:
+        """``[A, 4]`` of a level ``[N, C, h, w]`` of images ``[N, 3, H, W]``; steps are whole pixels, as torchvision's."""
+        cells = getattr(self, f"cells_{number}")
+        (height, width), (full_height, full_width) = level.shape[-2:], images.shape[-2:]
+        y = torch.arange(height, device=cells.device) * (full_height // height)
+        x = torch.arange(width, device=cells.device) * (full_width // width)
+        y, x = y[:, None].expand(height, width), x[None].expand(height, width)
+        return (torch.stack((x, y, x, y), dim=-1)[:, :, None] + cells).reshape(-1, 4)
+
+
+class SampledByGrid(nn.Module):
+    """A deformable convolution by bilinear sampling of a grid, which every runtime has.
+
+    Args:
+        conv: of torchvision's, of one group.
+    """
+
+    def __init__(self, conv: Deformable) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, feature: Tensor, offset: Tensor) -> Tensor:  # [N, C, H, W], [N, 2 k k, H, W] as y and x in turn
+        conv, dtype = self.conv, feature.dtype
+        feature, offset, weight, bias = (each.float() for each in (feature, offset, conv.weight, conv.bias))
+        height, width = feature.shape[-2:]
+        grids = []
+        for tap in range(conv.kernel_size[0] * conv.kernel_size[1]):
+            row, column = divmod(tap, conv.kernel_size[1])
+            y = torch.arange(height, device=feature.device) + (row * conv.dilation[0] - conv.padding[0])
+            x = torch.arange(width, device=feature.device) + (column * conv.dilation[1] - conv.padding[1])
+            y, x = y[:, None] + offset[:, 2 * tap], x + offset[:, 2 * tap + 1]  # [N, H, W], in pixels
+            grids.append(torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1))
+        taps = [F.grid_sample(feature, grid, align_corners=False) for grid in grids]
+        weight = weight.flatten(2).transpose(1, 2).flatten(1)[:, :, None, None]  # [O, k k C, 1, 1]
+        return F.conv2d(torch.cat(taps, dim=1), weight, bias).to(dtype)
+
+
+def _sampling_by_grids(model: nn.Module) -> nn.Module:
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Deformable):
+            model.set_submodule(path, SampledByGrid(module))
+    return model
+
+
+def _top(scores: Tensor, most: int, least: float = NOTHING) -> tuple[Tensor, Tensor]:
+    """So many of the highest of each row, and where they were: ``[N, A]`` to ``[N, most]`` twice; ``least`` fills up."""
+    return F.pad(scores, (0, most), value=least).topk(most, dim=1)
+
+
+def _rows(values: Tensor, which: Tensor) -> Tensor:
+    """Rows of ``[N, A, 4]`` by their numbers ``[N, k]``: ``[N, k, 4]``."""
+    return values.gather(1, which[..., None].expand(-1, -1, 4))
+
+
+def _decoded(coder: nn.Module, codes: Tensor, anchors: Tensor) -> Tensor:
+    """Boxes ``[N, k, 4]`` of codes and anchors of the same shape."""
+    decode = getattr(coder, "decode_single", None) or coder.decode
+    return decode(codes.reshape(-1, 4), anchors.reshape(-1, 4)).reshape(codes.shape)
+
+
+def _clipped(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes ``[N, k, 4]`` cut to images of so many rows and columns ``[N, 2]``."""
+    ends = sizes.flip(1).to(boxes.dtype)[:, None]  # [N, 1, 2], x and y
+    return torch.minimum(boxes.clamp(min=0), torch.cat((ends, ends), dim=2))
+
+
+def _sides(boxes: Tensor) -> Tensor:
+    """The shorter side of each box: ``[N, k, 4]`` to ``[N, k]``."""
+    return (boxes[..., 2:] - boxes[..., :2]).amin(dim=-1)
+
+
+def _kept(suppress: Suppress, boxes: Tensor, groups: Tensor, iou: float, most: int) -> Tensor:
+    """The score of each box ``[B, n]`` that a suppression keeps; see :data:`Suppress`."""
+    kept = suppress(boxes, groups, iou, most)
+    scores = groups.amax(dim=1)
+    stays = torch.zeros_like(scores).index_put((kept[:, 0], kept[:, 2]), torch.ones_like(kept[:, 0]).to(scores.dtype))
+    return torch.where(stays > 0, scores, NOTHING)
+
+
+def _pooled(pool: MultiScaleRoIAlign, levels: Mapping[str, Tensor], boxes: Tensor) -> Tensor:
+    """What torchvision's pool makes of boxes ``[N, M, 4]``: ``[N M, C, R, R]`` in fp32."""
+    read = [level.float() for name, level in levels.items() if name in pool.featmap_names]
+    image = torch.arange(boxes.shape[0], device=boxes.device, dtype=boxes.dtype)[:, None, None]
+    regions = torch.cat((image.expand(-1, boxes.shape[1], 1), boxes), dim=2).reshape(-1, 5)
+    how = {"output_size": pool.output_size, "sampling_ratio": pool.sampling_ratio}
+    if len(read) == 1:
+        return roi_align(read[0], regions, spatial_scale=pool.scales[0], **how)
+    number = pool.map_levels([regions[:, 1:]])
+    found = regions.new_zeros(regions.shape[0], read[0].shape[1], *pool.output_size)
+    for place, (level, scale) in enumerate(zip(read, pool.scales, strict=True)):
+        (here,) = torch.where(number == place)
+        found = found.index_put((here,), roi_align(level, regions[here], spatial_scale=scale, **how))
+    return found
+
+
+def eager_stages(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What a detector computes on images, by the names of :attr:`Exportable.stage_names`, as far as it can be seen."""
+    inner, seen = unwrapped(model), {}
+    heads = {"head": inner.head} if hasattr(inner, "head") else {"head": inner.rpn.head, "rpn": inner.rpn}
+    hooked = {"transform": inner.transform, "backbone": inner.backbone, **heads}
+    handles = [
+        module.register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, output))
+        for name, module in hooked.items()
+    ]
+    try:
+        with torch.no_grad():
+            inner(list(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    levels = seen["backbone"]
+    levels = dict(levels) if isinstance(levels, Mapping) else {"0": levels}
+    found = {"the normalised image": seen["transform"][0].tensors}
+    found |= {f"level {name}": level for name, level in levels.items()}
+    if "rpn" in seen:
+        for (name, _), *both in zip(levels.items(), *seen["head"], strict=True):
+            found |= {f"{key} of level {name}": one for key, one in zip(("objectness", "bbox_deltas"), both, strict=True)}
+        return found | {"proposals": seen["rpn"][0][0][None]}
+    cells = [level.shape[-2] * level.shape[-1] for level in levels.values()]
+    for key, output in seen["head"].items():
+        each = output.shape[1] // sum(cells)
+        parts = output.split([count * each for count in cells], dim=1)
+        if key in SAID:
+            found |= {f"{key} of level {name}": part for name, part in zip(levels, parts, strict=True)}
+    return {name: found[name] for name in _in_order(found, levels)}
+
+
+def _in_order(found: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> list[str]:
+    """The names of stages of one stage's detectors, level by level."""
+    of_heads = [name for level in levels for name in found if name.endswith(f" of level {level}")]
+    return [name for name in found if name not in of_heads] + of_heads

@@ -1,0 +1,151 @@
+"""See :func:`exported`."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from jdkd import __version__
+from jdkd.detect.contract import identity, known_architecture
+from jdkd.detect.exportable import Exportable, exportable
+from jdkd.detect.input_size import input_transform
+from jdkd.errors import InputError, said
+from jdkd.export.opening import FACTS
+from jdkd.export.suppression import by_onnx, by_torchvision
+from jdkd.nn.unwrapping import unwrapped
+from jdkd.run_folder import versions
+
+OPSET = 18
+INPUTS = ("images", "sizes")
+RULE = (
+    "images [N, 3, H, W]: RGB in 0..1, the short side resized to min_size unless the long side would exceed max_size "
+    "(floor; bilinear, half pixels, no antialiasing), padded at the bottom and the right to a multiple of `multiple`; "
+    "sizes [N, 2]: height and width of each without the padding. Mean and deviation are inside. boxes are xyxy in "
+    "pixels of the resized image; rows of score 0 are no detections; masks are those of the boxes, to be pasted"
+)
+
+
+def exported(
+    model: nn.Module, form: str, *, half: bool = False, nms: str = "inside", weights: str | None = None, stages: bool = False
+) -> bytes:
+    """A detector as the content of a file.
+
+    Args:
+        model: as of :func:`jdkd.detect.exportable.exportable`; left as it was.
+        form: ``"onnx"``, of standard operators alone, or ``"pt2"``, torch's exported program.
+        half: weights and features in fp16; inputs and outputs stay fp32.
+        nms: ``"inside"`` or ``"outside"``, the last non-maximum suppression.
+        weights: SHA-256 of the file of the weights.
+        stages: return what is computed on the way, too.
+
+    Raises:
+        InputError: there is no such form of the detector, or torch cannot write it.
+    """
+    made = exportable(model, by_onnx if form == "onnx" else by_torchvision, half=half, final=nms == "inside")
+    made.with_stages = stages
+    told = facts(model, made, half=half, nms=nms, weights=weights)
+    write = {"onnx": _onnx, "pt2": _pt2}[form]
+    with _quietly(), torch.no_grad():
+        try:
+            return write(made, told)
+        except (InputError, ModuleNotFoundError):
+            raise
+        except Exception as error:  # whatever an exporter raises on a model that it cannot follow
+            kind = type(unwrapped(model)).__name__
+            raise InputError(
+                f"torch {torch.__version__} cannot write this {kind} as {form}: {' '.join(said(error).split())[:300]}"
+            ) from error
+
+
+def facts(model: nn.Module, made: Exportable, *, half: bool, nms: str, weights: str | None) -> dict[str, Any]:
+    """What a file says of itself."""
+    transform, known = input_transform(model), known_architecture(model)
+    heads = made.model_heads
+    return {
+        "format": 1,
+        "detector": type(unwrapped(model)).__name__,
+        "classes": list(known.classes) if known else [],
+        "architecture": identity(model),
+        "weights_sha256": weights,
+        "dtype": "fp16" if half else "fp32",
+        "nms": nms,
+        "nms_iou": heads.nms_thresh,
+        "score_threshold": heads.score_thresh,
+        "detections": heads.detections_per_img,
+        "resize": {
+            "min_size": int(transform.min_size[-1]),
+            "max_size": int(transform.max_size),
+            "multiple": int(transform.size_divisible),
+        },
+        "mean": list(map(float, transform.image_mean)),
+        "std": list(map(float, transform.image_std)),
+        "inputs": list(INPUTS),
+        "outputs": list(made.names),
+        "rule": RULE,
+        "versions": {"jdkd": __version__, **versions()},
+    }
+
+
+def _example(multiple: int, cells: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    height, width = (multiple * count for count in cells)
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(2, 3, height, width, generator=generator), torch.tensor([[height, width], [height - 1, width - 2]])
+
+
+def _onnx(made: Exportable, told: Mapping[str, Any]) -> bytes:
+    """By torch's exporter of traces: it writes every size as a computation, where the newer one guards on some."""
+    import onnx
+
+    multiple, stream = told["resize"]["multiple"], io.BytesIO()
+    example = _example(multiple, (max(2, 64 // multiple), max(3, 96 // multiple)))
+    made(*example)  # says the names of the stages
+    names = [*told["outputs"], *(made.stage_names if made.with_stages else ())]
+    axes = {"images": {0: "batch", 2: "height", 3: "width"}, **{name: {0: "batch"} for name in ("sizes", *names)}}
+    torch.onnx.export(
+        made,
+        example,
+        stream,
+        dynamo=False,
+        opset_version=OPSET,
+        input_names=list(INPUTS),
+        output_names=names,
+        dynamic_axes=axes,
+    )
+    model = onnx.load_from_string(stream.getvalue())
+    if foreign := {each.domain for each in model.opset_import} - {"", "ai.onnx"}:
+        raise InputError(f"the detector needs operators of {', '.join(sorted(foreign))}, which are not ONNX's own.")
+    del model.graph.value_info[:]
+    model.producer_name, model.producer_version = "jdkd", __version__
+    onnx.helper.set_model_props(model, {FACTS: json.dumps({**told, "outputs": names, "opset": OPSET})})
+    onnx.checker.check_model(model)
+    return model.SerializeToString()
+
+
+def _pt2(made: Exportable, told: Mapping[str, Any]) -> bytes:
+    """By ``torch.export``; the example is large enough that no level is of one cell, which torch would take for granted."""
+    from torch.export import Dim, export, save
+
+    multiple, stream = told["resize"]["multiple"], io.BytesIO()
+    batch, height, width = Dim("batch", max=1024), Dim("height", max=2**20 // multiple), Dim("width", max=2**20 // multiple)
+    sides = [multiple * side if multiple > 1 else side for side in (height, width)]
+    shapes = ({0: batch, 2: sides[0], 3: sides[1]}, {0: batch})
+    example = _example(multiple, tuple(max(count, 32 * count // multiple) for count in (9, 11)))
+    program = export(made, example, dynamic_shapes=shapes, strict=False)
+    names = [*told["outputs"], *(made.stage_names if made.with_stages else ())]
+    save(program, stream, extra_files={FACTS: json.dumps({**told, "outputs": names})})
+    return stream.getvalue()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch's exporters say of a trace, its constants and their own age."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
