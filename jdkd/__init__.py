@@ -27,6 +27,7 @@ _PACKAGES = (
     "env",
     "errors",
     "experimental",
+    "export",
     "functional",
     "graph",
     "latency",

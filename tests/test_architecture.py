@@ -22,7 +22,7 @@ FLOORS = (
     "rewrite",
     "patch",
     "detect data",
-    "train distill latency",
+    "train distill latency export",
     "pool morph",
     "search",
     "report",
@@ -30,7 +30,18 @@ FLOORS = (
     "experimental",  # so nothing imports from it
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-OPTIONAL = {"tyro", "rich", "matplotlib", "ray", "onnx", "sklearn", "optuna", "sqlalchemy", "tensorboard"}
+OPTIONAL = {
+    "tyro",
+    "rich",
+    "matplotlib",
+    "ray",
+    "onnx",
+    "onnxruntime",
+    "sklearn",
+    "optuna",
+    "sqlalchemy",
+    "tensorboard",
+}
 NOT_AT_IMPORT = OPTIONAL | {
     *("triton", "torchvision", "pycocotools", "faster_coco_eval", "safetensors", "PIL", "numba", "pandas"),
 }

@@ -17,8 +17,11 @@ from jdkd.notices import Notice
 REFUSED = 2
 """Exit code for what the user can act on: bad input, a full disk, Ctrl-C, a package that is not installed."""
 
-EXTRAS = ("optuna", "ray", "tensorboard")
-"""Packages with an extra of their own name."""
+EXTRAS = {
+    **{name: name for name in ("optuna", "ray", "tensorboard")},
+    **dict.fromkeys(("onnx", "onnxruntime"), "export"),
+}
+"""The extra of each package that jdkd[detect] does not bring."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "jdkd":
             raise
-        extra = error.name if error.name in EXTRAS else "detect"
+        extra = EXTRAS.get(error.name, "detect")
         return _refuse(f"the package {error.name} is missing; install it with: pip install 'jdkd[{extra}]'")
     except OSError as error:
         if not full_disk(error):
@@ -66,10 +69,12 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     from jdkd.cli.distill import Distill
     from jdkd.cli.env import Env
     from jdkd.cli.evaluate import Eval
+    from jdkd.cli.export import Export
     from jdkd.cli.importing import Import
     from jdkd.cli.inspect import Inspect
     from jdkd.cli.latency import Latency
     from jdkd.cli.pool import PoolEval, PoolExport, PoolTrain
+    from jdkd.cli.predict import Predict
     from jdkd.cli.report import Report
     from jdkd.cli.search import Search
     from jdkd.cli.show import Show
@@ -97,6 +102,8 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         named("show", Show, positional),
         named("swap", Swap),
         named("latency", Latency, positional),
+        named("export", Export, positional),
+        named("predict", Predict, positional),
         named("env", Env),
         named("check", Check),
     )

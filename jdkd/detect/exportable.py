@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +68,7 @@ def exportable(model: nn.Module, suppress: Suppress, *, half: bool = False, fina
 class Exportable(nn.Module):
     """What :func:`exportable` makes.
 
-    Called with ``images`` [N, 3, H, W] in 0..1, resized and padded at the right and the bottom, and ``sizes`` [N, 2], the
+    Called with ``images`` [N, 3, H, W] in 0..1, resized and padded at the right and the bottom, and ``sizes`` [N, 2],
     height and width of each without the padding. Returns ``boxes`` [N, D, 4] xyxy in the same pixels, ``labels`` [N, D]
     and ``scores`` [N, D], the highest first and 0 where there is no more detection; from a detector with masks also
     ``masks`` [N, D, R, R], of each box.
@@ -252,7 +252,7 @@ class Anchors(nn.Module):
             self.register_buffer(f"cells_{number}", cells.float(), persistent=False)
 
     def forward(self, number: int, level: Tensor, images: Tensor) -> Tensor:
-        """``[A, 4]`` of a level ``[N, C, h, w]`` of images ``[N, 3, H, W]``; steps are whole pixels, as torchvision's."""
+        """``[A, 4]`` of a level ``[N, C, h, w]`` of images ``[N, 3, H, W]``; steps are whole pixels, as there."""
         cells = getattr(self, f"cells_{number}")
         (height, width), (full_height, full_width) = level.shape[-2:], images.shape[-2:]
         y = torch.arange(height, device=cells.device) * (full_height // height)
@@ -296,7 +296,7 @@ def _sampling_by_grids(model: nn.Module) -> nn.Module:
 
 
 def _top(scores: Tensor, most: int, least: float = NOTHING) -> tuple[Tensor, Tensor]:
-    """So many of the highest of each row, and where they were: ``[N, A]`` to ``[N, most]`` twice; ``least`` fills up."""
+    """So many of the highest of each row, and where they were: ``[N, A]`` to twice ``[N, k]``; ``least`` fills up."""
     return F.pad(scores, (0, most), value=least).topk(most, dim=1)
 
 
@@ -344,41 +344,3 @@ def _pooled(pool: MultiScaleRoIAlign, levels: Mapping[str, Tensor], boxes: Tenso
         (here,) = torch.where(number == place)
         found = found.index_put((here,), roi_align(level, regions[here], spatial_scale=scale, **how))
     return found
-
-
-def eager_stages(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What a detector computes on images, by the names of :attr:`Exportable.stage_names`, as far as it can be seen."""
-    inner, seen = unwrapped(model), {}
-    heads = {"head": inner.head} if hasattr(inner, "head") else {"head": inner.rpn.head, "rpn": inner.rpn}
-    hooked = {"transform": inner.transform, "backbone": inner.backbone, **heads}
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, output))
-        for name, module in hooked.items()
-    ]
-    try:
-        with torch.no_grad():
-            inner(list(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    levels = seen["backbone"]
-    levels = dict(levels) if isinstance(levels, Mapping) else {"0": levels}
-    found = {"the normalised image": seen["transform"][0].tensors}
-    found |= {f"level {name}": level for name, level in levels.items()}
-    if "rpn" in seen:
-        for (name, _), *both in zip(levels.items(), *seen["head"], strict=True):
-            found |= {f"{key} of level {name}": one for key, one in zip(("objectness", "bbox_deltas"), both, strict=True)}
-        return found | {"proposals": seen["rpn"][0][0][None]}
-    cells = [level.shape[-2] * level.shape[-1] for level in levels.values()]
-    for key, output in seen["head"].items():
-        each = output.shape[1] // sum(cells)
-        parts = output.split([count * each for count in cells], dim=1)
-        if key in SAID:
-            found |= {f"{key} of level {name}": part for name, part in zip(levels, parts, strict=True)}
-    return {name: found[name] for name in _in_order(found, levels)}
-
-
-def _in_order(found: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> list[str]:
-    """The names of stages of one stage's detectors, level by level."""
-    of_heads = [name for level in levels for name in found if name.endswith(f" of level {level}")]
-    return [name for name in found if name not in of_heads] + of_heads

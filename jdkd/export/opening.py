@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def pt2_run(content: bytes, device: str) -> tuple[Run, Mapping[str, str]]:
     import torchvision.ops  # noqa: F401  (its operators are in the program)
 
     extra = {FACTS: ""}
-    module = torch.export.load(io.BytesIO(content), extra_files=extra).module(check_guards=False).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it does not write to the file's bytes
+        module = torch.export.load(io.BytesIO(content), extra_files=extra).module(check_guards=False).to(device)
 
     def run(images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():

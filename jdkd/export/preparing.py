@@ -100,7 +100,7 @@ def suppressed(boxes: np.ndarray, labels: np.ndarray, scores: np.ndarray, facts:
 
 
 def pasted(masks: np.ndarray, boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Masks ``[M, R, R]`` of boxes ``[M, 4]`` in images of a size (height, width): ``[M, H, W]``, as torchvision has it."""
+    """Masks ``[M, R, R]`` of boxes ``[M, 4]`` in images of a size (height, width), as torchvision: ``[M, H, W]``."""
     side, (height, width) = masks.shape[-1], size
     padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
     centers, halves = (boxes[:, 2:] + boxes[:, :2]) * 0.5, (boxes[:, 2:] - boxes[:, :2]) * 0.5 * ((side + 2) / side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import warnings
@@ -33,7 +34,13 @@ RULE = (
 
 
 def exported(
-    model: nn.Module, form: str, *, half: bool = False, nms: str = "inside", weights: str | None = None, stages: bool = False
+    model: nn.Module,
+    form: str,
+    *,
+    half: bool = False,
+    nms: str = "inside",
+    weights: str | None = None,
+    stages: bool = False,
 ) -> bytes:
     """A detector as the content of a file.
 
@@ -62,6 +69,16 @@ def exported(
             raise InputError(
                 f"torch {torch.__version__} cannot write this {kind} as {form}: {' '.join(said(error).split())[:300]}"
             ) from error
+
+
+def require_runtime(form: str) -> None:
+    """Makes sure that what writes and runs a form is installed.
+
+    Raises:
+        ModuleNotFoundError: it is not.
+    """
+    for package in ("onnx", "onnxruntime") if form == "onnx" else ():
+        importlib.import_module(package)
 
 
 def facts(model: nn.Module, made: Exportable, *, half: bool, nms: str, weights: str | None) -> dict[str, Any]:
@@ -95,8 +112,8 @@ def facts(model: nn.Module, made: Exportable, *, half: bool, nms: str, weights: 
 
 def _example(multiple: int, cells: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     height, width = (multiple * count for count in cells)
-    generator = torch.Generator().manual_seed(0)
-    return torch.rand(2, 3, height, width, generator=generator), torch.tensor([[height, width], [height - 1, width - 2]])
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    return images, torch.tensor([[height, width], [height - 1, width - 2]])
 
 
 def _onnx(made: Exportable, told: Mapping[str, Any]) -> bytes:
@@ -129,13 +146,13 @@ def _onnx(made: Exportable, told: Mapping[str, Any]) -> bytes:
 
 
 def _pt2(made: Exportable, told: Mapping[str, Any]) -> bytes:
-    """By ``torch.export``; the example is large enough that no level is of one cell, which torch would take for granted."""
+    """By ``torch.export``; the example is so large that no level is of one cell, which torch would take for granted."""
     from torch.export import Dim, export, save
 
     multiple, stream = told["resize"]["multiple"], io.BytesIO()
-    batch, height, width = Dim("batch", max=1024), Dim("height", max=2**20 // multiple), Dim("width", max=2**20 // multiple)
-    sides = [multiple * side if multiple > 1 else side for side in (height, width)]
-    shapes = ({0: batch, 2: sides[0], 3: sides[1]}, {0: batch})
+    batch, *sides = Dim("batch", max=1024), *(Dim(name, max=2**20 // multiple) for name in ("height", "width"))
+    height, width = (multiple * side if multiple > 1 else side for side in sides)
+    shapes = ({0: batch, 2: height, 3: width}, {0: batch})
     example = _example(multiple, tuple(max(count, 32 * count // multiple) for count in (9, 11)))
     program = export(made, example, dynamic_shapes=shapes, strict=False)
     names = [*told["outputs"], *(made.stage_names if made.with_stages else ())]

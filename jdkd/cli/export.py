@@ -1,0 +1,106 @@
+"""`jdkd export`."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from jdkd.cli.flags import DataFlags, recorded_split
+from jdkd.cli.progress import Progress
+from jdkd.errors import InputError
+from jdkd.files import require_file, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a detector as a file for a runtime, checked against it on real images.
+
+    onnx: ONNX's own operators alone, for onnxruntime, OpenVINO, TensorRT. pt2: torch's exported program. Number and
+    size of the images are free. Where the file does not find what the detector finds, it is not written.
+
+    Example: jdkd export runs/student --format onnx --data coco --out student.onnx
+    """
+
+    ckpt: Path
+    """Folder of the detector, written by train, import or search."""
+    source: DataFlags = field(default_factory=DataFlags)
+    format: Literal["onnx", "pt2"] = "onnx"
+    """What to write."""
+    out: Path | None = None
+    """File to write [CKPT/model.onnx or CKPT/model.pt2]."""
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    """Of weights and features; inputs, boxes and scores are fp32."""
+    nms: Literal["inside", "outside"] = "inside"
+    """Whether the last non-maximum suppression is in the file; proposals are suppressed in it always."""
+    images: int = 50
+    """Images that both must agree on, at most, of the validation images [of the data that it was trained on]."""
+
+    def __call__(self) -> None:
+        from jdkd.detect import load
+        from jdkd.detect.checkpoint import WEIGHTS
+        from jdkd.export.opening import OPENERS
+        from jdkd.export.parity import parity, require_parity
+        from jdkd.export.writing import exported, require_runtime
+        from jdkd.latency import fuse_for_inference
+
+        out = self._out()
+        require_runtime(self.format)
+        model = load(self.ckpt)
+        with (self.ckpt / WEIGHTS).open("rb") as stream:
+            weights = hashlib.file_digest(stream, "sha256").hexdigest()
+        how = {"half": self.dtype == "fp16", "nms": self.nms, "weights": weights}
+        with Progress() as progress:
+            images, dataset = self._images(model, progress)
+            fused = fuse_for_inference(model)
+            content = exported(fused, self.format, **how)
+            opener = OPENERS[f".{self.format}"]
+            file = opener(content, "cpu")
+            found = parity(model, file, images, dataset, progress.task("compare"))
+            require_parity(model, file, found, lambda: opener(exported(fused, self.format, **how, stages=True), "cpu"))
+        write_whole(out, content)
+        print(found.sentence())
+        print(f"{out}: {self.dtype}, {len(content) / 1e6:.1f} MB, SHA-256 {hashlib.sha256(content).hexdigest()}")
+
+    def _out(self) -> Path:
+        """The file to write.
+
+        Raises:
+            InputError: it cannot be, or another flag is wrong.
+        """
+        if self.images < 1:
+            raise InputError(f"--images is {self.images}; compare on at least 1 image.")
+        out = self.ckpt / f"model.{self.format}" if self.out is None else self.out
+        if out.suffix != f".{self.format}":
+            raise InputError(f"--out is {out}, and --format {self.format}; give a file that ends with .{self.format}.")
+        if not self.ckpt.is_dir():
+            raise InputError(
+                f"{self.ckpt} is no folder of a detector; give one that `jdkd train` or `jdkd import` wrote."
+            )
+        require_file(out, "--out")
+        return out
+
+    def _images(self, model: nn.Module, progress: Progress) -> tuple[list[tuple[Tensor, dict[str, Any]]] | Any, Any]:
+        """Images to compare on, and the data set of just these, where there is one."""
+        from jdkd.data import CocoDetectionDataset
+        from jdkd.train.evaluate import require_same_classes
+
+        split = self.source.split("val") if self.source.given else recorded_split(self.ckpt, "val")
+        if split is None:
+            return _photographs()[: self.images], None
+        dataset = CocoDetectionDataset(split, progress.task("check images"))
+        require_same_classes(model, dataset.classes, dataset.label_to_category)
+        dataset = dataset.subset(range(min(self.images, len(dataset))))
+        return dataset, dataset
+
+
+def _photographs() -> list[tuple[Tensor, dict[str, Any]]]:
+    """The two photographs that scikit-learn carries, ``[3, 427, 640]`` uint8, without targets."""
+    import torch
+    from sklearn.datasets import load_sample_images
+
+    return [(torch.from_numpy(image.copy()).permute(2, 0, 1), {}) for image in load_sample_images().images]

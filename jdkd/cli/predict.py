@@ -1,0 +1,148 @@
+"""`jdkd predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jdkd.errors import InputError
+from jdkd.files import claim_folder, write_json, write_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from jdkd.export.preparing import Found
+
+EXPORTED = (".onnx", ".pt2")
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+LISTED = "detections.json"
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Draw what a detector finds on images, and list it.
+
+    An .onnx file runs in onnxruntime, without torch.
+
+    Example: jdkd predict student.onnx photographs --out seen
+    """
+
+    model: Path
+    """Folder of a detector, or a file that `jdkd export` wrote (.onnx, .pt2)."""
+    images: tuple[Path, ...]
+    """Image files, and folders of them."""
+    out: Path | None = None
+    """Folder for a JPEG of each image and detections.json; must be given."""
+    threshold: float = 0.5
+    """Score from which a detection is drawn; the list has all."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N; auto is the CPU for an .onnx file."""
+
+    def __call__(self) -> None:
+        from jdkd.export.drawing import drawn, name_of, read_picture
+
+        if self.out is None:
+            raise InputError("--out is missing; give a folder for the pictures.")
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"--threshold is {self.threshold:g}; give a score, from 0 to 1.")
+        targets = self._targets()
+        find, classes = finder(self.model, self.device)
+        listed, count = [], 0
+        for file, target in targets.items():
+            image = read_picture(file)
+            found = find(image)
+            if not listed:
+                claim_folder(self.out, "--out")
+            claim_folder(target.parent, "--out")
+            shown = found["scores"] >= self.threshold
+            count += int(shown.sum())
+            write_whole(target, drawn(image, {name: values[shown] for name, values in found.items()}, classes))
+            rows = [
+                {"box": box, "label": label, "class": name_of(label, classes), "score": score}
+                for box, label, score in zip(
+                    *(found[key].tolist() for key in ("boxes", "labels", "scores")), strict=True
+                )
+            ]
+            listed.append({"file": str(file), "picture": str(target.relative_to(self.out)), "detections": rows})
+        write_json(self.out / LISTED, {"model": str(self.model), "images": listed})
+        print(f"{count:,} detections of a score from {self.threshold:g} on, on {len(listed):,} image(s)")
+        print(self.out)
+
+    def _targets(self) -> dict[Path, Path]:
+        """Every image, and the picture that is made of it.
+
+        Raises:
+            InputError: there is none, or two pictures would be one, or a picture an image.
+        """
+        targets: dict[Path, Path] = {}
+        for given in self.images:
+            if given.is_dir():
+                inside = sorted(file for file in given.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+                if not inside:
+                    raise InputError(f"{given} holds no image ({', '.join(sorted(PICTURES))}); give another folder.")
+                targets |= {file: self.out / file.relative_to(given).with_suffix(".jpg") for file in inside}
+            elif given.is_file():
+                targets[given] = self.out / f"{given.stem}.jpg"
+            else:
+                raise InputError(f"image {given} does not exist; give image files or folders of them.")
+        if not targets:
+            raise InputError("no image is given; give image files or folders of them.")
+        whose: dict[Path, Path] = {}
+        for file, target in targets.items():
+            if target in whose:
+                raise InputError(f"{whose[target]} and {file} would both be drawn as {target}; draw them one by one.")
+            whose[target] = file
+        for target in {place.resolve() for place in whose} & {file.resolve() for file in targets}:
+            raise InputError(f"--out {self.out} would put a picture in the place of {target}; give another folder.")
+        return targets
+
+
+def finder(model: Path, device: str) -> tuple[Callable[[np.ndarray], Found], Sequence[str]]:
+    """What finds objects on an image ``[H, W, 3]`` uint8, and the names of its classes.
+
+    Raises:
+        InputError: it cannot be opened.
+    """
+    if model.suffix in EXPORTED and not model.is_dir():
+        from jdkd.export.opening import open_exported
+
+        if model.suffix == ".onnx":
+            on = "cpu" if device == "auto" else device
+            if on.partition(":")[0] not in ("cpu", "cuda"):
+                raise InputError(f"--device is {device!r}; give auto, cpu, cuda or cuda:N.")
+        else:
+            on = _resolved(device)
+        file = open_exported(model, on)
+        return lambda image: file([image])[0], file.facts["classes"]
+    if not model.is_dir():
+        raise InputError(
+            f"{model} is neither a folder of a detector nor a file of `jdkd export` ({', '.join(EXPORTED)})."
+        )
+    return _of_folder(model, _resolved(device))
+
+
+def _of_folder(folder: Path, device: str) -> tuple[Callable[[np.ndarray], Found], Sequence[str]]:
+    import torch
+
+    from jdkd.detect import load
+    from jdkd.detect.contract import detections, known_architecture
+    from jdkd.export.parity import numbers
+    from jdkd.latency import fuse_for_inference
+
+    model = load(folder)
+    known = known_architecture(model)
+    model = fuse_for_inference(model).to(device)
+
+    def find(image: np.ndarray) -> Found:
+        with torch.inference_mode():
+            return numbers(detections(model, [torch.from_numpy(image).permute(2, 0, 1).to(device).float() / 255])[0])
+
+    return find, known.classes if known else ()
+
+
+def _resolved(device: str) -> str:
+    from jdkd.cli.flags import resolve_device
+
+    return resolve_device(device)
