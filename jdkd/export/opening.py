@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from jdkd.export.preparing import Found, batch_of, found_of
 
 FACTS = "jdkd"
 """The key of an ONNX file's metadata, and the extra file of a pt2's, that hold what is known of it, as JSON."""
+DETECTION = ("boxes", "labels", "scores", "masks")
 Run = Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]]
 
 
@@ -33,7 +35,8 @@ class Exported:
     def __call__(self, images: Sequence[np.ndarray]) -> list[Found]:
         """What is in images, ``[H, W, 3]`` uint8 each."""
         batch, sizes = batch_of(images, self.facts["resize"])
-        outputs = dict(zip(self.facts["outputs"], self.run(batch, sizes), strict=False))
+        outputs = dict(zip(self.facts["outputs"], self.run(batch, sizes), strict=True))
+        outputs = {name: output for name, output in outputs.items() if name in DETECTION}  # without stages
         return found_of(outputs, sizes, [image.shape[:2] for image in images], self.facts)
 
 
@@ -53,7 +56,9 @@ def open_exported(file: Path, device: str = "cpu") -> Exported:
         raise InputError(f"{file} cannot be read ({error.strerror}); give a file that `jdkd export` wrote.") from None
     try:
         return OPENERS[Path(file).suffix](content, device)
-    except (InputError, ModuleNotFoundError):
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    except ModuleNotFoundError:
         raise
     except Exception as error:  # whatever a runtime raises on a damaged file
         raise InputError(
@@ -82,6 +87,8 @@ def pt2_run(content: bytes, device: str) -> tuple[Run, Mapping[str, str]]:
     import torch
     import torchvision.ops  # noqa: F401  (its operators are in the program)
 
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        raise InputError("the file is damaged, or no exported program of torch's; give one that `jdkd export` wrote.")
     extra = {FACTS: ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it does not write to the file's bytes

@@ -1,0 +1,144 @@
+"""`jdkd export` and `jdkd predict`."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jdkd.detect import save
+from tests.export.tiny import made, pictures
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = """
+import importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "torchvision"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Missing())
+from jdkd.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("detector") / "tiny"
+    save(folder, made("fcos"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photographs")
+    for number, picture in enumerate(pictures((60, 90), (80, 64))):
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{number}.png")
+    return folder
+
+
+def test_what_is_exported_is_checked_and_drawn_without_torch(jdkd, checkpoint, photographs, squares, tmp_path):
+    file = tmp_path / "tiny.onnx"
+    answer = jdkd("export", checkpoint, "--data", squares, "--out", file)
+    assert answer.code == 0, answer.err
+    assert "% of " in answer.out and "detections on 4 image(s) agree" in answer.out and "mAP of boxes" in answer.out
+    eager = jdkd("predict", checkpoint, photographs, "--out", tmp_path / "eager", "--threshold", "0.4")
+    assert eager.code == 0, eager.err
+    command = [sys.executable, "-c", WITHOUT_TORCH, "predict", str(file), str(photographs), "--threshold", "0.4"]
+    seen = tmp_path / "seen"
+    done = subprocess.run([*command, "--out", str(seen)], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == eager.out.splitlines()[0]
+    lists = [json.loads((folder / "detections.json").read_text())["images"] for folder in (tmp_path / "eager", seen)]
+    for one, other in zip(*lists, strict=True):
+        assert one["picture"] == other["picture"] and len(one["detections"]) == len(other["detections"]) > 0
+        for ours, theirs in zip(one["detections"], other["detections"], strict=True):
+            assert ours["class"] == theirs["class"] in ("red", "blue")
+            assert np.allclose([*ours["box"], ours["score"]], [*theirs["box"], theirs["score"]], atol=0.01)
+        with Image.open(seen / one["picture"]) as drawn, Image.open(one["file"]) as plain:
+            assert drawn.size == plain.size
+            assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(plain, dtype=float)).max() > 60
+
+
+def test_a_file_that_differs_is_not_written_and_the_stage_is_named(jdkd, checkpoint, squares, tmp_path, monkeypatch):
+    from jdkd.export import writing
+
+    others = writing.exported(made("fcos", seed=1), "onnx", stages=True)
+    monkeypatch.setattr(writing, "exported", lambda *given, **named: others)
+    file = tmp_path / "tiny.onnx"
+    answer = jdkd("export", checkpoint, "--data", squares, "--out", file)
+    assert answer.code == 2 and list(tmp_path.iterdir()) == []
+    assert "the exported FCOS was not written: only" in answer.err
+    assert "they part at level 0: values up to" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--format", "pt2", "--out", "here.onnx"], "give a file that ends with .pt2"),
+        (["--images", "0"], "--images is 0; compare on at least 1 image"),
+        (["--out", "nowhere/model.onnx"], "--out nowhere/model.onnx cannot be written"),
+        (["--data", "nowhere"], "nowhere"),
+    ],
+)
+def test_export_refuses(jdkd, checkpoint, words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(checkpoint.iterdir())
+    answer = jdkd("export", checkpoint, *words)
+    assert answer.code == 2 and sentence in answer.err and answer.err.count("\n") == 1
+    assert sorted(checkpoint.iterdir()) == before and list(tmp_path.iterdir()) == []
+
+
+def test_export_refuses_what_is_no_folder(jdkd, tmp_path):
+    answer = jdkd("export", tmp_path / "none", "--out", tmp_path / "a.onnx")
+    assert answer.code == 2 and "none is no folder of a detector" in answer.err
+
+
+def foreign_onnx(file):
+    import onnx
+
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    sides = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([node], "other", sides[:1], sides[1:])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=9), file)
+
+
+def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
+    out = ["--out", tmp_path / "out"]
+    (tmp_path / "broken.onnx").write_bytes(b"no model")
+    (tmp_path / "broken.pt2").write_bytes(b"no model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "0.png").write_bytes((photographs / "0.png").read_bytes())
+    (tmp_path / "torn.png").write_bytes((photographs / "0.png").read_bytes()[:200])
+    foreign_onnx(tmp_path / "foreign.onnx")
+    cases = [
+        ([checkpoint, photographs], "--out is missing"),
+        ([checkpoint, photographs, *out, "--threshold", "2"], "--threshold is 2"),
+        ([checkpoint, tmp_path / "none.png", *out], "none.png does not exist"),
+        ([checkpoint, tmp_path / "empty", *out], "empty holds no image"),
+        ([checkpoint, tmp_path / "torn.png", *out], "torn.png cannot be read"),
+        ([tmp_path / "broken.onnx", photographs, *out], "broken.onnx cannot be opened"),
+        ([tmp_path / "broken.pt2", photographs, *out], "broken.pt2: the file is damaged"),
+        ([tmp_path / "missing.onnx", photographs, *out], "missing.onnx cannot be read (No such file or directory)"),
+        ([tmp_path / "foreign.onnx", photographs, *out], "the file does not say how its images are resized"),
+        ([tmp_path / "weights.pth", photographs, *out], "weights.pth is neither a folder of a detector nor a file"),
+        ([checkpoint, photographs / "0.png", tmp_path / "0.png", *out], "would both be drawn as"),
+    ]
+    for words, sentence in cases:
+        answer = jdkd("predict", *words)
+        assert (answer.code, sentence in answer.err, answer.err.count("\n")) == (2, True, 1), (words, answer.err)
+        assert not (tmp_path / "out").exists()
+
+
+def test_predict_puts_no_picture_in_the_place_of_an_image(jdkd, checkpoint, photographs, tmp_path):
+    photograph = tmp_path / "a.jpg"
+    Image.open(photographs / "0.png").save(photograph)
+    before = photograph.read_bytes()
+    answer = jdkd("predict", checkpoint, tmp_path, "--out", tmp_path)
+    assert answer.code == 2 and "would put a picture in the place of" in answer.err
+    assert photograph.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.jpg"]

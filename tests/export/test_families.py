@@ -1,0 +1,106 @@
+"""Exported detectors of every family against the detectors."""
+
+import json
+
+import pytest
+import torch
+
+from jdkd.detect import adopt
+from jdkd.detect import detector as built
+from jdkd.detect.exportable import exportable
+from jdkd.errors import InputError
+from jdkd.export.opening import OPENERS
+from jdkd.export.parity import TOLERANCES, parity
+from jdkd.export.preparing import batch_of
+from jdkd.export.suppression import by_torchvision
+from jdkd.export.writing import exported
+from tests.export.tiny import FAMILIES, formed, made, pictures
+
+SIZES = ((60, 90), (120, 77), (96, 128))
+
+
+def agree(model, file, tolerance=TOLERANCES["fp32"]):
+    """One by one, and in one batch of several sizes."""
+    images = pictures(*SIZES)
+    found = parity(model, file, [(image, {}) for image in images])
+    assert found.complaint(tolerance) is None, found.sentence()
+    assert found.same >= 20 * len(images) / 4
+    alone = [file([image.permute(1, 2, 0).numpy()])[0] for image in images[:1]]
+    together = file([image.permute(1, 2, 0).numpy() for image in images])
+    assert len(together) == 3 and (model.training, file.facts["nms"]) == (False, file.facts["nms"])
+    with torch.no_grad():
+        eager = model([image.float() / 255 for image in images])
+    for ours, theirs in zip(eager, together, strict=True):
+        count = min(len(ours["scores"]), len(theirs["scores"]))
+        assert abs(len(ours["scores"]) - len(theirs["scores"])) <= 1
+        close = torch.isclose(ours["scores"][:count], torch.from_numpy(theirs["scores"][:count]), atol=tolerance.score)
+        assert close.float().mean() >= tolerance.share
+    return alone
+
+
+@pytest.mark.parametrize(
+    ("family", "nms"),
+    [*((family, "inside") for family in FAMILIES), ("retinanet", "outside"), ("fasterrcnn", "outside")],
+)
+def test_the_form_of_tensors_finds_what_each_family_finds(family, nms):
+    model = made(family)
+    images = pictures(*SIZES)
+    found = formed(model, nms=nms)([image.permute(1, 2, 0).numpy() for image in images])
+    with torch.no_grad():
+        eager = model([image.float() / 255 for image in images])
+    assert sum(len(each["scores"]) for each in eager) >= 15
+    for ours, theirs in zip(eager, found, strict=True):
+        assert ours["labels"].tolist() == theirs["labels"].tolist()
+        for name in ours.keys() - {"labels"}:
+            mine = ours[name][:, 0] if name == "masks" else ours[name]
+            torch.testing.assert_close(mine, torch.from_numpy(theirs[name]), atol=2e-3, rtol=1e-4)
+
+
+def test_an_onnx_file_finds_it_in_batches_of_any_sizes():
+    model = made("maskrcnn")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    content = exported(model, "onnx", weights="0" * 64)
+    agree(model, OPENERS[".onnx"](content, "cpu"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    import onnx
+
+    written = onnx.load_from_string(content)
+    assert [(each.domain, each.version >= 17) for each in written.opset_import] == [("", True)]
+    assert {node.domain for node in written.graph.node} == {""}
+    told = json.loads({each.key: each.value for each in written.metadata_props}["jdkd"])
+    assert told["classes"] == ["red", "blue"] and told["weights_sha256"] == "0" * 64
+    assert told["architecture"] == model.architecture.id
+    assert told["resize"] == {"min_size": 96, "max_size": 128, "multiple": 32}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("when_asked")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_every_family_in_every_form(family, form):
+    model = made(family)
+    agree(model, OPENERS[f".{form}"](exported(model, form), "cpu"))
+    agree(model, OPENERS[f".{form}"](exported(model, form, half=True), "cpu"), TOLERANCES["fp16"])
+    if family != "maskrcnn":
+        file = OPENERS[f".{form}"](exported(model, form, nms="outside"), "cpu")
+        agree(model, file)
+        scores = file.run(*batch_of([pictures((96, 128))[0].permute(1, 2, 0).numpy()], file.facts["resize"]))[2]
+        assert scores.shape == (1, 60 if family == "fasterrcnn" else 200)  # 30 regions of 2 classes, or 40 of a level
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: built("ssdlite", "mobilenet_v3_small", 2, channels=32), "SSD cannot be exported: what follows"),
+        (lambda: built("keypointrcnn", "resnet18", 2, channels=32), "its key points are read off heat maps"),
+        (lambda: adopt(torch.nn.Conv2d(3, 3, 1), predict=lambda model, images: []), "Adopted cannot be exported"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_the_reason(make, sentence):
+    with pytest.raises(InputError, match=sentence):
+        exportable(make(), by_torchvision)
+
+
+def test_masks_are_made_of_what_the_suppression_keeps():
+    with pytest.raises(InputError, match="its masks are made of the boxes that this keeps"):
+        exportable(made("maskrcnn"), by_torchvision, final=False)
