@@ -59,6 +59,12 @@ def exportable(model: nn.Module, suppress: Suppress, *, half: bool = False, fina
             f"{kind} cannot be exported with its last non-maximum suppression outside: its masks are made of the boxes "
             "that this keeps; export it with the suppression inside."
         )
+    transform = input_transform(inner)
+    if transform.fixed_size is not None or len(transform.image_mean) != 3:
+        raise InputError(
+            f"{kind} cannot be exported: it takes images of {len(transform.image_mean)} channel(s), resized to "
+            f"{transform.fixed_size or 'any size'}; give one that takes RGB and resizes the short side."
+        )
     fix_roi_scales(inner)
     inner = _sampling_by_grids(copy.deepcopy(inner)).eval().requires_grad_(False)
     made = (TwoStages if isinstance(inner, FasterRCNN) else OneStage)(inner, suppress, final)
@@ -85,6 +91,7 @@ class Exportable(nn.Module):
         self.with_stages = False
         self.stage_names: list[str] = []
         self.dtype = torch.float32
+        self.limits: nn.Module = model  # what says the thresholds, and how many detections are kept
         transform = input_transform(model)
         for name in ("mean", "std"):
             values = torch.tensor(getattr(transform, f"image_{name}"), dtype=torch.float32)
@@ -122,7 +129,7 @@ class Exportable(nn.Module):
         ``groups`` [B, G, n] are the scores by group, of which each is suppressed by itself; there are C candidates.
         """
         if self.final:
-            most = self.model_heads.detections_per_img
+            most = self.limits.detections_per_img
             scores = _kept(self.suppress, boxes, groups, iou, most).reshape(scores.shape)
             scores, which = scores.topk(min(most, count), dim=1)
         boxes = boxes.reshape(*labels.shape, 4)
@@ -138,7 +145,6 @@ class OneStage(Exportable):
     def __init__(self, model: nn.Module, suppress: Suppress, final: bool) -> None:
         super().__init__(model, suppress, final)
         self.anchors = Anchors(model.anchor_generator)
-        self.model_heads = model
         self.outputs = class_head(model).outputs
 
     def find(
@@ -171,7 +177,7 @@ class TwoStages(Exportable):
     def __init__(self, model: nn.Module, suppress: Suppress, final: bool) -> None:
         super().__init__(model, suppress, final)
         self.anchors = Anchors(model.rpn.anchor_generator)
-        self.model_heads = model.roi_heads
+        self.limits = model.roi_heads
         if model.roi_heads.has_mask():
             self.names = (*self.names, "masks")
 
@@ -265,7 +271,7 @@ class SampledByGrid(nn.Module):
     """A deformable convolution by bilinear sampling of a grid, which every runtime has.
 
     Args:
-        conv: of torchvision's, of one group.
+        conv: of one group and stride 1.
     """
 
     def __init__(self, conv: Deformable) -> None:

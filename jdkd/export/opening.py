@@ -17,6 +17,8 @@ from jdkd.export.preparing import Found, batch_of, found_of
 
 FACTS = "jdkd"
 """The key of an ONNX file's metadata, and the extra file of a pt2's, that hold what is known of it, as JSON."""
+FORMAT = 1
+"""Of these facts."""
 DETECTION = ("boxes", "labels", "scores", "masks")
 Run = Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]]
 
@@ -71,10 +73,12 @@ def onnx_run(content: bytes, device: str) -> tuple[Run, Mapping[str, str]]:
     import onnxruntime
 
     providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-    wanted = providers[device.partition(":")[0]]
+    kind, _, number = device.partition(":")
+    wanted = providers[kind]
     if wanted not in onnxruntime.get_available_providers():
         raise InputError(f"--device is {device}, and this onnxruntime has no {wanted}; give --device cpu.")
-    session = onnxruntime.InferenceSession(content, providers=[wanted])
+    how = [(wanted, {"device_id": number} if number else {})]
+    session = onnxruntime.InferenceSession(content, providers=how)
     names = [each.name for each in session.get_inputs()]
     return (
         lambda images, sizes: session.run(None, dict(zip(names, (images, sizes), strict=True))),
@@ -106,7 +110,10 @@ def _opened(opened: Callable[[bytes, str], tuple[Run, Mapping[str, str]]], conte
     run, said_of_it = opened(content, device)
     if not said_of_it.get(FACTS):
         raise InputError("the file does not say how its images are resized; give one that `jdkd export` wrote.")
-    return Exported(run, json.loads(said_of_it[FACTS]))
+    facts = json.loads(said_of_it[FACTS])
+    if facts["format"] != FORMAT:
+        raise InputError(f"the file is of format {facts['format']}, and {FORMAT} is known here; export it anew.")
+    return Exported(run, facts)
 
 
 OPENERS: dict[str, Callable[[bytes, str], Exported]] = {

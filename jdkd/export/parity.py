@@ -130,7 +130,7 @@ def parity(
     found = Parity()
     tolerance, facts = TOLERANCES[file.facts["dtype"]], file.facts
     total = len(dataset) if dataset is not None else 0
-    kinds = ("eager", "exported") if dataset is not None else ()
+    kinds = ("the detector", "the exported file") if dataset is not None else ()
     findings = {kind: Findings(kind, dataset.label_to_category) for kind in kinds}
     segmented = dataset is not None and dataset.segmented
 

@@ -18,7 +18,7 @@ from jdkd.detect.contract import identity, known_architecture
 from jdkd.detect.exportable import Exportable, exportable
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError, said
-from jdkd.export.opening import FACTS
+from jdkd.export.opening import FACTS, FORMAT
 from jdkd.export.suppression import by_onnx, by_torchvision
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.run_folder import versions
@@ -84,9 +84,9 @@ def require_runtime(form: str) -> None:
 def facts(model: nn.Module, made: Exportable, *, half: bool, nms: str, weights: str | None) -> dict[str, Any]:
     """What a file says of itself."""
     transform, known = input_transform(model), known_architecture(model)
-    heads = made.model_heads
+    heads = made.limits
     return {
-        "format": 1,
+        "format": FORMAT,
         "detector": type(unwrapped(model)).__name__,
         "classes": list(known.classes) if known else [],
         "architecture": identity(model),
@@ -122,9 +122,12 @@ def _onnx(made: Exportable, told: Mapping[str, Any]) -> bytes:
 
     multiple, stream = told["resize"]["multiple"], io.BytesIO()
     example = _example(multiple, (max(2, 64 // multiple), max(3, 96 // multiple)))
-    made(*example)  # says the names of the stages
-    names = [*told["outputs"], *(made.stage_names if made.with_stages else ())]
+    outputs = made(*example)  # says the names of the stages
+    stages = made.stage_names if made.with_stages else []
+    names = [*told["outputs"], *stages]
     axes = {"images": {0: "batch", 2: "height", 3: "width"}, **{name: {0: "batch"} for name in ("sizes", *names)}}
+    for name, output in zip(stages, outputs[len(made.names) :], strict=True):
+        axes[name] = {dim: f"{name}: {dim}" for dim in range(output.dim())}
     torch.onnx.export(
         made,
         example,

@@ -10,7 +10,7 @@ from jdkd.detect import detector as built
 from jdkd.detect.exportable import exportable
 from jdkd.errors import InputError
 from jdkd.export.opening import OPENERS
-from jdkd.export.parity import TOLERANCES, parity
+from jdkd.export.parity import TOLERANCES, Parity, numbers, parity
 from jdkd.export.preparing import batch_of
 from jdkd.export.suppression import by_torchvision
 from jdkd.export.writing import exported
@@ -23,19 +23,15 @@ def agree(model, file, tolerance=TOLERANCES["fp32"]):
     """One by one, and in one batch of several sizes."""
     images = pictures(*SIZES)
     found = parity(model, file, [(image, {}) for image in images])
-    assert found.complaint(tolerance) is None, found.sentence()
-    assert found.same >= 20 * len(images) / 4
-    alone = [file([image.permute(1, 2, 0).numpy()])[0] for image in images[:1]]
+    assert found.complaint(tolerance) is None and found.same >= 20, found.sentence()
     together = file([image.permute(1, 2, 0).numpy() for image in images])
-    assert len(together) == 3 and (model.training, file.facts["nms"]) == (False, file.facts["nms"])
+    assert len(together) == len(images)
     with torch.no_grad():
-        eager = model([image.float() / 255 for image in images])
-    for ours, theirs in zip(eager, together, strict=True):
-        count = min(len(ours["scores"]), len(theirs["scores"]))
-        assert abs(len(ours["scores"]) - len(theirs["scores"])) <= 1
-        close = torch.isclose(ours["scores"][:count], torch.from_numpy(theirs["scores"][:count]), atol=tolerance.score)
-        assert close.float().mean() >= tolerance.share
-    return alone
+        eager = model([image.float() / 255 for image in images])  # padded as together, not as alone
+    counted = Parity()
+    for ours, theirs in zip(map(numbers, eager), together, strict=True):
+        counted.compare(ours, theirs, tolerance, lambda of: max(of["scores"].min(), file.facts["score_threshold"]))
+    assert counted.complaint(tolerance) is None and counted.same >= 20, counted.sentence()
 
 
 OUTSIDE = ("retinanet", "outside"), ("fasterrcnn", "outside")
