@@ -30,21 +30,9 @@ FLOORS = (
     "experimental",  # so nothing imports from it
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()}
-OPTIONAL = {
-    "tyro",
-    "rich",
-    "matplotlib",
-    "ray",
-    "onnx",
-    "onnxruntime",
-    "sklearn",
-    "optuna",
-    "sqlalchemy",
-    "tensorboard",
-}
-NOT_AT_IMPORT = OPTIONAL | {
-    *("triton", "torchvision", "pycocotools", "faster_coco_eval", "safetensors", "PIL", "numba", "pandas"),
-}
+OPTIONAL = {"tyro", "rich", "matplotlib", "ray", "sklearn", "optuna", "sqlalchemy", "tensorboard", "pandas"}
+OPTIONAL |= {"onnx", "onnxruntime"}
+NOT_AT_IMPORT = OPTIONAL | {"triton", "torchvision", "pycocotools", "faster_coco_eval", "safetensors", "PIL", "numba"}
 NAMELESS = {"utils", "util", "helpers", "helper", "misc", "common"}
 MAX_LINES = 400
 FAMILIES = re.compile(  # detectors and what is in them, as words of an identifier or of a sentence
