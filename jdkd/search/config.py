@@ -22,7 +22,7 @@ SEGMENTS = 2  # in which the one that goes on is trained, each with the teacher 
 MOST_CUT = 0.6  # of the latency is left by one generation at least: larger cuts go in several
 LONGEST = 1e9  # steps, epochs or minutes: what is more is a slip
 LARGEST_SEED = 2**48  # trainings are told apart by a thousand times it and more, in 64 bits
-MARGIN = 0.975  # of a target is aimed at: training changes what NMS has to do
+MARGIN = 0.99  # of a target is aimed at: training changes what NMS has to do
 
 TEACHING = ("dynamic", "fixed", "base", "none")
 IMITATION = ("pearson", "mse")
