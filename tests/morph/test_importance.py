@@ -90,24 +90,24 @@ def test_taylor_is_the_squared_sum_over_a_units_norms(model, topology):
 
 
 @pytest.mark.parametrize("criterion", LEARNT)
-def test_a_block_weighs_what_its_last_norm_adds_in_the_unit_of_the_channels(model, topology, criterion):
+def test_a_block_weighs_what_its_last_norm_adds_squared_channel_by_channel(model, topology, criterion):
     images, targets = batch(2)
     alone = [([image], [target]) for image, target in zip(images, targets, strict=True)]
     found = channel_importance(model, topology, criterion, [(images, targets)])
-    inner, path = found["backbone.body.layer2.1.conv1"], "backbone.body.layer2.1"
-    block = norm = torch.zeros(())
+    first, second = "backbone.body.layer1.1", "backbone.body.layer3.1"
+    wanted = dict.fromkeys([f"{first}.bn1", f"{first}.bn2", f"{second}.bn2"], 0.0)
     for given in alone if criterion == "fisher" else [(images, targets)]:
         trained = still(model)
         losses(trained, *given).backward()
-        for name in ("bn1", "bn2"):
-            own = trained.get_submodule(f"{path}.{name}")
-            added = sum(p.detach() * p.grad for p in own.parameters()).square().sum()
-            block, norm = (block + added, norm) if name == "bn2" else (block, norm + added)
-    assert block > 0
-    if criterion == "taylor":  # whose channels weigh by their norms
-        torch.testing.assert_close(found[path] / inner.sum(), (block / norm).reshape(1), rtol=1e-3, atol=1e-6)
-    weights = [found[f"backbone.body.layer{stage}.1"] for stage in (1, 2, 3, 4)]
-    assert len({weight.item() for weight in weights}) == 4
+        for name in wanted:
+            parameters = trained.get_submodule(name).parameters()
+            wanted[name] += sum(p.detach() * p.grad for p in parameters).square().sum().item()
+    assert (found[first] / found[second]).item() == pytest.approx(
+        wanted[f"{first}.bn2"] / wanted[f"{second}.bn2"], 1e-3
+    )
+    if criterion == "taylor":  # so are channels, by the norm that they pass
+        inner = found[f"{first}.conv1"].sum()
+        assert (found[first] / inner).item() == pytest.approx(wanted[f"{first}.bn2"] / wanted[f"{first}.bn1"], 1e-3)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
