@@ -69,8 +69,9 @@ def gradient_importance(
                 sums[group.name] += _summed(group, slots[group.name], products).square()
             for path, block in ends.items():
                 for names in block:
-                    rows = [products[name].reshape(len(products[name]), -1).sum(1) for name in names if name in products]
-                    sums[path] += torch.stack(rows).sum(0).square().sum() if rows else 0.0
+                    own = [products[name] for name in names if name in products]
+                    if own:
+                        sums[path] += sum(each.reshape(len(each), -1).sum(1) for each in own).square().sum()
             count += 1
     if not count:
         raise InputError(f"{criterion} importance was given 0 batches and needs at least 1; give it some images.")
