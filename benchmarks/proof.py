@@ -68,16 +68,24 @@ RECIPES = {
 def run(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
     """Trains a base and searches from it; returns the folder of the search."""
     base, out = folder / f"base-{seed}", folder / f"search-{seed}"
-    if recipe.data:
-        data = folder / f"data-{seed}"
-        _jdkd("data", "digits", data, *recipe.data.split(), "--seed", seed, "--resume")
-    else:
-        data = halved(data, folder / "data")
-    common = ("--data", data, "--batch-size", recipe.batch_size, "--lr", recipe.lr, "--amp", recipe.amp)
-    common += ("--seed", seed, "--resume")
-    _jdkd("train", "--out", base, *recipe.model.split(), "--steps", recipe.steps, *common)
-    _jdkd("search", "--base", base, "--out", out, "--steps", 2 * recipe.steps, *common)
+    common = flags(recipe, images(recipe, folder, data, seed), seed)
+    jdkd("train", "--out", base, *recipe.model.split(), "--steps", recipe.steps, *common)
+    jdkd("search", "--base", base, "--out", out, "--steps", 2 * recipe.steps, *common)
     return out
+
+
+def flags(recipe: Recipe, data: Path, seed: int) -> tuple[object, ...]:
+    """What all trainings of a seed have in common."""
+    common = ("--data", data, "--batch-size", recipe.batch_size, "--lr", recipe.lr, "--amp", recipe.amp)
+    return (*common, "--seed", seed, "--resume")
+
+
+def images(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
+    """The folder of a seed's images, drawn or halved where it is not there yet."""
+    if not recipe.data:
+        return halved(data, folder / "data")
+    jdkd("data", "digits", folder / f"data-{seed}", *recipe.data.split(), "--seed", seed, "--resume")
+    return folder / f"data-{seed}"
 
 
 def halved(data: Path, folder: Path) -> Path:
@@ -100,7 +108,7 @@ def halved(data: Path, folder: Path) -> Path:
     return folder
 
 
-def _jdkd(*words: object) -> None:
+def jdkd(*words: object) -> None:
     """One command on one thread: a student that misses its target is a result too."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     ended = subprocess.run([sys.executable, "-m", "jdkd", *map(str, words)], env=os.environ | threads, check=False)
