@@ -47,7 +47,7 @@ POOLLESS = ("base", "none")  # arms that need no pool, and train their students 
 
 def run(name: str, folder: Path, data: Path | None, arm: str, seed: int) -> dict[str, Any]:
     """One arm of one seed, as a row; what is there already is not done again."""
-    recipe, base, steps = RECIPES[name], folder / f"base-{seed}", 2 * RECIPES[name].steps
+    recipe, base, steps = RECIPES[name], folder / f"base-{seed}", RECIPES[name].budget
     own = joint = json.loads((proof.run(recipe, folder, data, seed) / "result.json").read_text())
     images = proof.images(recipe, folder, data, seed)
     if arm != "joint":
