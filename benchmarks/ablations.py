@@ -1,12 +1,12 @@
 """What each part of the joint search is worth: the search with one part changed, at equal training steps, over seeds.
 
-python -m benchmarks.ablations FOLDER                     every arm, seeds 0 to 2; carries on what FOLDER holds
-python -m benchmarks.ablations FOLDER --arms joint mse    some arms; --seeds 0 1 2, --steps N, --target 0.53
-python -m benchmarks.ablations                            print the page of the results that are kept
+python -m benchmarks.ablations blood_cells_deep FOLDER --data DIR   every arm, seeds 0 to 2
+python -m benchmarks.ablations digit_scenes_deep FOLDER --arms joint mse --seeds 0 1
+python -m benchmarks.ablations                                      print the page of the results that are kept
 
-FOLDER gets digit scenes, a base for each seed, and a search for each arm and seed. The teacher pool of a seed is
-trained once and every arm is charged with it, so all arms spend the same steps; an arm that has no pool trains its
-students for as many steps more. The score is on images that neither trained nor selected.
+The bases are those of `benchmarks.proof`, of which FOLDER may be the folder: its searches are the method's own arm. The
+teacher pool of a seed is trained once and every arm is charged with it, so all arms spend the same steps; an arm that
+has no pool trains its students for as many more.
 """
 
 from __future__ import annotations
@@ -14,68 +14,64 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+import torch
+
+from benchmarks import proof, record
+from benchmarks.proof import RECIPES, jdkd
 from jdkd.data import resolve_splits
 from jdkd.search import Method, SearchConfig, plan, search
 
 OP = "ablations"
-DATA = "--train 700 --val 400 --size 96"
-BASE = (
-    "--model fcos --backbone resnet18 --norm batch --width 0.5 --fpn 64 --min-size 96 --max-size 96 --steps 1000 "
-    "--lr 2e-3"
-)
-STEPS = 2000  # twice the base's training
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("the method", {}),
     "pipelined": ("NAS, then pruning, then distillation", {"order": "pipelined", "teaching": "fixed"}),
     "scratch": ("children begin with fresh weights", {"inherit": False}),
-    "fixed": ("the pool's best teaches throughout", {"teaching": "fixed"}),
-    "base": ("the base alone teaches", {"teaching": "base"}),
     "none": ("nobody teaches", {"teaching": "none"}),
+    "base": ("the base alone teaches", {"teaching": "base"}),
+    "fixed": ("the pool's best teaches throughout", {"teaching": "fixed"}),
+    "separate": ("the base, trained on for the pool's steps, teaches throughout", {"teaching": "given"}),
     "mse": ("FitNets' loss instead of PKD's", {"imitation": "mse"}),
+    "one cut": ("one large cut instead of several", {"gradual": False}),
     "gamma": ("channels are cut by gamma", {"criterion": "gamma"}),
     "magnitude": ("channels are cut by magnitude", {"criterion": "magnitude"}),
     "fisher": ("channels are cut by Fisher information", {"criterion": "fisher"}),
-    "one cut": ("one large cut instead of several", {"gradual": False}),
 }
 POOLLESS = ("base", "none")  # arms that need no pool, and train their students on its steps
 
 
-def run(folder: Path, arm: str, seed: int, steps: int, target: float) -> dict[str, Any]:
+def run(name: str, folder: Path, data: Path | None, arm: str, seed: int) -> dict[str, Any]:
     """One arm of one seed, as a row; what is there already is not done again."""
-    data, base = folder / f"data-{seed}", folder / f"base-{seed}"
-    _jdkd(f"data digits {data} {DATA} --seed {seed} --resume")
-    _jdkd(f"train --data {data} --out {base} {BASE} --seed {seed} --resume")
-    train, val = resolve_splits(data)
-    config = SearchConfig(
-        base, train, val, folder / f"joint-{seed}", targets=(target,), steps=steps, control=True, seed=seed, resume=True
-    )
-    result = search(config)  # every arm is taught by this one's pool
+    recipe, base, steps = RECIPES[name], folder / f"base-{seed}", RECIPES[name].budget
+    own = joint = json.loads((proof.run(recipe, folder, data, seed) / "result.json").read_text())
+    images = proof.images(recipe, folder, data, seed)
     if arm != "joint":
-        charged = {"teacher_pool": config.out / "pool", "steps": steps - plan(config, steps).pool}
-        pool = {} if arm in POOLLESS else charged
-        method = Method(**ARMS[arm][1])
-        out = folder / f"{arm.replace(' ', '-')}-{seed}"
-        own = search(replace(config, out=out, method=method, control=False, **pool))
-    else:
-        own = result
+        method, out = Method(**ARMS[arm][1]), folder / f"{arm.replace(' ', '-')}-{seed}"
+        how = {"batch_size": recipe.batch_size, "lr": recipe.lr, "amp": recipe.amp, "seed": seed, "resume": True}
+        config = SearchConfig(base, *resolve_splits(images), out, steps=steps, control=False, **how)
+        pool, teachers = plan(config, steps).pool, ()
+        if arm == "separate":
+            teachers = (folder / f"teacher-{seed}",)
+            jdkd("train", "--out", *teachers, "--model", base, "--steps", pool, *proof.flags(recipe, images, seed))
+        if arm not in POOLLESS:
+            config = replace(config, steps=steps - pool, teacher_pool=folder / f"search-{seed}" / "pool")
+        config = replace(config, method=method, teachers=teachers)
+        own = search(config)
     (student,) = own["students"]
-    shown = ("map", "latency_ratio", "latency_ratio_interval", "target_met", "train_steps", "params")
+    shown = ("map", "target", "latency_ratio", "latency_ratio_interval", "target_met", "train_steps", "params")
     return {
         "op": OP,
+        "data": name,
         "arm": arm,
         "seed": seed,
         "steps": steps,
-        "target": target,
-        "base": result["base"]["map"],
-        "control": result["control"]["map"],
+        "base": joint["base"]["map"],
+        "control": joint["control"]["map"],
         **{name: student[name] for name in shown},
         "seconds": own["cost"]["seconds"],
         "device": own["device"]["device_name"],
@@ -85,7 +81,15 @@ def run(folder: Path, arm: str, seed: int, steps: int, target: float) -> dict[st
 
 
 def page(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: an arm a row, the mean over seeds, and its difference to the method, paired by seed."""
+    """Markdown tables, one for each kind of data."""
+    return "\n\n".join(
+        f"### {name}\n\n{table([row for row in rows if row['data'] == name])}"
+        for name in dict.fromkeys(row["data"] for row in rows)
+    )
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """An arm a row, the mean over seeds, and its difference to the method, paired by seed."""
     rows = list({(row["arm"], row["seed"]): row for row in rows}.values())
     joint = {row["seed"]: row["map"] for row in rows if row["arm"] == "joint"}
     lines = ["| arm | what differs | seeds | student mAP | less the method's, paired | latency ratio |"]
@@ -111,28 +115,23 @@ def spread(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
 
 
-def _jdkd(command: str) -> None:
-    subprocess.run([sys.executable, "-m", "jdkd", *command.split()], check=True, stdout=subprocess.DEVNULL)
-
-
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(RECIPES), nargs="?")
     parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--data", type=Path, help="photographs in the COCO layout")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--target", type=float, default=0.53)
     asked = parser.parse_args(arguments)
     if asked.folder is not None:
+        torch.set_num_threads(1)
         file = record.result_file("cpu", OP)
-        known = {
-            (row["arm"], row["seed"], row["steps"], row["target"])
-            for row in record.load([file] if file.exists() else [])
-        }
-        for seed in asked.seeds:
-            for arm in asked.arms:
-                if (arm, seed, asked.steps, asked.target) not in known:
-                    row = run(asked.folder, arm, seed, asked.steps, asked.target)
+        kept = record.load([file] if file.exists() else [])
+        known = {(row["data"], row["arm"], row["seed"]) for row in kept}
+        for arm in asked.arms:
+            for seed in asked.seeds:
+                if (asked.name, arm, seed) not in known:
+                    row = run(asked.name, asked.folder, asked.data, arm, seed)
                     record.append(file, [row])
                     print(json.dumps(row), flush=True)
     print(page(record.load(sorted(record.RESULTS.glob(f"*/{OP}.jsonl")))))
