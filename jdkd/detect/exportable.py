@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import permute_and_flatten
 from torchvision.ops import MultiScaleRoIAlign, roi_align
@@ -46,29 +46,36 @@ def exportable(model: nn.Module, suppress: Suppress, *, half: bool = False, fina
     """
     not_scripted(model, "export")
     inner = unwrapped(model)
-    kind = type(inner).__name__
-    if isinstance(inner, KeypointRCNN):
-        raise InputError(f"{kind} cannot be exported: its key points are read off heat maps one by one, by their size.")
-    if not isinstance(inner, FCOS | RetinaNet | FasterRCNN):
-        raise InputError(
-            f"{kind} cannot be exported: what follows its heads is known for FCOS, RetinaNet, ATSS, GFL, RepPoints and "
-            "Faster and Mask R-CNN alone; give a detector of these."
-        )
-    if isinstance(inner, MaskRCNN) and not final:
-        raise InputError(
-            f"{kind} cannot be exported with its last non-maximum suppression outside: its masks are made of the boxes "
-            "that this keeps; export it with the suppression inside."
-        )
-    transform = input_transform(inner)
-    if transform.fixed_size is not None or len(transform.image_mean) != 3:
-        raise InputError(
-            f"{kind} cannot be exported: it takes images of {len(transform.image_mean)} channel(s), resized to "
-            f"{transform.fixed_size or 'any size'}; give one that takes RGB and resizes the short side."
-        )
-    fix_roi_scales(inner)
+    if reason := _why_not(inner, final):
+        raise InputError(f"{type(inner).__name__} cannot be exported{reason}.")
     inner = _sampling_by_grids(copy.deepcopy(inner)).eval().requires_grad_(False)
+    fix_roi_scales(inner)
     made = (TwoStages if isinstance(inner, FasterRCNN) else OneStage)(inner, suppress, final)
     return made.to_half() if half else made
+
+
+def _why_not(model: nn.Module, final: bool) -> str | None:
+    """Why a detector cannot be exported, as the sentence goes on, and what can."""
+    if not isinstance(model, FCOS | RetinaNet | FasterRCNN) or class_head(model) is None:
+        return (
+            ": what follows its heads is known for FCOS, RetinaNet, ATSS, GFL, RepPoints and Faster and Mask R-CNN "
+            "alone; give a detector of these"
+        )
+    heads = getattr(model, "roi_heads", None)
+    if heads is not None and heads.has_keypoint():
+        return ": its key points are read off heat maps one by one, by their size; give one without"
+    if heads is not None and heads.has_mask() and not final:
+        return (
+            " with its last non-maximum suppression outside: its masks are made of the boxes that this keeps; export "
+            "it with the suppression inside"
+        )
+    transform = input_transform(model)
+    if transform.fixed_size is not None or len(transform.image_mean) != 3:
+        return (
+            f": it takes images of {len(transform.image_mean)} channel(s), resized to "
+            f"{transform.fixed_size or 'any size'}; give one that takes RGB and resizes the short side"
+        )
+    return None
 
 
 class Exportable(nn.Module):

@@ -31,6 +31,7 @@ RULE = (
     "sizes [N, 2]: height and width of each without the padding. Mean and deviation are inside. boxes are xyxy in "
     "pixels of the resized image; rows of score 0 are no detections; masks are those of the boxes, to be pasted"
 )
+GUARDS = ". torch.export.load(FILE).module(check_guards=False) takes small images too, of which a level is one cell"
 
 
 def exported(
@@ -57,7 +58,7 @@ def exported(
     """
     made = exportable(model, by_onnx if form == "onnx" else by_torchvision, half=half, final=nms == "inside")
     made.with_stages = stages
-    told = facts(model, made, half=half, nms=nms, weights=weights)
+    told = facts(model, made, form, half=half, nms=nms, weights=weights)
     write = {"onnx": _onnx, "pt2": _pt2}[form]
     with _quietly(), torch.no_grad():
         try:
@@ -81,7 +82,9 @@ def require_runtime(form: str) -> None:
         importlib.import_module(package)
 
 
-def facts(model: nn.Module, made: Exportable, *, half: bool, nms: str, weights: str | None) -> dict[str, Any]:
+def facts(
+    model: nn.Module, made: Exportable, form: str, *, half: bool, nms: str, weights: str | None
+) -> dict[str, Any]:
     """What a file says of itself."""
     transform, known = input_transform(model), known_architecture(model)
     heads = made.limits
@@ -105,7 +108,7 @@ def facts(model: nn.Module, made: Exportable, *, half: bool, nms: str, weights: 
         "std": list(map(float, transform.image_std)),
         "inputs": list(INPUTS),
         "outputs": list(made.names),
-        "rule": RULE,
+        "rule": RULE + (GUARDS if form == "pt2" else ""),
         "versions": {"jdkd": __version__, **versions()},
     }
 

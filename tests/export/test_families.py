@@ -14,6 +14,7 @@ from jdkd.export.parity import TOLERANCES, Parity, numbers, parity
 from jdkd.export.preparing import batch_of
 from jdkd.export.suppression import by_torchvision
 from jdkd.export.writing import exported
+from tests.detectors import mask_detector
 from tests.export.tiny import FAMILIES, formed, made, pictures
 
 SIZES = ((60, 90), (120, 77), (96, 128))
@@ -32,6 +33,12 @@ def agree(model, file, tolerance=TOLERANCES["fp32"]):
     for ours, theirs in zip(map(numbers, eager), together, strict=True):
         counted.compare(ours, theirs, tolerance, lambda of: max(of["scores"].min(), file.facts["score_threshold"]))
     assert counted.complaint(tolerance) is None and counted.same >= 20, counted.sentence()
+
+
+def headless():
+    model = made("fcos")
+    model.head = torch.nn.Identity()
+    return model
 
 
 OUTSIDE = ("retinanet", "outside"), ("fasterrcnn", "outside")
@@ -89,6 +96,7 @@ def test_every_family_in_every_form(family, form):
     [
         (lambda: built("ssdlite", "mobilenet_v3_small", 2, channels=32), "SSD cannot be exported: what follows"),
         (lambda: built("keypointrcnn", "resnet18", 2, channels=32), "its key points are read off heat maps"),
+        (headless, "FCOS cannot be exported: what follows its heads"),
         (lambda: adopt(torch.nn.Conv2d(3, 3, 1), predict=lambda model, images: []), "Adopted cannot be exported"),
     ],
 )
@@ -101,4 +109,5 @@ def test_what_cannot_be_exported_is_refused_with_the_reason(make, sentence):
 
 def test_masks_are_made_of_what_the_suppression_keeps():
     with pytest.raises(InputError, match="its masks are made of the boxes that this keeps"):
-        exportable(made("maskrcnn"), by_torchvision, final=False)
+        exportable(mask_detector(), by_torchvision, final=False)  # of the class of those without
+    assert exportable(mask_detector(), by_torchvision).names == ("boxes", "labels", "scores", "masks")

@@ -103,7 +103,7 @@ def formed(model: nn.Module, nms: str = "inside", stages: bool = False) -> Expor
     """What a file of the detector would be, without a file: its function of tensors."""
     form = exportable(model, by_torchvision, final=nms == "inside")
     form.with_stages = stages
-    told = facts(model, form, half=False, nms=nms, weights=None)
+    told = facts(model, form, "onnx", half=False, nms=nms, weights=None)
 
     def run(images, sizes):
         with torch.no_grad():
