@@ -204,7 +204,7 @@ def comparable(
 @torch.no_grad()
 def _calibrate(distiller: Distiller, student: nn.Module, probe: Sequence[Any]) -> None:
     """Brings channels together as they are in training: norms that have seen nothing are measured meanwhile."""
-    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     fresh = any(norm.num_batches_tracked is not None and not norm.num_batches_tracked for norm in norms)
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     if fresh:
