@@ -1,7 +1,7 @@
 """Makes searches whose results the pages show: a base, and a joint search from it, over seeds.
 
-python -m benchmarks.proof digit_scenes_128 FOLDER                 seeds 0 to 2, one after the other
-python -m benchmarks.proof blood_cells FOLDER --data DIR --seeds 1 2
+python -m benchmarks.proof digit_scenes_deep FOLDER                seeds 0 to 2, one after the other
+python -m benchmarks.proof blood_cells_deep FOLDER --data DIR --seeds 1 2
 
 Both carry on what FOLDER holds and write on one thread what `benchmarks.searches` keeps. Whether a base no longer gains
 is judged by the control of its search: the base, trained on for as long as its student, without a change.
@@ -46,7 +46,15 @@ class Recipe:
 
 
 _RESNET = "--backbone resnet18 --norm batch --width 0.75 --fpn 64"
+_DEEP = "--backbone resnet101 --norm batch --width 0.25 --fpn 64"  # the paper's depth, at a width for one core
 RECIPES = {
+    "digit_scenes_deep": Recipe(
+        "--train 400 --val 400 --size 192", f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 3000
+    ),
+    "blood_cells_deep": Recipe(None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000),
+    "blood_cells_deep_two_stage": Recipe(
+        None, f"--model fasterrcnn {_DEEP} --box-head 128 --min-size 120 --max-size 160", 4, 2000
+    ),
     "digit_scenes_128": Recipe(
         "--train 400 --val 400 --size 128", f"--model fcos {_RESNET} --min-size 128 --max-size 128", 4, 3000
     ),

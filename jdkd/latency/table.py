@@ -35,9 +35,11 @@ RIDGE = 0.3  # what keeps the costs of parts that were hardly told apart from wa
 CERTAIN = 10.0  # how much more than others the base's own row weighs, whose ratio is 1
 DOUBT = 3  # how many measurements that agree with the table it would take to believe it, see LatencyTable.corrected
 OUTPUTS = "outputs"  # the feature that counts all outputs of all layers
+LAYERS = "layers"  # the feature that counts the layers themselves
+PLAIN = OUTPUTS, LAYERS  # features of the whole detector, which are not held back by the ridge
 
 Features = dict[str, float]
-"""Multiply-accumulates of every part of a detector, by its name, and :data:`OUTPUTS`."""
+"""Multiply-accumulates of every part of a detector, by its name, :data:`OUTPUTS` and :data:`LAYERS`."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,9 @@ class LatencyTable:
     """Predicts the latency of a base's descendants, over that of the base, from measured versions of the base.
 
     The latency is taken as a fixed cost, plus a cost for each multiply-accumulate that differs between the parts of the
-    detector, plus one for each number that a layer writes. Multiply-accumulates are products of what a layer reads and
-    writes, so cuts on both sides of it are not counted twice. The costs, none of them negative, are those that explain
-    the measured ratios best, by relative error, with a ridge. The form is our choice.
+    detector, plus one for each number that a layer writes and one for each layer. Multiply-accumulates are products of
+    what a layer reads and writes, so cuts on both sides of it are not counted twice. The costs, none of them negative,
+    are those that explain the measured ratios best, by relative error, with a ridge. The form is our choice.
 
     Args:
         containers: paths of the modules that hold blocks.
@@ -87,6 +89,7 @@ class LatencyTable:
         for name, places in self.places(shapes, size_of(model, rewrite)).items():
             found[part_of(name.rpartition(".")[0], self.containers)] += places * math.prod(shapes[name])
             found[OUTPUTS] += places * shapes[name][0]
+            found[LAYERS] += 1
         return dict(found)
 
     def places(self, names: Iterable[str], size: int) -> dict[str, float]:
@@ -143,7 +146,7 @@ class LatencyTable:
         names = [name for name in base if base[name] > 0]
         shares = np.array([[1.0, *(row.get(name, 0.0) / base[name] for name in names)] for row, _ in self.rows])
         ratios = np.array([ratio for _, ratio in self.rows])
-        ridge = np.array([0.0, *(0.0 if name == OUTPUTS else RIDGE for name in names)])
+        ridge = np.array([0.0, *(0.0 if name in PLAIN else RIDGE for name in names)])
         trust = np.where(np.arange(len(ratios)) == 0, CERTAIN, 1.0) / ratios
         solved = _non_negative(shares * trust[:, None], ratios * trust, ridge + 1e-9)
         solved *= self.factor
@@ -231,7 +234,7 @@ def measure_table(
 
 
 def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
-    """One part cut, everything cut, a block fewer in one list, another input size."""
+    """One part cut, everything cut, half of the blocks of one list that may go, another input size."""
     containers, parts = _containers(topology), defaultdict(list)
     for group in topology.groups:
         parts[part_of(group.makers[0], containers)].append(group)
@@ -241,8 +244,8 @@ def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
             keep = {group.name: range(group.shrunk(share)) for group in groups if group.shrunk(share) < group.units}
             found += [Rewrite(keep=keep)] if keep else []
     for blocks in topology.block_lists:
-        if removable(model, blocks):
-            found.append(Rewrite(blocks={blocks.name: range(len(blocks.blocks) - 1)}))
+        if count := removable(model, blocks):
+            found.append(Rewrite(blocks={blocks.name: range(len(blocks.blocks) - (count + 1) // 2)}))
     found += [Rewrite(attributes=size_attributes(model, size)) for size in _sizes(model)[:-1]]
     return list({repr(each): each for each in found}.values())
 

@@ -1,27 +1,29 @@
-"""See :func:`cut_to`: channels of the whole detector, cut by what is lost for each millisecond saved."""
+"""See :func:`cut_to`: channels and blocks of a detector, cut by what is lost for each millisecond saved."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.graph import ChannelGroup, Topology
+from jdkd.graph import BlockList, ChannelGroup, Topology
 from jdkd.latency.layers import part_of, shapes_after
-from jdkd.latency.table import OUTPUTS, LatencyTable, size_of
+from jdkd.latency.table import LAYERS, OUTPUTS, LatencyTable, size_of
 from jdkd.morph.actions import Morph, shorten
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
+from jdkd.rewrite.blocks import removable
 from jdkd.rewrite.channels import require_traced
 
 FINEST = 32  # steps in which a group is cut at most
-FLOOR = 0.25  # no group loses more than the rest in one cut
+FLOOR = 0.25  # no group and no list of blocks loses more than the rest in one cut
 
 
 def cut_to(
@@ -37,10 +39,11 @@ def cut_to(
     temperature: float = 0.0,
     rng: random.Random | None = None,
 ) -> Morph:
-    """Cuts channels of all groups until the predicted latency meets an aim.
+    """Cuts channels of all groups, and whole blocks, until the predicted latency meets an aim.
 
-    Greedy: again and again the group is cut by one step, :meth:`jdkd.graph.ChannelGroup.shrunk` gives its size, that
-    loses least for what it saves, as the detector is by then. A group of which the share s of its importance I is left
+    Greedy: again and again that group is cut by one step, :meth:`jdkd.graph.ChannelGroup.shrunk` gives its size, or
+    that block leaves, which loses least for what it saves, as the detector is by then. A block loses its importance. A
+    group of which the share s of its importance I is left
     has lost ``-I log s``: the first channels cost what they weigh, the last ones more and more, as what reads them has
     less to make up for them. (Our choice; what it is worth against the plain sum in a whole search was not measured.)
 
@@ -49,12 +52,13 @@ def cut_to(
         topology: of it.
         table: of its base on this device.
         aim: predicted latency over the base's, at most.
-        importance: of every unit of every group, see :func:`channel_importance`; a group without it stays whole.
+        importance: of every unit of every group and of every block, see :func:`channel_importance`; what is without it
+            stays.
         shorter: lists of blocks that lose their weakest block as well.
         min_size: the short side of the input as well, in pixels.
-        floor: share of its units that each group keeps.
-        temperature: spread of the factors, ``exp(temperature * N(0, 1))`` for each group, by which importance is
-            multiplied: at 0 always the same cut, above that a different one for each state of ``rng``.
+        floor: share of its units that each group keeps, and of its blocks each list; one may always leave.
+        temperature: spread of the factors, ``exp(temperature * N(0, 1))`` for each group and list, by which importance
+            is multiplied: at 0 always the same cut, above that a different one for each state of ``rng``.
         rng: the source of chance; needed above 0.
 
     Returns:
@@ -74,20 +78,25 @@ def cut_to(
     around = shorten(model, topology, shorter, min_size)
     costs = _Costs.of(model, topology, table, around.rewrite)
     groups = [group for group in topology.groups if group.name in importance and group.units > 1]
-    rows = [_Row.of(group, importance[group.name], floor, _factor(temperature, rng)) for group in groups]
+    rows = [_Row(group, importance[group.name], floor, _factor(temperature, rng)) for group in groups]
+    lists = [
+        _Shortened(model, blocks, around.rewrite, importance, floor, _factor(temperature, rng))
+        for blocks in topology.block_lists
+    ]
     while costs.ratio() > aim:
-        found = [(row.next_loss() / saved, row) for row in rows if (saved := costs.saved(row)) > 0]
-        if not found:
+        offers = [offer for each in (*rows, *lists) for offer in each.offers(costs)]
+        if not offers:
             raise InputError(
                 f"no cut of {', '.join([around.action] if around.action else ['channels'])} reaches {aim:.3f} of the "
                 f"base's latency: {costs.ratio():.3f} is the least with a floor of {floor:g} of each group; lower the "
                 "floor, take blocks or input size away too, or cut again later."
             )
-        row = min(found, key=lambda pair: pair[0])[1]
-        costs.cut(row)
-    keep = {row.group.name: row.kept() for row in rows if row.left < row.group.units}
-    action = "; ".join(filter(None, [around.action, _said(rows, table)]))
-    return Morph(action or "cut nothing", replace(around.rewrite, keep=keep))
+        min(offers, key=lambda offer: offer[0])[1]()
+    rows = [row for row in rows if row.left < row.group.units and costs.has(row.group.name)]
+    shorter = {each.blocks.name: each.order() for each in lists if each.gone}
+    action = "; ".join(filter(None, [around.action, *(each.said() for each in lists if each.gone), _said(rows, table)]))
+    keep = {row.group.name: row.kept() for row in rows}
+    return Morph(action or "cut nothing", replace(around.rewrite, keep=keep, blocks=around.rewrite.blocks | shorter))
 
 
 def _require_importance(topology: Topology, importance: Mapping[str, Tensor]) -> None:
@@ -105,41 +114,90 @@ def _factor(temperature: float, rng: random.Random | None) -> float:
     return math.exp(temperature * rng.gauss(0.0, 1.0)) if temperature else 1.0
 
 
-@dataclass
+Offer = tuple[float, Callable[[], None]]
+"""What a step loses for what it saves, and the step."""
+
+
 class _Row:
     """A group while it is cut: ``steps`` are the numbers of units at which it may stop, descending."""
 
-    group: ChannelGroup
-    order: np.ndarray  # units, the most important first
-    lost: np.ndarray  # [units + 1], importance lost where so many are left
-    steps: list[int]
-
-    @classmethod
-    def of(cls, group: ChannelGroup, values: Tensor, floor: float, factor: float) -> _Row:
-        order = values.argsort(descending=True, stable=True).numpy()
-        sums = np.concatenate([[0.0], np.cumsum(values.double().numpy()[order])])
+    def __init__(self, group: ChannelGroup, values: Tensor, floor: float, factor: float) -> None:
+        self.group = group
+        self.order = values.argsort(descending=True, stable=True).numpy()  # units, the most important first
+        sums = np.concatenate([[0.0], np.cumsum(values.double().numpy()[self.order])])
         least = group.shrunk(floor)
         wanted = [group.shrunk(share / FINEST) for share in range(FINEST, 0, -1)]
-        steps = sorted({units for units in wanted if units >= least} | {group.units}, reverse=True)
+        self.steps = sorted({units for units in wanted if units >= least} | {group.units}, reverse=True)
         share = np.maximum(sums, 1e-9 * sums[-1]) / max(sums[-1], 1e-30)
-        return cls(group, order, -sums[-1] * np.log(np.maximum(share, 1e-9)) * factor, steps)
+        # [units + 1], importance lost where so many are left
+        self.lost = -sums[-1] * np.log(np.maximum(share, 1e-9)) * factor
+
+    def offers(self, costs: _Costs) -> Iterator[Offer]:
+        if len(self.steps) > 1 and (saved := costs.saved(self.group.name, self.steps[0] - self.steps[1])) > 0:
+            yield float(self.lost[self.steps[1]] - self.lost[self.steps[0]]) / saved, partial(self._cut, costs)
+
+    def _cut(self, costs: _Costs) -> None:
+        costs.cut(self.group.name, self.steps[0] - self.steps[1])
+        self.steps.pop(0)
 
     @property
     def left(self) -> int:
         return self.steps[0]
 
-    def next_loss(self) -> float:
-        return float(self.lost[self.steps[1]] - self.lost[self.steps[0]])
-
     def kept(self) -> tuple[int, ...]:
         return tuple(sorted(self.order[: self.left].tolist()))
+
+
+class _Shortened:
+    """A list of blocks while blocks leave it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: BlockList,
+        around: Rewrite,
+        importance: Mapping[str, Tensor],
+        floor: float,
+        factor: float,
+    ) -> None:
+        count = len(blocks.blocks)
+        self.blocks, self.gone = blocks, set[int]()
+        self._left = set(around.blocks.get(blocks.name, range(count)))
+        known = {place: importance.get(path) for place, path in enumerate(blocks.blocks) if place in self._left}
+        self._lost = {place: factor * value.item() for place, value in known.items() if value is not None}
+        may = min(removable(model, blocks), max(1, int((1 - floor) * count)))
+        self._may = may - (count - len(self._left))
+
+    def offers(self, costs: _Costs) -> Iterator[Offer]:
+        if len(self.gone) < self._may:
+            for place, lost in self._lost.items():
+                if place not in self.gone and (saved := costs.saved_without(self.blocks.blocks[place])) > 0:
+                    yield lost / saved, partial(self._remove, costs, place)
+
+    def _remove(self, costs: _Costs, place: int) -> None:
+        costs.remove(self.blocks.blocks[place])
+        self.gone.add(place)
+
+    def order(self) -> tuple[int, ...]:
+        return tuple(sorted(self._left - self.gone))
+
+    def said(self) -> str:
+        return f"remove {'a block' if len(self.gone) == 1 else f'{len(self.gone)} blocks'} of {self.blocks.name}"
 
 
 class _Costs:
     """Predicted latency of a detector while its groups are cut."""
 
-    def __init__(self, fixed: float, sizes: np.ndarray, rates: np.ndarray, touched: dict[str, list]) -> None:
-        self._fixed, self._sizes, self._rates, self._touched = fixed, sizes, rates, touched
+    def __init__(
+        self,
+        fixed: float,
+        sizes: np.ndarray,
+        rates: np.ndarray,
+        touched: dict[str, list],
+        inside: dict[str, list[int]],
+    ) -> None:
+        self._fixed, self._sizes, self._rates = fixed, sizes, rates
+        self._touched, self._inside = touched, inside
 
     @classmethod
     def of(cls, model: nn.Module, topology: Topology, table: LatencyTable, around: Rewrite) -> _Costs:
@@ -152,42 +210,57 @@ class _Costs:
         by_part = [table.costs.get(part_of(name.rpartition(".")[0], table.containers), 0.0) for name in names]
         rates = np.array([[cost, table.costs.get(OUTPUTS, 0.0)] for cost in by_part])
         rates *= np.array([[places[name]] for name in names])
+        rates = np.hstack([rates, np.full((len(names), 1), table.costs.get(LAYERS, 0.0))])
         number = {name: place for place, name in enumerate(names)}
         touched = defaultdict(list)
         for group in topology.groups:
             for slot in group.slots:
                 if slot.tensor in number:
                     touched[group.name].append((number[slot.tensor], slot.dim, slot.repeat))
-        return cls(table.fixed, sizes, rates, dict(touched))
+        inside = {
+            path: [line for name, line in number.items() if name.startswith(f"{path}.")]
+            for blocks in topology.block_lists
+            for path in blocks.blocks
+        }
+        return cls(table.fixed, sizes, rates, dict(touched), inside)
 
     def ratio(self) -> float:
         return self._fixed + self._of(self._sizes, self._rates)
 
-    def saved(self, row: _Row) -> float:
-        """What the next step of a group saves."""
-        touched = self._touched.get(row.group.name)
-        if len(row.steps) < 2 or not touched:
+    def has(self, group: str) -> bool:
+        """Whether anything that a group runs through is still there."""
+        return bool(self._rates[[line for line, _, _ in self._touched.get(group, ())]].any())
+
+    def saved(self, group: str, units: int) -> float:
+        """What it saves to cut so many units of a group."""
+        if group not in self._touched:
             return 0.0
-        lines, sizes = self._after(row)
+        lines, sizes = self._after(group, units)
         return self._of(self._sizes[lines], self._rates[lines]) - self._of(sizes, self._rates[lines])
 
-    def cut(self, row: _Row) -> None:
-        """Takes the next step of a group."""
-        lines, sizes = self._after(row)
+    def cut(self, group: str, units: int) -> None:
+        lines, sizes = self._after(group, units)
         self._sizes[lines] = sizes
-        row.steps.pop(0)
 
-    def _after(self, row: _Row) -> tuple[list[int], np.ndarray]:
-        gone, touched = row.steps[0] - row.steps[1], self._touched[row.group.name]
+    def saved_without(self, block: str) -> float:
+        """What it saves to remove a block."""
+        lines = self._inside[block]
+        return self._of(self._sizes[lines], self._rates[lines])
+
+    def remove(self, block: str) -> None:
+        self._rates[self._inside[block]] = 0.0
+
+    def _after(self, group: str, units: int) -> tuple[list[int], np.ndarray]:
+        touched = self._touched[group]
         lines = sorted({line for line, _, _ in touched})
         place, sizes = {line: k for k, line in enumerate(lines)}, self._sizes[lines]
         for line, dim, repeat in touched:
-            sizes[place[line], dim] -= gone * repeat
+            sizes[place[line], dim] -= units * repeat
         return lines, sizes
 
     @staticmethod
     def _of(sizes: np.ndarray, rates: np.ndarray) -> float:
-        return float((rates[:, 0] * sizes.prod(1) + rates[:, 1] * sizes[:, 0]).sum())
+        return float((rates[:, 0] * sizes.prod(1) + rates[:, 1] * sizes[:, 0] + rates[:, 2]).sum())
 
 
 def _said(rows: Sequence[_Row], table: LatencyTable) -> str:

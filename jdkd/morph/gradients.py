@@ -1,4 +1,4 @@
-"""What the losses say of each channel: first-order Taylor and Fisher importance over coupled groups."""
+"""What the losses say of each channel and block: first-order Taylor and Fisher importance over coupled groups."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STILL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, Stochast
 def gradient_importance(
     model: nn.Module, topology: Topology, batches: Iterable[Any], criterion: str
 ) -> dict[str, Tensor]:
-    """How much the losses would change without each unit, to first order: the mean square.
+    """How much the losses would change without each unit and each block, to first order: the mean square.
 
     ``taylor`` sums weight times gradient over what makes a unit (the weights and biases of its norms, where it passes
     some) and takes the mean square over batches (Molchanov et al., CVPR 2019). ``fisher`` takes the gradient of one
@@ -41,7 +41,8 @@ def gradient_importance(
         criterion: ``"taylor"`` or ``"fisher"``.
 
     Returns:
-        ``[units]`` by the name of the group, on the CPU, in the unit of the losses, squared: comparable between groups.
+        ``[units]`` by the name of the group and ``[1]`` by the path of each block that may go, on the CPU, in the unit
+        of the losses, squared: comparable with each other.
 
     Raises:
         InputError: there is no batch, or its losses are none, not finite or need no parameter.
@@ -49,7 +50,9 @@ def gradient_importance(
     model = unwrapped(model)
     require_traced(model, topology)
     slots = {group.name: _speaking(group, topology, criterion) for group in topology.groups}
+    ends = _ends(model, topology)
     wanted = dict.fromkeys(slot.tensor for found in slots.values() for slot in found)
+    wanted |= dict.fromkeys(name for block in ends.values() for names in block for name in names)
     parameters = {name: named(model, name) for name in wanted}
     parameters = {
         name: tensor
@@ -57,12 +60,18 @@ def gradient_importance(
         if isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
     }
     sums = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in topology.groups}
+    sums |= {path: torch.zeros(1, dtype=torch.float64) for path in ends}
     count = 0
     with _still(model), _differentiable(parameters.values()):
         for images, targets in _bites(batches, one_by_one=criterion == "fisher"):
             products = _products(model, parameters, images, targets)
             for group in topology.groups:
                 sums[group.name] += _summed(group, slots[group.name], products).square()
+            for path, block in ends.items():
+                for names in block:
+                    own = [products[name] for name in names if name in products]
+                    if own:
+                        sums[path] += sum(each.reshape(len(each), -1).sum(1) for each in own).square().sum()
             count += 1
     if not count:
         raise InputError(f"{criterion} importance was given 0 batches and needs at least 1; give it some images.")
@@ -76,6 +85,33 @@ def _speaking(group: ChannelGroup, topology: Topology, criterion: str) -> list[S
     norms = topology.norms(group)
     made = [slot for slot in group.slots if slot.role == "scale" and slot.tensor.rpartition(".")[0] in norms]
     return made or [slot for slot in group.slots if slot.role == "out"]
+
+
+def _ends(model: nn.Module, topology: Topology) -> dict[str, list[list[str]]]:
+    """For every block that is known to be the identity without them: for each sum in it, the parameters that scale and
+    shift the channels which are added, in the last layer that learns."""
+    found = {}
+    for blocks in topology.block_lists:
+        for (path, is_identity), ends in zip(blocks.identities(), blocks.ends, strict=True):
+            if is_identity:
+                found[path] = [_learning(model, chain) for chain in ends]
+    return {path: block for path, block in found.items() if all(block)}
+
+
+def _learning(model: nn.Module, chain: Sequence[str]) -> list[str]:
+    """The parameters of the first in a chain of layers and parameters that is multiplied and learns."""
+    for name in chain:
+        if name.startswith("+"):
+            continue
+        found = named(model, name)
+        own = (
+            {name: found}
+            if isinstance(found, Tensor)
+            else {f"{name}.{leaf}": each for leaf, each in found.named_parameters(recurse=False)}
+        )
+        if any(isinstance(each, nn.Parameter) for each in own.values()):
+            return list(own)
+    return []
 
 
 def _summed(group: ChannelGroup, slots: Sequence[Slot], products: dict[str, Tensor]) -> Tensor:  # -> [units], float64

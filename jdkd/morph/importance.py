@@ -38,7 +38,8 @@ def channel_importance(
         batches: ``(images, targets)`` to train on, for the latter two.
 
     Returns:
-        ``[units]`` by the name of the group, on the CPU.
+        ``[units]`` by the name of the group, on the CPU; with the latter two also ``[1]`` by the path of each block
+        that may go.
 
     Raises:
         InputError: there is no such criterion, or it needs batches.
@@ -57,7 +58,7 @@ def channel_importance(
             slim = criterion == "gamma" and topology.norms(group)
             values = gamma_importance(model, topology, group) if slim else magnitude_importance(model, group)
             found[group.name] = values * group.units / values.sum().clamp(min=1e-12)
-    total = sum(values.double().sum().item() for values in found.values())
+    total = sum(found[group.name].double().sum().item() for group in topology.groups)
     return {name: (values / max(total, 1e-30)).float() for name, values in found.items()}
 
 

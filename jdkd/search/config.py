@@ -22,9 +22,9 @@ SEGMENTS = 2  # in which the one that goes on is trained, each with the teacher 
 MOST_CUT = 0.6  # of the latency is left by one generation at least: larger cuts go in several
 LONGEST = 1e9  # steps, epochs or minutes: what is more is a slip
 LARGEST_SEED = 2**48  # trainings are told apart by a thousand times it and more, in 64 bits
-MARGIN = 0.975  # of a target is aimed at: training changes what NMS has to do
+MARGIN = 0.99  # of a target is aimed at: training changes what NMS has to do
 
-TEACHING = ("dynamic", "fixed", "base", "none")
+TEACHING = ("dynamic", "fixed", "given", "base", "none")
 IMITATION = ("pearson", "mse")
 ORDERS = ("joint", "pipelined")
 
@@ -36,7 +36,8 @@ class Method:
     Args:
         order: ``"joint"``, or ``"pipelined"``: first an architecture, then one cut, then distillation.
         inherit: whether a child keeps its parent's weights, or begins with fresh ones.
-        teaching: ``"dynamic"`` (the teacher that matches), ``"fixed"`` (the pool's best), ``"base"`` or ``"none"``.
+        teaching: ``"dynamic"`` (the teacher that matches), ``"fixed"`` (the best throughout), ``"given"`` (the best of
+            the detectors of another make that are given), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
         criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
         gradual: whether large cuts go in several generations.
@@ -155,6 +156,8 @@ class SearchConfig:
                 raise InputError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
         if self.seed > LARGEST_SEED:
             raise InputError(f"seed must be at most {LARGEST_SEED}, got {self.seed}.")
+        if self.method.teaching == "given" and not self.teachers:
+            raise InputError("teaching is 'given', and no teachers are; give their folders, or teach otherwise.")
         if self.workers and self.ray is not None:
             raise InputError("workers and ray are both given; the candidates are trained by one of them.")
         TrainConfig(1, batch_size=self.batch_size, lr=self.lr, amp=self.amp, workers=self.loaders)
@@ -245,7 +248,7 @@ def plan(config: SearchConfig, steps: int) -> Plan:
     Raises:
         InputError: the budget is too small for one step each.
     """
-    taught = config.method.teaching in ("dynamic", "fixed")
+    taught = config.method.teaching in ("dynamic", "fixed", "given")
     pool = 0 if config.teacher_pool or not taught else max(LEAST_POOL, round(POOL_SHARE * steps))
     aims, targets = _path(config), config.targets
     left, kinds = steps - pool, len(config.targets)

@@ -37,7 +37,9 @@ from jdkd.train import Scores, TrainConfig, evaluate, fit
 from jdkd.train.inputs import with_targets_of
 
 TIMING_IMAGES = 8
-PROBE_BATCHES = 3
+PROBE_BATCHES = 3  # for repair and correlations
+WEIGHING_BATCHES = 16  # for the importance of channels and blocks: of 3, the logarithms correlate 0.91 with those of 32
+WEIGHING_SHARE = 0.01  # of the budget that they are at most
 BUDGET = "budget.json"
 TRAINING = "training"  # folder of a checkpoint and a log, in that of a candidate or of the control
 BUDGET_STEPS = 3  # of the base, that a budget in minutes is measured by
@@ -107,11 +109,17 @@ class SearchContext:
         if self.config.minutes is not None:
             write_json(self.config.out / BUDGET, {"minutes": self.config.minutes, "steps": self.steps})
 
-    def probe(self) -> Iterator[Any]:
-        """A few training batches, always the same: for importance, repair and correlations."""
+    def probe(self, count: int = PROBE_BATCHES) -> Iterator[Any]:
+        """A few training batches, always the same."""
         config = self.config
         how = {"batch_size": config.batch_size, "seed": config.seed, "device": config.device}
-        return batches(self.train, steps=PROBE_BATCHES, **how)
+        return batches(self.train, steps=count, **how)
+
+    @property
+    def weighing(self) -> Iterator[Any]:
+        """Training batches, always the same, that importance is read off."""
+        share = int(WEIGHING_SHARE * self.steps)
+        return self.probe(max(PROBE_BATCHES, min(WEIGHING_BATCHES, share)))
 
     def calibrated(self, model: nn.Module) -> nn.Module:
         """The model with recalibrated batch norms, in evaluation mode on the device."""

@@ -56,8 +56,9 @@ class Matching:
             return None
         if teaching == "base" or self.pool is None:
             return BASE
-        if teaching == "fixed":
-            return max(self.pool.members, key=lambda member: (member.map == member.map, member.map)).teacher
+        if teaching in ("fixed", "given"):
+            known = [one for one in self.pool.members if teaching == "fixed" or one.teacher in self.pool.foreign]
+            return max(known, key=lambda member: (member.map == member.map, member.map)).teacher
         if isinstance(parent.teacher, Subnet):
             self._look_around(parent.teacher, rng)
         ours = pyramids(student, self.context.probe())

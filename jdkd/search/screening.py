@@ -177,7 +177,7 @@ class Parent:
     def _important(self, model: nn.Module) -> dict[str, Tensor]:
         context = self.context
         topology = self.topology if model is self.model else context.read(model)
-        return channel_importance(model, topology, context.config.method.criterion, context.probe())
+        return channel_importance(model, topology, context.config.method.criterion, context.weighing)
 
 
 def _miss(ratio: float) -> tuple[bool, float]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from jdkd.detect import read
+from jdkd.detect import Stage, read
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.latency import LatencyTable
@@ -110,6 +110,31 @@ def test_blocks_and_input_size_save_too(model, topology, table):
     assert channels(morph) > channels(alone) or len(morph.rewrite.keep) < len(alone.rewrite.keep)
     enough = cut_to(model, topology, table, 0.9, even(topology), min_size=48)
     assert not enough.rewrite.keep and enough.action == "input 64 -> 48 px"
+
+
+def test_a_block_leaves_where_it_loses_less_than_channels_for_what_it_saves(model, topology, table):
+    blocks = {path: torch.tensor([1.0]) for each in topology.block_lists for path in each.blocks}
+    dear = even(topology) | {path: 1e3 * value for path, value in blocks.items()}
+    assert not cut_to(model, topology, table, 0.6, dear).rewrite.blocks
+    cheap = even(topology) | {path: 1e-6 * value for path, value in blocks.items()}
+    morph = cut_to(model, topology, table, 0.98, cheap)
+    assert morph.rewrite.blocks and not morph.rewrite.keep and "remove a block of backbone.body.layer" in morph.action
+    both = cut_to(model, topology, table, 0.35, cheap)
+    assert len(both.rewrite.blocks) == len(topology.block_lists) and both.rewrite.keep
+    child = both.apply(model, topology)
+    assert 0.35 >= table.predict(child) == pytest.approx(table.predict(model, topology, both.rewrite), rel=1e-6)
+    gone = [path for each in topology.block_lists for path in each.blocks]
+    assert not any(name.startswith(f"{path}.") for name in both.rewrite.keep for path in gone)
+
+
+def test_no_list_loses_more_than_the_floor_leaves_but_one_block_may_always_go():
+    stages = [Stage(width, ((8,),) * depth) for width, depth in ((16, 2), (16, 2), (24, 7), (32, 2))]
+    deep = detector(small_spec(stages=tuple(stages)))
+    topology = read(deep, size=SIZE)
+    table, worthless = priced(deep, topology), even(topology)
+    worthless |= {path: torch.tensor([1e-9]) for each in topology.block_lists for path in each.blocks}
+    orders = cut_to(deep, topology, table, 0.65, worthless, floor=0.5, shorter=["backbone.body.layer3"]).rewrite.blocks
+    assert len(orders["backbone.body.layer3"]) == 3 and orders["backbone.body.layer4"] == ()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 from jdkd.detect import read
 from jdkd.errors import InputError
-from jdkd.morph.importance import CRITERIA, channel_importance
+from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance
 from jdkd.rewrite.channels import named
 from tests.detectors import detector, small_spec
 from tests.morph.small import parent
@@ -89,6 +89,27 @@ def test_taylor_is_the_squared_sum_over_a_units_norms(model, topology):
     torch.testing.assert_close(found / found.sum(), wanted / wanted.sum(), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("criterion", LEARNT)
+def test_a_block_weighs_what_its_last_norm_adds_squared_channel_by_channel(model, topology, criterion):
+    images, targets = batch(2)
+    alone = [([image], [target]) for image, target in zip(images, targets, strict=True)]
+    found = channel_importance(model, topology, criterion, [(images, targets)])
+    first, second = "backbone.body.layer1.1", "backbone.body.layer3.1"
+    wanted = dict.fromkeys([f"{first}.bn1", f"{first}.bn2", f"{second}.bn2"], 0.0)
+    for given in alone if criterion == "fisher" else [(images, targets)]:
+        trained = still(model)
+        losses(trained, *given).backward()
+        for name in wanted:
+            parameters = trained.get_submodule(name).parameters()
+            wanted[name] += sum(p.detach() * p.grad for p in parameters).square().sum().item()
+    assert (found[first] / found[second]).item() == pytest.approx(
+        wanted[f"{first}.bn2"] / wanted[f"{second}.bn2"], 1e-3
+    )
+    if criterion == "taylor":  # so are channels, by the norm that they pass
+        inner = found[f"{first}.conv1"].sum()
+        assert (found[first] / inner).item() == pytest.approx(wanted[f"{first}.bn2"] / wanted[f"{first}.bn1"], 1e-3)
+
+
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_model_is_left_as_it_was_and_units_weigh_one_together(criterion):
     model = detector(small_spec())
@@ -106,8 +127,10 @@ def test_the_model_is_left_as_it_was_and_units_weigh_one_together(criterion):
     assert all((parameter.grad == 1).all() for parameter in model.parameters())
     assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
     assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
-    assert {name: len(values) for name, values in found.items()} == {g.name: g.units for g in topology.groups}
-    assert sum(values.sum() for values in found.values()).item() == pytest.approx(1, abs=1e-4)
+    blocks = [path for each in topology.block_lists for path in each.blocks] if criterion in LEARNT else []
+    units = {group.name: group.units for group in topology.groups}
+    assert {name: len(values) for name, values in found.items()} == units | dict.fromkeys(blocks, 1)
+    assert sum(found[name].sum() for name in units).item() == pytest.approx(1, abs=1e-4)
     again = channel_importance(model, topology, criterion, [batch(2)])
     assert all(torch.equal(found[name], again[name]) for name in found)
 

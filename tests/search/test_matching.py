@@ -23,7 +23,11 @@ def pool():
     space = Space.from_base(read(detector(small_spec())))
     members = [ScoredTeacher(t, map, 1) for t, map in ((space.largest, 0.6), ("yolo", 0.55), (space.smallest, 0.4))]
     return SimpleNamespace(
-        space=space, members=members, teacher=lambda teacher: teacher, score=lambda t, data: ScoredTeacher(t, 0.1, 1)
+        space=space,
+        members=members,
+        teacher=lambda teacher: teacher,
+        score=lambda t, data: ScoredTeacher(t, 0.1, 1),
+        foreign={members[1].teacher: None},
     )
 
 
@@ -86,6 +90,11 @@ def test_a_teacher_without_a_score_does_not_teach(pool, matched, score):
     pool.members[0] = ScoredTeacher(largest, score, 1)
     assert matched(0.2, {largest: 1.0}) == foreign
     assert matched(0.2, teaching="fixed") == foreign
+
+
+def test_a_given_teacher_teaches_alone_where_that_is_the_method(pool, matched):
+    assert matched(0.9, teaching="given") == pool.members[1].teacher
+    assert matched(0.1, {pool.members[0].teacher: 1.0}, teaching="given") == pool.members[1].teacher
 
 
 def test_of_equally_related_ones_the_one_that_is_further_ahead_teaches(pool, matched):
