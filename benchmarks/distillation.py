@@ -53,7 +53,7 @@ TRAINING = TrainConfig(STEPS, batch_size=4, lr=2e-3, amp="bf16")
 RESAMPLES = 400
 SWAP_OP = "distillation_swap"
 SWAP_STEPS = 200
-OTHER_HEAD = {"fcos": "retinanet", "retinanet": "fcos", "fasterrcnn": "fasterrcnn"}  # by a student's family
+OTHER_HEAD = {"fcos": "retinanet_v2", "retinanet_v2": "fcos", "fasterrcnn": "fasterrcnn"}  # by a student's family
 
 Way = tuple[str, str, str, float | str]
 """A teacher's family, a student's, the loss and its weight."""
