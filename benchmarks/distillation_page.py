@@ -35,7 +35,7 @@ def page(kept: Iterable[Row]) -> str:
     rows, parts = latest(kept), []
     for data in dict.fromkeys(row["data"] for row in rows):
         own = [row for row in rows if row["data"] == data]
-        parts += [f"### {TITLES.get(data, data)}", *_facts(own), verdict(own), table(own)]
+        parts += [f"### {TITLES.get(data, data)}", _facts(own, "student"), verdict(own), table(own)]
         if chart(own):
             parts.append(f"![mAP of students in training, by pair and loss]({chart_name(data)})")
         if any(row["weight"] != AUTO for row in own):
@@ -168,6 +168,8 @@ def swaps(kept: Iterable[Row]) -> str:
         lines = [
             f"### {TITLES.get(data, data)}",
             "",
+            _facts(own, "head"),
+            "",
             "**Under a head that is trained anew, the features of a PKD student beat those of an untaught one by more "
             f"than the spread on {len(won)} of {len(taught)} pairs.**",
             "",
@@ -233,14 +235,11 @@ def _curve(row: Row) -> list[float]:
     return np.mean(row["curves"], axis=0).tolist()
 
 
-def _facts(rows: Sequence[Row]) -> list[str]:
+def _facts(rows: Sequence[Row], trained: str) -> str:
     """What the rows of a data set have in common."""
-    seeds = sorted({len(row["seeds"]) for row in rows})
-    steps = sorted({row["steps"] for row in rows})
-    return [
-        f"{' or '.join(map(str, steps))} steps of every student, {' or '.join(map(str, seeds))} seeds; "
-        f"on {', '.join(sorted({row['device'] for row in rows}))}."
-    ]
+    steps = " or ".join(map(str, sorted({row["steps"] for row in rows})))
+    seeds = " or ".join(map(str, sorted({len(row["seeds"]) for row in rows})))
+    return f"{steps} steps of every {trained}, {seeds} seeds; on {', '.join(sorted({row['device'] for row in rows}))}."
 
 
 def name(pair: tuple[str, str]) -> str:

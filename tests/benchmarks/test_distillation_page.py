@@ -99,11 +99,12 @@ def test_a_drawing_has_a_panel_a_pair_and_a_line_a_seed():
 
 def test_a_swap_says_what_features_are_worth_under_another_head():
     swap = {"head": "retinanet", "op": "distillation_swap"}
-    rows = [ALONE | swap, WON | swap, row("nobody", "retinanet", "none", [0.1], head="fcos")]
+    rows = [ALONE | swap, WON | swap, row("nobody", "retinanet", "none", [0.1, 0.1], head="fcos")]
     said = pages.swaps(rows)
+    assert "800 steps of every head, 2 seeds; on Some CPU, 1 threads." in said
     assert "beat those of an untaught one by more than the spread on 1 of 1 pairs.**" in said
     assert "| fcos | fasterrcnn, pkd | retinanet | 0.400 0.500 | +0.200 (+0.100 to +0.300) |" in said
-    assert "| retinanet | nobody | fcos | 0.100 | – |" in said
+    assert "| retinanet | nobody | fcos | 0.100 0.100 | – |" in said
     assert pages.swaps([]) == "Not measured."
 
 
