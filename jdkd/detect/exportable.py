@@ -288,17 +288,17 @@ class SampledByGrid(nn.Module):
     def forward(self, feature: Tensor, offset: Tensor) -> Tensor:  # [N, C, H, W], [N, 2 k k, H, W] as y and x in turn
         conv, dtype = self.conv, feature.dtype
         feature, offset, weight, bias = (each.float() for each in (feature, offset, conv.weight, conv.bias))
-        height, width = feature.shape[-2:]
-        grids = []
-        for tap in range(conv.kernel_size[0] * conv.kernel_size[1]):
-            row, column = divmod(tap, conv.kernel_size[1])
-            y = torch.arange(height, device=feature.device) + (row * conv.dilation[0] - conv.padding[0])
-            x = torch.arange(width, device=feature.device) + (column * conv.dilation[1] - conv.padding[1])
-            y, x = y[:, None] + offset[:, 2 * tap], x + offset[:, 2 * tap + 1]  # [N, H, W], in pixels
-            grids.append(torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1))
-        taps = [F.grid_sample(feature, grid, align_corners=False) for grid in grids]
-        weight = weight.flatten(2).transpose(1, 2).flatten(1)[:, :, None, None]  # [O, k k C, 1, 1]
-        return F.conv2d(torch.cat(taps, dim=1), weight, bias).to(dtype)
+        (batch, channels, height, width), taps = feature.shape, conv.kernel_size[0] * conv.kernel_size[1]
+        tap = torch.arange(taps, device=feature.device)[:, None, None]  # [T, 1, 1]
+        row, column = tap.div(conv.kernel_size[1], rounding_mode="floor"), tap % conv.kernel_size[1]
+        y = torch.arange(height, device=feature.device)[:, None] + (row * conv.dilation[0] - conv.padding[0])
+        x = torch.arange(width, device=feature.device) + (column * conv.dilation[1] - conv.padding[1])
+        offset = offset.reshape(batch, taps, 2, height, width)
+        y, x = y + offset[:, :, 0], x + offset[:, :, 1]  # [N, T, H, W], in pixels
+        grid = torch.stack(((2 * x + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1).flatten(1, 2)
+        found = F.grid_sample(feature, grid, align_corners=False).reshape(batch, channels, taps, height, width)
+        weight = weight.flatten(2).transpose(1, 2).flatten(1)[:, :, None, None]  # [O, T C, 1, 1]
+        return F.conv2d(found.transpose(1, 2).flatten(1, 2), weight, bias).to(dtype)
 
 
 def _sampling_by_grids(model: nn.Module) -> nn.Module:
