@@ -24,12 +24,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import record
 from benchmarks.distillation_page import page, swaps
-from benchmarks.resampling import Judged, draws, interval
+from benchmarks.resampling import Judged, gain
 from jdkd.data import CocoDetectionDataset, Split, resolve_splits, write_digit_scenes
 from jdkd.detect import detector, load, narrowed, save, swap_features
 from jdkd.distill import DistillConfig, distill
@@ -50,7 +49,6 @@ STEPS, QUARTERS, LONGER = 800, 4, 3
 SIZE = 96, 128  # short and long side of what detectors see, in pixels
 SCENES = {"train": 400, "val": 400, "size": 96, "seed": 0}
 TRAINING = TrainConfig(STEPS, batch_size=4, lr=2e-3, amp="bf16")
-RESAMPLES = 400
 SWAP_OP = "distillation_swap"
 SWAP_STEPS = 200
 OTHER_HEAD = {"fcos": "retinanet_v2", "retinanet_v2": "fcos", "fasterrcnn": "fasterrcnn"}  # by a student's family
@@ -130,20 +128,6 @@ class Bench:
     def _judged(self, own: torch.nn.Module) -> tuple[list[dict[str, Any]], Judged]:
         found = find(fuse_for_inference(own.eval()), self.val, device="cpu", batch_size=8).close()
         return found, Judged(self.val, found)
-
-
-def gain(ours: Sequence[Judged], theirs: Sequence[Judged]) -> dict[str, Any]:
-    """What one way scores more than another on average, with its interval over seeds and images.
-
-    Args:
-        ours, theirs: judged students, seed by seed.
-    """
-    rng, values = np.random.default_rng(0), []
-    for times in draws(ours[0].count, RESAMPLES):
-        drawn = rng.integers(len(ours), size=len(ours))
-        values.append(np.mean([ours[seed].map(times) - theirs[seed].map(times) for seed in drawn]))
-    mean = float(np.mean([a.map() - b.map() for a, b in zip(ours, theirs, strict=True)]))
-    return {"gain": mean, "gain_interval": list(interval(values))}
 
 
 def rows(bench: Bench, ways: Iterable[Way], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:

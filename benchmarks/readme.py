@@ -9,7 +9,7 @@ files agree. Where an operator has goals, the table is theirs, and the other row
 import re
 from pathlib import Path
 
-from benchmarks import ablations, distillation_cost, distillation_page, goals, record, searches
+from benchmarks import ablations, distillation_cost, distillation_page, gains, goals, record, searches
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +20,7 @@ OWN = {  # operators whose tables are not those of kernels
     "distillation": distillation_page.page,
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,
+    gains.OP: gains.table,
 }
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
