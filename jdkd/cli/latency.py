@@ -152,9 +152,9 @@ def known_runtimes() -> dict[str, Runtime]:
 
 def _exported(model: nn.Module, file: Path, half: bool) -> None:
     """Writes a detector to an ONNX file."""
-    from jdkd.export import to_onnx
+    from jdkd.export.writing import exported
 
-    to_onnx(model, file, **({"half": True} if half else {}))
+    file.write_bytes(exported(model, "onnx", half=half))
 
 
 def _shipped(folders: Mapping[str, Path]) -> dict[str, nn.Module]:

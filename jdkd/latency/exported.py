@@ -139,7 +139,7 @@ class Exported:
         if importlib.util.find_spec(self._package) is None:
             return f"the package {self._package} is not installed; pip install {self._package}"
         if self._export is None:
-            return "it takes exported files, and this jdkd has no jdkd.export.to_onnx to write them"
+            return "it takes exported files, and this jdkd has no jdkd.export to write them"
         if dtype not in self._dtypes:
             return f"it runs {' and '.join(self._dtypes)}"
         return self._missing_provider(self._providers[device.type])
@@ -219,11 +219,12 @@ class ExportedDetector(nn.Module):
         feeds, batch = self.fed(images)
         outputs = dict(zip(self._engine.outputs, self._engine.run(feeds), strict=True))
         found = []
+        names = [name for name in (*FOUND, "masks") if name in outputs]
         for place in range(len(images)):
-            each = {name: torch.from_numpy(np.ascontiguousarray(outputs[name][place])) for name in FOUND}
-            real = each["scores"] > 0
-            kept = {name: value[real] for name, value in each.items()}
-            found.append({name: kept[name].float() if name != "labels" else kept[name].long() for name in kept})
+            each = {name: torch.from_numpy(np.ascontiguousarray(outputs[name][place])) for name in names}
+            kept = {name: value[each["scores"] > 0] for name, value in each.items()}
+            kept = {name: value.long() if name == "labels" else value.float() for name, value in kept.items()}
+            found.append(kept | ({"masks": kept["masks"][:, None]} if "masks" in kept else {}))  # [M, 1, R, R]
         return self.transform.postprocess(found, batch.image_sizes, [tuple(image.shape[-2:]) for image in images])
 
 

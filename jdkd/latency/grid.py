@@ -56,6 +56,14 @@ class Grid:
         """Runtime, dtype and batch size of every measurement, each once."""
         return list(dict.fromkeys(product(self.runtimes, self.dtypes, self.batch_sizes)))
 
+    def apart(self) -> list[Grid]:
+        """Grids of one measurement in one mode each, which together measure the same."""
+        return [
+            replace(self, runtimes=(runtime,), dtypes=(dtype,), batch_sizes=(size,), modes=(mode,))
+            for runtime, dtype, size in self.cells()
+            for mode in dict.fromkeys(self.modes)
+        ]
+
 
 @dataclass(frozen=True)
 class Work:

@@ -107,7 +107,7 @@ def test_what_cannot_run_here_is_refused_by_name(monkeypatch, names, dtypes, sai
 
 @needs_onnxruntime
 def test_without_an_exporter_runtimes_of_files_say_so():
-    with pytest.raises(InputError, match=r"this jdkd has no jdkd\.export\.to_onnx"):
+    with pytest.raises(InputError, match=r"this jdkd has no jdkd\.export to write them"):
         require_runnable(["onnxruntime"], known_runtimes(None), CPU, ["float32"])
 
 
