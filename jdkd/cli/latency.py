@@ -89,6 +89,8 @@ class Latency:
         images, origin, split = self._images()
         files = {name: {"weights_sha256": sha256_of(folder / WEIGHTS)} for name, folder in folders.items()}
         work = self._work(folders, images, device, split)
+        if before is not None:
+            _require_comparable(before, work, grid, str(self.against))
         with Progress() as progress:
             told = progress.task("processes" if grid.processes > 1 else "latency")
             reports = [with_facts(report, files) for report in measure_grid(work, grid, told)]
@@ -199,10 +201,25 @@ def _earlier(file: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _require_comparable(before: list[dict[str, Any]], work: Work, grid: Grid, then: str) -> None:
+    """Refuses an earlier measurement that could not be compared with the one that is about to be taken."""
+    import torch
+
+    from jdkd.latency.protocol import conditions_of, cudnn_benchmark
+    from jdkd.latency.records import images_sha256, matching, require_comparable
+
+    runtimes, device, pixels = work.runtimes(), torch.device(work.device), images_sha256(work.images)
+    with cudnn_benchmark(device):
+        for runtime, dtype, size in grid.cells():
+            protocol = {"runtime": runtime, "dtype": dtype, "batch_size": size, "images_sha256": pixels}
+            found = matching(before, protocol, then)
+            require_comparable(found, conditions_of(device, runtimes[runtime]), protocol, then)
+
+
 def _print_compared(report: LatencyReport, before: list[dict[str, Any]], then: str) -> None:
     from jdkd.latency.records import compared, matching
 
-    for line in compared(report, matching(report, before, then), then):
+    for line in compared(report, matching(before, report.protocol, then), then):
         print(line)
 
 

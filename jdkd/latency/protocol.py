@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from jdkd.errors import InputError
 from jdkd.latency.calls import TimedCall, check_images, end_to_end
 from jdkd.latency.clock import Clock, clock_for, environment
 from jdkd.latency.facts import facts_of, known_facts
-from jdkd.latency.records import sources
+from jdkd.latency.records import images_sha256, sources
 from jdkd.latency.report import MODES, LatencyReport, ModelLatency
 from jdkd.latency.runtimes import Artefact, Batches, Eager, Runtime
 from jdkd.latency.statistics import Latency, percentile
@@ -207,10 +206,11 @@ def measure(
     if reason := runtime.why_not(device, dtype):
         raise InputError(f"runtime {runtime.name} in {dtype} cannot run here: {reason}.")
     schedule = Schedule(rounds, min_seconds, max_seconds, warmup_seconds, warmup_limit, window, tolerance)
+    pixels = images_sha256(images)
     images = [images[index % len(images)] for index in range(max(len(images), batch_size))]
     batches = [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
     clock, watch = clock or clock_for(device), watch or watch_for(device)
-    with torch.inference_mode(), _cudnn_benchmark(device):
+    with torch.inference_mode(), cudnn_benchmark(device):
         artefacts, facts = {}, {}
         for name, model in models.items():
             fix_roi_scales(model.to(device))
@@ -223,7 +223,7 @@ def measure(
         samples, run = interleave(calls, len(batches), schedule, clock, progress, watch)
         for name, artefact in artefacts.items():
             facts[name] |= {"map": score(artefact.detector)} if score else {}
-        conditions = environment(device) | {"clock": clock.name, "runtime_version": runtime.version}
+        conditions = conditions_of(device, runtime, clock)
     return LatencyReport(
         models={name: _of_model(name, samples, facts[name]) for name in models},
         control=None if brief else _of_model(AGAIN, samples, {}),
@@ -235,13 +235,19 @@ def measure(
             "batch_size": batch_size,
             "images": len(images),
             "image_sizes": sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images}),
-            "images_sha256": _images_hash(images),
+            "images_sha256": pixels,
             "schedule": vars(schedule),
             "watch": watch.name,
             "sources": sources(),
             "runs": [run],
         },
     )
+
+
+def conditions_of(device: torch.device, runtime: Runtime, clock: Clock | None = None) -> dict[str, Any]:
+    """What a report calls its environment."""
+    clock = clock or clock_for(device)
+    return environment(device) | {"clock": clock.name, "runtime_version": runtime.version}
 
 
 def measure_quick(models: Mapping[str, nn.Module], images: Sequence[Tensor], **options: Any) -> LatencyReport:
@@ -307,14 +313,6 @@ def _of_model(name: str, samples: Mapping[str, Mapping[str, list[float]]], facts
     return ModelLatency(**{mode: Latency(tuple(named[name])) for mode, named in samples.items()}, facts=facts)
 
 
-def _images_hash(images: Sequence[Tensor]) -> str:
-    """SHA-256 of all pixels."""
-    digest = hashlib.sha256()
-    for image in images:
-        digest.update(f"{tuple(image.shape)} {image.dtype}".encode() + image.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     """Collect garbage now and not while timing."""
@@ -329,7 +327,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cudnn_benchmark(device: torch.device) -> Iterator[None]:
+def cudnn_benchmark(device: torch.device) -> Iterator[None]:
     """Let cuDNN choose by measurement while timing on a GPU, and restore what the caller had."""
     previous = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = previous or device.type == "cuda"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from jdkd import __version__
 from jdkd.errors import InputError
@@ -90,20 +90,14 @@ def compared(now: LatencyReport, before: LatencyReport, then: str) -> list[str]:
         then: what the earlier one is called.
 
     Raises:
-        InputError: they were taken on different machines, in different runtimes, dtypes or batches, or on different
-            images; or they have no model in common.
+        InputError: they cannot be compared, see :func:`require_comparable`, or have no models in common.
     """
-    require_same_environment(before.environment, now.environment, then, "this measurement")
-    for name in SAME:
-        if (was := before.protocol.get(name)) != (is_ := now.protocol.get(name)):
-            raise InputError(
-                f"{then} has {name} {was}, and this measurement {is_}: they cannot be compared; measure both alike."
-            )
+    require_comparable(before, now.environment, now.protocol, then)
     lines = []
-    for name in now.models:
-        if name == now.base or name not in before.models or before.base != now.base:
+    for name in now.models if before.base == now.base else ():
+        if name == now.base or name not in before.models:
             continue
-        for mode in sorted({*now.models[name].modes()} & {*before.models[name].modes()}):
+        for mode in now.models[name].modes().keys() & before.models[name].modes().keys():
             new, old = now.ratio(name, mode=mode), before.ratio(name, mode=mode)
             apart = new.low > old.high or old.low > new.high
             lines.append(f"{name}, {mode}: {new}, was {old}: {'they differ' if apart else 'they agree'}")
@@ -112,10 +106,32 @@ def compared(now: LatencyReport, before: LatencyReport, then: str) -> list[str]:
             f"{then} compares {', '.join(before.models)}, and this measurement {', '.join(now.models)}; "
             "give the same base and one of the same students."
         )
-    return lines
+    return sorted(lines)
 
 
-def matching(now: LatencyReport, stored: Sequence[Mapping[str, Any]], then: str) -> LatencyReport:
+def require_comparable(
+    before: LatencyReport, environment: Mapping[str, Any], protocol: Mapping[str, Any], then: str
+) -> None:
+    """Refuses to compare an earlier report with one of another machine, runtime, dtype or batch, or of other images.
+
+    Args:
+        before: the earlier one.
+        environment, protocol: of the later one, or of one that is about to be taken.
+        then: what the earlier one is called.
+
+    Raises:
+        InputError: they differ; the message names in what.
+    """
+    require_same_environment(before.environment, environment, then, "this measurement")
+    for name in SAME:
+        if (was := before.protocol.get(name)) != protocol[name]:
+            raise InputError(
+                f"{then} has {name} {was}, and this measurement {protocol[name]}: they cannot be compared; measure "
+                "both alike."
+            )
+
+
+def matching(stored: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any], then: str) -> LatencyReport:
     """The stored report of the same runtime, dtype and batch size.
 
     Raises:
@@ -123,10 +139,18 @@ def matching(now: LatencyReport, stored: Sequence[Mapping[str, Any]], then: str)
     """
     keys = SAME[:3]
     for entry in stored:
-        if all(entry["protocol"].get(key) == now.protocol[key] for key in keys):
+        if all(entry["protocol"].get(key) == protocol[key] for key in keys):
             return LatencyReport.from_json(entry)
-    wanted = ", ".join(f"{key} {now.protocol[key]}" for key in keys)
+    wanted = ", ".join(f"{key} {protocol[key]}" for key in keys)
     raise InputError(f"{then} has no measurement of {wanted}; measure what it holds, or leave --against out.")
+
+
+def images_sha256(images: Sequence[Tensor]) -> str:
+    """SHA-256 of all pixels, with shapes and dtypes."""
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(f"{tuple(image.shape)} {image.dtype}".encode() + image.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _git(root: Path, *words: str) -> str | None:

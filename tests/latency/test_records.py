@@ -1,9 +1,12 @@
 import subprocess
+from dataclasses import replace
 
 import pytest
 
 from jdkd.errors import InputError
-from jdkd.latency.records import require_published, sha256_of, sources, weights_sha256
+from jdkd.latency.records import compared, matching, require_published, sha256_of, sources, weights_sha256
+from jdkd.latency.report import LatencyReport, ModelLatency
+from jdkd.latency.statistics import Latency
 
 
 @pytest.fixture
@@ -63,3 +66,38 @@ def test_hashes_are_those_of_what_was_timed(tmp_path, make_detector):
         sha256_of(tmp_path / "nowhere")
     one, other = make_detector(), make_detector(seed=1)
     assert weights_sha256(one) == weights_sha256(make_detector()) != weights_sha256(other)
+
+
+PROTOCOL = {"runtime": "eager", "dtype": "float32", "batch_size": 1, "images_sha256": "1", "runs": []}
+
+
+def report(student, **changes):
+    models = {"base": ModelLatency(Latency((10.0, 10.1) * 3)), "student": ModelLatency(Latency((student, student) * 3))}
+    return LatencyReport(models, {"threads": 1}, PROTOCOL | changes)
+
+
+def test_an_earlier_ratio_agrees_or_differs():
+    (line,) = compared(report(8.0), report(8.0), "before.json")
+    assert line == "student, end_to_end: 0.796 [0.796, 0.796], was 0.796 [0.796, 0.796]: they agree"
+    assert compared(report(9.0), report(8.0), "before.json")[0].endswith("they differ")
+
+
+@pytest.mark.parametrize("name", ["runtime", "dtype", "batch_size", "images_sha256"])
+def test_what_was_measured_otherwise_is_not_compared(name):
+    with pytest.raises(InputError, match=f"before.json has {name} 9, and this measurement"):
+        compared(report(8.0), report(8.0, **{name: 9}), "before.json")
+
+
+def test_what_was_measured_elsewhere_or_of_others_is_not_compared():
+    now = report(8.0)
+    with pytest.raises(InputError, match="threads was 2 and is 1"):
+        compared(now, replace(now, environment={"threads": 2}), "before.json")
+    with pytest.raises(InputError, match="compares base, and this measurement base, student"):
+        compared(now, replace(now, models={"base": now.models["base"]}), "before.json")
+
+
+def test_the_report_of_the_same_runtime_dtype_and_batch_size_is_found():
+    stored = [report(8.0, batch_size=8).to_json(), report(9.0).to_json()]
+    assert matching(stored, PROTOCOL, "before.json").models["student"].end_to_end.p50 == 9
+    with pytest.raises(InputError, match="no measurement of runtime eager, dtype float32, batch_size 16"):
+        matching(stored, PROTOCOL | {"batch_size": 16}, "before.json")
