@@ -1,7 +1,7 @@
 """Makes searches whose results the pages show: a base, and a joint search from it, over seeds.
 
-python -m benchmarks.proof digit_scenes_128 FOLDER                 seeds 0 to 2, one after the other
-python -m benchmarks.proof blood_cells FOLDER --data DIR --seeds 1 2
+python -m benchmarks.proof digit_scenes_deep FOLDER                seeds 0 to 2, one after the other
+python -m benchmarks.proof blood_cells_deep FOLDER --data DIR --seeds 1 2
 
 Both carry on what FOLDER holds and write on one thread what `benchmarks.searches` keeps. Whether a base no longer gains
 is judged by the control of its search: the base, trained on for as long as its student, without a change.
@@ -33,7 +33,8 @@ class Recipe:
         data: how its images are drawn, anew for each seed; None for photographs that are given, which are halved.
         model: flags of `jdkd train` for what the base is.
         batch_size, amp: of every training.
-        steps: of the base; the search may take twice as many.
+        steps: of the base.
+        times: as many steps the search may take, pool included; a taught step takes longer than one of the base.
         lr: peak learning rate of every training.
     """
 
@@ -41,18 +42,32 @@ class Recipe:
     model: str
     batch_size: int
     steps: int
+    times: float = 1.6
     lr: float = 2e-3
     amp: str = "bf16"
 
+    @property
+    def budget(self) -> int:
+        """Steps of the search."""
+        return round(self.times * self.steps)
+
 
 _RESNET = "--backbone resnet18 --norm batch --width 0.75 --fpn 64"
+_DEEP = "--backbone resnet101 --norm batch --width 0.25 --fpn 64"  # the paper's depth, at a width for one core
 RECIPES = {
-    "digit_scenes_128": Recipe(
-        "--train 400 --val 400 --size 128", f"--model fcos {_RESNET} --min-size 128 --max-size 128", 4, 3000
+    "digit_scenes_deep": Recipe(
+        "--train 400 --val 400 --size 192", f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 3000, times=2
     ),
-    "blood_cells": Recipe(None, f"--model fcos {_RESNET} --min-size 144 --max-size 192", 4, 2000),
+    "blood_cells_deep": Recipe(None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000),
+    "blood_cells_deep_two_stage": Recipe(
+        None, f"--model fasterrcnn {_DEEP} --box-head 128 --min-size 120 --max-size 160", 4, 2000
+    ),
+    "digit_scenes_128": Recipe(
+        "--train 400 --val 400 --size 128", f"--model fcos {_RESNET} --min-size 128 --max-size 128", 4, 3000, times=2
+    ),
+    "blood_cells": Recipe(None, f"--model fcos {_RESNET} --min-size 144 --max-size 192", 4, 2000, times=2),
     "blood_cells_two_stage": Recipe(
-        None, f"--model fasterrcnn {_RESNET} --box-head 128 --min-size 144 --max-size 192", 4, 2000
+        None, f"--model fasterrcnn {_RESNET} --box-head 128 --min-size 144 --max-size 192", 4, 2000, times=2
     ),
 }
 
@@ -60,16 +75,24 @@ RECIPES = {
 def run(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
     """Trains a base and searches from it; returns the folder of the search."""
     base, out = folder / f"base-{seed}", folder / f"search-{seed}"
-    if recipe.data:
-        data = folder / f"data-{seed}"
-        _jdkd("data", "digits", data, *recipe.data.split(), "--seed", seed, "--resume")
-    else:
-        data = halved(data, folder / "data")
-    common = ("--data", data, "--batch-size", recipe.batch_size, "--lr", recipe.lr, "--amp", recipe.amp)
-    common += ("--seed", seed, "--resume")
-    _jdkd("train", "--out", base, *recipe.model.split(), "--steps", recipe.steps, *common)
-    _jdkd("search", "--base", base, "--out", out, "--steps", 2 * recipe.steps, *common)
+    common = flags(recipe, images(recipe, folder, data, seed), seed)
+    jdkd("train", "--out", base, *recipe.model.split(), "--steps", recipe.steps, *common)
+    jdkd("search", "--base", base, "--out", out, "--steps", recipe.budget, *common)
     return out
+
+
+def flags(recipe: Recipe, data: Path, seed: int) -> tuple[object, ...]:
+    """What all trainings of a seed have in common."""
+    common = ("--data", data, "--batch-size", recipe.batch_size, "--lr", recipe.lr, "--amp", recipe.amp)
+    return (*common, "--seed", seed, "--resume")
+
+
+def images(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
+    """The folder of a seed's images, drawn or halved where it is not there yet."""
+    if not recipe.data:
+        return halved(data, folder / "data")
+    jdkd("data", "digits", folder / f"data-{seed}", *recipe.data.split(), "--seed", seed, "--resume")
+    return folder / f"data-{seed}"
 
 
 def halved(data: Path, folder: Path) -> Path:
@@ -92,7 +115,7 @@ def halved(data: Path, folder: Path) -> Path:
     return folder
 
 
-def _jdkd(*words: object) -> None:
+def jdkd(*words: object) -> None:
     """One command on one thread: a student that misses its target is a result too."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     ended = subprocess.run([sys.executable, "-m", "jdkd", *map(str, words)], env=os.environ | threads, check=False)

@@ -19,7 +19,7 @@ from jdkd.errors import InputError
 from jdkd.graph import Topology
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.rewrite import Rewrite
+from jdkd.rewrite import Rewrite, arrange
 from jdkd.rewrite.channels import checked, duplicate, leaving, require_traced
 from jdkd.train.inputs import images_of, images_on
 
@@ -263,13 +263,15 @@ def _cut_readers(
 
 
 def _at_size_of(parent: nn.Module, rewrite: Rewrite, topology: Topology) -> nn.Module:
-    return Rewrite(attributes=rewrite.attributes).apply(parent, topology)
+    return Rewrite(attributes=rewrite.attributes).apply(parent, topology) if rewrite.attributes else parent
 
 
 def _came_from(parent: nn.Module, rewrite: Rewrite, topology: Topology) -> dict[str, str]:
     """By the path of each of the child's modules, that of the parent's of which it is, or is a copy."""
+    if not rewrite.blocks:
+        return {path: path for path, _ in parent.named_modules()}
     marked = duplicate(parent)
     for path, module in marked.named_modules():
         module._came_from = path
-    arranged = Rewrite(blocks=rewrite.blocks).apply(marked, topology)
+    arranged = arrange(marked, topology, rewrite.blocks)
     return {path: module._came_from for path, module in arranged.named_modules()}

@@ -21,12 +21,10 @@ class Child:
 
     Args:
         model: in evaluation mode.
-        topology: what is coupled to what in it.
         kept: for every level of its pyramid, the parent's channel opposite each of its own.
     """
 
     model: nn.Module
-    topology: Topology
     kept: tuple[tuple[int, ...], ...]
 
 
@@ -43,14 +41,15 @@ def inherit(parent: nn.Module, topology: Topology, rewrites: Sequence[Rewrite], 
         context: the images for repair and recalibration.
     """
     child, kept = parent, tuple(tuple(range(len(level))) for level in topology.followed)
-    for rewrite in rewrites:
+    for place, rewrite in enumerate(rewrites, start=1):
         before, child = child, rewrite.apply(child, topology)
         if rewrite.keep:
             repair(child, before, rewrite, topology, context.probe())
         left = [rewrite.surviving(level) for level in topology.followed]
         kept = tuple(tuple(level[channel] for channel in own) for level, own in zip(kept, left, strict=True))
-        topology = rewrite.foreseen(topology, child) or context.read(child)
-    return Child(context.calibrated(child) if rewrites else child, topology, kept)
+        if place < len(rewrites):
+            topology = rewrite.foreseen(topology, child) or context.read(child)
+    return Child(context.calibrated(child) if rewrites else child, kept)
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
