@@ -106,7 +106,9 @@ class Latency:
     def _grid(self) -> Grid:
         from jdkd.latency import REPORTED, Grid
 
-        schedule = replace(REPORTED, rounds=self.rounds, min_seconds=self.seconds)
+        limits = {"max_seconds": 2 * self.seconds, "warmup_limit": self.seconds}  # of slow detectors, which need them
+        longer = {name: max(getattr(REPORTED, name), seconds) for name, seconds in limits.items()}
+        schedule = replace(REPORTED, rounds=self.rounds, min_seconds=self.seconds, **longer)
         return Grid(self.runtimes, self.dtypes, self.batch_sizes, self.modes, schedule, self.processes)
 
     def _work(self, folders: dict[str, Path], images: list[Tensor], device: str, split: Split | None) -> Work:

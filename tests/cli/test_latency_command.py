@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from jdkd.cli.latency import Latency
 from jdkd.latency import grid, protocol
 from tests.latency.exporting import write_constant_detector
 
@@ -174,3 +175,20 @@ def test_what_cannot_be_measured_is_refused_before_a_detector_is_loaded(jdkd, tr
     monkeypatch.setattr("jdkd.detect.load", loaded)
     answer = jdkd("latency", trained, *flags)
     assert answer.code == 2 and said in " ".join(answer.err.split()) and "Traceback" not in answer.err
+
+
+def test_who_asks_for_minutes_gets_them(trained):
+    schedule = Latency(trained, (), seconds=300.0)._grid().schedule
+    assert (schedule.min_seconds, schedule.max_seconds, schedule.warmup_limit) == (300, 600, 300)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("when_asked")
+def test_processes_are_fresh(jdkd, trained, image, tmp_path):
+    file = tmp_path / "latency.json"
+    how = ("--processes", 2, "--modes", "end_to_end", "--out", file)
+    answer = jdkd("latency", trained, trained, *image, *QUICK, *how)
+    assert answer.code == 0, answer.err
+    (stored,) = json.loads(file.read_text())["measurements"]
+    assert stored["environment"]["clock"] == "perf_counter"  # no stand-in went along
+    assert len(stored["models"][str(trained)]["end_to_end"]["ratio_of_process"]) == 2
