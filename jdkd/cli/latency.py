@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jdkd.cli.flags import DataFlags, recorded_split, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
-from jdkd.files import read_json, require_file, write_json
+from jdkd.files import read_as, require_file, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -85,12 +85,12 @@ class Latency:
             require_file(self.out, "--out")
         before = None if self.against is None else _earlier(self.against)
         folders = _named([self.base, *self.students])
-        detectors = {name: load(folder) for name, folder in folders.items()}
         images, origin, split = self._images()
         files = {name: {"weights_sha256": sha256_of(folder / WEIGHTS)} for name, folder in folders.items()}
         work = self._work(folders, images, device, split)
         if before is not None:
             _require_comparable(before, work, grid, str(self.against))
+        detectors = {name: load(folder) for name, folder in folders.items()}
         with Progress() as progress:
             told = progress.task("processes" if grid.processes > 1 else "latency")
             reports = [with_facts(report, files) for report in measure_grid(work, grid, told)]
@@ -193,17 +193,17 @@ def _require_watched(device: str) -> None:
         NvmlWatch(torch.device(device))
 
 
-def _earlier(file: Path) -> list[dict[str, Any]]:
+def _earlier(file: Path) -> list[LatencyReport]:
     """The measurements that an earlier run wrote."""
-    remedy = "give a file that `jdkd latency --out` wrote"
-    content = read_json(file, remedy)
-    found = content.get(MEASUREMENTS) if isinstance(content, dict) else None
-    if not isinstance(found, list) or not all(isinstance(each, dict) and "protocol" in each for each in found):
-        raise InputError(f"--against {file} holds no measurements; {remedy}.")
-    return found
+    from jdkd.latency import LatencyReport
+
+    def reports(content: dict[str, Any]) -> list[LatencyReport]:
+        return [LatencyReport.from_json(each) for each in content[MEASUREMENTS]]
+
+    return read_as(reports, file, "give a file that `jdkd latency --out` wrote")
 
 
-def _require_comparable(before: list[dict[str, Any]], work: Work, grid: Grid, then: str) -> None:
+def _require_comparable(before: list[LatencyReport], work: Work, grid: Grid, then: str) -> None:
     """Refuses an earlier measurement that could not be compared with the one that is about to be taken."""
     import torch
 
@@ -218,7 +218,7 @@ def _require_comparable(before: list[dict[str, Any]], work: Work, grid: Grid, th
             require_comparable(found, conditions_of(device, runtimes[runtime]), protocol, then)
 
 
-def _print_compared(report: LatencyReport, before: list[dict[str, Any]], then: str) -> None:
+def _print_compared(report: LatencyReport, before: list[LatencyReport], then: str) -> None:
     from jdkd.latency.records import compared, matching
 
     for line in compared(report, matching(before, report.protocol, then), then):

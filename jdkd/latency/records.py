@@ -131,16 +131,16 @@ def require_comparable(
             )
 
 
-def matching(stored: Sequence[Mapping[str, Any]], protocol: Mapping[str, Any], then: str) -> LatencyReport:
+def matching(stored: Sequence[LatencyReport], protocol: Mapping[str, Any], then: str) -> LatencyReport:
     """The stored report of the same runtime, dtype and batch size.
 
     Raises:
         InputError: there is none.
     """
     keys = SAME[:3]
-    for entry in stored:
-        if all(entry["protocol"].get(key) == protocol[key] for key in keys):
-            return LatencyReport.from_json(entry)
+    for report in stored:
+        if all(report.protocol.get(key) == protocol[key] for key in keys):
+            return report
     wanted = ", ".join(f"{key} {protocol[key]}" for key in keys)
     raise InputError(f"{then} has no measurement of {wanted}; measure what it holds, or leave --against out.")
 

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from jdkd.cli.latency import Latency
+from jdkd.errors import InputError
 from jdkd.latency import grid, protocol
-from tests.latency.exporting import write_constant_detector
+from jdkd.latency.runtimes import Eager
 
 QUICK = ("--rounds", 2, "--seconds", 0)
 
@@ -79,23 +80,29 @@ def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_p
     answer = jdkd("latency", copy, *QUICK, "--modes", "end_to_end")
     assert answer.code == 0 and "2 sample photographs" in answer.out and "give --data" in answer.out
     assert "model only" not in answer.out
-    refused = jdkd("latency", copy, *QUICK, "--map")
-    assert refused.code == 2 and "--map scores on annotated images" in refused.err
+
+
+def test_a_map_needs_annotations(trained):
+    with pytest.raises(InputError, match="--map scores on annotated images, and there are none; give --data"):
+        Latency(trained, (), map=True)._work({}, [], "cpu", None)
+
+
+class Elsewhere(Eager):
+    """In the place of a runtime of exported files."""
+
+    name = "onnxruntime"
 
 
 def test_runtimes_stand_side_by_side_each_against_the_base_in_it(jdkd, trained, image, tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnx")
-    monkeypatch.setattr("jdkd.cli.latency._exported", write_constant_detector)
-    monkeypatch.setattr("jdkd.cli.latency.EXPORT", "json")  # a module that is there
+    monkeypatch.setattr("jdkd.cli.latency.known_runtimes", lambda: {"eager": Eager(), "onnxruntime": Elsewhere()})
     file = tmp_path / "latency.json"
-    how = ("--runtimes", "eager", "onnxruntime", "--batch-sizes", 1, 2, "--out", file)
+    how = ("--runtimes", "eager", "onnxruntime", "--batch-sizes", 1, 2, "--modes", "end_to_end", "--out", file)
     answer = jdkd("latency", trained, trained, *image, *QUICK, *how)
     assert answer.code == 0, answer.err
     measured = json.loads(file.read_text())["measurements"]
     cells = [tuple(each["protocol"][key] for key in ("runtime", "dtype", "batch_size")) for each in measured]
     assert cells == [(name, "float32", size) for name in ("eager", "onnxruntime") for size in (1, 2)]
-    assert measured[2]["models"][str(trained)]["facts"]["detections_per_image"] == 2  # what the file finds
+    assert all(each["base"] == str(trained) and len(each["models"]) == 2 for each in measured)
     assert "Latency over the base's in the same runtime" in answer.out and "onnxruntime, float32, batch 2" in answer.out
 
 
@@ -151,7 +158,7 @@ def test_an_earlier_measurement_is_compared_where_it_can_be(jdkd, trained, image
     assert refused.code == 2 and "device_name was another machine and is" in refused.err
     file.write_text("[]")
     refused = jdkd(*how, "--against", file)
-    assert refused.code == 2 and "holds no measurements" in refused.err
+    assert refused.code == 2 and "holds something else than it should" in refused.err
 
 
 @pytest.mark.parametrize(

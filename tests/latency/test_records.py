@@ -97,7 +97,7 @@ def test_what_was_measured_elsewhere_or_of_others_is_not_compared():
 
 
 def test_the_report_of_the_same_runtime_dtype_and_batch_size_is_found():
-    stored = [report(8.0, batch_size=8).to_json(), report(9.0).to_json()]
+    stored = [report(8.0, batch_size=8), report(9.0)]
     assert matching(stored, PROTOCOL, "before.json").models["student"].end_to_end.p50 == 9
     with pytest.raises(InputError, match="no measurement of runtime eager, dtype float32, batch_size 16"):
         matching(stored, PROTOCOL | {"batch_size": 16}, "before.json")
