@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.image_list import ImageList
 
 from jdkd.detect.contract import FOUND
 from jdkd.detect.input_size import input_transform
@@ -206,17 +205,17 @@ class ExportedDetector(nn.Module):
         if (architecture := getattr(model, "architecture", None)) is not None:
             self.architecture = architecture
 
-    def fed(self, images: Sequence[Tensor]) -> tuple[dict[str, np.ndarray], ImageList]:
-        """Images ``[3, H, W]`` in 0..1 as the file takes them, and as they were resized."""
+    def fed(self, images: Sequence[Tensor]) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
+        """Images ``[3, H, W]`` in 0..1 as the file takes them, and height and width of each as it was resized."""
         batch, _ = self.transform([image.cpu() for image in images])
         kind = self._engine.inputs[self._images][1]
         feeds = {self._images: np.ascontiguousarray(batch.tensors.numpy().astype(kind, copy=False))}
         for name in self._sizes:
             feeds[name] = np.array(batch.image_sizes, dtype=self._engine.inputs[name][1])
-        return feeds, batch
+        return feeds, batch.image_sizes
 
     def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        feeds, batch = self.fed(images)
+        feeds, sizes = self.fed(images)
         outputs = dict(zip(self._engine.outputs, self._engine.run(feeds), strict=True))
         found = []
         names = [name for name in (*FOUND, "masks") if name in outputs]
@@ -225,7 +224,7 @@ class ExportedDetector(nn.Module):
             kept = {name: value[each["scores"] > 0] for name, value in each.items()}
             kept = {name: value.long() if name == "labels" else value.float() for name, value in kept.items()}
             found.append(kept | ({"masks": kept["masks"][:, None]} if "masks" in kept else {}))  # [M, 1, R, R]
-        return self.transform.postprocess(found, batch.image_sizes, [tuple(image.shape[-2:]) for image in images])
+        return self.transform.postprocess(found, sizes, [tuple(image.shape[-2:]) for image in images])
 
 
 def known_runtimes(export: Exporter | None) -> dict[str, Runtime]:
