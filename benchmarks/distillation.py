@@ -3,11 +3,15 @@
 python -m benchmarks.distillation FOLDER                         digit scenes: every pair, loss and seed
 python -m benchmarks.distillation FOLDER --data DIR --name NAME  the same on photographs in the COCO layout
 python -m benchmarks.distillation FOLDER --sweep                 weights of PKD on one pair
+python -m benchmarks.distillation FOLDER --swap                  their backbones and necks under heads trained anew
 python -m benchmarks.distillation                                print the page of the results that are kept
 
 FOLDER gets the images, a teacher for each family and a folder for each student; what it holds is carried on. Teachers
 are trained three times as long as students. A student is scored after each quarter of its steps on images that nobody
 trained on. Intervals are of the bootstrap over seeds and images.
+
+The swap (PKD, section 3.1) asks what the features are worth without the head that they were trained with: backbone and
+neck of a student, taught or not, stay as they are under the fresh head of another detector, which alone is trained.
 """
 
 from __future__ import annotations
@@ -15,23 +19,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks import record
-from benchmarks.resampling import Judged, draws, interval
+from benchmarks.distillation_page import page, swaps
+from benchmarks.resampling import Judged, gain
 from jdkd.data import CocoDetectionDataset, Split, resolve_splits, write_digit_scenes
-from jdkd.detect import detector, load, narrowed, save
+from jdkd.detect import detector, load, narrowed, save, swap_features
 from jdkd.distill import DistillConfig, distill
 from jdkd.files import read_json, write_json
 from jdkd.latency import fuse_for_inference
-from jdkd.train import TrainConfig, fit
+from jdkd.nn.necks import backbone_of
+from jdkd.train import TrainConfig, checkpoint, fit
 from jdkd.train.evaluate import find
+from jdkd.train.freezing import frozen
 
 OP = "distillation"
 PAIRS = (("fasterrcnn", "fcos"), ("fcos", "retinanet_v2"), ("retinanet_v2", "fasterrcnn"), ("fcos", "fcos"))
@@ -43,8 +49,9 @@ STEPS, QUARTERS, LONGER = 800, 4, 3
 SIZE = 96, 128  # short and long side of what detectors see, in pixels
 SCENES = {"train": 400, "val": 400, "size": 96, "seed": 0}
 TRAINING = TrainConfig(STEPS, batch_size=4, lr=2e-3, amp="bf16")
-RESAMPLES = 400
-HEADINGS = ("images", "teacher (mAP)", "student", "loss", "mAP by seed", "gain over none (95 %)", "after each quarter")
+SWAP_OP = "distillation_swap"
+SWAP_STEPS = 200
+OTHER_HEAD = {"fcos": "retinanet_v2", "retinanet_v2": "fcos", "fasterrcnn": "fasterrcnn"}  # by a student's family
 
 Way = tuple[str, str, str, float | str]
 """A teacher's family, a student's, the loss and its weight."""
@@ -100,44 +107,54 @@ class Bench:
         write_json(out / "found.json", content)
         return content
 
-    def judged(self, *words: Any) -> Judged:
-        return Judged(self.val, self.student(*words)["found"])
+    def swapped(self, teacher: str, family: str, loss: str, seed: int) -> list[dict[str, Any]]:
+        """What the backbone and neck of a finished student find under another head that was trained on them."""
+        self.student(teacher, family, loss, seed)
+        words = "-".join(map(str, (teacher, family, loss, seed)))
+        out, head = self.folder / f"swap-{words}", OTHER_HEAD[family]
+        if not (out / "found.json").exists():
+            own = model(family, self.train.classes, seed, student=True)
+            own.load_state_dict(checkpoint.read(self.folder / words / f"quarter-{QUARTERS - 1}")["model"])
+            made = swap_features(own, model(head, self.train.classes, 2000 + seed, student=True))
+            how = {"folder": out, "resume": True, "device": "cpu"}
+            with frozen(backbone_of(made)):
+                fit(made, self.train, replace(self.training, steps=SWAP_STEPS, seed=seed), **how)
+            write_json(out / "found.json", {"found": self._judged(made)[0]})
+        return read_json(out / "found.json", "remove it: the head is trained again")["found"]
+
+    def judged(self, found: list[dict[str, Any]]) -> Judged:
+        return Judged(self.val, found)
 
     def _judged(self, own: torch.nn.Module) -> tuple[list[dict[str, Any]], Judged]:
         found = find(fuse_for_inference(own.eval()), self.val, device="cpu", batch_size=8).close()
         return found, Judged(self.val, found)
 
 
-def gain(ours: Sequence[Judged], theirs: Sequence[Judged]) -> dict[str, Any]:
-    """What one way scores more than another on average, with its interval over seeds and images.
-
-    Args:
-        ours, theirs: judged students, seed by seed.
-    """
-    rng, values = np.random.default_rng(0), []
-    for times in draws(ours[0].count, RESAMPLES):
-        drawn = rng.integers(len(ours), size=len(ours))
-        values.append(np.mean([ours[seed].map(times) - theirs[seed].map(times) for seed in drawn]))
-    mean = float(np.mean([a.map() - b.map() for a, b in zip(ours, theirs, strict=True)]))
-    return {"gain": mean, "gain_interval": list(interval(values))}
-
-
-def rows(bench: Bench, ways: Iterable[Way], seeds: Sequence[int]) -> list[dict[str, Any]]:
+def rows(bench: Bench, ways: Iterable[Way], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
     """A row for each way: scores by seed, and what it gains over the same student without a teacher."""
-    made = []
     for teacher, family, loss, weight in ways:
         students = [bench.student(teacher, family, loss, seed, weight) for seed in seeds]
-        ours = [bench.judged(teacher, family, loss, seed, weight) for seed in seeds]
-        alone = [bench.judged("nobody", family, "none", seed) for seed in seeds]
         row = {"op": OP, "data": bench.name, "teacher": teacher, "student": family, "loss": loss, "weight": weight}
         row |= {"seeds": list(seeds), "steps": STEPS, "maps": [each["curve"][-1]["map"] for each in students]}
         row["curves"] = [[point["map"] for point in each["curve"]] for each in students]
         if loss != "none":
-            row |= gain(ours, alone)
+            alone = [bench.judged(bench.student("nobody", family, "none", seed)["found"]) for seed in seeds]
+            row |= gain([bench.judged(each["found"]) for each in students], alone)
             row["teacher_map"] = read_json(bench.folder / f"teacher-{teacher}" / "scores.json", "train it again")["map"]
-        made.append(row | {"device": record.device_name("cpu"), "commit": record.commit()})
-        print(json.dumps(made[-1]), flush=True)
-    return made
+        yield row | {"device": record.device_name("cpu"), "commit": record.commit()}
+
+
+def swap_rows(bench: Bench, pairs: Iterable[tuple[str, str]], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Two rows for each pair: the features of untaught students under another head, and of those that PKD taught."""
+    for teacher, family in pairs:
+        found: dict[str, list[Judged]] = {}
+        for loss, taught_by in (("none", "nobody"), ("pkd", teacher)):
+            found[loss] = [bench.judged(bench.swapped(taught_by, family, loss, seed)) for seed in seeds]
+            row = {"op": SWAP_OP, "data": bench.name, "teacher": taught_by, "student": family, "loss": loss}
+            row |= {"head": OTHER_HEAD[family], "seeds": list(seeds), "steps": SWAP_STEPS}
+            row["maps"] = [each.map() for each in found[loss]]
+            row |= {} if loss == "none" else gain(found[loss], found["none"])
+            yield row | {"device": record.device_name("cpu"), "commit": record.commit()}
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -148,6 +165,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pairs", nargs="+", type=int, default=list(range(len(PAIRS))))
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--swap", action="store_true")
     asked = parser.parse_args(arguments)
     if asked.folder is not None:
         torch.set_num_threads(1)
@@ -160,24 +178,11 @@ def main(arguments: Sequence[str]) -> None:
         if not asked.sweep:
             alone = [("nobody", family, "none", "auto") for family in dict.fromkeys(student for _, student in pairs)]
             ways = alone + [(*pair, loss, "auto") for pair in pairs for loss in LOSSES[1:]]
-        record.append(record.result_file("cpu", OP), rows(bench, ways, asked.seeds))
-    print(page(record.load(sorted(record.RESULTS.glob(f"*/{OP}.jsonl")))))
-
-
-def page(kept: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: a way a row, the latest of each."""
-    latest = {tuple(row[name] for name in ("data", "teacher", "student", "loss", "weight")): row for row in kept}
-    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | --- | ---: | ---: | ---: |"]
-    for row in latest.values():
-        taught = row["loss"] != "none"
-        teacher = f"{row['teacher']} ({row['teacher_map']:.3f})" if taught else "–"
-        loss = row["loss"] if row["weight"] == "auto" else f"{row['loss']}, weight {row['weight']:g}"
-        scores = " ".join(f"{value:.3f}" for value in row["maps"])
-        low, high = row.get("gain_interval", (0, 0))
-        more = f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})" if taught else "–"
-        curve = " ".join(f"{value:.3f}" for value in np.mean(row["curves"], axis=0))
-        lines.append(f"| {row['data']} | {teacher} | {row['student']} | {loss} | {scores} | {more} | {curve} |")
-    return "\n".join(lines)
+        for row in swap_rows(bench, pairs, asked.seeds) if asked.swap else rows(bench, ways, asked.seeds):
+            record.append(record.result_file("cpu", row["op"]), [row])
+            print(json.dumps(row), flush=True)
+    for op, written in ((OP, page), (SWAP_OP, swaps)):
+        print(written(record.load(sorted(record.RESULTS.glob(f"*/{op}.jsonl")))))
 
 
 if __name__ == "__main__":

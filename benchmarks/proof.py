@@ -35,6 +35,7 @@ class Recipe:
         batch_size, amp: of every training.
         steps: of the base.
         times: as many steps the search may take, pool included; a taught step takes longer than one of the base.
+        targets: latencies over the base's, a student for each.
         lr: peak learning rate of every training.
     """
 
@@ -43,6 +44,7 @@ class Recipe:
     batch_size: int
     steps: int
     times: float = 1.6
+    targets: str = "0.53"
     lr: float = 2e-3
     amp: str = "bf16"
 
@@ -59,6 +61,9 @@ RECIPES = {
         "--train 400 --val 400 --size 192", f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 3000, times=2
     ),
     "blood_cells_deep": Recipe(None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000),
+    "blood_cells_deep_front": Recipe(
+        None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000, times=2, targets="0.75,0.53,0.35"
+    ),
     "blood_cells_deep_two_stage": Recipe(
         None, f"--model fasterrcnn {_DEEP} --box-head 128 --min-size 120 --max-size 160", 4, 2000
     ),
@@ -77,7 +82,7 @@ def run(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
     base, out = folder / f"base-{seed}", folder / f"search-{seed}"
     common = flags(recipe, images(recipe, folder, data, seed), seed)
     jdkd("train", "--out", base, *recipe.model.split(), "--steps", recipe.steps, *common)
-    jdkd("search", "--base", base, "--out", out, "--steps", recipe.budget, *common)
+    jdkd("search", "--base", base, "--out", out, "--steps", recipe.budget, "--targets", recipe.targets, *common)
     return out
 
 

@@ -1,4 +1,5 @@
-"""Writes the tables of the README and of ``docs/`` from the committed result files: ``python -m benchmarks.readme``.
+"""Writes the tables of the README and of ``docs/``, and the curves, from the committed result files:
+``python -m benchmarks.readme``.
 
 A table stands between ``<!-- results of OP -->`` and ``<!-- end of results -->``; a test holds that pages and result
 files agree. Where an operator has goals, the table is theirs, and the other rows are left to the files; of
@@ -8,11 +9,19 @@ files agree. Where an operator has goals, the table is theirs, and the other row
 import re
 from pathlib import Path
 
-from benchmarks import ablations, goals, record, searches
+from benchmarks import ablations, distillation_cost, distillation_page, gains, goals, record, searches
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
+EXPERIMENTS = ROOT / "docs" / "experiments"
+OWN = {  # operators whose tables are not those of kernels
+    ablations.OP: ablations.page,
+    "distillation": distillation_page.page,
+    "distillation_swap": distillation_page.swaps,
+    distillation_cost.OP: distillation_cost.page,
+    gains.OP: gains.table,
+}
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -22,16 +31,28 @@ def rendered(text: str) -> str:
 
 
 def _table(op: str) -> str:
-    rows = record.load(sorted(record.RESULTS.glob(f"*/{op}.jsonl")))
+    rows = kept(op)
     if op in goals.GOALS and op not in WHOLE:
         return goals.table(op, record.latest(rows))
     if not rows:
         return "Not measured."
-    if op == ablations.OP:
-        return ablations.page(rows)
+    if op in OWN:
+        return OWN[op](rows)
     return searches.table(rows) if op in searches.KEPT else record.table(record.latest(rows))
+
+
+def kept(op: str) -> list[record.Row]:
+    """All rows of an operator."""
+    return record.load(sorted(record.RESULTS.glob(f"*/{op}.jsonl")))
+
+
+def drawings() -> dict[Path, str]:
+    """The curves as the result files have them, by their files."""
+    return {EXPERIMENTS / name: drawn for name, drawn in distillation_page.charts(kept("distillation")).items()}
 
 
 if __name__ == "__main__":
     for page in PAGES:
         page.write_text(rendered(page.read_text()))
+    for file, drawn in drawings().items():
+        file.write_text(drawn)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from benchmarks.readme import PAGES, ROOT, rendered
+from benchmarks.readme import EXPERIMENTS, PAGES, ROOT, drawings, rendered
 
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 ALL = "\n".join(TEXTS.values())
@@ -27,8 +27,9 @@ def test_every_example_runs(example, capsys):
 def test_the_front_page_is_short_and_has_an_example_for_each_kind_of_user():
     assert len(TEXTS["README.md"].splitlines()) <= 150 and TEXTS["README.md"].count("```python") >= 2
     assert {"train", "search", "eval", "latency", "inspect", "import"} <= set(COMMANDS)
-    for name in re.findall(r"\]\((?!http)([\w/.-]+)\)", ALL):
-        assert (ROOT / name).exists() or (ROOT / "docs" / name).exists(), name
+    for page, text in TEXTS.items():
+        for name in re.findall(r"\]\((?!http)([\w/.-]+)\)", text):
+            assert ((ROOT / page).parent / name).exists(), f"{page}: {name}"
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -45,5 +46,9 @@ def test_every_table_says_what_the_result_files_say(page):
     assert rendered(page.read_text()) == page.read_text()
 
 
+def test_every_drawing_shows_what_the_result_files_say():
+    assert {file: file.read_text() for file in EXPERIMENTS.glob("*.svg")} == drawings()
+
+
 def test_no_table_is_lost():
-    assert ALL.count("<!-- results of") == 11
+    assert ALL.count("<!-- results of") == 16

@@ -143,6 +143,11 @@ class CocoDetectionDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         row = self._rows[index]
         image = read_image(self.split.images / self._files[row], tuple(self._all.sizes[row].tolist()))
+        return image, self.target(index)
+
+    def target(self, index: int) -> dict[str, Any]:
+        """What belongs to an image, which is not read."""
+        row = self._rows[index]
         mine = slice(self._all.offsets[row], self._all.offsets[row + 1])
         target = {
             "boxes": torch.from_numpy(self._all.boxes[mine].copy()),  # [M, 4]
@@ -151,7 +156,7 @@ class CocoDetectionDataset(Dataset):
         }
         if self.masks:
             target["masks"] = self._segmentations.decode(row)  # [M, H, W]
-        return image, target
+        return target
 
     def __iter__(self):
         return (self[index] for index in range(len(self)))

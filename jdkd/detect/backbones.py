@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models._utils import IntermediateLayerGetter
@@ -199,12 +200,28 @@ class Pyramid(Backbone):
         names = [*map(str, range(len(maps.taken))), *last]
         super().__init__(maps, dict(zip(names, strides, strict=True)))
         source = maps.channels[-1] if from_c5 else channels
-        more = LastLevelMaxPool() if pyramid == "P2-P6" else LastLevelP6P7(source, channels)
+        more = LastLevelMaxPool() if pyramid == "P2-P6" else CoarsestLevels(source, channels)
         self.fpn = FeaturePyramidNetwork([*maps.channels], channels, more, norm)
         self.out_channels = channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return self.fpn(self.maps(x))
+
+
+class CoarsestLevels(LastLevelP6P7):
+    """P6 and P7, in the precision of their weights on a CPU, where autocast costs nothing to leave.
+
+    The bfloat16 gradient of a strided 3x3 filter over an image one position wide, as P6 is of 64 pixels, is not written
+    everywhere by oneDNN (PyTorch 2.11): where padding alone is seen it is what lay in memory.
+    """
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        if p[-1].device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(p, c, names)
+        dtype, own = p[-1].dtype, self.p6.weight.dtype
+        with torch.autocast("cpu", enabled=False):
+            levels, names = super().forward([p[-1].to(own)], [c[-1].to(own)], names)
+        return [*p, *(level.to(dtype) for level in levels[1:])], names
 
 
 class Extended(Backbone):

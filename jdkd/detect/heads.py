@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import FCOSClassificationHead
 from torchvision.models.detection.retinanet import RetinaNetClassificationHead
 from torchvision.models.detection.ssd import SSDScoringHead
@@ -126,6 +127,7 @@ class _OfAnchors:
     def __init__(self, head: nn.Module, anchors: nn.Module | None) -> None:
         self.says, self.exclusive = head, not isinstance(head, FOCAL)
         self.outputs = head.num_columns if self.exclusive else head.num_classes
+        self.anchors = anchors
         self.layout = type(anchors), [repr(getattr(anchors, name, None)) for name in LAYOUT]
 
     def logits(self, output: Tensor) -> Tensor:
@@ -142,7 +144,20 @@ class _OfAnchors:
             return "one classifies anchors and the other regions"
         if self.exclusive != other.exclusive:
             return "one has a softmax over its classes and the other a sigmoid for each"
-        return None if self.layout == other.layout else "their anchors differ"
+        if self.layout == other.layout:
+            return None
+        return f"their anchors differ, so that a place stands for other objects ({_said(self)}, and {_said(other)})"
+
+
+def _said(head: _OfAnchors) -> str:
+    """How many anchors a place has, and of what sizes."""
+    anchors = head.anchors
+    if not isinstance(anchors, AnchorGenerator):
+        return f"a {type(anchors).__name__}"
+    sizes = sorted(size for level in anchors.sizes for size in level)
+    ratios = ", ".join(f"{ratio:g}" for ratio in anchors.aspect_ratios[0])
+    count = anchors.num_anchors_per_location()[0]
+    return f"{count} a place of {sizes[0]:g} to {sizes[-1]:g} pixels with ratios {ratios}"
 
 
 class _OfPoints(_OfAnchors):

@@ -157,7 +157,19 @@ def taught(
         say_once(_comparison(method, method.weight(student, teacher), pairs, distiller.adapts))
     if distiller.adapts or method.align != "none":
         _calibrate(distiller, student, probe)
-    until = method.detach_after
+    with lessons(student, distiller, method.detach_after) as given:
+        yield given
+
+
+@contextmanager
+def lessons(student: nn.Module, distiller: Distiller, until: int | None = None) -> Iterator[dict[str, Any]]:
+    """What :func:`jdkd.train.fit` is given for a student and what distils it.
+
+    Args:
+        student: in whose training forwards the teacher is asked.
+        distiller: of it, calibrated where it has adapters.
+        until: step after which the student goes on without its teacher; by default never.
+    """
 
     def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
         distiller.runner.enabled = teaches = until is None or step < until
@@ -204,7 +216,7 @@ def comparable(
 @torch.no_grad()
 def _calibrate(distiller: Distiller, student: nn.Module, probe: Sequence[Any]) -> None:
     """Brings channels together as they are in training: norms that have seen nothing are measured meanwhile."""
-    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)]
     fresh = any(norm.num_batches_tracked is not None and not norm.num_batches_tracked for norm in norms)
     before = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
     if fresh:

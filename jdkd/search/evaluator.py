@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from jdkd.detect import load, save
 from jdkd.distill import Distiller, can_distil_heads
+from jdkd.distill.training import lessons
 from jdkd.pool import TeacherPool
 from jdkd.pool.members import Teacher
 from jdkd.pool.shrinking import ProgressCallback
@@ -137,15 +138,10 @@ class Evaluator:
         if config.head_weight and can_distil_heads(student, teacher, own_size=True):
             weights["head_weight"] = config.head_weight
         how = {"adapter": True, "own_size": True, "imitation": config.method.imitation}
-        with Distiller(student, teacher, **weights, **how) as distiller:
-            distiller.calibrate(self.context.probe())
-
-            def losses(
-                images: list[Tensor], targets: list[dict[str, Tensor]], step: int
-            ) -> Iterator[dict[str, Tensor]]:
-                yield student(images, targets) | distiller.losses()
-
-            yield {"losses": losses, "auxiliary": distiller.adapters}
+        distiller = Distiller(student, teacher, **weights, **how)
+        distiller.calibrate(self.context.probe())
+        with lessons(student, distiller) as given:
+            yield given
 
 
 def _moments(parent: Path | None) -> Path | None:

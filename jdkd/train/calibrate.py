@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
@@ -35,9 +36,10 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
 
     One pass serves all layers, as is usual: while it runs, each layer normalises with the statistics of the
     batch at hand, so what a deep layer sees is what it saw in training, not what the new running statistics
-    of the layers before it would give. Batch norms may be of 1 to 3 dimensions, and synchronised ones in one
-    process. Frozen batch norms and those without running statistics are left alone; an elastic batch norm is
-    calibrated in the channels that are active. The result depends on model and batches alone.
+    of the layers before it would give. Batch norms may be of 1 to 3 dimensions. Frozen batch norms and those without
+    running statistics are left alone; an elastic batch norm is calibrated in the channels that are active. The result
+    depends on model and batches alone: inside a process group, too, synchronised norms normalise with what this
+    process is given, so that one process may calibrate while the others wait for what it makes.
 
     Args:
         model: a detector, which runs up to its neck unless there are batch norms elsewhere (these see the regions
@@ -49,8 +51,8 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
 
     Raises:
         InputError: there is no batch, or no subnet, although there is something to calibrate; or several subnets
-            share the statistics; or a part of the model is scripted; or a layer has no shape yet, gets 1 value a
-            channel, or takes its statistics over several processes. Names the layer.
+            share the statistics; or a part of the model is scripted; or a layer has no shape yet or gets 1 value a
+            channel. Names the layer.
     """
     not_scripted(model, "calibrate_bn")
     model = unwrapped(model)
@@ -62,7 +64,8 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
     if not norms:
         return
     for norm, where in norms.items():
-        _check(norm, where)
+        if is_lazy(norm.running_mean):
+            raise InputError(f"{where} has no shape yet; run the model once before")
     if subnets is None:
         _calibrate(model, batches, norms, [contextlib.nullcontext()])
         return
@@ -82,19 +85,6 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
             set_subnet(model, subnet)
             kept.append(SubnetState(model))
         _calibrate(model, batches, norms, kept)
-
-
-def _check(norm: _BatchNorm, where: str) -> None:
-    """Refuses a norm whose batches cannot be pooled here."""
-    if is_lazy(norm.running_mean):
-        raise InputError(f"{where} has no shape yet; run the model once before")
-    if isinstance(norm, nn.SyncBatchNorm) and distributed.is_available() and distributed.is_initialized():
-        processes, kind = distributed.get_world_size(norm.process_group), norm.running_mean.device.type
-        if processes > 1 or kind == "cpu":
-            raise InputError(
-                f"{where} takes its statistics over the {processes} process(es) of its group, on {kind}; calibrate a "
-                "copy of the model with nn.BatchNorm2d in its place, or before the process group begins"
-            )
 
 
 def _calibrate(
@@ -141,13 +131,16 @@ def _restored(home: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _of_one_batch(norm: _BatchNorm) -> Iterator[None]:
-    """Lets the running statistics after a forward be those of its batch."""
+    """Lets the running statistics after a forward be those of its batch, in this process."""
     momentum, norm.momentum = norm.momentum, 1.0
     norm.train()
+    if isinstance(norm, nn.SyncBatchNorm):
+        norm.forward = partial(_BatchNorm.forward, norm)  # asks no other process
     try:
         yield
     finally:
         norm.momentum = momentum
+        vars(norm).pop("forward", None)
 
 
 @contextlib.contextmanager

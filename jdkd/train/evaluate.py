@@ -61,12 +61,9 @@ def evaluate(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"evaluate takes a detector, a torch.nn.Module; got a {type(model).__name__}.")
-    inner = unwrapped(model)
-    most = _asked_for(inner) if max_detections is None else max_detections
+    most = _asked_for(unwrapped(model)) if max_detections is None else max_detections
     require_whole({"batch_size": batch_size, "max_detections": most})
-    require_same_classes(inner, dataset.classes, dataset.label_to_category)
-    require_visible(model, getattr(dataset, "sizes", ()))
-    fix_roi_scales(model)
+    prepare(model, dataset)
     start, every = (rank(), processes()) if shared else (0, 1)
 
     def part() -> Findings:
@@ -77,12 +74,24 @@ def evaluate(
     return from_first(lambda: _scored(parts, dataset, most)) if shared else _scored(parts, dataset, most)
 
 
+def prepare(model: nn.Module, dataset: Any) -> None:
+    """Sets the scales of a detector's RoI pools right, after it was found to be one for a dataset.
+
+    Raises:
+        InputError: its classes are not the dataset's, or an image is too elongated for its input size.
+    """
+    require_same_classes(unwrapped(model), dataset.classes, dataset.label_to_category)
+    require_visible(model, getattr(dataset, "sizes", ()))
+    fix_roi_scales(model)
+
+
 def find(
     model: nn.Module,
     dataset: Any,
     *,
     device: torch.device | str,
     max_detections: int | None = None,
+    masks: bool = True,
     every: int = 1,
     progress: Callable[[int, int], None] | None = None,
     **read: Any,
@@ -91,6 +100,7 @@ def find(
 
     Args:
         model, dataset, device, max_detections, progress: as of :func:`evaluate`, which checks them.
+        masks: keep those of detectors that give some, where there are masks to score them against.
         every: one of so many images is looked at.
         read: ``batch_size``, ``workers`` and ``start`` of :func:`jdkd.data.in_order`.
     """
@@ -100,7 +110,7 @@ def find(
         for items in in_order(dataset, every=every, pin=pin, **read):
             found = detections(model, [image.to(device, non_blocking=True).float() / 255 for image, _ in items])
             for (_, target), detection in zip(items, found, strict=True):
-                findings.add(target["image_id"], detection, "masks" in detection and _segmented(dataset))
+                findings.add(target["image_id"], detection, masks and "masks" in detection and _segmented(dataset))
             done += len(items)
             if progress:
                 progress(min(done * every, len(dataset)), len(dataset))

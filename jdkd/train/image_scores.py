@@ -11,14 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_area, box_iou
 
-from jdkd.data import in_order
-from jdkd.detect import fix_roi_scales
-from jdkd.detect.contract import detections
-from jdkd.detect.input_size import require_visible, require_whole
-from jdkd.nn.modes import mode
-from jdkd.nn.unwrapping import unwrapped
-from jdkd.train.evaluate import require_same_classes
-from jdkd.train.findings import Findings
+from jdkd.detect.input_size import require_whole
+from jdkd.train.evaluate import find, prepare
 
 OVERLAP = 0.5  # IoU from which a detection finds a box, COCO's mAP50
 NOTHING_RIGHT = 0.5  # the score that counts where no detection of any score is right
@@ -88,23 +82,13 @@ def judged_images(
         InputError: as of :func:`jdkd.train.evaluate`.
     """
     require_whole({"batch_size": batch_size})
-    inner = unwrapped(model)
-    require_same_classes(inner, dataset.classes, dataset.label_to_category)
-    require_visible(model, dataset.sizes)
-    fix_roi_scales(model)
-    findings, targets = Findings(type(inner).__name__, dataset.label_to_category), []
-    with mode(model.to(device), training=False), torch.inference_mode():
-        for items in in_order(dataset, batch_size=batch_size, workers=workers):
-            found = detections(model, [image.to(device).float() / 255 for image, _ in items])
-            for (_, target), detection in zip(items, found, strict=True):
-                findings.add(target["image_id"], detection)
-                targets.append(target)
-            if progress:
-                progress(len(targets), len(dataset))
+    prepare(model, dataset)
+    how = {"device": device, "batch_size": batch_size, "workers": workers, "progress": progress}
+    findings = find(model, dataset, masks=False, **how)
     labels = {category: label for label, category in enumerate(dataset.label_to_category)}
     rows, crowds = _by_image(findings.close()), _by_image(_crowds(dataset))
     judged = []
-    for target in targets:
+    for target in map(dataset.target, range(len(dataset))):
         found, regions = (_columns(rows_of[target["image_id"]], labels) for rows_of in (rows, crowds))
         judged.append(judge(*found, target, regions[:2]))
     return judged

@@ -98,7 +98,9 @@ def slimmable_scales(model: nn.Module) -> list[Tensor]:
     return [
         module.weight
         for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d) and module.weight is not None and module.weight.requires_grad
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
+        and module.weight is not None
+        and module.weight.requires_grad
     ]
 
 

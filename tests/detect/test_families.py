@@ -1,17 +1,18 @@
 """torchvision's families over its backbones: built of JSON, traced, trained, with torchvision's own weights."""
 
+import math
 import sys
 import types
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import get_model, mobilenet_v2, regnet_y_400mf, resnet18, swin_t
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from jdkd.detect import FAMILIES, detector, load, load_weights, narrowed, open_model, read, resized, save
-from jdkd.detect.backbones import PYRAMIDS, backbone_names, maps_of
+from jdkd.detect.backbones import PYRAMIDS, CoarsestLevels, backbone_names, maps_of
 from jdkd.errors import InputError
 from jdkd.rewrite import Architecture, build
 
@@ -152,6 +153,26 @@ def test_anchors_and_regions_suit_small_images():
     assert anchors_of(theirs)[0] == (8, 16, 32, 64, 128) and theirs.roi_heads.detections_per_img == 7
     assert theirs.roi_heads.fg_bg_sampler.positive_fraction == 0.5
     assert open_model("ssdlite320_mobilenet_v3_large", min_size=128).transform.fixed_size == (128, 128)
+
+
+def test_the_coarsest_levels_of_small_images_have_the_gradient_that_they_have_in_single_precision():
+    """In bfloat16 oneDNN would leave a part of it as it lay in memory, where P6 is one position wide."""
+    coarsest = CoarsestLevels(64, 64)
+    p5 = torch.randn(4, 64, 4, 2)
+
+    def gradient(amp: bool) -> Tensor:
+        coarsest.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            levels, names = coarsest([p5.bfloat16() if amp else p5], [p5], ["2"])
+        assert names == ["2", "p6", "p7"] and {level.dtype for level in levels} == {levels[0].dtype}
+        sum(level.float().square().sum() for level in levels).backward()
+        return coarsest.p7.weight.grad.clone()
+
+    expected = gradient(amp=False)
+    for _ in range(3):
+        lain = [torch.full((64 * 64 * 9 * size,), math.nan) for size in (1, 1, 2)]
+        del lain
+        torch.testing.assert_close(gradient(amp=True), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Head distillation of the other families: every anchor's classes, or the regions of a detector with masks."""
 
 import copy
+from itertools import permutations
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign
 
+import jdkd.detect
 from jdkd.detect.heads import class_head
-from jdkd.distill import Distiller, HeadDistiller, can_distil_heads
+from jdkd.distill import DistillConfig, Distiller, HeadDistiller, can_distil_heads, comparable
 from jdkd.errors import InputError
 from tests.detectors import detector, small_spec
 
@@ -149,6 +151,43 @@ def test_heads_that_do_not_speak_of_the_same_are_refused(name):
     with pytest.raises(InputError, match=f"{message}.*; distil the features only"):
         HeadDistiller(student, teacher)
     assert not can_distil_heads(student, teacher)
+
+
+ALIKE = (("fcos", "reppoints"), ("atss", "gfl"), ("retinanet",))  # families whose places stand for the same objects
+FAMILIES = [family for alike in ALIKE for family in alike]
+
+
+@pytest.fixture(scope="module")
+def families():
+    """A student and a teacher of each."""
+
+    def made(family: str, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return jdkd.detect.detector(family, "resnet18", ("a", "b", "c"), channels=32, **SIZE)
+
+    return {family: (made(family, 0).train(), made(family, 1)) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("pair", [*permutations(ALIKE[0], 2), *permutations(ALIKE[1], 2), ("reppoints",) * 2], ids=str)
+def test_families_of_the_same_places_teach_each_others_classes(pair, families, images, targets):
+    student, teacher = families[pair[0]][0], families[pair[1]][1]
+    student.zero_grad()
+    distiller, levels = comparable(student, teacher, (images, targets), DistillConfig("pkd+logits"))
+    with distiller:
+        student(images, targets)
+        losses = distiller.losses()
+    losses["loss_head_kd"].backward()
+    assert losses.keys() == {"loss_pkd", "loss_head_kd"} and levels
+    assert 0 < losses["loss_head_kd"] < torch.inf and 0 < losses["loss_pkd"] < torch.inf
+    assert student.backbone.fpn.inner_blocks[0][0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("ours", FAMILIES)
+def test_families_of_other_places_are_refused_with_what_these_are(ours, families):
+    others = [theirs for alike in ALIKE if ours not in alike for theirs in alike]
+    for theirs in others:
+        with pytest.raises(InputError, match=r"anchors differ.* \(\d a place of .* pixels.*, and \d a .*; distil"):
+            HeadDistiller(families[ours][0], families[theirs][1])
 
 
 def test_levels_of_other_strides_are_named(images, targets):

@@ -93,6 +93,34 @@ def test_a_student_that_is_evaluated_between_steps_runs_no_teacher_and_finds_wha
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+class Tabulated(Detector):
+    """Makes a table in its first forward and keeps it, as position encodings and anchors are kept."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.table: Tensor | None = None
+        self.backbone.fine.register_forward_pre_hook(self._positions)
+
+    def _positions(self, module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        if self.table is None:
+            self.table = torch.linspace(0.5, 1, inputs[0].shape[-1]).expand(3, 1, -1).contiguous()
+        return (inputs[0] * self.table,)
+
+
+@pytest.mark.filterwarnings("ignore::jdkd.notices.Notice")  # of a teacher whose weights are random
+@pytest.mark.parametrize("imitation", ["pearson", "mse", "cwd"])
+def test_a_teacher_that_keeps_what_its_forward_made_can_be_trained_afterwards(imitation):
+    """Tensors of ``torch.inference_mode`` could be saved for no backward pass: not the levels, and not the table."""
+    student, teacher = Detector().train(), Tabulated(1)
+    with Distiller(student, teacher, imitation=imitation, own_size=True) as distiller:
+        student(batch(2))
+        distiller.loss().backward()
+    assert student.backbone.fine.weight.grad.abs().sum() > 0
+    pixels = torch.stack(batch(2)).requires_grad_()  # whose gradient needs the table
+    teacher.backbone(pixels)["coarse"].sum().backward()
+    assert teacher.table is not None and pixels.grad.abs().sum() > 0
+
+
 class Finding(nn.Module):
     """Finds the boxes that it is told, whatever it sees."""
 

@@ -93,13 +93,19 @@ def test_batch_norms_of_every_kind_are_calibrated(name):
     torch.testing.assert_close(norm.running_var, variance)
 
 
-def test_a_synchronised_norm_of_several_processes_is_refused_by_name(monkeypatch):
-    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.SyncBatchNorm(2))
+def test_a_process_of_several_calibrates_synchronised_norms_by_itself(monkeypatch):
+    """As the first does in the training of a pool, while the others wait and could give it nothing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.SyncBatchNorm(2), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.SyncBatchNorm(2))
+    alone = copy.deepcopy(model)
+    calibrate_bn(alone, uneven_batches())
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 4)
-    with pytest.raises(InputError, match=r"1, a SyncBatchNorm, takes its statistics over the 4 process"):
-        calibrate_bn(model, uneven_batches())
-    assert model[1].num_batches_tracked == 0 and not model[1].running_mean.any()
+    calibrate_bn(model, uneven_batches())
+    assert all(torch.equal(tensor, alone.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert model[4].running_mean.any()
+    with pytest.raises(ValueError, match="SyncBatchNorm expected input tensor to be on GPU"):
+        model.train()(uneven_batches()[0])  # they synchronise again
 
 
 def test_a_norm_without_a_shape_is_refused_by_name():

@@ -1,0 +1,255 @@
+"""What the rows of :mod:`benchmarks.distillation` say: tables, sentences and curves of `docs/experiments/`.
+
+Everything is read off the rows, the verdicts too; `python -m benchmarks.readme` writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jdkd.distill.training import ONE_STAGE, TWO_STAGE
+from jdkd.report.svg import Axes, drawing, spread, tag
+
+Row = dict[str, Any]
+NOBODY, NONE, PKD, AUTO = "nobody", "none", "pkd", "auto"
+TITLES = {"digit_scenes": "Digit scenes", "blood_cells": "Photographs of blood cells"}
+# Okabe and Ito, Color Universal Design (2008)
+COLOURS = {NONE: "#6E6E6E", PKD: "#D55E00", "mse": "#0072B2", "cwd": "#E69F00"}
+PANEL, LEGEND = (250, 220), 26  # width and height in pixels
+STYLE = "text{font:11px sans-serif;fill:#6E6E6E}.grid{stroke:#6E6E6E;stroke-opacity:.25}"
+ASKED = 2  # pairs on which PKD is to win
+GAIN = "gain over none (95 %)"
+
+
+def latest(kept: Iterable[Row]) -> list[Row]:
+    """The last row of each way."""
+    names = ("data", "teacher", "student", "loss", "weight", "head")
+    return [*{tuple(row.get(name) for name in names): row for row in kept}.values()]
+
+
+def page(kept: Iterable[Row]) -> str:
+    """Markdown: for each data set a verdict, a table, curves, and the sweep of weights."""
+    rows, parts = latest(kept), []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in rows if row["data"] == data]
+        parts += [f"### {TITLES.get(data, data)}", _facts(own, "student"), verdict(own), table(own)]
+        if chart(own):
+            parts.append(f"![mAP of students in training, by pair and loss]({chart_name(data)})")
+        if any(row["weight"] != AUTO for row in own):
+            parts.append(sweep(own))
+    return "\n\n".join(filter(None, parts)) or "Not measured."
+
+
+def pairs(rows: Iterable[Row]) -> list[tuple[str, str]]:
+    """Teacher and student of all taught rows, in their order."""
+    return list(dict.fromkeys((row["teacher"], row["student"]) for row in rows if row["loss"] != NONE))
+
+
+def of(rows: Iterable[Row], pair: tuple[str, str], loss: str) -> Row | None:
+    """The row of a pair and a loss at its own weight; of no distillation that of the student alone."""
+    teacher = NOBODY if loss == NONE else pair[0]
+    wanted = {"teacher": teacher, "student": pair[1], "loss": loss, "weight": AUTO}
+    return next((row for row in rows if all(row[name] == value for name, value in wanted.items())), None)
+
+
+def wins(row: Row) -> bool:
+    """Whether a gain is more than the spread over seeds and images: all of its interval lies above 0."""
+    return row["gain_interval"][0] > 0
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """What came out, in sentences."""
+    taught = {pair: row for pair in pairs(rows) if (row := of(rows, pair, PKD)) is not None}
+    if not taught:
+        return ""
+    won = [pair for pair, row in taught.items() if wins(row)]
+    said = f"PKD beats no distillation by more than the spread on {len(won)} of {len(taught)} pairs"
+    said += f" ({', '.join(map(name, won))})" if won else ""
+    met = "met" if len(won) >= ASKED else "not met"
+    sentences = [f"**{said}; at least {ASKED} were asked for, which is {met}.**"]
+    if lost := [_loss_of(rows, pair, row) for pair, row in taught.items() if pair not in won]:
+        sentences.append(f"It does not on {'; '.join(lost)}.")
+    rivals = {loss for row in rows if (loss := row["loss"]) not in (NONE, PKD)}
+    if rivals:
+        first = [pair for pair, row in taught.items() if all(_less(of(rows, pair, loss), row) for loss in rivals)]
+        sentences.append(
+            f"Its gain is the largest of {', '.join([PKD, *sorted(rivals)])} on {len(first)} of {len(taught)} pairs"
+            + (f" ({', '.join(map(name, first))})." if first else ".")
+        )
+    if early := _convergence(rows, taught):
+        sentences.append(early)
+    return " ".join(sentences)
+
+
+def _less(rival: Row | None, row: Row) -> bool:
+    return rival is None or rival["gain"] < row["gain"]
+
+
+def _loss_of(rows: Sequence[Row], pair: tuple[str, str], row: Row) -> str:
+    """How much a pair misses, and whether its teacher had anything to teach."""
+    alone, behind = of(rows, pair, NONE), ", which is behind" if row["gain_interval"][1] < 0 else ""
+    known = f"the teacher scores {row['teacher_map']:.3f}"
+    known += "" if alone is None else f", the student alone {np.mean(alone['maps']):.3f}"
+    return f"{name(pair)}: {gained(row)}{behind} ({known})"
+
+
+def _convergence(rows: Sequence[Row], taught: dict[tuple[str, str], Row]) -> str:
+    """After how many steps taught students have what untaught ones end with."""
+    found = []
+    for pair, row in taught.items():
+        if (alone := of(rows, pair, NONE)) is None:
+            continue
+        curve, aim = _curve(row), _curve(alone)[-1]
+        at = next((number for number, value in enumerate(curve, 1) if value >= aim), None)
+        when = "never" if at is None else f"after {at * row['steps'] // len(curve)} of {row['steps']}"
+        found.append(f"{name(pair)} {when}")
+    return (
+        f"Steps until it has, on average over seeds, what no distillation ends with: {'; '.join(found)}."
+        if found
+        else ""
+    )
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A way a row: students alone first, then by pair."""
+    headings = (
+        "teacher (mAP)",
+        "student",
+        "loss",
+        "mAP by seed",
+        "mean",
+        "gain over none (95 %)",
+        "after each quarter",
+    )
+    lines = [f"| {' | '.join(headings)} |", "| --- | --- | --- | ---: | ---: | ---: | ---: |"]
+    order = {NONE: -1} | {pair: number for number, pair in enumerate(pairs(rows))}
+    usual = [row for row in rows if row["weight"] == AUTO]
+    for row in sorted(usual, key=lambda row: order[NONE if row["loss"] == NONE else (row["teacher"], row["student"])]):
+        taught = row["loss"] != NONE
+        teacher = f"{row['teacher']} ({row['teacher_map']:.3f})" if taught else "–"
+        curve = " ".join(f"{value:.3f}" for value in _curve(row))
+        cells = [teacher, row["student"], row["loss"], scores(row), f"{np.mean(row['maps']):.3f}"]
+        lines.append(f"| {' | '.join([*cells, gained(row) if taught else '–', curve])} |")
+    return "\n".join(lines)
+
+
+def sweep(rows: Sequence[Row]) -> str:
+    """A table of PKD's weights on one pair, and which is the best."""
+    parts = []
+    for pair in pairs(rows):
+        own = [row for row in rows if (row["teacher"], row["student"]) == pair and row["weight"] != AUTO]
+        if not own:
+            continue
+        own.sort(key=lambda row: row["weight"])
+        best = max(own, key=lambda row: row["gain"])
+        published = TWO_STAGE if any("rcnn" in each for each in pair) else ONE_STAGE
+        won = [f"{row['weight']:g}" for row in own if wins(row)]
+        lines = [
+            f"Weights of PKD, {name(pair)}: the best of {len(own)} is {best['weight']:g} (the published one is "
+            f"{published:g}); the whole interval lies above 0 at {', '.join(won) if won else 'none of them'}.",
+            "",
+            f"| weight | mAP by seed | {GAIN} |",
+            "| ---: | ---: | ---: |",
+        ]
+        parts.append("\n".join([*lines, *(f"| {row['weight']:g} | {scores(row)} | {gained(row)} |" for row in own)]))
+    return "\n\n".join(parts)
+
+
+def swaps(kept: Iterable[Row]) -> str:
+    """Markdown: what the features of taught students are worth under another head."""
+    rows, parts = latest(kept), []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        own = [row for row in rows if row["data"] == data]
+        taught = [row for row in own if row["loss"] != NONE]
+        won = [row for row in taught if wins(row)]
+        lines = [
+            f"### {TITLES.get(data, data)}",
+            "",
+            _facts(own, "head"),
+            "",
+            "**Under a head that is trained anew, the features of a PKD student beat those of an untaught one by more "
+            f"than the spread on {len(won)} of {len(taught)} pairs.**",
+            "",
+            f"| features of | taught by | head | mAP by seed | {GAIN} |",
+            "| --- | --- | --- | ---: | ---: |",
+        ]
+        for row in sorted(own, key=lambda row: row["student"]):
+            alone = row["loss"] == NONE
+            cells = [
+                row["student"],
+                "nobody" if alone else f"{row['teacher']}, {row['loss']}",
+                row["head"],
+                scores(row),
+            ]
+            lines.append(f"| {' | '.join([*cells, '–' if alone else gained(row)])} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "Not measured."
+
+
+def charts(kept: Iterable[Row]) -> dict[str, str]:
+    """The curves of each data set, an SVG by the name of its file."""
+    rows = latest(kept)
+    made = {data: chart([row for row in rows if row["data"] == data]) for data in {row["data"]: 0 for row in rows}}
+    return {chart_name(data): svg for data, svg in made.items() if svg}
+
+
+def chart_name(data: str) -> str:
+    return f"distillation-{data}.svg"
+
+
+def chart(rows: Sequence[Row]) -> str:
+    """mAP after each part of the training, a panel a pair: the mean over seeds, and each seed faintly."""
+    usual = [row for row in rows if row["weight"] == AUTO]
+    shown = pairs(usual)
+    if not shown:
+        return ""
+    scale = spread(value for row in usual for curve in row["curves"] for value in curve)
+    steps, panels = max(row["steps"] for row in usual), []
+    for number, pair in enumerate(shown):
+        axes = Axes((0, steps * 1.05), scale, ("step", "mAP"), PANEL, left=52)
+        lines = [tag("text", name(pair), x=PANEL[0] / 2 + 20, y=10, text_anchor="middle")]
+        for loss, colour in COLOURS.items():
+            if (row := of(usual, pair, loss)) is not None:
+                lines += [_line(axes, row, curve, colour, 0.3, 1) for curve in row["curves"]]
+                lines.append(_line(axes, row, _curve(row), colour, 1, 2.2))
+        place = f"translate({number * PANEL[0]} {LEGEND})"
+        panels.append(tag("g", None, axes.frame(), *lines, transform=place))
+    losses = [loss for loss in COLOURS if any(row["loss"] == loss for row in usual)]
+    key = [tag("text", loss, x=60 + 70 * at, y=17, style=f"fill:{COLOURS[loss]}") for at, loss in enumerate(losses)]
+    size = PANEL[0] * len(shown), PANEL[1] + LEGEND
+    inside = tag("style", STYLE) + "".join(key + panels)
+    return drawing(size, inside, "mAP of students in training", xmlns="http://www.w3.org/2000/svg") + "\n"
+
+
+def _line(axes: Axes, row: Row, curve: Sequence[float], colour: str, opacity: float, width: float) -> str:
+    points = [(number * row["steps"] / len(curve), value) for number, value in enumerate(curve, 1)]
+    look = {"fill": "none", "stroke": colour, "stroke_width": width, "stroke_opacity": opacity}
+    return tag("path", None, d=axes.path(points), **look)
+
+
+def _curve(row: Row) -> list[float]:
+    """mAP after each part of the training, mean over seeds."""
+    return np.mean(row["curves"], axis=0).tolist()
+
+
+def _facts(rows: Sequence[Row], trained: str) -> str:
+    """What the rows of a data set have in common."""
+    steps = " or ".join(map(str, sorted({row["steps"] for row in rows})))
+    seeds = " or ".join(map(str, sorted({len(row["seeds"]) for row in rows})))
+    return f"{steps} steps of every {trained}, {seeds} seeds; on {', '.join(sorted({row['device'] for row in rows}))}."
+
+
+def name(pair: tuple[str, str]) -> str:
+    return " → ".join(pair)
+
+
+def scores(row: Row) -> str:
+    return " ".join(f"{value:.3f}" for value in row["maps"])
+
+
+def gained(row: Row) -> str:
+    low, high = row["gain_interval"]
+    return f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
