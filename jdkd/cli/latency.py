@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdkd.cli.flags import DataFlags, recorded_split, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
-from jdkd.files import require_file, write_json
+from jdkd.files import read_as, require_file, write_json
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from jdkd.latency import LatencyReport
+    from jdkd.data import CocoDetectionDataset, Split
+    from jdkd.latency import Grid, LatencyReport, Work
+    from jdkd.latency.runtimes import Runtime
 
-MODES = {
-    "end_to_end": "end to end",
-    "model_only": "model only",
-    "backbone_replay": "backbone, CUDA graph",
-}
+MEASUREMENTS = "measurements"
+EXPORT = "jdkd.export"  # the package that writes what runtimes of files run
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Time detectors against each other: interleaved, warm, with the uncertainty of their ratios."""
+    """Time detectors against each other: interleaved, warm, with the uncertainty of their ratios, in any runtime."""
 
     base: Path
     """Folder of the detector that the others are compared with."""
@@ -37,66 +39,190 @@ class Latency:
     """Image files to measure on, instead of validation images."""
     out: Path | None = None
     """JSON file for samples, environment and protocol."""
+    runtimes: tuple[str, ...] = ("eager",)
+    """eager, compile, cudagraph, onnxruntime, openvino, tensorrt: what runs them, one after the other."""
+    dtypes: tuple[str, ...] = ("float32",)
+    """float32, float16, bfloat16: of weights and features."""
+    batch_sizes: tuple[int, ...] = (1,)
+    """Images per call."""
+    modes: tuple[str, ...] = ("end_to_end", "model_only")
+    """end_to_end: from images on the host to boxes on it; model_only: from a batch that was resized and normalised."""
+    processes: int = 1
+    """Repeat all of it in so many fresh processes, and give the interval over them."""
     count: int = 16
     """Validation images to measure on, at most."""
     rounds: int = 100
     """At least so many rounds; each runs every detector twice."""
     seconds: float = 10.0
     """And at least so long."""
-    batch_size: int = 1
-    """Images per call."""
+    map: bool = False
+    """Score each detector in each runtime and dtype on all validation images."""
+    profile: bool = False
+    """Divide each detector's time among backbone, neck, head, postprocess and what is fixed, run eagerly."""
+    against: Path | None = None
+    """What an earlier --out wrote, to say whether it agrees; of another environment it is refused."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
     def __call__(self) -> None:
+        import torch
         from rich.console import Console
 
+        from jdkd.cli.latency_tables import Shown
         from jdkd.detect import load
-        from jdkd.latency import fuse_for_inference, measure, profile_cost
+        from jdkd.detect.checkpoint import WEIGHTS
+        from jdkd.latency import measure_grid, profile_cost
+        from jdkd.latency.grid import with_facts
+        from jdkd.latency.records import sha256_of
+        from jdkd.latency.runtimes import require_runnable
 
-        device = resolve_device(self.device)
+        device, grid = resolve_device(self.device), self._grid()
+        require_runnable(grid.runtimes, known_runtimes(), torch.device(device), grid.dtypes)
+        _require_watched(device)
         if self.count < 1:
             raise InputError(f"--count is {self.count}; measure on at least 1 validation image.")
         if self.out is not None:
             require_file(self.out, "--out")
+        before = None if self.against is None else _earlier(self.against)
         folders = _named([self.base, *self.students])
+        images, origin, split = self._images()
+        files = {name: {"weights_sha256": sha256_of(folder / WEIGHTS)} for name, folder in folders.items()}
+        work = self._work(folders, images, device, split)
+        if before is not None:
+            _require_comparable(before, work, grid, str(self.against))
         detectors = {name: load(folder) for name, folder in folders.items()}
-        images, origin = self._images()
         with Progress() as progress:
-            report = measure(
-                {name: fuse_for_inference(model) for name, model in detectors.items()},
-                images,
-                device=device,
-                rounds=self.rounds,
-                min_seconds=self.seconds,
-                batch_size=self.batch_size,
-                progress=progress.task("latency"),
-            )
+            told = progress.task("processes" if grid.processes > 1 else "latency")
+            reports = [with_facts(report, files) for report in measure_grid(work, grid, told)]
         costs = {name: profile_cost(model, otherwise=tuple(images[0].shape[1:])) for name, model in detectors.items()}
+        profiles = self._profiles(detectors, images, device) if self.profile else {}
+        shown = Shown(reports, costs, profiles, origin)
         if self.out is not None:
-            cost = {name: {"params": one.params, "gmacs": one.gmacs} for name, one in costs.items()}
-            write_json(self.out, {**report.to_json(), "cost": cost, "origin": origin})
-        console = Console()
-        console.print(_table(report, costs))
-        for line in _conditions(report, origin):
-            console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+            write_json(self.out, {"time": datetime.now(UTC).isoformat(timespec="seconds"), **shown.to_json()})
+        shown.print(Console())
+        for report in reports if before is not None else ():
+            _print_compared(report, before, str(self.against))
 
-    def _images(self) -> tuple[list[Tensor], str]:
-        """Images to measure on, and where they come from."""
+    def _grid(self) -> Grid:
+        from jdkd.latency import REPORTED, Grid
+
+        limits = {"max_seconds": 2 * self.seconds, "warmup_limit": self.seconds}  # of slow detectors, which need them
+        longer = {name: max(getattr(REPORTED, name), seconds) for name, seconds in limits.items()}
+        schedule = replace(REPORTED, rounds=self.rounds, min_seconds=self.seconds, **longer)
+        return Grid(self.runtimes, self.dtypes, self.batch_sizes, self.modes, schedule, self.processes)
+
+    def _work(self, folders: dict[str, Path], images: list[Tensor], device: str, split: Split | None) -> Work:
+        from jdkd.latency import Work
+
+        if self.map and split is None:
+            raise InputError("--map scores on annotated images, and there are none; give --data, and no --images.")
+        score = functools.partial(_map_on, split, device) if self.map else None
+        return Work(functools.partial(_shipped, folders), known_runtimes, images, device, score)
+
+    def _profiles(self, detectors: Mapping[str, nn.Module], images: list[Tensor], device: str) -> dict[str, Any]:
+        from jdkd.latency import fuse_for_inference, profile_stages
+
+        batch_size = self.batch_sizes[0]
+        return {
+            name: profile_stages(
+                fuse_for_inference(model), images, device=device, batch_size=batch_size, rounds=min(self.rounds, 50)
+            )
+            for name, model in detectors.items()
+        }
+
+    def _images(self) -> tuple[list[Tensor], str, Split | None]:
+        """Images to measure on, where they come from, and the annotated images that they are some of."""
         from jdkd.data import CocoDetectionDataset, read_image
 
         if self.images:
-            return [read_image(file) for file in self.images], f"{len(self.images)} image files"
+            return [read_image(file) for file in self.images], f"{len(self.images)} image files", None
         split = self.source.split("val") if self.source.given else recorded_split(self.base, "val")
         if split is not None:
             with Progress() as progress:
                 split = replace(split, strict=self.source.strict)
                 dataset = CocoDetectionDataset(split, progress.task("check images"))
             chosen = min(self.count, len(dataset))
-            return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}"
-        return _photographs(), (
-            "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your images"
-        )
+            return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}", split
+        said = "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your images"
+        return _photographs(), said, None
+
+
+def known_runtimes() -> dict[str, Runtime]:
+    """All runtimes by name; those of exported files need `jdkd.export`."""
+    from jdkd.latency.exported import known_runtimes
+
+    return known_runtimes(_exported if importlib.util.find_spec(EXPORT) else None)
+
+
+def _exported(model: nn.Module, file: Path, half: bool) -> None:
+    """Writes a detector to an ONNX file."""
+    from jdkd.export.writing import exported
+
+    file.write_bytes(exported(model, "onnx", half=half))
+
+
+def _shipped(folders: Mapping[str, Path]) -> dict[str, nn.Module]:
+    """Detectors from their folders, as they ship."""
+    from jdkd.detect import load
+    from jdkd.latency import fuse_for_inference
+
+    return {name: fuse_for_inference(load(folder)) for name, folder in folders.items()}
+
+
+@functools.cache
+def _dataset(split: Split) -> CocoDetectionDataset:
+    from jdkd.data import CocoDetectionDataset
+
+    return CocoDetectionDataset(split)
+
+
+def _map_on(split: Split, device: str, detector: nn.Module) -> float:
+    """mAP of a detector, one image at a time, as it is timed."""
+    from jdkd.train import evaluate
+
+    return evaluate(detector, _dataset(split), device=device, batch_size=1).map
+
+
+def _require_watched(device: str) -> None:
+    """Refuses a GPU whose clocks nobody reads."""
+    import torch
+
+    from jdkd.latency.watching import NvmlWatch
+
+    if device != "cpu":
+        NvmlWatch(torch.device(device))
+
+
+def _earlier(file: Path) -> list[LatencyReport]:
+    """The measurements that an earlier run wrote."""
+    from jdkd.latency import LatencyReport
+
+    def reports(content: dict[str, Any]) -> list[LatencyReport]:
+        return [LatencyReport.from_json(each) for each in content[MEASUREMENTS]]
+
+    return read_as(reports, file, "give a file that `jdkd latency --out` wrote")
+
+
+def _require_comparable(before: list[LatencyReport], work: Work, grid: Grid, then: str) -> None:
+    """Refuses an earlier measurement that could not be compared with the one that is about to be taken."""
+    import torch
+
+    from jdkd.latency.protocol import conditions_of, cudnn_benchmark
+    from jdkd.latency.records import images_sha256, matching, require_comparable
+
+    runtimes, device, pixels = work.runtimes(), torch.device(work.device), images_sha256(work.images)
+    with cudnn_benchmark(device):
+        for runtime, dtype, size in grid.cells():
+            protocol = {"runtime": runtime, "dtype": dtype, "batch_size": size, "images_sha256": pixels}
+            found = matching(before, protocol, then)
+            require_comparable(found, conditions_of(device, runtimes[runtime]), protocol, then)
+
+
+def _print_compared(report: LatencyReport, before: list[LatencyReport], then: str) -> None:
+    from jdkd.latency.records import compared, matching
+
+    for line in compared(report, matching(before, report.protocol, then), then):
+        print(line)
 
 
 def _named(folders: list[Path]) -> dict[str, Path]:
@@ -117,46 +243,3 @@ def _photographs() -> list[Tensor]:
     from sklearn.datasets import load_sample_images
 
     return [torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous() for image in load_sample_images().images]
-
-
-def _table(report: LatencyReport, costs: dict[str, Any]) -> Table:
-    """Percentiles of every detector and mode, and the ratio to the base."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title="Latency per call, ms")
-    table.collapse_padding = True
-    for heading in ("detector", "mode", "p50", "p90", "p99", "IQR", "ratio (95 %)"):
-        left = heading in ("detector", "mode")
-        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "detector")
-    for name, model in report.models.items():
-        size = f"{costs[name].params / 1e6:.2f} M params, {costs[name].gmacs:.2f} GMACs"
-        for place, (mode, latency) in enumerate(model.modes().items()):
-            ratio = report.ratio(name, mode=mode)
-            figures = [f"{getattr(latency, which):.1f}" for which in ("p50", "p90", "p99", "iqr")]
-            compared = f"{ratio.value:.3f} ({ratio.low:.3f}–{ratio.high:.3f})" if name != report.base else "1"
-            table.add_row((name, size, "")[place], MODES[mode], *figures, compared)
-    return table
-
-
-def _conditions(report: LatencyReport, origin: str) -> list[str]:
-    """What the table was measured under."""
-    machine, protocol = report.environment, report.protocol
-    run, facts = protocol["run"], [model.facts for model in report.models.values()]
-    dtypes = "/".join(sorted({dtype for one in facts for dtype in one["dtypes"]}))
-    warm = f"{'stable' if run['stable'] else 'NOT stable'} after {run['warmup_seconds']:.1f} s of warm-up"
-    lines = [
-        f"{machine['device_name']} ({machine['device']}), {machine['threads']} threads, "
-        f"torch {machine['torch']}, {dtypes}, {machine['clock']}",
-        f"{origin}; batch {protocol['batch_size']}, {run['rounds']} rounds in {run['seconds']:.0f} s, "
-        f"interleaved (ABBA), {warm}",
-    ]
-    if "tf32_convolution" in machine:
-        lines.append(f"TF32: convolutions {machine['tf32_convolution']}, matrix products {machine['tf32_matmul']}")
-    throttled = [state["throttle_reasons"] for state in (machine["gpu_before"], machine["gpu_after"]) if state]
-    if any(throttled):
-        lines.append(f"the GPU was throttled (reasons {', '.join(map(hex, throttled))}): compare ratios, not times")
-    left = {name: model.facts["batch_norms"] for name, model in report.models.items() if model.facts["batch_norms"]}
-    if left:
-        lines.append(f"batch norms that could not be folded: {left}")
-    return lines

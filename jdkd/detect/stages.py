@@ -1,51 +1,55 @@
-"""See :func:`eager_stages`."""
+"""See :func:`stages_of`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from torch import nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import FeaturePyramidNetwork
 
-import torch
-from torch import Tensor, nn
+from jdkd.detect.input_size import input_transform
+from jdkd.errors import InputError
+from jdkd.nn.necks import holders, trunk_of
 
-from jdkd.detect.exportable import SAID
-from jdkd.nn.unwrapping import unwrapped
-
-PROPOSING = ("objectness", "bbox_deltas")
-
-
-def eager_stages(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
-    """What a detector computes on images, by the names of :attr:`Exportable.stage_names`, as far as it can be seen."""
-    inner, seen = unwrapped(model), {}
-    heads = {"head": inner.head} if hasattr(inner, "head") else {"head": inner.rpn.head, "rpn": inner.rpn}
-    hooked = {"transform": inner.transform, "backbone": inner.backbone, **heads}
-    handles = [
-        module.register_forward_hook(lambda module, inputs, output, name=name: seen.setdefault(name, output))
-        for name, module in hooked.items()
-    ]
-    try:
-        with torch.no_grad():
-            inner(list(images))
-    finally:
-        for handle in handles:
-            handle.remove()
-    levels = seen["backbone"]
-    levels = dict(levels) if isinstance(levels, Mapping) else {"0": levels}
-    found = {"the normalised image": seen["transform"][0].tensors}
-    found |= {f"level {name}": level for name, level in levels.items()}
-    if "rpn" in seen:
-        for (name, _), *both in zip(levels.items(), *seen["head"], strict=True):
-            found |= {f"{key} of level {name}": one for key, one in zip(PROPOSING, both, strict=True)}
-        return found | {"proposals": seen["rpn"][0][0][None]}
-    cells = [level.shape[-2] * level.shape[-1] for level in levels.values()]
-    for key, output in seen["head"].items():
-        each = output.shape[1] // sum(cells)
-        parts = output.split([count * each for count in cells], dim=1)
-        if key in SAID:
-            found |= {f"{key} of level {name}": part for name, part in zip(levels, parts, strict=True)}
-    return {name: found[name] for name in _in_order(found, levels)}
+STAGES = BACKBONE, NECK, HEAD, POSTPROCESS, FIXED = "backbone", "neck", "head", "postprocess", "fixed"
+"""Backbone; neck; heads, RoI pooling with them; anchors, decoding, proposals and NMS; what no architecture changes:
+resizing, normalising, copies, and glue."""
+ANCHORS = AnchorGenerator, DefaultBoxGenerator
+DECODING = "postprocess_detections"  # a method of torchvision's one-stage detectors
 
 
-def _in_order(found: Mapping[str, Tensor], levels: Mapping[str, Tensor]) -> list[str]:
-    """The names of stages of one stage's detectors, level by level."""
-    of_heads = [name for level in levels for name in found if name.endswith(f" of level {level}")]
-    return [name for name in found if name not in of_heads] + of_heads
+def stages_of(model: nn.Module) -> list[tuple[nn.Module, str, str]]:
+    """What a detector calls in each stage: a module, the name of its method, and the stage; of two, one within the
+    other, the inner one counts.
+
+    Args:
+        model: a detector whose backbone is known.
+
+    Raises:
+        InputError: there is no telling which module it is.
+    """
+    trunk = trunk_of(model)
+    if not trunk:
+        raise InputError(
+            f"the stages of this {type(model).__name__} are not known, as it does not say what returns its levels of "
+            "features; set model.pyramid to that module's path."
+        )
+    necks = [part for module in trunk for part in module.modules() if isinstance(part, FeaturePyramidNetwork)]
+    found = [(trunk[0], "forward", BACKBONE)]
+    found += [(part, "forward", NECK) for part in [*trunk[1:], *necks]]
+    if (transform := input_transform(model)) is not None:
+        found += [(transform, "forward", FIXED), (transform, "postprocess", POSTPROCESS)]
+    _, holder = holders(model)[0]
+    if hasattr(holder, DECODING):
+        found.append((holder, DECODING, POSTPROCESS))
+    for child in holder.children():
+        if isinstance(child, RegionProposalNetwork | RoIHeads):
+            found.append((child, "forward", POSTPROCESS))
+            found += [(part, "forward", HEAD) for part in child.children() if not isinstance(part, ANCHORS)]
+        elif isinstance(child, ANCHORS):
+            found.append((child, "forward", POSTPROCESS))
+        elif child is not transform and all(child is not part for part in trunk):
+            found.append((child, "forward", HEAD))
+    unique = {(id(module), method): (module, method, stage) for module, method, stage in found}
+    return list(unique.values())

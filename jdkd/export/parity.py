@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect.contract import detections
-from jdkd.detect.stages import eager_stages
+from jdkd.detect.eager_stages import eager_stages
 from jdkd.errors import InputError
 from jdkd.export.opening import Exported
 from jdkd.export.preparing import Found, batch_of

@@ -2,8 +2,10 @@
 
 from jdkd.latency.cost import Cost, profile_cost
 from jdkd.latency.folding import fuse_for_inference
+from jdkd.latency.grid import Grid, Work, measure_grid
 from jdkd.latency.protocol import QUICK, REPORTED, Schedule, measure, measure_quick
 from jdkd.latency.report import LatencyReport, ModelLatency
+from jdkd.latency.stages import StageProfile, profile_stages
 from jdkd.latency.statistics import Latency, Ratio, bootstrap_ratio, percentile
 from jdkd.latency.table import LatencyTable, measure_table
 
@@ -11,17 +13,22 @@ __all__ = [
     "QUICK",
     "REPORTED",
     "Cost",
+    "Grid",
     "Latency",
     "LatencyReport",
     "LatencyTable",
     "ModelLatency",
     "Ratio",
     "Schedule",
+    "StageProfile",
+    "Work",
     "bootstrap_ratio",
     "fuse_for_inference",
     "measure",
+    "measure_grid",
     "measure_quick",
     "measure_table",
     "percentile",
     "profile_cost",
+    "profile_stages",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torchvision
 
 
 class Clock(Protocol):
@@ -87,6 +89,14 @@ def device_name(device: torch.device) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def _governor() -> str | None:
+    """How Linux sets the processors' clock, where it tells."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
+    except OSError:
+        return None
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """Everything about this process that a latency depends on, JSON-able.
 
@@ -94,14 +104,18 @@ def environment(device: torch.device) -> dict[str, Any]:
         device: where the models run.
 
     Returns:
-        Device, clock, threads, versions and, on a GPU, TF32, cuDNN and the state of :func:`gpu_state`.
+        Device, clock, threads, processors, versions and, on a GPU, TF32 and cuDNN: nothing that changes while this
+        process runs, so that two that differ cannot be compared.
     """
     facts: dict[str, Any] = {
         "device": str(device),
         "device_name": device_name(device),
         "clock": clock_for(device).name,
         "threads": torch.get_num_threads(),
+        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "governor": _governor(),
         "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
         "python": platform.python_version(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
@@ -114,32 +128,3 @@ def environment(device: torch.device) -> dict[str, Any]:
             "tf32_convolution": torch.backends.cudnn.allow_tf32,
         }
     return facts
-
-
-def gpu_state(device: torch.device) -> dict[str, Any] | None:
-    """Read, never set, the clocks, temperature, power and throttle reasons of a GPU.
-
-    Args:
-        device: an NVIDIA device.
-
-    Returns:
-        MHz, degrees Celsius, watts and the bit mask of throttle reasons (bit 0, idle, removed); None for
-        another kind of device, without the optional package `nvidia-ml-py`, or where the driver refuses to
-        tell.
-    """
-    if device.type != "cuda":
-        return None
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        return {
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-            "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
-            "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle) & ~1,
-        }
-    except Exception:  # a reading that some drivers, containers and virtual GPUs do not give
-        return None

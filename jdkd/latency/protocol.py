@@ -13,22 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect import fix_roi_scales, parameter_count
-from jdkd.detect.contract import identity
+from jdkd.detect import fix_roi_scales
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
-from jdkd.latency.calls import TimedCall, backbone_replay, check_images, end_to_end, model_only
-from jdkd.latency.clock import Clock, clock_for, environment, gpu_state
-from jdkd.latency.folding import batch_norms
-from jdkd.latency.report import LatencyReport, ModelLatency
+from jdkd.latency.calls import TimedCall, check_images, end_to_end
+from jdkd.latency.clock import Clock, clock_for, environment
+from jdkd.latency.facts import facts_of, known_facts
+from jdkd.latency.records import images_sha256, sources
+from jdkd.latency.report import MODES, LatencyReport, ModelLatency
+from jdkd.latency.runtimes import Artefact, Batches, Eager, Runtime
 from jdkd.latency.statistics import Latency, percentile
+from jdkd.latency.watching import Watch, watch_for
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]
-MODES: dict[str, Callable[[nn.Module, Sequence[Sequence[Tensor]], torch.device], TimedCall | None]] = {
-    "end_to_end": end_to_end,
-    "model_only": model_only,
-    "backbone_replay": backbone_replay,
-}
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,8 @@ class Schedule:
 
 
 LEAST_ROUNDS = 5
+BLOCK_SECONDS = 1.0  # of rounds between two readings of the machine's clocks
+AGAIN = "the base again (A/A)"  # among the models of a round
 REPORTED = Schedule()
 QUICK = Schedule(
     rounds=20, min_seconds=0.0, max_seconds=20.0, warmup_seconds=0.0, warmup_limit=1.0, window=3, tolerance=0.05
@@ -91,6 +90,7 @@ def interleave(
     schedule: Schedule,
     clock: Clock,
     progress: ProgressCallback | None = None,
+    watch: Watch | None = None,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time several calls in turn: untimed until stable, then as long as the schedule asks.
 
@@ -100,9 +100,12 @@ def interleave(
         schedule: how long.
         clock: what tells the time.
         progress: called with (rounds done, least rounds, {}) after every round.
+        watch: reads the machine's clocks before the first round and after every block of rounds, none of which is
+            timed.
 
     Returns:
-        Milliseconds by mode and model, two per round in the order taken, and how warm-up and timing went.
+        Milliseconds by mode and model, two per round in the order taken, and how warm-up and timing went: with
+        ``block_ends``, the rounds after which the clocks were read, and ``readings``, the first from before.
     """
     samples: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in named} for mode, named in calls.items()}
 
@@ -125,14 +128,24 @@ def interleave(
 
     for taken in (times for named in samples.values() for times in named.values()):
         taken.clear()
+    readings, ends = [watch.read()] if watch else [], []
     begin, done = time.perf_counter(), 0
+    read_at = begin
     with _no_garbage_collection():
         while not _is_enough(done, time.perf_counter() - begin, schedule):
             one_round(done)
             done += 1
+            if watch and time.perf_counter() - read_at >= BLOCK_SECONDS:
+                readings.append(watch.read())
+                ends.append(done)
+                read_at = time.perf_counter()
             if progress:
                 progress(min(done, schedule.rounds), schedule.rounds, {})
-    return samples, facts | {"rounds": done, "seconds": time.perf_counter() - begin}
+    seconds = time.perf_counter() - begin
+    if watch and done not in ends:
+        readings.append(watch.read())
+        ends.append(done)
+    return samples, facts | {"rounds": done, "seconds": seconds, "readings": readings, "block_ends": ends}
 
 
 def measure(
@@ -148,13 +161,19 @@ def measure(
     window: int = REPORTED.window,
     tolerance: float = REPORTED.tolerance,
     batch_size: int = 1,
-    modes: Sequence[str] = tuple(MODES),
+    modes: Sequence[str] = MODES,
+    runtime: Runtime | None = None,
+    dtype: str = "float32",
+    brief: bool = False,
+    score: Callable[[nn.Module], float] | None = None,
     clock: Clock | None = None,
+    watch: Watch | None = None,
     progress: ProgressCallback | None = None,
 ) -> LatencyReport:
     """Time detectors against each other, interleaved in this process.
 
-    The first model is the base that ratios refer to. Models are timed as they are given, so that the artefact
+    The first model is the base that ratios refer to; it takes part twice, as if it were another model, so that every
+    report shows what the harness finds between equals. Models are timed as they are given, so that the artefact
     that is timed is the one that is scored; pass them through :func:`jdkd.latency.fuse_for_inference` first. Use
     trained weights: the cost of NMS depends on the detections.
 
@@ -165,48 +184,74 @@ def measure(
         rounds, min_seconds, max_seconds, warmup_seconds, warmup_limit, window, tolerance: see
             :class:`Schedule`.
         batch_size: images per call; latencies are per call.
-        modes: of `end_to_end` (images on the host to boxes on the host), `model_only` (normalised batch to
-            boxes after NMS) and `backbone_replay` (CUDA graph, GPU only); a mode that a model does not have
-            is left out.
+        modes: of `end_to_end` (images on the host to boxes on the host) and `model_only` (normalised batch to
+            boxes after NMS); a mode that a model does not have is left out.
+        runtime: what runs all of them; by default torch, eagerly.
+        dtype: of weights and features: `float32`, `float16` or `bfloat16`.
+        brief: without the base against itself, and without counting detections and memory, for ratios of a search.
+        score: mAP of a detector; each is scored after all were timed, in the form in which it was timed.
         clock: what tells the time; by default CUDA events, or the wall time of the host.
+        watch: what reads the machine's clocks; by default what there is, see :mod:`jdkd.latency.watching`.
         progress: called with (rounds done, least rounds, {}) after every round.
 
     Returns:
         Raw samples, percentiles, ratios, and what the machine and the models were.
 
     Raises:
-        InputError: no model, no image, an image of another shape or too elongated for a model's input size, or a
-            model that is in training mode or no detector.
+        InputError: no model, no image, an image of another shape or too elongated for a model's input size, a
+            model that is in training mode or no detector, or one that the runtime cannot run here.
     """
-    device = torch.device(device)
+    device, runtime = torch.device(device), runtime or Eager()
     _check(models, images, batch_size, modes)
+    if reason := runtime.why_not(device, dtype):
+        raise InputError(f"runtime {runtime.name} in {dtype} cannot run here: {reason}.")
     schedule = Schedule(rounds, min_seconds, max_seconds, warmup_seconds, warmup_limit, window, tolerance)
+    pixels = images_sha256(images)
     images = [images[index % len(images)] for index in range(max(len(images), batch_size))]
     batches = [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
-    before, clock = gpu_state(device), clock or clock_for(device)
-    with torch.inference_mode(), _cudnn_benchmark(device):
-        for model in models.values():
+    clock, watch = clock or clock_for(device), watch or watch_for(device)
+    with torch.inference_mode(), cudnn_benchmark(device):
+        artefacts, facts = {}, {}
+        for name, model in models.items():
             fix_roi_scales(model.to(device))
-        made = {mode: {name: MODES[mode](model, batches, device) for name, model in models.items()} for mode in modes}
-        calls = {mode: named for mode, named in made.items() if None not in named.values()}
-        samples, run = interleave(calls, len(batches), schedule, clock, progress)
-        facts = environment(device) | {"clock": clock.name}
+            artefacts[name] = runtime.prepare(model, batches, device, dtype)
+            describe = known_facts if brief else facts_of
+            facts[name] = describe(model, artefacts[name], batches, device)
+        calls = _calls(artefacts, batches, device, modes)
+        if not brief:
+            calls = {mode: named | {AGAIN: next(iter(named.values()))} for mode, named in calls.items()}
+        samples, run = interleave(calls, len(batches), schedule, clock, progress, watch)
+        for name, artefact in artefacts.items():
+            facts[name] |= {"map": score(artefact.detector)} if score else {}
+        conditions = conditions_of(device, runtime, clock)
     return LatencyReport(
-        models={name: _of_model(name, model, samples) for name, model in models.items()},
-        environment={**facts, "gpu_before": before, "gpu_after": gpu_state(device)},
+        models={name: _of_model(name, samples, facts[name]) for name in models},
+        control=None if brief else _of_model(AGAIN, samples, {}),
+        environment=conditions,
         protocol={
+            "runtime": runtime.name,
+            "dtype": dtype,
             "order": "ABBA, rotated every round, modes in turn within a round",
             "batch_size": batch_size,
             "images": len(images),
             "image_sizes": sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images}),
+            "images_sha256": pixels,
             "schedule": vars(schedule),
-            "run": run,
+            "watch": watch.name,
+            "sources": sources(),
+            "runs": [run],
         },
     )
 
 
+def conditions_of(device: torch.device, runtime: Runtime, clock: Clock | None = None) -> dict[str, Any]:
+    """What a report calls its environment."""
+    clock = clock or clock_for(device)
+    return environment(device) | {"clock": clock.name, "runtime_version": runtime.version}
+
+
 def measure_quick(models: Mapping[str, nn.Module], images: Sequence[Tensor], **options: Any) -> LatencyReport:
-    """:func:`measure` with few rounds, a short warm-up and end-to-end only: for candidates during a search.
+    """:func:`measure`, brief, with few rounds, a short warm-up and end-to-end only: for candidates during a search.
 
     Args:
         models, images: as for :func:`measure`.
@@ -215,7 +260,7 @@ def measure_quick(models: Mapping[str, nn.Module], images: Sequence[Tensor], **o
     Returns:
         The same report, with wider intervals.
     """
-    return measure(models, images, **{**vars(QUICK), "modes": ("end_to_end",), **options})
+    return measure(models, images, **{**vars(QUICK), "modes": ("end_to_end",), "brief": True, **options})
 
 
 def _is_stable(totals: Sequence[float], schedule: Schedule) -> bool:
@@ -235,8 +280,8 @@ def _check(models: Mapping[str, nn.Module], images: Sequence[Tensor], batch_size
     if batch_size < 1:
         raise InputError(f"batch_size is {batch_size}; give at least 1")
     unknown = set(modes) - set(MODES)
-    if unknown:
-        raise InputError(f"modes has {sorted(unknown)}; known are {sorted(MODES)}")
+    if unknown or not modes:
+        raise InputError(f"modes has {sorted(unknown) or 'none'}; known are {sorted(MODES)}")
     for name, model in models.items():
         require_visible(model, [(f"images[{i}]", *image.shape[1:]) for i, image in enumerate(images)])
         if model.training:
@@ -252,23 +297,20 @@ def _is_enough(rounds: int, seconds: float, schedule: Schedule) -> bool:
     return rounds >= schedule.rounds and seconds >= schedule.min_seconds
 
 
-def _of_model(name: str, model: nn.Module, samples: Mapping[str, Mapping[str, list[float]]]) -> ModelLatency:
-    """The samples of one model, by mode."""
-    taken = {mode: Latency(tuple(named[name])) for mode, named in samples.items()}
-    return ModelLatency(**taken, facts=_facts(model))
-
-
-def _facts(model: nn.Module) -> dict[str, Any]:
-    """What a reader must know about a timed model."""
-    weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
-    channels_last = all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
-    return {
-        "parameters": parameter_count(model),
-        "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()}),
-        "channels_last": channels_last,
-        "batch_norms": batch_norms(model),
-        "architecture": identity(model),
+def _calls(
+    artefacts: Mapping[str, Artefact], batches: Batches, device: torch.device, modes: Sequence[str]
+) -> dict[str, dict[str, TimedCall]]:
+    """What is timed, by mode and model; without the modes that one of the models does not have."""
+    known: dict[str, dict[str, TimedCall | None]] = {
+        "end_to_end": {name: end_to_end(each.detector, batches, device) for name, each in artefacts.items()},
+        "model_only": {name: each.model_only for name, each in artefacts.items()},
     }
+    return {mode: known[mode] for mode in modes if None not in known[mode].values()}
+
+
+def _of_model(name: str, samples: Mapping[str, Mapping[str, list[float]]], facts: dict[str, Any]) -> ModelLatency:
+    """The samples of one model, by mode."""
+    return ModelLatency(**{mode: Latency(tuple(named[name])) for mode, named in samples.items()}, facts=facts)
 
 
 @contextlib.contextmanager
@@ -285,7 +327,7 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _cudnn_benchmark(device: torch.device) -> Iterator[None]:
+def cudnn_benchmark(device: torch.device) -> Iterator[None]:
     """Let cuDNN choose by measurement while timing on a GPU, and restore what the caller had."""
     previous = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = previous or device.type == "cuda"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from jdkd.errors import InputError
+
+LEVEL = 0.95  # of intervals, where nothing else is said
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
@@ -60,23 +66,40 @@ class Latency:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median time of one model over that of another, with a bootstrap interval of 95 %."""
+    """Median time of one model over that of another, with an interval.
+
+    Args:
+        value, low, high: the ratio and the ends of its interval.
+        level: how often such intervals hold the truth.
+    """
 
     value: float
     low: float
     high: float
+    level: float = LEVEL
 
     @property
     def interval(self) -> tuple[float, float]:
         """The two ends of the interval."""
         return self.low, self.high
 
+    @property
+    def spans_one(self) -> bool:
+        """Whether the two may be equally fast."""
+        return self.low <= 1 <= self.high
+
     def __str__(self) -> str:
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def bootstrap_ratio(
-    model: Sequence[float], base: Sequence[float], *, per_round: int = 2, resamples: int = 2000, seed: int = 0
+    model: Sequence[float],
+    base: Sequence[float],
+    *,
+    per_round: int = 2,
+    resamples: int = 2000,
+    seed: int = 0,
+    level: float = LEVEL,
 ) -> Ratio:
     """Ratio of medians with a percentile bootstrap over rounds (Efron and Tibshirani 1993, chapter 13).
 
@@ -89,9 +112,10 @@ def bootstrap_ratio(
         per_round: samples that each round holds.
         resamples: bootstrap draws.
         seed: of the draws; equal samples give equal intervals.
+        level: of the interval.
 
     Returns:
-        The ratio of the medians and its 95 % interval.
+        The ratio of the medians and its interval.
 
     Raises:
         ValueError: the two lists differ in length, or are not whole rounds.
@@ -108,5 +132,31 @@ def bootstrap_ratio(
         medians.append(times[:, draws].flatten(2).quantile(0.5, dim=2))  # [2, b]
     of_model, of_base = torch.cat(medians, dim=1)  # [B] each
     ratios = of_model / of_base  # [B]
-    low, high = ratios.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Ratio(percentile(model, 50) / percentile(base, 50), low, high)
+    low, high = ratios.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return Ratio(percentile(model, 50) / percentile(base, 50), low, high, level)
+
+
+def ratio_over_processes(ratios: Sequence[float], *, level: float = LEVEL) -> Ratio:
+    """Mean ratio of several processes, with Student's interval over them (of the logarithms).
+
+    Where memory lies and which kernels are chosen is drawn once a process, and no number of rounds tells how much it
+    matters: rounds of one process agree better with each other than with those of the next.
+
+    Args:
+        ratios: of two processes or more, one each.
+        level: of the interval.
+
+    Returns:
+        The geometric mean and its interval; of two or three processes it is wide, as little is known.
+
+    Raises:
+        InputError: there are fewer than two.
+    """
+    from scipy.special import stdtrit  # the quantile of Student's distribution
+
+    if len(ratios) < 2:
+        raise InputError(f"an interval over processes takes at least 2 of them, got {len(ratios)}; give --processes 2.")
+    logs = [math.log(ratio) for ratio in ratios]
+    middle = statistics.fmean(logs)
+    reach = float(stdtrit(len(logs) - 1, (1 + level) / 2)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return Ratio(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), level)

@@ -19,6 +19,7 @@ from benchmarks.gpu import reports, smoke, timed, verdicts
 from benchmarks.gpu.plan import OPS, TIMED
 from benchmarks.harness import Case
 from jdkd import _ext
+from jdkd.errors import InputError
 from tests.detectors import detector, small_spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,8 +204,17 @@ def test_rows_of_latencies_come_one_mode_of_a_pair_at_a_time():
     first = next(found)
     assert [row["mode"] for row in first] == ["end_to_end"] * 2
     assert all(row["samples"] or row["p50"] > 0 for row in first) and first[0]["ratio"] == 1
+    assert all(row["control"]["n"] == 2 and len(row["facts"]["weights_sha256"]) == 64 for row in first)
+    assert first[1]["verdict"] and first[1]["runtime"] == "eager" and first[1]["images"] == "noise"
     assert {row["mode"] for row in next(found)} == {"model_only"}
-    assert next(found, None) is None, "the backbone is replayed on a GPU alone"
+    assert next(found, None) is None
+
+
+def test_a_changed_tree_publishes_no_latencies(monkeypatch):
+    changed = {"version": "0", "commit": "0" * 40, "dirty": True}
+    monkeypatch.setattr("jdkd.latency.records.sources", lambda root: changed)
+    with pytest.raises(InputError, match="has changes since commit 000000000000"):
+        latency.main(["--device", "cpu"])
 
 
 def test_copies_are_of_random_bytes():

@@ -135,32 +135,6 @@ def test_weights_that_cannot_be_used_leave_nothing_behind(jdkd, squares, tmp_pat
 QUICK = ("--rounds", 3, "--seconds", 0)
 
 
-def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jdkd, trained, squares, tmp_path):
-    file = tmp_path / "latency.json"
-    answer = jdkd("latency", trained, trained, *QUICK, "--out", file)
-    assert answer.code == 0, answer.err
-    assert f"4 images of {squares / 'val2017'}" in answer.out
-    stored = json.loads(file.read_text())
-    assert list(stored["models"]) == [str(trained), f"{trained} (2)"]
-    low, high = stored["models"][f"{trained} (2)"]["end_to_end"]["ratio_interval"]
-    assert low <= high
-    assert "end to end" in answer.out and "model only" in answer.out
-
-
-def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_path):
-    copy = tmp_path / "moved"
-    copy.mkdir()
-    for name in ("architecture.json", "weights.safetensors"):
-        (copy / name).write_bytes((trained / name).read_bytes())
-    answer = jdkd("latency", copy, *QUICK)
-    assert answer.code == 0 and "2 sample photographs" in answer.out and "give --data" in answer.out
-
-
-def test_latency_on_image_files(jdkd, trained, squares):
-    answer = jdkd("latency", trained, "--images", squares / "val2017" / "101.png", *QUICK)
-    assert answer.code == 0 and "1 image files" in answer.out
-
-
 def test_an_adopted_detector_is_trained_scored_and_timed(jdkd, squares, tmp_path):
     base = tmp_path / "base"
     how = ("--data", squares, "--steps", 2, "--batch-size", 2)

@@ -120,11 +120,11 @@ def test_timing_decodes_image_files_as_training_does(jdkd, trained, tmp_path, mo
     Image.fromarray(deep).save(tmp_path / "deep.png")
     seen = []
 
-    def measure(models, images, **how):
-        seen.extend(images)
+    def measure_grid(work, grid, progress):
+        seen.extend(work.images)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jdkd.latency.measure", measure)
+    monkeypatch.setattr("jdkd.latency.measure_grid", measure_grid)
     jdkd("latency", trained, "--images", tmp_path / "deep.png")
     assert torch.equal(seen[0], torch.from_numpy((deep >> 8).astype(np.uint8)).expand(3, -1, -1))
 

@@ -64,7 +64,7 @@ def test_where_nothing_can_be_written_is_said_before_any_work(
     def worked(*arguments, **options):
         raise AssertionError("it worked before it looked where to write")
 
-    for work in ("jdkd.train.fit", "jdkd.train.evaluate", "jdkd.latency.measure", "jdkd.data.digits.scene"):
+    for work in ("jdkd.train.fit", "jdkd.train.evaluate", "jdkd.latency.measure_grid", "jdkd.data.digits.scene"):
         monkeypatch.setattr(work, worked)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("years of work")

@@ -6,8 +6,9 @@ import torch
 
 from jdkd.errors import InputError
 from jdkd.latency import LatencyReport, Schedule, fuse_for_inference, measure, measure_quick
-from jdkd.latency.calls import end_to_end, model_only
+from jdkd.latency.calls import end_to_end
 from jdkd.latency.protocol import interleave, order
+from jdkd.latency.runtimes import Eager
 
 
 class ScriptedClock:
@@ -82,9 +83,11 @@ def test_ends_at_the_limit_with_fewer_rounds_than_asked_for():
 def test_model_only_finds_the_boxes_of_the_whole_detector(model, images):
     cpu = torch.device("cpu")
     with torch.inference_mode():
+        batches = [[image] for image in images]
+        artefact = Eager().prepare(model, batches, cpu, "float32")
         for index, image in enumerate(images):
-            (whole,) = end_to_end(model, [[image] for image in images], cpu)(index)
-            (bare,) = model_only(model, [[image] for image in images], cpu)(index)
+            (whole,) = end_to_end(artefact.detector, batches, cpu)(index)
+            (bare,) = artefact.model_only(index)
             scale = torch.tensor([image.shape[2], image.shape[1]] * 2) / torch.tensor(_resized(model, image) * 2)
             torch.testing.assert_close(bare["boxes"] * scale, whole["boxes"], rtol=1e-4, atol=1e-3)
             torch.testing.assert_close(bare["scores"], whole["scores"])
@@ -113,6 +116,9 @@ def test_reports_both_modes_of_every_model_and_survives_json(make_detector, imag
         for latency in model.modes().values():
             assert latency.n == 10 and 0 < latency.p50 <= latency.p90 <= latency.p99
     assert report.base == "base" and report.ratio("base").interval == (1.0, 1.0)
+    assert set(report.control.modes()) == {"end_to_end", "model_only"} and report.control.end_to_end.n == 10
+    assert report.models["base"].facts["peak_memory_bytes"] is None or report.models["base"].facts["peak_memory_bytes"]
+    assert 0 < report.models["base"].facts["detections_per_image"] <= 100
     assert report.models["base"].facts["batch_norms"] == 0 and report.models["student"].facts["batch_norms"] == 4
     assert report.environment["threads"] == torch.get_num_threads()
     assert report.protocol["image_sizes"] == ["64x64", "64x80", "64x96"]
@@ -123,7 +129,7 @@ def test_reports_both_modes_of_every_model_and_survives_json(make_detector, imag
 
 def test_quick_is_end_to_end_with_overridable_rounds(model, images):
     report = measure_quick({"base": model}, images, rounds=2, warmup_limit=0.0)
-    assert set(report.models["base"].modes()) == {"end_to_end"}
+    assert set(report.models["base"].modes()) == {"end_to_end"} and report.control is None
     assert report.models["base"].end_to_end.n == 4
 
 
@@ -141,6 +147,8 @@ def test_batches_of_several_images(model, images):
         ({"models": {}}, "models is empty"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"modes": ["wall"]}, "wall"),
+        ({"modes": []}, "modes has none"),
+        ({"dtype": "int8", "runtime": Eager()}, "int8"),
     ],
 )
 def test_refuses_what_cannot_be_measured(model, images, change, message):
@@ -167,7 +175,7 @@ def test_times_with_events_and_replays_the_backbone_on_a_gpu(model, images):
         {"base": fuse_for_inference(model)}, images, device="cuda", rounds=5, min_seconds=0, warmup_limit=1
     )
     assert report.environment["clock"] == "CUDA events"
-    assert set(report.models["base"].modes()) == {"end_to_end", "model_only", "backbone_replay"}
+    assert set(report.models["base"].modes()) == {"end_to_end", "model_only"}
 
 
 @pytest.mark.parametrize("setting", [{"rounds": 0}, {"min_seconds": math.nan}, {"warmup_limit": -1.0}, {"window": 0}])

@@ -1,7 +1,9 @@
 import pytest
 import torch
 
-from jdkd.latency import Latency, bootstrap_ratio
+from jdkd.errors import InputError
+from jdkd.latency import Latency, Ratio, bootstrap_ratio
+from jdkd.latency.statistics import ratio_over_processes
 
 
 def _drifting(rounds, factor, noise, seed):
@@ -53,3 +55,24 @@ def test_long_runs_fit_in_memory():
 def test_refuses_samples_that_are_not_the_same_rounds(model, base):
     with pytest.raises(ValueError, match="rounds of 2"):
         bootstrap_ratio(model, base)
+
+
+def test_an_interval_over_processes_is_students():
+    ratio = ratio_over_processes([0.9, 1.0, 1.1])
+    assert ratio.value == pytest.approx(0.9966, abs=1e-4)  # the geometric mean
+    assert ratio.interval == pytest.approx((0.7763, 1.2795), abs=1e-3)  # of the logarithms, t = 4.303
+    assert ratio_over_processes([0.9, 1.0, 1.1], level=0.99).low < ratio.low
+    with pytest.raises(InputError, match="at least 2 of them, got 1"):
+        ratio_over_processes([0.9])
+
+
+def test_a_higher_level_gives_a_wider_interval():
+    samples = _drifting(50, 0.99, 0.1, seed=3)
+    ordinary, careful = (bootstrap_ratio(*samples, level=level) for level in (0.95, 0.99))
+    assert careful.low < ordinary.low < ordinary.high < careful.high and careful.level == 0.99
+
+
+def test_an_interval_spans_one_at_its_ends_too():
+    assert (
+        Ratio(0.9, 0.8, 1.0).spans_one and not Ratio(0.9, 0.8, 0.99).spans_one and not Ratio(1.1, 1.01, 1.2).spans_one
+    )

@@ -1,0 +1,246 @@
+"""Runtimes that run an exported file: onnxruntime, OpenVINO, and TensorRT through onnxruntime.
+
+They take what an exporter writes: a graph with one input of images ``[N, 3, H, W]``, resized and padded, in 0..1, with
+``[N, 2]`` heights and widths beside it where it asks for sizes, and outputs ``boxes``, ``scores`` and ``labels``, each
+with the image first; rows whose score is not above 0 are no detections.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jdkd.detect.contract import FOUND
+from jdkd.detect.input_size import input_transform
+from jdkd.errors import InputError, said
+from jdkd.latency.calls import on_device
+from jdkd.latency.runtimes import HOST_TO_HOST, Artefact, Batches, Compiled, CudaGraph, Eager, Runtime
+
+Exporter = Callable[[nn.Module, Path, bool], object]
+"""Writes a detector to an ONNX file, in fp16 or else in fp32."""
+CPU, CUDA = torch.device("cpu"), "cuda"
+NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "double": np.float64}
+
+
+class Engine(Protocol):
+    """A file that a runtime has opened.
+
+    Args:
+        inputs: rank and type, as numpy has it, of every input.
+        outputs: names of the outputs.
+        facts: what a record says of it.
+    """
+
+    inputs: Mapping[str, tuple[int, Any]]
+    outputs: Sequence[str]
+    facts: Mapping[str, Any]
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        """The outputs, in their order."""
+
+
+class OnnxEngine:
+    """A session of onnxruntime.
+
+    Args:
+        file: ONNX.
+        providers: of onnxruntime, the first that can takes a node.
+        threads: of an operator.
+    """
+
+    def __init__(self, file: Path, providers: Sequence[str], threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # into the time of the next model
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+        self.inputs = {
+            each.name: (len(each.shape), NUMPY[each.type.removeprefix("tensor(").removesuffix(")")])
+            for each in self._session.get_inputs()
+        }
+        self.outputs = [each.name for each in self._session.get_outputs()]
+        self.facts = {"providers": self._session.get_providers(), "threads": threads, "spinning": False}
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        return self._session.run(self.outputs, dict(feeds))
+
+
+class OpenVinoEngine:
+    """A model that OpenVINO has compiled for the CPU.
+
+    Args:
+        file: ONNX.
+        providers: none.
+        threads: of inference.
+    """
+
+    def __init__(self, file: Path, providers: Sequence[str], threads: int) -> None:
+        import openvino
+
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # as it would take bf16 by itself where there is such hardware
+        hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
+        self._compiled = openvino.Core().compile_model(str(file), "CPU", hints | exact)
+        self.inputs = {
+            each.any_name: (each.partial_shape.rank.get_length(), each.element_type.to_dtype().type)
+            for each in self._compiled.inputs
+        }
+        self.outputs = [each.any_name for each in self._compiled.outputs]
+        self.facts = {**hints, **exact}
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
+        found = self._compiled(dict(feeds))
+        return [found[place] for place in range(len(self.outputs))]
+
+
+class Exported:
+    """A runtime of exported files.
+
+    Args:
+        name: of the runtime.
+        package: that it takes; its version is recorded.
+        engine: opens a file.
+        providers: of onnxruntime that it needs, by kind of device; none for the others.
+        dtypes: that it runs.
+        export: see :data:`Exporter`; None where this version of jdkd has none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        package: str,
+        engine: Callable[[Path, Sequence[str], int], Engine],
+        providers: Mapping[str, Sequence[str]],
+        export: Exporter | None,
+        dtypes: Sequence[str] = ("float32", "float16"),
+    ) -> None:
+        self.name, self._package, self._engine, self._providers = name, package, engine, providers
+        self._export, self._dtypes = export, dtypes
+
+    @property
+    def version(self) -> str:
+        found = metadata.packages_distributions().get(self._package, [self._package])
+        return metadata.version(found[0])
+
+    def why_not(self, device: torch.device, dtype: str) -> str | None:
+        if device.type not in self._providers:
+            return f"it is for {' and '.join(self._providers)} here, and the device is {device}"
+        if importlib.util.find_spec(self._package) is None:
+            return f"the package {self._package} is not installed; pip install {self._package}"
+        if self._export is None:
+            return "it takes exported files, and this jdkd has no jdkd.export to write them"
+        if dtype not in self._dtypes:
+            return f"it runs {' and '.join(self._dtypes)}"
+        return self._missing_provider(self._providers[device.type])
+
+    def prepare(self, model: nn.Module, batches: Batches, device: torch.device, dtype: str) -> Artefact:
+        with tempfile.TemporaryDirectory(prefix="jdkd-") as folder:
+            file = Path(folder) / "detector.onnx"
+            self._export(model.to(CPU), file, dtype == "float16")
+            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+            try:
+                engine = self._engine(file, self._providers[device.type], torch.get_num_threads())
+            except Exception as error:  # whatever a runtime raises that cannot read the file
+                raise InputError(
+                    f"{self.name} cannot open the exported detector ({said(error)}); leave it out of --runtimes."
+                ) from error
+        detector = ExportedDetector(model, engine, self.name)
+        prepared = [detector.fed(on_device(batch, CPU)) for batch in batches]
+        inside = {
+            "end_to_end": f"{self.name}: {HOST_TO_HOST}; images resized by torch",
+            "model_only": f"{self.name}: normalise, network and NMS, on a resized batch on the host, its copies within",
+        }
+        facts = {"sha256_of_file": sha256, **engine.facts}
+        return Artefact(detector, lambda index: engine.run(prepared[index][0]), inside, facts)
+
+    def _missing_provider(self, providers: Sequence[str]) -> str | None:
+        if not providers:
+            return None
+        import onnxruntime
+
+        there = onnxruntime.get_available_providers()
+        return None if providers[0] in there else f"this onnxruntime has no {providers[0]}, but {', '.join(there)}"
+
+
+class ExportedDetector(nn.Module):
+    """An opened file that is called as torchvision's detectors are; resizes and scales back with torch, on the host.
+
+    Args:
+        model: what was exported; its transform says how images are resized, and its classes what labels mean.
+        engine: the opened file.
+        name: of the runtime.
+
+    Raises:
+        InputError: the file takes or returns something else than an exported detector does.
+    """
+
+    def __init__(self, model: nn.Module, engine: Engine, name: str) -> None:
+        super().__init__()
+        transform = input_transform(model)
+        images = [key for key, (rank, _) in engine.inputs.items() if rank == 4]
+        sizes = [key for key, (rank, _) in engine.inputs.items() if rank == 2]
+        if transform is None or len(images) != 1 or len(images) + len(sizes) != len(engine.inputs):
+            raise InputError(
+                f"{name} cannot feed this detector: the exported file takes {', '.join(engine.inputs)}, and one input "
+                "[N, 3, H, W], with [N, 2] sizes at most, of a detector with torchvision's transform is understood."
+            )
+        if missing := set(FOUND) - set(engine.outputs):
+            raise InputError(
+                f"{name} cannot read this detector: the exported file returns {', '.join(engine.outputs)} and no "
+                f"{', '.join(sorted(missing))}."
+            )
+        self.transform = copy.deepcopy(transform).eval()
+        self.transform.image_mean, self.transform.image_std = [0.0] * 3, [1.0] * 3  # the file normalises
+        self._engine, self._images, self._sizes = engine, images[0], sizes
+        if (architecture := getattr(model, "architecture", None)) is not None:
+            self.architecture = architecture
+
+    def fed(self, images: Sequence[Tensor]) -> tuple[dict[str, np.ndarray], list[tuple[int, int]]]:
+        """Images ``[3, H, W]`` in 0..1 as the file takes them, and height and width of each as it was resized."""
+        batch, _ = self.transform([image.cpu() for image in images])
+        kind = self._engine.inputs[self._images][1]
+        feeds = {self._images: np.ascontiguousarray(batch.tensors.numpy().astype(kind, copy=False))}
+        for name in self._sizes:
+            feeds[name] = np.array(batch.image_sizes, dtype=self._engine.inputs[name][1])
+        return feeds, batch.image_sizes
+
+    def forward(self, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        feeds, sizes = self.fed(images)
+        outputs = dict(zip(self._engine.outputs, self._engine.run(feeds), strict=True))
+        found = []
+        names = [name for name in (*FOUND, "masks") if name in outputs]
+        for place in range(len(images)):
+            each = {name: torch.from_numpy(np.ascontiguousarray(outputs[name][place])) for name in names}
+            kept = {name: value[each["scores"] > 0] for name, value in each.items()}
+            kept = {name: value.long() if name == "labels" else value.float() for name, value in kept.items()}
+            found.append(kept | ({"masks": kept["masks"][:, None]} if "masks" in kept else {}))  # [M, 1, R, R]
+        return self.transform.postprocess(found, sizes, [tuple(image.shape[-2:]) for image in images])
+
+
+def known_runtimes(export: Exporter | None) -> dict[str, Runtime]:
+    """All runtimes, by name.
+
+    Args:
+        export: see :data:`Exporter`; None where there is none.
+    """
+    on_cuda = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    tensorrt = ("TensorrtExecutionProvider", *on_cuda)
+    found = [
+        Eager(),
+        Compiled(),
+        CudaGraph(),
+        Exported("onnxruntime", "onnxruntime", OnnxEngine, {"cpu": ["CPUExecutionProvider"], CUDA: on_cuda}, export),
+        Exported("openvino", "openvino", OpenVinoEngine, {"cpu": []}, export, ("float32",)),
+        Exported("tensorrt", "onnxruntime", OnnxEngine, {CUDA: tensorrt}, export),
+    ]
+    return {each.name: each for each in found}

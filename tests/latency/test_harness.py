@@ -1,0 +1,113 @@
+"""The harness against itself: equals are found equal, and what is 5 % slower is found slower."""
+
+import functools
+import random
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from jdkd.latency import measure
+from jdkd.latency.protocol import AGAIN, Schedule, interleave
+from jdkd.latency.report import LatencyReport, ModelLatency
+from jdkd.latency.statistics import Latency
+
+SLOWDOWN = 1.05
+
+
+class NoisyClock:
+    """A shared machine: it slows down and recovers over seconds, jitters by 2 %, and now and then a call takes twice as
+    long; and a caller says how long its calls would take if it did not.
+    """
+
+    name = "noisy"
+
+    def __init__(self, seed):
+        self.random, self.load, self.ran = random.Random(seed), 1.0, 1.0
+
+    def time(self, call):
+        call()
+        self.load = max(0.7, min(2.0, self.load * (1 + 0.01 * self.random.gauss(0, 1))))
+        stalled = 2.0 if self.random.random() < 0.02 else 1.0
+        return 10 * self.ran * self.load * stalled * (1 + 0.02 * self.random.gauss(0, 1))
+
+
+@functools.cache
+def reports():
+    """Twenty reports of a base, the base again, and a student that is 5 % slower."""
+    return [_report(seed) for seed in range(20)]
+
+
+def _report(seed):
+    clock = NoisyClock(seed)
+
+    def taking(factor):
+        return lambda index: setattr(clock, "ran", factor)
+
+    calls = {"end_to_end": {"base": taking(1.0), "student": taking(SLOWDOWN), AGAIN: taking(1.0)}}
+    schedule = Schedule(rounds=40, min_seconds=0, warmup_seconds=0, warmup_limit=0)
+    samples, run = interleave(calls, 1, schedule, clock)
+    models = {name: ModelLatency(Latency(tuple(taken))) for name, taken in samples["end_to_end"].items()}
+    control = models.pop(AGAIN)
+    return LatencyReport(models, {}, {"runs": [run | {"stable": True}]}, control)
+
+
+def test_equals_are_found_equal_on_a_noisy_machine():
+    assert sum(report.control_holds() for report in reports()) >= 19
+
+
+def test_a_planted_slowdown_of_5_percent_is_found_on_a_noisy_machine():
+    assert sum(report.verdict("student") == "slower" for report in reports()) >= 18
+    assert all(abs(report.ratio("student").value / SLOWDOWN - 1) < 0.03 for report in reports())
+
+
+def test_what_turns_do_not_cancel_fails_the_control():
+    """Here the base's own calls are charged 5 % more, whenever they are made."""
+    clock = NoisyClock(0)
+    calls = {"end_to_end": {"base": lambda index: setattr(clock, "ran", SLOWDOWN)}}
+    calls["end_to_end"][AGAIN] = lambda index: setattr(clock, "ran", 1.0)
+    schedule = Schedule(rounds=100, min_seconds=0, warmup_seconds=0, warmup_limit=0)
+    samples, run = interleave(calls, 1, schedule, clock)
+    base, again = (ModelLatency(Latency(tuple(taken))) for taken in samples["end_to_end"].values())
+    report = LatencyReport({"base": base}, {}, {"runs": [run]}, again)
+    assert not report.control_holds() and report.warnings()[0].startswith("A/A fails")
+
+
+class Busy(nn.Module):
+    """Takes a few milliseconds to find one box, and a part of that longer where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Conv2d(32, 32, 3, padding=1)
+        self.waited = 0.0
+
+    def forward(self, images):
+        features = torch.ones(1, 32, 48, 48)
+        for _ in range(6):
+            features = self.layer(features).relu()
+        until = time.perf_counter() + self.waited
+        while time.perf_counter() < until:
+            pass
+        return [{"boxes": torch.ones(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)} for _ in images]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("when_asked")
+def test_equals_are_found_equal_and_a_slowdown_is_found_on_this_machine(images):
+    """Twenty real measurements; the student is the base that waits for 5 % of its own time at the end of every call."""
+    base, student = Busy().eval(), Busy().eval()
+    with torch.inference_mode():
+        times = []
+        for _ in range(100):
+            begin = time.perf_counter()
+            base(images[:1])
+            times.append(time.perf_counter() - begin)
+    student.waited = (SLOWDOWN - 1) * sorted(times)[50]
+    how = {"modes": ("end_to_end",), "rounds": 100, "min_seconds": 0, "warmup_seconds": 0, "warmup_limit": 2}
+    reports = [measure({"base": base, "student": student}, images[:1], **how) for _ in range(20)]
+    ratios = [(str(report.control_ratio()), str(report.ratio("student"))) for report in reports]
+    print(*ratios, sep="\n")
+    assert sum(report.control_holds() for report in reports) >= 19, ratios
+    assert sum(report.verdict("student") == "slower" for report in reports) >= 17, ratios

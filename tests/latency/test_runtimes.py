@@ -1,0 +1,165 @@
+import functools
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from jdkd.errors import InputError
+from jdkd.latency import fuse_for_inference, measure
+from jdkd.latency.exported import Exported, OnnxEngine, known_runtimes
+from jdkd.latency.precision import in_precision
+from jdkd.latency.runtimes import Compiled, CudaGraph, Eager, require_runnable
+from tests.latency.exporting import write_constant_detector
+
+CPU = torch.device("cpu")
+QUICK = {"rounds": 1, "min_seconds": 0, "warmup_limit": 0}
+needs_onnxruntime = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))), reason="needs onnx and onnxruntime"
+)
+
+
+def onnxruntime(export=write_constant_detector):
+    return Exported("onnxruntime", "onnxruntime", OnnxEngine, {"cpu": ["CPUExecutionProvider"]}, export)
+
+
+def found_by(artefact, images):
+    with torch.inference_mode():
+        return artefact.detector([image / 255 for image in images])
+
+
+def test_a_compiled_backbone_finds_what_the_eager_one_does(model, images):
+    batches, ran = [images[:1]], []
+
+    def backend(graph, examples):
+        def run(*given):
+            ran.append(1)
+            return graph(*given)
+
+        return run
+
+    with torch.inference_mode():
+        eager = Eager().prepare(model, batches, CPU, "float32")
+        compiled = Compiled(backend).prepare(model, batches, CPU, "float32")
+        ran.clear()
+        (bare,) = compiled.model_only(0)
+    (own,), (other,) = (found_by(each, images[:1]) for each in (eager, compiled))
+    torch.testing.assert_close(own, dict(other))
+    assert len(ran) == 2 and len(bare["boxes"]) and "compiled" in compiled.inside["end_to_end"]
+    assert type(model.backbone).__name__ == "Backbone"  # the caller's model is as it was
+
+
+def test_what_a_compiler_cannot_run_is_refused_before_anything_is_timed(model, images):
+    def broken(graph, examples):
+        raise RuntimeError("no such hardware")
+
+    with pytest.raises(InputError, match=r"torch\.compile cannot run this detector's backbone .*leave compile out"):
+        Compiled(broken).prepare(model, [images[:1]], CPU, "float32")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_of_the_dtype_and_detections_stay_in_fp32(model, images, dtype):
+    artefact = Eager().prepare(fuse_for_inference(model), [images[:1]], CPU, dtype)
+    (found,) = found_by(artefact, images[:1])
+    weights = {p.dtype for name, p in artefact.detector.named_parameters() if p.ndim == 4}
+    assert weights == {getattr(torch, dtype)} and found["boxes"].dtype == torch.float32
+    assert not torch.is_autocast_enabled("cpu") and next(model.parameters()).dtype == torch.float32
+    (own,) = found_by(Eager().prepare(model, [images[:1]], CPU, "float32"), images[:1])
+    assert not torch.equal(own["scores"][:5], found["scores"][:5])
+    torch.testing.assert_close(own["scores"][:1], found["scores"][:1].float(), rtol=0.1, atol=0.05)
+
+
+def test_autocast_ends_where_a_forward_fails(model):
+    with pytest.raises(ValueError):
+        in_precision(model, "bfloat16")([torch.zeros(1, 2, 3, 4)])
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("names", "dtypes", "said"),
+    [
+        (
+            ["cudagraph"],
+            ["float32"],
+            "cudagraph in float32 cannot run here: it captures work of an NVIDIA GPU, and the",
+        ),
+        (["tensorrt"], ["float32"], "tensorrt in float32 cannot run here: it is for cuda here, and the device is cpu"),
+        (["openvino"], ["float32"], "the package openvino is not installed; pip install openvino"),
+        (["onnxruntime"], ["bfloat16"], "onnxruntime in bfloat16 cannot run here: it runs float32 and float16"),
+        (["eager"], ["int8"], "eager in int8 cannot run here: the dtype is none of float32, float16, bfloat16"),
+        (
+            ["tflite"],
+            ["float32"],
+            "--runtimes is tflite; known are eager, compile, cudagraph, onnxruntime, openvino, t",
+        ),
+        ([], ["float32"], "--runtimes is empty"),
+        (["eager"], [], "--dtypes is empty"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_by_name(monkeypatch, names, dtypes, said):
+    there = lambda package: package != "openvino"  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: there(name) or None)
+    with pytest.raises(InputError) as refused:
+        require_runnable(names, known_runtimes(write_constant_detector), CPU, dtypes)
+    assert said in str(refused.value) and str(refused.value).count(". ") == 0
+
+
+@needs_onnxruntime
+def test_without_an_exporter_runtimes_of_files_say_so():
+    with pytest.raises(InputError, match=r"this jdkd has no jdkd\.export to write them"):
+        require_runnable(["onnxruntime"], known_runtimes(None), CPU, ["float32"])
+
+
+def test_a_provider_that_onnxruntime_was_not_built_with_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(get_available_providers=lambda: ["CPU"]))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    tensorrt = known_runtimes(write_constant_detector)["tensorrt"]
+    said = tensorrt.why_not(torch.device("cuda"), "float16")
+    assert said == "this onnxruntime has no TensorrtExecutionProvider, but CPU"
+
+
+@needs_onnxruntime
+@pytest.mark.parametrize("half", [False, True])
+def test_onnxruntime_is_fed_resized_batches_and_boxes_come_back_at_the_images_size(model, images, half):
+    dtype = "float16" if half else "float32"
+    artefact = onnxruntime().prepare(model, [images[:2]], CPU, dtype)
+    assert artefact.model_only(0)[0].shape == (2, 3, 4) and len(artefact.facts["sha256_of_file"]) == 64
+    large = torch.zeros(3, 128, 192)  # twice the detector's input
+    small, other = found_by(artefact, [images[0], large])
+    assert small["boxes"].tolist() == [[8, 8, 24, 40], [0, 0, 16, 16]]  # rows without a score are no detections
+    assert other["boxes"].tolist() == [[16, 16, 48, 80], [0, 0, 32, 32]]
+    assert small["labels"].tolist() == [1, 3] and small["scores"].tolist() == pytest.approx([0.9, 0.5])
+
+
+@needs_onnxruntime
+def test_a_file_that_is_no_detector_is_refused(model, images):
+    export = functools.partial(write_constant_detector, scores="certainties")
+    with pytest.raises(InputError, match="returns boxes, certainties, labels and no scores"):
+        onnxruntime(export).prepare(model, [images[:1]], CPU, "float32")
+    with pytest.raises(InputError, match="onnxruntime cannot open the exported detector"):
+        onnxruntime(lambda model, file, half: file.write_text("no graph")).prepare(model, [images[:1]], CPU, "float32")
+
+
+@needs_onnxruntime
+def test_models_are_compared_in_the_runtime_that_is_asked_for(model, make_detector, images):
+    models = {"base": fuse_for_inference(model), "student": fuse_for_inference(make_detector(8))}
+    report = measure(models, images, runtime=onnxruntime(), score=lambda detector: len(images), **QUICK)
+    assert report.protocol["runtime"] == "onnxruntime" and report.environment["runtime_version"][0].isdigit()
+    assert set(report.models["student"].modes()) == {"end_to_end", "model_only"}
+    facts = report.models["student"].facts
+    assert facts["detections_per_image"] == 2 and facts["map"] == 3 and facts["providers"] == ["CPUExecutionProvider"]
+    with pytest.raises(InputError, match="runtime cudagraph in float32 cannot run here"):
+        measure(models, images, runtime=CudaGraph(), **QUICK)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_a_replayed_backbone_finds_what_the_eager_one_does(model, images):
+    device, batches = torch.device("cuda"), [[image] for image in images]
+    model = fuse_for_inference(model).to(device)
+    with torch.inference_mode():
+        eager, replayed = (runtime.prepare(model, batches, device, "float32") for runtime in (Eager(), CudaGraph()))
+        for image in images:
+            own, other = (each.detector([image.to(device) / 255])[0] for each in (eager, replayed))
+            torch.testing.assert_close(dict(own), dict(other))
