@@ -23,7 +23,7 @@ from jdkd.latency.records import images_sha256, sources
 from jdkd.latency.report import MODES, LatencyReport, ModelLatency
 from jdkd.latency.runtimes import Artefact, Batches, Eager, Runtime
 from jdkd.latency.statistics import Latency, percentile
-from jdkd.latency.watching import Watch, watch_for
+from jdkd.latency.watching import NotWatched, Watch, watch_for
 
 ProgressCallback = Callable[[int, int, dict[str, float]], None]
 
@@ -188,7 +188,7 @@ def measure(
             boxes after NMS); a mode that a model does not have is left out.
         runtime: what runs all of them; by default torch, eagerly.
         dtype: of weights and features: `float32`, `float16` or `bfloat16`.
-        brief: without the base against itself, and without counting detections and memory, for ratios of a search.
+        brief: without the base against itself, counts of detections, memory or the machine's clocks, for a search.
         score: mAP of a detector; each is scored after all were timed, in the form in which it was timed.
         clock: what tells the time; by default CUDA events, or the wall time of the host.
         watch: what reads the machine's clocks; by default what there is, see :mod:`jdkd.latency.watching`.
@@ -209,7 +209,8 @@ def measure(
     pixels = images_sha256(images)
     images = [images[index % len(images)] for index in range(max(len(images), batch_size))]
     batches = [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
-    clock, watch = clock or clock_for(device), watch or watch_for(device)
+    clock = clock or clock_for(device)
+    watch = watch or (NotWatched("brief") if brief else watch_for(device))
     with torch.inference_mode(), cudnn_benchmark(device):
         artefacts, facts = {}, {}
         for name, model in models.items():

@@ -214,7 +214,7 @@ def measure_table(
     table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=(), kept=kept)
     rows = [(table.features(model), 1.0)]
     schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
-    schedule |= {"modes": ("end_to_end",)}
+    schedule |= {"modes": ("end_to_end",), "brief": True}
     nms = []  # of the base, over the rest
     for start in range(0, len(versions), AT_ONCE):
         some = versions[start : start + AT_ONCE]

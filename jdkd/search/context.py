@@ -153,6 +153,7 @@ class SearchContext:
                 self.timing_images,
                 device=config.device,
                 modes=("end_to_end",),
+                brief=True,
                 progress=(lambda *state: self.progress("timing", *state)) if stage == LONG else None,
                 **schedule | {"rounds": rounds},
             )
