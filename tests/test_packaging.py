@@ -190,6 +190,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("when_asked")
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
 def test_a_new_operator_reaches_the_wheel_without_touching_a_shared_file(checkout, tmp_path):
     sources, site = tmp_path / "sources", tmp_path / "site"
