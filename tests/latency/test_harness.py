@@ -33,10 +33,13 @@ class NoisyClock:
         return 10 * self.ran * self.load * stalled * (1 + 0.02 * self.random.gauss(0, 1))
 
 
+MANY = pytest.param(20, marks=[pytest.mark.slow, pytest.mark.usefixtures("when_asked")])
+
+
 @functools.cache
-def reports():
-    """Twenty reports of a base, the base again, and a student that is 5 % slower."""
-    return [_report(seed) for seed in range(20)]
+def reports(count):
+    """Reports of a base, the base again, and a student that is 5 % slower."""
+    return [_report(seed) for seed in range(count)]
 
 
 def _report(seed):
@@ -53,13 +56,15 @@ def _report(seed):
     return LatencyReport(models, {}, {"runs": [run | {"stable": True}]}, control)
 
 
-def test_equals_are_found_equal_on_a_noisy_machine():
-    assert sum(report.control_holds() for report in reports()) >= 19
+@pytest.mark.parametrize("count", [3, MANY])
+def test_equals_are_found_equal_on_a_noisy_machine(count):
+    assert sum(report.control_holds() for report in reports(count)) >= 0.95 * count
 
 
-def test_a_planted_slowdown_of_5_percent_is_found_on_a_noisy_machine():
-    assert sum(report.verdict("student") == "slower" for report in reports()) >= 18
-    assert all(abs(report.ratio("student").value / SLOWDOWN - 1) < 0.03 for report in reports())
+@pytest.mark.parametrize("count", [3, MANY])
+def test_a_planted_slowdown_of_5_percent_is_found_on_a_noisy_machine(count):
+    assert sum(report.verdict("student") == "slower" for report in reports(count)) >= 0.9 * count
+    assert all(abs(report.ratio("student").value / SLOWDOWN - 1) < 0.03 for report in reports(count))
 
 
 def test_what_turns_do_not_cancel_fails_the_control():

@@ -30,7 +30,7 @@ def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
     """One generation that looks for an architecture, one that trains the finalists, two that train the student."""
     train, val = resolve_splits(folder / "data")
     small = SearchConfig(
-        folder / "base", train, val, out, targets=(0.9,), steps=32, candidates=2, proposals=3, batch_size=2,
+        folder / "base", train, val, out, targets=(0.9,), steps=32, candidates=2, proposals=5, batch_size=2,
         lr=1e-4, latency_rounds=2, latency_seconds=0.0, command=("jdkd", "search", "--base", "a folder"),
     )  # fmt: skip
     return replace(small, **changes)

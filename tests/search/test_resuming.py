@@ -213,7 +213,7 @@ def test_the_device_is_where_a_search_runs_and_not_what_it_is(context):
     ("changes", "says"),
     [
         ({"seed": 7}, "seed was 0 and is 7"),
-        ({"proposals": 5}, "proposals was 3 and is 5"),
+        ({"proposals": 9}, "proposals was 5 and is 9"),
         ({"feature_weight": 1.0}, "feature_weight was 2.0 and is 1.0"),
         ({"targets": (0.8,)}, r"targets was \[0.9\] and is \[0.8\]"),
         ({"method": Method(criterion="gamma")}, 'method.criterion was "taylor" and is "gamma"'),
