@@ -33,7 +33,12 @@ class NoisyClock:
         return 10 * self.ran * self.load * stalled * (1 + 0.02 * self.random.gauss(0, 1))
 
 
-MANY = pytest.param(20, marks=[pytest.mark.slow, pytest.mark.usefixtures("when_asked")])
+@pytest.fixture(params=[3, pytest.param(20, marks=pytest.mark.slow)])
+def count(request):
+    """Of reports; many only where slow tests are asked for."""
+    if request.param > 3:
+        request.getfixturevalue("when_asked")
+    return request.param
 
 
 @functools.cache
@@ -56,12 +61,10 @@ def _report(seed):
     return LatencyReport(models, {}, {"runs": [run | {"stable": True}]}, control)
 
 
-@pytest.mark.parametrize("count", [3, MANY])
 def test_equals_are_found_equal_on_a_noisy_machine(count):
     assert sum(report.control_holds() for report in reports(count)) >= 0.95 * count
 
 
-@pytest.mark.parametrize("count", [3, MANY])
 def test_a_planted_slowdown_of_5_percent_is_found_on_a_noisy_machine(count):
     assert sum(report.verdict("student") == "slower" for report in reports(count)) >= 0.9 * count
     assert all(abs(report.ratio("student").value / SLOWDOWN - 1) < 0.03 for report in reports(count))
