@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect.contract import detections
-from jdkd.detect.eager_stages import eager_stages
+from jdkd.detect.intermediates import intermediates
 from jdkd.errors import InputError
 from jdkd.export.opening import Exported
 from jdkd.export.preparing import Found, batch_of
@@ -169,7 +169,7 @@ def where_it_parts(model: nn.Module, file: Exported, image: Tensor) -> str:
     """
     tolerance = TOLERANCES[file.facts["dtype"]].stage
     with mode(model, training=False):
-        eager = eager_stages(model, [image.float() / 255])
+        eager = intermediates(model, [image.float() / 255])
     batch, sizes = batch_of([image.permute(1, 2, 0).numpy()], file.facts["resize"])
     theirs = dict(zip(file.facts["outputs"], file.run(batch, sizes), strict=True))
     last = ""

@@ -1,4 +1,4 @@
-"""See :func:`eager_stages`."""
+"""See :func:`intermediates`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jdkd.nn.unwrapping import unwrapped
 PROPOSING = ("objectness", "bbox_deltas")
 
 
-def eager_stages(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
+def intermediates(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tensor]:
     """What a detector computes on images, by the names of :attr:`Exportable.stage_names`, as far as it can be seen."""
     inner, seen = unwrapped(model), {}
     heads = {"head": inner.head} if hasattr(inner, "head") else {"head": inner.rpn.head, "rpn": inner.rpn}
