@@ -69,7 +69,7 @@ class Traffic:
         return found
 
 
-@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (3, 3, 3), (8, 8, 8), (0, 3, 1)], ids=str)
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (8, 8, 8), (0, 3, 1)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_element_is_read_once_and_nothing_else_is_touched(monkeypatch, dtype, layout, offsets):

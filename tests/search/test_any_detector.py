@@ -42,7 +42,14 @@ print(*[name for name in sys.modules if name.startswith("jdkd.detect")])
 """
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "FCOS")) for name in FAMILIES])
+def family(request):
+    """A family; FCOS, which is like RetinaNet, only where slow tests are asked for."""
+    if request.param == "FCOS":
+        request.getfixturevalue("when_asked")
+    return request.param
+
+
 def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(family, folder, steady, tmp_path):
     builder, arguments, method = FAMILIES[family]
     config = base_of(builder, arguments, method, folder, tmp_path)
