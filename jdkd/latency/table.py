@@ -36,7 +36,7 @@ CERTAIN = 10.0  # how much more than others the base's own row weighs, whose rat
 DOUBT = 3  # how many measurements that agree with the table it would take to believe it, see LatencyTable.corrected
 OUTPUTS = "outputs"  # the feature that counts all outputs of all layers
 LAYERS = "layers"  # the feature that counts the layers themselves
-PLAIN = OUTPUTS, LAYERS  # features of the whole detector, which are not held back by the ridge
+OF_ALL = OUTPUTS, LAYERS  # features of the whole detector, which are not held back by the ridge
 
 Features = dict[str, float]
 """Multiply-accumulates of every part of a detector, by its name, :data:`OUTPUTS` and :data:`LAYERS`."""
@@ -146,7 +146,7 @@ class LatencyTable:
         names = [name for name in base if base[name] > 0]
         shares = np.array([[1.0, *(row.get(name, 0.0) / base[name] for name in names)] for row, _ in self.rows])
         ratios = np.array([ratio for _, ratio in self.rows])
-        ridge = np.array([0.0, *(0.0 if name in PLAIN else RIDGE for name in names)])
+        ridge = np.array([0.0, *(0.0 if name in OF_ALL else RIDGE for name in names)])
         trust = np.where(np.arange(len(ratios)) == 0, CERTAIN, 1.0) / ratios
         solved = _non_negative(shares * trust[:, None], ratios * trust, ridge + 1e-9)
         solved *= self.factor

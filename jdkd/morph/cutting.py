@@ -100,13 +100,15 @@ def cut_to(
 
 
 def _require_importance(topology: Topology, importance: Mapping[str, Tensor]) -> None:
-    for group in topology.groups:
-        values = importance.get(group.name)
-        if values is not None and (tuple(values.shape) != (group.units,) or not (values >= 0).all()):
+    units = {group.name: group.units for group in topology.groups}
+    units |= {path: 1 for blocks in topology.block_lists for path in blocks.blocks}
+    for name, count in units.items():
+        values = importance.get(name)
+        if values is not None and (tuple(values.shape) != (count,) or not (values >= 0).all()):
             raise InputError(
-                f"importance of {group.name} must be numbers of at least 0 for its {group.units} units, got a tensor "
-                f"{list(values.shape)} from {values.min():.3g} to {values.max():.3g}; give channel_importance() of "
-                "this very model."
+                f"importance of {name} must be numbers of at least 0 for its {count} units (a block is one), got a "
+                f"tensor {list(values.shape)} from {values.min():.3g} to {values.max():.3g}; give "
+                "channel_importance() of this very model."
             )
 
 

@@ -37,7 +37,7 @@ class Method:
         order: ``"joint"``, or ``"pipelined"``: first an architecture, then one cut, then distillation.
         inherit: whether a child keeps its parent's weights, or begins with fresh ones.
         teaching: ``"dynamic"`` (the teacher that matches), ``"fixed"`` (the best throughout), ``"given"`` (the best of
-            the detectors of another make that are given), ``"base"`` or ``"none"``.
+            the detectors of another make that are given; the pool is there all the same), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
         criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
         gradual: whether large cuts go in several generations.

@@ -161,6 +161,10 @@ def test_importance_that_is_none_of_this_model_is_refused(model, topology, table
     for wrong in (values[:-1], -values - 1, values * math.nan, values[None]):
         with pytest.raises(InputError, match=rf"importance of {re.escape(name)} must be numbers of at least 0 for"):
             cut_to(model, topology, table, 0.9, {**one, name: wrong})
+    block = topology.block_lists[0].blocks[0]
+    for wrong in (torch.ones(2), torch.tensor([math.nan]), torch.tensor([-1.0])):
+        with pytest.raises(InputError, match=rf"importance of {re.escape(block)} must be numbers of at least 0"):
+            cut_to(model, topology, table, 0.9, {**one, block: wrong})
 
 
 def repeated(model, topology, name):
