@@ -38,8 +38,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "separate": ("the base, trained on for the pool's steps, teaches throughout", {"teaching": "given"}),
     "mse": ("FitNets' loss instead of PKD's", {"imitation": "mse"}),
     "one cut": ("one large cut instead of several", {"gradual": False}),
-    "gamma": ("channels are cut by gamma", {"criterion": "gamma"}),
-    "magnitude": ("channels are cut by magnitude", {"criterion": "magnitude"}),
+    "gamma": ("channels are cut by gamma, and blocks leave by chance", {"criterion": "gamma"}),
+    "magnitude": ("channels are cut by magnitude, and blocks leave by chance", {"criterion": "magnitude"}),
     "fisher": ("channels are cut by Fisher information", {"criterion": "fisher"}),
 }
 POOLLESS = ("base", "none")  # arms that need no pool, and train their students on its steps
