@@ -81,7 +81,9 @@ def _groups(
     members: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
     for begin, end in zip(starts.tolist(), (starts + axes).tolist(), strict=True):
         members[axis_of[begins[begin:end]].tobytes(), counts[begin:end].tobytes()].append(begin)
-    groups, roots, frozen = [], [], defaultdict(set)
+    groups: list[ChannelGroup] = []
+    roots: list[np.ndarray] = []
+    frozen: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for signature, found in members.items():
         places, repeats = (np.frombuffer(part, dtype=np.int64) for part in signature)
         units = begins[found]  # where each begins in ``number``

@@ -118,7 +118,8 @@ def interleave(
                 total += taken
         return total
 
-    begin, totals = time.perf_counter(), []
+    totals: list[float] = []
+    begin = time.perf_counter()
     while True:
         totals.append(one_round(len(totals)))
         elapsed, stable = time.perf_counter() - begin, _is_stable(totals, schedule)
