@@ -34,6 +34,7 @@ def teacher():
     return made("fasterrcnn")
 
 
+@pytest.mark.filterwarnings("ignore::jdkd.notices.Notice")  # levels that the other has not
 @pytest.mark.parametrize("family", TAUGHT)
 def test_a_detector_of_any_family_learns_under_a_teacher_of_another(family, teacher):
     student = made(family)
