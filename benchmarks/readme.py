@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of ``docs/``, and the curves, from the committed result files:
+"""Writes the tables of the README and of ``docs/``, and the pictures, from the committed result files:
 ``python -m benchmarks.readme``.
 
 A table stands between ``<!-- results of OP -->`` and ``<!-- end of results -->``; a test holds that pages and result
@@ -14,6 +14,7 @@ from benchmarks import (
     backends,
     distillation_cost,
     distillation_page,
+    front_figure,
     gains,
     goals,
     record,
@@ -25,6 +26,7 @@ WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 EXPERIMENTS = ROOT / "docs" / "experiments"
+FRONT = ROOT / "docs" / "mAP-over-latency.svg"
 OWN = {  # operators whose tables are not those of kernels
     ablations.OP: ablations.page,
     "distillation": distillation_page.page,
@@ -60,8 +62,10 @@ def kept(op: str) -> list[record.Row]:
 
 
 def drawings() -> dict[Path, str]:
-    """The curves as the result files have them, by their files."""
-    return {EXPERIMENTS / name: drawn for name, drawn in distillation_page.charts(kept("distillation")).items()}
+    """The pictures as the result files have them, by their files."""
+    drawn = {EXPERIMENTS / name: svg for name, svg in distillation_page.charts(kept("distillation")).items()}
+    drawn[FRONT] = front_figure.figure({name: kept(name) for name in front_figure.SHOWN})
+    return {file: svg for file, svg in drawn.items() if svg}
 
 
 if __name__ == "__main__":
