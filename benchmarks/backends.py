@@ -35,7 +35,8 @@ HEAD += ("measured on", "tuned on")
 def table() -> str:
     """A row for each operator and kernel, of what is registered, of the files of the tests, and of the result files."""
     load_operators()
-    rows = [_row(op, kernel) for op in _backend.ops() for kernel in _backend.available(op) if kernel != "reference"]
+    kernels = [(op, kernel) for op in sorted(_backend.ops()) for kernel in _backend.available(op)]
+    rows = [_row(op, kernel) for op, kernel in kernels if kernel != "reference"]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *rows))
 
 

@@ -22,7 +22,7 @@ LINES = [  # of the shell, on all pages
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
-COMMANDS = sorted({" ".join(shlex.split(line, comments=True)) for line in LINES} - {""})
+COMMANDS = sorted({shlex.join(shlex.split(line, comments=True)) for line in LINES} - {""})
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
