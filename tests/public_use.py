@@ -14,7 +14,7 @@ from jdkd.export import Exported, exported, open_exported
 from jdkd.functional import pkd_loss
 from jdkd.graph import Topology
 from jdkd.latency import LatencyReport, measure
-from jdkd.nn import ElasticConv2d, PearsonTap, PKDLoss, Subnet, set_subnet
+from jdkd.nn import ElasticConv2d, ElasticGroups, PearsonTap, PKDLoss, Subnet, set_subnet
 from jdkd.pool import PoolTrainConfig, TeacherPool, train_pool
 from jdkd.rewrite import Rewrite
 from jdkd.search import SearchConfig, search
@@ -34,7 +34,7 @@ def losses(student: list[Tensor], teacher: list[Tensor]) -> Tensor:
 def supernet() -> nn.Conv2d:
     conv = ElasticConv2d(8, 16, 3, padding=1)
     conv.set_active(out_channels=8)
-    set_subnet(conv, Subnet(channels={}))
+    set_subnet(nn.Sequential(conv), Subnet(channels={"only": 8}), ElasticGroups({"only": [("0", "out")]}))
     plain = conv.export()
     assert isinstance(plain, nn.Conv2d)
     return plain

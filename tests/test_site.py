@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_public import NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
 IN_NAVIGATION = re.findall(r"^ +- .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 
@@ -32,4 +34,5 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     pages = {path.relative_to(tmp_path).with_suffix(".md").as_posix() for path in tmp_path.rglob("*.html")}
     assert set(IN_NAVIGATION) <= pages
     api = (tmp_path / "api.html").read_text()
-    assert 'id="jdkd.nn.PKDLoss"' in api and ":func:" not in api and ":class:" not in api
+    missing = [".".join(each) for each in NAMES if f'id="jdkd.{each[0]}.{each[1]}"' not in api]
+    assert not missing and ":func:" not in api and ":class:" not in api

@@ -35,6 +35,17 @@ class Roles(griffe.Extension):
             text = ROLE.sub(lambda role: self.linked(role.group(1), obj), obj.docstring.value)
             obj.docstring.value = EXAMPLE.sub(":", text)
 
+    def on_package(self, *, pkg, loader, **kwargs):
+        """Where a package's function has the name of its own module, such as ``jdkd.graph.trace``, the function is
+        meant; everything else is looked up before."""
+        loader.resolve_aliases(implicit=True, external=False)
+        packages = [member for member in pkg.members.values() if not member.is_alias and member.is_module]
+        for package in packages:
+            for name in map(str, package.exports or ()):
+                module = package.members.get(name)
+                if module is not None and not module.is_alias and module.is_module:
+                    package.set_member(name, griffe.Alias(name, module.members[name], parent=package))
+
     def linked(self, target: str, obj: griffe.Object) -> str:
         """A link to what a role names, or its name where that is no page of the site."""
         beside = f"{obj.module.path}.{target}"

@@ -144,16 +144,16 @@ def _block_lists(model: nn.Module, steps: list[Step], component: np.ndarray) -> 
     for container in dict.fromkeys(path.rpartition(".")[0] for path in blocks):
         before = None
         for name, _ in model.get_submodule(container).named_children():
-            step = blocks.get(f"{container}.{name}")
+            block = blocks.get(f"{container}.{name}")
             if (
-                step is not None
+                block is not None
                 and before is not None
-                and _channels_of(step, component) == _channels_of(before, component)
+                and _channels_of(block, component) == _channels_of(before, component)
             ):
-                lists[-1].append(step)
-            elif step is not None:
-                lists.append([step])
-            before = step
+                lists[-1].append(block)
+            elif block is not None:
+                lists.append([block])
+            before = block
     return block_lists([(step.path, step.ends) for step in run] for run in lists)
 
 

@@ -64,9 +64,11 @@ LEAST_ROUNDS = 5
 BLOCK_SECONDS = 1.0  # of rounds between two readings of the machine's clocks
 AGAIN = "the base again (A/A)"  # among the models of a round
 REPORTED = Schedule()
+"""How long what is reported is measured."""
 QUICK = Schedule(
     rounds=20, min_seconds=0.0, max_seconds=20.0, warmup_seconds=0.0, warmup_limit=1.0, window=3, tolerance=0.05
 )
+"""How long a candidate is measured that may be thrown away."""
 
 
 def order(names: Sequence[str], round_index: int) -> list[str]:

@@ -48,7 +48,7 @@ class _Pearson(nn.Module):
 
     def extra_repr(self) -> str:
         settings = {"loss_weight": self.loss_weight, **self.options}
-        defaults = _Pearson.__init__.__kwdefaults__
+        defaults = _Pearson.__init__.__kwdefaults__ or {}
         return ", ".join(f"{name}={value!r}" for name, value in settings.items() if value != defaults.get(name))
 
 
