@@ -9,7 +9,7 @@ files agree. Where an operator has goals, the table is theirs, and the other row
 import re
 from pathlib import Path
 
-from benchmarks import ablations, distillation_cost, distillation_page, front_figure, gains, goals, record, searches
+from benchmarks import ablations, distillation_cost, distillation_page, front_figure, gains, goals, headlines, record, searches
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +33,8 @@ def rendered(text: str) -> str:
 
 def _table(op: str) -> str:
     rows = kept(op)
+    if op == headlines.OP:
+        return headlines.sentences(kept("pearson"), kept("elastic_conv"))
     if op in goals.GOALS and op not in WHOLE:
         return goals.table(op, record.latest(rows))
     if not rows:
