@@ -17,6 +17,7 @@ from benchmarks import (
     front_figure,
     gains,
     goals,
+    headlines,
     record,
     searches,
     support,
@@ -47,6 +48,8 @@ def _table(op: str) -> str:
     if op in MADE:
         return MADE[op]()
     rows = kept(op)
+    if op == headlines.OP:
+        return headlines.sentences(kept("pearson"), kept("elastic_conv"))
     if op in goals.GOALS and op not in WHOLE:
         return goals.table(op, record.latest(rows))
     if not rows:
