@@ -69,5 +69,10 @@ def _tests(op: str, kernel: str) -> list[str]:
 def _devices(op: str, kernel: str, file: str) -> str:
     """Where rows of an operator were made that this kernel was in: those of GPUs say a version of CUDA."""
     rows = record.load(sorted(record.RESULTS.glob(f"*/{file}.jsonl")))
-    ours = [row for row in rows if row["op"] == op and row.get("provider", record.OURS).startswith(record.OURS)]
-    return ", ".join(dict.fromkeys(row["device"] for row in ours if (row.get("cuda") is None) == (kernel == "cpu")))
+    devices = {}
+    for row in rows:
+        ours, *how = row.get("provider", record.OURS).split()
+        another = {*how} & {*_backend.BACKENDS} - {kernel}
+        if row["op"] == op and ours == record.OURS and not another and (row.get("cuda") is None) == (kernel == "cpu"):
+            devices[row["device"]] = None
+    return ", ".join(devices)
