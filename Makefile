@@ -51,9 +51,10 @@ $(BUILT): $(INSTALLED) setup.py $(CSRC)
 test: setup  ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: setup  ## ruff
+lint: setup  ## ruff, and mypy on what is public
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: setup  ## let ruff sort imports, mend what it safely can, and lay out the code
 	$(PY) -m ruff check --fix .
