@@ -9,7 +9,7 @@ files agree. Where an operator has goals, the table is theirs, and the other row
 import re
 from pathlib import Path
 
-from benchmarks import ablations, distillation_cost, distillation_page, gains, goals, record, searches
+from benchmarks import ablations, distillation_cost, distillation_page, gains, goals, latency_page, record, searches
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,6 +21,7 @@ OWN = {  # operators whose tables are not those of kernels
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,
     gains.OP: gains.table,
+    "latency": latency_page.page,
 }
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -48,7 +49,8 @@ def kept(op: str) -> list[record.Row]:
 
 def drawings() -> dict[Path, str]:
     """The curves as the result files have them, by their files."""
-    return {EXPERIMENTS / name: drawn for name, drawn in distillation_page.charts(kept("distillation")).items()}
+    charts = distillation_page.charts(kept("distillation")) | latency_page.charts(kept("latency"))
+    return {EXPERIMENTS / name: drawn for name, drawn in charts.items()}
 
 
 if __name__ == "__main__":
