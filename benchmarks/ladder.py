@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -17,9 +17,9 @@ from jdkd.latency.layers import positions, shapes_after
 from jdkd.rewrite import Rewrite
 
 RUNGS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # shares of the base's multiply-accumulates
+CLOSE, NEAR = 0.005, 0.02  # of the base's, within which a student is to be and has to be of its rung
 FINEST = 1000  # shares of the channels that are tried, between none and all
 CLASSES = 80
-NEAR = 0.02  # of the base's multiply-accumulates, by which a student may miss its rung
 
 
 def fresh(name: str, size: tuple[int, int]) -> nn.Module:
@@ -59,7 +59,7 @@ class Ladder(Mapping[str, nn.Module]):
         like = next(base.parameters())
         self._places = positions(base, torch.zeros(3, *size, device=like.device))
         self._shares = {name: 1.0} | {f"{name} cut to {share:g}": share for share in rungs}
-        self._steps = tuple(_steps(self._topology))
+        self._steps = list(_steps(self._topology))
 
     def __len__(self) -> int:
         return len(self._shares)
@@ -72,27 +72,34 @@ class Ladder(Mapping[str, nn.Module]):
         return self._base if share == 1 else self.cut(share).apply(self._base, self._topology)
 
     def cut(self, share: float) -> Rewrite:
-        """What leaves a share of the base's multiply-accumulates.
+        """What leaves a share of the base's multiply-accumulates: groups are cut alike, but for those of which one more
+        step would be too much.
 
         Raises:
             InputError: none comes near.
         """
-        whole = self._arithmetic(0)
-        first = bisect_left(range(len(self._steps) + 1), -share * whole, key=lambda count: -self._arithmetic(count))
-        near = [count for count in (first - 1, first) if 0 <= count <= len(self._steps)]
-        count = min(near, key=lambda count: abs(self._arithmetic(count) - share * whole))
-        if abs(found := self._arithmetic(count) / whole - share) > NEAR:
-            raise InputError(f"no cut of all channels leaves {share:g} of the arithmetic: {share + found:.3f} is next.")
-        return self._after(count)
+        whole, steps, taken = self._arithmetic([]), self._steps, []
+        while steps:
+            small = bisect_right(
+                range(1, len(steps) + 1), -share * whole, key=lambda count: -self._arithmetic(taken + steps[:count])
+            )
+            taken, steps = taken + steps[:small], steps[small:]
+            if self._arithmetic(taken) <= (share + CLOSE) * whole:
+                break
+            steps = [step for step in steps if step[0] != steps[0][0]]
+        found = self._arithmetic(taken) / whole
+        if abs(found - share) > NEAR:
+            raise InputError(f"no cut of all channels leaves {share:g} of the arithmetic: {found:.3f} is the nearest.")
+        return _after(taken)
 
-    def _after(self, count: int) -> Rewrite:
-        """The cut after so many steps."""
-        return Rewrite(keep={group: range(units) for group, units in self._steps[:count]})
-
-    def _arithmetic(self, count: int) -> float:
-        """Multiply-accumulates for one image after so many steps."""
-        shapes = shapes_after(self._base, self._topology, self._after(count))
+    def _arithmetic(self, steps: Sequence[tuple[str, int]]) -> float:
+        """Multiply-accumulates for one image after some steps."""
+        shapes = shapes_after(self._base, self._topology, _after(steps))
         return sum(places * math.prod(shapes[name]) for name, places in self._places.items())
+
+
+def _after(steps: Sequence[tuple[str, int]]) -> Rewrite:
+    return Rewrite(keep={group: range(units) for group, units in steps})
 
 
 def _steps(topology: Topology) -> Iterator[tuple[str, int]]:

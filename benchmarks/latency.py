@@ -206,7 +206,7 @@ def _timed(commit: str | None) -> str | None:
 
 
 def _frozen(facts: Mapping[str, object]) -> frozenset:
-    return frozenset((name, str(value)) for name, value in facts.items())
+    return frozenset(facts.items())
 
 
 def rows(report: LatencyReport, costs: Mapping[str, Cost], said: Row) -> list[Row]:

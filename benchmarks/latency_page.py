@@ -86,17 +86,20 @@ def verdict(own: Sequence[Row]) -> str:
 
 
 def _reached(line: Sequence[Row]) -> str:
-    last = line[-1]
     for above, below in pairwise(line):
         if below["ratio"] <= PUBLISHED < above["ratio"]:
             part = (above["ratio"] - PUBLISHED) / (above["ratio"] - below["ratio"])
             at = above["macs_of_base"] + part * (below["macs_of_base"] - above["macs_of_base"])
             return (
-                f"**{PUBLISHED - 1:+.0%} of the latency at {at - 1:+.0%} of the multiply-accumulates** (interpolated "
+                f"**{_less(PUBLISHED)} of the latency at {_less(at)} of the multiply-accumulates** (interpolated "
                 f"between {above['macs_of_base']:.2f} and {below['macs_of_base']:.2f} of them)"
-            ).replace("-", "−")
-    missed = f"{PUBLISHED - 1:+.0%}".replace("-", "−")
-    return f"{missed} of the latency is not reached; {last['macs_of_base']:.2f} of the arithmetic take {_ratio(last)}"
+            )
+    last = f"{line[-1]['macs_of_base']:.2f} of the multiply-accumulates take {_ratio(line[-1])}"
+    return f"{_less(PUBLISHED)} of the latency is not reached; {last}"
+
+
+def _less(ratio: float) -> str:
+    return f"−{100 * (1 - ratio):.0f} %"
 
 
 def table(own: Sequence[Row]) -> str:
@@ -168,7 +171,7 @@ def _panel(own: Sequence[Row], name: str, x: tuple[float, float], y: tuple[float
         tag("text", name, x=PANEL[0] / 2 + 20, y=10, text_anchor="middle"),
         tag("path", None, d=axes.path([(low, low), (high, high)]), stroke=GREY, stroke_dasharray="1 4"),
         tag("line", x1=axes.left, x2=axes.right, y1=level, y2=level, stroke=GREY, class_="published"),
-        tag("text", "−47 %, as published", x=axes.right - 4, y=level - 5, text_anchor="end"),
+        tag("text", f"{_less(PUBLISHED)}, as published", x=axes.right - 4, y=level - 5, text_anchor="end"),
     ]
     for runtime in runtimes(own):
         for mode in MODES:
