@@ -9,7 +9,18 @@ files agree. Where an operator has goals, the table is theirs, and the other row
 import re
 from pathlib import Path
 
-from benchmarks import ablations, distillation_cost, distillation_page, front_figure, gains, goals, headlines, record, searches
+from benchmarks import (
+    ablations,
+    distillation_cost,
+    distillation_page,
+    front_figure,
+    gains,
+    goals,
+    headlines,
+    latency_page,
+    record,
+    searches,
+)
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,6 +33,7 @@ OWN = {  # operators whose tables are not those of kernels
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,
     gains.OP: gains.table,
+    "latency": latency_page.page,
 }
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -51,7 +63,8 @@ def kept(op: str) -> list[record.Row]:
 
 def drawings() -> dict[Path, str]:
     """The pictures as the result files have them, by their files."""
-    drawn = {EXPERIMENTS / name: svg for name, svg in distillation_page.charts(kept("distillation")).items()}
+    charts = distillation_page.charts(kept("distillation")) | latency_page.charts(kept("latency"))
+    drawn = {EXPERIMENTS / name: svg for name, svg in charts.items()}
     drawn[FRONT] = front_figure.figure({name: kept(name) for name in front_figure.SHOWN})
     return {file: svg for file, svg in drawn.items() if svg}
 
