@@ -12,6 +12,7 @@ from tests.detectors import detector, small_spec
 from tests.search.small_search import config_of, make_steady
 
 DIGITS = tuple(str(digit) for digit in range(10))
+FAMILIES = {"Faster R-CNN": detector}  # of the base that most tests begin from
 STAGES = (Stage(16, ((8,),)), Stage(16, ((8,), (16,))), Stage(24, ((8,),)), Stage(32, ((8,),)))
 
 
@@ -22,7 +23,7 @@ def folder(tmp_path_factory):
     write_digit_scenes(folder / "data", train=12, val=6, size=64, seed=0)
     train = CocoDetectionDataset(resolve_splits(folder / "data")[0])
     RunFolder(folder / "base").begin("train", {"data": {"train": train.fingerprint}})
-    save(folder / "base", detector(small_spec(classes=DIGITS, stages=STAGES)))
+    save(folder / "base", FAMILIES["Faster R-CNN"](small_spec(classes=DIGITS, stages=STAGES)))
     return folder
 
 

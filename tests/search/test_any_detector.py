@@ -26,6 +26,7 @@ FAMILIES = {  # with what of the method is not the default
     ),
     "PAN": ("tests.graph.networks:pan_detector", {"classes": 10}, Method(inherit=False, teaching="none")),
 }
+ASKED = ("FCOS",)  # which is like RetinaNet, only where slow tests are asked for
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice"),  # a handful of scenes, 10 digits
     pytest.mark.filterwarnings("ignore:.*learn from features alone:jdkd.notices.Notice"),
@@ -42,10 +43,10 @@ print(*[name for name in sys.modules if name.startswith("jdkd.detect")])
 """
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "FCOS")) for name in FAMILIES])
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in ASKED)) for name in FAMILIES])
 def family(request):
-    """A family; FCOS, which is like RetinaNet, only where slow tests are asked for."""
-    if request.param == "FCOS":
+    """A family."""
+    if request.param in ASKED:
         request.getfixturevalue("when_asked")
     return request.param
 
