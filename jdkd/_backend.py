@@ -101,6 +101,7 @@ class _Backend(NamedTuple):
 _table: dict[str, dict[str, _Backend]] = {}
 _regions: dict[str, Callable[[Call], str]] = {}
 _chosen = _dispatch.settled  # what was settled, by the arguments of _choose
+_environment = os.environ.get  # looked up once, as it is called at every call
 
 
 def register(
@@ -215,7 +216,7 @@ def select(op: str, tensor: torch.Tensor, form: str = "") -> str:
     Raises:
         InputError: if the backend asked for does not exist, is not available, or cannot take the tensor.
     """
-    key = (op, form, tensor.device, tensor.dtype, _dispatch._forced, os.environ.get(VARIABLE))
+    key = (op, form, tensor.device, tensor.dtype, _dispatch._forced, _environment(VARIABLE))
     found = _chosen.get(key)
     return _choose(key, tensor) if found is None else found
 

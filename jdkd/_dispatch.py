@@ -147,7 +147,7 @@ class Candidate(NamedTuple):
     when: str = "everything else"
     can_run: Callable[[Any], str | None] = _nothing
     kernel: Kernel | None = None
-    waits: Callable[[Any], str | None] = _nothing
+    waits: Callable[[Any], str | None] | None = None
 
     def why_not(self, call: Any, is_tuned: bool, check: bool = True) -> str | None:
         """Why it does not compute a call, one clause; None if it does.
@@ -160,7 +160,7 @@ class Candidate(NamedTuple):
         Raises:
             InputError: if a backend that cannot run here is asked for.
         """
-        waits = None if is_tuned else self.waits(call)
+        waits = None if is_tuned or self.waits is None else self.waits(call)
         if waits and nobody_asks():
             return waits  # at once: whether it can run may take a while to tell
         if reason := self.can_run(call):

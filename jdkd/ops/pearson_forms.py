@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from jdkd import _backend
-from jdkd._dispatch import Candidate, Condition, Table, all_of
+from jdkd._dispatch import Candidate, Condition, Table, all_of, is_tuned, nobody_asks
 from jdkd.ops import pearson_single
 from jdkd.ops.layout import size_class
+
+NAME = "pearson forms"
 
 
 class LossCall(NamedTuple):
@@ -106,9 +109,23 @@ FORMS = (
         all_of(_NO_TAP, _WHOLE),
     ),
 )
-TABLE = Table("pearson forms", FORMS, _region)
+TABLE = Table(NAME, FORMS, _region)
+
+
+def _by_kind() -> dict[tuple, str]:
+    """The usual form of every kind of call, which is all of it but the levels: where nobody asks for a backend."""
+    levels, sides = [torch.empty(0, device="meta")], ("", "students", "teachers")
+    kinds = itertools.product(sides, *[(False, True)] * 4)
+    order = Table("", tuple(form for form in FORMS if form.kernel is None))
+    return {kind: order.choose(LossCall(levels, levels, *kind))[0].name for kind in kinds}
+
+
+_BY_KIND = _by_kind()
 
 
 def select(call: LossCall) -> str:
-    """Returns: the name of the form that computes a call."""
-    return TABLE.choose(call)[0].name
+    """Returns: the name of the form that computes a call; at once, where no other than the usual one can."""
+    usual = _BY_KIND[call[2:]]
+    if usual != "split" or call.gradients != "students":
+        return usual
+    return usual if nobody_asks() and not is_tuned(NAME, call.device) else TABLE.choose(call)[0].name
