@@ -16,10 +16,11 @@ import torch
 from jdkd import _backend, _dispatch, _tuned
 from jdkd._tuned import Measured, Region
 from jdkd.errors import InputError
-from jdkd.files import claim_folder
+from jdkd.files import cache_folder, claim_folder, lock_folder, unlock_folder
 from jdkd.latency.clock import Clock
 from jdkd.latency.protocol import LEAST_ROUNDS, Schedule, interleave
 from jdkd.latency.statistics import Ratio, bootstrap_ratio
+from jdkd.notices import say_once
 from jdkd.tune.regions import Job, plan
 from jdkd.tune.shapes import Shape
 from jdkd.tune.timing import clock_of, rotated
@@ -87,18 +88,23 @@ def tune(
         What came of each device.
 
     Raises:
-        InputError: ``minutes`` is no positive number, there is no folder to write to, or the environment decides what
-            runs, whatever is measured.
+        InputError: ``minutes`` is no positive number, there is no folder to write to, another process writes
+            there, or the environment decides what runs, whatever is measured.
     """
-    _check(minutes)
-    return [
-        _of_device(device, 60 * minutes / len(devices), jobs(device, quick), again, progress, clock or clock_of(device))
-        for device in _distinct(devices)
-    ]
+    folder = _claimed(minutes)
+    distinct = _distinct(devices)
+    share = 60 * minutes / len(distinct)
+    try:
+        return [
+            _of_device(device, share, jobs(device, quick), again, progress, clock or clock_of(device))
+            for device in distinct
+        ]
+    finally:
+        unlock_folder(folder)
 
 
-def _check(minutes: float) -> None:
-    """Raises InputError before anything is timed."""
+def _claimed(minutes: float) -> Path:
+    """The folder of measurements, to which nobody else writes now; raises InputError before anything is timed."""
     if not (0 < minutes < math.inf):
         raise InputError(f"minutes must be a positive number, got {minutes}; give 3, say.")
     if asked := _backend.requested():
@@ -107,9 +113,12 @@ def _check(minutes: float) -> None:
         )
     if _backend.interpreting():
         raise InputError("TRITON_INTERPRET is set, so that kernels do not run as they do without; unset it.")
-    if (folder := _tuned.file_of(torch.device("cpu"))) is None:
+    if (root := cache_folder()) is None:
         raise InputError("there is no home folder to keep measurements in; set JDKD_CACHE to a folder.")
-    claim_folder(folder.parent, "JDKD_CACHE")
+    folder = root / _tuned.FOLDER
+    claim_folder(folder, "JDKD_CACHE")
+    lock_folder(folder, "JDKD_CACHE")
+    return folder
 
 
 def _distinct(devices: Sequence[torch.device]) -> list[torch.device]:
@@ -157,13 +166,13 @@ def timed(job: Job, seconds: float, clock: Clock) -> Region:
         if left:
             ratios = compared(shape, job.default, left, share, clock)
             measured[shape.label] = ratios
-            left = [name for name in left if ratios[name].high < 1]
+            left = [name for name in left if name in ratios and ratios[name].high < 1]
     while left:
         best = min(left, key=lambda name: math.prod(ratios[name].value for ratios in measured.values()))
-        again = {shape.label: compared(shape, job.default, [best], share, clock)[best] for shape in job.shapes}
-        for label, ratio in again.items():
-            measured[label][best] = ratio
-        if all(ratio.high < 1 for ratio in again.values()):
+        again = {shape.label: compared(shape, job.default, [best], share, clock) for shape in job.shapes}
+        for label, ratios in again.items():
+            measured[label] |= ratios
+        if all(best in ratios and ratios[best].high < 1 for ratios in again.values()):
             return _region(job, best, measured)
         left.remove(best)
     return _region(job, job.default, measured)
@@ -175,11 +184,14 @@ def compared(shape: Shape, default: str, names: Sequence[str], seconds: float, c
     Args:
         shape: what is timed.
         default: the candidate that runs without a measurement.
-        names: the others.
+        names: the others; those that raise an error are left out.
         seconds: how long it may take; a quarter of that where all others are clearly slower.
         clock: what tells the time.
     """
     sets = rotated(shape.make)
+    names = [name for name in names if _runs(shape, name, sets[0])]
+    if not names:
+        return {}
     calls = {name: partial(_run, shape.runs[name], sets) for name in (default, *names)}
     warmup = min(MOST_WARMUP, seconds / 8)
     schedule = partial(Schedule, warmup_seconds=0.0, warmup_limit=warmup, window=2, tolerance=0.1)
@@ -188,6 +200,16 @@ def compared(shape: Shape, default: str, names: Sequence[str], seconds: float, c
     if all(ratio.low > LOST for ratio in ratios.values()):
         return ratios
     return _ratios(calls, default, len(sets), schedule(rounds=ROUNDS, min_seconds=0.0, max_seconds=seconds), clock)
+
+
+def _runs(shape: Shape, name: str, inputs: Any) -> bool:
+    """Whether a candidate runs on a set of inputs; what does not is said."""
+    try:
+        shape.runs[name](inputs)
+    except Exception as error:  # whatever a compiler or a driver raises
+        say_once(f"{name} of {shape.table.name} is left out: {type(error).__name__} for {shape.label}: {error}")
+        return False
+    return True
 
 
 def _run(run: Callable[[Any], Any], sets: Sequence[Any], number: int) -> None:

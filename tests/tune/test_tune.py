@@ -9,9 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from jdkd import _dispatch, _tuned
+from jdkd import _dispatch, _tuned, files
 from jdkd._dispatch import Candidate, Table
 from jdkd.errors import InputError
+from jdkd.notices import Notice
 from jdkd.tune import plan, regions, session, tune
 from jdkd.tune.shapes import Shape, copied, nbytes
 from jdkd.tune.timing import clock_of, rotated
@@ -139,6 +140,25 @@ def test_a_run_carries_on_where_the_last_one_ended(monkeypatch):
     assert len(times.ran) - calls < calls
     assert run(times, "a", "b", "c").timed == 0
     assert run(times, "a", "b", "c", again=True).timed == 3
+
+
+def test_a_way_that_fails_is_left_out_and_said():
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    (shape,) = times.shapes("r")
+
+    def failing(given):
+        raise RuntimeError("no kernel image")
+
+    shape.runs["other"] = failing
+    with pytest.warns(Notice, match="other of toy is left out: RuntimeError for a: no kernel image"):
+        (outcome,) = tune([CPU], clock=times, jobs=lambda *_: list(regions._regions(iter([shape]))))
+    assert outcome.changed() == [] and outcome.timed == 1
+
+
+def test_one_process_writes_at_a_time(monkeypatch):
+    held = []
+    run(Times(usual=[2.0], other=[1.0], third=[9.0]), progress=lambda *_: held.append(len(files._locks)))
+    assert held == [len(files._locks) + 1]
 
 
 def test_what_does_not_fit_into_the_time_keeps_its_default():
