@@ -21,7 +21,7 @@ DEMO_SEARCH ?= --steps 800 --target-latency 0.75
 
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: help setup test lint format bench demo clean
+.PHONY: help setup test lint format figures bench demo clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,9 @@ lint: setup  ## ruff
 format: setup  ## let ruff sort imports, mend what it safely can, and lay out the code
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+figures: setup  ## write the tables and pictures of README and docs from the committed result files
+	$(PY) -m benchmarks.readme
 
 bench: setup  ## benchmarks against what people run today, on the device at hand
 	$(PY) -m benchmarks.run

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks import record
 from benchmarks.record import Row
-from jdkd.cli.latency import known_runtimes
 from jdkd.errors import InputError
+from jdkd.export.runtimes import known_runtimes
 from jdkd.latency import Grid, LatencyReport, Schedule, Work, fuse_for_inference, measure_grid, profile_cost
 from jdkd.latency.cost import Cost
 from jdkd.latency.grid import with_facts

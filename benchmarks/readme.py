@@ -1,4 +1,4 @@
-"""Writes the tables of the README and of ``docs/``, and the curves, from the committed result files:
+"""Writes the tables of the README and of ``docs/``, and the pictures, from the committed result files:
 ``python -m benchmarks.readme``.
 
 A table stands between ``<!-- results of OP -->`` and ``<!-- end of results -->``; a test holds that pages and result
@@ -9,12 +9,13 @@ files agree. Where an operator has goals, the table is theirs, and the other row
 import re
 from pathlib import Path
 
-from benchmarks import ablations, distillation_cost, distillation_page, gains, goals, record, searches
+from benchmarks import ablations, distillation_cost, distillation_page, front_figure, gains, goals, headlines, record, searches
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 EXPERIMENTS = ROOT / "docs" / "experiments"
+FRONT = ROOT / "docs" / "mAP-over-latency.svg"
 OWN = {  # operators whose tables are not those of kernels
     ablations.OP: ablations.page,
     "distillation": distillation_page.page,
@@ -32,6 +33,8 @@ def rendered(text: str) -> str:
 
 def _table(op: str) -> str:
     rows = kept(op)
+    if op == headlines.OP:
+        return headlines.sentences(kept("pearson"), kept("elastic_conv"))
     if op in goals.GOALS and op not in WHOLE:
         return goals.table(op, record.latest(rows))
     if not rows:
@@ -47,8 +50,10 @@ def kept(op: str) -> list[record.Row]:
 
 
 def drawings() -> dict[Path, str]:
-    """The curves as the result files have them, by their files."""
-    return {EXPERIMENTS / name: drawn for name, drawn in distillation_page.charts(kept("distillation")).items()}
+    """The pictures as the result files have them, by their files."""
+    drawn = {EXPERIMENTS / name: svg for name, svg in distillation_page.charts(kept("distillation")).items()}
+    drawn[FRONT] = front_figure.figure({name: kept(name) for name in front_figure.SHOWN})
+    return {file: svg for file, svg in drawn.items() if svg}
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def measure(
 def conditions_of(device: torch.device, runtime: Runtime, clock: Clock | None = None) -> dict[str, Any]:
     """What a report calls its environment."""
     clock = clock or clock_for(device)
-    return environment(device) | {"clock": clock.name, "runtime_version": runtime.version}
+    return environment(device) | {"clock": clock.name, "runtime": runtime.name, "runtime_version": runtime.version}
 
 
 def measure_quick(models: Mapping[str, nn.Module], images: Sequence[Tensor], **options: Any) -> LatencyReport:

@@ -41,6 +41,17 @@ def headless():
     return model
 
 
+@pytest.mark.parametrize("family", ["fcos", "maskrcnn"])
+def test_a_detector_that_finds_nothing_yet_is_exported_to_count_as_many_boxes_as_it_may(family):
+    onnx = pytest.importorskip("onnx")
+    content = exported(made(family), "onnx", counting=True)
+    kinds = {node.op_type for node in onnx.load_from_string(content).graph.node}
+    assert "TopK" in kinds and "NonMaxSuppression" not in kinds
+    images = [image.permute(1, 2, 0).numpy() for image in pictures(*SIZES)]
+    file = OPENERS[".onnx"](content, "cpu")
+    assert [len(found["scores"]) for found in file(images)] == len(images) * [file.facts["detections"]]
+
+
 OUTSIDE = ("retinanet", "outside"), ("fasterrcnn", "outside")
 
 

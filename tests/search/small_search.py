@@ -14,7 +14,7 @@ from jdkd.detect import read
 from jdkd.detect.contract import identity
 from jdkd.graph import Topology
 from jdkd.latency import Latency, LatencyReport, ModelLatency
-from jdkd.latency.clock import environment
+from jdkd.latency.protocol import conditions_of
 from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.search import SearchConfig, search
 from jdkd.search.archive import ARCHIVE
@@ -36,12 +36,12 @@ def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
     return replace(small, **changes)
 
 
-def steady_measure(models, images, *, device, rounds, progress=None, **schedule) -> LatencyReport:
+def steady_measure(models, images, *, device, rounds, runtime, progress=None, **schedule) -> LatencyReport:
     """In place of :func:`jdkd.latency.measure`: time grows with parameters and input size."""
     if progress:
         progress(rounds, rounds, {})
     taken = {name: ModelLatency(end_to_end=Latency((_time(model),) * 2 * rounds)) for name, model in models.items()}
-    return LatencyReport(taken, environment(torch.device(device)), {})
+    return LatencyReport(taken, conditions_of(torch.device(device), runtime), {})
 
 
 def _time(model: torch.nn.Module) -> float:

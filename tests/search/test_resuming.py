@@ -15,7 +15,7 @@ import pytest
 from jdkd.data import Split
 from jdkd.detect import save
 from jdkd.errors import InputError
-from jdkd.latency.clock import environment
+from jdkd.latency.protocol import conditions_of
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
 from jdkd.search import Archive, Method, search
@@ -245,7 +245,8 @@ def test_other_weights_or_images_or_teachers_are_another_search(folder, finished
 
 
 def test_a_search_that_goes_on_elsewhere_times_everything_again(folder, unfinished, steady, monkeypatch):
-    monkeypatch.setattr("jdkd.search.context.environment", lambda device: environment(device) | {"device_name": "new"})
+    elsewhere = lambda *where: conditions_of(*where) | {"device_name": "new"}  # noqa: E731
+    monkeypatch.setattr("jdkd.search.context.conditions_of", elsewhere)
     measured, table = [], []
 
     def measure(models, images, **options):
