@@ -9,7 +9,7 @@ from jdkd.rewrite import describe
 from tests.detectors import CLASSES, mask_detector
 from tests.train.scenes import write_scenes
 
-COMMANDS = ("data", "train", "search", "eval", "latency", "export", "predict", "env")
+COMMANDS = ("data", "train", "search", "eval", "latency", "export", "predict", "env", "tune")
 
 
 @pytest.mark.parametrize("command", COMMANDS)
