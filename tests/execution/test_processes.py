@@ -17,10 +17,19 @@ from jdkd.execution import InProcess, Processes, executor, processes
 from jdkd.execution.choosing import devices_for
 from jdkd.execution.worker import Reports
 from jdkd.notices import Notice
+from tests.execution.forking import fork_workers
 from tests.execution.processes import alive, pids, soon
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore:candidate .* holds no box:jdkd.notices.Notice")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked():
+    """Workers are forked here; those of a driver of its own, below, are spawned as a user's are."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork_workers(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
