@@ -1,6 +1,5 @@
 """A search from detectors that the package has no code for: torchvision's families over a body of ours, and a PAN."""
 
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,6 +11,7 @@ from jdkd.rewrite import Architecture, build, load_architecture
 from jdkd.run_folder import RunFolder
 from jdkd.search import Method, plan, search
 from jdkd.train.inputs import with_targets_of
+from tests.detectors import hide_own_detectors
 from tests.search.conftest import DIGITS
 from tests.search.small_search import archived, config_of
 
@@ -63,8 +63,7 @@ def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(
     (student,) = result["students"]
     assert student["params"] > 0 and student["train_steps"] > 0 and student["latency_ratio"] < 1
     assert {row[4] for row in rows} <= {"base", "morph", "teacher", "train"} and result["method"] == vars(method)
-    for name in [name for name in sys.modules if name.startswith("jdkd.detect")]:
-        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails: the student needs none of it
+    hide_own_detectors(monkeypatch)
     (found,) = load_architecture(config.out / "student")([torch.rand(3, 64, 64)])
     assert found["boxes"].shape[1:] == (4,)
 
