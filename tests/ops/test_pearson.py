@@ -44,7 +44,7 @@ def test_float16_gradients_survive_a_loss_scale_of_65536(backend, device, channe
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(("dtype", "teacher_dtype"), itertools.permutations(DTYPES, 2))
+@pytest.mark.parametrize(("dtype", "teacher_dtype"), [*itertools.permutations(DTYPES, 2)])
 def test_student_and_teacher_may_differ_in_dtype(backend, device, dtype, teacher_dtype, channels_last):
     take_turns(backend, device, 1 + DTYPES.index(teacher_dtype), dtype, channels_last)
     check(replace(PLAIN, dtype=dtype, teacher_dtype=teacher_dtype, channels_last=channels_last), device)
