@@ -15,9 +15,10 @@ METHOD = "spawn" if torch.cuda.is_available() else "fork"  # neither CUDA nor an
 
 def started(work: Callable, *arguments: object, count: int = 2, seconds: float = 300.0) -> None:
     """Runs ``work(rank, *arguments)`` in each of ``count`` processes, and waits for all of them."""
-    context = torch.multiprocessing.start_processes(
-        _fresh, (work, *arguments), nprocs=count, join=False, daemon=True, start_method=METHOD
-    )
+    how = {"nprocs": count, "join": False, "daemon": True, "start_method": METHOD}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: what forks has several threads
+        context = torch.multiprocessing.start_processes(_fresh, (work, *arguments), **how)
     ends = time.monotonic() + seconds
     while not context.join(1.0):  # whoever fails ends all, and raises here
         if time.monotonic() > ends:

@@ -8,6 +8,8 @@ import torch
 
 from jdkd.execution import processes
 
+FORKED = pytest.mark.filterwarnings("ignore:This process .*is multi-threaded:DeprecationWarning")  # Python 3.12 on
+
 
 def fork_workers(patch: pytest.MonkeyPatch) -> None:
     """Forks the workers of :class:`jdkd.execution.Processes`, which are spawned as CUDA does not outlive a fork."""

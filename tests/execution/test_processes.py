@@ -17,11 +17,11 @@ from jdkd.execution import InProcess, Processes, executor, processes
 from jdkd.execution.choosing import devices_for
 from jdkd.execution.worker import Reports
 from jdkd.notices import Notice
-from tests.execution.forking import fork_workers
+from tests.execution.forking import FORKED, fork_workers
 from tests.execution.processes import alive, pids, soon
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:candidate .* holds no box:jdkd.notices.Notice")
+pytestmark = [pytest.mark.filterwarnings("ignore:candidate .* holds no box:jdkd.notices.Notice"), FORKED]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -19,7 +19,7 @@ from jdkd.search.archive import ARCHIVE
 from jdkd.search.teachers import TEACHERS
 from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
-from tests.execution.forking import fork_workers
+from tests.execution.forking import FORKED, fork_workers
 from tests.ranks import METHOD
 from tests.search.conftest import DIGITS
 from tests.search.small_search import (
@@ -31,7 +31,10 @@ from tests.search.small_search import (
     steady_measure,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice"),  # a handful of scenes, 10 digits
+    FORKED,
+]
 
 
 @pytest.fixture
