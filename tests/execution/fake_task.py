@@ -90,6 +90,7 @@ def befall(fate, is_first, mark):
                 time.sleep(0.01)
         case "waits":
             try:
+                mark.with_name(f"waiting-{os.getpid()}").touch()
                 time.sleep(60)
             except KeyboardInterrupt:
                 mark.with_name(f"saved-{os.getpid()}").touch()
