@@ -18,6 +18,7 @@ from benchmarks import (
     gains,
     goals,
     headlines,
+    latency_page,
     record,
     searches,
     support,
@@ -34,6 +35,7 @@ OWN = {  # operators whose tables are not those of kernels
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,
     gains.OP: gains.table,
+    "latency": latency_page.page,
 }
 MADE = {"support": support.table, "backends": backends.table}
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
@@ -66,7 +68,8 @@ def kept(op: str) -> list[record.Row]:
 
 def drawings() -> dict[Path, str]:
     """The pictures as the result files have them, by their files."""
-    drawn = {EXPERIMENTS / name: svg for name, svg in distillation_page.charts(kept("distillation")).items()}
+    charts = distillation_page.charts(kept("distillation")) | latency_page.charts(kept("latency"))
+    drawn = {EXPERIMENTS / name: svg for name, svg in charts.items()}
     drawn[FRONT] = front_figure.figure({name: kept(name) for name in front_figure.SHOWN})
     return {file: svg for file, svg in drawn.items() if svg}
 
