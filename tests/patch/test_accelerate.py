@@ -1,0 +1,379 @@
+"""An accelerated detector finds the same, keeps its state dict, refuses training, and can be given back."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from benchmarks import accelerate as benchmark
+from benchmarks import record
+from jdkd import patch
+from jdkd.detect import detector as build
+from jdkd.errors import InputError
+from jdkd.latency import Ratio, fuse_for_inference
+from jdkd.patch import INGREDIENTS, acceleration, accelerate, convolutions, restore
+from tests.detect.elsewhere import make as make_adopted
+from tests.detectors import detector, small_spec
+
+ON_CPU = tuple(name for name in INGREDIENTS if name != "graphs")
+TWO_STAGE = {"box_head": 16}
+
+
+@pytest.fixture(scope="module")
+def images() -> list[Tensor]:
+    return [torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))]
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return detector(small_spec("bottleneck"))
+
+
+def found(model: nn.Module, images: list[Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        return model(images)[0]
+
+
+def assert_alike(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert len(ours["boxes"]) == len(theirs["boxes"]) > 5
+    torch.testing.assert_close(ours["labels"], theirs["labels"])
+    torch.testing.assert_close(ours["boxes"], theirs["boxes"], rtol=1e-4, atol=1e-2)
+    torch.testing.assert_close(ours["scores"], theirs["scores"], rtol=1e-3, atol=1e-4)
+
+
+def everything(model: nn.Module) -> list[tuple[str, dict, list[tuple]]]:
+    """What a module holds, and where its tensors lie."""
+    seen = []
+    for name, module in model.named_modules():
+        own = {k: repr(v) for k, v in vars(module).items() if k not in ("_modules", "_parameters", "_buffers")}
+        tensors = [*module._parameters.items(), *module._buffers.items()]
+        places = [(k, None if v is None else (id(v), v.data_ptr(), v.stride(), v._version)) for k, v in tensors]
+        seen.append((name, own, places))
+    return seen
+
+
+@pytest.mark.parametrize("ingredients", [*((name,) for name in ON_CPU), ON_CPU], ids=" ".join)
+def test_detections_are_those_of_the_plain_model(model, images, ingredients):
+    before = found(model, images)
+    one = accelerate(model, images, ingredients=ingredients, timed=False)
+    assert one.kept == ingredients
+    assert one.difference.detections > 10 and one.difference.stage < 1e-5
+    assert_alike(model(images)[0], before)
+    small = [image[:, :48, :80] for image in images]  # another size than it was checked on
+    after = found(model, small)
+    restore(model)
+    assert_alike(after, found(model, small))
+
+
+def test_every_ingredient_changes_what_runs(model, images, monkeypatch):
+    ran: list[str] = []
+    for kind in (convolutions.Onednn, convolutions.Aten):
+        run = kind.run
+
+        def heard(self, x, weights, conv, residual, relu, run=run):
+            packed = "packed" if weights[0].is_mkldnn else "dense"
+            ran.append(f"{self.name} {packed}{' relu' if relu else ''}{'' if residual is None else ' residual'}")
+            return run(self, x, weights, conv, residual, relu)
+
+        monkeypatch.setattr(kind, "run", heard)
+    seen = {}
+    for ingredients in (("folded",), ("folded", "fused"), ("packed",), ON_CPU):
+        with accelerate(model, images, ingredients=ingredients, timed=False):
+            ran.clear()
+            model(images)
+            seen[ingredients] = set(ran), len(ran)
+    assert seen["folded",][0] == {"ATen dense"}
+    assert {"oneDNN dense relu", "oneDNN dense relu residual"} <= seen["folded", "fused"][0]
+    assert seen["packed",][0] == {"oneDNN packed"}
+    assert {"oneDNN packed relu", "oneDNN packed relu residual"} <= seen[ON_CPU][0]
+    assert seen[ON_CPU][1] < seen["packed",][1] - 8, "the heads over five levels run their convolutions once"
+
+
+def test_restore_gives_all_back_bit_for_bit(model, images):
+    before, first = everything(model), found(model, images)
+    state = copy.deepcopy(model.state_dict())
+    model.roi_heads.box_roi_pool.scales = first_scales = model.roi_heads.box_roi_pool.scales
+    with accelerate(model, images, timed=False) as one:
+        assert everything(model) != before
+        model(images)
+    one.restore()  # again changes nothing
+    assert everything(model) == before
+    assert model.roi_heads.box_roi_pool.scales is first_scales
+    again = found(model, images)
+    assert all(torch.equal(again[key], first[key]) for key in first)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_the_state_dict_is_the_plain_models_and_loads_both_ways(model, images):
+    plain, state = copy.deepcopy(model), copy.deepcopy(model.state_dict())
+    accelerate(model, images, timed=False)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    plain.load_state_dict(model.state_dict())
+    other = detector(small_spec("bottleneck"), seed=3)
+    assert not torch.allclose(found(model, images)["scores"][:5], found(other, images)["scores"][:5], atol=1e-3)
+    model.load_state_dict(other.state_dict())
+    assert_alike(found(model, images), found(other, images))
+
+
+@pytest.mark.parametrize("how", ["in place", "assigned", "a part"])
+def test_weights_that_change_are_folded_anew(model, images, how):
+    accelerate(model, images, timed=False)
+    found(model, images)
+    other = detector(small_spec("bottleneck"), seed=3)
+    if how == "in place":
+        with torch.no_grad():
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.copy_(other.state_dict()[name])
+    elif how == "assigned":
+        model.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+    else:
+        for name, child in model.named_children():
+            child.load_state_dict(getattr(other, name).state_dict())
+    assert_alike(found(model, images), found(other, images))
+
+
+def test_what_trains_is_refused(model, images):
+    with pytest.raises(InputError, match="the model is in training mode, and accelerate is for inference"):
+        accelerate(model.train(), images)
+    model.eval().roi_heads.train()
+    with pytest.raises(InputError, match="roi_heads is in training mode"):
+        accelerate(model, images)
+    one = accelerate(model.eval(), images, ingredients=("folded",), timed=False)
+    for part in (model, model.backbone.fpn):
+        part.train()
+        with pytest.raises(InputError, match=r"for inference, and it is in training mode; call restore\(\) first"):
+            model(images)
+        model.eval()
+    stem = next(module for module in model.modules() if type(module) is nn.Conv2d).train()
+    with pytest.raises(InputError, match="a Conv2d of it is in training mode"):
+        stem(torch.zeros(1, 3, 8, 8))
+    model.eval()
+    assert torch.is_grad_enabled(), "as it was before the refusals"
+    one.restore()
+    target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]), "labels": torch.tensor([1])}
+    sum(model.train()(images, [target]).values()).backward()
+    assert stem.weight.grad.abs().sum() > 0
+
+
+def test_gradients_are_refused_and_not_silently_cut(model, images):
+    accelerate(model, images, ingredients=("folded",), timed=False)
+    with pytest.raises(InputError, match="a gradient is asked of it"):
+        model([images[0].clone().requires_grad_()])
+    assert not model(images)[0]["scores"].requires_grad and torch.is_grad_enabled()
+    with pytest.raises(InputError, match="a gradient is asked of it"):
+        model.backbone(torch.rand(1, 3, 64, 64, requires_grad=True))
+
+
+def test_a_model_that_was_moved_is_refused(model, images):
+    accelerate(model, images, timed=False)
+    model.double()
+    with pytest.raises(InputError, match="accelerated on cpu in float32 and is now on cpu in float64"):
+        found(model, [image.double() for image in images])
+
+
+def test_a_copy_and_a_pickle_are_plain(model, images):
+    before = found(model, images)
+    accelerate(model, images, timed=False)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False), AveragedModel(model).module):
+        now = found(other, images)
+        assert all(torch.equal(now[key], before[key]) for key in before)
+        target = {"boxes": torch.tensor([[4.0, 4.0, 30.0, 30.0]]), "labels": torch.tensor([1])}
+        assert all(loss.requires_grad for loss in other.train()(images, [target]).values())
+        assert accelerate(other.eval(), images, ingredients=("folded",), timed=False).difference.stage > 0
+    assert_alike(found(fuse_for_inference(model), images), before)
+
+
+def test_a_shallow_copy_runs_its_own_children(model, images):
+    accelerate(model, images, timed=False)
+    other = copy.copy(model)
+    other._modules = {**model._modules, "backbone": nn.Identity()}
+    with pytest.raises((AttributeError, TypeError, RuntimeError)):
+        found(other, images)  # no levels from an identity
+    assert len(found(model, images)["boxes"]) > 5
+
+
+def test_hooked_modules_are_left_as_they_are(model, images):
+    body = next(module for _, module in model.named_modules() if hasattr(module, "bn2"))
+    heard: list[Tensor] = []
+    for module in (body.bn2, body.conv3, model.backbone.fpn):
+        module.register_forward_hook(lambda module, args, out: heard.append(out))
+    found(model, images)
+    before = [out.clone() if isinstance(out, Tensor) else list(out.values())[0].clone() for out in heard]
+    accelerate(model, images, timed=False)
+    heard.clear()
+    found(model, images)
+    for now, then in zip(heard, before, strict=True):
+        torch.testing.assert_close(now if isinstance(now, Tensor) else list(now.values())[0], then)
+
+
+def test_twice_is_refused_and_a_wrapped_model_is_accelerated_inside(model, images):
+    accelerate(AveragedModel(model).eval().module, images, ingredients=("folded",), timed=False)
+    wrapped = AveragedModel(model).eval()
+    one = accelerate(wrapped, images, ingredients=("folded",), timed=False)
+    with pytest.raises(InputError, match="is accelerated already; call restore"):
+        accelerate(wrapped, images)
+    assert everything(wrapped.module) != everything(model)
+    restore(wrapped)
+    one.restore()
+    accelerate(wrapped, images, ingredients=("folded",), timed=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_what_cannot_be_accelerated_is_refused_in_a_sentence(images):
+    refused = {
+        "takes a torch.nn.Module, got a str": "resnet",
+        "accelerate cannot look into the model, a scripted": torch.jit.script(nn.Conv2d(3, 4, 1)).eval(),
+        "has no parameters, and nothing to accelerate": nn.Identity().eval(),
+    }
+    for sentence, what in refused.items():
+        with pytest.raises(InputError, match=sentence):
+            accelerate(what, images)
+    with pytest.raises(InputError, match="does not run on a list of images|returned"):
+        accelerate(nn.Conv2d(3, 4, 1).eval(), images)
+    with pytest.raises(InputError, match="does not say what size of images it is for; give accelerate some"):
+        accelerate(nn.Conv2d(3, 4, 1).eval())
+    with pytest.raises(InputError, match="ingredients has spices; known are folded, channels_last"):
+        accelerate(nn.Conv2d(3, 4, 1).eval(), images, ingredients=("spices",))
+    with pytest.raises(InputError, match=r"images\[0\] has shape"):
+        accelerate(detector(small_spec()), [torch.rand(64, 96)])
+
+
+def test_an_image_is_drawn_at_the_models_size(model):
+    one = accelerate(model, ingredients=("folded",), timed=False)
+    assert one.kept == ("folded",) and one.difference.detections > 0
+
+
+class _Timed:
+    """Stands for a report of latencies."""
+
+    def __init__(self, ratio: Ratio) -> None:
+        self._ratio = ratio
+
+    def ratio(self, name: str) -> Ratio:
+        assert name == "with"
+        return self._ratio
+
+
+def timed_as(monkeypatch, *ratios: tuple[float, float, float]) -> None:
+    waiting = [Ratio(*each) for each in ratios]
+    monkeypatch.setattr(acceleration, "measure_quick", lambda *_, **__: _Timed(waiting.pop(0)))
+
+
+def test_the_clock_decides(model, images, monkeypatch):
+    timed_as(monkeypatch, (0.9, 0.85, 0.95), (0.97, 0.9, 1.01), (1.2, 1.1, 1.3), (0.8, 0.7, 0.9))
+    one = accelerate(model, images, ingredients=("folded", "channels_last", "grouped"))
+    assert one.kept == ("folded",) and one.ratio.value == 0.8
+    assert [trial.reason for trial in one.trials] == ["equal and faster", "no gain beyond noise", "slower"]
+    assert "folded: 0.800 [0.700, 0.900] of the plain model's latency" in str(one)
+
+
+def test_what_is_not_faster_together_is_not_kept_at_all(model, images, monkeypatch):
+    timed_as(monkeypatch, (0.9, 0.85, 0.95), (0.99, 0.9, 1.1))
+    before = [part[1] for part in everything(model)]
+    one = accelerate(model, images, ingredients=("folded",))
+    assert one.kept == () and "0.990 [0.900, 1.100] of the plain model's time" in one.trials[0].reason
+    hooks = ("_forward_pre_hooks", "_forward_hooks")
+    now = [part[1] for part in everything(model)]
+    assert [{k: v for k, v in each.items() if k not in hooks} for each in now][1:] == [
+        {k: v for k, v in each.items() if k not in hooks} for each in before
+    ][1:]
+
+
+def test_a_real_clock_tells_a_slow_ingredient(model, images, monkeypatch):
+    run = convolutions.Aten.run
+
+    def slow(self, x, *rest):
+        torch.rand(300, 300) @ torch.rand(300, 300)
+        return run(self, x, *rest)
+
+    monkeypatch.setattr(convolutions.Aten, "run", slow)
+    one = accelerate(model, images, ingredients=("channels_last",), rounds=4, max_seconds=1.0)
+    assert one.kept == () and one.trials[0].ratio.low > 1 and one.trials[0].reason == "slower"
+
+
+def test_an_ingredient_that_is_wrong_is_left_out(model, images, monkeypatch):
+    whole = convolutions.folded
+
+    def off(conv, norm):
+        weight, bias = whole(conv, norm)
+        return weight, nn.Parameter(bias + 1e-3 * bias.abs().max())
+
+    monkeypatch.setattr(convolutions, "folded", off)
+    one = accelerate(model, images, ingredients=("folded", "packed"), timed=False)
+    assert one.kept == ("packed",)
+    assert "it is not equal: backbone" in one.trials[0].reason and "differs by" in one.trials[0].reason
+
+
+def test_an_ingredient_that_raises_is_left_out(model, images, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(convolutions.Onednn, "run", broken)
+    one = accelerate(model, images, ingredients=("folded", "packed"), timed=False)
+    assert one.kept == ("folded",) and "it raises RuntimeError: could not create a primitive" in one.trials[1].reason
+
+
+def test_a_torch_without_these_operators_goes_without(model, images, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    one = accelerate(model, images, timed=False)
+    assert "packed" not in one.kept and "has no oneDNN operators" in str(one)
+
+
+def test_an_adopted_detector_is_accelerated():
+    model = make_adopted().eval()
+    images = [torch.rand(3, 40, 50, generator=torch.Generator().manual_seed(1))]
+    one = accelerate(model, images, timed=False)
+    assert {"folded", "fused", "packed"} <= set(one.kept) and 0 < one.difference.stage < 1e-5
+
+
+def small(family: str) -> nn.Module:
+    torch.manual_seed(0)
+    own = TWO_STAGE if "rcnn" in family else {}
+    model = build(family, "resnet18", 3, channels=16, min_size=64, max_size=96, **own).eval()
+    for name, tensor in model.state_dict().items():
+        if tensor.dtype.is_floating_point and tensor.dim() == 1:
+            tensor.uniform_(0.5, 1.5) if name.endswith(("weight", "running_var")) else tensor.uniform_(-0.2, 0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "retinanet",
+        *(
+            pytest.param(name, marks=[pytest.mark.slow, pytest.mark.usefixtures("when_asked")])
+            for name in ("fasterrcnn", "maskrcnn", "keypointrcnn", "fcos", "ssd", "atss", "gfl", "reppoints")
+        ),
+    ],
+)
+def test_every_family_is_accelerated(family, images):
+    model = small(family)
+    before = found(model, images)
+    one = accelerate(model, images, timed=False)
+    assert {"folded", "packed", "fused"} <= set(one.kept), str(one)
+    assert ("grouped" in one.kept) == (family != "ssd")
+    assert one.difference.stage < 1e-4 and one.difference.reason is None
+    assert {key: value.shape for key, value in found(model, images).items()}.keys() == before.keys()
+
+
+def test_the_committed_rows_hold_the_factor_on_one_thread():
+    rows = [json.loads(line) for file in record.RESULTS.glob("*/accelerate.jsonl") for line in file.open()]
+    latest = {(row["device"], row["case"]): row for row in rows if row["ingredient"] == benchmark.ALL}
+    of_torchvision = {case: row for (_, case), row in latest.items() if case.endswith("R50")}
+    assert len(of_torchvision) == 3
+    for row in of_torchvision.values():
+        assert row["alone"][2] < benchmark.COMMITTED and row["difference"]["reason"] is None
+
+
+def test_patch_imports_no_torchvision_until_it_is_asked_to_accelerate():
+    assert set(patch.__all__) >= {"accelerate", "openmmlab"} and patch.accelerate is accelerate
+    with pytest.raises(AttributeError, match="has no attribute 'accelerator'"):
+        _ = patch.accelerator
