@@ -25,8 +25,8 @@ from jdkd.errors import InputError
 from jdkd.latency import Ratio, measure_quick
 from jdkd.latency.clock import CpuClock
 from jdkd.latency.records import require_published
-from jdkd.patch import INGREDIENTS, Difference, accelerate
-from jdkd.patch.plans import structure_of
+from jdkd.patch import accelerate
+from jdkd.patch.plans import planned, structure_of
 
 OP, ALL, CONTROL = "accelerate", "all that were kept", "nothing (A/A)"
 Row = dict[str, Any]
@@ -50,10 +50,10 @@ def _small(short: int, long: int) -> nn.Module:
 
 
 MODELS: dict[str, tuple[Callable[[int, int], nn.Module], tuple[int, int]]] = {
-    "Faster R-CNN R50": (_torchvision("fasterrcnn_resnet50_fpn"), (320, 480)),
-    "RetinaNet R50": (_torchvision("retinanet_resnet50_fpn"), (320, 480)),
-    "FCOS R50": (_torchvision("fcos_resnet50_fpn"), (320, 480)),
-    "GFL R18, 64 channels": (_small, (192, 256)),
+    "Faster R-CNN R50": (_torchvision("fasterrcnn_resnet50_fpn"), (160, 240)),
+    "RetinaNet R50": (_torchvision("retinanet_resnet50_fpn"), (160, 240)),
+    "FCOS R50": (_torchvision("fcos_resnet50_fpn"), (160, 240)),
+    "GFL R18, 64 channels": (_small, (160, 240)),
 }
 """Who makes a model, and at which height and width it is timed."""
 
@@ -74,38 +74,44 @@ def made(name: str) -> tuple[nn.Module, Tensor]:
 
 
 def measured(name: str, model: nn.Module, image: Tensor, **timing: Any) -> list[Row]:
-    """The rows of one model: every ingredient, all together, and the plain model against itself."""
+    """The rows of one model: every ingredient, all together, and the plain model against itself.
+
+    What `accelerate` decides is timed pair by pair; the plain model, every ingredient alone, all that were kept and the
+    plain model once more then take turns in one measurement.
+    """
     images = [image]
     acceleration = accelerate(model, images, **timing)
     acceleration.restore()
-    alone = {}
-    for ingredient in INGREDIENTS:
-        with accelerate(model, images, ingredients=(ingredient,), **timing) as one:
-            (alone[ingredient],) = one.trials
+    plan = planned(structure_of(model), images)
+    tried = {trial.ingredient: (trial.ingredient,) for trial in acceleration.trials if trial.ratio is not None}
+    variants = {"plain": structure_of(model)}
+    for variant, ingredients in (tried | {ALL: acceleration.kept, CONTROL: ()}).items():
+        variants[variant] = structure_of(model)
+        plan.put(variants[variant], ingredients)
+    report = measure_quick(variants, images, **timing)
     rows = [
-        _row(name, trial.ingredient, alone[trial.ingredient].ratio, alone[trial.ingredient].difference)
+        _row(name, trial.ingredient, report.ratio(trial.ingredient) if trial.ingredient in tried else None)
         | {"added": _json(trial.ratio), "kept": trial.kept, "reason": trial.reason}
+        | {"difference": trial.difference and trial.difference.to_json()}
         for trial in acceleration.trials
     ]
-    rows.append(_row(name, ALL, acceleration.ratio, acceleration.difference) | {"kept": list(acceleration.kept)})
-    twins = {"one": structure_of(model), "other": structure_of(model)}
-    report = measure_quick(twins, images, **timing)
-    rows.append(_row(name, CONTROL, report.ratio("other"), None) | {"ms": report.models["one"].end_to_end.p50})
+    whole = acceleration.difference and acceleration.difference.to_json()
+    rows.append(_row(name, ALL, report.ratio(ALL)) | {"kept": list(acceleration.kept), "difference": whole})
+    rows.append(_row(name, CONTROL, report.ratio(CONTROL)) | {"ms": report.models["plain"].end_to_end.p50})
     common = {
         "size": list(image.shape[1:]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": record.device_name("cpu"),
         "torch": torch.__version__,
-        "rounds": report.models["one"].end_to_end.n // 2,
+        "rounds": report.models["plain"].end_to_end.n // 2,
         "commit": record.commit(),
         "sources": record.sources_hash(),
     }
     return [row | common for row in rows]
 
 
-def _row(case: str, ingredient: str, ratio: Ratio | None, difference: Difference | None) -> Row:
-    found = {"op": OP, "case": case, "ingredient": ingredient, "alone": _json(ratio)}
-    return found | {"difference": None if difference is None else difference.to_json()}
+def _row(case: str, ingredient: str, ratio: Ratio | None) -> Row:
+    return {"op": OP, "case": case, "ingredient": ingredient, "alone": _json(ratio), "difference": None}
 
 
 def _json(ratio: Ratio | None) -> list[float] | None:
@@ -121,7 +127,7 @@ def table(rows: Iterable[Row]) -> str:
         lines = [
             f"{device}:",
             "",
-            "| model | ingredient | alone | after those kept before it | kept | largest difference |",
+            "| model | ingredient | over the plain model | over what was kept before | kept | largest difference |",
             "| --- | --- | ---: | ---: | --- | --- |",
             *map(_line, own),
         ]
@@ -161,7 +167,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=10, help="of each comparison")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="JSON-lines file; by default benchmarks/results/DEVICE/accelerate.jsonl")
+    parser.add_argument("--out", type=Path, help="by default benchmarks/results/DEVICE/accelerate.jsonl")
     asked = parser.parse_args(words)
     torch.set_num_threads(asked.threads)
     out = asked.out or record.result_file("cpu", OP)

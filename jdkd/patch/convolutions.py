@@ -168,6 +168,7 @@ class Layer(Override):
     def __init__(self, module: nn.Module, form: Form) -> None:
         super().__init__(module)
         self.form = form
+        self._kind = module.weight.device, module.weight.dtype
         self._seen: tuple[Any, ...] = ()
         self._weights: Weights = (torch.empty(0), None)
 
@@ -191,17 +192,17 @@ class Layer(Override):
             raise InputError(refusal("a gradient is asked of it"))
         seen = tuple(map(state, self.sources()))
         if seen != self._seen:
-            self._require_as_before(seen)
+            self._require_as_before()
             with torch.inference_mode(False), torch.no_grad():
                 self._weights, self._seen = self.made(), seen
         return self._weights
 
-    def _require_as_before(self, seen: tuple[Any, ...]) -> None:
-        kind, before = seen[0][:2], self._seen[0][:2] if self._seen else None
-        if before not in (None, kind):
+    def _require_as_before(self) -> None:
+        before, now = self._kind, (self.module.weight.device, self.module.weight.dtype)
+        if before != now:
             raise InputError(
-                f"the model was accelerated on {before[0]} in {_name(before[1])} and is now on {kind[0]} in "
-                f"{_name(kind[1])}, where nothing was checked or timed; call restore() and accelerate it again."
+                f"the model was accelerated on {before[0]} in {_name(before[1])} and is now on {now[0]} in "
+                f"{_name(now[1])}, where nothing was checked or timed; call restore() and accelerate it again."
             )
 
 

@@ -122,7 +122,7 @@ def test_two_sizes_do_not_see_each_other(replaying):
 
 
 def test_weights_that_were_exchanged_are_captured_anew(replaying):
-    model, plain, images, recorder, trunk = replaying
+    model, _, images, recorder, trunk = replaying
     with torch.no_grad():
         model(images), model(images)
         assert len(trunk.replayed.sizes()) == 1
