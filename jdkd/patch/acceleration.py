@@ -19,7 +19,7 @@ from jdkd.latency.calls import check_images
 from jdkd.latency.protocol import measure_quick
 from jdkd.latency.statistics import Ratio
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.patch.agreement import TOLERANCE, Difference, difference
+from jdkd.patch.agreement import TOLERANCE, Difference, Reference
 from jdkd.patch.convolutions import refusal
 from jdkd.patch.overrides import Overrides
 from jdkd.patch.plans import INGREDIENTS, Plan, planned, structure_of
@@ -206,6 +206,7 @@ class _Comparison:
         self._model, self._plan, self._images, self._tolerance, self._timing = model, plan, images, tolerance, timing
         self._kept: tuple[str, ...] = ()
         self._now = _copy(model)
+        self._reference = Reference(_copy(model), images)
         self.difference: Difference | None = None
 
     def trial(self, ingredient: str) -> Trial:
@@ -214,7 +215,7 @@ class _Comparison:
             return Trial(ingredient, False, reason)
         other = _copy(self._model)
         self._plan.put(other, (*self._kept, ingredient))
-        found = difference(_copy(self._model), other, self._images, self._tolerance)
+        found = self._reference.difference(other, self._tolerance)
         if found.reason:
             return Trial(ingredient, False, f"it is not equal: {found.reason}", None, found)
         ratio = self._ratio(self._now, other)

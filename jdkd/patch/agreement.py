@@ -1,4 +1,4 @@
-"""Whether an accelerated detector does what the plain one does: see :func:`difference`."""
+"""Whether an accelerated detector does what the plain one does: see :class:`Reference`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ from jdkd.latency.calls import on_device
 TOLERANCE = Tolerance(iou=0.999, score=1e-3, mask=0.99, share=0.99, stage=1e-4)
 """Detections: a share of them, with boxes of this IoU and scores that differ by no more. What backbone, neck and heads
 return for the same input: by which values may differ, as a share of the largest."""
+
+
+Call = tuple[str, Any, Any, Any]
+"""Path of a module, what it was called with, by position and by name, and what it returned."""
 
 
 @dataclass(frozen=True)
@@ -45,40 +49,46 @@ class Difference:
         return asdict(self)
 
 
-def difference(plain: nn.Module, other: nn.Module, images: Sequence[Tensor], tolerance: Tolerance) -> Difference:
-    """Compares two detectors of the same structure.
+class Reference:
+    """What a plain detector makes of some images, to compare others with.
 
-    Every stage of the other one is run on what the plain one's was given, so that one rounding that exchanges two
-    proposals is not taken for a fault of what comes after; then both find what is on the images.
+    Every stage of another one is run on what the plain one's was given, so that one rounding that exchanges two
+    proposals is not taken for a fault of what comes after; then it is to find the same.
 
     Args:
-        plain, other: the detectors.
+        plain: the detector.
         images: ``[3, H, W]``, uint8 or floats in 0..1.
-        tolerance: what they may differ by.
+
+    Raises:
+        InputError: it does not run on them.
     """
-    device = next(plain.parameters()).device
-    compared, worst = Parity(), 0.0
-    try:
-        for image in images:
-            given = on_device([image], device)
-            with torch.no_grad(), _listening(plain) as calls:
-                ours = detections(plain, given)
-            for path, args, named, out in calls:
-                with torch.no_grad():
-                    error = _error(out, other.get_submodule(path)(*args, **named))
-                worst = max(worst, error)
-                if not error <= tolerance.stage:
-                    return Difference(error, reason=f"{path} differs by {error:.1e} of its largest value")
+
+    def __init__(self, plain: nn.Module, images: Sequence[Tensor]) -> None:
+        device = next(plain.parameters()).device
+        self._images = [on_device([image], device) for image in images]
+        self._calls: list[Call] = []
+        self._found = []
+        with torch.no_grad(), _listening(plain, self._calls):
+            self._found = [numbers(detections(plain, given)[0]) for given in self._images]
+
+    def difference(self, other: nn.Module, tolerance: Tolerance) -> Difference:
+        """How far another detector of the same structure is from it, and what of that is beyond a tolerance."""
+        compared, worst = Parity(), 0.0
+        try:
             with torch.no_grad():
-                theirs = detections(other, given)
-            for one, two in zip(ours, theirs, strict=True):
-                compared.compare(numbers(one), numbers(two), tolerance, _least)
-    except Exception as error:  # whatever kernels and a model's own code say of it
-        return Difference(float("inf"), reason=f"it raises {said(error)}")
-    count = compared.same + compared.other
-    beyond = count and compared.same < tolerance.share * count
-    reason = f"only {compared.same} of {count} detections agree" if beyond else None
-    return Difference(worst, compared.box, compared.score, compared.mask, count, reason)
+                for path, args, named, out in self._calls:
+                    error = _error(out, other.get_submodule(path)(*_kept(args), **_kept(named)))
+                    worst = max(worst, error)
+                    if not error <= tolerance.stage:
+                        return Difference(error, reason=f"{path} differs by {error:.1e} of its largest value")
+                for given, ours in zip(self._images, self._found, strict=True):
+                    compared.compare(ours, numbers(detections(other, given)[0]), tolerance, _least)
+        except Exception as error:  # whatever kernels and a model's own code say of it
+            return Difference(float("inf"), reason=f"it raises {said(error)}")
+        count = compared.same + compared.other
+        beyond = count and compared.same < tolerance.share * count
+        reason = f"only {compared.same} of {count} detections agree" if beyond else None
+        return Difference(worst, compared.box, compared.score, compared.mask, count, reason)
 
 
 def _least(found: Any) -> float:
@@ -87,14 +97,13 @@ def _least(found: Any) -> float:
 
 
 @contextmanager
-def _listening(model: nn.Module) -> Iterator[list[tuple[str, Any, Any, Any]]]:
-    """What the stages of a detector are given and return, call by call."""
+def _listening(model: nn.Module, calls: list[Call]) -> Iterator[None]:
+    """Collects what the stages of a detector are given and return."""
     try:
         stages = {module for module, method, stage in stages_of(model) if stage in (BACKBONE, NECK, HEAD)}
     except InputError:  # it does not say what is what
         stages = set(model.children())
     paths = {path: module for path, module in model.named_modules() if module in stages}
-    calls: list[tuple[str, Any, Any, Any]] = []
     waiting: list[tuple[Any, Any]] = []
 
     def before(module: nn.Module, args: Any, named: Any) -> None:
@@ -106,7 +115,7 @@ def _listening(model: nn.Module) -> Iterator[list[tuple[str, Any, Any, Any]]]:
     handles = [module.register_forward_pre_hook(before, with_kwargs=True) for module in paths.values()]
     handles += [module.register_forward_hook(after(path), with_kwargs=True) for path, module in paths.items()]
     try:
-        yield calls
+        yield
     finally:
         for handle in handles:
             handle.remove()

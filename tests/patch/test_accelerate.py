@@ -81,28 +81,28 @@ def test_every_ingredient_changes_what_runs(model, images, monkeypatch):
 
         monkeypatch.setattr(kind, "run", heard)
     seen = {}
-    for ingredients in (("folded",), ("folded", "fused"), ("packed",), ON_CPU):
+    for ingredients in (("folded", "fused"), ("packed",), ON_CPU):
         with accelerate(model, images, ingredients=ingredients, timed=False):
             ran.clear()
             model(images)
             seen[ingredients] = set(ran), len(ran)
-    assert seen["folded",][0] == {"ATen dense"}
-    assert {"oneDNN dense relu", "oneDNN dense relu residual"} <= seen["folded", "fused"][0]
+    assert {"ATen dense", "oneDNN dense relu", "oneDNN dense relu residual"} <= seen["folded", "fused"][0]
     assert seen["packed",][0] == {"oneDNN packed"}
     assert {"oneDNN packed relu", "oneDNN packed relu residual"} <= seen[ON_CPU][0]
-    assert seen[ON_CPU][1] < seen["packed",][1] - 8, "the heads over five levels run their convolutions once"
+    assert seen[ON_CPU][1] == seen["packed",][1] - 3, "the head's three convolutions run once over two levels"
 
 
 def test_restore_gives_all_back_bit_for_bit(model, images):
-    before, first = everything(model), found(model, images)
+    untouched = everything(model)
+    accelerate(model, [images[0][:, :20]], timed=False).restore()
+    assert everything(model) == untouched, "pools infer their scales from the first image that the model itself sees"
+    first, before = found(model, images), everything(model)
     state = copy.deepcopy(model.state_dict())
-    model.roi_heads.box_roi_pool.scales = first_scales = model.roi_heads.box_roi_pool.scales
     with accelerate(model, images, timed=False) as one:
         assert everything(model) != before
         model(images)
     one.restore()  # again changes nothing
     assert everything(model) == before
-    assert model.roi_heads.box_roi_pool.scales is first_scales
     again = found(model, images)
     assert all(torch.equal(again[key], first[key]) for key in first)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -192,18 +192,19 @@ def test_a_copy_and_a_pickle_are_plain(model, images):
 
 
 def test_a_shallow_copy_runs_its_own_children(model, images):
+    before = found(model, images)
     accelerate(model, images, timed=False)
     other = copy.copy(model)
-    other._modules = {**model._modules, "backbone": nn.Identity()}
-    with pytest.raises((AttributeError, TypeError, RuntimeError)):
-        found(other, images)  # no levels from an identity
-    assert len(found(model, images)["boxes"]) > 5
+    changed = detector(seed=3).backbone
+    other._modules = {**model._modules, "backbone": changed}
+    assert not torch.equal(found(other, images)["boxes"], before["boxes"])
+    assert_alike(found(model, images), before)
 
 
 def test_hooked_modules_are_left_as_they_are(model, images):
     body = next(module for _, module in model.named_modules() if hasattr(module, "bn2"))
     heard: list[Tensor] = []
-    for module in (body.bn2, body.conv3, model.backbone.fpn):
+    for module in (body.bn2, body.conv1, model.backbone.fpn):
         module.register_forward_hook(lambda module, args, out: heard.append(out))
     found(model, images)
     before = [out.clone() if isinstance(out, Tensor) else next(iter(out.values())).clone() for out in heard]
@@ -236,7 +237,7 @@ def test_what_cannot_be_accelerated_is_refused_in_a_sentence(images):
     for sentence, what in refused.items():
         with pytest.raises(InputError, match=sentence):
             accelerate(what, images)
-    with pytest.raises(InputError, match="returned a Tensor"):
+    with pytest.raises(InputError, match="does not run on a list of images"):
         accelerate(nn.Conv2d(3, 4, 1).eval(), images)
     with pytest.raises(InputError, match="does not say what size of images it is for; give accelerate some"):
         accelerate(nn.Conv2d(3, 4, 1).eval())
@@ -354,16 +355,12 @@ def assert_accelerated(family: str, images: list[Tensor]) -> None:
     assert found(model, images).keys() == before.keys()
 
 
-def test_a_detector_of_one_stage_is_accelerated(images):
-    assert_accelerated("retinanet", images)
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("when_asked")
 @pytest.mark.parametrize(
-    "family", ["fasterrcnn", "maskrcnn", "keypointrcnn", "fcos", "ssd", "atss", "gfl", "reppoints"]
+    "family", ["retinanet", "fasterrcnn", "maskrcnn", "keypointrcnn", "fcos", "ssd", "atss", "gfl", "reppoints"]
 )
-def test_every_other_family_is_accelerated(family, images):
+def test_every_family_is_accelerated(family, images):
     assert_accelerated(family, images)
 
 
