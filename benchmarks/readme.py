@@ -9,7 +9,7 @@ files agree. Where an operator has goals, the table is theirs, and the other row
 import re
 from pathlib import Path
 
-from benchmarks import ablations, distillation_cost, distillation_page, gains, goals, record, searches
+from benchmarks import ablations, accelerate, distillation_cost, distillation_page, gains, goals, record, searches
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +17,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 EXPERIMENTS = ROOT / "docs" / "experiments"
 OWN = {  # operators whose tables are not those of kernels
     ablations.OP: ablations.page,
+    accelerate.OP: accelerate.table,
     "distillation": distillation_page.page,
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,

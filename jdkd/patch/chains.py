@@ -77,7 +77,7 @@ class Fused(Override):
             steps | {name: module.get_submodule(name) for name in names - steps.keys()}, changed
         )
 
-    def __call__(self, *args: Any, **named: Any) -> Any:
+    def run(self, *args: Any, **named: Any) -> Any:
         return self._code.forward(*args, **named)
 
     def _join(self, graph: fx.Graph, node: fx.Node, convolution: Convolution, steps: dict[str, nn.Module]) -> None:

@@ -239,9 +239,6 @@ class Convolution(Layer):
             weight = weight.contiguous(memory_format=torch.channels_last)
         return weight.detach(), None if bias is None else bias.detach()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.run(x)
-
     def run(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Convolves ``[N, Cin, H, W]``, adds a residual ``[N, Cout, OH, OW]``, and rectifies."""
         weights = self.weights(x)
@@ -268,7 +265,7 @@ class Linear(Layer):
         weight, bias = self.module.weight.detach(), self.module.bias
         return torch.ops.mkldnn._reorder_linear_weight(weight), None if bias is None else bias.detach()
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         weights = self.weights(x)
         if x.dtype != self.module.weight.dtype or not x.numel() or torch.is_autocast_enabled(x.device.type):
             return F.linear(x, self.module.weight.detach(), self.module.bias)
@@ -278,7 +275,7 @@ class Linear(Layer):
 class Folded(Override):
     """A normalisation that the convolution before it has done."""
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         if self.module.training:
             raise InputError(refusal(f"a {type(self.module).__name__} of it is in training mode"))
         return x

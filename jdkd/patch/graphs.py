@@ -38,7 +38,7 @@ class Trunk(Override):
         self._read: list[Any] = []
         self.replayed = Replayed(self._all, **{"most": MOST, "after": AFTER, **options})
 
-    def __call__(self, images: Tensor) -> Any:
+    def run(self, images: Tensor) -> Any:
         if (read := [state(own.get(name)) for own, name in self._slots]) != self._read:
             self.replayed.forget()  # weights that were exchanged are not where the graphs read them
             self._read = read
@@ -59,7 +59,7 @@ class Trunk(Override):
 class Behind(Override):
     """A head that may have run in the graph already."""
 
-    def __call__(self, levels: Any, *args: Any, **named: Any) -> Any:
+    def run(self, levels: Any, *args: Any, **named: Any) -> Any:
         given, out = getattr(_ready, "found", {}).pop(id(self.module), ((), None))
         alike = isinstance(levels, list | tuple) and [*map(id, levels)] == [*map(id, given)]
         return out if given and alike and not args and not named else self.inner(levels, *args, **named)

