@@ -62,11 +62,22 @@ class Acceleration:
         self.ratio: Ratio | None = None
         self.difference: Difference | None = None
         self._overrides = plan.put(model, self.kept) if self.kept else Overrides()
+        changed = set(self._overrides.modules)
+        self._places = [
+            (parent, name, child)
+            for parent in model.modules()
+            for name, child in parent.named_children()
+            if child in changed
+        ]
         self._guard = _Guard(self)
         self._handles = [
             model.register_forward_pre_hook(self._guard.enter, prepend=True),
             model.register_forward_hook(self._guard.leave, always_call=True),
         ]
+
+    def exchanged(self) -> str | None:
+        """The name of a module that is another one than when the model was accelerated."""
+        return next((name for parent, name, child in self._places if parent._modules.get(name) is not child), None)
 
     def restore(self) -> None:
         """Gives the model back as it was; may be called again."""
@@ -107,6 +118,8 @@ class _Guard:
         stack.append(torch.is_grad_enabled())
         if any(module.training for module in model.modules()):
             raise InputError(refusal("it is in training mode"))
+        if (name := self.acceleration.exchanged()) is not None:
+            raise InputError(refusal(f"its {name} is another module than then"))
         asked = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.requires_grad)
         if torch.is_grad_enabled() and any(True for _ in asked):
             raise InputError(refusal("a gradient is asked of it"))
@@ -143,8 +156,8 @@ def accelerate(
 
     The model keeps its modules, its parameters and its ``state_dict()``: only what modules run is exchanged. Weights
     that are loaded or written are folded anew at the next call; after a write through ``.data`` or in inference mode,
-    accelerate it again. Its forward computes no gradients and refuses training mode. Hooks fire where
-    their module is still called, and modules that have some now are left as they are. A deep copy or a pickle is plain.
+    accelerate it again. Its forward computes no gradients and refuses training mode. A module that has
+    hooks runs as it did, as long as it has them. A deep copy or a pickle is plain.
 
     Args:
         model: in eval mode, on the device and with the number of threads that it is to run with; of one that torch
@@ -164,8 +177,7 @@ def accelerate(
             images; or an ingredient is unknown.
     """
     model = _checked(model, ingredients)
-    images = _drawn(model) if images is None else [image.cpu() for image in images]
-    check_images(images)
+    images = _drawn(model) if images is None else _on_host(images)
     plan = planned(_copy(model), images)
     compare = _Comparison(model, plan, images, tolerance, {**TIMING, **timing} if timed else None)
     trials = [compare.trial(name) for name in INGREDIENTS if name in ingredients]
@@ -270,6 +282,13 @@ def _drawn(model: nn.Module) -> list[Tensor]:
         )
     size = transform.fixed_size or (int(transform.min_size[-1]), int(transform.max_size))
     return [torch.randint(256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))]
+
+
+def _on_host(images: Sequence[Tensor]) -> list[Tensor]:
+    if strangers := [type(image).__name__ for image in images if not isinstance(image, Tensor)]:
+        raise InputError(f"images holds a {strangers[0]}; give tensors [3, H, W], uint8 or floats in 0..1.")
+    check_images(images)
+    return [image.cpu() for image in images]
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from jdkd.patch.convolutions import Convolution
-from jdkd.patch.overrides import Override, is_plain
+from jdkd.patch.overrides import Override, is_hooked, is_plain
 
 IN_PLACE = {operator.iadd, "add_"}
 ADDS = {operator.add, torch.add, "add", *IN_PLACE}
@@ -73,12 +73,13 @@ class Fused(Override):
         self.steps = len(steps)
         """Convolutions that something was joined to."""
         names = {node.target for node in changed.nodes if node.op == "call_module"}
+        self._children = list(module.children())
         self._code = fx.GraphModule(
             steps | {name: module.get_submodule(name) for name in names - steps.keys()}, changed
         )
 
     def run(self, *args: Any, **named: Any) -> Any:
-        return self._code.forward(*args, **named)
+        return (self.inner if any(map(is_hooked, self._children)) else self._code.forward)(*args, **named)
 
     def _join(self, graph: fx.Graph, node: fx.Node, convolution: Convolution, steps: dict[str, nn.Module]) -> None:
         """Replaces a convolution and what follows it by one step."""

@@ -15,7 +15,7 @@ from jdkd._verdicts import Subject
 from jdkd.errors import InputError
 from jdkd.latency.folding import folded
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
-from jdkd.patch.overrides import Override
+from jdkd.patch.overrides import Override, is_hooked
 
 Weights = tuple[Tensor, Tensor | None]
 
@@ -241,10 +241,17 @@ class Convolution(Layer):
 
     def run(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
         """Convolves ``[N, Cin, H, W]``, adds a residual ``[N, Cout, OH, OW]``, and rectifies."""
+        if not self.is_folded:
+            return type(self.module).forward(self.module, x)
         weights = self.weights(x)
         if self._run is not ATEN and not self._usual(x, residual):
             return ATEN.run(x, self._dense(), self.module, residual, relu)
         return self._run.run(x, weights, self.module, residual, relu)
+
+    @property
+    def is_folded(self) -> bool:
+        """Whether its output is normalised; where somebody hears it, or the normalisation, both run as they are."""
+        return self.norm is None or not (is_hooked(self.module) or is_hooked(self.norm))
 
     def _usual(self, x: Tensor, residual: Tensor | None) -> bool:
         """Whether an input is what kernels take: a batch of the weights' dtype, a residual of the output's shape."""
@@ -273,12 +280,20 @@ class Linear(Layer):
 
 
 class Folded(Override):
-    """A normalisation that the convolution before it has done."""
+    """A normalisation that the convolution before it has done.
+
+    Args:
+        convolution: that one.
+    """
+
+    def __init__(self, convolution: Convolution) -> None:
+        super().__init__(convolution.norm)
+        self._convolution = convolution
 
     def run(self, x: Tensor) -> Tensor:
         if self.module.training:
             raise InputError(refusal(f"a {type(self.module).__name__} of it is in training mode"))
-        return x
+        return x if self._convolution.is_folded else self.inner(x)
 
 
 def refusal(reason: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.latency.folding import NORMS
-from jdkd.patch.overrides import Override
+from jdkd.patch.overrides import Override, is_hooked
 
 POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Identity, nn.Dropout)
 LAYOUTS = 8  # of sizes of images, that a head keeps
@@ -116,9 +116,13 @@ class OverCanvas(Override):
         layer: keeps the size of what it is called with, and looks no further than the gap.
     """
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self._inside = list(layer.modules())[1:]
+
     def run(self, x: Tensor) -> Tensor:
         parts = getattr(_open, "parts", None)
-        if parts is None or id(x) not in parts:
+        if parts is None or id(x) not in parts or any(map(is_hooked, self._inside)):
             return self.inner(x)
         canvas, number = parts[id(x)]
         if id(self) not in canvas.made:

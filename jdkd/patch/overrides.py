@@ -50,6 +50,11 @@ class Overrides:
     def __init__(self) -> None:
         self._before: list[tuple[nn.Module, Any]] = []
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those that run something else."""
+        return [module for module, _ in self._before]
+
     def put(self, override: Override) -> None:
         """Lets a module run it from now on."""
         self._before.append((override.module, vars(override.module).get(FORWARD)))
@@ -66,8 +71,13 @@ class Overrides:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether nothing but its class says what a module does: it has no hooks and no forward of its own."""
+    """Whether its class says what a module does, and nothing that was put in the place of its forward."""
     own = vars(module).get(FORWARD)
-    ours = own is None or (isinstance(own, MethodType) and own == MethodType(type(module).forward, module))
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return ours and not any(hooks)
+    return own is None or (isinstance(own, MethodType) and own == MethodType(type(module).forward, module))
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody hears what a module is called with or returns."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -64,7 +64,7 @@ class Plan:
         if ingredient == GROUPED:
             return None if self.heads else "no head is called with a list of levels that it convolves alike"
         if not self.convolutions:
-            return "it has no convolution without hooks or code of its own"
+            return "it has no convolution that is an nn.Conv2d and nothing more"
         if ingredient == FOLDED and not any(self.convolutions.values()):
             return "no normalisation directly follows a convolution"
         if ingredient == FUSED and not self.flows:
@@ -100,7 +100,7 @@ class Plan:
             found[id(convolution.module)] = convolution
             overrides.put(convolution)
             if norm is not None:
-                overrides.put(Folded(norm))
+                overrides.put(Folded(convolution))
         for path in self.linears if form.packed else ():
             overrides.put(Linear(model.get_submodule(path), form))
         return found

@@ -209,18 +209,41 @@ def test_who_looks_into_it_sees_the_plain_model(model, images):
     assert read(model).to_json() == topology.to_json() and topology.prunable_share() > 0.5
 
 
-def test_hooked_modules_are_left_as_they_are(model, images):
-    body = next(module for _, module in model.named_modules() if hasattr(module, "bn2"))
+@pytest.mark.parametrize("first", ["hooked", "accelerated"])
+def test_a_hook_hears_what_it_would_without(model, images, first):
+    """Before or after: normalisations, a convolution before one, the neck, layers of a head over levels."""
+    block, head = model.backbone.block, model.rpn.head
+    hooked = (block.bn2, block.conv1, model.backbone.stem[1], model.backbone.fpn, head.conv[0][0], head.cls_logits)
     heard: list[Tensor] = []
-    for module in (body.bn2, body.conv1, model.backbone.fpn):
-        module.register_forward_hook(lambda module, args, out: heard.append(out))
+
+    def hook() -> list:
+        hear = lambda module, args, out: heard.append(out if isinstance(out, Tensor) else out["0"])  # noqa: E731
+        return [module.register_forward_hook(hear) for module in hooked]
+
+    handles = hook()
     found(model, images)
-    before = [out.clone() if isinstance(out, Tensor) else next(iter(out.values())).clone() for out in heard]
-    accelerate(model, images, timed=False)
+    before = [out.clone() for out in heard]
+    if first == "accelerated":
+        for handle in handles:
+            handle.remove()
+        accelerate(model, images, timed=False)
+        handles = hook()
+    else:
+        accelerate(model, images, timed=False)
     heard.clear()
     found(model, images)
+    assert len(heard) == len(before) == 8
     for now, then in zip(heard, before, strict=True):
-        torch.testing.assert_close(now if isinstance(now, Tensor) else next(iter(now.values())), then)
+        torch.testing.assert_close(now, then, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_that_was_exchanged_is_refused(model, images):
+    one = accelerate(model, images, ingredients=("folded",), timed=False)
+    model.backbone.block.bn1 = nn.BatchNorm2d(16).eval()
+    with pytest.raises(InputError, match="its bn1 is another module than then; call restore"):
+        found(model, images)
+    one.restore()
+    found(model, images)
 
 
 def test_twice_is_refused_and_a_wrapped_model_is_accelerated_inside(model, images):
@@ -251,6 +274,8 @@ def test_what_cannot_be_accelerated_is_refused_in_a_sentence(images):
         accelerate(nn.Conv2d(3, 4, 1).eval())
     with pytest.raises(InputError, match="ingredients has spices; known are folded, channels_last"):
         accelerate(nn.Conv2d(3, 4, 1).eval(), images, ingredients=("spices",))
+    with pytest.raises(InputError, match="images holds a str; give tensors"):
+        accelerate(detector(), ["one.jpg"])
     with pytest.raises(InputError, match=r"images\[0\] has shape"):
         accelerate(detector(), [torch.rand(64, 96)])
 

@@ -11,6 +11,7 @@ from jdkd.patch.graphs import Behind, Trunk, why_no_graph
 from jdkd.patch.overrides import Overrides
 from jdkd.patch.plans import planned, structure_of
 from tests.detectors import detector, small_spec
+from tests.patch.test_levels import calls_of
 
 
 class Recorder:
@@ -94,8 +95,7 @@ def replaying():
 
 def test_heads_behind_a_trunk_are_replayed_with_it(replaying):
     model, plain, images, recorder, _ = replaying
-    ran: list[int] = []
-    model.rpn.head.conv.register_forward_hook(lambda *_: ran.append(1))
+    ran = calls_of(model.rpn.head.cls_logits)
     with torch.no_grad():
         for number in range(4):
             image = (images[0] + 0.1 * number).clamp(max=1)
@@ -109,6 +109,10 @@ def test_heads_behind_a_trunk_are_replayed_with_it(replaying):
         assert len(ran) == 5, "five levels in the replay, and none behind it"
         model.rpn.head([torch.zeros(1, 16, 4, 4)] * 2)
         assert len(ran) == 7, "other levels run as they are"
+        model.rpn.head.cls_logits.register_forward_hook(lambda *_: ran.append(1))
+        replayed = len(recorder.replayed)
+        torch.testing.assert_close(model(images)[0]["boxes"], plain(images)[0]["boxes"])
+        assert len(ran) == 17 and len(recorder.replayed) == replayed, "a hook is called, level by level"
 
 
 def test_two_sizes_do_not_see_each_other(replaying):
