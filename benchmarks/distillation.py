@@ -2,6 +2,8 @@
 
 python -m benchmarks.distillation FOLDER                         digit scenes: every pair, loss and seed
 python -m benchmarks.distillation FOLDER --data DIR --name NAME  the same on photographs in the COCO layout
+python -m benchmarks.distillation FOLDER --data DIR --name NAME --weights RESNET18 MOBILENET_V2
+                                                                 begun with backbones that know ImageNet
 python -m benchmarks.distillation FOLDER --sweep                 weights of PKD on one pair
 python -m benchmarks.distillation FOLDER --swap                  their backbones and necks under heads trained anew
 python -m benchmarks.distillation                                print the page of the results that are kept
@@ -30,7 +32,7 @@ from benchmarks import record
 from benchmarks.distillation_page import page, swaps
 from benchmarks.resampling import Judged, gain
 from jdkd.data import CocoDetectionDataset, Split, resolve_splits, write_digit_scenes
-from jdkd.detect import detector, load, narrowed, save, swap_features
+from jdkd.detect import detector, load, load_weights, narrowed, save, swap_features
 from jdkd.distill import DistillConfig, distill
 from jdkd.files import read_json, write_json
 from jdkd.latency import fuse_for_inference
@@ -57,20 +59,31 @@ Way = tuple[str, str, str, float | str]
 """A teacher's family, a student's, the loss and its weight."""
 
 
-def model(family: str, classes: Sequence[str], seed: int, *, student: bool) -> torch.nn.Module:
-    """A detector over ResNet-18 with 64 channels in its pyramid; a student has half a teacher's in its backbone."""
+def model(
+    family: str, classes: Sequence[str], seed: int, *, student: bool, known: Sequence[Path] = ()
+) -> torch.nn.Module:
+    """A detector over ResNet-18 with 64 channels in its pyramid, or a student of it.
+
+    A student has half of the channels in its backbone, or it is over MobileNetV2 where both begin with what is known.
+
+    Args:
+        known: files of torchvision's weights of ResNet-18 and of MobileNetV2 for ImageNet.
+    """
     torch.manual_seed(seed)
-    own = {"box_head": 256 if student else 128} if family == "fasterrcnn" else {}
-    how = {"channels": 128 if student else 64, "min_size": SIZE[0], "max_size": SIZE[1], "norm": "batch", **own}
-    made = detector(family, "resnet18", tuple(classes), **how)
-    return narrowed(made, 0.5) if student else made
+    narrow = student and not known
+    own = {"box_head": 256 if narrow else 128} if family == "fasterrcnn" else {}
+    how = {"channels": 128 if narrow else 64, "min_size": SIZE[0], "max_size": SIZE[1], "norm": "batch", **own}
+    made = detector(family, "mobilenet_v2" if student and known else "resnet18", tuple(classes), **how)
+    if known:
+        load_weights(made, known[student])
+    return narrowed(made, 0.5) if narrow else made
 
 
 class Bench:
     """The data of one page, and the folder of what is trained on it."""
 
-    def __init__(self, folder: Path, name: str, train: Split, val: Split) -> None:
-        self.folder, self.name = folder / name, name
+    def __init__(self, folder: Path, name: str, train: Split, val: Split, known: Sequence[Path] = ()) -> None:
+        self.folder, self.name, self.known = folder / name, name, known
         self.train, self.val = CocoDetectionDataset(train), CocoDetectionDataset(val)
         self.training = replace(TRAINING, flip=0.5 if self.train.mirror_symmetric else 0.0)
 
@@ -78,7 +91,7 @@ class Bench:
         """A finished teacher of a family."""
         out = self.folder / f"teacher-{family}"
         if not (out / "scores.json").exists():
-            made = model(family, self.train.classes, 1000, student=False)
+            made = self._new(family, 1000, student=False)
             fit(made, self.train, replace(self.training, steps=LONGER * STEPS), folder=out, resume=True, device="cpu")
             save(out, made)
             write_json(out / "scores.json", {"map": self._judged(made)[1].map()})
@@ -90,7 +103,7 @@ class Bench:
         out = self.folder / "-".join(map(str, words))
         if (out / "found.json").exists():
             return read_json(out / "found.json", "remove it: the student is trained again")
-        own, curve, steps = model(family, self.train.classes, seed, student=True), [], STEPS // QUARTERS
+        own, curve, steps = self._new(family, seed), [], STEPS // QUARTERS
         for quarter in range(QUARTERS):
             part = replace(self.training, steps=steps, cycle_start=quarter * steps, cycle_steps=STEPS)
             part = replace(part, seed=QUARTERS * seed + quarter)
@@ -113,9 +126,9 @@ class Bench:
         words = "-".join(map(str, (teacher, family, loss, seed)))
         out, head = self.folder / f"swap-{words}", OTHER_HEAD[family]
         if not (out / "found.json").exists():
-            own = model(family, self.train.classes, seed, student=True)
+            own = self._new(family, seed)
             own.load_state_dict(checkpoint.read(self.folder / words / f"quarter-{QUARTERS - 1}")["model"])
-            made = swap_features(own, model(head, self.train.classes, 2000 + seed, student=True))
+            made = swap_features(own, self._new(head, 2000 + seed))
             how = {"folder": out, "resume": True, "device": "cpu"}
             with frozen(backbone_of(made)):
                 fit(made, self.train, replace(self.training, steps=SWAP_STEPS, seed=seed), **how)
@@ -124,6 +137,9 @@ class Bench:
 
     def judged(self, found: list[dict[str, Any]]) -> Judged:
         return Judged(self.val, found)
+
+    def _new(self, family: str, seed: int, student: bool = True) -> torch.nn.Module:
+        return model(family, self.train.classes, seed, student=student, known=self.known)
 
     def _judged(self, own: torch.nn.Module) -> tuple[list[dict[str, Any]], Judged]:
         found = find(fuse_for_inference(own.eval()), self.val, device="cpu", batch_size=8).close()
@@ -164,6 +180,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--name", default="digit_scenes")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pairs", nargs="+", type=int, default=list(range(len(PAIRS))))
+    parser.add_argument("--weights", nargs=2, type=Path, default=(), metavar=("RESNET18", "MOBILENET_V2"))
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--swap", action="store_true")
     asked = parser.parse_args(arguments)
@@ -172,7 +189,7 @@ def main(arguments: Sequence[str]) -> None:
         data = asked.data or asked.folder / "digit_scenes" / "data"
         if asked.data is None:
             write_digit_scenes(data, **SCENES, resume=True)
-        bench = Bench(asked.folder, asked.name, *resolve_splits(data))
+        bench = Bench(asked.folder, asked.name, *resolve_splits(data), asked.weights)
         pairs = [PAIRS[number] for number in asked.pairs]
         ways = [(*pair, "pkd", weight) for pair in pairs[:1] for weight in WEIGHTS]
         if not asked.sweep:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -20,10 +19,8 @@ if TYPE_CHECKING:
 
     from jdkd.data import CocoDetectionDataset, Split
     from jdkd.latency import Grid, LatencyReport, Work
-    from jdkd.latency.runtimes import Runtime
 
 MEASUREMENTS = "measurements"
-EXPORT = "jdkd.export"  # the package that writes what runtimes of files run
 
 
 @dataclass(frozen=True)
@@ -71,6 +68,7 @@ class Latency:
         from jdkd.cli.latency_tables import Shown
         from jdkd.detect import load
         from jdkd.detect.checkpoint import WEIGHTS
+        from jdkd.export.runtimes import known_runtimes
         from jdkd.latency import measure_grid, profile_cost
         from jdkd.latency.grid import with_facts
         from jdkd.latency.records import sha256_of
@@ -112,6 +110,7 @@ class Latency:
         return Grid(self.runtimes, self.dtypes, self.batch_sizes, self.modes, schedule, self.processes)
 
     def _work(self, folders: dict[str, Path], images: list[Tensor], device: str, split: Split | None) -> Work:
+        from jdkd.export.runtimes import known_runtimes
         from jdkd.latency import Work
 
         if self.map and split is None:
@@ -145,20 +144,6 @@ class Latency:
             return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}", split
         said = "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your images"
         return _photographs(), said, None
-
-
-def known_runtimes() -> dict[str, Runtime]:
-    """All runtimes by name; those of exported files need `jdkd.export`."""
-    from jdkd.latency.exported import known_runtimes
-
-    return known_runtimes(_exported if importlib.util.find_spec(EXPORT) else None)
-
-
-def _exported(model: nn.Module, file: Path, half: bool) -> None:
-    """Writes a detector to an ONNX file."""
-    from jdkd.export.writing import exported
-
-    file.write_bytes(exported(model, "onnx", half=half))
 
 
 def _shipped(folders: Mapping[str, Path]) -> dict[str, nn.Module]:

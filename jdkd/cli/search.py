@@ -68,6 +68,8 @@ class Search:
     """Peak learning rate."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: on a GPU."""
+    runtime: Literal["eager", "compile", "cudagraph", "onnxruntime", "openvino", "tensorrt"] = "eager"
+    """What will run the students, and runs them when they are timed."""
     latency_seconds: float = 10.0
     """How long the timing of a student that may be chosen lasts."""
     seed: int = 0

@@ -22,6 +22,13 @@ def by_torchvision(boxes: Tensor, scores: Tensor, iou: float, most: int) -> Tens
     return torch.stack((image, group, box), dim=1)[kept]
 
 
+def by_score(boxes: Tensor, scores: Tensor, iou: float, most: int) -> Tensor:
+    """The best of every group, however they overlap: for the time of a detector whose weights find nothing yet."""
+    best = scores.topk(min(most, scores.shape[-1]), dim=-1).indices  # [B, G, most]
+    image, group = (torch.arange(size, device=best.device) for size in scores.shape[:2])
+    return torch.stack(torch.broadcast_tensors(image[:, None, None], group[:, None], best), dim=-1).flatten(0, 2)
+
+
 class ByOnnx(torch.autograd.Function):
     """By ONNX's operator, which knows groups."""
 

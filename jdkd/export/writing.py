@@ -19,7 +19,7 @@ from jdkd.detect.exportable import Exportable, exportable
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError, said
 from jdkd.export.opening import FACTS, FORMAT
-from jdkd.export.suppression import by_onnx, by_torchvision
+from jdkd.export.suppression import by_onnx, by_score, by_torchvision
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.run_folder import versions
 
@@ -42,6 +42,7 @@ def exported(
     nms: str = "inside",
     weights: str | None = None,
     stages: bool = False,
+    counting: bool = False,
 ) -> bytes:
     """A detector as the content of a file.
 
@@ -52,11 +53,14 @@ def exported(
         nms: ``"inside"`` or ``"outside"``, the last non-maximum suppression.
         weights: SHA-256 of the file of the weights.
         stages: return what is computed on the way, too.
+        counting: let every suppression keep the best, however they overlap, to be timed before there are trained
+            weights.
 
     Raises:
         InputError: there is no such form of the detector, or torch cannot write it.
     """
-    made = exportable(model, by_onnx if form == "onnx" else by_torchvision, half=half, final=nms == "inside")
+    suppress = by_score if counting else by_onnx if form == "onnx" else by_torchvision
+    made = exportable(model, suppress, half=half, final=nms == "inside")
     made.with_stages = stages
     told = facts(model, made, form, half=half, nms=nms, weights=weights)
     write = {"onnx": _onnx, "pt2": _pt2}[form]

@@ -11,7 +11,8 @@ import copy
 import hashlib
 import importlib.util
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,8 +27,8 @@ from jdkd.errors import InputError, said
 from jdkd.latency.calls import on_device
 from jdkd.latency.runtimes import HOST_TO_HOST, Artefact, Batches, Compiled, CudaGraph, Eager, Runtime
 
-Exporter = Callable[[nn.Module, Path, bool], object]
-"""Writes a detector to an ONNX file, in fp16 or else in fp32."""
+Exporter = Callable[[nn.Module, Path, bool, bool], object]
+"""Writes a detector to an ONNX file: in fp16 or else in fp32, and with an NMS that only counts or else with its own."""
 CPU, CUDA = torch.device("cpu"), "cuda"
 NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "double": np.float64}
 
@@ -112,7 +113,7 @@ class Exported:
         engine: opens a file.
         providers: of onnxruntime that it needs, by kind of device; none for the others.
         dtypes: that it runs.
-        export: see :data:`Exporter`; None where this version of jdkd has none.
+        export: see :data:`Exporter`.
     """
 
     def __init__(
@@ -121,11 +122,11 @@ class Exported:
         package: str,
         engine: Callable[[Path, Sequence[str], int], Engine],
         providers: Mapping[str, Sequence[str]],
-        export: Exporter | None,
+        export: Exporter,
         dtypes: Sequence[str] = ("float32", "float16"),
     ) -> None:
         self.name, self._package, self._engine, self._providers = name, package, engine, providers
-        self._export, self._dtypes = export, dtypes
+        self._export, self._dtypes, self._counting = export, dtypes, False
 
     @property
     def version(self) -> str:
@@ -135,10 +136,9 @@ class Exported:
     def why_not(self, device: torch.device, dtype: str) -> str | None:
         if device.type not in self._providers:
             return f"it is for {' and '.join(self._providers)} here, and the device is {device}"
-        if importlib.util.find_spec(self._package) is None:
-            return f"the package {self._package} is not installed; pip install {self._package}"
-        if self._export is None:
-            return "it takes exported files, and this jdkd has no jdkd.export to write them"
+        for package in (self._package, "onnx"):  # what runs a file, and what writes it
+            if importlib.util.find_spec(package) is None:
+                return f"the package {package} is not installed; pip install {package}"
         if dtype not in self._dtypes:
             return f"it runs {' and '.join(self._dtypes)}"
         return self._missing_provider(self._providers[device.type])
@@ -146,7 +146,7 @@ class Exported:
     def prepare(self, model: nn.Module, batches: Batches, device: torch.device, dtype: str) -> Artefact:
         with tempfile.TemporaryDirectory(prefix="jdkd-") as folder:
             file = Path(folder) / "detector.onnx"
-            self._export(model.to(CPU), file, dtype == "float16")
+            self._export(model.to(CPU), file, dtype == "float16", self._counting)
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
             try:
                 engine = self._engine(file, self._providers[device.type], torch.get_num_threads())
@@ -162,6 +162,14 @@ class Exported:
         }
         facts = {"sha256_of_file": sha256, **engine.facts}
         return Artefact(detector, lambda index: engine.run(prepared[index][0]), inside, facts)
+
+    @contextmanager
+    def steady_nms(self, counts: Sequence[int]) -> Iterator[None]:
+        self._counting = True  # a file keeps a fixed number of the best of every class
+        try:
+            yield
+        finally:
+            self._counting = False
 
     def _missing_provider(self, providers: Sequence[str]) -> str | None:
         if not providers:
@@ -227,12 +235,8 @@ class ExportedDetector(nn.Module):
         return self.transform.postprocess(found, sizes, [tuple(image.shape[-2:]) for image in images])
 
 
-def known_runtimes(export: Exporter | None) -> dict[str, Runtime]:
-    """All runtimes, by name.
-
-    Args:
-        export: see :data:`Exporter`; None where there is none.
-    """
+def runtimes_with(export: Exporter) -> dict[str, Runtime]:
+    """All runtimes by name, those of files with what writes them."""
     on_cuda = ("CUDAExecutionProvider", "CPUExecutionProvider")
     tensorrt = ("TensorrtExecutionProvider", *on_cuda)
     found = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect.prepared import Prepared
+from jdkd.detect.proposals import steady_nms
 from jdkd.errors import InputError, said
 from jdkd.latency.calls import TimedCall, on_device
 from jdkd.latency.precision import in_precision, unknown_dtype
@@ -67,37 +69,50 @@ class Runtime(Protocol):
             InputError: this detector cannot be run so.
         """
 
+    def steady_nms(self, counts: Sequence[int]) -> AbstractContextManager[None]:
+        """Lets what is prepared and run meanwhile keep the boxes of the best scores, as many as it may, unsuppressed.
+
+        Args:
+            counts: how many each NMS keeps where that is no fixed number, see :func:`jdkd.detect.proposals.steady_nms`.
+        """
+
 
 HOST_TO_HOST = "copy to the device, resize, normalise, network, NMS, copy to the host"
 BATCH_TO_BOXES = "network and NMS, on a batch that was resized and normalised before"
 
 
-class Eager:
-    """torch as it is."""
+class OfTorch:
+    """What all runtimes of torch have in common."""
 
-    name, version = "eager", torch.__version__
+    version = torch.__version__
 
     def why_not(self, device: torch.device, dtype: str) -> str | None:
         return unknown_dtype(dtype)
+
+    def steady_nms(self, counts: Sequence[int]) -> AbstractContextManager[None]:
+        return steady_nms(counts)
+
+
+class Eager(OfTorch):
+    """torch as it is."""
+
+    name = "eager"
 
     def prepare(self, model: nn.Module, batches: Batches, device: torch.device, dtype: str) -> Artefact:
         return _of_torch(in_precision(model.to(device), dtype), batches, device)
 
 
-class Compiled:
+class Compiled(OfTorch):
     """The backbone and the neck through ``torch.compile``; what follows has shapes that depend on detections: eager.
 
     Args:
         backend: of ``torch.compile``.
     """
 
-    name, version = "compile", torch.__version__
+    name = "compile"
 
     def __init__(self, backend: str = "inductor") -> None:
         self._backend = backend
-
-    def why_not(self, device: torch.device, dtype: str) -> str | None:
-        return unknown_dtype(dtype)
 
     def prepare(self, model: nn.Module, batches: Batches, device: torch.device, dtype: str) -> Artefact:
         model = _with_trunk(in_precision(model.to(device), dtype), self._compiled, self.name)
@@ -118,15 +133,15 @@ class Compiled:
         return torch.compile(trunk, backend=self._backend)
 
 
-class CudaGraph:
+class CudaGraph(OfTorch):
     """The backbone and the neck as a CUDA graph, one for every size of a batch; what follows is eager."""
 
-    name, version = "cudagraph", torch.__version__
+    name = "cudagraph"
 
     def why_not(self, device: torch.device, dtype: str) -> str | None:
         if device.type != "cuda":
             return f"it captures work of an NVIDIA GPU, and the device is {device}"
-        return unknown_dtype(dtype)
+        return super().why_not(device, dtype)
 
     def prepare(self, model: nn.Module, batches: Batches, device: torch.device, dtype: str) -> Artefact:
         model = _with_trunk(in_precision(model.to(device), dtype), _Replayed, self.name)
@@ -171,7 +186,7 @@ def require_runnable(
         InputError: there is none, a name is unknown, or a runtime cannot run here; the message says why.
     """
     if not names or set(names) - set(known):
-        raise InputError(f"--runtimes is {' '.join(names) or 'empty'}; known are {', '.join(known)}.")
+        raise InputError(f"the runtime is {' '.join(names) or 'none'}; known are {', '.join(known)}.")
     if not dtypes:
         raise InputError("--dtypes is empty; give float32.")
     for name in names:

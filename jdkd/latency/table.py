@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.detect.input_size import input_size, require_visible, size_attributes
-from jdkd.detect.proposals import nms_counts, steady_nms
+from jdkd.detect.proposals import nms_counts
 from jdkd.graph import Topology
 from jdkd.latency.calls import check_images
 from jdkd.latency.clock import Clock
 from jdkd.latency.folding import fuse_for_inference
 from jdkd.latency.layers import as_floats, part_of, place_of, positions, shapes_after, shapes_of
 from jdkd.latency.protocol import QUICK, ProgressCallback, measure
+from jdkd.latency.runtimes import Eager, Runtime
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
 from jdkd.rewrite.blocks import removable
@@ -185,6 +186,7 @@ def measure_table(
     *,
     device: str | torch.device = "cpu",
     rounds: int = ROUNDS,
+    runtime: Runtime | None = None,
     clock: Clock | None = None,
     progress: ProgressCallback | None = None,
 ) -> LatencyTable:
@@ -198,13 +200,14 @@ def measure_table(
         images: ``[3, H, W]`` on the host, uint8 or floats in 0..1.
         device: where to measure.
         rounds: of a measurement, see :class:`jdkd.latency.Schedule`.
+        runtime: what runs them; by default torch, eagerly.
         clock: see :func:`jdkd.latency.measure`.
         progress: called with (versions measured, versions, {}).
 
     Raises:
         InputError: there is no image, or one that the base does not see; the topology is of another model.
     """
-    model = unwrapped(model)
+    model, runtime = unwrapped(model), runtime or Eager()
     check_images(images)
     require_visible(model, [(f"images[{i}]", *image.shape[1:]) for i, image in enumerate(images)])
     require_traced(model, topology)
@@ -214,14 +217,14 @@ def measure_table(
     table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=(), kept=kept)
     rows = [(table.features(model), 1.0)]
     schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
-    schedule |= {"modes": ("end_to_end",), "brief": True}
+    schedule |= {"modes": ("end_to_end",), "brief": True, "runtime": runtime}
     nms = []  # of the base, over the rest
     for start in range(0, len(versions), AT_ONCE):
         some = versions[start : start + AT_ONCE]
         timed = {"base": deployed}
         timed |= {str(k): fuse_for_inference(each.apply(model, topology)) for k, each in enumerate(some)}
         whole = measure({"base": deployed}, images, **schedule).models["base"].end_to_end.p50
-        with steady_nms(kept):
+        with runtime.steady_nms(kept):
             report = measure(timed, images, **schedule)
         medians = [timing.end_to_end.p50 for timing in report.models.values()]
         nms.append(whole / medians[0] - 1)

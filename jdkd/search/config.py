@@ -83,6 +83,8 @@ class SearchConfig:
         control: whether the base is trained as long as a student's lineage, to be compared with.
         feature_weight, head_weight: of the distillation (Pearson loss per level; class logits).
         resolutions: short sides that students may choose from, over the base's.
+        runtime: what will run the students, and runs them when they are timed: `eager`, `compile`, `cudagraph`,
+            `onnxruntime`, `openvino` or `tensorrt`, those that take a file as :mod:`jdkd.export` writes it.
         latency_rounds: rounds in which every candidate is timed; those that may be chosen are timed again, in five
             times as many.
         latency_seconds: how long the timing of one that may be chosen lasts at least.
@@ -120,6 +122,7 @@ class SearchConfig:
     feature_weight: float = 2.0
     head_weight: float = 0.0
     resolutions: tuple[float, ...] = (0.75, 0.875, 1.0)
+    runtime: str = "eager"
     latency_rounds: int = 20
     latency_seconds: float = 10.0
     method: Method = field(default_factory=Method)

@@ -17,12 +17,13 @@ from jdkd.detect import load, read
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
 from jdkd.detect.contract import architecture_of, require_learner, unlike
 from jdkd.detect.input_size import input_size
-from jdkd.detect.proposals import steady_nms
 from jdkd.errors import InputError
+from jdkd.export.runtimes import known_runtimes
 from jdkd.files import content_hash, read_as, write_json
 from jdkd.graph import Topology
 from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_cost
-from jdkd.latency.clock import environment
+from jdkd.latency.protocol import conditions_of
+from jdkd.latency.runtimes import Runtime, require_runnable
 from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.notices import say_once
 from jdkd.pool.elastic_pool import POOL
@@ -45,7 +46,7 @@ TRAINING = "training"  # folder of a checkpoint and a log, in that of a candidat
 BUDGET_STEPS = 3  # of the base, that a budget in minutes is measured by
 MATERIAL = (
     *("targets", "target_map", "minutes", "candidates", "proposals", "batch_size", "lr", "amp", "seed"),
-    *("control", "feature_weight", "head_weight", "resolutions"),
+    *("control", "feature_weight", "head_weight", "resolutions", "runtime"),
 )  # settings that make a search the one it is
 
 
@@ -147,12 +148,13 @@ class SearchContext:
         if stage == LONG:
             schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
             schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, config.latency_seconds)
-        with self.spent.on("timing"), nullcontext() if kept is None else steady_nms(kept):
+        with self.spent.on("timing"), nullcontext() if kept is None else self.runtime.steady_nms(kept):
             measured = measure(
                 models,
                 self.timing_images,
                 device=config.device,
                 modes=("end_to_end",),
+                runtime=self.runtime,
                 brief=True,
                 progress=(lambda *state: self.progress("timing", *state)) if stage == LONG else None,
                 **schedule | {"rounds": rounds},
@@ -163,7 +165,7 @@ class SearchContext:
     def latency_table(self) -> LatencyTable:
         """What each part of the base costs on this device, measured."""
         told = lambda *state: self.progress("timing the parts of the base", *state)  # noqa: E731
-        how = {"device": self.config.device, "progress": told}
+        how = {"device": self.config.device, "runtime": self.runtime, "progress": told}
         with self.spent.on("timing"):
             return measure_table(self.base, self.topology, self.timing_images, **how)
 
@@ -228,10 +230,15 @@ class SearchContext:
         """What is coupled to what in a descendant of the base; what was checked of the base holds of it too."""
         return self.topology if detector is self.base else read(detector, like=self.topology)
 
+    @cached_property
+    def runtime(self) -> Runtime:
+        """What runs the students in the end, and runs them here when they are timed."""
+        return known_runtimes()[self.config.runtime]
+
     @property
     def machine(self) -> str:
         """Where the search runs now, as :attr:`Timing.machine` has it."""
-        return machine_of(environment(torch.device(self.config.device)))
+        return machine_of(conditions_of(torch.device(self.config.device), self.runtime))
 
     def training(self, steps: int, seed: int, **changes: Any) -> TrainConfig:
         """Settings of one training; ``seed`` tells the trainings of a search apart."""
@@ -275,6 +282,7 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
     Raises:
         InputError: one of them cannot be used, or they do not belong together.
     """
+    require_runnable([config.runtime], known_runtimes(), torch.device(config.device), ["float32"])
     base = load(config.base, config.device)
     classes = architecture_of(base, "search").classes
     if not classes:

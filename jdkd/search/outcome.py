@@ -26,8 +26,9 @@ from jdkd.train import fit
 RESULT = "result.json"
 CONTROL_SEED = 900
 MEANING = (
-    "median end to end over the base's, timed in turn; all measurements of one architecture pooled, each scaled to the "
-    "base's median in the latest; every sample is in archive.sqlite, table timings"
+    "median end to end over the base's, timed in turn in the runtime that `device` names; all measurements of one "
+    "architecture pooled, each scaled to the base's median in the latest; every sample is in archive.sqlite, table "
+    "timings"
 )
 
 

@@ -44,9 +44,10 @@ class Timing:
 
 
 def machine_of(environment: dict[str, Any]) -> str:
-    """What a latency depends on besides the model: processor or GPU, threads, torch."""
+    """What a latency depends on besides the model: processor or GPU, threads, torch, what runs the detector."""
     threads = [f"{environment['threads']} threads"] if environment["device"] == "cpu" else []
-    return ", ".join([environment["device_name"], *threads, f"torch {environment['torch']}"])
+    runs = f"{environment['runtime']} {environment['runtime_version']}"
+    return ", ".join([environment["device_name"], *threads, f"torch {environment['torch']}", runs])
 
 
 @dataclass(frozen=True)

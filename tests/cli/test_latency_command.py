@@ -28,10 +28,8 @@ class Even:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No warm-up, and an even clock."""
-    short = protocol.Schedule(warmup_seconds=0, warmup_limit=0)
-    monkeypatch.setattr("jdkd.latency.REPORTED", short)
+def even(monkeypatch):
+    """An even clock."""
     monkeypatch.setattr(protocol, "clock_for", lambda device: Even())
 
 
@@ -94,7 +92,7 @@ class Elsewhere(Eager):
 
 
 def test_runtimes_stand_side_by_side_each_against_the_base_in_it(jdkd, trained, image, tmp_path, monkeypatch):
-    monkeypatch.setattr("jdkd.cli.latency.known_runtimes", lambda: {"eager": Eager(), "onnxruntime": Elsewhere()})
+    monkeypatch.setattr("jdkd.export.runtimes.known_runtimes", lambda: {"eager": Eager(), "onnxruntime": Elsewhere()})
     file = tmp_path / "latency.json"
     how = ("--runtimes", "eager", "onnxruntime", "--batch-sizes", 1, 2, "--modes", "end_to_end", "--out", file)
     answer = jdkd("latency", trained, trained, *image, *QUICK, *how)
@@ -165,7 +163,7 @@ def test_an_earlier_measurement_is_compared_where_it_can_be(jdkd, trained, image
     ("flags", "said"),
     [
         (("--runtimes", "cudagraph"), "runtime cudagraph in float32 cannot run here"),
-        (("--runtimes", "warp"), "--runtimes is warp; known are eager, compile, cudagraph, onnxruntime, openvino"),
+        (("--runtimes", "warp"), "the runtime is warp; known are eager, compile, cudagraph, onnxruntime, openvino"),
         (("--dtypes", "int4"), "the dtype is none of float32, float16, bfloat16"),
         (("--batch-sizes", 0), "--batch-sizes is 0"),
         (("--batch-sizes", 1, -4), "--batch-sizes is 1 -4"),

@@ -9,7 +9,9 @@ BOXES = [[8.0, 8.0, 24.0, 40.0], [0.0, 0.0, 16.0, 16.0], [0.0, 0.0, 0.0, 0.0]]
 SCORES = [0.9, 0.5, 0.0]
 
 
-def write_constant_detector(model: nn.Module, file: Path, half: bool, *, sizes: bool = True, scores: str = "scores"):
+def write_constant_detector(
+    model: nn.Module, file: Path, half: bool, counting: bool = False, *, sizes: bool = True, scores: str = "scores"
+):
     from onnx import TensorProto, helper, numpy_helper, save
 
     kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT

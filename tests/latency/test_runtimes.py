@@ -8,7 +8,7 @@ import torch
 
 from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference, measure
-from jdkd.latency.exported import Exported, OnnxEngine, known_runtimes
+from jdkd.latency.exported import Exported, OnnxEngine, runtimes_with
 from jdkd.latency.precision import in_precision
 from jdkd.latency.runtimes import Compiled, CudaGraph, Eager, require_runnable
 from tests.latency.exporting import write_constant_detector
@@ -91,9 +91,9 @@ def test_autocast_ends_where_a_forward_fails(model):
         (
             ["tflite"],
             ["float32"],
-            "--runtimes is tflite; known are eager, compile, cudagraph, onnxruntime, openvino, t",
+            "the runtime is tflite; known are eager, compile, cudagraph, onnxruntime, openvino, t",
         ),
-        ([], ["float32"], "--runtimes is empty"),
+        ([], ["float32"], "the runtime is none; known are eager"),
         (["eager"], [], "--dtypes is empty"),
     ],
 )
@@ -101,20 +101,14 @@ def test_what_cannot_run_here_is_refused_by_name(monkeypatch, names, dtypes, sai
     there = lambda package: package != "openvino"  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: there(name) or None)
     with pytest.raises(InputError) as refused:
-        require_runnable(names, known_runtimes(write_constant_detector), CPU, dtypes)
+        require_runnable(names, runtimes_with(write_constant_detector), CPU, dtypes)
     assert said in str(refused.value) and str(refused.value).count(". ") == 0
-
-
-@needs_onnxruntime
-def test_without_an_exporter_runtimes_of_files_say_so():
-    with pytest.raises(InputError, match=r"this jdkd has no jdkd\.export to write them"):
-        require_runnable(["onnxruntime"], known_runtimes(None), CPU, ["float32"])
 
 
 def test_a_provider_that_onnxruntime_was_not_built_with_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(get_available_providers=lambda: ["CPU"]))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-    tensorrt = known_runtimes(write_constant_detector)["tensorrt"]
+    tensorrt = runtimes_with(write_constant_detector)["tensorrt"]
     said = tensorrt.why_not(torch.device("cuda"), "float16")
     assert said == "this onnxruntime has no TensorrtExecutionProvider, but CPU"
 
@@ -133,12 +127,30 @@ def test_onnxruntime_is_fed_resized_batches_and_boxes_come_back_at_the_images_si
 
 
 @needs_onnxruntime
+def test_files_count_where_the_nms_of_all_runtimes_is_steady(model, images):
+    asked = []
+
+    def export(model, file, half, counting):
+        asked.append(counting)
+        write_constant_detector(model, file, half)
+
+    runtime = onnxruntime(export)
+    with runtime.steady_nms([5]):
+        runtime.prepare(model, [images[:1]], CPU, "float32")
+    runtime.prepare(model, [images[:1]], CPU, "float32")
+    assert asked == [True, False]
+    with Eager().steady_nms([5]):
+        (found,) = found_by(Eager().prepare(model, [images[:1]], CPU, "float32"), images[:1])
+    assert len(found["boxes"]) == 5
+
+
+@needs_onnxruntime
 def test_a_file_that_is_no_detector_is_refused(model, images):
     export = functools.partial(write_constant_detector, scores="certainties")
     with pytest.raises(InputError, match="returns boxes, certainties, labels and no scores"):
         onnxruntime(export).prepare(model, [images[:1]], CPU, "float32")
     with pytest.raises(InputError, match="onnxruntime cannot open the exported detector"):
-        onnxruntime(lambda model, file, half: file.write_text("no graph")).prepare(model, [images[:1]], CPU, "float32")
+        onnxruntime(lambda model, file, *how: file.write_text("no graph")).prepare(model, [images[:1]], CPU, "float32")
 
 
 @needs_onnxruntime

@@ -36,4 +36,5 @@ def timing(
     samples=(7.0, 7.0), base=(10.0, 10.0), *, name=ARCHITECTURE.id, stage="brief", device_name="a cpu"
 ) -> Timing:
     environment = {"device": "cpu", "device_name": device_name, "threads": 1, "torch": "2.11"}
+    environment |= {"runtime": "eager", "runtime_version": "2.11"}
     return Timing(name, stage, environment, tuple(samples), tuple(base))

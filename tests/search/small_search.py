@@ -1,7 +1,7 @@
 """A joint search in miniature, and a clock that tells it the same every time."""
 
 import sqlite3
-import sys
+import warnings
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,8 +14,9 @@ from jdkd.detect import read
 from jdkd.detect.contract import identity
 from jdkd.graph import Topology
 from jdkd.latency import Latency, LatencyReport, ModelLatency
-from jdkd.latency.clock import environment
+from jdkd.latency.protocol import conditions_of
 from jdkd.latency.table import LatencyTable, measure_table
+from jdkd.notices import Notice
 from jdkd.search import SearchConfig, search
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.evaluator import SearchTask
@@ -36,12 +37,12 @@ def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
     return replace(small, **changes)
 
 
-def steady_measure(models, images, *, device, rounds, progress=None, **schedule) -> LatencyReport:
+def steady_measure(models, images, *, device, rounds, runtime, progress=None, **schedule) -> LatencyReport:
     """In place of :func:`jdkd.latency.measure`: time grows with parameters and input size."""
     if progress:
         progress(rounds, rounds, {})
     taken = {name: ModelLatency(end_to_end=Latency((_time(model),) * 2 * rounds)) for name, model in models.items()}
-    return LatencyReport(taken, environment(torch.device(device)), {})
+    return LatencyReport(taken, conditions_of(torch.device(device), runtime), {})
 
 
 def _time(model: torch.nn.Module) -> float:
@@ -96,6 +97,9 @@ class SteadyTask(SearchTask):
         return super().open(device, progress)
 
 
-if __name__ == "__main__":  # a search in a process of its own, to be killed: says what it is at
+def search_and_tell(config: SearchConfig, pipe) -> None:
+    """A search in a process of its own, to be killed: says what it is at."""
+    warnings.simplefilter("ignore", Notice)
+    torch.set_num_threads(1)  # those of the process that was forked are not there, and would be waited for
     make_steady(pytest.MonkeyPatch())
-    search(config_of(Path(sys.argv[1]), Path(sys.argv[2])), lambda *state: print(*state[:2], flush=True))
+    search(config, lambda what, *state: pipe.send(what))

@@ -1,12 +1,15 @@
 """One estimator of latency: pooled by architecture, unmoved by drift."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from jdkd.detect.contract import identity
-from jdkd.latency import Latency, LatencyReport, ModelLatency, percentile
+from jdkd.errors import InputError
+from jdkd.latency import QUICK, REPORTED, Latency, LatencyReport, ModelLatency, percentile
+from jdkd.search import search
 from jdkd.search.timing import BRIEF, LONG, pooled
 from tests.detectors import detector, small_spec
 from tests.search.rows import timing
@@ -48,7 +51,10 @@ def test_pooling_narrows_the_spread():
     assert spread[4] < 0.7 * spread[1]
 
 
-def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(context):
+def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(context, monkeypatch):
+    for schedule in (QUICK, REPORTED):
+        name = "QUICK" if schedule is QUICK else "REPORTED"
+        monkeypatch.setattr(f"jdkd.search.context.{name}", replace(schedule, warmup_limit=0))
     base, model = context.base_id, detector(small_spec(fpn=8))
     other = identity(model)
     timings = context.timed({base: context.base, other: model})
@@ -59,3 +65,20 @@ def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(c
     assert {t.machine for t in timings.values()} == {context.machine}
     at_length = context.timed({other: model}, LONG)[other]
     assert at_length.stage == LONG and len(at_length.samples) == 5 * len(timings[other].samples)
+
+
+def test_students_are_timed_in_the_runtime_that_will_run_them(context):
+    pytest.importorskip("onnxruntime")
+    there = replace(context, config=replace(context.config, runtime="onnxruntime"))
+    model = detector(small_spec(fpn=8))
+    timing = there.timed({"child": model}, kept=(5,))["child"]
+    assert timing.machine == there.machine != context.machine and "onnxruntime" in timing.machine
+    assert len(timing.samples) == 2 * context.config.latency_rounds
+
+
+def test_a_runtime_that_cannot_run_here_is_refused_before_anything_is_opened(context, tmp_path):
+    asked = replace(context.config, base=tmp_path / "none", out=tmp_path / "out")
+    for runtime, why in (("cudagraph", "it captures work of an NVIDIA GPU"), ("tflite", "known are eager, compile")):
+        with pytest.raises(InputError, match=f"{runtime}.*{why}"):
+            search(replace(asked, runtime=runtime))
+    assert not (tmp_path / "out").exists()
