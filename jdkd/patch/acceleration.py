@@ -61,18 +61,22 @@ class Acceleration:
         self.kept = tuple(trial.ingredient for trial in trials if trial.kept)
         self.ratio: Ratio | None = None
         self.difference: Difference | None = None
-        self._overrides = plan.put(model, self.kept) if self.kept else Overrides()
-        changed = set(self._overrides.modules)
+        self._overrides, self._handles, self._places = Overrides(), [], []
+        if self.kept:
+            self._put(model, plan)
+
+    def _put(self, model: nn.Module, plan: Plan) -> None:
+        self._overrides = plan.put(model, self.kept)
+        changed, guard = set(self._overrides.modules), _Guard(self)
         self._places = [
             (parent, name, child)
             for parent in model.modules()
             for name, child in parent.named_children()
             if child in changed
         ]
-        self._guard = _Guard(self)
         self._handles = [
-            model.register_forward_pre_hook(self._guard.enter, prepend=True),
-            model.register_forward_hook(self._guard.leave, always_call=True),
+            model.register_forward_pre_hook(guard.enter, prepend=True, with_kwargs=True),
+            model.register_forward_hook(guard.leave, always_call=True),
         ]
 
     def exchanged(self) -> str | None:
@@ -111,7 +115,7 @@ class _Guard:
         self.acceleration = acceleration
         self._entered = threading.local()
 
-    def enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, model: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         if self.acceleration is None:
             return
         stack = vars(self._entered).setdefault("stack", [])
@@ -120,7 +124,7 @@ class _Guard:
             raise InputError(refusal("it is in training mode"))
         if (name := self.acceleration.exchanged()) is not None:
             raise InputError(refusal(f"its {name} is another module than then"))
-        asked = (leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor) and leaf.requires_grad)
+        asked = (leaf for leaf in tree_leaves((args, named)) if isinstance(leaf, Tensor) and leaf.requires_grad)
         if torch.is_grad_enabled() and any(True for _ in asked):
             raise InputError(refusal("a gradient is asked of it"))
         torch.set_grad_enabled(False)
@@ -152,7 +156,7 @@ def accelerate(
     (CPU); ``fused``, a convolution with residual and ReLU in one pass; ``grouped``, heads that run once over all levels
     of a pyramid; ``graphs``, backbone, neck and heads in a CUDA graph for every size of a batch. One is kept if stages
     and detections agree with the plain model's, and the interval of its latency over that without it lies below 1.
-    If all that were kept are not faster than the plain model, none is.
+    If all that were kept are not faster than the plain model, none is, and the model is left as it was.
 
     The model keeps its modules, its parameters and its ``state_dict()``: only what modules run is exchanged. Weights
     that are loaded or written are folded anew at the next call; after a write through ``.data`` or in inference mode,

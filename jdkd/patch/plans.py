@@ -79,7 +79,9 @@ class Plan:
         convolutions = self._put_layers(overrides, model, form, FOLDED in chosen) if chosen - {GROUPED, GRAPHS} else {}
         if FUSED in chosen:
             for path, graph in self.flows.items():
-                overrides.put(Fused(model.get_submodule(path), graph, convolutions))
+                fused = Fused(model.get_submodule(path), graph, convolutions)
+                if fused.steps:  # without folding, norms stand between
+                    overrides.put(fused)
         if GROUPED in chosen:
             for path, names in self.heads.items():
                 head = model.get_submodule(path)

@@ -152,6 +152,8 @@ def test_gradients_are_refused_and_not_silently_cut(model, images):
     accelerate(model, images, ingredients=("folded",), timed=False)
     with pytest.raises(InputError, match="a gradient is asked of it"):
         model([images[0].clone().requires_grad_()])
+    with pytest.raises(InputError, match="a gradient is asked of it"):
+        model(images=[images[0].clone().requires_grad_()])
     assert not model(images)[0]["scores"].requires_grad and torch.is_grad_enabled()
     with pytest.raises(InputError, match="a gradient is asked of it"):
         model.backbone(torch.rand(1, 3, 64, 64, requires_grad=True))

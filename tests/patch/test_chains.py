@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.patch.chains import Fused, flow_of
-from jdkd.patch.convolutions import Convolution, Form
+from jdkd.patch.convolutions import ATEN, Call, Convolution, Cudnn, Form, Pointwise
 
 
 class Two(nn.Module):
@@ -134,3 +134,19 @@ def test_packed_weights_serve_every_kind_and_size(conv):
             torch.testing.assert_close(ours(x), conv(x), rtol=1e-4, atol=1e-5)
             residual = torch.randn_like(conv(x))
             torch.testing.assert_close(ours.run(x, residual, True), F.relu(conv(x) + residual), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_triton_kernel_has_the_same_epilogue(stride):
+    """Through Triton's interpreter; on a CPU nobody chooses it."""
+    conv = nn.Conv2d(16, 16, 1, stride=stride).eval()
+    call = Call(conv, Form(fused=True), torch.device("cpu"), torch.float32)
+    assert Pointwise().why_not(call) == Cudnn().why_not(call) == "it fuses an epilogue on a GPU"
+    with torch.no_grad():
+        x = torch.randn(1, 16, 5, 6).contiguous(memory_format=torch.channels_last)
+        y = conv(x)
+        residual = torch.randn_like(y)
+        for given, relu in ((None, True), (residual, True), (None, False)):
+            expected = ATEN.run(x, (conv.weight, conv.bias), conv, given, relu)
+            ours = Pointwise().run(x, (conv.weight, conv.bias), conv, given, relu)
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)

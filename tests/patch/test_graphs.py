@@ -10,7 +10,7 @@ from jdkd.patch import accelerate
 from jdkd.patch.graphs import Behind, Trunk, why_no_graph
 from jdkd.patch.overrides import Overrides
 from jdkd.patch.plans import planned, structure_of
-from tests.detectors import detector, small_spec
+from tests.latency.conftest import detector
 from tests.patch.test_levels import calls_of
 
 
@@ -80,12 +80,10 @@ def test_the_runtime_of_the_latency_harness_is_the_same_mechanism(monkeypatch):
 
 
 @pytest.fixture
-def replaying():
+def replaying(model, images):
     """A detector whose trunk and head are replayed by a recorder, its plain twin, and what is counted."""
-    model = detector(small_spec())
-    images = [torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(0))]
     plan = planned(structure_of(model), images)
-    assert plan.trunk == "backbone" and plan.behind == {"rpn.head": [0, 1, 2, 3, 4]}
+    assert plan.trunk == "backbone" and plan.behind == {"rpn.head": [0, 1]}
     plain, recorder, overrides = structure_of(model), Recorder(), Overrides()
     trunk = Trunk(model.backbone, {model.rpn.head: plan.behind["rpn.head"]}, capture=recorder)
     overrides.put(trunk)
@@ -106,13 +104,13 @@ def test_heads_behind_a_trunk_are_replayed_with_it(replaying):
         assert len(recorder.captured) == 1 and len(recorder.replayed) == 3
         ran.clear()
         model(images)
-        assert len(ran) == 5, "five levels in the replay, and none behind it"
-        model.rpn.head([torch.zeros(1, 16, 4, 4)] * 2)
-        assert len(ran) == 7, "other levels run as they are"
+        assert len(ran) == 2, "two levels in the replay, and none behind it"
+        model.rpn.head([torch.zeros(1, 8, 4, 4)] * 2)
+        assert len(ran) == 4, "other levels run as they are"
         model.rpn.head.cls_logits.register_forward_hook(lambda *_: ran.append(1))
         replayed = len(recorder.replayed)
         torch.testing.assert_close(model(images)[0]["boxes"], plain(images)[0]["boxes"])
-        assert len(ran) == 17 and len(recorder.replayed) == replayed, "a hook is called, level by level"
+        assert len(ran) == 8 and len(recorder.replayed) == replayed, "a hook is called, level by level"
 
 
 def test_two_sizes_do_not_see_each_other(replaying):
@@ -130,16 +128,15 @@ def test_weights_that_were_exchanged_are_captured_anew(replaying):
     with torch.no_grad():
         model(images), model(images)
         assert len(trunk.replayed.sizes()) == 1
-        other = detector(small_spec(), seed=4)
+        other = detector(seed=4)
         model.load_state_dict(other.state_dict(), assign=True)
         for _ in range(3):
             torch.testing.assert_close(model(images)[0]["boxes"], other(images)[0]["boxes"])
     assert len(recorder.captured) == 2
 
 
-def test_on_a_cpu_it_is_left_out_and_says_why():
-    model = detector(small_spec())
-    one = accelerate(model, [torch.rand(3, 64, 96)], ingredients=("graphs",), timed=False)
+def test_on_a_cpu_it_is_left_out_and_says_why(model, images):
+    one = accelerate(model, images, ingredients=("graphs",), timed=False)
     assert one.kept == ()
     assert one.trials[0].reason == "it captures work of an NVIDIA GPU, and the model is on cpu"
     assert "which module makes levels" in why_no_graph(torch.device("cuda"), None)
