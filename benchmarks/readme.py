@@ -3,13 +3,27 @@
 
 A table stands between ``<!-- results of OP -->`` and ``<!-- end of results -->``; a test holds that pages and result
 files agree. Where an operator has goals, the table is theirs, and the other rows are left to the files; of
-:data:`WHOLE` all rows are shown.
+:data:`WHOLE` all rows are shown. :data:`MADE` says what is read off the code and the tests instead.
 """
 
 import re
 from pathlib import Path
 
-from benchmarks import ablations, distillation_cost, distillation_page, front_figure, gains, goals, headlines, record, searches
+from benchmarks import (
+    ablations,
+    accelerate,
+    backends,
+    distillation_cost,
+    distillation_page,
+    front_figure,
+    gains,
+    goals,
+    headlines,
+    latency_page,
+    record,
+    searches,
+    support,
+)
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,11 +32,14 @@ EXPERIMENTS = ROOT / "docs" / "experiments"
 FRONT = ROOT / "docs" / "mAP-over-latency.svg"
 OWN = {  # operators whose tables are not those of kernels
     ablations.OP: ablations.page,
+    accelerate.OP: accelerate.table,
     "distillation": distillation_page.page,
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,
     gains.OP: gains.table,
+    "latency": latency_page.page,
 }
+MADE = {"support": support.table, "backends": backends.table}
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -32,6 +49,8 @@ def rendered(text: str) -> str:
 
 
 def _table(op: str) -> str:
+    if op in MADE:
+        return MADE[op]()
     rows = kept(op)
     if op == headlines.OP:
         return headlines.sentences(kept("pearson"), kept("elastic_conv"))
@@ -51,7 +70,8 @@ def kept(op: str) -> list[record.Row]:
 
 def drawings() -> dict[Path, str]:
     """The pictures as the result files have them, by their files."""
-    drawn = {EXPERIMENTS / name: svg for name, svg in distillation_page.charts(kept("distillation")).items()}
+    charts = distillation_page.charts(kept("distillation")) | latency_page.charts(kept("latency"))
+    drawn = {EXPERIMENTS / name: svg for name, svg in charts.items()}
     drawn[FRONT] = front_figure.figure({name: kept(name) for name in front_figure.SHOWN})
     return {file: svg for file, svg in drawn.items() if svg}
 

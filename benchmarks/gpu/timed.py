@@ -31,8 +31,10 @@ from benchmarks.conv_shapes import P6, P7
 from benchmarks.gpu.jobs import tell
 from benchmarks.gpu.plan import TIMED
 from benchmarks.harness import Case
+from benchmarks.ladder import Ladder, fresh
 
 SECONDS = {"cuda": 1.5, "cpu": 0.0}  # of the rounds of a case
+RUNGS_BY_WORTH = (0.5, 0.3, 0.7, 0.9, 0.4, 0.6, 0.8)
 LOST = 4  # exit code where the device takes no more calls
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
 NCHW, LAST = "NCHW", "channels-last"
@@ -213,17 +215,17 @@ class Parts:
             sys.exit(LOST)
 
     def latency(self, part: str, until: float, skipped: int) -> None:
-        """The base of R101-FPN and one pruned student, in one mode after the other."""
+        """R101-FPN at 800x1333 and students cut from it, some rungs of the ladder in one mode after the other."""
         gpu = self.device == "cuda"
-        size = (800, 1344) if gpu else (64, 64)
-        spec = "faster_rcnn_r101_fpn" if gpu else "faster_rcnn_r18_fpn"
-        rungs = ((1.0, 1.0), (0.5, 1.0)) if gpu else ((0.25, 1.0), (0.125, 1.0))
-        amount = {"rounds": 30, "seconds": 5.0, "warmup_seconds": 1.5} if gpu else {"rounds": 2, "seconds": 0.0}
-        amount |= {} if gpu else {"warmup_seconds": 0.0}
+        name, size = ("faster_rcnn_r101_fpn", (800, 1333)) if gpu else ("faster_rcnn_r18_fpn", (64, 64))
+        rungs, together = (RUNGS_BY_WORTH, 4) if gpu else ((0.5,), 1)
+        amount = {"rounds": 30, "seconds": 3.0, "warmup_seconds": 1.5}
+        grid = latency.grid_of(**(amount if gpu else dict.fromkeys(amount, 0) | {"rounds": 1}))
         if not skipped:
             tell(part=part, case="latency")
-            models = latency.ladder(spec, size, rungs)
-            for rows in latency.measured(models, size, self.device, "random", **amount):
+            models = Ladder(name, fresh(name, size).to(self.device), size, rungs)
+            left = latency.turns(models, grid, together)
+            for rows in latency.measured(models, left, size, self.device, "random"):
                 record.append(self.latencies, rows)
                 print("\n".join(map(latency.line, rows)), flush=True)
                 if time.monotonic() > until:

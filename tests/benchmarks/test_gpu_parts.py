@@ -200,7 +200,8 @@ def test_every_part_has_cases_on_a_gpu_and_in_a_rehearsal():
 
 def test_rows_of_latencies_come_one_mode_of_a_pair_at_a_time():
     models = {name: detector(small_spec()) for name in ("base", "student")}
-    found = latency.measured(models, (64, 64), "cpu", "random", rounds=1, seconds=0, warmup_seconds=0)
+    left = latency.turns(models, latency.grid_of(rounds=1, seconds=0, warmup_seconds=0))
+    found = latency.measured(models, left, (64, 64), "cpu", "random")
     first = next(found)
     assert [row["mode"] for row in first] == ["end_to_end"] * 2
     assert all(row["samples"] or row["p50"] > 0 for row in first) and first[0]["ratio"] == 1
