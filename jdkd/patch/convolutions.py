@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jdkd import _backend, _dispatch
-from jdkd._verdicts import Subject
+from jdkd import _backend
+from jdkd._dispatch import Candidate, Table
 from jdkd.errors import InputError
 from jdkd.latency.folding import folded
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
@@ -86,10 +86,9 @@ class Pointwise:
         square = conv.kernel_size == (1, 1) and conv.stride in ((1, 1), (2, 2))
         if not square or conv.groups != 1 or conv.padding not in ((0, 0), "valid", "same"):
             return "it takes 1x1 convolutions"
-        if reason := _backend.available("elastic_pointwise")["triton"]:
-            return reason
         form = _backend.forms("elastic_pointwise")[0]
-        return _backend.why_unseen(Subject("elastic_pointwise", form, "triton", call.device, call.dtype))
+        kernel = _backend.Kernel("elastic_pointwise", "triton")
+        return kernel.unseen(_backend.Call(form, call.device, call.dtype), check=True)
 
     def prepare(self, call: Call, weight: Tensor) -> Tensor:
         return weight
@@ -142,7 +141,11 @@ class Aten:
 
 
 ATEN = Aten()
-IMPLEMENTATIONS = Onednn(), Pointwise(), Cudnn(), ATEN
+IMPLEMENTATIONS = {each.name: each for each in (Onednn(), Pointwise(), Cudnn(), ATEN)}
+TABLE = Table(
+    "accelerated convolution",
+    tuple(Candidate(name, each.why, can_run=each.why_not) for name, each in IMPLEMENTATIONS.items()),
+)
 
 
 def no_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -229,7 +232,8 @@ class Convolution(Layer):
     def made(self) -> Weights:
         weight, bias = self._dense()
         call = Call(self.module, self.form, weight.device, weight.dtype)
-        self._run, _ = _dispatch.first(IMPLEMENTATIONS, call)
+        chosen, _ = TABLE.choose(call)
+        self._run = IMPLEMENTATIONS[chosen.name]
         return self._run.prepare(call, weight), bias
 
     def _dense(self) -> Weights:
