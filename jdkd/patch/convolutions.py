@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jdkd import _backend, _dispatch
+from jdkd import _backend
+from jdkd._dispatch import Candidate, Table
 from jdkd._verdicts import Subject
 from jdkd.errors import InputError
 from jdkd.latency.folding import folded
@@ -89,7 +90,8 @@ class Pointwise:
         if reason := _backend.available("elastic_pointwise")["triton"]:
             return reason
         form = _backend.forms("elastic_pointwise")[0]
-        return _backend.why_unseen(Subject("elastic_pointwise", form, "triton", call.device, call.dtype))
+        seen = _backend.seen_right(Subject("elastic_pointwise", form, "triton", call.device, call.dtype))
+        return None if seen else "it was not seen right on this device"
 
     def prepare(self, call: Call, weight: Tensor) -> Tensor:
         return weight
@@ -142,7 +144,11 @@ class Aten:
 
 
 ATEN = Aten()
-IMPLEMENTATIONS = Onednn(), Pointwise(), Cudnn(), ATEN
+IMPLEMENTATIONS = {each.name: each for each in (Onednn(), Pointwise(), Cudnn(), ATEN)}
+TABLE = Table(
+    "accelerated_convolution",
+    tuple(Candidate(each.name, each.why, can_run=each.why_not) for each in IMPLEMENTATIONS.values()),
+)
 
 
 def no_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -229,7 +235,8 @@ class Convolution(Layer):
     def made(self) -> Weights:
         weight, bias = self._dense()
         call = Call(self.module, self.form, weight.device, weight.dtype)
-        self._run, _ = _dispatch.first(IMPLEMENTATIONS, call)
+        chosen, _ = TABLE.choose(call)
+        self._run = IMPLEMENTATIONS[chosen.name]
         return self._run.prepare(call, weight), bias
 
     def _dense(self) -> Weights:

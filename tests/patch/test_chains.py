@@ -136,6 +136,7 @@ def test_packed_weights_serve_every_kind_and_size(conv):
             torch.testing.assert_close(ours.run(x, residual, True), F.relu(conv(x) + residual), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_triton_kernel_has_the_same_epilogue(stride):
     """Through Triton's interpreter; on a CPU nobody chooses it."""
