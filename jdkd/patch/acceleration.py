@@ -153,7 +153,8 @@ def accelerate(
 
     The ingredients are tried in turn on copies that share the model's tensors: ``folded``, normalisations in the
     convolutions before them; ``channels_last``, weights channels-last; ``packed``, weights reordered once for oneDNN
-    (CPU); ``fused``, a convolution with residual and ReLU in one pass; ``grouped``, heads that run once over all levels
+    (CPU); ``fused``, a convolution with its normalisation, residual and ReLU in one
+    pass; ``grouped``, heads that run once over all levels
     of a pyramid; ``graphs``, backbone, neck and heads in a CUDA graph for every size of a batch. One is kept if stages
     and detections agree with the plain model's, and the interval of its latency over that without it lies below 1.
     If all that were kept are not faster than the plain model, none is, and the model is left as it was.
