@@ -29,6 +29,7 @@ def pretend(monkeypatch):
             configs.append(config)
             known = load(config.base).architecture
             environment = {"device": "cpu", "device_name": "a cpu", "threads": 1, "torch": "2.11"}
+            environment |= {"runtime": "eager", "runtime_version": "2.11"}
             timing = Timing(known.id, "brief", environment, (20.0, 20.0), (20.0, 20.0))
             base = {
                 "number": 0, "id": "000", "parent": None, "kind": "base", "action": "base", "teacher": None,

@@ -65,6 +65,7 @@ def candidate(number: int, parent: int | None = None, score: float = 0.4, ratio:
 def add(archive: Archive, number: int, score: float, ratio: float, parent: int | None = None, **changes: Any):
     """A candidate, timed once, or failed where `failure` is given."""
     environment = {"device": "cpu", "device_name": "a cpu", "threads": 1, "torch": "2.11"}
+    environment |= {"runtime": "eager", "runtime_version": "2.11"}
     timing = None
     if "failure" not in changes:
         timing = Timing(f"spec {number}", "brief", environment, (20 * ratio,) * 4, (20.0,) * 4)
