@@ -152,16 +152,17 @@ def accelerate(
     """Makes a detector faster where it is, by what is seen equal and faster on this machine.
 
     The ingredients are tried in turn on copies that share the model's tensors: ``folded``, normalisations in the
-    convolutions before them; ``channels_last``, weights channels-last; ``packed``, weights reordered once for oneDNN
-    (CPU); ``fused``, a convolution with residual and ReLU in one pass; ``grouped``, heads that run once over all levels
-    of a pyramid; ``graphs``, backbone, neck and heads in a CUDA graph for every size of a batch. One is kept if stages
-    and detections agree with the plain model's, and the interval of its latency over that without it lies below 1.
-    If all that were kept are not faster than the plain model, none is, and the model is left as it was.
+    convolutions before them; ``channels_last``, weights channels-last; ``packed``, weights in the order in which oneDNN
+    multiplies (CPU); ``fused``, a convolution with its normalisation, residual and ReLU in one pass; ``grouped``, heads
+    that run once over all levels of a pyramid; ``graphs``, backbone, neck and heads in a CUDA graph for every size of a
+    batch. One is kept if stages and detections agree with the plain model's, and the interval of its latency over that
+    without it lies below 1. If all that were kept are not faster than the plain model, none is, and the model is left
+    as it was.
 
     The model keeps its modules, its parameters and its ``state_dict()``: only what modules run is exchanged. Weights
     that are loaded or written are folded anew at the next call; after a write through ``.data`` or in inference mode,
-    accelerate it again. Its forward computes no gradients and refuses training mode. A module that has
-    hooks runs as it did, as long as it has them. A deep copy or a pickle is plain.
+    accelerate it again. Its forward computes no gradients and refuses training mode. A module that has hooks runs as it
+    did, as long as it has them. A deep copy or a pickle is plain.
 
     Args:
         model: in eval mode, on the device and with the number of threads that it is to run with; of one that torch

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from jdkd import _backend
 from jdkd._dispatch import Candidate, Table
+from jdkd._verdicts import Subject
 from jdkd.errors import InputError
 from jdkd.latency.folding import folded
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
 from jdkd.patch.overrides import Override, is_hooked
 
 Weights = tuple[Tensor, Tensor | None]
+SIZES = 6  # of inputs, that a convolution keeps a packed weight for: five levels, and one more
 
 
 @dataclass(frozen=True)
@@ -58,13 +60,6 @@ class Onednn:
             return f"its padding is {call.conv.padding!r}"
         return no_onednn(call.device, call.dtype)
 
-    def prepare(self, call: Call, weight: Tensor) -> Tensor:
-        if not call.form.packed:
-            return weight
-        conv = call.conv
-        place = conv.padding, conv.stride, conv.dilation, conv.groups
-        return torch.ops.mkldnn._reorder_convolution_weight(weight, *place)
-
     def run(self, x: Tensor, weights: Weights, conv: nn.Conv2d, residual: Tensor | None, relu: bool) -> Tensor:
         weight, bias = weights
         place = conv.padding, conv.stride, conv.dilation, conv.groups
@@ -86,12 +81,11 @@ class Pointwise:
         square = conv.kernel_size == (1, 1) and conv.stride in ((1, 1), (2, 2))
         if not square or conv.groups != 1 or conv.padding not in ((0, 0), "valid", "same"):
             return "it takes 1x1 convolutions"
+        if reason := _backend.available("elastic_pointwise")["triton"]:
+            return reason
         form = _backend.forms("elastic_pointwise")[0]
-        kernel = _backend.Kernel("elastic_pointwise", "triton")
-        return kernel.unseen(_backend.Call(form, call.device, call.dtype), check=True)
-
-    def prepare(self, call: Call, weight: Tensor) -> Tensor:
-        return weight
+        seen = _backend.seen_right(Subject("elastic_pointwise", form, "triton", call.device, call.dtype))
+        return None if seen else "it was not seen right on this device"
 
     def run(self, x: Tensor, weights: Weights, conv: nn.Conv2d, residual: Tensor | None, relu: bool) -> Tensor:
         weight, bias = weights
@@ -110,9 +104,6 @@ class Cudnn:
             return "it fuses an epilogue on a GPU"
         return "its padding has no number" if isinstance(call.conv.padding, str) else None
 
-    def prepare(self, call: Call, weight: Tensor) -> Tensor:
-        return weight
-
     def run(self, x: Tensor, weights: Weights, conv: nn.Conv2d, residual: Tensor | None, relu: bool) -> Tensor:
         if not relu:
             return ATEN.run(x, weights, conv, residual, relu)
@@ -130,9 +121,6 @@ class Aten:
     def why_not(self, call: Call) -> str | None:
         return None
 
-    def prepare(self, call: Call, weight: Tensor) -> Tensor:
-        return weight
-
     def run(self, x: Tensor, weights: Weights, conv: nn.Conv2d, residual: Tensor | None, relu: bool) -> Tensor:
         y = F.conv2d(x, *weights, conv.stride, conv.padding, conv.dilation, conv.groups)
         if residual is not None:
@@ -143,8 +131,8 @@ class Aten:
 ATEN = Aten()
 IMPLEMENTATIONS = {each.name: each for each in (Onednn(), Pointwise(), Cudnn(), ATEN)}
 TABLE = Table(
-    "accelerated convolution",
-    tuple(Candidate(name, each.why, can_run=each.why_not) for name, each in IMPLEMENTATIONS.items()),
+    "accelerated_convolution",
+    tuple(Candidate(each.name, each.why, can_run=each.why_not) for each in IMPLEMENTATIONS.values()),
 )
 
 
@@ -173,6 +161,7 @@ class Layer(Override):
         self.form = form
         self._kind = module.weight.device, module.weight.dtype
         self._seen: tuple[Any, ...] = ()
+        self._packed: dict[tuple[int, ...], Tensor] = {}
         self._weights: Weights = (torch.empty(0), None)
 
     def sources(self) -> Sequence[Tensor | None]:
@@ -197,8 +186,27 @@ class Layer(Override):
         if seen != self._seen:
             self._require_as_before()
             with torch.inference_mode(False), torch.no_grad():
-                self._weights, self._seen = self.made(), seen
+                self._weights, self._seen, self._packed = self.made(), seen, {}
         return self._weights
+
+    def packed(self, size: tuple[int, ...], weight: Tensor, most: int) -> Tensor:
+        """The weight as oneDNN wants it for a size of input; in the order for another size it may run ten times longer.
+
+        Args:
+            size: of the input.
+            weight: as it is.
+            most: sizes that a weight is kept for; the first that was seen goes.
+        """
+        if size not in self._packed:
+            while len(self._packed) >= most:
+                self._packed.pop(next(iter(self._packed)), None)
+            with torch.inference_mode(False), torch.no_grad():
+                self._packed[size] = self.reordered(weight, size)
+        return self._packed[size]
+
+    def reordered(self, weight: Tensor, size: tuple[int, ...]) -> Tensor:
+        """A weight in the order for a size."""
+        raise NotImplementedError
 
     def _require_as_before(self) -> None:
         before, now = self._kind, (self.module.weight.device, self.module.weight.dtype)
@@ -231,10 +239,9 @@ class Convolution(Layer):
 
     def made(self) -> Weights:
         weight, bias = self._dense()
-        call = Call(self.module, self.form, weight.device, weight.dtype)
-        chosen, _ = TABLE.choose(call)
+        chosen, _ = TABLE.choose(Call(self.module, self.form, weight.device, weight.dtype))
         self._run = IMPLEMENTATIONS[chosen.name]
-        return self._run.prepare(call, weight), bias
+        return weight, bias
 
     def _dense(self) -> Weights:
         conv = self.module
@@ -247,10 +254,16 @@ class Convolution(Layer):
         """Convolves ``[N, Cin, H, W]``, adds a residual ``[N, Cout, OH, OW]``, and rectifies."""
         if not self.is_folded:
             return type(self.module).forward(self.module, x)
-        weights = self.weights(x)
-        if self._run is not ATEN and not self._usual(x, residual):
-            return ATEN.run(x, self._dense(), self.module, residual, relu)
-        return self._run.run(x, weights, self.module, residual, relu)
+        weight, bias = self.weights(x)
+        usual = self._run is not ATEN and self._usual(x, residual)
+        if usual and self.form.packed:
+            weight = self.packed(tuple(x.shape), weight, SIZES)
+        return (self._run if usual else ATEN).run(x, (weight, bias), self.module, residual, relu)
+
+    def reordered(self, weight: Tensor, size: tuple[int, ...]) -> Tensor:
+        conv = self.module
+        place = conv.padding, conv.stride, conv.dilation, conv.groups
+        return torch.ops.mkldnn._reorder_convolution_weight(weight, *place, size)
 
     @property
     def is_folded(self) -> bool:
@@ -274,13 +287,17 @@ class Linear(Layer):
 
     def made(self) -> Weights:
         weight, bias = self.module.weight.detach(), self.module.bias
-        return torch.ops.mkldnn._reorder_linear_weight(weight), None if bias is None else bias.detach()
+        return weight, None if bias is None else bias.detach()
 
     def run(self, x: Tensor) -> Tensor:
-        weights = self.weights(x)
-        if x.dtype != self.module.weight.dtype or not x.numel() or torch.is_autocast_enabled(x.device.type):
-            return F.linear(x, self.module.weight.detach(), self.module.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, *weights, "none", [], "")
+        weight, bias = self.weights(x)
+        if x.dtype != weight.dtype or not x.numel() or torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight, bias)
+        rows = x.numel() // x.shape[-1]
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed((rows,), weight, 1), bias, "none", [], "")
+
+    def reordered(self, weight: Tensor, size: tuple[int, ...]) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, *size)
 
 
 class Folded(Override):

@@ -30,8 +30,8 @@ FOLDED, CHANNELS_LAST, PACKED, FUSED, GROUPED, GRAPHS = INGREDIENTS = (
     "grouped",
     "graphs",
 )
-"""Norms folded into convolutions; weights channels-last; weights in oneDNN's own layout; a convolution with residual
-and ReLU in one pass; heads run once over all levels; backbone, neck and heads in a CUDA graph."""
+"""Norms folded into convolutions; weights channels-last; weights in oneDNN's own layout; a convolution with its norm,
+residual and ReLU in one pass; heads run once over all levels; backbone, neck and heads in a CUDA graph."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,12 @@ class Plan:
         overrides = Overrides()
         chosen = set(ingredients)
         form = Form(CHANNELS_LAST in chosen, PACKED in chosen)
-        convolutions = self._put_layers(overrides, model, form, FOLDED in chosen) if chosen - {GROUPED, GRAPHS} else {}
+        fold = bool(chosen & {FOLDED, FUSED})
+        convolutions = self._put_layers(overrides, model, form, fold) if chosen - {GROUPED, GRAPHS} else {}
         if FUSED in chosen:
             for path, graph in self.flows.items():
                 fused = Fused(model.get_submodule(path), graph, convolutions)
-                if fused.steps:  # without folding, norms stand between
+                if fused.steps:
                     overrides.put(fused)
         if GROUPED in chosen:
             for path, names in self.heads.items():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.patch.chains import Fused, flow_of
-from jdkd.patch.convolutions import ATEN, Call, Convolution, Cudnn, Form, Pointwise
+from jdkd.patch.convolutions import ATEN, SIZES, Call, Convolution, Cudnn, Form, Pointwise
 
 
 class Two(nn.Module):
@@ -136,6 +136,7 @@ def test_packed_weights_serve_every_kind_and_size(conv):
             torch.testing.assert_close(ours.run(x, residual, True), F.relu(conv(x) + residual), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
 @pytest.mark.parametrize("stride", [1, 2])
 def test_the_triton_kernel_has_the_same_epilogue(stride):
     """Through Triton's interpreter; on a CPU nobody chooses it."""
@@ -150,3 +151,18 @@ def test_the_triton_kernel_has_the_same_epilogue(stride):
             expected = ATEN.run(x, (conv.weight, conv.bias), conv, given, relu)
             ours = Pointwise().run(x, (conv.weight, conv.bias), conv, given, relu)
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_weight_is_made_for_every_size_and_few_are_kept():
+    ours = Convolution(nn.Conv2d(4, 4, 3, padding=1).eval(), None, Form(packed=True))
+    made: list[tuple[int, ...]] = []
+    reordered = ours.reordered
+    ours.reordered = lambda weight, size: made.append(size[2:]) or reordered(weight, size)
+    with torch.no_grad():
+        for side in (8, 9, 8, *range(10, 10 + SIZES - 1), 9, 8):
+            x = torch.randn(1, 4, side, side)
+            torch.testing.assert_close(ours(x), ours.module(x), rtol=1e-4, atol=1e-5)
+        assert made == [(side, side) for side in (8, 9, *range(10, 10 + SIZES - 1), 8)]
+        ours.module.weight.mul_(2)
+        torch.testing.assert_close(ours(x), ours.module(x), rtol=1e-4, atol=1e-5)
+    assert len(ours._packed) == 1 and made[-1] == (8, 8)
