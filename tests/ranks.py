@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 import warnings
@@ -10,14 +11,32 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-METHOD = "spawn" if torch.cuda.is_available() else "fork"  # neither CUDA nor an autograd that knows it outlives a fork
+
+def method() -> str:
+    """How processes are started here: ``fork``, or ``spawn`` where a forked one could not differentiate.
+
+    CUDA does not outlive a fork, and autograd does not once it has threads: for a GPU, or for backwards deep within
+    others, as tests of checkpoints have them. A child finds out.
+    """
+    if torch.cuda.is_available():
+        return "spawn"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: what forks has several threads
+        child = os.fork()
+    if child == 0:
+        try:
+            torch.ones(1, requires_grad=True).sum().backward()
+        except RuntimeError:
+            os._exit(1)
+        os._exit(0)
+    return "spawn" if os.waitpid(child, 0)[1] else "fork"
 
 
 def started(work: Callable, *arguments: object, count: int = 2, seconds: float = 300.0) -> None:
     """Runs ``work(rank, *arguments)`` in each of ``count`` processes, and waits for all of them."""
-    how = {"nprocs": count, "join": False, "daemon": True, "start_method": METHOD}
+    how = {"nprocs": count, "join": False, "daemon": True, "start_method": method()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: what forks has several threads
+        warnings.simplefilter("ignore", DeprecationWarning)
         context = torch.multiprocessing.start_processes(_fresh, (work, *arguments), **how)
     ends = time.monotonic() + seconds
     while not context.join(1.0):  # whoever fails ends all, and raises here

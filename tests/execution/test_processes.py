@@ -19,7 +19,7 @@ from jdkd.notices import Notice
 from tests.execution.fake_task import FakeTask
 from tests.execution.forking import FORKED, fork_workers
 from tests.execution.processes import alive, pids, soon
-from tests.ranks import METHOD
+from tests.ranks import method
 
 pytestmark = [pytest.mark.filterwarnings("ignore:candidate .* holds no box:jdkd.notices.Notice"), FORKED]
 
@@ -202,7 +202,7 @@ def drive(folder: Path, spawned: bool) -> None:
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_driver(tmp_path, sent):
-    driver = multiprocessing.get_context(METHOD).Process(target=drive, args=(tmp_path, sent == signal.SIGKILL))
+    driver = multiprocessing.get_context(method()).Process(target=drive, args=(tmp_path, sent == signal.SIGKILL))
     driver.start()
     assert soon(lambda: len(pids(tmp_path, "waiting")) == 2, 120)
     os.killpg(driver.pid, sent)  # as a terminal does

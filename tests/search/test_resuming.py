@@ -20,7 +20,7 @@ from jdkd.search.teachers import TEACHERS
 from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
 from tests.execution.forking import FORKED, fork_workers
-from tests.ranks import METHOD
+from tests.ranks import method
 from tests.search.conftest import DIGITS
 from tests.search.small_search import (
     SteadyTask,
@@ -72,7 +72,7 @@ def interrupted_at(moment):
 
 def killed_at(config, moment):
     """Runs a search in a process of its own until it says what it is at, and kills it."""
-    context = multiprocessing.get_context(METHOD)
+    context = multiprocessing.get_context(method())
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=search_and_tell, args=(config, theirs))
     process.start()
@@ -116,7 +116,8 @@ def test_a_lost_archive_is_made_again_and_by_two_workers_the_same(folder, finish
     (unfinished / TEACHERS).unlink()  # which knows those that were scored in later generations
     shutil.rmtree(unfinished / "candidates")
     monkeypatch.setattr("jdkd.search.loop.SearchTask", SteadyTask)
-    fork_workers(monkeypatch)
+    if method() == "fork":
+        fork_workers(monkeypatch)
     told = []
     search(config_of(folder, unfinished, resume=True, workers=2), lambda what, *state: told.append(what))
     assert archived(unfinished) == archived(finished[0])
