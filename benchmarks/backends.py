@@ -82,7 +82,7 @@ def _tuned(op: str, kernel: str) -> str:
     """Where `jdkd tune` timed the ways of an operator on this kernel's device, and how many regions it changed."""
     regions: dict[str, dict[str, bool]] = {}
     for row in record.load(sorted(record.RESULTS.glob("*/tuned.jsonl"))):
-        if row["table"] == TABLES.get(op, op) and "region" in row and "measured" in row and _on_its_device(row, kernel):
+        if row["table"] == TABLES.get(op, op) and "measured" in row and _on_its_device(row, kernel):
             regions.setdefault(row["device"], {})[row["region"]] = row["path"] != row["default"]
     told = ((device, len(found), sum(found.values())) for device, found in regions.items())
     return ", ".join(f"{device}: {changed} of {count} regions changed" for device, count, changed in told)
