@@ -21,7 +21,7 @@ DEMO_SEARCH ?= --steps 800 --target-latency 0.75
 
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
-.PHONY: help setup test lint format bench demo clean
+.PHONY: help setup test lint format figures docs bench demo clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -51,13 +51,22 @@ $(BUILT): $(INSTALLED) setup.py $(CSRC)
 test: setup  ## run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-lint: setup  ## ruff
+lint: setup  ## ruff, and mypy on what is public
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: setup  ## let ruff sort imports, mend what it safely can, and lay out the code
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+figures: setup  ## write the tables and pictures of README and docs from the committed result files
+	$(PY) -m benchmarks.readme
+
+docs: setup  ## build the site into site/; a warning is an error
+	@$(PY) -c 'import material, mkdocstrings' 2>/dev/null \
+		|| $(PIP) install -c constraints.txt "mkdocs-material" "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 bench: setup  ## benchmarks against what people run today, on the device at hand
 	$(PY) -m benchmarks.run
@@ -70,6 +79,6 @@ demo: setup  ## digit scenes, a base detector, the joint search; all under runs/
 		--seed $(DEMO_SEED) --resume
 
 clean:  ## remove what was built; VENV and runs/ stay
-	rm -rf build dist *.egg-info jdkd/_C*.so .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf build dist site *.egg-info jdkd/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venv/*' -prune -exec rm -rf {} +
 	rm -f $(BUILT)

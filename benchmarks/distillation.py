@@ -180,6 +180,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--name", default="digit_scenes")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pairs", nargs="+", type=int, default=list(range(len(PAIRS))))
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
     parser.add_argument("--weights", nargs=2, type=Path, default=(), metavar=("RESNET18", "MOBILENET_V2"))
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--swap", action="store_true")
@@ -194,7 +195,8 @@ def main(arguments: Sequence[str]) -> None:
         ways = [(*pair, "pkd", weight) for pair in pairs[:1] for weight in WEIGHTS]
         if not asked.sweep:
             alone = [("nobody", family, "none", "auto") for family in dict.fromkeys(student for _, student in pairs)]
-            ways = alone + [(*pair, loss, "auto") for pair in pairs for loss in LOSSES[1:]]
+            ways = [(*pair, loss, "auto") for pair in pairs for loss in asked.losses if loss != "none"]
+            ways = alone * ("none" in asked.losses) + ways
         for row in swap_rows(bench, pairs, asked.seeds) if asked.swap else rows(bench, ways, asked.seeds):
             record.append(record.result_file("cpu", row["op"]), [row])
             print(json.dumps(row), flush=True)

@@ -55,10 +55,14 @@ class Recipe:
 
 
 _RESNET = "--backbone resnet18 --norm batch --width 0.75 --fpn 64"
+_R50 = "--backbone resnet50 --norm batch --width 0.25 --fpn 64"
 _DEEP = "--backbone resnet101 --norm batch --width 0.25 --fpn 64"  # the paper's depth, at a width for one core
 RECIPES = {
     "digit_scenes_deep": Recipe(
         "--train 400 --val 400 --size 192", f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 3000, times=2
+    ),
+    "digit_scenes_r50": Recipe(
+        "--train 400 --val 400 --size 128", f"--model fcos {_R50} --min-size 128 --max-size 128", 4, 5000
     ),
     "blood_cells_deep": Recipe(None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000),
     "blood_cells_deep_front": Recipe(

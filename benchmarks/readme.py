@@ -1,20 +1,34 @@
-"""Writes the tables of the README and of ``docs/``, and the curves, from the committed result files:
+"""Writes the tables of the README and of ``docs/``, and the pictures, from the committed result files:
 ``python -m benchmarks.readme``.
 
 A table stands between ``<!-- results of OP -->`` and ``<!-- end of results -->``; a test holds that pages and result
 files agree. Where an operator has goals, the table is theirs, and the other rows are left to the files; of
-:data:`WHOLE` all rows are shown.
+:data:`WHOLE` all rows are shown. :data:`MADE` says what is read off the code and the tests instead.
 """
 
 import re
 from pathlib import Path
 
-from benchmarks import ablations, distillation_cost, distillation_page, gains, goals, latency_page, record, searches
+from benchmarks import (
+    ablations,
+    backends,
+    distillation_cost,
+    distillation_page,
+    front_figure,
+    gains,
+    goals,
+    headlines,
+    latency_page,
+    record,
+    searches,
+    support,
+)
 
 WHOLE = ("pearson",)
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))
 EXPERIMENTS = ROOT / "docs" / "experiments"
+FRONT = ROOT / "docs" / "mAP-over-latency.svg"
 OWN = {  # operators whose tables are not those of kernels
     ablations.OP: ablations.page,
     "distillation": distillation_page.page,
@@ -23,6 +37,7 @@ OWN = {  # operators whose tables are not those of kernels
     gains.OP: gains.table,
     "latency": latency_page.page,
 }
+MADE = {"support": support.table, "backends": backends.table}
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 
@@ -32,7 +47,11 @@ def rendered(text: str) -> str:
 
 
 def _table(op: str) -> str:
+    if op in MADE:
+        return MADE[op]()
     rows = kept(op)
+    if op == headlines.OP:
+        return headlines.sentences(kept("pearson"), kept("elastic_conv"))
     if op in goals.GOALS and op not in WHOLE:
         return goals.table(op, record.latest(rows))
     if not rows:
@@ -48,9 +67,11 @@ def kept(op: str) -> list[record.Row]:
 
 
 def drawings() -> dict[Path, str]:
-    """The curves as the result files have them, by their files."""
+    """The pictures as the result files have them, by their files."""
     charts = distillation_page.charts(kept("distillation")) | latency_page.charts(kept("latency"))
-    return {EXPERIMENTS / name: drawn for name, drawn in charts.items()}
+    drawn = {EXPERIMENTS / name: svg for name, svg in charts.items()}
+    drawn[FRONT] = front_figure.figure({name: kept(name) for name in front_figure.SHOWN})
+    return {file: svg for file, svg in drawn.items() if svg}
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ KEPT = {
     "digit_scenes": "an FCOS on 700 digit scenes of 224 px, from a base of 1,000 steps",
     "digit_scenes_128": "an FCOS on 400 digit scenes of 128 px, from a base of 3,000 steps",
     "digit_scenes_deep": "an FCOS over a quarter of a ResNet-101 on 400 digit scenes of 192 px, base of 3,000 steps",
+    "digit_scenes_r50": "an FCOS over a quarter of a ResNet-50 on 400 digit scenes of 128 px, base of 5,000 steps",
     "blood_cells_deep": "an FCOS over a quarter of a ResNet-101 on photographs of blood cells",
     "blood_cells_deep_front": "the same for three latencies at once",
     "blood_cells_deep_two_stage": "a Faster R-CNN over a quarter of a ResNet-101 on photographs of blood cells",

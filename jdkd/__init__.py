@@ -9,8 +9,9 @@ import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import module_from_spec
 from pathlib import Path
+from typing import Any
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 # In a bare checkout or an editable install kernels/ lies beside this package; in a wheel it lies inside. It alone is
 # made known: with the checkout's root on __path__, jdkd.tests and jdkd.setup could be imported too.
@@ -46,7 +47,7 @@ _PACKAGES = (
 )
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The backend table: which implementations an operator has, and which one runs on a given tensor.
+"""The backends of operators: which implementations an operator has, and which one runs on a given tensor.
 
 An op file registers what it implements once, best first, and asks at every call::
 
@@ -23,7 +23,8 @@ forward of an operator, its gradient) in a dtype runs its check against float64,
 the verdict. What is wrong or cannot be checked is left out, and said once. While a CUDA graph is captured or a program
 is traced nothing is checked, and what runs is what was seen right before, ``reference`` if nothing was. What is asked
 for by ``use_backend`` or ``JDKD_BACKEND`` runs unchecked: that is how a fault is reproduced, timed and mended. Where it
-is known to be wrong, a notice says so once.
+is known to be wrong, a notice says so once. How the rule is applied, to backends and to all else that there is to
+choose, is in :mod:`jdkd._dispatch`.
 
 The choice is made when the operator runs: a backward pass that is run after ``use_backend`` was left picks
 again, so what a forward saves must be readable by the backward of every backend.
@@ -31,32 +32,48 @@ again, so what a forward saves must be readable by the backward of every backend
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from jdkd import _dispatch, _ext, _verdicts
+from jdkd._dispatch import BACKENDS, VARIABLE, Candidate, Table, request, requested, use_backend, validated
 from jdkd._verdicts import Check, Subject, Verdict
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")
-VARIABLE = "JDKD_BACKEND"
+__all__ = ["BACKENDS", "VARIABLE", "requested", "use_backend"]  # of the dispatch, and asked for here
 
 if os.environ.get("JDKD_CACHE"):
     os.environ.setdefault("TRITON_CACHE_DIR", os.path.join(os.environ["JDKD_CACHE"], "triton"))
 
 
-class _Call(NamedTuple):
-    """What the choice of a backend depends on."""
+class Call(NamedTuple):
+    """What the choice of a backend depends on; of the tensor, where it is known, only how it lies in memory."""
 
     form: str
     device: torch.device
     dtype: torch.dtype
+    tensor: Tensor | None = None
+
+
+class Kernel(NamedTuple):
+    """A backend of an operator, as :class:`jdkd._dispatch.Candidate` has it; a call names form, device and dtype."""
+
+    op: str
+    backend: str
+
+    def asked(self, call: Call) -> str | None:
+        """The backend that is asked of the operator, if any; raises InputError where that cannot run."""
+        return _asked(self.op, call.form, call.device, call.dtype)
+
+    def unseen(self, call: Call, check: bool) -> str | None:
+        """Why it may not run unasked, or None: it must be there, and have been seen right on the device."""
+        return _unseen(self.op, call.form, self.backend, call.device, call.dtype, check)
 
 
 class _Backend(NamedTuple):
@@ -68,23 +85,23 @@ class _Backend(NamedTuple):
     why: str
     checks: Mapping[str, Check]
 
-    def why_not(self, call: _Call) -> str | None:
-        """Why it does not run unasked, or None; checks it if that was never done."""
-        if reason := self.why_no_default(call.device, call.dtype):
-            return reason
-        return why_unseen(Subject(self.op, call.form, self.name, call.device, call.dtype))
+    def candidate(self) -> Candidate:
+        """The row of the operator's table."""
 
-    def why_no_default(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """The same as far as device and dtype tell."""
-        if self.name == "triton" and device.type == "cpu":
-            return "Triton's interpreter runs only when it is asked for"
-        return _why_refused(self.op, self.name, device.type, dtype)
+        def can_run(call: Call) -> str | None:
+            return _why_refused(self.op, self.name, call.device.type, call.dtype)
+
+        def waits(call: Call) -> str | None:
+            is_interpreted = self.name == "triton" and call.device.type == "cpu"
+            return "Triton's interpreter runs only when it is asked for" if is_interpreted else None
+
+        return Candidate(self.name, self.why, "", can_run, Kernel(self.op, self.name), waits)
 
 
 _table: dict[str, dict[str, _Backend]] = {}
-_chosen: dict[tuple, str] = {}  # what was settled, by the arguments of _choose
-# Process-wide and no context variable: autograd runs backward passes on threads of its own.
-_forced: str | None = None
+_regions: dict[str, Callable[[Call], str]] = {}
+_chosen = _dispatch.settled  # what was settled, by the arguments of _choose
+_environment = os.environ.get  # looked up once, as it is called at every call
 
 
 def register(
@@ -107,8 +124,30 @@ def register(
     Raises:
         InputError: on a name that is no backend.
     """
-    _table.setdefault(op, {})[_validated(backend, "backend")] = _Backend(op, backend, dtypes, why, checks or {})
+    _table.setdefault(op, {})[validated(backend, "backend")] = _Backend(op, backend, dtypes, why, checks or {})
     _chosen.clear()
+
+
+def tune_by(op: str, region: Callable[[Tensor], str]) -> None:
+    """Lets `jdkd tune` choose among the backends of an operator.
+
+    Args:
+        op: noun stem of the operator.
+        region: of the tensor that :func:`select` is given, see :class:`jdkd._dispatch.Table`; form and dtype are
+            added.
+    """
+    _regions[op] = lambda call: region_name(call.form, call.dtype, region(call.tensor))
+
+
+def region_name(form: str, dtype: torch.dtype, rest: str) -> str:
+    """The region of a form of an operator in a dtype."""
+    return ", ".join(filter(None, (form, _dtype_text(dtype), rest)))
+
+
+def table_of(op: str) -> Table:
+    """The backends of an operator as a table."""
+    candidates = tuple(row.candidate() for row in _row(op).values())
+    return Table(op, candidates, _regions[op]) if op in _regions else Table(op, candidates)
 
 
 def ops() -> tuple[str, ...]:
@@ -163,12 +202,12 @@ def select(op: str, tensor: torch.Tensor, form: str = "") -> str:
     """Picks the backend that runs a form of ``op`` on ``tensor``.
 
     ``use_backend`` comes first and is strict. ``JDKD_BACKEND`` comes next: it speaks for a whole program, so
-    an operator without that backend keeps its own order. Otherwise the first registered one that is available,
-    takes the tensor's device and dtype, and was seen right there.
+    an operator without that backend keeps its own order. Otherwise the one that measured fastest here, or else the
+    first registered one, that is available, takes the tensor's device and dtype, and was seen right there.
 
     Args:
         op: noun stem of the operator.
-        tensor: any shape; only its device and dtype are looked at.
+        tensor: any shape; looked at are its device and dtype and, where a measurement depends on them, size and layout.
         form: what of the operator is to run, one of :func:`forms`; by default the first of them.
 
     Returns:
@@ -177,13 +216,13 @@ def select(op: str, tensor: torch.Tensor, form: str = "") -> str:
     Raises:
         InputError: if the backend asked for does not exist, is not available, or cannot take the tensor.
     """
-    key = (op, form, tensor.device, tensor.dtype, _forced, os.environ.get(VARIABLE))
+    key = (op, form, tensor.device, tensor.dtype, _dispatch._forced, _environment(VARIABLE))
     found = _chosen.get(key)
-    return _choose(*key) if found is None else found
+    return _choose(key, tensor) if found is None else found
 
 
 def choice(op: str, form: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Says which backend :func:`select` picks and from where that comes; nothing is checked.
+    """Says which backend :func:`select` picks where nothing was tuned, and from where that comes; nothing is checked.
 
     Args:
         op: noun stem of the operator.
@@ -194,51 +233,24 @@ def choice(op: str, form: str, device: torch.device, dtype: torch.dtype) -> tupl
     Returns:
         One of :data:`BACKENDS`, and one clause.
     """
-    if wanted := _asked_for(op, _forced, os.environ.get(VARIABLE)):
-        return wanted, "use_backend asks for it" if _forced else f"{VARIABLE} asks for it"
-    before = []
-    for backend, row in _row(op).items():
-        if row.why_no_default(device, dtype):
-            continue
-        if backend == "reference":
-            return backend, "; ".join([*before, "the first that is available"])
-        verdict = _verdicts.known(Subject(op, form, backend, device, dtype))
-        if verdict is None:
-            return backend, "; ".join([*before, "available, and checked on first use: reference if it is wrong then"])
-        if verdict.state == _verdicts.RIGHT:
+    if wanted := request(_row(op)):
+        return wanted
+    table, said = table_of(op), []
+    found, _ = Table(op, table.candidates).choose(Call(form, device, dtype), check=False)
+    for row in table.candidates:
+        verdict = _verdicts.known(Subject(op, form, row.name, device, dtype))
+        if row.name == "reference":
+            said.append("default: the first that is available")
+        elif row is found and verdict is None:
+            said.append("default: available, and checked on first use: reference if it is wrong then")
+        elif row is found:
             where = "read from the cache" if verdict.cached else "checked by this process"
-            return backend, "; ".join([*before, f"seen right on this device ({verdict}; {where})"])
-        before.append(f"{backend} is left out: {verdict}")
-    return "none", "; ".join([*before, f"none takes {_dtype_text(dtype)} on {device.type}"])
-
-
-def requested() -> str | None:
-    """Returns: the backend that ``use_backend`` or ``JDKD_BACKEND`` asks for, if any."""
-    return _forced or os.environ.get(VARIABLE) or None
-
-
-@contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Runs every operator inside the block, in all threads, on one backend.
-
-    Args:
-        name: one of :data:`BACKENDS`.
-
-    Raises:
-        InputError: on a name that is no backend; and from the operator, if it cannot run there.
-    """
-    global _forced
-    before, _forced = _forced, _validated(name, "use_backend")
-    try:
-        yield
-    finally:
-        _forced = before
-
-
-def _validated(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise InputError(f"{source}: there is no backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    return name
+            said.append(f"checked: seen right on this device ({verdict}; {where})")
+        elif verdict is not None and verdict.state != _verdicts.RIGHT:
+            said.append(f"{row.name} is left out: {verdict}")
+        if row is found:
+            return found.name, "; ".join(said)
+    return "none", "; ".join([*said, f"none takes {_dtype_text(dtype)} on {device.type}"])
 
 
 def _row(op: str) -> dict[str, _Backend]:
@@ -281,30 +293,31 @@ def _why_refused(op: str, backend: str, device: str, dtype: torch.dtype) -> str 
     return _why_unavailable(op, backend)
 
 
-def _choose(
-    op: str, form: str, device: torch.device, dtype: torch.dtype, forced: str | None, variable: str | None
-) -> str:
+def _choose(key: tuple, tensor: Tensor) -> str:
     """The backend of a call; kept, unless a kernel could not be checked now."""
-    key = (op, form, device, dtype, forced, variable)
-    form = form or next(iter(forms(op)), "")
-    wanted = _asked_for(op, forced, variable)
-    if wanted is not None:
-        _check_asked_for(op, wanted, form, device, dtype)
-        _chosen[key] = wanted
-        return wanted
-    found, is_settled = _dispatch.first(_row(op).values(), _Call(form, device, dtype))
-    if found is not None:
-        if is_settled:
-            _chosen[key] = found.name
-        return found.name
-    raise InputError(f"no backend of {op} takes {_dtype_text(dtype)} tensors on {device.type}")
+    op, form, device, dtype, *_ = key
+    call = Call(form or next(iter(forms(op)), ""), device, dtype, tensor)
+    if op in _regions and _dispatch.is_tuned(op, device):
+        key = (*key, _regions[op](call))
+        if (before := _chosen.get(key)) is not None:
+            return before
+    found, is_settled = table_of(op).choose(call)
+    if found is None:
+        raise InputError(f"no backend of {op} takes {_dtype_text(dtype)} tensors on {device.type}")
+    if is_settled:
+        _chosen[key] = found.name
+    return found.name
 
 
-def _asked_for(op: str, forced: str | None, variable: str | None) -> str | None:
-    """The backend that ``use_backend`` or else ``JDKD_BACKEND`` asks of an operator, if any."""
-    if variable and _validated(variable, VARIABLE) not in _row(op):
-        variable = None
-    return forced or variable or None
+def _asked(op: str, form: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """The backend that is asked of an operator, if any; raises InputError if that cannot run."""
+    if (wanted := request(_row(op))) is None:
+        return None
+    key = (op, form, device, dtype, *wanted)
+    if key not in _chosen:
+        _check_asked_for(op, wanted[0], form, device, dtype)
+        _chosen[key] = wanted[0]
+    return wanted[0]
 
 
 def _check_asked_for(op: str, backend: str, form: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -319,10 +332,19 @@ def _check_asked_for(op: str, backend: str, form: str, device: torch.device, dty
         say_once(f"{subject} runs because it was asked for, and was found wrong on this device: {verdict}")
 
 
-def why_unseen(subject: Subject) -> str | None:
-    """Why a form may not run unasked on a device, as far as :func:`seen_right` tells; None if it may."""
-    seen = seen_right(subject)
-    if seen is None:
+def _unseen(
+    op: str, form: str, backend: str, device: torch.device, dtype: torch.dtype, check: bool = True
+) -> str | None:
+    """Why a kernel may not run unasked, or None: it must be there, and have been seen right on the device."""
+    if backend == "reference":
+        return None
+    if reason := _why_refused(op, backend, device.type, dtype):
+        return reason
+    subject = Subject(op, form, backend, device, dtype)
+    if not check:
+        verdict = _verdicts.known(subject)
+        return None if verdict is None or verdict.state == _verdicts.RIGHT else str(verdict)
+    if (seen := seen_right(subject)) is None:
         return _dispatch.NOT_YET
     return None if seen else "it was checked on this device and not seen right"
 
@@ -356,3 +378,8 @@ def seen_right(subject: Subject) -> bool | None:
 
 def _dtype_text(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+# What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
+for _constant in (_asked, _unseen):
+    _constant._dynamo_marked_constant = True

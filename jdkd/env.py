@@ -14,7 +14,7 @@ from types import ModuleType
 
 import torch
 
-from jdkd import __version__, _backend, _ext
+from jdkd import __version__, _backend, _ext, _tuned
 
 _PACKAGES = (
     "triton",
@@ -31,8 +31,8 @@ _PACKAGES = (
 _VARIABLES = {
     "JDKD_BACKEND": f"backend of every operator that has it: {', '.join(_backend.BACKENDS)}",
     "JDKD_BUILD_EXT": "read by setup.py: auto, 1 (a missing toolchain is an error), 0 (pure Python)",
-    "JDKD_CACHE": "folder for what checks of kernels found and for indices of annotations, by default ~/.cache/jdkd; "
-    "where set, also for Triton's compiled kernels, unless TRITON_CACHE_DIR is",
+    "JDKD_CACHE": "folder for what checks and timings of kernels found and for indices of annotations, by default "
+    "~/.cache/jdkd; where set, also for Triton's compiled kernels, unless TRITON_CACHE_DIR is",
 }
 
 
@@ -41,8 +41,9 @@ def report() -> str:
 
     Returns:
         Lines in sections: versions, devices, the build of ``jdkd._C``, the environment variables, for each operator
-        every backend with ``available`` or the reason why not, best first, and for each of its forms in float32 the
-        backend that runs on each device, with the reason. Nothing is checked: ``jdkd check`` does.
+        every backend with ``available`` or the reason why not, best first, for each of its forms in float32 the
+        backend that runs on each device, with the reason, and where another one runs as it measured faster. Nothing is
+        checked or timed: ``jdkd check`` and ``jdkd tune`` do.
     """
     sections = {
         "versions": _versions(),
@@ -51,6 +52,7 @@ def report() -> str:
         "variables": _variables(),
         "operators": _operators(),
         "choices": _choices(),
+        "tuned": _tuned_regions(),
     }
     return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in sections.items())
 
@@ -129,14 +131,31 @@ def _operators() -> list[tuple[str, str]]:
 
 
 def _choices() -> list[tuple[str, str]]:
-    devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
     return [
         (f"{op} / {form} on {device}", f"{backend}: {why}")
         for op in _backend.ops()
-        for device in devices
+        for device in devices()
         for form in _backend.forms(op)
         for backend, why in [_backend.choice(op, form, device, torch.float32)]
     ]
+
+
+def devices() -> list[torch.device]:
+    """Returns: the CPU, and every GPU that is visible."""
+    return [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
+
+
+def _tuned_regions() -> list[tuple[str, str]]:
+    """What `jdkd tune` found on each device, and the regions in which a choice comes from there."""
+    rows = []
+    for device in devices():
+        found = [(table, *row) for table, regions in _tuned.regions(device).items() for row in regions.items()]
+        others = [(table, name, region.path) for table, name, region in found if region.path != region.default]
+        text = f"{len(found)} regions timed, {len(others)} of them not by default; {_tuned.file_of(device)}"
+        rows.append((str(device), text if found else "nothing was timed: `jdkd tune` does"))
+        for table, name, path in others:
+            rows.append((f"{table} on {device}", f"{path} for {name}, {_tuned.told(table, name, device)}"))
+    return rows
 
 
 def _forms(module: ModuleType) -> list[tuple[str, str]]:

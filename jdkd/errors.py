@@ -1,5 +1,7 @@
 """Errors that a user can act on."""
 
+__all__ = ["InputError", "ModelError"]
+
 
 class InputError(ValueError):
     """Something the user gave cannot be used.

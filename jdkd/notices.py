@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+__all__ = ["Notice"]
+
 _said: set[str] = set()
 _messengers: list[Callable[[str, str], None]] = []  # the last one is told
 

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -23,7 +20,6 @@ from triton.compiler import ASTSource
 
 from tests.machine_code import instructions, resources
 
-ROOT = Path(__file__).parents[1]
 TARGET = GPUTarget("cuda", 90, 32)
 
 
@@ -38,15 +34,6 @@ def compiled(variant: dict):
         fn=variant["kernel"], signature=variant["signature"], constexprs=variant["constants"], attrs=aligned
     )
     return triton.compile(source, target=TARGET, options=variant["options"])
-
-
-def without_interpreter(*module: str) -> str:
-    """What ``python -m MODULE ...`` prints in a process of its own, where kernels are compiled."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", *module]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
 
 
 def report(variants: Iterable[dict], inspected: Callable) -> None:

@@ -4,6 +4,7 @@ A test module of an operator names it, ``OP = "pearson"``, and its tests take th
 then runs once per backend that this machine can run, inside ``use_backend``, and with ``device`` set to fit.
 """
 
+import gc
 import importlib.util
 import os
 import signal
@@ -85,6 +86,17 @@ def quick_interpreter() -> None:
         from tests.quick_interpreter import quicken
 
         quicken()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Half a million objects come to stay here; without this, every full collection of garbage looks through them."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,7 @@
 """Small detectors that the tests of several rooms share."""
 
+import sys
+
 import torch
 
 from jdkd.detect import DetectorSpec, Stage, build
@@ -59,3 +61,9 @@ def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
 def assert_same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def hide_own_detectors(patch) -> None:
+    """From now on every import of ``jdkd.detect``, or from it, fails, as where it is not installed."""
+    for name in [name for name in sys.modules if name.startswith("jdkd.detect")]:
+        patch.setitem(sys.modules, name, None)

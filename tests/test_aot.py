@@ -9,6 +9,7 @@ import pytest
 
 from jdkd import _ext
 from tests import machine_code
+from tests.without_interpreter import printed_by
 
 MODULES = ["jdkd.kernels.pearson"]  # each lists its variants in aot_variants()
 PEARSON = r"\S*pearson_(plane|row)_(stats|grad)_kernel"
@@ -16,8 +17,7 @@ PEARSON = r"\S*pearson_(plane|row)_(stats|grad)_kernel"
 
 @pytest.fixture(scope="module", params=MODULES)
 def variants(request) -> list[dict]:
-    aot = pytest.importorskip("tests.aot", exc_type=ImportError)
-    return [json.loads(line) for line in aot.without_interpreter("tests.aot", request.param).splitlines()]
+    return [json.loads(line) for line in printed_by("tests.aot", request.param).splitlines()]
 
 
 def test_every_triton_variant_stays_in_registers_and_shared_memory(variants):

@@ -6,13 +6,20 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import tomllib
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from jdkd import __version__ as VERSION
+
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("jdkd", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES = ("jdkd", "kernels", "csrc", "examples", "setup.py", "pyproject.toml", "constraints.txt")
+SOURCES += ("MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
+DATA = (".json", ".html", ".css", ".typed")
 NOT_OURS = ("tests", "setup", "benchmarks")  # beside the package in a checkout
 FIND_KERNELS = (
     "import importlib, pkgutil, jdkd, jdkd.kernels; from jdkd import kernels; from importlib.util import find_spec;"
@@ -23,12 +30,14 @@ FIND_KERNELS = (
 )
 
 
-def run(*arguments: object, cwd: Path, check: bool = True, **variables: str) -> subprocess.CompletedProcess:
+def run(
+    *arguments: object, cwd: Path, check: bool = True, python: Path | str = sys.executable, **variables: str
+) -> subprocess.CompletedProcess:
     """Runs python with arguments, free of the checkout on its path."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JDKD_")}
     environment.pop("PYTHONPATH", None)
     environment |= {"PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", **variables}
-    command = [sys.executable, *map(str, arguments)]
+    command = [str(python), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
     assert not check or result.returncode == 0, result.stdout + result.stderr
     return result
@@ -67,7 +76,8 @@ def test_the_wheel_holds_the_package_and_its_kernels_and_nothing_else(wheel):
     assert wheel.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(wheel).namelist()
     kernels = {f"jdkd/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-    assert kernels and kernels <= set(names)
+    data = {path.relative_to(ROOT).as_posix() for path in (ROOT / "jdkd").rglob("*") if path.suffix in DATA}
+    assert kernels and kernels | data | {"jdkd/py.typed"} <= set(names) and len(data) > 5
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"jdkd"}
     assert [name for name in names if name.endswith((".so", ".cu", ".cpp")) or "test" in Path(name).name] == [
         name for name in names if name == "jdkd/testing.py"
@@ -83,6 +93,29 @@ def test_the_wheel_declares_what_it_needs(wheel):
     assert "Requires-Python: >=3.11" in metadata and "License-Expression: Apache-2.0" in metadata
     entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert "jdkd = jdkd.cli:main" in entry_points
+
+
+def test_the_source_distribution_holds_what_wheel_and_extension_are_made_of(checkout, wheel, tmp_path):
+    backend = f"import setuptools.build_meta as backend; backend.build_sdist({str(tmp_path)!r})"
+    run("-W", "ignore", "-c", backend, cwd=checkout, JDKD_BUILD_EXT="0")
+    (archive,) = tmp_path.glob("*.tar.gz")
+    assert archive.name == f"jdkd-{VERSION}.tar.gz" and wheel.name.startswith(f"jdkd-{VERSION}-")
+    with tarfile.open(archive) as opened:
+        brought = {name.partition("/")[2] for name in opened.getnames()}
+    compiled = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    packed = {name.replace("jdkd/kernels/", "kernels/") for name in zipfile.ZipFile(wheel).namelist()}
+    assert compiled | {name for name in packed if ".dist-info/" not in name} <= brought
+    assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md"} <= brought
+    assert not [name for name in brought if name.startswith(("tests/", "benchmarks/")) or name.endswith(".so")]
+
+
+def test_every_extra_that_is_spoken_of_exists():
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"detect", "search", "ray", "export", "docs", "dev"} <= set(known)
+    texts = [*(ROOT / "jdkd").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "Makefile"]
+    for path in texts:
+        for said in re.findall(r"(?:jdkd|\"\.|'\.)\[([a-z,]+)\]", path.read_text()):
+            assert set(said.split(",")) <= set(known), f"{path}: {said}"
 
 
 def test_an_installed_wheel_finds_its_kernels(wheel, tmp_path):
@@ -151,6 +184,54 @@ def test_a_compile_error_is_not_swallowed(checkout, tmp_path):
     (broken / "csrc" / "module.cpp").write_text("int answer = ;\n")
     result = run("setup.py", "--quiet", "build_ext", "--inplace", cwd=broken, check=False)
     assert result.returncode != 0 and "module.cpp:1:14: error" in result.stdout + result.stderr
+
+
+USE_IT = """
+import torch, jdkd
+from jdkd import _ext
+from jdkd.nn import PKDLoss
+assert "site-packages" in jdkd.__file__, jdkd.__file__
+x = torch.randn(1, 8, 16, 16, requires_grad=True)
+PKDLoss(6.0)([x], [torch.randn(1, 8, 16, 16)]).backward()
+assert torch.isfinite(x.grad).all() and (_ext.build_info() is not None) is {compiled}, _ext.why_missing()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("when_asked")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_both_wheels_work_in_an_empty_environment(checkout, wheel, tmp_path):
+    """The pure one brings torch alone, then what its extras say; the compiled one takes its place, with the CPU's
+    operators alone, since the others take many minutes to compile. Needs a package registry and 7 GB.
+    """
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = ("-m", "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
+
+    def inside(*arguments: object) -> str:
+        return run(*arguments, cwd=tmp_path, python=python).stdout
+
+    inside(*install, wheel)
+    inside("-c", USE_IT.format(compiled=False))
+    inside("-m", "jdkd.env")
+    inside(*install, f"{wheel}[search,export]")
+    assert "No broken requirements" in inside("-m", "pip", "check")
+    sources = shutil.copytree(checkout, tmp_path / "sources")
+    shutil.rmtree(sources / "csrc" / "cuda")
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path / "compiled")
+    run("-m", "pip", "wheel", *options, sources, cwd=tmp_path, JDKD_BUILD_EXT="1")
+    (compiled,) = (tmp_path / "compiled").glob("*.whl")
+    inside(*install, "--no-deps", "--force-reinstall", compiled)
+    inside("-c", USE_IT.format(compiled=True))
+    data = tmp_path / "data"
+    inside("-m", "jdkd", "data", "digits", data, "--train", 4, "--val", 2, "--size", 64)
+    small = ("--width", 0.25, "--fpn", 64, "--box-head", 32, "--min-size", 64, "--max-size", 64)
+    inside(
+        "-m", "jdkd", "train", "--spec", "faster_rcnn_r18_fpn", "--data", data, "--out", "base", *small, "--steps", 2
+    )
+    inside("-m", "jdkd", "export", "base", "--data", data, "--out", "base.onnx")
+    inside("-m", "jdkd", "predict", "base.onnx", data / "val2017", "--out", "seen")
+    assert list((tmp_path / "seen").iterdir())
 
 
 TOY = {

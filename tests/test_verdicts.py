@@ -301,9 +301,10 @@ def test_the_choice_and_its_origin_are_told(toy, monkeypatch):
     def told() -> tuple[str, str]:
         return _backend.choice("toy", "run", CPU, torch.float32)
 
-    assert told() == ("cpu", "available, and checked on first use: reference if it is wrong then") and toy.checks == 0
+    unchecked = "default: available, and checked on first use: reference if it is wrong then"
+    assert told() == ("cpu", unchecked) and toy.checks == 0
     chosen()
-    assert "checked by this process" in told()[1]
+    assert told()[1].startswith("checked: seen right") and "checked by this process" in told()[1]
     anew()
     assert "read from the cache" in told()[1]
     monkeypatch.setenv("JDKD_BACKEND", "reference")

@@ -80,6 +80,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
     from jdkd.cli.show import Show
     from jdkd.cli.swap import Swap
     from jdkd.cli.train import Train
+    from jdkd.cli.tune import Tune
 
     def named(name: str, command: Any, *markers: Any) -> Any:
         return Annotated[(command, tyro.conf.subcommand(name=name), *markers)]
@@ -106,6 +107,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         named("predict", Predict, positional),
         named("env", Env),
         named("check", Check),
+        named("tune", Tune),
     )
     return tyro.cli(
         Union[commands],  # noqa: UP007

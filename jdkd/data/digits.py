@@ -95,7 +95,8 @@ def _write_split(folder: Path, split: str, request: Request, scene_done: Callabl
     """Writes the images and annotations of one split below ``folder``."""
     pictures = folder / f"{split}2017"
     pictures.mkdir(parents=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for k in range(request.train if split == "train" else request.val):
         rng = np.random.default_rng([request.seed, split == "val", request.size, k])
         picture, found, owners = scene(request.size, rng, split)

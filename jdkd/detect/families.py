@@ -387,4 +387,5 @@ FAMILIES = {
         anchor_scale=None,
     ),
 }
+"""The families of detectors that :func:`detector` builds, by name."""
 OF_32_GROUPS = ("fcos",)  # torchvision makes their heads so

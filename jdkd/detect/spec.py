@@ -18,6 +18,7 @@ _PUBLISHED = {  # blocks per stage, He et al., CVPR 2016, table 1
     "faster_rcnn_r101_fpn": ("bottleneck", (3, 4, 23, 3)),
 }
 NAMED_SPECS = tuple(_PUBLISHED)
+"""What :func:`named_spec` takes."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def swap_features(features: nn.Module, head: nn.Module) -> nn.Module:
         say_once(f"the head, which was trained on images {told[1]}, gets them as the features do, {told[0]}")
     inner = {"builder": theirs.builder, "arguments": dict(theirs.arguments)}
     arguments = {"builder": ours.builder, "arguments": dict(ours.arguments), "features": inner, "levels": levels}
-    made = _exchanged(copy.deepcopy(head), copy.deepcopy(features), levels)
+    made: Any = _exchanged(copy.deepcopy(head), copy.deepcopy(features), levels)
     made.architecture = describe(made, BUILDER, arguments, classes=ours.classes)
     return made
 

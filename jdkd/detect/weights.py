@@ -210,7 +210,8 @@ class _State:
     others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        found, path = self.content, []
+        path: list[str] = []
+        found = self.content
         while isinstance(found, Mapping):
             keys = list(_state_keys(found))
             if not keys:

@@ -1,6 +1,7 @@
 """One detector taught by another, through forward hooks; neither is changed."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from jdkd.distill.adapter import explained
 from jdkd.distill.attachment import DistillationHandle, attach
@@ -9,6 +10,9 @@ from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller, can_distil_heads
 from jdkd.distill.normalisation import Normalisation
+
+if TYPE_CHECKING:
+    from jdkd.distill.training import DistillConfig, Distilled, comparable, distill
 
 __all__ = [
     "DistillConfig",
@@ -30,7 +34,7 @@ __all__ = [
 _FROM_DATA_ON = ("DistillConfig", "Distilled", "comparable", "distill")
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """What trains from data on needs more than torch, and is imported when it is asked for."""
     if name in _FROM_DATA_ON:
         return getattr(import_module("jdkd.distill.training"), name)

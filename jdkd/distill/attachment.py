@@ -236,8 +236,8 @@ def attach(
         teacher_normalisation=teacher_normalisation,
         own_size=own_size,
     )
-    chosen = {"loss_weight": loss_weight, "levels": levels, "channels": channels, "adapter": adapter, "align": align}
-    return DistillationHandle(FeatureDistiller(student, teacher, runner=runner, **chosen, **options))
+    options |= {"loss_weight": loss_weight, "levels": levels, "channels": channels, "adapter": adapter, "align": align}
+    return DistillationHandle(FeatureDistiller(student, teacher, runner=runner, **options))
 
 
 def _share(adapters: nn.Module) -> None:
@@ -251,9 +251,10 @@ def _share(adapters: nn.Module) -> None:
             parameter.register_post_accumulate_grad_hook(_average)
 
 
-def _average(parameter: nn.Parameter) -> None:
-    distributed.all_reduce(parameter.grad)
-    parameter.grad /= distributed.get_world_size()
+def _average(parameter: Tensor) -> None:
+    if (gradient := parameter.grad) is not None:
+        distributed.all_reduce(gradient)
+        gradient /= distributed.get_world_size()
 
 
 def _holder(hook: Any) -> Any:

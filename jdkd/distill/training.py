@@ -79,7 +79,7 @@ class DistillConfig:
     def weight(self, student: nn.Module, teacher: nn.Module) -> float:
         """The weight of each level, for two detectors."""
         if self.loss_weight != AUTO:
-            return self.loss_weight
+            return float(self.loss_weight)
         if IMITATION[self.loss] != "pearson":
             return OTHERS
         return TWO_STAGE if is_two_stage(teacher) or is_two_stage(student) else ONE_STAGE
@@ -200,7 +200,8 @@ def comparable(
     if method.inherit:
         in_common(student, teacher)
     weight = method.weight(student, teacher)
-    options = {"feature_weight": weight, "own_size": method.own_size, "imitation": IMITATION[method.loss]}
+    options: dict[str, Any] = {"feature_weight": weight, "own_size": method.own_size}
+    options["imitation"] = IMITATION[method.loss]
     options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == "pkd+logits")}
     options["align"] = method.align
     distiller = Distiller(student, teacher, tau=method.tau, adapter=bool(method.adapter), **options)

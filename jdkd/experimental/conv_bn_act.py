@@ -192,7 +192,7 @@ class ElasticConvBNAct(ConvBNAct):
 
     def _route(self, x: Tensor, active: Any) -> str:
         """How an evaluation runs: in ``"one pass"``, with ``"folded"`` filters, or as ``"parts"``."""
-        conv, only_aten = self.conv, elastic_kernels.only_aten(x.device.type)
+        conv, only_aten = self.conv, elastic_kernels.only_aten(x.device)
         takes_one = not only_aten and active.border is None and not conv._is_transformed(active)
         if takes_one and elastic_kernels.select(conv._call(x, active)) == "pointwise":
             return "one pass"

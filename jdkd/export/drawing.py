@@ -76,4 +76,5 @@ def name_of(label: int, classes: Sequence[str]) -> str:
 
 def _colour(label: int) -> tuple[int, int, int]:
     """Bright, and far from that of the next label."""
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1))
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(label * 0.618034 % 1, 0.65, 1))
+    return red, green, blue

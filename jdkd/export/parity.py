@@ -64,7 +64,7 @@ class Parity:
     box: float = 0.0
     score: float = 0.0
     mask: float = 0.0
-    maps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    maps: dict[str, tuple[float, ...]] = field(default_factory=dict)
     first: Tensor | None = None
 
     def compare(self, ours: Found, theirs: Found, tolerance: Tolerance, cut: Callable[[Found], float]) -> bool:
@@ -228,11 +228,11 @@ def _tensors(found: Found, masks: bool) -> dict[str, Tensor]:
     return tensors | ({"masks": torch.from_numpy(found["masks"])[:, None]} if masks else {})
 
 
-def _maps(findings: Mapping[str, Findings], dataset: Any, most: int) -> dict[str, tuple[float, float]]:
+def _maps(findings: Mapping[str, Findings], dataset: Any, most: int) -> dict[str, tuple[float, ...]]:
     """mAP of boxes, and of masks where there are any, of each of two."""
     rows = {kind: each.close() for kind, each in findings.items()}
     plain = [[{k: v for k, v in row.items() if k != "segmentation"} for row in of] for of in rows.values()]
-    found = {"boxes": tuple(score(dataset, of, most).map for of in plain)}
+    found: dict[str, tuple[float, ...]] = {"boxes": tuple(score(dataset, of, most).map for of in plain)}
     if all(each.masks for each in findings.values()):
         shapes = [[{k: v for k, v in row.items() if k != "bbox"} for row in of] for of in rows.values()]
         found["masks"] = tuple(score(dataset.with_masks(), of, most, "segm").map for of in shapes)

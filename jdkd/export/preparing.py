@@ -73,7 +73,7 @@ def found_of(
         mine = {name: output[number] for name, output in outputs.items()}
         there = np.flatnonzero(mine["scores"] > 0)
         if facts["nms"] == "outside":
-            there = there[suppressed(*(mine[name][there] for name in ("boxes", "labels", "scores")), facts)]
+            there = there[suppressed(mine["boxes"][there], mine["labels"][there], mine["scores"][there], facts)]
         mine = {name: output[there] for name, output in mine.items()}
         ratio = np.asarray(original, dtype=np.float32) / size.astype(np.float32)
         mine["boxes"] = mine["boxes"] * ratio[[1, 0, 1, 0]]

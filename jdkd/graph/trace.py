@@ -81,7 +81,9 @@ def _groups(
     members: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
     for begin, end in zip(starts.tolist(), (starts + axes).tolist(), strict=True):
         members[axis_of[begins[begin:end]].tobytes(), counts[begin:end].tobytes()].append(begin)
-    groups, roots, frozen = [], [], defaultdict(set)
+    groups: list[ChannelGroup] = []
+    roots: list[np.ndarray] = []
+    frozen: dict[str, set[tuple[str, int]]] = defaultdict(set)
     for signature, found in members.items():
         places, repeats = (np.frombuffer(part, dtype=np.int64) for part in signature)
         units = begins[found]  # where each begins in ``number``
@@ -142,16 +144,16 @@ def _block_lists(model: nn.Module, steps: list[Step], component: np.ndarray) -> 
     for container in dict.fromkeys(path.rpartition(".")[0] for path in blocks):
         before = None
         for name, _ in model.get_submodule(container).named_children():
-            step = blocks.get(f"{container}.{name}")
+            block = blocks.get(f"{container}.{name}")
             if (
-                step is not None
+                block is not None
                 and before is not None
-                and _channels_of(step, component) == _channels_of(before, component)
+                and _channels_of(block, component) == _channels_of(before, component)
             ):
-                lists[-1].append(step)
-            elif step is not None:
-                lists.append([step])
-            before = step
+                lists[-1].append(block)
+            elif block is not None:
+                lists.append([block])
+            before = block
     return block_lists([(step.path, step.ends) for step in run] for run in lists)
 
 

@@ -125,7 +125,8 @@ def measured_here(work: Work, grid: Grid, progress: ProgressCallback | None = No
     for number, (runtime, dtype, batch_size) in enumerate(cells):
 
         def told(done: int, total: int, values: dict[str, float], number: int = number) -> None:
-            progress(number * total + done, len(cells) * total, values)
+            if progress is not None:
+                progress(number * total + done, len(cells) * total, values)
 
         report = measure(
             models,

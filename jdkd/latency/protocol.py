@@ -64,9 +64,11 @@ LEAST_ROUNDS = 5
 BLOCK_SECONDS = 1.0  # of rounds between two readings of the machine's clocks
 AGAIN = "the base again (A/A)"  # among the models of a round
 REPORTED = Schedule()
+"""How long what is reported is measured."""
 QUICK = Schedule(
     rounds=20, min_seconds=0.0, max_seconds=20.0, warmup_seconds=0.0, warmup_limit=1.0, window=3, tolerance=0.05
 )
+"""How long a candidate is measured that may be thrown away."""
 
 
 def order(names: Sequence[str], round_index: int) -> list[str]:
@@ -118,7 +120,8 @@ def interleave(
                 total += taken
         return total
 
-    begin, totals = time.perf_counter(), []
+    totals: list[float] = []
+    begin = time.perf_counter()
     while True:
         totals.append(one_round(len(totals)))
         elapsed, stable = time.perf_counter() - begin, _is_stable(totals, schedule)

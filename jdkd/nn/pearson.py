@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
@@ -30,7 +30,7 @@ class _Pearson(nn.Module):
     ) -> None:
         super().__init__()
         self.loss_weight = loss_weight
-        self.options = {
+        self.options: dict[str, Any] = {
             "pairing": pairing,
             "levels": tuple(levels) if isinstance(levels, Iterable) else levels,
             "level_weights": level_weights,
@@ -48,7 +48,7 @@ class _Pearson(nn.Module):
 
     def extra_repr(self) -> str:
         settings = {"loss_weight": self.loss_weight, **self.options}
-        defaults = _Pearson.__init__.__kwdefaults__
+        defaults = _Pearson.__init__.__kwdefaults__ or {}
         return ", ".join(f"{name}={value!r}" for name, value in settings.items() if value != defaults.get(name))
 
 
@@ -62,7 +62,7 @@ class PKDLoss(_Pearson):
             :func:`jdkd.functional.pkd_loss`.
     """
 
-    def __init__(self, loss_weight: float = 1.0, resize_stu: bool = True, **options) -> None:
+    def __init__(self, loss_weight: float = 1.0, resize_stu: bool = True, **options: Any) -> None:
         super().__init__(loss_weight, **options)
         self.resize_stu = resize_stu
 
@@ -77,7 +77,8 @@ class PKDLoss(_Pearson):
     ) -> Tensor | tuple[Tensor, Tensor]:
         """See :func:`jdkd.functional.pkd_loss`."""
         names = {"preds_S": preds_S, "preds_T": preds_T}
-        return pkd_loss(student, teacher, self.loss_weight, self.resize_stu, mask=mask, **names, **self.options)
+        options = {"mask": mask, **names, **self.options}
+        return pkd_loss(student, teacher, self.loss_weight, self.resize_stu, **options)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.resize_stu else ", resize_stu=False")

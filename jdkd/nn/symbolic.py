@@ -12,7 +12,7 @@ from jdkd.errors import InputError
 __all__ = ["Proxy", "as_node"]
 
 
-def as_node(module: nn.Module, proxy: Proxy, *inputs: Any, **named: Any) -> Proxy:
+def as_node(module: nn.Module, proxy: Proxy, *inputs: Any, **named: Any) -> Any:
     """The call of a module as one node of the graph that is being traced; the graph stays right for every subnet.
 
     Args:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from jdkd.errors import InputError
@@ -206,18 +207,40 @@ def convolve(
         ``[N, Cout, OH, OW]``.
     """
     name = "aten"
-    if not elastic_kernels.only_aten(x.device.type):
+    if not elastic_kernels.only_aten(x.device):
         taps = kernel or weight.shape[2:]
-        call = elastic_kernels.call_of(x, inputs, outputs, taps, stride, padding, dilation, groups)
-        name = elastic_kernels.select(call)
-    if name == "pointwise":
-        shift = None if bias is None else active_part(bias, outputs)  # [Cout]
-        window = {"out_channels": outputs.count, "stride": call.stride[0]}
-        return elastic_pointwise_conv2d(x, crop(weight, kernel), **window, shift=shift)
+        name = elastic_kernels.select(
+            elastic_kernels.call_of(x, inputs, outputs, taps, stride, padding, dilation, groups)
+        )
+    return convolve_by(name, x, weight, bias, inputs, outputs, stride, padding, dilation, groups, kernel)
+
+
+def convolve_by(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: Channels,
+    outputs: Channels,
+    stride: int | tuple[int, int],
+    padding: Padding,
+    dilation: int | tuple[int, int],
+    groups: int,
+    kernel: Kernel = None,
+) -> Tensor:
+    """Convolves by a kernel of :data:`jdkd.ops.elastic_kernels.TABLE` that takes the call; the rest as of
+    :func:`convolve`."""
     if name == "implicit_gemm":
-        window = call.stride, call.padding, pair(dilation)
-        return implicit_gemm(x, crop(weight, kernel), bias, inputs, outputs, *window)
+        padding = 0 if padding == "valid" else padding
+        return implicit_gemm(
+            x, crop(weight, kernel), bias, inputs, outputs, pair(stride), pair(padding), pair(dilation)
+        )
+    bias = None if bias is None else active_part(bias, outputs)  # [Cout]
+    if name == "pointwise":
+        window = {"out_channels": outputs.count, "stride": pair(stride)[0]}
+        return elastic_pointwise_conv2d(x, crop(weight, kernel), **window, shift=bias)
     columns = inputs if groups == 1 else Channels(weight.shape[1])
     part = active_part(weight, outputs, columns, kernel)  # [Cout, Cin / groups, kh, kw]
-    bias = None if bias is None else active_part(bias, outputs)  # [Cout]
+    if name == "matmul":
+        return F.linear(x.permute(0, 2, 3, 1), part.flatten(1), bias).permute(0, 3, 1, 2)
     return conv2d(x, part, bias, stride, padding, dilation, groups)

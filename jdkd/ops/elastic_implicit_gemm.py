@@ -115,7 +115,9 @@ def _forward(
     out_channels: int, stride: _Pair, padding: _Pair, dilation: _Pair, groups: int,
 ) -> Tensor:  # fmt: skip
     shape = _out_shape(x, weight, out_channels, stride, padding, dilation)
-    if groups == 1 and elastic_kernels.kernel_runs("implicit_gemm", x, shape, "forward"):
+    is_listed = in_index is not None or out_index is not None
+    call = elastic_kernels.within(x, shape, weight.shape[2:], stride, padding, is_listed, "forward")
+    if groups == 1 and elastic_kernels.kernel_runs("implicit_gemm", call):
         window = stride, padding, dilation, elastic_kernels.allow_tf32()
         return _forward_triton(x, weight, bias, shape, in_index, out_index, *window)
     rows, columns = _rows_columns(x, weight, in_index, out_index, out_channels, groups)

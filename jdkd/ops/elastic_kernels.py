@@ -1,28 +1,30 @@
-"""Which kernel computes an elastic convolution: the first row of :data:`KERNELS` that takes a call.
+"""Which kernel computes an elastic convolution: the first row of :data:`TABLE` that takes a call.
 
-A Triton kernel runs where it was asked for (``JDKD_BACKEND=triton``, ``use_backend("triton")``), and unasked where it
-measured fastest and was seen right: in a :class:`TunedRange` of its row. Ranges are data, filled in from committed
-results. The choice depends on shapes, layout and dtype alone; a compiled graph keeps its first answer.
+A Triton kernel runs where it was asked for (``JDKD_BACKEND=triton``, ``use_backend("triton")``), and unasked where
+`jdkd tune` measured it faster than ATen in the :func:`region` of a call, and it was seen right. The choice depends on
+shapes, layout and dtype alone; a compiled graph keeps its first answer.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from jdkd import _backend, _dispatch
+from jdkd._dispatch import Candidate, Condition, Table, all_of
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.kernel_size import Padding, pair
 from jdkd.ops.layout import is_channels_last
 from jdkd.ops.transforms import is_looked_into
 
-_ANY = (1, 2**63)
-_SIZES = ("positions", "in_channels", "out_channels")
+NAME = "elastic convolution"
+# Where classes of sizes end: output positions, and products of input and output channels.
+POSITIONS, WEIGHTS = (512, 4096, 32768), (32**2, 128**2, 512**2)
 _DEVICES = ("cuda", "cpu")  # where a kernel can run
+_LIMIT = 2**30
 
 
 class Product(NamedTuple):
@@ -55,6 +57,7 @@ class ConvCall(NamedTuple):
         is_listed: whether channels are listed, and not the leading ones.
         is_channels_last: whether the image lies in memory so and in no other way.
         is_batch: whether there is a dimension of images.
+        form: of the operator: ``"forward"`` or ``"gradient"``.
     """
 
     product: Product
@@ -65,6 +68,15 @@ class ConvCall(NamedTuple):
     is_listed: bool
     is_channels_last: bool
     is_batch: bool
+    form: str = "forward"
+
+    @property
+    def device(self) -> torch.device:
+        return self.product.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.product.dtype
 
     def __str__(self) -> str:
         product = self.product
@@ -77,124 +89,98 @@ class ConvCall(NamedTuple):
         )
 
 
-class TunedRange(NamedTuple):
-    """Calls for which a kernel measured fastest.
-
-    Args:
-        device: ``"cpu"``, or a compute capability, ``"sm_90"``.
-        dtypes: that are computed in.
-        source: the committed result that says so.
-        positions: from the first and below the second, ``N * OH * OW``.
-        in_channels: active, likewise.
-        out_channels: active, likewise.
-    """
-
-    device: str
-    dtypes: tuple[torch.dtype, ...]
-    source: str
-    positions: tuple[int, int] = _ANY
-    in_channels: tuple[int, int] = _ANY
-    out_channels: tuple[int, int] = _ANY
-
-    def covers(self, product: Product) -> bool:
-        bounds = ((getattr(self, size), getattr(product, size)) for size in _SIZES)
-        is_inside = all(first <= size < end for (first, end), size in bounds)
-        return is_inside and self.device == _kind(product.device) and product.dtype in self.dtypes
-
-    def __str__(self) -> str:
-        bounds = [f"{size} {getattr(self, size)}" for size in _SIZES if getattr(self, size) != _ANY]
-        return ", ".join([self.device, *map(_name, self.dtypes), *bounds, self.source])
+ON_REQUEST = (
+    'on request only (JDKD_BACKEND=triton, use_backend("triton")) or where `jdkd tune` found it faster, since it was '
+    "not measured on a GPU"
+)
 
 
-class Condition(NamedTuple):
-    """What a call must be for a kernel to take it, in words too."""
-
-    words: str
-    holds: Callable[[ConvCall], bool]
+def _on_request(call: ConvCall) -> str:
+    return ON_REQUEST
 
 
-class Kernel(NamedTuple):
-    """One way to compute an elastic convolution.
-
-    Args:
-        name: what explanations call it.
-        operator: row of the backend table whose Triton kernel runs; None: no kernel of ours.
-        takes: conditions, all of which must hold.
-        limit: positions must be fewer.
-        tuned: where it measured fastest; without a range a kernel runs on request only.
-        why: what speaks for it, one clause.
-    """
-
-    name: str
-    operator: str | None
-    takes: tuple[Condition, ...]
-    limit: int
-    tuned: tuple[TunedRange, ...]
-    why: str
-
-    def why_not(self, call: ConvCall) -> str | None:
-        """Why it does not take a call, or None if it does.
-
-        Raises:
-            InputError: if the backend that was asked for cannot run here.
-        """
-        for condition in self.takes:
-            if not condition.holds(call):
-                return f"it takes {condition.words}"
-        if call.product.positions >= self.limit:
-            return f"it takes fewer than {self.limit} positions"
-        return None if self.operator is None else _unwanted(self, call.product)
-
-    @property
-    def when(self) -> str:
-        """Its conditions and its rule, in words."""
-        if self.operator is None:
-            return "everything else"
-        rule = f"where it measured fastest: {'; '.join(map(str, self.tuned))}" if self.tuned else ON_REQUEST
-        return f"{', '.join(condition.words for condition in self.takes)}; {rule}"
-
-
-ON_REQUEST = 'on request only (JDKD_BACKEND=triton, use_backend("triton")), since it was not measured on a GPU'
+_DEVICE = Condition("tensors on cuda or cpu", lambda call: call.device.type in _DEVICES)
 _BATCH = Condition("a batch of images", lambda call: call.is_batch)
 _ONE_GROUP = Condition("one group", lambda call: call.groups == 1)
+_FEW = Condition(f"fewer than {_LIMIT} positions", lambda call: call.product.positions < _LIMIT)
+_TAP = Condition("a 1x1 kernel", lambda call: call.kernel == (1, 1))
+_STRIDE = Condition("stride 1 or 2, both ways alike", lambda call: call.stride in ((1, 1), (2, 2)))
+_PLAIN = (
+    Condition("no padding", lambda call: call.padding == (0, 0)),
+    Condition("leading channels", lambda call: not call.is_listed),
+    Condition("a channels-last image", lambda call: call.is_channels_last),
+)
+_POINTWISE = (_BATCH, _ONE_GROUP, _TAP, _STRIDE, *_PLAIN, _FEW, _DEVICE)
+_IMPLICIT_GEMM = (
+    _BATCH,
+    _ONE_GROUP,
+    Condition("padding in pixels", lambda call: call.padding != "same"),
+    _FEW,
+    _DEVICE,
+)
+_MATMUL = (_BATCH, _ONE_GROUP, _TAP, Condition("stride 1", lambda call: call.stride == (1, 1)), *_PLAIN)
+_WHERE_TUNED = "where `jdkd tune` found it faster"
+
+
+def _when(*conditions: Condition) -> str:
+    return f"{', '.join(condition.words for condition in conditions)}; {ON_REQUEST}"
+
+
+def region(call: ConvCall) -> str | None:
+    """What calls have in common for which `jdkd tune` chooses alike; None for those that it does not time.
+
+    Leading channels of one group, 1x1 or 3x3, at stride 1 or 2 in both directions; by dtype, layout and the classes
+    into which :data:`POSITIONS` and :data:`WEIGHTS` divide the sizes of the product.
+    """
+    taps, steps = call.kernel, call.stride
+    is_usual = taps in ((1, 1), (3, 3)) and steps in ((1, 1), (2, 2)) and call.is_batch and call.groups == 1
+    if not is_usual or call.is_listed or call.padding == "same":
+        return None
+    layout = "channels-last" if call.is_channels_last else "contiguous"
+    positions, inputs, outputs = call.product[2:]
+    sizes = f"{_class(positions, POSITIONS)} positions, {_class(inputs * outputs, WEIGHTS)} weights a tap"
+    return f"{taps[0]}x{taps[1]}, stride {steps[0]}, {_name(call.dtype)}, {layout}, {sizes}"
+
+
+def _class(size: int, ends: Sequence[int]) -> str:
+    """The class of a size, in words; its bounds are compared, as a compiler's symbols can be."""
+    for end in ends:
+        if size < end:
+            return f"<{end}"
+    return f">={ends[-1]}"
+
 
 KERNELS = (
-    Kernel(
+    Candidate(
         "pointwise",
-        "elastic_pointwise",
-        (
-            _BATCH,
-            _ONE_GROUP,
-            Condition("a 1x1 kernel", lambda call: call.kernel == (1, 1)),
-            Condition("stride 1 or 2, both ways alike", lambda call: call.stride in ((1, 1), (2, 2))),
-            Condition("no padding", lambda call: call.padding == (0, 0)),
-            Condition("leading channels", lambda call: not call.is_listed),
-            Condition("a channels-last image", lambda call: call.is_channels_last),
-        ),
-        2**30,
-        (),
         "one matrix product with the shared weight where it lies, the bias in the same pass",
+        _when(*_POINTWISE),
+        all_of(*_POINTWISE),
+        _backend.Kernel("elastic_pointwise", "triton"),
+        _on_request,
     ),
-    Kernel(
+    Candidate(
         "implicit_gemm",
-        "elastic_conv",
-        (_BATCH, _ONE_GROUP, Condition("padding in pixels", lambda call: call.padding != "same")),
-        2**30,
-        (),
         "the active filters are read where they lie, through lists too, and never copied",
+        _when(*_IMPLICIT_GEMM),
+        all_of(*_IMPLICIT_GEMM),
+        _backend.Kernel("elastic_conv", "triton"),
+        _on_request,
     ),
-    Kernel(
+    Candidate(
+        "matmul",
+        "a 1x1 convolution as ATen's matrix product with a view of the weight",
+        f"{', '.join(condition.words for condition in _MATMUL)}; {_WHERE_TUNED}",
+        all_of(*_MATMUL),
+        waits=lambda call: _WHERE_TUNED,
+    ),
+    Candidate(
         "aten",
-        None,
-        (),
-        2**63,
-        (),
         "ATen on the active part: a view of leading channels, a copy of listed ones; it measured fastest on a CPU, and "
         "nothing was measured on a GPU",
     ),
 )
-_measured: dict[ConvCall, str] = {}
-_OWN = {kernel.name: kernel for kernel in KERNELS if kernel.operator}
+TABLE = Table(NAME, KERNELS, region)
 
 
 def call_of(
@@ -270,18 +256,18 @@ def select(call: ConvCall) -> str:
         call: what :func:`call_of` says of it.
 
     Returns:
-        Name of a row of :data:`KERNELS`.
+        Name of a row of :data:`TABLE`.
 
     Raises:
         InputError: if ``use_backend`` or ``JDKD_BACKEND`` asks for a backend that cannot run here.
     """
     if torch.compiler.is_compiling() or _backend.requested() is not None:
-        return _dispatch.first(KERNELS, call)[0].name
-    if (found := _measured.get(call)) is None:
-        kernel, is_settled = _dispatch.first(KERNELS, call)
+        return TABLE.choose(call)[0].name
+    if (found := _dispatch.settled.get(call)) is None:
+        kernel, is_settled = TABLE.choose(call)
         found = kernel.name
-        if is_settled and len(_measured) < 1024:
-            _measured[call] = found
+        if is_settled and len(_dispatch.settled) < 1024:
+            _dispatch.settled[call] = found
     return found
 
 
@@ -292,96 +278,69 @@ def explain(call: ConvCall) -> tuple[str, str, tuple[tuple[str, str], ...]]:
         call: what :func:`call_of` says of it.
 
     Returns:
-        Name of the kernel; what speaks for it; name of every other kernel, and why it is not taken.
+        Name of the kernel; from where the choice comes and what speaks for it; name of every other kernel, and why it
+        is not taken.
 
     Raises:
         InputError: as :func:`select`.
     """
-    kernel, others = _dispatch.explain(KERNELS, call)
-    if kernel.operator is None:
-        return kernel.name, kernel.why, others
-    tuned = None if _asked_for(kernel.operator) else _tuned_range(kernel, call.product)
-    rule = f"it measured fastest ({tuned})" if tuned else "it was asked for"
-    return kernel.name, f"{rule}; {kernel.why}", others
+    kernel, source, others = TABLE.explain(call)
+    return kernel.name, f"{source}; {kernel.why}", others
 
 
-def kernel_runs(name: str, x: Tensor, out_shape: Sequence[int], form: str) -> bool:
+def within(
+    x: Tensor,
+    out_shape: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    is_listed: bool,
+    form: str,
+) -> ConvCall:
+    """Describes the convolution that an operator computes.
+
+    Args:
+        x: ``[N, Cin, H, W]``.
+        out_shape: ``[N, Cout, OH, OW]``.
+        kernel, stride, padding: active taps and pixels, vertical and horizontal.
+        is_listed: whether channels are listed.
+        form: ``"forward"`` or ``"gradient"``.
+    """
+    n, out_channels, height, width = out_shape
+    product = Product(x.device, x.dtype, n * height * width, x.shape[1], out_channels)
+    return ConvCall(product, pair(kernel), pair(stride), pair(padding), 1, is_listed, is_channels_last(x), True, form)
+
+
+def kernel_runs(name: str, call: ConvCall) -> bool:
     """Whether an operator runs a Triton kernel, its tensors being what that kernel takes.
 
     Args:
         name: of the kernel.
-        x: ``[N, Cin, H, W]``.
-        out_shape: ``[N, Cout, OH, OW]``.
-        form: ``"forward"`` or ``"gradient"``.
+        call: of the operator, with the form that runs.
 
     Returns:
-        True if the kernel was asked for, or measured fastest here and was seen right.
+        True if the kernel was asked for, whatever the table says of the call; or if it measured fastest here and was
+        seen right.
 
     Raises:
         InputError: if the backend that was asked for cannot run here.
     """
-    kernel = _OWN[name]
-    n, out_channels, height, width = out_shape
-    product = Product(x.device, x.dtype, n * height * width, x.shape[1], out_channels)
-    return 0 < product.positions < kernel.limit and _unwanted(kernel, product, form) is None
+    if call.device.type not in _DEVICES or not 0 < call.product.positions < _LIMIT:
+        return False
+    kernel = next(row.kernel for row in KERNELS if row.name == name)
+    if asked := kernel.asked(call):
+        return asked == kernel.backend
+    return not only_aten(call.device) and select(call) == name
 
 
-def only_aten(device: str) -> bool:
-    """Whether no kernel was asked for and none measured fastest on this type of device, the usual case, at once; or the
-    call is looked into, by ``torch.export`` or ``torch.func``: they know ATen's gradient and no other."""
-    kinds = [tuned.device for kernel in KERNELS for tuned in kernel.tuned]
-    by_default = any(kind == device or (device == "cuda" and kind.startswith("sm_")) for kind in kinds)
-    return (_backend.requested() is None and not by_default) or is_looked_into()
-
-
-def _unwanted(kernel: Kernel, product: Product, form: str = "forward") -> str | None:
-    """Why a kernel stays out, though it takes the call."""
-    if product.device.type not in _DEVICES:
-        return f"it takes tensors on {' or '.join(_DEVICES)}"
-    if _selected(kernel.operator, product.device, product.dtype, form) == "triton":
-        return None
-    if asked := _asked_for(kernel.operator):
-        return f"the backend {asked} was asked for"
-    if not kernel.tuned:
-        return ON_REQUEST
-    if not _tuned_range(kernel, product):
-        return "it is outside of the ranges where it measured fastest"
-    return _unseen(kernel.operator, product.device, product.dtype, form)
-
-
-def _tuned_range(kernel: Kernel, product: Product) -> TunedRange | None:
-    return next((tuned for tuned in kernel.tuned if tuned.covers(product)), None)
-
-
-def _selected(op: str, device: torch.device, dtype: torch.dtype, form: str) -> str:
-    return _backend.select(op, torch.empty(0, device=device, dtype=dtype), form)
-
-
-def _unseen(op: str, device: torch.device, dtype: torch.dtype, form: str) -> str | None:
-    """Why a kernel that measured fastest may not run: it must be there, and have been seen right on the device."""
-    if missing := _availability(op)["triton"]:
-        return missing
-    return _backend.why_unseen(_backend.Subject(op, form, "triton", device, dtype))
-
-
-def _asked_for(op: str) -> str | None:
-    requested = _backend.requested()
-    return requested if requested in _backend.explain(op) else None
-
-
-_availability = functools.lru_cache(maxsize=8)(_backend.available)
-
-
-def _kind(device: torch.device) -> str:
-    if device.type != "cuda":
-        return device.type
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+def only_aten(device: torch.device) -> bool:
+    """Whether no kernel was asked for and none measured fastest on a device, the usual case, at once; or the call is
+    looked into, by ``torch.export`` or ``torch.func``: they know ATen's gradient and no other."""
+    return (_backend.requested() is None and not _dispatch.is_tuned(NAME, device)) or is_looked_into()
 
 
 # What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
-for _constant in (only_aten, _selected, _unseen, _asked_for, _kind):
-    _constant._dynamo_marked_constant = True
+only_aten._dynamo_marked_constant = True
 
 
 def _by(numbers: tuple[int, int]) -> str:

@@ -6,8 +6,8 @@ while they are slim. **Operators**: ``jdkd::elastic_levels_fwd`` and ``_bwd``, o
 ``autograd.Function``; the forward may be one launch of a Triton kernel for all levels. Either way one dense gradient
 reaches the shared weight, however many levels there are.
 
-The kernel has not been timed on a GPU, so it is asked for with ``JDKD_BACKEND=triton`` or ``use_backend("triton")``.
-The gradients are ATen's.
+The kernel has not been timed on a GPU, so it runs where it is asked for (``JDKD_BACKEND=triton``,
+``use_backend("triton")``), or where `jdkd tune` found it faster. The gradients are ATen's.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def convolve_levels(
     check_levels(xs, weight.device, inputs.count, size, pixels, activation)
     xs = [x.to(dtype_of(x)) for x in xs]
     relu = activation == "relu"
-    if kernel_runs(xs[0]):
+    if kernel_runs(xs, size, pixels):
         lists = on_device(inputs.index, weight.device), on_device(outputs.index, weight.device)
         return list(_ElasticLevels.apply(weight, bias, *lists, outputs.count, size, pixels, relu, *xs))
     part = active_part(weight, outputs, inputs, kernel).to(xs[0].dtype)  # [Cout, Cin, kh, kw]
@@ -194,14 +194,11 @@ def _forward(
 ) -> list[Tensor]:  # fmt: skip
     rows, columns = Channels(out_channels, out_index), Channels(xs[0].shape[1], in_index)
     bias = None if bias is None else gather(bias, rows, Channels(1))  # [Cout]
-    if _backend.select(OP, xs[0], "forward") == "triton":
-        from jdkd.kernels.elastic_levels import small
-
+    if kernel_runs(xs, kernel, padding):
         xs, ys = [_channels_last(x) for x in xs], empty_outputs(xs, out_channels, kernel, padding)
-        if small(xs, ys):
-            bias = None if bias is None else bias.contiguous()
-            _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu, allow_tf32())
-            return ys
+        bias = None if bias is None else bias.contiguous()
+        _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu, allow_tf32())
+        return ys
     part = _part(weight, rows, columns, tuple(kernel), xs[0].dtype)
     bias = None if bias is None else bias.to(part.dtype)
     ys = [torch.ops.aten.convolution(x, part, bias, [1, 1], padding, [1, 1], False, [0, 0], 1) for x in xs]

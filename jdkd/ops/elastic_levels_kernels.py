@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from jdkd import _backend, _dispatch
+from jdkd import _backend
+from jdkd._dispatch import Candidate, Condition, Table, all_of, is_tuned, nobody_asks
 from jdkd.errors import InputError
 from jdkd.ops.elastic_kernels import ON_REQUEST, dtype_of
 from jdkd.ops.kernel_size import Padding, pair
+from jdkd.ops.layout import size_class
 from jdkd.ops.transforms import is_looked_into
 
 OP = "elastic_levels"
 ACTIVATIONS = ("none", "relu")
-_DEVICES = ("cuda", "cpu")  # where the Triton kernel can run
+MAX_PIXELS = 2**30 - 2  # of a level in the Triton kernel, at its input and at its output
 
 
 class LevelsCall(NamedTuple):
@@ -26,40 +28,47 @@ class LevelsCall(NamedTuple):
     size: tuple[int, int]
     pixels: tuple[int, int]
 
+    @property
+    def device(self) -> torch.device:
+        return self.xs[0].device
 
-class LevelsKernel(NamedTuple):
-    """One way to convolve all levels; see :class:`jdkd._dispatch.Implementation`."""
+    @property
+    def dtype(self) -> torch.dtype:
+        return dtype_of(self.xs[0])
 
-    name: str
-    when: str
-    why: str
-    why_not: Callable[[LevelsCall], str | None]
+    @property
+    def form(self) -> str:
+        return "forward"
+
+    @property
+    def pixels_of_levels(self) -> list[int]:
+        """The larger one of the input's and the output's, of each level."""
+        sizes = [(x.shape, [x.shape[2 + d] + 2 * self.pixels[d] - self.size[d] + 1 for d in (0, 1)]) for x in self.xs]
+        return [shape[0] * max(shape[2] * shape[3], out[0] * out[1]) for shape, out in sizes]
 
 
-def _why_not_triton(call: LevelsCall) -> str | None:
-    """Why the Triton kernel does not run, or None if it does."""
-    xs = call.xs
-    if xs[0].device.type not in _DEVICES:
-        return f"it takes tensors on {' or '.join(_DEVICES)}"
-    if _selected(xs[0].device.type, dtype_of(xs[0])) != "triton":
-        asked = _backend.requested()
-        return f"the backend {asked} was asked for" if asked in _backend.explain(OP) else ON_REQUEST
-    from jdkd.kernels.elastic_levels import MAX_PIXELS, small
+def _region(call: LevelsCall) -> str:
+    """What levels have in common for which `jdkd tune` chooses alike: taps, dtype and bytes of all levels."""
+    first = call.xs[0]
+    size = sum(x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3] for x in call.xs) * first.element_size()
+    return f"{call.size[0]}x{call.size[1]}, {str(call.dtype).removeprefix('torch.')}, {size_class(size)}"
 
-    images = [torch.empty_like(x, device="meta") for x in xs]
-    ys = empty_outputs(images, 1, call.size, call.pixels)
-    return None if small(images, ys) else f"it takes up to {MAX_PIXELS} pixels a level"
 
+_DEVICE = Condition("tensors on cuda or cpu", lambda call: call.device.type in ("cuda", "cpu"))
+_SMALL = Condition(f"up to {MAX_PIXELS} pixels a level", lambda call: max(call.pixels_of_levels) <= MAX_PIXELS)
 
 KERNELS = (
-    LevelsKernel(OP, ON_REQUEST, "it was asked for; one launch for all levels", _why_not_triton),
-    LevelsKernel(
-        "aten",
-        "everything else",
-        "ATen level by level on the active part, which is taken once for all levels",
-        lambda call: None,
+    Candidate(
+        OP,
+        "one launch for all levels",
+        ON_REQUEST,
+        all_of(_DEVICE, _SMALL),
+        _backend.Kernel(OP, "triton"),
+        lambda call: None if not _DEVICE.holds(call) else ON_REQUEST,
     ),
+    Candidate("aten", "ATen level by level on the active part, which is taken once for all levels"),
 )
+TABLE = Table(OP, KERNELS, _region)
 
 
 def explain(
@@ -85,25 +94,21 @@ def explain(
     pixels = pixels_of(padding, size)
     on_meta = any(x.is_meta for x in xs)
     check_levels(xs, torch.device("meta") if on_meta else device, in_channels, size, pixels, activation)
-    kernel, others = _dispatch.explain(KERNELS, LevelsCall(xs, size, pixels))
-    return kernel.name, kernel.why, others
+    kernel, source, others = TABLE.explain(LevelsCall(xs, size, pixels))
+    return kernel.name, f"{source}; {kernel.why}", others
 
 
-def kernel_runs(x: Tensor) -> bool:
-    """Whether the Triton kernel was asked for and takes ``x``; a compiled graph keeps its first answer."""
-    if x.device.type not in _DEVICES or is_looked_into():
+def kernel_runs(xs: Sequence[Tensor], size: Sequence[int], pixels: Sequence[int]) -> bool:
+    """Whether the Triton kernel takes levels; a compiled graph keeps its first answer.
+
+    Args:
+        xs: levels ``[N, Cin, H, W]``.
+        size: active taps, vertical and horizontal.
+        pixels: of padding, likewise.
+    """
+    if nobody_asks() and not is_tuned(OP, xs[0].device):
         return False
-    if torch.compiler.is_compiling():
-        return _selected(x.device.type, x.dtype) == "triton"
-    return _backend.select(OP, x, "forward") == "triton"
-
-
-def _selected(device: str, dtype: torch.dtype) -> str:
-    return _backend.select(OP, torch.empty(0, device=device, dtype=dtype), "forward")
-
-
-# What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.
-_selected._dynamo_marked_constant = True
+    return not is_looked_into() and TABLE.choose(LevelsCall(xs, tuple(size), tuple(pixels)))[0].name == OP
 
 
 def pixels_of(padding: Padding, size: tuple[int, int]) -> tuple[int, int]:

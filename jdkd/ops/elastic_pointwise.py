@@ -261,11 +261,16 @@ def _operand(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Ten
     return packed.copy_(weight[:rows, :columns])
 
 
+def _kernel_runs(x: Tensor, out_shape: Sequence[int], stride: int, form: str) -> bool:
+    call = elastic_kernels.within(x, out_shape, (1, 1), (stride, stride), (0, 0), False, form)
+    return elastic_kernels.kernel_runs("pointwise", call)
+
+
 def _forward(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
     out_channels: int, stride: int, activation: str, stats: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if elastic_kernels.kernel_runs("pointwise", x, (x.shape[0], out_channels, *_out_size(x, stride)), "forward"):
+    if _kernel_runs(x, (x.shape[0], out_channels, *_out_size(x, stride)), stride, "forward"):
         given = (x, weight, scale, shift, residual, out_channels, stride, activation, stats)
         return _triton_fwd(*given, elastic_kernels.allow_tf32())
     part = _part(weight, out_channels, x)
@@ -312,7 +317,7 @@ def _backward(
     dout: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows = dout.shape[1]
-    if not elastic_kernels.kernel_runs("pointwise", x, dout.shape, "gradient"):
+    if not _kernel_runs(x, dout.shape, stride, "gradient"):
         dx, dpart, _ = conv2d_gradients(dout, x, _part(weight, rows, x), stride, 0, 1, 1, [*wanted, False])
         dweight = weight.new_empty(0)
         if wanted[1]:

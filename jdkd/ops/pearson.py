@@ -17,7 +17,7 @@ from torch import Tensor
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import pearson_check, pearson_forms
-from jdkd.ops.layout import layout_of
+from jdkd.ops.layout import layout_name, layout_of, size_class
 from jdkd.ops.transforms import is_transformed
 from jdkd.reference import pearson as reference
 
@@ -345,6 +345,7 @@ for _name, _why in (
 ):
     _backend.register(_OP, _name, dtypes=_DTYPES, why=_why, checks=_CHECKS)
 _backend.register(_OP, "reference", why="float64, and devices without kernels")
+_backend.tune_by(_OP, lambda first: f"{layout_name(first)}, {size_class(first.numel() * first.element_size())} a level")
 
 
 def _fwd(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def pkd_loss(
     return (loss, losses) if return_levels else loss
 
 
-def _named(name: str, value: Features | None, other_name: str, other: Features | None) -> Features:
+def _named(name: str, value: Features | None, other_name: str, other: Features | None) -> Any:
     """What was given by one of two names."""
     if value is not None and other is not None:
         raise InputError(f"{name} and {other_name} are both given, and are two names of one argument; give one of them")

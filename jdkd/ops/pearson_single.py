@@ -87,8 +87,15 @@ _CHECKS = {
     "single pass": lambda backend, *where: pearson_check.single_pass(_SINGLE[backend], *where),
     "scale": lambda backend, *where: pearson_check.scale(_SCALE[backend], *where),
 }
+_backend.register(_OP, "cuda", dtypes=_DTYPES, why="where jdkd.ops.pearson_forms says so", checks=_CHECKS)
 _backend.register(_OP, "reference", why="for tests")
-_backend.register(_OP, "cuda", dtypes=_DTYPES, why="only on request, since it has not run on a GPU yet", checks=_CHECKS)
+
+
+def unseen(device: torch.device, dtype: torch.dtype, check: bool) -> str | None:
+    """Why the single pass may not run unasked on a device in a dtype; None if it may, both ways."""
+    kernel = _backend.Kernel(_OP, "cuda")
+    reasons = (kernel.unseen(_backend.Call(form, device, dtype), check) for form in _CHECKS)
+    return next(filter(None, reasons), None)
 
 
 def _single(

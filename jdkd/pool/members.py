@@ -5,7 +5,8 @@ from typing import Any
 
 from jdkd.pool.space import Subnet
 
-Teacher = Subnet | str  # a str is the name of a foreign member
+Teacher = Subnet | str
+"""A subnet of the pool, or the name of a member of another make."""
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ PHASES = (
     Phase("middle", share=0.15, top_fraction=0.5, subnets=1, lr=0.4),
     Phase("full", share=0.15, top_fraction=1.0, subnets=1, lr=0.4),
 )
+"""The phases of a pool's training where no others are given: progressive shrinking."""
 
 
 def require_phases(phases: Sequence[Phase], source: str = "phases") -> None:

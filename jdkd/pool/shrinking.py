@@ -28,7 +28,8 @@ from jdkd.train.distributed import from_first
 from jdkd.train.engine import Losses
 
 ProgressCallback = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, losses
-CALIBRATION_BATCHES = 8  # over which the batch norms of a subnet are measured anew
+CALIBRATION_BATCHES = 8
+"""Batches over which the batch norms of a subnet are measured anew."""
 PLAN = "plan.json"
 
 

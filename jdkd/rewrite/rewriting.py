@@ -81,7 +81,7 @@ class Rewrite:
         for name, value in self.attributes.items():
             _require_alike(child, name, value)
             set_attribute(child, name, value)
-        inner = unwrapped(child)
+        inner: Any = unwrapped(child)
         known = getattr(inner, "architecture", None)
         if isinstance(known, Architecture):
             inner.architecture = describe(inner, known.builder, known.arguments, classes=known.classes)

@@ -91,7 +91,7 @@ class TrainConfig:
         if list(marks) != sorted(set(marks)) or not all(0 < mark < 1 for mark in marks):
             raise InputError(f"milestones must be fractions of the cycle in 0..1 that rise, got {list(marks)}.")
         if not all(type(size) is int and size > 0 for size in self.sizes or ()):
-            raise InputError(f"sizes must be whole numbers of pixels of at least 1, got {list(self.sizes)}.")
+            raise InputError(f"sizes must be whole numbers of pixels of at least 1, got {list(self.sizes or ())}.")
         for name, choices in (("optimizer", OPTIMIZERS), ("amp", PRECISIONS)):
             if (choice := getattr(self, name)) not in choices:
                 raise InputError(f"{name} must be one of {', '.join(choices)}, got {choice!r}.")

@@ -67,7 +67,7 @@ def evaluate(
     start, every = (rank(), processes()) if shared else (0, 1)
 
     def part() -> Findings:
-        read = {"batch_size": batch_size, "workers": workers, "start": start, "every": every}
+        read: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "start": start, "every": every}
         return find(model, dataset, device=device, max_detections=max_detections, progress=progress, **read)
 
     parts = gathered(part) if shared else [part()]

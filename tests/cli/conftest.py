@@ -2,6 +2,7 @@
 
 import json
 from collections import namedtuple
+from dataclasses import replace
 
 import pytest
 from PIL import Image, ImageDraw
@@ -46,8 +47,12 @@ def oblong_squares(tmp_path):
 
 @pytest.fixture
 def jdkd(capfd, monkeypatch):
-    """Run a command: exit code, stdout, stderr."""
+    """Run a command: exit code, stdout, stderr. What it times is not warmed up for seconds before."""
     from jdkd.cli import main
+    from jdkd.latency import QUICK, REPORTED
+
+    monkeypatch.setattr("jdkd.latency.REPORTED", replace(REPORTED, warmup_seconds=0, warmup_limit=0))
+    monkeypatch.setattr("jdkd.latency.protocol.QUICK", replace(QUICK, warmup_limit=0))
 
     def run(*argv):
         argv = [str(word) for word in argv]

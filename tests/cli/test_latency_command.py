@@ -28,10 +28,8 @@ class Even:
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """No warm-up, and an even clock."""
-    short = protocol.Schedule(warmup_seconds=0, warmup_limit=0)
-    monkeypatch.setattr("jdkd.latency.REPORTED", short)
+def even(monkeypatch):
+    """An even clock."""
     monkeypatch.setattr(protocol, "clock_for", lambda device: Even())
 
 

@@ -267,8 +267,8 @@ def test_every_fault_is_found_at_once_and_the_sound_rest_is_read(tmp_path):
         read_annotations(tmp_path / "a.json", strict=True)
 
 
-def test_200_000_annotations_take_a_few_seconds(tmp_path):
-    count, images = 200_000, 20_000
+def test_50_000_annotations_take_a_second_or_two(tmp_path):
+    count, images = 50_000, 5_000
     rng = np.random.default_rng(0)
     corners = rng.integers(0, 300, (count, 2)).tolist()
     sides = rng.uniform(1, 100, (count, 2)).tolist()
@@ -281,7 +281,7 @@ def test_200_000_annotations_take_a_few_seconds(tmp_path):
     file = write_annotations(tmp_path / "large.json", large)
     began = time.process_time()
     found = read_annotations(file)
-    assert time.process_time() - began < 6
+    assert time.process_time() - began < 1.5
     assert len(found.boxes) == count and found.offsets[-1] == count
     place = int(rng.integers(images))
     mine = [i for i in range(count) if owners[i] == place]

@@ -1,12 +1,9 @@
-"""Two gloo processes that train a student with a teacher attached; prints what each of them found as JSON.
+"""Two processes that train a student with a teacher attached, and what each of them found.
 
-Run as ``python -m tests.distill.attach_ddp``. The teacher is attached before the student is wrapped in
+The teacher is attached before the student is wrapped in
 DistributedDataParallel, and in a second training after; in a third it is wider, with adapters that are fitted to other
 images in each process.
 """
-
-import json
-import tempfile
 
 import torch
 import torch.distributed as dist
@@ -57,17 +54,5 @@ def train(rank: int, when: str) -> dict[str, object]:
     }
 
 
-def work(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    gathered = [None, None]
-    dist.all_gather_object(gathered, {when: train(rank, when) for when in ("before", "after", "adapters")})
-    if rank == 0:
-        print(json.dumps(gathered))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (f"{folder}/rendezvous",)
-        torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="fork")  # imports once
+def work(rank: int) -> dict[str, dict[str, object]]:
+    return {when: train(rank, when) for when in ("before", "after", "adapters")}

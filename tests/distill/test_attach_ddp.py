@@ -1,23 +1,15 @@
 """attach() under DistributedDataParallel, in two real processes."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.distill.attach_ddp import work
+from tests.ranks import found_by_ranks
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch was built without torch.distributed")
 def test_distributed_training_needs_no_unused_parameters_and_has_the_teacher_in_no_bucket():
-    command = [sys.executable, "-m", "tests.distill.attach_ddp"]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
-    assert answer.returncode == 0, answer.stderr
-    ranks = json.loads(answer.stdout.splitlines()[-1])
-    assert len(ranks) == 2
+    ranks = found_by_ranks(work)
     for when in ("before", "after", "adapters"):
         first, second = (found[when] for found in ranks)
         assert first["terms"] != second["terms"], "each rank has its own images"

@@ -1,6 +1,7 @@
 """A task without a detector: its jobs say what becomes of them."""
 
 import errno
+import faulthandler
 import os
 import signal
 import time
@@ -82,12 +83,14 @@ def befall(fate, is_first, mark):
         case "is killed once" if is_first:
             os.kill(os.getpid(), signal.SIGKILL)
         case "crashes once" if is_first:
+            faulthandler.disable()  # pytest's, in a worker that was forked: nobody is to read of it
             os.kill(os.getpid(), signal.SIGSEGV)
         case "waits for another":
             while not mark.with_name("go").exists():
                 time.sleep(0.01)
         case "waits":
             try:
+                mark.with_name(f"waiting-{os.getpid()}").touch()
                 time.sleep(60)
             except KeyboardInterrupt:
                 mark.with_name(f"saved-{os.getpid()}").touch()

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
@@ -17,10 +16,20 @@ from jdkd.execution import InProcess, Processes, executor, processes
 from jdkd.execution.choosing import devices_for
 from jdkd.execution.worker import Reports
 from jdkd.notices import Notice
+from tests.execution.fake_task import FakeTask
+from tests.execution.forking import FORKED, fork_workers
 from tests.execution.processes import alive, pids, soon
+from tests.ranks import METHOD
 
-ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.filterwarnings("ignore:candidate .* holds no box:jdkd.notices.Notice")
+pytestmark = [pytest.mark.filterwarnings("ignore:candidate .* holds no box:jdkd.notices.Notice"), FORKED]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked():
+    """Workers are forked here, but for those of one driver below."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork_workers(patch)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -179,34 +188,28 @@ def test_whoever_is_at_work_when_another_fails_saves_and_the_executor_can_be_use
     assert len(outcomes(two, jobs_of(None, None))) == 2
 
 
-DRIVER = """
-import sys
-from contextlib import closing
-from pathlib import Path
-from jdkd.execution import executor
-from tests.execution.fake_task import FakeTask
-
-if __name__ == "__main__":
-    with closing(executor(FakeTask(*map(Path, sys.argv[1:])), "cpu", workers=2)) as two:
+def drive(folder: Path, spawned: bool) -> None:
+    """A process of its own, with two workers that wait."""
+    os.setsid()
+    with (folder / "said").open("w") as said:
+        os.dup2(said.fileno(), 2)
+    sys.stderr, sys.stdout = sys.__stderr__, sys.__stdout__
+    if spawned:  # as a user's are
+        processes.multiprocessing = multiprocessing
+    with closing(executor(FakeTask(folder, folder), "cpu", workers=2)) as two:
         list(two.run([{"number": number, "fate": "waits"} for number in (1, 2)]))
-"""
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_no_worker_outlives_its_driver(tmp_path, sent):
-    (tmp_path / "driver.py").write_text(DRIVER)
-    alone = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
-        [sys.executable, str(tmp_path / "driver.py"), str(tmp_path), str(tmp_path)],
-        env=alone,
-        start_new_session=True,
-        stderr=subprocess.PIPE,
-    ) as driver:
-        assert soon(lambda: len(pids(tmp_path, "begun")) == 2, 120)
-        os.killpg(driver.pid, sent)  # as a terminal does
-        workers = pids(tmp_path, "begun")
-        assert soon(lambda: not any(map(alive, workers)))
-        assert b"worker.py" not in driver.stderr.read(), "workers say nothing"
+    driver = multiprocessing.get_context(METHOD).Process(target=drive, args=(tmp_path, sent == signal.SIGKILL))
+    driver.start()
+    assert soon(lambda: len(pids(tmp_path, "waiting")) == 2, 120)
+    os.killpg(driver.pid, sent)  # as a terminal does
+    workers = pids(tmp_path, "waiting")
+    assert soon(lambda: not any(map(alive, workers)))
+    driver.join()
+    assert "worker.py" not in (tmp_path / "said").read_text(), "workers say nothing"
     assert pids(tmp_path, "saved") == (workers if sent == signal.SIGINT else set()), "as fit does"
 
 

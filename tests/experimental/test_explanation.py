@@ -116,7 +116,7 @@ def test_the_lines_can_be_read():
         "ElasticConv2d: 32->2 listed channels, 1x1 kernel, stride 1x1, padding 0x0, groups 1, 70 positions, float32, "
         "not channels-last, on cpu"
     )
-    assert [line.split(":")[0] for line in lines[1:]] == ["aten", "not pointwise", "not implicit_gemm"]
+    assert [line.split(":")[0] for line in lines[1:]] == ["aten", "not pointwise", "not implicit_gemm", "not matmul"]
     assert lines[2].endswith("it takes leading channels") and lines[3].endswith("reference was asked for")
 
 

@@ -1,5 +1,6 @@
 """Activation checkpointing of a model on packed weights: right gradients, by torch's checkpoint and by ours."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -26,8 +27,13 @@ from tests.nn.elastic_models import Net, images
 
 reentrant = pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "saved-tensors"])
 checkpoints = pytest.mark.parametrize("checkpoint", [torch_checkpoint, jdkd.nn.checkpoint], ids=["torchs", "ours"])
-modes = pytest.mark.parametrize("mode", ["autograd", "main_grad"])
 NAMES = ("leading", "listed", "kernel sizes", "depth")
+# Every checkpoint in either form and mode, each with two of the subnets.
+WAYS = [*itertools.product(["autograd", "main_grad"], [torch_checkpoint, jdkd.nn.checkpoint], [True, False])]
+each = pytest.mark.parametrize(
+    ("name", "mode", "checkpoint", "use_reentrant"),
+    [(NAMES[(place + k) % 4], *way) for place, way in enumerate(WAYS) for k in (0, 1 + place // 4)],
+)
 
 
 class Checkpointed(Net):
@@ -57,10 +63,7 @@ def _sliced(*names: str) -> Gradients:
     return gradients(net)
 
 
-@reentrant
-@checkpoints
-@modes
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_recomputation_inside_the_forwards_that_pack(name, mode, checkpoint, use_reentrant, monkeypatch):
     net, counts = _checkpointed(name, checkpoint, use_reentrant), launches(monkeypatch)
     with pack_forwards(net, grad_mode=mode):
@@ -70,10 +73,7 @@ def test_recomputation_inside_the_forwards_that_pack(name, mode, checkpoint, use
     assert len(counts) == 1 or (checkpoint is torch_checkpoint and counts[1:] == [1] * (len(counts) - 1))
 
 
-@reentrant
-@checkpoints
-@modes
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_recomputation_of_whole_forwards_that_pack(name, mode, checkpoint, use_reentrant):
     net = small(name)
     with pack_forwards(net, grad_mode=mode):
@@ -82,10 +82,7 @@ def test_recomputation_of_whole_forwards_that_pack(name, mode, checkpoint, use_r
     assert_same(gradients(net), _sliced(name))
 
 
-@reentrant
-@checkpoints
-@modes
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_recomputation_inside_packed_uses_what_was_packed(name, mode, checkpoint, use_reentrant, monkeypatch):
     net, counts = _checkpointed(name, checkpoint, use_reentrant), launches(monkeypatch)
     with packed(net, grad_mode=mode):

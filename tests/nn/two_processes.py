@@ -1,14 +1,12 @@
-"""Two gloo processes that train a supernet under DistributedDataParallel; prints, as JSON, what is wrong in each.
+"""Two processes that train a supernet under DistributedDataParallel, and what is wrong in each.
 
-Run as ``python -m tests.nn.two_processes``: parameters whose gradients are not those of one process that saw both
-batches, by how weights are packed; and own statistics that are not those of the first process. Depth changes from step
-to step, hence ``find_unused_parameters``.
+These are parameters whose gradients are not those of one process that saw both batches, by how weights are packed; and
+own statistics that are not those of the first process. Depth changes from step to step, hence
+``find_unused_parameters``.
 """
 
 import contextlib
 import functools
-import json
-import tempfile
 
 import torch
 import torch.distributed as dist
@@ -80,10 +78,8 @@ def strangers(rank: int) -> list[str]:
     return sorted(name for name in {*first, *second} if first.get(name) != second.get(name))
 
 
-def work(rank: int, rendezvous: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    found = {
+def work(rank: int) -> dict[str, list[str]]:
+    return {
         "slices": wrong(rank, None),
         "own statistics": strangers(rank),
         "autograd": wrong(rank, "autograd"),
@@ -92,14 +88,3 @@ def work(rank: int, rendezvous: str) -> None:
         "main_grad, left alone": wrong(rank, "main_grad", own_gradients=True),
         "copied": sorted(path for path, parameter in supernet().named_parameters() if parameter.dim() > 1),
     }
-    gathered = [None, None]
-    dist.all_gather_object(gathered, found)
-    if rank == 0:
-        print(json.dumps(gathered))
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (f"{folder}/rendezvous",)
-        torch.multiprocessing.start_processes(work, arguments, nprocs=2, start_method="fork")  # torch is imported once

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.ops.emulated import Emulation, compiled, shared_folder
+from tests.once import shared_folder
+from tests.ops.emulated import Emulation, compiled
 
 
 @pytest.fixture

@@ -92,12 +92,6 @@ def compiled(folder: Path, name: str, sources: Callable[[Path], Path] = lambda f
     return Emulation(library, name)
 
 
-def shared_folder(factory: pytest.TempPathFactory) -> Path:
-    """A folder of this run of the tests, the same one for all its processes."""
-    own = factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
 def placed(level: Tensor, offset: int) -> Tensor:
     """A copy that begins ``offset`` elements into its memory, and ends where that ends."""
     memory = torch.full((offset + level.numel(),), float("nan"), dtype=level.dtype)

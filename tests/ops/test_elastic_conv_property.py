@@ -99,7 +99,7 @@ def _runs(dtype: torch.dtype, device: str) -> bool:
     return True
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(problem=_problems(), tf32=st.booleans())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_matches_float64_wherever_it_is_drawn(backend, device, dtype, problem, tf32):
@@ -112,7 +112,7 @@ def test_matches_float64_wherever_it_is_drawn(backend, device, dtype, problem, t
         torch.backends.cudnn.allow_tf32 = before
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(problem=_products())
 def test_a_1x1_product_matches_float64_wherever_it_is_drawn(backend, device, problem):
     assert_within_twice(problem, torch.float32, device)

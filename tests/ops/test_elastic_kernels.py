@@ -16,10 +16,11 @@ from jdkd.ops import elastic_kernels
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.elastic_conv import convolve
 from jdkd.ops.elastic_implicit_gemm import implicit_gemm
-from jdkd.ops.elastic_kernels import KERNELS, ConvCall, Product, TunedRange, call_of, dtype_of, explain, select
+from jdkd.ops.elastic_kernels import KERNELS, NAME, ConvCall, Product, call_of, dtype_of, explain, region, select
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
 from tests.dispatched import Dispatched
 from tests.ops.elastic_conv_cases import Problem, assert_close_as_eager, assert_within_twice, results
+from tests.tuned import tuned
 
 OP = "elastic_conv"
 pytestmark = [
@@ -76,17 +77,18 @@ def test_every_call_has_its_kernel_and_the_reasons(backend, device, changes, ker
     if words:
         assert words in dict(others)["pointwise"]
     else:
-        assert dict(others) == {"implicit_gemm": "pointwise comes first", "aten": "pointwise comes first"}
+        assert dict(others)["implicit_gemm"] == dict(others)["aten"] == "pointwise comes first"
 
 
 def test_a_kernel_waits_until_it_is_asked_for(monkeypatch, device):
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    assert elastic_kernels.only_aten(device)
+    assert elastic_kernels.only_aten(torch.device(device))
     chosen, why, others = explain(_call(device))
     assert chosen == "aten" and "nothing was measured on a GPU" in why
-    assert all("JDKD_BACKEND=triton" in reason for _, reason in others)
+    assert dict(others).pop("matmul") == "where `jdkd tune` found it faster"
+    assert all("JDKD_BACKEND=triton" in reason for name, reason in others if name != "matmul")
     monkeypatch.setenv("JDKD_BACKEND", "triton")
-    assert not elastic_kernels.only_aten(device) and select(_call(device)) == "pointwise"
+    assert not elastic_kernels.only_aten(torch.device(device)) and select(_call(device)) == "pointwise"
     monkeypatch.setenv("JDKD_BACKEND", "cuda")  # of other operators
     assert select(_call(device)) == "aten"
 
@@ -200,28 +202,23 @@ def test_autocast_casts_what_it_casts_of_a_convolution(dtype):
 
 
 @pytest.fixture
-def measured(monkeypatch, device) -> Iterator[TunedRange]:
-    """A range in which the 1x1 kernel is said to be the fastest here; nobody asks for a backend."""
+def measured(monkeypatch, device) -> Iterator[str]:
+    """The 1x1 kernel is said to be the fastest for calls like :func:`_call`; nobody asks for a backend."""
     if device == "cpu" and not interpreting():
         pytest.skip("no kernel runs on a CPU without Triton's interpreter")
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    kind = elastic_kernels._kind(torch.device(device))
-    tuned = TunedRange(kind, (torch.float32,), "a planted result", positions=(64, 128), out_channels=(8, 64))
-    planted = tuple(kernel._replace(tuned=(tuned,)) if kernel.name == "pointwise" else kernel for kernel in KERNELS)
-    monkeypatch.setattr(elastic_kernels, "KERNELS", planted)
-    monkeypatch.setattr(elastic_kernels, "_OWN", {kernel.name: kernel for kernel in planted[:2]})
-    elastic_kernels._measured.clear()
-    yield tuned
-    elastic_kernels._measured.clear()
+    with tuned(NAME, torch.device(device), **{region(_call(device)): "pointwise"}):
+        yield region(_call(device))
 
 
 @by_dynamo
-def test_a_range_of_the_table_is_all_that_a_kernel_needs(measured, device):
+def test_a_measurement_is_all_that_a_kernel_needs(measured, device):
     problem = POINTWISE["leading"]
     tensors = problem.tensors(torch.float32, device)
     assert _operators(problem, tensors) == ["elastic_pointwise_fwd", "elastic_pointwise_bwd"]
     assert_within_twice(problem, torch.float32, device)
-    assert explain(_call(device))[:2] == ("pointwise", f"it measured fastest ({measured}); {KERNELS[0].why}")
+    chosen, why, _ = explain(_call(device))
+    assert chosen == "pointwise" and why.startswith("tuned on ") and "2.00 times as fast as default; " in why
     torch._dynamo.reset()
     compiled = torch.compile(problem.ours, fullgraph=True, backend="aot_eager")
     expected = results(problem.ours, tensors)
@@ -229,7 +226,7 @@ def test_a_range_of_the_table_is_all_that_a_kernel_needs(measured, device):
         torch.testing.assert_close(value, expected[name], msg=name)
     with use_backend("reference"):
         assert dict(explain(_call(device))[2])["pointwise"] == "the backend reference was asked for"
-    assert "positions (64, 128), out_channels (8, 64), a planted result" in env.report()
+    assert f"pointwise for {measured}, tuned on" in env.report()
 
 
 @pytest.mark.parametrize(
@@ -239,12 +236,11 @@ def test_a_kernel_that_is_fastest_runs_only_where_it_was_seen_right(measured, mo
     monkeypatch.setattr(_backend, "seen_right", lambda subject: subject.backend == "reference" or seen)
     call = _call(device)
     assert select(call) == "aten" and dict(explain(call)[2])["pointwise"] == reason
-    assert (call in elastic_kernels._measured) == (seen is False)  # what is not checked yet is asked again
-    x = torch.empty(1, 16, 8, 8, device=device)
-    assert not elastic_kernels.kernel_runs("pointwise", x, (1, 16, 8, 8), "forward")
+    assert (call in _dispatch.settled) == (seen is False)  # what is not checked yet is asked again
+    assert not elastic_kernels.kernel_runs("pointwise", call)
 
 
-def test_a_range_reaches_into_the_operators(monkeypatch, measured, device):
+def test_a_measurement_reaches_into_the_operators(monkeypatch, measured, device):
     from jdkd.kernels import elastic_pointwise as kernels
 
     launched, launch = [], kernels.elastic_pointwise_fwd
@@ -255,12 +251,18 @@ def test_a_range_reaches_into_the_operators(monkeypatch, measured, device):
 
 
 @pytest.mark.parametrize(
-    "outside", [{"positions": 63}, {"positions": 128}, {"dtype": torch.bfloat16}, {"kernel": (3, 3)}], ids=str
+    "outside", [{"positions": 512}, {"dtype": torch.bfloat16}, {"kernel": (3, 3)}, {"stride": (2, 2)}], ids=str
 )
-def test_outside_of_a_range_nothing_changes(measured, device, outside):
-    assert select(_call(device)) == "pointwise"
+def test_outside_of_a_region_nothing_changes(measured, device, outside):
+    assert select(_call(device)) == select(_call(device, positions=511)) == "pointwise"
     assert select(_call(device, **outside)) == "aten"
-    assert elastic_kernels.only_aten("cpu" if device == "cuda" else "cuda"), "another device has no ranges"
+    assert elastic_kernels.only_aten(torch.device("cpu" if device == "cuda" else "meta")), "nothing was measured there"
+
+
+def test_calls_that_are_not_timed_have_no_region():
+    assert region(_call()) == "1x1, stride 1, float32, channels-last, <512 positions, <1024 weights a tap"
+    for changes in ({"is_listed": True}, {"groups": 2}, {"kernel": (5, 5)}, {"is_batch": False}, {"padding": "same"}):
+        assert region(_call(**changes)) is None
 
 
 @by_dynamo

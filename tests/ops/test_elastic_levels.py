@@ -45,6 +45,8 @@ def _exact_products():
 @pyramids
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 def test_matches_float64_in_outputs_and_gradients(backend, device, pyramid, channels_last):
+    if backend == "triton" and device == "cpu" and not channels_last and [*PYRAMIDS.values()].index(pyramid) % 3:
+        pytest.skip("in the interpreter this layout, which takes the kernel of one level, has every third pyramid")
     assert_matches_float64(pyramid.of(channels_last=channels_last), torch.float32, device)
 
 
@@ -56,15 +58,19 @@ def test_takes_a_strided_bias(backend, device, name):
     torch.testing.assert_close(pyramid.ours(weight, gaps, *xs), pyramid.ours(weight, bias, *xs))
 
 
-@pytest.mark.parametrize("name", ["leading", "listed", "wide"])
+@pytest.mark.parametrize("place", range(3))
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_matches_float64_in_half_precision(backend, device, name, dtype, channels_last):
+def test_matches_float64_in_half_precision(backend, device, place, dtype, channels_last):
     try:
         F.conv2d(*(torch.ones(1, 1, 3, 3, dtype=dtype, device=device, requires_grad=True),) * 2).sum().backward()
     except RuntimeError:
         pytest.skip(f"torch has no {dtype} convolution on this {device}")
-    assert_matches_float64(PYRAMIDS[name].of(channels_last=channels_last), dtype, device)
+    if backend == "triton" and device == "cpu" and (place + channels_last + (dtype == torch.float16)) % 2:
+        pytest.skip("in the interpreter the dtypes take turns")
+    assert_matches_float64(
+        PYRAMIDS[("leading", "listed", "wide")[place]].of(channels_last=channels_last), dtype, device
+    )
 
 
 @pyramids

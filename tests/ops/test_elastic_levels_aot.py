@@ -4,13 +4,14 @@ import json
 
 import pytest
 
+from tests.without_interpreter import printed_by
+
 SHARED_BYTES = 232_448  # of one block on sm_90; the compiler does not check it
 
 
 @pytest.fixture(scope="module")
 def printed() -> list[dict]:
-    aot = pytest.importorskip("tests.aot", exc_type=ImportError)
-    return [json.loads(line) for line in aot.without_interpreter("tests.ops.elastic_levels_aot").splitlines()]
+    return [json.loads(line) for line in printed_by("tests.ops.elastic_levels_aot").splitlines()]
 
 
 @pytest.fixture(scope="module")

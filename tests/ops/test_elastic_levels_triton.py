@@ -14,6 +14,7 @@ pytest.importorskip("triton")
 from jdkd import _backend
 from jdkd.kernels import elastic_conv, elastic_levels
 from jdkd.kernels.elastic_levels import Window
+from jdkd.ops import elastic_levels_kernels
 from tests.compilations import Compilations
 
 pytestmark = [
@@ -112,7 +113,7 @@ def test_levels_without_images_and_levels_too_large_are_told_apart():
     empty = [torch.empty(0, 8, 4, 4).contiguous(memory_format=torch.channels_last)]
     elastic_levels.elastic_levels_fwd(empty, torch.zeros(8, 8, 1, 1), None, empty, Window())
     wide = [torch.empty(2, 1, 2**15, 2**14 - 1, device="meta")]
-    assert elastic_levels.small(wide, wide)
+    assert elastic_levels.small(wide, wide) and elastic_levels.MAX_PIXELS == elastic_levels_kernels.MAX_PIXELS
     assert not elastic_levels.small(wide, [torch.empty(2, 1, 2**15, 2**14, device="meta")])
 
 

@@ -36,7 +36,7 @@ def _problems(draw) -> Problem:
     )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(problem=_problems(), dtype=st.sampled_from(DTYPES), descriptors=st.booleans())
 @example(ROUNDED_TWICE, torch.float16, True)
 def test_matches_float64_wherever_it_is_drawn(backend, device, problem, dtype, descriptors):

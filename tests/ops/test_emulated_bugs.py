@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.once import shared_folder
 from tests.ops import test_pack_emulated, test_pearson_single_emulated, test_pearson_split_emulated
-from tests.ops.emulated import Emulation, compiled, shared_folder
+from tests.ops.emulated import Emulation, compiled
 from tests.ops.pearson_cases import Case
 from tests.ops.planted import BUGS, NETS, planted_sources
 

@@ -9,14 +9,14 @@ import pytest
 
 from jdkd import _ext
 from tests import machine_code
+from tests.without_interpreter import printed_by
 
 SHARED_BYTES = 232_448  # of one block on sm_90; Triton does not check it
 
 
 @pytest.fixture(scope="module")
 def variants() -> list[dict]:
-    aot = pytest.importorskip("tests.aot", exc_type=ImportError)
-    return [json.loads(line) for line in aot.without_interpreter("tests.aot", "jdkd.kernels.pack").splitlines()]
+    return [json.loads(line) for line in printed_by("tests.aot", "jdkd.kernels.pack").splitlines()]
 
 
 def test_triton_variants_stay_in_registers_and_shared_memory(variants):

@@ -53,7 +53,7 @@ def _everything(weights: list[Tensor], parts: list[Part], gradients: list[Tensor
     return [*(view.detach() for view in packed), *(leaf.grad for leaf in leaves), *added]
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(_parts(), min_size=1, max_size=4), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.booleans())
 def test_agrees_with_the_reference_bit_for_bit(backend, device, drawn, shared, dtype, last):
     weights, parts = [whole.to(device, shared) for whole, _ in drawn], [part for _, part in drawn]
@@ -65,7 +65,7 @@ def test_agrees_with_the_reference_bit_for_bit(backend, device, drawn, shared, d
         assert found.stride() == wanted.stride() and torch.equal(found, wanted)
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(_parts(), st.sampled_from(DTYPES), st.sampled_from(DTYPES))
 def test_pieces_cover_a_part_once_and_modes_hold_what_they_promise(drawn, shared, dtype):
     whole, part = drawn

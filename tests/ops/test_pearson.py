@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -11,22 +12,16 @@ from jdkd.functional import pkd_loss
 from jdkd.ops import pearson as op
 from jdkd.reference import pearson as reference
 from tests.ops.pearson_cases import CASES, DTYPES, PLAIN, WEIGHT, Case, check, like, variants
+from tests.ops.turns import take_turns
 
 OP = "pearson"
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton's interpreter
 
 
-def _take_turns(backend: str, device: str, name: str, variant: Case) -> None:
-    """Triton's interpreter, which is slow, runs every case in every dtype, but in one layout of each."""
-    turn = [*CASES].index(name) + DTYPES.index(variant.dtype)
-    if backend == "triton" and device == "cpu" and variant.channels_last != turn % 2:
-        pytest.skip("in the interpreter the layouts take turns")
-
-
 @pytest.mark.parametrize("variant", variants(), ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_is_as_exact_as_the_eager_formula_in_float32(backend, device, name, variant):
-    _take_turns(backend, device, name, variant)
+    take_turns(backend, device, [*CASES].index(name), variant.dtype, variant.channels_last)
     check(like(CASES[name], variant), device)
 
 
@@ -35,7 +30,7 @@ def test_is_as_exact_as_the_eager_formula_in_float32(backend, device, name, vari
     "name", ["odd_sizes", "many_tiles_and_chunks", "large_mean", "almost_equal_and_large_mean", "one_element_and_1x1"]
 )
 def test_the_tap_is_as_exact_as_adding_in_float32(backend, device, name, variant):
-    _take_turns(backend, device, name, variant)
+    take_turns(backend, device, [*CASES].index(name), variant.dtype, variant.channels_last)
     check(like(CASES[name], variant), device, tap=True)
 
 
@@ -49,11 +44,10 @@ def test_float16_gradients_survive_a_loss_scale_of_65536(backend, device, channe
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("teacher_dtype", DTYPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "teacher_dtype"), [*itertools.permutations(DTYPES, 2)])
 def test_student_and_teacher_may_differ_in_dtype(backend, device, dtype, teacher_dtype, channels_last):
-    if dtype != teacher_dtype:
-        check(replace(PLAIN, dtype=dtype, teacher_dtype=teacher_dtype, channels_last=channels_last), device)
+    take_turns(backend, device, 1 + DTYPES.index(teacher_dtype), dtype, channels_last)
+    check(replace(PLAIN, dtype=dtype, teacher_dtype=teacher_dtype, channels_last=channels_last), device)
 
 
 def test_levels_may_differ_in_dtype_and_layout(backend, device):

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from jdkd.errors import InputError
 from jdkd.functional import pearson_tap, pkd_loss
 from jdkd.nn import PearsonTap
+from tests.ranks import found_by_ranks
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without distributed")
 BATCHES = (3, 1)  # images of each rank
@@ -60,25 +60,19 @@ def gradients_of(model: nn.Module, share: slice, options: dict, *, tap: bool) ->
 CASES = [(False, False), (False, True), (True, False)]  # masked, tap
 
 
-def rank_job(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", len(BATCHES))
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(BATCHES))
+def job(rank: int) -> list[tuple[Tensor, list[Tensor]]]:
     first = sum(BATCHES[:rank])
     share, found = slice(first, first + BATCHES[rank]), []
     for masked, tap in CASES:
         options = {"group": dist.group.WORLD, "masked": masked}
         found.append(gradients_of(DistributedDataParallel(Student()), share, options, tap=tap))
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> list[list[tuple[Tensor, list[Tensor]]]]:
+def ranks() -> list[list[tuple[Tensor, list[Tensor]]]]:
     """What every rank found in every case; starting the processes takes longer than all of the work."""
-    folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(rank_job, (str(folder),), nprocs=len(BATCHES))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(len(BATCHES))]
+    return found_by_ranks(job)
 
 
 @pytest.mark.parametrize("case", CASES, ids=["plain", "tap", "masked"])

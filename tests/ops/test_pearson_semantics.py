@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # by Triton's interpreter
     pytest.mark.filterwarnings("ignore:.*Function.*instantiated:DeprecationWarning"),  # by dynamo
 ]
-COMPILED_HERE = ("cpu", "reference")
 
 
 def drawn(*shapes: tuple[int, ...], seed: int = 0, grad: bool = False) -> list[Tensor]:
@@ -56,6 +55,8 @@ def test_levels_are_summed_and_weighted():
 @pytest.mark.parametrize("resize_stu", [True, False])
 @pytest.mark.parametrize("size", [(12, 10), (6, 9), (3, 5)])
 def test_levels_of_different_size_are_resized_and_only_those(backend, resize_stu, size):
+    if backend == "triton" and (resize_stu, size) != (True, (12, 10)):
+        pytest.skip("they are resized before a kernel has them, and the interpreter is slow")
     students = drawn((2, 3, 6, 5), (2, 3, 4, 4), grad=True)
     teachers = drawn((2, 3, *size), (2, 3, 4, 4), seed=1)
     loss = pkd_loss(students, teachers, 6.0, resize_stu)
@@ -175,8 +176,7 @@ def test_a_backward_may_run_on_another_backend():
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", COMPILED_HERE)
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("name", "channels_last"), [("cpu", True), ("reference", False)])
 def test_the_operators_pass_opcheck(name, channels_last):
     students, teachers = ([level.detach() for level in side] for side in Case(channels_last=channels_last).levels())
     with use_backend(name):
@@ -187,8 +187,7 @@ def test_the_operators_pass_opcheck(name, channels_last):
             torch.library.opcheck(torch.ops.jdkd.pearson_bwd.default, (loss, students, teachers, table[0], dout))
 
 
-@pytest.mark.parametrize("name", COMPILED_HERE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "dtype"), [("cpu", torch.float32), ("reference", torch.bfloat16)])
 def test_compiles_as_one_graph(name, dtype):
     def step(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
         return 2 * pkd_loss([s * 1.5 for s in students], (t for t in teachers), 6.0)

@@ -69,10 +69,13 @@ class Traffic:
         return found
 
 
-@pytest.mark.parametrize("offsets", [(0, 0, 0), (1, 1, 1), (8, 8, 8), (0, 3, 1)], ids=str)
+OFFSETS = [(0, 0, 0), (1, 1, 1), (8, 8, 8), (0, 3, 1)]
+
+
+@pytest.mark.parametrize("offsets", OFFSETS, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_element_is_read_once_and_nothing_else_is_touched(monkeypatch, dtype, layout, offsets):
+def test_every_element_is_read_once_and_nothing_else_is_touched(monkeypatch, layout, offsets):
+    dtype = (torch.float32, torch.bfloat16)[(OFFSETS.index(offsets) + (layout == "nhwc")) % 2]  # these take turns
     large = (1, 2, 95, 91) if layout == "nchw" else (1, 66, 20, 31)  # several tiles, chunks, and blocks of channels
     shapes = [(2, 3, 9, 7), large, (2, 5, 1, 1)]
     students, teachers, dout = (
@@ -130,8 +133,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("skip_constant", [False, True])
-@pytest.mark.parametrize("eps", [1e-6, 1e-8, 1e-2])
+@pytest.mark.parametrize(("eps", "skip_constant"), [(1e-6, False), (1e-8, True), (1e-2, True)])
 def test_results_are_those_of_the_reference_for_levels_of_every_kind(eps, skip_constant):
     shapes = [(2, 3, 4, 3), (2, 8, 11, 9), (2, 3, 6, 7), (1, 40, 3, 2), (2, 5, 8, 8)]
     weights = [6.0, 0.1, 1.5, 2.0, 1e-3]
@@ -198,9 +200,8 @@ def compiled(monkeypatch, layout: str, dtype: torch.dtype, levels: int, images: 
     return {name: len(kernel.keys) for name, kernel in kernels.items()}
 
 
-@pytest.mark.parametrize("levels", [1, 5])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("dtype", "levels"), [(torch.float32, 5), (torch.bfloat16, 1), (torch.float16, 5)], ids=str)
 def test_a_thousand_image_sizes_compile_at_most_two_variants(monkeypatch, dtype, layout, levels):
     found = compiled(monkeypatch, layout, dtype, levels, images=1000)
     kind = "plane" if layout == "nchw" else "row"

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -177,11 +178,17 @@ CONFIG = PoolTrainConfig(
 )
 
 
-def test_an_interrupted_pool_ends_as_an_uninterrupted_one(digits, tmp_path):
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """A base, its pool, and the folder of that, which nobody changes."""
     train, selection = digits
-    base = detector(small_spec(classes=train.classes))
-    whole = train_pool(base, train, selection, CONFIG, tmp_path / "whole", scored=3)
-    assert not (tmp_path / "whole" / "training").exists()
+    base, folder = detector(small_spec(classes=train.classes)), tmp_path_factory.mktemp("pool") / "whole"
+    return base, train_pool(base, train, selection, CONFIG, folder, scored=3), folder
+
+
+def test_an_interrupted_pool_ends_as_an_uninterrupted_one(digits, trained, tmp_path):
+    (train, selection), (base, whole, folder) = digits, trained
+    assert not (folder / "training").exists()
 
     class StopError(Exception):
         pass
@@ -220,12 +227,11 @@ def test_a_teacher_that_finds_nothing_finite_scores_0_and_says_so(digits, monkey
         assert pool.score(space.smallest, selection).map == 0.0
 
 
-def test_a_pool_that_cannot_teach_the_base_is_refused(digits, tmp_path):
-    train, selection = digits
-    base = detector(small_spec(classes=train.classes))
+def test_a_pool_that_cannot_teach_the_base_is_refused(digits, trained, tmp_path):
+    (train, _), (base, _, folder) = digits, trained
     with pytest.raises(InputError, match="no finished teacher pool"):
         load_pool(tmp_path, base, train)
-    train_pool(base, train, selection, CONFIG, tmp_path, scored=1)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     other = detector(small_spec(classes=train.classes, fpn=24))
     with pytest.raises(InputError, match=r"\[16, 16, 16, 16, 16\] and the base \[24, 24, 24, 24, 24\]"):
         load_pool(tmp_path, other, train)

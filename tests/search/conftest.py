@@ -9,21 +9,28 @@ from jdkd.run_folder import RunFolder
 from jdkd.search import Method, search
 from jdkd.search.context import open_context
 from tests.detectors import detector, small_spec
+from tests.once import made_once, shared_folder
 from tests.search.small_search import config_of, make_steady
 
 DIGITS = tuple(str(digit) for digit in range(10))
+FAMILIES = {"Faster R-CNN": detector}  # of the base that most tests begin from
 STAGES = (Stage(16, ((8,),)), Stage(16, ((8,), (16,))), Stage(24, ((8,),)), Stage(32, ((8,),)))
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A base and its data."""
-    folder = tmp_path_factory.mktemp("search")
+    """A base and its data, the same for all processes of a run of the tests."""
+    folder = shared_folder(tmp_path_factory) / "search"
+    made_once(folder, begun)
+    return folder
+
+
+def begun(folder):
+    folder.mkdir()
     write_digit_scenes(folder / "data", train=12, val=6, size=64, seed=0)
     train = CocoDetectionDataset(resolve_splits(folder / "data")[0])
     RunFolder(folder / "base").begin("train", {"data": {"train": train.fingerprint}})
-    save(folder / "base", detector(small_spec(classes=DIGITS, stages=STAGES)))
-    return folder
+    save(folder / "base", FAMILIES["Faster R-CNN"](small_spec(classes=DIGITS, stages=STAGES)))
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +49,15 @@ def steady(monkeypatch):
 @pytest.fixture(scope="session")
 def finished(folder):
     """Folder and result of a search that ran to its end, and what it told of its progress."""
-    told = set()
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        warnings.simplefilter("ignore", Notice)
-        make_steady(patch)
-        result = search(config_of(folder, folder / "out"), lambda what, *state: told.add(what))
-    return folder / "out", result, told
+
+    def searched(out):
+        told = set()
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            warnings.simplefilter("ignore", Notice)
+            make_steady(patch)
+            return search(config_of(folder, out), lambda what, *state: told.add(what)), told
+
+    return folder / "out", *made_once(folder / "out", searched)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """A joint search in miniature, and a clock that tells it the same every time."""
 
 import sqlite3
-import sys
+import warnings
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from jdkd.graph import Topology
 from jdkd.latency import Latency, LatencyReport, ModelLatency
 from jdkd.latency.protocol import conditions_of
 from jdkd.latency.table import LatencyTable, measure_table
+from jdkd.notices import Notice
 from jdkd.search import SearchConfig, search
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.evaluator import SearchTask
@@ -96,6 +97,9 @@ class SteadyTask(SearchTask):
         return super().open(device, progress)
 
 
-if __name__ == "__main__":  # a search in a process of its own, to be killed: says what it is at
+def search_and_tell(config: SearchConfig, pipe) -> None:
+    """A search in a process of its own, to be killed: says what it is at."""
+    warnings.simplefilter("ignore", Notice)
+    torch.set_num_threads(1)  # those of the process that was forked are not there, and would be waited for
     make_steady(pytest.MonkeyPatch())
-    search(config_of(Path(sys.argv[1]), Path(sys.argv[2])), lambda *state: print(*state[:2], flush=True))
+    search(config, lambda what, *state: pipe.send(what))

@@ -1,14 +1,10 @@
 """A search that was killed, interrupted, moved or asked of more workers comes to the same archive."""
 
 import json
-import os
+import multiprocessing
 import shutil
-import signal
-import subprocess
-import sys
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -23,10 +19,22 @@ from jdkd.search.archive import ARCHIVE
 from jdkd.search.teachers import TEACHERS
 from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
+from tests.execution.forking import FORKED, fork_workers
+from tests.ranks import METHOD
 from tests.search.conftest import DIGITS
-from tests.search.small_search import SteadyTask, archived, config_of, remembered_table, steady_measure
+from tests.search.small_search import (
+    SteadyTask,
+    archived,
+    config_of,
+    remembered_table,
+    search_and_tell,
+    steady_measure,
+)
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice"),  # a handful of scenes, 10 digits
+    FORKED,
+]
 
 
 @pytest.fixture
@@ -35,6 +43,14 @@ def unfinished(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "out")
     (tmp_path / "out" / "result.json").unlink()
     return tmp_path / "out"
+
+
+def up_to_the_pool(finished, out):
+    """Copies what a search has written before its first candidate."""
+    shutil.copytree(finished[0] / "pool", out / "pool")
+    shutil.copy(finished[0] / "latency_table.json", out)
+    record = json.loads((finished[0] / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"finished": None}))
 
 
 def forgotten(out, number):
@@ -54,18 +70,28 @@ def interrupted_at(moment):
     return stop
 
 
-def test_a_search_killed_once_and_interrupted_again_and_again_reaches_the_same_archive(folder, finished, steady):
-    out, root = folder / "killed", Path(__file__).parents[2]
-    command = [sys.executable, "-m", "tests.search.small_search", str(folder), str(out)]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that wait for a busy core would spin
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=alone, cwd=root) as process:
-        for line in process.stdout:
-            if line.startswith("candidate 1"):
-                break
-        process.send_signal(signal.SIGKILL)
-    decided, told = (out / "generation.json").read_text(), []
-    assert len(archived(out)) <= 2 and not (out / "result.json").exists()
+def killed_at(config, moment):
+    """Runs a search in a process of its own until it says what it is at, and kills it."""
+    context = multiprocessing.get_context(METHOD)
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=search_and_tell, args=(config, theirs))
+    process.start()
+    theirs.close()
+    while not ours.recv().startswith(moment):
+        pass
+    process.kill()
+    process.join()
+
+
+def test_a_search_killed_once_and_interrupted_again_and_again_reaches_the_same_archive(
+    folder, finished, steady, tmp_path
+):
+    out, told = tmp_path / "out", []
+    up_to_the_pool(finished, out)
     config = config_of(folder, out, resume=True)
+    killed_at(config, "candidate 1")
+    decided = (out / "generation.json").read_text()
+    assert len(archived(out)) <= 2 and not (out / "result.json").exists()
     for moment in ("candidate 2", "candidates", "candidate 4", "timing", "control", "scoring"):
 
         def stop(what, *state, moment=moment):
@@ -90,6 +116,7 @@ def test_a_lost_archive_is_made_again_and_by_two_workers_the_same(folder, finish
     (unfinished / TEACHERS).unlink()  # which knows those that were scored in later generations
     shutil.rmtree(unfinished / "candidates")
     monkeypatch.setattr("jdkd.search.loop.SearchTask", SteadyTask)
+    fork_workers(monkeypatch)
     told = []
     search(config_of(folder, unfinished, resume=True, workers=2), lambda what, *state: told.append(what))
     assert archived(unfinished) == archived(finished[0])

@@ -8,7 +8,7 @@ import torch
 
 from jdkd.detect.contract import identity
 from jdkd.errors import InputError
-from jdkd.latency import Latency, LatencyReport, ModelLatency, percentile
+from jdkd.latency import QUICK, REPORTED, Latency, LatencyReport, ModelLatency, percentile
 from jdkd.search import search
 from jdkd.search.timing import BRIEF, LONG, pooled
 from tests.detectors import detector, small_spec
@@ -51,7 +51,10 @@ def test_pooling_narrows_the_spread():
     assert spread[4] < 0.7 * spread[1]
 
 
-def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(context):
+def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(context, monkeypatch):
+    for schedule in (QUICK, REPORTED):
+        name = "QUICK" if schedule is QUICK else "REPORTED"
+        monkeypatch.setattr(f"jdkd.search.context.{name}", replace(schedule, warmup_limit=0))
     base, model = context.base_id, detector(small_spec(fpn=8))
     other = identity(model)
     timings = context.timed({base: context.base, other: model})

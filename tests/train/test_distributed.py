@@ -1,11 +1,7 @@
 """Two processes train what one does."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -14,7 +10,8 @@ import torch
 from jdkd.errors import InputError
 from jdkd.train import evaluate, fit
 from tests.detectors import CLASSES
-from tests.train.two_processes import CONFIG, CURVE, Finder, Toy, net, opened
+from tests.ranks import started
+from tests.train.two_processes import CONFIG, CURVE, Finder, Toy, as_torchrun_starts_it, net, opened
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +21,7 @@ def two(digits, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
-    data = digits[0].split.images.parent
-    command = [sys.executable, "-m", "tests.train.two_processes", str(folder), str(data)]
-    each = [{"RANK": str(place), "LOCAL_RANK": str(place), "OMP_NUM_THREADS": "1"} for place in range(2)]
-    with ExitStack() as ends:
-        started = [subprocess.Popen(command, env={**os.environ, **shared, **own}) for own in each]
-        for process in started:
-            ends.enter_context(process)
-            ends.callback(process.kill)
-        assert [process.wait(120) for process in started] == [0, 0]
+    started(as_torchrun_starts_it, port, folder, digits[0].split.images.parent)
     return [torch.load(folder / f"{place}.pt", weights_only=False) for place in range(2)], folder
 
 

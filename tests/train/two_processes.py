@@ -1,8 +1,8 @@
-"""What each of two processes does that :mod:`tests.train.test_distributed` starts: ``python -m … FOLDER DATA``."""
+"""What each of two processes does that :mod:`tests.train.test_distributed` starts."""
 
 import math
+import os
 import random
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
@@ -140,7 +140,10 @@ def raised():
         return str(error)
 
 
-def main(folder: Path, data: Path) -> None:
+def as_torchrun_starts_it(place: int, port: str, folder: Path, data: Path) -> None:
+    """One of the two, which leaves what it found in ``folder``."""
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {"RANK": str(place), "LOCAL_RANK": str(place)}
     warnings.simplefilter("ignore")
     train, selection = (CocoDetectionDataset(split) for split in resolve_splits(data))
     with process_group("cpu") as device:
@@ -165,7 +168,3 @@ def main(folder: Path, data: Path) -> None:
             "members": len(pool.members),
         }
         torch.save(found, folder / f"{rank()}.pt")
-
-
-if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))

@@ -1,0 +1,98 @@
+"""What `jdkd tune` found on this machine, and whether any shape of the benchmark cases is slower for it.
+
+    jdkd tune && python -m benchmarks.tuned          times, and prints a page
+    python -m benchmarks.tuned --save                also appends to benchmarks/results/<device>/tuned.jsonl
+
+A row for every region that was timed: the way that is taken, the default, and the ratios of their times. And a row for
+every shape of the cases of the Pearson loss (every level of a pyramid, 256 channels, one image of 800x1344) and of the
+elastic convolutions (all that a ResNet-50 with its pyramid has at stride 1, at half width): the shapes for which
+another way than the default is taken are timed again, the default and that way in turns, by what `jdkd tune` times
+with. Where the default is taken nothing can have changed, and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from benchmarks import conv_shapes, record
+from benchmarks.cases import pearson as pearson_cases
+from jdkd import _tuned
+from jdkd.env import load_operators
+from jdkd.tune import convolutions, pearson
+from jdkd.tune.session import compared
+from jdkd.tune.shapes import LAYOUTS, Shape
+from jdkd.tune.timing import clock_of
+
+CPU = torch.device("cpu")
+WIDTH = 0.5
+SECONDS = 1.0  # for a shape
+
+
+def shapes(device: torch.device) -> Iterator[tuple[str, Shape]]:
+    """The shapes of the benchmark cases, with labels that say where they occur."""
+    for (level, size), layout in itertools.product(pearson_cases.SIZES.items(), LAYOUTS):
+        for form in ("loss", "gradient", "tap"):
+            levels = [(1, pearson_cases.CHANNELS, *size)]
+            yield f"{level} {form}", pearson.of_backends(device, torch.float32, layout, levels, form)
+    for (label, conv), layout, both in itertools.product(conv_shapes.distinct().items(), LAYOUTS, (True, False)):
+        if conv.stride == 1 and conv.kernel in (1, 3) and conv.padding == conv.kernel // 2:
+            given = device, torch.float32, layout, conv.kernel, conv.size, conv.active(WIDTH), both
+            yield label, convolutions.of_kernels(*given)
+
+
+def rows(device: torch.device) -> Iterator[dict[str, Any]]:
+    """What was found, and what came of the shapes."""
+    for table, regions in _tuned.regions(device).items():
+        for name, region in regions.items():
+            yield {"table": table, "region": name, **region._asdict(), "measured": [*map(tuple, region.measured)]}
+    clock = clock_of(device)
+    for label, shape in shapes(device):
+        row = {"table": shape.table.name, "case": label, "shape": shape.label, "region": shape.table.region(shape.call)}
+        if (path := shape.table.tuned(shape.call)) is None:
+            yield {**row, "path": "the default"}
+            continue
+        default = _tuned.regions(device)[shape.table.name][row["region"]].default
+        ratio = compared(shape, default, [path], SECONDS, clock)[path]
+        yield {**row, "path": path, "default": default, "ratio": [ratio.value, ratio.low, ratio.high]}
+
+
+def page(found: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines for a reader: by table how many regions changed, and the cases that another way computes."""
+    regions = [row for row in found if "case" not in row]
+    for table in dict.fromkeys(row["table"] for row in regions):
+        own = [row for row in regions if row["table"] == table]
+        changed = [row for row in own if row["path"] != row["default"]]
+        yield f"{table}: {len(own)} regions timed, {len(changed) or 'none'} changed for the better"
+        for row in changed:
+            gains = [1 / ratio for path, _, ratio, *_ in row["measured"] if path == row["path"]]
+            gain = f"{min(gains):.2f} to {max(gains):.2f}"
+            yield f"  {row['region']}: {row['path']}, {gain} times as fast as {row['default']}"
+    timed = [row for row in found if "ratio" in row]
+    slower = [row for row in timed if row["ratio"][1] > 1]
+    cases = sum("case" in row for row in found)
+    yield f"{cases} shapes of the cases: {len(timed)} take another way than the default, {len(slower) or 'none'} slower"
+    for row in timed:
+        value, low, high = row["ratio"]
+        yield f"  {row['case']}, {row['shape']}: {row['path']} takes {value:.3f} [{low:.3f}, {high:.3f}] of the time"
+
+
+def main(words: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tuned", description=__doc__.partition("\n")[0])
+    parser.add_argument("--save", action="store_true", help="append the rows to benchmarks/results")
+    save = parser.parse_args(words).save
+    load_operators()
+    common = record.environment("cpu", 0.0)
+    found = [{"date": datetime.date.today().isoformat(), **row, **common} for row in rows(CPU)]
+    print(*page(found), sep="\n")
+    if save:
+        record.append(record.result_file("cpu", "tuned"), found)
+
+
+if __name__ == "__main__":
+    main()

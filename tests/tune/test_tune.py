@@ -1,0 +1,261 @@
+"""A way to compute something is taken where it is faster beyond doubt, and nothing is timed twice."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from jdkd import _dispatch, _tuned, files
+from jdkd._dispatch import Candidate, Table
+from jdkd.errors import InputError
+from jdkd.notices import Notice
+from jdkd.tune import plan, regions, session, tune
+from jdkd.tune.shapes import Shape, copied, nbytes
+from jdkd.tune.timing import clock_of, rotated
+
+CPU = torch.device("cpu")
+
+
+class Call(NamedTuple):
+    region: str
+    device: torch.device = CPU
+
+
+TABLE = Table("toy", (Candidate("usual", ""), Candidate("other", ""), Candidate("third", "")), lambda call: call.region)
+
+
+class Times:
+    """A clock that is told what a way takes: the milliseconds of its calls, in turn."""
+
+    name = "told"
+
+    def __init__(self, **milliseconds: list[float]) -> None:
+        self.left = {name: itertools.cycle(each) for name, each in milliseconds.items()}
+        self.ran: list[str] = []
+
+    def time(self, call) -> float:
+        call()
+        return next(self.left[self.ran[-1]])
+
+    def shapes(self, region: str, *labels: str) -> Iterator[Shape]:
+        runs = {name: lambda given, name=name: self.ran.append(name) for name in self.left}
+        for label in labels or ("a",):
+            yield Shape(TABLE, Call(region), label, lambda: torch.zeros(1 << 20), runs)
+
+
+@pytest.fixture(autouse=True)
+def a_quiet_machine(monkeypatch, tmp_path):
+    """A cache of its own, no request, and samples enough however slow the machine is."""
+    monkeypatch.setenv("JDKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JDKD_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(session, "ROUNDS", 8)
+    monkeypatch.setattr(session, "LEAST_ROUNDS", 8)
+    monkeypatch.setattr(session, "MOST_WARMUP", 0.05)
+    monkeypatch.setattr("jdkd.tune.timing.MOST_SETS", 2)
+    _dispatch.forget()
+    yield
+    _dispatch.forget()
+
+
+def run(times: Times, *names: str, shapes: tuple[str, ...] = (), **options):
+    def jobs(device, quick):
+        return [job for name in names or ("r",) for job in regions._regions(times.shapes(name, *shapes))]
+
+    (outcome,) = tune([CPU], clock=times, jobs=jobs, **{"minutes": 1.0, **options})
+    return outcome
+
+
+def test_what_is_faster_is_taken_from_then_on():
+    outcome = run(Times(usual=[2.0, 2.1], other=[1.0, 1.1], third=[1.5]))
+    (row,) = outcome.changed()
+    assert row[:2] == ("toy", "r") and row[2].path == "other" and (outcome.timed, outcome.left) == (1, 0)
+    assert TABLE.choose(Call("r"))[0].name == "other" and TABLE.choose(Call("s"))[0].name == "usual"
+    assert TABLE.explain(Call("r")).source.endswith("times as fast as usual")
+    assert outcome.file == _tuned.file_of(CPU) and outcome.file.is_file()
+
+
+@pytest.mark.parametrize(
+    ("usual", "other"),
+    [([1.0], [1.0]), ([1.0], [1.2]), ([1.0, 3.0, 2.0], [0.9, 3.1, 1.9, 2.2])],
+    ids=["equal", "slower", "noise"],
+)
+def test_what_is_not_faster_beyond_doubt_is_not_taken(usual, other):
+    outcome = run(Times(usual=usual, other=other, third=[9.0]))
+    assert outcome.changed() == [] and TABLE.choose(Call("r"))[0].name == "usual"
+    assert outcome.regions["toy"]["r"].measured  # and what was found is kept
+
+
+def test_what_is_faster_in_one_shape_only_is_not_taken():
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    shapes = list(times.shapes("r", "fast", "slow"))
+    slow = Times(usual=[1.0], other=[2.0], third=[9.0])
+    mixed = [shapes[0], next(slow.shapes("r", "slow"))]
+
+    class Both:
+        name = "both"
+
+        def time(self, call) -> float:
+            before = len(times.ran), len(slow.ran)
+            call()
+            clock = times if len(times.ran) > before[0] else slow
+            return next(clock.left[clock.ran[-1]])
+
+    (outcome,) = tune([CPU], minutes=1.0, clock=Both(), jobs=lambda *_: list(regions._regions(iter(mixed))))
+    assert outcome.changed() == []
+
+
+def test_what_wins_once_by_chance_is_timed_again(monkeypatch):
+    lucky, times, compared = Times(usual=[2.0], other=[2.0], third=[9.0]), [1.0, 2.0], session.compared
+
+    def once(*given):
+        lucky.left["other"] = itertools.cycle([times.pop(0)])
+        return compared(*given)
+
+    monkeypatch.setattr(session, "compared", once)
+    outcome = run(lucky)
+    assert outcome.changed() == [] and times == []
+    assert [row.ratio for row in outcome.regions["toy"]["r"].measured if row.path == "other"] == [1.0]
+
+
+def test_a_run_carries_on_where_the_last_one_ended(monkeypatch):
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    seen = []
+
+    def stop(device, done, total, values):
+        seen.append((done, total))
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(times, "a", "b", "c", progress=stop)
+    assert [*_tuned.regions(CPU)["toy"]] == ["a", "b"] and seen == [(1, 3), (2, 3)]
+    calls = len(times.ran)
+    outcome = run(times, "a", "b", "c")
+    assert (outcome.timed, outcome.left, len(outcome.changed())) == (1, 0, 3)
+    assert len(times.ran) - calls < calls
+    assert run(times, "a", "b", "c").timed == 0
+    assert run(times, "a", "b", "c", again=True).timed == 3
+
+
+def test_a_way_that_fails_is_left_out_and_said():
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    (shape,) = times.shapes("r")
+
+    def failing(given):
+        raise RuntimeError("no kernel image")
+
+    shape.runs["other"] = failing
+    with pytest.warns(Notice, match="other of toy is left out: RuntimeError for a: no kernel image"):
+        (outcome,) = tune([CPU], clock=times, jobs=lambda *_: list(regions._regions(iter([shape]))))
+    assert outcome.changed() == [] and outcome.timed == 1
+
+
+def test_one_process_writes_at_a_time(monkeypatch):
+    held = []
+    run(Times(usual=[2.0], other=[1.0], third=[9.0]), progress=lambda *_: held.append(len(files._locks)))
+    assert held == [len(files._locks) + 1]
+
+
+def test_what_does_not_fit_into_the_time_keeps_its_default():
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    outcome = run(times, "a", "b", "c", minutes=1e-9)
+    assert (outcome.timed, outcome.left) == (1, 2) and [*_tuned.regions(CPU)["toy"]] == ["a"]
+
+
+def test_the_clock_of_one_thread_counts_its_own_time_alone(monkeypatch):
+    for threads, name in ((1, "thread_time"), (2, "perf_counter")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert clock_of(CPU).name == name
+
+
+def test_devices_that_are_alike_are_timed_once():
+    assert len(tune([CPU, CPU], jobs=lambda *_: [])) == 1
+
+
+@pytest.mark.parametrize("minutes", [0, -1, float("nan"), float("inf")])
+def test_refuses_a_time_that_is_none(minutes):
+    with pytest.raises(InputError, match=f"minutes must be a positive number, got {minutes}"):
+        tune([CPU], minutes=minutes)
+
+
+def test_refuses_where_something_else_decides(monkeypatch, tmp_path):
+    monkeypatch.setenv("JDKD_BACKEND", "reference")
+    with pytest.raises(InputError, match="the backend reference is asked for"):
+        tune([CPU])
+    monkeypatch.delenv("JDKD_BACKEND")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(InputError, match="TRITON_INTERPRET is set"):
+        tune([CPU])
+    monkeypatch.delenv("TRITON_INTERPRET")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JDKD_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match=r"JDKD_CACHE .* is a file"):
+        tune([CPU])
+
+
+def test_inputs_go_past_the_cache_and_share_no_memory(monkeypatch):
+    monkeypatch.setattr("jdkd.tune.timing.MOST_SETS", 8)
+    monkeypatch.setattr("jdkd.tune.timing.last_level_cache", lambda device: 4000)
+    sets = rotated(lambda: (torch.zeros(1000).requires_grad_(), [torch.ones(10)], "not a tensor"))
+    assert len(sets) == 3 and sum(map(nbytes, sets)) >= 3 * 4000
+    assert len({given[0].data_ptr() for given in sets}) == 3 and all(given[0].requires_grad for given in sets)
+    last = torch.zeros(1, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    assert copied(last).stride() == last.stride()
+
+
+def test_every_region_of_this_machine_can_be_timed(monkeypatch):
+    """Each way of each shape runs, on a CPU, and computes what the default computes."""
+    found = plan(CPU, quick=True)
+    first = {job.table: job for job in reversed(found)}  # of its table, with the smallest shapes
+    assert "elastic convolution" in first and all(shape.call.device == CPU for job in found for shape in job.shapes)
+    for job in first.values():
+        given = job.shapes[0].make()
+        results = [job.shapes[0].runs[name](given) for name in (job.default, *job.others)]
+        for other in results[1:]:
+            torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-3)
+        assert job.shapes[0].table.region(job.shapes[0].call) == job.region
+
+
+def test_the_command_refuses_in_one_sentence_and_has_an_example(capsys):
+    pytest.importorskip("tyro")
+    from jdkd.cli import main
+
+    assert main(["tune", "--minutes", "0"]) == 2
+    assert capsys.readouterr().err == "jdkd: minutes must be a positive number, got 0.0; give 3, say.\n"
+    with pytest.raises(SystemExit) as ended:
+        main(["tune", "--help"])
+    assert ended.value.code == 0 and "jdkd tune --minutes 3" in capsys.readouterr().out
+
+
+def test_the_command_shows_what_changed_and_resumes_after_an_interrupt(capsys, monkeypatch):
+    pytest.importorskip("tyro")
+    from jdkd import tune as room
+    from jdkd.cli import main
+
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    real, interrupts = session.tune, [True]
+
+    def planted(devices, *, progress, **options):
+        def told(*given):
+            progress(*given)
+            if interrupts:
+                interrupts.clear()
+                raise KeyboardInterrupt
+
+        names = ("a", "b")
+        jobs = [job for name in names for job in regions._regions(times.shapes(name))]
+        return real([CPU], progress=told, clock=times, jobs=lambda *_: jobs, **{**options, "minutes": 1.0})
+
+    monkeypatch.setattr(room, "tune", planted)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["tune"]) == 2
+    assert "interrupted; 1 of 2 regions of cpu kept: carry on with jdkd tune" in capsys.readouterr().err
+    assert main(["tune"]) == 0
+    out = capsys.readouterr().out
+    assert "cpu: 2 regions timed, 1 of them now; 2 take another way than the default" in out
+    assert out.count("2.00 to 2.00") == 2
