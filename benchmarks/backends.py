@@ -27,7 +27,8 @@ HOW = {
     "aot": "its machine code for sm_90",
     "": "Triton's interpreter",
 }
-TUNED = "tune"  # rows of this name, of each operator, are what `jdkd tune` found
+ELASTIC = "elastic convolution"
+TABLES = {"elastic_conv": ELASTIC, "elastic_pointwise": ELASTIC}  # of benchmarks.tuned; others are called as operators
 HEAD = ("operator", "kernel", "checked before use", "dtypes", "its place", "tested without a GPU by")
 HEAD += ("measured on", "tuned on")
 
@@ -51,8 +52,8 @@ def _row(op: str, kernel: str) -> list[str]:
         ", ".join(dtypes),
         _backend.explain(op)[kernel] or "in this order, where it was seen right",
         ", ".join(_tests(op, kernel)),
-        _devices(op, kernel, op) or "not measured",
-        _devices(op, kernel, TUNED) or "not tuned",
+        _measured(op, kernel) or "not measured",
+        _tuned(op, kernel) or "not tuned",
     ]
 
 
@@ -66,13 +67,26 @@ def _tests(op: str, kernel: str) -> list[str]:
     return [next(how for suffix, how in HOW.items() if file.endswith(suffix)) for file in files]
 
 
-def _devices(op: str, kernel: str, file: str) -> str:
+def _measured(op: str, kernel: str) -> str:
     """Where rows of an operator were made that this kernel was in: those of GPUs say a version of CUDA."""
-    rows = record.load(sorted(record.RESULTS.glob(f"*/{file}.jsonl")))
     devices = {}
-    for row in rows:
-        ours, *how = row.get("provider", record.OURS).split()
+    for row in record.load(sorted(record.RESULTS.glob(f"*/{op}.jsonl"))):
+        ours, *how = row["provider"].split()
         another = {*how} & {*_backend.BACKENDS} - {kernel}
-        if row["op"] == op and ours == record.OURS and not another and (row.get("cuda") is None) == (kernel == "cpu"):
+        if ours == record.OURS and not another and _on_its_device(row, kernel):
             devices[row["device"]] = None
     return ", ".join(devices)
+
+
+def _tuned(op: str, kernel: str) -> str:
+    """Where `jdkd tune` timed the ways of an operator on this kernel's device, and how many regions it changed."""
+    regions: dict[str, dict[str, bool]] = {}
+    for row in record.load(sorted(record.RESULTS.glob("*/tuned.jsonl"))):
+        if row["table"] == TABLES.get(op, op) and "measured" in row and _on_its_device(row, kernel):
+            regions.setdefault(row["device"], {})[row["region"]] = row["path"] != row["default"]
+    told = ((device, len(found), sum(found.values())) for device, found in regions.items())
+    return ", ".join(f"{device}: {changed} of {count} regions changed" for device, count, changed in told)
+
+
+def _on_its_device(row: record.Row, kernel: str) -> bool:
+    return (row.get("cuda") is None) == (kernel == "cpu")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks import (
     ablations,
+    accelerate,
     backends,
     distillation_cost,
     distillation_page,
@@ -31,6 +32,7 @@ EXPERIMENTS = ROOT / "docs" / "experiments"
 FRONT = ROOT / "docs" / "mAP-over-latency.svg"
 OWN = {  # operators whose tables are not those of kernels
     ablations.OP: ablations.page,
+    accelerate.OP: accelerate.table,
     "distillation": distillation_page.page,
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,

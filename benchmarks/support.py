@@ -23,7 +23,7 @@ NAMES = {
     "reppoints": "RepPoints",
     OWN: "a module of your own (a PAN)",
 }
-TESTED, ASKED, REFUSED, NOT = "tested", "tested when asked", "refused, tested", "not tested"
+TESTED, ASKED, REFUSED, NOT = "tested", "tested (slow)", "refused", "not tested"
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A row for every region that was timed: the way that is taken, the default, and t
 every shape of the cases of the Pearson loss (every level of a pyramid, 256 channels, one image of 800x1344) and of the
 elastic convolutions (all that a ResNet-50 with its pyramid has at stride 1, at half width): the shapes for which
 another way than the default is taken are timed again, the default and that way in turns, by what `jdkd tune` times
-with. Where the default is taken nothing can have changed, and nothing is timed.
+with. Where the default is taken nothing can have changed, and nothing is timed: a row counts these shapes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,20 +52,22 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
     for table, regions in _tuned.regions(device).items():
         for name, region in regions.items():
             yield {"table": table, "region": name, **region._asdict(), "measured": [*map(tuple, region.measured)]}
-    clock = clock_of(device)
+    clock, as_before = clock_of(device), Counter()
     for label, shape in shapes(device):
         row = {"table": shape.table.name, "case": label, "shape": shape.label, "region": shape.table.region(shape.call)}
         if (path := shape.table.tuned(shape.call)) is None:
-            yield {**row, "path": "the default"}
+            as_before[shape.table.name] += 1
             continue
         default = _tuned.regions(device)[shape.table.name][row["region"]].default
         ratio = compared(shape, default, [path], SECONDS, clock)[path]
         yield {**row, "path": path, "default": default, "ratio": [ratio.value, ratio.low, ratio.high]}
+    for table, count in as_before.items():
+        yield {"table": table, "shapes": count, "path": "the default"}
 
 
 def page(found: list[dict[str, Any]]) -> Iterator[str]:
     """Lines for a reader: by table how many regions changed, and the cases that another way computes."""
-    regions = [row for row in found if "case" not in row]
+    regions = [row for row in found if "measured" in row]
     for table in dict.fromkeys(row["table"] for row in regions):
         own = [row for row in regions if row["table"] == table]
         changed = [row for row in own if row["path"] != row["default"]]
@@ -75,7 +78,7 @@ def page(found: list[dict[str, Any]]) -> Iterator[str]:
             yield f"  {row['region']}: {row['path']}, {gain} times as fast as {row['default']}"
     timed = [row for row in found if "ratio" in row]
     slower = [row for row in timed if row["ratio"][1] > 1]
-    cases = sum("case" in row for row in found)
+    cases = len(timed) + sum(row.get("shapes", 0) for row in found)
     yield f"{cases} shapes of the cases: {len(timed)} take another way than the default, {len(slower) or 'none'} slower"
     for row in timed:
         value, low, high = row["ratio"]

@@ -83,5 +83,5 @@ def installed(folder: Path, *packages: str) -> Iterator[None]:
 
 def _forget() -> None:
     for name in list(sys.modules):
-        if name.split(".")[0] in THEIRS or name == "jdkd.patch":
+        if name.split(".")[0] in THEIRS or name in ("jdkd.patch", "jdkd.patch.losses"):
             del sys.modules[name]

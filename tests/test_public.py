@@ -47,7 +47,7 @@ PUBLIC = {
         "as_plain checkpoint export set_subnet"
     ),
     "notices": "Notice",
-    "patch": "FusedPKDLoss openmmlab",
+    "patch": "Acceleration Difference FusedPKDLoss INGREDIENTS TOLERANCE Trial accelerate openmmlab restore",
     "pool": (
         "CALIBRATION_BATCHES PHASES Phase PoolTrainConfig ScoredTeacher Space Spread Subnet Supernet Teacher "
         "TeacherPool calibrate grow_base load_pool measure_spread read_phases save_pool teacher_from_json "

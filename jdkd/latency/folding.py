@@ -47,13 +47,36 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     not_scripted(model, "fuse_for_inference")
     model = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
     fix_roi_scales(model)
-    occurrences = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    for conv_name, norm_name in list(_conv_norm_pairs(model, "")):
+    for conv_name, norm_name in foldable(model).items():
         conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
-        if occurrences[id(conv)] == 1 and occurrences[id(norm)] == 1:
-            _fold(conv, norm)
-            model.set_submodule(norm_name, nn.Identity().eval())
+        conv.weight, conv.bias = folded(conv, norm)
+        conv.requires_grad_(False)
+        model.set_submodule(norm_name, nn.Identity().eval())
     return model.to(memory_format=torch.channels_last)
+
+
+def foldable(model: nn.Module) -> dict[str, str]:
+    """The convolutions of a model that a normalisation directly follows, with nothing in between, and which that is.
+
+    Args:
+        model: in eval mode; parts of it are traced symbolically.
+
+    Returns:
+        Names of normalisations by those of convolutions.
+    """
+    occurrences = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    return {
+        conv: norm
+        for conv, norm in _conv_norm_pairs(model, "")
+        if all(occurrences[id(model.get_submodule(name))] == 1 for name in (conv, norm))
+    }
+
+
+def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight ``[Cout, Cin, kh, kw]`` and bias ``[Cout]`` of a convolution with a normalisation folded in."""
+    return fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
 
 
 def batch_norms(model: nn.Module) -> int:
@@ -81,11 +104,3 @@ def _conv_norm_pairs(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]
         once = calls[node.target] == 1 and calls[source.target] == 1
         if once and type(module.get_submodule(source.target)) is nn.Conv2d:
             yield f"{prefix}{source.target}", f"{prefix}{node.target}"
-
-
-def _fold(conv: nn.Conv2d, norm: nn.Module) -> None:
-    """Fold `norm` into the weight and bias of `conv`, in place."""
-    conv.weight, conv.bias = fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-    conv.requires_grad_(False)

@@ -16,6 +16,7 @@ from jdkd.detect.proposals import steady_nms
 from jdkd.errors import InputError, said
 from jdkd.latency.calls import TimedCall, on_device
 from jdkd.latency.precision import in_precision, unknown_dtype
+from jdkd.latency.replaying import Replayed
 from jdkd.nn.necks import neck_of
 
 Batches = Sequence[Sequence[Tensor]]
@@ -156,7 +157,7 @@ class CudaGraph(OfTorch):
 
 
 class _Replayed(nn.Module):
-    """Runs a module once for every shape, and replays that from then on; what it returned last is overwritten.
+    """See :class:`jdkd.latency.replaying.Replayed`.
 
     Args:
         module: takes and returns tensors on a GPU, [N, 3, H, W] to levels.
@@ -164,29 +165,10 @@ class _Replayed(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
-        self._graphs: dict[tuple[int, ...], tuple[Any, Tensor, Any]] = {}
+        self.module, self._replayed = module, Replayed(module)
 
     def forward(self, images: Tensor) -> Any:
-        key = tuple(images.shape)
-        if key not in self._graphs:
-            self._graphs[key] = self._captured(images.clone())
-        graph, inside, out = self._graphs[key]
-        inside.copy_(images)
-        graph.replay()
-        return out
-
-    def _captured(self, images: Tensor) -> tuple[Any, Tensor, Any]:
-        side = torch.cuda.Stream(images.device)
-        side.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.module(images)
-        torch.cuda.current_stream(images.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self.module(images)
-        return graph, images, out
+        return self._replayed(images)
 
 
 def require_runnable(

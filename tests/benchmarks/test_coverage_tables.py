@@ -23,8 +23,8 @@ def test_a_cell_says_what_the_first_test_says_that_has_the_family():
         Source("export.test_families", "REFUSED", support.REFUSED),
     )
     table = support.table({"a": sources, "b": sources[1:2]})
-    assert row(table, "FCOS") == ["tested when asked", "tested"] and row(table, "RetinaNet") == ["tested"] * 2
-    assert row(table, "SSD") == ["refused, tested", "not tested"] and row(table, "GFL") == ["not tested"] * 2
+    assert row(table, "FCOS") == ["tested (slow)", "tested"] and row(table, "RetinaNet") == ["tested"] * 2
+    assert row(table, "SSD") == ["refused", "not tested"] and row(table, "GFL") == ["not tested"] * 2
 
 
 def test_a_family_without_a_row_is_an_error(monkeypatch):
@@ -39,13 +39,18 @@ def test_a_test_of_a_kernel_that_is_gone_is_an_error(monkeypatch):
         backends.table()
 
 
-def test_a_kernel_was_measured_where_its_rows_were_made(monkeypatch, tmp_path):
+def test_a_kernel_was_measured_and_tuned_where_its_rows_were_made(monkeypatch, tmp_path):
     monkeypatch.setattr("benchmarks.record.RESULTS", tmp_path)
     file = tmp_path / "a" / "pearson.jsonl"
     rows = [{"op": "pearson", "provider": "jdkd triton", "device": "A GPU", "cuda": "13.0"}]
     rows += [{"op": "pearson", "provider": "jdkd cpu", "device": "A CPU", "cuda": None}]
     backends.record.append(file, [*rows, {"op": "pearson", "provider": "eager", "device": "Another", "cuda": None}])
+    region = {"table": "pearson", "region": "loss", "default": "cpu", "device": "A CPU", "cuda": None}
+    tuned = [{**region, "path": "cpu"}, {**region, "region": "tap", "path": "reference"}]
+    backends.record.append(file.with_name("tuned.jsonl"), [*tuned, {**region, "path": "cpu", "case": "P3"}])
     lines = [line.strip("| ").split(" | ") for line in backends.table().splitlines()]
     assert {cells[1]: cells[6] for cells in lines if cells[0] == "`pearson`"} == {
         "triton": "A GPU", "cuda": "not measured", "cpu": "A CPU"
     }  # fmt: skip
+    (tuned_on,) = [cells[7] for cells in lines if cells[:2] == ["`pearson`", "cpu"]]
+    assert tuned_on == "A CPU: 1 of 2 regions changed"

@@ -17,14 +17,14 @@ def test_the_page_says_what_changed_and_what_is_slower():
         {**toy, "region": "small", "path": "fast", "measured": [FAST, ["fast", "another", 0.8, 0.7, 0.9]]},
         {**toy, "region": "large", "path": "slow", "measured": [FAST]},
         {**toy, "table": "other", "region": "all", "path": "slow", "measured": []},
-        {**toy, "case": "P3", "shape": "a", "path": "the default"},
+        {**toy, "shapes": 3, "path": "the default"},
         {**toy, "case": "P4", "shape": "b", "path": "fast", "ratio": [0.9, 0.8, 1.02]},
     ]
     lines = list(tuned.page(found))
     assert lines[0] == "toy: 2 regions timed, 1 changed for the better"
     assert lines[1] == "  small: fast, 1.25 to 2.00 times as fast as slow"
     assert lines[2] == "other: 1 regions timed, none changed for the better"
-    assert lines[3] == "2 shapes of the cases: 1 take another way than the default, none slower"
+    assert lines[3] == "4 shapes of the cases: 1 take another way than the default, none slower"
     assert lines[4] == "  P4, b: fast takes 0.900 [0.800, 1.020] of the time"
     found[-1]["ratio"] = [1.1, 1.05, 1.2]
     assert list(tuned.page(found))[3].endswith("1 slower")
@@ -39,6 +39,6 @@ def test_only_shapes_that_take_another_way_are_timed_again(monkeypatch):
     monkeypatch.setattr(tuned, "SECONDS", 0.01)
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
     with planted("pearson", default="reference", **{"loss, float32, contiguous, <1 MiB a level": "cpu"}):
-        region, small, large = tuned.rows(torch.device("cpu"))
-    assert region["path"] == "cpu" and large["path"] == "the default"
-    assert small["path"] == "cpu" and small["ratio"][1] > 0
+        region, small, others = tuned.rows(torch.device("cpu"))
+    assert region["path"] == "cpu" and (others["path"], others["shapes"]) == ("the default", 1)
+    assert small["path"] == "cpu" and small["case"] == 3 and small["ratio"][1] > 0

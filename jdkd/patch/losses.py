@@ -1,7 +1,7 @@
 """The losses under the names by which other training frameworks look theirs up.
 
-Importing this module registers :class:`FusedPKDLoss` with OpenMMLab where mmengine is installed, so that one line of a
-config is enough::
+Importing ``jdkd.patch`` registers :class:`FusedPKDLoss` with OpenMMLab where mmengine is installed, so that one line of
+a config is enough::
 
     custom_imports = dict(imports=["jdkd.patch"])
 """
