@@ -80,7 +80,8 @@ def verdict(own: Sequence[Row]) -> str:
     for runtime in runtimes(own):
         for mode, words in MODES.items():
             if len(line := curve(own, runtime, mode)) > 1:
-                sentences.append(f"{runtime}, {words}: {_reached(line)}.")
+                doubt = "" if all(row["control"]["holds"] for row in line) else "; A/A fails, so none of it is resolved"
+                sentences.append(f"{runtime}, {words}: {_reached(line)}{doubt}.")
                 break  # the first mode that was measured
     return " ".join(sentences)
 

@@ -297,7 +297,10 @@ def _choose(key: tuple, tensor: Tensor) -> str:
     """The backend of a call; kept, unless a kernel could not be checked now."""
     op, form, device, dtype, *_ = key
     call = Call(form or next(iter(forms(op)), ""), device, dtype, tensor)
-    if op in _regions and _dispatch.is_tuned(op, device):
+    by_region = ("by region", *key)
+    is_known = by_region in _chosen
+    if is_known or (op in _regions and _dispatch.is_tuned(op, device, region_name(call.form, dtype, ""))):
+        _chosen[by_region] = "by region"
         key = (*key, _regions[op](call))
         if (before := _chosen.get(key)) is not None:
             return before

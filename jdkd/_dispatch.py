@@ -244,9 +244,10 @@ class Table(NamedTuple):
         return tuple(sorted(self.candidates, key=lambda row: row.name != name))
 
 
-def is_tuned(table: str, device: torch.device) -> bool:
-    """Whether another candidate than the default measured faster in a region of a table; a request puts that aside."""
-    return _tuned.has_winners(table, device) and requested() is None
+def is_tuned(table: str, device: torch.device, beginning: str = "") -> bool:
+    """Whether another candidate than the default measured faster in a region of a table, one whose name begins so; a
+    request puts that aside."""
+    return _tuned.has_winners(table, device, beginning) and requested() is None
 
 
 def nobody_asks() -> bool:

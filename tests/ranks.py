@@ -1,24 +1,25 @@
-"""Several processes of one group, forked where that is possible: to load torch anew takes each of them seconds."""
+"""Several processes of one group, forked from one that has loaded torch and done nothing else.
+
+To load it anew takes each of them seconds; and a test's own process, whose autograd has run, cannot be forked.
+"""
 
 from __future__ import annotations
 
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 
-METHOD = "spawn" if torch.cuda.is_available() else "fork"  # neither CUDA nor an autograd that knows it outlives a fork
+FORKS = torch.multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch", "torchvision", "jdkd.nn", "jdkd.train", "jdkd.distill", "jdkd.detect"])
 
 
 def started(work: Callable, *arguments: object, count: int = 2, seconds: float = 300.0) -> None:
     """Runs ``work(rank, *arguments)`` in each of ``count`` processes, and waits for all of them."""
-    how = {"nprocs": count, "join": False, "daemon": True, "start_method": METHOD}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of Python 3.12 on: what forks has several threads
-        context = torch.multiprocessing.start_processes(_fresh, (work, *arguments), **how)
+    how = {"nprocs": count, "join": False, "daemon": True, "start_method": FORKS.get_start_method()}
+    context = torch.multiprocessing.start_processes(_alone, (work, *arguments), **how)
     ends = time.monotonic() + seconds
     while not context.join(1.0):  # whoever fails ends all, and raises here
         if time.monotonic() > ends:
@@ -34,13 +35,9 @@ def found_by_ranks(work: Callable, *arguments: object) -> list:
         return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-def _fresh(rank: int, work: Callable, *arguments: object) -> None:
-    """Without what a test has set in the process that was forked."""
+def _alone(rank: int, work: Callable, *arguments: object) -> None:
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        work(rank, *arguments)
+    work(rank, *arguments)
 
 
 def _joined(rank: int, work: Callable, folder: str, *arguments: object) -> None:

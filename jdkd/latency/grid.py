@@ -137,7 +137,7 @@ def measured_here(work: Work, grid: Grid, progress: ProgressCallback | None = No
             runtime=runtimes[runtime],
             dtype=dtype,
             score=None if (runtime, dtype) in scores else work.score,
-            progress=told if progress else None,
+            progress=told,
             **schedule,
         )
         known = {name: model.facts["map"] for name, model in report.models.items() if "map" in model.facts}

@@ -209,9 +209,7 @@ def convolve(
     name = "aten"
     if not elastic_kernels.only_aten(x.device):
         taps = kernel or weight.shape[2:]
-        name = elastic_kernels.select(
-            elastic_kernels.call_of(x, inputs, outputs, taps, stride, padding, dilation, groups)
-        )
+        name = elastic_kernels.name_of(x, inputs, outputs, taps, stride, padding, dilation, groups)
     return convolve_by(name, x, weight, bias, inputs, outputs, stride, padding, dilation, groups, kernel)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jdkd import _backend, _dispatch
+from jdkd import _backend, _dispatch, _tuned
 from jdkd._dispatch import Candidate, Condition, Table, all_of
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.kernel_size import Padding, pair
@@ -271,6 +271,35 @@ def select(call: ConvCall) -> str:
     return found
 
 
+def name_of(
+    x: Tensor,
+    inputs: Channels,
+    outputs: Channels,
+    kernel: Sequence[int],
+    stride: int | Sequence[int],
+    padding: Padding,
+    dilation: int | Sequence[int],
+    groups: int,
+) -> str:
+    """:func:`select` of :func:`call_of`, kept by what they look at, so that a choice that is made costs a lookup.
+
+    Args:
+        x, inputs, outputs, kernel, stride, padding, dilation, groups: as of :func:`call_of`.
+    """
+    given = inputs, outputs, kernel, stride, padding, dilation, groups
+    is_unusual = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type) or list in map(type, given)
+    if is_unusual or _backend.requested() is not None:
+        return select(call_of(x, *given))
+    is_listed = inputs.index is not None or outputs.index is not None
+    key = (x.shape, x.stride(), x.dtype, x.device, inputs.count, outputs.count, is_listed, *given[2:])
+    if (found := _dispatch.settled.get(key)) is None:
+        call = call_of(x, *given)
+        found = select(call)
+        if call in _dispatch.settled and len(_dispatch.settled) < 1024:
+            _dispatch.settled[key] = found
+    return found
+
+
 def explain(call: ConvCall) -> tuple[str, str, tuple[tuple[str, str], ...]]:
     """Says why a call takes its kernel.
 
@@ -336,7 +365,7 @@ def kernel_runs(name: str, call: ConvCall) -> bool:
 def only_aten(device: torch.device) -> bool:
     """Whether no kernel was asked for and none measured fastest on a device, the usual case, at once; or the call is
     looked into, by ``torch.export`` or ``torch.func``: they know ATen's gradient and no other."""
-    return (_backend.requested() is None and not _dispatch.is_tuned(NAME, device)) or is_looked_into()
+    return (_backend.requested() is None and not _tuned.has_winners(NAME, device)) or is_looked_into()
 
 
 # What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.

@@ -100,7 +100,7 @@ def _convolved(both: bool, name: str, given: Inputs) -> Any:
     taps = (weight.shape[2], weight.shape[3])
     width = Channels(x.shape[1]), Channels(dout.shape[1])
     if name != "aten":  # where a measurement takes another way, the way is looked up
-        elastic_kernels.select(elastic_kernels.call_of(x, *width, taps, 1, taps[0] // 2, 1, 1))
+        elastic_kernels.name_of(x, *width, taps, 1, taps[0] // 2, 1, 1)
     with torch.set_grad_enabled(both):
         y = convolve_by(name, x, weight, None, *width, 1, (taps[0] // 2, taps[1] // 2), 1, 1)
     return torch.autograd.grad(y, (x, weight), dout) if both else y

@@ -46,8 +46,9 @@ def test_a_kernel_was_measured_and_tuned_where_its_rows_were_made(monkeypatch, t
     rows += [{"op": "pearson", "provider": "jdkd cpu", "device": "A CPU", "cuda": None}]
     backends.record.append(file, [*rows, {"op": "pearson", "provider": "eager", "device": "Another", "cuda": None}])
     region = {"table": "pearson", "region": "loss", "default": "cpu", "device": "A CPU", "cuda": None}
-    tuned = [{**region, "path": "cpu"}, {**region, "region": "tap", "path": "reference"}]
-    backends.record.append(file.with_name("tuned.jsonl"), [*tuned, {**region, "path": "cpu", "case": "P3"}])
+    timed = {**region, "measured": []}
+    tuned = [{**timed, "path": "cpu"}, {**timed, "region": "tap", "path": "reference"}, {**region, "path": "cpu"}]
+    backends.record.append(file.with_name("tuned.jsonl"), tuned)
     lines = [line.strip("| ").split(" | ") for line in backends.table().splitlines()]
     assert {cells[1]: cells[6] for cells in lines if cells[0] == "`pearson`"} == {
         "triton": "A GPU", "cuda": "not measured", "cpu": "A CPU"

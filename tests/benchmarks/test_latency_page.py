@@ -50,7 +50,9 @@ def test_a_table_has_a_line_a_detector_and_runtime_and_columns_for_each_mode():
 
 def test_what_cannot_be_believed_is_marked():
     wrong = {"control": {"holds": False}}
-    lines = pages.table([row(1, 1.0, **wrong), row(0.9, 0.97, verdict="not resolved", **wrong)]).splitlines()
+    rows = [row(1, 1.0, **wrong), row(0.9, 0.97, verdict="not resolved", **wrong)]
+    assert pages.verdict(rows).endswith("take 0.970 (0.960–0.980) not resolved; A/A fails, so none of it is resolved.")
+    lines = pages.table(rows).splitlines()
     assert "| 1, A/A fails |" in lines[2] and "| 0.970 (0.960–0.980) not resolved |" in lines[3]
 
 

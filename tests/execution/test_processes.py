@@ -17,9 +17,8 @@ from jdkd.execution.choosing import devices_for
 from jdkd.execution.worker import Reports
 from jdkd.notices import Notice
 from tests.execution.fake_task import FakeTask
-from tests.execution.forking import FORKED, fork_workers
+from tests.execution.forking import FORKED, METHOD, fork_workers
 from tests.execution.processes import alive, pids, soon
-from tests.ranks import METHOD
 
 pytestmark = [pytest.mark.filterwarnings("ignore:candidate .* holds no box:jdkd.notices.Notice"), FORKED]
 

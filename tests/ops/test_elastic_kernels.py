@@ -259,6 +259,22 @@ def test_outside_of_a_region_nothing_changes(measured, device, outside):
     assert elastic_kernels.only_aten(torch.device("cpu" if device == "cuda" else "meta")), "nothing was measured there"
 
 
+def test_a_choice_is_kept_by_what_it_looks_at_and_not_beyond_a_request(measured, device):
+    def chosen(x: Tensor, *window) -> str:
+        return elastic_kernels.name_of(x, Channels(16), Channels(24), (1, 1), *(window or (1, 0, 1, 1)))
+
+    x = torch.zeros(1, 16, 7, 10, device=device)
+    last = x.contiguous(memory_format=torch.channels_last)
+    for _ in range(2):
+        assert chosen(last) == "pointwise"
+        assert {chosen(x), chosen(last.half()), chosen(last, (2, 2), 0, 1, 1)} == {"aten"}
+        assert chosen(last, [1, 1], [0, 0], 1, 1) == "pointwise"
+        with use_backend("reference"):
+            assert chosen(last) == "aten"
+        with torch.autocast(device, torch.bfloat16):
+            assert chosen(last) == "aten"
+
+
 def test_calls_that_are_not_timed_have_no_region():
     assert region(_call()) == "1x1, stride 1, float32, channels-last, <512 positions, <1024 weights a tap"
     for changes in ({"is_listed": True}, {"groups": 2}, {"kernel": (5, 5)}, {"is_batch": False}, {"padding": "same"}):

@@ -100,6 +100,6 @@ class SteadyTask(SearchTask):
 def search_and_tell(config: SearchConfig, pipe) -> None:
     """A search in a process of its own, to be killed: says what it is at."""
     warnings.simplefilter("ignore", Notice)
-    torch.set_num_threads(1)  # those of the process that was forked are not there, and would be waited for
+    torch.set_num_threads(1)
     make_steady(pytest.MonkeyPatch())
     search(config, lambda what, *state: pipe.send(what))

@@ -1,7 +1,6 @@
 """A search that was killed, interrupted, moved or asked of more workers comes to the same archive."""
 
 import json
-import multiprocessing
 import shutil
 from contextlib import closing
 from dataclasses import replace
@@ -19,8 +18,7 @@ from jdkd.search.archive import ARCHIVE
 from jdkd.search.teachers import TEACHERS
 from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
-from tests.execution.forking import FORKED, fork_workers
-from tests.ranks import METHOD
+from tests.ranks import FORKS
 from tests.search.conftest import DIGITS
 from tests.search.small_search import (
     SteadyTask,
@@ -31,10 +29,7 @@ from tests.search.small_search import (
     steady_measure,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice"),  # a handful of scenes, 10 digits
-    FORKED,
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
 
 
 @pytest.fixture
@@ -72,9 +67,8 @@ def interrupted_at(moment):
 
 def killed_at(config, moment):
     """Runs a search in a process of its own until it says what it is at, and kills it."""
-    context = multiprocessing.get_context(METHOD)
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=search_and_tell, args=(config, theirs))
+    ours, theirs = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=search_and_tell, args=(config, theirs))
     process.start()
     theirs.close()
     while not ours.recv().startswith(moment):
@@ -116,7 +110,6 @@ def test_a_lost_archive_is_made_again_and_by_two_workers_the_same(folder, finish
     (unfinished / TEACHERS).unlink()  # which knows those that were scored in later generations
     shutil.rmtree(unfinished / "candidates")
     monkeypatch.setattr("jdkd.search.loop.SearchTask", SteadyTask)
-    fork_workers(monkeypatch)
     told = []
     search(config_of(folder, unfinished, resume=True, workers=2), lambda what, *state: told.append(what))
     assert archived(unfinished) == archived(finished[0])
