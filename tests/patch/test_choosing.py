@@ -1,7 +1,5 @@
 """What is equal and faster is kept, and nothing else."""
 
-import json
-
 import torch
 from torch import nn
 
@@ -87,7 +85,7 @@ def test_a_torch_without_these_operators_goes_without(model, images, monkeypatch
 
 
 def test_the_committed_rows_hold_the_factor_on_one_thread():
-    rows = [json.loads(line) for file in record.RESULTS.glob("*/accelerate.jsonl") for line in file.open()]
+    rows = record.load(sorted(record.RESULTS.glob("*/accelerate.jsonl")))
     latest = {(row["device"], row["case"]): row for row in rows if row["ingredient"] == benchmark.ALL}
     of_torchvision = {case: row for (_, case), row in latest.items() if case.endswith("R50")}
     assert len(of_torchvision) == 3
