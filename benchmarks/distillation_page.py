@@ -15,7 +15,11 @@ from jdkd.report.svg import Axes, drawing, spread, tag
 
 Row = dict[str, Any]
 NOBODY, NONE, PKD, AUTO = "nobody", "none", "pkd", "auto"
-TITLES = {"digit_scenes": "Digit scenes", "blood_cells": "Photographs of blood cells"}
+TITLES = {
+    "digit_scenes": "Digit scenes",
+    "blood_cells": "Photographs of blood cells",
+    "blood_cells_imagenet": "The same photographs, under backbones that know ImageNet",
+}
 # Okabe and Ito, Color Universal Design (2008)
 COLOURS = {NONE: "#6E6E6E", PKD: "#D55E00", "mse": "#0072B2", "cwd": "#E69F00"}
 PANEL, LEGEND = (250, 220), 26  # width and height in pixels
