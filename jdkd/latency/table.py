@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from jdkd.detect.input_size import input_size, require_visible, size_attributes
 from jdkd.detect.proposals import nms_counts
-from jdkd.graph import Topology
+from jdkd.graph import BlockList, Topology
 from jdkd.latency.calls import check_images
 from jdkd.latency.clock import Clock
 from jdkd.latency.folding import fuse_for_inference
@@ -237,7 +237,7 @@ def measure_table(
 
 
 def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
-    """One part cut, everything cut, half of the blocks of one list that may go, another input size."""
+    """One part cut, everything cut, half of the blocks of a list gone that may go, all of all, another input size."""
     containers, parts = _containers(topology), defaultdict(list)
     for group in topology.groups:
         parts[part_of(group.makers[0], containers)].append(group)
@@ -246,11 +246,30 @@ def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
         for share in SHARES:
             keep = {group.name: range(group.shrunk(share)) for group in groups if group.shrunk(share) < group.units}
             found += [Rewrite(keep=keep)] if keep else []
-    for blocks in topology.block_lists:
-        if count := removable(model, blocks):
-            found.append(Rewrite(blocks={blocks.name: range(len(blocks.blocks) - (count + 1) // 2)}))
+    lists = {blocks: removable(model, blocks) for blocks in topology.block_lists}
+    for blocks, count in lists.items():
+        found += [Rewrite(blocks={blocks.name: range(len(blocks.blocks) - (count + 1) // 2)})] if count else []
+    found += _shortest(topology, {blocks: count for blocks, count in lists.items() if count})
     found += [Rewrite(attributes=size_attributes(model, size)) for size in _sizes(model)[:-1]]
     return list({repr(each): each for each in found}.values())
+
+
+def _shortest(topology: Topology, lists: Mapping[BlockList, int]) -> list[Rewrite]:
+    """All blocks gone that may go, and the rest cut as well: how much of a latency is none that a cut saves.
+
+    Without these, a cost for each layer and a fixed one are hardly told apart.
+
+    Args:
+        topology: of the base.
+        lists: how many blocks of each may go.
+    """
+    if not lists:
+        return []
+    left = {blocks.name: range(len(blocks.blocks) - count) for blocks, count in lists.items()}
+    gone = tuple(f"{path}." for blocks in lists for path in blocks.blocks[len(left[blocks.name]) :])
+    stay = [group for group in topology.groups if not all(maker.startswith(gone) for maker in group.makers)]
+    keep = {group.name: range(group.shrunk(SHARES[-1])) for group in stay if group.shrunk(SHARES[-1]) < group.units}
+    return [Rewrite(blocks=left), Rewrite(blocks=left, keep=keep)]
 
 
 def _containers(topology: Topology) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shap
 from jdkd.latency.report import ModelLatency
 from jdkd.latency.table import kendall
 from jdkd.rewrite import Rewrite
+from jdkd.rewrite.blocks import removable
 from tests.detectors import detector, small_spec
 from tests.morph.small import SIZE, parent, picture
 
@@ -123,6 +124,17 @@ def test_costs_that_are_known_are_found_and_predict_other_rewrites(free, priced,
         predicted = table.predict(model, topology, rewrite)
         assert predicted == pytest.approx(cost(child) / cost(model), rel=0.03)
         assert table.predict(child) == pytest.approx(predicted, rel=1e-6)  # a descendant speaks for itself
+
+
+def test_what_is_measured_reaches_down_to_what_no_cut_saves(priced, model, topology):
+    table, _ = priced
+    left = {blocks.name: range(len(blocks.blocks) - removable(model, blocks)) for blocks in topology.block_lists}
+    shortest = table.features(Rewrite(blocks=left).apply(model, topology))
+    measured = [row for row, _ in table.rows if row["layers"] == shortest["layers"] < table.rows[0][0]["layers"]]
+    assert len(measured) == 2, "all blocks are gone that may go: with all channels, and with few"
+    whole, slim = sorted(measured, key=lambda row: -row["outputs"])
+    assert whole == shortest and slim["outputs"] < 0.8 * whole["outputs"]
+    assert min(ratio for _, ratio in table.rows) == next(ratio for row, ratio in table.rows if row == slim)
 
 
 def test_a_table_is_json_and_learns_from_what_is_measured(free, priced, model, topology):
