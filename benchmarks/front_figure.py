@@ -13,7 +13,7 @@ from jdkd.report.svg import Axes, drawing, spread, tag
 Row = dict[str, Any]
 SHOWN = {  # searches whose points are drawn: the colour of their students, and what is said of them
     "blood_cells_deep": ("#D55E00", "students, each seed its own search"),
-    "blood_cells_deep_front": ("#0072B2", "one search for three latencies"),
+    "blood_cells_deep_front": ("#0072B2", "searches for three latencies at once"),
 }
 GREY = "#6E6E6E"  # colours of Okabe and Ito, Color Universal Design (2008); seen on white and on black
 PUBLISHED = 0.53  # of the base's latency, by Joint-DetNAS
