@@ -36,7 +36,7 @@ def _latency(student: Student, result: dict[str, Any], name: str) -> str:
         return f"{taken}; {target} was asked for."
     if ratio <= target:
         return f"{taken}, but nothing within {target} has the mAP of {least} on the images that select."
-    return f"{taken} and misses the {target} that was asked for; it is the fastest found."
+    return f"{taken} and misses the {target} that was asked for; it is the best found for that target."
 
 
 def _score(student: Student, result: dict[str, Any]) -> str:

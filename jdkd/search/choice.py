@@ -51,7 +51,7 @@ def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate
 
 
 def choose(candidates: Sequence[Candidate], target: float, least: float | None = None) -> Candidate:
-    """The best of those that meet the target latency, or the fastest where none does.
+    """The best of those that meet the target latency, or the fittest where none does.
 
     Of equals it is the faster or the better, and then the last, whose lineage was trained longer.
 
@@ -62,7 +62,7 @@ def choose(candidates: Sequence[Candidate], target: float, least: float | None =
     """
     best = best_within(candidates, target)
     if best is None:
-        return min(reversed(candidates), key=lambda c: (c.latency_ratio, -c.map))
+        return max(reversed(candidates), key=lambda c: (fitness(c, target), -c.latency_ratio))
     if least is None or best.map < least:
         return best
     return min((c for c in reversed(candidates) if c.map >= least), key=lambda c: (c.latency_ratio, -c.map))
@@ -74,7 +74,7 @@ def contender(
     """The next candidate that has to be timed at length before one can be chosen.
 
     From the best mAP down, that is whoever may meet the target by the interval of its ratio, until one that was
-    timed at length does meet it; where none does, the fastest. Where an mAP is enough, it is the one that would be
+    timed at length does meet it; where none does, the fittest. Where an mAP is enough, it is the one that would be
     chosen.
 
     Args:
