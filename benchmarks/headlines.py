@@ -26,8 +26,8 @@ def sentences(loss: Sequence[Row], convolution: Sequence[Row]) -> str:
         lines = [
             f"- **PKD's loss** on P3 of two images, fp32, forward and backward, {own['device']}: "
             f"{own['median_us'] / 1e3:.3g} ms, {eager['median_us'] / own['median_us']:.3g} times as fast as its "
-            f"formula in torch and {compiled['median_us'] / own['median_us']:.2g} times as torch.compile of it; "
-            f"{own['peak_bytes'] / 1e6:.3g} MB at its peak, the formula {eager['peak_bytes'] / 1e6:.3g} MB."
+            f"formula in torch and {compiled['median_us'] / own['median_us']:.2g} times as fast as torch.compile of it"
+            f"; {own['peak_bytes'] / 1e6:.3g} MB at its peak, the formula {eager['peak_bytes'] / 1e6:.3g} MB."
         ]
     half, whole = (_of(convolution, CONVOLUTION, provider) for provider in ("jdkd", "full_width"))
     if half and whole:

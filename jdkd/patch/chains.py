@@ -41,7 +41,7 @@ def flow_of(module: nn.Module) -> fx.Graph | None:
         return None
     try:
         graph = _OneLevel().trace(module)
-    except Exception:  # whatever a forward raises on symbols
+    except Exception:  # whatever a forward raises on symbols: this module's code stays as it is
         return None
     return graph if all(_is_followed(node) for node in graph.nodes) else None
 
