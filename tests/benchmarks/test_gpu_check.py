@@ -220,8 +220,8 @@ sys.exit(check.main([sys.argv[1], "rehearse"], {{"rehearse": lambda place: parts
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["killed", "ended"])
 def test_what_was_made_is_there_when_the_check_is_ended_in_the_middle(tmp_path, number):
-    out = tmp_path / "out"
-    driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(hangs=HANGS), out], cwd=ROOT, start_new_session=True)
+    out, hangs = tmp_path / "out", f"{HANGS}  # {tmp_path}"  # told from what hangs in other tests at the same time
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER.format(hangs=hangs), out], cwd=ROOT, start_new_session=True)
     log = out / "log.txt"
     until = time.monotonic() + 30
     while not (log.is_file() and "[second] begun" in log.read_text()) and time.monotonic() < until:
@@ -237,7 +237,7 @@ def test_what_was_made_is_there_when_the_check_is_ended_in_the_middle(tmp_path, 
         words = b""
         with suppress(OSError):  # it has ended since it was listed
             words = process.read_bytes()
-        if HANGS.encode() in words.split(b"\0"):
+        if hangs.encode() in words.split(b"\0"):
             assert number == signal.SIGKILL
             os.kill(int(process.parent.name), signal.SIGKILL)
 
