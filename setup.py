@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import find_packages, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "0", "1")
@@ -182,12 +181,16 @@ def write_build_config(folder: Path, values: dict[str, str | list[str] | None]) 
         header.write_text(text)
 
 
-class WheelForEveryPython(bdist_wheel):
-    """A wheel with the library, which is of one platform but of no Python."""
+def wheel_command() -> type:
+    """What makes a wheel with the library, which is of one platform but of no Python."""
+    from setuptools.command.bdist_wheel import bdist_wheel
 
-    def get_tag(self) -> tuple[str, str, str]:
-        *_, platform = super().get_tag()
-        return "py3", "none", platform
+    class WheelForEveryPython(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            *_, platform = super().get_tag()
+            return "py3", "none", platform
+
+    return WheelForEveryPython
 
 
 def extension(mode: str) -> dict:
@@ -254,7 +257,7 @@ def extension(mode: str) -> dict:
             say(f"building jdkd._C from {len(module.sources)} files: torch {torch.__version__}, {cuda}")
             super().build_extensions()
 
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": WheelForEveryPython}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": wheel_command()}}
 
 
 def extension_or_none() -> dict:

@@ -38,7 +38,9 @@ def _why_not_loaded() -> str | None:
         torch.ops.load_library(LIBRARY)
     except OSError as error:  # no libcudart of its major, say
         of = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        return f"jdkd._C does not load with torch {torch.__version__} {of} ({error.__cause__}): re{_BUILD_HINT}"
+        return (
+            f"jdkd._C does not load with torch {torch.__version__} {of} ({error.__cause__ or error}): re{_BUILD_HINT}"
+        )
     return None
 
 

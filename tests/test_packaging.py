@@ -113,7 +113,7 @@ def test_a_wheel_with_the_library_is_of_this_platform_and_of_every_python(setup_
     from setuptools import Distribution, Extension
 
     with_library = Distribution({"ext_modules": [Extension("jdkd._C", [])]})
-    command = setup_file["WheelForEveryPython"](with_library)
+    command = setup_file["wheel_command"]()(with_library)
     command.ensure_finalized()
     assert command.get_tag() == ("py3", "none", PLATFORM)
 
