@@ -101,6 +101,7 @@ def test_an_unknown_operator_is_named(toy):
 def test_the_report_names_versions_build_and_every_backend():
     text = env.report()
     assert jdkd.__version__ in text and torch.__version__ in text
+    assert _ext.library() is None or "serves 2.11 and later, and every Python" in text
     assert _backend.ops()
     for op in _backend.ops():
         for backend, reason in _backend.available(op).items():
