@@ -1,10 +1,11 @@
 // The Pearson loss on the CPU: one sweep over memory for the statistics, one for the gradient.
 //
-// The statistics pass over a tile once, around a guess: the means of all tiles of the chunk before it, and a beta near the
-// ratio of their deviations. What a tile adds to the squares around such means is at most twice what it adds to the
-// variance, so float32 keeps its digits whatever the mean. The first tile is passed over twice, for it has no guess, and
-// any tile is once more whose beta turns out to be far off. Tiles join their chunk's moments in float64 and chunks are
-// joined in order, so the result depends neither on the number of threads nor on who runs first.
+// The statistics pass over a tile once, around a guess: the means of all tiles of the chunk before it, which it is no
+// longer than, and a beta near the ratio of their deviations. What a tile adds to the squares around such means is at
+// most about twice what it adds to the variance, so float32 keeps its digits whatever the mean. The first tile is
+// passed over twice, for it has no guess, and any tile once more whose beta turns out to be far off. Tiles join their
+// chunk's moments in float64 and chunks are joined in order, so the result depends neither on the number of threads nor
+// on who runs first.
 #include "common/vec.h"
 #include "cpu/convert.h"
 #include "cpu/pearson_sweeps.h"
@@ -25,7 +26,9 @@ constexpr int64_t kTile = 4 * kBlock;         // positions of one channel that s
 constexpr int64_t kPlaneChunk = 32 * kBlock;  // positions that one task reduces
 constexpr int64_t kFirstRows = 64;            // rows whose guess is their own
 constexpr int64_t kMaxRows = 512;             // rows that share a guess
-constexpr int64_t kRowChunk = 2048;           // rows that one task reduces
+constexpr int64_t kRowChunk = 2048;           // most rows that one task reduces
+constexpr int64_t kLeastRows = 256;           // and least, where there are fewer than kLeastTasks tasks
+constexpr int64_t kLeastTasks = 8;
 constexpr int64_t kPiece = 512;               // elements widened or written at a time; long runs starve the prefetch
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -241,14 +244,19 @@ class RowMoments {
   std::vector<float> s_, t_;                 // [kRowsAtOnce, c] each
 };
 
+// Rows that one task reduces of m: about as many as any other, and enough tasks for several threads.
+int64_t rows_per_chunk(int64_t m) {
+  return ceil_div(m, std::max(ceil_div(m, kRowChunk), std::clamp<int64_t>(m / kLeastRows, 1, kLeastTasks)));
+}
+
 void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments* channels) {
-  const int64_t m = level.positions(), c = level.c, chunks = ceil_div(m, kRowChunk);
+  const int64_t m = level.positions(), c = level.c, chunk = rows_per_chunk(m), chunks = ceil_div(m, chunk);
   std::vector<Moments> parts(chunks * c);
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
     RowMoments moments(c);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = i * kRowChunk;
-      moments.reduce(cursor(s) + first * c, cursor(t) + first * c, std::min(kRowChunk, m - first));
+      const int64_t first = i * chunk;
+      moments.reduce(cursor(s) + first * c, cursor(t) + first * c, std::min(chunk, m - first));
       for (int64_t j = 0; j < c; ++j) {
         parts[j * chunks + i] = moments.channel(j);
       }

@@ -7,8 +7,8 @@
 
 namespace jdkd::cpu {
 
-// What positions are summed around: near their means, and beta near the ratio of the deviations. Any values are right in
-// exact arithmetic.
+// What positions are summed around: near their means, and beta near the ratio of the deviations. Any values are right
+// in exact arithmetic.
 struct Guess {
   float mean_s, mean_t, beta;
 };
@@ -59,8 +59,8 @@ struct RowSums {
 
 constexpr int64_t kRowsAtOnce = 16;  // float32 sums of more lose digits
 
-// Dense rows, and those that follow where the tensor lies, which are asked for meanwhile: walking columns hides the order
-// of memory from the hardware's prefetch.
+// Dense rows, and those that follow where the tensor lies, which are asked for meanwhile: walking columns hides the
+// order of memory from the hardware's prefetch.
 struct Rows {
   const float* at;
   const char* next;
