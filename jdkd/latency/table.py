@@ -136,6 +136,10 @@ class LatencyTable:
         """The share of the base's latency that no cut saves."""
         return self._solved[0]
 
+    def left(self, target: float) -> float:
+        """The share of what cuts can save that a descendant at a target has left, 0..1."""
+        return max(0.0, target - self.fixed) / (1 - self.fixed) if self.fixed < 1 else 0.0
+
     @property
     def costs(self) -> dict[str, float]:
         """By feature, what one more of it adds to the ratio."""
@@ -311,25 +315,10 @@ def size_of(model: nn.Module, rewrite: Rewrite | None = None) -> int:
 
 
 def _non_negative(a: np.ndarray, b: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """What minimises |a x - b|^2 + ridge . x^2 over x >= 0 (Lawson and Hanson, 1974, chapter 23)."""
-    a, b = np.vstack([a, np.diag(np.sqrt(ridge))]), np.concatenate([b, np.zeros(len(ridge))])
-    x, free = np.zeros(a.shape[1]), np.zeros(a.shape[1], dtype=bool)
-    for _ in range(10 * len(x)):
-        slope = np.where(free, -np.inf, a.T @ (b - a @ x))
-        if slope.max() < 1e-9:
-            break
-        free[slope.argmax()] = True
-        while True:
-            solved = np.zeros(len(x))
-            solved[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
-            below = free & (solved <= 0)
-            if not below.any():
-                break
-            step = (x[below] / (x[below] - solved[below])).min()
-            x += step * (solved - x)
-            free &= x > 1e-12
-        x = solved
-    return x
+    """What minimises |a x - b|^2 + ridge . x^2 over x >= 0."""
+    from scipy.optimize import nnls
+
+    return nnls(np.vstack([a, np.diag(np.sqrt(ridge))]), np.concatenate([b, np.zeros(len(ridge))]))[0]
 
 
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:
