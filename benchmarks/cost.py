@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from jdkd.ops import pack_memory
+from jdkd.ops import host_memory
 
 Provider = Callable[[Any], Sequence[Tensor]]
 
@@ -126,7 +126,7 @@ def _profiled(call: Callable[[], Sequence[Tensor]]) -> tuple[Sequence[Tensor], l
     Buffers that jdkd would map itself come from torch here, which sees no others.
     """
     with (
-        mock.patch.object(pack_memory, "MAPPED_FROM", math.inf),
+        mock.patch.object(host_memory, "MAPPED_FROM", math.inf),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record,
     ):
         outputs = call()

@@ -50,24 +50,47 @@ JDKD_INLINE void store_tail(float* to, const Vec& v, int64_t n) {
   }
 }
 
+// Four doubles, half a Vec.
+typedef float HalfVec __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+typedef double Wide __attribute__((vector_size(kLanes / 2 * sizeof(double))));
+
+JDKD_INLINE Wide widened(const Vec& v, int64_t half) {
+  HalfVec part;
+  std::memcpy(&part, reinterpret_cast<const char*>(&v) + half * sizeof(part), sizeof(part));
+  return __builtin_convertvector(part, Wide);
+}
+
 JDKD_INLINE double sum_lanes(const Vec& v) {
-  double total = 0;
-  for (int64_t i = 0; i < kLanes; ++i) {
-    total += v[i];
+  const Wide sum = widened(v, 0) + widened(v, 1);
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// Adds the lanes to totals in float64.
+JDKD_INLINE void add_to(double* totals, const Vec& v) {
+  for (int64_t half = 0; half < 2; ++half) {
+    Wide sum;
+    std::memcpy(&sum, totals + half * (kLanes / 2), sizeof(sum));
+    sum += widened(v, half);
+    std::memcpy(totals + half * (kLanes / 2), &sum, sizeof(sum));
   }
-  return total;
 }
 
 // How many of a vector's lanes a loop handles, for bodies written once: all, or the first n.
 struct Full {
   inline __attribute__((always_inline)) Vec load(const float* from) const { return jdkd::load(from); }
   inline __attribute__((always_inline)) void store(float* to, const Vec& v) const { jdkd::store(to, v); }
+  inline __attribute__((always_inline)) void add_to(double* totals, const Vec& v) const { jdkd::add_to(totals, v); }
 };
 
 struct Tail {
   int64_t n;
   inline __attribute__((always_inline)) Vec load(const float* from) const { return load_tail(from, n, Vec{}); }
   inline __attribute__((always_inline)) void store(float* to, const Vec& v) const { store_tail(to, v, n); }
+  inline __attribute__((always_inline)) void add_to(double* totals, const Vec& v) const {
+    for (int64_t i = 0; i < n; ++i) {
+      totals[i] += v[i];
+    }
+  }
 };
 
 }  // namespace jdkd

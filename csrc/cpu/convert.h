@@ -28,11 +28,6 @@ const float* as_floats(Cursor from, int64_t n, float* buffer);
 // The same, always into buffer.
 void copy_floats(Cursor from, int64_t n, float* buffer);
 
-constexpr int64_t kSlab = 16;  // channels of a slab of rows
-
-// Rows of kSlab values of half precision, `stride` elements apart, as float32 [rows, kSlab].
-void widen_rows(Cursor from, int64_t stride, int64_t rows, float* to);
-
 // Rounds n values, to nearest even, and writes them where `to` points, as bfloat16 or float16.
 void round_floats(const float* from, int64_t n, void* to, ScalarType type);
 

@@ -1,9 +1,11 @@
 // The Pearson loss on the CPU: one sweep over memory for the statistics, one for the gradient.
 //
-// A sweep walks tiles that fit the cache. The statistics pass over a tile three times (means, centred squares,
-// residual) and merge it into a chunk's moments in float64; chunks are joined in order, so the result depends neither
-// on the number of threads nor on who runs first.
-#include "common/memory.h"
+// The statistics pass over a tile once, around a guess: the means of all tiles of the chunk before it, which it is no
+// longer than, and a beta near the ratio of their deviations. What a tile adds to the squares around such means is at
+// most about twice what it adds to the variance, so float32 keeps its digits whatever the mean. The first tile is
+// passed over twice, for it has no guess, and any tile once more whose beta turns out to be far off. Tiles join their
+// chunk's moments in float64 and chunks are joined in order, so the result depends neither on the number of threads nor
+// on who runs first.
 #include "common/vec.h"
 #include "cpu/convert.h"
 #include "cpu/pearson_sweeps.h"
@@ -19,16 +21,29 @@ using pearson::Level;
 using pearson::Moments;
 using torch::stable::Tensor;
 
-constexpr int64_t kTile = 1024;              // positions of one channel; float32 sums of more lose digits
-constexpr int64_t kRowTile = 65536;          // elements of a tile of rows
-constexpr int64_t kMaxRows = 128;            // of a tile: two slabs of float32 in half of the first cache
-constexpr int64_t kPlaneChunk = 32 * kTile;  // positions that one task reduces
-constexpr int64_t kTilesPerChunk = 8;        // likewise for rows
-constexpr int64_t kPiece = 512;              // elements widened or written at a time; long runs starve the prefetch
+constexpr int64_t kBlock = 1024;              // positions of one channel; float32 sums of more lose digits
+constexpr int64_t kTile = 4 * kBlock;         // positions of one channel that share a guess
+constexpr int64_t kPlaneChunk = 32 * kBlock;  // positions that one task reduces
+constexpr int64_t kFirstRows = 64;            // rows whose guess is their own
+constexpr int64_t kMaxRows = 512;             // rows that share a guess
+constexpr int64_t kRowChunk = 2048;           // most rows that one task reduces
+constexpr int64_t kLeastRows = 256;           // and least, where there are fewer than kLeastTasks tasks
+constexpr int64_t kLeastTasks = 8;
+constexpr int64_t kPiece = 512;               // elements widened or written at a time; long runs starve the prefetch
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Cursor cursor(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
+
+// Joins the moments of a channel's chunks, [c, chunks].
+void join_chunks(const std::vector<Moments>& parts, int64_t chunks, int64_t c, Moments* channels) {
+  for (int64_t channel = 0; channel < c; ++channel) {
+    channels[channel] = parts[channel * chunks];
+    for (int64_t i = 1; i < chunks; ++i) {
+      channels[channel] = merge(channels[channel], parts[channel * chunks + i]);
+    }
+  }
+}
 
 // ---- channels as planes, NCHW ----
 // A channel's positions are numbered 0..N*HW through all images; a tile may cross from one image to the next.
@@ -55,18 +70,49 @@ const float* gather(const Planes& planes, int64_t channel, int64_t first, int64_
   return buffer;
 }
 
+// Sums of n positions from `first` on.
+PairSums summed(const Planes& s, const Planes& t, int64_t channel, int64_t first, int64_t n, const Guess& guess) {
+  alignas(64) float s_buffer[kBlock], t_buffer[kBlock];
+  PairSums total;
+  for (int64_t done = 0; done < n; done += kBlock) {
+    const int64_t block = std::min(kBlock, n - done);
+    const float* s_block = gather(s, channel, first + done, block, s_buffer);
+    total += pair_sums(s_block, gather(t, channel, first + done, block, t_buffer), block, guess);
+  }
+  return total;
+}
+
+Moments joined(const Moments& before, double n, const Guess& guess, const PairSums& q) {
+  return merge(
+      before, pearson::tile_moments(n, guess.mean_s, guess.mean_t, q.ds, q.dt, q.ss, q.tt, guess.beta, q.e));
+}
+
+float beta_of(double ss, double tt) { return pearson::residual_beta(static_cast<float>(ss / tt), 1.0f); }
+
+void move_to(const Moments& q, Guess& guess) {
+  guess.mean_s = static_cast<float>(q.mean_s);
+  guess.mean_t = static_cast<float>(q.mean_t);
+}
+
 Moments plane_moments(const Planes& s, const Planes& t, int64_t channel, int64_t first, int64_t last) {
-  alignas(64) float s_buffer[kTile], t_buffer[kTile];
+  Guess guess{0, 0, 1};
+  copy_floats(s.at(channel, first), 1, &guess.mean_s);
+  copy_floats(t.at(channel, first), 1, &guess.mean_t);
   Moments total;
-  for (int64_t i = first; i < last; i += kTile) {
-    const int64_t n = std::min(kTile, last - i);
-    const float* s_tile = gather(s, channel, i, n, s_buffer);
-    const float* t_tile = gather(t, channel, i, n, t_buffer);
-    const float mean_s = static_cast<float>(sum(s_tile, n) / n), mean_t = static_cast<float>(sum(t_tile, n) / n);
-    const CentredSums q = centred_sums(s_tile, t_tile, n, mean_s, mean_t);
-    const float beta = pearson::residual_beta(static_cast<float>(q.ss), static_cast<float>(q.tt));
-    const double e = residual_sum(s_tile, t_tile, n, mean_s, mean_t, beta);
-    total = merge(total, pearson::tile_moments(n, mean_s, mean_t, q.ds, q.dt, q.ss, q.tt, beta, e));
+  for (int64_t i = first, n; i < last; i += n) {
+    n = std::min(last - i, std::clamp(i - first, kBlock, kTile));
+    if (i == first) {
+      const Moments rough = joined({}, n, guess, summed(s, t, channel, i, n, guess));
+      move_to(rough, guess);
+      guess.beta = beta_of(rough.ss, rough.tt);
+    }
+    Moments all = joined(total, n, guess, summed(s, t, channel, i, n, guess));
+    if (!is_near(guess.beta, all)) {
+      guess.beta = beta_of(all.ss, all.tt);
+      all = joined(total, n, guess, summed(s, t, channel, i, n, guess));
+    }
+    total = all;
+    move_to(total, guess);
   }
   return total;
 }
@@ -82,12 +128,7 @@ void forward_planes(const Level& level, const Tensor& s, const Tensor& t, Moment
       parts[i] = plane_moments(s_planes, t_planes, i / chunks, first, std::min(m, first + chunk));
     }
   });
-  for (int64_t channel = 0; channel < level.c; ++channel) {
-    channels[channel] = parts[channel * chunks];
-    for (int64_t i = 1; i < chunks; ++i) {
-      channels[channel] = merge(channels[channel], parts[channel * chunks + i]);
-    }
-  }
+  join_chunks(parts, chunks, level.c, channels);
 }
 
 // The gradient of one level: all that its kernels read, and where they write.
@@ -133,80 +174,95 @@ void backward_planes(const Level& level, const Backward& of) {
 
 // ---- rows of channels, channels-last ----
 
-// Moments of c channels side by side; n is theirs in common.
-struct RowMoments {
-  double n = 0;
-  int64_t c;
-  std::vector<double> sums;  // [5, c]: mean_s, mean_t, ss, tt, st
-
-  explicit RowMoments(int64_t channels) : c(channels), sums(5 * channels) {}
-  Moments channel(int64_t j) const {
-    const double* at = sums.data() + j;
-    return {n, at[0], at[c], at[2 * c], at[3 * c], at[4 * c]};
-  }
-};
-
-// What one thread needs for a tile of rows. The tile is taken slab by slab, and the next one is fetched meanwhile.
-class RowTile {
+// The moments of c channels side by side, of the rows that were added so far, and the guess for those to come.
+class RowMoments {
  public:
-  RowTile(int64_t rows, int64_t c)
-      : c_(c), padded_(std::max(c, kSlab)), s_(rows * kSlab), t_(rows * kSlab), sums_(8 * padded_) {}
+  explicit RowMoments(int64_t channels)
+      : c_(channels), total_(5 * c_), next_(5 * c_), sums_(5 * c_), guess_(3 * c_),
+        s_(kRowsAtOnce * c_), t_(kRowsAtOnce * c_) {}
 
-  // Adds `rows` rows to the total; at least `ahead` <= rows more follow them.
-  void add(Cursor s, Cursor t, int64_t rows, int64_t ahead, RowMoments& total) {
-    const RowSums q{row(0), row(1), row(2), row(3), row(4), row(5), row(6), row(7)};
-    for (int64_t i = 0; i < c_; i += kSlab) {
-      const int64_t j = std::max<int64_t>(0, std::min(i, c_ - kSlab));  // the last slab may overlap
-      slab_sums(slab(s, j, rows, ahead, s_.data()), slab(t, j, rows, ahead, t_.data()), rows, q, j);
+  // Takes up some rows, [rows, c], and forgets what was before.
+  void reduce(Cursor s, Cursor t, int64_t rows) {
+    n_ = 0;
+    std::fill(total_.begin(), total_.end(), 0.0);
+    copy_floats(s, c_, guess_.data());
+    copy_floats(t, c_, guess_.data() + c_);
+    std::fill(guess_.begin() + 2 * c_, guess_.end(), 1.0f);
+    for (int64_t i = 0, n; i < rows; i += n) {
+      n = std::min(rows - i, std::clamp(i, kFirstRows, kMaxRows));
+      const Cursor s_tile = s + i * c_, t_tile = t + i * c_;
+      bool near = add(s_tile, t_tile, n);
+      if (i == 0) {
+        guess_means();
+        guess_betas();
+        near = add(s_tile, t_tile, n);
+      }
+      if (!near) {
+        guess_betas();
+        add(s_tile, t_tile, n);
+      }
+      n_ += n;
+      total_.swap(next_);
+      std::copy(total_.begin(), total_.begin() + 2 * c_, guess_.begin());
     }
-    merge_rows(rows, c_, q, total.n, total.sums.data());
-    total.n += rows;
+  }
+
+  Moments channel(int64_t j) const {
+    const double* at = total_.data() + j;
+    return {static_cast<double>(n_), at[0], at[c_], at[2 * c_], at[3 * c_], at[4 * c_]};
   }
 
  private:
-  float* row(int64_t i) { return sums_.data() + i * padded_; }
-
-  // The slab from channel j on: where it lies if it is whole and float32, else in buffer.
-  Slab slab(Cursor x, int64_t j, int64_t rows, int64_t ahead, float* buffer) const {
-    const Cursor next = x + rows * c_ + ahead * j;
-    const int64_t next_stride = ahead * std::min(kSlab, c_) / rows * x.itemsize();
-    if (c_ < kSlab) {
-      for (int64_t r = 0; r < rows; ++r) {
-        copy_floats(x + r * c_, c_, buffer + r * kSlab);
-      }
-    } else if (x.type == ScalarType::Float) {
-      return {reinterpret_cast<const float*>((x + j).at), c_, next.at, next_stride};
-    } else {
-      widen_rows(x + j, c_, rows, buffer);
+  // The moments with those of a tile are next_. Whether every beta was near.
+  bool add(Cursor s, Cursor t, int64_t rows) {
+    const RowGuess guess{guess_.data(), guess_.data() + c_, guess_.data() + 2 * c_};
+    double* at = sums_.data();
+    const RowSums q{at, at + c_, at + 2 * c_, at + 3 * c_, at + 4 * c_};
+    std::fill(sums_.begin(), sums_.end(), 0.0);
+    for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
+      const int64_t n = std::min(kRowsAtOnce, rows - r);
+      row_sums(block(s + r * c_, n, s_.data()), block(t + r * c_, n, t_.data()), n, c_, guess, q);
     }
-    return {buffer, kSlab, next.at, next_stride};
+    return merge_rows(rows, c_, guess, q, n_, total_.data(), next_.data());
   }
 
-  int64_t c_, padded_;
-  std::vector<float> s_, t_, sums_;  // [rows, kSlab] twice and [8, padded]
+  void guess_means() { std::copy(next_.begin(), next_.begin() + 2 * c_, guess_.begin()); }
+
+  void guess_betas() {
+    for (int64_t j = 0; j < c_; ++j) {
+      guess_[2 * c_ + j] = beta_of(next_[2 * c_ + j], next_[3 * c_ + j]);
+    }
+  }
+
+  Rows block(Cursor x, int64_t rows, float* buffer) const {
+    return {as_floats(x, rows * c_, buffer), (x + rows * c_).at, x.itemsize()};
+  }
+
+  int64_t c_, n_ = 0;
+  std::vector<double> total_, next_, sums_;  // [5, c] each
+  std::vector<float> guess_;                 // [3, c]: mean_s, mean_t, beta
+  std::vector<float> s_, t_;                 // [kRowsAtOnce, c] each
 };
 
-int64_t rows_per_tile(int64_t c) { return std::clamp<int64_t>(kRowTile / c, 8, kMaxRows); }
+// Rows that one task reduces of m: about as many as any other, and enough tasks for several threads.
+int64_t rows_per_chunk(int64_t m) {
+  return ceil_div(m, std::max(ceil_div(m, kRowChunk), std::clamp<int64_t>(m / kLeastRows, 1, kLeastTasks)));
+}
 
 void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments* channels) {
-  const int64_t tile = rows_per_tile(level.c), chunk = tile * kTilesPerChunk, m = level.positions();
-  std::vector<RowMoments> parts(ceil_div(m, chunk), RowMoments(level.c));
-  torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
-    RowTile scratch(tile, level.c);
+  const int64_t m = level.positions(), c = level.c, chunk = rows_per_chunk(m), chunks = ceil_div(m, chunk);
+  std::vector<Moments> parts(chunks * c);
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    RowMoments moments(c);
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t last = std::min(m, (i + 1) * chunk);
-      for (int64_t r = i * chunk; r < last; r += tile) {
-        const int64_t rows = std::min(tile, last - r), ahead = std::min(tile, m - r - rows);
-        scratch.add(cursor(s) + r * level.c, cursor(t) + r * level.c, rows, ahead, parts[i]);
+      const int64_t first = i * chunk;
+      moments.reduce(cursor(s) + first * c, cursor(t) + first * c, std::min(chunk, m - first));
+      for (int64_t j = 0; j < c; ++j) {
+        parts[j * chunks + i] = moments.channel(j);
       }
     }
   });
-  for (int64_t j = 0; j < level.c; ++j) {
-    channels[j] = parts[0].channel(j);
-    for (size_t i = 1; i < parts.size(); ++i) {
-      channels[j] = merge(channels[j], parts[i].channel(j));
-    }
-  }
+  join_chunks(parts, chunks, level.c, channels);
 }
 
 void backward_rows(const Level& level, const Backward& of) {
@@ -226,6 +282,20 @@ void backward_rows(const Level& level, const Backward& of) {
 }
 
 // ---- operators ----
+
+// Checks that there is a dx a level, like x.
+void check_written(const std::vector<Tensor>& x, const std::vector<Tensor>& dx, const std::vector<Level>& levels) {
+  check(
+      dx.size() == x.size(), "pearson_bwd_into: ", dx.size(), " tensors dx were given for ", x.size(),
+      " levels; give one a level");
+  for (size_t i = 0; i < dx.size(); ++i) {
+    check_same_shape("pearson_bwd_into", "a level of dx", dx[i], "its level of x", x[i]);
+    check(
+        dx[i].scalar_type() == x[i].scalar_type() && dx[i].is_cpu() &&
+            (levels[i].channels_last ? is_dense_nhwc(dx[i]) : is_dense_nchw(dx[i])),
+        "pearson_bwd_into: dx of level ", i, " differs in dtype, device or layout from x; make it with empty_like(x)");
+  }
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pearson_fwd(
     std::vector<Tensor> students, std::vector<Tensor> teachers, std::vector<double> weights, double eps,
@@ -253,23 +323,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pearson_fwd(
   return results.tuple();
 }
 
-std::vector<Tensor> pearson_bwd(
-    Tensor dloss, std::vector<Tensor> x, std::vector<Tensor> y, Tensor coefficients, std::vector<Tensor> dout) {
-  const std::vector<Level> levels = pearson::describe_levels("pearson_bwd", x, y);
+void pearson_bwd_into(
+    Tensor dloss, std::vector<Tensor> x, std::vector<Tensor> y, Tensor coefficients, std::vector<Tensor> dout,
+    std::vector<Tensor> dx) {
+  const std::vector<Level> levels = pearson::describe_levels("pearson_bwd_into", x, y);
   pearson::check_backward(dloss, coefficients, x, dout, levels);
+  check_written(x, dx, levels);
   const int64_t channels = pearson::total_channels(levels);
   const float upstream = *dloss.const_data_ptr<float>();
-  std::vector<Tensor> gradients;
   for (size_t i = 0; i < levels.size(); ++i) {
-    gradients.push_back(torch::stable::empty_like(x[i]));
-    char* dx = static_cast<char*>(gradients.back().mutable_data_ptr());
-    ask_for_huge_pages(dx, x[i].numel() * x[i].element_size());
     const Cursor added = dout.empty() ? Cursor(nullptr, x[i].scalar_type()) : cursor(dout[i]);
     const float* table = coefficients.const_data_ptr<float>() + levels[i].first_channel;
     (levels[i].channels_last ? backward_rows : backward_planes)(
-        levels[i], {cursor(x[i]), cursor(y[i]), added, dx, table, channels, upstream});
+        levels[i], {cursor(x[i]), cursor(y[i]), added, static_cast<char*>(dx[i].mutable_data_ptr()), table, channels,
+                    upstream});
   }
-  return gradients;
+}
+
+std::vector<Tensor> pearson_bwd(
+    Tensor dloss, std::vector<Tensor> x, std::vector<Tensor> y, Tensor coefficients, std::vector<Tensor> dout) {
+  std::vector<Tensor> dx;
+  for (const Tensor& level : x) {
+    dx.push_back(torch::stable::empty_like(level));
+  }
+  pearson_bwd_into(dloss, x, y, coefficients, dout, dx);
+  return dx;
 }
 
 }  // namespace
@@ -278,4 +356,5 @@ std::vector<Tensor> pearson_bwd(
 STABLE_TORCH_LIBRARY_IMPL(jdkd_C, CPU, m) {
   m.impl("pearson_fwd", TORCH_BOX(&jdkd::cpu::pearson_fwd));
   m.impl("pearson_bwd", TORCH_BOX(&jdkd::cpu::pearson_bwd));
+  m.impl("pearson_bwd_into", TORCH_BOX(&jdkd::cpu::pearson_bwd_into));
 }

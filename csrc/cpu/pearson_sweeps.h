@@ -1,22 +1,40 @@
 // The inner loops of the Pearson loss on the CPU: float32 in, one tile at a time, see pearson_sweeps.cpp.
 #pragma once
 
-#include "cpu/convert.h"
+#include "ops/pearson.h"
 
 #include <cstdint>
 
 namespace jdkd::cpu {
 
-// ---- positions of one channel, [n] ----
-
-struct CentredSums {
-  double ds, dt, ss, tt;
+// What positions are summed around: near their means, and beta near the ratio of the deviations. Any values are right
+// in exact arithmetic.
+struct Guess {
+  float mean_s, mean_t, beta;
 };
 
-double sum(const float* x, int64_t n);
-CentredSums centred_sums(const float* s, const float* t, int64_t n, float mean_s, float mean_t);
-// sum ((s - mean_s) - beta (t - mean_t))^2
-double residual_sum(const float* s, const float* t, int64_t n, float mean_s, float mean_t, float beta);
+// The sums of a tile around a guess, with ds = s - mean_s and dt = t - mean_t.
+struct PairSums {
+  double ds = 0, dt = 0, ss = 0, tt = 0;
+  double e = 0;  // sum (ds - beta dt)^2
+
+  void operator+=(const PairSums& more) {
+    ds += more.ds, dt += more.dt, ss += more.ss, tt += more.tt, e += more.e;
+  }
+};
+
+// Whether beta was near enough to the ratio of all positions' deviations for their sums to keep float32's digits: the
+// nearer the more student and teacher agree, of whose loss the rounding of ss and tt must cancel.
+inline bool is_near(double beta, const pearson::Moments& all) {
+  const double own = beta * beta * all.tt, gap = own > all.ss ? own - all.ss : all.ss - own;
+  const double e = all.ss + own - 2 * beta * all.st;
+  const bool near = (own <= 8 * all.ss) & (all.ss <= 8 * own) & ((gap <= 2 * e) | (gap * 512 <= all.ss));
+  return near | (all.ss == 0) | (all.tt == 0);
+}
+
+// ---- positions of one channel, [n] ----
+
+PairSums pair_sums(const float* s, const float* t, int64_t n, Guess guess);
 
 struct Gradient {
   float a, b, k, mean_x, mean_y;
@@ -27,24 +45,32 @@ void gradient(const float* x, const float* y, const float* dout, int64_t n, Grad
 
 // ---- rows of channels; every array without a shape is [c] ----
 
-// The sums of a tile, around its rounded means; beta and the residual as in ops/pearson.h.
+struct RowGuess {
+  const float *mean_s, *mean_t, *beta;
+
+  RowGuess operator+(int64_t j) const { return {mean_s + j, mean_t + j, beta + j}; }
+};
+
 struct RowSums {
-  float *mean_s, *mean_t, *ds, *dt, *ss, *tt, *beta, *residual;
+  double *ds, *dt, *ss, *tt, *e;
+
+  RowSums operator+(int64_t j) const { return {ds + j, dt + j, ss + j, tt + j, e + j}; }
 };
 
-// kSlab channels of a tile: its rows lie `stride` floats apart. What each row asks the second cache for meanwhile, its
-// part of the next tile, lies `next_stride` bytes apart.
-struct Slab {
+constexpr int64_t kRowsAtOnce = 16;  // float32 sums of more lose digits
+
+// Dense rows, and those that follow where the tensor lies, which are asked for meanwhile: walking columns hides the
+// order of memory from the hardware's prefetch.
+struct Rows {
   const float* at;
-  int64_t stride;
   const char* next;
-  int64_t next_stride;
+  int64_t itemsize;
 };
 
-// All sums of a slab; they go to the channels from `first` on.
-void slab_sums(Slab s, Slab t, int64_t rows, const RowSums& q, int64_t first);
-// Joins a tile's moments to those of n rows, [5, c]: mean_s, mean_t, ss, tt, st.
-void merge_rows(double rows, int64_t c, const RowSums& q, double n, double* totals);
+// Adds up at most kRowsAtOnce rows of c channels around a guess.
+void row_sums(Rows s, Rows t, int64_t rows, int64_t c, RowGuess guess, RowSums q);
+// Joins a tile's moments to `before`, those of n rows, [5, c]: mean_s, mean_t, ss, tt, st. Whether every beta was near.
+bool merge_rows(double rows, int64_t c, RowGuess guess, RowSums q, double n, const double* before, double* after);
 
 struct RowGradient {
   const float *a, *b, *k, *mean_x, *mean_y;

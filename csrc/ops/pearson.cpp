@@ -97,4 +97,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jdkd_C, m) {
   // dout plus the gradients with respect to x, shaped and laid out like x; coefficients [5, sum of C] are x's entry of
   // the table, dout is empty or like x
   m.def("pearson_bwd(Tensor dloss, Tensor[] x, Tensor[] y, Tensor coefficients, Tensor[] dout) -> Tensor[]");
+  // the same, on a CPU, into memory that is given
+  m.def(
+      "pearson_bwd_into(Tensor dloss, Tensor[] x, Tensor[] y, Tensor coefficients, Tensor[] dout, Tensor(a!)[] dx)"
+      " -> ()");
 }

@@ -16,7 +16,7 @@ from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import pack_check
 from jdkd.ops.active_channels import on_device
-from jdkd.ops.pack_memory import empty, zeros
+from jdkd.ops.host_memory import empty, zeros
 from jdkd.ops.pack_table import PackTable, aligned, dense_strides, dense_views, packed_views, table_of
 from jdkd.reference import pack as reference
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import pearson_check, pearson_forms
+from jdkd.ops.host_memory import empty_like
 from jdkd.ops.layout import layout_name, layout_of, size_class
 from jdkd.ops.transforms import is_transformed
 from jdkd.reference import pearson as reference
@@ -273,7 +274,9 @@ def _cpu_fwd(students: list[Tensor], teachers: list[Tensor], *settings: Any) -> 
 
 
 def _cpu_bwd(dloss: Tensor, x: list[Tensor], y: list[Tensor], table: Tensor, dout: list[Tensor]) -> list[Tensor]:
-    return torch.ops.jdkd_C.pearson_bwd(dloss, x, y, table, dout)
+    gradients = [empty_like(level) for level in x]
+    torch.ops.jdkd_C.pearson_bwd_into(dloss, x, y, table, dout, gradients)
+    return gradients
 
 
 def _of_one_dtype(*sides: list[Tensor]) -> tuple[list[Tensor], ...]:

@@ -52,6 +52,44 @@ def test_the_moments_are_those_of_float64(compiled, dtype, channels_last, mean):
     assert ((moments[5] - exact[5]).abs() <= 1e-6 * unit).all()
 
 
+def _nearly_constant_start(student: Tensor, teacher: Tensor) -> None:
+    student[:, :, :13] = 1 + (student[:, :, :13] - 1) * 1e-6
+
+
+def _constant_start(student: Tensor, teacher: Tensor) -> None:
+    student[:, :, :13], teacher[:, :, :13] = 0.7, -300
+
+
+def _far_first_value(student: Tensor, teacher: Tensor) -> None:
+    student[:, :, 0, 0] = 1e4
+
+
+def _another_scale(student: Tensor, teacher: Tensor) -> None:
+    student[:, :, 40:] *= 1e3
+    teacher[:, :, 70:] *= 1e4
+
+
+def _moving_mean(student: Tensor, teacher: Tensor) -> None:
+    student += torch.arange(student.shape[2])[:, None] * 10
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "change", [_nearly_constant_start, _constant_start, _far_first_value, _another_scale, _moving_mean]
+)
+def test_what_came_before_a_tile_may_mislead_its_guess(compiled, change, channels_last):
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(1, 3, 100, 101, generator=generator, dtype=torch.float64) + 1
+    teacher = 0.7 * student + torch.randn(student.shape, generator=generator, dtype=torch.float64)
+    change(student, teacher)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    sides = [[side.float().contiguous(memory_format=layout)] for side in (student, teacher)]
+    moments = _forward(compiled, *sides)[3]
+    exact = reference.moments(*([side.double() for side in levels] for levels in sides))
+    torch.testing.assert_close(moments[3:5], exact[3:5], rtol=1e-6, atol=0)
+    assert ((moments[5] - exact[5]).abs() <= 1e-6 * (exact[3] * exact[4]).sqrt()).all()
+
+
 def test_levels_are_weighted_one_by_one_and_add_up(compiled):
     students, teachers = _levels()
     weights = [1.0, 0.0, 2.5, -3.0]
@@ -118,6 +156,22 @@ def test_the_gradient_of_the_heads_is_added_before_the_one_rounding(compiled, dt
 def test_heads_gradients_that_do_not_fit_are_refused(compiled, dout, message):
     with pytest.raises(RuntimeError, match=message):
         _backward(compiled, dout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda dx: dx[:3], r"3 tensors dx were given for 4 levels; give one a level"),
+        (lambda dx: [*dx[:3], dx[0]], r"level of dx has shape \[2, 5, 40, 41\] .* x has shape \[1, 4, 1, 1\]"),
+        (lambda dx: [dx[0].half(), *dx[1:]], r"dx of level 0 differs in dtype, device or layout from x"),
+        (lambda dx: [dx[0].contiguous(memory_format=torch.channels_last), *dx[1:]], r"dx of level 0 differs in dtype"),
+    ],
+)
+def test_memory_that_no_gradient_fits_is_refused(compiled, change, message):
+    students, teachers = _levels()
+    table = _forward(compiled, students, teachers)[2]
+    with pytest.raises(RuntimeError, match=message):
+        compiled.pearson_bwd_into(torch.tensor(1.0), students, teachers, table[0], [], change(students))
 
 
 def test_as_many_weights_as_levels_are_wanted(compiled):

@@ -1,4 +1,4 @@
-"""Flat buffers for packed weights and dense gradients; on a CPU with an eye to what fresh memory costs.
+"""Buffers for packed weights and gradients; on a CPU with an eye to what fresh memory costs.
 
 A page that is written for the first time is cleared by the operating system, which takes about as long as filling it,
 and with pages of 4 KB ten times as long. Large buffers are therefore mapped here, in pages of 2 MB.
@@ -20,7 +20,9 @@ MAPPED_FROM = HUGE_PAGE  # bytes of a buffer that is mapped here
 
 _packed_pages: list[mmap.mmap] = []  # the last ones, packed weights live on them
 _gradient_pages: list[mmap.mmap] = []
-_KEPT = 2  # buffers of each kind
+_KEPT = 2  # buffers of each of these kinds
+_level_pages: list[mmap.mmap] = []  # gradients of features
+_LEVELS_KEPT = 6
 _lock = threading.Lock()
 
 
@@ -63,12 +65,29 @@ def empty(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return _on_pages(_taken(_packed_pages, numel * dtype.itemsize)[0], numel, dtype)
 
 
+def empty_like(level: Tensor) -> Tensor:
+    """A gradient of features whose contents are undefined; a large one on Linux takes the pages of one that is gone.
+
+    Clearing fresh pages costs more than computing the gradient; those of the last six large levels are kept.
+
+    Args:
+        level: ``[N, C, H, W]``, dense, for the shape, the strides, the dtype and the device.
+
+    Returns:
+        ``[N, C, H, W]``.
+    """
+    if not _is_mapped(level.numel(), level.dtype, level.device):
+        return torch.empty_like(level)
+    memory, _ = _taken(_level_pages, level.numel() * level.element_size(), _LEVELS_KEPT)
+    return _on_pages(memory, level.numel(), level.dtype).as_strided(level.shape, level.stride())
+
+
 def _is_mapped(numel: int, dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and numel * dtype.itemsize >= MAPPED_FROM and hasattr(mmap, "MADV_HUGEPAGE")
 
 
-def _taken(kept: list[mmap.mmap], size: int) -> tuple[mmap.mmap, bool]:
-    """Pages that nobody uses, or else fresh ones, and whether they are fresh; the last ones are kept."""
+def _taken(kept: list[mmap.mmap], size: int, most: int = _KEPT) -> tuple[mmap.mmap, bool]:
+    """Pages that nobody uses, or else fresh ones, and whether they are fresh; the last ``most`` ones are kept."""
     with _lock:
         for place in range(len(kept)):
             if _references(kept, place) > _UNUSED:
@@ -77,7 +96,7 @@ def _taken(kept: list[mmap.mmap], size: int) -> tuple[mmap.mmap, bool]:
                 kept.append(kept.pop(place))
                 return kept[-1], False
         kept.append(_pages(size))
-        del kept[:-_KEPT]
+        del kept[:-most]
         return kept[-1], True
 
 
