@@ -7,6 +7,7 @@ import operator
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -192,7 +193,12 @@ def _slots(topology: Topology, named: Mapping[str, object]) -> dict[tuple[str, i
 
 
 def _size(model: nn.Module, tensor: str, dim: int) -> int:
-    return named(model, tensor).shape[dim]
+    return tensor_named(model, tensor).shape[dim]
+
+
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name; tied ones by any of theirs."""
+    return cast(Tensor, named(model, name))
 
 
 def named(model: nn.Module, name: str) -> Tensor | nn.Module:
