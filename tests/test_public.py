@@ -61,7 +61,7 @@ PUBLIC = {
     "search": "Archive Candidate Cycle Method Plan Proposal SearchConfig pareto_front plan search",
     "train": "DivergenceError FitReport Scores TrainConfig calibrate_bn evaluate fit",
 }
-OWED = 52  # modules that define what is public and that mypy does not check yet
+OWED = 41  # modules that define what is public and that mypy does not check yet
 NAMES = [(package, name) for package, names in PUBLIC.items() for name in names.split()]
 
 
