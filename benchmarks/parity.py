@@ -2,9 +2,9 @@
 
     python -m benchmarks.parity --data FOLDER --formats onnx pt2     every family, whole and with half of its channels
 
-The detectors are those of ``tests/export/tiny.py``: of every family that can be exported, small, with random weights that
-are far from each other, so that there is much to find and no mAP to compare; `jdkd export` compares that of a trained
-one. One row a file is appended as soon as it is compared, and the command fails where one is not within tolerance.
+The detectors are those of ``tests/export/tiny.py``: of every family that can be exported, small, with random weights
+that are far from each other, so that there is much to find and no mAP to compare; `jdkd export` compares that of a
+trained one. One row a file is appended as soon as it is compared; the command fails where one is not within tolerance.
 """
 
 from __future__ import annotations
@@ -107,9 +107,8 @@ def main(words: Sequence[str]) -> None:
     for row in rows(asked.families, asked.formats, images):
         record.append(out, [row])
         print(table([row]).splitlines()[-1], flush=True)
-        apart += [f"{row['case']}, {row['shape']}, {row['format']}: {row['complaint']}"] * (
-            row["complaint"] is not None
-        )
+        if row["complaint"] is not None:
+            apart.append(f"{row['case']}, {row['shape']}, {row['format']}: {row['complaint']}")
     if apart:
         raise InputError("; ".join(apart))
 

@@ -104,10 +104,8 @@ def test_every_family_in_every_form(family, form):
         file = OPENERS[f".{form}"](exported(model, form, nms="outside"), "cpu")
         agree(model, file)
         scores = file.run(*batch_of([pictures((96, 128))[0].permute(1, 2, 0).numpy()], file.facts["resize"]))[2]
-        assert scores.shape == (
-            1,
-            60 if family.startswith("fasterrcnn") else 200,
-        )  # 30 regions of 2 classes, or 40 of a level
+        candidates = 60 if family.startswith("fasterrcnn") else 200  # 30 regions of 2 classes, or 40 of a level
+        assert scores.shape == (1, candidates)
 
 
 REFUSED = {
