@@ -17,6 +17,7 @@ from jdkd.export.suppression import by_torchvision
 from jdkd.export.writing import exported
 from tests.detectors import mask_detector
 from tests.export.tiny import FAMILIES, formed, made, pictures
+from tests.graph.networks import pan_detector
 
 SIZES = ((60, 90), (120, 77), (96, 128))
 
@@ -112,6 +113,7 @@ REFUSED = {
     "ssd": "SSD cannot be exported: what follows",
     "ssdlite": "SSD cannot be exported: what follows",
     "keypointrcnn": "its key points are read off heat maps",
+    "pan": "PANDetector cannot be exported: what follows",
 }
 OTHERS = [
     (headless, "FCOS cannot be exported: what follows its heads"),
@@ -119,9 +121,13 @@ OTHERS = [
 ]
 
 
+def small(family):
+    return pan_detector() if family == "pan" else built(family, "resnet18", 2, channels=32)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
-    [*((partial(built, family, "resnet18", 2, channels=32), said) for family, said in REFUSED.items()), *OTHERS],
+    [*((partial(small, family), said) for family, said in REFUSED.items()), *OTHERS],
 )
 def test_what_cannot_be_exported_is_refused_with_the_reason(make, sentence):
     with torch.device("meta"):
