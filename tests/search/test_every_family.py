@@ -9,17 +9,17 @@ from jdkd.search import Method, search
 from tests.search.small_search import DIGITS, archived, base_of, config_of
 
 FAMILIES = {
-    "Faster R-CNN v2": ("two_stages", {"family": "fasterrcnn_v2"}),
-    "Mask R-CNN v2": ("two_stages", {"family": "maskrcnn_v2"}),
-    "RetinaNet v2": ("retinanet_v2", {}),
-    "SSD": ("ssd", {}),
-    "SSDlite": ("ssd", {"lite": True}),
-    "ATSS": ("of_every_place", {"family": "atss"}),
-    "GFL": ("of_every_place", {"family": "gfl"}),
-    "RepPoints": ("of_every_place", {"family": "reppoints"}),
+    "fasterrcnn_v2": ("two_stages", {"family": "fasterrcnn_v2"}),
+    "maskrcnn_v2": ("two_stages", {"family": "maskrcnn_v2"}),
+    "retinanet_v2": ("retinanet_v2", {}),
+    "ssd": ("ssd", {}),
+    "ssdlite": ("ssd", {"lite": True}),
+    "atss": ("of_every_place", {"family": "atss"}),
+    "gfl": ("of_every_place", {"family": "gfl"}),
+    "reppoints": ("of_every_place", {"family": "reppoints"}),
 }
-QUICK = ("SSD", "ATSS")  # in every run of the tests; the others where slow ones are asked for
-REFUSED = {"Keypoint R-CNN": "a KeypointRCNN trains on keypoints, and those of annotations are not read"}
+QUICK = ("ssd", "atss")  # in every run of the tests; the others where slow ones are asked for
+REFUSED = {"keypointrcnn": "a KeypointRCNN trains on keypoints, and those of annotations are not read"}
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in FAMILIES])
