@@ -80,6 +80,16 @@ def row(report: LatencyReport) -> record.Row:
     }
 
 
+def table(given: Sequence[record.Row]) -> str:
+    """Markdown: a line a machine."""
+    lines = ["| machine | measurements | A/A contains 1 | a slowdown of 5 % is found |", "| --- | ---: | ---: | ---: |"]
+    for device in dict.fromkeys(row["device"] for row in given):
+        own = [row for row in given if row["device"] == device]
+        counts = len(own), sum(row["holds"] for row in own), sum(row["verdict"] == "slower" for row in own)
+        lines.append(f"| {device} | {counts[0]} | {counts[1]} | {counts[2]} |")
+    return "\n".join(lines)
+
+
 def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=RUNS)
