@@ -18,7 +18,7 @@ FAMILIES = {
     "gfl": ("of_every_place", {"family": "gfl"}),
     "reppoints": ("of_every_place", {"family": "reppoints"}),
 }
-QUICK = ("ssd", "atss")  # in every run of the tests; the others where slow ones are asked for
+QUICK = ("ssd",)  # in every run of the tests; the others where slow ones are asked for
 REFUSED = {"keypointrcnn": "a KeypointRCNN trains on keypoints, and those of annotations are not read"}
 
 
