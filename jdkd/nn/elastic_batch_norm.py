@@ -173,13 +173,16 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         weight, bias = part_of(self.weight, active), part_of(self.bias, active)  # [C]
         own = self._statistics(name)
         means, variances, seen = own.running_mean, own.running_var, own.num_batches_tracked  # [C_max], [C_max], []
-        if means is None or variances is None or seen is None or not (self.training and self.track_running_stats):
-            from_batch = self.training or means is None
-            mean, variance = (None if from_batch else part_of(whole, active) for whole in (means, variances))
-            return F.batch_norm(x, mean, variance, weight, bias, from_batch, self.momentum or 0.0, self.eps)
+        if means is None or variances is None or (self.training and not self.track_running_stats):
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         mean, variance = part_of(means, active), part_of(variances, active)  # [C]
-        seen.add_(1)
-        momentum = 1.0 / float(seen) if self.momentum is None else self.momentum
+        if not self.training:
+            return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+        if seen is not None:
+            seen.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 0.0 if seen is None else 1.0 / float(seen)
         if in_transform:  # vmap loses what batch_norm writes into a view of a batch
             mean, variance = (part.clone(memory_format=torch.contiguous_format) for part in (mean, variance))
         y = F.batch_norm(x, mean, variance, weight, bias, True, momentum, self.eps)
