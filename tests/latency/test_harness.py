@@ -95,8 +95,8 @@ def test_the_slower_one_finds_the_same_and_takes_so_much_longer(images):
     row = itself.row(report)
     assert {*report.models} == {"base", "student"} and row["holds"] is report.control_holds()
     assert row["control"][0] == report.control_ratio().value and row["verdict"] == report.verdict("student")
-    assert f"| 2 | {2 * row['holds']} | {2 * (row['verdict'] == 'slower')} |" in itself.table([row, row])
+    assert f"| 2 | {2 * row['holds']} | {2 * (row['verdict'] == 'slower')} of 2 |" in itself.table([row, row])
     model, image = made("fcos"), images[0] / 255
-    begin = time.perf_counter()
+    begin = time.thread_time()
     (slower,) = itself.Waiting(model, 0.05)([image])
-    assert time.perf_counter() - begin > 0.05 and slower["scores"].equal(model([image])[0]["scores"])
+    assert time.thread_time() - begin > 0.05 and slower["scores"].equal(model([image])[0]["scores"])
