@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd import __version__
 from jdkd.detect.contract import identity, known_architecture
@@ -91,7 +90,7 @@ def facts(
     model: nn.Module, made: Exportable, form: str, *, half: bool, nms: str, weights: str | None
 ) -> dict[str, Any]:
     """What a file says of itself."""
-    transform, known = cast(GeneralizedRCNNTransform, input_transform(model)), known_architecture(model)
+    transform, known = cast(Any, input_transform(model)), known_architecture(model)  # what has none is refused before
     heads = made.limits
     return {
         "format": FORMAT,
