@@ -86,7 +86,8 @@ def table(given: Sequence[record.Row]) -> str:
     for device in dict.fromkeys(row["device"] for row in given):
         own = [row for row in given if row["device"] == device]
         holds, planted = sum(row["holds"] for row in own), [row["verdict"] for row in own if row["verdict"]]
-        lines.append(f"| {device} | {len(own)} | {holds} | {planted.count('slower')} of {len(planted)} |")
+        found = f"{planted.count('slower')} of {len(planted)}" if planted else "not measured"
+        lines.append(f"| {device} | {len(own)} | {holds} | {found} |")
     return "\n".join(lines)
 
 
