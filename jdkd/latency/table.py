@@ -136,6 +136,10 @@ class LatencyTable:
         """The share of the base's latency that no cut saves."""
         return self._solved[0]
 
+    def left(self, target: float) -> float:
+        """The share of what cuts can save that a descendant at a target has left, 0..1."""
+        return max(0.0, target - self.fixed) / (1 - self.fixed) if self.fixed < 1 else 0.0
+
     @property
     def costs(self) -> dict[str, float]:
         """By feature, what one more of it adds to the ratio."""

@@ -165,6 +165,10 @@ class Archive:
         )
         return [Timing(name, stage, *map(json.loads, rest)) for name, stage, *rest in found]
 
+    def was_timed(self, architecture_id: str, stage: str, machine: str) -> bool:
+        """Whether an architecture has a measurement of a stage on a machine."""
+        return any((timing.stage, timing.machine) == (stage, machine) for timing in self.timings(architecture_id))
+
     def latency(self, architecture_id: str) -> PooledLatency:
         """What is known of an architecture's latency on the machine that it was last timed on."""
         timings = self.timings(architecture_id)

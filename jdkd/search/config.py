@@ -86,9 +86,9 @@ class SearchConfig:
         resolutions: short sides that students may choose from, over the base's.
         runtime: what will run the students, and runs them when they are timed: `eager`, `compile`, `cudagraph`,
             `onnxruntime`, `openvino` or `tensorrt`, those that take a file as :mod:`jdkd.export` writes it.
-        latency_rounds: rounds in which every candidate is timed; those that may be chosen are timed again, in five
-            times as many.
-        latency_seconds: how long the timing of one that may be chosen lasts at least.
+        latency_rounds: rounds in which every candidate is timed; those that are to be trained on, and those that may
+            be chosen in the end, are timed again, in five times as many.
+        latency_seconds: how long such a timing lasts at least.
         method: what of the method is on.
         seed: decides everything that is drawn.
         device: where to run.

@@ -33,7 +33,7 @@ from jdkd.search.archive import Candidate
 from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
 from jdkd.search.spending import Spending
-from jdkd.search.timing import BRIEF, LONG, Timing, machine_of
+from jdkd.search.timing import BRIEF, Timing, machine_of
 from jdkd.train import Scores, TrainConfig, evaluate, fit
 from jdkd.train.inputs import with_targets_of
 
@@ -145,7 +145,7 @@ class SearchContext:
         models = {base: self.deployed_base}
         models |= {id_: fuse_for_inference(model) for id_, model in detectors.items() if id_ != base}
         schedule, rounds = vars(QUICK), config.latency_rounds
-        if stage == LONG:
+        if stage != BRIEF:
             schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
             schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, config.latency_seconds)
         with self.spent.on("timing"), nullcontext() if kept is None else self.runtime.steady_nms(kept):
@@ -156,7 +156,7 @@ class SearchContext:
                 modes=("end_to_end",),
                 runtime=self.runtime,
                 brief=True,
-                progress=(lambda *state: self.progress("timing", *state)) if stage == LONG else None,
+                progress=(lambda *state: self.progress("timing", *state)) if stage != BRIEF else None,
                 **schedule | {"rounds": rounds},
             )
         samples = {name: model.end_to_end.samples for name, model in measured.models.items()}

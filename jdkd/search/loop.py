@@ -7,7 +7,7 @@ learning rate follows the lineage: whatever student comes out has been annealed 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from jdkd.search.timing import Timing
 from jdkd.train.checkpoint import CHECKPOINT
 
 GENERATION, TABLE, SPENT = "generation.json", "latency_table.json", "spent.json"
+LITTLE = 0.2  # of what cuts can save: both searches of ours for a target that leaves less ended with a weak student
 
 
 def search(config: SearchConfig, progress: ProgressCallback | None = None) -> dict[str, Any]:
@@ -83,6 +84,7 @@ def _searched(evaluator: Evaluator, budget: Plan, workers: Journal) -> dict[str,
             _add_base(archive, context)  # before the pool: a base that cannot be scored costs no training
         _time_on_this_machine(archive, context)
         table = _table(context)  # before the pool too: a base that cannot be timed
+        _say_what_is_left(table, config.targets)
         if budget.pool:
             with context.spent.on("pool"):
                 evaluator.pool = grown_pool(context, budget)
@@ -247,6 +249,17 @@ def _table(context: SearchContext) -> LatencyTable:
     table = context.latency_table()
     write_json(file, {"machine": context.machine, "table": table.to_json()})
     return table
+
+
+def _say_what_is_left(table: LatencyTable, targets: Sequence[float]) -> None:
+    """Says before anything is trained which targets leave next to nothing of what can be cut."""
+    for target in targets:
+        if (left := table.left(target)) < LITTLE:
+            say_once(
+                f"about {table.fixed:.2f} of the base's latency is none that a cut saves, so a student at {target:g} "
+                f"has {left:.0%} of the rest and will hardly be as good; take a larger target, or a base whose "
+                "convolutions take the time: of larger images, or wider."
+            )
 
 
 def _time_on_this_machine(archive: Archive, context: SearchContext) -> None:

@@ -20,7 +20,7 @@ from jdkd.search.archive import Archive, Candidate
 from jdkd.search.choice import choose, contender
 from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext
-from jdkd.search.timing import LONG, PooledLatency, pooled
+from jdkd.search.timing import FINAL, PooledLatency, pooled
 from jdkd.train import fit
 
 RESULT = "result.json"
@@ -95,12 +95,12 @@ def _chosen(archive: Archive, target: float, context: SearchContext) -> Candidat
     while True:
         students = archive.scored[1:]
         ids = {student.architecture_id for student in students}
-        timed = {i for i in ids for t in archive.timings(i) if (t.stage, t.machine) == (LONG, context.machine)}
+        timed = {i for i in ids if archive.was_timed(i, FINAL, context.machine)}
         candidate = contender(students, target, timed, least)
         if candidate is None:
             return choose(students, target, least)
         own = candidate.architecture_id
-        archive.add_timing(context.timed({own: context.detector(candidate)}, LONG)[own])
+        archive.add_timing(context.timed({own: context.detector(candidate)}, FINAL)[own])
 
 
 def _control(steps: int, latency: PooledLatency, context: SearchContext) -> dict[str, Any]:

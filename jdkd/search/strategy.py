@@ -18,6 +18,7 @@ from jdkd.search.context import SearchContext
 from jdkd.search.matching import Matching
 from jdkd.search.proposal import Cycle, Proposal
 from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Screened, screen, trimmed
+from jdkd.search.timing import LONG
 
 Made = tuple[Candidate, str, Screened, Teacher | None, float | None]  # parent, kind, what is changed, teacher, target
 PARENTS = 2  # members of the last generation's front that have children
@@ -116,12 +117,23 @@ class Strategy:
         """For every target, the best that may reach it, trained on; one that is still too slow is cut once more."""
         made, table = [], self._table(archive)
         for target in rung.aims:
-            for parent in contenders(self._running(archive, target), target)[: rung.candidates]:
+            for parent in self._finalists(archive, target, rung.candidates):
                 cut = trimmed(Parent(parent, table, self.context), target)
                 teacher = self.matching.of(cut.student, parent, rng)
                 kind = "morph" if cut.rewrites else "train" if teacher == parent.teacher else "teacher"
                 made.append((parent, kind, cut, teacher, target))
         return made
+
+    def _finalists(self, archive: Archive, target: float, count: int) -> list[Candidate]:
+        """Who is trained on for a target, each timed at length before: what is too slow is cut while it can learn."""
+        context = self.context
+        while True:
+            best = contenders(self._running(archive, target), target)[:count]
+            brief = [one for one in best if not archive.was_timed(one.architecture_id, LONG, context.machine)]
+            if not brief:
+                return best
+            own = brief[0].architecture_id
+            archive.add_timing(context.timed({own: context.detector(brief[0])}, LONG)[own])
 
     def _table(self, archive: Archive) -> LatencyTable:
         """The table, corrected by every architecture that was measured."""

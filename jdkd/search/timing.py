@@ -9,7 +9,9 @@ from typing import Any
 from jdkd.errors import InputError
 from jdkd.latency import Latency, Ratio, bootstrap_ratio, percentile
 
-BRIEF, LONG = "brief", "long"  # stages: every candidate is timed briefly, those that may be chosen at length
+BRIEF = "brief"  # every candidate
+LONG = "long"  # who is to be trained on: what is too slow is cut while it can still learn
+FINAL = "final"  # as long, who may be the student
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Timing:
 
     Args:
         architecture_id: the architecture.
-        stage: :data:`BRIEF` or :data:`LONG`.
+        stage: :data:`BRIEF`, :data:`LONG` or :data:`FINAL`.
         environment: device, threads and versions, as :mod:`jdkd.latency` reports them.
         samples, base_samples: milliseconds end to end, two per round, in the order in which they were taken.
 

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from jdkd.data import Split
 from jdkd.detect import load, save
 from jdkd.errors import InputError
+from jdkd.latency import Latency, ModelLatency
 from jdkd.notices import Notice
 from jdkd.report import read_outcome
 from jdkd.run_folder import RunFolder
@@ -23,7 +25,7 @@ from jdkd.search.teachers import TEACHERS, given_pool, remember
 from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
 from tests.search.conftest import DIGITS
-from tests.search.small_search import archived, config_of
+from tests.search.small_search import archived, config_of, steady_measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
 
@@ -81,7 +83,8 @@ def test_the_result_the_archive_and_the_target_know_one_ratio(finished):
     assert told["latency_ratio_interval"] == list(student.latency_interval)
     assert told["latency_ratio"] == pytest.approx(told["latency_ms"]["p50"] / base["latency_ms"]["p50"])
     assert told["target"] == 0.9 and result["target_met"] is told["target_met"] is (student.latency_ratio <= 0.9)
-    assert [t.stage for t in timings].count("long") == 1, "who is chosen was timed at length, once"
+    stages = [t.stage for t in timings]
+    assert stages.count("long") == stages.count("final") == 1, "at length before it was trained on, and in the end"
     assert base["latency_ratio"] == result["control"]["latency_ratio"] == 1
     assert result["aa"] == {"ratio": 1.0, "interval": [1.0, 1.0]}
     predictor = result["predictor"]
@@ -169,8 +172,28 @@ def test_a_target_that_no_cut_reaches_is_missed_by_a_student_all_the_same(quick,
         result = search(quick(tmp_path / "out", targets=(0.02,), method=Method(teaching="none", gradual=False)))
     words = [str(notice.message) for notice in said]
     assert any("no student can be made at 0.02 of the base's latency; this generation has 0." in w for w in words)
+    assert any("is none that a cut saves, so a student at 0.02 has 2% of the rest" in w for w in words)
     assert not result["target_met"] and result["students"][0]["latency_ratio"] < 0.9
     assert (tmp_path / "out" / "student").is_dir()
+
+
+def test_a_finalist_that_is_too_slow_at_length_is_cut_before_it_is_trained_on(quick, steady, tmp_path, monkeypatch):
+    config = quick(tmp_path / "out", targets=(0.9,))
+
+    def measure(models, images, *, rounds, **how):
+        report = steady_measure(models, images, rounds=rounds, **how)
+        if rounds == config.latency_rounds:
+            return report
+        base, *others = report.models.items()
+        slower = [(n, ModelLatency(Latency(tuple(1.3 * ms for ms in one.end_to_end.samples)))) for n, one in others]
+        return replace(report, models=dict([base, *slower]))
+
+    monkeypatch.setattr("jdkd.search.context.measure", measure)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Notice)  # it may end above the target
+        search(config)
+    kinds = [kind for (kind,) in archived(tmp_path / "out", "kind")]
+    assert kinds[:3] == ["base", "morph", "morph"]
 
 
 def test_a_budget_in_minutes_is_measured_once_and_kept(quick, steady, tmp_path, monkeypatch):
