@@ -1,8 +1,9 @@
-"""Builds jdkd: the Python package always, the compiled extension ``jdkd._C`` where a toolchain is at hand.
+"""Builds jdkd: the Python package always, the compiled library ``jdkd/_C.so`` where a toolchain is at hand.
 
-The sources of the extension are found by pattern, so a new operator touches no shared file:
+The library is no Python module: it holds operators of torch's stable ABI, so that one build serves every Python and
+every torch from ``OLDEST_TORCH`` on. Its sources are found by pattern, so a new operator touches no shared file:
 
-* ``csrc/module.cpp`` and ``csrc/ops/*.cpp``: the pybind11 module, argument contracts and schemas;
+* ``csrc/build_info.cpp`` and ``csrc/ops/*.cpp``: what the build knows of itself, argument contracts and schemas;
 * ``csrc/cpu/*.cpp``: fused CPU kernels;
 * ``csrc/cuda/*.cu`` and ``csrc/cuda/*.cpp``: CUDA kernels, compiled when an ``nvcc`` of torch's CUDA major is
   found. Every file then sees ``JDKD_WITH_CUDA``.
@@ -13,13 +14,14 @@ error) or ``0`` (pure Python). A compile error always fails the build.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "0", "1")
+OLDEST_TORCH = (2, 11)  # whose stable ABI the operators are written for: TORCH_TARGET_VERSION in csrc/common/checks.h
 # sm_80 code runs on every 8.x device and its PTX is translated for devices newer than Hopper; sm_90a is
 # Hopper with the instructions that only Hopper has (its PTX runs nowhere else, so none is kept).
 ARCH_LIST = "8.0+PTX;9.0a"
@@ -60,6 +63,14 @@ def build_mode() -> str:
 
 def relative(pattern: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob(pattern))
+
+
+def sources_hash() -> str:
+    """A hash of everything under ``csrc/`` that is compiled."""
+    digest = hashlib.sha256()
+    for name in relative("**/*.[ch]*"):
+        digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def op_families(sources: list[str]) -> list[str]:
@@ -120,20 +131,18 @@ def require_host_compiler() -> None:
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         raise MissingToolchain(f"no C++ compiler {compiler!r} was found: install g++, or set CXX")
-    header = Path(sysconfig.get_path("include")) / "Python.h"
-    if not header.is_file():
-        raise MissingToolchain(f"{header} is missing: install the development files of Python (python3-dev)")
 
 
-def pybind11_folders(torch_root: Path) -> list[str]:
-    """Where pybind11's headers are: the package's folder, or none where torch's own copy serves."""
-    if importlib.util.find_spec("pybind11"):
-        import pybind11
+def require_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise MissingToolchain(
+            "torch is not in the build environment: install torch, then use pip install --no-build-isolation"
+        )
+    import torch
 
-        return [pybind11.get_include()]
-    if not (torch_root / "include" / "pybind11").is_dir():
-        raise MissingToolchain("the headers of pybind11 are missing: install the package pybind11")
-    return []
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise MissingToolchain(f"the build environment has torch {torch.__version__}: install torch {oldest} or later")
 
 
 def late_include_folders(toolkit: Toolkit | None) -> list[str]:
@@ -163,13 +172,25 @@ def link_cudart(toolkit: Toolkit, build_temp: Path) -> Path | None:
     raise SystemExit(f"jdkd: libcudart.so* is in none of {', '.join(map(str, cudart_folders(toolkit)))}")
 
 
-def write_build_config(folder: Path, values: dict[str, str]) -> None:
+def write_build_config(folder: Path, values: dict[str, str | list[str] | None]) -> None:
     """Write ``jdkd_build_config.h``, and only when it changes, so that nothing is recompiled for nothing."""
-    text = "#pragma once\n" + "".join(f'#define JDKD_{name} "{value}"\n' for name, value in values.items())
+    text = f'#pragma once\n#define JDKD_BUILD_CONFIG R"json({json.dumps(values)})json"\n'
     header = folder / "jdkd_build_config.h"
     folder.mkdir(parents=True, exist_ok=True)
     if not header.is_file() or header.read_text() != text:
         header.write_text(text)
+
+
+def wheel_command() -> type:
+    """What makes a wheel with the library, which is of one platform but of no Python."""
+    from setuptools.command.bdist_wheel import bdist_wheel
+
+    class WheelForEveryPython(bdist_wheel):
+        def get_tag(self) -> tuple[str, str, str]:
+            *_, platform = super().get_tag()
+            return "py3", "none", platform
+
+    return WheelForEveryPython
 
 
 def extension(mode: str) -> dict:
@@ -179,10 +200,7 @@ def extension(mode: str) -> dict:
         MissingToolchain: with what is missing; a CUDA toolkit counts only under ``JDKD_BUILD_EXT=1``, since
             the CPU operators build without it.
     """
-    if importlib.util.find_spec("torch") is None:
-        raise MissingToolchain(
-            "torch is not in the build environment: install torch, then use pip install --no-build-isolation"
-        )
+    require_torch()
     require_host_compiler()
     import torch
 
@@ -210,24 +228,25 @@ def extension(mode: str) -> dict:
     module = make(
         name="jdkd._C",
         sources=relative("*.cpp") + relative("ops/*.cpp") + cpu_sources + (cuda_sources if toolkit else []),
-        include_dirs=[str(ROOT / "csrc"), *pybind11_folders(Path(torch.__file__).parent)],
+        include_dirs=[str(ROOT / "csrc")],
         define_macros=macros,
         extra_compile_args={
-            "cxx": ["-O3", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", *GCC_NOISE],
+            "cxx": ["-O3", "-fvisibility=hidden", "-g0", "-Wall", *GCC_NOISE],
             "nvcc": ["-O3", "--expt-relaxed-constexpr"],
         },
-        extra_link_args=["-fopenmp"],
+        py_limited_api=True,  # leaves libtorch_python out, which is of one Python
     )
     arch_list = os.environ["TORCH_CUDA_ARCH_LIST"] if toolkit else ""
     config = {
-        "TORCH_VERSION": str(torch.__version__),
-        "CUDA_VERSION": toolkit.release if toolkit else "",
-        "ARCH_LIST": arch_list,
-        "CPU_OPS": ",".join(op_families(cpu_sources)),
-        "CUDA_OPS": ",".join(op_families(cuda_sources)) if toolkit else "",
+        "torch": str(torch.__version__),
+        "cuda": toolkit.release if toolkit else None,
+        "arch_list": re.findall(r"[^;\s]+", arch_list),
+        "cpu_ops": op_families(cpu_sources),
+        "cuda_ops": op_families(cuda_sources) if toolkit else [],
+        "sources": sources_hash(),
     }
 
-    class BuildExtension(cpp_extension.BuildExtension):
+    class BuildLibrary(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
         def build_extensions(self) -> None:
             folder = Path(self.build_temp).resolve()
             write_build_config(folder, config)
@@ -238,7 +257,7 @@ def extension(mode: str) -> dict:
             say(f"building jdkd._C from {len(module.sources)} files: torch {torch.__version__}, {cuda}")
             super().build_extensions()
 
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildLibrary, "bdist_wheel": wheel_command()}}
 
 
 def extension_or_none() -> dict:
@@ -254,8 +273,9 @@ def extension_or_none() -> dict:
         return {}
 
 
-setup(
-    packages=[*find_packages(include=["jdkd", "jdkd.*"]), "jdkd.kernels"],
-    package_dir={"jdkd.kernels": "kernels"},
-    **extension_or_none(),
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["jdkd", "jdkd.*"]), "jdkd.kernels"],
+        package_dir={"jdkd.kernels": "kernels"},
+        **extension_or_none(),
+    )

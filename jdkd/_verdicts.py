@@ -249,8 +249,8 @@ def _sources() -> str:
     package = Path(__file__).parent
     folders = (package / "kernels", package.parent / "kernels", package / "ops", package / "reference")
     files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
-    if (extension := _ext.module()) is not None:
-        files.append(Path(extension.__file__))
+    if (library := _ext.library()) is not None:
+        files.append(library)
     digest = hashlib.sha256()
     for path in files:
         with contextlib.suppress(OSError):

@@ -98,11 +98,10 @@ def _build() -> list[tuple[str, str]]:
     if info is None:
         return [("missing", _ext.why_missing() or "")]
     return [
-        ("torch", info["torch"]),
+        ("torch", f"{info['torch']}; serves {'.'.join(map(str, _ext.OLDEST_TORCH))} and later, and every Python"),
         ("CUDA", info["cuda"] or "none: built without a CUDA toolkit, CPU operators only"),
         ("architectures", " ".join(info["arch_list"]) or "none"),
         ("compiler", info["compiler"]),
-        ("OpenMP", str(info["openmp"] or "no")),
         ("CPU operators", " ".join(info["cpu_ops"]) or "none"),
         ("CUDA operators", " ".join(info["cuda_ops"]) or "none"),
     ]

@@ -30,11 +30,11 @@ def run_tool(name: str, *arguments: str | Path) -> str:
 @functools.cache
 def of_extension(*options: str) -> str:
     """What ``cuobjdump`` says of ``jdkd._C``; a test is skipped where that holds no machine code."""
-    if _ext.module() is None:
+    if _ext.library() is None:
         pytest.skip(_ext.why_missing())
     if not _ext.build_info()["cuda_ops"]:
         pytest.skip("jdkd._C was built without CUDA code")
-    return run_tool("cuobjdump", *options, _ext.module().__file__)
+    return run_tool("cuobjdump", *options, _ext.library())
 
 
 @functools.cache

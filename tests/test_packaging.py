@@ -3,23 +3,31 @@
 import importlib
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from jdkd import __version__ as VERSION
+from jdkd import _ext
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("jdkd", "kernels", "csrc", "examples", "setup.py", "pyproject.toml", "constraints.txt")
 SOURCES += ("MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
 DATA = (".json", ".html", ".css", ".typed")
+PLATFORM = re.sub(r"\W", "_", sysconfig.get_platform())
+SYSTEM = ("libc", "libm", "libgcc_s", "libstdc++", "libpthread", "libdl", "ld-linux-x86-64", "ld-linux-aarch64")
+STABLE_HEADERS = ("stable/c/shim.h", "inductor/aoti_torch/c/shim.h")  # C functions, kept as they are for years
 NOT_OURS = ("tests", "setup", "benchmarks")  # beside the package in a checkout
 FIND_KERNELS = (
     "import importlib, pkgutil, jdkd, jdkd.kernels; from jdkd import kernels; from importlib.util import find_spec;"
@@ -60,10 +68,16 @@ def checkout(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def setup_file() -> dict[str, Any]:
+    """What setup.py defines."""
+    return runpy.run_path(str(ROOT / "setup.py"))
+
+
+@pytest.fixture(scope="module")
 def wheel(checkout, tmp_path_factory) -> Path:
     """A pure-Python wheel, built although an extension from an earlier build lies in the checkout."""
     folder = tmp_path_factory.mktemp("wheel")
-    stale = checkout / "jdkd" / "_C.cpython-399-x86_64-linux-gnu.so"
+    stale = checkout / "jdkd" / "_C.so"
     stale.write_text("of another build")
     options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
     run("-m", "pip", "wheel", *options, checkout, cwd=folder, JDKD_BUILD_EXT="0")
@@ -93,6 +107,33 @@ def test_the_wheel_declares_what_it_needs(wheel):
     assert "Requires-Python: >=3.11" in metadata and "License-Expression: Apache-2.0" in metadata
     entry_points = archive.read(name.replace("METADATA", "entry_points.txt")).decode()
     assert "jdkd = jdkd.cli:main" in entry_points
+
+
+def test_a_wheel_with_the_library_is_of_this_platform_and_of_every_python(setup_file):
+    from setuptools import Distribution, Extension
+
+    with_library = Distribution({"ext_modules": [Extension("jdkd._C", [])]})
+    command = setup_file["wheel_command"]()(with_library)
+    command.ensure_finalized()
+    assert command.get_tag() == ("py3", "none", PLATFORM)
+
+
+def test_the_library_asks_for_no_python_and_only_for_what_torch_keeps_stable():
+    library = _ext.library()
+    if library is None or shutil.which("nm") is None:
+        pytest.skip(_ext.why_missing() or "needs nm and readelf")
+
+    def said(*command: object) -> str:
+        return subprocess.run([*map(str, command)], capture_output=True, text=True, check=True).stdout
+
+    needed = set(re.findall(r"NEEDED.*\[(.+?)\.so", said("readelf", "-d", library)))
+    assert needed <= {"libc10", "libtorch", "libtorch_cpu", "libtorch_cuda", "libc10_cuda", "libcudart", *SYSTEM}
+    asked = said("nm", "-DC", "--undefined-only", library).split()
+    assert not [name for name in asked if re.match(r"_?Py|(at|c10|torch)::", name)]
+    torch_functions = {name for name in asked if re.match(r"(aoti_)?torch_", name)}
+    headers = (Path(torch.__file__).parent / "include/torch/csrc" / name for name in STABLE_HEADERS)
+    stable = {name for header in headers for name in re.findall(r"\w+", header.read_text())}
+    assert len(torch_functions) > 20 and torch_functions <= stable
 
 
 def test_the_source_distribution_holds_what_wheel_and_extension_are_made_of(checkout, wheel, tmp_path):
@@ -172,6 +213,14 @@ def test_a_build_that_cannot_be_is_refused_in_one_sentence(checkout, variables, 
     assert not list((checkout / "jdkd").glob("*.so"))
 
 
+@pytest.mark.parametrize("version", ["2.10.0+cpu", "1.13.1"])
+def test_an_older_torch_is_no_toolchain(setup_file, monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    expected = f"the build environment has torch {version}: install torch 2.11 or later"
+    with pytest.raises(setup_file["MissingToolchain"], match=f"^{re.escape(expected)}$"):
+        setup_file["extension"]("1")
+
+
 def test_auto_without_a_compiler_builds_pure_python_and_says_why(checkout):
     result = run("setup.py", "--quiet", "build_ext", "--inplace", cwd=checkout, CXX="no-such-compiler")
     assert "pure-Python build, without jdkd._C: no C++ compiler" in result.stderr
@@ -181,9 +230,9 @@ def test_a_compile_error_is_not_swallowed(checkout, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(checkout, broken, ignore=shutil.ignore_patterns("csrc"))
     (broken / "csrc").mkdir()
-    (broken / "csrc" / "module.cpp").write_text("int answer = ;\n")
+    (broken / "csrc" / "build_info.cpp").write_text("int answer = ;\n")
     result = run("setup.py", "--quiet", "build_ext", "--inplace", cwd=broken, check=False)
-    assert result.returncode != 0 and "module.cpp:1:14: error" in result.stdout + result.stderr
+    assert result.returncode != 0 and "build_info.cpp:1:14: error" in result.stdout + result.stderr
 
 
 USE_IT = """
@@ -239,10 +288,6 @@ TOY = {
         #include "common/checks.h"
         STABLE_TORCH_LIBRARY_FRAGMENT(jdkd_C, m) { m.def("toy_twice(Tensor x) -> Tensor"); }
     """,
-    "ops/toy_plan.cpp": """
-        #include "common/bindings.h"
-        JDKD_BINDINGS(toy_plan) { m.def("toy_plan", [](int n) { return (n + 3) / 4; }); }
-    """,
     "cpu/toy.cpp": """
         #include "common/checks.h"
         using torch::stable::Tensor;
@@ -261,7 +306,6 @@ USE_TOY = """
 import torch
 from jdkd import _ext
 assert _ext.build_info()["cpu_ops"] == ["toy"] and _ext.build_info()["cuda_ops"] == []
-assert _ext.module().toy_plan(9) == 3
 assert torch.ops.jdkd_C.toy_twice(torch.ones(3)).tolist() == [2, 2, 2]
 try:
     torch.ops.jdkd_C.toy_twice(torch.ones(3, 2).T)
@@ -284,7 +328,8 @@ def test_a_new_operator_reaches_the_wheel_without_touching_a_shared_file(checkou
     options = ("--no-deps", "--no-build-isolation", "--no-index")
     run("-m", "pip", "wheel", *options, "--wheel-dir", tmp_path, sources, cwd=tmp_path)
     (built,) = tmp_path.glob("*.whl")
-    assert "-cp" in built.name and "linux" in built.name
+    assert built.name == f"jdkd-{VERSION}-py3-none-{PLATFORM}.whl"
+    assert [name for name in zipfile.ZipFile(built).namelist() if ".so" in name] == ["jdkd/_C.so"]
     run("-m", "pip", "install", *options, "--no-compile", "--target", site, built, cwd=tmp_path)
     answer = run("-c", USE_TOY, cwd=tmp_path, PYTHONPATH=str(site))
     assert answer.stdout.strip() == "toy: x of shape [2, 3] is not contiguous"

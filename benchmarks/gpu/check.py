@@ -11,7 +11,6 @@ import dataclasses
 import os
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from benchmarks import prebuilt
 from benchmarks.gpu import needs, plan, summary
 from benchmarks.gpu.jobs import ROOT, Jobs
 from benchmarks.gpu.timing import Timing
@@ -157,8 +155,6 @@ def main(words: Sequence[str], plans: Mapping[str, Callable[..., list[plan.Part]
     check = Check(place, plan.AGAIN if given.run == "again" else plan.LIMIT, given.run)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)
-    if not rehearsal:
-        check.jobs.say(prebuilt.installed(sysconfig.get_config_var("EXT_SUFFIX")))
     make = (plans or {}).get(given.run)
     if make is not None:
         parts = make(place)

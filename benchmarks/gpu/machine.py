@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import platform
+import runpy
 import sys
 from collections.abc import Iterator
 
 import torch
 
-from benchmarks import harness, prebuilt, record
+from benchmarks import harness, record
 from benchmarks.gpu.check import NO_DEVICE, NO_EXTENSION
 from benchmarks.gpu.jobs import tell
 from jdkd import _ext
@@ -18,15 +20,23 @@ CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,clocks_throttle_reasons.active,temp
 
 
 def extension(device: str) -> tuple[str, bool]:
-    """What the extension is, and whether it has the kernels of a device."""
+    """What the extension is, and whether it is of the sources here and has the kernels of a device."""
     info = _ext.build_info()
     if info is None:
         return _ext.why_missing() or "missing", False
-    torch_too = "" if info["torch"] == torch.__version__ else f", built with torch {info['torch']}"
-    kernels = info[f"{device}_ops"]
-    return f"{', '.join(kernels) or 'no kernels'} for {' '.join(info['arch_list']) or 'no GPU'}{torch_too}", bool(
-        kernels
-    )
+    kernels, here = info[f"{device}_ops"], sources()
+    text = f"{', '.join(kernels) or 'no kernels'} for {' '.join(info['arch_list']) or 'no GPU'}"
+    if info["torch"] != torch.__version__:
+        text += f", built with torch {info['torch']}"
+    if info["sources"] != here:
+        text += f", of sources {info['sources']} where {here} are here"
+    return text, bool(kernels) and info["sources"] == here
+
+
+@functools.cache
+def sources() -> str:
+    """A hash of the C++ and CUDA sources of this checkout, made as a build makes it."""
+    return runpy.run_path(str(record.ROOT / "setup.py"))["sources_hash"]()
 
 
 def facts(device: str) -> Iterator[tuple[str, object]]:
@@ -34,7 +44,7 @@ def facts(device: str) -> Iterator[tuple[str, object]]:
     common = record.environment(device, 0.0)
     yield from ((name, common[name]) for name in ("device", "driver", "torch", "cuda", "triton", "sources", "commit"))
     yield "python", platform.python_version()
-    yield "csrc", prebuilt.sources()
+    yield "csrc", sources()
     text, fits = extension(device)
     yield "extension", text
     if device == "cuda":

@@ -24,10 +24,9 @@ from torch import Tensor
 from benchmarks import record
 from benchmarks.gpu.jobs import tell
 from benchmarks.gpu.plan import OPS
-from jdkd import _ext
 from jdkd._backend import available, use_backend
 from jdkd.functional import pearson_tap, pkd_loss
-from jdkd.ops import pearson_single
+from jdkd.ops import pearson_planner, pearson_single
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.pack import Part, pack, unpack_add_
 from tests.ops import (
@@ -123,18 +122,18 @@ def pearson_one_pass(device: str, repeats: int, brief: bool) -> Iterator[Check]:
         yield f"{name} captured", on(backend, lambda s=students, t=teachers: _captured(s, t))
 
 
-def of_clusters(itemsize: int, chip: pearson_single.Chip) -> dict[int, tuple[int, int, int]]:
+def of_clusters(itemsize: int, chip: pearson_planner.Chip) -> dict[int, tuple[int, int, int]]:
     """A level ``(N, C, H W)`` that the planner gives to clusters of each size, the largest first.
 
     Args:
         itemsize: bytes of an element.
-        chip: see :data:`jdkd.ops.pearson_single.Chip`.
+        chip: see :data:`jdkd.ops.pearson_planner.Chip`.
     """
     found: dict[int, tuple[int, int, int]] = {}
     for shape in SIZES:
-        plan = _ext.module().pearson_plan([shape], itemsize, *chip)
-        if plan["fits"]:
-            found.setdefault(plan["launches"][0]["cluster"], shape)
+        plan = pearson_planner.plan([shape], itemsize, chip)
+        if plan.fits:
+            found.setdefault(plan.launches[0].cluster, shape)
     return {cluster: found[cluster] for cluster in CLUSTERS if cluster in found}
 
 

@@ -2,7 +2,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(jdkd_C, m) {
   // (loss [], losses [L], coefficients [2, 5, sum of C], the gradients of the loss by the students), the first three
-  // float32. One dtype, float32 or bfloat16, contiguous, and every level planned by jdkd._C.pearson_plan.
+  // float32. One dtype, float32 or bfloat16, contiguous, and every level planned by pearson_plan.
   m.def(
       "pearson_single(Tensor[] students, Tensor[] teachers, float[] weights, float eps, bool skip_constant)"
       " -> (Tensor, Tensor, Tensor, Tensor[])");

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from jdkd import _backend, _ext
 from jdkd.errors import InputError
-from jdkd.ops import pearson_check
+from jdkd.ops import pearson_check, pearson_planner
 from jdkd.reference import pearson as reference
 
 _OP = "pearson_single"
@@ -22,7 +22,6 @@ _DTYPES = (torch.float32, torch.bfloat16)  # gradients for an incoming gradient 
 _MAX_LEVELS = 16
 
 Single = tuple[Tensor, Tensor, Tensor, list[Tensor]]  # loss [], losses [L], table [2, 5, sum of C], gradients
-Chip = tuple[int, int, int, int]  # SMs, shared memory per block and per SM in bytes, blocks of the largest cluster
 
 
 def fits(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
@@ -48,15 +47,15 @@ def fits(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> bool:
 
 
 @functools.cache
-def _chip(device: int) -> Chip:
+def _chip(device: int) -> pearson_planner.Chip:
     return tuple(torch.ops.jdkd_C.pearson_single_chip(device))
 
 
 @functools.lru_cache(maxsize=256)
-def _planned(shapes: tuple[tuple[int, int, int], ...], itemsize: int, chip: Chip) -> bool:
-    """Whether every level ``(N, C, H W)`` fits on the chip."""
+def _planned(shapes: tuple[pearson_planner.Shape, ...], itemsize: int, chip: pearson_planner.Chip) -> bool:
+    """Whether every level fits on the chip."""
     *_, max_cluster = chip
-    return max_cluster > 0 and _ext.module().pearson_plan(shapes, itemsize, *chip)["fits"]
+    return max_cluster > 0 and pearson_planner.plan(shapes, itemsize, chip).fits
 
 
 def _reference_single(

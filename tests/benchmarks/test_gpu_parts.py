@@ -13,19 +13,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import goals, harness, latency, prebuilt
+from benchmarks import goals, harness, latency
 from benchmarks.cases import pearson
-from benchmarks.gpu import reports, smoke, timed, verdicts
+from benchmarks.gpu import machine, reports, smoke, timed, verdicts
 from benchmarks.gpu.plan import OPS, TIMED
 from benchmarks.harness import Case
 from jdkd import _ext
 from jdkd.errors import InputError
+from jdkd.ops import pearson_planner
 from tests.detectors import detector, small_spec
 
 ROOT = Path(__file__).resolve().parents[2]
 UNNAMED = dict.fromkeys(("case", "mode", "dtype", "layout", "provider"), "")
 HOPPER = (132, 232_448, 233_472, 16)
-needs_planner = pytest.mark.skipif(not hasattr(_ext.module(), "pearson_plan"), reason="jdkd._C is not built")
+needs_planner = pytest.mark.skipif(_ext.library() is None, reason="jdkd._C is not built")
 
 
 def rows_of(path):
@@ -94,7 +95,7 @@ def test_levels_are_found_for_clusters_of_every_size(itemsize, largest):
     found = smoke.of_clusters(itemsize, (*HOPPER[:3], largest))
     assert [*found] == [size for size in smoke.CLUSTERS if size <= largest]
     for cluster, shape in found.items():
-        assert _ext.module().pearson_plan([shape], itemsize, *HOPPER[:3], largest)["launches"][0]["cluster"] == cluster
+        assert pearson_planner.plan([shape], itemsize, (*HOPPER[:3], largest)).launches[0].cluster == cluster
 
 
 def test_what_jdkd_finds_wrong_itself_is_told(monkeypatch, capsys):
@@ -263,27 +264,20 @@ def test_a_worker_that_lost_the_device_ends_before_its_next_test(monkeypatch):
 # The extension
 
 
-@pytest.mark.parametrize(("noted", "used"), [(None, True), ("other", False)])
-def test_a_carried_extension_is_used_if_it_is_of_these_sources(tmp_path, noted, used):
-    package, folder = tmp_path / "jdkd", tmp_path / "prebuilt"
-    package.mkdir()
-    folder.mkdir()
-    (folder / "_C.cpython-312.so").write_bytes(b"elf")
-    (folder / "sources").write_text(noted or prebuilt.sources())
-    said = prebuilt.installed(".cpython-312.so", folder, package)
-    assert (package / "_C.cpython-312.so").exists() == used and ("is used" in said) == used
-    assert "was carried" in prebuilt.installed(".cpython-313.so", folder, package)
+def built(**facts: object) -> dict[str, object]:
+    here = {"torch": torch.__version__, "arch_list": ["9.0a"], "cuda_ops": ["pack"], "sources": machine.sources()}
+    return here | facts
 
 
-def test_what_touches_python_is_what_is_compiled_anew():
-    own = {file for file in (ROOT / "csrc").rglob("*.cpp") if "bindings.h" in file.read_text()}
-    assert {str(file.relative_to(ROOT / "csrc")) for file in own} == {*prebuilt.OF_PYTHON}
-    assert all("Python.h" not in file.read_text() for file in (ROOT / "csrc").rglob("*.c*"))
-
-
-def test_headers_tell_their_version(tmp_path):
-    (tmp_path / "Python.h").write_text("")
-    (tmp_path / "patchlevel.h").write_text("#define PY_MAJOR_VERSION        3\n#define PY_MINOR_VERSION        12\n")
-    assert prebuilt.version_of(tmp_path) == "312"
-    with pytest.raises(SystemExit, match=r"has no Python.h"):
-        prebuilt.version_of(tmp_path / "none")
+@pytest.mark.parametrize(
+    ("facts", "fits", "expected"),
+    [
+        ({}, True, "pack for 9.0a"),
+        ({"torch": "2.99.0"}, True, "pack for 9.0a, built with torch 2.99.0"),
+        ({"cuda_ops": [], "arch_list": []}, False, "no kernels for no GPU"),
+        ({"sources": "0123"}, False, "pack for 9.0a, of sources 0123 where {} are here"),
+    ],
+)
+def test_an_extension_fits_if_it_has_the_kernels_of_these_sources(monkeypatch, facts, fits, expected):
+    monkeypatch.setattr(_ext, "build_info", lambda: built(**facts))
+    assert machine.extension("cuda") == (expected.format(machine.sources()), fits)

@@ -34,7 +34,7 @@ def test_triton_variants_move_sixteen_bytes_at_a_time_where_all_is_aligned(varia
 @pytest.fixture(scope="module")
 def kernels() -> list[tuple[str, str]]:
     """Architecture and name of the compiled kernels."""
-    if _ext.module() is None or "pack" not in _ext.build_info()["cuda_ops"]:
+    if _ext.library() is None or "pack" not in _ext.build_info()["cuda_ops"]:
         pytest.skip(_ext.why_missing("pack", "cuda") or "not compiled")
     return [kernel for kernel in machine_code.kernels_of_extension() if "pack_kernel" in kernel[1]]
 

@@ -15,7 +15,7 @@ SHAPES = ((2, 5, 40, 41), (1, 3, 70, 70), (2, 67, 3, 5), (1, 4, 1, 1))
 
 @pytest.fixture(scope="module")
 def compiled():
-    if _ext.module() is None:
+    if _ext.library() is None:
         pytest.skip(_ext.why_missing())
     return torch.ops.jdkd_C
 

@@ -23,7 +23,7 @@ ON_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(available(OP)["cuda"] is not None, reason=f"cuda: {available(OP)['cuda']}"),
 ]
-needs_planner = pytest.mark.skipif(not hasattr(_ext.module(), "pearson_plan"), reason="jdkd._C is not built")
+needs_planner = pytest.mark.skipif(_ext.library() is None, reason="jdkd._C is not built")
 
 
 def gpu(test):

@@ -16,7 +16,7 @@ REGISTERS, THREADS = 65_536, 256  # of an SM; of a block where three of them sha
 
 def by_variant(of_extension: Callable[[], dict]) -> dict:
     """What is known of each variant for sm_90a: (element, elements a vector)."""
-    if _ext.module() is None or "pearson_single" not in _ext.build_info()["cuda_ops"]:
+    if _ext.library() is None or "pearson_single" not in _ext.build_info()["cuda_ops"]:
         pytest.skip("jdkd._C was built without CUDA code")
     found = {}
     for (architecture, name), known in of_extension().items():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from jdkd import _ext
+from jdkd.ops import pearson_planner
 from jdkd.reference import pearson as reference
 from tests.ops.emulated import Emulation, placed
 from tests.ops.pearson_cases import CASES, PLAIN, WEIGHT, Case, assert_as_exact_as_eager
@@ -59,11 +60,10 @@ def run(emulation: Emulation, case: Case, chip: tuple[int, ...] = HOPPER, *, ali
 
 def largest_cluster(case: Case, chip: tuple[int, ...]) -> int:
     """Blocks of the largest cluster that the planner makes."""
-    if not hasattr(_ext.module(), "pearson_plan"):
+    if _ext.library() is None:
         pytest.skip("needs jdkd._C")
     shapes = [(n, c, h * w) for n, c, h, w in case.shapes]
-    plan = _ext.module().pearson_plan(shapes, case.dtype.itemsize, *chip)
-    return max(launch["cluster"] for launch in plan["launches"])
+    return max(launch.cluster for launch in pearson_planner.plan(shapes, case.dtype.itemsize, chip).launches)
 
 
 @pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
