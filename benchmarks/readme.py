@@ -19,7 +19,9 @@ from benchmarks import (
     gains,
     goals,
     headlines,
+    itself,
     latency_page,
+    parity,
     record,
     searches,
     support,
@@ -37,6 +39,8 @@ OWN = {  # operators whose tables are not those of kernels
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,
     gains.OP: gains.table,
+    itself.OP: itself.table,
+    parity.OP: parity.table,
     "latency": latency_page.page,
 }
 MADE = {"support": support.table, "backends": backends.table}

@@ -57,6 +57,9 @@ COLUMNS = {  # what is said first counts
         Source("search.test_any_detector", "ASKED", ASKED),
         Source("search.test_any_detector", "FAMILIES"),
         Source("search.conftest", "FAMILIES"),
+        Source("search.test_every_family", "QUICK"),
+        Source("search.test_every_family", "FAMILIES", ASKED),
+        Source("search.test_every_family", "REFUSED", REFUSED),
     ),
     "ONNX": (
         Source("export.test_families", "WRITTEN"),

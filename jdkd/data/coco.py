@@ -7,10 +7,10 @@ import copy
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -62,7 +62,7 @@ class CocoDetectionDataset(Dataset):
         self.split = split
         found = inspect_split(split, progress=progress)
         refuse(found.problems, split.strict)
-        self._all: Annotations = found.annotations
+        self._all = cast(Annotations, found.annotations)  # as there are no problems
         self._files = found.files  # [N] relative to the images folder
         self._segmentations = Segmentations(split.annotations, self._all, split.strict)
         self.masks = False
@@ -134,7 +134,7 @@ class CocoDetectionDataset(Dataset):
         for column, kind in columns:
             digest.update(column.astype(kind).tobytes())
         for row in rows if self.masks else ():
-            digest.update(b" ".join(self._segmentations.of(row)))
+            digest.update(b" ".join(self._segmentations.of(int(row))))
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -208,7 +208,7 @@ class CocoDetectionDataset(Dataset):
         return subset
 
 
-def _ground_truth(found: Annotations, rows: np.ndarray, masks: list[bytes] | None) -> COCO:
+def _ground_truth(found: Annotations, rows: np.ndarray, masks: Sequence[bytes] | None) -> COCO:
     """Index the annotations of the images in some rows for pycocotools.
 
     pycocotools takes annotation id 0 for "unmatched", so where an id is below 1 all are renumbered. ``masks`` [G] are

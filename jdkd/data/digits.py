@@ -80,7 +80,11 @@ def write_digit_scenes(
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         for split, before in (("train", 0), ("val", train)):
-            _write_split(partial, split, request, lambda done, before=before: report(before + done, train + val, {}))
+
+            def told(done: int, before: int = before) -> None:
+                report(before + done, train + val, {})
+
+            _write_split(partial, split, request, told)
         os.replace(partial, out)
     except OSError as error:
         raise unwritable(out, error) from error

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -220,7 +220,7 @@ def _rgb(image: Image.Image, bits: int) -> Image.Image:
 def _bits(file: Image.Image) -> int:
     """How many bits the samples of deep grey have: 16 but for TIFF's 12, which Pillow leaves unscaled."""
     if file.mode.startswith("I") and file.format == "TIFF":
-        return int(file.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+        return int(cast(TiffImagePlugin.TiffImageFile, file).tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
     return 16
 
 
@@ -241,7 +241,7 @@ def _looks_whole(path: Path, file: Image.Image) -> bool:
         place, more = (2, 0) if file.format == "BMP" else (4, 8)
         return 0 < int.from_bytes(head[place : place + 4], "little") + more <= length
     if file.format == "TIFF":
-        return _strips_end(file.tag_v2) <= length
+        return _strips_end(cast(TiffImagePlugin.TiffImageFile, file).tag_v2) <= length
     return False
 
 

@@ -73,9 +73,10 @@ def resolve_split(
         )
     if data is not None and not Path(data).is_dir() and (images is None or annotations is None):
         raise InputError(f"--data {data} is not a folder; give an existing folder in the COCO layout")
+    folder = Path() if data is None else Path(data)
     split = Split(
-        images=Path(images) if images is not None else Path(data) / f"{name}2017",
-        annotations=Path(annotations) if annotations is not None else _default_annotations(Path(data), name),
+        images=Path(images) if images is not None else folder / f"{name}2017",
+        annotations=Path(annotations) if annotations is not None else _default_annotations(folder, name),
         name=name,
         strict=strict,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
@@ -30,6 +30,7 @@ from jdkd.detect.roi_scales import set_roi_scales
 from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError
 from jdkd.rewrite import Architecture
+from jdkd.rewrite.architecture import set_architecture
 
 BUILDER = "jdkd.detect:detector"
 RATIOS = (0.5, 1.0, 2.0)
@@ -79,6 +80,11 @@ class Options:
     def outputs(self) -> int:
         """Classes with the background, as torchvision counts them."""
         return self.classes + 1
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Of the anchors, one a level; none in a family without them."""
+        return self.anchors or ()
 
     @property
     def candidates(self) -> int:
@@ -153,8 +159,8 @@ def detector(
     )
     model = FAMILIES[family].build(known)
     if norm is not None:
-        exchange_norms(model.backbone.body if norm == "frozen" else model, norm)
-    model.architecture = Architecture(BUILDER, asdict(known), classes=names)
+        exchange_norms(model.get_submodule("backbone.body") if norm == "frozen" else model, norm)
+    set_architecture(model, Architecture(BUILDER, asdict(known), classes=names))
     return model
 
 
@@ -245,7 +251,7 @@ def _anchors(family: str, pyramid: str | None, min_size: int, given: Sequence[in
 
 
 def _pyramid(options: Options, **how: Any) -> Pyramid:
-    return Pyramid(maps_of(options.backbone), options.pyramid, options.channels, **how)
+    return Pyramid(maps_of(options.backbone), cast(str, options.pyramid), options.channels, **how)
 
 
 def _two_stages(options: Options) -> FasterRCNN:
@@ -260,7 +266,7 @@ def _two_stages(options: Options) -> FasterRCNN:
         set_roi_scales(made, [backbone.strides[name] for name in read])
         return made
 
-    anchors = AnchorGenerator(tuple((size,) for size in options.anchors), (RATIOS,) * len(options.anchors))
+    anchors = AnchorGenerator(tuple((size,) for size in options.sides), (RATIOS,) * len(options.sides))
     heads: dict[str, Any] = {"box_predictor": FastRCNNPredictor(options.box_head, options.outputs)}
     if options.is_second:
         heads["box_head"] = FastRCNNConvFCHead((width, 7, 7), [width] * 4, [options.box_head], norm)
@@ -298,7 +304,7 @@ def _two_stages(options: Options) -> FasterRCNN:
 
 def _retinanet(options: Options) -> RetinaNet:
     """Lin et al., ICCV 2017; three sizes a level; the second version with group norms and a generalised IoU loss."""
-    sizes = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in options.anchors)
+    sizes = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in options.sides)
     anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
     norm = _head_norm if options.is_second else None
     head = RetinaNetHead(options.channels, anchors.num_anchors_per_location()[0], options.outputs, norm)
@@ -310,7 +316,7 @@ def _retinanet(options: Options) -> RetinaNet:
 
 def _fcos(options: Options) -> FCOS:
     """Tian et al., ICCV 2019; its one anchor a place says the stride of the level."""
-    anchors = AnchorGenerator(tuple((size,) for size in options.anchors), ((1.0,),) * len(options.anchors))
+    anchors = AnchorGenerator(tuple((size,) for size in options.sides), ((1.0,),) * len(options.sides))
     head = FCOSHead(options.channels, 1, options.outputs)
     for module in head.modules():
         if isinstance(module, nn.GroupNorm):
@@ -321,7 +327,7 @@ def _fcos(options: Options) -> FCOS:
 
 def _of_every_place(kind: type[FCOS], head: type[nn.Module], options: Options, **how: float) -> FCOS:
     """A detector with one square anchor at every place, which says how far its head's words reach."""
-    anchors = AnchorGenerator(tuple((size,) for size in options.anchors), ((1.0,),) * len(options.anchors))
+    anchors = AnchorGenerator(tuple((size,) for size in options.sides), ((1.0,),) * len(options.sides))
     return kind(
         _pyramid(options),
         options.outputs,
@@ -348,7 +354,7 @@ def _head_norm(channels: int) -> nn.GroupNorm:
 def _ssd(options: Options, lite: bool = False) -> SSD:
     """Liu et al., ECCV 2016; SSDlite as Sandler et al., CVPR 2018, have it."""
     backbone = Extended(maps_of(options.backbone), options.channels, lite=lite)
-    levels = len(backbone.out_channels)
+    levels = len(cast(list[int], backbone.out_channels))
     if lite:
         boxes = DefaultBoxGenerator([[2, 3]] * levels, min_ratio=0.2, max_ratio=0.95)
         how = {"score_thresh": 0.001, "nms_thresh": 0.55, "topk_candidates": 300}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from jdkd.detect.contract import architecture_of
 from jdkd.detect.families import BUILDER, class_names
 from jdkd.detect.predictors import remake_predictors
 from jdkd.detect.published import weights_file
@@ -17,6 +18,7 @@ from jdkd.detect.weights import COUNTER, LoadReport, load_weights, placed_names
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.rewrite import Architecture, build, describe
+from jdkd.rewrite.architecture import set_architecture
 
 EXACT = ("fasterrcnn", "keypointrcnn", "maskrcnn", "retinanet")  # torchvision's COCO_V1 of a ResNet-50: no eps
 
@@ -51,7 +53,7 @@ def import_detector(
     """
     classes = class_names(classes) if len(classes) else ()
     model = open_model(source, **options)
-    origin: Architecture = model.architecture
+    origin = architecture_of(model, "import_detector")
     if weights is not None:
         weights = weights_file(weights, origin)
         if (
@@ -59,7 +61,7 @@ def import_detector(
             and not Path(source).is_dir()
             and (frozen := frozen_like(model, weights, norm_eps)) is not None
         ):
-            model, origin, norm_eps = frozen, frozen.architecture, None
+            model, origin, norm_eps = frozen, architecture_of(frozen, "import_detector"), None
     if norm_eps is not None:
         raise InputError(f"norm_eps {norm_eps:g} is for weights of frozen batch norms, and these are not.")
     if weights is not None:
@@ -67,7 +69,7 @@ def import_detector(
     if classes:
         adapt_classes(model, len(classes))
     known = tuple(classes) or origin.classes
-    model.architecture = describe(model, origin.builder, origin.arguments, classes=known)
+    set_architecture(model, describe(model, origin.builder, origin.arguments, classes=known))
     return model
 
 
@@ -83,7 +85,7 @@ def frozen_like(model: nn.Module, weights: Path | str, norm_eps: float | None = 
     places = placed_names(model, weights)
     if not norms or not norms <= places or any(name.endswith(COUNTER) for name in places):
         return None
-    known: Architecture = model.architecture
+    known = architecture_of(model, "frozen_like")
     exact = _has_no_eps(known) and {n for n in model.state_dict() if not n.endswith(COUNTER)} <= places
     eps = (0.0 if exact else torch.nn.BatchNorm2d(1).eps) if norm_eps is None else norm_eps
     arguments = {"builder": known.builder, "arguments": known.arguments, "eps": eps}

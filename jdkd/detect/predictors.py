@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.fcos import FCOSClassificationHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNPredictor
@@ -63,24 +64,25 @@ def _predictors(head: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     elif isinstance(head, RetinaNetClassificationHead | FCOSClassificationHead | RepPointsHead):
         yield "cls_logits", head.cls_logits, head.num_classes
     elif isinstance(head, CLASSIFIERS):
-        for level, predictor in enumerate(head.module_list):
+        for level, predictor in enumerate(cast(nn.ModuleList, head.module_list)):
             last = f".{len(predictor) - 1}" if isinstance(predictor, nn.Sequential) else ""
-            layer = predictor[-1] if last else predictor
-            yield f"module_list.{level}{last}", layer, head.num_columns
+            layer = predictor[-1] if isinstance(predictor, nn.Sequential) else predictor
+            yield f"module_list.{level}{last}", layer, cast(int, head.num_columns)
 
 
 def _outputs(layer: nn.Module) -> int:
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return layer.out_features if isinstance(layer, nn.Linear) else cast(nn.Conv2d, layer).out_channels
 
 
 def _fresh(layer: nn.Module, outputs: int, focal: bool) -> nn.Module:
     """A layer like this one with fresh weights and another number of outputs."""
-    like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    weight = cast(Tensor, layer.weight)
+    like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, outputs, layer.bias is not None, **like)
-    kept = {name: getattr(layer, name) for name in ("stride", "padding", "dilation")}
-    made = nn.Conv2d(layer.in_channels, outputs, layer.kernel_size, bias=layer.bias is not None, **kept, **like)
-    if focal:
+    like |= {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    made = nn.Conv2d(cast(nn.Conv2d, layer).in_channels, outputs, bias=layer.bias is not None, **like)
+    if focal and made.bias is not None:
         nn.init.normal_(made.weight, std=0.01)
         nn.init.constant_(made.bias, -math.log((1 - PRIOR) / PRIOR))
     return made

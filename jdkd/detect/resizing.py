@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd.detect.atss import ATSS
 from jdkd.detect.input_size import input_transform, require_order, require_whole
@@ -39,13 +40,13 @@ def resize(
         if not heads:
             raise InputError(f"{kind} does not say how many detections it keeps; leave max_detections out.")
         for head in heads:
-            head.detections_per_img = max_detections
+            cast(Any, head).detections_per_img = max_detections
     if min_size is None and max_size is None:
         return
     if (transform := input_transform(model)) is None:
         raise InputError(f"{kind} has no torchvision transform, which resizes images; leave min_size and max_size out.")
     if transform.fixed_size is not None:
-        _square(model, min_size if min_size is not None else max_size, max_size)
+        _square(model, transform, cast(int, max_size if min_size is None else min_size), max_size)
         return
     least = min(transform.min_size) if min_size is None else min_size
     most = max(transform.max_size, least) if max_size is None else max_size
@@ -53,8 +54,8 @@ def resize(
     transform.min_size, transform.max_size = (least,), most
 
 
-def _square(model: nn.Module, size: int, max_size: int | None) -> None:
-    transform, kind = input_transform(model), type(model).__name__
+def _square(model: nn.Module, transform: GeneralizedRCNNTransform, size: int, max_size: int | None) -> None:
+    kind = type(model).__name__
     if max_size not in (None, size):
         raise InputError(f"{kind} resizes images to {size}x{size}; leave max_size {max_size} out.")
     bound = [m for m in model.modules() if isinstance(m, DefaultBoxGenerator) and m.steps is not None]

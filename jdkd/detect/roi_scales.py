@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -83,9 +84,9 @@ def _by_owner(model: nn.Module) -> dict[nn.Module, dict[MultiScaleRoIAlign, str]
 
 def _strides(owner: nn.Module) -> dict[str, float]:
     """Stride of every level of the owner's backbone, by name; nothing where it does not run."""
-    if not isinstance(getattr(owner, "backbone", None), nn.Module):
+    if not isinstance(backbone := getattr(owner, "backbone", None), nn.Module):
         return {}
-    backbone = unwrapped(owner.backbone)
+    backbone = unwrapped(backbone)
     if isinstance(known := getattr(backbone, "strides", None), Mapping):  # ours say them
         return dict(known)
     return {name: stride for name, (stride, _) in probed_levels(owner).items()}
@@ -95,7 +96,7 @@ def probed_levels(owner: nn.Module) -> dict[str, tuple[float, int]]:
     """Stride and channels of every level that the owner's backbone makes of a square image, by name; nothing where it
     does not run.
     """
-    backbone = unwrapped(owner.backbone)
+    backbone = unwrapped(cast(nn.Module, owner.backbone))
     transform = getattr(owner, "transform", None)
     channels = len(getattr(transform, "image_mean", (0, 0, 0)))
     like = next((t for t in (*backbone.parameters(), *backbone.buffers()) if t.is_floating_point()), torch.empty(0))

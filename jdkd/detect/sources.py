@@ -15,7 +15,7 @@ from torchvision.models import get_model_builder, list_models
 
 from jdkd.detect.build import build
 from jdkd.detect.checkpoint import SPEC, load
-from jdkd.detect.contract import known_architecture
+from jdkd.detect.contract import architecture_of, known_architecture
 from jdkd.detect.families import BUILDER, FAMILIES
 from jdkd.detect.resizing import resize
 from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, named_spec
@@ -23,6 +23,7 @@ from jdkd.errors import InputError
 from jdkd.files import read_json
 from jdkd.rewrite import Architecture, describe
 from jdkd.rewrite import build as rebuilt
+from jdkd.rewrite.architecture import set_architecture
 from jdkd.rewrite.building import call, imported
 from jdkd.rewrite.checkpoint import ARCHITECTURE
 
@@ -145,7 +146,7 @@ def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[s
 def _called(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     model = call(builder, arguments).eval()
     if known_architecture(model) is None or "builder" in arguments:
-        model.architecture = Architecture(builder, arguments)
+        set_architecture(model, Architecture(builder, arguments))
     return model
 
 
@@ -159,8 +160,8 @@ def _resized(model: nn.Module, given: Mapping[str, Any]) -> nn.Module:
     """Of another input size, which its architecture says; anchors and the like are its own matter."""
     if sizes := {name: given[name] for name in SIZES if name in given}:
         resize(model, **sizes)
-        known = model.architecture
-        model.architecture = describe(model, known.builder, known.arguments, classes=known.classes)
+        known = architecture_of(model, "open_model")
+        set_architecture(model, describe(model, known.builder, known.arguments, classes=known.classes))
     return model
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -190,7 +190,8 @@ def _numpy_scalars() -> list[Any]:
     import numpy as np
 
     kinds = [type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.int32, np.bool_)]
-    return [(np._core.multiarray.scalar, "numpy.core.multiarray.scalar"), np._core.multiarray.scalar, np.dtype, *kinds]
+    scalar = cast(Any, np)._core.multiarray.scalar
+    return [(scalar, "numpy.core.multiarray.scalar"), scalar, np.dtype, *kinds]
 
 
 @dataclass

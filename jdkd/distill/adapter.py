@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,14 @@ class Adapters(nn.ModuleList):
         Raises:
             InputError: these are not the levels that they were fitted to.
         """
-        check_fitted(students, teachers, [(adapter.in_channels, adapter.out_channels) for adapter in self])
+        adapters = [cast(nn.Conv2d, adapter) for adapter in self]
+        check_fitted(students, teachers, [(adapter.in_channels, adapter.out_channels) for adapter in adapters])
         device = students[0].device
-        if self[0].weight.device != device:
+        if adapters[0].weight.device != device:
             self.to(device)
         with torch.autocast(device.type, enabled=False):
-            adapted = [adapter(level.to(adapter.weight.dtype)) for adapter, level in zip(self, students, strict=True)]
+            pairs = zip(adapters, students, strict=True)
+            adapted = [adapter(level.to(adapter.weight.dtype)) for adapter, level in pairs]
         return adapted, teachers
 
 
@@ -169,7 +172,9 @@ class SquaredError:
     def __init__(self, loss_weight: float) -> None:
         self.loss_weight = loss_weight
 
-    def __call__(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    def __call__(
+        self, students: Sequence[Tensor], teachers: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
         """The levels ``[N, C, H, W]`` as they are, half the squared error, and its part by level ``[L]``."""
         pairs = (match_size(*pair, resize_stu=False) for pair in zip(students, teachers, strict=True))
         errors = [F.mse_loss(ours.float(), theirs.float()) / 2 for ours, theirs in pairs]

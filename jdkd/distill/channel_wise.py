@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +26,9 @@ class ChannelWiseDivergence:
     def __init__(self, loss_weight: float, tau: float = 1.0) -> None:
         self.loss_weight, self.tau = loss_weight, tau
 
-    def __call__(self, students: list[Tensor], teachers: list[Tensor]) -> tuple[list[Tensor], Tensor, Tensor]:
+    def __call__(
+        self, students: Sequence[Tensor], teachers: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
         """The levels ``[N, C, H, W]`` as they are, the loss, and its part by level ``[L]``."""
         pairs = (match_size(*pair, resize_stu=False) for pair in zip(students, teachers, strict=True))
         losses = self.loss_weight * torch.stack([self._divergence(*pair) for pair in pairs])

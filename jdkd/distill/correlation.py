@@ -77,6 +77,7 @@ def correlations(
     wanted = TeacherChannels(channels), as_strides(levels)
     student = unwrapped(module_of(student, "student"))
     route = route_of(student, "student")
+    look: TeacherView | _Snapshots
     with contextlib.ExitStack() as stack:
         stack.enter_context(mode(student, training=False))
         if isinstance(teacher, nn.Module) or not isinstance(teacher, Sequence):
@@ -118,7 +119,7 @@ def compared(
 
     for batch in batches:
         if call is None and not isinstance(batch, Mapping):
-            given = images_of(batch)
+            given: Sequence[Tensor] = [*images_of(batch)]
             seen, ours = route.look(student, images_on(student, batch), "student")
         else:
             named = isinstance(batch, Mapping) and not batch.keys().isdisjoint(parameters_of(student))

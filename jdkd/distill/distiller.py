@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from torch import Tensor, nn
 
@@ -58,8 +58,8 @@ class Distiller:
         self.terms: dict[str, FeatureDistiller | HeadDistiller] = {}
         self._features: FeatureDistiller | None = None
         if feature_weight:
-            how = {"adapter": adapter, "align": align, "imitation": imitation, "tau": tau, "levels": levels}
-            how |= {"runner": runner}
+            how: dict[str, Any] = {"adapter": adapter, "align": align, "imitation": imitation, "tau": tau}
+            how |= {"levels": levels, "runner": runner}
             self._features = FeatureDistiller(student, teacher, loss_weight=feature_weight, **how)
             self._term = TERMS[imitation]
             self.terms[self._term] = self._features
@@ -84,8 +84,8 @@ class Distiller:
         Returns:
             ``"loss_pkd of stride 8"`` and so on -> a scalar without gradients.
         """
-        silent = self._features is None or not self.runner.enabled
-        losses = {} if silent else self._features.level_losses
+        features = self._features if self.runner.enabled else None
+        losses = {} if features is None else features.level_losses
         return {f"{self._term} of stride {stride}": loss for stride, loss in losses.items()}
 
     def __enter__(self) -> Self:
@@ -95,7 +95,7 @@ class Distiller:
             self._entered = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._entered.__exit__(*error)
 
     def losses(self) -> dict[str, Tensor]:
@@ -104,4 +104,4 @@ class Distiller:
 
     def loss(self) -> Tensor:
         """Their sum."""
-        return sum(self.losses().values())
+        return cast(Tensor, sum(self.losses().values()))

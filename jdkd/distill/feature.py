@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any, Self
 
 import torch
@@ -86,8 +86,8 @@ class FeatureDistiller:
         zero_variance: str = "keep",
         group: ProcessGroup | None = None,
     ) -> None:
-        options = {"statistics": statistics, "zero_variance": zero_variance, "group": group}
-        settings_of(len(level_weights) if hasattr(level_weights, "__len__") else 0, level_weights, 1.0, **options)
+        options: dict[str, Any] = {"statistics": statistics, "zero_variance": zero_variance, "group": group}
+        settings_of(len(level_weights) if isinstance(level_weights, Sized) else 0, level_weights, 1.0, **options)
         self.align = as_alignment(align, adapter=adapter)
         if self.align != "none" and channels is not None:
             given = ADAPTER if adapter else f"align={align!r}"
@@ -145,8 +145,8 @@ class FeatureDistiller:
         runner = self.runner
         compared = runner.compared(batches, self.levels, self._channels, call)
         who = type(runner.student).__name__, type(runner.teacher).__name__
-        how = {"bias": isinstance(self.tap, SquaredError), "who": who}
-        self.adapters, agreements = calibrated(compared, self.align, **how)
+        bias = isinstance(self.tap, SquaredError)
+        self.adapters, agreements = calibrated(compared, self.align, bias=bias, who=who)
         return agreements
 
     def loss(self) -> Tensor:
@@ -204,7 +204,8 @@ class FeatureDistiller:
         """The pyramid that the heads get; and strides, loss and its part by level ``[L]`` of the levels compared."""
         ours, theirs = self.runner.of_student(pyramid), self.runner.of_teacher
         pairs = aligned_pairs(ours, theirs, self.levels, self._channels)
-        students, teachers = [pair.student for pair in pairs], [pair.teacher for pair in pairs]
+        students: Sequence[Tensor] = [pair.student for pair in pairs]
+        teachers: Sequence[Tensor] = [pair.teacher for pair in pairs]
         self._learns |= any(level.requires_grad for level in students)
         if self._channels is None:
             students, teachers = self._brought_together(students, teachers)
@@ -237,7 +238,7 @@ def _imitation(
     takes = {"pearson": {*options} - {"tau"}, "mse": set(), "cwd": {"tau"}}
     if name not in takes:
         raise InputError(f"imitation is {name!r}; choose {', '.join([*takes][:-1])} or {[*takes][-1]}")
-    defaults = FeatureDistiller.__init__.__kwdefaults__
+    defaults = FeatureDistiller.__init__.__kwdefaults__ or {}
     if given := [each for each in options if each not in takes[name] and options[each] != defaults[each]]:
         other = next(other for other, taken in takes.items() if given[0] in taken)
         raise InputError(f"imitation is {name!r}, which takes no {', '.join(given)}; leave that out, or take {other!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,9 @@ from jdkd.distill.hooks import Hook
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
+
+if TYPE_CHECKING:
+    from jdkd.detect.heads import ClassHead
 
 
 def can_distil_heads(student: nn.Module, teacher: nn.Module, *, own_size: bool = False) -> bool:
@@ -67,7 +70,8 @@ class HeadDistiller:
         student, teacher = unwrapped(student), unwrapped(teacher)
         if (objection := _objection(student, teacher, runner is not None and runner.own_size)) is not None:
             raise InputError(f"{objection}; distil the features only (head_weight 0, loss 'pkd').")
-        self._head, self._teachers_head = class_head(student), class_head(teacher)
+        self._head = cast("ClassHead", class_head(student))
+        self._teachers_head = cast("ClassHead", class_head(teacher))
         self.runner = runner or TeacherRunner(student, teacher)
         self.loss_weight = as_weight(loss_weight)
         self._hooks: list[Any] = []
@@ -131,12 +135,12 @@ def _objection(student: nn.Module, teacher: nn.Module, own_size: bool) -> str | 
     from jdkd.detect.input_size import resizes_alike
 
     ours, theirs = class_head(student), class_head(teacher)
-    for who, model, head in (("student", student, ours), ("teacher", teacher, theirs)):
-        if head is None:
-            return (
-                f"the {who} ({type(model).__name__}) has no head of torchvision's that classifies regions or anchors, "
-                "and head distillation needs one on both"
-            )
+    if ours is None or theirs is None:
+        who, model = ("student", student) if ours is None else ("teacher", teacher)
+        return (
+            f"the {who} ({type(model).__name__}) has no head of torchvision's that classifies regions or anchors, "
+            "and head distillation needs one on both"
+        )
     if (reason := ours.objection(theirs)) is not None:
         names = f"student ({type(student).__name__}) and teacher ({type(teacher).__name__})"
         return f"the heads of {names} cannot be compared: {reason}"
@@ -165,4 +169,4 @@ def _divergence(ours: Tensor, theirs: Tensor, exclusive: bool) -> tuple[Tensor, 
         return F.kl_div(ours, theirs, reduction="sum", log_target=True), -theirs[:, 0].expm1().sum()
     sides = [(F.logsigmoid(sign * ours), F.logsigmoid(sign * theirs)) for sign in (1, -1)]
     divergence = sum(F.kl_div(one, other, reduction="sum", log_target=True) for one, other in sides)
-    return divergence, theirs.sigmoid().amax(dim=1).sum()
+    return cast(Tensor, divergence), theirs.sigmoid().amax(dim=1).sum()

@@ -129,8 +129,8 @@ def normalisation_from(given: Any, who: str) -> Normalisation:
         rest = {name: value for name, value in given.items() if name in ("scale", "order")}
         return Normalisation(given["mean"], given["std"], **({"scale": _white(given["mean"], given["std"])} | rest))
     if isinstance(given, tuple | list) and 2 <= len(given) <= 4:
-        rest = given[2:] or (_white(given[0], given[1]),)
-        return Normalisation(given[0], given[1], *rest)
+        more = given[2:] or (_white(given[0], given[1]),)
+        return Normalisation(given[0], given[1], *more)
     if not isinstance(given, str | Mapping | tuple | list | Tensor | None):
         readers = (_of_processor, _of_openmmlab if _turns(given) else _of_mean_and_std, _of_pixel_mean)
         found = (reader(given) for reader in readers)
@@ -182,7 +182,7 @@ class Conversion:
             ``[N, C, H, W]``, 0 where padded; the batch itself if there is nothing to convert.
         """
         ours, theirs = self.ours, self.theirs
-        if not self.is_needed:
+        if ours is None or theirs is None or not self.is_needed:
             return batch
         flips = ours.order != theirs.order
         images = batch if batch.is_floating_point() and batch.dtype.itemsize > 2 else batch.float()

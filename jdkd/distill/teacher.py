@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, Self
 
 import torch
@@ -126,7 +126,7 @@ class TeacherRunner:
         levels: Sequence[int] | None,
         channels: TeacherChannels | None = None,
         call: Callable[[Any], Any] | None = None,
-    ) -> Iterator[list[LevelPair]]:
+    ) -> Generator[list[LevelPair]]:
         """The levels of each of other batches, in evaluation mode until it is exhausted or closed."""
         with mode(self.student, training=False), mode(self.teacher, training=False):
             yield from compared(self.student, self._route, self._view, batches, channels, levels, call)

@@ -21,15 +21,15 @@ class ProgressCallback(Protocol):
 
 
 class Task(Protocol):
-    """What all jobs of a search have in common; plain data that can be pickled.
+    """What all jobs of a search have in common; plain data that can be pickled."""
 
-    Attributes:
-        out: folder that jobs read from and write to.
-        inputs: the other folders that are read, by a name of the task's own: base, pool.
-    """
+    @property
+    def out(self) -> Path:
+        """Folder that jobs read from and write to."""
 
-    out: Path
-    inputs: Mapping[str, Path]
+    @property
+    def inputs(self) -> Mapping[str, Path]:
+        """The other folders that are read, by a name of the task's own: base, pool."""
 
     def open(self, device: str, progress: ProgressCallback) -> Evaluate:
         """Loads what is needed, once a process.

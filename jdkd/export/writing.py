@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -90,7 +90,7 @@ def facts(
     model: nn.Module, made: Exportable, form: str, *, half: bool, nms: str, weights: str | None
 ) -> dict[str, Any]:
     """What a file says of itself."""
-    transform, known = input_transform(model), known_architecture(model)
+    transform, known = cast(Any, input_transform(model)), known_architecture(model)  # what has none is refused before
     heads = made.limits
     return {
         "format": FORMAT,
@@ -138,7 +138,7 @@ def _onnx(made: Exportable, told: Mapping[str, Any]) -> bytes:
     torch.onnx.export(
         made,
         example,
-        stream,
+        cast(Any, stream),
         dynamo=False,
         opset_version=OPSET,
         input_names=list(INPUTS),

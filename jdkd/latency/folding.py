@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -48,11 +49,11 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     model = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
     fix_roi_scales(model)
     for conv_name, norm_name in foldable(model).items():
-        conv, norm = model.get_submodule(conv_name), model.get_submodule(norm_name)
+        conv, norm = cast(nn.Conv2d, model.get_submodule(conv_name)), model.get_submodule(norm_name)
         conv.weight, conv.bias = folded(conv, norm)
         conv.requires_grad_(False)
         model.set_submodule(norm_name, nn.Identity().eval())
-    return model.to(memory_format=torch.channels_last)
+    return cast(Any, model).to(memory_format=torch.channels_last)
 
 
 def foldable(model: nn.Module) -> dict[str, str]:
@@ -74,9 +75,8 @@ def foldable(model: nn.Module) -> dict[str, str]:
 
 def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight ``[Cout, Cin, kh, kw]`` and bias ``[Cout]`` of a convolution with a normalisation folded in."""
-    return fuse_conv_bn_weights(
-        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
+    of: Any = norm  # one of NORMS
+    return fuse_conv_bn_weights(conv.weight, conv.bias, of.running_mean, of.running_var, of.eps, of.weight, of.bias)
 
 
 def batch_norms(model: nn.Module) -> int:
@@ -96,11 +96,11 @@ def _conv_norm_pairs(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]
         return
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(module.get_submodule(node.target), NORMS):
+        if node.op != "call_module" or not isinstance(module.get_submodule(str(node.target)), NORMS):
             continue
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
         once = calls[node.target] == 1 and calls[source.target] == 1
-        if once and type(module.get_submodule(source.target)) is nn.Conv2d:
+        if once and type(module.get_submodule(str(source.target))) is nn.Conv2d:
             yield f"{prefix}{source.target}", f"{prefix}{node.target}"

@@ -309,7 +309,8 @@ def _calls(
         "end_to_end": {name: end_to_end(each.detector, batches, device) for name, each in artefacts.items()},
         "model_only": {name: each.model_only for name, each in artefacts.items()},
     }
-    return {mode: known[mode] for mode in modes if None not in known[mode].values()}
+    found = {mode: {name: call for name, call in known[mode].items() if call is not None} for mode in modes}
+    return {mode: calls for mode, calls in found.items() if len(calls) == len(artefacts)}
 
 
 def _of_model(name: str, samples: Mapping[str, Mapping[str, list[float]]], facts: dict[str, Any]) -> ModelLatency:

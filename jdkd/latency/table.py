@@ -227,10 +227,10 @@ def measure_table(
         some = versions[start : start + AT_ONCE]
         timed = {"base": deployed}
         timed |= {str(k): fuse_for_inference(each.apply(model, topology)) for k, each in enumerate(some)}
-        whole = measure({"base": deployed}, images, **schedule).models["base"].end_to_end.p50
+        whole = measure({"base": deployed}, images, **schedule).models["base"].modes()["end_to_end"].p50
         with runtime.steady_nms(kept):
             report = measure(timed, images, **schedule)
-        medians = [timing.end_to_end.p50 for timing in report.models.values()]
+        medians = [timing.modes()["end_to_end"].p50 for timing in report.models.values()]
         nms.append(whole / medians[0] - 1)
         for each, median in zip(some, medians[1:], strict=True):
             rows.append((table.features(model, topology, each), median / medians[0]))
@@ -308,9 +308,10 @@ def size_of(model: nn.Module, rewrite: Rewrite | None = None) -> int:
     now = input_size(model)
     if now is None:
         return 0
-    for name in size_attributes(model, now[0]) if rewrite is not None else ():
-        if name in rewrite.attributes and isinstance(rewrite.attributes[name], tuple | list):
-            return int(rewrite.attributes[name][-1])
+    attributes = rewrite.attributes if rewrite is not None else {}
+    for name in size_attributes(model, now[0]) if attributes else ():
+        if name in attributes and isinstance(attributes[name], tuple | list):
+            return int(attributes[name][-1])
     return now[0]
 
 

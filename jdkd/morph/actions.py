@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import cast
 
 from torch import nn
 
@@ -94,7 +95,7 @@ def change_resolution(model: nn.Module, min_size: int) -> Morph:
         InputError: the detector does not resize its input, or to one fixed size.
     """
     model = unwrapped(model)
-    now, attributes = input_size(model), size_attributes(model, min_size)
+    now, attributes = cast(tuple[int, int], input_size(model)), size_attributes(model, min_size)
     return Morph(f"input {now[0]} -> {min_size} px", Rewrite(attributes=attributes))
 
 

@@ -83,8 +83,9 @@ def cut_to(
         _Shortened(model, blocks, around.rewrite, importance, floor, _factor(temperature, rng))
         for blocks in topology.block_lists
     ]
+    losing: tuple[_Row | _Shortened, ...] = (*rows, *lists)
     while costs.ratio() > aim:
-        offers = [offer for each in (*rows, *lists) for offer in each.offers(costs)]
+        offers = [offer for each in losing for offer in each.offers(costs)]
         if not offers:
             raise InputError(
                 f"no cut of {', '.join([around.action] if around.action else ['channels'])} reaches {aim:.3f} of the "
@@ -93,10 +94,10 @@ def cut_to(
             )
         min(offers, key=lambda offer: offer[0])[1]()
     rows = [row for row in rows if row.left < row.group.units and costs.has(row.group.name)]
-    shorter = {each.blocks.name: each.order() for each in lists if each.gone}
+    left = {each.blocks.name: each.order() for each in lists if each.gone}
     action = "; ".join(filter(None, [around.action, *(each.said() for each in lists if each.gone), _said(rows, table)]))
     keep = {row.group.name: row.kept() for row in rows}
-    return Morph(action or "cut nothing", replace(around.rewrite, keep=keep, blocks=around.rewrite.blocks | shorter))
+    return Morph(action or "cut nothing", replace(around.rewrite, keep=keep, blocks={**around.rewrite.blocks, **left}))
 
 
 def _require_importance(topology: Topology, importance: Mapping[str, Tensor]) -> None:
@@ -113,7 +114,7 @@ def _require_importance(topology: Topology, importance: Mapping[str, Tensor]) ->
 
 
 def _factor(temperature: float, rng: random.Random | None) -> float:
-    return math.exp(temperature * rng.gauss(0.0, 1.0)) if temperature else 1.0
+    return math.exp(temperature * rng.gauss(0.0, 1.0)) if temperature and rng else 1.0
 
 
 Offer = tuple[float, Callable[[], None]]

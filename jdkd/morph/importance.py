@@ -13,7 +13,7 @@ from jdkd.errors import InputError
 from jdkd.graph import BlockList, ChannelGroup, Slot, Topology
 from jdkd.morph.gradients import gradient_importance
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.rewrite.channels import named, require_traced
+from jdkd.rewrite.channels import named, require_traced, tensor_named
 
 READ_OFF = "gamma", "magnitude"  # criteria that need the weights alone
 LEARNT = "taylor", "fisher"  # those that need batches to train on
@@ -70,7 +70,7 @@ def gamma_importance(model: nn.Module, topology: Topology, group: ChannelGroup) 
     """
     norms = {f"{norm}.weight" for norm in topology.norms(group)}
     gammas = [
-        named(model, slot.tensor).detach().abs().float().cpu()[torch.from_numpy(slot.places)].mean(1)
+        tensor_named(model, slot.tensor).detach().abs().float().cpu()[torch.from_numpy(slot.places)].mean(1)
         for slot in group.slots
         if slot.tensor in norms
     ]
@@ -88,8 +88,8 @@ def magnitude_importance(model: nn.Module, group: ChannelGroup) -> Tensor:
     sides = []
     for role in ("out", "in"):
         slots = [slot for slot in group.slots if slot.role == role]
-        weights = [slot for slot in slots if named(model, slot.tensor).dim() > 1]
-        sides.append(torch.stack([_norms(named(model, slot.tensor), slot) for slot in weights or slots]).mean(0))
+        weights = [slot for slot in slots if tensor_named(model, slot.tensor).dim() > 1]
+        sides.append(torch.stack([_norms(tensor_named(model, slot.tensor), slot) for slot in weights or slots]).mean(0))
     return sides[0] * sides[1]
 
 

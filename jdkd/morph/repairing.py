@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -39,7 +39,7 @@ class _Layer:
         rows: what it reads at these places in the child so far, call by call.
     """
 
-    module: nn.Module
+    module: nn.Linear | nn.Conv2d
     outputs: np.ndarray
     seen: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
@@ -125,7 +125,7 @@ def _pass(
     child: nn.Module,
     pending: Mapping[str, _Layer],
     images: list[Tensor],
-    proposed: Mapping[str, Any],
+    proposed: MutableMapping[str, Any],
     final: dict[str, list[Any]],
 ) -> list[str]:
     """One forward: layers that are called once are repaired as they are met, up to the first that is called again and
@@ -147,7 +147,7 @@ def _pass(
             return
         places = layer.seen[len(layer.rows)][0] if len(layer.rows) < len(layer.seen) else None
         rows = None if places is None else _read(layer.module, x)
-        if rows is None or (len(places) and int(places.max()) >= len(rows)):
+        if rows is None or places is None or (len(places) and int(places.max()) >= len(rows)):
             layer.rows.clear()
             return
         layer.rows.append(rows[places])
@@ -209,7 +209,7 @@ def _replayed(model: nn.Module, known: dict[str, list[Any]], is_final: Callable[
             del part.forward
 
 
-def _read(module: nn.Module, x: Tensor) -> Tensor:  # -> [places, inputs]
+def _read(module: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:  # -> [places, inputs]
     """What a layer reads at each place of its output, images one after the other."""
     if isinstance(module, nn.Linear):
         return x.reshape(-1, x.shape[-1])
@@ -255,9 +255,8 @@ def _cut_readers(
     gone = leaving(topology, chosen)
     found = {}
     for path, module in child.named_modules():
-        plain = isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
         weight = f"{came_from.get(path)}.weight"
-        if plain and (weight, 1) in gone:
+        if isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1 and (weight, 1) in gone:
             outputs = module.weight.shape[0] + len(gone.get((weight, 0), ()))
             found[path] = _Layer(module, np.delete(np.arange(outputs), gone.get((weight, 0), [])))
     return found

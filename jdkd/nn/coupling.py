@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -81,6 +81,11 @@ class ElasticGroups:
                     )
                 home[module, side] = name
 
+    @property
+    def slots(self) -> Mapping[str, Sequence[ChannelSlot]]:
+        """The sides of every group, as they were read."""
+        return cast(Mapping[str, Sequence[ChannelSlot]], self.groups)
+
     def sizes(self, modules: Mapping[str, nn.Module]) -> dict[str, int]:
         """Channels of every group in a model.
 
@@ -91,7 +96,7 @@ class ElasticGroups:
             InputError: if the model has no such layers, or those of a group disagree; names group, layers and sizes.
         """
         sizes = {}
-        for name, sides in self.groups.items():
+        for name, sides in self.slots.items():
             counts = [_channels_of(modules, name, side) for side in sides]
             if not counts:
                 raise InputError(f"ElasticGroups: group {name!r} is empty; name the layers that share its channels")
@@ -122,7 +127,7 @@ class ElasticGroups:
                 f"set_subnet: the subnet has a depth for the stage {unknown!r} and the model declares "
                 f"{', '.join(self.stages) or 'none'}; name one of those"
             )
-        parts = {}
+        parts: dict[ElasticBlock, tuple] = {}
         for name, paths in self.stages.items():
             depth = depths.get(name, len(paths))
             if not 1 <= depth <= len(paths):

@@ -9,7 +9,7 @@ reads of thread-local state.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Record(NamedTuple):
     """What is active in a layer: immutable, and replaced as a whole."""
 
     given: tuple  # as it was set; lists in host memory where the user gave them so
-    active: tuple  # the same with its lists beside the weights
+    active: Any  # a layer's own named tuple: the same with its lists beside the weights
     since: SubnetEpoch
     traced: tuple | None = None  # the same with tensors whose lengths are the counts, where compile_elastic wants them
 
@@ -34,6 +34,9 @@ class Elastic(nn.Module):
     """A layer of which a part is active; what a part is, subclasses say, as a named tuple."""
 
     _record: Record
+    part: Callable[..., Any]  # reads what set_active is given
+    set_active: Callable[..., None]
+    export: Callable[..., nn.Module]
     _in_regions = False  # whether compile_elastic compiles what runs this layer
 
     def _put(self, given: tuple, since: SubnetEpoch | None = None, moved: dict[tuple, Tensor] | None = None) -> None:
@@ -73,7 +76,7 @@ class Elastic(nn.Module):
             self._check_age(record.since)
         return record.active
 
-    def _traced(self, active: tuple) -> tuple:
+    def _traced(self, active: Any) -> Any:
         """What is active, with index tensors for its channels, leading ones too."""
         return type(active)(*(self._traced_index(part) if isinstance(part, Channels) else part for part in active))
 
@@ -86,7 +89,7 @@ class Elastic(nn.Module):
         torch._dynamo.maybe_mark_dynamic(index, 0)
         return index
 
-    def _in_graph(self, traced: tuple) -> Any:
+    def _in_graph(self, traced: Any) -> Any:
         """What a forward uses in a graph whose symbols are the lengths of ``traced``."""
         return type(traced)(*(Channels(part.shape[0], part) if isinstance(part, Tensor) else part for part in traced))
 
@@ -191,6 +194,10 @@ def _same_entry(p: Any, q: Any) -> bool:
     return on_host and torch.equal(p.index, q.index)
 
 
+@overload
+def part_of(vector: Tensor, channels: Channels) -> Tensor: ...
+@overload
+def part_of(vector: Tensor | None, channels: Channels) -> Tensor | None: ...
 def part_of(vector: Tensor | None, channels: Channels) -> Tensor | None:
     """The active part of a vector that may be missing."""
     return None if vector is None else active_part(vector, channels)

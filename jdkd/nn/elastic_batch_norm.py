@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ class _Norm(NamedTuple):
 
 class _Statistics(nn.Module):
     """Running statistics of one subnet, ``[C_max]``, of which the active channels count."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def __init__(self, of: nn.BatchNorm2d):
         super().__init__()
@@ -135,19 +139,20 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
         return "own" in self._modules
 
     @property
-    def active_statistics(self) -> nn.Module:
+    def active_statistics(self) -> ElasticBatchNorm2d | _Statistics:
         """What holds the running statistics in use: ``running_mean`` and ``running_var``, ``[C_max]``, and
         ``num_batches_tracked``."""
         return self._statistics(self._record.active.name)
 
-    def _statistics(self, name: str | None) -> nn.Module:
-        return self if name is None else self.own[name]
+    def _statistics(self, name: str | None) -> ElasticBatchNorm2d | _Statistics:
+        holder: Any = self if name is None else self.own[name]
+        return holder
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         if self.track_running_stats and self.has_own_statistics:
             for statistics in self.own.values():
-                statistics.reset_parameters()
+                cast(_Statistics, statistics).reset_parameters()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -167,23 +172,24 @@ class ElasticBatchNorm2d(Elastic, nn.BatchNorm2d):
             return super().forward(x)
         weight, bias = part_of(self.weight, active), part_of(self.bias, active)  # [C]
         own = self._statistics(name)
-        mean, variance = part_of(own.running_mean, active), part_of(own.running_var, active)  # [C]
-        from_batch = self.training or mean is None
-        tracks = self.training and self.track_running_stats and mean is not None
-        if tracks:
-            own.num_batches_tracked.add_(1)
-        elif from_batch:
-            mean = variance = None
+        means, variances, seen = own.running_mean, own.running_var, own.num_batches_tracked  # [C_max], [C_max], []
+        if means is None or variances is None or (self.training and not self.track_running_stats):
+            return F.batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        mean, variance = part_of(means, active), part_of(variances, active)  # [C]
+        if not self.training:
+            return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.eps)
+        if seen is not None:
+            seen.add_(1)
         momentum = self.momentum
         if momentum is None:
-            momentum = 1.0 / float(own.num_batches_tracked) if tracks else 0.0
-        if tracks and in_transform:  # vmap loses what batch_norm writes into a view of a batch
+            momentum = 0.0 if seen is None else 1.0 / float(seen)
+        if in_transform:  # vmap loses what batch_norm writes into a view of a batch
             mean, variance = (part.clone(memory_format=torch.contiguous_format) for part in (mean, variance))
-        y = F.batch_norm(x, mean, variance, weight, bias, from_batch, momentum, self.eps)
-        if tracks and (in_transform or active.index is not None):
+        y = F.batch_norm(x, mean, variance, weight, bias, True, momentum, self.eps)
+        if in_transform or active.index is not None:
             index = on_device(active.index, mean.device)
-            for whole, part in ((own.running_mean, mean), (own.running_var, variance)):
-                if in_transform:
+            for whole, part in ((means, mean), (variances, variance)):
+                if in_transform or index is None:
                     whole[slice(active.count) if index is None else index] = part
                 else:  # past the version counter, as batch_norm writes: another subnet in the graph may hold a view
                     whole.data.index_copy_(0, index, part)

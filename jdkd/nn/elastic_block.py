@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 from torch import nn
 
@@ -51,15 +50,19 @@ class ElasticBlock(Elastic):
     def extra_repr(self) -> str:
         return ("" if self.is_active else "switched off, ") + super().extra_repr()
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:  # the class is made anew where it is not known
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:  # the class is made anew where it is not known
         return _blank, (self.plain,), self.__getstate__()
 
 
-@functools.cache
+_made: dict[type[nn.Module], type[ElasticBlock]] = {}
+
+
 def elastic_block_class(plain: type[nn.Module]) -> type[ElasticBlock]:
     """The subclass of a block's class whose blocks can be switched off."""
-    names = {"plain": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
-    return type(f"Elastic{plain.__name__}", (ElasticBlock, plain), names)
+    if plain not in _made:
+        names = {"plain": plain, "__module__": plain.__module__, "__doc__": plain.__doc__}
+        _made[plain] = type(f"Elastic{plain.__name__}", (ElasticBlock, plain), names)
+    return _made[plain]
 
 
 def _blank(plain: type[nn.Module]) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,9 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
             3.2). Filters are transformed at every forward, and ATen convolves with them.
     """
 
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
     kernel_transform = False  # of a plain layer that was made elastic
 
     def __init__(
@@ -78,7 +81,7 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -203,7 +206,7 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
 
     def _shared_filters(self, active: _Convolution) -> Tensor:
         columns = active.inputs if self.groups == 1 else None
-        if not self._is_transformed(active):
+        if not self.kernel_transform or active.kernel is None:
             return active_part(self.weight, active.outputs, columns, active.kernel)
         return transformed(active_part(self.weight, active.outputs, columns), active.kernel, self._transforms())
 
@@ -221,7 +224,8 @@ class ElasticConv2d(ElasticWeight, nn.Conv2d):
 
     def _forward_traced(self, x: Tensor, active: _TracedConvolution) -> Tensor:
         check_channels(x, active.in_index.shape[0], dim=-3, where=type(self).__name__)
-        weight, padding = self.weight, self.padding
+        weight: Tensor = self.weight
+        padding: Padding = self.padding
         if self.padding_mode != "zeros":
             x, padding = F.pad(x, self._border(None), mode=self.padding_mode), 0
         if active.step is not None:

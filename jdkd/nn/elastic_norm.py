@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -114,6 +113,11 @@ class ElasticFrozenBatchNorm2d(ElasticNorm):
     """A batch normalisation whose statistics and affine parameters are buffers; mixed into torchvision's own class."""
 
     plain: type[nn.Module]
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    eps: float
 
     @property
     def _size(self) -> int:
@@ -133,14 +137,18 @@ class ElasticFrozenBatchNorm2d(ElasticNorm):
         names = ("weight", "bias", "running_mean", "running_var")
         return filled(self.plain(active.count, self.eps), self, **{n: part_of(getattr(self, n), active) for n in names})
 
-    def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _blank, (self.plain,), self.__getstate__()
 
 
-@functools.cache
+_made: dict[type[nn.Module], type[ElasticFrozenBatchNorm2d]] = {}
+
+
 def frozen_class(plain: type[nn.Module]) -> type[ElasticFrozenBatchNorm2d]:
     """The elastic subclass of torchvision's frozen batch normalisation, which is not imported before it is there."""
-    return type(f"Elastic{plain.__name__}", (ElasticFrozenBatchNorm2d, plain), {"plain": plain})
+    if plain not in _made:
+        _made[plain] = type(f"Elastic{plain.__name__}", (ElasticFrozenBatchNorm2d, plain), {"plain": plain})
+    return _made[plain]
 
 
 def _blank(plain: type[nn.Module]) -> nn.Module:

@@ -5,6 +5,8 @@ Paths, parameters, hooks and attributes are those that were there, as the dynami
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import nn
 
 from jdkd.errors import InputError
@@ -76,11 +78,15 @@ def as_plain(module: nn.Module) -> nn.Module:
     kind = getattr(module, "plain", None) or next(plain for plain, kind in CLASSES.items() if kind is type(module))
     for name in _OWN:
         vars(module).pop(name, None)
-    module.__class__ = kind
-    return module
+    return _became(module, kind)
 
 
 def _of_class(module: nn.Module, kind: type[Elastic]) -> nn.Module:
+    made = cast(Elastic, _became(module, kind))
+    made.set_active()
+    return made
+
+
+def _became(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     module.__class__ = kind
-    module.set_active()
     return module

@@ -26,7 +26,8 @@ class SubnetState:
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
-        self._kept = [(module, "_record", module._record) for module in modules if isinstance(module, Elastic)]
+        self._kept: list[tuple[nn.Module, str, Any]] = []
+        self._kept += [(module, "_record", module._record) for module in modules if isinstance(module, Elastic)]
         self._kept += [(module, "_packed", module._packed) for module in modules if isinstance(module, ElasticWeight)]
         self._before: list[list[Any]] = []
         if recomputation() is None:
@@ -71,12 +72,12 @@ def checkpoint(
     Raises:
         InputError: if there is no telling which layers run.
     """
-    model = function if model is None else model
-    if not isinstance(model, nn.Module):
+    owner = function if model is None else model
+    if not isinstance(owner, nn.Module):
         raise InputError(
             f"checkpoint: {function!r} is no module; give the model whose elastic layers it runs as model="
         )
-    state = SubnetState(model)
+    state = SubnetState(owner)
 
     def run(*inputs: Any, **named: Any) -> Any:
         with state:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from jdkd.nn.subnet import Subnet
 from jdkd.nn.subnet_epoch import SubnetEpoch
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.ops.active_channels import Channels, active_channels
+from jdkd.ops.kernel_size import KernelLike
 
 
 def set_subnet(model: nn.Module, subnet: Subnet, groups: ElasticGroups | None = None) -> None:
@@ -74,7 +75,7 @@ def _parts(modules: Mapping[str, nn.Module], groups: ElasticGroups, subnet: Subn
             sides.setdefault(module, {})[side] = repeated(channels, times)
             names.setdefault(module, []).append(name)
     kernels = dict(subnet.kernel_sizes)
-    parts = []
+    parts: list[tuple[Elastic, tuple]] = []
     for path, layer in modules.items():
         if isinstance(layer, ElasticBlock):
             parts.append((layer, blocks.get(layer) or layer.part()))
@@ -94,7 +95,7 @@ def _parts(modules: Mapping[str, nn.Module], groups: ElasticGroups, subnet: Subn
     return parts
 
 
-def _part(layer: Elastic, sides: Mapping[str, Channels], kernel: int | tuple[int, ...] | None, subnet: Subnet) -> tuple:
+def _part(layer: Elastic, sides: Mapping[str, Channels], kernel: KernelLike, subnet: Subnet) -> tuple:
     if kernel is not None and not isinstance(layer, ElasticConv2d):
         raise InputError(f"kernel_size={kernel!r} for a {type(layer).__name__}; only convolutions have one")
     if isinstance(layer, ElasticConv2d):
@@ -122,7 +123,7 @@ def export(model: nn.Module) -> nn.Module:
     gone: list[str] = []
     for path, module in reversed([*model.named_modules()]):  # children before their parents
         if callable(getattr(type(module), "exported", None)):  # made of elastic layers
-            plain[id(module)] = module.exported(plain)
+            plain[id(module)] = cast(Any, module).exported(plain)
         elif isinstance(module, ElasticBlock):
             plain[id(module)] = as_plain(copy.deepcopy(module, plain)) if module.is_active else nn.Identity()
             gone = gone if module.is_active else [*(inner for inner in gone if not inner.startswith(f"{path}.")), path]

@@ -79,9 +79,9 @@ def elastic_conv2d(
     _check_tensors(x, weight, bias)
     inputs, outputs, active_groups = conv_channels(weight.shape, groups, in_channels, out_channels)
     kernel = active_kernel(kernel_size, weight.shape[2:])
-    padding = active_padding(kernel, weight.shape[2:], padding, dilation)
+    around = active_padding(kernel, weight.shape[2:], padding, dilation)
     check_channels(x, inputs.count, dim=-3, where="elastic_conv2d")
-    return convolve(x, weight, bias, inputs, outputs, stride, padding, dilation, active_groups, kernel)
+    return convolve(x, weight, bias, inputs, outputs, stride, around, dilation, active_groups, kernel)
 
 
 def _check_tensors(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -229,14 +229,13 @@ def convolve_by(
     """Convolves by a kernel of :data:`jdkd.ops.elastic_kernels.TABLE` that takes the call; the rest as of
     :func:`convolve`."""
     if name == "implicit_gemm":
-        padding = 0 if padding == "valid" else padding
-        return implicit_gemm(
-            x, crop(weight, kernel), bias, inputs, outputs, pair(stride), pair(padding), pair(dilation)
-        )
+        pixels = 0 if isinstance(padding, str) else padding  # "valid", as the table has no such kernel for "same"
+        return implicit_gemm(x, crop(weight, kernel), bias, inputs, outputs, pair(stride), pair(pixels), pair(dilation))
     bias = None if bias is None else active_part(bias, outputs)  # [Cout]
     if name == "pointwise":
-        window = {"out_channels": outputs.count, "stride": pair(stride)[0]}
-        return elastic_pointwise_conv2d(x, crop(weight, kernel), **window, shift=bias)
+        return elastic_pointwise_conv2d(
+            x, crop(weight, kernel), out_channels=outputs.count, stride=pair(stride)[0], shift=bias
+        )
     columns = inputs if groups == 1 else Channels(weight.shape[1])
     part = active_part(weight, outputs, columns, kernel)  # [Cout, Cin / groups, kh, kw]
     if name == "matmul":

@@ -13,11 +13,12 @@ The kernel has not been timed on a GPU, so it runs where it is asked for (``JDKD
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from jdkd import _backend
 from jdkd.ops import elastic_check
@@ -32,7 +33,7 @@ from jdkd.ops.elastic_levels_kernels import (
     kernel_runs,
     pixels_of,
 )
-from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding
+from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
 from jdkd.ops.layout import layout_of
 from jdkd.ops.onednn_workaround import conv2d_gradients
 
@@ -131,7 +132,7 @@ class _ElasticLevels(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
+        ctx: Any, weight: Tensor, bias: Tensor | None, in_index: Tensor | None, out_index: Tensor | None,
         out_channels: int, kernel: tuple[int, int], padding: tuple[int, int], relu: bool, *xs: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
         in_index, out_index = (on_device(index, weight.device) for index in (in_index, out_index))
@@ -143,7 +144,7 @@ class _ElasticLevels(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *douts: Tensor | None) -> tuple[Tensor | None, ...]:
         weight, in_index, out_index, *images = ctx.saved_tensors
         needs_weight, needs_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[1]
         needs_xs = ctx.needs_input_grad[8:]
@@ -197,9 +198,9 @@ def _forward(
     if kernel_runs(xs, kernel, padding):
         xs, ys = [_channels_last(x) for x in xs], empty_outputs(xs, out_channels, kernel, padding)
         bias = None if bias is None else bias.contiguous()
-        _launch(xs, weight, bias, ys, rows, columns, tuple(kernel), tuple(padding), relu, allow_tf32())
+        _launch(xs, weight, bias, ys, rows, columns, pair(kernel), pair(padding), relu, allow_tf32())
         return ys
-    part = _part(weight, rows, columns, tuple(kernel), xs[0].dtype)
+    part = _part(weight, rows, columns, pair(kernel), xs[0].dtype)
     bias = None if bias is None else bias.to(part.dtype)
     ys = [torch.ops.aten.convolution(x, part, bias, [1, 1], padding, [1, 1], False, [0, 0], 1) for x in xs]
     return [_channels_last(y.relu_() if relu else y) for y in ys]
@@ -240,19 +241,21 @@ def _backward(
     rows, columns = Channels(out_channels, out_index), Channels(xs[0].shape[1], in_index)
     part = _part(weight, rows, columns, kernel, xs[0].dtype)
     wide = torch.promote_types(part.dtype, torch.float32)
-    dxs, dpart, dbias = [], None, None
+    dxs: list[Tensor] = []
+    dpart: Tensor | None = None
+    dbias: Tensor | None = None
     for dout, x in zip(douts, xs, strict=True):
         dx, *sums = conv2d_gradients(dout, x, part, 1, padding, 1, 1, wanted)
-        dxs += [_channels_last(dx)] if wanted[0] else []
+        dxs += [] if dx is None or not wanted[0] else [_channels_last(dx)]
         dpart, dbias = (
-            (one.to(wide) if total is None else total.add_(one)) if want else None
+            None if one is None or not want else one.to(wide) if total is None else total.add_(one)
             for total, one, want in zip((dpart, dbias), sums, wanted[1:], strict=True)
         )
     empty = weight.new_empty
     return (
         dxs,
-        scatter(dpart, weight, rows, columns, kernel) if wanted[1] else empty(0),
-        scatter(dbias, empty(weight.shape[0]), rows, Channels(1)) if wanted[2] else empty(0),
+        empty(0) if dpart is None else scatter(dpart, weight, rows, columns, kernel),
+        empty(0) if dbias is None else scatter(dbias, empty(weight.shape[0]), rows, Channels(1)),
     )
 
 

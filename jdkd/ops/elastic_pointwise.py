@@ -11,11 +11,12 @@ ATen on the slice is the default; :mod:`jdkd.ops.elastic_kernels` says when the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from jdkd import _backend
 from jdkd.errors import InputError
@@ -166,7 +167,7 @@ class _ElasticPointwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None,
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None,
         residual: Tensor | None, out_channels: int, stride: int, activation: str, stats: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         y, moments = torch.ops.jdkd.elastic_pointwise_fwd(
@@ -184,14 +185,14 @@ class _ElasticPointwise(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dout: Tensor | None, dmoments: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor | None, dmoments: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, scale, y, moments, shift = ctx.saved_tensors
         needs_x, needs_weight, needs_scale, needs_shift, needs_residual = ctx.needs_input_grad[:5]
         (out_channels, stride), run = ctx.window, torch.ops.jdkd.elastic_pointwise_bwd
-        if dout is None and dmoments is None:
-            return (None,) * 9
         if moments is not None and dmoments is not None:  # a compiler gives zeros for None
             dout = _add_statistics(dout, y, moments, dmoments)
+        if dout is None:
+            return (None,) * 9
         dresidual = dout
         if ctx.activation == "relu_then_add":
             y = torch.ops.jdkd.elastic_pointwise_fwd(
@@ -320,10 +321,10 @@ def _backward(
     if not _kernel_runs(x, dout.shape, stride, "gradient"):
         dx, dpart, _ = conv2d_gradients(dout, x, _part(weight, rows, x), stride, 0, 1, 1, [*wanted, False])
         dweight = weight.new_empty(0)
-        if wanted[1]:
+        if wanted[1] and dpart is not None:
             dpart = dpart.reshape(rows, x.shape[1], *weight.shape[2:])
             dweight = scatter(dpart, weight, Channels(rows), Channels(x.shape[1]))
-        return _channels_last(dx) if wanted[0] else x.new_empty(0), dweight
+        return x.new_empty(0) if dx is None or not wanted[0] else _channels_last(dx), dweight
     return _triton_bwd(dout, x, weight, stride, wanted, elastic_kernels.allow_tf32())
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from jdkd.detect.contract import not_scripted
 from jdkd.detect.input_size import input_transform
@@ -61,7 +62,9 @@ class Acceleration:
         self.kept = tuple(trial.ingredient for trial in trials if trial.kept)
         self.ratio: Ratio | None = None
         self.difference: Difference | None = None
-        self._overrides, self._handles, self._places = Overrides(), [], []
+        self._overrides = Overrides()
+        self._handles: list[RemovableHandle] = []
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []
         if self.kept:
             self._put(model, plan)
 

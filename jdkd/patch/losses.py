@@ -28,7 +28,9 @@ class FusedPKDLoss(PKDLoss):
     The numbers are theirs too, save that levels which do not pair up are an error instead of left out.
     """
 
-    def forward(self, preds_S: Features, preds_T: Features, mask: Tensor | Sequence[Tensor] | None = None) -> Any:
+    def forward(  # type: ignore[override]  # by the names that configs call it with
+        self, preds_S: Features, preds_T: Features, mask: Tensor | Sequence[Tensor] | None = None
+    ) -> Any:
         """See :func:`jdkd.functional.pkd_loss`."""
         return super().forward(preds_S, preds_T, mask)
 

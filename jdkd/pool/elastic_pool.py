@@ -104,7 +104,7 @@ class TeacherPool:
 
     def scored(self, teacher: Teacher, detector: nn.Module, selection: Any, shared: bool = False) -> ScoredTeacher:
         """The same of a teacher that is at hand already, as :meth:`teacher` gave it."""
-        how = {"device": self.device, "batch_size": self.batch_size, "shared": shared}
+        how: dict[str, Any] = {"device": self.device, "batch_size": self.batch_size, "shared": shared}
         try:
             score = evaluate(detector, selection, **how).map
         except ModelError as error:

@@ -136,8 +136,7 @@ class PoolTrainConfig:
         """Settings of phase ``number`` (from 0)."""
         phase = self.phases[number]
         steps = max(1, round(phase.share * self.train.steps / phase.passes))
-        changed = {"steps": steps, "lr": phase.lr * self.train.lr}
-        return replace(self.train, **changed, seed=self.train.seed + 1 + number)
+        return replace(self.train, steps=steps, lr=phase.lr * self.train.lr, seed=self.train.seed + 1 + number)
 
     @property
     def passes(self) -> int:

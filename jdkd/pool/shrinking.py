@@ -58,7 +58,7 @@ def progressive_shrinking(
     for number, phase in enumerate(config.phases):
         training = config.phase_config(number)
         named = progress and (lambda *state, name=phase.name: progress(f"pool: {name}", *state))
-        how = {
+        how: dict[str, Any] = {
             "device": device,
             "folder": folder / f"{number + 1}-{phase.name}",
             "resume": resume,
@@ -72,7 +72,7 @@ def progressive_shrinking(
         heads = can_distil_heads(supernet.model, teacher)
         if config.head_weight and not heads:
             say_once("the pool's subnets learn from features alone: no class logits are found that could be compared.")
-        weights = {"feature_weight": config.feature_weight, "head_weight": heads * config.head_weight}
+        weights: dict[str, Any] = {"feature_weight": config.feature_weight, "head_weight": heads * config.head_weight}
         with Distiller(supernet.model, teacher, reuse=True, **weights) as distiller:
             losses = _losses(supernet, distiller, phase, training.seed)
             fit(supernet.model, dataset, training, losses=losses, **how)

@@ -103,6 +103,7 @@ class Space:
     def mutate(self, subnet: Subnet, rng: random.Random) -> Subnet:
         """Another subnet, one notch away in the depth or the width of one or two stages."""
         depths, widths = list(subnet.depths), list(subnet.widths)
+        choices: list[tuple[list[Any], int, tuple[Any, ...]]]
         choices = [(depths, stage, self.depths[stage]) for stage in range(len(depths)) if len(self.depths[stage]) > 1]
         choices += [(widths, stage, self.widths) for stage in range(len(widths)) if len(self.widths) > 1]
         for values, stage, allowed in rng.sample(choices, min(len(choices), rng.randint(1, 2))):
@@ -118,8 +119,9 @@ class Space:
         """
         if name in ("largest", "smallest"):
             return getattr(self, name)
-        parts = [re.fullmatch(r"(\d+)x(\d*\.?\d+)", part) for part in re.split(r"[,\s]+", name.strip())]
-        if None in parts:
+        listed = re.split(r"[,\s]+", name.strip())
+        parts = [part for part in (re.fullmatch(r"(\d+)x(\d*\.?\d+)", each) for each in listed) if part is not None]
+        if len(parts) < len(listed):
             raise InputError(
                 f"{name!r} names no subnet; give largest, smallest, best, or blocks x width for each of the "
                 f"{len(self.depths)} stages, such as '{self.smallest}'."

@@ -99,7 +99,7 @@ def _row(name: str, member: ScoredTeacher, report: LatencyReport) -> SpreadRow:
         teacher=teacher_to_json(member.teacher),
         map=member.map,
         parameters=member.parameters,
-        latency_ms=report.models[timed].end_to_end.p50,
+        latency_ms=report.models[timed].modes()["end_to_end"].p50,
         latency_ratio=found.value if found else 1.0,
         latency_interval=found.interval if found else (1.0, 1.0),
     )

@@ -241,7 +241,7 @@ def rows(result: dict[str, Any]) -> list[Row]:
     students = students_of(result)
     found = [(name, name, result.get(name)) for name in ("base", "control")]
     found += [("student", one.title if len(students) > 1 else "student", one.entry) for one in students]
-    return [_row(*each) for each in found if each[2] is not None]
+    return [_row(key, title, entry) for key, title, entry in found if entry is not None]
 
 
 def _row(key: str, title: str, entry: dict[str, Any]) -> Row:

@@ -7,9 +7,12 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jdkd.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 REMEDY = "give what `Architecture.to_json` wrote"
 
@@ -119,3 +122,8 @@ def _json_like(name: str, value: Any) -> Any:
             f"{value!r:.120} ({error}); give such a value, or a builder that makes it itself."
         ) from None
     return copied
+
+
+def set_architecture(model: nn.Module, architecture: Architecture) -> None:
+    """Lets a model carry what it is made of, as its attribute ``architecture``."""
+    vars(model)["architecture"] = architecture

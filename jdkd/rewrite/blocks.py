@@ -69,30 +69,31 @@ def removable(model: nn.Module, blocks: BlockList) -> int:
     return len(blocks.blocks) - (others == 0)
 
 
-def _arranged(container: nn.Module, runs: Sequence[tuple[BlockList, list[int]]]) -> list[tuple[str, nn.Module]]:
+def _arranged(container: nn.Module, runs: Sequence[tuple[BlockList, list[int]]]) -> list[tuple[str, nn.Module | None]]:
     """The children that a container is to have, where some runs of its blocks stand in another order."""
     children = dict(container._modules)
-    stands: dict[str, list[tuple[str, nn.Module]]] = {}  # by the child in whose place they stand: the run's first
+    stands: dict[str, list[tuple[str, nn.Module | None]]] = {}  # by the child whose place they take: the run's first
     leave: set[str] = set()
     for blocks, order in runs:
         names = [path.rpartition(".")[2] for path in blocks.blocks]
-        chosen, seen = [], set()
+        chosen: list[tuple[str, nn.Module | None]] = []
+        seen: set[int] = set()
         for place in order:
             block = children[names[place]]
-            if place in seen:
+            if place in seen and block is not None:
                 block = copy.deepcopy(block)
                 _silence(block, blocks.blocks[place], blocks.ends[place])
             seen.add(place)
             chosen.append((names[place], block))
         stands[names[0]] = chosen
         leave.update(names)
-    arranged: list[tuple[str, nn.Module]] = []
+    arranged: list[tuple[str, nn.Module | None]] = []
     for name, child in children.items():
         arranged += stands.get(name, [] if name in leave else [(name, child)])
     return arranged
 
 
-def set_children(container: nn.Module, children: Sequence[tuple[str, nn.Module]]) -> None:
+def set_children(container: nn.Module, children: Sequence[tuple[str, nn.Module | None]]) -> None:
     """Gives a container these children, each with the name that it had or was copied from.
 
     Numbers of a plain ``nn.Sequential`` or ``nn.ModuleList`` are given anew; elsewhere the k-th copy of ``name`` is
@@ -132,8 +133,8 @@ def _set_to_zero(layer: nn.Module) -> bool:
     for name, tensor in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
         if name == "bias" or (name == "running_mean" and not isinstance(layer.weight, nn.Parameter)):
             tensor.zero_()
-    if isinstance(getattr(layer, "weight", None), nn.Parameter):
-        layer.weight.zero_()
+    if isinstance(weight := getattr(layer, "weight", None), nn.Parameter):
+        weight.zero_()
         return True
     return False
 

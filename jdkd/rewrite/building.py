@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from jdkd.errors import InputError, said
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.rewrite.architecture import Architecture
+from jdkd.rewrite.architecture import Architecture, set_architecture
 from jdkd.rewrite.blocks import set_children
 from jdkd.rewrite.channels import gathered, tensors_by_name
 
@@ -53,7 +53,7 @@ def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.
     model = reshaped(model, architecture.shapes)
     for name, value in architecture.attributes.items():
         set_attribute(model, name, value)
-    model.architecture = architecture
+    set_architecture(model, architecture)
     return model if empty else model.to(device)
 
 
@@ -151,7 +151,7 @@ def _parameters_on_meta() -> Iterator[None]:
             moved[parameter] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
         return moved[parameter]
 
-    handle = register_module_parameter_registration_hook(move)
+    handle = register_module_parameter_registration_hook(cast(Callable[..., None], move))
     try:
         with warnings.catch_warnings():  # a builder that loads weights gets warnings that they go nowhere
             warnings.filterwarnings("ignore", message=".*no-op")

@@ -7,6 +7,7 @@ import operator
 import pickle
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -192,7 +193,12 @@ def _slots(topology: Topology, named: Mapping[str, object]) -> dict[tuple[str, i
 
 
 def _size(model: nn.Module, tensor: str, dim: int) -> int:
-    return named(model, tensor).shape[dim]
+    return tensor_named(model, tensor).shape[dim]
+
+
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name; tied ones by any of theirs."""
+    return cast(Tensor, named(model, name))
 
 
 def named(model: nn.Module, name: str) -> Tensor | nn.Module:
@@ -278,15 +284,15 @@ def _taken(
 
 def renumber(module: nn.Module) -> None:
     """Brings the sizes that a layer keeps as attributes in line with its tensors."""
-    weight = getattr(module, "weight", None)
+    weight = cast(Tensor, getattr(module, "weight", None))  # where it is read, there is one
     if all(
         hasattr(module, name) for name in ("in_channels", "out_channels", "groups")
     ):  # also torchvision's deformable
-        turned = getattr(module, "transposed", False)
-        if module.groups > 1:  # whole groups went, or came
-            module.groups = weight.shape[0] * module.groups // (module.in_channels if turned else module.out_channels)
-        sides = weight.shape[0], weight.shape[1] * module.groups
-        module.in_channels, module.out_channels = sides if turned else sides[::-1]
+        conv, turned = cast(nn.Conv2d, module), getattr(module, "transposed", False)
+        if conv.groups > 1:  # whole groups went, or came
+            conv.groups = weight.shape[0] * conv.groups // (conv.in_channels if turned else conv.out_channels)
+        sides = weight.shape[0], weight.shape[1] * conv.groups
+        conv.in_channels, conv.out_channels = sides if turned else sides[::-1]
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = weight.shape
     elif isinstance(module, nn.GroupNorm):
@@ -296,6 +302,7 @@ def renumber(module: nn.Module) -> None:
         module.normalized_shape = tuple(weight.shape)
     elif hasattr(module, "num_features"):
         held = (*module._parameters.values(), *module._buffers.values())
-        module.num_features = next(tensor.shape[0] for tensor in held if tensor is not None and tensor.dim())
+        features = next(tensor.shape[0] for tensor in held if tensor is not None and tensor.dim())
+        cast(nn.BatchNorm2d, module).num_features = features
     elif isinstance(module, nn.PReLU):
         module.num_parameters = weight.shape[0]

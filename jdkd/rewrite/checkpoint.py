@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, read_text, write_whole
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.rewrite.architecture import Architecture
+from jdkd.rewrite.architecture import Architecture, set_architecture
 from jdkd.rewrite.building import build
 from jdkd.rewrite.channels import tensors_by_name
 
@@ -110,7 +110,7 @@ def load_weights_into(model: nn.Module, folder: Path, architecture: Architecture
             old, values = wanted[name], values.clone()  # aligned, as kernels sum in another order where it is not
             new = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
             _exchange(model, old, new)
-    model.architecture = architecture
+    set_architecture(model, architecture)
     return model
 
 

@@ -112,7 +112,9 @@ def _inside(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict
     return found
 
 
-def _order(ours: nn.Module, theirs: nn.Module, identity: Callable[[nn.Module], Hashable]) -> tuple[int, ...] | None:
+def _order(
+    ours: nn.Module, theirs: nn.Module, identity: Callable[[nn.Module | None], Hashable]
+) -> tuple[int, ...] | None:
     """Which of the builder's children each of ours is: the next one that is alike, else a copy of the last such."""
     known = [(_origin(theirs, name), identity(child)) for name, child in theirs._modules.items()]
     order: list[int] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -45,7 +46,7 @@ def make_elastic(model: nn.Module, topology: Topology, groups: Iterable[ChannelG
         as_elastic(inner.get_submodule(path))
     for path in _blocks(elastic):
         as_elastic_block(inner.get_submodule(path))
-    inner.elastic_groups = elastic
+    vars(inner)["elastic_groups"] = elastic
     return model
 
 
@@ -87,7 +88,7 @@ def elastic_groups(model: nn.Module, topology: Topology, groups: Iterable[Channe
 
 
 def _layers(elastic: ElasticGroups) -> Iterable[str]:
-    return dict.fromkeys(side.module for sides in elastic.groups.values() for side in sides)
+    return dict.fromkeys(side.module for sides in elastic.slots.values() for side in sides)
 
 
 def _blocks(elastic: ElasticGroups) -> Iterable[str]:
@@ -135,7 +136,7 @@ def _incomplete(layer: nn.Module, path: str, side: str, slots: list[Slot]) -> st
         return f"{', '.join(sorted(wanted - held))} of {path} does not follow it"
     (repeat,) = repeats
     if getattr(layer, "groups", 1) > 1:
-        per_group = layer.out_channels // layer.groups
+        per_group = cast(nn.Conv2d, layer).out_channels // cast(nn.Conv2d, layer).groups
         if side == "in" or repeat % per_group:
             return f"{path} is a grouped convolution, of which it is no whole groups"
     if isinstance(layer, nn.GroupNorm) and repeat % (layer.num_channels // layer.num_groups):

@@ -19,7 +19,7 @@ FORMAT = 4  # 1 kept one latency a candidate, without the base's samples; 2 a sp
 _TYPES = {"int": "INTEGER", "float": "REAL", "str": "TEXT"}
 _FOREIGN = ("SQLITE_ERROR", "SQLITE_NOTADB", "SQLITE_CORRUPT")  # what SQLite says of a file that is something else
 _JSON = ("latency_interval", "seconds", "target")
-_UNTIMED = {
+_UNTIMED: dict[str, Any] = {
     **dict.fromkeys(("latency_p50", "base_latency_p50", "latency_ratio"), math.nan),
     "latency_interval": (math.nan, math.nan),
 }
@@ -145,7 +145,7 @@ class Archive:
             self._db.execute(f"INSERT INTO candidates VALUES ({', '.join('?' * len(row))})", row)
             latency = timing and self._insert(timing)
         self.candidates.append(candidate)
-        if latency:
+        if timing and latency:
             self._show(timing.architecture_id, latency)
         return self.candidates[-1]
 

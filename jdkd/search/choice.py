@@ -11,8 +11,11 @@ LATENCY_EXPONENT = 2.0  # in a parent's fitness (the form is MnasNet's, Tan et a
 class Placed(Protocol):
     """What has an mAP and a latency over another's: a candidate, or a teacher of a pool."""
 
-    map: float
-    latency_ratio: float
+    @property
+    def map(self) -> float: ...
+
+    @property
+    def latency_ratio(self) -> float: ...
 
 
 P = TypeVar("P", bound=Placed)

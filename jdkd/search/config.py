@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 from jdkd.data import Split
 from jdkd.errors import InputError
@@ -237,7 +238,7 @@ def steps_of(config: SearchConfig, images: int, step_seconds: float | None = Non
     if config.steps is not None:
         return config.steps
     if config.minutes is not None:
-        return int(60 * config.minutes / step_seconds)
+        return int(60 * config.minutes / cast(float, step_seconds))
     return int((config.epochs or EPOCHS) * images / config.batch_size)
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.detect.contract import architecture_of
@@ -30,6 +30,7 @@ from jdkd.search.outcome import conclude, read_result
 from jdkd.search.proposal import Proposal
 from jdkd.search.strategy import Strategy
 from jdkd.search.teachers import given_pool, grown_pool, remember, require_teachers, write_teachers
+from jdkd.search.timing import Timing
 from jdkd.train.checkpoint import CHECKPOINT
 
 GENERATION, TABLE, SPENT = "generation.json", "latency_table.json", "spent.json"
@@ -64,12 +65,12 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
     budget = plan(config, context.steps)
     given = config.teacher_pool and given_pool(config.teacher_pool, context)
     run = RunFolder(config.out)
-    how = {"resume": config.resume, "command": config.command, "where": context.where()}
+    how: dict[str, Any] = {"resume": config.resume, "command": config.command, "where": context.where()}
     evaluator = Evaluator(context, given or None)
     with nullcontext() if found else closing(_workers(evaluator)) as workers:
         run.begin("search", context.identity(), **how)
-        result = found or _searched(evaluator, budget, workers)
-    if not run.read()["finished"]:
+        result = found or _searched(evaluator, budget, cast(Journal, workers))
+    if not cast(dict[str, Any], run.read())["finished"]:
         run.finish()
     return result
 
@@ -123,7 +124,7 @@ def _tell(archive: Archive, budget: Plan, pool: TeacherPool | None, context: Sea
 def _workers(evaluator: Evaluator) -> Journal:
     """Who trains and scores the candidates."""
     config = evaluator.context.config
-    how = {"workers": config.workers, "ray": config.ray, "progress": evaluator.context.progress}
+    how: dict[str, Any] = {"workers": config.workers, "ray": config.ray, "progress": evaluator.context.progress}
     made = executor(SearchTask(config), config.device, **how, evaluate=evaluator)
     return Journal(made, config.out / "outcomes")
 
@@ -171,7 +172,8 @@ def _archive(
 ) -> None:
     """Times a candidate and adds it to the archive; one that failed is archived as such."""
     failure, cycle, begun = outcome.get("failure"), proposal.cycle, time.perf_counter()
-    timing, known = None, {"architecture": parent.architecture, "params": parent.params, "gmacs": parent.gmacs}
+    timing: Timing | None = None
+    known: dict[str, Any] = {"architecture": parent.architecture, "params": parent.params, "gmacs": parent.gmacs}
     if failure is None:
         student = context.made(proposal.number)
         own = architecture_of(student, "search")

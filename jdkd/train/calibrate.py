@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,14 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.train.inputs import images_of, images_on, stacked
 
 UNSEEN = -1.0  # no variance: marks the channels that an elastic batch norm does not touch
+
+
+class _Statistics(Protocol):
+    """What holds the running statistics of a batch norm that keeps some."""
+
+    running_mean: Tensor  # [C]
+    running_var: Tensor  # [C]
+    num_batches_tracked: Tensor
 
 
 @torch.no_grad()
@@ -64,7 +72,7 @@ def calibrate_bn(model: nn.Module, batches: Iterable[Any], subnets: Sequence[Sub
     if not norms:
         return
     for norm, where in norms.items():
-        if is_lazy(norm.running_mean):
+        if norm.running_mean is not None and is_lazy(norm.running_mean):
             raise InputError(f"{where} has no shape yet; run the model once before")
     if subnets is None:
         _calibrate(model, batches, norms, [contextlib.nullcontext()])
@@ -98,7 +106,7 @@ def _calibrate(
     with contextlib.ExitStack() as before, mode(model, training=False):
         for subnet in subnets:
             with subnet:
-                homes = {norm: getattr(norm, "active_statistics", norm) for norm in norms}
+                homes = {norm: cast(_Statistics, getattr(norm, "active_statistics", norm)) for norm in norms}
             pools.append({norm: _Pool(home, norms[norm]) for norm, home in homes.items()})
             for home in homes.values():
                 before.enter_context(_restored(home))
@@ -116,7 +124,7 @@ def _calibrate(
 
 
 @contextlib.contextmanager
-def _restored(home: nn.Module) -> Iterator[None]:
+def _restored(home: _Statistics) -> Iterator[None]:
     """Running statistics that say what they saw inside, and are what they were afterwards."""
     names = ("running_mean", "running_var", "num_batches_tracked")
     kept = [(getattr(home, name), getattr(home, name).clone()) for name in names]
@@ -135,7 +143,7 @@ def _of_one_batch(norm: _BatchNorm) -> Iterator[None]:
     momentum, norm.momentum = norm.momentum, 1.0
     norm.train()
     if isinstance(norm, nn.SyncBatchNorm):
-        norm.forward = partial(_BatchNorm.forward, norm)  # asks no other process
+        vars(norm)["forward"] = partial(_BatchNorm.forward, norm)  # asks no other process
     try:
         yield
     finally:
@@ -186,7 +194,7 @@ class _Pool:
         where: how errors name the norm.
     """
 
-    home: nn.Module
+    home: _Statistics
     where: str
     count: int = 0
     mean: Tensor | None = None  # [C] float64
@@ -207,7 +215,7 @@ class _Pool:
             return
         mean = self.home.running_mean.to(torch.float64, copy=True)  # the next batch writes into the statistics
         spread = self.home.running_var.double() * (count - 1)  # the stored variance is the unbiased one
-        if not self.count:
+        if self.mean is None or self.spread is None:
             self.count, self.mean, self.spread = count, mean, spread
             return
         total, shift = self.count + count, mean - self.mean
@@ -217,7 +225,7 @@ class _Pool:
 
     def store(self) -> None:
         """Makes the pool the running statistics; what saw nothing, norm or channel, keeps its own."""
-        if self.count:
+        if self.mean is not None and self.spread is not None:
             home = self.home
             seen = self.spread >= 0  # [C]
             home.running_mean.copy_(torch.where(seen, self.mean, home.running_mean))

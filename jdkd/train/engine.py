@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -127,9 +127,9 @@ def fit(
     home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
     home = home if is_first() else None  # the others hold what is resumed, and write nothing
     align(run.trained)
-    batch = {"batch_size": config.batch_size, "seed": config.seed, "by_aspect": config.by_aspect}
+    batch: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "by_aspect": config.by_aspect}
     batch |= own_batches(run.step, config.steps, config.accumulate)
-    how = {"flip": config.flip, "workers": config.workers, "device": run.device}
+    how: dict[str, Any] = {"flip": config.flip, "workers": config.workers, "device": run.device}
     drawing = torch.random.fork_rng([run.device] if run.on_gpu else [])
     with mode(run.trained, training=True), drawing, training_sizes(model, config.sizes):
         try:
@@ -256,7 +256,8 @@ class _Run:
         self.losses = losses
         seconds, (step_before, seconds_before) = self.seconds, self._logged
         self._logged = (self.step, seconds)
-        row = {"step": self.step, "lr": self.config.lr_at(self.step - 1), "grad_norm": float(self._norm)}
+        lr, norm = self.config.lr_at(self.step - 1), float(self._norm)
+        row: dict[str, Any] = {"step": self.step, "lr": lr, "grad_norm": norm}
         if self.scaler.is_enabled():
             row["loss_scale"] = self.scaler.get_scale()
             if row["loss_scale"] < LEAST_SCALE:
@@ -303,7 +304,7 @@ class _Run:
         """Computes the dictionaries of losses under autocast, one by one, and only them."""
         with self._autocast(), with_variance(self.config):
             asked = self.ask(images, targets, self.step)
-            terms_left = iter((asked,) if isinstance(asked, Mapping) else asked)
+            terms_left = cast(Iterator[dict[str, Tensor]], iter((asked,) if isinstance(asked, Mapping) else asked))
         while True:
             with self._autocast(), with_variance(self.config):
                 terms = next(terms_left, None)

@@ -117,7 +117,7 @@ def score(dataset: Any, found: Sequence[dict[str, Any]], most: int, of: str = "b
             f"none of the {len(dataset)} images has a box to detect, so there is nothing to score and every number is "
             "-1; choose images with boxes"
         )
-    return Scores(*stats[:3], stats, lines, most, per_class=_per_class(scoring, dataset))
+    return Scores(stats[0], stats[1], stats[2], stats, lines, most, per_class=_per_class(scoring, dataset))
 
 
 def _numbered(found: Sequence[dict[str, Any]], of: str) -> Any:

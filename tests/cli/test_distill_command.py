@@ -132,8 +132,14 @@ def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, spec_fi
 
 def test_events_are_written_while_it_trains(jdkd, pair, tmp_path):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     answer = jdkd(*pair, "--steps", 1, "--batch-size", 1, "--out", tmp_path / "out", "--tensorboard")
-    assert answer.code == 0 and [*(tmp_path / "out" / "tensorboard").rglob("events.out.tfevents.*")], answer.err
+    assert answer.code == 0, answer.err
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / "training")).Reload()
+    (row,) = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
+    (loss,) = events.Scalars("losses/loss_pkd")
+    assert loss.step == 1 and loss.value == pytest.approx(row["losses"]["loss_pkd"])
 
 
 @pytest.mark.slow

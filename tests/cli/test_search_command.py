@@ -180,3 +180,14 @@ def test_help_says_what_every_flag_does(jdkd):
     for flag in ("--targets", "--target-map", "--minutes", "--workers", "--ray", "--teachers", "--no-control"):
         assert flag in words
     assert "a student for each" in words and "--no-control Leave out the control" in words
+
+
+def test_events_of_the_search_are_written(jdkd, pretend, arguments, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    pretend(0.5)
+    assert jdkd(*arguments, "--tensorboard").code == 0
+    events = EventAccumulator(str(tmp_path / "out" / "tensorboard" / "search")).Reload()
+    assert [(each.step, round(each.value, 3)) for each in events.Scalars("candidates/mAP")] == [(0, 0.4)]
+    assert len(events.Images("front")) == 1

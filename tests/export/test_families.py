@@ -17,6 +17,7 @@ from jdkd.export.suppression import by_torchvision
 from jdkd.export.writing import exported
 from tests.detectors import mask_detector
 from tests.export.tiny import FAMILIES, formed, made, pictures
+from tests.graph.networks import pan_detector
 
 SIZES = ((60, 90), (120, 77), (96, 128))
 
@@ -100,17 +101,19 @@ def test_every_family_in_every_form(family, form):
     model = made(family)
     agree(model, OPENERS[f".{form}"](exported(model, form), "cpu"))
     agree(model, OPENERS[f".{form}"](exported(model, form, half=True), "cpu"), TOLERANCES["fp16"])
-    if family != "maskrcnn":
+    if not family.startswith("maskrcnn"):
         file = OPENERS[f".{form}"](exported(model, form, nms="outside"), "cpu")
         agree(model, file)
         scores = file.run(*batch_of([pictures((96, 128))[0].permute(1, 2, 0).numpy()], file.facts["resize"]))[2]
-        assert scores.shape == (1, 60 if family == "fasterrcnn" else 200)  # 30 regions of 2 classes, or 40 of a level
+        candidates = 60 if family.startswith("fasterrcnn") else 200  # 30 regions of 2 classes, or 40 of a level
+        assert scores.shape == (1, candidates)
 
 
 REFUSED = {
     "ssd": "SSD cannot be exported: what follows",
     "ssdlite": "SSD cannot be exported: what follows",
     "keypointrcnn": "its key points are read off heat maps",
+    "pan": "PANDetector cannot be exported: what follows",
 }
 OTHERS = [
     (headless, "FCOS cannot be exported: what follows its heads"),
@@ -118,9 +121,13 @@ OTHERS = [
 ]
 
 
+def small(family):
+    return pan_detector() if family == "pan" else built(family, "resnet18", 2, channels=32)
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
-    [*((partial(built, family, "resnet18", 2, channels=32), said) for family, said in REFUSED.items()), *OTHERS],
+    [*((partial(small, family), said) for family, said in REFUSED.items()), *OTHERS],
 )
 def test_what_cannot_be_exported_is_refused_with_the_reason(make, sentence):
     with torch.device("meta"):

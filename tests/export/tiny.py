@@ -1,13 +1,16 @@
 """Detectors of every family over a handful of convolutions, which find something without having been trained."""
 
 from collections import OrderedDict
+from functools import partial
 
 import torch
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from jdkd.detect.atss import ATSS, ATSSHead
@@ -23,7 +26,7 @@ from jdkd.rewrite import describe
 WIDTH = 32
 ONE_STAGE = {"fcos": FCOS, "retinanet": RetinaNet, "atss": ATSS, "gfl": GFL, "reppoints": RepPoints}
 HEADS = {"atss": ATSSHead, "gfl": GFLHead, "reppoints": RepPointsHead}
-FAMILIES = (*ONE_STAGE, "fasterrcnn", "maskrcnn")
+FAMILIES = (*ONE_STAGE, "retinanet_v2", "fasterrcnn", "fasterrcnn_v2", "maskrcnn", "maskrcnn_v2")
 
 
 class Levels(nn.Module):
@@ -46,13 +49,17 @@ class Levels(nn.Module):
 def tiny(family: str, outputs: int = 3) -> nn.Module:
     """A detector with weights that are far from each other; label 0 is never found."""
     size = {"min_size": 96, "max_size": 128}
+    family, second = family.removesuffix("_v2"), family.endswith("_v2")
     if family in ONE_STAGE:
         sides = (8, 16, 32, 64, 128)
         ratios = (0.5, 2.0) if family == "retinanet" else (1.0,)
         how = {"anchor_generator": AnchorGenerator(tuple((s,) for s in sides), (ratios,) * 5), **size}
         how |= {"topk_candidates": 40, "detections_per_img": 20, "score_thresh": 0.3}
-        head = {"head": HEADS[family](WIDTH, outputs)} if family in HEADS else {}
-        model = ONE_STAGE[family](Levels(8), outputs, **how, **head)
+        if family in HEADS:
+            how["head"] = HEADS[family](WIDTH, outputs)
+        elif second:
+            how["head"] = RetinaNetHead(WIDTH, len(ratios), outputs, partial(nn.GroupNorm, 4))
+        model = ONE_STAGE[family](Levels(8), outputs, **how)
         for module in model.modules():
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = 4  # of 32, a group of a map of one cell would be one number
@@ -63,19 +70,22 @@ def tiny(family: str, outputs: int = 3) -> nn.Module:
         set_roi_scales(made, (4, 8, 16, 32))
         return made
 
+    norm = nn.BatchNorm2d if second else None
+    convolutions = (WIDTH, 7, 7), [WIDTH] * 2, [16], norm
     how = {
         "rpn_anchor_generator": AnchorGenerator(tuple((s,) for s in (8, 16, 32, 64, 128)), ((0.5, 1.0),) * 5),
         "rpn_pre_nms_top_n_test": 40,
         "rpn_post_nms_top_n_test": 30,
         "box_roi_pool": pool(7),
-        "box_head": TwoMLPHead(WIDTH * 49, 16),
+        "rpn_head": RPNHead(WIDTH, 2, conv_depth=1 + second),
+        "box_head": FastRCNNConvFCHead(*convolutions) if second else TwoMLPHead(WIDTH * 49, 16),
         "box_predictor": FastRCNNPredictor(16, outputs),
         "box_detections_per_img": 12,
         **size,
     }
     if family == "fasterrcnn":
         return FasterRCNN(Levels(4), **how)
-    masks = MaskRCNNHeads(WIDTH, (16,), 1), MaskRCNNPredictor(16, 16, outputs)
+    masks = MaskRCNNHeads(WIDTH, (16,), 1, norm), MaskRCNNPredictor(16, 16, outputs)
     return MaskRCNN(Levels(4), mask_roi_pool=pool(14), mask_head=masks[0], mask_predictor=masks[1], **how)
 
 

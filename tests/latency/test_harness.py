@@ -5,13 +5,12 @@ import random
 import time
 
 import pytest
-import torch
-from torch import nn
 
-from jdkd.latency import measure
+from benchmarks import itself
 from jdkd.latency.protocol import AGAIN, Schedule, interleave
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency
+from tests.export.tiny import made
 
 SLOWDOWN = 1.05
 
@@ -82,40 +81,22 @@ def test_what_turns_do_not_cancel_fails_the_control():
     assert not report.control_holds() and report.warnings()[0].startswith("A/A fails")
 
 
-class Busy(nn.Module):
-    """Takes a few milliseconds to find one box, and a part of that longer where it is told to."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Conv2d(32, 32, 3, padding=1)
-        self.waited = 0.0
-
-    def forward(self, images):
-        features = torch.ones(1, 32, 48, 48)
-        for _ in range(6):
-            features = self.layer(features).relu()
-        until = time.perf_counter() + self.waited
-        while time.perf_counter() < until:
-            pass
-        return [{"boxes": torch.ones(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)} for _ in images]
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("when_asked")
-def test_equals_are_found_equal_and_a_slowdown_is_found_on_this_machine(images):
-    """Twenty real measurements; the student is the base that waits for 5 % of its own time at the end of every call."""
-    base, student = Busy().eval(), Busy().eval()
-    with torch.inference_mode():
-        times = []
-        for _ in range(100):
-            begin = time.perf_counter()
-            base(images[:1])
-            times.append(time.perf_counter() - begin)
-    student.waited = (SLOWDOWN - 1) * sorted(times)[50]
-    how = {"modes": ("end_to_end",), "rounds": 100, "min_seconds": 0, "warmup_seconds": 0, "warmup_limit": 2}
-    reports = [measure({"base": base, "student": student}, images[:1], **how) for _ in range(20)]
-    ratios = [(str(report.control_ratio()), str(report.ratio("student"))) for report in reports]
-    print(*ratios, sep="\n")
-    assert sum(report.control_holds() for report in reports) >= 19, ratios
-    assert sum(report.verdict("student") == "slower" for report in reports) >= 17, ratios
+def test_equals_are_found_equal_and_a_slowdown_is_found_on_this_machine():
+    found = list(itself.reports())
+    ratios = [(str(report.control_ratio()), str(report.ratio("student"))) for report in found]
+    assert sum(report.control_holds() for report in found) >= itself.HOLD, ratios
+    assert sum(report.verdict("student") == "slower" for report in found) >= itself.FIND, ratios
+
+
+def test_the_slower_one_finds_the_same_and_takes_so_much_longer(images):
+    (report,) = itself.reports(1, rounds=2, warmup_limit=0)
+    row = itself.row(report)
+    assert {*report.models} == {"base", "student"} and row["holds"] is report.control_holds()
+    assert row["control"][0] == report.control_ratio().value and row["verdict"] == report.verdict("student")
+    assert f"| 2 | {2 * row['holds']} | {2 * (row['verdict'] == 'slower')} of 2 |" in itself.table([row, row])
+    model, image = made("fcos"), images[0] / 255
+    begin = time.thread_time()
+    (slower,) = itself.Waiting(model, 0.05)([image])
+    assert time.thread_time() - begin > 0.05 and slower["scores"].equal(model([image])[0]["scores"])

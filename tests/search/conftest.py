@@ -10,9 +10,8 @@ from jdkd.search import Method, search
 from jdkd.search.context import open_context
 from tests.detectors import detector, small_spec
 from tests.once import made_once, shared_folder
-from tests.search.small_search import config_of, make_steady
+from tests.search.small_search import DIGITS, config_of, make_steady
 
-DIGITS = tuple(str(digit) for digit in range(10))
 FAMILIES = {"Faster R-CNN": detector}  # of the base that most tests begin from
 STAGES = (Stage(16, ((8,),)), Stage(16, ((8,), (16,))), Stage(24, ((8,),)), Stage(32, ((8,),)))
 

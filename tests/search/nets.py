@@ -1,14 +1,24 @@
 """Small detectors of torchvision's parts over a backbone of ours; builders for architectures."""
 
 from collections import OrderedDict
+from functools import partial
 
 from torch import Tensor, nn
-from torchvision.models.detection import FCOS, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+
+from jdkd.detect.atss import ATSS, ATSSHead
+from jdkd.detect.gfl import GFL, GFLHead
+from jdkd.detect.reppoints import RepPoints, RepPointsHead
 
 SIZES = {"min_size": 64, "max_size": 64}
 WIDTHS = (16, 24, 32)
@@ -50,18 +60,49 @@ def fcos(num_classes: int = 11) -> FCOS:
     return FCOS(Backbone(32), num_classes, anchor_generator=anchors(1), topk_candidates=60, **SIZES)
 
 
-def mask_rcnn(num_classes: int = 11) -> MaskRCNN:
-    levels = ["0", "1", "2"]
-    return MaskRCNN(
+def two_stages(family: str, num_classes: int = 11) -> FasterRCNN:
+    """Faster, Mask or Keypoint R-CNN, or the second version of the former, with normalised heads."""
+    second, width, levels = family.endswith("_v2"), 16, ["0", "1", "2"]
+    norm = nn.BatchNorm2d if second else None
+    kind, heads = FasterRCNN, {}
+    if family.startswith("mask"):
+        kind, heads = MaskRCNN, {"mask_head": MaskRCNNHeads(width, (16, 16), 1, norm)}
+        heads |= {"mask_predictor": MaskRCNNPredictor(16, 16, num_classes)}
+        heads |= {"mask_roi_pool": MultiScaleRoIAlign(levels, 14, 1)}
+    elif family.startswith("keypoint"):
+        kind, heads = KeypointRCNN, {"keypoint_head": KeypointRCNNHeads(width, (16, 16))}
+        heads |= {"keypoint_predictor": KeypointRCNNPredictor(16, 17), "num_keypoints": None}
+        heads |= {"keypoint_roi_pool": MultiScaleRoIAlign(levels, 14, 1)}
+    convolutions = (width, 7, 7), [width] * 4, [24], norm
+    return kind(
         Backbone(),
         rpn_anchor_generator=anchors(3),
+        rpn_head=RPNHead(width, 3, conv_depth=1 + second),
         rpn_post_nms_top_n_test=30,
         box_roi_pool=MultiScaleRoIAlign(levels, 7, 1),
-        box_head=TwoMLPHead(16 * 49, 24),
+        box_head=FastRCNNConvFCHead(*convolutions) if second else TwoMLPHead(width * 49, 24),
         box_predictor=FastRCNNPredictor(24, num_classes),
-        mask_roi_pool=MultiScaleRoIAlign(levels, 14, 1),
-        mask_head=MaskRCNNHeads(16, (16, 16), 1),
-        mask_predictor=MaskRCNNPredictor(16, 16, num_classes),
         box_batch_size_per_image=16,
+        **heads,
         **SIZES,
     )
+
+
+def retinanet_v2(num_classes: int = 11) -> RetinaNet:
+    head = RetinaNetHead(16, 3, num_classes, partial(nn.GroupNorm, 4))
+    head.regression_head._loss_type = "giou"
+    return RetinaNet(Backbone(), num_classes, anchor_generator=anchors(3), head=head, topk_candidates=60, **SIZES)
+
+
+def of_every_place(family: str, num_classes: int = 11) -> FCOS:
+    """ATSS, GFL or RepPoints."""
+    kind, head = {"atss": (ATSS, ATSSHead), "gfl": (GFL, GFLHead), "reppoints": (RepPoints, RepPointsHead)}[family]
+    how = {"anchor_generator": anchors(1), "head": head(16, num_classes), "topk_candidates": 60}
+    return kind(Backbone(), num_classes, **how, **SIZES)
+
+
+def ssd(num_classes: int = 11, lite: bool = False) -> SSD:
+    boxes = DefaultBoxGenerator([[2]] * 3)
+    given = [16] * 3, boxes.num_anchors_per_location(), num_classes
+    head = SSDLiteHead(*given, nn.BatchNorm2d) if lite else SSDHead(*given)
+    return SSD(Backbone(), boxes, (64, 64), num_classes, head=head, topk_candidates=60)

@@ -9,18 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from jdkd.data import resolve_splits
-from jdkd.detect import read
+from jdkd.data import CocoDetectionDataset, resolve_splits
+from jdkd.detect import read, save
 from jdkd.detect.contract import identity
 from jdkd.graph import Topology
 from jdkd.latency import Latency, LatencyReport, ModelLatency
 from jdkd.latency.protocol import conditions_of
 from jdkd.latency.table import LatencyTable, measure_table
 from jdkd.notices import Notice
+from jdkd.rewrite import Architecture, build
+from jdkd.run_folder import RunFolder
 from jdkd.search import SearchConfig, search
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.evaluator import SearchTask
+from jdkd.train.inputs import with_targets_of
 
+DIGITS = tuple(str(digit) for digit in range(10))
 DECIDED = (
     "number, id, generation, parent, kind, action, teacher, target, architecture, map, map50, latency_ratio, "
     "predicted, lineage_steps, cycles"
@@ -35,6 +39,18 @@ def config_of(folder: Path, out: Path, **changes) -> SearchConfig:
         lr=1e-4, latency_rounds=2, latency_seconds=0.0, command=("jdkd", "search", "--base", "a folder"),
     )  # fmt: skip
     return replace(small, **changes)
+
+
+def base_of(builder, arguments, method, folder, tmp_path, steps=24) -> SearchConfig:
+    """An untrained base of a builder, as `jdkd import` leaves it, and a search from it."""
+    least = {"candidates": 1, "proposals": 1, "control": False, "steps": steps, "method": method}
+    config = config_of(folder, tmp_path / "out", base=tmp_path / "base", **least)
+    base = build(Architecture(builder, arguments))
+    base.architecture = Architecture(builder, arguments, classes=DIGITS)
+    seen = with_targets_of(base, CocoDetectionDataset(config.train))
+    RunFolder(config.base).begin("train", {"data": {"train": seen.fingerprint}})
+    save(config.base, base)
+    return config
 
 
 def steady_measure(models, images, *, device, rounds, runtime, progress=None, **schedule) -> LatencyReport:

@@ -5,22 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jdkd.data import CocoDetectionDataset
-from jdkd.detect import save
-from jdkd.rewrite import Architecture, build, load_architecture
-from jdkd.run_folder import RunFolder
+from jdkd.rewrite import load_architecture
 from jdkd.search import Method, plan, search
-from jdkd.train.inputs import with_targets_of
 from tests.detectors import hide_own_detectors
-from tests.search.conftest import DIGITS
-from tests.search.small_search import archived, config_of
+from tests.search.small_search import archived, base_of
 
 FAMILIES = {  # with what of the method is not the default
     "RetinaNet": ("tests.search.nets:retinanet", {}, Method()),
     "FCOS": ("tests.search.nets:fcos", {}, Method(teaching="base", imitation="mse", criterion="gamma")),
     "Mask R-CNN": (
-        "tests.search.nets:mask_rcnn",
-        {},
+        "tests.search.nets:two_stages",
+        {"family": "maskrcnn"},
         Method(order="pipelined", teaching="base", criterion="magnitude"),
     ),
     "PAN": ("tests.graph.networks:pan_detector", {"classes": 10}, Method(inherit=False, teaching="none")),
@@ -67,15 +62,3 @@ def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(
     hide_own_detectors(monkeypatch)
     (found,) = load_architecture(config.out / "student")([torch.rand(3, 64, 64)])
     assert found["boxes"].shape[1:] == (4,)
-
-
-def base_of(builder, arguments, method, folder, tmp_path):
-    """An untrained base of a builder, as `jdkd import` leaves it, and a search from it."""
-    least = {"candidates": 1, "proposals": 1, "control": False, "steps": 24, "method": method}
-    config = config_of(folder, tmp_path / "out", base=tmp_path / "base", **least)
-    base = build(Architecture(builder, arguments))
-    base.architecture = Architecture(builder, arguments, classes=DIGITS)
-    seen = with_targets_of(base, CocoDetectionDataset(config.train))
-    RunFolder(config.base).begin("train", {"data": {"train": seen.fingerprint}})
-    save(config.base, base)
-    return config
