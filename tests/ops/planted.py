@@ -30,6 +30,9 @@ NETS = {
     "warp": "lanes of a warp wait at .* and at",
     "copy": "a bulk copy reads past its tensor",
     "barrier": "an mbarrier is used before it was initialised",
+    "bytes": "copies land that it did not expect",
+    "leave": "a block leaves while a bulk copy to it is under way",
+    "phase": "waits for ever|errs by|^assert",
     "value": "errs by|^assert",
 }
 BUGS = (
@@ -237,7 +240,7 @@ BUGS = (
     ),
     Bug(
         "a stage waits for half of its bytes",
-        "single", "wait", "cuda/pearson_single_team.cuh",
+        "single", "bytes", "cuda/pearson_single_team.cuh",
         "hopper::barrier_expect(barriers + stage, 2 * bytes);",
         "hopper::barrier_expect(barriers + stage, (2 - BUG) * bytes);",
     ),
@@ -245,6 +248,35 @@ BUGS = (
         "a sweep does not wait for its stage",
         "single", "value", "cuda/pearson_single.cuh",
         "hopper::barrier_wait(barriers + stage);", "if (!BUG) hopper::barrier_wait(barriers + stage);",
+    ),
+    Bug(
+        "a stage is over before its bytes are expected",
+        "single", "phase", "cuda/pearson_single_team.cuh",
+        "  for (int r = team.thread; r < slice.rows; r += 32) {",
+        "  for (int stage = team.thread; BUG && stage * kStage < slice.vectors; stage += 32) {\n"
+        "    hopper::barrier_arrive(barriers + stage);\n  }\n"
+        "  for (int r = team.thread; r < slice.rows; r += 32) {",
+    ),
+    Bug(
+        "a copy lands on the barrier of another stage",
+        "single", "bytes", "cuda/pearson_single_team.cuh",
+        "source.s + place, bytes, barriers + stage);",
+        "source.s + place, bytes, barriers + (BUG && team.index == 0 ? kMaxBarriers - 1 : stage));",
+    ),
+    Bug(
+        "nobody waits for a copy",
+        "single", "leave", "cuda/pearson_single_team.cuh",
+        "      hopper::bulk_load(t + from, source.t + place, bytes, barriers + stage);",
+        "      hopper::bulk_load(t + from, source.t + place, bytes, barriers + stage);\n"
+        "      if (BUG && team.index == 0) {\n"
+        "        hopper::barrier_expect(barriers + kMaxBarriers - 1, bytes);\n"
+        "        hopper::bulk_load(t + from, source.t + place, bytes, barriers + kMaxBarriers - 1);\n      }",
+    ),
+    Bug(
+        "lanes of a warp meet at two copies of one barrier",
+        "single", "warp", "cuda/pearson_single_team.cuh",
+        "    sync();\n  }\n  template <int N>",
+        "    if (BUG && thread % 2) sync(); else sync();\n  }\n  template <int N>",
     ),
     Bug(
         "barriers are used before they are initialised",
