@@ -16,6 +16,7 @@ namespace jdkd::pack {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kPiece = 4096;    // elements of a piece, about
 constexpr int kMaxParts = 480;  // pointers of both sides: 7.5 KB of the 32 KB that arguments may take
 
 // Where the parts of a launch lie; the flat buffer of a side repeated, where there is one.
@@ -46,28 +47,57 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
 
 // A vector's worth of the action, between two places that both hold V elements side by side.
 template <Action action, int V, class S, class P>
-__device__ __forceinline__ void transfer(S* shared, P* packed) {
-  using SharedVector = Vector<S, V>;
-  using PackedVector = Vector<P, V>;
-  if constexpr (action == Action::kPack) {
-    const SharedVector from = *reinterpret_cast<const SharedVector*>(shared);
-    PackedVector to;
+struct Transfer {
+  Vector<S, V> own;
+  Vector<P, V> theirs;
+
+  __device__ __forceinline__ void load(const S* shared, const P* packed) {
+    if constexpr (action != Action::kSet) {
+      own = *reinterpret_cast<const Vector<S, V>*>(shared);
+    }
+    if constexpr (action != Action::kPack) {
+      theirs = *reinterpret_cast<const Vector<P, V>*>(packed);
+    }
+  }
+  __device__ __forceinline__ void store(S* shared, P* packed) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      to.at[i] = from_float<P>(as_float(from.at[i]));
+      if constexpr (action == Action::kPack) {
+        theirs.at[i] = from_float<P>(as_float(own.at[i]));
+      } else {
+        own.at[i] = unpacked<action>(own.at[i], as_float(theirs.at[i]));
+      }
     }
-    *reinterpret_cast<PackedVector*>(packed) = to;
-  } else {
-    const PackedVector from = *reinterpret_cast<const PackedVector*>(packed);
-    SharedVector to;
-    if constexpr (action == Action::kAdd) {
-      to = *reinterpret_cast<const SharedVector*>(shared);
+    if constexpr (action == Action::kPack) {
+      *reinterpret_cast<Vector<P, V>*>(packed) = theirs;
+    } else {
+      *reinterpret_cast<Vector<S, V>*>(shared) = own;
+    }
+  }
+};
+
+// All transfers i < total of a block; place(i, shared, packed) says where. A thread asks for kBatch before it uses the
+// first; past the last one it asks for that once more, so that no branch parts the loads.
+template <Action action, int V, int kBatch, class S, class P, class Place>
+__device__ __forceinline__ void transfer_all(int total, const Place& place) {
+  for (int first = threadIdx.x; first < total; first += kBatch * kThreads) {
+    Transfer<action, V, S, P> transfers[kBatch];
+    S* shared[kBatch];
+    P* packed[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      place(min(first + k * kThreads, total - 1), shared[k], packed[k]);
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      to.at[i] = unpacked<action>(to.at[i], as_float(from.at[i]));
+    for (int k = 0; k < kBatch; ++k) {
+      transfers[k].load(shared[k], packed[k]);
     }
-    *reinterpret_cast<SharedVector*>(shared) = to;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (first + k * kThreads < total) {
+        transfers[k].store(shared[k], packed[k]);
+      }
+    }
   }
 }
 
@@ -97,24 +127,26 @@ struct Work {
   }
 };
 
-// Runs of columns on both sides, V at a time.
+// Runs of columns on both sides, V at a time; a thread has its vectors of a piece of 4096 elements in flight at once.
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void copy_piece(const Work<S, P>& work) {
   const int vectors = work.columns / V, total = work.rows * work.taps * vectors;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
+  transfer_all<action, V, kPiece / (V * kThreads), S, P>(total, [&](int i, S*& shared, P*& packed) {
     const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;
-    transfer<action, V>(work.shared_row(r) + work.tap(t) + work.first_column + c, work.packed_run(r, t) + c);
-  }
+    shared = work.shared_row(r) + work.tap(t) + work.first_column + c;
+    packed = work.packed_run(r, t) + c;
+  });
 }
 
 // Element by element, in packed order.
 template <Action action, class S, class P>
 __device__ __forceinline__ void gather_piece(const Work<S, P>& work) {
   const int total = work.rows * work.taps * work.columns;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
+  transfer_all<action, 1, 4, S, P>(total, [&](int i, S*& shared, P*& packed) {
     const int run = i / work.columns, c = i - run * work.columns, r = run / work.taps, t = run - r * work.taps;
-    transfer<action, 1>(work.shared_row(r) + work.tap(t) + work.column(c), work.packed_run(r, t) + c);
-  }
+    shared = work.shared_row(r) + work.tap(t) + work.column(c);
+    packed = work.packed_run(r, t) + c;
+  });
 }
 
 // The side of a turn that lies in shared-weight order, taps innermost: between it and the cells [rows, taps, pitch].
@@ -125,34 +157,47 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
   const bool flat = work.part.column_list < 0 && work.part.column_stride == taps && work.part.tap_w_stride == 1 &&
       work.part.taps_w == taps && work.part.row_stride % 4 == 0 && first % 4 == 0 && per_row % 4 == 0 &&
       is_pack_aligned(work.shared);
-  const int step = flat ? 4 : 1, total = work.rows * per_row;
-  for (int i = threadIdx.x * step; i < total; i += kThreads * step) {
-    const int r = i / per_row, at = i - r * per_row;
-    int c = at / taps, t = at - c * taps;
-    float* row = cells + r * taps * pitch;
-    if (flat) {
-      S* run = work.shared_row(r) + first + at;
-      Vector<S, 4> values;
-      if constexpr (action != Action::kSet) {
-        values = *reinterpret_cast<const Vector<S, 4>*>(run);
-      }
+  const int total = work.rows * per_row;
+  if (!flat) {
+    transfer_all<action, 1, 4, S, float>(total, [&](int i, S*& shared, float*& cell) {
+      const int r = i / per_row, at = i - r * per_row, c = at / taps, t = at - c * taps;
+      shared = work.shared_row(r) + work.tap(t) + work.column(c);
+      cell = cells + (r * taps + t) * pitch + c;
+    });
+    return;
+  }
+  constexpr int kBatch = 2, kStep = 4 * kThreads;
+  for (int i = threadIdx.x * 4; i < total; i += kBatch * kStep) {
+    Vector<S, 4> values[kBatch];
+    if constexpr (action != Action::kSet) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        float* cell = row + t * pitch + c;
-        if constexpr (action == Action::kPack) {
-          *cell = as_float(values.at[k]);
-        } else {
-          values.at[k] = unpacked<action>(values.at[k], *cell);
+      for (int k = 0; k < kBatch; ++k) {
+        const int place = min(i + k * kStep, total - 4), r = place / per_row;
+        values[k] = *reinterpret_cast<const Vector<S, 4>*>(work.shared_row(r) + first + (place - r * per_row));
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int place = i + k * kStep, r = place / per_row, at = place - r * per_row;
+      if (place < total) {
+        int c = at / taps, t = at - c * taps;
+        float* row = cells + r * taps * pitch;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float* cell = row + t * pitch + c;
+          if constexpr (action == Action::kPack) {
+            *cell = as_float(values[k].at[e]);
+          } else {
+            values[k].at[e] = unpacked<action>(values[k].at[e], *cell);
+          }
+          ++t;
+          c += t == taps;
+          t = t == taps ? 0 : t;
         }
-        ++t;
-        c += t == taps;
-        t = t == taps ? 0 : t;
+        if constexpr (action != Action::kPack) {
+          *reinterpret_cast<Vector<S, 4>*>(work.shared_row(r) + first + at) = values[k];
+        }
       }
-      if constexpr (action != Action::kPack) {
-        *reinterpret_cast<Vector<S, 4>*>(run) = values;
-      }
-    } else {
-      transfer<action, 1>(work.shared_row(r) + work.tap(t) + work.column(c), row + t * pitch + c);
     }
   }
 }
@@ -161,12 +206,13 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void turn_packed_side(const Work<S, P>& work, float* cells, int pitch) {
   const int vectors = work.columns / V, total = work.rows * work.taps * vectors;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
+  // Cells take the place of the shared side: packing reads them, unpacking fills them.
+  constexpr Action kDone = action == Action::kPack ? Action::kPack : Action::kSet;
+  transfer_all<kDone, V, V == 1 ? 4 : kPiece / (V * kThreads), float, P>(total, [&](int i, float*& cell, P*& packed) {
     const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps;
-    P* packed = work.packed_run(r, run - r * work.taps) + c;
-    // Cells take the place of the shared side: packing reads them, unpacking fills them.
-    transfer<action == Action::kPack ? Action::kPack : Action::kSet, V>(cells + run * pitch + c, packed);
-  }
+    cell = cells + run * pitch + c;
+    packed = work.packed_run(r, run - r * work.taps) + c;
+  });
 }
 
 template <Action action, class S, class P>

@@ -24,6 +24,7 @@ class Bug(NamedTuple):
 # What the emulation says, or the comparison with float64.
 NETS = {
     "page": "touches memory .* an allocation",
+    "outside": "touches memory .* an allocation|overflows, leaves an array",
     "sanitizer": "overflows, leaves an array, or uses a pointer that is not aligned",
     "vector": "a vector access is not aligned",
     "wait": "waits for ever",
@@ -45,7 +46,8 @@ BUGS = (
     Bug(
         "the last edge of a plane gets no gradient",
         "planes", "value", "cuda/pearson_planes.cuh",
-        "if (where.lane < split.edges) {", "if (where.lane < split.edges - BUG) {",
+        "lane < split.edges;\n  if (split.packs > 0) {\n    batch",
+        "lane < split.edges - BUG;\n  if (split.packs > 0) {\n    batch",
     ),
     Bug(
         "the last vector of a plane gets no gradient",
@@ -55,12 +57,12 @@ BUGS = (
     Bug(
         "the teacher is read in vectors whatever its address",
         "planes", "vector", "cuda/pearson_planes.cuh",
-        "wide_t = is_pack_aligned(t_at + split.head)", "wide_t = BUG || is_pack_aligned(t_at + split.head)",
+        "wide = is_pack_aligned(t + split.head)", "wide = BUG || is_pack_aligned(t + split.head)",
     ),
     Bug(
         "the gradient is written in vectors whatever its address",
         "planes", "vector", "cuda/pearson_planes.cuh",
-        "wide_dx = is_pack_aligned(dx + split.head)", "wide_dx = BUG || is_pack_aligned(dx + split.head)",
+        "&& is_pack_aligned(dx + split.head)", "&& (BUG || is_pack_aligned(dx + split.head))",
     ),
     Bug(
         "images share a cell",
@@ -70,7 +72,34 @@ BUGS = (
     Bug(
         "the heads' gradient is left out of vectors",
         "planes", "value", "cuda/pearson_planes.cuh",
-        "result[e] = dout ?", "result[e] = dout && !BUG ?",
+        "adds ? added[i][e]", "adds && !BUG ? added[i][e]",
+    ),
+    Bug(
+        "what stands in for packs past the last one is summed",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "if (all || first", "if (all || BUG || first",
+    ),
+    Bug(
+        "packs past the last one are read",
+        "planes", "page", "cuda/pearson_planes.cuh",
+        "min(first + i * kTeam, packs - 1) * kCount;\n      s[i]",
+        "(BUG ? first + i * kTeam : min(first + i * kTeam, packs - 1)) * kCount;\n      s[i]",
+    ),
+    Bug(
+        "a plane without packs is read before its first element",
+        "planes", "page", "cuda/pearson_planes.cuh",
+        "  if (packs > 0) {", "  if (BUG || packs > 0) {",
+    ),
+    Bug(
+        "packs are summed twice and others never",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "held.load(s_body, t_body, first + 2 * kStep, packs);",
+        "held.load(s_body, t_body, first + (2 - BUG) * kStep, packs);",
+    ),
+    Bug(
+        "the sums of a plane's threads are not added",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "  team_sum<kTeam>(sums.of, scratch);\n", "  if (!BUG) team_sum<kTeam>(sums.of, scratch);\n",
     ),
     Bug(
         "the sum before may still be read from the scratch",
@@ -104,6 +133,12 @@ BUGS = (
         "a thread holds a row too many",
         "rows", "page", "cuda/pearson_rows.cuh",
         "? (n - where.lane + Shape::kLanes - 1)", "? (n + BUG - where.lane + Shape::kLanes - 1)",
+    ),
+    Bug(
+        "rows past the last one are read for the gradient",
+        "rows", "page", "cuda/pearson_rows.cuh",
+        "min(first + i * Shape::kLanes, last - 1) * c",
+        "min(first + i * Shape::kLanes, BUG ? last + 8 : last - 1) * c",
     ),
     Bug(
         "channels past the last one are read",
@@ -177,11 +212,19 @@ BUGS = (
         "min(part.tile_columns, part.columns - piece.column - BUG)",
     ),
     Bug(
-        "the last vector is not copied",
+        "the last of a piece is not moved",
         "pack", "value", "cuda/pack.cu",
-        "(i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;\n    transfer<action, V>(",
-        "(i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;\n"
-        "    if (!BUG || i < total - 1) transfer<action, V>(",
+        "      if (first + k * kThreads < total) {", "      if (first + k * kThreads < total - BUG) {",
+    ),
+    Bug(
+        "what follows a piece is asked for",
+        "pack", "outside", "cuda/pack.cu",
+        "place(min(first + k * kThreads, total - 1),", "place(BUG ? first + k * kThreads : min(first + k * kThreads, total - 1),",
+    ),
+    Bug(
+        "a turn takes vectors past its last",
+        "pack", "value", "cuda/pack.cu",
+        "      if (place < total) {", "      if (BUG || place < total) {",
     ),
     Bug(
         "the last element is not gathered",

@@ -28,11 +28,12 @@ def planted(_planted_operators: Emulation) -> Iterator[Emulation]:
 
 
 def planes(emulation: Emulation) -> None:
-    case = Case(shapes=((2, 2, 47, 47), (2, 2, 7, 11)))
+    case = Case(shapes=((1, 2, 67, 67), (2, 2, 25, 23), (2, 2, 1, 1)))
     with emulation.memory("end"):
         test_pearson_split_emulated.run(emulation.ops, case, tap=True)
     with emulation.memory("begin"):
         test_pearson_split_emulated.run(emulation.ops, case, (0, 1, 0))
+        test_pearson_split_emulated.run(emulation.ops, case, (1, 1, 1), tap=True)
 
 
 def rows(emulation: Emulation) -> None:

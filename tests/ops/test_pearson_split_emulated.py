@@ -14,8 +14,9 @@ from jdkd.reference import pearson as reference
 from tests.ops.emulated import placed
 from tests.ops.pearson_cases import CASES, DTYPES, PLAIN, WEIGHT, Case, assert_as_exact_as_eager, gradient_unit
 
-# Planes of a block and of a warp, a map of one position; rows of sixteen bytes, and several blocks of channels.
-ODD = ((1, 2, 47, 45), (2, 5, 7, 11), (3, 4, 1, 1), (2, 72, 3, 5))
+# Planes of two blocks and of a warp, so large that packs follow each other; a map of one position; rows of sixteen
+# bytes, and several blocks of channels.
+ODD = ((1, 1, 129, 131), (2, 2, 33, 35), (3, 4, 1, 1), (2, 72, 3, 5))
 OFFSETS = [(0, 0, 0), (1, 1, 1), (3, 0, 1), (8, 3, 0), (0, 8, 3)]
 
 
