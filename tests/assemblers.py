@@ -35,8 +35,8 @@ def release(ptxas: str | Path) -> tuple[int, int]:
 
 
 def newest_assembler() -> str | None:
-    """The newest ``ptxas`` there is: what TRITON_PTXAS_PATH names, of PATH, or of the package nvidia-cuda-nvcc."""
-    places = [os.environ.get("TRITON_PTXAS_PATH"), shutil.which("ptxas"), *nvidia_package("cu13/bin/ptxas")]
+    """The newest ``ptxas`` there is: what JDKD_PTXAS names, of PATH, or of the package nvidia-cuda-nvcc."""
+    places = [os.environ.get("JDKD_PTXAS"), shutil.which("ptxas"), *nvidia_package("cu13/bin/ptxas")]
     return max((str(place) for place in places if place and os.access(place, os.X_OK)), key=release, default=None)
 
 

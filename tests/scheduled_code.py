@@ -46,12 +46,9 @@ def decoded(text: str) -> list[Instruction]:
     found = []
     for address, words, upper in LINE.findall(text):
         bits = int(upper, 16)
-        sets, waits = bits >> 46 & 7, bits >> 52 & 63
-        found.append(
-            Instruction(
-                int(address, 16), words, None if sets == NONE else sets, frozenset(i for i in range(6) if waits >> i & 1)
-            )
-        )
+        sets, masked = bits >> 46 & 7, bits >> 52 & 63
+        waits = frozenset(i for i in range(6) if masked >> i & 1)
+        found.append(Instruction(int(address, 16), words, None if sets == NONE else sets, waits))
     return found
 
 

@@ -76,17 +76,46 @@ struct Transfer {
   }
 };
 
-// All transfers i < total of a block; place(i, shared, packed) says where. A thread asks for kBatch before it uses the
-// first; past the last one it asks for that once more, so that no branch parts the loads.
+// Element i = thread, thread + kThreads and so on of [outer, middle, inner], without a division each.
+struct Walk {
+  const int middles, inners;
+  int outer, middle, inner, outer_step, middle_step, inner_step;
+
+  __device__ __forceinline__ Walk(int middles, int inners) : middles(middles), inners(inners) {
+    const int at = static_cast<int>(threadIdx.x) / inners, step = kThreads / inners;
+    inner = threadIdx.x - at * inners, inner_step = kThreads - step * inners;
+    outer = at / middles, outer_step = step / middles;
+    middle = at - outer * middles, middle_step = step - outer_step * middles;
+  }
+  __device__ __forceinline__ void advance() {
+    inner += inner_step;
+    const bool next_middle = inner >= inners;
+    inner -= next_middle ? inners : 0;
+    middle += middle_step + next_middle;
+    const bool next_outer = middle >= middles;
+    middle -= next_outer ? middles : 0;
+    outer += outer_step + next_outer;
+  }
+};
+
+// All transfers [outers, middles, inners] of a block; place(outer, middle, inner, shared, packed) says where. A thread
+// asks for kBatch before it uses the first. Where it has fewer, it asks for one again: no branch parts the loads.
 template <Action action, int V, int kBatch, class S, class P, class Place>
-__device__ __forceinline__ void transfer_all(int total, const Place& place) {
-  for (int first = threadIdx.x; first < total; first += kBatch * kThreads) {
+__device__ __forceinline__ void transfer_all(int outers, int middles, int inners, const Place& place) {
+  Walk walk(middles, inners);
+  const int total = outers * middles * inners;
+  for (int left = (total - static_cast<int>(threadIdx.x) + kThreads - 1) / kThreads; left > 0; left -= kBatch) {
     Transfer<action, V, S, P> transfers[kBatch];
     S* shared[kBatch];
     P* packed[kBatch];
+    const int outer = walk.outer, middle = walk.middle, inner = walk.inner;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      place(min(first + k * kThreads, total - 1), shared[k], packed[k]);
+      const bool is_own = k < left;
+      place(
+          is_own ? walk.outer : outer, is_own ? walk.middle : middle, is_own ? walk.inner : inner, shared[k],
+          packed[k]);
+      walk.advance();
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
@@ -94,7 +123,7 @@ __device__ __forceinline__ void transfer_all(int total, const Place& place) {
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      if (first + k * kThreads < total) {
+      if (k < left) {
         transfers[k].store(shared[k], packed[k]);
       }
     }
@@ -130,23 +159,21 @@ struct Work {
 // Runs of columns on both sides, V at a time; a thread has its vectors of a piece of 4096 elements in flight at once.
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void copy_piece(const Work<S, P>& work) {
-  const int vectors = work.columns / V, total = work.rows * work.taps * vectors;
-  transfer_all<action, V, kPiece / (V * kThreads), S, P>(total, [&](int i, S*& shared, P*& packed) {
-    const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;
-    shared = work.shared_row(r) + work.tap(t) + work.first_column + c;
-    packed = work.packed_run(r, t) + c;
-  });
+  transfer_all<action, V, kPiece / (V * kThreads), S, P>(
+      work.rows, work.taps, work.columns / V, [&](int r, int t, int c, S*& shared, P*& packed) {
+        shared = work.shared_row(r) + work.tap(t) + work.first_column + c * V;
+        packed = work.packed_run(r, t) + c * V;
+      });
 }
 
 // Element by element, in packed order.
 template <Action action, class S, class P>
 __device__ __forceinline__ void gather_piece(const Work<S, P>& work) {
-  const int total = work.rows * work.taps * work.columns;
-  transfer_all<action, 1, 4, S, P>(total, [&](int i, S*& shared, P*& packed) {
-    const int run = i / work.columns, c = i - run * work.columns, r = run / work.taps, t = run - r * work.taps;
-    shared = work.shared_row(r) + work.tap(t) + work.column(c);
-    packed = work.packed_run(r, t) + c;
-  });
+  transfer_all<action, 1, 4, S, P>(
+      work.rows, work.taps, work.columns, [&](int r, int t, int c, S*& shared, P*& packed) {
+        shared = work.shared_row(r) + work.tap(t) + work.column(c);
+        packed = work.packed_run(r, t) + c;
+      });
 }
 
 // The side of a turn that lies in shared-weight order, taps innermost: between it and the cells [rows, taps, pitch].
@@ -159,11 +186,11 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
       is_pack_aligned(work.shared);
   const int total = work.rows * per_row;
   if (!flat) {
-    transfer_all<action, 1, 4, S, float>(total, [&](int i, S*& shared, float*& cell) {
-      const int r = i / per_row, at = i - r * per_row, c = at / taps, t = at - c * taps;
-      shared = work.shared_row(r) + work.tap(t) + work.column(c);
-      cell = cells + (r * taps + t) * pitch + c;
-    });
+    transfer_all<action, 1, 4, S, float>(
+        work.rows, work.columns, taps, [&](int r, int c, int t, S*& shared, float*& cell) {
+          shared = work.shared_row(r) + work.tap(t) + work.column(c);
+          cell = cells + (r * taps + t) * pitch + c;
+        });
     return;
   }
   constexpr int kBatch = 2, kStep = 4 * kThreads;
@@ -205,14 +232,13 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
 // The side of a turn that lies in packed order: between the cells and the packed side, V columns at a time.
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void turn_packed_side(const Work<S, P>& work, float* cells, int pitch) {
-  const int vectors = work.columns / V, total = work.rows * work.taps * vectors;
   // Cells take the place of the shared side: packing reads them, unpacking fills them.
   constexpr Action kDone = action == Action::kPack ? Action::kPack : Action::kSet;
-  transfer_all<kDone, V, V == 1 ? 4 : kPiece / (V * kThreads), float, P>(total, [&](int i, float*& cell, P*& packed) {
-    const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps;
-    cell = cells + run * pitch + c;
-    packed = work.packed_run(r, run - r * work.taps) + c;
-  });
+  transfer_all<kDone, V, V == 1 ? 4 : kPiece / (V * kThreads), float, P>(
+      work.rows, work.taps, work.columns / V, [&](int r, int t, int c, float*& cell, P*& packed) {
+        cell = cells + (r * work.taps + t) * pitch + c * V;
+        packed = work.packed_run(r, t) + c * V;
+      });
 }
 
 template <Action action, class S, class P>

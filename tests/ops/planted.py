@@ -214,12 +214,17 @@ BUGS = (
     Bug(
         "the last of a piece is not moved",
         "pack", "value", "cuda/pack.cu",
-        "      if (first + k * kThreads < total) {", "      if (first + k * kThreads < total - BUG) {",
+        "(total - static_cast<int>(threadIdx.x)", "(total - BUG - static_cast<int>(threadIdx.x)",
     ),
     Bug(
         "what follows a piece is asked for",
         "pack", "outside", "cuda/pack.cu",
-        "place(min(first + k * kThreads, total - 1),", "place(BUG ? first + k * kThreads : min(first + k * kThreads, total - 1),",
+        "is_own = k < left", "is_own = BUG || k < left",
+    ),
+    Bug(
+        "a thread walks on by a column too few",
+        "pack", "value", "cuda/pack.cu",
+        "inner_step = kThreads - step * inners", "inner_step = kThreads - step * inners - BUG",
     ),
     Bug(
         "a turn takes vectors past its last",
@@ -229,7 +234,7 @@ BUGS = (
     Bug(
         "the last element is not gathered",
         "pack", "value", "cuda/pack.cu",
-        "total = work.rows * work.taps * work.columns;", "total = work.rows * work.taps * work.columns - BUG;",
+        "work.rows, work.taps, work.columns, [&]", "work.rows, work.taps, work.columns - BUG, [&]",
     ),
     Bug(
         "rows lie one element further apart",
