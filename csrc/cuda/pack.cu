@@ -98,33 +98,33 @@ struct Walk {
   }
 };
 
-// All transfers [outers, middles, inners] of a block; place(outer, middle, inner, shared, packed) says where. A thread
-// asks for kBatch before it uses the first. Where it has fewer, it asks for one again: no branch parts the loads.
+// All transfers [outers, middles, inners] of a block; place(outer, middle, inner, own, theirs) says where, as offsets.
+// A thread asks for kBatch before it uses the first; where it has fewer, for one again, so that no branch parts loads.
 template <Action action, int V, int kBatch, class S, class P, class Place>
-__device__ __forceinline__ void transfer_all(int outers, int middles, int inners, const Place& place) {
+__device__ __forceinline__ void transfer_all(
+    S* shared, P* packed, int outers, int middles, int inners, const Place& place) {
   Walk walk(middles, inners);
   const int total = outers * middles * inners;
   for (int left = (total - static_cast<int>(threadIdx.x) + kThreads - 1) / kThreads; left > 0; left -= kBatch) {
     Transfer<action, V, S, P> transfers[kBatch];
-    S* shared[kBatch];
-    P* packed[kBatch];
+    int64_t own[kBatch], theirs[kBatch];
     const int outer = walk.outer, middle = walk.middle, inner = walk.inner;
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       const bool is_own = k < left;
       place(
-          is_own ? walk.outer : outer, is_own ? walk.middle : middle, is_own ? walk.inner : inner, shared[k],
-          packed[k]);
+          is_own ? walk.outer : outer, is_own ? walk.middle : middle, is_own ? walk.inner : inner, own[k],
+          theirs[k]);
       walk.advance();
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      transfers[k].load(shared[k], packed[k]);
+      transfers[k].load(shared + own[k], packed + theirs[k]);
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       if (k < left) {
-        transfers[k].store(shared[k], packed[k]);
+        transfers[k].store(shared + own[k], packed + theirs[k]);
       }
     }
   }
@@ -139,9 +139,10 @@ struct Work {
   const int64_t* index;  // all lists
   int first_row, first_column, rows, taps, columns;
 
-  __device__ __forceinline__ S* shared_row(int r) const {
+  // Offsets on the shared side;
+  __device__ __forceinline__ int64_t row(int r) const {
     const int64_t row = first_row + r;
-    return shared + (part.row_list < 0 ? row : index[part.row_list + row]) * part.row_stride;
+    return (part.row_list < 0 ? row : index[part.row_list + row]) * part.row_stride;
   }
   __device__ __forceinline__ int64_t tap(int t) const {
     const int width = static_cast<int>(part.taps_w);
@@ -151,18 +152,22 @@ struct Work {
     const int64_t column = first_column + c;
     return (part.column_list < 0 ? column : index[part.column_list + column]) * part.column_stride;
   }
-  __device__ __forceinline__ P* packed_run(int r, int t) const {
-    return packed + ((first_row + r) * static_cast<int64_t>(taps) + t) * part.columns + first_column;
+  // and on the packed one.
+  __device__ __forceinline__ int64_t run(int r, int t) const {
+    return ((first_row + r) * static_cast<int64_t>(taps) + t) * part.columns + first_column;
   }
 };
 
-// Runs of columns on both sides, V at a time; a thread has its vectors of a piece of 4096 elements in flight at once.
+// Runs of columns on both sides, V at a time; a thread has its vectors of a piece of 4096 elements in flight at once, or
+// two where both sides are read, which else takes too many registers.
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void copy_piece(const Work<S, P>& work) {
-  transfer_all<action, V, kPiece / (V * kThreads), S, P>(
-      work.rows, work.taps, work.columns / V, [&](int r, int t, int c, S*& shared, P*& packed) {
-        shared = work.shared_row(r) + work.tap(t) + work.first_column + c * V;
-        packed = work.packed_run(r, t) + c * V;
+  constexpr int kBatch = action == Action::kAdd ? 2 : kPiece / (V * kThreads);
+  transfer_all<action, V, kBatch, S, P>(
+      work.shared, work.packed, work.rows, work.taps, work.columns / V,
+      [&](int r, int t, int c, int64_t& own, int64_t& theirs) {
+        own = work.row(r) + work.tap(t) + work.first_column + c * V;
+        theirs = work.run(r, t) + c * V;
       });
 }
 
@@ -170,9 +175,10 @@ __device__ __forceinline__ void copy_piece(const Work<S, P>& work) {
 template <Action action, class S, class P>
 __device__ __forceinline__ void gather_piece(const Work<S, P>& work) {
   transfer_all<action, 1, 4, S, P>(
-      work.rows, work.taps, work.columns, [&](int r, int t, int c, S*& shared, P*& packed) {
-        shared = work.shared_row(r) + work.tap(t) + work.column(c);
-        packed = work.packed_run(r, t) + c;
+      work.shared, work.packed, work.rows, work.taps, work.columns,
+      [&](int r, int t, int c, int64_t& own, int64_t& theirs) {
+        own = work.row(r) + work.tap(t) + work.column(c);
+        theirs = work.run(r, t) + c;
       });
 }
 
@@ -187,9 +193,9 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
   const int total = work.rows * per_row;
   if (!flat) {
     transfer_all<action, 1, 4, S, float>(
-        work.rows, work.columns, taps, [&](int r, int c, int t, S*& shared, float*& cell) {
-          shared = work.shared_row(r) + work.tap(t) + work.column(c);
-          cell = cells + (r * taps + t) * pitch + c;
+        work.shared, cells, work.rows, work.columns, taps, [&](int r, int c, int t, int64_t& own, int64_t& cell) {
+          own = work.row(r) + work.tap(t) + work.column(c);
+          cell = (r * taps + t) * pitch + c;
         });
     return;
   }
@@ -200,7 +206,7 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         const int place = min(i + k * kStep, total - 4), r = place / per_row;
-        values[k] = *reinterpret_cast<const Vector<S, 4>*>(work.shared_row(r) + first + (place - r * per_row));
+        values[k] = *reinterpret_cast<const Vector<S, 4>*>(work.shared + work.row(r) + first + (place - r * per_row));
       }
     }
 #pragma unroll
@@ -222,7 +228,7 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
           t = t == taps ? 0 : t;
         }
         if constexpr (action != Action::kPack) {
-          *reinterpret_cast<Vector<S, 4>*>(work.shared_row(r) + first + at) = values[k];
+          *reinterpret_cast<Vector<S, 4>*>(work.shared + work.row(r) + first + at) = values[k];
         }
       }
     }
@@ -235,9 +241,10 @@ __device__ __forceinline__ void turn_packed_side(const Work<S, P>& work, float* 
   // Cells take the place of the shared side: packing reads them, unpacking fills them.
   constexpr Action kDone = action == Action::kPack ? Action::kPack : Action::kSet;
   transfer_all<kDone, V, V == 1 ? 4 : kPiece / (V * kThreads), float, P>(
-      work.rows, work.taps, work.columns / V, [&](int r, int t, int c, float*& cell, P*& packed) {
-        cell = cells + (r * work.taps + t) * pitch + c * V;
-        packed = work.packed_run(r, t) + c * V;
+      cells, work.packed, work.rows, work.taps, work.columns / V,
+      [&](int r, int t, int c, int64_t& cell, int64_t& theirs) {
+        cell = (r * work.taps + t) * pitch + c * V;
+        theirs = work.run(r, t) + c * V;
       });
 }
 

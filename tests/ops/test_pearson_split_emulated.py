@@ -59,6 +59,13 @@ def test_is_as_exact_as_the_eager_formula_up_to_the_last_byte_of_a_page(emulatio
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_plane_whose_first_packs_lie_far_from_the_rest_keeps_the_rule(emulation, dtype):
+    corner = replace(CASES["padded_corner"], shapes=((1, 1, 128, 128),), change=lambda level: level[:, :, :18].zero_())
+    with emulation.memory("end"):
+        run(emulation.ops, replace(corner, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
 def test_takes_levels_at_any_address_and_the_heads_gradients(emulation, offsets, dtype):
     channels_last = bool((OFFSETS.index(offsets) + DTYPES.index(dtype)) % 2)  # layouts take turns
