@@ -57,9 +57,11 @@ class Recipe:
 _RESNET = "--backbone resnet18 --norm batch --width 0.75 --fpn 64"
 _R50 = "--backbone resnet50 --norm batch --width 0.25 --fpn 64"
 _DEEP = "--backbone resnet101 --norm batch --width 0.25 --fpn 64"  # the paper's depth, at a width for one core
+_SCENES = "--train 400 --val 400 --size 192"
 RECIPES = {
-    "digit_scenes_deep": Recipe(
-        "--train 400 --val 400 --size 192", f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000
+    "digit_scenes_deep": Recipe(_SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000),
+    "digit_scenes_deep_front": Recipe(
+        _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2, targets="0.75,0.53,0.35"
     ),
     "digit_scenes_r50": Recipe(
         "--train 400 --val 400 --size 128", f"--model fcos {_R50} --min-size 128 --max-size 128", 4, 5000

@@ -311,25 +311,10 @@ def size_of(model: nn.Module, rewrite: Rewrite | None = None) -> int:
 
 
 def _non_negative(a: np.ndarray, b: np.ndarray, ridge: np.ndarray) -> np.ndarray:
-    """What minimises |a x - b|^2 + ridge . x^2 over x >= 0 (Lawson and Hanson, 1974, chapter 23)."""
-    a, b = np.vstack([a, np.diag(np.sqrt(ridge))]), np.concatenate([b, np.zeros(len(ridge))])
-    x, free = np.zeros(a.shape[1]), np.zeros(a.shape[1], dtype=bool)
-    for _ in range(10 * len(x)):
-        slope = np.where(free, -np.inf, a.T @ (b - a @ x))
-        if slope.max() < 1e-9:
-            break
-        free[slope.argmax()] = True
-        while True:
-            solved = np.zeros(len(x))
-            solved[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
-            below = free & (solved <= 0)
-            if not below.any():
-                break
-            step = (x[below] / (x[below] - solved[below])).min()
-            x += step * (solved - x)
-            free &= x > 1e-12
-        x = solved
-    return x
+    """What minimises |a x - b|^2 + ridge . x^2 over x >= 0."""
+    from scipy.optimize import nnls
+
+    return nnls(np.vstack([a, np.diag(np.sqrt(ridge))]), np.concatenate([b, np.zeros(len(ridge))]))[0]
 
 
 def kendall(pairs: Sequence[tuple[float, float]]) -> float:

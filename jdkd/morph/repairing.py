@@ -20,7 +20,8 @@ from jdkd.graph import Topology
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite, arrange
-from jdkd.rewrite.channels import checked, duplicate, leaving, require_traced
+from jdkd.rewrite.building import set_attribute
+from jdkd.rewrite.channels import checked, leaving, named, require_traced
 from jdkd.train.inputs import images_of, images_on
 
 PLACES = 2048  # of the output that are looked at in each call of a layer, at most
@@ -103,10 +104,10 @@ def repair(
     images = [image for batch in batches for image in images_on(child, images_of(batch))]
     if not images:
         raise InputError("repair was given 0 batches and needs at least 1; give it some images.")
-    source = _at_size_of(parent, rewrite, topology)
     came_from = _came_from(parent, rewrite, topology)
     layers = _cut_readers(child, came_from, rewrite, topology)
-    proposed = _remember(source, {came_from[path]: layer for path, layer in layers.items()}, images)
+    with _at_size_of(parent, rewrite):
+        proposed = _remember(parent, {came_from[path]: layer for path, layer in layers.items()}, images)
     pending = {path: layer for path, layer in layers.items() if layer.seen}
     repaired: list[str] = []
     final: dict[str, list[Any]] = {}
@@ -262,16 +263,30 @@ def _cut_readers(
     return found
 
 
-def _at_size_of(parent: nn.Module, rewrite: Rewrite, topology: Topology) -> nn.Module:
-    return Rewrite(attributes=rewrite.attributes).apply(parent, topology) if rewrite.attributes else parent
+@contextmanager
+def _at_size_of(parent: nn.Module, rewrite: Rewrite) -> Iterator[None]:
+    """Lets the parent have the attributes that the rewrite sets, for a while."""
+    owners = {name: parent.get_submodule(name.rpartition(".")[0]) for name in rewrite.attributes}
+    before = {name: named(parent, name) for name in rewrite.attributes}
+    try:
+        for name, value in rewrite.attributes.items():
+            set_attribute(parent, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owners[name], name.rpartition(".")[2], value)
 
 
 def _came_from(parent: nn.Module, rewrite: Rewrite, topology: Topology) -> dict[str, str]:
     """By the path of each of the child's modules, that of the parent's of which it is, or is a copy."""
+    modules = dict(parent.named_modules())
     if not rewrite.blocks:
-        return {path: path for path, _ in parent.named_modules()}
-    marked = duplicate(parent)
-    for path, module in marked.named_modules():
+        return {path: path for path in modules}
+    for path, module in modules.items():
         module._came_from = path
-    arranged = arrange(marked, topology, rewrite.blocks)
+    try:
+        arranged = arrange(parent, topology, rewrite.blocks)
+    finally:
+        for module in modules.values():
+            del module._came_from
     return {path: module._came_from for path, module in arranged.named_modules()}

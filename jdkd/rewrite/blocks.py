@@ -34,7 +34,18 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
         InputError: there is no such list, it holds no such block, a block cannot be born as the identity, or the model
             has other blocks than the topology.
     """
-    copied, modules = duplicate(model), dict(model.named_modules())
+    copied = duplicate(model)
+    arrange_in_place(copied, topology, order)
+    return copied
+
+
+def arrange_in_place(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[int]]) -> None:
+    """The same in the model itself.
+
+    Raises:
+        InputError: as :func:`arrange`; the model has not changed then, unless a block cannot be born as the identity.
+    """
+    modules = dict(model.named_modules())
     runs: dict[str, list[tuple[BlockList, list[int]]]] = {}  # of each container
     for name, places in order.items():
         blocks, places = topology.block_list(name), whole(f"blocks of the list {name!r}", places)
@@ -48,9 +59,8 @@ def arrange(model: nn.Module, topology: Topology, order: Mapping[str, Sequence[i
             )
         runs.setdefault(blocks.container, []).append((blocks, places))
     for path, arranged in runs.items():
-        container = copied.get_submodule(path)
+        container = model.get_submodule(path)
         set_children(container, _arranged(container, arranged))
-    return copied
 
 
 def removable(model: nn.Module, blocks: BlockList) -> int:

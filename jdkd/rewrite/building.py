@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -120,13 +121,22 @@ def _without_weights(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            with _parameters_on_meta(), torch.no_grad():
+            with _parameters_on_meta(), _NoDraws(), torch.no_grad():
                 model = call(builder, arguments)
         except InputError:  # it computes with its parameters (torchvision's SSDlite runs its backbone, say)
             return _private(builder, arguments)
         if any(not parameter.is_meta for parameter in model.parameters()) or any(t.is_meta for t in _derived(model)):
             return _private(builder, arguments)  # it keeps its modules, or what it computed of its parameters
         return model
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out what fills a tensor without memory: on the meta device torch takes milliseconds to do nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.normal_ and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jdkd.errors import InputError
 from jdkd.graph import ChannelGroup, Topology
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.blocks import arrange
+from jdkd.rewrite.blocks import arrange_in_place
 from jdkd.rewrite.building import set_attribute
 from jdkd.rewrite.channels import checked, duplicate, leaving, prune, widen
 from jdkd.rewrite.description import describe
@@ -69,15 +69,14 @@ class Rewrite:
             InputError: a group, a block or an attribute is not there or cannot be so, or ``topology`` is of another
                 model.
         """
-        child = model
         if self.keep:
-            child = prune(child, topology, self.keep)
-        if self.extra:
-            child = widen(child, topology, self.extra)
-        if self.blocks:
-            child = arrange(child, topology, self.blocks)
-        if child is model:
+            child = prune(model, topology, self.keep)
+        elif self.extra:
+            child = widen(model, topology, self.extra)
+        else:
             child = duplicate(model)
+        if self.blocks:
+            arrange_in_place(child, topology, self.blocks)
         for name, value in self.attributes.items():
             _require_alike(child, name, value)
             set_attribute(child, name, value)

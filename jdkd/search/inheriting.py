@@ -13,6 +13,7 @@ from jdkd.graph import Topology
 from jdkd.morph import repair
 from jdkd.rewrite import Rewrite, build
 from jdkd.search.context import SearchContext
+from jdkd.train import calibrate_bn
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,14 @@ class Child:
     kept: tuple[tuple[int, ...], ...]
 
 
-def inherit(parent: nn.Module, topology: Topology, rewrites: Sequence[Rewrite], context: SearchContext) -> Child:
+def inherit(
+    parent: nn.Module,
+    topology: Topology,
+    rewrites: Sequence[Rewrite],
+    context: SearchContext,
+    *,
+    to_screen: bool = False,
+) -> Child:
     """The child of a detector, with everything that it takes over.
 
     After each cut the weights that read what was cut are repaired (:func:`jdkd.morph.repair`), and in the end batch
@@ -39,6 +47,7 @@ def inherit(parent: nn.Module, topology: Topology, rewrites: Sequence[Rewrite], 
         topology: of the parent.
         rewrites: one after the other, each of what the one before has left.
         context: the images for repair and recalibration.
+        to_screen: whether it is only compared with others: its norms are recalibrated on the probe alone.
     """
     child, kept = parent, tuple(tuple(range(len(level))) for level in topology.followed)
     for place, rewrite in enumerate(rewrites, start=1):
@@ -49,7 +58,11 @@ def inherit(parent: nn.Module, topology: Topology, rewrites: Sequence[Rewrite], 
         kept = tuple(tuple(level[channel] for channel in own) for level, own in zip(kept, left, strict=True))
         if place < len(rewrites):
             topology = rewrite.foreseen(topology, child) or context.read(child)
-    return Child(context.calibrated(child) if rewrites else child, kept)
+    if rewrites and to_screen:
+        calibrate_bn(child, context.probe())
+    elif rewrites:
+        child = context.calibrated(child)
+    return Child(child, kept)
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
