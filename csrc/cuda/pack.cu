@@ -158,8 +158,8 @@ struct Work {
   }
 };
 
-// Runs of columns on both sides, V at a time; a thread has its vectors of a piece of 4096 elements in flight at once, or
-// two where both sides are read, which else takes too many registers.
+// Runs of columns on both sides, V at a time; a thread has its vectors of a piece of 4096 elements in flight at once,
+// or two where both sides are read, which else takes too many registers.
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void copy_piece(const Work<S, P>& work) {
   constexpr int kBatch = action == Action::kAdd ? 2 : kPiece / (V * kThreads);

@@ -1,9 +1,9 @@
 // The Pearson loss on CUDA in split form: statistics, finish and sum in the forward, one launch in the backward, each
 // for all levels.
 //
-// Planes: a chunk is read once, packs always on their way; its first packs give the means, about, and beta, and all is
-// summed around them. Rows: a tile is held in registers and passed over three times: means, centred squares, residual;
-// a thread a channel merges tiles in float64. A warp joins the chunks of a channel.
+// Planes: a chunk is read once; a sample of it gives the means, about, and beta, and all is summed around them. Rows: a
+// tile is held in registers and passed over three times: means, centred squares, residual; a thread a channel merges
+// tiles in float64. A warp joins the chunks of a channel.
 #pragma once
 
 #include "cuda/pearson_planes.cuh"
@@ -14,8 +14,8 @@ namespace jdkd::pearson {
 // What: the moments of every chunk, of planes (NCHW) or of rows (channels-last).
 // Grid: one block a chunk, or eight small planes; the largest level first.
 // Reads: S and T once. Writes: six float64 a chunk and channel.
-// Numerics: float32 within a chunk of a plane, around the mean of its first eight elements a thread, or within a tile
-//   of rows, around its own; float64 beyond. Deterministic: sums in a fixed order.
+// Numerics: float32 within a chunk of a plane, around the mean of a sample, or within a tile of rows, around its own;
+//   float64 beyond. Deterministic: sums in a fixed order.
 // Limits: both tensors of one dtype; any address.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)

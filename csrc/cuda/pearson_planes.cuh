@@ -68,29 +68,29 @@ struct PlaneSums {
   }
 };
 
-// Some packs of both tensors, a thread's next ones. Past the last pack it is the last once more, so that all loads are
-// asked for in one go: a branch between two of them would wait for the first.
-template <typename T, int kTeam, bool kWide>
+// Some packs of both tensors, a thread's next ones, a warp's width apart. Past the last pack it is the last once more,
+// so that all loads are asked for in one go: a branch between two of them would wait for the first.
+template <typename T, bool kWide>
 struct PlanePacks {
   static constexpr int kCount = Pack<T>::kCount, kHeld = 2;
   Pack<T> s[kHeld], t[kHeld];
 
-  __device__ __forceinline__ void load(const T* s_body, const T* t_body, int first, int packs) {
+  __device__ __forceinline__ void load(const T* s_body, const T* t_body, int first, int last) {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-      const int at = min(first + i * kTeam, packs - 1) * kCount;
+      const int at = min(first + i * 32, last) * kCount;
       s[i].load(s_body + at, true);
       t[i].load(t_body + at, kWide);
     }
   }
 
-  // The first `kNumber` packs, those that there are of them unless `all` are.
+  // The first `kNumber` packs, unless `all` are there those up to the last.
   template <int kNumber, class Body>
-  __device__ __forceinline__ void visit(bool all, int first, int packs, const Body& body) const {
+  __device__ __forceinline__ void visit(bool all, int first, int last, const Body& body) const {
     static_assert(kNumber <= kHeld);
 #pragma unroll
     for (int i = 0; i < kNumber; ++i) {
-      if (all || first + i * kTeam < packs) {
+      if (all || first + i * 32 <= last) {
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           body(s[i][e], t[i][e]);
@@ -100,38 +100,45 @@ struct PlanePacks {
   }
 };
 
-// Means, about, and beta from the first packs and the edges, then all sums around these means.
+// Means, about, and beta from a sample, then all sums around these means. Each warp walks over a stretch of its own, so
+// that the sample, the first packs of every thread and the edges, comes from all over a chunk: where its beginning is a
+// padded corner, sums around that would lose digits. A small plane has one warp; half of it or more is its sample.
 template <typename T, int kTeam, bool kWide>
 __device__ __forceinline__ Moments plane_moments(
     const T* s, const T* t, const Split<T>& split, int n, int lane, float* scratch) {
-  using Packs = PlanePacks<T, kTeam, kWide>;
-  constexpr int kStep = kTeam * Packs::kHeld, kRough = 8 / Packs::kCount;  // packs of a thread that come first
+  using Packs = PlanePacks<T, kWide>;
+  constexpr int kHeld = Packs::kHeld, kStep = 32 * kHeld, kSampled = kTeam == 32 ? kHeld : 8 / Packs::kCount;
   const T* s_body = s + split.head;
   const T* t_body = t + split.head;
-  const int packs = split.packs;
+  const int stretch = (split.packs + kTeam / 32 - 1) / (kTeam / 32), begin = lane / 32 * stretch;
+  const int last = min(begin + stretch, split.packs) - 1;
   const bool has_edge = lane < split.edges;
+  int first = begin + lane % 32;
   Packs held, next;
-  if (packs > 0) {
-    held.load(s_body, t_body, lane, packs);
-    next.load(s_body, t_body, lane + kStep, packs);
+  if (last >= 0) {
+    held.load(s_body, t_body, first, last);
+    next.load(s_body, t_body, first + kStep, last);
   }
   const float s_edge = has_edge ? as_float(s[split.edge(lane)]) : 0.0f;
   const float t_edge = has_edge ? as_float(t[split.edge(lane)]) : 0.0f;
-  const auto for_first = [&](const auto& body) {
-    held.template visit<kRough>(false, lane, packs, body);
+  const auto for_sample = [&](const auto& body) {
+    held.template visit<kSampled>(false, first, last, body);
+    if (kTeam == 32) {
+      next.template visit<kHeld>(false, first + kStep, last, body);
+    }
     if (has_edge) {
       body(s_edge, t_edge);
     }
   };
-  const float share = 1.0f / (min(packs, kTeam * kRough) * Packs::kCount + split.edges);
-  float means[2] = {}, squares[2] = {};
-  for_first([&](float x, float y) {
+  float means[3] = {}, squares[2] = {};  // and the size of the sample
+  for_sample([&](float x, float y) {
     means[0] += x;
     means[1] += y;
+    means[2] += 1.0f;
   });
   team_sum<kTeam>(means, scratch);
-  PlaneSums sums{means[0] * share, means[1] * share, 1.0f};
-  for_first([&](float x, float y) {
+  PlaneSums sums{means[0] / means[2], means[1] / means[2], 1.0f};
+  for_sample([&](float x, float y) {
     squares[0] += (x - sums.mean_s) * (x - sums.mean_s);
     squares[1] += (y - sums.mean_t) * (y - sums.mean_t);
   });
@@ -141,15 +148,15 @@ __device__ __forceinline__ Moments plane_moments(
   if (has_edge) {
     add(s_edge, t_edge);
   }
-  int first = lane;
-  for (const int full = packs / (2 * kStep) * (2 * kStep); first < full; first += 2 * kStep) {
-    held.template visit<Packs::kHeld>(true, first, packs, add);
-    held.load(s_body, t_body, first + 2 * kStep, packs);
-    next.template visit<Packs::kHeld>(true, first + kStep, packs, add);
-    next.load(s_body, t_body, first + 3 * kStep, packs);
+  for (int rounds = (last + 1 - begin) / (2 * kStep); rounds > 0; --rounds) {
+    held.template visit<kHeld>(true, first, last, add);
+    held.load(s_body, t_body, first + 2 * kStep, last);
+    next.template visit<kHeld>(true, first + kStep, last, add);
+    next.load(s_body, t_body, first + 3 * kStep, last);
+    first += 2 * kStep;
   }
-  held.template visit<Packs::kHeld>(false, first, packs, add);
-  next.template visit<Packs::kHeld>(false, first + kStep, packs, add);
+  held.template visit<kHeld>(false, first, last, add);
+  next.template visit<kHeld>(false, first + kStep, last, add);
   team_sum<kTeam>(sums.of, scratch);
   return lane != 0 ? Moments{} : tile_moments(
       n, sums.mean_s, sums.mean_t, sums.of[0], sums.of[1], sums.of[2], sums.of[3], sums.beta, sums.of[4]);

@@ -82,19 +82,18 @@ BUGS = (
     Bug(
         "packs past the last one are read",
         "planes", "page", "cuda/pearson_planes.cuh",
-        "min(first + i * kTeam, packs - 1) * kCount;\n      s[i]",
-        "(BUG ? first + i * kTeam : min(first + i * kTeam, packs - 1)) * kCount;\n      s[i]",
+        "min(first + i * 32, last) * kCount", "(BUG ? first + i * 32 : min(first + i * 32, last)) * kCount",
     ),
     Bug(
         "a plane without packs is read before its first element",
         "planes", "page", "cuda/pearson_planes.cuh",
-        "  if (packs > 0) {", "  if (BUG || packs > 0) {",
+        "  if (last >= 0) {", "  if (BUG || last >= 0) {",
     ),
     Bug(
         "packs are summed twice and others never",
         "planes", "value", "cuda/pearson_planes.cuh",
-        "held.load(s_body, t_body, first + 2 * kStep, packs);",
-        "held.load(s_body, t_body, first + (2 - BUG) * kStep, packs);",
+        "held.load(s_body, t_body, first + 2 * kStep, last);",
+        "held.load(s_body, t_body, first + (2 - BUG) * kStep, last);",
     ),
     Bug(
         "the sums of a plane's threads are not added",
@@ -228,7 +227,7 @@ BUGS = (
     ),
     Bug(
         "a turn takes vectors past its last",
-        "pack", "value", "cuda/pack.cu",
+        "pack", "outside", "cuda/pack.cu",
         "      if (place < total) {", "      if (BUG || place < total) {",
     ),
     Bug(
