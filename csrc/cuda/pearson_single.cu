@@ -13,7 +13,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int kScaleThreads = 1024;
-constexpr int kScaleBatch = 4;  // vectors of a thread in flight
+constexpr int kScaleBatch = 2;  // vectors of a thread in flight
 constexpr int kSumThreads = 1024;  // a warp for every sum of a level's warps
 
 // First part of the loss of every level, and the end of the last.
