@@ -33,7 +33,7 @@ from .pearson_rows import _pearson_row_grad_kernel, _pearson_row_stats_kernel
 
 PLANES = {"TILE": 2048, "num_warps": 4}
 ROWS = {"TILE": 32, "CHANNELS": 64, "num_warps": 8}
-FINISH = {"TILE": 8, "CHANNELS": 32, "num_warps": 4}
+FINISH = {"TILE": 32, "CHANNELS": 8, "num_warps": 4}
 SUM = {"TILE": 16, "num_warps": 1}
 PLANE_CHUNK = 8192  # positions at most
 ROW_CHUNK, ROW_CHUNKS, ROW_CHUNK_LIMIT = 256, 128, 8192  # positions at least; chunks meant at most; positions at most

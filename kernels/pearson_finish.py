@@ -113,7 +113,8 @@ def _pearson_finish_kernel(
     _write_entry(entry, columns_in_all, inside, std_t, std_s, mean_t, mean_s, cross / degrees, scale, eps)
     loss = ss / (big_s * big_s) + tt / (big_t * big_t) - 2 * cross
     loss = scale * tl.maximum(loss, 0.0, propagate_nan=tl.PropagateNan.ALL) / 2
-    tl.store(part_ptr + place * tl.num_programs(0) + block, tl.sum(tl.where(inside, loss, 0.0)))
+    part = place.to(tl.int64) * tl.num_programs(0) + block
+    tl.store(part_ptr + part, tl.sum(tl.where(inside, loss, 0.0)))
 
 
 @triton.jit(do_not_specialize=["parts"])

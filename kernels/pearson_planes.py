@@ -33,7 +33,7 @@ def _plane_chunk(sizes, program, LEVELS: tl.constexpr):
     start = plane.to(tl.int64) * area
     first = start + tl.minimum(chunk.to(tl.int64) * length, area)
     last = start + tl.minimum((chunk + 1).to(tl.int64) * length, area)
-    cell = first_cell + (image * chunks + chunk).to(tl.int64) * VALUES * channels + channel
+    cell = first_cell + (image.to(tl.int64) * chunks + chunk) * VALUES * channels + channel
     return level, first, last, first_column + channel, cell, channels
 
 

@@ -19,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tests.machine_code import instructions, resources
+from tests.narrow_offsets import narrow_offsets
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -42,7 +43,8 @@ def report(variants: Iterable[dict], inspected: Callable) -> None:
     kernels = [compiled(variant) for variant in variants]
     texts = instructions([kernel.asm["cubin"] for kernel in kernels])
     for variant, kernel, text in zip(variants, kernels, texts, strict=True):
-        print(json.dumps(inspected(variant, kernel, text)), flush=True)
+        offsets = {"narrow_offsets": narrow_offsets(kernel.asm["ttir"])}
+        print(json.dumps(inspected(variant, kernel, text) | offsets), flush=True)
 
 
 def memory(kernel) -> dict[str, int]:

@@ -27,6 +27,13 @@ def run_tool(name: str, *arguments: str | Path) -> str:
     return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=300, check=True).stdout
 
 
+def nvidia_package(file: str) -> list[Path]:
+    """Where NVIDIA's packages hold a file, such as ``cu13/include``."""
+    spec = importlib.util.find_spec("nvidia")
+    places = [Path(root) / file for root in (spec.submodule_search_locations if spec else [])]
+    return [place for place in places if place.exists()]
+
+
 @functools.cache
 def of_extension(*options: str) -> str:
     """What ``cuobjdump`` says of ``jdkd._C``; a test is skipped where that holds no machine code."""

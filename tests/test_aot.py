@@ -9,6 +9,7 @@ import pytest
 
 from jdkd import _ext
 from tests import machine_code
+from tests.scheduled_code import decoded, loops, most_in_flight
 from tests.without_interpreter import printed_by
 
 MODULES = ["jdkd.kernels.pearson"]  # each lists its variants in aot_variants()
@@ -53,6 +54,10 @@ def test_no_kernel_waits_for_another_through_an_atomic(variants):
     assert all(variant["atomics"] == 0 for variant in variants)
 
 
+def test_every_triton_offset_is_wide(variants):
+    assert all(variant["narrow_offsets"] == [] for variant in variants)
+
+
 def test_the_extension_holds_machine_code_for_what_it_was_built_for():
     elves = machine_code.of_extension("--list-elf")
     for architecture in _ext.build_info()["arch_list"]:
@@ -78,3 +83,30 @@ def test_cuda_kernels_of_the_loss_move_sixteen_bytes_at_a_time():
         if "grad" in kernel[1]:
             assert len(re.findall(r"\bSTG\.E\.128", text)) >= 2, kernel
         assert not re.search(r"\b(?:LDL|STL|RED|ATOM|ATOMG)\b", text), kernel
+
+
+def of_hopper(kind: str) -> dict[str, list]:
+    """The scheduled code of the split form's kernels of a kind for sm_90a, by name."""
+    kernels = machine_code.kernels_of_extension()
+    found = {
+        name: decoded(text)
+        for (architecture, name), text in kernels.items()
+        if architecture == "sm_90a" and re.match(rf"\S*pearson_{kind}_kernel", name)
+    }
+    assert found
+    return found
+
+
+def test_plane_statistics_have_eight_loads_in_flight_and_take_thirteen_instructions_a_pair():
+    for name, instructions in of_hopper("plane_stats").items():
+        pairs = 16 if "kernelIf" in name else 32  # four packs of a thread
+        wide = [loop for loop in loops(instructions) if most_in_flight(loop, r"\bLDG\.E\.128\b") >= 8]
+        assert len(wide) == 2, name  # of a block and of a warp
+        assert all(len(loop) <= 13 * pairs for loop in wide), name
+
+
+def test_gradients_ask_for_features_before_they_wait_for_the_table():
+    for name, instructions in of_hopper("(?:plane|row)_grad").items():
+        columns = 1 if "plane" in name else 4 if "kernelIf" in name else 8
+        found = most_in_flight(instructions, r"\bLDG\.E(?:\.128)?\.CONSTANT\b")
+        assert found >= 5 * columns + 6, name  # two packs of x, y and dout

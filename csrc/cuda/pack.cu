@@ -16,6 +16,7 @@ namespace jdkd::pack {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kPiece = 4096;    // elements of a piece, about
 constexpr int kMaxParts = 480;  // pointers of both sides: 7.5 KB of the 32 KB that arguments may take
 
 // Where the parts of a launch lie; the flat buffer of a side repeated, where there is one.
@@ -46,28 +47,86 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Vector {
 
 // A vector's worth of the action, between two places that both hold V elements side by side.
 template <Action action, int V, class S, class P>
-__device__ __forceinline__ void transfer(S* shared, P* packed) {
-  using SharedVector = Vector<S, V>;
-  using PackedVector = Vector<P, V>;
-  if constexpr (action == Action::kPack) {
-    const SharedVector from = *reinterpret_cast<const SharedVector*>(shared);
-    PackedVector to;
+struct Transfer {
+  Vector<S, V> own;
+  Vector<P, V> theirs;
+
+  __device__ __forceinline__ void load(const S* shared, const P* packed) {
+    if constexpr (action != Action::kSet) {
+      own = *reinterpret_cast<const Vector<S, V>*>(shared);
+    }
+    if constexpr (action != Action::kPack) {
+      theirs = *reinterpret_cast<const Vector<P, V>*>(packed);
+    }
+  }
+  __device__ __forceinline__ void store(S* shared, P* packed) {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      to.at[i] = from_float<P>(as_float(from.at[i]));
+      if constexpr (action == Action::kPack) {
+        theirs.at[i] = from_float<P>(as_float(own.at[i]));
+      } else {
+        own.at[i] = unpacked<action>(own.at[i], as_float(theirs.at[i]));
+      }
     }
-    *reinterpret_cast<PackedVector*>(packed) = to;
-  } else {
-    const PackedVector from = *reinterpret_cast<const PackedVector*>(packed);
-    SharedVector to;
-    if constexpr (action == Action::kAdd) {
-      to = *reinterpret_cast<const SharedVector*>(shared);
+    if constexpr (action == Action::kPack) {
+      *reinterpret_cast<Vector<P, V>*>(packed) = theirs;
+    } else {
+      *reinterpret_cast<Vector<S, V>*>(shared) = own;
+    }
+  }
+};
+
+// Element i = thread, thread + kThreads and so on of [outer, middle, inner], without a division each.
+struct Walk {
+  const int middles, inners;
+  int outer, middle, inner, outer_step, middle_step, inner_step;
+
+  __device__ __forceinline__ Walk(int middles, int inners) : middles(middles), inners(inners) {
+    const int at = static_cast<int>(threadIdx.x) / inners, step = kThreads / inners;
+    inner = threadIdx.x - at * inners, inner_step = kThreads - step * inners;
+    outer = at / middles, outer_step = step / middles;
+    middle = at - outer * middles, middle_step = step - outer_step * middles;
+  }
+  __device__ __forceinline__ void advance() {
+    inner += inner_step;
+    const bool next_middle = inner >= inners;
+    inner -= next_middle ? inners : 0;
+    middle += middle_step + next_middle;
+    const bool next_outer = middle >= middles;
+    middle -= next_outer ? middles : 0;
+    outer += outer_step + next_outer;
+  }
+};
+
+// All transfers [outers, middles, inners] of a block; place(outer, middle, inner, own, theirs) says where, as offsets.
+// A thread asks for kBatch before it uses the first; where it has fewer, for one again, so that no branch parts loads.
+template <Action action, int V, int kBatch, class S, class P, class Place>
+__device__ __forceinline__ void transfer_all(
+    S* shared, P* packed, int outers, int middles, int inners, const Place& place) {
+  Walk walk(middles, inners);
+  const int total = outers * middles * inners;
+  for (int left = (total - static_cast<int>(threadIdx.x) + kThreads - 1) / kThreads; left > 0; left -= kBatch) {
+    Transfer<action, V, S, P> transfers[kBatch];
+    int64_t own[kBatch], theirs[kBatch];
+    const int outer = walk.outer, middle = walk.middle, inner = walk.inner;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const bool is_own = k < left;
+      place(
+          is_own ? walk.outer : outer, is_own ? walk.middle : middle, is_own ? walk.inner : inner, own[k],
+          theirs[k]);
+      walk.advance();
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i) {
-      to.at[i] = unpacked<action>(to.at[i], as_float(from.at[i]));
+    for (int k = 0; k < kBatch; ++k) {
+      transfers[k].load(shared + own[k], packed + theirs[k]);
     }
-    *reinterpret_cast<SharedVector*>(shared) = to;
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (k < left) {
+        transfers[k].store(shared + own[k], packed + theirs[k]);
+      }
+    }
   }
 }
 
@@ -80,9 +139,10 @@ struct Work {
   const int64_t* index;  // all lists
   int first_row, first_column, rows, taps, columns;
 
-  __device__ __forceinline__ S* shared_row(int r) const {
+  // Offsets on the shared side;
+  __device__ __forceinline__ int64_t row(int r) const {
     const int64_t row = first_row + r;
-    return shared + (part.row_list < 0 ? row : index[part.row_list + row]) * part.row_stride;
+    return (part.row_list < 0 ? row : index[part.row_list + row]) * part.row_stride;
   }
   __device__ __forceinline__ int64_t tap(int t) const {
     const int width = static_cast<int>(part.taps_w);
@@ -92,29 +152,34 @@ struct Work {
     const int64_t column = first_column + c;
     return (part.column_list < 0 ? column : index[part.column_list + column]) * part.column_stride;
   }
-  __device__ __forceinline__ P* packed_run(int r, int t) const {
-    return packed + ((first_row + r) * static_cast<int64_t>(taps) + t) * part.columns + first_column;
+  // and on the packed one.
+  __device__ __forceinline__ int64_t run(int r, int t) const {
+    return ((first_row + r) * static_cast<int64_t>(taps) + t) * part.columns + first_column;
   }
 };
 
-// Runs of columns on both sides, V at a time.
+// Runs of columns on both sides, V at a time; a thread has its vectors of a piece of 4096 elements in flight at once,
+// or two where both sides are read, which else takes too many registers.
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void copy_piece(const Work<S, P>& work) {
-  const int vectors = work.columns / V, total = work.rows * work.taps * vectors;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
-    const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;
-    transfer<action, V>(work.shared_row(r) + work.tap(t) + work.first_column + c, work.packed_run(r, t) + c);
-  }
+  constexpr int kBatch = action == Action::kAdd ? 2 : kPiece / (V * kThreads);
+  transfer_all<action, V, kBatch, S, P>(
+      work.shared, work.packed, work.rows, work.taps, work.columns / V,
+      [&](int r, int t, int c, int64_t& own, int64_t& theirs) {
+        own = work.row(r) + work.tap(t) + work.first_column + c * V;
+        theirs = work.run(r, t) + c * V;
+      });
 }
 
 // Element by element, in packed order.
 template <Action action, class S, class P>
 __device__ __forceinline__ void gather_piece(const Work<S, P>& work) {
-  const int total = work.rows * work.taps * work.columns;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
-    const int run = i / work.columns, c = i - run * work.columns, r = run / work.taps, t = run - r * work.taps;
-    transfer<action, 1>(work.shared_row(r) + work.tap(t) + work.column(c), work.packed_run(r, t) + c);
-  }
+  transfer_all<action, 1, 4, S, P>(
+      work.shared, work.packed, work.rows, work.taps, work.columns,
+      [&](int r, int t, int c, int64_t& own, int64_t& theirs) {
+        own = work.row(r) + work.tap(t) + work.column(c);
+        theirs = work.run(r, t) + c;
+      });
 }
 
 // The side of a turn that lies in shared-weight order, taps innermost: between it and the cells [rows, taps, pitch].
@@ -125,34 +190,47 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
   const bool flat = work.part.column_list < 0 && work.part.column_stride == taps && work.part.tap_w_stride == 1 &&
       work.part.taps_w == taps && work.part.row_stride % 4 == 0 && first % 4 == 0 && per_row % 4 == 0 &&
       is_pack_aligned(work.shared);
-  const int step = flat ? 4 : 1, total = work.rows * per_row;
-  for (int i = threadIdx.x * step; i < total; i += kThreads * step) {
-    const int r = i / per_row, at = i - r * per_row;
-    int c = at / taps, t = at - c * taps;
-    float* row = cells + r * taps * pitch;
-    if (flat) {
-      S* run = work.shared_row(r) + first + at;
-      Vector<S, 4> values;
-      if constexpr (action != Action::kSet) {
-        values = *reinterpret_cast<const Vector<S, 4>*>(run);
-      }
+  const int total = work.rows * per_row;
+  if (!flat) {
+    transfer_all<action, 1, 4, S, float>(
+        work.shared, cells, work.rows, work.columns, taps, [&](int r, int c, int t, int64_t& own, int64_t& cell) {
+          own = work.row(r) + work.tap(t) + work.column(c);
+          cell = (r * taps + t) * pitch + c;
+        });
+    return;
+  }
+  constexpr int kBatch = 2, kStep = 4 * kThreads;
+  for (int i = threadIdx.x * 4; i < total; i += kBatch * kStep) {
+    Vector<S, 4> values[kBatch];
+    if constexpr (action != Action::kSet) {
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        float* cell = row + t * pitch + c;
-        if constexpr (action == Action::kPack) {
-          *cell = as_float(values.at[k]);
-        } else {
-          values.at[k] = unpacked<action>(values.at[k], *cell);
+      for (int k = 0; k < kBatch; ++k) {
+        const int place = min(i + k * kStep, total - 4), r = place / per_row;
+        values[k] = *reinterpret_cast<const Vector<S, 4>*>(work.shared + work.row(r) + first + (place - r * per_row));
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int place = i + k * kStep, r = place / per_row, at = place - r * per_row;
+      if (place < total) {
+        int c = at / taps, t = at - c * taps;
+        float* row = cells + r * taps * pitch;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          float* cell = row + t * pitch + c;
+          if constexpr (action == Action::kPack) {
+            *cell = as_float(values[k].at[e]);
+          } else {
+            values[k].at[e] = unpacked<action>(values[k].at[e], *cell);
+          }
+          ++t;
+          c += t == taps;
+          t = t == taps ? 0 : t;
         }
-        ++t;
-        c += t == taps;
-        t = t == taps ? 0 : t;
+        if constexpr (action != Action::kPack) {
+          *reinterpret_cast<Vector<S, 4>*>(work.shared + work.row(r) + first + at) = values[k];
+        }
       }
-      if constexpr (action != Action::kPack) {
-        *reinterpret_cast<Vector<S, 4>*>(run) = values;
-      }
-    } else {
-      transfer<action, 1>(work.shared_row(r) + work.tap(t) + work.column(c), row + t * pitch + c);
     }
   }
 }
@@ -160,13 +238,14 @@ __device__ __forceinline__ void turn_shared_side(const Work<S, P>& work, float* 
 // The side of a turn that lies in packed order: between the cells and the packed side, V columns at a time.
 template <Action action, int V, class S, class P>
 __device__ __forceinline__ void turn_packed_side(const Work<S, P>& work, float* cells, int pitch) {
-  const int vectors = work.columns / V, total = work.rows * work.taps * vectors;
-  for (int i = threadIdx.x; i < total; i += kThreads) {
-    const int run = i / vectors, c = (i - run * vectors) * V, r = run / work.taps;
-    P* packed = work.packed_run(r, run - r * work.taps) + c;
-    // Cells take the place of the shared side: packing reads them, unpacking fills them.
-    transfer<action == Action::kPack ? Action::kPack : Action::kSet, V>(cells + run * pitch + c, packed);
-  }
+  // Cells take the place of the shared side: packing reads them, unpacking fills them.
+  constexpr Action kDone = action == Action::kPack ? Action::kPack : Action::kSet;
+  transfer_all<kDone, V, V == 1 ? 4 : kPiece / (V * kThreads), float, P>(
+      cells, work.packed, work.rows, work.taps, work.columns / V,
+      [&](int r, int t, int c, int64_t& cell, int64_t& theirs) {
+        cell = (r * work.taps + t) * pitch + c * V;
+        theirs = work.run(r, t) + c * V;
+      });
 }
 
 template <Action action, class S, class P>

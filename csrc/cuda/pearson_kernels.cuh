@@ -1,8 +1,9 @@
 // The Pearson loss on CUDA in split form: statistics, finish and sum in the forward, one launch in the backward, each
 // for all levels.
 //
-// A tile is held in registers and passed over three times: means, centred squares, residual. One thread (one per
-// channel in channels-last) merges its moments into the chunk's in float64; a warp joins the chunks of a channel.
+// Planes: a chunk is read once; a sample of it gives the means, about, and beta, and all is summed around them. Rows: a
+// tile is held in registers and passed over three times: means, centred squares, residual; a thread a channel merges
+// tiles in float64. A warp joins the chunks of a channel.
 #pragma once
 
 #include "cuda/pearson_planes.cuh"
@@ -13,18 +14,18 @@ namespace jdkd::pearson {
 // What: the moments of every chunk, of planes (NCHW) or of rows (channels-last).
 // Grid: one block a chunk, or eight small planes; the largest level first.
 // Reads: S and T once. Writes: six float64 a chunk and channel.
-// Numerics: float32 within a tile, centred on its own mean; float64 beyond. Deterministic: sums in a fixed order.
+// Numerics: float32 within a chunk of a plane, around the mean of a sample, or within a tile of rows, around its own;
+//   float64 beyond. Deterministic: sums in a fixed order.
 // Limits: both tensors of one dtype; any address.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     pearson_plane_stats_kernel(const __grid_constant__ Levels levels, Moments* __restrict__ cells) {
-  __shared__ float scratch[kThreads / 32 * 4];
-  __shared__ Moments totals[kThreads / 32];
+  __shared__ float scratch[kThreads / 32 * 5];
   const LevelArgs& level = level_of_block(levels);
   if (level.form == Form::kPlanes) {
-    plane_stats<T, kThreads>(level, cells, totals, scratch);
+    plane_stats<T, kThreads>(level, cells, scratch);
   } else {
-    plane_stats<T, 32>(level, cells, totals, scratch);
+    plane_stats<T, 32>(level, cells, scratch);
   }
 }
 
@@ -124,9 +125,9 @@ __global__ void __launch_bounds__(kThreads, 3) pearson_plane_grad_kernel(
     int64_t columns) {
   const LevelArgs& level = level_of_block(levels);
   if (level.form == Form::kPlanes) {
-    plane_gradient<T, kThreads>(level, *dloss, table, columns);
+    plane_gradient<T, kThreads>(level, dloss, table, columns);
   } else {
-    plane_gradient<T, 32>(level, *dloss, table, columns);
+    plane_gradient<T, 32>(level, dloss, table, columns);
   }
 }
 
@@ -136,9 +137,9 @@ __global__ void __launch_bounds__(kThreads, 2) pearson_row_grad_kernel(
     int64_t columns) {
   const LevelArgs& level = level_of_block(levels);
   if (level.form == Form::kWideRows) {
-    row_gradient<T, WideRows<T>>(level, *dloss, table, columns);
+    row_gradient<T, WideRows<T>>(level, dloss, table, columns);
   } else {
-    row_gradient<T, NarrowRows>(level, *dloss, table, columns);
+    row_gradient<T, NarrowRows>(level, dloss, table, columns);
   }
 }
 

@@ -53,155 +53,216 @@ __device__ __forceinline__ void team_sum(float (&values)[N], float* scratch) {
   }
 }
 
-// The elements that a thread holds of one tile: kPacks packs of each tensor, and in the first tile one of the edges.
-template <typename T, int kTeam>
-struct PlaneTile {
-  static constexpr int kCount = Pack<T>::kCount, kStep = kTeam * kCount;
-  Pack<T> s[kPacks], t[kPacks];
-  T s_edge, t_edge;
-  int packs;  // that this thread holds
-  bool has_edge = false;
+// What a team sums over its chunk: of d_s, d_t, d_s^2, d_t^2 and (d_s - beta d_t)^2, around the means that it is given.
+struct PlaneSums {
+  float mean_s, mean_t, beta;
+  float of[5] = {};
 
-  // `left`: packs that the chunk still has from the pointers, the thread's first, on.
-  __device__ __forceinline__ void load(const T* s_at, const T* t_at, int left, bool wide_t) {
-    packs = (left + kTeam - 1) / kTeam;
+  __device__ __forceinline__ void add(float s, float t) {
+    const float ds = s - mean_s, dt = t - mean_t, rest = ds - beta * dt;
+    of[0] += ds;
+    of[1] += dt;
+    of[2] += ds * ds;
+    of[3] += dt * dt;
+    of[4] += rest * rest;
+  }
+};
+
+// Some packs of both tensors, a thread's next ones, a warp's width apart. Past the last pack it is the last once more,
+// so that all loads are asked for in one go: a branch between two of them would wait for the first.
+template <typename T, bool kWide>
+struct PlanePacks {
+  static constexpr int kCount = Pack<T>::kCount, kHeld = 2;
+  Pack<T> s[kHeld], t[kHeld];
+
+  __device__ __forceinline__ void load(const T* s_body, const T* t_body, int first, int last) {
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (i < packs) {
-        s[i].load(s_at + i * kStep, true);
-        t[i].load(t_at + i * kStep, wide_t);
-      }
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = min(first + i * 32, last) * kCount;
+      s[i].load(s_body + at, true);
+      t[i].load(t_body + at, kWide);
     }
   }
 
-  template <class Body>
-  __device__ __forceinline__ void for_each(const Body& body) const {
+  // The first `kNumber` packs, unless `all` are there those up to the last.
+  template <int kNumber, class Body>
+  __device__ __forceinline__ void visit(bool all, int first, int last, const Body& body) const {
+    static_assert(kNumber <= kHeld);
 #pragma unroll
-    for (int i = 0; i < kPacks; ++i) {
-      if (i < packs) {
+    for (int i = 0; i < kNumber; ++i) {
+      if (all || first + i * 32 <= last) {
 #pragma unroll
         for (int e = 0; e < kCount; ++e) {
           body(s[i][e], t[i][e]);
         }
       }
     }
-    if (has_edge) {
-      body(as_float(s_edge), as_float(t_edge));
-    }
   }
 };
 
+// Means, about, and beta from a sample, then all sums around these means. Each warp walks over a stretch of its own, so
+// that the sample, the first packs of every thread and the edges, comes from all over a chunk: where its beginning is a
+// padded corner, sums around that would lose digits. A small plane has one warp; half of it or more is its sample.
+template <typename T, int kTeam, bool kWide>
+__device__ __forceinline__ Moments plane_moments(
+    const T* s, const T* t, const Split<T>& split, int n, int lane, float* scratch) {
+  using Packs = PlanePacks<T, kWide>;
+  constexpr int kHeld = Packs::kHeld, kStep = 32 * kHeld, kSampled = kTeam == 32 ? kHeld : 8 / Packs::kCount;
+  const T* s_body = s + split.head;
+  const T* t_body = t + split.head;
+  const int stretch = (split.packs + kTeam / 32 - 1) / (kTeam / 32), begin = lane / 32 * stretch;
+  const int last = min(begin + stretch, split.packs) - 1;
+  const bool has_edge = lane < split.edges;
+  int first = begin + lane % 32;
+  Packs held, next;
+  if (last >= 0) {
+    held.load(s_body, t_body, first, last);
+    next.load(s_body, t_body, first + kStep, last);
+  }
+  const float s_edge = has_edge ? as_float(s[split.edge(lane)]) : 0.0f;
+  const float t_edge = has_edge ? as_float(t[split.edge(lane)]) : 0.0f;
+  const auto for_sample = [&](const auto& body) {
+    held.template visit<kSampled>(false, first, last, body);
+    if (kTeam == 32) {
+      next.template visit<kHeld>(false, first + kStep, last, body);
+    }
+    if (has_edge) {
+      body(s_edge, t_edge);
+    }
+  };
+  float means[3] = {}, squares[2] = {};  // and the size of the sample
+  for_sample([&](float x, float y) {
+    means[0] += x;
+    means[1] += y;
+    means[2] += 1.0f;
+  });
+  team_sum<kTeam>(means, scratch);
+  PlaneSums sums{means[0] / means[2], means[1] / means[2], 1.0f};
+  for_sample([&](float x, float y) {
+    squares[0] += (x - sums.mean_s) * (x - sums.mean_s);
+    squares[1] += (y - sums.mean_t) * (y - sums.mean_t);
+  });
+  team_sum<kTeam>(squares, scratch);
+  sums.beta = residual_beta(squares[0], squares[1]);
+  const auto add = [&](float x, float y) { sums.add(x, y); };
+  if (has_edge) {
+    add(s_edge, t_edge);
+  }
+  for (int rounds = (last + 1 - begin) / (2 * kStep); rounds > 0; --rounds) {
+    held.template visit<kHeld>(true, first, last, add);
+    held.load(s_body, t_body, first + 2 * kStep, last);
+    next.template visit<kHeld>(true, first + kStep, last, add);
+    next.load(s_body, t_body, first + 3 * kStep, last);
+    first += 2 * kStep;
+  }
+  held.template visit<kHeld>(false, first, last, add);
+  next.template visit<kHeld>(false, first + kStep, last, add);
+  team_sum<kTeam>(sums.of, scratch);
+  return lane != 0 ? Moments{} : tile_moments(
+      n, sums.mean_s, sums.mean_t, sums.of[0], sums.of[1], sums.of[2], sums.of[3], sums.beta, sums.of[4]);
+}
+
 template <typename T, int kTeam>
-__device__ __forceinline__ void plane_stats(const LevelArgs& level, Moments* cells, Moments* totals, float* scratch) {
+__device__ __forceinline__ void plane_stats(const LevelArgs& level, Moments* cells, float* scratch) {
   const PlaneChunk<kTeam> where(level);
   if (where.n == 0) {
     return;
   }
-  const int lane = where.lane;
-  const T* s_at = static_cast<const T*>(level.x) + where.first;
-  const T* t_at = static_cast<const T*>(level.y) + where.first;
-  const Split<T> split(s_at, where.n);
-  PlaneTile<T, kTeam> tile;
-  if (lane < split.edges) {
-    tile.has_edge = true;
-    tile.s_edge = s_at[split.edge(lane)];
-    tile.t_edge = t_at[split.edge(lane)];
+  const T* s = static_cast<const T*>(level.x) + where.first;
+  const T* t = static_cast<const T*>(level.y) + where.first;
+  const Split<T> split(s, where.n);
+  const bool wide = is_pack_aligned(t + split.head);
+  const Moments total = wide ? plane_moments<T, kTeam, true>(s, t, split, where.n, where.lane, scratch)
+                             : plane_moments<T, kTeam, false>(s, t, split, where.n, where.lane, scratch);
+  if (where.lane == 0) {
+    cells[where.cell(level)] = total;
   }
-  Moments* out = cells + where.cell(level);
-  Moments& total = totals[threadIdx.x / kTeam];  // in shared memory: only one lane needs it
-  if (lane == 0) {
-    total = {};
-  }
-  const bool wide_t = is_pack_aligned(t_at + split.head);
-  s_at += split.head + lane * Pack<T>::kCount;
-  t_at += split.head + lane * Pack<T>::kCount;
-  int left = split.packs, edges = split.edges;
-  do {
-    tile.load(s_at, t_at, left - lane, wide_t);
-    const int n = min(left, kTeam * kPacks) * Pack<T>::kCount + edges;
-    float means[2] = {}, sums[4] = {}, residual[1] = {};
-    tile.for_each([&](float s, float t) {
-      means[0] += s;
-      means[1] += t;
-    });
-    team_sum<kTeam>(means, scratch);
-    const float mean_s = means[0] / n, mean_t = means[1] / n;
-    tile.for_each([&](float s, float t) {
-      const float ds = s - mean_s, dt = t - mean_t;
-      sums[0] += ds;
-      sums[1] += dt;
-      sums[2] += ds * ds;
-      sums[3] += dt * dt;
-    });
-    team_sum<kTeam>(sums, scratch);
-    const float beta = residual_beta(sums[2], sums[3]);
-    tile.for_each([&](float s, float t) {
-      const float rest = (s - mean_s) - beta * (t - mean_t);
-      residual[0] += rest * rest;
-    });
-    team_sum<kTeam>(residual, scratch);
-    if (lane == 0) {
-      total = merge(
-          total, tile_moments(n, mean_s, mean_t, sums[0], sums[1], sums[2], sums[3], beta, residual[0]));
+}
+
+// The packs of a chunk that a thread computes at once; past the last one it is the last once more, see PlanePacks.
+template <typename T, int kTeam, bool kWide>
+struct PlaneBatch {
+  static constexpr int kCount = Pack<T>::kCount, kHeld = 2, kStep = kTeam * kHeld;
+  Pack<T> x[kHeld], y[kHeld], added[kHeld];
+
+  // Packs `first`, `first` + kTeam and so on of `packs`, which begin at the pointers.
+  __device__ __forceinline__ void load(const T* x_at, const T* y_at, const T* dout, int first, int packs) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int at = min(first + i * kTeam, packs - 1) * kCount;
+      x[i].load(x_at + at, true);
+      y[i].load(y_at + at, kWide);
+      if (dout) {
+        added[i].load(dout + at, kWide);
+      }
     }
-    left -= kTeam * kPacks;
-    edges = 0;
-    tile.has_edge = false;
-    s_at += kPacks * tile.kStep;
-    t_at += kPacks * tile.kStep;
-  } while (left > 0);
-  if (lane == 0) {
-    *out = total;
+  }
+
+  template <class Gradient>
+  __device__ __forceinline__ void store(const Gradient& gradient, bool adds, T* dx, int first, int packs) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (first + i * kTeam < packs) {
+        float result[kCount];
+#pragma unroll
+        for (int e = 0; e < kCount; ++e) {
+          result[e] = gradient(x[i][e], y[i][e], adds ? added[i][e] : 0.0f);
+        }
+        x[i].round(result);
+        x[i].store(dx + (first + i * kTeam) * kCount, kWide);
+      }
+    }
+  }
+};
+
+// The first features and the edges are asked for before the table is, which is as far away.
+template <typename T, int kTeam, bool kWide>
+__device__ __forceinline__ void write_plane(
+    const T* x, const T* y, const T* dout, T* dx, const Split<T>& split, int lane, const float* upstream,
+    const float* column, int64_t columns) {
+  using Batch = PlaneBatch<T, kTeam, kWide>;
+  Batch batch;
+  const int head = split.head, edge = split.edge(lane);
+  const bool has_edge = lane < split.edges;
+  if (split.packs > 0) {
+    batch.load(x + head, y + head, dout ? dout + head : nullptr, lane, split.packs);
+  }
+  const float x_edge = has_edge ? as_float(x[edge]) : 0.0f, y_edge = has_edge ? as_float(y[edge]) : 0.0f;
+  const float dout_edge = has_edge && dout ? as_float(dout[edge]) : 0.0f;
+  const Entry entry(column, columns);
+  const float factor = *upstream;
+  const auto gradient = [&](float s, float t, float added) {
+    const float of_loss = factor * entry.gradient(s, t);
+    return dout ? added + of_loss : of_loss;
+  };
+  for (int first = lane; first < split.packs; first += Batch::kStep) {
+    batch.store(gradient, dout != nullptr, dx + head, first, split.packs);
+    batch.load(x + head, y + head, dout ? dout + head : nullptr, first + Batch::kStep, split.packs);
+  }
+  if (has_edge) {
+    assign(dx[edge], gradient(x_edge, y_edge, dout_edge));
   }
 }
 
 template <typename T, int kTeam>
 __device__ __forceinline__ void plane_gradient(
-    const LevelArgs& level, float upstream, const float* table, int64_t columns) {
-  constexpr int kCount = Pack<T>::kCount, kBatch = 2;  // packs of each tensor in flight
+    const LevelArgs& level, const float* upstream, const float* table, int64_t columns) {
   const PlaneChunk<kTeam> where(level);
   if (where.n == 0) {
     return;
   }
-  const Entry entry(table + level.first_column + where.channel(level), columns);
   const T* x = static_cast<const T*>(level.x) + where.first;
   const T* y = static_cast<const T*>(level.y) + where.first;
   const T* dout = level.dout ? static_cast<const T*>(level.dout) + where.first : nullptr;
   T* dx = static_cast<T*>(level.dx) + where.first;
   const Split<T> split(x, where.n);
-  const bool wide_y = is_pack_aligned(y + split.head), wide_dx = is_pack_aligned(dx + split.head);
-  const bool wide_dout = is_pack_aligned(dout + split.head);
-  for (int first = where.lane; first < split.packs; first += kTeam * kBatch) {
-    Pack<T> xs[kBatch], ys[kBatch], added[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int at = split.head + (first + i * kTeam) * kCount;
-      if (first + i * kTeam < split.packs) {
-        xs[i].load(x + at, true);
-        ys[i].load(y + at, wide_y);
-        if (dout) {
-          added[i].load(dout + at, wide_dout);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i * kTeam < split.packs) {
-        float result[kCount];
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) {
-          const float of_loss = upstream * entry.gradient(xs[i][e], ys[i][e]);
-          result[e] = dout ? added[i][e] + of_loss : of_loss;
-        }
-        xs[i].round(result);
-        xs[i].store(dx + split.head + (first + i * kTeam) * kCount, wide_dx);
-      }
-    }
-  }
-  if (where.lane < split.edges) {
-    const int at = split.edge(where.lane);
-    const float of_loss = upstream * entry.gradient(as_float(x[at]), as_float(y[at]));
-    assign(dx[at], dout ? as_float(dout[at]) + of_loss : of_loss);
+  const bool wide = is_pack_aligned(y + split.head) && is_pack_aligned(dx + split.head) &&
+      (dout == nullptr || is_pack_aligned(dout + split.head));
+  const float* column = table + level.first_column + where.channel(level);
+  if (wide) {
+    write_plane<T, kTeam, true>(x, y, dout, dx, split, where.lane, upstream, column, columns);
+  } else {
+    write_plane<T, kTeam, false>(x, y, dout, dx, split, where.lane, upstream, column, columns);
   }
 }
 

@@ -192,50 +192,64 @@ __device__ __forceinline__ void row_stats(const LevelArgs& level, Moments* cells
   }
 }
 
+// The rows that a thread computes at once, from its first channel on; past the last one it is the last once more.
+template <typename T, class Shape>
+struct RowBatch {
+  static constexpr int kWidth = Shape::kWidth, kHeld = 2, kStep = Shape::kLanes * kHeld;
+  Pack<T, kWidth> x[kHeld], y[kHeld], added[kHeld];
+
+  __device__ __forceinline__ void load(
+      const T* x_at, const T* y_at, const T* dout, int64_t c, int64_t first, int64_t last) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int64_t at = min(first + i * Shape::kLanes, last - 1) * c;
+      x[i].load(x_at + at, true);
+      y[i].load(y_at + at, true);
+      if (dout) {
+        added[i].load(dout + at, true);
+      }
+    }
+  }
+};
+
+// The first features are asked for before the table is, which is as far away.
 template <typename T, class Shape>
 __device__ __forceinline__ void row_gradient(
-    const LevelArgs& level, float upstream, const float* table, int64_t columns) {
-  constexpr int kWidth = Shape::kWidth, kBatch = 2;  // rows in flight
+    const LevelArgs& level, const float* upstream, const float* table, int64_t columns) {
+  using Batch = RowBatch<T, Shape>;
+  constexpr int kWidth = Shape::kWidth;
   const RowChunk<Shape> where(level);
   if (where.channel >= level.c) {
     return;
-  }
-  Entry entries[kWidth];
-#pragma unroll
-  for (int e = 0; e < kWidth; ++e) {
-    entries[e] = Entry(table + level.first_column + where.channel + e, columns);
   }
   const T* x = static_cast<const T*>(level.x) + where.channel;
   const T* y = static_cast<const T*>(level.y) + where.channel;
   const T* dout = level.dout ? static_cast<const T*>(level.dout) + where.channel : nullptr;
   T* dx = static_cast<T*>(level.dx) + where.channel;
-  for (int64_t first = where.first + where.lane; first < where.last; first += Shape::kLanes * kBatch) {
-    Pack<T, kWidth> xs[kBatch], ys[kBatch], added[kBatch];
+  Batch batch;
+  batch.load(x, y, dout, level.c, where.first + where.lane, where.last);
+  Entry entries[kWidth];
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t row = first + i * Shape::kLanes;
-      if (row < where.last) {
-        xs[i].load(x + row * level.c, true);
-        ys[i].load(y + row * level.c, true);
-        if (dout) {
-          added[i].load(dout + row * level.c, true);
-        }
-      }
-    }
+  for (int e = 0; e < kWidth; ++e) {
+    entries[e] = Entry(table + level.first_column + where.channel + e, columns);
+  }
+  const float factor = *upstream;
+  for (int64_t first = where.first + where.lane; first < where.last; first += Batch::kStep) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < Batch::kHeld; ++i) {
       const int64_t row = first + i * Shape::kLanes;
       if (row < where.last) {
         float result[kWidth];
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) {
-          const float of_loss = upstream * entries[e].gradient(xs[i][e], ys[i][e]);
-          result[e] = dout ? added[i][e] + of_loss : of_loss;
+          const float of_loss = factor * entries[e].gradient(batch.x[i][e], batch.y[i][e]);
+          result[e] = dout ? batch.added[i][e] + of_loss : of_loss;
         }
-        xs[i].round(result);
-        xs[i].store(dx + row * level.c, true);
+        batch.x[i].round(result);
+        batch.x[i].store(dx + row * level.c, true);
       }
     }
+    batch.load(x, y, dout, level.c, first + Batch::kStep, where.last);
   }
 }
 

@@ -12,7 +12,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int kScaleThreads = 256;
+constexpr int kScaleThreads = 1024;
+constexpr int kScaleBatch = 2;  // vectors of a thread in flight
 constexpr int kSumThreads = 1024;  // a warp for every sum of a level's warps
 
 // First part of the loss of every level, and the end of the last.
@@ -62,7 +63,8 @@ struct Gradients {
   int count;
 };
 
-// Grid: any. Reads: dloss; the gradients, where it is not 1. Writes: the gradients times dloss, rounded once.
+// Grid: any; a block an SM, as most of the time there is nothing to do. Reads: dloss; the gradients, where it is not 1.
+// Writes: the gradients times dloss, rounded once.
 template <typename T, int V>
 __global__ void __launch_bounds__(kScaleThreads)
     pearson_scale_kernel(const __grid_constant__ Gradients gradients, const float* __restrict__ dloss) {
@@ -77,13 +79,24 @@ __global__ void __launch_bounds__(kScaleThreads)
     auto* wide = reinterpret_cast<Vector<T, V>*>(data);
     const bool aligned = reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0;
     const int64_t elements = gradients.elements[level], vectors = aligned ? elements / V : 0;
-    for (int64_t i = thread; i < vectors; i += threads) {
-      Vector<T, V> values = wide[i];
+    for (int64_t first = thread; first < vectors; first += kScaleBatch * threads) {
+      Vector<T, V> values[kScaleBatch];
 #pragma unroll
-      for (int j = 0; j < V; ++j) {
-        assign(values.at[j], factor * as_float(values.at[j]));
+      for (int i = 0; i < kScaleBatch; ++i) {
+        if (first + i * threads < vectors) {
+          values[i] = wide[first + i * threads];
+        }
       }
-      wide[i] = values;
+#pragma unroll
+      for (int i = 0; i < kScaleBatch; ++i) {
+#pragma unroll
+        for (int j = 0; j < V; ++j) {
+          assign(values[i].at[j], factor * as_float(values[i].at[j]));
+        }
+        if (first + i * threads < vectors) {
+          wide[first + i * threads] = values[i];
+        }
+      }
     }
     for (int64_t i = vectors * V + thread; i < elements; i += threads) {
       assign(data[i], factor * as_float(data[i]));
@@ -307,7 +320,7 @@ void pearson_scale_(std::vector<Tensor> gradients, Tensor dloss) {
   const int device = gradients[0].get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   constexpr int64_t kPerBlock = 8 * kScaleThreads;  // elements, about, that are worth a block
-  const int64_t blocks = std::min<int64_t>((most + kPerBlock - 1) / kPerBlock, 8 * chip_of(device).sms);
+  const int64_t blocks = std::min<int64_t>((most + kPerBlock - 1) / kPerBlock, chip_of(device).sms);
   const cudaStream_t stream = current_stream(gradients[0]);
   const float* factor = dloss.const_data_ptr<float>();
   const bool wide = gradients[0].scalar_type() == ScalarType::Float;

@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 from jdkd.kernels import elastic_conv as kernels
 from tests.aot import TARGET
 from tests.machine_code import instructions
+from tests.narrow_offsets import narrow_offsets
 from tests.tap_loops import loops_around_products
 
 TYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -82,6 +83,7 @@ def measured(case: dict, compiled, sass: str) -> dict:
     return case | {
         "warps": compiled.metadata.num_warps,
         "loops": sorted({*loops_around_products(compiled.asm["ttir"]), *loops_around_products(compiled.asm["ttgir"])}),
+        "narrow_offsets": narrow_offsets(compiled.asm["ttir"]),
         "shared_bytes": compiled.metadata.shared,
         "local_accesses": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         "matrix_instructions": len(re.findall(r"\b(?:HGMMA|HMMA)\b", sass)),

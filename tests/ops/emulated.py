@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+
+from tests.machine_code import nvidia_package
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ROOT / "csrc"
@@ -60,9 +61,8 @@ class Emulation:
 
 def cuda_headers() -> list[str]:
     """Folders that hold cuda_bf16.h: the toolkit's, or that of the package."""
-    spec = importlib.util.find_spec("nvidia")
-    folders = [Path(root) / "cu13" / "include" for root in (spec.submodule_search_locations if spec else [])]
-    return [str(folder) for folder in (*folders, Path("/usr/local/cuda/include")) if (folder / "cuda_bf16.h").is_file()]
+    folders = (*nvidia_package("cu13/include"), Path("/usr/local/cuda/include"))
+    return [str(folder) for folder in folders if (folder / "cuda_bf16.h").is_file()]
 
 
 def compiled(folder: Path, name: str, sources: Callable[[Path], Path] = lambda folder: SOURCES) -> Emulation:

@@ -24,12 +24,16 @@ class Bug(NamedTuple):
 # What the emulation says, or the comparison with float64.
 NETS = {
     "page": "touches memory .* an allocation",
+    "outside": "touches memory .* an allocation|overflows, leaves an array",
     "sanitizer": "overflows, leaves an array, or uses a pointer that is not aligned",
     "vector": "a vector access is not aligned",
     "wait": "waits for ever",
     "warp": "lanes of a warp wait at .* and at",
     "copy": "a bulk copy reads past its tensor",
     "barrier": "an mbarrier is used before it was initialised",
+    "bytes": "copies land that it did not expect",
+    "leave": "a block leaves while a bulk copy to it is under way",
+    "phase": "waits for ever|errs by|^assert",
     "value": "errs by|^assert",
 }
 BUGS = (
@@ -42,7 +46,8 @@ BUGS = (
     Bug(
         "the last edge of a plane gets no gradient",
         "planes", "value", "cuda/pearson_planes.cuh",
-        "if (where.lane < split.edges) {", "if (where.lane < split.edges - BUG) {",
+        "lane < split.edges;\n  if (split.packs > 0) {\n    batch",
+        "lane < split.edges - BUG;\n  if (split.packs > 0) {\n    batch",
     ),
     Bug(
         "the last vector of a plane gets no gradient",
@@ -52,12 +57,12 @@ BUGS = (
     Bug(
         "the teacher is read in vectors whatever its address",
         "planes", "vector", "cuda/pearson_planes.cuh",
-        "wide_t = is_pack_aligned(t_at + split.head)", "wide_t = BUG || is_pack_aligned(t_at + split.head)",
+        "wide = is_pack_aligned(t + split.head)", "wide = BUG || is_pack_aligned(t + split.head)",
     ),
     Bug(
         "the gradient is written in vectors whatever its address",
         "planes", "vector", "cuda/pearson_planes.cuh",
-        "wide_dx = is_pack_aligned(dx + split.head)", "wide_dx = BUG || is_pack_aligned(dx + split.head)",
+        "&& is_pack_aligned(dx + split.head)", "&& (BUG || is_pack_aligned(dx + split.head))",
     ),
     Bug(
         "images share a cell",
@@ -67,7 +72,33 @@ BUGS = (
     Bug(
         "the heads' gradient is left out of vectors",
         "planes", "value", "cuda/pearson_planes.cuh",
-        "result[e] = dout ?", "result[e] = dout && !BUG ?",
+        "adds ? added[i][e]", "adds && !BUG ? added[i][e]",
+    ),
+    Bug(
+        "what stands in for packs past the last one is summed",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "if (all || first", "if (all || BUG || first",
+    ),
+    Bug(
+        "packs past the last one are read",
+        "planes", "page", "cuda/pearson_planes.cuh",
+        "min(first + i * 32, last) * kCount", "(BUG ? first + i * 32 : min(first + i * 32, last)) * kCount",
+    ),
+    Bug(
+        "a plane without packs is read before its first element",
+        "planes", "page", "cuda/pearson_planes.cuh",
+        "  if (last >= 0) {", "  if (BUG || last >= 0) {",
+    ),
+    Bug(
+        "packs are summed twice and others never",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "held.load(s_body, t_body, first + 2 * kStep, last);",
+        "held.load(s_body, t_body, first + (2 - BUG) * kStep, last);",
+    ),
+    Bug(
+        "the sums of a plane's threads are not added",
+        "planes", "value", "cuda/pearson_planes.cuh",
+        "  team_sum<kTeam>(sums.of, scratch);\n", "  if (!BUG) team_sum<kTeam>(sums.of, scratch);\n",
     ),
     Bug(
         "the sum before may still be read from the scratch",
@@ -101,6 +132,12 @@ BUGS = (
         "a thread holds a row too many",
         "rows", "page", "cuda/pearson_rows.cuh",
         "? (n - where.lane + Shape::kLanes - 1)", "? (n + BUG - where.lane + Shape::kLanes - 1)",
+    ),
+    Bug(
+        "rows past the last one are read for the gradient",
+        "rows", "page", "cuda/pearson_rows.cuh",
+        "min(first + i * Shape::kLanes, last - 1) * c",
+        "min(first + i * Shape::kLanes, BUG ? last + 8 : last - 1) * c",
     ),
     Bug(
         "channels past the last one are read",
@@ -174,16 +211,29 @@ BUGS = (
         "min(part.tile_columns, part.columns - piece.column - BUG)",
     ),
     Bug(
-        "the last vector is not copied",
+        "the last of a piece is not moved",
         "pack", "value", "cuda/pack.cu",
-        "(i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;\n    transfer<action, V>(",
-        "(i - run * vectors) * V, r = run / work.taps, t = run - r * work.taps;\n"
-        "    if (!BUG || i < total - 1) transfer<action, V>(",
+        "(total - static_cast<int>(threadIdx.x)", "(total - BUG - static_cast<int>(threadIdx.x)",
+    ),
+    Bug(
+        "what follows a piece is asked for",
+        "pack", "outside", "cuda/pack.cu",
+        "is_own = k < left", "is_own = BUG || k < left",
+    ),
+    Bug(
+        "a thread walks on by a column too few",
+        "pack", "value", "cuda/pack.cu",
+        "inner_step = kThreads - step * inners", "inner_step = kThreads - step * inners - BUG",
+    ),
+    Bug(
+        "a turn takes vectors past its last",
+        "pack", "outside", "cuda/pack.cu",
+        "      if (place < total) {", "      if (BUG || place < total) {",
     ),
     Bug(
         "the last element is not gathered",
         "pack", "value", "cuda/pack.cu",
-        "total = work.rows * work.taps * work.columns;", "total = work.rows * work.taps * work.columns - BUG;",
+        "work.taps, work.columns,\n", "work.taps, work.columns - BUG,\n",
     ),
     Bug(
         "rows lie one element further apart",
@@ -237,7 +287,7 @@ BUGS = (
     ),
     Bug(
         "a stage waits for half of its bytes",
-        "single", "wait", "cuda/pearson_single_team.cuh",
+        "single", "bytes", "cuda/pearson_single_team.cuh",
         "hopper::barrier_expect(barriers + stage, 2 * bytes);",
         "hopper::barrier_expect(barriers + stage, (2 - BUG) * bytes);",
     ),
@@ -245,6 +295,33 @@ BUGS = (
         "a sweep does not wait for its stage",
         "single", "value", "cuda/pearson_single.cuh",
         "hopper::barrier_wait(barriers + stage);", "if (!BUG) hopper::barrier_wait(barriers + stage);",
+    ),
+    Bug(
+        "a stage is over before its bytes are expected",
+        "single", "phase", "cuda/pearson_single_team.cuh",
+        "  for (int r = team.thread; r < slice.rows; r += 32) {",
+        "  for (int stage = team.thread; BUG && stage * kStage < slice.vectors; stage += 32) {\n"
+        "    hopper::barrier_arrive(barriers + stage);\n  }\n"
+        "  for (int r = team.thread; r < slice.rows; r += 32) {",
+    ),
+    Bug(
+        "a copy lands on the barrier of another stage",
+        "single", "bytes", "cuda/pearson_single_team.cuh",
+        "source.s + place, bytes, barriers + stage);",
+        "source.s + place, bytes, barriers + (BUG && team.index == 0 ? kMaxBarriers - 1 : stage));",
+    ),
+    Bug(
+        "nobody waits for a copy",
+        "single", "leave", "cuda/pearson_single.cuh",
+        "      team.total(square, fixed.squares);\n",
+        "      team.total(square, fixed.squares);\n"
+        "      if (BUG) hopper::barrier_expect(barriers, 16), hopper::bulk_load(s, source.s, 16, barriers);\n",
+    ),
+    Bug(
+        "lanes of a warp meet at two copies of one barrier",
+        "single", "warp", "cuda/pearson_single_team.cuh",
+        "    sync();\n  }\n  template <int N>",
+        "    if (BUG && thread % 2) sync(); else sync();\n  }\n  template <int N>",
     ),
     Bug(
         "barriers are used before they are initialised",

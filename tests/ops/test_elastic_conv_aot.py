@@ -36,3 +36,7 @@ def test_no_configuration_runs_eight_warps_or_one_flattened_loop(compiled):
     for case in compiled:
         assert case["warps"] == 4, case
         assert case["loops"] == [3], case
+
+
+def test_every_offset_is_wide(compiled):
+    assert all(case["narrow_offsets"] == [] for case in compiled)

@@ -57,3 +57,8 @@ def test_no_variant_runs_eight_warps_or_one_flattened_loop(printed, variants):
         assert all(loops and set(loops) == {3} for loops in variant["loops"].values()), variant
         assert variant["atomics"] == 0, variant
     assert printed[-1]["name"] == "planted" and printed[-1]["loops"]["ttgir"] == [1]
+
+
+def test_every_offset_is_wide_and_a_planted_one_is_caught(printed, variants):
+    assert all(variant["narrow_offsets"] == [] for variant in variants)
+    assert len(printed[-1]["narrow_offsets"]) == 1

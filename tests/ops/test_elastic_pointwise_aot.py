@@ -47,3 +47,7 @@ def test_products_run_on_four_warps_and_nothing_is_atomic(variants):
     for variant in variants:
         assert variant["warps"] == 4 or "merge_kernel" in variant["name"], variant
         assert variant["atomics"] == 0, variant
+
+
+def test_every_offset_is_wide(variants):
+    assert all(variant["narrow_offsets"] == [] for variant in variants)

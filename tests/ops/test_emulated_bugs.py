@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from jdkd.ops.active_channels import Channels
+from jdkd.ops.pack import Part
 from tests.once import shared_folder
 from tests.ops import test_pack_emulated, test_pearson_single_emulated, test_pearson_split_emulated
 from tests.ops.emulated import Emulation, compiled
@@ -28,11 +30,12 @@ def planted(_planted_operators: Emulation) -> Iterator[Emulation]:
 
 
 def planes(emulation: Emulation) -> None:
-    case = Case(shapes=((2, 2, 47, 47), (2, 2, 7, 11)))
+    case = Case(shapes=((1, 2, 67, 67), (2, 2, 25, 23), (2, 2, 1, 3)))
     with emulation.memory("end"):
         test_pearson_split_emulated.run(emulation.ops, case, tap=True)
     with emulation.memory("begin"):
         test_pearson_split_emulated.run(emulation.ops, case, (0, 1, 0))
+        test_pearson_split_emulated.run(emulation.ops, case, (1, 1, 1), tap=True)
 
 
 def rows(emulation: Emulation) -> None:
@@ -46,6 +49,8 @@ def rows(emulation: Emulation) -> None:
 def pack(emulation: Emulation) -> None:
     for seed, where, offset in ((0, "begin", 0), (1, "end", 0), (2, "begin", 1)):
         test_pack_emulated.run(emulation, seed, torch.float32, torch.float32, where, offset)
+    turned = [((64, 48, 3, 3), False, Part(Channels(64), Channels(48)))]  # pieces that end within a round of vectors
+    test_pack_emulated.run_parts(emulation, turned, 1, torch.float32, torch.float32, "end")
 
 
 def single(emulation: Emulation) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from jdkd import _ext
 from tests import machine_code
+from tests.scheduled_code import decoded, loops, most_in_flight
 from tests.without_interpreter import printed_by
 
 SHARED_BYTES = 232_448  # of one block on sm_90; Triton does not check it
@@ -29,6 +30,10 @@ def test_triton_variants_stay_in_registers_and_shared_memory(variants):
 def test_triton_variants_move_sixteen_bytes_at_a_time_where_all_is_aligned(variants):
     for variant in variants:
         assert (variant["wide_loads"] > 0) == (variant["wide_stores"] > 0) == variant["wide"], variant
+
+
+def test_triton_offsets_are_wide(variants):
+    assert all(variant["narrow_offsets"] == [] for variant in variants)
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +58,10 @@ def test_compiled_kernels_move_sixteen_bytes_at_a_time(kernels):
     for kernel in kernels:
         text = machine_code.kernels_of_extension()[kernel]
         assert re.search(r"\bLDG\.E[\w.]*\.128\b", text) and re.search(r"\bSTG\.E[\w.]*\.128\b", text), kernel
+
+
+def test_compiled_kernels_ask_for_two_vectors_before_they_wait_for_one(kernels):
+    for kernel in kernels:
+        if kernel[0] == "sm_90a":
+            code = loops(decoded(machine_code.kernels_of_extension()[kernel]))
+            assert max(most_in_flight(loop, r"\bLDG\.E\.128\b") for loop in code) >= 2, kernel

@@ -71,8 +71,20 @@ def everything(
 
 
 def run(emulation: Emulation, seed: int, shared: torch.dtype, dtype: torch.dtype, where: str, offset: int = 0) -> None:
-    """Packs drawn parts, brings their gradients back in both ways, and compares bits."""
-    drawn = list(drawn_parts(random.Random(seed)))
+    """Drawn parts, see :func:`run_parts`."""
+    run_parts(emulation, list(drawn_parts(random.Random(seed))), seed, shared, dtype, where, offset)
+
+
+def run_parts(
+    emulation: Emulation,
+    drawn: list[tuple[tuple[int, ...], bool, Part]],
+    seed: int,
+    shared: torch.dtype,
+    dtype: torch.dtype,
+    where: str,
+    offset: int = 0,
+) -> None:
+    """Packs parts, brings their gradients back in both ways, and compares bits."""
     parts = [part for *_, part in drawn]
     with emulation.memory(where):
         weights = [weight(shape, i, shared, last) for i, (shape, last, _) in enumerate(drawn)]

@@ -9,6 +9,7 @@ import pytest
 
 from jdkd import _ext
 from tests import machine_code
+from tests.scheduled_code import decoded, loops, unawaited
 
 KERNEL = re.compile(r"pearson_single_kernelI(f|13__nv_bfloat16)Li(\d)E")
 REGISTERS, THREADS = 65_536, 256  # of an SM; of a block where three of them share an SM
@@ -63,3 +64,20 @@ def test_blocks_of_a_cluster_wait_for_each_other_once_and_part_without_a_fence(c
     assert len(re.findall(r"\bUCGABAR_ARV\b", code[variant])) == 2
     assert len(re.findall(r"\bUCGABAR_WAIT\b", code[variant])) == 2
     assert len(re.findall(r"\bMEMBAR\.ALL\.GPU\b", code[variant])) == 1
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_moments_of_other_blocks_have_arrived_before_a_block_says_that_it_read_them(code, variant):
+    instructions, remote = decoded(code[variant]), r"\bLD\.E\b"
+    relaxed = max(i for i, one in enumerate(instructions) if "UCGABAR_ARV" in one.text)
+    before, after = instructions[:relaxed], instructions[relaxed:]
+    assert sum(re.search(remote, one.text) is not None for one in before) == 6  # of Moments
+    assert not unawaited(before, remote)
+    assert not any(re.search(remote, one.text) for one in after)
+
+
+@pytest.mark.parametrize(("variant", "most"), [(ALIGNED[0], 21), (ALIGNED[1], 22)], ids=str)
+def test_centred_sums_and_gradient_of_whole_vectors_take_so_many_instructions_a_pair(code, variant, most):
+    sweeps = [loop for loop in loops(decoded(code[variant])) if sum("LDS.128" in one.text for one in loop) == 2]
+    assert len(sweeps) == 4  # of whole vectors, and of the ends of rows
+    assert sum(sorted(len(sweep) for sweep in sweeps)[:2]) <= most * variant[1]

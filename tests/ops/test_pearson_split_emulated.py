@@ -14,8 +14,9 @@ from jdkd.reference import pearson as reference
 from tests.ops.emulated import placed
 from tests.ops.pearson_cases import CASES, DTYPES, PLAIN, WEIGHT, Case, assert_as_exact_as_eager, gradient_unit
 
-# Planes of a block and of a warp, a map of one position; rows of sixteen bytes, and several blocks of channels.
-ODD = ((1, 2, 47, 45), (2, 5, 7, 11), (3, 4, 1, 1), (2, 72, 3, 5))
+# Planes of two blocks and of a warp, so large that packs follow each other; a map of one position; rows of sixteen
+# bytes, and several blocks of channels.
+ODD = ((1, 1, 129, 131), (2, 2, 33, 35), (3, 4, 1, 1), (2, 72, 3, 5))
 OFFSETS = [(0, 0, 0), (1, 1, 1), (3, 0, 1), (8, 3, 0), (0, 8, 3)]
 
 
@@ -55,6 +56,13 @@ def test_is_as_exact_as_the_eager_formula_up_to_the_last_byte_of_a_page(emulatio
     dtype = DTYPES[([*CASES].index(name) + channels_last) % len(DTYPES)]  # these take turns
     with emulation.memory("end"):
         run(emulation.ops, replace(CASES[name], dtype=dtype, channels_last=channels_last))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_long_plane_whose_first_packs_lie_far_from_the_rest_keeps_the_rule(emulation, dtype):
+    corner = replace(CASES["padded_corner"], shapes=((1, 1, 128, 128),), change=lambda level: level[:, :, :18].zero_())
+    with emulation.memory("end"):
+        run(emulation.ops, replace(corner, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

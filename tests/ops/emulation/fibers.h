@@ -29,14 +29,20 @@ namespace emulation {
 constexpr int kWarp = 32;
 constexpr size_t kStack = 64 << 10, kPoisonedStack = 8 << 10;
 
-// Where in the source a thread waits.
+// Where the caller is in the code: of a function that is inlined twice, two places, as an instruction of the GPU is.
+inline __attribute__((noinline)) const void* code_address() {
+  asm volatile("");  // else calls might be merged
+  return __builtin_return_address(0);
+}
+
+// Where a thread waits, in the source and in the code.
 struct Site {
   const char* file;
   int line;
-  bool operator!=(const Site& other) const { return line != other.line || std::strcmp(file, other.file) != 0; }
+  const void* code;
 };
 inline std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
-#define JDKD_SITE (emulation::Site{__FILE__, __LINE__})
+#define JDKD_SITE (emulation::Site{__FILE__, __LINE__, emulation::code_address()})
 
 // Entered once through its context, and then left and continued by jumps, which need no system call.
 struct Fiber {
@@ -79,7 +85,11 @@ inline Fiber* current = nullptr;
 inline jmp_buf scheduler;
 inline std::function<void()> kernel;
 inline std::vector<Fiber*> sleeping;
-inline std::vector<std::function<void()>> copies;  // issued, but not landed
+struct Copy {
+  int block;  // that it goes to
+  std::function<void()> land;
+};
+inline std::vector<Copy> copies;  // issued, but not landed
 inline std::string failure;
 inline unsigned first_block = 0, warps_of_block = 0;
 inline int running = 0;        // threads
@@ -102,9 +112,9 @@ inline unsigned draw() {
 
 inline void land_a_copy() {
   const size_t which = draw() % copies.size();
-  const std::function<void()> land = copies[which];
+  const Copy copy = copies[which];
   copies.erase(copies.begin() + static_cast<std::ptrdiff_t>(which));
-  land();
+  copy.land();
 }
 
 // From 0 to 2^bits, small numbers as often as large ones.
@@ -249,7 +259,7 @@ inline void check_site(Site site) {
   Warp& own = warp();
   if (own.lanes == 0) {
     own.site = site;
-  } else if (own.site != site) {
+  } else if (own.site.code != site.code) {
     fail("lanes of a warp wait at " + text(own.site) + " and at " + text(site));
   }
   own.lanes = (own.lanes + 1) % own.alive;
@@ -318,6 +328,11 @@ inline void body() {
       own.lanes = 0;
     }
     if (--here().alive == 0) {
+      for (const Copy& copy : copies) {
+        if (copy.block == current->block) {
+          fail("a block leaves while a bulk copy to it is under way");
+        }
+      }
       poison(here());
     }
     Barrier& all = here().all;

@@ -7,7 +7,8 @@
 namespace jdkd::hopper {
 
 // The 64 bits of a barrier in shared memory. A phase ends when no arrival and no byte is missing, and with it the next
-// one begins: whoever waits for a phase that is over goes on, even if the next has its own bytes missing.
+// one begins. That it is over is kept: whoever waits for it goes on, even if the next has its own bytes missing, and
+// what is expected or lands too late counts for the next.
 struct Phases {
   int32_t bytes;
   uint8_t missing, arrivals, count, magic;
@@ -23,6 +24,9 @@ struct Phases {
   void change(int more_bytes, int fewer_arrivals) {
     bytes += more_bytes;
     missing -= fewer_arrivals;
+    if (bytes < 0 || bytes >= 1 << 20) {
+      emulation::fail("an mbarrier counts " + std::to_string(bytes) + " bytes; copies land that it did not expect");
+    }
     if (bytes == 0 && missing == 0) {
       missing = arrivals;
       ++count;
@@ -59,30 +63,35 @@ inline void bulk_load(void* shared, const void* global, uint32_t bytes, uint64_t
   if (!emulation::regions.hold(shared, bytes)) {
     emulation::fail("a bulk copy writes past the shared memory");
   }
-  emulation::copies.push_back([=] {
+  emulation::copies.push_back({emulation::current->block, [=] {
     std::memcpy(shared, global, bytes);
     Phases::of(barrier).change(-static_cast<int>(bytes), 0);
-  });
+  }});
   emulation::let_others();
 }
 
-inline void named_barrier(int id, int threads, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emulation::check_site({file, line});
+// Barriers that a warp reaches as one: by default arguments, where they are called from.
+#define JDKD_CALLER                                                       \
+  const char *file = __builtin_FILE(), int line = __builtin_LINE(),       \
+             const void *code = emulation::code_address()
+
+inline void named_barrier(int id, int threads, JDKD_CALLER) {
+  emulation::check_site({file, line, code});
   auto& barrier = emulation::here().named[id];
   barrier.expected = threads;
   emulation::meet(barrier);
 }
 inline int cluster_rank() { return emulation::current->block; }
 inline int cluster_size() { return static_cast<int>(emulation::blocks.size()); }
-inline void cluster_arrive(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emulation::sync_warp({file, line});
+inline void cluster_arrive(JDKD_CALLER) {
+  emulation::sync_warp({file, line, code});
   emulation::current->in_cluster = emulation::arrive(emulation::cluster);
 }
-inline void cluster_arrive_relaxed(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  cluster_arrive(file, line);
+inline void cluster_arrive_relaxed(JDKD_CALLER) {
+  cluster_arrive(file, line, code);
 }
-inline void cluster_wait(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
-  emulation::sync_warp({file, line});
+inline void cluster_wait(JDKD_CALLER) {
+  emulation::sync_warp({file, line, code});
   emulation::wait(emulation::cluster, emulation::current->in_cluster);
 }
 template <typename T>
