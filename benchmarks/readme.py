@@ -43,7 +43,11 @@ OWN = {  # operators whose tables are not those of kernels
     parity.OP: parity.table,
     "latency": latency_page.page,
 }
-MADE = {"support": support.table, "backends": backends.table}
+MADE = {
+    "support": support.table,
+    "backends": backends.table,
+    "learning": lambda: searches.learning({name: kept(name) for name in searches.KEPT}),
+}
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
 

@@ -8,17 +8,22 @@ import json
 import shlex
 import statistics
 import sys
+from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from benchmarks import record
 from jdkd.errors import InputError
+from jdkd.search import Archive
+from jdkd.search.archive import ARCHIVE
 
 KEPT = {
     "demo": "`make demo`",
     "digit_scenes": "an FCOS on 700 digit scenes of 224 px, from a base of 1,000 steps",
     "digit_scenes_128": "an FCOS on 400 digit scenes of 128 px, from a base of 3,000 steps",
-    "digit_scenes_deep": "an FCOS over a quarter of a ResNet-101 on 400 digit scenes of 192 px, base of 3,000 steps",
+    "digit_scenes_deep": "an FCOS over a quarter of a ResNet-101 on 400 digit scenes of 192 px, base of 6,000 steps",
+    "digit_scenes_deep_front": "the same for three latencies at once",
     "digit_scenes_r50": "an FCOS over a quarter of a ResNet-50 on 400 digit scenes of 128 px, base of 5,000 steps",
     "blood_cells_deep": "an FCOS over a quarter of a ResNet-101 on photographs of blood cells",
     "blood_cells_deep_front": "the same for three latencies at once",
@@ -44,8 +49,40 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
         for part in ("selection", "report"):
             result[part] |= {name: Path(result[part][name]).name for name in ("image_folder", "annotations")}
         result["command"] = " ".join(Path(word).name for word in shlex.split(result["command"]))
-        found.append(result)
+        found.append(result | {"lineages": lineages(folder, result)})
     return found
+
+
+def lineages(folder: Path, result: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+    """How the student of each target came up: steps of its lineage and mAP on the images that select, base first."""
+    with closing(Archive(folder / ARCHIVE)) as archive:
+        known = {one.id: one for one in archive.scored}
+    found = {}
+    for student in result["students"]:
+        path, one = [], known.get(student["id"])
+        while one is not None:
+            path.append((one.lineage_steps, one.map))
+            one = known.get(one.parent)
+        found[f"{student['target']:g}"] = path[::-1]
+    return found
+
+
+def learning(kept: Mapping[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table of what students had at each stop of their lineages, where that was kept.
+
+    Args:
+        kept: contents of `result.json` by what the searches are of; of a seed that occurs twice, the later one counts.
+    """
+    lines = [
+        "| searches | target | seed | base | student, by the steps of its lineage |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for name, results in kept.items():
+        for seed, result in sorted({result["seed"]: result for result in results}.items()):
+            for target, ((_, base), *path) in result.get("lineages", {}).items():
+                stops = ", ".join(f"{steps}: {value:.3f}" for steps, value in path)
+                lines.append(f"| {name} | {target} | {seed} | {base:.3f} | {stops} |")
+    return "\n".join(lines)
 
 
 def table(results: list[dict[str, Any]]) -> str:

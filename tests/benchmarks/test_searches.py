@@ -1,11 +1,15 @@
 """Results of searches as they are kept: without where anything lay."""
 
 import json
+from contextlib import closing
 
 import pytest
 
 from benchmarks import searches
 from jdkd.errors import InputError
+from jdkd.search import Archive
+from jdkd.search.archive import ARCHIVE
+from tests.search.rows import known, timing
 
 FOUND = {"map": 0.5, "latency_ratio": 0.8, "latency_ratio_interval": [0.7, 0.9], "params": 7, "train_steps": 30}
 
@@ -23,12 +27,20 @@ def result(seed=2, **student):
     }
 
 
-def test_what_is_kept_of_a_search_says_no_place(tmp_path):
-    (tmp_path / "result.json").write_text(json.dumps(result()))
+def test_what_is_kept_of_a_search_says_no_place_and_how_its_student_came_up(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(result(id="002")))
+    with closing(Archive(tmp_path / ARCHIVE)) as archive:
+        archive.add(timing(), **known(0, kind="base", map=0.6, lineage_steps=0))
+        archive.add(timing(), **known(1, map=0.3, parent="000", lineage_steps=5))
+        archive.add(timing(), **known(2, map=0.5, parent="001", lineage_steps=9))
     (kept,) = searches.collect([tmp_path])
     assert "/" not in json.dumps(kept)
     assert kept["report"] == {"image_folder": "val", "annotations": "val.json", "images": 3}
     assert kept["command"] == "__main__.py search --base base --steps 24"
+    assert kept["lineages"] == {"0.8": [(0, 0.6), (5, 0.3), (9, 0.5)]}
+    assert searches.learning({"mine": [result(), kept], "old": [result()]}).splitlines()[2:] == [
+        "| mine | 0.8 | 2 | 0.600 | 5: 0.300, 9: 0.500 |"
+    ]
     row = searches.table([kept]).splitlines()[2]
     assert row == "| 0.8 | 2 | 0.500 | 0.500 | 0.500 | 0.800 (0.700–0.900) | 1.00× | 30 |"
 
