@@ -95,7 +95,7 @@ def test_a_level_keeps_its_strides_and_takes_the_pages_of_one_that_is_gone(monke
     assert empty_like(level[:1, :3]).untyped_storage().nbytes() == 3 * 100 * 168 * 4
 
 
-@pytest.mark.skipif(_ext.module() is None, reason="jdkd._C is not built")
+@pytest.mark.skipif(_ext.library() is None, reason="jdkd._C is not built")
 def test_gradients_of_the_pearson_loss_that_live_are_never_overwritten():
     students = [torch.randn(2, 64, 100, 168, requires_grad=True) for _ in range(8)]
     teachers = [torch.randn(2, 64, 100, 168) for _ in students]
