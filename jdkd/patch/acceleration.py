@@ -23,7 +23,7 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.patch.agreement import TOLERANCE, Difference, Reference
 from jdkd.patch.convolutions import refusal
 from jdkd.patch.overrides import Overrides
-from jdkd.patch.plans import INGREDIENTS, Plan, planned, structure_of
+from jdkd.patch.plans import FUSED, INGREDIENTS, Plan, planned, structure_of
 
 TIMING = {"rounds": 8, "max_seconds": 20.0}  # of each ingredient
 
@@ -53,6 +53,7 @@ class Acceleration:
     Attributes:
         kept: the ingredients that it runs with.
         trials: what came of each.
+        unfollowed: why code of some modules is not fused, by their paths: what it raised when it was followed.
         ratio: its latency over that of the plain model; None where nothing was timed or kept.
         difference: from the plain model; None where nothing was kept.
     """
@@ -60,6 +61,7 @@ class Acceleration:
     def __init__(self, model: nn.Module, plan: Plan, trials: Sequence[Trial]) -> None:
         self.trials = tuple(trials)
         self.kept = tuple(trial.ingredient for trial in trials if trial.kept)
+        self.unfollowed = plan.unfollowed
         self.ratio: Ratio | None = None
         self.difference: Difference | None = None
         self._overrides = Overrides()
@@ -100,11 +102,12 @@ class Acceleration:
         self.restore()
 
     def __str__(self) -> str:
-        """A line an ingredient, and one for all that were kept."""
+        """A line an ingredient, one a module whose code could not be followed, and one for all that were kept."""
         lines = []
         for trial in self.trials:
             ratio = "" if trial.ratio is None else f"  {trial.ratio} of the time without"
             lines.append(f"{trial.ingredient:14} {'kept' if trial.kept else 'left out':9}{ratio}  {trial.reason}")
+        lines += [f"{path} is not {FUSED}: {why}" for path, why in self.unfollowed.items()]
         total = "nothing kept" if not self.kept else f"{', '.join(self.kept)}"
         if self.ratio is not None:
             total += f": {self.ratio} of the plain model's latency"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from jdkd.errors import InputError, said
 from jdkd.patch.convolutions import Convolution
 from jdkd.patch.overrides import Override, is_hooked, is_plain
 
@@ -35,14 +36,17 @@ def flow_of(module: nn.Module) -> fx.Graph | None:
         module: has a convolution among its children; its forward runs once on symbols.
 
     Returns:
-        The graph; None where the code cannot be followed or does anything else, which might change from call to call.
+        The graph; None where the code does anything else, which might change from call to call.
+
+    Raises:
+        InputError: the code cannot be followed, with what it raised.
     """
     if not any(type(child) is nn.Conv2d for child in module.children()) or isinstance(module, fx.GraphModule):
         return None
     try:
         graph = _OneLevel().trace(module)
-    except Exception:  # whatever a forward raises on symbols: this module's code stays as it is
-        return None
+    except Exception as error:  # whatever a forward raises on symbols
+        raise InputError(f"its code cannot be followed: {said(error)}") from error
     return graph if all(_is_followed(node) for node in graph.nodes) else None
 
 

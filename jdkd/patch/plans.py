@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from jdkd.detect.contract import detections
+from jdkd.errors import InputError
 from jdkd.latency.calls import on_device
 from jdkd.latency.folding import foldable
 from jdkd.nn.necks import neck_of
@@ -42,6 +43,7 @@ class Plan:
         convolutions: that are plain, and the norm that can be folded into each, or None.
         linears: that are plain.
         flows: code of modules that only joins its children.
+        unfollowed: why code of other modules stays as it is, where it could not be followed.
         heads: that are called with a list of levels, and the layers of each that may run over a canvas.
         trunk: what makes the levels of a batch of images, if that is known.
         behind: heads that are called with levels of the trunk alone, and which these are.
@@ -51,6 +53,7 @@ class Plan:
     convolutions: dict[str, str | None]
     linears: tuple[str, ...]
     flows: dict[str, fx.Graph]
+    unfollowed: dict[str, str]
     heads: dict[str, list[str]]
     trunk: str | None
     behind: dict[str, list[int]]
@@ -127,7 +130,7 @@ def planned(model: nn.Module, images: Sequence[Tensor]) -> Plan:
     convs = [path for path, m in modules.items() if type(m) is nn.Conv2d and m.padding_mode == "zeros" and is_plain(m)]
     traced = structure_of(model)  # what runs on symbols may keep some
     norms = {conv: norm for conv, norm in foldable(traced).items() if is_plain(modules[norm])}
-    flows = {path: flow_of(module) for path, module in traced.named_modules() if is_plain(module)}
+    flows, unfollowed = _flows(traced)
 
     def joins(path: str, flow: fx.Graph) -> bool:
         layers = [(traced.get_submodule(conv), norms.get(conv)) for conv in convs]
@@ -138,13 +141,27 @@ def planned(model: nn.Module, images: Sequence[Tensor]) -> Plan:
     return Plan(
         {path: norms.get(path) for path in convs},
         tuple(path for path, m in modules.items() if type(m) is nn.Linear and is_plain(m)),
-        {path: flow for path, flow in flows.items() if flow is not None and joins(path, flow)},
+        {path: flow for path, flow in flows.items() if joins(path, flow)},
+        unfollowed,
         heads,
         trunk,
         behind,
         first.device,
         first.dtype,
     )
+
+
+def _flows(model: nn.Module) -> tuple[dict[str, fx.Graph], dict[str, str]]:
+    """Code that only joins children, by the paths of modules, and why other code could not be followed."""
+    flows: dict[str, fx.Graph] = {}
+    unfollowed: dict[str, str] = {}
+    for path, module in model.named_modules():
+        try:
+            if is_plain(module) and (flow := flow_of(module)) is not None:
+                flows[path] = flow
+        except InputError as error:
+            unfollowed[path] = str(error)
+    return flows, unfollowed
 
 
 def _seen(model: nn.Module, images: list[Tensor]) -> tuple[dict[str, list[str]], str | None, dict[str, list[int]]]:

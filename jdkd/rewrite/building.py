@@ -131,7 +131,7 @@ def _without_weights(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 class _NoDraws(TorchFunctionMode):
-    """Leaves out what fills a tensor without memory: on the meta device torch takes milliseconds to do nothing."""
+    """Leaves out what fills a tensor without memory, over which torch takes its time."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.normal_ and args[0].is_meta:

@@ -57,6 +57,12 @@ def test_detections_are_those_of_the_plain_model(model, images, ingredients):
     assert_alike(after, found(model, small))
 
 
+def test_code_that_cannot_be_followed_is_named_with_what_it_raised(model, images):
+    one = accelerate(model, images, ingredients=("fused",), timed=False)
+    assert all(model.get_submodule(path) for path in one.unfollowed) and "rpn.head" in one.unfollowed
+    assert f"rpn.head is not fused: {one.unfollowed['rpn.head']}" in str(one)
+
+
 def test_every_ingredient_changes_what_runs(model, images, monkeypatch):
     ran: list[str] = []
     for kind in (convolutions.Onednn, convolutions.Aten):

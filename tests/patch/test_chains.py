@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jdkd.errors import InputError
 from jdkd.patch.chains import Fused, flow_of
 from jdkd.patch.convolutions import ATEN, SIZES, Call, Convolution, Cudnn, Form, Pointwise
 
@@ -84,9 +85,14 @@ def test_it_does_what_the_code_does(kind, steps):
         torch.testing.assert_close(ours(x.clone()), module(x.clone()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Numbers, Branches, Broadcast])
+@pytest.mark.parametrize("kind", [Numbers, Broadcast])
 def test_code_that_does_anything_else_is_left_alone(kind):
     assert flow_of(kind().eval()) is None
+
+
+def test_code_that_cannot_be_followed_is_refused_with_what_it_raised():
+    with pytest.raises(InputError, match=r"its code cannot be followed: .*control flow"):
+        flow_of(Branches().eval())
 
 
 def test_a_residual_that_is_broadcast_is_added_as_torch_does():
