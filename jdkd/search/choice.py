@@ -42,13 +42,12 @@ def fitness(candidate: Candidate, target: float) -> float:
 
 
 def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate]:
-    """Who may be trained on for a target, one of an architecture: who meets it from the best down, then the fittest."""
+    """Who may be trained on for a target, one of an architecture, the fittest first.
 
-    def rank(candidate: Candidate) -> tuple[bool, float, float]:
-        return candidate.latency_ratio > target, -fitness(candidate, target), candidate.latency_ratio
-
+    One that is a little too slow still can be cut, and is not behind a worse one that is fast enough.
+    """
     best: dict[str, Candidate] = {}
-    for candidate in sorted(candidates, key=rank):
+    for candidate in sorted(candidates, key=lambda one: (-fitness(one, target), one.latency_ratio)):
         best.setdefault(candidate.architecture_id, candidate)
     return list(best.values())
 

@@ -26,7 +26,7 @@ from jdkd.search.archive import Candidate
 from jdkd.search.config import MARGIN
 from jdkd.search.context import SearchContext
 from jdkd.search.inheriting import inherit
-from jdkd.search.timing import pooled
+from jdkd.search.timing import BRIEF, LONG, pooled
 
 ARCHITECTURE, CHANNELS = "architecture", "channels"  # what may be changed
 TEMPERATURE = 0.3  # of a cut that is to be another than the plain one, see jdkd.morph.cut_to
@@ -34,7 +34,7 @@ DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; e
 MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
 FLOOR = 0.5  # of its channels that each group keeps in one cut, where that reaches the aim
-CLOSE = -0.03, 0.02  # shares by which a student may be faster and slower than aimed at
+CLOSE = -0.03, 1 / MARGIN - 1  # shares by which a student may be faster and slower than aimed at
 
 
 @dataclass(frozen=True)
@@ -155,23 +155,24 @@ class Parent:
             return cut_to(model, topology, self.table, aim, *given, **how, floor=FLOOR)
         return cut_to(model, topology, self.table, aim, *given, **how)
 
-    def measured(self, recipe: Recipe, screened: Screened, aim: float) -> Screened:
+    def measured(self, recipe: Recipe, screened: Screened, aim: float, stage: str = BRIEF) -> Screened:
         """A student with its measured latency, made once more where that is not what was predicted.
 
-        Of the two it is the one that is nearer to the aim; one that is too slow comes last.
+        Of the two it is the one that is nearer to the aim; one that is too slow comes last. ``stage`` says for how
+        long they are timed.
         """
-        timed = replace(screened, latency_ratio=self._ratio(screened))
+        timed = replace(screened, latency_ratio=self._ratio(screened, stage))
         if not recipe.channels or CLOSE[0] < timed.latency_ratio / aim - 1 < CLOSE[1]:
             return timed
         with contextlib.suppress(InputError):  # it cannot be cut more
             better = self.make(recipe, screened.predicted * aim / timed.latency_ratio)
-            again = replace(better, latency_ratio=self._ratio(better))
+            again = replace(better, latency_ratio=self._ratio(better, stage))
             return min(timed, again, key=lambda one: _miss(one.latency_ratio / aim))
         return timed
 
-    def _ratio(self, screened: Screened) -> float:
+    def _ratio(self, screened: Screened, stage: str) -> float:
         own = screened.architecture_id
-        timing = self.context.timed({own: screened.student}, kept=self.table.kept)[own]
+        timing = self.context.timed({own: screened.student}, stage, kept=self.table.kept)[own]
         return self.table.with_nms(pooled([timing]).ratio.value)
 
     def _important(self, model: nn.Module) -> dict[str, Tensor]:
@@ -236,7 +237,7 @@ def trimmed(parent: Parent, target: float) -> Screened:
         return as_it_is
     aim = MARGIN * target * parent.table.predict(parent.model) / candidate.latency_ratio
     try:
-        return parent.measured(Recipe(), parent.make(Recipe(), aim), MARGIN * target)
+        return parent.measured(Recipe(), parent.make(Recipe(), aim), MARGIN * target, LONG)
     except InputError as error:
         say_once(f"candidate {candidate.number} stays at {candidate.latency_ratio:.2f} of the base's latency: {error}")
         return as_it_is

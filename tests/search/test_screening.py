@@ -23,6 +23,7 @@ from jdkd.search.loop import _table
 from jdkd.search.matching import Matching
 from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Recipe, screen, trimmed
 from jdkd.search.strategy import Strategy
+from jdkd.search.timing import LONG
 from tests.search.rows import candidate, timing
 from tests.search.small_search import make_steady
 
@@ -39,16 +40,19 @@ def parent(context):
 
 @pytest.fixture
 def timed(context, monkeypatch):
-    """Sets what a student is timed at, over what its table predicts."""
+    """Sets what a student is timed at, over what its table predicts; how long they were timed is kept."""
+    stages = []
 
     def at(factor, table):
-        def measured(models, *, kept):
+        def measured(models, stage, *, kept):
+            stages.append(stage)
             assert kept == table.kept
             ((name, model),) = models.items()
             return {name: timing((10 * factor * table.predict(model),) * 2, name=name)}
 
         monkeypatch.setattr(context, "timed", measured)
 
+    at.stages = stages
     return at
 
 
@@ -106,7 +110,7 @@ def test_where_the_table_was_wrong_the_student_is_made_once_more(parent, steady,
 
 def test_a_second_try_that_misses_the_aim_by_more_is_left(parent, steady, monkeypatch):
     made, ratios = parent.make(Recipe(), 0.8), iter((0.6, 1.0, 1.2, 0.9))
-    monkeypatch.setattr(Parent, "_ratio", lambda self, screened: next(ratios))
+    monkeypatch.setattr(Parent, "_ratio", lambda self, screened, stage: next(ratios))
     kept = parent.measured(Recipe(), made, 0.8)
     assert kept.latency_ratio == 0.6 and kept.rewrites == made.rewrites, "faster than needed, and not too slow"
     assert parent.measured(Recipe(), made, 0.8).latency_ratio == 0.9, "of two that are too slow the nearer"
@@ -183,6 +187,7 @@ def test_a_finalist_that_is_too_slow_is_cut_once_more_or_said_to_stay(parent, st
     one.__dict__ |= vars(parent) | {"candidate": candidate(1, ratio=1.0)}
     cut = trimmed(one, 0.9)
     assert cut.rewrites and cut.latency_ratio <= 0.9
+    assert set(timed.stages) == {LONG}, "it is trained to the end, and has no room to be mistaken in"
     with pytest.warns(Notice, match="candidate 1 stays at 1.00 of the base's latency: no cut"):
         assert trimmed(one, 0.01).rewrites == ()
 
