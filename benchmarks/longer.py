@@ -1,7 +1,7 @@
 """What it would take: students of finished searches, trained on from their end, without a teacher.
 
-python -m benchmarks.longer digit_scenes_deep FOLDER --seeds 0 1    of the searches that `benchmarks.proof` left in FOLDER
-python -m benchmarks.longer                                         print the table of those that are kept
+python -m benchmarks.longer digit_scenes_deep FOLDER --seeds 0 1   of searches that `benchmarks.proof` left in FOLDER
+python -m benchmarks.longer                                        print the table of those that are kept
 
 A student takes as many steps again as its lineage had, in a learning-rate cycle of their own, on the search's training
 images and settings; all mAP is of the images that chose nothing.

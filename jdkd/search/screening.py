@@ -192,8 +192,9 @@ def screen(
     """Proposes students at one latency, makes each, and returns the most promising.
 
     Nothing is trained. What a change has damaged is read off the correlation of the child's features with its
-    parent's, each at its own input size; latencies are predicted, and those of the chosen measured. The best of every
-    input size come first: smaller images correlate less with larger ones, whatever they are worth in the end.
+    parent's, each at its own input size; latencies are predicted, and those of the chosen measured. Of children of the
+    base the best of every input size come first: smaller images correlate less with larger ones, whatever they are
+    worth in the end. Which size is worth its latency is known from the first generation on.
 
     Args:
         parents: detectors to change, the best first; it gets half of the proposals or more.
@@ -223,7 +224,8 @@ def screen(
         raise InputError(f"no student at {aim:.2f} of the base's latency can be made: {str(why).partition(';')[0]}.")
     ranked = sorted(made.values(), key=lambda entry: (-entry[0], entry[3].predicted))
     sound = [(number, screened) for number, (score, *_, screened) in enumerate(ranked) if score > -math.inf]
-    firsts = {input_size(screened.student): number for number, screened in reversed(sound)}
+    from_base = parents[0].candidate.kind == "base"
+    firsts = {input_size(screened.student): number for number, screened in reversed(sound)} if from_base else {}
     varied = sorted(range(len(ranked)), key=lambda number: (number not in firsts.values(), number))
     chosen = [ranked[number] for number in varied[:count]]
     return [(parent.candidate, parent.measured(recipe, screened, aim)) for _, parent, recipe, screened in chosen]

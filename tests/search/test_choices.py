@@ -26,6 +26,8 @@ def test_the_student_is_the_best_that_meets_the_target_or_the_fittest():
     trained, hardly = candidate(1, map=0.374, ratio=0.436), candidate(2, map=0.247, ratio=0.428)
     assert choose([trained, hardly], target=0.35) is trained, "not whoever is a little faster"
     assert fitness(fast, 0.7) == fast.map and fitness(slow, 0.7) < slow.map
+    as_long = candidate(1, map=0.690, ratio=0.747), candidate(2, map=0.659, ratio=0.720)
+    assert fitness(as_long[0], 0.525) > fitness(as_long[1], 0.525), "a parent is cut anyway: 4 % of mAP are more"
 
 
 def test_of_one_architecture_the_better_is_the_student():

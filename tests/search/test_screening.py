@@ -155,7 +155,8 @@ def test_the_better_parent_gets_more_proposals_and_its_lead_counts(monkeypatch):
     assert [origin for origin, _ in found] == [better] * 4
 
 
-def test_the_best_of_every_input_size_come_first_but_for_those_that_are_no_numbers():
+@pytest.mark.parametrize(("kind", "order"), [("base", [0, 2, 1]), ("morph", [0, 1, 2])])
+def test_of_the_bases_children_the_best_of_every_input_size_come_first_but_for_those_that_are_no_numbers(kind, order):
     students = [(0.9, 64), (0.8, 64), (0.1, 32), (math.nan, 48)]
     made = [
         SimpleNamespace(similarity=r, predicted=0.5, architecture_id=f"{k}", student=resized(size), number=k)
@@ -163,9 +164,9 @@ def test_the_best_of_every_input_size_come_first_but_for_those_that_are_no_numbe
     ]
     context = SimpleNamespace(config=SimpleNamespace(proposals=4), progress=lambda *state: None)
     left = iter(made)
-    one = SimpleNamespace(candidate=candidate(1), context=context, draw=lambda *given: None)
+    one = SimpleNamespace(candidate=candidate(1, kind=kind), context=context, draw=lambda *given: None)
     one.make, one.measured = lambda recipe, aim: next(left), lambda recipe, screened, aim: screened
-    assert [found.number for _, found in screen([one], 0.5, 3, EVERYTHING, random.Random(0))] == [0, 2, 1]
+    assert [found.number for _, found in screen([one], 0.5, 3, EVERYTHING, random.Random(0))] == order
 
 
 def resized(size: int) -> torch.nn.Module:
