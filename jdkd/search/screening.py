@@ -234,12 +234,17 @@ def screen(
 def trimmed(parent: Parent, target: float) -> Screened:
     """A candidate as it is where it reaches a target, or with its channels cut once more."""
     candidate = parent.candidate
-    as_it_is = Screened("train on", (), parent.model, 1.0, candidate.latency_ratio, candidate.latency_ratio)
     if candidate.latency_ratio <= target:
-        return as_it_is
+        return unchanged(parent)
     aim = MARGIN * target * parent.table.predict(parent.model) / candidate.latency_ratio
     try:
         return parent.measured(Recipe(), parent.make(Recipe(), aim), MARGIN * target, LONG)
     except InputError as error:
         say_once(f"candidate {candidate.number} stays at {candidate.latency_ratio:.2f} of the base's latency: {error}")
-        return as_it_is
+        return unchanged(parent)
+
+
+def unchanged(parent: Parent) -> Screened:
+    """A candidate as it is, to be trained on."""
+    ratio = parent.candidate.latency_ratio
+    return Screened("train on", (), parent.model, 1.0, ratio, ratio)

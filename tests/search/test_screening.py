@@ -16,7 +16,7 @@ from jdkd.detect.contract import architecture_of
 from jdkd.distill import correlations
 from jdkd.errors import InputError
 from jdkd.notices import Notice
-from jdkd.search import Archive, Method, Proposal, plan, screening
+from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.loop import _table
@@ -215,12 +215,14 @@ def test_a_child_keeps_its_parents_weights_and_a_fresh_one_the_architecture_alon
 def asked(context, finished, steady, tmp_path):
     """What a strategy proposes after the first so many candidates of the finished search."""
 
-    def ask(count, **changes):
+    def ask(count, steps=32, **changes):
         here = replace(context, config=replace(context.config, out=tmp_path, **changes))
         shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
         with closing(Archive(tmp_path / ARCHIVE)) as archive:
             archive.candidates = archive.candidates[:count]
-            strategy = Strategy(here, plan(here.config, 32), Matching(here, None, archive.scored[0].map), _table(here))
+            strategy = Strategy(
+                here, plan(here.config, steps), Matching(here, None, archive.scored[0].map), _table(here)
+            )
             return strategy.ask(archive), strategy.ask(archive)
 
     return ask
@@ -235,6 +237,23 @@ def test_a_generation_follows_from_the_archive_alone_and_is_pure_json(asked, fin
     assert [(p.action, p.parent, p.predicted) for p in one] == [(c.action, c.parent, c.predicted) for c in made]
     assert {(p.kind, p.target, p.generation, p.teacher) for p in one} == {("morph", None, 1, "base")}
     assert len({proposal.number for proposal in one}) == len(one)
+
+
+def test_where_nothing_can_be_cut_any_more_the_search_goes_on_with_what_it_has(asked, monkeypatch):
+    def none(*given):
+        raise InputError("no student at 0.30 of the base's latency can be made: none.")
+
+    monkeypatch.setattr(strategy, "screen", none)
+    with pytest.raises(
+        InputError, match=r"be made: none\. What is left .* no student gets faster than the base: search"
+    ):
+        asked(1)
+    with pytest.warns(
+        Notice, match=r"no student gets faster than 0\.\d\d of the base's latency, and this one is trained"
+    ):
+        made, _ = asked(3, steps=64, targets=(0.3,))
+    assert made and {(p.generation, p.action, p.rewrites) for p in made} == {(2, "train on", ())}
+    assert "morph" not in {p.kind for p in made}
 
 
 def test_a_pipeline_distils_only_once_its_architecture_is_found(asked, finished):
