@@ -138,7 +138,7 @@ class Parent:
             last = shorten(model, topology, recipe.shorter, recipe.min_size)
         morphs = [morph for morph in (recipe.grown, last) if morph and morph.rewrite != Rewrite()]
         rewrites = tuple(morph.rewrite for morph in morphs)
-        child = inherit(self.model, self.topology, rewrites, context, to_screen=True)
+        child = inherit(self.model, self.topology, rewrites, context)
         require_visible(child.model, context.image_sizes)
         distances = correlations(child.model, self.seen, context.probe(), channels=child.kept).values()
         action = "; ".join(morph.action for morph in morphs) or "change nothing"
