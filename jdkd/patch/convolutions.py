@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from jdkd import _backend
 from jdkd._dispatch import Candidate, Table
-from jdkd._verdicts import Subject
 from jdkd.errors import InputError
 from jdkd.latency.folding import folded
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
@@ -39,22 +38,31 @@ class Form:
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice of an implementation depends on."""
+    """What the choice of an implementation depends on.
+
+    Args:
+        conv: the convolution.
+        how: it is to run.
+        device, dtype: of its weight.
+        form: of the operator whose kernel may run.
+    """
 
     conv: nn.Conv2d
-    form: Form
+    how: Form
     device: torch.device
     dtype: torch.dtype
+    form: str = "forward"
 
 
 class Onednn:
     """The operators that torch's own compiler calls on a CPU; they take reordered weights, and add and rectify."""
 
     name, why = "oneDNN", "the weight is reordered once, and the epilogue runs while the output is in cache"
+    kernel = None
     dtypes = torch.float32, torch.bfloat16
 
     def why_not(self, call: Call) -> str | None:
-        if not (call.form.packed or call.form.fused):
+        if not (call.how.packed or call.how.fused):
             return "neither packed weights nor an epilogue are asked for"
         if isinstance(call.conv.padding, str):
             return f"its padding is {call.conv.padding!r}"
@@ -70,22 +78,18 @@ class Onednn:
 
 
 class Pointwise:
-    """This package's Triton kernel of 1x1 convolutions, once it was seen right on the device."""
+    """This package's Triton kernel of 1x1 convolutions, where it was seen right or is asked for."""
 
     name, why = "triton", "a 1x1 product with everything that follows it in one launch"
+    kernel = _backend.Kernel("elastic_pointwise", "triton")
 
     def why_not(self, call: Call) -> str | None:
         conv = call.conv
-        if not call.form.fused or call.device.type != "cuda":
+        if not call.how.fused or call.device.type != "cuda":
             return "it fuses an epilogue on a GPU"
         square = conv.kernel_size == (1, 1) and conv.stride in ((1, 1), (2, 2))
-        if not square or conv.groups != 1 or conv.padding not in ((0, 0), "valid", "same"):
-            return "it takes 1x1 convolutions"
-        if reason := _backend.available("elastic_pointwise")["triton"]:
-            return reason
-        form = _backend.forms("elastic_pointwise")[0]
-        seen = _backend.seen_right(Subject("elastic_pointwise", form, "triton", call.device, call.dtype))
-        return None if seen else "it was not seen right on this device"
+        usual = square and conv.groups == 1 and conv.padding in ((0, 0), "valid", "same")
+        return None if usual else "it takes 1x1 convolutions"
 
     def run(self, x: Tensor, weights: Weights, conv: nn.Conv2d, residual: Tensor | None, relu: bool) -> Tensor:
         weight, bias = weights
@@ -98,9 +102,10 @@ class Cudnn:
     """cuDNN's convolution with a bias, a residual and a ReLU, which it always ends with."""
 
     name, why = "cuDNN", "the epilogue runs while the output is on chip"
+    kernel = None
 
     def why_not(self, call: Call) -> str | None:
-        if not call.form.fused or call.device.type != "cuda":
+        if not call.how.fused or call.device.type != "cuda":
             return "it fuses an epilogue on a GPU"
         return "its padding has no number" if isinstance(call.conv.padding, str) else None
 
@@ -117,6 +122,7 @@ class Aten:
     """torch's convolution, and what follows it in place."""
 
     name, why = "ATen", "runs everywhere"
+    kernel = None
 
     def why_not(self, call: Call) -> str | None:
         return None
@@ -131,8 +137,10 @@ class Aten:
 ATEN = Aten()
 IMPLEMENTATIONS = {each.name: each for each in (Onednn(), Pointwise(), Cudnn(), ATEN)}
 TABLE = Table(
-    "accelerated_convolution",
-    tuple(Candidate(each.name, each.why, can_run=each.why_not) for each in IMPLEMENTATIONS.values()),
+    "accelerated convolution",
+    tuple(
+        Candidate(each.name, each.why, can_run=each.why_not, kernel=each.kernel) for each in IMPLEMENTATIONS.values()
+    ),
 )
 
 
