@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jdkd import _backend, _dispatch, _tuned
 from jdkd._dispatch import Candidate, Condition, Table, all_of
+from jdkd._verdicts import dtype_name
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.kernel_size import Padding, pair
 from jdkd.ops.layout import is_channels_last
@@ -86,7 +87,7 @@ class ConvCall(NamedTuple):
         return (
             f"{channels}, {_by(self.kernel)} kernel, stride {_by(self.stride)}, padding "
             f"{self.padding if isinstance(self.padding, str) else _by(self.padding)}, groups {self.groups}, "
-            f"{product.positions} positions, {_name(product.dtype)}, {layout}, on {product.device}"
+            f"{product.positions} positions, {dtype_name(product.dtype)}, {layout}, on {product.device}"
         )
 
 
@@ -135,7 +136,7 @@ def region(call: ConvCall) -> str | None:
     depthwise convolutions, are one region in a dtype, as no kernel but ATen takes them.
     """
     if call.groups > 1:
-        return f"several groups, {_name(call.dtype)}"
+        return f"several groups, {dtype_name(call.dtype)}"
     (taps, across), (step, sideways) = call.kernel, call.stride
     is_usual = taps == across and step == sideways and taps in TAPS and step in STRIDES
     if not is_usual or not call.is_batch or call.padding == "same":
@@ -144,7 +145,7 @@ def region(call: ConvCall) -> str | None:
     positions, inputs, outputs = call.product[2:]
     sizes = f"{_class(positions, POSITIONS)} positions, {_class(inputs * outputs, WEIGHTS)} weights a tap"
     window = f"{'listed ' if call.is_listed else ''}{taps}x{taps}, stride {step}"
-    return f"{window}, {_name(call.dtype)}, {layout}, {sizes}"
+    return f"{window}, {dtype_name(call.dtype)}, {layout}, {sizes}"
 
 
 def _class(size: int, ends: Sequence[int]) -> str:
@@ -379,7 +380,3 @@ only_aten._dynamo_marked_constant = True
 
 def _by(numbers: tuple[int, int]) -> str:
     return f"{numbers[0]}x{numbers[1]}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

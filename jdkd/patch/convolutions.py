@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from jdkd import _backend
 from jdkd._dispatch import Candidate, Table
+from jdkd._verdicts import dtype_name
 from jdkd.errors import InputError
 from jdkd.latency.folding import folded
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
@@ -149,7 +150,7 @@ def no_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"oneDNN runs on a CPU, and the model is on {device.type}"
     if dtype not in Onednn.dtypes:
-        return f"oneDNN takes float32 and bfloat16, and the model is in {str(dtype).removeprefix('torch.')}"
+        return f"oneDNN takes float32 and bfloat16, and the model is in {dtype_name(dtype)}"
     names = "_convolution_pointwise", "_reorder_convolution_weight", "_linear_pointwise", "_reorder_linear_weight"
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
         return f"torch {torch.__version__} has no oneDNN operators with packed weights"
@@ -220,8 +221,8 @@ class Layer(Override):
         before, now = self._kind, (self.module.weight.device, self.module.weight.dtype)
         if before != now:
             raise InputError(
-                f"the model was accelerated on {before[0]} in {_name(before[1])} and is now on {now[0]} in "
-                f"{_name(now[1])}, where nothing was checked or timed; call restore() and accelerate it again."
+                f"the model was accelerated on {before[0]} in {dtype_name(before[1])} and is now on {now[0]} in "
+                f"{dtype_name(now[1])}, where nothing was checked or timed; call restore() and accelerate it again."
             )
 
 
@@ -339,7 +340,3 @@ def state(tensor: Tensor | None) -> tuple[Any, ...]:
         return ()
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.device, tensor.dtype, id(tensor), tensor.data_ptr(), version
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from jdkd._verdicts import dtype_name
 from jdkd.functional import elastic_conv2d_levels
 from jdkd.ops import elastic_kernels, elastic_levels_kernels
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.elastic_conv import convolve_by
 from jdkd.ops.elastic_levels_kernels import LevelsCall
-from jdkd.tune.shapes import DTYPES, LAYOUTS, Shape, name_of, on_backend
+from jdkd.tune.shapes import DTYPES, LAYOUTS, Shape, on_backend
 
 # Both ends of every class of elastic_kernels.POSITIONS and WEIGHTS: sides of square results, and active channels.
 SIDES = ((8, 22), (24, 63), (66, 180), (184, 184))
@@ -167,7 +168,7 @@ def levels(device: torch.device, quick: bool) -> Iterator[Shape]:
                 (taps, taps),
                 (taps // 2, taps // 2),
             ),
-            f"{channels}->{outputs} channels, {side}x{side} and four levels more, {name_of(dtype)}, "
+            f"{channels}->{outputs} channels, {side}x{side} and four levels more, {dtype_name(dtype)}, "
             f"{'both ways' if both else 'forward'}",
             partial(_drawn_levels, sizes, outputs, taps, dtype, device),
             {elastic_levels_kernels.OP: on_backend("triton", run), "aten": run},
