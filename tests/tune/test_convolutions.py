@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from jdkd import _backend
 from jdkd.ops import elastic_kernels, elastic_levels_kernels
-from jdkd.ops.active_channels import Channels
 from jdkd.tune import convolutions
 from jdkd.tune.convolutions import DEPTHWISE, LEADING, Filters
 
@@ -109,10 +108,3 @@ def test_both_ways_of_levels_compute_the_same(interpreted, monkeypatch):
         ours, exact = (shape.runs[name](given) for name in (elastic_levels_kernels.OP, "aten"))
         assert len(exact) == 6  # five levels' and the weight's
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-4)
-
-
-def test_several_groups_are_one_region():
-    given = torch.empty(2, 32, 9, 9), Channels(32), Channels(32), (3, 3), 1, 1, 1
-    assert {elastic_kernels.region(elastic_kernels.call_of(*given, groups)) for groups in (4, 32)} == {
-        "several groups, float32"
-    }
