@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 from jdkd.search.archive import Candidate
 
 CUT_COST = 0.5  # mAP that a cut costs, as a power of the latency: 0.4 is the median of 30 cuts in ten searches
+NEAR = 1.15  # of a target: what is slower needs a larger cut than one that nobody chose among others
 MISS_COST = 2.0  # the same for students that are still too slow in the end: nobody asked for them
 
 
@@ -48,10 +49,15 @@ def fitness(candidate: Candidate, target: float, cost: float = CUT_COST) -> floa
 def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate]:
     """Who may be trained on for a target, one of an architecture, the fittest first.
 
-    One that is a little too slow still can be cut, and is not behind a worse one that is fast enough.
+    One that is a little too slow still can be cut, and is not behind a worse one that is fast enough; those that are
+    slower by far come last.
     """
+
+    def rank(one: Candidate) -> tuple[bool, float, float]:
+        return one.latency_ratio > NEAR * target, -fitness(one, target), one.latency_ratio
+
     best: dict[str, Candidate] = {}
-    for candidate in sorted(candidates, key=lambda one: (-fitness(one, target), one.latency_ratio)):
+    for candidate in sorted(candidates, key=rank):
         best.setdefault(candidate.architecture_id, candidate)
     return list(best.values())
 

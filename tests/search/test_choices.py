@@ -62,7 +62,8 @@ def test_finalists_are_the_fittest_one_of_each_architecture():
     assert contenders([far, same, near], 0.5) == [near, far], "what is too slow yet counts for less"
     assert contenders([far, same, near], 1.0) == [far, near]
     barely, fast = candidate(7, map=0.658, ratio=0.533), candidate(8, map=0.560, ratio=0.477)
-    assert contenders([fast, barely], 0.53) == [barely, fast], "it needs but a little cut"
+    far = candidate(9, map=0.9, ratio=0.7)
+    assert contenders([fast, far, barely], 0.53) == [barely, fast, far], "it needs but a little cut"
 
 
 def test_whoever_may_be_the_student_is_timed_at_length_before_one_is_chosen():
