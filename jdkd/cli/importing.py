@@ -12,7 +12,10 @@ from jdkd.files import claim_folder, read_text
 
 @dataclass(frozen=True)
 class Import:
-    """Make a checkpoint folder of a detector from elsewhere: inspect, eval and latency open it."""
+    """Make a checkpoint folder, which every other command takes, of a detector from elsewhere.
+
+    Example: jdkd import my.nets:detector --weights my.pth --classes cat dog --out runs/base
+    """
 
     model: str
     """Name of a detector of torchvision or of a family, package.module:function, or a folder that import wrote."""

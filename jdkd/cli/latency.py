@@ -80,7 +80,7 @@ class Latency:
         if self.count < 1:
             raise InputError(f"--count is {self.count}; measure on at least 1 validation image.")
         if self.out is not None:
-            require_file(self.out, "--out")
+            require_file(self.out, "--out", begins='{\n  "time"')
         before = None if self.against is None else _earlier(self.against)
         folders = _named([self.base, *self.students])
         images, origin, split = self._images()
