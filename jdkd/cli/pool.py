@@ -57,9 +57,9 @@ class PoolTrain:
     lr: float = 2e-3
     """Peak learning rate; phases scale it."""
     feature_weight: float = 6.0
-    """Of PKD from the frozen largest network to the subnets."""
+    """Weight of PKD from the frozen largest network to the subnets."""
     head_weight: float = 1.0
-    """Of its class logits."""
+    """Weight of the loss on its class logits."""
     training: TrainingFlags = field(default_factory=TrainingFlags)
 
     def __call__(self) -> None:
