@@ -39,7 +39,7 @@ class Import:
         if self.out is None:
             raise InputError("--out is missing; give a folder for the checkpoint.")
         if held := [name for name in (SPEC, ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
-            raise InputError(f"--out {self.out} holds a {held[0]} already; give another folder.")
+            raise InputError(f"--out {self.out} already holds {held[0]}; give another folder.")
         torch.manual_seed(0)  # of predictors that are made anew
         how = {"classes": self._names(), "norm_eps": self.norm_eps, **vars(self.choice)}
         model = import_detector(self.model, self.weights, **how)

@@ -210,7 +210,7 @@ class PoolExport:
         if self.out is None:
             raise InputError("--out is missing; give a folder for the detector.")
         if held := [name for name in (ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
-            raise InputError(f"--out {self.out} holds a {held[0]} already; give another folder.")
+            raise InputError(f"--out {self.out} already holds {held[0]}; give another folder.")
         device = resolve_device(self.device)
         with Progress() as progress:
             pool = _loaded(self.pool, self.source, device, progress)

@@ -59,6 +59,7 @@ class Suppressed(torch.nn.Module):
         return by_torchvision(boxes, scores, 0.5, 10)
 
 
+@pytest.mark.filterwarnings("ignore:.create_unbacked_symint:FutureWarning")  # in torchvision
 def test_an_exported_suppression_may_keep_one_box_or_none():
     boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 9], [20, 20, 30, 30]]])
     example = boxes, torch.tensor([[[0.9, 0.8, 0.7]]])
