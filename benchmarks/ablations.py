@@ -33,7 +33,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "pipelined": ("NAS, then pruning, then distillation", {"order": "pipelined", "teaching": "fixed"}),
     "scratch": ("children begin with fresh weights", {"inherit": False}),
     "none": ("nobody teaches", {"teaching": "none"}),
-    "base": ("the base alone teaches", {"teaching": "base"}),
+    "base alone": ("the base alone teaches", {"teaching": "base"}),
     "fixed": ("the pool's best teaches throughout", {"teaching": "fixed"}),
     "separate": ("the base, trained on for the pool's steps, teaches throughout", {"teaching": "given"}),
     "mse": ("FitNets' loss instead of PKD's", {"imitation": "mse"}),
@@ -42,7 +42,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("channels are cut by magnitude, and blocks leave by chance", {"criterion": "magnitude"}),
     "fisher": ("channels are cut by Fisher information", {"criterion": "fisher"}),
 }
-POOLLESS = ("base", "none")  # arms that need no pool, and train their students on its steps
+POOLLESS = ("base alone", "none")  # arms that need no pool, and train their students on its steps
 
 
 def run(name: str, folder: Path, data: Path | None, arm: str, seed: int) -> dict[str, Any]:

@@ -28,12 +28,16 @@ OP = "gains"
 HEADINGS = ("searches", "seeds", "images", "student", "less base (95 %)", "less control (95 %)")
 
 
+def reporting(name: str, folder: Path, seed: int) -> CocoDetectionDataset:
+    """The images of one seed that chose nothing."""
+    splits = resolve_splits(proof.images(proof.RECIPES[name], folder, None, seed))
+    train, val = (CocoDetectionDataset(split) for split in splits)
+    return divide(train, val)[1].dataset
+
+
 def judged(name: str, folder: Path, seed: int) -> dict[str, Judged]:
     """The base, the control and the student of one seed, on the images that report."""
-    train, val = (
-        CocoDetectionDataset(split) for split in resolve_splits(proof.images(proof.RECIPES[name], folder, None, seed))
-    )
-    report = divide(train, val)[1].dataset
+    report = reporting(name, folder, seed)
     search = folder / f"search-{seed}"
     places = {"base": folder / f"base-{seed}", "control": search / "control", "student": search / "student"}
     return {who: _judged(load(place, "cpu"), report) for who, place in places.items()}

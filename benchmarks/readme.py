@@ -21,6 +21,7 @@ from benchmarks import (
     headlines,
     itself,
     latency_page,
+    longer,
     parity,
     record,
     searches,
@@ -40,6 +41,7 @@ OWN = {  # operators whose tables are not those of kernels
     distillation_cost.OP: distillation_cost.page,
     gains.OP: gains.table,
     itself.OP: itself.table,
+    longer.OP: longer.table,
     parity.OP: parity.table,
     "latency": latency_page.page,
 }

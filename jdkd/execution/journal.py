@@ -43,6 +43,7 @@ class Journal:
     def _read(self, job: Json) -> Json:
         file, remedy = self._file(job), "remove it and resume: its candidate is trained again"
         entry = read_json(file, remedy)
-        if not isinstance(entry, dict) or entry.get("job") != job or not isinstance(entry.get("outcome"), dict):
+        known = isinstance(entry, dict) and fingerprint(entry.get("job")) == fingerprint(job)  # JSON has no tuples
+        if not known or not isinstance(entry.get("outcome"), dict):
             raise InputError(f"{file} is not the outcome of a job of this search; {remedy}.")
         return entry["outcome"]

@@ -21,7 +21,7 @@ from jdkd.errors import InputError
 from jdkd.export.runtimes import known_runtimes
 from jdkd.files import content_hash, read_as, write_json
 from jdkd.graph import Topology
-from jdkd.latency import QUICK, REPORTED, fuse_for_inference, measure, profile_cost
+from jdkd.latency import QUICK, REPORTED, Ratio, fuse_for_inference, measure, profile_cost
 from jdkd.latency.protocol import conditions_of
 from jdkd.latency.runtimes import Runtime, require_runnable
 from jdkd.latency.table import LatencyTable, measure_table
@@ -33,7 +33,7 @@ from jdkd.search.archive import Candidate
 from jdkd.search.config import SearchConfig, steps_of
 from jdkd.search.selection import Part, divide
 from jdkd.search.spending import Spending
-from jdkd.search.timing import BRIEF, Timing, machine_of
+from jdkd.search.timing import BRIEF, Timing, machine_of, pooled
 from jdkd.train import Scores, TrainConfig, evaluate, fit
 from jdkd.train.inputs import with_targets_of
 
@@ -161,6 +161,10 @@ class SearchContext:
             )
         samples = {name: model.end_to_end.samples for name, model in measured.models.items()}
         return {name: Timing(name, stage, measured.environment, own, samples[base]) for name, own in samples.items()}
+
+    def against_itself(self) -> Ratio:
+        """The base timed against a copy of itself: what the clock makes of no difference at all."""
+        return pooled([self.timed({"copy": copy.deepcopy(self.base)})["copy"]]).ratio
 
     def latency_table(self) -> LatencyTable:
         """What each part of the base costs on this device, measured."""

@@ -29,25 +29,18 @@ class Child:
     kept: tuple[tuple[int, ...], ...]
 
 
-def inherit(
-    parent: nn.Module,
-    topology: Topology,
-    rewrites: Sequence[Rewrite],
-    context: SearchContext,
-    *,
-    to_screen: bool = False,
-) -> Child:
+def inherit(parent: nn.Module, topology: Topology, rewrites: Sequence[Rewrite], context: SearchContext) -> Child:
     """The child of a detector, with everything that it takes over.
 
     After each cut the weights that read what was cut are repaired (:func:`jdkd.morph.repair`), and in the end batch
-    norms are recalibrated. Without a rewrite the child is the parent, as it is.
+    norms are recalibrated, all on the probe: training goes on from there. Without a rewrite the child is the parent, as
+    it is.
 
     Args:
         parent: stays as it is.
         topology: of the parent.
         rewrites: one after the other, each of what the one before has left.
-        context: the images for repair and recalibration.
-        to_screen: whether it is only compared with others: its norms are recalibrated on the probe alone.
+        context: has the probe.
     """
     child, kept = parent, tuple(tuple(range(len(level))) for level in topology.followed)
     for place, rewrite in enumerate(rewrites, start=1):
@@ -58,10 +51,8 @@ def inherit(
         kept = tuple(tuple(level[channel] for channel in own) for level, own in zip(kept, left, strict=True))
         if place < len(rewrites):
             topology = rewrite.foreseen(topology, child) or context.read(child)
-    if rewrites and to_screen:
+    if rewrites:
         calibrate_bn(child, context.probe())
-    elif rewrites:
-        child = context.calibrated(child)
     return Child(child, kept)
 
 

@@ -34,6 +34,7 @@ from jdkd.search.timing import Timing
 from jdkd.train.checkpoint import CHECKPOINT
 
 GENERATION, TABLE, SPENT = "generation.json", "latency_table.json", "spent.json"
+UNSTEADY = 0.05  # by which the base may differ from itself: searches of ours on cores of their own stayed within it
 LITTLE = 0.2  # of what cuts can save: both searches of ours for a target that leaves less ended with a weak student
 
 
@@ -246,9 +247,21 @@ def _table(context: SearchContext) -> LatencyTable:
         machine, table = read_as(lambda kept: (kept["machine"], LatencyTable.from_json(kept["table"])), file, remedy)
         if machine == context.machine:
             return table
+    _say_if_unsteady(context)
     table = context.latency_table()
     write_json(file, {"machine": context.machine, "table": table.to_json()})
     return table
+
+
+def _say_if_unsteady(context: SearchContext) -> None:
+    """Says before anything is chosen by latency that the clock cannot tell a detector from itself."""
+    ratio = context.against_itself()
+    if max(abs(end - 1) for end in ratio.interval) > UNSTEADY:
+        say_once(
+            f"the base timed against itself takes {ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) of its own "
+            "time: other work on this machine disturbs the clock, and students are cut by such timings; let it end, "
+            "or give the search cores of its own."
+        )
 
 
 def _say_what_is_left(table: LatencyTable, targets: Sequence[float]) -> None:

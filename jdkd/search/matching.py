@@ -85,7 +85,8 @@ class Matching:
         known = {member.teacher for member in self.pool.members}
         near = [subnet for _ in range(NEIGHBOURS) if (subnet := self.pool.space.mutate(present, rng)) not in known]
         for done, subnet in enumerate(dict.fromkeys(near), start=1):
-            self.pool.members.append(self.pool.score(subnet, self.context.selection.dataset))
+            with self.context.spent.on("scoring"):
+                self.pool.members.append(self.pool.score(subnet, self.context.selection.dataset))
             self.context.progress("scoring teachers", done, len(near), {"mAP": self.pool.members[-1].map})
 
     def _explained(self, teacher: Teacher, known: _Known, ours: Sequence[PyramidSnapshot]) -> float:

@@ -20,7 +20,7 @@ from jdkd.search.archive import Archive, Candidate
 from jdkd.search.choice import choose, contender
 from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext
-from jdkd.search.timing import FINAL, PooledLatency, pooled
+from jdkd.search.timing import FINAL, PooledLatency
 from jdkd.train import fit
 
 RESULT = "result.json"
@@ -59,6 +59,7 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
         met = _met(student, target, config)
         students.append(row | {"target": target, "target_met": met, "id": student.id, "folder": names[target]})
         context.progress("scoring", done, len(chosen), {"mAP": row["map"]})
+    itself = context.against_itself()
     result |= {
         "students": students,
         "target_map": config.target_map,
@@ -71,7 +72,7 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
         "command": shlex.join(config.command),
         "method": vars(config.method),
         "latency_ratio_is": MEANING,
-        "aa": _against_itself(context),
+        "aa": {"ratio": itself.value, "interval": list(itself.interval)},
         "predictor": _predictor(archive),
         "cost": _cost(archive, pool_steps, result.get("control", {}).get("train_steps", 0), context),
     }
@@ -134,13 +135,6 @@ def _row(detector: nn.Module, latency: PooledLatency, steps: int, context: Searc
         **context.cost(detector),
         "train_steps": steps,
     }
-
-
-def _against_itself(context: SearchContext) -> dict[str, Any]:
-    """The base timed against a copy of itself: what the clock makes of no difference at all."""
-    timing = context.timed({"copy": copy.deepcopy(context.base)})["copy"]
-    ratio = pooled([timing]).ratio
-    return {"ratio": ratio.value, "interval": list(ratio.interval)}
 
 
 def _predictor(archive: Archive) -> dict[str, Any]:

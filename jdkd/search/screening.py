@@ -26,7 +26,7 @@ from jdkd.search.archive import Candidate
 from jdkd.search.config import MARGIN
 from jdkd.search.context import SearchContext
 from jdkd.search.inheriting import inherit
-from jdkd.search.timing import pooled
+from jdkd.search.timing import BRIEF, LONG, pooled
 
 ARCHITECTURE, CHANNELS = "architecture", "channels"  # what may be changed
 TEMPERATURE = 0.3  # of a cut that is to be another than the plain one, see jdkd.morph.cut_to
@@ -34,7 +34,7 @@ DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; e
 MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
 FLOOR = 0.5  # of its channels that each group keeps in one cut, where that reaches the aim
-CLOSE = -0.03, 0.02  # shares by which a student may be faster and slower than aimed at
+CLOSE = -0.03, 1 / MARGIN - 1  # shares by which a student may be faster and slower than aimed at
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Parent:
             last = shorten(model, topology, recipe.shorter, recipe.min_size)
         morphs = [morph for morph in (recipe.grown, last) if morph and morph.rewrite != Rewrite()]
         rewrites = tuple(morph.rewrite for morph in morphs)
-        child = inherit(self.model, self.topology, rewrites, context, to_screen=True)
+        child = inherit(self.model, self.topology, rewrites, context)
         require_visible(child.model, context.image_sizes)
         distances = correlations(child.model, self.seen, context.probe(), channels=child.kept).values()
         action = "; ".join(morph.action for morph in morphs) or "change nothing"
@@ -155,23 +155,24 @@ class Parent:
             return cut_to(model, topology, self.table, aim, *given, **how, floor=FLOOR)
         return cut_to(model, topology, self.table, aim, *given, **how)
 
-    def measured(self, recipe: Recipe, screened: Screened, aim: float) -> Screened:
+    def measured(self, recipe: Recipe, screened: Screened, aim: float, stage: str = BRIEF) -> Screened:
         """A student with its measured latency, made once more where that is not what was predicted.
 
-        Of the two it is the one that is nearer to the aim; one that is too slow comes last.
+        Of the two it is the one that is nearer to the aim; one that is too slow comes last. ``stage`` says for how
+        long they are timed.
         """
-        timed = replace(screened, latency_ratio=self._ratio(screened))
+        timed = replace(screened, latency_ratio=self._ratio(screened, stage))
         if not recipe.channels or CLOSE[0] < timed.latency_ratio / aim - 1 < CLOSE[1]:
             return timed
         with contextlib.suppress(InputError):  # it cannot be cut more
             better = self.make(recipe, screened.predicted * aim / timed.latency_ratio)
-            again = replace(better, latency_ratio=self._ratio(better))
+            again = replace(better, latency_ratio=self._ratio(better, stage))
             return min(timed, again, key=lambda one: _miss(one.latency_ratio / aim))
         return timed
 
-    def _ratio(self, screened: Screened) -> float:
+    def _ratio(self, screened: Screened, stage: str) -> float:
         own = screened.architecture_id
-        timing = self.context.timed({own: screened.student}, kept=self.table.kept)[own]
+        timing = self.context.timed({own: screened.student}, stage, kept=self.table.kept)[own]
         return self.table.with_nms(pooled([timing]).ratio.value)
 
     def _important(self, model: nn.Module) -> dict[str, Tensor]:
@@ -191,8 +192,9 @@ def screen(
     """Proposes students at one latency, makes each, and returns the most promising.
 
     Nothing is trained. What a change has damaged is read off the correlation of the child's features with its
-    parent's, each at its own input size; latencies are predicted, and those of the chosen measured. The best of every
-    input size come first: smaller images correlate less with larger ones, whatever they are worth in the end.
+    parent's, each at its own input size; latencies are predicted, and those of the chosen measured. Of children of the
+    base the best of every input size come first: smaller images correlate less with larger ones, whatever they are
+    worth in the end. Which size is worth its latency is known from the first generation on.
 
     Args:
         parents: detectors to change, the best first; it gets half of the proposals or more.
@@ -222,7 +224,8 @@ def screen(
         raise InputError(f"no student at {aim:.2f} of the base's latency can be made: {str(why).partition(';')[0]}.")
     ranked = sorted(made.values(), key=lambda entry: (-entry[0], entry[3].predicted))
     sound = [(number, screened) for number, (score, *_, screened) in enumerate(ranked) if score > -math.inf]
-    firsts = {input_size(screened.student): number for number, screened in reversed(sound)}
+    from_base = parents[0].candidate.kind == "base"
+    firsts = {input_size(screened.student): number for number, screened in reversed(sound)} if from_base else {}
     varied = sorted(range(len(ranked)), key=lambda number: (number not in firsts.values(), number))
     chosen = [ranked[number] for number in varied[:count]]
     return [(parent.candidate, parent.measured(recipe, screened, aim)) for _, parent, recipe, screened in chosen]
@@ -231,12 +234,17 @@ def screen(
 def trimmed(parent: Parent, target: float) -> Screened:
     """A candidate as it is where it reaches a target, or with its channels cut once more."""
     candidate = parent.candidate
-    as_it_is = Screened("train on", (), parent.model, 1.0, candidate.latency_ratio, candidate.latency_ratio)
     if candidate.latency_ratio <= target:
-        return as_it_is
+        return unchanged(parent)
     aim = MARGIN * target * parent.table.predict(parent.model) / candidate.latency_ratio
     try:
-        return parent.measured(Recipe(), parent.make(Recipe(), aim), MARGIN * target)
+        return parent.measured(Recipe(), parent.make(Recipe(), aim), MARGIN * target, LONG)
     except InputError as error:
         say_once(f"candidate {candidate.number} stays at {candidate.latency_ratio:.2f} of the base's latency: {error}")
-        return as_it_is
+        return unchanged(parent)
+
+
+def unchanged(parent: Parent) -> Screened:
+    """A candidate as it is, to be trained on."""
+    ratio = parent.candidate.latency_ratio
+    return Screened("train on", (), parent.model, 1.0, ratio, ratio)

@@ -17,7 +17,7 @@ from jdkd.search.config import Plan, Rung
 from jdkd.search.context import SearchContext
 from jdkd.search.matching import Matching
 from jdkd.search.proposal import Cycle, Proposal
-from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Screened, screen, trimmed
+from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Screened, screen, trimmed, unchanged
 from jdkd.search.timing import LONG
 
 Made = tuple[Candidate, str, Screened, Teacher | None, float | None]  # parent, kind, what is changed, teacher, target
@@ -84,15 +84,18 @@ class Strategy:
         screened = self._screened(parents, aim, rung.candidates, self._ways(archive), rng)
         taught = self.context.config.method.order == "joint"  # in a pipeline distillation comes last
         teachers = [self.matching.of(one.student, parent, rng) if taught else None for parent, one in screened]
-        return [(parent, "morph", one, who, None) for (parent, one), who in zip(screened, teachers, strict=True)]
+        return [
+            (parent, _kind(parent, one, who), one, who, None)
+            for (parent, one), who in zip(screened, teachers, strict=True)
+        ]
 
     def _screened(
         self, parents: list[Parent], aim: float, count: int, ways: tuple[str, ...], rng: random.Random
     ) -> list[tuple[Candidate, Screened]]:
-        """Students at the aim; where none can be made, nearer to what the parents are by now.
+        """Students at the aim; where none can be made, nearer to what the parents are by now, or these as they are.
 
         Raises:
-            InputError: even the least cut cannot be made.
+            InputError: not even the base can be cut.
         """
         now, wanted = min(parent.candidate.latency_ratio for parent in parents), aim
         while True:
@@ -100,13 +103,16 @@ class Strategy:
                 found = screen(parents, aim, count, ways, rng)
             except InputError as error:
                 aim = math.sqrt(aim * now)
-                if aim > NO_CUT * now:
+                if aim <= NO_CUT * now:
+                    continue
+                if parents[0].candidate.kind == "base":
                     raise InputError(
                         f"{error} What is left of the latency is none of the channels, blocks and images that can be "
-                        f"cut, so from {now:.2f} no student gets faster: search into another folder, from a base or "
-                        "at an input size where convolutions take the time, or for a larger target."
+                        "cut, so no student gets faster than the base: search into another folder, from a base or "
+                        "at an input size where convolutions take the time."
                     ) from None
-                continue
+                say_once(f"no student gets faster than {now:.2f} of the base's latency, and this one is trained on.")
+                return [(parent.candidate, unchanged(parent)) for parent in parents[:count]]
             if aim > wanted:
                 say_once(
                     f"no student can be made at {wanted:.2f} of the base's latency; this generation has {aim:.2f}."
@@ -120,8 +126,7 @@ class Strategy:
             for parent in self._finalists(archive, target, rung.candidates):
                 cut = trimmed(Parent(parent, table, self.context), target)
                 teacher = self.matching.of(cut.student, parent, rng)
-                kind = "morph" if cut.rewrites else "train" if teacher == parent.teacher else "teacher"
-                made.append((parent, kind, cut, teacher, target))
+                made.append((parent, _kind(parent, cut, teacher), cut, teacher, target))
         return made
 
     def _finalists(self, archive: Archive, target: float, count: int) -> list[Candidate]:
@@ -157,6 +162,13 @@ class Strategy:
             return ARCHITECTURE, CHANNELS
         done = max(one.generation for one in archive.candidates)
         return (CHANNELS,) if done + 1 == self.plan.exploring else (ARCHITECTURE,)
+
+
+def _kind(parent: Candidate, screened: Screened, teacher: Teacher | None) -> str:
+    """What is new about a candidate, see :class:`jdkd.search.proposal.Proposal`."""
+    if screened.rewrites:
+        return "morph"
+    return "train" if teacher == parent.teacher else "teacher"
 
 
 def _latest(archive: Archive) -> list[Candidate]:

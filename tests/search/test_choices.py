@@ -26,6 +26,8 @@ def test_the_student_is_the_best_that_meets_the_target_or_the_fittest():
     trained, hardly = candidate(1, map=0.374, ratio=0.436), candidate(2, map=0.247, ratio=0.428)
     assert choose([trained, hardly], target=0.35) is trained, "not whoever is a little faster"
     assert fitness(fast, 0.7) == fast.map and fitness(slow, 0.7) < slow.map
+    as_long = candidate(1, map=0.690, ratio=0.747), candidate(2, map=0.659, ratio=0.720)
+    assert fitness(as_long[0], 0.525) > fitness(as_long[1], 0.525), "a parent is cut anyway: 4 % of mAP are more"
 
 
 def test_of_one_architecture_the_better_is_the_student():
@@ -59,6 +61,9 @@ def test_finalists_are_the_fittest_one_of_each_architecture():
     )
     assert contenders([far, same, near], 0.5) == [near, far], "what is too slow yet counts for less"
     assert contenders([far, same, near], 1.0) == [far, near]
+    barely, fast = candidate(7, map=0.658, ratio=0.533), candidate(8, map=0.560, ratio=0.477)
+    far = candidate(9, map=0.9, ratio=0.7)
+    assert contenders([fast, far, barely], 0.53) == [barely, fast, far], "it needs but a little cut"
 
 
 def test_whoever_may_be_the_student_is_timed_at_length_before_one_is_chosen():

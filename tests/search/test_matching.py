@@ -13,6 +13,7 @@ from jdkd.pool import ScoredTeacher, Space, Subnet
 from jdkd.search import Method, matching
 from jdkd.search.matching import Matching
 from jdkd.search.proposal import BASE
+from jdkd.search.spending import Spending
 from tests.detectors import detector, small_spec
 from tests.search.rows import candidate
 
@@ -35,6 +36,8 @@ def pool():
 def matched(pool, monkeypatch):
     """The teacher of a student of an mAP, by the shares of each teacher's features that it explains."""
 
+    spent = Spending()
+
     def of(map, shares=None, *, base_map=0.3, present=None, teaching="dynamic", ours=pool):
         def explained(student, teacher):
             share = (shares or {}).get(teacher, 0.5)
@@ -47,11 +50,12 @@ def matched(pool, monkeypatch):
         config = SimpleNamespace(method=Method(teaching=teaching))
         context = SimpleNamespace(
             base=BASE, config=config, selection=SimpleNamespace(dataset=None), progress=lambda *state: None,
-            probe=lambda: iter(()),
+            probe=lambda: iter(()), spent=spent,
         )  # fmt: skip
         parent = candidate(1, map=map, teacher=present)
         return Matching(context, ours, base_map).of("student", parent, random.Random(0))
 
+    of.spent = spent
     return of
 
 
@@ -120,7 +124,9 @@ def test_what_teaches_can_be_set(pool, matched):
 
 def test_neighbours_of_the_present_teacher_are_scored_and_remembered(pool, matched):
     before = len(pool.members)
+    assert not matched.spent.seconds
     matched(0.2, present=pool.space.smallest)
+    assert matched.spent.seconds.keys() == {"scoring"}, "and are no part of what proposing costs"
     fresh = pool.members[before:]
     assert 1 <= len(fresh) <= matching.NEIGHBOURS and all(isinstance(member.teacher, Subnet) for member in fresh)
     assert len({member.teacher for member in pool.members}) == len(pool.members)

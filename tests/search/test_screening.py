@@ -16,13 +16,14 @@ from jdkd.detect.contract import architecture_of
 from jdkd.distill import correlations
 from jdkd.errors import InputError
 from jdkd.notices import Notice
-from jdkd.search import Archive, Method, Proposal, plan, screening
+from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.loop import _table
 from jdkd.search.matching import Matching
 from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Recipe, screen, trimmed
 from jdkd.search.strategy import Strategy
+from jdkd.search.timing import LONG
 from tests.search.rows import candidate, timing
 from tests.search.small_search import make_steady
 
@@ -39,16 +40,19 @@ def parent(context):
 
 @pytest.fixture
 def timed(context, monkeypatch):
-    """Sets what a student is timed at, over what its table predicts."""
+    """Sets what a student is timed at, over what its table predicts; how long they were timed is kept."""
+    stages = []
 
     def at(factor, table):
-        def measured(models, *, kept):
+        def measured(models, stage, *, kept):
+            stages.append(stage)
             assert kept == table.kept
             ((name, model),) = models.items()
             return {name: timing((10 * factor * table.predict(model),) * 2, name=name)}
 
         monkeypatch.setattr(context, "timed", measured)
 
+    at.stages = stages
     return at
 
 
@@ -106,7 +110,7 @@ def test_where_the_table_was_wrong_the_student_is_made_once_more(parent, steady,
 
 def test_a_second_try_that_misses_the_aim_by_more_is_left(parent, steady, monkeypatch):
     made, ratios = parent.make(Recipe(), 0.8), iter((0.6, 1.0, 1.2, 0.9))
-    monkeypatch.setattr(Parent, "_ratio", lambda self, screened: next(ratios))
+    monkeypatch.setattr(Parent, "_ratio", lambda self, screened, stage: next(ratios))
     kept = parent.measured(Recipe(), made, 0.8)
     assert kept.latency_ratio == 0.6 and kept.rewrites == made.rewrites, "faster than needed, and not too slow"
     assert parent.measured(Recipe(), made, 0.8).latency_ratio == 0.9, "of two that are too slow the nearer"
@@ -151,7 +155,8 @@ def test_the_better_parent_gets_more_proposals_and_its_lead_counts(monkeypatch):
     assert [origin for origin, _ in found] == [better] * 4
 
 
-def test_the_best_of_every_input_size_come_first_but_for_those_that_are_no_numbers():
+@pytest.mark.parametrize(("kind", "order"), [("base", [0, 2, 1]), ("morph", [0, 1, 2])])
+def test_of_the_bases_children_the_best_of_every_input_size_come_first_but_for_those_that_are_no_numbers(kind, order):
     students = [(0.9, 64), (0.8, 64), (0.1, 32), (math.nan, 48)]
     made = [
         SimpleNamespace(similarity=r, predicted=0.5, architecture_id=f"{k}", student=resized(size), number=k)
@@ -159,9 +164,9 @@ def test_the_best_of_every_input_size_come_first_but_for_those_that_are_no_numbe
     ]
     context = SimpleNamespace(config=SimpleNamespace(proposals=4), progress=lambda *state: None)
     left = iter(made)
-    one = SimpleNamespace(candidate=candidate(1), context=context, draw=lambda *given: None)
+    one = SimpleNamespace(candidate=candidate(1, kind=kind), context=context, draw=lambda *given: None)
     one.make, one.measured = lambda recipe, aim: next(left), lambda recipe, screened, aim: screened
-    assert [found.number for _, found in screen([one], 0.5, 3, EVERYTHING, random.Random(0))] == [0, 2, 1]
+    assert [found.number for _, found in screen([one], 0.5, 3, EVERYTHING, random.Random(0))] == order
 
 
 def resized(size: int) -> torch.nn.Module:
@@ -183,6 +188,7 @@ def test_a_finalist_that_is_too_slow_is_cut_once_more_or_said_to_stay(parent, st
     one.__dict__ |= vars(parent) | {"candidate": candidate(1, ratio=1.0)}
     cut = trimmed(one, 0.9)
     assert cut.rewrites and cut.latency_ratio <= 0.9
+    assert set(timed.stages) == {LONG}, "it is trained to the end, and has no room to be mistaken in"
     with pytest.warns(Notice, match="candidate 1 stays at 1.00 of the base's latency: no cut"):
         assert trimmed(one, 0.01).rewrites == ()
 
@@ -209,12 +215,14 @@ def test_a_child_keeps_its_parents_weights_and_a_fresh_one_the_architecture_alon
 def asked(context, finished, steady, tmp_path):
     """What a strategy proposes after the first so many candidates of the finished search."""
 
-    def ask(count, **changes):
+    def ask(count, steps=32, **changes):
         here = replace(context, config=replace(context.config, out=tmp_path, **changes))
         shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
         with closing(Archive(tmp_path / ARCHIVE)) as archive:
             archive.candidates = archive.candidates[:count]
-            strategy = Strategy(here, plan(here.config, 32), Matching(here, None, archive.scored[0].map), _table(here))
+            strategy = Strategy(
+                here, plan(here.config, steps), Matching(here, None, archive.scored[0].map), _table(here)
+            )
             return strategy.ask(archive), strategy.ask(archive)
 
     return ask
@@ -229,6 +237,23 @@ def test_a_generation_follows_from_the_archive_alone_and_is_pure_json(asked, fin
     assert [(p.action, p.parent, p.predicted) for p in one] == [(c.action, c.parent, c.predicted) for c in made]
     assert {(p.kind, p.target, p.generation, p.teacher) for p in one} == {("morph", None, 1, "base")}
     assert len({proposal.number for proposal in one}) == len(one)
+
+
+def test_where_nothing_can_be_cut_any_more_the_search_goes_on_with_what_it_has(asked, monkeypatch):
+    def none(*given):
+        raise InputError("no student at 0.30 of the base's latency can be made: none.")
+
+    monkeypatch.setattr(strategy, "screen", none)
+    with pytest.raises(
+        InputError, match=r"be made: none\. What is left .* no student gets faster than the base: search"
+    ):
+        asked(1)
+    with pytest.warns(
+        Notice, match=r"no student gets faster than 0\.\d\d of the base's latency, and this one is trained"
+    ):
+        made, _ = asked(3, steps=64, targets=(0.3,))
+    assert made and {(p.generation, p.action, p.rewrites) for p in made} == {(2, "train on", ())}
+    assert "morph" not in {p.kind for p in made}
 
 
 def test_a_pipeline_distils_only_once_its_architecture_is_found(asked, finished):

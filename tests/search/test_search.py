@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import warnings
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,10 +21,12 @@ from jdkd.run_folder import RunFolder
 from jdkd.search import Archive, Method, plan, search
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.context import open_context
+from jdkd.search.loop import _say_if_unsteady
 from jdkd.search.teachers import TEACHERS, given_pool, remember
 from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
 from tests.search.conftest import DIGITS
+from tests.search.rows import timing
 from tests.search.small_search import archived, config_of, steady_measure
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")  # a handful of scenes, 10 digits
@@ -194,6 +196,14 @@ def test_a_finalist_that_is_too_slow_at_length_is_cut_before_it_is_trained_on(qu
         search(config)
     kinds = [kind for (kind,) in archived(tmp_path / "out", "kind")]
     assert kinds[:3] == ["base", "morph", "morph"]
+
+
+@pytest.mark.parametrize(("factors", "said"), [((0.9, 1.2), True), ((0.99, 1.02), False)])
+def test_a_machine_that_cannot_tell_the_base_from_itself_is_said_to_be_busy(context, monkeypatch, factors, said):
+    found = timing([10.0 * factor for factor in factors] * 10, [10.0] * 20)
+    monkeypatch.setattr(type(context), "timed", lambda self, models: dict.fromkeys(models, found))
+    with pytest.warns(Notice, match="the base timed against itself takes") if said else nullcontext():
+        _say_if_unsteady(context)
 
 
 def test_a_budget_in_minutes_is_measured_once_and_kept(quick, steady, tmp_path, monkeypatch):

@@ -1,0 +1,69 @@
+"""What it would take: students of finished searches, trained on from their end, without a teacher.
+
+python -m benchmarks.longer digit_scenes_deep FOLDER --seeds 0 1   of searches that `benchmarks.proof` left in FOLDER
+python -m benchmarks.longer                                        print the table of those that are kept
+
+A student takes as many steps again as its lineage had, in a learning-rate cycle of their own, on the search's training
+images and settings; all mAP is of the images that chose nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import gains, proof, record
+from jdkd.detect import load
+from jdkd.latency import fuse_for_inference
+from jdkd.train import evaluate
+
+OP = "longer"
+HEADINGS = ("searches", "seed", "base", "control", "student", "steps", "trained on", "steps")
+
+
+def row(name: str, folder: Path, seed: int) -> dict[str, Any]:
+    """One student, trained on; a training that was interrupted is carried on."""
+    recipe, search, out = proof.RECIPES[name], folder / f"search-{seed}", folder / f"longer-{seed}"
+    result = json.loads((search / "result.json").read_text())
+    (student,) = result["students"]
+    data = proof.images(recipe, folder, None, seed)
+    how = ("--model", search / student["folder"], "--steps", student["train_steps"])
+    proof.jdkd("train", "--out", out, *how, *proof.flags(recipe, data, seed))
+    trained = fuse_for_inference(load(out, "cpu").eval())
+    scores = evaluate(trained, gains.reporting(name, folder, seed), device="cpu", batch_size=recipe.batch_size)
+    known = {who: result[who]["map"] for who in ("base", "control")} | {"student": student["map"]}
+    made = {"op": OP, "searches": name, "seed": seed, **known, "steps": student["train_steps"], "longer": scores.map}
+    return made | {"device": record.device_name("cpu"), "commit": record.commit()}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table, the latest row of each seed."""
+    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | " + " | ".join(["---:"] * (len(HEADINGS) - 1)) + " |"]
+    for one in {(each["searches"], each["seed"]): each for each in rows}.values():
+        scores = [f"{one[who]:.3f}" for who in ("base", "control", "student")]
+        cells = [one["searches"], str(one["seed"]), *scores, str(one["steps"]), f"{one['longer']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, str(2 * one['steps'])])} |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(proof.RECIPES), nargs="?")
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    asked = parser.parse_args(arguments)
+    if asked.folder is not None:
+        torch.set_num_threads(1)
+        for seed in asked.seeds:
+            record.append(record.result_file("cpu", OP), [row(asked.name, asked.folder, seed)])
+    print(table(record.load(sorted(record.RESULTS.glob(f"*/{OP}.jsonl")))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,29 @@
+"""What a student would have with more training: the training asked for, and the row and table that come of it."""
+
+import json
+from types import SimpleNamespace
+
+import torch
+
+from benchmarks import longer
+
+
+def test_a_student_is_trained_on_from_its_end_for_as_long_as_its_lineage(tmp_path, monkeypatch):
+    found = {"base": {"map": 0.7}, "control": {"map": 0.75}}
+    (tmp_path / "search-3").mkdir()
+    student = {"map": 0.6, "folder": "student", "train_steps": 40}
+    (tmp_path / "search-3" / "result.json").write_text(json.dumps(found | {"students": [student]}))
+    asked = []
+    monkeypatch.setattr(longer.proof, "jdkd", lambda *words: asked.append(words))
+    monkeypatch.setattr(longer.proof, "images", lambda recipe, folder, data, seed: folder / f"data-{seed}")
+    monkeypatch.setattr(longer.gains, "reporting", lambda *where: where)
+    monkeypatch.setattr(longer, "load", lambda folder, device: torch.nn.Identity())
+    monkeypatch.setattr(longer, "evaluate", lambda model, images, **how: SimpleNamespace(map=0.72))
+    row = longer.row("digit_scenes_deep", tmp_path, 3)
+    ((command, *words),) = asked
+    given = dict(zip(words[0:-1:2], words[1::2], strict=True))
+    assert command == "train" and words[-1] == "--resume" and given["--out"] == tmp_path / "longer-3"
+    assert given["--model"] == tmp_path / "search-3" / "student" and given["--steps"] == 40 and given["--seed"] == 3
+    assert longer.table([row | {"longer": 0.1}, row]).splitlines()[2:] == [
+        "| digit_scenes_deep | 3 | 0.700 | 0.750 | 0.600 | 40 | 0.720 | 80 |"
+    ]
