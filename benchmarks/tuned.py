@@ -5,9 +5,9 @@
 
 A row for every region that was timed: the way that is taken, the default, and the ratios of their times. And a row for
 every shape of the cases of the Pearson loss (every level of a pyramid, 256 channels, one image of 800x1344) and of the
-elastic convolutions (all that a ResNet-50 with its pyramid has at stride 1, at half width): the shapes for which
-another way than the default is taken are timed again, the default and that way in turns, by what `jdkd tune` times
-with. Where the default is taken nothing can have changed, and nothing is timed: a row counts these shapes.
+elastic convolutions (all 1x1 and 3x3 ones of a ResNet-50 with its pyramid, at half width): the shapes for which another
+way than the default is taken are timed again, the default and that way in turns, by what `jdkd tune` times with. Where
+the default is taken nothing can have changed, and nothing is timed: a row counts these shapes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,9 @@ def shapes(device: torch.device) -> Iterator[tuple[str, Shape]]:
             levels = [(1, pearson_cases.CHANNELS, *size)]
             yield f"{level} {form}", pearson.of_backends(device, torch.float32, layout, levels, form)
     for (label, conv), layout, both in itertools.product(conv_shapes.distinct().items(), LAYOUTS, (True, False)):
-        if conv.stride == 1 and conv.kernel in (1, 3) and conv.padding == conv.kernel // 2:
-            given = device, torch.float32, layout, conv.kernel, conv.size, conv.active(WIDTH), both
+        filters = convolutions.Filters(conv.kernel, conv.stride)
+        if filters in convolutions.LEADING and conv.padding == conv.kernel // 2:
+            given = device, torch.float32, layout, filters, conv.size, conv.active(WIDTH), both
             yield label, convolutions.of_kernels(*given)
 
 

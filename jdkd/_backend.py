@@ -42,7 +42,7 @@ from torch import Tensor
 
 from jdkd import _dispatch, _ext, _verdicts
 from jdkd._dispatch import BACKENDS, VARIABLE, Candidate, Table, request, requested, use_backend, validated
-from jdkd._verdicts import Check, Subject, Verdict
+from jdkd._verdicts import Check, Subject, Verdict, dtype_name
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 
@@ -141,7 +141,7 @@ def tune_by(op: str, region: Callable[[Tensor], str]) -> None:
 
 def region_name(form: str, dtype: torch.dtype, rest: str) -> str:
     """The region of a form of an operator in a dtype."""
-    return ", ".join(filter(None, (form, _dtype_text(dtype), rest)))
+    return ", ".join(filter(None, (form, dtype_name(dtype), rest)))
 
 
 def table_of(op: str) -> Table:
@@ -250,7 +250,7 @@ def choice(op: str, form: str, device: torch.device, dtype: torch.dtype) -> tupl
             said.append(f"{row.name} is left out: {verdict}")
         if row is found:
             return found.name, "; ".join(said)
-    return "none", "; ".join([*said, f"none takes {_dtype_text(dtype)} on {device.type}"])
+    return "none", "; ".join([*said, f"none takes {dtype_name(dtype)} on {device.type}"])
 
 
 def _row(op: str) -> dict[str, _Backend]:
@@ -289,7 +289,7 @@ def _why_refused(op: str, backend: str, device: str, dtype: torch.dtype) -> str 
         return f"it takes tensors on {' or '.join(devices)}, and this one is on {device}{hint}"
     dtypes = _row(op)[backend].dtypes
     if dtypes is not None and dtype not in dtypes:
-        return f"it takes {', '.join(map(_dtype_text, dtypes))}, and this tensor is {_dtype_text(dtype)}"
+        return f"it takes {', '.join(map(dtype_name, dtypes))}, and this tensor is {dtype_name(dtype)}"
     return _why_unavailable(op, backend)
 
 
@@ -306,7 +306,7 @@ def _choose(key: tuple, tensor: Tensor) -> str:
             return before
     found, is_settled = table_of(op).choose(call)
     if found is None:
-        raise InputError(f"no backend of {op} takes {_dtype_text(dtype)} tensors on {device.type}")
+        raise InputError(f"no backend of {op} takes {dtype_name(dtype)} tensors on {device.type}")
     if is_settled:
         _chosen[key] = found.name
     return found.name
@@ -377,10 +377,6 @@ def seen_right(subject: Subject) -> bool | None:
         key=f"{subject} on {subject.device}",
     )
     return False
-
-
-def _dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # What torch.compiler.assume_constant_result sets; calling that would load the whole compiler, and triton with it.

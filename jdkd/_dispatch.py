@@ -2,8 +2,9 @@
 
 A :class:`Table` lists :class:`candidates <Candidate>` in order of preference. The backends of an operator
 (:mod:`jdkd._backend`), the kernels of an elastic convolution (:mod:`jdkd.ops.elastic_kernels`) and of the levels of a
-pyramid (:mod:`jdkd.ops.elastic_levels_kernels`), and the forms of the Pearson loss (:mod:`jdkd.ops.pearson_forms`) are
-such tables. What is picked is the first candidate that
+pyramid (:mod:`jdkd.ops.elastic_levels_kernels`), the forms of the Pearson loss (:mod:`jdkd.ops.pearson_forms`), and
+what runs a convolution of an accelerated model (:mod:`jdkd.patch.convolutions`) are such tables. What is picked is the
+first candidate that
 
 1. can compute the call, and
 2. was asked for, by ``use_backend`` or else ``JDKD_BACKEND``; or, where nobody asks, does not wait to be, and was seen

@@ -84,11 +84,17 @@ def path(table: str, region: str, device: torch.device) -> str | None:
 
 def told(table: str, region: str, device: torch.device) -> str:
     """From where the choice of a region comes that has such a path, in words."""
-    found, where = _of(device).regions[table][region], environment(device)
-    threads = {None: "", "1": ", 1 thread"}.get(where.get("threads"), f", {where.get('threads')} threads")
+    found = _of(device).regions[table][region]
     low, high = (f"{gain:.2f}" for gain in found.gain())
     times = low if low == high else f"{low} to {high}"
-    return f"tuned on {where['device']}{threads}, {found.date}: {times} times as fast as {found.default}"
+    return f"tuned on {machine(device)}, {found.date}: {times} times as fast as {found.default}"
+
+
+def machine(device: torch.device) -> str:
+    """What a device is called and, of a CPU, how many threads it is used by."""
+    where = environment(device)
+    threads = {None: "", "1": ", 1 thread"}.get(where.get("threads"), f", {where.get('threads')} threads")
+    return f"{where['device']}{threads}"
 
 
 def regions(device: torch.device) -> Regions:

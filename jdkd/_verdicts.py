@@ -56,10 +56,10 @@ class Subject(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.op}-{self.form.replace(' ', '_')}-{self.backend}-{_name(self.dtype)}"
+        return f"{self.op}-{self.form.replace(' ', '_')}-{self.backend}-{dtype_name(self.dtype)}"
 
     def __str__(self) -> str:
-        return f"{self.backend} {self.op} ({self.form}, {_name(self.dtype)})"
+        return f"{self.backend} {self.op} ({self.form}, {dtype_name(self.dtype)})"
 
 
 class Compared(NamedTuple):
@@ -356,5 +356,6 @@ def report(device: torch.device, **more: Any) -> str:
     return ", ".join(f"{name} {value}" for name, value in {**environment(device), **more}.items())
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype in a word."""
     return str(dtype).removeprefix("torch.")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from jdkd import _backend
-from jdkd._verdicts import RIGHT, Verdict
+from jdkd._verdicts import RIGHT, Verdict, dtype_name
 from jdkd.env import load_operators
 
 
@@ -77,7 +77,7 @@ def run() -> Iterator[Row]:
                 continue
             for device in devices:
                 for subject in _backend.subjects(op, backend, device):
-                    dtype = str(subject.dtype).removeprefix("torch.")
+                    dtype = dtype_name(subject.dtype)
                     yield Row(op, subject.form, backend, dtype, str(device), _backend.check(subject))
 
 

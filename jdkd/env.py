@@ -35,6 +35,12 @@ _VARIABLES = {
     "~/.cache/jdkd; where set, also for Triton's compiled kernels, unless TRITON_CACHE_DIR is",
 }
 
+ACCELERATE = (
+    "each ingredient is checked and timed on the model that is given, or checked alone with timed=False; no table of "
+    "this machine tells, as which of them are faster depends on the model"
+)
+"""From where the choices of :func:`jdkd.patch.accelerate` come."""
+
 
 def report() -> str:
     """Describes this installation in plain text.
@@ -42,8 +48,8 @@ def report() -> str:
     Returns:
         Lines in sections: versions, devices, the build of ``jdkd._C``, the environment variables, for each operator
         every backend with ``available`` or the reason why not, best first, for each of its forms in float32 the
-        backend that runs on each device, with the reason, and where another one runs as it measured faster. Nothing is
-        checked or timed: ``jdkd check`` and ``jdkd tune`` do.
+        backend that runs on each device, with the reason, from where the choices of ``accelerate`` come, and where
+        another backend runs as it measured faster. Nothing is checked or timed: ``jdkd check`` and ``jdkd tune`` do.
     """
     sections = {
         "versions": _versions(),
@@ -130,13 +136,14 @@ def _operators() -> list[tuple[str, str]]:
 
 
 def _choices() -> list[tuple[str, str]]:
-    return [
+    rows = [
         (f"{op} / {form} on {device}", f"{backend}: {why}")
         for op in _backend.ops()
         for device in devices()
         for form in _backend.forms(op)
         for backend, why in [_backend.choice(op, form, device, torch.float32)]
     ]
+    return [*rows, ("accelerate", ACCELERATE)]
 
 
 def devices() -> list[torch.device]:

@@ -117,6 +117,11 @@ def test_the_report_says_why_a_backend_and_a_form_are_chosen():
         assert form.when in line and form.why in line
 
 
+def test_the_report_says_from_where_the_choices_of_accelerate_come():
+    (line,) = (row for row in env.report().splitlines() if row.strip().startswith("accelerate "))
+    assert line.endswith(env.ACCELERATE) and "timed on the model that is given" in line
+
+
 def test_what_was_asked_for_is_known(monkeypatch):
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
     assert _backend.requested() is None

@@ -21,7 +21,8 @@ class Tune:
     minutes: float = 3.0
     """Time for all devices together."""
     quick: bool = False
-    """Only in the dtype that is trained in most: float32 on a CPU, bfloat16 on a GPU."""
+    """Only what pools and searches run: no lists of channels, and the dtype that is trained in most, float32 on a CPU
+    and bfloat16 on a GPU."""
     again: bool = False
     """Time what was timed before, too."""
 
@@ -29,7 +30,7 @@ class Tune:
         from rich.console import Console
 
         from jdkd.cli.progress import Progress
-        from jdkd.env import devices, load_operators
+        from jdkd.env import ACCELERATE, devices, load_operators
         from jdkd.tune import tune
 
         load_operators()
@@ -49,10 +50,12 @@ class Tune:
         console = Console()
         for outcome in outcomes:
             _show(console, outcome)
+        console.print(f"accelerate: {ACCELERATE}", soft_wrap=True)
 
 
 def _show(console: Any, outcome: Any) -> None:
-    """Prints the regions of a device that take another way than the default, and how many there are."""
+    """Prints the regions of a device that take another way than the default, how many there are, and what was not timed
+    as there is one way alone."""
     from rich.table import Table
 
     if rows := outcome.changed():
@@ -68,3 +71,6 @@ def _show(console: Any, outcome: Any) -> None:
         f"than the default; {outcome.file}",
         soft_wrap=True,
     )
+    if outcome.alone:
+        console.print(f"{outcome.device}: not timed, as nothing else can run there:")
+        console.print(*(f"  {each}" for each in outcome.alone), sep="\n", soft_wrap=True)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from jdkd._verdicts import dtype_name
 from jdkd.errors import InputError
 from jdkd.experimental.conv_bn_act import ElasticConvBNAct
 from jdkd.experimental.levels import ElasticLevelsConv2d, Levels, listed
@@ -108,7 +109,7 @@ def _of_unit(unit: ElasticConvBNAct, x: Tensor) -> Explanation:
 def _of_linear(linear: ElasticLinear, x: Tensor) -> Explanation:
     inputs, outputs = linear._now()
     check_channels(x, inputs.count, dim=-1, where=type(linear).__name__)
-    dtype = str(dtype_of(x)).removeprefix("torch.")
+    dtype = dtype_name(dtype_of(x))
     call = f"{type(linear).__name__}: {inputs.count}->{outputs.count} features, {dtype}, on {x.device}"
     return Explanation(
         call, "aten", "one matrix product with the active part of the weight; it has no other kernel", ()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from jdkd import _backend, _dispatch, _tuned
 from jdkd._dispatch import Candidate, Condition, Table, all_of
+from jdkd._verdicts import dtype_name
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.kernel_size import Padding, pair
 from jdkd.ops.layout import is_channels_last
@@ -23,6 +24,7 @@ from jdkd.ops.transforms import is_looked_into
 NAME = "elastic convolution"
 # Where classes of sizes end: output positions, and products of input and output channels.
 POSITIONS, WEIGHTS = (512, 4096, 32768), (32**2, 128**2, 512**2)
+TAPS, STRIDES = (1, 3), (1, 2)  # both ways alike, of convolutions that are timed
 _DEVICES = ("cuda", "cpu")  # where a kernel can run
 _LIMIT = 2**30
 
@@ -85,7 +87,7 @@ class ConvCall(NamedTuple):
         return (
             f"{channels}, {_by(self.kernel)} kernel, stride {_by(self.stride)}, padding "
             f"{self.padding if isinstance(self.padding, str) else _by(self.padding)}, groups {self.groups}, "
-            f"{product.positions} positions, {_name(product.dtype)}, {layout}, on {product.device}"
+            f"{product.positions} positions, {dtype_name(product.dtype)}, {layout}, on {product.device}"
         )
 
 
@@ -129,17 +131,21 @@ def _when(*conditions: Condition) -> str:
 def region(call: ConvCall) -> str | None:
     """What calls have in common for which `jdkd tune` chooses alike; None for those that it does not time.
 
-    Leading channels of one group, 1x1 or 3x3, at stride 1 or 2 in both directions; by dtype, layout and the classes
-    into which :data:`POSITIONS` and :data:`WEIGHTS` divide the sizes of the product.
+    One group: 1x1 or 3x3, at stride 1 or 2 in both directions, leading or listed channels; by dtype, layout and the
+    classes into which :data:`POSITIONS` and :data:`WEIGHTS` divide the sizes of the product. Several groups, as of
+    depthwise convolutions, are one region in a dtype, as no kernel but ATen takes them.
     """
-    taps, steps = call.kernel, call.stride
-    is_usual = taps in ((1, 1), (3, 3)) and steps in ((1, 1), (2, 2)) and call.is_batch and call.groups == 1
-    if not is_usual or call.is_listed or call.padding == "same":
+    if call.groups > 1:
+        return f"several groups, {dtype_name(call.dtype)}"
+    (taps, across), (step, sideways) = call.kernel, call.stride
+    is_usual = taps == across and step == sideways and taps in TAPS and step in STRIDES
+    if not is_usual or not call.is_batch or call.padding == "same":
         return None
     layout = "channels-last" if call.is_channels_last else "contiguous"
     positions, inputs, outputs = call.product[2:]
     sizes = f"{_class(positions, POSITIONS)} positions, {_class(inputs * outputs, WEIGHTS)} weights a tap"
-    return f"{taps[0]}x{taps[1]}, stride {steps[0]}, {_name(call.dtype)}, {layout}, {sizes}"
+    window = f"{'listed ' if call.is_listed else ''}{taps}x{taps}, stride {step}"
+    return f"{window}, {dtype_name(call.dtype)}, {layout}, {sizes}"
 
 
 def _class(size: int, ends: Sequence[int]) -> str:
@@ -374,7 +380,3 @@ only_aten._dynamo_marked_constant = True
 
 def _by(numbers: tuple[int, int]) -> str:
     return f"{numbers[0]}x{numbers[1]}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from jdkd import _backend
 from jdkd._dispatch import Candidate, Condition, Table, all_of, is_tuned, nobody_asks
+from jdkd._verdicts import dtype_name
 from jdkd.errors import InputError
 from jdkd.ops.elastic_kernels import ON_REQUEST, dtype_of
 from jdkd.ops.kernel_size import Padding, pair
@@ -51,7 +52,7 @@ def _region(call: LevelsCall) -> str:
     """What levels have in common for which `jdkd tune` chooses alike: taps, dtype and bytes of all levels."""
     first = call.xs[0]
     size = sum(x.shape[0] * x.shape[1] * x.shape[2] * x.shape[3] for x in call.xs) * first.element_size()
-    return f"{call.size[0]}x{call.size[1]}, {str(call.dtype).removeprefix('torch.')}, {size_class(size)}"
+    return f"{call.size[0]}x{call.size[1]}, {dtype_name(call.dtype)}, {size_class(size)}"
 
 
 _DEVICE = Condition("tensors on cuda or cpu", lambda call: call.device.type in ("cuda", "cpu"))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from jdkd import _backend
 from jdkd._dispatch import Candidate, Condition, Table, all_of, is_tuned, nobody_asks
+from jdkd._verdicts import dtype_name
 from jdkd.ops import pearson_single
 from jdkd.ops.layout import size_class
 
@@ -77,7 +78,7 @@ def _region(call: LossCall) -> str | None:
         return None
     level = call.students[0]
     size = sum(student.numel() for student in call.students) * level.element_size()
-    return f"{str(level.dtype).removeprefix('torch.')}, {size_class(size)}"
+    return f"{dtype_name(level.dtype)}, {size_class(size)}"
 
 
 FORMS = (

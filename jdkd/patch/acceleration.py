@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
+from jdkd._tuned import machine
 from jdkd.detect.contract import not_scripted
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError, said
@@ -54,12 +55,13 @@ class Acceleration:
         kept: the ingredients that it runs with.
         trials: what came of each.
         unfollowed: why code of some modules is not fused, by their paths: what it raised when it was followed.
+        source: from where the choice comes: ``"checked on"`` or ``"checked and timed on"`` which device.
         ratio: its latency over that of the plain model; None where nothing was timed or kept.
         difference: from the plain model; None where nothing was kept.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, trials: Sequence[Trial]) -> None:
-        self.trials = tuple(trials)
+    def __init__(self, model: nn.Module, plan: Plan, trials: Sequence[Trial], source: str) -> None:
+        self.trials, self.source = tuple(trials), source
         self.kept = tuple(trial.ingredient for trial in trials if trial.kept)
         self.unfollowed = plan.unfollowed
         self.ratio: Ratio | None = None
@@ -111,7 +113,7 @@ class Acceleration:
         total = "nothing kept" if not self.kept else f"{', '.join(self.kept)}"
         if self.ratio is not None:
             total += f": {self.ratio} of the plain model's latency"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, f"{total}; {self.source}"])
 
 
 class _Guard:
@@ -196,7 +198,8 @@ def accelerate(
     if ratio is not None and not ratio.high < 1:
         together = f"all that were kept take {ratio} of the plain model's time"
         trials = [replace(each, kept=False, reason=together) if each.kept else each for each in trials]
-    acceleration = Acceleration(model, plan, trials)
+    source = f"{'checked and timed' if timed else 'checked'} on {machine(plan.device)}"
+    acceleration = Acceleration(model, plan, trials, source)
     if acceleration.kept:
         acceleration.ratio, acceleration.difference = ratio, compare.difference
     return acceleration

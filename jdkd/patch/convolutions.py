@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from jdkd import _backend
 from jdkd._dispatch import Candidate, Table
-from jdkd._verdicts import Subject
+from jdkd._verdicts import dtype_name
 from jdkd.errors import InputError
 from jdkd.latency.folding import folded
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
@@ -39,22 +39,31 @@ class Form:
 
 @dataclass(frozen=True)
 class Call:
-    """What the choice of an implementation depends on."""
+    """What the choice of an implementation depends on.
+
+    Args:
+        conv: the convolution.
+        how: it is to run.
+        device, dtype: of its weight.
+        form: of the operator whose kernel may run.
+    """
 
     conv: nn.Conv2d
-    form: Form
+    how: Form
     device: torch.device
     dtype: torch.dtype
+    form: str = "forward"
 
 
 class Onednn:
     """The operators that torch's own compiler calls on a CPU; they take reordered weights, and add and rectify."""
 
     name, why = "oneDNN", "the weight is reordered once, and the epilogue runs while the output is in cache"
+    kernel = None
     dtypes = torch.float32, torch.bfloat16
 
     def why_not(self, call: Call) -> str | None:
-        if not (call.form.packed or call.form.fused):
+        if not (call.how.packed or call.how.fused):
             return "neither packed weights nor an epilogue are asked for"
         if isinstance(call.conv.padding, str):
             return f"its padding is {call.conv.padding!r}"
@@ -70,22 +79,18 @@ class Onednn:
 
 
 class Pointwise:
-    """This package's Triton kernel of 1x1 convolutions, once it was seen right on the device."""
+    """This package's Triton kernel of 1x1 convolutions, where it was seen right or is asked for."""
 
     name, why = "triton", "a 1x1 product with everything that follows it in one launch"
+    kernel = _backend.Kernel("elastic_pointwise", "triton")
 
     def why_not(self, call: Call) -> str | None:
         conv = call.conv
-        if not call.form.fused or call.device.type != "cuda":
+        if not call.how.fused or call.device.type != "cuda":
             return "it fuses an epilogue on a GPU"
         square = conv.kernel_size == (1, 1) and conv.stride in ((1, 1), (2, 2))
-        if not square or conv.groups != 1 or conv.padding not in ((0, 0), "valid", "same"):
-            return "it takes 1x1 convolutions"
-        if reason := _backend.available("elastic_pointwise")["triton"]:
-            return reason
-        form = _backend.forms("elastic_pointwise")[0]
-        seen = _backend.seen_right(Subject("elastic_pointwise", form, "triton", call.device, call.dtype))
-        return None if seen else "it was not seen right on this device"
+        usual = square and conv.groups == 1 and conv.padding in ((0, 0), "valid", "same")
+        return None if usual else "it takes 1x1 convolutions"
 
     def run(self, x: Tensor, weights: Weights, conv: nn.Conv2d, residual: Tensor | None, relu: bool) -> Tensor:
         weight, bias = weights
@@ -98,9 +103,10 @@ class Cudnn:
     """cuDNN's convolution with a bias, a residual and a ReLU, which it always ends with."""
 
     name, why = "cuDNN", "the epilogue runs while the output is on chip"
+    kernel = None
 
     def why_not(self, call: Call) -> str | None:
-        if not call.form.fused or call.device.type != "cuda":
+        if not call.how.fused or call.device.type != "cuda":
             return "it fuses an epilogue on a GPU"
         return "its padding has no number" if isinstance(call.conv.padding, str) else None
 
@@ -117,6 +123,7 @@ class Aten:
     """torch's convolution, and what follows it in place."""
 
     name, why = "ATen", "runs everywhere"
+    kernel = None
 
     def why_not(self, call: Call) -> str | None:
         return None
@@ -131,8 +138,10 @@ class Aten:
 ATEN = Aten()
 IMPLEMENTATIONS = {each.name: each for each in (Onednn(), Pointwise(), Cudnn(), ATEN)}
 TABLE = Table(
-    "accelerated_convolution",
-    tuple(Candidate(each.name, each.why, can_run=each.why_not) for each in IMPLEMENTATIONS.values()),
+    "accelerated convolution",
+    tuple(
+        Candidate(each.name, each.why, can_run=each.why_not, kernel=each.kernel) for each in IMPLEMENTATIONS.values()
+    ),
 )
 
 
@@ -141,7 +150,7 @@ def no_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"oneDNN runs on a CPU, and the model is on {device.type}"
     if dtype not in Onednn.dtypes:
-        return f"oneDNN takes float32 and bfloat16, and the model is in {str(dtype).removeprefix('torch.')}"
+        return f"oneDNN takes float32 and bfloat16, and the model is in {dtype_name(dtype)}"
     names = "_convolution_pointwise", "_reorder_convolution_weight", "_linear_pointwise", "_reorder_linear_weight"
     if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in names):
         return f"torch {torch.__version__} has no oneDNN operators with packed weights"
@@ -212,8 +221,8 @@ class Layer(Override):
         before, now = self._kind, (self.module.weight.device, self.module.weight.dtype)
         if before != now:
             raise InputError(
-                f"the model was accelerated on {before[0]} in {_name(before[1])} and is now on {now[0]} in "
-                f"{_name(now[1])}, where nothing was checked or timed; call restore() and accelerate it again."
+                f"the model was accelerated on {before[0]} in {dtype_name(before[1])} and is now on {now[0]} in "
+                f"{dtype_name(now[1])}, where nothing was checked or timed; call restore() and accelerate it again."
             )
 
 
@@ -331,7 +340,3 @@ def state(tensor: Tensor | None) -> tuple[Any, ...]:
         return ()
     version = 0 if tensor.is_inference() else tensor._version
     return tensor.device, tensor.dtype, id(tensor), tensor.data_ptr(), version
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -70,10 +70,8 @@ def of_backends(
 
 
 def single_pass(device: torch.device, quick: bool) -> Iterator[Shape]:
-    """The single pass against the split form, loss and gradient, where levels fit on the chip."""
-    if device.type != "cuda":
-        return
-    for dtype in (torch.bfloat16, torch.float32)[: 1 if quick else None]:
+    """The single pass against the split form, loss and gradient; it can run where levels fit on the chip."""
+    for dtype in DTYPES[device.type][: 1 if quick else None]:
         for size in BYTES:
             shapes = sizes(size // dtype.itemsize)
             levels = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]

@@ -21,7 +21,7 @@ from jdkd.latency.clock import Clock
 from jdkd.latency.protocol import LEAST_ROUNDS, Schedule, interleave
 from jdkd.latency.statistics import Ratio, bootstrap_ratio
 from jdkd.notices import say_once
-from jdkd.tune.regions import Job, plan
+from jdkd.tune.regions import Alone, Job, alone, plan
 from jdkd.tune.shapes import Shape
 from jdkd.tune.timing import clock_of, rotated
 
@@ -44,6 +44,7 @@ class Outcome:
         regions: that are known now, by table and region.
         timed: how many of them were timed now.
         left: how many are still to be timed.
+        alone: what one candidate alone can compute there, so that it was not timed.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class Outcome:
     regions: _tuned.Regions = field(default_factory=dict)
     timed: int = 0
     left: int = 0
+    alone: list[Alone] = field(default_factory=list)
 
     def changed(self) -> list[tuple[str, str, Region]]:
         """Table, name and result of the regions in which another candidate than the default is taken."""
@@ -73,13 +75,13 @@ def tune(
     In every region of a table all candidates that can run are checked against float64, and then timed against the one
     that runs by default: in turns, on inputs that no cache holds any more. One is taken only where the interval of its
     time over the default's lies below 1 in every shape of the region, twice. What was timed before is kept, and each
-    region is written as soon as it is timed.
+    region is written as soon as it is timed. Where one candidate alone can run there is nothing to time.
 
     Args:
         devices: to be timed, one after the other; each gets an equal part of the time.
         minutes: in all; regions that do not fit in keep their default, and are timed by a later run.
-        quick: only the dtype that is trained in most.
-        again: time what was timed before, too.
+        quick: only the dtype that is trained in most, and no lists of channels.
+        again: time what was timed before, too; until then it counts no longer.
         progress: called with the device, regions done, regions in all and what to show, after each.
         clock: what tells the time; by default that of :func:`jdkd.tune.timing.clock_of`.
         jobs: what there is to time on a device.
@@ -135,21 +137,31 @@ def _of_device(
     clock: Clock,
 ) -> Outcome:
     known = {table: dict(of) for table, of in _tuned.regions(device).items()}
+    outcome = Outcome(device, _tuned.file_of(device), known, alone=alone(jobs))
+    jobs = [job for job in jobs if job.others]
     wanted = [job for job in jobs if again or job.region not in known.get(job.table, {})]
-    outcome = Outcome(device, _tuned.file_of(device), known, left=len(wanted))
+    outcome.left = len(wanted)
     deadline = time.monotonic() + seconds
     for job in wanted:
         if outcome.timed and time.monotonic() >= deadline:
             break
         share = max(0.0, deadline - time.monotonic()) / outcome.left
-        known.setdefault(job.table, {})[job.region] = found = timed(job, share, clock)
-        _tuned.write(device, known)
-        _dispatch.forget()
+        of = known.setdefault(job.table, {})
+        if of.pop(job.region, None):  # or the default's call would take the winner of before
+            _keep(device, known)
+        of[job.region] = found = timed(job, share, clock)
+        _keep(device, known)
         outcome.timed, outcome.left = outcome.timed + 1, outcome.left - 1
         if progress:
             done = len(jobs) - outcome.left
             progress(str(device), done, len(jobs), {job.table: f"{job.region}: {found.path}"})
     return outcome
+
+
+def _keep(device: torch.device, regions: _tuned.Regions) -> None:
+    """Writes what is known of a device, and lets every choice be made anew."""
+    _tuned.write(device, regions)
+    _dispatch.forget()
 
 
 def timed(job: Job, seconds: float, clock: Clock) -> Region:

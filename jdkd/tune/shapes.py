@@ -62,8 +62,3 @@ def _copied(leaf: Any) -> Any:
 def nbytes(inputs: Any) -> int:
     """Bytes of all tensors of a set of inputs."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """A dtype in a word."""
-    return str(dtype).removeprefix("torch.")

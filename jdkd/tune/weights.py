@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from jdkd import _backend
+from jdkd._verdicts import dtype_name
 from jdkd.ops.active_channels import Channels
 from jdkd.ops.pack import Part, pack
-from jdkd.tune.shapes import Shape, name_of, on_backend
+from jdkd.tune.shapes import Shape, on_backend
 
 OP = "pack"
 NETWORKS = {"8 weights 32x32x3x3": (8, 32), "16 weights 256x256x3x3": (16, 256)}  # how many, and their channels
@@ -34,7 +35,7 @@ def backends(device: torch.device, quick: bool) -> Iterator[Shape]:
                 yield Shape(
                     _backend.table_of(OP),
                     _backend.Call(form, device, torch.float32, torch.empty(0, device="meta")),
-                    f"{label}, half of them, in {name_of(dtype)}",
+                    f"{label}, half of them, in {dtype_name(dtype)}",
                     partial(_drawn, count, channels, dtype, device),
                     {name: on_backend(name, run) for name in _backend.available(OP)},
                 )

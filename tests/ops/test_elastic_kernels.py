@@ -251,7 +251,9 @@ def test_a_measurement_reaches_into_the_operators(monkeypatch, measured, device)
 
 
 @pytest.mark.parametrize(
-    "outside", [{"positions": 512}, {"dtype": torch.bfloat16}, {"kernel": (3, 3)}, {"stride": (2, 2)}], ids=str
+    "outside",
+    [{"positions": 512}, {"dtype": torch.bfloat16}, {"kernel": (3, 3)}, {"stride": (2, 2)}, {"is_listed": True}],
+    ids=str,
 )
 def test_outside_of_a_region_nothing_changes(measured, device, outside):
     assert select(_call(device)) == select(_call(device, positions=511)) == "pointwise"
@@ -276,9 +278,13 @@ def test_a_choice_is_kept_by_what_it_looks_at_and_not_beyond_a_request(measured,
 
 
 def test_calls_that_are_not_timed_have_no_region():
-    assert region(_call()) == "1x1, stride 1, float32, channels-last, <512 positions, <1024 weights a tap"
-    for changes in ({"is_listed": True}, {"groups": 2}, {"kernel": (5, 5)}, {"is_batch": False}, {"padding": "same"}):
-        assert region(_call(**changes)) is None
+    usual = "1x1, stride 1, float32, channels-last, <512 positions, <1024 weights a tap"
+    assert region(_call()) == usual and region(_call(is_listed=True)) == f"listed {usual}"
+    assert region(_call(stride=(2, 2))) == usual.replace("stride 1", "stride 2")
+    several = ({"groups": 2}, {"groups": 16, "kernel": (5, 5), "stride": (2, 2)})
+    assert {region(_call(**changes)) for changes in several} == {"several groups, float32"}
+    for changes in ({"kernel": (5, 5)}, {"kernel": (3, 1)}, {"stride": (1, 2)}, {"is_batch": False}):
+        assert region(_call(**changes)) is region(_call(**changes, padding="same")) is None
 
 
 @by_dynamo

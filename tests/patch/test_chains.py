@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.patch.chains import Fused, flow_of
-from jdkd.patch.convolutions import ATEN, SIZES, Call, Convolution, Cudnn, Form, Pointwise
+from jdkd.patch.convolutions import ATEN, SIZES, TABLE, Call, Convolution, Cudnn, Form, Pointwise
 
 
 class Two(nn.Module):
@@ -157,6 +158,23 @@ def test_the_triton_kernel_has_the_same_epilogue(stride):
             expected = ATEN.run(x, (conv.weight, conv.bias), conv, given, relu)
             ours = Pointwise().run(x, (conv.weight, conv.bias), conv, given, relu)
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_who_asks_for_a_backend_decides_whether_the_triton_kernel_runs(monkeypatch):
+    """On a GPU, which need not be there to be asked about."""
+    call = Call(nn.Conv2d(16, 16, 1), Form(fused=True), torch.device("cuda"), torch.float32)
+    monkeypatch.setattr(_backend, "_why_unavailable", lambda op, backend: None)
+    monkeypatch.setattr(_backend, "seen_right", lambda subject: subject.form == "forward")
+    monkeypatch.setattr(_backend, "_chosen", {})
+    monkeypatch.delenv("JDKD_BACKEND", raising=False)
+    assert TABLE.choose(call)[0].name == "triton"
+    assert TABLE.explain(call).source == "checked on this device"
+    monkeypatch.setenv("JDKD_BACKEND", "reference")
+    assert TABLE.choose(call)[0].name == "cuDNN"
+    assert ("triton", "the backend reference was asked for") in TABLE.explain(call).others
+    monkeypatch.setattr(_backend, "seen_right", lambda subject: False)
+    monkeypatch.delenv("JDKD_BACKEND")
+    assert TABLE.choose(call)[0].name == "cuDNN"
 
 
 def test_a_packed_weight_is_made_for_every_size_and_few_are_kept():

@@ -5,6 +5,7 @@ from torch import nn
 
 from benchmarks import accelerate as benchmark
 from benchmarks import record
+from jdkd._tuned import machine
 from jdkd.latency import Ratio
 from jdkd.patch import accelerate, acceleration, convolutions
 from tests.patch.test_accelerate import everything
@@ -31,7 +32,13 @@ def test_the_clock_decides(model, images, monkeypatch):
     one = accelerate(model, images, ingredients=("folded", "channels_last", "grouped"))
     assert one.kept == ("folded",) and one.ratio.value == 0.8
     assert [trial.reason for trial in one.trials] == ["equal and faster", "no gain beyond noise", "slower"]
-    assert "folded: 0.800 [0.700, 0.900] of the plain model's latency" in str(one)
+    assert "folded: 0.800 [0.700, 0.900] of the plain model's latency; checked and timed on " in str(one)
+
+
+def test_what_was_not_timed_says_so_and_on_what_machine(model, images):
+    one = accelerate(model, images, ingredients=("folded",), timed=False)
+    assert one.source == f"checked on {machine(torch.device('cpu'))}"
+    assert str(one).endswith(f"\nfolded; {one.source}")
 
 
 def test_what_is_not_faster_together_is_not_kept_at_all(model, images, monkeypatch):

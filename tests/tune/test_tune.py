@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from jdkd import _dispatch, _tuned, files
+from jdkd import _dispatch, _tuned, env, files
 from jdkd._dispatch import Candidate, Table
 from jdkd.errors import InputError
 from jdkd.notices import Notice
@@ -144,6 +144,45 @@ def test_a_run_carries_on_where_the_last_one_ended(monkeypatch):
     assert run(times, "a", "b", "c", again=True).timed == 3
 
 
+def test_what_is_timed_again_counts_no_longer_until_then():
+    """A default whose call is dispatched would else be timed as the way that was faster before."""
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    run(times, "a", "b")
+    chosen = []
+    (shape,) = times.shapes("a")
+    shape.runs["usual"] = lambda given: (chosen.append(TABLE.choose(shape.call)[0].name), times.ran.append("usual"))
+    options = {"clock": times, "again": True, "jobs": lambda *_: list(regions._regions(iter([shape])))}
+    (outcome,) = tune([CPU], **options)
+    assert {*chosen} == {"usual"} and outcome.timed == 1
+    assert {row[1] for row in outcome.changed()} == {"a", "b"} and TABLE.choose(Call("b"))[0].name == "other"
+
+
+def lone(*names: str, of: str = "usual") -> list[regions.Job]:
+    return [regions.Job("toy", name, of, (), ()) for name in names]
+
+
+def test_where_one_way_alone_can_run_nothing_is_timed_and_that_is_said():
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    jobs = [*regions._regions(times.shapes("1x1, stride 1")), *lone("1x1, stride 2", "3x3, stride 1", "3x3, stride 2")]
+    (outcome,) = tune([CPU], clock=times, jobs=lambda *_: jobs)
+    assert (outcome.timed, outcome.left) == (1, 0) and [*_tuned.regions(CPU)["toy"]] == ["1x1, stride 1"]
+    assert [*map(str, outcome.alone)] == ["toy: usual alone for 1x1, stride 2; 3x3"]
+
+
+def test_what_is_alone_is_named_as_shortly_as_it_can_be():
+    assert [*map(str, regions.alone(lone("1x1, a", "3x3, a")))] == ["toy: usual alone"]
+    two = regions.alone(lone("1x1, a", "3x3, a") + lone("1x1, b", of="other"))
+    assert [*map(str, two)] == ["toy: usual alone for 1x1, a; 3x3", "toy: other alone for 1x1, b"]
+    assert [*map(str, regions.alone(lone("1x1") + lone("1x1, b", of="other")))][1] == "toy: other alone for 1x1, b"
+
+
+def test_a_table_of_one_way_is_planned_to_be_said(monkeypatch):
+    table = Table("toy", (Candidate("usual", ""), Candidate("never", "", can_run=lambda call: "no")), TABLE.region)
+    shape = Shape(table, Call("r"), "a", lambda: torch.zeros(1), {})
+    monkeypatch.setattr(regions, "TABLES", (lambda device, quick: iter([shape]),))
+    assert plan(CPU) == [regions.Job("toy", "r", "usual", (), (shape,))]
+
+
 def test_a_way_that_fails_is_left_out_and_said():
     times = Times(usual=[2.0], other=[1.0], third=[9.0])
     (shape,) = times.shapes("r")
@@ -250,7 +289,7 @@ def test_the_command_shows_what_changed_and_resumes_after_an_interrupt(capsys, m
                 raise KeyboardInterrupt
 
         names = ("a", "b")
-        jobs = [job for name in names for job in regions._regions(times.shapes(name))]
+        jobs = [job for name in names for job in regions._regions(times.shapes(name))] + lone("c")
         return real([CPU], progress=told, clock=times, jobs=lambda *_: jobs, **{**options, "minutes": 1.0})
 
     monkeypatch.setattr(room, "tune", planted)
@@ -261,3 +300,5 @@ def test_the_command_shows_what_changed_and_resumes_after_an_interrupt(capsys, m
     out = capsys.readouterr().out
     assert "cpu: 2 regions timed, 1 of them now; 2 take another way than the default" in out
     assert out.count("2.00 to 2.00") == 2
+    assert "cpu: not timed, as nothing else can run there:\n  toy: usual alone for c\n" in out
+    assert out.splitlines()[-1] == f"accelerate: {env.ACCELERATE}"
