@@ -38,7 +38,8 @@ $(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PIP) install --progress-bar on -c constraints.txt "setuptools" "wheel" "ninja" "torch" \
 		"cuda-toolkit[nvcc,cccl,crt,nvvm]" | { grep -vE '$(PIP_NOISE)' || true; }
 	@echo "== installing jdkd, editable"
-	@JDKD_BUILD_EXT=0 $(PIP) install -c constraints.txt --no-build-isolation -e ".[detect,export,dev]" \
+	@JDKD_BUILD_EXT=0 $(PIP) install -c constraints.txt --no-build-isolation --config-settings editable_mode=compat \
+		-e ".[detect,export,dev]" \
 		| { grep -vE '$(PIP_NOISE)' || true; }
 	@touch $@
 

@@ -195,18 +195,27 @@ def _identity(file: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
-def require_file(file: Path, name: str) -> None:
+def starts_with(file: Path, begins: str) -> bool:
+    """Whether ``file`` begins so, read no further."""
+    with file.open("rb") as stream:
+        return stream.read(len(begins.encode())) == begins.encode()
+
+
+def require_file(file: Path, name: str, begins: str = "") -> None:
     """Checks before any work that ``file`` can be written afterwards; what stands there is untouched.
 
     Args:
         file: where a result is to go; its folder exists.
         name: the argument that named it, for the message.
+        begins: how every such result begins. A file that begins otherwise is not written over.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot, or holds something else, the annotations of a data set for example.
     """
     partial = file.with_name(f".{file.name}.partial")
     try:
+        if begins and file.is_file() and file.stat().st_size and not starts_with(file, begins):
+            raise FileExistsError(errno.EEXIST, "it holds something else, which would be lost")
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if file.is_symlink() and not file.exists():

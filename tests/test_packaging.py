@@ -178,8 +178,8 @@ def test_what_lies_beside_the_package_is_no_part_of_it(name):
         importlib.import_module(f"jdkd.{name}")
 
 
-@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
-def test_an_editable_install_finds_its_kernels(checkout, tmp_path, mode):
+def editable_install(checkout: Path, tmp_path: Path, mode: str) -> str:
+    """Code that puts a fresh editable install, in place of the one of this environment, on the path."""
     site = tmp_path / "site"
     editable = tmp_path / "wheel"
     backend = (
@@ -192,11 +192,24 @@ def test_an_editable_install_finds_its_kernels(checkout, tmp_path, mode):
     run("-m", "pip", "install", "--no-deps", "--no-index", "--target", site, built, cwd=tmp_path)
     # -S keeps out the editable install of the running environment; its packages follow the one under test.
     packages = [path for path in sys.path if path.endswith("site-packages")]
-    paths = f"import site, sys; site.addsitedir({str(site)!r}); sys.path += {packages!r}"
-    found = run("-S", "-c", f"{paths}; {FIND_KERNELS}", cwd=tmp_path)
+    return f"import site, sys; site.addsitedir({str(site)!r}); sys.path += {packages!r}"
+
+
+@pytest.mark.parametrize("mode", ["lenient", "strict", "compat"])
+def test_an_editable_install_finds_its_kernels(checkout, tmp_path, mode):
+    on_path = editable_install(checkout, tmp_path, mode)
+    found = run("-S", "-c", f"{on_path}; {FIND_KERNELS}", cwd=tmp_path)
     paths = [Path(line).resolve() for line in found.stdout.split()]
     assert len(paths) > 1 and paths[0].is_relative_to(checkout)
     assert all(path.parent == (checkout / "kernels").resolve() for path in paths[1:])
+
+
+def test_what_make_setup_installs_is_found_beside_the_clone_too(checkout, tmp_path):
+    mode = re.search(r"editable_mode=(\w+)", (ROOT / "Makefile").read_text())
+    on_path = editable_install(checkout, tmp_path, mode[1] if mode else "lenient")
+    (tmp_path / "jdkd").mkdir()  # as the folder of a clone is called
+    found = run("-S", "-c", f"{on_path}; import jdkd; print(jdkd.__file__)", cwd=tmp_path).stdout
+    assert Path(found.strip()) == checkout / "jdkd" / "__init__.py"
 
 
 @pytest.mark.parametrize(

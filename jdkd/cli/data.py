@@ -107,7 +107,8 @@ def _inspected(source: DataFlags, progress: Progress) -> Iterator[tuple[str, lis
             if not (source.data and source.data.is_dir()):
                 raise
             what, _, remedy = str(error).partition("; ")
-            yield what, [Problem("missing files", source.data, [0], lambda _, what=what: what, remedy)]
+            missing = Problem("missing files", source.data, [0], lambda _, what=what: what, remedy)
+            yield f"{source.data}: no {name} split", [missing]
             continue
         task = progress.task(f"{name} images")
         found[name] = one = inspect_split(split, decode=True, progress=task)

@@ -56,23 +56,23 @@ class Distill:
     loss: Literal["pkd", "mse", "cwd", "pkd+logits"] = "pkd"
     """Pearson correlation of features, their squared error, channel-wise divergence, or the first and class logits."""
     loss_weight: str | None = None
-    """Of each level, or auto: of PKD 6 where there are two stages, else 10; of the others 1 [the preset's, or auto]."""
+    """Weight per level, or auto: PKD's 6 where there are two stages, else 10; of others 1 [the preset's, or auto]."""
     logits_weight: float = 1.0
-    """Of the class logits."""
+    """Weight of the loss on class logits."""
     tau: float = 1.0
     """Temperature of cwd."""
     levels: str | None = None
-    """Strides of the levels to compare, such as 8,16,32, or by-stride: all that both have [the preset's, or that]."""
+    """Strides of the levels to compare, such as 8,16,32, or by-stride: all that both have [the preset's, or all]."""
     shared_size: bool = False
     """Show the teacher the images at the student's input size instead of its own."""
     adapter: bool = False
-    """Compare through trained 1x1 convolutions where widths agree, too; where they differ, it is always so."""
+    """Compare through trained 1x1 convolutions where widths agree, too; where they differ, that is always done."""
     align: Literal["none", "permute", "linear"] = "none"
     """Between detectors of unrelated origin: match channels, or predict the teacher's, as a few images show them."""
     inherit: bool = False
     """Begin with the teacher's neck and heads, as far as names and shapes agree."""
     detach_after: int | None = None
-    """Step after which the student goes on without its teacher [never]."""
+    """Step after which the student trains on without its teacher [never]."""
     detector: DetectorFlags = field(default_factory=DetectorFlags)
     recipe: RecipeFlags = field(default_factory=RecipeFlags)
     training: TrainingFlags = field(default_factory=TrainingFlags)

@@ -45,7 +45,7 @@ class Eval:
 
         device = resolve_device(self.device)
         if self.json is not None:
-            require_file(self.json, "--json")
+            require_file(self.json, "--json", begins='{\n  "map"')
         model = load(self.ckpt)
         with Progress() as progress:
             dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))

@@ -12,7 +12,10 @@ from jdkd.files import claim_folder, read_text
 
 @dataclass(frozen=True)
 class Import:
-    """Make a checkpoint folder of a detector from elsewhere: inspect, eval and latency open it."""
+    """Make a checkpoint folder, which every other command takes, of a detector from elsewhere.
+
+    Example: jdkd import my.nets:detector --weights my.pth --classes cat dog --out runs/base
+    """
 
     model: str
     """Name of a detector of torchvision or of a family, package.module:function, or a folder that import wrote."""
@@ -36,7 +39,7 @@ class Import:
         if self.out is None:
             raise InputError("--out is missing; give a folder for the checkpoint.")
         if held := [name for name in (SPEC, ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
-            raise InputError(f"--out {self.out} holds a {held[0]} already; give another folder.")
+            raise InputError(f"--out {self.out} already holds {held[0]}; give another folder.")
         torch.manual_seed(0)  # of predictors that are made anew
         how = {"classes": self._names(), "norm_eps": self.norm_eps, **vars(self.choice)}
         model = import_detector(self.model, self.weights, **how)

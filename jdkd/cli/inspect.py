@@ -40,7 +40,7 @@ class Inspect:
         from jdkd.graph import report
 
         if self.json is not None:
-            require_file(self.json, "--json")
+            require_file(self.json, "--json", begins='{\n  "groups"')
         for name in ("height", "width"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; give at least 1 pixel.")

@@ -80,15 +80,15 @@ class Latency:
         if self.count < 1:
             raise InputError(f"--count is {self.count}; measure on at least 1 validation image.")
         if self.out is not None:
-            require_file(self.out, "--out")
+            require_file(self.out, "--out", begins='{\n  "time"')
         before = None if self.against is None else _earlier(self.against)
         folders = _named([self.base, *self.students])
+        detectors = {name: load(folder) for name, folder in folders.items()}
         images, origin, split = self._images()
         files = {name: {"weights_sha256": sha256_of(folder / WEIGHTS)} for name, folder in folders.items()}
         work = self._work(folders, images, device, split)
         if before is not None:
             _require_comparable(before, work, grid, str(self.against))
-        detectors = {name: load(folder) for name, folder in folders.items()}
         with Progress() as progress:
             told = progress.task("processes" if grid.processes > 1 else "latency")
             reports = [with_facts(report, files) for report in measure_grid(work, grid, told)]

@@ -84,7 +84,7 @@ class Shown:
         for name in list(self.reports[0].models)[1:]:
             for mode in MODES:
                 cells = [
-                    _ratio(report.ratio(name, mode=mode)) if mode in report.models[name].modes() else "–"
+                    _compared(report, name, model, mode) if mode in (model := report.models[name]).modes() else "–"
                     for report in self.reports
                 ]
                 if set(cells) != {"–"}:

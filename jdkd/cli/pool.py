@@ -57,9 +57,9 @@ class PoolTrain:
     lr: float = 2e-3
     """Peak learning rate; phases scale it."""
     feature_weight: float = 6.0
-    """Of PKD from the frozen largest network to the subnets."""
+    """Weight of PKD from the frozen largest network to the subnets."""
     head_weight: float = 1.0
-    """Of its class logits."""
+    """Weight of the loss on its class logits."""
     training: TrainingFlags = field(default_factory=TrainingFlags)
 
     def __call__(self) -> None:
@@ -210,7 +210,7 @@ class PoolExport:
         if self.out is None:
             raise InputError("--out is missing; give a folder for the detector.")
         if held := [name for name in (ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
-            raise InputError(f"--out {self.out} holds a {held[0]} already; give another folder.")
+            raise InputError(f"--out {self.out} already holds {held[0]}; give another folder.")
         device = resolve_device(self.device)
         with Progress() as progress:
             pool = _loaded(self.pool, self.source, device, progress)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jdkd.errors import InputError
-from jdkd.files import claim_folder, write_json, write_whole
+from jdkd.files import claim_folder, starts_with, write_json, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXPORTED = (".onnx", ".pt2")
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
 LISTED = "detections.json"
+BEGINS = '{\n  "model"'  # as `LISTED` does
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,15 @@ class Predict:
             ]
             listed.append({"file": str(file), "picture": str(target.relative_to(self.out)), "detections": rows})
         write_json(self.out / LISTED, {"model": str(self.model), "images": listed})
-        print(f"{count:,} detections of a score from {self.threshold:g} on, on {len(listed):,} image(s)")
+        print(f"{count:,} detections with a score of at least {self.threshold:g} on {len(listed):,} image(s)")
         print(self.out)
 
     def _targets(self) -> dict[Path, Path]:
         """Every image, and the picture that is made of it.
 
         Raises:
-            InputError: there is none, or two pictures would be one, or a picture an image.
+            InputError: there is none, or two pictures would be one, or a file would be written over that is an image
+                or that no `jdkd predict` wrote.
         """
         targets: dict[Path, Path] = {}
         for given in self.images:
@@ -94,8 +96,11 @@ class Predict:
             if target in whose:
                 raise InputError(f"{whose[target]} and {file} would both be drawn as {target}; draw them one by one.")
             whose[target] = file
-        for target in {place.resolve() for place in whose} & {file.resolve() for file in targets}:
-            raise InputError(f"--out {self.out} would put a picture in the place of {target}; give another folder.")
+        images, listed = {file.resolve() for file in targets}, self.out / LISTED
+        ours = listed.is_file() and starts_with(listed, BEGINS)
+        for target in (*whose, listed):
+            if target.resolve() in images or (target.exists() and not ours):
+                raise InputError(f"--out {self.out} would write over {target}; give another folder.")
         return targets
 
 

@@ -22,9 +22,11 @@ TARGET = 0.53  # what Joint-DetNAS publishes
 
 @dataclass(frozen=True)
 class Search:
-    """Derive a faster and better student from a base detector.
+    """Search a faster student of a base detector, and train it.
 
     Ends with exit code 2 where no student reaches the latency asked for; everything is written all the same.
+
+    Example: jdkd search --base runs/base --data data --out runs/search --target-latency 0.53
     """
 
     base: Path
@@ -33,7 +35,7 @@ class Search:
     """Folder for the students, result.json, archive.sqlite, pareto.png, report.html."""
     source: DataFlags = field(default_factory=DataFlags)
     selection_images: Path | None = None
-    """Folder of images to select on; all of val reports then [half of val selects, the other half reports]."""
+    """Folder of images to select on; mAP is then reported on all of val [select on half of val, report on the rest]."""
     selection_annotations: Path | None = None
     """COCO annotations of the images to select on; no detector may have been trained on them."""
     teacher_pool: Path | None = None
@@ -45,7 +47,7 @@ class Search:
     targets: str | None = None
     """Several at once, such as 0.75,0.53,0.35: a front with a student for each, instead of --target-latency."""
     target_map: float | None = None
-    """mAP on the images that select that is enough: the student is the fastest that has it."""
+    """mAP, on the images to select on, that is enough: the student is the fastest that reaches it."""
     steps: int | None = None
     """Training steps of pool and candidates together."""
     epochs: float | None = None
@@ -69,7 +71,7 @@ class Search:
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: on a GPU."""
     runtime: Literal["eager", "compile", "cudagraph", "onnxruntime", "openvino", "tensorrt"] = "eager"
-    """What will run the students, and runs them when they are timed."""
+    """What will run the students, and what they are timed in."""
     latency_seconds: float = 10.0
     """How long the timing of a student that may be chosen lasts."""
     seed: int = 0

@@ -38,12 +38,12 @@ class Train:
     def _run(self, device: str) -> None:
         from jdkd.train import fit
 
+        if (self.spec is None) == (self.model is None):
+            both = "both --spec and --model are" if self.spec else "neither --spec nor --model is"
+            raise InputError(f"{both} given; give one of them, the detector to train.")
         say_where_nothing_synchronises(self.detector.choice.norm, device)
         data = Data.opened(self.source)
         config = self.training.config(data.train, **self.recipe.settings(len(data.train), self.training.accumulate))
-        if (self.spec is None) == (self.model is None):
-            both = "both --spec and --model" if self.spec else "neither --spec nor --model"
-            raise InputError(f"{both} given; give one of them, the detector to train.")
         name, is_spec = self.spec or self.model, self.spec is not None
         model, weights = self.detector.built(name, data.train.classes, config.seed, is_spec=is_spec)
         data = data.of(model, config.batch_size, config.seed)

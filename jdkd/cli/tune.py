@@ -13,9 +13,9 @@ class Tune:
     """Time every way to compute a loss or a convolution here, and take the fastest from now on.
 
     Every kernel is checked against float64 first. A region of sizes takes another way than the default only where that
-    was faster beyond doubt. What was timed before is kept, so a run that ends early is carried on by the next. Example:
+    was faster beyond doubt. What was timed before is kept, so a run that ends early is carried on by the next.
 
-        jdkd tune --minutes 3
+    Example: jdkd tune --minutes 3
     """
 
     minutes: float = 3.0

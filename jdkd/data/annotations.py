@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -105,6 +104,7 @@ def inspect_annotations(path: Path) -> tuple[Annotations | None, list[Problem]]:
         for kind, (key, keys) in zip(("image", "annotation", "category"), LISTS.items(), strict=True)
     )
     sizes, file_names, names = _sizes(images), _file_names(images), categories.strings("name")
+    _warn_of_repeated(categories, "categories of one name", names, "each is a class of its own")
     image_order, category_order = _sound_by_id(images), _sound_by_id(categories)
     image_ids, category_ids = images.ids[image_order], categories.ids[category_order]
     rows = _lookup(annotations, "image_id", images, image_ids)
@@ -270,18 +270,19 @@ def _file_names(images: Records) -> list[str]:
         bad = [place for place, name in enumerate(names) if is_bad(name)]
         images.fault(kind, bad, lambda place, what=what: f'has "file_name" {names[place]!r}, which {what}', remedy)
     normal = [name.replace("\\", "/") for name in names]
-    counts = Counter(normal)
-    if len(counts) < len(normal):
-        first = {name: place for place, name in reversed(list(enumerate(normal)))}
-        again = images.sound & np.array([first[name] != place for place, name in enumerate(normal)], dtype=bool)
-        images.repair(
-            "files listed more than once",
-            again,
-            lambda place: f"has {names[place]}, as {images.name(first[normal[place]])} has",
-            "used as often, each time with its own boxes only",
-            "warning",
-        )
+    _warn_of_repeated(images, "files listed more than once", normal, "used as often, each time with its own boxes only")
     return names
+
+
+def _warn_of_repeated(records: Records, kind: str, names: list[str], done: str) -> None:
+    """Warns of records that are called as one before them is."""
+    if len(set(names)) == len(names):
+        return
+    first = {name: place for place, name in reversed(list(enumerate(names)))}
+    again = records.sound & np.array([first[name] != place for place, name in enumerate(names)], dtype=bool)
+    records.repair(
+        kind, again, lambda place: f"has {names[place]}, as {records.name(first[names[place]])} has", done, "warning"
+    )
 
 
 def _impossible(name: str) -> bool:

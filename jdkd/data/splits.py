@@ -72,7 +72,11 @@ def resolve_split(
             f"give --data DIR in the COCO layout, or both {flags[0]} and {flags[1]}"
         )
     if data is not None and not Path(data).is_dir() and (images is None or annotations is None):
-        raise InputError(f"--data {data} is not a folder; give an existing folder in the COCO layout")
+        what = "is a file" if Path(data).is_file() else "does not exist"
+        raise InputError(
+            f"--data {data} {what}; give a folder in the COCO layout, or name the {name} split's files with "
+            f"{flags[0]} and {flags[1]}"
+        )
     folder = Path() if data is None else Path(data)
     split = Split(
         images=Path(images) if images is not None else folder / f"{name}2017",
@@ -81,13 +85,21 @@ def resolve_split(
         strict=strict,
     )
     if not split.annotations.is_file():
-        folder = split.annotations.parent
-        found = sorted(path.name for path in folder.glob("*.json"))
-        beside = f"{folder} holds {', '.join(found[:5])}" if found else f"{folder} holds no .json file"
-        raise InputError(f"annotation file {split.annotations} does not exist ({beside}); name it with {flags[1]}")
+        raise InputError(
+            f"annotation file {split.annotations} does not exist ({_there(split.annotations.parent, data)}); name "
+            f"the {name} split's file with {flags[1]}, and the folder of its images with {flags[0]}"
+        )
     if not split.images.is_dir():
-        raise InputError(f"image folder {split.images} does not exist; name the folder with {flags[0]}")
+        raise InputError(f"image folder {split.images} does not exist; name the {name} split's folder with {flags[0]}")
     return split
+
+
+def _there(beside: Path, data: str | os.PathLike | None) -> str:
+    """Which files could be meant by an annotation file that does not exist, in words."""
+    found = {*beside.glob("*.json")}
+    if data is not None:
+        found.update(file for pattern in ("*.json", "*/*.json") for file in Path(data).glob(pattern))
+    return f"there is {', '.join(map(str, sorted(found)[:5]))}" if found else f"{beside} holds no .json file"
 
 
 def _default_annotations(data: Path, name: str) -> Path:

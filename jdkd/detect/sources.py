@@ -120,6 +120,11 @@ def _of_file(file: Path) -> nn.Module:
 def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Import path and arguments of what makes a model by name."""
     family, backbone = (source, "") if source in FAMILIES else parts_of(source)
+    if not family and Path(source).is_file():
+        raise InputError(
+            f"{source} is a file, and weights alone do not say of which detector they are; make a folder of it with "
+            f"`jdkd import MODEL --weights {source} --out FOLDER`."
+        )
     if not family:
         raise InputError(
             f"{source!r} is no folder with an {ARCHITECTURE}, no package.module:function, none of torchvision's "

@@ -89,12 +89,15 @@ def pair_levels(
             "both have."
         )
     if levels is None:
-        for who, side, paired in (("student", ours, [i for i, _ in pairs]), ("teacher", theirs, [j for _, j in pairs])):
+        for who, other, side, paired in (
+            ("student", "teacher", ours, [i for i, _ in pairs]),
+            ("teacher", "student", theirs, [j for _, j in pairs]),
+        ):
             alone = [stride for index, (stride, _) in enumerate(side) if index not in paired]
             if alone:
                 say_once(
-                    f"the {who}'s levels of stride {alone} are not distilled: the other side has no more levels of "
-                    "that stride"
+                    f"the {who}'s levels of stride {alone} are not distilled, since the {other} has no level of "
+                    "that stride left to pair with"
                 )
     chosen = [(*ours[i], theirs[j][1]) for stride in wanted for i, j in pairs if ours[i][0] == stride]
     found = [LevelPair(stride, student[name], teacher[other], name) for stride, name, other in chosen]

@@ -99,7 +99,10 @@ class Parity:
     def complaint(self, tolerance: Tolerance) -> str | None:
         """What is too far apart."""
         if not self.same + self.other:
-            return "the detector finds nothing on these images, so there is nothing to compare"
+            return (
+                "the detector finds nothing on these images, so there is nothing to compare; give --data in which it "
+                "finds something, or train it"
+            )
         if self.same < tolerance.share * (self.same + self.other):
             return f"only {self.sentence()}, and {tolerance.share:.0%} must agree"
         for kind, (ours, theirs) in self.maps.items():

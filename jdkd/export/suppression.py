@@ -14,12 +14,18 @@ BETWEEN = (NOTHING + 0.0) / 2  # a score between that of nothing and those of de
 
 
 def by_torchvision(boxes: Tensor, scores: Tensor, iou: float, most: int) -> Tensor:
-    """By torchvision's operator, each group moved beside the others, in fp64, whose steps are too fine to matter."""
+    """By torchvision's operator, each group moved beside the others, in fp64, whose steps are too fine to matter.
+
+    An exported program takes for granted that the operator keeps two boxes at least, so it is given two that are never
+    suppressed, since they lie by themselves, and that come last.
+    """
     image, group, box = torch.where(scores > BETWEEN)
     apart = boxes.amax().double() + 1
     moved = boxes[image, box].double() + ((image * scores.shape[1] + group) * apart)[:, None]
-    kept = nms(moved, scores[image, group, box].double(), iou)
-    return torch.stack((image, group, box), dim=1)[kept]
+    alone = moved.new_tensor([[-2, -2, -1, -1], [-4, -4, -3, -3]])
+    last = moved.new_full((len(alone),), NOTHING)
+    kept = nms(torch.cat((moved, alone)), torch.cat((scores[image, group, box].double(), last)), iou)
+    return torch.stack((image, group, box), dim=1)[kept[: -len(alone)]]
 
 
 def by_score(boxes: Tensor, scores: Tensor, iou: float, most: int) -> Tensor:

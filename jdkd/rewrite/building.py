@@ -87,6 +87,11 @@ def imported(builder: str) -> Callable[..., Any]:
         InputError: it cannot be imported, or called.
     """
     module, _, name = builder.partition(":")
+    if module.endswith(".py") or "/" in module:
+        raise InputError(
+            f"{builder!r} names a file; give its module, {Path(module).stem}:{name}, and run in the folder of the file "
+            "or put that on PYTHONPATH."
+        )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     remedy = "run where it can be imported: install it, or put its folder on PYTHONPATH"

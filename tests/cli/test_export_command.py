@@ -140,5 +140,16 @@ def test_predict_puts_no_picture_in_the_place_of_an_image(jdkd, checkpoint, phot
     Image.open(photographs / "0.png").save(photograph)
     before = photograph.read_bytes()
     answer = jdkd("predict", checkpoint, tmp_path, "--out", tmp_path)
-    assert answer.code == 2 and "would put a picture in the place of" in answer.err
+    assert answer.code == 2 and f"would write over {photograph}" in answer.err
     assert photograph.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "detections.json"])
+def test_predict_writes_over_its_own_files_and_no_others(jdkd, checkpoint, photographs, tmp_path, name):
+    theirs = tmp_path / "theirs" / name
+    theirs.parent.mkdir()
+    theirs.write_bytes(b"[]")
+    answer = jdkd("predict", checkpoint, photographs / "0.png", "--out", theirs.parent)
+    assert answer.code == 2 and f"would write over {theirs}" in answer.err and theirs.read_bytes() == b"[]"
+    for _ in range(2):
+        assert jdkd("predict", checkpoint, photographs / "0.png", "--out", tmp_path / "ours").code == 0

@@ -81,7 +81,7 @@ def test_what_is_imported_is_trained_as_a_model_and_not_as_a_spec(jdkd, small, s
         ("none of torchvision's detectors", ["yolo", "--out", "it"]),
         ("does not exist", ["small_nets:net", "--weights", "gone.pth", "--out", "it"]),
         ("each once", ["small_nets:net", "--classes", "a", "a", "--out", "it"]),
-        ("holds a weights.safetensors already", ["small_nets:net", "--out", "full"]),
+        ("full already holds weights.safetensors", ["small_nets:net", "--out", "full"]),
         ("--out small_nets.py cannot be a folder", ["small_nets:net", "--out", "small_nets.py"]),
         ("not UTF-8", ["small_nets:net", "--classes", "full/weights.safetensors", "--out", "it"]),
     ],

@@ -93,6 +93,7 @@ class Elsewhere(Eager):
 
 def test_runtimes_stand_side_by_side_each_against_the_base_in_it(jdkd, trained, image, tmp_path, monkeypatch):
     monkeypatch.setattr("jdkd.export.runtimes.known_runtimes", lambda: {"eager": Eager(), "onnxruntime": Elsewhere()})
+    monkeypatch.setattr("jdkd.latency.LatencyReport.verdict", lambda report, name, mode: "not resolved")
     file = tmp_path / "latency.json"
     how = ("--runtimes", "eager", "onnxruntime", "--batch-sizes", 1, 2, "--modes", "end_to_end", "--out", file)
     answer = jdkd("latency", trained, trained, *image, *QUICK, *how)
@@ -101,7 +102,8 @@ def test_runtimes_stand_side_by_side_each_against_the_base_in_it(jdkd, trained, 
     cells = [tuple(each["protocol"][key] for key in ("runtime", "dtype", "batch_size")) for each in measured]
     assert cells == [(name, "float32", size) for name in ("eager", "onnxruntime") for size in (1, 2)]
     assert all(each["base"] == str(trained) and len(each["models"]) == 2 for each in measured)
-    assert "Latency over the base's in the same runtime" in answer.out and "onnxruntime, float32, batch 2" in answer.out
+    side_by_side = answer.out.partition("Latency over the base's in the same runtime")[2]
+    assert "onnxruntime, float32, batch 2" in answer.out and side_by_side.count("not resolved") == len(cells)
 
 
 class InTurn:
@@ -180,6 +182,12 @@ def test_what_cannot_be_measured_is_refused_before_a_detector_is_loaded(jdkd, tr
     monkeypatch.setattr("jdkd.detect.load", loaded)
     answer = jdkd("latency", trained, *flags)
     assert answer.code == 2 and said in " ".join(answer.err.split()) and "Traceback" not in answer.err
+
+
+def test_an_exported_file_is_no_folder_of_a_detector(jdkd, trained, image, tmp_path):
+    (tmp_path / "student.onnx").touch()
+    answer = jdkd("latency", trained, tmp_path / "student.onnx", *image)
+    assert answer.code == 2 and "student.onnx is no detector: it has no architecture.json; give a folder" in answer.err
 
 
 def test_who_asks_for_minutes_gets_them(trained):

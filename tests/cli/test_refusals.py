@@ -84,6 +84,24 @@ def test_where_nothing_can_be_written_is_said_before_any_work(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("command", ["eval", "latency", "inspect"])
+def test_a_result_is_not_written_over_what_is_no_such_result(jdkd, trained, squares, tmp_path, command):
+    theirs = shutil.copy(squares / "annotations" / "instances_val2017.json", tmp_path / "instances.json")
+    before = theirs.read_bytes()
+    flags = {"latency": ("--out",)}.get(command, ("--json",))
+    data = () if command == "inspect" else ("--data", squares)
+    _refused(jdkd(command, trained, *data, *flags, theirs), flags[0], theirs, "holds something else")
+    assert theirs.read_bytes() == before
+
+
+def test_a_result_is_written_over_its_like_and_over_nothing(jdkd, trained, squares, tmp_path):
+    file = tmp_path / "scores.json"
+    file.touch()
+    for _ in range(2):
+        assert jdkd("eval", trained, "--data", squares, "--json", file).code == 0
+    assert "map50" in file.read_text()
+
+
 @pytest.mark.parametrize("command", ["train", "search"])
 def test_resuming_a_run_needs_a_name_that_can_be(jdkd, train_arguments, trained, squares, command):
     arguments = (

@@ -148,8 +148,9 @@ def refuse(*arguments, **options):
         (("--model", "ssd", "--backbone", "mobilenet_v3_small", "--width", 2), "width is 2"),
         (("--model", "fcos", "--backbone", "resnet18", "--box-head", 64), "fcos has no box_head"),
         (("--model", "fcos", "--backbone", "resnet18", "--weights", "COCO_V1"), "has no weights COCO_V1 for this"),
-        (("--model", "fcos", "--spec", "faster_rcnn_r18_fpn"), "both --spec and --model given"),
-        ((), "neither --spec nor --model given"),
+        (("--model", "fcos", "--spec", "faster_rcnn_r18_fpn"), "both --spec and --model are given"),
+        ((), "neither --spec nor --model is given"),
+        (("--model", "nets/my.py:net"), "'nets/my.py:net' names a file; give its module, my:net"),
         (("--spec", "faster_rcnn_r18_fpn", "--backbone", "resnet18"), "--backbone resnet18 is for --model"),
         (("--spec", "faster_rcnn_r18_fpn", "--norm", "group"), "norm 'batch' or 'frozen'"),
     ],
@@ -158,6 +159,11 @@ def test_what_does_not_go_together_is_said_before_anything_is_written(jdkd, squa
     answer = jdkd("train", *flags, "--data", squares, "--out", tmp_path / "out")
     assert answer.code == 2 and words in answer.err and "Traceback" not in answer.err, answer.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_training_of_no_detector_is_refused_before_the_data_are_read(jdkd, tmp_path):
+    answer = jdkd("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert answer.code == 2 and "neither --spec nor --model is given" in answer.err
 
 
 def test_folders_keep_what_they_are(jdkd, squares, trained, tmp_path):

@@ -227,6 +227,12 @@ def test_a_file_listed_twice_is_said(repair):
     assert "1 of 2 files listed more than once" in said and "as image 20 has" in said
 
 
+def test_two_categories_of_one_name_are_said(repair):
+    found, said = repair(content(categories=[{"id": 7, "name": "cat"}, {"id": 90, "name": "cat"}]))
+    assert found.classes == ("cat", "cat")
+    assert "1 of 2 categories of one name, each is a class of its own: category 90 has cat, as category 7 has" in said
+
+
 def test_every_fault_is_found_at_once_and_the_sound_rest_is_read(tmp_path):
     spoilt = content(
         images=[image(20), image(10), image(30, width=0), image(40, file_name="../x"), 7, image(20), image("50")],

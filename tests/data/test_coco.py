@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 from contextlib import redirect_stdout
 
 import pytest
@@ -282,12 +283,24 @@ def test_what_is_not_given_or_not_there_is_named_with_its_flag(tmp_path):
     for arguments, said in [
         ({}, "neither --data nor --train-images and --train-annotations is given"),
         ({"train_images": train.images}, "neither --data nor --train-annotations is given"),
-        ({"data": tmp_path / "none"}, "none is not a folder"),
-        ({"data": tmp_path}, "val2017.json does not exist .*holds instances_train2017.json.*--val-annotations"),
+        ({"data": tmp_path / "none"}, "none does not exist; .*--train-images and --train-annotations"),
+        ({"data": train.annotations}, "instances_train2017.json is a file; .*--train-images and --train-annotations"),
+        ({"data": tmp_path}, "val2017.json does not exist .*there is .*instances_train2017.json.*--val-annotations"),
         ({"data": tmp_path, "val_annotations": train.annotations}, "val2017 does not exist; .*--val-images"),
     ]:
         with pytest.raises(InputError, match=said):
             resolve_splits(**arguments)
+
+
+@pytest.mark.parametrize("file", ["train/_annotations.coco.json", "train.json", "annotations/train.json"])
+def test_of_another_layout_the_annotation_file_is_found_and_the_flags_named(tmp_path, file):
+    split, data = folders.write(tmp_path / "elsewhere"), tmp_path / "data"
+    (data / file).parent.mkdir(parents=True)
+    shutil.copy(split.annotations, data / file)
+    with pytest.raises(InputError, match=rf"there is {data / file}\); .*--train-annotations.*--train-images"):
+        resolve_splits(data)
+    with pytest.raises(InputError, match=f"there is {data / file}"):
+        resolve_splits(data, train_images=split.images, train_annotations=file)  # which is not looked for in data
 
 
 def test_a_split_without_a_name_still_says_which_folder(tmp_path):

@@ -35,12 +35,14 @@ def test_a_file_of_a_spec_or_an_architecture_is_built_with_fresh_weights(tmp_pat
         ("spec.json", {"norm": "frozen"}, "is a file, whose detector has its own norm"),
         ("none.json", {}, "none.json"),
         ("list.json", {}, "must be a JSON object"),
+        ("weights.pth", {}, "make a folder of it with `jdkd import MODEL --weights weights.pth --out FOLDER`"),
     ],
 )
 def test_what_is_not_for_them_is_refused(source, options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "spec.json").write_text(small_spec().to_json())
     (tmp_path / "list.json").write_text(json.dumps([1]))
+    (tmp_path / "weights.pth").touch()
     with pytest.raises(InputError) as caught:
         open_model(source, **options)
     assert words in str(caught.value)

@@ -8,7 +8,7 @@ import torch
 
 from jdkd.detect import adopt
 from jdkd.detect import detector as built
-from jdkd.detect.exportable import exportable
+from jdkd.detect.exportable import NOTHING, exportable
 from jdkd.errors import InputError
 from jdkd.export.opening import OPENERS
 from jdkd.export.parity import TOLERANCES, Parity, numbers, parity
@@ -52,6 +52,33 @@ def test_a_detector_that_finds_nothing_yet_is_exported_to_count_as_many_boxes_as
     images = [image.permute(1, 2, 0).numpy() for image in pictures(*SIZES)]
     file = OPENERS[".onnx"](content, "cpu")
     assert [len(found["scores"]) for found in file(images)] == len(images) * [file.facts["detections"]]
+
+
+class Suppressed(torch.nn.Module):
+    def forward(self, boxes, scores):
+        return by_torchvision(boxes, scores, 0.5, 10)
+
+
+@pytest.mark.filterwarnings("ignore:.create_unbacked_symint:FutureWarning")  # in torchvision
+def test_an_exported_suppression_may_keep_one_box_or_none():
+    boxes = torch.tensor([[[0.0, 0, 8, 8], [0, 0, 8, 9], [20, 20, 30, 30]]])
+    example = boxes, torch.tensor([[[0.9, 0.8, 0.7]]])
+    program = torch.export.export(Suppressed(), example, strict=False).module()
+    assert program(*example).tolist() == [[0, 0, 0], [0, 0, 2]]
+    assert program(boxes, torch.tensor([[[0.8, 0.9, NOTHING]]])).tolist() == [[0, 0, 1]]
+    assert program(boxes, torch.full((1, 1, 3), NOTHING)).shape == (0, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("when_asked")
+@pytest.mark.parametrize("family", ["fcos", "fasterrcnn"])
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_a_file_of_a_detector_that_finds_nothing_finds_nothing(family, form):
+    model = made(family)
+    (model if family == "fcos" else model.roi_heads).score_thresh = 0.999999
+    file = OPENERS[f".{form}"](exported(model, form), "cpu")
+    found = file([image.permute(1, 2, 0).numpy() for image in pictures(*SIZES)])
+    assert [len(each["scores"]) for each in found] == [0, 0, 0]
 
 
 OUTSIDE = ("retinanet", "outside"), ("fasterrcnn", "outside")
