@@ -25,7 +25,7 @@ from jdkd.search.selection import divide
 from jdkd.train.evaluate import find
 
 OP = "gains"
-HEADINGS = ("searches", "seeds", "images", "student", "less base (95 %)", "less control (95 %)")
+HEADINGS = ("searches", "seeds", "images", "student", "minus base (95 %)", "minus control (95 %)")
 
 
 def reporting(name: str, folder: Path, seed: int) -> CocoDetectionDataset:

@@ -135,7 +135,8 @@ class SearchConfig:
     def __post_init__(self) -> None:
         if not self.targets or not all(0 < target <= 1 for target in self.targets):
             raise InputError(
-                f"targets are fractions of the base's latency, at least one, each in (0, 1], got {list(self.targets)}."
+                f"targets are fractions of the base's latency, at least one, each in (0, 1], got {list(self.targets)}; "
+                "give 0.53 for 53 %."
             )
         object.__setattr__(self, "targets", tuple(sorted(set(self.targets), reverse=True)))
         if len(named := {f"{target:g}" for target in self.targets}) < len(self.targets):  # folders are named so
