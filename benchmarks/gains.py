@@ -8,7 +8,6 @@ All are scored on the images that chose nothing. The intervals are of the bootst
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,11 +72,7 @@ def _said(found: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(proof.RECIPES), nargs="?")
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    asked = parser.parse_args(arguments)
+    asked = proof.of_finished(__doc__).parse_args(arguments)
     if asked.folder is not None:
         torch.set_num_threads(1)
         record.append(record.result_file("cpu", OP), [row(asked.name, asked.folder, asked.seeds)])

@@ -9,7 +9,6 @@ images and settings; all mAP is of the images that chose nothing.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -53,11 +52,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(proof.RECIPES), nargs="?")
-    parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    asked = parser.parse_args(arguments)
+    asked = proof.of_finished(__doc__).parse_args(arguments)
     if asked.folder is not None:
         torch.set_num_threads(1)
         for seed in asked.seeds:

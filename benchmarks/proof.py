@@ -134,6 +134,15 @@ def jdkd(*words: object) -> None:
         raise SystemExit(f"jdkd {' '.join(map(str, words))} ended with {ended.returncode}")
 
 
+def of_finished(doc: str | None) -> argparse.ArgumentParser:
+    """The command line of what reads finished searches: of which kind, where they lie, which seeds; or nothing."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=list(RECIPES), nargs="?")
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    return parser
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=list(RECIPES))
