@@ -6,8 +6,8 @@ from typing import Protocol, TypeVar
 from jdkd.search.archive import Candidate
 
 CUT_COST = 0.5  # mAP that a cut costs, as a power of the latency: 0.4 is the median of 30 cuts in ten searches
-NEAR = 1.15  # of a target: what is slower needs a larger cut than one that nobody chose among others
 MISS_COST = 2.0  # the same for students that are still too slow in the end: nobody asked for them
+NEAR = 1.15  # of a target: what is slower needs a larger cut than one that nobody chose among others
 
 
 class Placed(Protocol):
