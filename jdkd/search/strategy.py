@@ -111,7 +111,7 @@ class Strategy:
                         "cut, so no student gets faster than the base: search into another folder, from a base or "
                         "at an input size where convolutions take the time."
                     ) from None
-                say_once(f"no student gets faster than {now:.2f} of the base's latency; those that there are are trained on.")
+                say_once(f"no student gets faster than {now:.2f} of the base's latency: the parents are trained on.")
                 return [(parent.candidate, unchanged(parent)) for parent in parents[:count]]
             if aim > wanted:
                 say_once(

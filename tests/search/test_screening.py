@@ -249,7 +249,7 @@ def test_where_nothing_can_be_cut_any_more_the_search_goes_on_with_what_it_has(a
     ):
         asked(1)
     with pytest.warns(
-        Notice, match=r"no student gets faster than 0\.\d\d of the base's latency, and this one is trained"
+        Notice, match=r"no student gets faster than 0\.\d\d of the base's latency: the parents are trained"
     ):
         made, _ = asked(3, steps=64, targets=(0.3,))
     assert made and {(p.generation, p.action, p.rewrites) for p in made} == {(2, "train on", ())}
