@@ -34,7 +34,7 @@ class Recipe:
         model: flags of `jdkd train` for what the base is.
         batch_size, amp: of every training.
         steps: of the base.
-        times: as many steps the search may take, pool included; a taught step takes longer than one of the base.
+        times: as many steps the search may take, pool included, over those of the base; 2 is the most it should cost.
         targets: latencies over the base's, a student for each.
         lr: peak learning rate of every training.
     """
@@ -59,7 +59,7 @@ _R50 = "--backbone resnet50 --norm batch --width 0.25 --fpn 64"
 _DEEP = "--backbone resnet101 --norm batch --width 0.25 --fpn 64"  # the paper's depth, at a width for one core
 _SCENES = "--train 400 --val 400 --size 192"
 RECIPES = {
-    "digit_scenes_deep": Recipe(_SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000),
+    "digit_scenes_deep": Recipe(_SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2),
     "digit_scenes_deep_front": Recipe(
         _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2, targets="0.75,0.53,0.35"
     ),
