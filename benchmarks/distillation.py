@@ -1,5 +1,7 @@
 """What a teacher is worth: students under PKD, MSE, CWD and nobody, at equal steps, over seeds.
 
+Under `pkd_half` PKD teaches for the first half of the steps, and nobody does from there on.
+
 python -m benchmarks.distillation FOLDER                         digit scenes: every pair, loss and seed
 python -m benchmarks.distillation FOLDER --data DIR --name NAME  the same on photographs in the COCO layout
 python -m benchmarks.distillation FOLDER --data DIR --name NAME --weights RESNET18 MOBILENET_V2
@@ -29,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.distillation_page import page, swaps
+from benchmarks.distillation_page import HALF, page, swaps
 from benchmarks.resampling import Judged, gain
 from jdkd.data import CocoDetectionDataset, Split, resolve_splits, write_digit_scenes
 from jdkd.detect import detector, load, load_weights, narrowed, save, swap_features
@@ -44,7 +46,7 @@ from jdkd.train.freezing import frozen
 OP = "distillation"
 PAIRS = (("fasterrcnn", "fcos"), ("fcos", "retinanet_v2"), ("retinanet_v2", "fasterrcnn"), ("fcos", "fcos"))
 # (the first RetinaNet's heads have no norms: narrow and new, it had learnt next to nothing after these steps)
-LOSSES = ("none", "pkd", "mse", "cwd")
+LOSSES = ("none", "pkd", "mse", "cwd", HALF)
 WEIGHTS = (1.0, 2.0, 6.0, 10.0, 20.0)  # of PKD, in the sweep
 SEEDS = (0, 1, 2)
 STEPS, QUARTERS, LONGER = 800, 4, 3
@@ -110,10 +112,11 @@ class Bench:
             how = {"folder": out / f"quarter-{quarter}", "resume": True, "device": "cpu"}
             if quarter:
                 how["inherit"] = out / f"quarter-{quarter - 1}"
-            if loss == "none":
+            if loss == "none" or (loss == HALF and quarter >= QUARTERS // 2):
                 fit(own, self.train, part, **how)
             else:
-                distill(own, self.teacher(teacher), self.train, part, DistillConfig(loss, loss_weight=weight), **how)
+                method = DistillConfig("pkd" if loss == HALF else loss, loss_weight=weight)
+                distill(own, self.teacher(teacher), self.train, part, method, **how)
             found, judged = self._judged(own)
             curve.append({"step": (quarter + 1) * steps, "map": judged.map()})
         content = {"curve": curve, "found": found}

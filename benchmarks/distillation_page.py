@@ -15,13 +15,14 @@ from jdkd.report.svg import Axes, drawing, spread, tag
 
 Row = dict[str, Any]
 NOBODY, NONE, PKD, AUTO = "nobody", "none", "pkd", "auto"
+HALF = "pkd_half"  # PKD for the first half of the steps, and then nobody
 TITLES = {
     "digit_scenes": "Digit scenes",
     "blood_cells": "Photographs of blood cells",
     "blood_cells_imagenet": "The same photographs, under backbones that know ImageNet",
 }
 # Okabe and Ito, Color Universal Design (2008)
-COLOURS = {NONE: "#6E6E6E", PKD: "#D55E00", "mse": "#0072B2", "cwd": "#E69F00"}
+COLOURS = {NONE: "#6E6E6E", PKD: "#D55E00", "mse": "#0072B2", "cwd": "#E69F00", HALF: "#009E73"}
 PANEL, LEGEND = (250, 220), 26  # width and height in pixels
 STYLE = "text{font:11px sans-serif;fill:#6E6E6E}.grid{stroke:#6E6E6E;stroke-opacity:.25}"
 ASKED = 2  # pairs on which PKD is to win
@@ -76,7 +77,7 @@ def verdict(rows: Sequence[Row]) -> str:
     sentences = [f"**{said}; at least {ASKED} were asked for, which is {met}.**"]
     if lost := [_loss_of(rows, pair, row) for pair, row in taught.items() if pair not in won]:
         sentences.append(f"It does not on {'; '.join(lost)}.")
-    rivals = {loss for row in rows if (loss := row["loss"]) not in (NONE, PKD)}
+    rivals = {loss for row in rows if (loss := row["loss"]) not in (NONE, PKD, HALF)}
     if rivals:
         first = [pair for pair, row in taught.items() if all(_less(of(rows, pair, loss), row) for loss in rivals)]
         sentences.append(
@@ -85,7 +86,22 @@ def verdict(rows: Sequence[Row]) -> str:
         )
     if early := _convergence(rows, taught):
         sentences.append(early)
+    if half := _half(rows):
+        sentences.append(half)
     return " ".join(sentences)
+
+
+def _half(rows: Sequence[Row]) -> str:
+    """What comes of it where PKD teaches for the first half of the steps only."""
+    taught = {pair: row for pair in pairs(rows) if (row := of(rows, pair, HALF)) is not None}
+    won = [pair for pair, row in taught.items() if wins(row)]
+    gains = "; ".join(f"{name(pair)} {gained(row)}" for pair, row in taught.items())
+    return (
+        "**Where PKD teaches for the first half of the steps and nobody for the rest, it beats no distillation by more "
+        f"than the spread on {len(won)} of {len(taught)} pairs**: {gains}."
+        if taught
+        else ""
+    )
 
 
 def _less(rival: Row | None, row: Row) -> bool:

@@ -44,6 +44,24 @@ def test_a_taught_student_is_compared_with_the_same_one_alone_seed_by_seed(tmp_p
     assert [taught["gain"], *taught["gain_interval"]] == pytest.approx([0.1] * 3), "neither seeds nor images differ"
 
 
+@pytest.mark.parametrize(
+    ("loss", "taught"), [("none", []), ("pkd", ["pkd"] * 4), ("mse", ["mse"] * 4), ("pkd_half", ["pkd"] * 2)]
+)
+def test_who_is_taught_in_which_quarter(loss, taught, tmp_path, monkeypatch):
+    trained = []
+    taught_by = lambda own, who, data, part, method, **how: trained.append(method.loss)  # noqa: E731
+    monkeypatch.setattr(distillation, "distill", taught_by)
+    monkeypatch.setattr(distillation, "fit", lambda *given, **how: trained.append("none"))
+    bench = distillation.Bench.__new__(distillation.Bench)
+    bench.folder, bench.train, bench.training = tmp_path, None, distillation.TRAINING
+    (tmp_path / f"fcos-fcos-{loss}-0").mkdir()
+    monkeypatch.setattr(bench, "_new", lambda *given: None)
+    monkeypatch.setattr(bench, "teacher", lambda family: None)
+    monkeypatch.setattr(bench, "_judged", lambda own: ([], SimpleNamespace(map=lambda: 0.5)))
+    assert [point["step"] for point in bench.student("fcos", "fcos", loss, 0)["curve"]] == [200, 400, 600, 800]
+    assert trained == taught + ["none"] * (4 - len(taught))
+
+
 def test_a_swap_is_of_the_taught_and_the_untaught_under_one_other_head(tmp_path):
     bench = Bench(tmp_path)
     alone, taught = distillation.swap_rows(bench, [("fasterrcnn", "fcos")], (0, 1))

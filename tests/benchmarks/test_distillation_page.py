@@ -51,6 +51,15 @@ def test_convergence_is_when_the_mean_curve_has_what_no_distillation_ends_with()
     assert pages.verdict([ALONE, never]).endswith("ends with: fcos → fcos never.")
 
 
+def test_teaching_for_half_of_the_steps_has_a_sentence_of_its_own():
+    assert "first half" not in pages.verdict(ROWS)
+    half = row("fcos", "fcos", pages.HALF, [0.3, 0.3], (0.01, 0.05, 0.09))
+    said = pages.verdict([*ROWS, half])
+    assert said.endswith("by more than the spread on 1 of 1 pairs**: fcos → fcos +0.050 (+0.010 to +0.090).")
+    assert "spread on 1 of 2 pairs (fasterrcnn → fcos); at least 2" in said, "it does not count for PKD throughout"
+    assert "largest of pkd, cwd, mse on 1 of 2 pairs" in said, "nor is it one of its rivals"
+
+
 def test_a_table_has_the_latest_row_of_each_way_pair_by_pair():
     old = row("fasterrcnn", "fcos", "pkd", [0.9, 0.9], (0.4, 0.6, 0.7))
     lines = pages.table(pages.latest([old, BEHIND, SPREAD, ALONE, WON])).splitlines()
