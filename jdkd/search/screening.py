@@ -161,14 +161,24 @@ class Parent:
         Of the two it is the one that is nearer to the aim; one that is too slow comes last. ``stage`` says for how
         long they are timed.
         """
-        timed = replace(screened, latency_ratio=self._ratio(screened, stage))
-        if not recipe.channels or CLOSE[0] < timed.latency_ratio / aim - 1 < CLOSE[1]:
+        timed = self._timed(screened, aim, stage)
+        if not recipe.channels or _is_close(timed, aim):
             return timed
         with contextlib.suppress(InputError):  # it cannot be cut more
-            better = self.make(recipe, screened.predicted * aim / timed.latency_ratio)
-            again = replace(better, latency_ratio=self._ratio(better, stage))
+            again = self._timed(self.make(recipe, screened.predicted * aim / timed.latency_ratio), aim, stage)
             return min(timed, again, key=lambda one: _miss(one.latency_ratio / aim))
         return timed
+
+    def _timed(self, screened: Screened, aim: float, stage: str) -> Screened:
+        """A student with its measured latency; a brief timing that contradicts the table is taken again, at length.
+
+        Else a student is cut, or spared, for what disturbed the clock: of three students of ours two ended at 0.43 and
+        0.44 of the latency where 0.525 was aimed at.
+        """
+        timed = replace(screened, latency_ratio=self._ratio(screened, stage))
+        if stage != BRIEF or _is_close(timed, aim):
+            return timed
+        return replace(screened, latency_ratio=self._ratio(screened, LONG))
 
     def _ratio(self, screened: Screened, stage: str) -> float:
         own = screened.architecture_id
@@ -179,6 +189,10 @@ class Parent:
         context = self.context
         topology = self.topology if model is self.model else context.read(model)
         return channel_importance(model, topology, context.config.method.criterion, context.weighing)
+
+
+def _is_close(timed: Screened, aim: float) -> bool:
+    return CLOSE[0] < timed.latency_ratio / aim - 1 < CLOSE[1]
 
 
 def _miss(ratio: float) -> tuple[bool, float]:

@@ -23,7 +23,7 @@ from jdkd.search.loop import _table
 from jdkd.search.matching import Matching
 from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Recipe, screen, trimmed
 from jdkd.search.strategy import Strategy
-from jdkd.search.timing import LONG
+from jdkd.search.timing import BRIEF, LONG
 from tests.search.rows import candidate, timing
 from tests.search.small_search import make_steady
 
@@ -108,9 +108,26 @@ def test_where_the_table_was_wrong_the_student_is_made_once_more(parent, steady,
     assert parent.measured(recipe, made, 0.8).rewrites == made.rewrites, "it cannot be cut so far"
 
 
+def test_a_brief_timing_that_contradicts_the_table_is_taken_again_at_length(parent, steady, monkeypatch):
+    made, asked = parent.make(Recipe(), 0.8), []
+    found = {BRIEF: 1.0, LONG: 0.79}
+
+    def ratio(self, screened, stage):
+        asked.append(stage)
+        return found[stage]
+
+    monkeypatch.setattr(Parent, "_ratio", ratio)
+    kept = parent.measured(Recipe(), made, 0.8)
+    assert (kept.latency_ratio, kept.rewrites) == (0.79, made.rewrites) and asked == [BRIEF, LONG], "it is not cut more"
+    found[BRIEF] = 0.79
+    assert parent.measured(Recipe(), made, 0.8).latency_ratio == 0.79 and asked == [BRIEF, LONG, BRIEF]
+
+
 def test_a_second_try_that_misses_the_aim_by_more_is_left(parent, steady, monkeypatch):
     made, ratios = parent.make(Recipe(), 0.8), iter((0.6, 1.0, 1.2, 0.9))
-    monkeypatch.setattr(Parent, "_ratio", lambda self, screened, stage: next(ratios))
+    monkeypatch.setattr(
+        Parent, "_timed", lambda self, screened, aim, stage: replace(screened, latency_ratio=next(ratios))
+    )
     kept = parent.measured(Recipe(), made, 0.8)
     assert kept.latency_ratio == 0.6 and kept.rewrites == made.rewrites, "faster than needed, and not too slow"
     assert parent.measured(Recipe(), made, 0.8).latency_ratio == 0.9, "of two that are too slow the nearer"
