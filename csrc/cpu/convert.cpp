@@ -1,6 +1,6 @@
 #include "cpu/convert.h"
 
-#include "common/vec.h"
+#include "common/clones.h"
 
 #include <torch/headeronly/util/Half.h>
 

@@ -2,7 +2,7 @@
 //
 // A piece is walked row by row. Where taps are innermost in the shared weight and columns in the packed one, a row is
 // turned in a buffer that stays in the first cache; everything else is runs of columns.
-#include "common/vec.h"
+#include "common/clones.h"
 #include "cpu/convert.h"
 #include "ops/pack.h"
 

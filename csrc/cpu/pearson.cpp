@@ -6,7 +6,6 @@
 // passed over twice, for it has no guess, and any tile once more whose beta turns out to be far off. Tiles join their
 // chunk's moments in float64 and chunks are joined in order, so the result depends neither on the number of threads nor
 // on who runs first.
-#include "common/vec.h"
 #include "cpu/convert.h"
 #include "cpu/pearson_sweeps.h"
 #include "ops/pearson.h"
@@ -29,7 +28,7 @@ constexpr int64_t kMaxRows = 512;             // rows that share a guess
 constexpr int64_t kRowChunk = 2048;           // most rows that one task reduces
 constexpr int64_t kLeastRows = 256;           // and least, where there are fewer than kLeastTasks tasks
 constexpr int64_t kLeastTasks = 8;
-constexpr int64_t kPiece = 512;               // elements widened or written at a time; long runs starve the prefetch
+constexpr int64_t kPiece = 512;               // elements of a gradient at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -57,27 +56,12 @@ struct Planes {
   }
 };
 
-// n positions from `first` on as floats: where they lie if they are float32 of one image, else in buffer.
-const float* gather(const Planes& planes, int64_t channel, int64_t first, int64_t n, float* buffer) {
-  if (first % planes.hw + n <= planes.hw) {
-    return as_floats(planes.at(channel, first), n, buffer);
-  }
-  for (int64_t done = 0; done < n;) {
-    const int64_t run = std::min(n - done, planes.hw - (first + done) % planes.hw);
-    copy_floats(planes.at(channel, first + done), run, buffer + done);
-    done += run;
-  }
-  return buffer;
-}
-
 // Sums of n positions from `first` on.
 PairSums summed(const Planes& s, const Planes& t, int64_t channel, int64_t first, int64_t n, const Guess& guess) {
-  alignas(64) float s_buffer[kBlock], t_buffer[kBlock];
   PairSums total;
-  for (int64_t done = 0; done < n; done += kBlock) {
-    const int64_t block = std::min(kBlock, n - done);
-    const float* s_block = gather(s, channel, first + done, block, s_buffer);
-    total += pair_sums(s_block, gather(t, channel, first + done, block, t_buffer), block, guess);
+  for (int64_t i = first, run; i < first + n; i += run) {
+    run = std::min({first + n - i, s.hw - i % s.hw, kBlock});
+    total += sweeps().pair_sums(s.at(channel, i), t.at(channel, i), run, guess);
   }
   return total;
 }
@@ -131,43 +115,23 @@ void forward_planes(const Level& level, const Tensor& s, const Tensor& t, Moment
   join_chunks(parts, chunks, level.c, channels);
 }
 
-// The gradient of one level: all that its kernels read, and where they write.
+// The gradient of one level: what it is of, and the level's columns of the table [kRows, stride].
 struct Backward {
-  Cursor x, y, dout;  // dout may be null
-  char* dx;
-  const float* table;  // the level's columns of [kRows, stride]
+  GradientOf of;
+  const float* table;
   int64_t stride;
   float dloss;
-
-  bool is_float() const { return x.type == ScalarType::Float; }
-  bool is_widened() const { return !is_float() || y.type != ScalarType::Float; }
-
-  // Calls compute(x, y, dout, dx) with n elements from `first` on as floats; needs three buffers of `size` >= n.
-  template <class Compute>
-  void apply(int64_t first, int64_t n, float* buffers, int64_t size, const Compute& compute) const {
-    char* to = dx + first * x.itemsize();
-    const float* x_floats = as_floats(x + first, n, buffers);
-    const float* y_floats = as_floats(y + first, n, buffers + size);
-    const float* added = dout.at ? as_floats(dout + first, n, buffers + 2 * size) : nullptr;
-    compute(x_floats, y_floats, added, is_float() ? reinterpret_cast<float*>(to) : buffers);
-    if (!is_float()) {
-      round_floats(buffers, n, to, x.type);
-    }
-  }
 };
 
-void backward_planes(const Level& level, const Backward& of) {
-  const int64_t pieces = ceil_div(level.hw, kPiece), planes = level.n * level.c;
+void backward_planes(const Level& level, const Backward& to_do) {
+  const int64_t pieces = ceil_div(level.hw, kPiece), planes = level.n * level.c, stride = to_do.stride;
   const int64_t grain = std::max<int64_t>(1, kPlaneChunk / std::min(level.hw, kPiece));
   torch::stable::parallel_for(0, planes * pieces, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float buffers[3 * kPiece];
     for (int64_t i = begin; i < end; ++i) {
-      const float* at = of.table + i / pieces % level.c;
-      const Gradient g{at[0], at[of.stride], at[2 * of.stride], at[3 * of.stride], at[4 * of.stride]};
+      const float* at = to_do.table + i / pieces % level.c;
+      const Gradient g{at[0], at[stride], at[2 * stride], at[3 * stride], at[4 * stride]};
       const int64_t in_plane = i % pieces * kPiece, n = std::min(kPiece, level.hw - in_plane);
-      of.apply(i / pieces * level.hw + in_plane, n, buffers, kPiece, [&](auto x, auto y, auto dout, float* dx) {
-        gradient(x, y, dout, n, g, of.dloss, dx);
-      });
+      sweeps().gradient(to_do.of + (i / pieces * level.hw + in_plane), n, g, to_do.dloss);
     }
   });
 }
@@ -178,8 +142,7 @@ void backward_planes(const Level& level, const Backward& of) {
 class RowMoments {
  public:
   explicit RowMoments(int64_t channels)
-      : c_(channels), total_(5 * c_), next_(5 * c_), sums_(5 * c_), guess_(3 * c_),
-        s_(kRowsAtOnce * c_), t_(kRowsAtOnce * c_) {}
+      : c_(channels), total_(5 * c_), next_(5 * c_), sums_(5 * c_), guess_(3 * c_) {}
 
   // Takes up some rows, [rows, c], and forgets what was before.
   void reduce(Cursor s, Cursor t, int64_t rows) {
@@ -220,10 +183,9 @@ class RowMoments {
     const RowSums q{at, at + c_, at + 2 * c_, at + 3 * c_, at + 4 * c_};
     std::fill(sums_.begin(), sums_.end(), 0.0);
     for (int64_t r = 0; r < rows; r += kRowsAtOnce) {
-      const int64_t n = std::min(kRowsAtOnce, rows - r);
-      row_sums(block(s + r * c_, n, s_.data()), block(t + r * c_, n, t_.data()), n, c_, guess, q);
+      sweeps().row_sums(s + r * c_, t + r * c_, std::min(kRowsAtOnce, rows - r), c_, guess, q);
     }
-    return merge_rows(rows, c_, guess, q, n_, total_.data(), next_.data());
+    return sweeps().merge_rows(rows, c_, guess, q, n_, total_.data(), next_.data());
   }
 
   void guess_means() { std::copy(next_.begin(), next_.begin() + 2 * c_, guess_.begin()); }
@@ -234,14 +196,9 @@ class RowMoments {
     }
   }
 
-  Rows block(Cursor x, int64_t rows, float* buffer) const {
-    return {as_floats(x, rows * c_, buffer), (x + rows * c_).at, x.itemsize()};
-  }
-
   int64_t c_, n_ = 0;
   std::vector<double> total_, next_, sums_;  // [5, c] each
   std::vector<float> guess_;                 // [3, c]: mean_s, mean_t, beta
-  std::vector<float> s_, t_;                 // [kRowsAtOnce, c] each
 };
 
 // Rows that one task reduces of m: about as many as any other, and enough tasks for several threads.
@@ -265,19 +222,13 @@ void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments*
   join_chunks(parts, chunks, level.c, channels);
 }
 
-void backward_rows(const Level& level, const Backward& of) {
-  const int64_t stride = of.stride, m = level.positions(), tile = std::max<int64_t>(1, kPiece / level.c);
-  const float* at = of.table;
+void backward_rows(const Level& level, const Backward& to_do) {
+  const int64_t stride = to_do.stride, m = level.positions(), tile = std::max<int64_t>(1, kPiece / level.c);
+  const float* at = to_do.table;
   const RowGradient g{at, at + stride, at + 2 * stride, at + 3 * stride, at + 4 * stride};
   torch::stable::parallel_for(0, ceil_div(m, tile), 4, [&](int64_t begin, int64_t end) {
-    const int64_t size = of.is_widened() ? tile * level.c : 0;
-    std::vector<float> buffers(3 * size);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t rows = std::min(tile, m - i * tile), n = rows * level.c;
-      of.apply(i * tile * level.c, n, buffers.data(), size, [&](auto x, auto y, auto dout, float* dx) {
-        row_gradient(x, y, dout, rows, level.c, g, of.dloss, dx);
-      });
-    }
+    const int64_t first = begin * tile, rows = std::min(end * tile, m) - first;
+    sweeps().row_gradient(to_do.of + first * level.c, rows, level.c, g, to_do.dloss);
   });
 }
 
@@ -332,11 +283,10 @@ void pearson_bwd_into(
   const int64_t channels = pearson::total_channels(levels);
   const float upstream = *dloss.const_data_ptr<float>();
   for (size_t i = 0; i < levels.size(); ++i) {
-    const Cursor added = dout.empty() ? Cursor(nullptr, x[i].scalar_type()) : cursor(dout[i]);
+    const char* added = dout.empty() ? nullptr : static_cast<const char*>(dout[i].const_data_ptr());
+    const GradientOf of{cursor(x[i]), cursor(y[i]), added, static_cast<char*>(dx[i].mutable_data_ptr())};
     const float* table = coefficients.const_data_ptr<float>() + levels[i].first_channel;
-    (levels[i].channels_last ? backward_rows : backward_planes)(
-        levels[i], {cursor(x[i]), cursor(y[i]), added, static_cast<char*>(dx[i].mutable_data_ptr()), table, channels,
-                    upstream});
+    (levels[i].channels_last ? backward_rows : backward_planes)(levels[i], {of, table, channels, upstream});
   }
 }
 

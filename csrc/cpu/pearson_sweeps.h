@@ -1,6 +1,7 @@
-// The inner loops of the Pearson loss on the CPU: float32 in, one tile at a time, see pearson_sweeps.cpp.
+// The inner loops of the Pearson loss on the CPU, one tile at a time: float32 arithmetic over elements of any type.
 #pragma once
 
+#include "cpu/convert.h"
 #include "ops/pearson.h"
 
 #include <cstdint>
@@ -34,50 +35,57 @@ inline bool is_near(double beta, const pearson::Moments& all) {
 
 // ---- positions of one channel, [n] ----
 
-PairSums pair_sums(const float* s, const float* t, int64_t n, Guess guess);
-
 struct Gradient {
   float a, b, k, mean_x, mean_y;
 };
 
-// dx = dout + dloss (a (x - mean_x) + b (y - mean_y) + k), where dout may be null: 0
-void gradient(const float* x, const float* y, const float* dout, int64_t n, Gradient g, float dloss, float* dx);
+// The gradient of x: dx = dout + dloss (a (x - mean_x) + b (y - mean_y) + k). dout, which may be null: 0, and dx are of
+// x's type.
+struct GradientOf {
+  Cursor x, y;
+  const char* dout;
+  char* dx;
+
+  GradientOf operator+(int64_t elements) const {
+    const int64_t bytes = elements * x.itemsize();
+    return {x + elements, y + elements, dout ? dout + bytes : nullptr, dx + bytes};
+  }
+};
 
 // ---- rows of channels; every array without a shape is [c] ----
 
 struct RowGuess {
   const float *mean_s, *mean_t, *beta;
-
-  RowGuess operator+(int64_t j) const { return {mean_s + j, mean_t + j, beta + j}; }
 };
 
 struct RowSums {
   double *ds, *dt, *ss, *tt, *e;
-
-  RowSums operator+(int64_t j) const { return {ds + j, dt + j, ss + j, tt + j, e + j}; }
 };
 
 constexpr int64_t kRowsAtOnce = 16;  // float32 sums of more lose digits
-
-// Dense rows, and those that follow where the tensor lies, which are asked for meanwhile: walking columns hides the
-// order of memory from the hardware's prefetch.
-struct Rows {
-  const float* at;
-  const char* next;
-  int64_t itemsize;
-};
-
-// Adds up at most kRowsAtOnce rows of c channels around a guess.
-void row_sums(Rows s, Rows t, int64_t rows, int64_t c, RowGuess guess, RowSums q);
-// Joins a tile's moments to `before`, those of n rows, [5, c]: mean_s, mean_t, ss, tt, st. Whether every beta was near.
-bool merge_rows(double rows, int64_t c, RowGuess guess, RowSums q, double n, const double* before, double* after);
 
 struct RowGradient {
   const float *a, *b, *k, *mean_x, *mean_y;
 };
 
-// x, y, dout and dx are [rows, c], dense.
-void row_gradient(
-    const float* x, const float* y, const float* dout, int64_t rows, int64_t c, RowGradient g, float dloss, float* dx);
+// The loops of one instruction set.
+struct Sweeps {
+  // The sums of n positions of one channel around a guess; float32 sums of more than 1024 lose digits.
+  PairSums (*pair_sums)(Cursor s, Cursor t, int64_t n, const Guess& guess);
+  // The gradient of n positions of one channel.
+  void (*gradient)(const GradientOf& of, int64_t n, const Gradient& g, float dloss);
+  // Adds up at most kRowsAtOnce dense rows of c channels around a guess, and asks the second cache for the rows that
+  // follow: walking columns hides the order of memory from the hardware's prefetch.
+  void (*row_sums)(Cursor s, Cursor t, int64_t rows, int64_t c, const RowGuess& guess, const RowSums& q);
+  // Joins a tile's moments to `before`, those of n rows, [5, c]: mean_s, mean_t, ss, tt, st. Whether every beta was
+  // near.
+  bool (*merge_rows)(
+      double rows, int64_t c, const RowGuess& guess, const RowSums& q, double n, const double* before, double* after);
+  // The gradient of dense rows of c channels.
+  void (*row_gradient)(const GradientOf& of, int64_t rows, int64_t c, const RowGradient& g, float dloss);
+};
+
+// Those of this processor.
+const Sweeps& sweeps();
 
 }  // namespace jdkd::cpu
