@@ -30,7 +30,8 @@ from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.shrinking import ProgressCallback, calibrate
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import Candidate
-from jdkd.search.config import SearchConfig, steps_of
+from jdkd.search.budget import steps_of
+from jdkd.search.config import SearchConfig
 from jdkd.search.selection import Part, divide
 from jdkd.search.spending import Spending
 from jdkd.search.timing import BRIEF, Timing, machine_of, pooled

@@ -22,7 +22,8 @@ from jdkd.pool import TeacherPool
 from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
-from jdkd.search.config import Plan, SearchConfig, plan
+from jdkd.search.budget import Plan, plan
+from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext, candidate_folder, open_context
 from jdkd.search.evaluator import Evaluator, SearchTask
 from jdkd.search.matching import Matching
