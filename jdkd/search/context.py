@@ -147,8 +147,9 @@ class SearchContext:
         models |= {id_: fuse_for_inference(model) for id_, model in detectors.items() if id_ != base}
         schedule, rounds = vars(QUICK), config.latency_rounds
         if stage != BRIEF:
-            schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
-            schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, config.latency_seconds)
+            seconds, rounds = config.latency_seconds, 5 * rounds
+            schedule = vars(REPORTED) | {"min_seconds": seconds, "max_seconds": max(REPORTED.max_seconds, 2 * seconds)}
+            schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, seconds)
         with self.spent.on("timing"), nullcontext() if kept is None else self.runtime.steady_nms(kept):
             measured = measure(
                 models,
