@@ -11,6 +11,7 @@ from jdkd.errors import InputError
 from jdkd.morph.importance import CRITERIA
 from jdkd.train import TrainConfig
 
+POOL = "pool"  # folder of the one that a search grows, in its own
 LONGEST = 1e9  # steps, epochs or minutes: what is more is a slip
 LARGEST_SEED = 2**48  # trainings are told apart by a thousand times it and more, in 64 bits
 
@@ -160,4 +161,4 @@ class SearchConfig:
     @property
     def pool(self) -> Path:
         """Folder of the teacher pool, given or grown."""
-        return self.teacher_pool or self.out / "pool"
+        return self.teacher_pool or self.out / POOL
