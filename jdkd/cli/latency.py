@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jdkd.cli.flags import DataFlags, recorded_split, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
-from jdkd.files import read_as, require_file, write_json
+from jdkd.files import read_as, require_file, sha256_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,7 +71,6 @@ class Latency:
         from jdkd.export.runtimes import known_runtimes
         from jdkd.latency import measure_grid, profile_cost
         from jdkd.latency.grid import with_facts
-        from jdkd.latency.records import sha256_of
         from jdkd.latency.runtimes import require_runnable
 
         device, grid = resolve_device(self.device), self._grid()

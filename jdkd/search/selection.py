@@ -4,16 +4,15 @@ What a detector was trained on flatters it. The base knows all training images, 
 result may rest on any of them, or on an image that the other rests on.
 """
 
-import hashlib
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jdkd.data import CocoDetectionDataset
 from jdkd.errors import InputError
+from jdkd.files import sha256_of
 from jdkd.notices import say_once
 
 REMEDY = "give more of them, or others to select on with --selection-images and --selection-annotations"
@@ -89,7 +88,7 @@ def divide(
 
 def _halves(val: CocoDetectionDataset) -> tuple[list[int], list[int]]:
     """Indices of one half and of the other; images with a box and images without are halved by themselves."""
-    contents = [_content(file) for file in val.files]
+    contents = [sha256_of(file) for file in val.files]
     labelled = {content for content, labels in zip(contents, val.labels, strict=True) if len(labels)}
     if len(labelled) < 2:
         raise InputError(
@@ -109,8 +108,8 @@ def _without(dataset: CocoDetectionDataset, other: CocoDetectionDataset, what: s
     for file in other.files:
         by_size[file.stat().st_size].append(file)
     sizes = [file.stat().st_size for file in files]
-    twins = {_content(file) for size in set(sizes) for file in by_size.get(size, ())}  # only these have to be read
-    shared = {i for i, file in enumerate(files) if sizes[i] in by_size and _content(file) in twins}
+    twins = {sha256_of(file) for size in set(sizes) for file in by_size.get(size, ())}  # only these have to be read
+    shared = {i for i, file in enumerate(files) if sizes[i] in by_size and sha256_of(file) in twins}
     if not shared:
         return dataset
     annotations = dataset.split.annotations
@@ -142,8 +141,3 @@ def _check_boxes(part: Part, does: str) -> None:
             f"the {len(dataset)} images of {dataset.split.annotations} that {does} hold no box of {len(missing)} of "
             f"the {len(dataset.classes)} classes ({named}); these have no part in their mAP."
         )
-
-
-def _content(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
