@@ -15,7 +15,7 @@ from jdkd.data import CocoDetectionDataset, batches
 from jdkd.data.splits import whereabouts
 from jdkd.detect import load, read
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
-from jdkd.detect.contract import architecture_of, require_learner, unlike
+from jdkd.detect.contract import architecture_of, require_classes
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.export.runtimes import known_runtimes
@@ -36,7 +36,7 @@ from jdkd.search.selection import Part, divide
 from jdkd.search.spending import Spending
 from jdkd.search.timing import BRIEF, Timing, machine_of, pooled
 from jdkd.train import Scores, TrainConfig, evaluate, fit
-from jdkd.train.inputs import with_targets_of
+from jdkd.train.inputs import data_for
 
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3  # for repair and correlations
@@ -290,8 +290,7 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
     """
     require_runnable([config.runtime], known_runtimes(), torch.device(config.device), ["float32"])
     base = load(config.base, config.device)
-    classes = architecture_of(base, "search").classes
-    if not classes:
+    if not architecture_of(base, "search").classes:
         raise InputError(
             f"the detector in {config.base} does not say which classes it knows; import it with --classes, in the "
             "order of its labels."
@@ -302,16 +301,10 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
         for name, split in splits.items()
         if split is not None
     }
-    for name, dataset in opened.items():
-        if dataset.classes != classes:
-            raise InputError(
-                f"the base in {config.base} knows the classes {_short(classes)}, the {name} data has "
-                f"{_short(dataset.classes)}: {unlike(classes, dataset.classes)}; give the data that the base "
-                "was made for."
-            )
-    train = with_targets_of(base, opened["training"])
-    few = min(2, config.batch_size)
-    require_learner(base, *next(batches(train, batch_size=few, steps=1, seed=config.seed, device=config.device)))
+    for dataset in opened.values():
+        require_classes(base, f"the base in {config.base}", dataset.classes, dataset.split.annotations)
+    how = {"batch_size": config.batch_size, "seed": config.seed, "device": config.device}
+    train = data_for(base, opened["training"], **how)
     say_if_trained_elsewhere(f"the base in {config.base}", trained_on(config.base), train)
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))
@@ -340,7 +333,3 @@ def trained_on(detector: Path) -> str | None:
     with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
         return RunFolder(detector).read()["identity"]["data"]["train"]
     return None
-
-
-def _short(classes: tuple[str, ...]) -> str:
-    return f"{len(classes)} ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"
