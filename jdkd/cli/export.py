@@ -84,20 +84,13 @@ class Export:
     def _images(self, model: nn.Module, progress: Progress) -> tuple[list[tuple[Tensor, dict[str, Any]]] | Any, Any]:
         """Images to compare on, and the data set of just these, where there is one."""
         from jdkd.data import CocoDetectionDataset
+        from jdkd.data.photographs import photographs
         from jdkd.train.evaluate import require_same_classes
 
         split = self.source.split("val") if self.source.given else recorded_split(self.ckpt, "val")
         if split is None:
-            return _photographs()[: self.images], None
+            return [(image, {}) for image in photographs()[: self.images]], None
         dataset = CocoDetectionDataset(split, progress.task("check images"))
         require_same_classes(model, dataset.classes, dataset.label_to_category)
         dataset = dataset.subset(range(min(self.images, len(dataset))))
         return dataset, dataset
-
-
-def _photographs() -> list[tuple[Tensor, dict[str, Any]]]:
-    """The two photographs that scikit-learn carries, ``[3, 427, 640]`` uint8, without targets."""
-    import torch
-    from sklearn.datasets import load_sample_images
-
-    return [(torch.from_numpy(image.copy()).permute(2, 0, 1), {}) for image in load_sample_images().images]
