@@ -20,8 +20,8 @@ OBJECTIVES = {"mAP": "maximize", "latency_ratio": "minimize"}
 KINDS = ("base", "morph", "teacher", "train")
 
 
-def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) -> Study:
-    """Mirrors an archive as an Optuna study of two objectives, which its dashboard can open.
+def mirror_to_optuna(outcome: Outcome, storage: str) -> Study:
+    """Mirrors an archive as an Optuna study of two objectives, which its dashboard can open, by the name of its folder.
 
     Trials come in the archive's order; failed candidates are trials that failed. Mirroring again adds what is new. As
     a trial cannot be changed, the study is made anew where the archive says something else by now of a candidate that
@@ -30,7 +30,6 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
     Args:
         outcome: of a search, finished or under way.
         storage: what Optuna takes for one, `sqlite:///study.db` say.
-        name: of the study; by default the name of the search's folder.
 
     Returns:
         The study.
@@ -41,7 +40,7 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    name = outcome.folder.resolve().name if name is None else name
+    name = outcome.folder.resolve().name
     wanted = _trials(outcome.candidates)
     own = outcome.candidates[0].id
     given = {"storage": storage, "study_name": name}
@@ -53,7 +52,7 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
         there = study.get_trials(deepcopy=False)
         if there and study.user_attrs.get(MARK) != own:
             raise InputError(
-                f"{storage} holds a study {name!r} that is no mirror of this search; give another storage or name."
+                f"{storage} holds a study {name!r} that is no mirror of this search; give another storage."
             )
         if not all(map(_alike, there, wanted)) or len(there) > len(wanted):
             optuna.delete_study(**given)
