@@ -25,9 +25,9 @@ from jdkd.latency import QUICK, REPORTED, Ratio, fuse_for_inference, measure, pr
 from jdkd.latency.protocol import conditions_of
 from jdkd.latency.runtimes import Runtime, require_runnable
 from jdkd.latency.table import LatencyTable, measure_table
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.elastic_pool import POOL
-from jdkd.pool.shrinking import ProgressCallback, calibrate
+from jdkd.pool.shrinking import calibrate
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import Candidate
 from jdkd.search.budget import steps_of

@@ -17,9 +17,8 @@ from jdkd.errors import InputError
 from jdkd.execution import Journal, executor
 from jdkd.files import read_as, write_json
 from jdkd.latency.table import LatencyTable
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool import TeacherPool
-from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
 from jdkd.search.budget import Plan, plan
