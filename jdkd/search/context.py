@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +25,13 @@ from jdkd.latency import QUICK, REPORTED, Ratio, fuse_for_inference, measure, pr
 from jdkd.latency.protocol import conditions_of
 from jdkd.latency.runtimes import Runtime, require_runnable
 from jdkd.latency.table import LatencyTable, measure_table
-from jdkd.notices import ProgressCallback, say_once
+from jdkd.notices import ProgressCallback
 from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.shrinking import calibrate
-from jdkd.run_folder import RunFolder
 from jdkd.search.archive import Candidate
 from jdkd.search.budget import steps_of
 from jdkd.search.config import SearchConfig
-from jdkd.search.selection import Part, divide
+from jdkd.search.selection import Part, divide, say_if_trained_elsewhere, trained_on
 from jdkd.search.spending import Spending
 from jdkd.search.timing import BRIEF, Timing, machine_of, pooled
 from jdkd.train import Scores, TrainConfig, evaluate, fit
@@ -310,26 +309,3 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
     return SearchContext(config, base, fuse_for_inference(base), train, selection, report, images, progress)
-
-
-def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetectionDataset) -> None:
-    """A detector that was trained on other images than a search trains on may know those that select.
-
-    Args:
-        what: the detector, in words.
-        trained_on: fingerprint of its training images, where it is known.
-        train: what the search trains on.
-    """
-    if trained_on != train.fingerprint:
-        was = "was trained on other data than" if trained_on else "does not say whether it was trained on"
-        say_once(
-            f"{what} {was} {train.split.annotations}; if it saw images that select or report, its scores there "
-            "flatter it."
-        )
-
-
-def trained_on(detector: Path) -> str | None:
-    """Fingerprint of the images that a detector was trained on, by the record of its training."""
-    with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
-        return RunFolder(detector).read()["identity"]["data"]["train"]
-    return None

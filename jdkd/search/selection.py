@@ -5,7 +5,9 @@ result may rest on any of them, or on an image that the other rests on.
 """
 
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from jdkd.data import CocoDetectionDataset
 from jdkd.errors import InputError
 from jdkd.files import sha256_of
 from jdkd.notices import say_once
+from jdkd.run_folder import RunFolder
 
 REMEDY = "give more of them, or others to select on with --selection-images and --selection-annotations"
 SHOWN = 3  # examples in a message
@@ -84,6 +87,29 @@ def divide(
     for part, does in zip(parts, ("select", "report"), strict=True):
         _check_boxes(part, does)
     return parts
+
+
+def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetectionDataset) -> None:
+    """A detector that was trained on other images than a search trains on may know those that select.
+
+    Args:
+        what: the detector, in words.
+        trained_on: fingerprint of its training images, where it is known.
+        train: what the search trains on.
+    """
+    if trained_on != train.fingerprint:
+        was = "was trained on other data than" if trained_on else "does not say whether it was trained on"
+        say_once(
+            f"{what} {was} {train.split.annotations}; if it saw images that select or report, its scores there "
+            "flatter it."
+        )
+
+
+def trained_on(detector: Path) -> str | None:
+    """Fingerprint of the images that a detector was trained on, by the record of its training."""
+    with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
+        return RunFolder(detector).read()["identity"]["data"]["train"]
+    return None
 
 
 def _halves(val: CocoDetectionDataset) -> tuple[list[int], list[int]]:
