@@ -1,4 +1,6 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and how they name things."""
+
+from collections.abc import Sequence
 
 __all__ = ["InputError", "ModelError"]
 
@@ -15,6 +17,11 @@ class ModelError(InputError):
     """A model that cannot be trained or scored: its losses or detections are not finite, or it leaves too little of
     the images. Whoever has others, a search for one, may go on without it.
     """
+
+
+def few(names: Sequence[str]) -> str:
+    """The first names of many, and how many there are."""
+    return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
 
 
 def said(error: BaseException) -> str:

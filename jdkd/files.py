@@ -84,20 +84,26 @@ def read_as(build: Callable[[Any], Built], file: Path, remedy: str) -> Built:
         raise InputError(f"{file} holds something else than it should ({said(error)}); {remedy}.") from None
 
 
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror}); give a file that can.") from None
+
+
 def content_hash(*files: Path) -> str:
-    """SHA-256 of what the files hold, one after the other, 64 hexadecimal digits; wherever they lie.
+    """What the files hold, wherever they lie: SHA-256 of their own SHA-256, one after the other, in hexadecimal digits.
 
     Raises:
         InputError: one cannot be read.
     """
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise InputError(f"{file} cannot be read ({error.strerror}); give a file that can.") from None
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(bytes.fromhex(sha256_of(file)) for file in files)).hexdigest()
 
 
 def cache_folder() -> Path | None:

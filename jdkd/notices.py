@@ -1,8 +1,9 @@
-"""What a user is told once, while the work goes on."""
+"""What a user is told while the work goes on."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 __all__ = ["Notice"]
 
@@ -15,6 +16,12 @@ class Notice(UserWarning):
 
     Filter it as any warning. The command line prints it as one line on stderr.
     """
+
+
+class ProgressCallback(Protocol):
+    """Called with what is going on, how many parts of it are done, of how many, and figures to show beside it."""
+
+    def __call__(self, what: str, done: int, total: int, values: Mapping[str, Any], /) -> None: ...
 
 
 def say_once(sentence: str, key: str | None = None) -> None:

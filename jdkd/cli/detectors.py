@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jdkd.cli.flags import ModelFlags
-from jdkd.errors import InputError
+from jdkd.errors import InputError, few
 from jdkd.files import read_text
 from jdkd.notices import say_once
 
@@ -98,8 +98,8 @@ class DetectorFlags:
         spec = DetectorSpec.from_json(text, source=str(file))
         if spec.classes != tuple(classes):
             raise InputError(
-                f"{file} has the classes {', '.join(spec.classes[:5])} ({len(spec.classes)}), the data "
-                f"{', '.join(classes[:5])} ({len(classes)}); give the data's classes to the spec."
+                f"{file} has the classes {few(spec.classes)}, the data {few(classes)}; give the data's classes to the "
+                "spec."
             )
         given |= {name: getattr(self, name) for name in ("fpn", "box_head") if getattr(self, name) is not None}
         return build(spec.replace(**given, **norm))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jdkd.cli.flags import DataFlags, recorded_split
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
-from jdkd.files import require_file, write_whole
+from jdkd.files import require_file, sha256_of, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,9 +50,7 @@ class Export:
         out = self._out()
         require_runtime(self.format)
         model = load(self.ckpt)
-        with (self.ckpt / WEIGHTS).open("rb") as stream:
-            weights = hashlib.file_digest(stream, "sha256").hexdigest()
-        how = {"half": self.dtype == "fp16", "nms": self.nms, "weights": weights}
+        how = {"half": self.dtype == "fp16", "nms": self.nms, "weights": sha256_of(self.ckpt / WEIGHTS)}
         with Progress() as progress:
             images, dataset = self._images(model, progress)
             fused = fuse_for_inference(model)
@@ -64,7 +61,7 @@ class Export:
             require_parity(model, file, found, lambda: opener(exported(fused, self.format, **how, stages=True), "cpu"))
         write_whole(out, content)
         print(found.sentence())
-        print(f"{out}: {self.dtype}, {len(content) / 1e6:.1f} MB, SHA-256 {hashlib.sha256(content).hexdigest()}")
+        print(f"{out}: {self.dtype}, {len(content) / 1e6:.1f} MB, SHA-256 {sha256_of(out)}")
 
     def _out(self) -> Path:
         """The file to write.
@@ -87,20 +84,13 @@ class Export:
     def _images(self, model: nn.Module, progress: Progress) -> tuple[list[tuple[Tensor, dict[str, Any]]] | Any, Any]:
         """Images to compare on, and the data set of just these, where there is one."""
         from jdkd.data import CocoDetectionDataset
+        from jdkd.data.photographs import photographs
         from jdkd.train.evaluate import require_same_classes
 
         split = self.source.split("val") if self.source.given else recorded_split(self.ckpt, "val")
         if split is None:
-            return _photographs()[: self.images], None
+            return [(image, {}) for image in photographs()[: self.images]], None
         dataset = CocoDetectionDataset(split, progress.task("check images"))
         require_same_classes(model, dataset.classes, dataset.label_to_category)
         dataset = dataset.subset(range(min(self.images, len(dataset))))
         return dataset, dataset
-
-
-def _photographs() -> list[tuple[Tensor, dict[str, Any]]]:
-    """The two photographs that scikit-learn carries, ``[3, 427, 640]`` uint8, without targets."""
-    import torch
-    from sklearn.datasets import load_sample_images
-
-    return [(torch.from_numpy(image.copy()).permute(2, 0, 1), {}) for image in load_sample_images().images]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jdkd.cli.flags import DataFlags, recorded_split, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
-from jdkd.files import read_as, require_file, write_json
+from jdkd.files import read_as, require_file, sha256_of, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -71,7 +71,6 @@ class Latency:
         from jdkd.export.runtimes import known_runtimes
         from jdkd.latency import measure_grid, profile_cost
         from jdkd.latency.grid import with_facts
-        from jdkd.latency.records import sha256_of
         from jdkd.latency.runtimes import require_runnable
 
         device, grid = resolve_device(self.device), self._grid()
@@ -132,6 +131,7 @@ class Latency:
     def _images(self) -> tuple[list[Tensor], str, Split | None]:
         """Images to measure on, where they come from, and the annotated images that they are some of."""
         from jdkd.data import CocoDetectionDataset, read_image
+        from jdkd.data.photographs import photographs
 
         if self.images:
             return [read_image(file) for file in self.images], f"{len(self.images)} image files", None
@@ -143,7 +143,7 @@ class Latency:
             chosen = min(self.count, len(dataset))
             return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}", split
         said = "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your images"
-        return _photographs(), said, None
+        return photographs(), said, None
 
 
 def _shipped(folders: Mapping[str, Path]) -> dict[str, nn.Module]:
@@ -220,11 +220,3 @@ def _named(folders: list[Path]) -> dict[str, Path]:
         repeated = sum(1 for other in named.values() if other == folder)
         named[f"{name} ({repeated + 1})" if repeated else name] = folder
     return named
-
-
-def _photographs() -> list[Tensor]:
-    """The two photographs that scikit-learn carries, uint8 [3, 427, 640]."""
-    import torch
-    from sklearn.datasets import load_sample_images
-
-    return [torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous() for image in load_sample_images().images]

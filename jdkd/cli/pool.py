@@ -67,13 +67,11 @@ class PoolTrain:
             self._run(device)
 
     def _run(self, device: str) -> None:
-        from jdkd.data import batches
         from jdkd.data.splits import whereabouts
         from jdkd.detect import load, read
-        from jdkd.detect.contract import require_learner
         from jdkd.pool import Space, train_pool
         from jdkd.train.distributed import first_goes_ahead, from_first, is_first
-        from jdkd.train.inputs import with_targets_of
+        from jdkd.train.inputs import data_for
 
         splits, base = self.source.splits(), load(self.base, device)
         if self.subnets is not None and self.subnets < 1:
@@ -85,12 +83,9 @@ class PoolTrain:
         with Progress() as progress:
             with first_goes_ahead():
                 opened = [_opened(split, base, f"the base in {self.base}", progress) for split in splits]
-            train, val = with_targets_of(base, opened[0]), opened[1]
-            config, run = self._config(train), RunFolder(self.out)
-            few = min(2, self.batch_size)
-            require_learner(
-                base, *next(batches(train, batch_size=few, steps=1, seed=self.training.seed, device=device))
-            )
+            config, run = self._config(opened[0]), RunFolder(self.out)
+            train = data_for(base, opened[0], batch_size=self.batch_size, seed=self.training.seed, device=device)
+            val = opened[1]
             with keeping(run, self.training.kept):
                 topology = read(base, check=True)
                 space = Space.from_base(topology, self.extra_depth, self.width, self.widths)
@@ -242,6 +237,7 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
         InputError: there is no pool, or no such images.
     """
     from jdkd.data import CocoDetectionDataset
+    from jdkd.detect.contract import require_classes
     from jdkd.pool import load_pool
     from jdkd.pool.elastic_pool import POOL
 
@@ -249,7 +245,7 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
         load_pool(folder, None, None)  # says what is wrong with it
     train = CocoDetectionDataset(_split(folder, source, "train"), progress.task("check train images"))
     pool = load_pool(folder, None, train, device=device)
-    _require_classes(pool.supernet.model, f"the pool in {folder}", train)
+    require_classes(pool.supernet.model, f"the pool in {folder}", train.classes, train.split.annotations)
     if pool.trained_on not in (None, train.fingerprint):
         say_once(
             f"{folder} was trained on other images than {train.split.annotations}, which its norms are measured on"
@@ -258,24 +254,17 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
 
 
 def _opened(split: Any, model: nn.Module, who: str, progress: Progress) -> CocoDetectionDataset:
-    """The images of a split, of the classes of a detector."""
+    """The images of a split, of the classes of a detector.
+
+    Raises:
+        InputError: they are of others.
+    """
     from jdkd.data import CocoDetectionDataset
+    from jdkd.detect.contract import require_classes
 
     data = CocoDetectionDataset(split, progress.task(f"check {split.name} images"))
-    _require_classes(model, who, data)
+    require_classes(model, who, data.classes, split.annotations)
     return data
-
-
-def _require_classes(model: nn.Module, who: str, data: CocoDetectionDataset) -> None:
-    """Refuses a detector of other classes than the data's, or of unknown ones."""
-    from jdkd.detect.contract import architecture_of, unlike
-
-    if (classes := architecture_of(model, who).classes) != data.classes:
-        known = f"the classes {', '.join(classes[:5])} ({len(classes)})" if classes else "classes without names"
-        raise InputError(
-            f"{who} knows {known}, {data.split.annotations} has {', '.join(data.classes[:5])} ({len(data.classes)}): "
-            f"{unlike(classes, data.classes)}; give the data that it was made for, or import it with --classes."
-        )
 
 
 def _print(out: Path, pool: TeacherPool) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from jdkd.errors import InputError
 from jdkd.run_folder import RunFolder
 
+TRAININGS = ("train", "distill", "swap")  # commands that leave the log of one
+
 
 @dataclass(frozen=True)
 class Report:
@@ -17,7 +19,7 @@ class Report:
     """
 
     folder: Path
-    """Folder of a search, or of a training with --tensorboard."""
+    """Folder of a search, or with --tensorboard of train, distill or swap."""
     optuna: str | None = None
     """Mirror the candidates as an Optuna study in this storage, such as sqlite:///study.db."""
     tensorboard: bool = False
@@ -27,7 +29,7 @@ class Report:
         from jdkd.report import Mirrors, read_outcome, summary, write_report
 
         kind = (RunFolder(self.folder).read() or {}).get("kind", "search")
-        trained = kind == "train" and self.tensorboard and self.optuna is None
+        trained = kind in TRAININGS and self.tensorboard and self.optuna is None
         if kind != "search" and not trained:
             raise InputError(
                 f"{self.folder} holds a `jdkd {kind}`, and a report is made of a search; of a training, --tensorboard "

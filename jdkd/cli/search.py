@@ -17,8 +17,6 @@ from jdkd.run_folder import RunFolder
 if TYPE_CHECKING:
     from jdkd.data import Split
 
-TARGET = 0.53  # what Joint-DetNAS publishes
-
 
 @dataclass(frozen=True)
 class Search:
@@ -125,8 +123,10 @@ class Search:
         Raises:
             InputError: they are no numbers, or are given twice.
         """
+        from jdkd.search import SearchConfig
+
         if self.targets is None:
-            return (TARGET if self.target_latency is None else self.target_latency,)
+            return SearchConfig.targets if self.target_latency is None else (self.target_latency,)
         if self.target_latency is not None:
             raise InputError("--targets and --target-latency are both given; give all in --targets.")
         try:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jdkd.cli.failures import keeping
 from jdkd.cli.flags import DataFlags, RecipeFlags, TrainingFlags
 from jdkd.cli.progress import Progress
-from jdkd.errors import InputError
+from jdkd.errors import InputError, few
 from jdkd.files import content_hash, write_json
 from jdkd.notices import say_once
 from jdkd.run_folder import RunFolder
@@ -54,8 +54,8 @@ class Data:
             train, val = (CocoDetectionDataset(split, progress.task(f"check {split.name} images")) for split in splits)
         if train.classes != val.classes:
             raise InputError(
-                f"the training data have the classes {', '.join(train.classes[:5])} ({len(train.classes)}), the "
-                f"validation data {', '.join(val.classes[:5])} ({len(val.classes)}); give splits of one data set."
+                f"the training data have the classes {few(train.classes)}, the validation data {few(val.classes)}; "
+                "give splits of one data set."
             )
         return cls(splits, train, val)
 
@@ -65,13 +65,9 @@ class Data:
         Raises:
             InputError: it does not train on such data.
         """
-        from jdkd.data import batches
-        from jdkd.detect.contract import require_learner
-        from jdkd.train.inputs import with_targets_of
+        from jdkd.train.inputs import data_for
 
-        train = with_targets_of(model, self.train)
-        require_learner(model, *next(batches(train, batch_size=min(2, batch_size), steps=1, seed=seed)))
-        return dataclasses.replace(self, train=train)
+        return dataclasses.replace(self, train=data_for(model, self.train, batch_size=batch_size, seed=seed))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from jdkd.data.images import MISSING, REMEDIES, ImageFault, no_warnings, verify_
 from jdkd.data.masks import read_segmentations
 from jdkd.data.problems import Problem
 from jdkd.data.splits import Split
-from jdkd.errors import InputError
+from jdkd.errors import InputError, few
 from jdkd.files import write_whole
 
 ProgressCallback = Callable[[int, int], object]
@@ -148,8 +148,7 @@ def compare_splits(train: Inspection, val: Inspection) -> list[Problem]:
     problems = []
     classes = train.annotations.classes, val.annotations.classes
     if classes[0] != classes[1]:
-        known = [f"{', '.join(names[:5])} ({len(names)})" for names in classes]
-        what = f"has the classes {known[1]}, the training data {known[0]}"
+        what = f"has the classes {few(classes[1])}, the training data {few(classes[0])}"
         problems.append(
             Problem("other classes", val.split.annotations, [0], lambda _: what, "give splits of one data set")
         )

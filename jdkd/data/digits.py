@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jdkd.data.photographs import photographs
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, unwritable
 
@@ -157,15 +158,13 @@ def _digits(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @cache
-def _photographs() -> list[Image.Image]:
-    from sklearn.datasets import load_sample_images
-
-    return [Image.fromarray(photograph) for photograph in load_sample_images().images]
+def _pictures() -> list[Image.Image]:
+    return [Image.fromarray(photograph.permute(1, 2, 0).numpy()) for photograph in photographs()]
 
 
 def _background(size: int, rng: np.random.Generator) -> np.ndarray:
     """A random square crop of a photograph, darkened so that digits stand out, float [size, size, 3] in 0..255."""
-    photograph = _photographs()[rng.integers(len(_photographs()))]
+    photograph = _pictures()[rng.integers(len(_pictures()))]
     width, height = photograph.size
     side = int(rng.integers(96, min(height, width) + 1))
     x, y = int(rng.integers(width - side + 1)), int(rng.integers(height - side + 1))

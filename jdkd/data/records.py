@@ -191,6 +191,6 @@ def _integer(value: Any) -> int | None:
     return value if right else None
 
 
-def _short(value: Any, most: int = 80) -> str:
+def _short(value: Any) -> str:
     shown = repr(value)
-    return shown if len(shown) <= most else f"{shown[:most]}..."
+    return shown if len(shown) <= 80 else f"{shown[:80]}..."

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.errors import InputError, said
+from jdkd.errors import InputError, few, said
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.rewrite import Architecture
@@ -45,6 +45,27 @@ def unlike(theirs: Sequence[str], ours: Sequence[str]) -> str:
             one, other = ("missing" if name is None else repr(name) for name in (one, other))
             return f"class {number + 1} is {one} in the first and {other} in the second"
     return ""
+
+
+def require_classes(model: nn.Module, who: str, classes: tuple[str, ...], where: object) -> None:
+    """Refuses a detector of other classes than the data's, or of unknown ones.
+
+    Args:
+        model: the detector.
+        who: what errors call it.
+        classes: of the data.
+        where: what errors call these: the file of their annotations.
+
+    Raises:
+        InputError: they are not the same in the same order.
+    """
+    known = architecture_of(model, who).classes
+    if known != classes:
+        has = f"knows the classes {few(known)}" if known else "does not say which classes it knows"
+        raise InputError(
+            f"{who} {has}, and {where} has {few(classes)}: {unlike(known, classes)}; give the data that it was made "
+            "for, or import it with --classes, in the order of its labels."
+        )
 
 
 def known_architecture(model: nn.Module) -> Architecture | None:

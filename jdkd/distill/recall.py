@@ -57,7 +57,7 @@ def recall_of(model: nn.Module, batches: Iterable[Any]) -> Recall:
     return Recall(found, objects)
 
 
-def say_if_blind(teacher: nn.Module, batches: Iterable[Any]) -> Recall:
+def say_if_blind(teacher: nn.Module, batches: Iterable[Any]) -> None:
     """Says once that a teacher finds none of the objects, as one does that was not loaded or sees the wrong images.
 
     Args:
@@ -69,4 +69,3 @@ def say_if_blind(teacher: nn.Module, batches: Iterable[Any]) -> Recall:
             f"the teacher ({type(unwrapped(teacher)).__name__}) finds none of {recall.objects} objects in training "
             "images; if it was trained to find such, check its weights and how its images are normalised"
         )
-    return recall

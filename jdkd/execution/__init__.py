@@ -4,6 +4,6 @@ from jdkd.execution.choosing import executor
 from jdkd.execution.cluster import RayTasks
 from jdkd.execution.journal import Journal
 from jdkd.execution.processes import Processes
-from jdkd.execution.task import Executor, InProcess, ProgressCallback, Task
+from jdkd.execution.task import Executor, InProcess, Task
 
-__all__ = ["Executor", "InProcess", "Journal", "Processes", "ProgressCallback", "RayTasks", "Task", "executor"]
+__all__ = ["Executor", "InProcess", "Journal", "Processes", "RayTasks", "Task", "executor"]

@@ -5,7 +5,8 @@ import torch
 from jdkd.errors import InputError
 from jdkd.execution.cluster import RayTasks
 from jdkd.execution.processes import Processes
-from jdkd.execution.task import Evaluate, Executor, InProcess, ProgressCallback, Task
+from jdkd.execution.task import Evaluate, Executor, InProcess, Task
+from jdkd.notices import ProgressCallback
 
 
 def executor(

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from jdkd.errors import InputError, said
-from jdkd.execution.task import Evaluate, Json, ProgressCallback, Task, named, outcome_of
+from jdkd.execution.task import Evaluate, Json, Task, named, outcome_of
 from jdkd.execution.worker import Reports, portable
 from jdkd.files import write_whole
-from jdkd.notices import say_once, told_to
+from jdkd.notices import ProgressCallback, say_once, told_to
 
 RETRIES = 2  # of a job whose worker was lost; Ray's own
 PAUSE = 1.0  # seconds between two reports of one thing, which cross a network

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from jdkd.errors import InputError
-from jdkd.execution.task import Json, ProgressCallback, Task, named
+from jdkd.execution.task import Json, Task, named
 from jdkd.execution.worker import GLANCE, serve
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback, say_once
 
 RETRIES = 2  # of a job whose process ended
 GRACE = 60.0  # seconds in which an interrupted worker may save its step

@@ -9,15 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from jdkd.errors import InputError, ModelError, said
+from jdkd.notices import ProgressCallback
 
 Json = dict[str, Any]
 Evaluate = Callable[[Json], Json]
-
-
-class ProgressCallback(Protocol):
-    """Called with what is going on, how many parts of it are done, of how many, and figures to show beside it."""
-
-    def __call__(self, what: str, done: int, total: int, values: Mapping[str, Any]) -> None: ...
 
 
 class Task(Protocol):

@@ -17,8 +17,8 @@ from jdkd.export.opening import Exported
 from jdkd.export.preparing import Found, batch_of
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
+from jdkd.train.evaluate import scored
 from jdkd.train.findings import Findings
-from jdkd.train.scoring import score
 
 MAP = 0.001
 """What the mAP of a file may differ by."""
@@ -153,7 +153,7 @@ def parity(
             if progress and total:
                 progress(number, total)
     if dataset is not None:
-        found.maps = _maps(findings, dataset, facts["detections"])
+        found.maps = _maps(findings.values(), dataset, facts["detections"])
     return found
 
 
@@ -231,15 +231,12 @@ def _tensors(found: Found, masks: bool) -> dict[str, Tensor]:
     return tensors | ({"masks": torch.from_numpy(found["masks"])[:, None]} if masks else {})
 
 
-def _maps(findings: Mapping[str, Findings], dataset: Any, most: int) -> dict[str, tuple[float, ...]]:
+def _maps(findings: Iterable[Findings], dataset: Any, most: int) -> dict[str, tuple[float, ...]]:
     """mAP of boxes, and of masks where there are any, of each of two."""
-    rows = {kind: each.close() for kind, each in findings.items()}
-    plain = [[{k: v for k, v in row.items() if k != "segmentation"} for row in of] for of in rows.values()]
-    found: dict[str, tuple[float, ...]] = {"boxes": tuple(score(dataset, of, most).map for of in plain)}
-    if all(each.masks for each in findings.values()):
-        shapes = [[{k: v for k, v in row.items() if k != "bbox"} for row in of] for of in rows.values()]
-        found["masks"] = tuple(score(dataset.with_masks(), of, most, "segm").map for of in shapes)
-    return found
+    scores = [scored([each], dataset, most) for each in findings]
+    found: dict[str, tuple[float, ...]] = {"boxes": tuple(each.map for each in scores)}
+    masks = tuple(each.segm.map for each in scores if each.segm is not None)
+    return found | ({"masks": masks} if len(masks) == len(scores) else {})
 
 
 def require_parity(model: nn.Module, file: Exported, found: Parity, stages: Callable[[], Exported]) -> None:

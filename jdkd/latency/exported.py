@@ -104,7 +104,7 @@ class OpenVinoEngine:
         return [found[place] for place in range(len(self.outputs))]
 
 
-class Exported:
+class OfFile:
     """A runtime of exported files.
 
     Args:
@@ -243,8 +243,8 @@ def runtimes_with(export: Exporter) -> dict[str, Runtime]:
         Eager(),
         Compiled(),
         CudaGraph(),
-        Exported("onnxruntime", "onnxruntime", OnnxEngine, {"cpu": ["CPUExecutionProvider"], CUDA: on_cuda}, export),
-        Exported("openvino", "openvino", OpenVinoEngine, {"cpu": []}, export, ("float32",)),
-        Exported("tensorrt", "onnxruntime", OnnxEngine, {CUDA: tensorrt}, export),
+        OfFile("onnxruntime", "onnxruntime", OnnxEngine, {"cpu": ["CPUExecutionProvider"], CUDA: on_cuda}, export),
+        OfFile("openvino", "openvino", OpenVinoEngine, {"cpu": []}, export, ("float32",)),
+        OfFile("tensorrt", "onnxruntime", OnnxEngine, {CUDA: tensorrt}, export),
     ]
     return {each.name: each for each in found}

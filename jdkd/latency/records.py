@@ -20,19 +20,6 @@ RESULTS = "benchmarks/results"  # files of results, which are no sources
 SAME = "runtime", "dtype", "batch_size", "images_sha256"  # of the protocol, where two reports are compared
 
 
-def sha256_of(file: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise InputError(f"{file} cannot be read ({error.strerror}); give a file that can.") from None
-
-
 def weights_sha256(model: nn.Module) -> str:
     """SHA-256 of all parameters and buffers of a model, with their names: for one that lies in no file."""
     digest = hashlib.sha256()

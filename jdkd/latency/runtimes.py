@@ -1,4 +1,4 @@
-"""What runs a detector when it is timed: :class:`Runtime`, torch's own three, and the table of all, by name."""
+"""What runs a detector when it is timed: :class:`Runtime`, and torch's own three."""
 
 from __future__ import annotations
 

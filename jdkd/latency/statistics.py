@@ -160,3 +160,9 @@ def ratio_over_processes(ratios: Sequence[float], *, level: float = LEVEL) -> Ra
     middle = statistics.fmean(logs)
     reach = float(stdtrit(len(logs) - 1, (1 + level) / 2)) * statistics.stdev(logs) / math.sqrt(len(logs))
     return Ratio(math.exp(middle), math.exp(middle - reach), math.exp(middle + reach), level)
+
+
+def kendall(pairs: Sequence[tuple[float, float]]) -> float:
+    """Kendall's tau: of all pairs of pairs, the share that agrees in order minus the share that does not."""
+    products = [(a - c) * (b - d) for k, (a, b) in enumerate(pairs) for c, d in pairs[:k]]
+    return statistics.fmean((each > 0) - (each < 0) for each in products) if products else math.nan

@@ -320,9 +320,3 @@ def _non_negative(a: np.ndarray, b: np.ndarray, ridge: np.ndarray) -> np.ndarray
     from scipy.optimize import nnls
 
     return nnls(np.vstack([a, np.diag(np.sqrt(ridge))]), np.concatenate([b, np.zeros(len(ridge))]))[0]
-
-
-def kendall(pairs: Sequence[tuple[float, float]]) -> float:
-    """Kendall's tau: of all pairs of pairs, the share that agrees in order minus the share that does not."""
-    signs = [np.sign((a - c) * (b - d)) for k, (a, b) in enumerate(pairs) for c, d in pairs[:k]]
-    return float(np.mean(signs)) if signs else math.nan

@@ -15,10 +15,10 @@ from jdkd.detect.contract import architecture_of
 from jdkd.errors import InputError, ModelError
 from jdkd.files import content_hash, read_json, write_json
 from jdkd.graph import Topology
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.foreign import require_common, require_name
 from jdkd.pool.members import ScoredTeacher, Teacher
-from jdkd.pool.shrinking import ProgressCallback, calibrate
+from jdkd.pool.shrinking import calibrate
 from jdkd.pool.space import Space
 from jdkd.pool.supernet import Supernet
 from jdkd.train import evaluate

@@ -9,7 +9,7 @@ from torch import nn
 from jdkd.detect.contract import architecture_of, unlike
 from jdkd.distill import pyramids
 from jdkd.distill.levels import POOLED, level_strides
-from jdkd.errors import InputError
+from jdkd.errors import InputError, few
 
 NAMED = ("largest", "smallest", "best")  # what names a subnet
 
@@ -44,9 +44,9 @@ def require_common(name: str, detector: nn.Module, largest: nn.Module, images: A
     ours, theirs = (architecture_of(model, f"teacher {name}").classes for model in (largest, detector))
     if ours != theirs:
         order = " in another order" if sorted(ours) == sorted(theirs) else ""
-        known = _short(theirs) if theirs else "classes that have no names"
+        known = f"the classes {few(theirs)}" if theirs else "classes that have no names"
         raise InputError(
-            f"teacher {name} knows {known} and the pool {_short(ours)}{order}; give a detector of the pool's classes, "
+            f"teacher {name} knows {known} and the pool {few(ours)}{order}; give a detector of the pool's classes, "
             f"named so (`jdkd import --classes`): {unlike(theirs, ours)}."
         )
     try:
@@ -65,7 +65,3 @@ def _strides(model: nn.Module, images: Any) -> set[int]:
     (seen,) = pyramids(model, [images])
     strides = level_strides(seen.pyramid, seen.size, "detector")
     return {stride for name, stride in strides.items() if name.rpartition(".")[2] != POOLED}
-
-
-def _short(classes: tuple[str, ...]) -> str:
-    return f"{len(classes)} classes ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"

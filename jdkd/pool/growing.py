@@ -14,10 +14,10 @@ from jdkd.detect.contract import architecture_of
 from jdkd.errors import InputError
 from jdkd.graph import Topology
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.elastic_pool import POOL, TeacherPool, load_pool, save_pool
 from jdkd.pool.phases import PoolTrainConfig
-from jdkd.pool.shrinking import CALIBRATION_BATCHES, ProgressCallback, progressive_shrinking
+from jdkd.pool.shrinking import CALIBRATION_BATCHES, progressive_shrinking
 from jdkd.pool.space import Space, Subnet
 from jdkd.pool.supernet import Supernet, grow_base
 from jdkd.train.distributed import is_first

@@ -7,7 +7,7 @@ sampled beside it in every step and distilled from it once frozen, channels sort
 
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.distill import Distiller, can_distil_heads
 from jdkd.errors import InputError
 from jdkd.files import read_json, write_json
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.phases import Phase, PoolTrainConfig
 from jdkd.pool.supernet import Supernet
 from jdkd.train import TrainConfig, calibrate_bn, checkpoint, fit
 from jdkd.train.distributed import from_first
 from jdkd.train.engine import Losses
 
-ProgressCallback = Callable[[str, int, int, dict[str, float]], None]  # what, done, total, losses
 CALIBRATION_BATCHES = 8
 """Batches over which the batch norms of a subnet are measured anew."""
 PLAN = "plan.json"

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from jdkd.latency import LatencyReport, fuse_for_inference, measure_quick
+from jdkd.notices import ProgressCallback
 from jdkd.pool.elastic_pool import TeacherPool
 from jdkd.pool.members import ScoredTeacher, Teacher, teacher_to_json
-from jdkd.pool.shrinking import ProgressCallback
 
 TIMED_TOGETHER = 8  # teachers that are in memory at a time, beside the largest
 

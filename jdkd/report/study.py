@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jdkd.errors import InputError
-from jdkd.report.outcome import Outcome
+from jdkd.report.outcome import KINDS, Outcome
 from jdkd.search.archive import Candidate
 
 if TYPE_CHECKING:
@@ -17,11 +17,10 @@ if TYPE_CHECKING:
 
 MARK = "jdkd search"  # the attribute by which a study is known as a search's mirror; holds the base's id
 OBJECTIVES = {"mAP": "maximize", "latency_ratio": "minimize"}
-KINDS = ("base", "morph", "teacher", "train")
 
 
-def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) -> Study:
-    """Mirrors an archive as an Optuna study of two objectives, which its dashboard can open.
+def mirror_to_optuna(outcome: Outcome, storage: str) -> Study:
+    """Mirrors an archive as an Optuna study of two objectives, which its dashboard can open, by the name of its folder.
 
     Trials come in the archive's order; failed candidates are trials that failed. Mirroring again adds what is new. As
     a trial cannot be changed, the study is made anew where the archive says something else by now of a candidate that
@@ -30,7 +29,6 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
     Args:
         outcome: of a search, finished or under way.
         storage: what Optuna takes for one, `sqlite:///study.db` say.
-        name: of the study; by default the name of the search's folder.
 
     Returns:
         The study.
@@ -41,7 +39,7 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
     import optuna
     from sqlalchemy.exc import SQLAlchemyError
 
-    name = outcome.folder.resolve().name if name is None else name
+    name = outcome.folder.resolve().name
     wanted = _trials(outcome.candidates)
     own = outcome.candidates[0].id
     given = {"storage": storage, "study_name": name}
@@ -53,7 +51,7 @@ def mirror_to_optuna(outcome: Outcome, storage: str, name: str | None = None) ->
         there = study.get_trials(deepcopy=False)
         if there and study.user_attrs.get(MARK) != own:
             raise InputError(
-                f"{storage} holds a study {name!r} that is no mirror of this search; give another storage or name."
+                f"{storage} holds a study {name!r} that is no mirror of this search; give another storage."
             )
         if not all(map(_alike, there, wanted)) or len(there) > len(wanted):
             optuna.delete_study(**given)
@@ -77,7 +75,7 @@ def _trials(candidates: Sequence[Candidate]) -> list[FrozenTrial]:
 
     teachers = sorted({str(one.teacher) for one in candidates if one.teacher is not None})
     ranges = {
-        "kind": CategoricalDistribution(KINDS),
+        "kind": CategoricalDistribution(("base", *KINDS)),
         "generation": IntDistribution(0, candidates[-1].generation),
         "steps": IntDistribution(0, max(one.steps for one in candidates)),
         "target": FloatDistribution(0.0, 1.0),

@@ -18,10 +18,10 @@ from jdkd.pool.members import Teacher
 from jdkd.report.outcome import Outcome, Student
 from jdkd.report.predictions import examples
 from jdkd.report.responses import responses_section
+from jdkd.search.config import POOL
 from jdkd.search.proposal import BASE
 
 CHANNELS = 8  # of each level that are drawn
-POOL = "pool"  # where a search keeps the pool that it has grown
 
 
 def taught_section(outcome: Outcome) -> str:
@@ -72,4 +72,6 @@ def _teacher(teacher: Teacher, outcome: Outcome, dataset: CocoDetectionDataset) 
     folders = where.get("teachers") or {}
     if isinstance(teacher, str) and teacher in folders:
         return load(Path(folders[teacher]))
-    return load_pool(Path(where.get("pool") or outcome.folder / POOL), None, dataset).teacher(teacher)
+    grown = outcome.folder / POOL  # which moves with the search, whatever its record says
+    given = Path(where.get("pool") or grown)
+    return load_pool(grown if grown.is_dir() else given, None, dataset).teacher(teacher)

@@ -27,14 +27,13 @@ class TensorBoardMirror:
     Logs and archive stay the source: a mirror that is opened writes everything anew, so nothing is there twice.
 
     Args:
-        folder: of a training or a search.
-        where: folder for the events, which belongs to this mirror; by default `tensorboard` in the first.
+        folder: of a training or a search; the events go into `tensorboard` in it, which belongs to this mirror.
     """
 
-    def __init__(self, folder: Path, where: Path | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.where = folder, where or folder / "tensorboard"
+        self.folder, self.where = folder, folder / "tensorboard"
         self._make, self._writers = SummaryWriter, {}
         self._read: dict[Path, int] = {}  # bytes of each log that are written
         self._candidates = 0

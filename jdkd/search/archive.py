@@ -38,7 +38,7 @@ class Candidate:
         id: names the candidate and its architecture.
         parent: id of the candidate it inherits from; None for the base.
         generation: that it was made in; 0 for the base.
-        kind: ``"base"``, ``"morph"`` (another student), ``"teacher"`` (another teacher) or ``"train"`` (both stayed).
+        kind: ``"base"``, or as of :class:`jdkd.search.proposal.Proposal`.
         action: what was done to the parent, in words.
         teacher: who taught it; None where nobody did.
         target: the latency ratio that it is made for; None where it explored for several.

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from jdkd.data import CocoDetectionDataset, batches
 from jdkd.data.splits import whereabouts
 from jdkd.detect import load, read
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
-from jdkd.detect.contract import architecture_of, require_learner, unlike
+from jdkd.detect.contract import architecture_of, require_classes
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.export.runtimes import known_runtimes
@@ -25,17 +25,17 @@ from jdkd.latency import QUICK, REPORTED, Ratio, fuse_for_inference, measure, pr
 from jdkd.latency.protocol import conditions_of
 from jdkd.latency.runtimes import Runtime, require_runnable
 from jdkd.latency.table import LatencyTable, measure_table
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback
 from jdkd.pool.elastic_pool import POOL
-from jdkd.pool.shrinking import ProgressCallback, calibrate
-from jdkd.run_folder import RunFolder
+from jdkd.pool.shrinking import calibrate
 from jdkd.search.archive import Candidate
-from jdkd.search.config import SearchConfig, steps_of
-from jdkd.search.selection import Part, divide
+from jdkd.search.budget import steps_of
+from jdkd.search.config import SearchConfig
+from jdkd.search.selection import Part, divide, say_if_trained_elsewhere, trained_on
 from jdkd.search.spending import Spending
 from jdkd.search.timing import BRIEF, Timing, machine_of, pooled
 from jdkd.train import Scores, TrainConfig, evaluate, fit
-from jdkd.train.inputs import with_targets_of
+from jdkd.train.inputs import data_for
 
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3  # for repair and correlations
@@ -146,8 +146,9 @@ class SearchContext:
         models |= {id_: fuse_for_inference(model) for id_, model in detectors.items() if id_ != base}
         schedule, rounds = vars(QUICK), config.latency_rounds
         if stage != BRIEF:
-            schedule, rounds = vars(REPORTED) | {"min_seconds": config.latency_seconds}, 5 * rounds
-            schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, config.latency_seconds)
+            seconds, rounds = config.latency_seconds, 5 * rounds
+            schedule = vars(REPORTED) | {"min_seconds": seconds, "max_seconds": max(REPORTED.max_seconds, 2 * seconds)}
+            schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, seconds)
         with self.spent.on("timing"), nullcontext() if kept is None else self.runtime.steady_nms(kept):
             measured = measure(
                 models,
@@ -288,8 +289,7 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
     """
     require_runnable([config.runtime], known_runtimes(), torch.device(config.device), ["float32"])
     base = load(config.base, config.device)
-    classes = architecture_of(base, "search").classes
-    if not classes:
+    if not architecture_of(base, "search").classes:
         raise InputError(
             f"the detector in {config.base} does not say which classes it knows; import it with --classes, in the "
             "order of its labels."
@@ -300,45 +300,12 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
         for name, split in splits.items()
         if split is not None
     }
-    for name, dataset in opened.items():
-        if dataset.classes != classes:
-            raise InputError(
-                f"the base in {config.base} knows the classes {_short(classes)}, the {name} data has "
-                f"{_short(dataset.classes)}: {unlike(classes, dataset.classes)}; give the data that the base "
-                "was made for."
-            )
-    train = with_targets_of(base, opened["training"])
-    few = min(2, config.batch_size)
-    require_learner(base, *next(batches(train, batch_size=few, steps=1, seed=config.seed, device=config.device)))
+    for dataset in opened.values():
+        require_classes(base, f"the base in {config.base}", dataset.classes, dataset.split.annotations)
+    how = {"batch_size": config.batch_size, "seed": config.seed, "device": config.device}
+    train = data_for(base, opened["training"], **how)
     say_if_trained_elsewhere(f"the base in {config.base}", trained_on(config.base), train)
     selection, report = divide(train, opened["validation"], opened.get("selection"))
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
     return SearchContext(config, base, fuse_for_inference(base), train, selection, report, images, progress)
-
-
-def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetectionDataset) -> None:
-    """A detector that was trained on other images than a search trains on may know those that select.
-
-    Args:
-        what: the detector, in words.
-        trained_on: fingerprint of its training images, where it is known.
-        train: what the search trains on.
-    """
-    if trained_on != train.fingerprint:
-        was = "was trained on other data than" if trained_on else "does not say whether it was trained on"
-        say_once(
-            f"{what} {was} {train.split.annotations}; if it saw images that select or report, its scores there "
-            "flatter it."
-        )
-
-
-def trained_on(detector: Path) -> str | None:
-    """Fingerprint of the images that a detector was trained on, by the record of its training."""
-    with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
-        return RunFolder(detector).read()["identity"]["data"]["train"]
-    return None
-
-
-def _short(classes: tuple[str, ...]) -> str:
-    return f"{len(classes)} ({', '.join(classes[:5])}{', ...' if len(classes) > 5 else ''})"

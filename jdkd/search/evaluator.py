@@ -13,9 +13,9 @@ from torch import nn
 from jdkd.detect import load, save
 from jdkd.distill import Distiller, can_distil_heads
 from jdkd.distill.training import lessons
+from jdkd.notices import ProgressCallback
 from jdkd.pool import TeacherPool
 from jdkd.pool.members import Teacher
-from jdkd.pool.shrinking import ProgressCallback
 from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext, candidate_folder, open_context
 from jdkd.search.inheriting import fresh, inherit

@@ -17,12 +17,12 @@ from jdkd.errors import InputError
 from jdkd.execution import Journal, executor
 from jdkd.files import read_as, write_json
 from jdkd.latency.table import LatencyTable
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool import TeacherPool
-from jdkd.pool.shrinking import ProgressCallback
 from jdkd.run_folder import RunFolder
 from jdkd.search.archive import ARCHIVE, Archive, Candidate
-from jdkd.search.config import Plan, SearchConfig, plan
+from jdkd.search.budget import Plan, plan
+from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext, candidate_folder, open_context
 from jdkd.search.evaluator import Evaluator, SearchTask
 from jdkd.search.matching import Matching

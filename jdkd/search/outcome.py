@@ -13,7 +13,7 @@ from jdkd.detect import load, save
 from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
-from jdkd.latency.table import kendall
+from jdkd.latency.statistics import kendall
 from jdkd.notices import say_once
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate

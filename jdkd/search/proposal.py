@@ -30,7 +30,8 @@ class Proposal:
         number: of the candidate, from 1; the seed of its training too.
         generation: that it belongs to, from 1.
         parent: id of the candidate that it inherits from.
-        kind: ``"morph"`` (another student), ``"teacher"`` (another teacher) or ``"train"`` (both stay).
+        kind: ``"morph"`` (another student), ``"teacher"`` (another teacher, or no longer one) or ``"train"`` (both
+            stay).
         action: what is done to the parent, in words.
         rewrites: what is done to it, one after the other; each is of what the one before has left.
         teacher: who teaches it; None where nobody does.

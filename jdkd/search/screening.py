@@ -23,7 +23,7 @@ from jdkd.morph import Morph, can_shorten, channel_importance, cut_to, grow, sho
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
 from jdkd.search.archive import Candidate
-from jdkd.search.config import MARGIN
+from jdkd.search.budget import MARGIN
 from jdkd.search.context import SearchContext
 from jdkd.search.inheriting import inherit
 from jdkd.search.timing import BRIEF, LONG, pooled

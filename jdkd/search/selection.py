@@ -4,8 +4,8 @@ What a detector was trained on flatters it. The base knows all training images, 
 result may rest on any of them, or on an image that the other rests on.
 """
 
-import hashlib
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 
 from jdkd.data import CocoDetectionDataset
 from jdkd.errors import InputError
+from jdkd.files import sha256_of
 from jdkd.notices import say_once
+from jdkd.run_folder import RunFolder
 
 REMEDY = "give more of them, or others to select on with --selection-images and --selection-annotations"
 SHOWN = 3  # examples in a message
@@ -87,9 +89,32 @@ def divide(
     return parts
 
 
+def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetectionDataset) -> None:
+    """A detector that was trained on other images than a search trains on may know those that select.
+
+    Args:
+        what: the detector, in words.
+        trained_on: fingerprint of its training images, where it is known.
+        train: what the search trains on.
+    """
+    if trained_on != train.fingerprint:
+        was = "was trained on other data than" if trained_on else "does not say whether it was trained on"
+        say_once(
+            f"{what} {was} {train.split.annotations}; if it saw images that select or report, its scores there "
+            "flatter it."
+        )
+
+
+def trained_on(detector: Path) -> str | None:
+    """Fingerprint of the images that a detector was trained on, by the record of its training."""
+    with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
+        return RunFolder(detector).read()["identity"]["data"]["train"]
+    return None
+
+
 def _halves(val: CocoDetectionDataset) -> tuple[list[int], list[int]]:
     """Indices of one half and of the other; images with a box and images without are halved by themselves."""
-    contents = [_content(file) for file in val.files]
+    contents = [sha256_of(file) for file in val.files]
     labelled = {content for content, labels in zip(contents, val.labels, strict=True) if len(labels)}
     if len(labelled) < 2:
         raise InputError(
@@ -109,8 +134,8 @@ def _without(dataset: CocoDetectionDataset, other: CocoDetectionDataset, what: s
     for file in other.files:
         by_size[file.stat().st_size].append(file)
     sizes = [file.stat().st_size for file in files]
-    twins = {_content(file) for size in set(sizes) for file in by_size.get(size, ())}  # only these have to be read
-    shared = {i for i, file in enumerate(files) if sizes[i] in by_size and _content(file) in twins}
+    twins = {sha256_of(file) for size in set(sizes) for file in by_size.get(size, ())}  # only these have to be read
+    shared = {i for i, file in enumerate(files) if sizes[i] in by_size and sha256_of(file) in twins}
     if not shared:
         return dataset
     annotations = dataset.split.annotations
@@ -142,8 +167,3 @@ def _check_boxes(part: Part, does: str) -> None:
             f"the {len(dataset)} images of {dataset.split.annotations} that {does} hold no box of {len(missing)} of "
             f"the {len(dataset.classes)} classes ({named}); these have no part in their mAP."
         )
-
-
-def _content(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class Spending:
-    """Seconds of wall-clock time of one process, by what they were spent on.
+    """Seconds of wall-clock time of one process, by what they were spent on."""
 
-    Args:
-        seconds: what was spent before, as by the run that this one resumes.
-    """
-
-    def __init__(self, seconds: Mapping[str, float] | None = None) -> None:
-        self.seconds = dict(seconds or {})
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
         self._within: list[str] = []
         self._since = time.perf_counter()
 

@@ -12,8 +12,8 @@ from jdkd.latency.table import Features, LatencyTable
 from jdkd.notices import say_once
 from jdkd.pool.members import Teacher
 from jdkd.search.archive import Archive, Candidate
+from jdkd.search.budget import Plan, Rung
 from jdkd.search.choice import contenders, fitness, pareto_front
-from jdkd.search.config import Plan, Rung
 from jdkd.search.context import SearchContext
 from jdkd.search.matching import Matching
 from jdkd.search.proposal import Cycle, Proposal
@@ -28,10 +28,10 @@ NO_CUT = 0.98  # of the parents' latency: where not even that can be reached, no
 class Strategy:
     """Decides a whole generation at a time, from the archive alone.
 
-    So any number of workers, in whatever order they finish, gives the same search. Two processes are joined in every
-    generation, as in Joint-DetNAS (Yao et al., CVPR 2021): the student's architecture changes and it inherits weights,
-    and the teacher is chosen anew for what the student has become. First the generations go down to the wanted
-    latencies, with short trainings for several students each; then the best of each target are trained on.
+    So any number of workers, in whatever order they finish, gives the same search. Two processes are joined, as in
+    Joint-DetNAS (Yao et al., CVPR 2021): the student's architecture changes and it inherits weights, and the teacher is
+    chosen anew for what the student has become. First the generations go down to the wanted latencies, with short
+    trainings for several students each; then the fittest of each target are trained on, and one of them alone.
 
     Args:
         context: data, base and settings.
@@ -120,7 +120,7 @@ class Strategy:
             return found
 
     def _trained_on(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
-        """For every target, the best that may reach it, trained on; one that is still too slow is cut once more.
+        """For every target, the fittest, trained on; one that is still too slow is cut once more.
 
         Dynamic distillation ends where one goes on alone: of equally long trainings from the same finalists of ours the
         untaught one ended 0.035 mAP ahead, and took 0.63 of the time.

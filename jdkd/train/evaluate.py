@@ -71,7 +71,7 @@ def evaluate(
         return find(model, dataset, device=device, max_detections=max_detections, progress=progress, **read)
 
     parts = gathered(part) if shared else [part()]
-    return from_first(lambda: _scored(parts, dataset, most)) if shared else _scored(parts, dataset, most)
+    return from_first(lambda: scored(parts, dataset, most)) if shared else scored(parts, dataset, most)
 
 
 def prepare(model: nn.Module, dataset: Any) -> None:
@@ -117,8 +117,12 @@ def find(
     return findings
 
 
-def _scored(parts: list[Findings], dataset: Any, most: int) -> Scores:
-    """What all parts of the detections score together."""
+def scored(parts: list[Findings], dataset: Any, most: int) -> Scores:
+    """What all parts of the detections of a dataset score together, ``most`` of them an image.
+
+    Raises:
+        ModelError: none of them can be scored.
+    """
     findings = parts[0]
     for other in parts[1:]:
         findings.merge(other)

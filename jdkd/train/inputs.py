@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect.contract import extra_targets
+from jdkd.data import batches
+from jdkd.detect.contract import extra_targets, require_learner
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 
@@ -30,6 +31,24 @@ def with_targets_of(model: nn.Module, dataset: Any) -> Any:
             "detector of boxes or masks (the boxes of this one can be scored)"
         )
     return dataset.with_masks() if "masks" in wanted else dataset
+
+
+def data_for(model: nn.Module, dataset: Any, *, batch_size: int, seed: int, device: torch.device | str = "cpu") -> Any:
+    """As :func:`with_targets_of`, once the detector has been seen to learn from a batch of it, of two images at most.
+
+    Args:
+        model: a detector, on ``device``.
+        dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`.
+        batch_size, seed: of the training that is to come.
+        device: where.
+
+    Raises:
+        InputError: it does not train, or not on such data.
+    """
+    dataset = with_targets_of(model, dataset)
+    tried = batches(dataset, batch_size=min(2, batch_size), steps=1, seed=seed, device=device)
+    require_learner(model, *next(tried))
+    return dataset
 
 
 def images_of(batch: Any) -> Tensor | list[Tensor]:

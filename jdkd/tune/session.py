@@ -20,7 +20,7 @@ from jdkd.files import cache_folder, claim_folder, lock_folder, unlock_folder
 from jdkd.latency.clock import Clock
 from jdkd.latency.protocol import LEAST_ROUNDS, Schedule, interleave
 from jdkd.latency.statistics import Ratio, bootstrap_ratio
-from jdkd.notices import say_once
+from jdkd.notices import ProgressCallback, say_once
 from jdkd.tune.regions import Alone, Job, alone, plan
 from jdkd.tune.shapes import Shape
 from jdkd.tune.timing import clock_of, rotated
@@ -30,8 +30,6 @@ ROUNDS = 60  # of a shape at most
 LOST = 1.1  # times the default's time, the whole interval above: not timed any longer
 LEAST_SECONDS = 0.05  # for a shape
 MOST_WARMUP = 0.5  # seconds
-
-ProgressCallback = Callable[[str, int, int, Mapping[str, Any]], None]
 
 
 @dataclass

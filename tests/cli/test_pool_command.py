@@ -171,7 +171,8 @@ def test_a_teacher_of_other_classes_is_refused_by_name(jdkd, pool_arguments, tra
     other.architecture = describe(other, known.builder, known.arguments, classes=("blue", "red"))
     save(tmp_path / "other", other)
     answer = jdkd(*pool_arguments, "--teacher", tmp_path / "other", "--out", tmp_path / "out")
-    assert answer.code == 2 and "in another order" in answer.err and "teacher other knows 2 classes" in answer.err
+    assert answer.code == 2 and "teacher other knows the classes blue, red (2) and the pool " in answer.err
+    assert "(2) in another order" in answer.err
     assert "class 1 is 'blue' in the first and 'red' in the second" in answer.err
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -22,6 +23,17 @@ def test_report_of_what_is_no_search_is_refused(jdkd, tmp_path):
     RunFolder(tmp_path / "train").begin("train", {})
     answer = jdkd("report", tmp_path / "train")
     assert answer.code == 2 and "holds a `jdkd train`, and a report is made of a search" in answer.err
+
+
+@pytest.mark.parametrize("kind", ["train", "distill", "swap"])
+def test_of_whatever_trained_one_detector_the_events_are_written(jdkd, tmp_path, monkeypatch, kind):
+    RunFolder(tmp_path).begin(kind, {})
+    shown = []
+    board = SimpleNamespace(update=shown.append, close=lambda: None, where=tmp_path / "tensorboard")
+    monkeypatch.setattr("jdkd.report.mirrors.TensorBoardMirror", lambda folder: board)
+    answer = jdkd("report", tmp_path, "--tensorboard")
+    assert (answer.code, answer.out.strip()) == (0, str(board.where)), answer.err
+    assert shown == [None]
 
 
 @pytest.mark.parametrize(

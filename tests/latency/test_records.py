@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from jdkd.errors import InputError
-from jdkd.latency.records import compared, matching, require_published, sha256_of, sources, weights_sha256
+from jdkd.files import sha256_of
+from jdkd.latency.records import compared, matching, require_published, sources, weights_sha256
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency
 

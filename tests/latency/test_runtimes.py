@@ -8,7 +8,7 @@ import torch
 
 from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference, measure
-from jdkd.latency.exported import Exported, OnnxEngine, runtimes_with
+from jdkd.latency.exported import OfFile, OnnxEngine, runtimes_with
 from jdkd.latency.precision import in_precision
 from jdkd.latency.runtimes import Compiled, CudaGraph, Eager, require_runnable
 from tests.latency.exporting import write_constant_detector
@@ -21,7 +21,7 @@ needs_onnxruntime = pytest.mark.skipif(
 
 
 def onnxruntime(export=write_constant_detector):
-    return Exported("onnxruntime", "onnxruntime", OnnxEngine, {"cpu": ["CPUExecutionProvider"]}, export)
+    return OfFile("onnxruntime", "onnxruntime", OnnxEngine, {"cpu": ["CPUExecutionProvider"]}, export)
 
 
 def found_by(artefact, images):

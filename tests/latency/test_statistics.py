@@ -1,9 +1,11 @@
+import math
+
 import pytest
 import torch
 
 from jdkd.errors import InputError
 from jdkd.latency import Latency, Ratio, bootstrap_ratio
-from jdkd.latency.statistics import ratio_over_processes
+from jdkd.latency.statistics import kendall, ratio_over_processes
 
 
 def _drifting(rounds, factor, noise, seed):
@@ -76,3 +78,8 @@ def test_an_interval_spans_one_at_its_ends_too():
     assert (
         Ratio(0.9, 0.8, 1.0).spans_one and not Ratio(0.9, 0.8, 0.99).spans_one and not Ratio(1.1, 1.01, 1.2).spans_one
     )
+
+
+def test_kendalls_tau_is_1_of_one_order_and_less_by_two_thirds_of_a_swap_in_three():
+    assert kendall([(1, 10), (2, 20), (3, 30)]) == 1 and kendall([(1, 3), (2, 2), (3, 1)]) == -1
+    assert kendall([(1, 10), (2, 30), (3, 20)]) == pytest.approx(1 / 3) and math.isnan(kendall([(1, 1)]))

@@ -15,7 +15,6 @@ from jdkd.latency import table as table_module
 from jdkd.latency.clock import CpuClock
 from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shapes_of
 from jdkd.latency.report import ModelLatency
-from jdkd.latency.table import kendall
 from jdkd.rewrite import Rewrite
 from jdkd.rewrite.blocks import removable
 from tests.detectors import detector, small_spec
@@ -151,11 +150,6 @@ def test_a_table_is_json_and_learns_from_what_is_measured(free, priced, model, t
     for row in ([], [[table.rows[0][0], math.nan]], [[table.rows[0][0], 0.0]], [[{"a": math.inf}, 1.0]]):
         with pytest.raises(ValueError, match="no measured latencies"):
             LatencyTable.from_json({**table.to_json(), "rows": row})
-
-
-def test_kendalls_tau_is_1_of_one_order_and_less_by_two_thirds_of_a_swap_in_three():
-    assert kendall([(1, 10), (2, 20), (3, 30)]) == 1 and kendall([(1, 3), (2, 2), (3, 1)]) == -1
-    assert kendall([(1, 10), (2, 30), (3, 20)]) == pytest.approx(1 / 3) and math.isnan(kendall([(1, 1)]))
 
 
 def test_detectors_without_an_input_size_and_with_one_block_have_tables(monkeypatch):

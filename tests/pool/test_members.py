@@ -80,7 +80,7 @@ def test_who_cannot_teach_is_refused_and_says_why(pool, digits):
     unnamed.architecture = describe(unnamed, known.builder, known.arguments)
     pool.add_foreign("kept", good)
     for name, model, says in (
-        ("other", of(train.classes[:-1]), "teacher other knows 9 classes .* and the pool 10 classes"),
+        ("other", of(train.classes[:-1]), r"teacher other knows the classes .* \(9\) and the pool .* \(10\)"),
         ("turned", of(train.classes[::-1]), "in another order; give a detector of the pool's classes"),
         ("coarse", coarse, r"teacher coarse has levels of stride \[\] and the pool of stride \[4, 8, 16, 32\]"),
         ("plain", nn.Conv2d(3, 3, 1), "teacher plain takes a detector that carries its architecture"),

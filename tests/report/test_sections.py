@@ -188,6 +188,10 @@ def test_other_teachers_are_found_where_the_search_has_them(seen, monkeypatch):
     assert "its last teacher (3x1)" in taught_section(_taught(seen, Subnet((3,), (1.0,))))
     taught_section(_taught(seen, Subnet((3,), (1.0,)), {"pool": "given"}))
     assert opened == [(seen.folder / "pool", None, 2), (Path("given"), None, 2)]
+    (seen.folder / "pool").mkdir()
+    taught_section(_taught(seen, Subnet((3,), (1.0,)), {"pool": "where the search lay when it grew the pool"}))
+    (seen.folder / "pool").rmdir()
+    assert opened[2:] == [(seen.folder / "pool", None, 2)]
 
 
 def test_teachers_that_are_gone_are_said_and_without_one_there_is_no_section(seen):

@@ -9,7 +9,7 @@ import pytest
 from jdkd.data import Split
 from jdkd.errors import InputError
 from jdkd.search import Method, SearchConfig, plan
-from jdkd.search.config import EXPLORING_SHARE, MARGIN, MOST_CUT, steps_of
+from jdkd.search.budget import EXPLORING_SHARE, MARGIN, MOST_CUT, steps_of
 
 SPLIT = Split(Path("images"), Path("boxes.json"))
 CONFIG = SearchConfig(Path("base"), SPLIT, SPLIT, Path("out"))

@@ -10,7 +10,8 @@ from jdkd.search.spending import Spending
 def test_what_is_done_inside_counts_once(monkeypatch):
     clock = iter([0.0, 0.0, 2.0, 7.0, 8.0, 20.0, 21.0])  # begun; scoring, timing, back, back; scoring again, back
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    spent = Spending({"scoring": 100.0})
+    spent = Spending()
+    spent.seconds |= {"scoring": 100.0}  # of the run that this one resumes
     with spent.on("scoring"):
         with spent.on("timing"):
             pass

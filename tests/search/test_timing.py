@@ -67,6 +67,20 @@ def test_what_is_timed_is_each_architecture_once_and_the_base_only_with_itself(c
     assert at_length.stage == LONG and len(at_length.samples) == 5 * len(timings[other].samples)
 
 
+def test_a_long_timing_lasts_as_long_as_it_was_asked_to(context, monkeypatch):
+    asked = {}
+
+    def measure(*models, **how):
+        asked.update(how)
+        raise InterruptedError
+
+    monkeypatch.setattr("jdkd.search.context.measure", measure)
+    for seconds in (1.0, 300.0):
+        with pytest.raises(InterruptedError):
+            replace(context, config=replace(context.config, latency_seconds=seconds)).timed({}, LONG)
+        assert asked["min_seconds"] == seconds <= asked["max_seconds"]
+
+
 def test_students_are_timed_in_the_runtime_that_will_run_them(context):
     pytest.importorskip("onnxruntime")
     there = replace(context, config=replace(context.config, runtime="onnxruntime"))
