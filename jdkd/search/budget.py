@@ -38,6 +38,11 @@ class Rung:
     steps: int
 
     @property
+    def alone(self) -> bool:
+        """Whether one student of each target is trained on, and none beside it."""
+        return not self.explores and self.candidates == 1
+
+    @property
     def cost(self) -> int:
         return len(self.aims) * self.candidates * self.steps
 

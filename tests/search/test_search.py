@@ -49,7 +49,7 @@ def test_a_search_leaves_a_student_a_result_and_an_archive(folder, finished):
     assert RunFolder(out).read()["finished"]
 
 
-def test_generations_are_as_planned_and_a_lineage_is_annealed_in_one_cycle(folder, finished):
+def test_generations_are_as_planned_and_who_goes_on_alone_is_annealed_in_each(folder, finished):
     out, result, _ = finished
     budget = plan(config_of(folder, out), 32)
     with closing(Archive(out / ARCHIVE)) as archive:
@@ -58,11 +58,12 @@ def test_generations_are_as_planned_and_a_lineage_is_annealed_in_one_cycle(folde
         for one in candidates[1:]:
             rung = budget.rungs[one.generation - 1]
             assert one.steps == rung.steps and (one.target is None) is rung.explores
-            cycles, total = one.cycles, one.cycles[-1].total
-            assert [cycle.start for cycle in cycles] == [sum(c.steps for c in cycles[:k]) for k in range(len(cycles))]
-            assert one.lineage_steps <= total <= budget.lineage
-            if one.generation == len(budget.rungs):
-                assert one.lineage_steps == total, "who is trained to the end ends at the end of its cycle"
+            own, before = one.cycles[-1], one.lineage_steps - one.steps
+            assert before == sum(cycle.steps for cycle in one.cycles[:-1])
+            if rung.alone:
+                assert (own.start, own.total) == (0, one.steps), "a cycle of its own, to its end"
+            else:
+                assert own.start == before and one.lineage_steps < own.total <= budget.lineage
         final = [one for one in candidates if not budget.rungs[one.generation - 1].explores and one.number]
     assert all(one.parent != candidates[0].id for one in final), "the base is no finalist"
     assert result["cost"]["candidate_steps"] == sum(one.steps for one in candidates) <= budget.total - budget.pool
