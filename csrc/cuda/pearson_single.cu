@@ -4,6 +4,7 @@
 #include "common/cuda.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <mutex>
 
@@ -268,18 +269,21 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> pearson_single(
   Parts ends{{}, static_cast<int>(count)};
   for (size_t i = 0; i < levels.size(); ++i) {
     gradients.push_back(torch::stable::empty_like(students[i]));
-    ends.first[i + 1] = ends.first[i] + levels[i].c * plan.levels[i].geometry.ranks;
+    ends.first[i + 1] = ends.first[i] + levels[i].c * plan.levels[i].geometry.ranks();
   }
   Tensor parts = empty({ends.first[count]}, ScalarType::Double);
   const cudaStream_t stream = current_stream(students[0]);
   const bool aligned = are_aligned(students) && are_aligned(teachers) && are_aligned(gradients);
   for (const LaunchPlan& one : plan.launches) {
     Args args{};
-    for (int i : one.levels) {
-      args.at[args.count++] = {
-          students[i].const_data_ptr(),  teachers[i].const_data_ptr(),  gradients[i].mutable_data_ptr(),
-          plan.levels[i].geometry,       plan.levels[i].first_cluster,  levels[i].first_channel,
-          ends.first[i],                 weights[i] / levels[i].c};
+    std::fill_n(args.first_cluster, kMaxLevels, std::numeric_limits<int>::max());
+    for (size_t place = 0; place < one.levels.size(); ++place) {
+      const int i = one.levels[place];
+      args.first_cluster[place] = static_cast<int>(plan.levels[i].first_cluster);
+      args.at[place] = {
+          students[i].const_data_ptr(), teachers[i].const_data_ptr(), gradients[i].mutable_data_ptr(),
+          plan.levels[i].geometry,      levels[i].first_channel,      ends.first[i],
+          weights[i] / levels[i].c};
     }
     args.table = table.mutable_data_ptr<float>();
     args.parts = parts.mutable_data_ptr<double>();

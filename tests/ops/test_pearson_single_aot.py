@@ -54,6 +54,14 @@ def test_features_arrive_by_bulk_copies_on_barriers(code, variant):
 
 
 @pytest.mark.parametrize("variant", ALIGNED, ids=str)
+def test_a_block_asks_for_its_first_copy_after_one_reciprocal(code, variant):
+    instructions = decoded(code[variant])
+    first = next(i for i, one in enumerate(instructions) if "UBLKCP" in one.text)
+    assert first <= 380
+    assert sum("MUFU.RCP" in one.text for one in instructions[:first]) == 1
+
+
+@pytest.mark.parametrize("variant", ALIGNED, ids=str)
 def test_sweeps_read_and_write_sixteen_bytes_at_a_time(code, variant):
     assert len(re.findall(r"\bLDS\.128\b", code[variant])) >= 6  # both tensors, three sweeps
     assert re.search(r"\bSTG\.E\.EF\.128\b", code[variant])  # evicted first: nobody reads it soon

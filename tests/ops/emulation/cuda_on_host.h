@@ -130,6 +130,12 @@ inline float bits_as_float(unsigned bits) {
   return value;
 }
 
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at = before + value;
+  return before;
+}
+
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 #define __syncthreads() emulation::sync_block(JDKD_SITE)
@@ -139,6 +145,8 @@ inline float bits_as_float(unsigned bits) {
 #define __shfl_down_sync(mask, value, by) \
   emulation::exchange(value, emulation::lane() + (emulation::lane() + (by) < 32 ? (by) : 0), JDKD_SITE)
 #define __uint_as_float(bits) bits_as_float(bits)
+#define __threadfence()
+#define __ldcg(from) (*emulation::whole(from))
 #define __ldg(from) (*emulation::whole(from))
 #define __stwb(to, value) (*emulation::whole(to) = (value))
 #define __stcs(to, value) (*emulation::whole(to) = (value))
