@@ -3,9 +3,10 @@
 
 namespace jdkd {
 
-// Whether this block is the last of its grid to come here; it then sees what the others wrote before. No block waits for
-// another. By the whole block, once in a launch. `ticket` is 0 when the launch begins: a launch before it in the same
-// stream writes that, so that it may lie in memory of the call, which replays of a graph and streams do not share.
+// Whether this block is the last of its grid to come here; it then sees what the others wrote before, if it reads past
+// the first cache. No block waits for another. By the whole block, once in a launch. `ticket` is 0 when the launch
+// begins: a launch before it in the same stream writes that, so that it may lie in memory of the call, which replays of
+// a graph and streams do not share.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   __shared__ bool is_last;
   __syncthreads();  // what the block wrote comes before the first thread's fence

@@ -1,5 +1,5 @@
-// The Pearson loss on CUDA in split form: statistics and finish in the forward, one launch in the backward, each for all
-// levels.
+// The Pearson loss on CUDA in split form: statistics and finish in the forward, one launch in the backward, each for
+// all levels.
 //
 // Planes: a chunk is read once; a sample of it gives the means, about, and beta, and all is summed around them. Rows: a
 // tile is held in registers and passed over three times: means, centred squares, residual; a thread a channel merges
@@ -12,8 +12,8 @@
 
 namespace jdkd::pearson {
 
-// What the finish adds up: every channel's share of the loss, the sum over the levels of earlier launches, and the order
-// in which its blocks end.
+// What the finish adds up: every channel's share of the loss, and the sum over the levels of earlier launches; and what
+// tells which of its blocks is the last.
 struct Totals {
   double* shares;    // [columns]
   double* before;    // one

@@ -14,6 +14,8 @@
 #include <numeric>
 #include <tuple>
 
+extern "C" inline __attribute__((used)) int launches = 0;  // of kernels, so far
+
 namespace emulation {
 
 // A vector is read and written at once.
@@ -73,6 +75,7 @@ inline void run(const cudaLaunchConfig_t& config, std::function<void()> body_of_
   if (threads % kWarp != 0 || threads > 1024 || count == 0 || count % size != 0) {
     throw std::runtime_error("emulation: the grid, its blocks or its clusters have no size that CUDA takes");
   }
+  ++launches;
   kernel = std::move(body_of_thread);
   blockDim.x = threads;
   gridDim.x = count;
