@@ -82,16 +82,17 @@ __device__ __forceinline__ void add_up(const Levels& levels, const Totals& total
   const int lane = threadIdx.x % 32;
   for (int i = threadIdx.x / 32; i < levels.count; i += kThreads / 32) {
     const double* own = totals.shares + levels.at[i].first_column;
+    const int64_t last = levels.at[i].c - 1;
     double total = 0;
-    for (int64_t first = lane; first < levels.at[i].c; first += 32 * kShares) {
+    for (int64_t first = lane; first <= last; first += 32 * kShares) {
       double share[kShares];
 #pragma unroll
       for (int j = 0; j < kShares; ++j) {
-        share[j] = first + 32 * j < levels.at[i].c ? __ldcg(own + first + 32 * j) : 0;  // of other blocks
+        share[j] = __ldcg(own + min(first + 32 * j, last));  // of other blocks
       }
 #pragma unroll
       for (int j = 0; j < kShares; ++j) {
-        total += share[j];
+        total += first + 32 * j <= last ? share[j] : 0;
       }
     }
     for (int offset = 16; offset > 0; offset /= 2) {

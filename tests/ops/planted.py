@@ -339,6 +339,11 @@ BUGS = (
         "    if (BUG && thread % 2) sync(); else sync();\n  }\n  template <int N>",
     ),
     Bug(
+        "the first warp of a level is left out of its sum",
+        "single", "value", "cuda/pearson_single.cu",
+        "warps[warp * count + lane]", "warps[warp * count + lane + BUG]",
+    ),
+    Bug(
         "the last barrier is not initialised",
         "single", "barrier", "cuda/pearson_single.cuh",
         "i < stages << level.geometry.team_bits;", "i < (stages << level.geometry.team_bits) - BUG;",

@@ -9,7 +9,7 @@ import pytest
 
 from jdkd import _ext
 from tests import machine_code
-from tests.scheduled_code import decoded, loops, unawaited
+from tests.scheduled_code import decoded, loops, most_in_flight, unawaited
 
 KERNEL = re.compile(r"pearson_single_kernelI(f|13__nv_bfloat16)Li(\d)E")
 REGISTERS, THREADS = 65_536, 256  # of an SM; of a block where three of them share an SM
@@ -89,3 +89,11 @@ def test_centred_sums_and_gradient_of_whole_vectors_take_so_many_instructions_a_
     sweeps = [loop for loop in loops(decoded(code[variant])) if sum("LDS.128" in one.text for one in loop) == 2]
     assert len(sweeps) == 4  # of whole vectors, and of the ends of rows
     assert sum(sorted(len(sweep) for sweep in sweeps)[:2]) <= most * variant[1]
+
+
+def test_the_sum_has_eight_parts_of_a_level_in_flight():
+    if _ext.library() is None or "pearson_single" not in _ext.build_info()["cuda_ops"]:
+        pytest.skip("jdkd._C was built without CUDA code")
+    kernels = machine_code.kernels_of_extension()
+    (code,) = [text for (arch, name), text in kernels.items() if arch == "sm_90a" and "pearson_single_sum" in name]
+    assert most_in_flight(decoded(code), r"\bLDG\.E\.64\.CONSTANT\b") == 8
