@@ -110,3 +110,16 @@ def test_gradients_ask_for_features_before_they_wait_for_the_table():
         columns = 1 if "plane" in name else 4 if "kernelIf" in name else 8
         found = most_in_flight(instructions, r"\bLDG\.E(?:\.128)?\.CONSTANT\b")
         assert found >= 5 * columns + 6, name  # two packs of x, y and dout
+
+
+def test_blocks_of_the_finish_count_themselves_between_fences_and_the_last_has_eight_loads_in_flight():
+    (instructions,) = of_hopper("finish").values()
+    texts = [instruction.text for instruction in instructions]
+
+    def places(pattern: str) -> list[int]:
+        return [i for i, text in enumerate(texts) if re.search(pattern, text)]
+
+    (count,), (before, after) = places(r"\bATOMG?\b"), places(r"\bMEMBAR\S*\.GPU\b")
+    assert places(r"\bBAR\.SYNC\b")[0] < before < count < after < places(r"\bBAR\.SYNC\b")[1]
+    assert max(places(r"\bLDG\S*\.CONSTANT\b")) < before  # what other blocks wrote is read past the first cache
+    assert most_in_flight(instructions[after:], r"\bLDG\.E\.64\.STRONG\.GPU\b") == 8

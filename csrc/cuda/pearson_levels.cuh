@@ -51,9 +51,9 @@ struct Levels {
 };
 
 __device__ __forceinline__ const LevelArgs& level_of_block(const Levels& levels) {
-  int i = levels.count - 1;
-  while (i > 0 && static_cast<int64_t>(blockIdx.x) < levels.at[i].first_block) {
-    --i;
+  int i = 0;  // the largest level, of most blocks
+  while (i + 1 < levels.count && static_cast<int64_t>(blockIdx.x) >= levels.at[i + 1].first_block) {
+    ++i;
   }
   return levels.at[i];
 }

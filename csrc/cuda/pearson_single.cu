@@ -4,6 +4,7 @@
 #include "common/cuda.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <mutex>
 
@@ -14,34 +15,48 @@ using torch::headeronly::ScalarType;
 
 constexpr int kScaleThreads = 1024;
 constexpr int kScaleBatch = 2;  // vectors of a thread in flight
-constexpr int kSumThreads = 1024;  // a warp for every sum of a level's warps
+constexpr int kSumThreads = 1024;
+constexpr int kSumBatch = 8;  // parts of a thread under way
 
 // First part of the loss of every level, and the end of the last.
 struct Parts {
   int64_t first[kMaxLevels + 1];
   int count;
+  int thread_bits;  // 2^thread_bits threads add up a level, at least two warps
 };
 
-// The losses of the levels and their sum. Grid: one block. Reads: one float64 a channel and rank. Deterministic: yes.
+// The losses of the levels and their sum. Grid: one block, its threads shared out to the levels, which do not wait for
+// each other. Reads: one float64 a channel and rank. Deterministic: yes.
 __global__ void __launch_bounds__(kSumThreads) pearson_single_sum_kernel(
     const __grid_constant__ Parts ends, const double* __restrict__ parts, float* __restrict__ losses,
     float* __restrict__ loss) {
-  __shared__ double warps[kMaxLevels][kSumThreads / 32];
+  __shared__ double warps[kSumThreads / 32];
   __shared__ double totals[kMaxLevels];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int level = 0; level < ends.count; ++level) {
-    double total = 0;
-    for (int64_t i = ends.first[level] + threadIdx.x; i < ends.first[level + 1]; i += kSumThreads) {
-      total += parts[i];
+  const int level = threadIdx.x >> ends.thread_bits, threads = 1 << ends.thread_bits;
+  double total = 0;
+  if (level < ends.count) {
+    const int64_t end = ends.first[level + 1];
+    for (int64_t i = ends.first[level] + threadIdx.x % threads; i < end; i += kSumBatch * threads) {
+      double part[kSumBatch];
+#pragma unroll
+      for (int j = 0; j < kSumBatch; ++j) {
+        part[j] = i + j * threads < end ? parts[i + j * threads] : 0;
+      }
+#pragma unroll
+      for (int j = 0; j < kSumBatch; ++j) {
+        total += part[j];
+      }
     }
-    total = warp_sum(total);
-    if (lane == 0) {
-      warps[level][warp] = total;
-    }
+  }
+  total = warp_sum(total);
+  if (lane == 0) {
+    warps[warp] = total;
   }
   __syncthreads();
   if (warp < ends.count) {
-    const double total = warp_sum(warps[warp][lane]);
+    const int count = threads / 32;  // warps of a level
+    total = warp_sum(lane < count ? warps[warp * count + lane] : 0);
     if (lane == 0) {
       totals[warp] = total;
       losses[warp] = static_cast<float>(total);
@@ -49,11 +64,11 @@ __global__ void __launch_bounds__(kSumThreads) pearson_single_sum_kernel(
   }
   __syncthreads();
   if (threadIdx.x == 0) {
-    double total = 0;
-    for (int level = 0; level < ends.count; ++level) {
-      total += totals[level];
+    double all = 0;
+    for (int i = 0; i < ends.count; ++i) {
+      all += totals[i];
     }
-    *loss = static_cast<float>(total);
+    *loss = static_cast<float>(all);
   }
 }
 
@@ -265,21 +280,24 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> pearson_single(
   Tensor loss = empty({}, ScalarType::Float), losses = empty({count}, ScalarType::Float);
   Tensor table = empty({2, kRows, columns}, ScalarType::Float);
   std::vector<Tensor> gradients;
-  Parts ends{{}, static_cast<int>(count)};
+  Parts ends{{}, static_cast<int>(count), bits_of(kSumThreads) - bits_of(count)};
   for (size_t i = 0; i < levels.size(); ++i) {
     gradients.push_back(torch::stable::empty_like(students[i]));
-    ends.first[i + 1] = ends.first[i] + levels[i].c * plan.levels[i].geometry.ranks;
+    ends.first[i + 1] = ends.first[i] + levels[i].c * plan.levels[i].geometry.ranks();
   }
   Tensor parts = empty({ends.first[count]}, ScalarType::Double);
   const cudaStream_t stream = current_stream(students[0]);
   const bool aligned = are_aligned(students) && are_aligned(teachers) && are_aligned(gradients);
   for (const LaunchPlan& one : plan.launches) {
     Args args{};
-    for (int i : one.levels) {
-      args.at[args.count++] = {
-          students[i].const_data_ptr(),  teachers[i].const_data_ptr(),  gradients[i].mutable_data_ptr(),
-          plan.levels[i].geometry,       plan.levels[i].first_cluster,  levels[i].first_channel,
-          ends.first[i],                 weights[i] / levels[i].c};
+    std::fill_n(args.first_cluster, kMaxLevels, std::numeric_limits<int>::max());
+    for (size_t place = 0; place < one.levels.size(); ++place) {
+      const int i = one.levels[place];
+      args.first_cluster[place] = static_cast<int>(plan.levels[i].first_cluster);
+      args.at[place] = {
+          students[i].const_data_ptr(), teachers[i].const_data_ptr(), gradients[i].mutable_data_ptr(),
+          plan.levels[i].geometry,      levels[i].first_channel,      ends.first[i],
+          weights[i] / levels[i].c};
     }
     args.table = table.mutable_data_ptr<float>();
     args.parts = parts.mutable_data_ptr<double>();

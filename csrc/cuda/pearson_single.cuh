@@ -19,13 +19,13 @@ struct LevelArgs {
   const void* t;
   void* ds;
   Geometry geometry;
-  int64_t first_cluster, first_column, first_part;
+  int64_t first_column, first_part;
   double scale;  // weight / C
 };
 
 struct Args {
   LevelArgs at[kMaxLevels];
-  int count;
+  int first_cluster[kMaxLevels];  // past the last level: more than a grid has
   float* table;    // [2, kRows, columns]
   double* parts;   // of the loss, [C, ranks] a level
   int64_t columns;
@@ -199,16 +199,16 @@ __device__ __forceinline__ float write_gradient(
 template <typename T, int V>
 __global__ void __launch_bounds__(32 * kMaxWarps, 1) pearson_single_kernel(const __grid_constant__ Args args) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  const int rank = hopper::cluster_rank(), size = hopper::cluster_size();
-  const int64_t cluster = static_cast<int64_t>(blockIdx.x) / size;
-  int which = args.count - 1;
-  while (which > 0 && cluster < args.at[which].first_cluster) {
-    --which;
+  const int cluster = hopper::cluster_index(), rank = hopper::cluster_rank(), size = hopper::cluster_size();
+  int which = 0;
+#pragma unroll
+  for (int i = 1; i < kMaxLevels; ++i) {
+    which += cluster >= args.first_cluster[i] ? 1 : 0;
   }
   const LevelArgs& level = args.at[which];
-  const Team team(level.geometry.teams);
-  const Slice<V> slice(level.geometry, cluster - level.first_cluster, rank, size, team.index);
-  const int ranks = level.geometry.ranks, first_rank = rank / ranks * ranks;
+  const Team team(level.geometry.thread_bits);
+  const Slice<V> slice(level.geometry, cluster - args.first_cluster[which], rank, size, team.index);
+  const int ranks = level.geometry.ranks(), first_rank = rank & -ranks;
   const bool works = slice.channel < slice.c;  // else it only keeps the others company
   const int64_t column = level.first_column + slice.channel;
 
@@ -218,15 +218,19 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) pearson_single_kernel(const
                         static_cast<int64_t>(team.index) * 2 * level.geometry.room * kVectorBytes;
   auto* s = reinterpret_cast<Vector<T, V>*>(room);
   auto* t = reinterpret_cast<Vector<T, V>*>(room + static_cast<int64_t>(level.geometry.room) * kVectorBytes);
-  uint64_t* barriers = fixed.barriers + team.index * ((level.geometry.room + kStage - 1) / kStage);
+  const int stages = level.geometry.stages();
+  uint64_t* barriers = fixed.barriers + team.index * stages;
   const Tile<T, V> tile{s, t};
   const Source<T> source{
       static_cast<const T*>(level.s), static_cast<const T*>(level.t), level.geometry.n * level.geometry.c * slice.hw};
   Channel& channel = fixed.channels[team.index];
   Moments& moments = fixed.moments[team.index];
 
-  if (V > 1 && threadIdx.x < kMaxBarriers) {
-    hopper::barrier_init(fixed.barriers + threadIdx.x, 1);
+  // Those that are used, dealt out to the warps: the lanes of one would take turns.
+  if (V > 1 && threadIdx.x % 32 == 0) {
+    for (int i = threadIdx.x / 32; i < stages << level.geometry.team_bits; i += blockDim.x / 32) {
+      hopper::barrier_init(fixed.barriers + i, 1);
+    }
     hopper::barrier_init_fence();
   }
   __syncthreads();

@@ -81,11 +81,9 @@ __device__ __forceinline__ void store_streaming(Vector<T, 1>* to, const Vector<T
 struct Team {
   int index, thread, threads;
 
-  __device__ explicit Team(int teams) {
-    threads = static_cast<int>(blockDim.x) / teams;
-    index = static_cast<int>(threadIdx.x) / threads;
-    thread = static_cast<int>(threadIdx.x) % threads;
-  }
+  __device__ __forceinline__ explicit Team(int thread_bits)
+      : index(static_cast<int>(threadIdx.x) >> thread_bits),
+        thread(static_cast<int>(threadIdx.x) & ((1 << thread_bits) - 1)), threads(1 << thread_bits) {}
   __device__ __forceinline__ void sync() const {
     if (threads == 32) {
       __syncwarp();

@@ -103,23 +103,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pearson_fwd(
   const cudaStream_t stream = current_stream(students[0]);
   const Results results(students[0], levels);
   Tensor cells = torch::stable::new_empty(students[0], {plan.cells * kMoments}, ScalarType::Double);
-  Tensor shares = torch::stable::new_empty(students[0], {columns + 1}, ScalarType::Double);  // and their sum so far
+  Tensor shares = torch::stable::new_empty(students[0], {columns + 2}, ScalarType::Double);  // their sum, the ticket
   Moments* cell_data = static_cast<Moments*>(cells.mutable_data_ptr());
   double* share_data = shares.mutable_data_ptr<double>();
+  Totals totals{
+      share_data,
+      share_data + columns,
+      reinterpret_cast<unsigned*>(share_data + columns + 1),
+      results.losses.mutable_data_ptr<float>(),
+      results.loss.mutable_data_ptr<float>(),
+      true};
   for (const Launch& launch : plan.launches) {
     dispatch(students[0].scalar_type(), [&](auto type) {
       using T = decltype(type);
       const auto kernel = launch.channels_last ? pearson_row_stats_kernel<T> : pearson_plane_stats_kernel<T>;
-      launch_kernel("pearson_stats", kernel, launch.blocks, kThreads, stream, launch.levels, cell_data);
+      launch_kernel("pearson_stats", kernel, launch.blocks, kThreads, stream, launch.levels, cell_data, totals.ticket);
     });
     launch_kernel(
         "pearson_finish", pearson_finish_kernel, ceil_div(launch.channels, kThreads / 32), kThreads, stream,
         launch.levels, cell_data, results.table.mutable_data_ptr<float>(), results.moments.mutable_data_ptr<double>(),
-        share_data, columns, eps, skip_constant);
-    launch_kernel(
-        "pearson_sum", pearson_sum_kernel, 1, kMaxLevels * 32, stream, launch.levels, share_data, share_data + columns,
-        &launch == &plan.launches.front(), results.losses.mutable_data_ptr<float>(),
-        results.loss.mutable_data_ptr<float>());
+        totals, columns, eps, skip_constant);
+    totals.is_first = false;
   }
   return results.tuple();
 }

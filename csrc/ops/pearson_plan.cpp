@@ -16,7 +16,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 int warps_of_block(int blocks_per_sm) { return blocks_per_sm == 1 ? 16 : 8; }
 
-int64_t feature_bytes(const Geometry& g) { return static_cast<int64_t>(g.teams) * 2 * g.room * kVectorBytes; }
+int64_t feature_bytes(const Geometry& g) { return static_cast<int64_t>(g.teams()) * 2 * g.room * kVectorBytes; }
 
 // A level whose channels have `span` warps each, or nothing if an index would not fit an int.
 std::optional<Geometry> lay_out(const Shape& shape, int itemsize, int warps, int span) {
@@ -34,8 +34,8 @@ std::optional<Geometry> lay_out(const Shape& shape, int itemsize, int warps, int
   const int64_t padding = shape.hw % vector == 0 ? 0 : std::min(rows, shape.n) * (2 * vector - 2);
   const int64_t room = ceil_div(std::min(chunk, ceil_div(total, vector) * vector) + padding, vector);
   return Geometry{
-      shape.c, static_cast<int>(shape.n), static_cast<int>(shape.hw), ranks, teams, static_cast<int>(chunk),
-      static_cast<int>(room)};
+      shape.c, static_cast<int>(shape.n), static_cast<int>(shape.hw), bits_of(ranks), bits_of(teams),
+      bits_of(32 * std::min(span, warps)), static_cast<int>(chunk), static_cast<int>(room)};
 }
 
 // The fewest warps a channel whose bytes fit a block at this occupancy, or 0.
@@ -64,7 +64,7 @@ LaunchPlan assemble(
   for (int i : members) {
     const Geometry g = *lay_out(shapes[i], itemsize, launch.warps, spans[i]);
     levels[i].geometry = g;
-    launch.cluster = std::max(launch.cluster, g.ranks);
+    launch.cluster = std::max(launch.cluster, g.ranks());
     bytes = std::max(bytes, feature_bytes(g));
   }
   launch.shared_bytes = kFixedBytes + bytes;
@@ -74,7 +74,7 @@ LaunchPlan assemble(
   for (int i : launch.levels) {
     const Geometry& g = levels[i].geometry;
     levels[i].first_cluster = launch.clusters;
-    levels[i].clusters = ceil_div(g.c, static_cast<int64_t>(launch.cluster / g.ranks) * g.teams);
+    levels[i].clusters = ceil_div(g.c, static_cast<int64_t>(launch.cluster / g.ranks()) * g.teams());
     launch.clusters += levels[i].clusters;
   }
   return launch;

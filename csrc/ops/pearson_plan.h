@@ -31,14 +31,29 @@ constexpr int kMaxBarriers = 32;     // at most 227 KB / 16 KB stages, and one b
 constexpr int kFixedBytes = 3072;    // of shared memory, besides the features
 constexpr int kMaxLevels = 16;       // of a launch
 
-// One level of a launch. Counted in elements and 16-byte vectors; a channel that fits on the chip fits an int.
+// One level of a launch. Counted in elements and 16-byte vectors; a channel that fits on the chip fits an int. Powers
+// of two are given by their exponents, so that a block finds its place without divisions.
 struct Geometry {
   int64_t c;
   int n, hw;
-  int ranks, teams;  // blocks that share a channel, or channels that share a block: one of the two is 1
-  int chunk;         // positions of a rank
-  int room;          // vectors of each tensor that a team has in shared memory
+  int rank_bits, team_bits;  // of the blocks that share a channel, of the channels that share a block: one of them is 0
+  int thread_bits;           // of the threads of a team in a block
+  int chunk;                 // positions of a rank
+  int room;                  // vectors of each tensor that a team has in shared memory
+
+  JDKD_HOST_DEVICE int ranks() const { return 1 << rank_bits; }
+  JDKD_HOST_DEVICE int teams() const { return 1 << team_bits; }
+  JDKD_HOST_DEVICE int stages() const { return (room + kStage - 1) / kStage; }  // of a team
 };
+
+// The exponent of a power of two.
+inline int bits_of(int64_t power) {
+  int bits = 0;
+  while ((int64_t{1} << bits) < power) {
+    ++bits;
+  }
+  return bits;
+}
 
 // A row of a slice: `length` elements of the tensor from element `start`, which is `phase` elements into a vector.
 struct Row {
@@ -57,8 +72,10 @@ struct Slice {
   int vectors;  // from the first row's first to the last row's last
 
   JDKD_HOST_DEVICE Slice(const Geometry& g, int64_t cluster, int rank, int cluster_size, int team)
-      : channel((cluster * (cluster_size / g.ranks) + rank / g.ranks) * g.teams + team), c(g.c), hw(g.hw) {
-    const int64_t total = static_cast<int64_t>(g.n) * g.hw, from = static_cast<int64_t>(rank % g.ranks) * g.chunk;
+      : channel(((cluster * (cluster_size >> g.rank_bits) + (rank >> g.rank_bits)) << g.team_bits) + team),
+        c(g.c), hw(g.hw) {
+    const int64_t total = static_cast<int64_t>(g.n) * g.hw;
+    const int64_t from = static_cast<int64_t>(rank & (g.ranks() - 1)) * g.chunk;
     first = static_cast<int>(from < total ? from : total);
     last = static_cast<int>(from + g.chunk < total ? from + g.chunk : total);
     if (channel >= c || last < first) {

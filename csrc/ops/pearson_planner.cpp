@@ -24,7 +24,7 @@ std::tuple<Integers, Integers> pearson_plan(Integers shapes, int64_t itemsize, I
   for (const LevelPlan& level : plan.levels) {
     const Geometry& g = level.geometry;
     of_levels.insert(
-        of_levels.end(), {level.launch, g.ranks, g.teams, g.chunk, g.room, level.first_cluster, level.clusters});
+        of_levels.end(), {level.launch, g.ranks(), g.teams(), g.chunk, g.room, level.first_cluster, level.clusters});
   }
   for (const LaunchPlan& launch : plan.launches) {
     of_launches.insert(
@@ -53,8 +53,9 @@ Integers pearson_plan_rows(Integers shape, Integers level, int64_t vector, Integ
       " integers of the shape, ", level.size(), " of the level and ", place.size(),
       " of the place were given; give three, four and four");
   const auto integer = [](int64_t value) { return static_cast<int>(value); };
-  const Geometry g{shape[1],          integer(shape[0]), integer(shape[2]), integer(level[0]),
-                   integer(level[1]), integer(level[2]), integer(level[3])};
+  Geometry g{shape[1], integer(shape[0]), integer(shape[2])};
+  g.rank_bits = bits_of(level[0]), g.team_bits = bits_of(level[1]);
+  g.chunk = integer(level[2]), g.room = integer(level[3]);
   const auto rows = vector == 8 ? rows_of<8> : vector == 4 ? rows_of<4> : rows_of<1>;
   return rows(g, place[0], integer(place[1]), integer(place[2]), integer(place[3]));
 }

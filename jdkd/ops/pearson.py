@@ -335,15 +335,15 @@ _BACKWARD = {
 
 
 # A form is checked on the device at hand before it runs there unasked. Neither GPU backend has been timed; from the
-# machine code the Triton one is expected at 70 to 90 % of a copy's bandwidth, the CUDA one's statistics at 35 to 60 %.
+# machine code both are expected near a copy's bandwidth (csrc/README.md, kernels/README.md); Triton needs no compiler.
 _CHECKS = {
     "loss": lambda backend, *where: pearson_check.loss(_FORWARD[backend], *where),
     "gradient": lambda backend, *where: pearson_check.gradient(_BACKWARD[backend], *where),
     "tap": lambda backend, *where: pearson_check.tap(_BACKWARD[backend], *where),
 }
 for _name, _why in (
-    ("triton", "expected to be the faster one on a GPU; neither has been timed yet"),
-    ("cuda", "where Triton is missing or wrong; its statistics stall on their loads"),
+    ("triton", "needs no compiler; by machine code neither is expected to be faster, and neither has been timed yet"),
+    ("cuda", "where Triton is missing or wrong, or `jdkd tune` found this one faster"),
     ("cpu", "two sweeps over memory, threaded"),
 ):
     _backend.register(_OP, _name, dtypes=_DTYPES, why=_why, checks=_CHECKS)

@@ -39,12 +39,18 @@ class Emulation:
 
     @contextmanager
     def memory(self, where: str) -> Iterator[None]:
-        """Puts what torch allocates between guard pages: at the ``"begin"`` of its pages, or up to their ``"end"``."""
+        """Puts what torch allocates between guard pages: at the ``"begin"`` of its pages, or up to their ``"end"``.
+
+        All of its bits are set, where torch's own filling would leave the lower half of a float64 at 0.
+        """
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        torch.utils.deterministic.fill_uninitialized_memory = False
         self._library.guard_memory(MEMORY[where])
         try:
             yield
         finally:
             self._library.guard_memory(MEMORY["torch"])
+            torch.utils.deterministic.fill_uninitialized_memory = filled
 
     def choose_chip(self, *limits: int) -> None:
         """Runs on a chip of so many SMs, bytes of shared memory a block and an SM, and blocks of a cluster at most."""
@@ -53,6 +59,10 @@ class Emulation:
     def reorder(self, seed: int) -> None:
         """Lets threads, blocks and copies take turns in another order."""
         ctypes.c_uint64.in_dll(self._library, "order").value = 2 * seed + 1
+
+    def launches(self) -> int:
+        """How many kernels have been launched so far."""
+        return ctypes.c_int.in_dll(self._library, "launches").value
 
     def plant(self, bug: int) -> None:
         """Switches a bug on, where the library has some; 0 none."""

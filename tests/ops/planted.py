@@ -181,12 +181,12 @@ BUGS = (
     Bug(
         "a block takes the level before its own",
         "planes", "value", "cuda/pearson_levels.cuh",
-        "< levels.at[i].first_block", "< levels.at[i].first_block + BUG",
+        ">= levels.at[i + 1].first_block", ">= levels.at[i + 1].first_block + BUG",
     ),
     Bug(
         "every second chunk is joined",
         "rows", "value", "cuda/pearson_kernels.cuh",
-        "chunk < count; chunk += 32", "chunk < count; chunk += 32 + 32 * BUG",
+        "if (lane < count) {", "if (lane < count && !(BUG && lane % 2)) {",
     ),
     Bug(
         "the losses of levels are read before they are written",
@@ -194,9 +194,24 @@ BUGS = (
         "  __syncthreads();\n  if (threadIdx.x == 0) {", "  if (!BUG) __syncthreads();\n  if (threadIdx.x == 0) {",
     ),
     Bug(
-        "the shares have no place for their sum",
+        "nobody sets the ticket to 0",
+        "planes", "value", "cuda/pearson_kernels.cuh",
+        "if (blockIdx.x == 0 && threadIdx.x == 0) {", "if (!BUG && blockIdx.x == 0 && threadIdx.x == 0) {",
+    ),
+    Bug(
+        "the last block but one adds up the losses",
+        "rows", "value", "common/ticket.cuh",
+        "== gridDim.x - 1", "== gridDim.x - 1 - (BUG && gridDim.x > 1)",
+    ),
+    Bug(
+        "threads of a block go on before they know whether it is the last",
+        "planes", "sanitizer", "common/ticket.cuh",
+        "  }\n  __syncthreads();\n  return", "  }\n  if (!BUG) __syncthreads();\n  return",
+    ),
+    Bug(
+        "the shares have no place for the ticket",
         "planes", "page", "cuda/pearson_split.cu",
-        "{columns + 1}", "{columns + 1 - BUG}",
+        "{columns + 2}", "{columns + 2 - BUG}",
     ),
     # ---- packing ----
     Bug(
@@ -305,8 +320,8 @@ BUGS = (
         "  for (int r = team.thread; r < slice.rows; r += 32) {",
     ),
     Bug(
-        "a copy lands on the barrier of another stage",
-        "single", "bytes", "cuda/pearson_single_team.cuh",
+        "a copy lands on a barrier of no stage",
+        "single", "barrier", "cuda/pearson_single_team.cuh",
         "source.s + place, bytes, barriers + stage);",
         "source.s + place, bytes, barriers + (BUG && team.index == 0 ? kMaxBarriers - 1 : stage));",
     ),
@@ -322,6 +337,16 @@ BUGS = (
         "single", "warp", "cuda/pearson_single_team.cuh",
         "    sync();\n  }\n  template <int N>",
         "    if (BUG && thread % 2) sync(); else sync();\n  }\n  template <int N>",
+    ),
+    Bug(
+        "the first warp of a level is left out of its sum",
+        "single", "value", "cuda/pearson_single.cu",
+        "warps[warp * count + lane]", "warps[warp * count + lane + BUG]",
+    ),
+    Bug(
+        "the last barrier is not initialised",
+        "single", "barrier", "cuda/pearson_single.cuh",
+        "i < stages << level.geometry.team_bits;", "i < (stages << level.geometry.team_bits) - BUG;",
     ),
     Bug(
         "barriers are used before they are initialised",

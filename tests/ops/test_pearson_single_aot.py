@@ -9,7 +9,7 @@ import pytest
 
 from jdkd import _ext
 from tests import machine_code
-from tests.scheduled_code import decoded, loops, unawaited
+from tests.scheduled_code import decoded, loops, most_in_flight, unawaited
 
 KERNEL = re.compile(r"pearson_single_kernelI(f|13__nv_bfloat16)Li(\d)E")
 REGISTERS, THREADS = 65_536, 256  # of an SM; of a block where three of them share an SM
@@ -54,6 +54,14 @@ def test_features_arrive_by_bulk_copies_on_barriers(code, variant):
 
 
 @pytest.mark.parametrize("variant", ALIGNED, ids=str)
+def test_a_block_asks_for_its_first_copy_after_one_reciprocal(code, variant):
+    instructions = decoded(code[variant])
+    first = next(i for i, one in enumerate(instructions) if "UBLKCP" in one.text)
+    assert first <= 380
+    assert sum("MUFU.RCP" in one.text for one in instructions[:first]) == 1
+
+
+@pytest.mark.parametrize("variant", ALIGNED, ids=str)
 def test_sweeps_read_and_write_sixteen_bytes_at_a_time(code, variant):
     assert len(re.findall(r"\bLDS\.128\b", code[variant])) >= 6  # both tensors, three sweeps
     assert re.search(r"\bSTG\.E\.EF\.128\b", code[variant])  # evicted first: nobody reads it soon
@@ -81,3 +89,11 @@ def test_centred_sums_and_gradient_of_whole_vectors_take_so_many_instructions_a_
     sweeps = [loop for loop in loops(decoded(code[variant])) if sum("LDS.128" in one.text for one in loop) == 2]
     assert len(sweeps) == 4  # of whole vectors, and of the ends of rows
     assert sum(sorted(len(sweep) for sweep in sweeps)[:2]) <= most * variant[1]
+
+
+def test_the_sum_has_eight_parts_of_a_level_in_flight():
+    if _ext.library() is None or "pearson_single" not in _ext.build_info()["cuda_ops"]:
+        pytest.skip("jdkd._C was built without CUDA code")
+    kernels = machine_code.kernels_of_extension()
+    (code,) = [text for (arch, name), text in kernels.items() if arch == "sm_90a" and "pearson_single_sum" in name]
+    assert most_in_flight(decoded(code), r"\bLDG\.E\.64\.CONSTANT\b") == 8

@@ -137,6 +137,17 @@ def test_two_runs_with_copies_landing_in_another_order_give_the_same_bits(guarde
     assert all(torch.equal(a, b) for a, b in zip((*found, gradient), (*again, gradient_again), strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_losses_of_levels_with_more_parts_than_their_threads_take_at_once(guarded, count):
+    shapes = ((2, 530, 1, 1), (1, 3, 2, 1), (3, 40, 1, 2), (2, 1, 3, 1))
+    students, teachers = ([level.detach() for level in side] for side in Case(shapes=(shapes * 4)[:count]).levels())
+    weights = [1.0 + i for i in range(count)]
+    loss, losses, _, _ = single_pass(guarded, students, teachers, weights)
+    expected, expected_losses, _, _ = reference.pearson_fwd(students, teachers, weights)
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_plain_case_fills_every_cell(guarded):
     students, teachers = ([level.detach() for level in side] for side in PLAIN.levels())
     loss, losses, table, gradients = single_pass(guarded, students, teachers, [1.0, 1.0])

@@ -121,3 +121,28 @@ def test_threads_in_another_order_give_the_same_bits(emulation, channels_last):
         runs.append([*found, *gradients])
     for other in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_pyramid_takes_two_launches_forward_and_one_backward(emulation, channels_last):
+    case = Case(shapes=((2, 40, 9, 7), (1, 24, 6, 5), (1, 24, 2, 1)), channels_last=channels_last)
+    students, teachers = ([level.detach() for level in side] for side in case.levels())
+    before = emulation.launches()
+    found = Loss(*emulation.ops.pearson_fwd(students, teachers, [1.0, 2.0, 3.0], 1e-6, False))
+    assert emulation.launches() == before + 2
+    emulation.ops.pearson_bwd(torch.tensor(1.0), students, teachers, found.table[0], [])
+    assert emulation.launches() == before + 3
+
+
+def test_any_block_of_the_finish_may_be_the_last(emulation):
+    case = Case(shapes=((1, 40, 3, 5), (2, 20, 2, 2)))
+    sides = [[level.detach() for level in side] for side in case.levels()]
+    _, losses, _, _ = reference.pearson_fwd(*sides, [1.0, 2.0])
+    seen = set()
+    for order in range(8):
+        emulation.reorder(order)
+        with emulation.memory("end"):
+            found = Loss(*emulation.ops.pearson_fwd(*sides, [1.0, 2.0], 1e-6, False))
+        torch.testing.assert_close(found.losses, losses, rtol=1e-5, atol=1e-6)
+        seen.add((found.loss.item(), *found.losses.tolist()))
+    assert len(seen) == 1

@@ -14,6 +14,8 @@
 #include <numeric>
 #include <tuple>
 
+extern "C" inline __attribute__((used)) int launches = 0;  // of kernels, so far
+
 namespace emulation {
 
 // A vector is read and written at once.
@@ -73,6 +75,7 @@ inline void run(const cudaLaunchConfig_t& config, std::function<void()> body_of_
   if (threads % kWarp != 0 || threads > 1024 || count == 0 || count % size != 0) {
     throw std::runtime_error("emulation: the grid, its blocks or its clusters have no size that CUDA takes");
   }
+  ++launches;
   kernel = std::move(body_of_thread);
   blockDim.x = threads;
   gridDim.x = count;
@@ -130,6 +133,12 @@ inline float bits_as_float(unsigned bits) {
   return value;
 }
 
+inline unsigned atomicAdd(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at = before + value;
+  return before;
+}
+
 #define __launch_bounds__(...)
 #define __shared__ static thread_local
 #define __syncthreads() emulation::sync_block(JDKD_SITE)
@@ -139,6 +148,8 @@ inline float bits_as_float(unsigned bits) {
 #define __shfl_down_sync(mask, value, by) \
   emulation::exchange(value, emulation::lane() + (emulation::lane() + (by) < 32 ? (by) : 0), JDKD_SITE)
 #define __uint_as_float(bits) bits_as_float(bits)
+#define __threadfence()
+#define __ldcg(from) (*emulation::whole(from))
 #define __ldg(from) (*emulation::whole(from))
 #define __stwb(to, value) (*emulation::whole(to) = (value))
 #define __stcs(to, value) (*emulation::whole(to) = (value))

@@ -81,6 +81,7 @@ inline void named_barrier(int id, int threads, JDKD_CALLER) {
   barrier.expected = threads;
   emulation::meet(barrier);
 }
+inline int cluster_index() { return static_cast<int>(blockIdx.x / emulation::blocks.size()); }
 inline int cluster_rank() { return emulation::current->block; }
 inline int cluster_size() { return static_cast<int>(emulation::blocks.size()); }
 inline void cluster_arrive(JDKD_CALLER) {
