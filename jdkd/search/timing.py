@@ -58,7 +58,6 @@ class PooledLatency:
 
     Args:
         own, base: times of the architecture and of the base, in ms.
-        ratio: of their medians, with its 95 % interval.
     """
 
     own: Latency
@@ -66,6 +65,7 @@ class PooledLatency:
 
     @cached_property
     def ratio(self) -> Ratio:
+        """Of their medians, with its 95 % interval."""
         return bootstrap_ratio(self.own.samples, self.base.samples)
 
 
