@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from html import escape
 
-from jdkd.report.outcome import Outcome
+from jdkd.report.outcome import KINDS, Outcome
 from jdkd.report.svg import Axes, colour, spread, tag
 from jdkd.search.archive import Candidate
 from jdkd.search.choice import best_within, pareto_front
@@ -18,7 +18,6 @@ SHAPES = {  # of a mark with a radius of about 1
     "train": "M0-1.2L1.2 0L0 1.2L-1.2 0Z",
     "student": "M0-1.25L.37-.45L1.2-.36L.58.2L.75 1.02L0 .6L-.75 1.02L-.58.2L-1.2-.36L-.37-.45Z",
 }
-WORDS = {"morph": "student changed", "teacher": "teacher changed", "train": "trained on", "student": "student"}
 
 
 def front_over_time(outcome: Outcome) -> str:
@@ -104,9 +103,9 @@ def _slider(generations: Sequence[int], candidates: Sequence[Candidate], targets
 
 
 def _legend(candidates: Sequence[Candidate]) -> str:
-    kinds = [kind for kind in ("morph", "teacher", "train") if any(one.kind == kind for one in candidates)]
+    kinds = [kind for kind in KINDS if any(one.kind == kind for one in candidates)]
     keys = [_key(mark("base", 8, 8, 5, "base"), "base")]
-    keys += [_key(mark(kind, 8, 8, 5, fill=colour(0.35)), WORDS[kind]) for kind in kinds]
+    keys += [_key(mark(kind, 8, 8, 5, fill=colour(0.35)), KINDS[kind]) for kind in kinds]
     keys.append(_key(mark("student", 8, 8, 7, "chosen"), "chosen as a student"))
     ramp = "".join(tag("rect", x=12 * k, y=3, width=12, height=10, fill=colour(k / 4)) for k in range(5))
     keys.append(_key(ramp, "early to late", 60))

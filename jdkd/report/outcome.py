@@ -18,6 +18,9 @@ from jdkd.search.choice import pareto_front
 from jdkd.search.outcome import read_result
 from jdkd.search.teachers import TEACHERS
 
+KINDS = {"morph": "student changed", "teacher": "teacher changed", "train": "trained on"}
+"""What is new about a candidate, in words; see :class:`jdkd.search.Proposal`."""
+
 
 @dataclass(frozen=True)
 class Student:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jdkd.report.outcome import Outcome, Row, rows
+from jdkd.report.outcome import KINDS, Outcome, Row, rows
 from jdkd.search.choice import Placed
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ BLUE, ORANGE, GREEN, VERMILLION, GREY = (
     "#D55E00",
     "#6E6E6E",
 )
-KINDS = {
-    "morph": ("student morphed", {"color": BLUE, "marker": "o"}),
-    "teacher": ("teacher changed", {"color": ORANGE, "marker": "^"}),
-    "train": ("trained on", {"color": GREEN, "marker": "d"}),
+LOOKS = {
+    "morph": {"color": BLUE, "marker": "o"},
+    "teacher": {"color": ORANGE, "marker": "^"},
+    "train": {"color": GREEN, "marker": "d"},
 }
 FINAL = {
     "base": {"color": "black", "marker": "s", "markersize": 9},
@@ -74,10 +74,10 @@ def pareto_plot(outcome: Outcome) -> bytes:
 def _plot_search(axes: Axes, outcome: Outcome) -> None:
     """Every candidate, the front and the lineages of the students."""
     candidates, lines = outcome.scored, outcome.lines
-    for kind, (label, look) in KINDS.items():
+    for kind, label in KINDS.items():
         points = [candidate for candidate in candidates if candidate.kind == kind]
         if points:
-            axes.scatter(*xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **look)
+            axes.scatter(*xy(points), s=46, alpha=0.75, edgecolors="white", linewidths=0.6, label=label, **LOOKS[kind])
     if outcome.front:
         axes.step(*xy(outcome.front), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front")
     for number, line in enumerate(lines):

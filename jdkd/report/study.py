@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jdkd.errors import InputError
-from jdkd.report.outcome import Outcome
+from jdkd.report.outcome import KINDS, Outcome
 from jdkd.search.archive import Candidate
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 MARK = "jdkd search"  # the attribute by which a study is known as a search's mirror; holds the base's id
 OBJECTIVES = {"mAP": "maximize", "latency_ratio": "minimize"}
-KINDS = ("base", "morph", "teacher", "train")
 
 
 def mirror_to_optuna(outcome: Outcome, storage: str) -> Study:
@@ -76,7 +75,7 @@ def _trials(candidates: Sequence[Candidate]) -> list[FrozenTrial]:
 
     teachers = sorted({str(one.teacher) for one in candidates if one.teacher is not None})
     ranges = {
-        "kind": CategoricalDistribution(KINDS),
+        "kind": CategoricalDistribution(("base", *KINDS)),
         "generation": IntDistribution(0, candidates[-1].generation),
         "steps": IntDistribution(0, max(one.steps for one in candidates)),
         "target": FloatDistribution(0.0, 1.0),
