@@ -106,9 +106,14 @@ def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetec
 
 
 def trained_on(detector: Path) -> str | None:
-    """Fingerprint of the images that a detector was trained on, by the record of its training."""
-    with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
-        return RunFolder(detector).read()["identity"]["data"]["train"]
+    """Fingerprint of the images that a detector was trained on, where its training or its search recorded it.
+
+    Args:
+        detector: its folder; a student's lies in that of its search, which has the record.
+    """
+    for folder in (detector, detector.resolve().parent):
+        with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
+            return RunFolder(folder).read()["identity"]["data"]["train"]
     return None
 
 

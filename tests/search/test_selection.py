@@ -10,7 +10,8 @@ from PIL import Image
 from jdkd.data import CocoDetectionDataset, Split
 from jdkd.errors import InputError
 from jdkd.notices import Notice
-from jdkd.search.selection import divide
+from jdkd.run_folder import RunFolder
+from jdkd.search.selection import divide, trained_on
 
 
 @pytest.fixture
@@ -141,3 +142,10 @@ def test_only_files_of_a_size_that_occurs_twice_are_read(scenes, monkeypatch):
     with pytest.raises(InputError, match="all 1 images"):
         divide(train, val, given)
     assert train.files[0] in read and train.files[1] not in read
+
+
+def test_what_a_detector_was_trained_on_is_in_its_record_or_in_that_of_its_search(tmp_path):
+    RunFolder(tmp_path / "base").begin("train", {"data": {"train": "these"}})
+    RunFolder(tmp_path / "search").begin("search", {"data": {"train": "those"}})
+    found = [trained_on(tmp_path / name) for name in ("base", "search/student", "imported")]
+    assert found == ["these", "those", None]
