@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.jdkd-installed
 BUILT := $(VENV)/.jdkd-built
 
 # The demo: sizes of its data and its three jobs. A finished job is not run again; an interrupted one carries on. One
-# class and few scenes, so that minutes train the base out: of ten classes it learned for much longer.
+# class and few scenes: a base of minutes learns most of it, while of ten classes it learned little in that time.
 DEMO ?= runs/demo
 DEMO_SEED ?= 0
 DEMO_DATA ?= --train 150 --val 200 --size 128 --one-class
