@@ -37,6 +37,8 @@ class Digits:
     """Height and width in pixels."""
     seed: int = 0
     """Equal seeds give equal images."""
+    one_class: bool = False
+    """Call every digit "digit", in the same images: an easier task, learned in fewer steps."""
     resume: bool = False
     """Accept a folder that holds exactly these images already."""
 
@@ -50,6 +52,7 @@ class Digits:
                 val=self.val,
                 size=self.size,
                 seed=self.seed,
+                one_class=self.one_class,
                 resume=self.resume,
                 progress=progress.task("digit scenes"),
             )

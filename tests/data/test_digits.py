@@ -66,6 +66,19 @@ def test_another_seed_gives_other_scenes(scenes, tmp_path):
     assert all(other[name] != content for name, content in contents(scenes).items() if name.endswith(".png"))
 
 
+def test_one_class_changes_nothing_but_what_digits_are_called(scenes, tmp_path):
+    write_digit_scenes(tmp_path / "one", **SMALL, one_class=True)
+    ten, one = contents(scenes), contents(tmp_path / "one")
+    assert {name for name in ten if ten[name] != one[name]} == {name for name in ten if name.endswith(".json")}
+    for of_ten, of_one in zip(resolve_splits(scenes), resolve_splits(tmp_path / "one"), strict=True):
+        pairs = zip(CocoDetectionDataset(of_ten), CocoDetectionDataset(of_one), strict=True)
+        assert CocoDetectionDataset(of_one).classes == ("digit",)
+        for (_, target), (_, again) in pairs:
+            assert again["boxes"].equal(target["boxes"]) and again["labels"].unique().tolist() == [1]
+    with pytest.raises(InputError, match=r"other digit scenes \(one_class was True and is False\)"):
+        write_digit_scenes(tmp_path / "one", **SMALL, resume=True)
+
+
 def test_the_splits_have_scenes_of_their_own(scenes):
     for k in range(SMALL["val"]):
         train, val = (np.asarray(Image.open(scenes / f"{split}2017" / f"{k:06d}.png")) for split in ("train", "val"))
