@@ -268,7 +268,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rungs", type=float, nargs="+", default=RUNGS, help="shares of its arithmetic to cut it to")
     parser.add_argument("--detectors", type=Path, nargs="+", help="folders of trained detectors, the base first")
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="image files to look at, instead of noise")
-    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"), help="of noise")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--runtimes", nargs="+", default=["eager"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
@@ -284,11 +284,12 @@ def main(words: list[str] | None = None) -> None:
 
     from jdkd.data import read_image
 
-    size, weights = tuple(options.size), "trained" if options.detectors else "random"
+    weights = "trained" if options.detectors else "random"
     out = options.out or record.result_file(options.device, "latency")
     require_published(out)
     require_runnable(options.runtimes, known_runtimes(), torch.device(options.device), options.dtypes)
     images = [read_image(file) for file in options.images]
+    size = tuple(images[0].shape[1:]) if images and options.detectors else tuple(options.size)
     amount = {name: getattr(options, name) for name in ("rounds", "seconds", "warmup_seconds", "processes")}
     grid = grid_of(**amount, **{f"{name}s": tuple(getattr(options, f"{name}s")) for name in GIVEN})
     if options.detectors:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import latency, record
 from benchmarks.ladder import NEAR, Ladder, fresh
@@ -207,3 +208,15 @@ def test_ladders_of_the_page_hit_their_rungs(name):
     whole = profile_cost(models[name], size).gmacs
     for student, share in list(models._shares.items())[1:]:
         assert profile_cost(models[student], size).gmacs / whole == pytest.approx(share, abs=NEAR)
+
+
+def test_arithmetic_of_trained_detectors_is_counted_of_the_images_that_are_given(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 48)).save(tmp_path / "photograph.png")
+    seen = []
+    for name in ("require_published", "require_runnable", "trained"):
+        monkeypatch.setattr(latency, name, lambda *given: {})
+    monkeypatch.setattr(latency, "turns", lambda *given: [])
+    monkeypatch.setattr(latency, "measured", lambda models, left, size, *rest: seen.append(size) or [])
+    words = ["--images", str(tmp_path / "photograph.png"), "--device", "cpu", "--out", str(tmp_path / "rows.jsonl")]
+    latency.main(["--detectors", "base", *words])
+    assert seen == [(48, 64)]
