@@ -23,7 +23,7 @@ from jdkd.morph import Morph, can_shorten, channel_importance, cut_to, grow, sho
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
 from jdkd.search.archive import Candidate
-from jdkd.search.budget import MARGIN
+from jdkd.search.budget import MARGIN, SAFE
 from jdkd.search.context import SearchContext
 from jdkd.search.inheriting import inherit
 from jdkd.search.timing import BRIEF, LONG, pooled
@@ -246,9 +246,9 @@ def screen(
 
 
 def trimmed(parent: Parent, target: float) -> Screened:
-    """A candidate as it is where it reaches a target, or with its channels cut once more."""
+    """A candidate as it is where it reaches a target safely, or with its channels cut once more."""
     candidate = parent.candidate
-    if candidate.latency_ratio <= target:
+    if candidate.latency_ratio <= SAFE * target:
         return unchanged(parent)
     aim = MARGIN * target * parent.table.predict(parent.model) / candidate.latency_ratio
     try:

@@ -30,6 +30,14 @@ def test_the_student_is_the_best_that_meets_the_target_or_the_fittest():
     assert fitness(as_long[0], 0.525) > fitness(as_long[1], 0.525), "a parent is cut anyway: 4 % of mAP are more"
 
 
+def test_what_may_meet_the_target_by_its_interval_does_not_lose_to_what_is_far_worse():
+    trained = candidate(1, map=0.751, ratio=0.5302, interval=(0.528, 0.532))
+    short, slow = candidate(2, map=0.689, ratio=0.528), candidate(3, map=0.760, ratio=0.54, interval=(0.535, 0.545))
+    assert choose([short, trained, slow], 0.53) is trained
+    nearly = candidate(4, map=0.7505, ratio=0.529)
+    assert choose([nearly, trained, slow], 0.53) is nearly, "what it is over the target counts"
+
+
 def test_of_one_architecture_the_better_is_the_student():
     worse, better = candidate(1, map=0.3, ratio=0.9), candidate(2, map=0.4, ratio=0.9)
     for target in (0.95, 0.5):

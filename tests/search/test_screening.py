@@ -193,10 +193,13 @@ def resized(size: int) -> torch.nn.Module:
     return model
 
 
-def test_a_finalist_that_is_fast_enough_stays_as_it_is(parent):
+def test_a_finalist_that_is_fast_enough_with_room_to_spare_stays_as_it_is(parent, steady, timed):
     one = Parent.__new__(Parent)
     one.__dict__ |= vars(parent) | {"candidate": candidate(1, ratio=0.5)}
     assert trimmed(one, 0.53).rewrites == () and trimmed(one, 0.53).latency_ratio == 0.5
+    timed(1.0, parent.table)
+    one.candidate = candidate(1, ratio=0.898)
+    assert trimmed(one, 0.9).rewrites, "the next timing may find it too slow, when it is trained to the end"
 
 
 def test_a_finalist_that_is_too_slow_is_cut_once_more_or_said_to_stay(parent, steady, timed):
