@@ -18,7 +18,6 @@ from jdkd.search.archive import Candidate
 from jdkd.search.context import SearchContext
 from jdkd.search.proposal import BASE
 
-NOISE = 0.01  # mAP by which a teacher must be ahead to be ahead at all
 NEIGHBOURS = 2  # unscored subnets that are looked at, around the present teacher, in every generation
 
 
@@ -65,7 +64,7 @@ class Matching:
         scores = {
             teacher: (known.map - parent.map) * self._explained(teacher, known, ours)
             for teacher, known in self._teachers().items()
-            if known.map > parent.map + NOISE
+            if known.map > parent.map
         }
         promising = {teacher: score for teacher, score in scores.items() if score > 0}  # NaN is not
         return max(promising, key=promising.get, default=None)  # of equals the first, the base before all

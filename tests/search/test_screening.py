@@ -284,12 +284,12 @@ def test_a_pipeline_distils_only_once_its_architecture_is_found(asked, finished)
     assert {proposal.teacher for proposal in trained_on} == {"base"} and {p.target for p in trained_on} == {0.9}
 
 
-def test_nobody_teaches_the_student_that_goes_on_alone_unless_that_is_the_method(asked, finished):
+def test_nobody_teaches_the_last_stretch_unless_that_is_the_method(asked, finished):
     with closing(Archive(finished[0] / ARCHIVE)) as archive:
-        count = sum(one.generation <= 2 for one in archive.candidates)
-    (alone,), _ = asked(count)
-    (taught,), _ = asked(count, method=Method(teaching="base"))
-    assert (alone.generation, alone.target, alone.teacher, taught.teacher) == (3, 0.9, None, "base")
+        first, last = (sum(one.generation <= done for one in archive.candidates) for done in (2, 3))
+    asked_for = [asked(first), asked(last), asked(last, method=Method(teaching="base"))]
+    told = [(one.generation, one.target, one.teacher) for (one,), _ in asked_for]
+    assert told == [(3, 0.9, "base"), (4, 0.9, None), (4, 0.9, "base")]
 
 
 def test_a_search_that_is_at_its_end_proposes_nothing(asked, finished):
