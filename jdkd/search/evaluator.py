@@ -13,6 +13,7 @@ from torch import nn
 from jdkd.detect import load, save
 from jdkd.distill import Distiller, can_distil_heads
 from jdkd.distill.training import lessons
+from jdkd.latency import fuse_for_inference
 from jdkd.notices import ProgressCallback
 from jdkd.pool import TeacherPool
 from jdkd.pool.members import Teacher
@@ -123,9 +124,10 @@ class Evaluator:
         return student
 
     def _teacher(self, teacher: Teacher | None) -> nn.Module | None:
+        """A teacher as it would be deployed: without norms of its own it takes less time."""
         if teacher is None or teacher == BASE:
-            return self.context.base if teacher else None
-        return self.pool.teacher(teacher)
+            return self.context.deployed_base if teacher else None
+        return fuse_for_inference(self.pool.teacher(teacher))
 
     @contextmanager
     def _taught(self, student: nn.Module, teacher: nn.Module | None) -> Iterator[dict[str, Any]]:
