@@ -48,7 +48,7 @@ OWN = {  # operators whose tables are not those of kernels
 MADE = {
     "support": support.table,
     "backends": backends.table,
-    "learning": lambda: searches.learning({name: kept(name) for name in searches.KEPT}),
+    "learning": lambda: searches.learning({name: kept(name) for name in searches.NAMES}),
 }
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -70,7 +70,7 @@ def _table(op: str) -> str:
         return "Not measured."
     if op in OWN:
         return OWN[op](rows)
-    return searches.table(rows) if op in searches.KEPT else record.table(record.latest(rows))
+    return searches.table(rows) if op in searches.NAMES else record.table(record.latest(rows))
 
 
 def kept(op: str) -> list[record.Row]:
