@@ -13,6 +13,7 @@ from benchmarks import (
     ablations,
     accelerate,
     backends,
+    criteria,
     distillation_cost,
     distillation_page,
     front_figure,
@@ -36,6 +37,7 @@ FRONT = ROOT / "docs" / "mAP-over-latency.svg"
 OWN = {  # operators whose tables are not those of kernels
     ablations.OP: ablations.page,
     accelerate.OP: accelerate.table,
+    criteria.OP: criteria.table,
     "distillation": distillation_page.page,
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,
