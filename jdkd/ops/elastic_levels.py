@@ -272,8 +272,9 @@ def _backward_fake(
 
 _backend.register(OP, "reference", why="ATen level by level on the active part of the weight")
 _checks = {"forward": lambda _, *where: elastic_check.levels(_launch, *where)}
-_why = "only on request, since it has not been timed on a GPU yet"
-_backend.register(OP, "triton", dtypes=_TRITON_DTYPES, why=_why, checks=_checks)
+_backend.register(
+    OP, "triton", dtypes=_TRITON_DTYPES, why="where jdkd.ops.elastic_levels_kernels says so", checks=_checks
+)
 _library.impl("elastic_levels_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("elastic_levels_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("jdkd::elastic_levels_fwd", _forward_fake, lib=_library)
