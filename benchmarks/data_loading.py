@@ -186,8 +186,8 @@ def table(rows: Sequence[record.Row]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, nargs="+", help="folders in the COCO layout, instead of images drawn here")
-    parser.add_argument("--images", type=int, default=160, help="images a round [160]")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=800, help="images a round, decoded at most [800]")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--index", action="store_true")
     parser.add_argument("--page", action="store_true")
