@@ -1,12 +1,14 @@
-"""Which channels a cut should take: criteria compared at one predicted and measured latency, on a trained base.
+"""Which channels a cut should take: criteria compared at one measured latency, on trained bases, in one cut.
 
-Run ``python -m benchmarks.criteria --base DIR --data DIR`` with one thread; it appends rows to
-``results/<device>/criteria.jsonl`` and prints them as a table. For each aim the base is cut by every criterion, with
-batch norms recalibrated, without and with the least-squares repair of what reads cut channels, and is scored before and
-after ``--steps`` of training (0: not at all). ``slimming`` is network slimming (Liu et al., ICCV 2017): one share of
-all inner channels by their |gamma|, and the same share of each other group by magnitude; the others cut by importance
-for each millisecond. Latencies are processor time of the thread, as other programs may run beside; a second cut brings
-the measured ones together.
+python -m benchmarks.criteria runs/base-0 --data DIR   appends rows to results/DEVICE/criteria.jsonl, on one thread
+python -m benchmarks.criteria                          print the table of the rows that are kept
+
+For each aim the base is cut by every criterion, with batch norms recalibrated, without and with the least-squares
+repair of what reads cut channels, scored, trained for ``--steps`` (0: not at all), and scored again. ``slimming`` is
+network slimming (Liu et al., ICCV 2017): one share of all inner channels by their gamma, and the same share of each
+other group by magnitude; the others cut by importance for each millisecond, and of blocks only those criteria know the
+importance that are learnt from batches. Latencies are processor time of the thread, as other programs may run beside; a
+second cut brings the measured ones together.
 """
 
 from __future__ import annotations
@@ -33,29 +35,30 @@ from jdkd.rewrite import Rewrite
 from jdkd.train import TrainConfig, calibrate_bn, evaluate, fit
 
 SLIMMING = "slimming"
-BATCHES, BATCH = 3, 8  # that gradients, repair and calibration see
-TRAINED = {(SLIMMING, False), (SLIMMING, True), ("taylor", True), ("fisher", True)}  # criterion, repaired
-Row = dict[str, Any]
+BATCHES, BATCH = 3, 8  # that repair and calibration see, and images in each
+WEIGHING = 16  # batches that importance is learnt from, as in a search
+TRAINED = {(name, True) for name in (SLIMMING, *CRITERIA)} | {("taylor", False)}  # criterion, repaired
+OP = "criteria"
+HEADINGS = ("base", "its mAP", "criterion", "repaired", "latency ratio", "kept r", "mAP", "after {} steps")
+Row = record.Row
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--base", type=Path, required=True, help="folder of a trained detector")
-    options.add_argument("--data", type=Path, required=True, help="COCO-format folder that it was trained on")
-    options.add_argument("--aims", type=float, nargs="+", default=[0.75, 0.53])
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("base", type=Path, nargs="?", help="folder of a trained detector")
+    options.add_argument("--data", type=Path, help="COCO-format folder that it was trained on")
+    options.add_argument("--aims", type=float, nargs="+", default=[0.53])
     options.add_argument("--images", type=int, default=100, help="validation images that score")
     options.add_argument("--steps", type=int, default=100, help="of training after the cut")
     options.add_argument("--lr", type=float, default=1e-3)
     options.add_argument("--seed", type=int, default=0)
     given = options.parse_args()
-    torch.set_num_threads(1)
-    file = record.result_file("cpu", "criteria")
-    found = []
-    for row in _rows(given):
-        record.append(file, [row])
-        found.append(row)
-        print(_line(row), flush=True)
-    print(table(found))
+    if given.base is not None:
+        torch.set_num_threads(1)
+        for row in _rows(given):
+            record.append(record.result_file("cpu", OP), [row])
+            print(_line(row), flush=True)
+    print(table(record.load(sorted(record.RESULTS.glob(f"*/{OP}.jsonl")))))
 
 
 def _rows(given: argparse.Namespace) -> Iterator[Row]:
@@ -68,10 +71,11 @@ def _rows(given: argparse.Namespace) -> Iterator[Row]:
     costs = measure_table(base, topology, images, clock=CpuClock())
     probe = list(batches(train, batch_size=BATCH, steps=BATCHES, seed=given.seed))
     unseen = list(batches(val, batch_size=BATCH, steps=2, seed=given.seed))
-    seen, importance = pyramids(base, unseen), {c: channel_importance(base, topology, c, probe) for c in CRITERIA}
+    weighing = list(batches(train, batch_size=BATCH, steps=WEIGHING, seed=given.seed))
+    seen, importance = pyramids(base, unseen), {c: channel_importance(base, topology, c, weighing) for c in CRITERIA}
     common = {
-        "op": "criteria",
-        "base": given.base.name,
+        "op": OP,
+        "base": "/".join(given.base.parts[-2:]),
         "base_map": evaluate(fuse_for_inference(base), val, device="cpu").map,
         "images": len(val),
         "seed": given.seed,
@@ -165,25 +169,20 @@ def _trained(child: nn.Module, train: Any, val: Any, given: argparse.Namespace) 
 
 
 def _line(row: Row) -> str:
-    trained = "-" if row["map_trained"] is None else f"{row['map_trained']:.3f}"
-    cells = [row["base"], f"{row['aim']:.2f}", row["criterion"], "yes" if row["repaired"] else "no"]
-    cells += [f"{row[name]:.3f}" for name in ("ratio", "kept_r", "map")]
-    return "| " + " | ".join([*cells, trained]) + " |"
+    trained = "" if row["map_trained"] is None else f"{row['map_trained']:.3f}"
+    cells = [row["base"], f"{row['base_map']:.3f}", row["criterion"], "yes" if row["repaired"] else "no"]
+    return f"| {' | '.join([*cells, *(f'{row[name]:.3f}' for name in ('ratio', 'kept_r', 'map')), trained])} |"
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown."""
-    head = [
-        "base",
-        "aim",
-        "criterion",
-        "repaired",
-        "measured ratio",
-        "kept r",
-        "mAP",
-        f"after {rows[0]['steps']} steps",
-    ]
-    return "\n".join(["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *map(_line, rows)])
+    """Markdown tables, one for each aim and number of steps: the latest row of each base, criterion and repair."""
+    latest = {tuple(row[name] for name in ("aim", "steps", "base", "criterion", "repaired")): row for row in rows}
+    parts = []
+    for aim, steps in dict.fromkeys(key[:2] for key in latest):
+        heads = " | ".join(HEADINGS).format(steps)
+        own = [_line(row) for key, row in latest.items() if key[:2] == (aim, steps)]
+        parts.append("\n".join([f"| {heads} |", "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |", *own]))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

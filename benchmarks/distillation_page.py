@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.resampling import gained
 from jdkd.distill.training import ONE_STAGE, TWO_STAGE
 from jdkd.report.svg import Axes, drawing, spread, tag
 
@@ -268,8 +269,3 @@ def name(pair: tuple[str, str]) -> str:
 
 def scores(row: Row) -> str:
     return " ".join(f"{value:.3f}" for value in row["maps"])
-
-
-def gained(row: Row) -> str:
-    low, high = row["gain_interval"]
-    return f"{row['gain']:+.3f} ({low:+.3f} to {high:+.3f})"

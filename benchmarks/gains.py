@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import proof, record
-from benchmarks.resampling import Judged, gain
+from benchmarks.resampling import Judged, gain, gained
 from jdkd.data import CocoDetectionDataset, resolve_splits
 from jdkd.detect import load
 from jdkd.latency import fuse_for_inference
@@ -62,13 +62,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for one in {each["searches"]: each for each in rows}.values():
         scores = " ".join(f"{value:.3f}" for value in one["maps"]["student"])
         cells = [one["searches"], str(len(one["seeds"])), str(one["images"]), scores]
-        lines.append(f"| {' | '.join([*cells, *(_said(one[f'less_{who}']) for who in ('base', 'control'))])} |")
+        lines.append(f"| {' | '.join([*cells, *(gained(one[f'less_{who}']) for who in ('base', 'control'))])} |")
     return "\n".join(lines)
-
-
-def _said(found: dict[str, Any]) -> str:
-    low, high = found["gain_interval"]
-    return f"{found['gain']:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -145,7 +145,7 @@ def measured(
         The rows of the base and of the students of one turn: samples in milliseconds, percentiles, ratios, cost,
         machine, protocol and commit.
     """
-    said = {"weights": weights, "images": "photographs" if images else "noise", "size": list(size)}
+    said = {"weights": weights, "images": "image files" if images else "noise", "size": list(size)}
     said |= {"note": NOTES[weights], "device": record.device_name(device)}
     held: dict[str, _Shipped] = {}
     for turn in left:

@@ -77,9 +77,6 @@ RECIPES = {
         "--train 400 --val 400 --size 128", f"--model fcos {_RESNET} --min-size 128 --max-size 128", 4, 3000, times=2
     ),
     "blood_cells": Recipe(None, f"--model fcos {_RESNET} --min-size 144 --max-size 192", 4, 2000, times=2),
-    "blood_cells_two_stage": Recipe(
-        None, f"--model fasterrcnn {_RESNET} --box-head 128 --min-size 144 --max-size 192", 4, 2000, times=2
-    ),
 }
 
 

@@ -13,6 +13,8 @@ from benchmarks import (
     ablations,
     accelerate,
     backends,
+    criteria,
+    data_loading,
     distillation_cost,
     distillation_page,
     front_figure,
@@ -36,6 +38,8 @@ FRONT = ROOT / "docs" / "mAP-over-latency.svg"
 OWN = {  # operators whose tables are not those of kernels
     ablations.OP: ablations.page,
     accelerate.OP: accelerate.table,
+    criteria.OP: criteria.table,
+    data_loading.OP: data_loading.table,
     "distillation": distillation_page.page,
     "distillation_swap": distillation_page.swaps,
     distillation_cost.OP: distillation_cost.page,
@@ -48,7 +52,7 @@ OWN = {  # operators whose tables are not those of kernels
 MADE = {
     "support": support.table,
     "backends": backends.table,
-    "learning": lambda: searches.learning({name: kept(name) for name in searches.KEPT}),
+    "learning": lambda: searches.learning({name: kept(name) for name in searches.NAMES}),
 }
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 
@@ -70,7 +74,7 @@ def _table(op: str) -> str:
         return "Not measured."
     if op in OWN:
         return OWN[op](rows)
-    return searches.table(rows) if op in searches.KEPT else record.table(record.latest(rows))
+    return searches.table(rows) if op in searches.NAMES else record.table(record.latest(rows))
 
 
 def kept(op: str) -> list[record.Row]:

@@ -119,3 +119,9 @@ def gain(ours: Sequence[Judged], theirs: Sequence[Judged]) -> dict[str, Any]:
         values.append(np.mean([ours[seed].map(times) - theirs[seed].map(times) for seed in drawn]))
     mean = float(np.mean([a.map() - b.map() for a, b in zip(ours, theirs, strict=True)]))
     return {"gain": mean, "gain_interval": list(interval(values))}
+
+
+def gained(found: dict[str, Any]) -> str:
+    """What :func:`gain` found, in a cell."""
+    low, high = found["gain_interval"]
+    return f"{found['gain']:+.3f} ({low:+.3f} to {high:+.3f})"

@@ -24,7 +24,7 @@ from jdkd.detect.atss import ATSS, ATSSHead
 from jdkd.detect.backbones import PYRAMIDS, Extended, Pyramid, maps_of
 from jdkd.detect.gfl import GFL, GFLHead
 from jdkd.detect.input_size import require_order, require_whole
-from jdkd.detect.norms import GROUP, exchange_norms
+from jdkd.detect.norms import GROUP, exchange_norms, group_norm
 from jdkd.detect.reppoints import RepPoints, RepPointsHead
 from jdkd.detect.roi_scales import set_roi_scales
 from jdkd.detect.spec import Regions, smallest_anchor
@@ -306,7 +306,7 @@ def _retinanet(options: Options) -> RetinaNet:
     """Lin et al., ICCV 2017; three sizes a level; the second version with group norms and a generalised IoU loss."""
     sizes = tuple((size, int(size * 2 ** (1 / 3)), int(size * 2 ** (2 / 3))) for size in options.sides)
     anchors = AnchorGenerator(sizes, (RATIOS,) * len(sizes))
-    norm = _head_norm if options.is_second else None
+    norm = group_norm if options.is_second else None
     head = RetinaNetHead(options.channels, anchors.num_anchors_per_location()[0], options.outputs, norm)
     if options.is_second:
         head.regression_head._loss_type = "giou"
@@ -345,10 +345,6 @@ def _of_one_stage(options: Options) -> dict[str, int]:
         "topk_candidates": options.candidates,
         "detections_per_img": options.max_detections,
     }
-
-
-def _head_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(channels // GROUP, channels)
 
 
 def _ssd(options: Options, lite: bool = False) -> SSD:

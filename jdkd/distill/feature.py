@@ -1,4 +1,4 @@
-"""Distillation through the features: the Pearson loss between two pyramids."""
+"""Distillation through the features: the Pearson loss, or another, between two pyramids."""
 
 from __future__ import annotations
 

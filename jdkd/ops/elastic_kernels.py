@@ -212,7 +212,7 @@ def call_of(
         groups: active groups.
 
     Returns:
-        What :func:`choose` takes.
+        What :func:`select` takes.
     """
     kernel, stride, is_batch = pair(kernel), pair(stride), x.dim() == 4
     padding = "same" if padding == "same" else pair(0 if padding == "valid" else padding)

@@ -28,13 +28,12 @@ from jdkd.ops.elastic_kernels import allow_tf32, dtype_of
 from jdkd.ops.elastic_levels_kernels import (
     OP,
     check_levels,
-    empty_channels_last,
     empty_outputs,
     kernel_runs,
     pixels_of,
 )
 from jdkd.ops.kernel_size import KernelLike, Padding, active_kernel, active_padding, pair
-from jdkd.ops.layout import layout_of
+from jdkd.ops.layout import channels_last, empty_channels_last, layout_of
 from jdkd.ops.onednn_workaround import conv2d_gradients
 
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -105,7 +104,7 @@ def convolve_levels(
         outputs: active output channels.
         padding: of the active kernel, in pixels, or ``"same"`` or ``"valid"``.
         kernel: active centre of the kernel; None: all of it.
-        activation: one of :data:`ACTIVATIONS`.
+        activation: one of :data:`jdkd.ops.elastic_levels_kernels.ACTIVATIONS`.
 
     Returns:
         Levels ``[N, Cout, OH, OW]``.
@@ -180,10 +179,6 @@ _library.define(
 )
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def _part(weight: Tensor, rows: Channels, columns: Channels, kernel: Kernel, dtype: torch.dtype) -> Tensor:
     """The active part for ATen, dense channels-last, ``[Cout, Cin, kh, kw]``."""
     return gather(weight, rows, columns, kernel).to(dtype, memory_format=torch.channels_last)
@@ -196,14 +191,14 @@ def _forward(
     rows, columns = Channels(out_channels, out_index), Channels(xs[0].shape[1], in_index)
     bias = None if bias is None else gather(bias, rows, Channels(1))  # [Cout]
     if kernel_runs(xs, kernel, padding):
-        xs, ys = [_channels_last(x) for x in xs], empty_outputs(xs, out_channels, kernel, padding)
+        xs, ys = [channels_last(x) for x in xs], empty_outputs(xs, out_channels, kernel, padding)
         bias = None if bias is None else bias.contiguous()
         _launch(xs, weight, bias, ys, rows, columns, pair(kernel), pair(padding), relu, allow_tf32())
         return ys
     part = _part(weight, rows, columns, pair(kernel), xs[0].dtype)
     bias = None if bias is None else bias.to(part.dtype)
     ys = [torch.ops.aten.convolution(x, part, bias, [1, 1], padding, [1, 1], False, [0, 0], 1) for x in xs]
-    return [_channels_last(y.relu_() if relu else y) for y in ys]
+    return [channels_last(y.relu_() if relu else y) for y in ys]
 
 
 def _launch(
@@ -246,7 +241,7 @@ def _backward(
     dbias: Tensor | None = None
     for dout, x in zip(douts, xs, strict=True):
         dx, *sums = conv2d_gradients(dout, x, part, 1, padding, 1, 1, wanted)
-        dxs += [] if dx is None or not wanted[0] else [_channels_last(dx)]
+        dxs += [] if dx is None or not wanted[0] else [channels_last(dx)]
         dpart, dbias = (
             None if one is None or not want else one.to(wide) if total is None else total.add_(one)
             for total, one, want in zip((dpart, dbias), sums, wanted[1:], strict=True)
@@ -272,8 +267,9 @@ def _backward_fake(
 
 _backend.register(OP, "reference", why="ATen level by level on the active part of the weight")
 _checks = {"forward": lambda _, *where: elastic_check.levels(_launch, *where)}
-_why = "only on request, since it has not been timed on a GPU yet"
-_backend.register(OP, "triton", dtypes=_TRITON_DTYPES, why=_why, checks=_checks)
+_backend.register(
+    OP, "triton", dtypes=_TRITON_DTYPES, why="where jdkd.ops.elastic_levels_kernels says so", checks=_checks
+)
 _library.impl("elastic_levels_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("elastic_levels_bwd", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("jdkd::elastic_levels_fwd", _forward_fake, lib=_library)

@@ -14,7 +14,7 @@ from jdkd._verdicts import dtype_name
 from jdkd.errors import InputError
 from jdkd.ops.elastic_kernels import ON_REQUEST, dtype_of
 from jdkd.ops.kernel_size import Padding, pair
-from jdkd.ops.layout import size_class
+from jdkd.ops.layout import empty_channels_last, size_class
 from jdkd.ops.transforms import is_looked_into
 
 OP = "elastic_levels"
@@ -159,11 +159,6 @@ def check_levels(
             )
     if device != xs[0].device:
         raise InputError(f"the levels are on {xs[0].device} and weight on {device}; move one of them")
-
-
-def empty_channels_last(like: Tensor, *shape: int) -> Tensor:
-    """New memory of a dtype and device, ``[N, C, H, W]``."""
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def empty_outputs(

@@ -22,7 +22,7 @@ from jdkd import _backend
 from jdkd.errors import InputError
 from jdkd.ops import elastic_check, elastic_kernels
 from jdkd.ops.active_channels import Channels, active_channels, gather, scatter
-from jdkd.ops.layout import in_layout
+from jdkd.ops.layout import channels_last, empty_channels_last, in_layout
 from jdkd.ops.onednn_workaround import conv2d_gradients
 from jdkd.ops.transforms import is_looked_into
 from jdkd.reference import elastic_pointwise as reference
@@ -241,14 +241,6 @@ def _out_size(x: Tensor, stride: int) -> tuple[int, int]:
     return (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
 
 
-def _empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
 def _operand(weight: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The weight as the kernels read it, ``[Cout_max, Cin_max]`` in place or a packed copy of its active part."""
     from jdkd.kernels.elastic_pointwise import readable_in_place
@@ -279,7 +271,7 @@ def _forward(
     moments = reference.moments(total) if stats else x.new_empty(0, dtype=reference.wide_dtype(x.dtype))
     if shift is not None or residual is not None or activation != "none":
         total = reference.epilogue(total, scale, shift, residual, activation)
-    return _channels_last(total), moments
+    return channels_last(total), moments
 
 
 def _triton_fwd(
@@ -288,13 +280,13 @@ def _triton_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from jdkd.kernels.elastic_pointwise import elastic_pointwise_fwd
 
-    y = _empty(x, x.shape[0], out_channels, *_out_size(x, stride))
+    y = empty_channels_last(x, x.shape[0], out_channels, *_out_size(x, stride))
     if shift is not None and scale is None:
         scale = torch.ones_like(shift)
     moments = elastic_pointwise_fwd(
-        _channels_last(x), _operand(weight, out_channels, x.shape[1], x.dtype), y, stride=stride,
+        channels_last(x), _operand(weight, out_channels, x.shape[1], x.dtype), y, stride=stride,
         scale=None if scale is None else scale.contiguous(), shift=None if shift is None else shift.contiguous(),
-        residual=None if residual is None else _channels_last(residual), activation=activation, stats=stats,
+        residual=None if residual is None else channels_last(residual), activation=activation, stats=stats,
         whole=weight.shape[0], allow_tf32=allow_tf32,
     )  # fmt: skip
     return y, x.new_empty(0, dtype=torch.float32) if moments is None else moments
@@ -310,7 +302,7 @@ def _forward_fake(
     out_channels: int, stride: int, activation: str, stats: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     shape = (2, out_channels) if stats else (0,)
-    y = _empty(x, x.shape[0], out_channels, *_out_size(x, stride))
+    y = empty_channels_last(x, x.shape[0], out_channels, *_out_size(x, stride))
     return y, x.new_empty(shape, dtype=reference.wide_dtype(x.dtype))
 
 
@@ -324,7 +316,7 @@ def _backward(
         if wanted[1] and dpart is not None:
             dpart = dpart.reshape(rows, x.shape[1], *weight.shape[2:])
             dweight = scatter(dpart, weight, Channels(rows), Channels(x.shape[1]))
-        return x.new_empty(0) if dx is None or not wanted[0] else _channels_last(dx), dweight
+        return x.new_empty(0) if dx is None or not wanted[0] else channels_last(dx), dweight
     return _triton_bwd(dout, x, weight, stride, wanted, elastic_kernels.allow_tf32())
 
 
@@ -333,10 +325,10 @@ def _triton_bwd(
 ) -> tuple[Tensor, Tensor]:
     from jdkd.kernels import elastic_pointwise_grad as kernels
 
-    rows, dout, x = dout.shape[1], _channels_last(dout), _channels_last(x)
+    rows, dout, x = dout.shape[1], channels_last(dout), channels_last(x)
     dx, dweight = x.new_empty(0), weight.new_empty(0)
     if wanted[0]:
-        dx = _empty(x, *x.shape) if stride == 1 else torch.zeros_like(x, memory_format=torch.channels_last)
+        dx = empty_channels_last(x, *x.shape) if stride == 1 else torch.zeros_like(x, memory_format=torch.channels_last)
         operand = _operand(weight, rows, x.shape[1], x.dtype)
         kernels.elastic_pointwise_dx(dout, operand, dx, stride=stride, whole=weight.shape[1], allow_tf32=allow_tf32)
     if wanted[1]:
@@ -348,7 +340,7 @@ def _triton_bwd(
 def _backward_fake(
     dout: Tensor, x: Tensor, weight: Tensor, stride: int, wanted: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    dx = _empty(x, *x.shape) if wanted[0] else x.new_empty(0)
+    dx = empty_channels_last(x, *x.shape) if wanted[0] else x.new_empty(0)
     return dx, torch.empty_like(weight) if wanted[1] else weight.new_empty(0)
 
 

@@ -28,6 +28,16 @@ def in_layout(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     return tensor if is_transformed() else tensor.contiguous(memory_format=layout)
 
 
+def channels_last(tensor: Tensor) -> Tensor:
+    """A tensor ``[N, C, H, W]`` made dense channels-last, inside of an operator."""
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def empty_channels_last(like: Tensor, *shape: int) -> Tensor:
+    """New memory of a dtype and device, ``[N, C, H, W]``."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
 def size_class(size: int) -> str:
     """The class of a size in bytes by which `jdkd tune` chooses: below 1 MiB, 16 MiB, or more; caches end there."""
     return "<1 MiB" if size < 1 << 20 else "<16 MiB" if size < 1 << 24 else ">=16 MiB"

@@ -1,10 +1,7 @@
 """A large annotation file is parsed once, and never taken for another."""
 
-import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.data_loading import LARGE, large, opened
 from jdkd.data import CocoDetectionDataset, annotations, checking, index, masks
 from jdkd.data.annotations import Annotations, inspect_annotations, open_annotations
 from jdkd.errors import InputError
@@ -244,45 +242,12 @@ def test_an_image_that_was_spoilt_since_is_found(tmp_path, spoil):
             CocoDetectionDataset(split)
 
 
-OPENED = """
-import json, resource, sys, time
-from pathlib import Path
-from jdkd.data import CocoDetectionDataset, Split
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-began, worked = time.perf_counter(), time.process_time()
-data = CocoDetectionDataset(Split(Path(sys.argv[1]), Path(sys.argv[2])))
-seconds, worked = time.perf_counter() - began, time.process_time() - worked
-most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-boxes = sum(len(labels) for labels in data.labels)
-print(json.dumps([seconds, worked, before / 1024, most / 1024, len(data), boxes]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("when_asked")
 def test_118000_images_open_in_a_minute_and_then_in_ten_seconds_in_a_gigabyte(tmp_path):
-    images, objects = 118_000, 860_000
-    rng = np.random.default_rng(0)
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (64, 48)).save(tmp_path / "one.jpg")
-    for k in range(images):
-        os.symlink(tmp_path / "one.jpg", tmp_path / "images" / f"{k:012d}.jpg")
-    corners, sides = rng.uniform(0, 30, (objects, 2)).round(2), rng.uniform(1, 18, (objects, 2)).round(2)
-    owners, kinds = rng.integers(0, images, objects).tolist(), rng.integers(1, 81, objects).tolist()
-    polygon = rng.uniform(0, 48, 40).round(2).tolist()
-    with open(tmp_path / "all.json", "w") as file:
-        records = ({"id": k, "file_name": f"{k:012d}.jpg", "width": 64, "height": 48} for k in range(images))
-        file.write('{"images": [' + ",".join(map(json.dumps, records)) + '], "annotations": [')
-        for k in range(objects):
-            place = {"image_id": owners[k], "category_id": kinds[k], "bbox": [*corners[k].tolist(), *sides[k].tolist()]}
-            rest = {"area": float(sides[k].prod()), "iscrowd": 0, "segmentation": [polygon]}
-            file.write("," * (k > 0) + json.dumps({"id": k + 1, **place, **rest}))
-        classes = ({"id": k, "name": f"class {k}"} for k in range(1, 81))
-        file.write('], "categories": [' + ",".join(map(json.dumps, classes)) + "]}")
-    command = [sys.executable, "-W", "ignore", "-c", OPENED, str(tmp_path / "images"), str(tmp_path / "all.json")]
+    split = large(tmp_path, *LARGE)
     for limit in (60, 10):
-        answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
-        seconds, worked, before, most, count, boxes = json.loads(answer.stdout)
-        print(f"{seconds:.1f} s, {worked:.1f} s of processor, {most:.0f} MiB at most, {before:.0f} MiB before")
-        assert (count, boxes) == (images, objects)
-        assert worked < limit and most < 1000, "of processor, as other processes may be at work"
+        row = opened(split, tmp_path / "cache")
+        print(row)
+        assert (row["images"], row["boxes"]) == LARGE
+        assert row["processor_seconds"] < limit and row["mib"] < 1000, "of processor, as other processes may be at work"
