@@ -20,6 +20,7 @@ from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable
 from jdkd.morph import Morph, can_shorten, channel_importance, cut_to, grow, shorten
+from jdkd.morph.importance import LEARNT, importance_with_more_blocks
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
 from jdkd.search.archive import Candidate
@@ -102,7 +103,7 @@ class Parent:
     @cached_property
     def importance(self) -> dict[str, Tensor]:
         """Of its channels."""
-        return self._important(self.model)
+        return self._important(self.model, self.topology)
 
     def draw(self, ways: Sequence[str], rng: random.Random) -> Recipe:
         """A recipe by chance."""
@@ -130,7 +131,7 @@ class Parent:
         if recipe.grown:
             model = recipe.grown.apply(model, topology)
             topology = context.read(model)
-            importance = self._important(model)
+            importance = self._of_grown(model, topology, recipe.grown.rewrite)
         if recipe.channels:
             how = {"shorter": recipe.shorter, "min_size": recipe.min_size, "temperature": recipe.temperature}
             last = self._cut(model, topology, aim, importance, **how, rng=random.Random(recipe.seed))
@@ -138,7 +139,7 @@ class Parent:
             last = shorten(model, topology, recipe.shorter, recipe.min_size)
         morphs = [morph for morph in (recipe.grown, last) if morph and morph.rewrite != Rewrite()]
         rewrites = tuple(morph.rewrite for morph in morphs)
-        child = inherit(self.model, self.topology, rewrites, context)
+        child = inherit(model, topology, rewrites and (last.rewrite,), context)
         require_visible(child.model, context.image_sizes)
         distances = correlations(child.model, self.seen, context.probe(), channels=child.kept).values()
         action = "; ".join(morph.action for morph in morphs) or "change nothing"
@@ -185,9 +186,17 @@ class Parent:
         timing = self.context.timed({own: screened.student}, stage, kept=self.table.kept)[own]
         return self.table.with_nms(pooled([timing]).ratio.value)
 
-    def _important(self, model: nn.Module) -> dict[str, Tensor]:
+    def _of_grown(self, model: nn.Module, topology: Topology, rewrite: Rewrite) -> dict[str, Tensor]:
+        """The importance of its channels and blocks with more blocks, or with some moved."""
+        adds = all(
+            set(order) >= {*range(len(self.topology.block_list(name).blocks))} for name, order in rewrite.blocks.items()
+        )
+        if adds and self.context.config.method.criterion in LEARNT:
+            return importance_with_more_blocks(self.importance, self.model, self.topology, rewrite, topology)
+        return self._important(model, topology)
+
+    def _important(self, model: nn.Module, topology: Topology) -> dict[str, Tensor]:
         context = self.context
-        topology = self.topology if model is self.model else context.read(model)
         return channel_importance(model, topology, context.config.method.criterion, context.weighing)
 
 
