@@ -63,6 +63,8 @@ class SearchContext:
         timing_images: what latency is measured with, uint8 ``[3, H, W]``.
         progress: called with (what, done, total, values) as the work goes on.
         spent: where the time of this process goes.
+        children: made while they were proposed, by the numbers of the candidates that they are; none in another process
+            or after a kill, where they are made again.
     """
 
     config: SearchConfig
@@ -74,6 +76,7 @@ class SearchContext:
     timing_images: list[Tensor]
     progress: ProgressCallback
     spent: Spending = field(default_factory=Spending)
+    children: dict[int, nn.Module] = field(default_factory=dict)
 
     @property
     def image_sizes(self) -> list[tuple[str, int, int]]:

@@ -58,6 +58,11 @@ class Strategy:
         torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
         made = self._explored(rung, archive, rng) if rung.explores else self._trained_on(rung, archive, rng)
         first = len(archive)
+        config = self.context.config
+        trains_here = config.workers < 2 and config.ray is None
+        self.context.children = {
+            first + k: one.student for k, (_, _, one, *_) in enumerate(made) if trains_here and one.rewrites
+        }
         to_come = sum(later.steps for later in self.plan.rungs[generation - 1 :])  # all end with their cycle
         return [
             Proposal(

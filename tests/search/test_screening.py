@@ -18,6 +18,7 @@ from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
+from jdkd.search.evaluator import Evaluator
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.loop import _table
 from jdkd.search.matching import Matching
@@ -237,6 +238,7 @@ def asked(context, finished, steady, tmp_path):
         shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
         with closing(Archive(tmp_path / ARCHIVE)) as archive:
             archive.candidates = archive.candidates[:count]
+            ask.context = here
             strategy = Strategy(
                 here, plan(here.config, steps), Matching(here, None, archive.scored[0].map), _table(here)
             )
@@ -254,6 +256,20 @@ def test_a_generation_follows_from_the_archive_alone_and_is_pure_json(asked, fin
     assert [(p.action, p.parent, p.predicted) for p in one] == [(c.action, c.parent, c.predicted) for c in made]
     assert {(p.kind, p.target, p.generation, p.teacher) for p in one} == {("morph", None, 1, "base")}
     assert len({proposal.number for proposal in one}) == len(one)
+
+
+def test_a_child_that_was_made_while_it_was_proposed_is_the_one_that_is_made_again_elsewhere(asked):
+    proposal = asked(1)[1][0]
+    context = asked.context
+    kept, evaluator = context.children[proposal.number], Evaluator(context, None)
+    assert evaluator._child(proposal, None) is kept and proposal.number not in context.children
+    again = evaluator._child(Proposal.from_json(json.loads(json.dumps(proposal.to_json()))), None)
+    assert again is not kept and again.architecture == kept.architecture
+    ours = kept.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in again.state_dict().items())
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in kept.parameters()]
+    asked(1, workers=2)
+    assert not asked.context.children, "other processes make them"
 
 
 def test_where_nothing_can_be_cut_any_more_the_search_goes_on_with_what_it_has(asked, monkeypatch):
