@@ -216,7 +216,7 @@ class _Costs:
         rates *= np.array([[places[name]] for name in names])
         rates = np.hstack([rates, np.full((len(names), 1), table.costs.get(LAYERS, 0.0))])
         number = {name: place for place, name in enumerate(names)}
-        touched = {}
+        touched: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by group: its weights, and how often it stands in each
         for group in topology.groups:
             slots = [slot for slot in group.slots if slot.tensor in number]
             lines = sorted({number[slot.tensor] for slot in slots})

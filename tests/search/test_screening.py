@@ -15,6 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from jdkd.detect.contract import architecture_of
 from jdkd.distill import correlations
 from jdkd.errors import InputError
+from jdkd.morph import grow
 from jdkd.notices import Notice
 from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
@@ -77,13 +78,17 @@ def test_the_similarity_is_the_mean_r_of_every_level_with_the_parents(parent, st
 
 def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(parent, steady):
     rng = random.Random(1)
-    for recipe in (Recipe(min_size=32), parent.draw(EVERYTHING, rng)):
+    grown = grow(parent.model, parent.topology, rng, max_depth=parent.context.most_blocks)
+    drawn = parent.draw(EVERYTHING, rng)
+    for recipe in (Recipe(min_size=32), drawn, Recipe(grown=grown), Recipe(grown=grown, channels=False)):
         one, two = parent.make(recipe, 0.7), parent.make(recipe, 0.7)
         assert (one.rewrites, one.action, one.similarity) == (two.rewrites, two.action, two.similarity)
         sent = json.loads(json.dumps([rewrite.to_json() for rewrite in one.rewrites]))
         read = [type(one.rewrites[0]).from_json(fields) for fields in sent]
         again = inherit(parent.model, parent.topology, read, parent.context).model
         assert architecture_of(again, "a test").id == one.architecture_id
+        ours = one.student.state_dict()
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in again.state_dict().items())
 
 
 def test_a_pipeline_changes_blocks_and_input_or_channels_and_not_both(parent, monkeypatch):
