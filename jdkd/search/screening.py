@@ -89,6 +89,7 @@ class Parent:
     def __init__(self, candidate: Candidate, table: LatencyTable, context: SearchContext) -> None:
         self.candidate, self.table, self.context = candidate, table, context
         self.model = context.detector(candidate)
+        self._grown: dict[str, tuple[nn.Module, Topology, dict[str, Tensor]]] = {}  # by what was added or moved
 
     @cached_property
     def topology(self) -> Topology:
@@ -129,9 +130,7 @@ class Parent:
         """
         context, model, topology, importance = self.context, self.model, self.topology, self.importance
         if recipe.grown:
-            model = recipe.grown.apply(model, topology)
-            topology = context.read(model)
-            importance = self._of_grown(model, topology, recipe.grown.rewrite)
+            model, topology, importance = self._with(recipe.grown)
         if recipe.channels:
             how = {"shorter": recipe.shorter, "min_size": recipe.min_size, "temperature": recipe.temperature}
             last = self._cut(model, topology, aim, importance, **how, rng=random.Random(recipe.seed))
@@ -186,14 +185,20 @@ class Parent:
         timing = self.context.timed({own: screened.student}, stage, kept=self.table.kept)[own]
         return self.table.with_nms(pooled([timing]).ratio.value)
 
-    def _of_grown(self, model: nn.Module, topology: Topology, rewrite: Rewrite) -> dict[str, Tensor]:
-        """The importance of its channels and blocks with more blocks, or with some moved."""
-        adds = all(
-            set(order) >= {*range(len(self.topology.block_list(name).blocks))} for name, order in rewrite.blocks.items()
-        )
-        if adds and self.context.config.method.criterion in LEARNT:
-            return importance_with_more_blocks(self.importance, self.model, self.topology, rewrite, topology)
-        return self._important(model, topology)
+    def _with(self, grown: Morph) -> tuple[nn.Module, Topology, dict[str, Tensor]]:
+        """It with more blocks, or with some moved, what is coupled to what in that, and how much its parts matter."""
+        rewrite, known = grown.rewrite, repr(grown.rewrite)
+        if known not in self._grown:
+            model = grown.apply(self.model, self.topology)
+            topology = self.context.read(model)
+            lists = {blocks.name: {*range(len(blocks.blocks))} for blocks in self.topology.block_lists}
+            stay = all(lists[name] <= {*order} for name, order in rewrite.blocks.items())
+            if stay and self.context.config.method.criterion in LEARNT:
+                matters = importance_with_more_blocks(self.importance, self.model, self.topology, rewrite, topology)
+            else:
+                matters = self._important(model, topology)
+            self._grown[known] = model, topology, matters
+        return self._grown[known]
 
     def _important(self, model: nn.Module, topology: Topology) -> dict[str, Tensor]:
         context = self.context
