@@ -196,11 +196,12 @@ class _Costs:
         fixed: float,
         sizes: np.ndarray,
         rates: np.ndarray,
-        touched: dict[str, list],
-        inside: dict[str, list[int]],
+        touched: dict[str, tuple[np.ndarray, np.ndarray]],
+        inside: dict[str, np.ndarray],
     ) -> None:
         self._fixed, self._sizes, self._rates = fixed, sizes, rates
         self._touched, self._inside = touched, inside
+        self._each = self._of(sizes, rates)  # [weights]
 
     @classmethod
     def of(cls, model: nn.Module, topology: Topology, table: LatencyTable, around: Rewrite) -> _Costs:
@@ -215,55 +216,53 @@ class _Costs:
         rates *= np.array([[places[name]] for name in names])
         rates = np.hstack([rates, np.full((len(names), 1), table.costs.get(LAYERS, 0.0))])
         number = {name: place for place, name in enumerate(names)}
-        touched = defaultdict(list)
+        touched: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # by group: its weights, and how often it stands in each
         for group in topology.groups:
-            for slot in group.slots:
-                if slot.tensor in number:
-                    touched[group.name].append((number[slot.tensor], slot.dim, slot.repeat))
+            slots = [slot for slot in group.slots if slot.tensor in number]
+            lines = sorted({number[slot.tensor] for slot in slots})
+            repeats = np.zeros((len(lines), dims))
+            for slot in slots:
+                repeats[lines.index(number[slot.tensor]), slot.dim] += slot.repeat
+            touched |= {group.name: (np.array(lines), repeats)} if lines else {}
         inside = {
-            path: [line for name, line in number.items() if name.startswith(f"{path}.")]
+            path: np.array([line for name, line in number.items() if name.startswith(f"{path}.")], dtype=int)
             for blocks in topology.block_lists
             for path in blocks.blocks
         }
-        return cls(table.fixed, sizes, rates, dict(touched), inside)
+        return cls(table.fixed, sizes, rates, touched, inside)
 
     def ratio(self) -> float:
-        return self._fixed + self._of(self._sizes, self._rates)
+        return self._fixed + float(self._each.sum())
 
     def has(self, group: str) -> bool:
         """Whether anything that a group runs through is still there."""
-        return bool(self._rates[[line for line, _, _ in self._touched.get(group, ())]].any())
+        return group in self._touched and bool(self._rates[self._touched[group][0]].any())
 
     def saved(self, group: str, units: int) -> float:
         """What it saves to cut so many units of a group."""
         if group not in self._touched:
             return 0.0
         lines, sizes = self._after(group, units)
-        return self._of(self._sizes[lines], self._rates[lines]) - self._of(sizes, self._rates[lines])
+        return float(self._each[lines].sum() - self._of(sizes, self._rates[lines]).sum())
 
     def cut(self, group: str, units: int) -> None:
         lines, sizes = self._after(group, units)
-        self._sizes[lines] = sizes
+        self._sizes[lines], self._each[lines] = sizes, self._of(sizes, self._rates[lines])
 
     def saved_without(self, block: str) -> float:
         """What it saves to remove a block."""
-        lines = self._inside[block]
-        return self._of(self._sizes[lines], self._rates[lines])
+        return float(self._each[self._inside[block]].sum())
 
     def remove(self, block: str) -> None:
-        self._rates[self._inside[block]] = 0.0
+        self._rates[self._inside[block]] = self._each[self._inside[block]] = 0.0
 
-    def _after(self, group: str, units: int) -> tuple[list[int], np.ndarray]:
-        touched = self._touched[group]
-        lines = sorted({line for line, _, _ in touched})
-        place, sizes = {line: k for k, line in enumerate(lines)}, self._sizes[lines]
-        for line, dim, repeat in touched:
-            sizes[place[line], dim] -= units * repeat
-        return lines, sizes
+    def _after(self, group: str, units: int) -> tuple[np.ndarray, np.ndarray]:
+        lines, repeats = self._touched[group]
+        return lines, self._sizes[lines] - units * repeats
 
     @staticmethod
-    def _of(sizes: np.ndarray, rates: np.ndarray) -> float:
-        return float((rates[:, 0] * sizes.prod(1) + rates[:, 1] * sizes[:, 0] + rates[:, 2]).sum())
+    def _of(sizes: np.ndarray, rates: np.ndarray) -> np.ndarray:  # -> [weights]
+        return rates[:, 0] * sizes.prod(1) + rates[:, 1] * sizes[:, 0] + rates[:, 2]
 
 
 def _said(rows: Sequence[_Row], table: LatencyTable) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.graph import BlockList, ChannelGroup, Slot, Topology
 from jdkd.morph.gradients import gradient_importance
+from jdkd.morph.repairing import came_from
 from jdkd.nn.unwrapping import unwrapped
+from jdkd.rewrite import Rewrite
 from jdkd.rewrite.channels import named, require_traced, tensor_named
 
 READ_OFF = "gamma", "magnitude"  # criteria that need the weights alone
@@ -60,6 +62,32 @@ def channel_importance(
             found[group.name] = values * group.units / values.sum().clamp(min=1e-12)
     total = sum(found[group.name].double().sum().item() for group in topology.groups)
     return {name: (values / max(total, 1e-30)).float() for name, values in found.items()}
+
+
+def importance_with_more_blocks(
+    importance: Mapping[str, Tensor], model: nn.Module, topology: Topology, rewrite: Rewrite, grown: Topology
+) -> dict[str, Tensor]:
+    """What gradients say of a detector with more blocks, from what they said without: the new ones are born as the
+    identity, so the losses and every other gradient stay, and nothing is lost with them.
+
+    Args:
+        importance: of the detector, by one of :data:`LEARNT`.
+        model, topology: the detector before, and what was read off it.
+        rewrite: adds blocks, and does nothing else.
+        grown: what was read off the detector afterwards.
+    """
+    origins = came_from(unwrapped(model), rewrite, topology)
+    first = {origin: path for path, origin in reversed(origins.items())}
+    found = {}
+    for name in (
+        *(group.name for group in grown.groups),
+        *(path for each in grown.block_lists for path in each.blocks),
+    ):
+        path, mark, number = name.partition("#")
+        values = importance.get(f"{origins[path]}{mark}{number}")
+        if values is not None:
+            found[name] = values if first[origins[path]] == path else torch.zeros_like(values)
+    return found
 
 
 def gamma_importance(model: nn.Module, topology: Topology, group: ChannelGroup) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -18,6 +19,7 @@ from jdkd.detect.proposals import proposals_of
 from jdkd.errors import InputError
 from jdkd.graph import Topology
 from jdkd.nn.modes import mode
+from jdkd.nn.necks import run_until, trunk_of
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite, arrange
 from jdkd.rewrite.building import set_attribute
@@ -104,10 +106,10 @@ def repair(
     images = [image for batch in batches for image in images_on(child, images_of(batch))]
     if not images:
         raise InputError("repair was given 0 batches and needs at least 1; give it some images.")
-    came_from = _came_from(parent, rewrite, topology)
-    layers = _cut_readers(child, came_from, rewrite, topology)
+    origins = came_from(parent, rewrite, topology)
+    layers = _cut_readers(child, origins, rewrite, topology)
     with _at_size_of(parent, rewrite):
-        proposed = _remember(parent, {came_from[path]: layer for path, layer in layers.items()}, images)
+        proposed = _remember(parent, {origins[path]: layer for path, layer in layers.items()}, images)
     pending = {path: layer for path, layer in layers.items() if layer.seen}
     repaired: list[str] = []
     final: dict[str, list[Any]] = {}
@@ -129,7 +131,7 @@ def _pass(
     final: dict[str, list[Any]],
 ) -> list[str]:
     """One forward: layers that are called once are repaired as they are met, up to the first that is called again and
-    again, which is repaired at its last call.
+    again, which is repaired at its last call. It ends there, or when nothing is left to be repaired.
 
     Args:
         child, pending, images, proposed: as :func:`repair` has them.
@@ -156,7 +158,7 @@ def _pass(
         if len(layer.rows) == len(layer.seen):
             layer.solve()
             done.append(path)
-            if shared:
+            if shared or len(done) == len(pending):
                 raise _Done
 
     def hook(path: str, layer: _Layer) -> Callable[..., None]:
@@ -225,7 +227,7 @@ def _said(module: nn.Module, out: Tensor) -> Tensor:  # -> [places, outputs]
 
 
 def _remember(source: nn.Module, layers: Mapping[str, _Layer], images: list[Tensor]) -> dict[str, Any]:
-    """What the parent's layers return at some places of each call; and what regions it proposes."""
+    """What the parent's layers return at some places of each call; and what regions it proposes, if it gets there."""
     generator = torch.Generator().manual_seed(0)
 
     def hook(layer: _Layer) -> Callable[..., None]:
@@ -236,11 +238,14 @@ def _remember(source: nn.Module, layers: Mapping[str, _Layer], images: list[Tens
 
         return left
 
-    handles = [source.get_submodule(path).register_forward_hook(hook(layer)) for path, layer in layers.items()]
-    proposed: dict[str, Any] = {}
+    modules = {source.get_submodule(path): layer for path, layer in layers.items()}
+    handles = [module.register_forward_hook(hook(layer)) for module, layer in modules.items()]
+    trunk, proposed = trunk_of(source), dict[str, Any]()
+    ends_there = bool(trunk) and modules.keys() <= {module for part in trunk for module in part.modules()}
     try:
         with mode(source, training=False), proposals_of(source, proposed):
-            detections(source, images)
+            run = partial(detections, source, images)
+            run_until(trunk[-1], run) if ends_there else run()
     finally:
         for handle in handles:
             handle.remove()
@@ -248,14 +253,14 @@ def _remember(source: nn.Module, layers: Mapping[str, _Layer], images: list[Tens
 
 
 def _cut_readers(
-    child: nn.Module, came_from: Mapping[str, str], rewrite: Rewrite, topology: Topology
+    child: nn.Module, origins: Mapping[str, str], rewrite: Rewrite, topology: Topology
 ) -> dict[str, _Layer]:
     """The child's layers that read cut channels, by path."""
     chosen = {name: checked(topology, name, units) for name, units in rewrite.keep.items()}
     gone = leaving(topology, chosen)
     found = {}
     for path, module in child.named_modules():
-        weight = f"{came_from.get(path)}.weight"
+        weight = f"{origins.get(path)}.weight"
         if isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1 and (weight, 1) in gone:
             outputs = module.weight.shape[0] + len(gone.get((weight, 0), ()))
             found[path] = _Layer(module, np.delete(np.arange(outputs), gone.get((weight, 0), [])))
@@ -276,7 +281,7 @@ def _at_size_of(parent: nn.Module, rewrite: Rewrite) -> Iterator[None]:
             setattr(owners[name], name.rpartition(".")[2], value)
 
 
-def _came_from(parent: nn.Module, rewrite: Rewrite, topology: Topology) -> dict[str, str]:
+def came_from(parent: nn.Module, rewrite: Rewrite, topology: Topology) -> dict[str, str]:
     """By the path of each of the child's modules, that of the parent's of which it is, or is a copy."""
     modules = dict(parent.named_modules())
     if not rewrite.blocks:

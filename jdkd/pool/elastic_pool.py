@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from jdkd.data import batches
 from jdkd.detect import load, parameter_count, read, save
@@ -19,7 +19,7 @@ from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.foreign import require_common, require_name
 from jdkd.pool.members import ScoredTeacher, Teacher
 from jdkd.pool.shrinking import calibrate
-from jdkd.pool.space import Space
+from jdkd.pool.space import Space, Subnet
 from jdkd.pool.supernet import Supernet
 from jdkd.train import evaluate
 
@@ -53,6 +53,7 @@ class TeacherPool:
     trained_on: str | None = None
     scored_on: str | None = None
     foreign: dict[str, nn.Module] = field(default_factory=dict)
+    _calibrated: dict[Subnet, dict[str, Tensor]] = field(default_factory=dict, init=False, repr=False)  # buffers
 
     @property
     def space(self) -> Space:
@@ -88,11 +89,19 @@ class TeacherPool:
     def teacher(self, teacher: Teacher) -> nn.Module:
         """A detector in evaluation mode: a subnet as one of its own, recalibrated, or a foreign one as it was given.
 
+        A subnet is recalibrated when it is asked for first, and is the same ever after: train the supernet before.
+
         Raises:
             InputError: the pool does not hold it.
         """
         if not isinstance(teacher, str):
-            return calibrate(self.supernet.extract(teacher), self.dataset, self.batch_size, self.seed, self.device)
+            made = self.supernet.extract(teacher).to(self.device).eval()
+            if teacher in self._calibrated:
+                made.load_state_dict(self._calibrated[teacher], strict=False)
+            else:
+                calibrate(made, self.dataset, self.batch_size, self.seed, self.device)
+                self._calibrated[teacher] = {name: buffer.clone() for name, buffer in made.named_buffers()}
+            return made
         if teacher not in self.foreign:
             known = ", ".join(self.foreign) or "none"
             raise InputError(f"the pool has no foreign teacher {teacher!r}, its foreign teachers are: {known}.")

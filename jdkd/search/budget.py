@@ -31,17 +31,19 @@ class Rung:
         explores: whether it looks for architectures, or trains on those that were found.
         candidates: for each aim.
         steps: training steps of each candidate.
+        trial: whether its two candidates are one student, taught and untaught.
     """
 
     aims: tuple[float, ...]
     explores: bool
     candidates: int
     steps: int
+    trial: bool = False
 
     @property
     def alone(self) -> bool:
-        """Whether one student of each target is trained on, and none beside it."""
-        return not self.explores and self.candidates == 1
+        """Whether one student of each target is trained on, and no other beside it."""
+        return self.trial or not (self.explores or self.candidates > 1)
 
     @property
     def cost(self) -> int:
@@ -102,7 +104,8 @@ def plan(config: SearchConfig, steps: int) -> Plan:
 
     The generations first go down to the targets, latency by latency, with several short trainings each. Then every
     target has its finalists, which are trained on, and the fitter one alone to the end (successive halving, Jamieson
-    & Talwalkar, AISTATS 2016): short trainings for many, long ones for few. The shares are our choice.
+    & Talwalkar, AISTATS 2016): short trainings for many, long ones for few. Where teachers are chosen dynamically, that
+    one is trained both with its teacher and without before the better goes on. The shares are our choice.
 
     Raises:
         InputError: the budget is too small for one step each.
@@ -115,10 +118,11 @@ def plan(config: SearchConfig, steps: int) -> Plan:
     short = int(EXPLORING_SHARE * left / (len(aims) * config.candidates))
     left -= len(aims) * config.candidates * short
     halving = int(HALVING_SHARE * left / kinds) if finalists > 1 else 0
-    alone = (left // kinds - finalists * halving) // SEGMENTS
+    trial = config.method.teaching == "dynamic"
+    alone = (left // kinds - finalists * halving) // (SEGMENTS + trial)
     rungs = [Rung((aim,), True, config.candidates, short) for aim in aims]
     rungs += [Rung(targets, False, finalists, halving)] * (halving > 0)
-    rungs += [Rung(targets, False, 1, alone)] * SEGMENTS
+    rungs += [Rung(targets, False, 1 + trial, alone, trial), *[Rung(targets, False, 1, alone)] * (SEGMENTS - 1)]
     if min(rung.steps for rung in rungs) < 1:
         least = math.ceil(pool + 2 * len(aims) * config.candidates / EXPLORING_SHARE)
         raise InputError(

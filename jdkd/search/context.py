@@ -63,6 +63,8 @@ class SearchContext:
         timing_images: what latency is measured with, uint8 ``[3, H, W]``.
         progress: called with (what, done, total, values) as the work goes on.
         spent: where the time of this process goes.
+        children: made while they were proposed, by the numbers of the candidates that they are; none in another process
+            or after a kill, where they are made again.
     """
 
     config: SearchConfig
@@ -74,6 +76,7 @@ class SearchContext:
     timing_images: list[Tensor]
     progress: ProgressCallback
     spent: Spending = field(default_factory=Spending)
+    children: dict[int, nn.Module] = field(default_factory=dict)
 
     @property
     def image_sizes(self) -> list[tuple[str, int, int]]:
@@ -142,16 +145,15 @@ class SearchContext:
             By the same ids, and the base's.
         """
         config, base = self.config, self.base_id
-        models = {base: self.deployed_base}
-        models |= {id_: fuse_for_inference(model) for id_, model in detectors.items() if id_ != base}
         schedule, rounds = vars(QUICK), config.latency_rounds
         if stage != BRIEF:
             seconds, rounds = config.latency_seconds, 5 * rounds
             schedule = vars(REPORTED) | {"min_seconds": seconds, "max_seconds": max(REPORTED.max_seconds, 2 * seconds)}
             schedule["warmup_seconds"] = min(REPORTED.warmup_seconds, seconds)
         with self.spent.on("timing"), nullcontext() if kept is None else self.runtime.steady_nms(kept):
+            models = {id_: fuse_for_inference(model) for id_, model in detectors.items() if id_ != base}
             measured = measure(
-                models,
+                {base: self.deployed_base, **models},
                 self.timing_images,
                 device=config.device,
                 modes=("end_to_end",),

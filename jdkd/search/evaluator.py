@@ -101,10 +101,9 @@ class Evaluator:
         context, config, cycle = self.context, self.context.config, proposal.cycle
         folder = context.folder(proposal.number)
         with spent.on("inheriting"):
-            student = context.made(int(parent.name)) if parent else load(config.base, config.device)
-            if proposal.rewrites:
-                student = inherit(student, context.read(student), proposal.rewrites, context).model
-                student = student if config.method.inherit else fresh(student, proposal.number)
+            student = self._child(proposal, parent)
+            if proposal.rewrites and not config.method.inherit:
+                student = fresh(student, proposal.number)
             teacher = self._teacher(proposal.teacher)
         schedule = {"lr": cycle.lr, "cycle_start": cycle.start, "cycle_steps": cycle.total}
         said = f"candidate {proposal.number}: {proposal.action}"
@@ -122,6 +121,16 @@ class Evaluator:
             )
             save(folder, context.calibrated(student))
         return student
+
+    def _child(self, proposal: Proposal, parent: Path | None) -> nn.Module:
+        """What a candidate is before it is trained."""
+        context, config = self.context, self.context.config
+        if (number := proposal.number) in context.children:
+            return context.children.pop(number)
+        if not proposal.rewrites:
+            return context.made(int(parent.name)) if parent else load(config.base, config.device)
+        before = context.made(int(parent.name)) if parent else context.base
+        return inherit(before, context.read(before), proposal.rewrites, context).model
 
     def _teacher(self, teacher: Teacher | None) -> nn.Module | None:
         """A teacher as it would be deployed: without norms of its own it takes less time."""

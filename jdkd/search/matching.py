@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import nn
 
@@ -19,14 +18,6 @@ from jdkd.search.context import SearchContext
 from jdkd.search.proposal import BASE
 
 NEIGHBOURS = 2  # unscored subnets that are looked at, around the present teacher, in every generation
-
-
-@dataclass(frozen=True)
-class _Known:
-    """A possible teacher: its mAP on the images that select, and what it makes of the probe."""
-
-    map: float
-    seen: Sequence[PyramidSnapshot]
 
 
 class Matching:
@@ -46,7 +37,7 @@ class Matching:
 
     def __init__(self, context: SearchContext, pool: TeacherPool | None, base_map: float) -> None:
         self.context, self.pool, self.base_map = context, pool, base_map
-        self._known: dict[Teacher, _Known] = {}
+        self._seen: dict[Teacher, Sequence[PyramidSnapshot]] = {}  # what each teacher makes of the probe
 
     def of(self, student: nn.Module, parent: Candidate, rng: random.Random) -> Teacher | None:
         """The teacher of a student that inherits from ``parent``, measured without training."""
@@ -60,24 +51,12 @@ class Matching:
             return max(known, key=lambda member: (member.map == member.map, member.map)).teacher
         if isinstance(parent.teacher, Subnet):
             self._look_around(parent.teacher, rng)
-        ours = pyramids(student, self.context.probe())
-        scores = {
-            teacher: (known.map - parent.map) * self._explained(teacher, known, ours)
-            for teacher, known in self._teachers().items()
-            if known.map > parent.map
-        }
+        everyone = {BASE: self.base_map} | {member.teacher: member.map for member in self.pool.members}
+        ahead = {teacher: map - parent.map for teacher, map in everyone.items() if map > parent.map}
+        ours = pyramids(student, self.context.probe()) if ahead else []
+        scores = {teacher: lead * self._explained(teacher, ours) for teacher, lead in ahead.items()}
         promising = {teacher: score for teacher, score in scores.items() if score > 0}  # NaN is not
         return max(promising, key=promising.get, default=None)  # of equals the first, the base before all
-
-    def _teachers(self) -> dict[Teacher, _Known]:
-        """Everyone who could teach: the base, then the members of the pool."""
-        if BASE not in self._known:
-            self._known[BASE] = _Known(self.base_map, pyramids(self.context.base, self.context.probe()))
-        for member in self.pool.members:
-            if member.teacher not in self._known:
-                seen = pyramids(self.pool.teacher(member.teacher), self.context.probe())
-                self._known[member.teacher] = _Known(member.map, seen)
-        return self._known
 
     def _look_around(self, present: Subnet, rng: random.Random) -> None:
         """Scores subnets near the present teacher that have no score yet."""
@@ -85,13 +64,18 @@ class Matching:
         near = [subnet for _ in range(NEIGHBOURS) if (subnet := self.pool.space.mutate(present, rng)) not in known]
         for done, subnet in enumerate(dict.fromkeys(near), start=1):
             with self.context.spent.on("scoring"):
-                self.pool.members.append(self.pool.score(subnet, self.context.selection.dataset))
+                detector = self.pool.teacher(subnet)
+                self.pool.members.append(self.pool.scored(subnet, detector, self.context.selection.dataset))
+            self._seen[subnet] = pyramids(detector, self.context.probe())
             self.context.progress("scoring teachers", done, len(near), {"mAP": self.pool.members[-1].map})
 
-    def _explained(self, teacher: Teacher, known: _Known, ours: Sequence[PyramidSnapshot]) -> float:
+    def _explained(self, teacher: Teacher, ours: Sequence[PyramidSnapshot]) -> float:
         """How well a teacher's features follow from a student's; 0 where the two cannot be compared, which is said."""
+        if teacher not in self._seen:
+            detector = self.context.base if teacher == BASE else self.pool.teacher(teacher)
+            self._seen[teacher] = pyramids(detector, self.context.probe())
         try:
-            return explained(ours, known.seen)
+            return explained(ours, self._seen[teacher])
         except InputError as error:
             say_once(f"{teacher} does not teach this student: {error}", key=f"no teacher {teacher}")
             return 0.0

@@ -20,6 +20,7 @@ from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable
 from jdkd.morph import Morph, can_shorten, channel_importance, cut_to, grow, shorten
+from jdkd.morph.importance import LEARNT, importance_with_more_blocks
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
 from jdkd.search.archive import Candidate
@@ -88,6 +89,7 @@ class Parent:
     def __init__(self, candidate: Candidate, table: LatencyTable, context: SearchContext) -> None:
         self.candidate, self.table, self.context = candidate, table, context
         self.model = context.detector(candidate)
+        self._grown: dict[str, tuple[nn.Module, Topology, dict[str, Tensor]]] = {}  # by what was added or moved
 
     @cached_property
     def topology(self) -> Topology:
@@ -102,7 +104,7 @@ class Parent:
     @cached_property
     def importance(self) -> dict[str, Tensor]:
         """Of its channels."""
-        return self._important(self.model)
+        return self._important(self.model, self.topology)
 
     def draw(self, ways: Sequence[str], rng: random.Random) -> Recipe:
         """A recipe by chance."""
@@ -128,9 +130,7 @@ class Parent:
         """
         context, model, topology, importance = self.context, self.model, self.topology, self.importance
         if recipe.grown:
-            model = recipe.grown.apply(model, topology)
-            topology = context.read(model)
-            importance = self._important(model)
+            model, topology, importance = self._with(recipe.grown)
         if recipe.channels:
             how = {"shorter": recipe.shorter, "min_size": recipe.min_size, "temperature": recipe.temperature}
             last = self._cut(model, topology, aim, importance, **how, rng=random.Random(recipe.seed))
@@ -138,7 +138,7 @@ class Parent:
             last = shorten(model, topology, recipe.shorter, recipe.min_size)
         morphs = [morph for morph in (recipe.grown, last) if morph and morph.rewrite != Rewrite()]
         rewrites = tuple(morph.rewrite for morph in morphs)
-        child = inherit(self.model, self.topology, rewrites, context)
+        child = inherit(model, topology, rewrites and (last.rewrite,), context)
         require_visible(child.model, context.image_sizes)
         distances = correlations(child.model, self.seen, context.probe(), channels=child.kept).values()
         action = "; ".join(morph.action for morph in morphs) or "change nothing"
@@ -185,9 +185,23 @@ class Parent:
         timing = self.context.timed({own: screened.student}, stage, kept=self.table.kept)[own]
         return self.table.with_nms(pooled([timing]).ratio.value)
 
-    def _important(self, model: nn.Module) -> dict[str, Tensor]:
+    def _with(self, grown: Morph) -> tuple[nn.Module, Topology, dict[str, Tensor]]:
+        """It with more blocks, or with some moved, what is coupled to what in that, and how much its parts matter."""
+        rewrite, known = grown.rewrite, repr(grown.rewrite)
+        if known not in self._grown:
+            model = grown.apply(self.model, self.topology)
+            topology = self.context.read(model)
+            lists = {blocks.name: {*range(len(blocks.blocks))} for blocks in self.topology.block_lists}
+            stay = all(lists[name] <= {*order} for name, order in rewrite.blocks.items())
+            if stay and self.context.config.method.criterion in LEARNT:
+                matters = importance_with_more_blocks(self.importance, self.model, self.topology, rewrite, topology)
+            else:
+                matters = self._important(model, topology)
+            self._grown[known] = model, topology, matters
+        return self._grown[known]
+
+    def _important(self, model: nn.Module, topology: Topology) -> dict[str, Tensor]:
         context = self.context
-        topology = self.topology if model is self.model else context.read(model)
         return channel_importance(model, topology, context.config.method.criterion, context.weighing)
 
 

@@ -58,6 +58,11 @@ class Strategy:
         torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
         made = self._explored(rung, archive, rng) if rung.explores else self._trained_on(rung, archive, rng)
         first = len(archive)
+        config = self.context.config
+        kept = rung.explores and config.workers < 2 and config.ray is None  # each of another, and trained here
+        self.context.children = {
+            first + k: one.student for k, (_, _, one, *_) in enumerate(made) if kept and one.rewrites
+        }
         to_come = sum(later.steps for later in self.plan.rungs[generation - 1 :])  # all end with their cycle
         return [
             Proposal(
@@ -132,16 +137,18 @@ class Strategy:
     def _trained_on(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
         """For every target, the fittest, trained on; one that is still too slow is cut once more.
 
-        Dynamic distillation ends before the last stretch: a student is to pass its teachers.
+        Whether a teacher is worth its time is found by training with it and without, as Joint-DetNAS finds teachers: on
+        photographs of ours it was worth 0.02 mAP, on drawn scenes it cost 0.01. Nobody teaches in the last stretch.
         """
         made, table = [], self._table(archive)
         last = 1 + max(one.generation for one in archive.candidates) == len(self.plan.rungs)
         untaught = last and self.context.config.method.teaching == "dynamic"
         for target in rung.aims:
-            for parent in self._finalists(archive, target, rung.candidates):
+            for parent in self._finalists(archive, target, 1 if rung.alone else rung.candidates):
                 cut = trimmed(Parent(parent, table, self.context), target)
                 teacher = None if untaught else self.matching.of(cut.student, parent, rng)
-                made.append((parent, _kind(parent, cut, teacher), cut, teacher, target))
+                for who in dict.fromkeys((teacher, None) if rung.trial else (teacher,)):
+                    made.append((parent, _kind(parent, cut, who), cut, who, target))
         return made
 
     def _finalists(self, archive: Archive, target: float, count: int) -> list[Candidate]:

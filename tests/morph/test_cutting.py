@@ -237,6 +237,19 @@ def test_layers_after_dropped_blocks_and_at_other_sizes_are_repaired_by_their_ow
     assert (now - then[:, :half]).norm() > 0.1 * then.norm()
 
 
+def test_heads_that_read_nothing_that_was_cut_do_not_run():
+    model, topology = parent("faster_rcnn")
+    model, rewrite = repeated(model, topology, "backbone.body.layer2.1.conv1")
+    child, images = rewrite.apply(model, topology), [image.double() for image in picture()]
+
+    def heads(module, inputs):
+        raise AssertionError("a head ran")
+
+    for each in (model, child):
+        each.rpn.register_forward_pre_hook(heads)
+    assert repair(child, model, rewrite, topology, [images]) == ["backbone.body.layer2.1.conv2"]
+
+
 def test_repair_needs_images_and_leaves_what_was_not_cut():
     model, topology = parent("ssd")
     rewrite = Rewrite(keep={"backbone.features.0": range(8)})

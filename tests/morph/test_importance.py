@@ -8,7 +8,8 @@ from torch import nn
 
 from jdkd.detect import read
 from jdkd.errors import InputError
-from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance
+from jdkd.morph import add_block
+from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance, importance_with_more_blocks
 from jdkd.rewrite.channels import named
 from tests.detectors import detector, small_spec
 from tests.morph.small import parent
@@ -108,6 +109,18 @@ def test_a_block_weighs_what_its_last_norm_adds_squared_channel_by_channel(model
     if criterion == "taylor":  # so are channels, by the norm that they pass
         inner = found[f"{first}.conv1"].sum()
         assert (found[first] / inner).item() == pytest.approx(wanted[f"{first}.bn2"] / wanted[f"{first}.bn1"], 1e-3)
+
+
+@pytest.mark.parametrize("criterion", LEARNT)
+def test_of_added_blocks_gradients_say_nothing_and_of_the_rest_what_they_said(model, topology, criterion):
+    added = add_block(model, topology, "backbone.body.layer2")
+    child = added.apply(model, topology)
+    grown = read(child, size=(64, 96), like=topology)
+    before, wanted = (channel_importance(m, t, criterion, [batch(2)]) for m, t in ((model, topology), (child, grown)))
+    found = importance_with_more_blocks(before, model, topology, added.rewrite, grown)
+    assert found.keys() == wanted.keys() and len(found) > len(before)
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

@@ -45,6 +45,17 @@ def pool(digits):
     return pool_of(digits[0])
 
 
+def test_a_subnet_is_recalibrated_once_and_is_the_same_ever_after(pool, monkeypatch):
+    smallest = pool.space.smallest
+    first = pool.teacher(smallest)
+    monkeypatch.delattr("jdkd.pool.elastic_pool.calibrate")
+    again = pool.teacher(smallest)
+    assert again is not first and not again.training
+    ours, raw = first.state_dict(), pool.supernet.extract(smallest).state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in again.state_dict().items())
+    assert any(not torch.equal(tensor, ours[name]) for name, tensor in raw.items()), "it is recalibrated"
+
+
 def test_a_detector_of_other_channels_and_blocks_is_scored_and_kept_like_a_subnet(pool, digits, tmp_path):
     train, selection = digits
     foreign = detector(small_spec("bottleneck", classes=train.classes, fpn=24, min_size=96, max_size=128), seed=4)

@@ -27,7 +27,7 @@ def pool():
         space=space,
         members=members,
         teacher=lambda teacher: teacher,
-        score=lambda t, data: ScoredTeacher(t, 0.1, 1),
+        scored=lambda t, detector, data: ScoredTeacher(t, 0.1, 1),
         foreign={members[1].teacher: None},
     )
 

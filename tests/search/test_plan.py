@@ -23,14 +23,19 @@ def test_the_budget_goes_to_the_pool_to_many_short_and_to_few_long_trainings():
     budget = plan(CONFIG, 10_000)
     assert budget.pool == 1200 and 9900 <= budget.total <= 10_000
     exploring = [rung for rung in budget.rungs if rung.explores]
-    *halving, one, two = [rung for rung in budget.rungs if not rung.explores]
-    assert [rung.candidates for rung in exploring] == [3, 3] and len(halving) == 1 and halving[0].candidates == 2
-    assert (
-        one == two and one.candidates == 1 and one.steps > 3 * halving[0].steps and one.steps > 3 * exploring[0].steps
-    )
+    halving, trial, last = [rung for rung in budget.rungs if not rung.explores]
+    assert [rung.candidates for rung in (*exploring, halving, trial, last)] == [3, 3, 2, 2, 1]
+    assert [rung.alone for rung in (*exploring, halving, trial, last)] == [False, False, False, True, True]
+    assert trial.trial and trial.steps == last.steps > 2 * max(halving.steps, exploring[0].steps)
     assert sum(rung.cost for rung in exploring) == pytest.approx(EXPLORING_SHARE * 8800, rel=0.01)
     assert budget.lineage == sum(rung.steps for rung in budget.rungs) > budget.total / 2, "most goes to who ships"
-    assert str(budget.total) in str(budget) and "10 candidates in 5 generations" in str(budget)
+    assert str(budget.total) in str(budget) and "11 candidates in 5 generations" in str(budget)
+
+
+def test_where_the_teacher_is_settled_none_is_tried():
+    for teaching in ("base", "none", "fixed"):
+        one, two = plan(replace(CONFIG, method=Method(teaching=teaching)), 10_000).rungs[-2:]
+        assert one == two and one.candidates == 1 and one.alone and not one.trial
 
 
 def test_no_generation_leaves_less_than_a_share_and_the_last_reaches_the_target():
@@ -68,7 +73,7 @@ def test_a_pool_that_nobody_asks_or_that_is_there_costs_nothing(teaching):
 
 def test_one_candidate_a_generation_needs_no_halving():
     budget = plan(replace(CONFIG, candidates=1), 1000)
-    assert {rung.candidates for rung in budget.rungs} == {1} and len(budget.rungs) == 2 + 2
+    assert [rung.candidates for rung in budget.rungs] == [1, 1, 2, 1], "but one is trained with a teacher and without"
 
 
 def test_a_budget_that_is_too_small_says_what_is_enough():

@@ -15,9 +15,11 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from jdkd.detect.contract import architecture_of
 from jdkd.distill import correlations
 from jdkd.errors import InputError
+from jdkd.morph import grow
 from jdkd.notices import Notice
 from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
+from jdkd.search.evaluator import Evaluator
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.loop import _table
 from jdkd.search.matching import Matching
@@ -76,13 +78,17 @@ def test_the_similarity_is_the_mean_r_of_every_level_with_the_parents(parent, st
 
 def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(parent, steady):
     rng = random.Random(1)
-    for recipe in (Recipe(min_size=32), parent.draw(EVERYTHING, rng)):
+    grown = grow(parent.model, parent.topology, rng, max_depth=parent.context.most_blocks)
+    drawn = parent.draw(EVERYTHING, rng)
+    for recipe in (Recipe(min_size=32), drawn, Recipe(grown=grown), Recipe(grown=grown, channels=False)):
         one, two = parent.make(recipe, 0.7), parent.make(recipe, 0.7)
         assert (one.rewrites, one.action, one.similarity) == (two.rewrites, two.action, two.similarity)
         sent = json.loads(json.dumps([rewrite.to_json() for rewrite in one.rewrites]))
         read = [type(one.rewrites[0]).from_json(fields) for fields in sent]
         again = inherit(parent.model, parent.topology, read, parent.context).model
         assert architecture_of(again, "a test").id == one.architecture_id
+        ours = one.student.state_dict()
+        assert all(torch.equal(tensor, ours[name]) for name, tensor in again.state_dict().items())
 
 
 def test_a_pipeline_changes_blocks_and_input_or_channels_and_not_both(parent, monkeypatch):
@@ -240,6 +246,7 @@ def asked(context, finished, steady, tmp_path):
         shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
         with closing(Archive(tmp_path / ARCHIVE)) as archive:
             archive.candidates = archive.candidates[:count]
+            ask.context = here
             strategy = Strategy(
                 here, plan(here.config, steps), Matching(here, None, archive.scored[0].map), _table(here)
             )
@@ -257,6 +264,20 @@ def test_a_generation_follows_from_the_archive_alone_and_is_pure_json(asked, fin
     assert [(p.action, p.parent, p.predicted) for p in one] == [(c.action, c.parent, c.predicted) for c in made]
     assert {(p.kind, p.target, p.generation, p.teacher) for p in one} == {("morph", None, 1, "base")}
     assert len({proposal.number for proposal in one}) == len(one)
+
+
+def test_a_child_that_was_made_while_it_was_proposed_is_the_one_that_is_made_again_elsewhere(asked):
+    proposal = asked(1)[1][0]
+    context = asked.context
+    kept, evaluator = context.children[proposal.number], Evaluator(context, None)
+    assert evaluator._child(proposal, None) is kept and proposal.number not in context.children
+    again = evaluator._child(Proposal.from_json(json.loads(json.dumps(proposal.to_json()))), None)
+    assert again is not kept and again.architecture == kept.architecture
+    ours = kept.state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in again.state_dict().items())
+    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in kept.parameters()]
+    asked(1, workers=2)
+    assert not asked.context.children, "other processes make them"
 
 
 def test_where_nothing_can_be_cut_any_more_the_search_goes_on_with_what_it_has(asked, monkeypatch):
@@ -284,12 +305,17 @@ def test_a_pipeline_distils_only_once_its_architecture_is_found(asked, finished)
     assert {proposal.teacher for proposal in trained_on} == {"base"} and {p.target for p in trained_on} == {0.9}
 
 
-def test_nobody_teaches_the_last_stretch_unless_that_is_the_method(asked, finished):
+def test_who_goes_on_alone_is_tried_with_a_teacher_and_without_and_ends_without(asked, finished):
     with closing(Archive(finished[0] / ARCHIVE)) as archive:
         first, last = (sum(one.generation <= done for one in archive.candidates) for done in (2, 3))
-    asked_for = [asked(first), asked(last), asked(last, method=Method(teaching="base"))]
-    told = [(one.generation, one.target, one.teacher) for (one,), _ in asked_for]
-    assert told == [(3, 0.9, "base"), (4, 0.9, None), (4, 0.9, "base")]
+    always = Method(teaching="base")
+    told = [
+        [(one.generation, one.target, one.teacher) for one in asked(count, method=method)[0]]
+        for count, method in ((first, Method()), (last, Method()), (first, always), (last, always))
+    ]
+    trial, end, *taught = told
+    assert trial == [(3, 0.9, "base"), (3, 0.9, None)] and end == [(4, 0.9, None)]
+    assert taught == [[(3, 0.9, "base")], [(4, 0.9, "base")]]
 
 
 def test_a_search_that_is_at_its_end_proposes_nothing(asked, finished):
