@@ -27,9 +27,9 @@ class Method:
     Args:
         order: ``"joint"``, or ``"pipelined"``: first an architecture, then one cut, then distillation.
         inherit: whether a child keeps its parent's weights, or begins with fresh ones.
-        teaching: ``"dynamic"`` (the teacher that matches, and none in the last stretch), ``"fixed"`` (the best
-            throughout), ``"given"`` (the best of the detectors of another make that are given; the pool is there all
-            the same), ``"base"`` or ``"none"``.
+        teaching: ``"dynamic"`` (the teacher that matches, or none where a student does better without), ``"fixed"``
+            (the best throughout), ``"given"`` (the best of the detectors of another make that are given; the pool is
+            there all the same), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
         criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
         gradual: whether large cuts go in several generations.

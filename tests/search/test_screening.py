@@ -305,17 +305,23 @@ def test_a_pipeline_distils_only_once_its_architecture_is_found(asked, finished)
     assert {proposal.teacher for proposal in trained_on} == {"base"} and {p.target for p in trained_on} == {0.9}
 
 
-def test_who_goes_on_alone_is_tried_with_a_teacher_and_without_and_ends_without(asked, finished):
+def test_who_goes_on_alone_is_tried_with_a_teacher_and_without_and_the_better_ends_as_it_was(
+    asked, finished, monkeypatch
+):
     with closing(Archive(finished[0] / ARCHIVE)) as archive:
         first, last = (sum(one.generation <= done for one in archive.candidates) for done in (2, 3))
     always = Method(teaching="base")
-    told = [
+    trial, *taught = [
         [(one.generation, one.target, one.teacher) for one in asked(count, method=method)[0]]
-        for count, method in ((first, Method()), (last, Method()), (first, always), (last, always))
+        for count, method in ((first, Method()), (first, always), (last, always))
     ]
-    trial, end, *taught = told
-    assert trial == [(3, 0.9, "base"), (3, 0.9, None)] and end == [(4, 0.9, None)]
+    assert trial == [(3, 0.9, "base"), (3, 0.9, None)]
     assert taught == [[(3, 0.9, "base")], [(4, 0.9, "base")]]
+    for teacher in (None, "base"):
+        better = [replace(archive.scored[last - 1], teacher=teacher)]
+        monkeypatch.setattr(Strategy, "_finalists", lambda *given, better=better: better)
+        (end,), _ = asked(last)
+        assert (end.generation, end.teacher, end.kind) == (4, teacher, "train"), "and keeps its optimizer"
 
 
 def test_a_search_that_is_at_its_end_proposes_nothing(asked, finished):
