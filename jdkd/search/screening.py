@@ -262,7 +262,7 @@ def screen(
 def trimmed(parent: Parent, target: float) -> Screened:
     """A candidate as it is where it reaches a target safely, or with its channels cut once more."""
     candidate = parent.candidate
-    if candidate.latency_ratio <= SAFE * target:
+    if candidate.latency_ratio <= (target if candidate.architecture_id == parent.context.base_id else SAFE * target):
         return unchanged(parent)
     aim = MARGIN * target * parent.table.predict(parent.model) / candidate.latency_ratio
     try:

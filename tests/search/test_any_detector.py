@@ -55,7 +55,9 @@ def test_a_search_runs_from_any_detector_and_goes_on_after_an_interruption(
     result = search(replace(config, resume=True), lambda what, *_: told.append(what))
     assert not any(what.startswith(("pool: ", "candidate 1:")) for what in told), "nothing finished is redone"
     rows = archived(config.out)
-    assert rows[: len(before)] == before and len(rows) == 1 + sum(r.candidates for r in plan(config, 24).rungs)
+    rungs = plan(config, 24).rungs
+    most, tried = 1 + sum(rung.candidates for rung in rungs), sum(rung.trial for rung in rungs)
+    assert rows[: len(before)] == before and most - tried <= len(rows) <= most, "no trial where nobody is ahead"
     (student,) = result["students"]
     assert student["params"] > 0 and student["train_steps"] > 0 and student["latency_ratio"] < 1
     assert {row[4] for row in rows} <= {"base", "morph", "teacher", "train"} and result["method"] == vars(method)
