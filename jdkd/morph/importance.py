@@ -79,10 +79,8 @@ def importance_with_more_blocks(
     origins = came_from(unwrapped(model), rewrite, topology)
     first = {origin: path for path, origin in reversed(origins.items())}
     found = {}
-    for name in (
-        *(group.name for group in grown.groups),
-        *(path for each in grown.block_lists for path in each.blocks),
-    ):
+    blocks = (path for each in grown.block_lists for path in each.blocks)
+    for name in (*(group.name for group in grown.groups), *blocks):
         path, mark, number = name.partition("#")
         values = importance.get(f"{origins[path]}{mark}{number}")
         if values is not None:

@@ -16,7 +16,7 @@ LEAST_POOL = 6  # steps, one for each pass of its phases
 EXPLORING_SHARE = 0.12  # of the rest, for the short trainings that find the architectures
 HALVING_SHARE = 0.1  # of the rest, that both finalists of a target are trained before one of them goes on alone
 FINALISTS = 2  # for each target
-SEGMENTS = 2  # in which the one that goes on is trained; before each, one that is too slow is cut
+SEGMENTS = 2  # that the one that goes on is trained in; before each, one that is too slow is cut
 MOST_CUT = 0.6  # of the latency is left by one generation at least: larger cuts go in several
 MARGIN = 0.98  # of a target is aimed at: two long timings of one student have differed by as much
 SAFE = 0.99  # of a target: who is slower is cut before being trained on, as there is no way to be faster afterwards
@@ -122,7 +122,7 @@ def plan(config: SearchConfig, steps: int) -> Plan:
     alone = (left // kinds - finalists * halving) // (SEGMENTS + trial)
     rungs = [Rung((aim,), True, config.candidates, short) for aim in aims]
     rungs += [Rung(targets, False, finalists, halving)] * (halving > 0)
-    rungs += [Rung(targets, False, 1 + trial, alone, trial), *[Rung(targets, False, 1, alone)] * (SEGMENTS - 1)]
+    rungs += [Rung(targets, False, 1 + trial, alone, trial), Rung(targets, False, 1, alone)]
     if min(rung.steps for rung in rungs) < 1:
         least = math.ceil(pool + 2 * len(aims) * config.candidates / EXPLORING_SHARE)
         raise InputError(

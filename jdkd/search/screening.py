@@ -260,9 +260,13 @@ def screen(
 
 
 def trimmed(parent: Parent, target: float) -> Screened:
-    """A candidate as it is where it reaches a target safely, or with its channels cut once more."""
+    """A candidate as it is where it reaches a target safely, or with its channels cut once more.
+
+    The base's own ratio is 1 without being measured, so it needs no room to be mistaken in.
+    """
     candidate = parent.candidate
-    if candidate.latency_ratio <= (target if candidate.architecture_id == parent.context.base_id else SAFE * target):
+    room = 1.0 if candidate.architecture_id == parent.context.base_id else SAFE
+    if candidate.latency_ratio <= room * target:
         return unchanged(parent)
     aim = MARGIN * target * parent.table.predict(parent.model) / candidate.latency_ratio
     try:

@@ -138,7 +138,7 @@ class Strategy:
         """For every target, the fittest, trained on; one that is still too slow is cut once more.
 
         Whether a teacher is worth its time is found by training with it and without, as Joint-DetNAS finds teachers: on
-        photographs of ours it was worth 0.02 mAP, on drawn scenes it cost 0.01. The better ends as it was trained.
+        photographs of ours it was worth 0.02 mAP, on drawn ones it cost 0.015. The better ends as it was trained.
         """
         made, table = [], self._table(archive)
         tried = rung.alone and not rung.trial and self.context.config.method.teaching == "dynamic"
