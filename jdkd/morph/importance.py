@@ -64,27 +64,28 @@ def channel_importance(
     return {name: (values / max(total, 1e-30)).float() for name, values in found.items()}
 
 
-def importance_with_more_blocks(
-    importance: Mapping[str, Tensor], model: nn.Module, topology: Topology, rewrite: Rewrite, grown: Topology
-) -> dict[str, Tensor]:
-    """What gradients say of a detector with more blocks, from what they said without: the new ones are born as the
-    identity, so the losses and every other gradient stay, and nothing is lost with them.
+def names_before(model: nn.Module, topology: Topology, rewrite: Rewrite, grown: Topology) -> dict[str, str]:
+    """What every group and block of a detector with more blocks, or with some moved, was called before.
+
+    What is new has no name before, so it is not in it. It is born as the identity: no gradient reaches it and it would
+    be the first thing to be cut again, although a training can tell what it is worth.
 
     Args:
-        importance: of the detector, by one of :data:`LEARNT`.
         model, topology: the detector before, and what was read off it.
-        rewrite: adds blocks, and does nothing else.
+        rewrite: adds or moves blocks, and does nothing else.
         grown: what was read off the detector afterwards.
+
+    Returns:
+        Names of groups and paths of blocks, by those that they have now.
     """
     origins = came_from(unwrapped(model), rewrite, topology)
     first = {origin: path for path, origin in reversed(origins.items())}
-    found = {}
     blocks = (path for each in grown.block_lists for path in each.blocks)
+    found = {}
     for name in (*(group.name for group in grown.groups), *blocks):
         path, mark, number = name.partition("#")
-        values = importance.get(f"{origins[path]}{mark}{number}")
-        if values is not None:
-            found[name] = values if first[origins[path]] == path else torch.zeros_like(values)
+        if first[origins[path]] == path:
+            found[name] = f"{origins[path]}{mark}{number}"
     return found
 
 

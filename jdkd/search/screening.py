@@ -20,7 +20,7 @@ from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable
 from jdkd.morph import Morph, can_shorten, channel_importance, cut_to, grow, shorten
-from jdkd.morph.importance import LEARNT, importance_with_more_blocks
+from jdkd.morph.importance import LEARNT, names_before
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
 from jdkd.search.archive import Candidate
@@ -186,17 +186,23 @@ class Parent:
         return self.table.with_nms(pooled([timing]).ratio.value)
 
     def _with(self, grown: Morph) -> tuple[nn.Module, Topology, dict[str, Tensor]]:
-        """It with more blocks, or with some moved, what is coupled to what in that, and how much its parts matter."""
+        """It with more blocks, or with some moved, what is coupled to what in that, and how much its parts matter.
+
+        What is new is none of them: it stays in the cut that pays for it. Where no block left, the losses and so the
+        gradients are what they were.
+        """
         rewrite, known = grown.rewrite, repr(grown.rewrite)
         if known not in self._grown:
             model = grown.apply(self.model, self.topology)
             topology = self.context.read(model)
+            before = names_before(self.model, self.topology, rewrite, topology)
             lists = {blocks.name: {*range(len(blocks.blocks))} for blocks in self.topology.block_lists}
             stay = all(lists[name] <= {*order} for name, order in rewrite.blocks.items())
             if stay and self.context.config.method.criterion in LEARNT:
-                matters = importance_with_more_blocks(self.importance, self.model, self.topology, rewrite, topology)
+                matters = {name: self.importance[was] for name, was in before.items() if was in self.importance}
             else:
-                matters = self._important(model, topology)
+                found = self._important(model, topology)
+                matters = {name: found[name] for name in before if name in found}
             self._grown[known] = model, topology, matters
         return self._grown[known]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 
 import torch
 
@@ -64,6 +65,7 @@ class Strategy:
             first + k: one.student for k, (_, _, one, *_) in enumerate(made) if kept and one.rewrites
         }
         to_come = sum(later.steps for later in self.plan.rungs[generation - 1 :])  # all end with their cycle
+        made_for = Counter(target for *_, target in made)
         return [
             Proposal(
                 number=first + place,
@@ -74,20 +76,22 @@ class Strategy:
                 rewrites=screened.rewrites,
                 predicted=screened.predicted,
                 teacher=teacher,
-                cycle=self._cycle(rung, parent, to_come),
+                cycle=self._cycle(rung, parent, to_come, made_for[target]),
                 target=target,
             )
             for place, (parent, kind, screened, teacher, target) in enumerate(made)
         ]
 
-    def _cycle(self, rung: Rung, parent: Candidate, to_come: int) -> Cycle:
+    def _cycle(self, rung: Rung, parent: Candidate, to_come: int, count: int) -> Cycle:
         """The learning rate of a candidate's steps: high while students compete, a cycle for each that goes on alone.
 
-        Such warm restarts are SGDR's (Loshchilov & Hutter, ICLR 2017).
+        Such warm restarts are SGDR's (Loshchilov & Hutter, ICLR 2017). Where nobody can teach there is nothing to try,
+        and the only candidate of a target, of a ``count`` of 1, takes the steps of both.
         """
         lr = self.context.config.lr
         if rung.alone:
-            return Cycle(rung.steps, 0, rung.steps, lr)
+            steps = rung.steps * rung.candidates // count
+            return Cycle(steps, 0, steps, lr)
         return Cycle(rung.steps, parent.lineage_steps, parent.lineage_steps + to_come, lr)
 
     def _explored(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:

@@ -8,8 +8,8 @@ from torch import nn
 
 from jdkd.detect import read
 from jdkd.errors import InputError
-from jdkd.morph import add_block
-from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance, importance_with_more_blocks
+from jdkd.morph import add_block, rearrange
+from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance, names_before
 from jdkd.rewrite.channels import named
 from tests.detectors import detector, small_spec
 from tests.morph.small import parent
@@ -116,11 +116,25 @@ def test_of_added_blocks_gradients_say_nothing_and_of_the_rest_what_they_said(mo
     added = add_block(model, topology, "backbone.body.layer2")
     child = added.apply(model, topology)
     grown = read(child, size=(64, 96), like=topology)
-    before, wanted = (channel_importance(m, t, criterion, [batch(2)]) for m, t in ((model, topology), (child, grown)))
-    found = importance_with_more_blocks(before, model, topology, added.rewrite, grown)
-    assert found.keys() == wanted.keys() and len(found) > len(before)
-    for name, values in wanted.items():
-        torch.testing.assert_close(found[name], values, rtol=1e-5, atol=1e-9)
+    before, after = (channel_importance(m, t, criterion, [batch(2)]) for m, t in ((model, topology), (child, grown)))
+    names = names_before(model, topology, added.rewrite, grown)
+    assert set(names.values()) == before.keys(), "nothing that was there is forgotten"
+    for name, was in names.items():
+        torch.testing.assert_close(after[name], before[was], rtol=1e-5, atol=1e-9)
+    new = after.keys() - names.keys()
+    assert new and all("layer2.2" in name and not after[name].any() for name in new)
+
+
+def test_moved_blocks_are_new_where_they_arrive_and_the_rest_keeps_track_of_its_name(model, topology):
+    moved = rearrange(model, topology, "backbone.body.layer2", "backbone.body.layer1")
+    grown = read(moved.apply(model, topology), size=(64, 96))
+    names = names_before(model, topology, moved.rewrite, grown)
+    lists = {blocks.name: blocks.blocks for blocks in grown.block_lists}
+    *stayed, new = lists["backbone.body.layer1"]
+    assert set(stayed) <= names.keys() and new not in names
+    assert not any(name.startswith(f"{new}.") for name in names)
+    known = {group.name for group in topology.groups} | {path for each in topology.block_lists for path in each.blocks}
+    assert set(names.values()) < known
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
