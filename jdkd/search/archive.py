@@ -84,6 +84,11 @@ class Candidate:
     predicted: float = 1.0
     failure: str | None = None
 
+    @property
+    def annealed(self) -> bool:
+        """Whether it was trained to the end of a learning-rate cycle."""
+        return bool(self.cycles) and self.cycles[-1].start + self.cycles[-1].steps == self.cycles[-1].total
+
 
 class Archive:
     """Every finished candidate of a search, in the order they finished, and every measurement of their latency.

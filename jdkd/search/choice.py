@@ -62,6 +62,15 @@ def contenders(candidates: Sequence[Candidate], target: float) -> list[Candidate
     return list(best.values())
 
 
+def annealed(candidates: Sequence[Candidate], target: float) -> list[Candidate]:
+    """Those of the candidates that may meet a target and were trained to the end of a learning-rate cycle, or all.
+
+    The best of many short trainings owes part of its score to the images that chose it, and is no student that has
+    learnt what it can.
+    """
+    return [one for one in candidates if one.annealed and _may_meet(one, target)] or [*candidates]
+
+
 def choose(candidates: Sequence[Candidate], target: float, least: float | None = None) -> Candidate:
     """The best of those that meet the target latency, by what timing can tell, or the fittest where none does.
 

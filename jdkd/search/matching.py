@@ -25,9 +25,8 @@ class Matching:
 
     A teacher's score is what it is ahead of the student in mAP, times the correlation of its features with their best
     prediction from the student's (:func:`jdkd.distill.explained`): one that knows more, and whose language the student
-    can speak through the adapter. Who is not ahead has nothing to say and never teaches; where nobody is ahead the
-    student learns from the labels alone. (Our choice; Joint-DetNAS searches for the matching teacher by training with
-    it.)
+    can speak through the adapter. Who is not ahead has nothing to say; where nobody is ahead the student learns from
+    the labels alone. (Our choice; Joint-DetNAS searches for the matching teacher by training with it.)
 
     Args:
         context: data, base and settings.
@@ -39,8 +38,11 @@ class Matching:
         self.context, self.pool, self.base_map = context, pool, base_map
         self._seen: dict[Teacher, Sequence[PyramidSnapshot]] = {}  # what each teacher makes of the probe
 
-    def of(self, student: nn.Module, parent: Candidate, rng: random.Random) -> Teacher | None:
-        """The teacher of a student that inherits from ``parent``, measured without training."""
+    def of(self, student: nn.Module, parent: Candidate, rng: random.Random, *, anyone: bool = False) -> Teacher | None:
+        """The teacher of a student that inherits from ``parent``, measured without training.
+
+        With ``anyone``, for a student that is trained both with and without, it is the best of all where none is ahead.
+        """
         teaching = self.context.config.method.teaching
         if teaching == "none":
             return None
@@ -53,6 +55,9 @@ class Matching:
             self._look_around(parent.teacher, rng)
         everyone = {BASE: self.base_map} | {member.teacher: member.map for member in self.pool.members}
         ahead = {teacher: map - parent.map for teacher, map in everyone.items() if map > parent.map}
+        if anyone and not ahead:
+            scored = [teacher for teacher, map in everyone.items() if map == map]
+            ahead = {max(scored, key=everyone.__getitem__): 1.0} if scored else {}
         ours = pyramids(student, self.context.probe()) if ahead else []
         scores = {teacher: lead * self._explained(teacher, ours) for teacher, lead in ahead.items()}
         promising = {teacher: score for teacher, score in scores.items() if score > 0}  # NaN is not

@@ -17,7 +17,7 @@ from jdkd.latency.statistics import kendall
 from jdkd.notices import say_once
 from jdkd.run_folder import versions
 from jdkd.search.archive import Archive, Candidate
-from jdkd.search.choice import choose, contender
+from jdkd.search.choice import annealed, choose, contender
 from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext
 from jdkd.search.timing import FINAL, PooledLatency
@@ -94,7 +94,7 @@ def _chosen(archive: Archive, target: float, context: SearchContext) -> Candidat
             f"another folder, at a lower lr than {context.config.lr:g}."
         )
     while True:
-        students = archive.scored[1:]
+        students = archive.scored[1:] if least is not None else annealed(archive.scored[1:], target)
         ids = {student.architecture_id for student in students}
         timed = {i for i in ids if archive.was_timed(i, FINAL, context.machine)}
         candidate = contender(students, target, timed, least)

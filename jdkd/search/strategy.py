@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
 
 import torch
 
@@ -65,7 +64,6 @@ class Strategy:
             first + k: one.student for k, (_, _, one, *_) in enumerate(made) if kept and one.rewrites
         }
         to_come = sum(later.steps for later in self.plan.rungs[generation - 1 :])  # all end with their cycle
-        made_for = Counter(target for *_, target in made)
         return [
             Proposal(
                 number=first + place,
@@ -76,22 +74,20 @@ class Strategy:
                 rewrites=screened.rewrites,
                 predicted=screened.predicted,
                 teacher=teacher,
-                cycle=self._cycle(rung, parent, to_come, made_for[target]),
+                cycle=self._cycle(rung, parent, to_come),
                 target=target,
             )
             for place, (parent, kind, screened, teacher, target) in enumerate(made)
         ]
 
-    def _cycle(self, rung: Rung, parent: Candidate, to_come: int, count: int) -> Cycle:
+    def _cycle(self, rung: Rung, parent: Candidate, to_come: int) -> Cycle:
         """The learning rate of a candidate's steps: high while students compete, a cycle for each that goes on alone.
 
-        Such warm restarts are SGDR's (Loshchilov & Hutter, ICLR 2017). Where nobody can teach there is nothing to try,
-        and the only candidate of a target, of a ``count`` of 1, takes the steps of both.
+        Such warm restarts are SGDR's (Loshchilov & Hutter, ICLR 2017).
         """
         lr = self.context.config.lr
         if rung.alone:
-            steps = rung.steps * rung.candidates // count
-            return Cycle(steps, 0, steps, lr)
+            return Cycle(rung.steps, 0, rung.steps, lr)
         return Cycle(rung.steps, parent.lineage_steps, parent.lineage_steps + to_come, lr)
 
     def _explored(self, rung: Rung, archive: Archive, rng: random.Random) -> list[Made]:
@@ -142,14 +138,16 @@ class Strategy:
         """For every target, the fittest, trained on; one that is still too slow is cut once more.
 
         Whether a teacher is worth its time is found by training with it and without, as Joint-DetNAS finds teachers: on
-        photographs of ours it was worth 0.02 mAP, on drawn ones it cost 0.015. The better ends as it was trained.
+        photographs of ours it was worth 0.02 mAP, on drawn ones it cost 0.015. The better ends as it was trained. So
+        the best of all is tried even where none seems ahead: a student that was chosen for its score seems better than
+        it is.
         """
         made, table = [], self._table(archive)
         tried = rung.alone and not rung.trial and self.context.config.method.teaching == "dynamic"
         for target in rung.aims:
             for parent in self._finalists(archive, target, 1 if rung.alone else rung.candidates):
                 cut = trimmed(Parent(parent, table, self.context), target)
-                teacher = parent.teacher if tried else self.matching.of(cut.student, parent, rng)
+                teacher = parent.teacher if tried else self.matching.of(cut.student, parent, rng, anyone=rung.trial)
                 for who in dict.fromkeys((teacher, None) if rung.trial else (teacher,)):
                     made.append((parent, _kind(parent, cut, who), cut, who, target))
         return made

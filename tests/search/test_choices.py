@@ -3,8 +3,8 @@
 import json
 from types import SimpleNamespace
 
-from jdkd.search import pareto_front
-from jdkd.search.choice import choose, contender, contenders, fitness
+from jdkd.search import Cycle, pareto_front
+from jdkd.search.choice import annealed, choose, contender, contenders, fitness
 from jdkd.search.outcome import _predictor
 from tests.search.rows import candidate
 
@@ -36,6 +36,15 @@ def test_what_may_meet_the_target_by_its_interval_does_not_lose_to_what_is_far_w
     assert choose([short, trained, slow], 0.53) is trained
     nearly = candidate(4, map=0.7505, ratio=0.529)
     assert choose([nearly, trained, slow], 0.53) is nearly, "what it is over the target counts"
+
+
+def test_who_was_not_trained_to_the_end_is_no_student_where_others_were():
+    stopped = candidate(1, map=0.383, ratio=0.51)
+    ended = candidate(2, map=0.374, ratio=0.51, cycles=(*stopped.cycles, Cycle(5, 0, 5, 1e-3)))
+    slow = candidate(3, map=0.4, ratio=0.6, cycles=ended.cycles)
+    assert [one.annealed for one in (stopped, ended, candidate(0, cycles=()))] == [False, True, False]
+    assert annealed([stopped, ended, slow], 0.53) == [ended]
+    assert annealed([stopped, slow], 0.53) == [stopped, slow], "which one of them has to decide otherwise"
 
 
 def test_of_one_architecture_the_better_is_the_student():

@@ -38,7 +38,7 @@ def matched(pool, monkeypatch):
 
     spent = Spending()
 
-    def of(map, shares=None, *, base_map=0.3, present=None, teaching="dynamic", ours=pool):
+    def of(map, shares=None, *, base_map=0.3, present=None, teaching="dynamic", ours=pool, anyone=False):
         def explained(student, teacher):
             share = (shares or {}).get(teacher, 0.5)
             if isinstance(share, Exception):
@@ -53,7 +53,7 @@ def matched(pool, monkeypatch):
             probe=lambda: iter(()), spent=spent,
         )  # fmt: skip
         parent = candidate(1, map=map, teacher=present)
-        return Matching(context, ours, base_map).of("student", parent, random.Random(0))
+        return Matching(context, ours, base_map).of("student", parent, random.Random(0), anyone=anyone)
 
     of.spent = spent
     return of
@@ -74,6 +74,16 @@ def test_a_teacher_that_is_behind_never_teaches_however_alike_it_is(pool, matche
     for ahead_of_all in (0.6, 0.7, 1.0):
         for present in (None, BASE, foreign, smallest):
             assert matched(ahead_of_all, {smallest: share, BASE: share}, present=present) is None
+
+
+def test_where_it_is_tried_against_nobody_the_best_teaches_though_none_is_ahead(pool, matched):
+    largest, foreign, _ = (member.teacher for member in pool.members)
+    assert matched(0.7, {largest: 0.1, foreign: 0.9}, anyone=True) == largest
+    assert matched(0.7, base_map=0.65, anyone=True) == BASE
+    assert matched(0.45, {foreign: 0.9, largest: 0.1}, anyone=True) == foreign, "who is ahead comes first"
+    assert matched(0.7, {largest: 0.0}, anyone=True) is None
+    pool.members[0] = ScoredTeacher(largest, math.nan, 1)
+    assert matched(0.7, anyone=True) == foreign
 
 
 def test_what_is_ahead_by_little_is_ahead(matched):
