@@ -71,7 +71,7 @@ RECIPES = {
         None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000, times=2, targets="0.75,0.53,0.35"
     ),
     "blood_cells_deep_two_stage": Recipe(
-        None, f"--model fasterrcnn {_DEEP} --box-head 128 --min-size 120 --max-size 160", 4, 6000
+        None, f"--model fasterrcnn {_DEEP} --box-head 128 --min-size 180 --max-size 240", 4, 4000
     ),
     "digit_scenes_128": Recipe(
         "--train 400 --val 400 --size 128", f"--model fcos {_RESNET} --min-size 128 --max-size 128", 4, 3000, times=2
