@@ -72,7 +72,7 @@ def verdict(rows: Sequence[Row]) -> str:
     if not taught:
         return ""
     won = [pair for pair, row in taught.items() if wins(row)]
-    said = f"PKD beats no distillation by more than the spread on {len(won)} of {len(taught)} pairs"
+    said = f"PKD beats training without a teacher by more than the spread on {len(won)} of {len(taught)} pairs"
     said += f" ({', '.join(map(name, won))})" if won else ""
     met = "met" if len(won) >= ASKED else "not met"
     sentences = [f"**{said}; at least {ASKED} were asked for, which is {met}.**"]
@@ -98,8 +98,8 @@ def _half(rows: Sequence[Row]) -> str:
     won = [pair for pair, row in taught.items() if wins(row)]
     gains = "; ".join(f"{name(pair)} {gained(row)}" for pair, row in taught.items())
     return (
-        "**Where PKD teaches for the first half of the steps and nobody for the rest, it beats no distillation by more "
-        f"than the spread on {len(won)} of {len(taught)} pairs**: {gains}."
+        "**Where PKD teaches for the first half of the steps and nobody for the rest, it beats training without a "
+        f"teacher by more than the spread on {len(won)} of {len(taught)} pairs**: {gains}."
         if taught
         else ""
     )
@@ -128,7 +128,7 @@ def _convergence(rows: Sequence[Row], taught: dict[tuple[str, str], Row]) -> str
         when = "never" if at is None else f"after {at * row['steps'] // len(curve)} of {row['steps']}"
         found.append(f"{name(pair)} {when}")
     return (
-        f"Steps until it has, on average over seeds, what no distillation ends with: {'; '.join(found)}."
+        f"Steps until it has, on average over seeds, what training without a teacher ends with: {'; '.join(found)}."
         if found
         else ""
     )

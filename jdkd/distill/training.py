@@ -37,8 +37,8 @@ class DistillConfig:
     Args:
         loss: ``"pkd"`` (Cao et al., NeurIPS 2022), ``"mse"`` (FitNets), ``"cwd"`` (Shu et al., ICCV 2021), or
             ``"pkd+logits"``, which asks the teacher's head about the student's regions or anchors too.
-        loss_weight: of each level; ``"auto"`` is the published one, for PKD 6 where the teacher has two stages and 10
-            between detectors of one.
+        loss_weight: of each level; ``"auto"`` is the published one, for PKD 6 where either of the two has two stages
+            and 10 between detectors of one.
         logits_weight: of the class logits.
         tau: temperature of ``"cwd"``.
         levels: strides of the levels to compare; by default all that both have.

@@ -33,9 +33,10 @@ ROWS = [ALONE, WON, BEHIND, SPREAD, BETTER]
 def test_pkd_wins_where_its_whole_interval_lies_above_0():
     said = pages.verdict(ROWS)
     assert said.startswith(
-        "**PKD beats no distillation by more than the spread on 1 of 2 pairs (fasterrcnn → fcos); at least 2 were "
-        "asked for, which is not met.** It does not on fcos → fcos: +0.005 (-0.050 to +0.060) (the teacher scores "
-        "0.600, the student alone 0.250). Its gain is the largest of pkd, cwd, mse on 1 of 2 pairs (fasterrcnn → fcos)."
+        "**PKD beats training without a teacher by more than the spread on 1 of 2 pairs (fasterrcnn → fcos); at least "
+        "2 were asked for, which is not met.** It does not on fcos → fcos: +0.005 (-0.050 to +0.060) (the teacher "
+        "scores 0.600, the student alone 0.250). Its gain is the largest of pkd, cwd, mse on 1 of 2 pairs (fasterrcnn "
+        "→ fcos)."
     )
     other = row("retinanet", "fcos", "pkd", [0.4, 0.4], (0.01, 0.15, 0.2))
     assert "on 2 of 3 pairs (fasterrcnn → fcos, retinanet → fcos); at least 2 were asked for, which is met.**" in (
@@ -45,7 +46,7 @@ def test_pkd_wins_where_its_whole_interval_lies_above_0():
     assert "-0.100 (-0.200 to -0.010), which is behind (the teacher" in pages.verdict([ALONE, lost])
 
 
-def test_convergence_is_when_the_mean_curve_has_what_no_distillation_ends_with():
+def test_convergence_is_when_the_mean_curve_has_what_training_alone_ends_with():
     assert "fasterrcnn → fcos after 600 of 800; fcos → fcos after 800 of 800." in pages.verdict(ROWS)
     never = row("fcos", "fcos", "pkd", [0.1, 0.1], (-0.2, -0.1, -0.01))
     assert pages.verdict([ALONE, never]).endswith("ends with: fcos → fcos never.")
