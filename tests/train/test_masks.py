@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError, ModelError
 from jdkd.notices import Notice
 from jdkd.train import TrainConfig, evaluate, fit
+from jdkd.train.findings import Findings
 from tests.detectors import mask_detector
 from tests.train.scenes import write_scenes
 from tests.train.test_evaluate import Oracle, nothing, truth
@@ -176,3 +177,9 @@ def test_masks_of_another_shape_are_described(scenes, change, says):
     answers = [{**answer, "masks": change(answer["masks"])} for answer in masked_truth(scenes)]
     with pytest.raises(InputError, match=f"Oracle returned {says}"):
         evaluate(Oracle(answers), scenes, **CPU)
+
+
+def test_masks_of_nothing_may_be_of_any_shape():
+    findings = Findings("a detector", [-1, 1])
+    findings.add(7, {name: torch.zeros(0) for name in ("boxes", "labels", "scores", "masks")}, masks=True)
+    assert findings.masks and findings.close() == []
