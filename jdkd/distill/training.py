@@ -23,7 +23,8 @@ from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.train import FitReport, TrainConfig, calibrate_bn, fit
 
-IMITATION = {"pkd": "pearson", "mse": "mse", "cwd": "cwd", "pkd+logits": "pearson"}  # by the name of the loss
+LOGITS = "pkd+logits"
+IMITATION = {"pkd": "pearson", "mse": "mse", "cwd": "cwd", LOGITS: "pearson"}  # by the name of the loss
 TWO_STAGE, ONE_STAGE = 6.0, 10.0  # published weights of PKD
 OTHERS = 1.0  # of MSE, and of CWD as MMYOLO's RTMDet has it
 AUTO = "auto"
@@ -39,7 +40,7 @@ class DistillConfig:
             ``"pkd+logits"``, which asks the teacher's head about the student's regions or anchors too.
         loss_weight: of each level; ``"auto"`` is the published one, for PKD 6 where the teacher has two stages and 10
             between detectors of one.
-        logits_weight: of the class logits.
+        logits_weight: of the class logits, for ``"pkd+logits"`` alone.
         tau: temperature of ``"cwd"``.
         levels: strides of the levels to compare; by default all that both have.
         own_size: the teacher sees images at its own input size; else at the student's.
@@ -71,6 +72,11 @@ class DistillConfig:
         for name in ("loss_weight", "logits_weight"):
             if (weight := getattr(self, name)) != AUTO or name != "loss_weight":
                 object.__setattr__(self, name, as_weight(weight, name))
+        if self.logits_weight != 1 and self.loss != LOGITS:
+            raise InputError(
+                f"logits_weight is {self.logits_weight:g}, and loss {self.loss!r} has no logits; leave it out, or take "
+                f"{LOGITS!r}."
+            )
         object.__setattr__(self, "levels", as_strides(self.levels))
         last = self.detach_after
         if last is not None and (type(last) is not int or last < 0):
@@ -202,7 +208,7 @@ def comparable(
     weight = method.weight(student, teacher)
     options: dict[str, Any] = {"feature_weight": weight, "own_size": method.own_size}
     options["imitation"] = IMITATION[method.loss]
-    options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == "pkd+logits")}
+    options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == LOGITS)}
     options["align"] = method.align
     distiller = Distiller(student, teacher, tau=method.tau, adapter=bool(method.adapter), **options)
     pairs = next(distiller.runner.compared([batch], method.levels)) if weight else []

@@ -188,6 +188,7 @@ def test_folders_and_names_will_do(teacher, scenes, tmp_path):
         ({"loss_weight": "much"}, "loss_weight is 'much'"),
         ({"loss_weight": float("nan")}, "loss_weight is nan"),
         ({"logits_weight": "auto"}, "logits_weight is 'auto'"),
+        ({"logits_weight": 2.0}, "logits_weight is 2, and loss 'pkd' has no logits"),
         ({"levels": [8, 8]}, "give the strides of the levels"),
         ({"detach_after": -1}, "detach_after must be a whole number"),
         ({"detach_after": 1.5}, "detach_after must be a whole number"),
