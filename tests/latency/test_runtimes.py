@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import importlib.util
 import sys
@@ -10,6 +11,7 @@ from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference, measure
 from jdkd.latency.exported import OfFile, OnnxEngine, runtimes_with
 from jdkd.latency.precision import in_precision
+from jdkd.latency.replaying import captured
 from jdkd.latency.runtimes import Compiled, CudaGraph, Eager, require_runnable
 from tests.latency.exporting import write_constant_detector
 
@@ -111,6 +113,47 @@ def test_a_provider_that_onnxruntime_was_not_built_with_is_named(monkeypatch):
     tensorrt = runtimes_with(write_constant_detector)["tensorrt"]
     said = tensorrt.why_not(torch.device("cuda"), "float16")
     assert said == "this onnxruntime has no TensorrtExecutionProvider, but CPU"
+
+
+def test_files_run_on_the_gpu_that_is_asked_for(model, images):
+    opened = []
+
+    class Opened(Exception):
+        pass
+
+    def engine(file, providers, threads):
+        opened.append(providers)
+        raise Opened
+
+    found = runtimes_with(lambda model, file, half, counting: file.write_bytes(b""))
+    runtime = found["tensorrt"]
+    runtime._engine = engine
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(InputError, match="Opened"):
+            runtime.prepare(model, [images[:1]], torch.device(name), "float32")
+    gpu, cpu = ("TensorrtExecutionProvider", "CUDAExecutionProvider"), "CPUExecutionProvider"
+    assert opened == [[*gpu, cpu], [*((provider, {"device_id": "1"}) for provider in gpu), cpu]]
+
+
+def test_a_graph_is_captured_on_the_device_of_its_images(monkeypatch):
+    made = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def wait_stream(self, other):
+            assert other.device == self.device
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    graph = lambda graph, stream: made.append(stream.device) or contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    images = torch.zeros(1, device="meta")
+    assert captured(lambda given: given, images)[1:] == (images, images)
+    assert made == [images.device]
 
 
 @needs_onnxruntime
