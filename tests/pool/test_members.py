@@ -199,3 +199,12 @@ def test_a_training_of_other_phases_is_not_carried_on(digits, tmp_path):
     assert len(pool.members) == 1
     with pytest.raises(InputError, match=r"holds a finished pool \(pool\.json\); resume it"):
         train_pool(base, train, selection, config, tmp_path)
+
+
+def test_what_a_killed_run_left_beside_a_finished_pool_is_removed(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr("jdkd.pool.growing.load_pool", lambda folder, *given, **how: folder)
+    (tmp_path / "training" / "largest").mkdir(parents=True)
+    (tmp_path / "pool.json").write_text("{}")
+    base, config = detector(small_spec()), PoolTrainConfig(TrainConfig(steps=9))
+    assert train_pool(base, *digits, config, tmp_path, topology=read(base), resume=True) == tmp_path
+    assert [file.name for file in tmp_path.iterdir()] == ["pool.json"]
