@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -90,6 +90,7 @@ class Export:
         split = self.source.split("val") if self.source.given else recorded_split(self.ckpt, "val")
         if split is None:
             return [(image, {}) for image in photographs()[: self.images]], None
+        split = replace(split, strict=self.source.strict)
         dataset = CocoDetectionDataset(split, progress.task("check images"))
         require_same_classes(model, dataset.classes, dataset.label_to_category)
         dataset = dataset.subset(range(min(self.images, len(dataset))))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jdkd.data import Split
 from jdkd.detect import save
 from tests.export.tiny import made, pictures
 
@@ -153,3 +154,15 @@ def test_predict_writes_over_its_own_files_and_no_others(jdkd, checkpoint, photo
     assert answer.code == 2 and f"would write over {theirs}" in answer.err and theirs.read_bytes() == b"[]"
     for _ in range(2):
         assert jdkd("predict", checkpoint, photographs / "0.png", "--out", tmp_path / "ours").code == 0
+
+
+def test_strict_holds_of_the_data_that_the_detector_was_trained_on(jdkd, checkpoint, squares, tmp_path, monkeypatch):
+    file = squares / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][0] -= 1000
+    (tmp_path / "over.json").write_text(json.dumps(content))
+    split = Split(squares / "val2017", tmp_path / "over.json", "val")
+    monkeypatch.setattr("jdkd.cli.export.recorded_split", lambda folder, name: split)
+    answer = jdkd("export", checkpoint, "--strict", "--out", tmp_path / "tiny.onnx")
+    assert answer.code == 2 and "--strict refuses that" in answer.err, answer.err
+    assert not (tmp_path / "tiny.onnx").exists()
