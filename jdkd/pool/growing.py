@@ -17,7 +17,7 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.elastic_pool import POOL, TeacherPool, load_pool, save_pool
 from jdkd.pool.phases import PoolTrainConfig
-from jdkd.pool.shrinking import CALIBRATION_BATCHES, progressive_shrinking
+from jdkd.pool.shrinking import CALIBRATION_BATCHES, PLAN, progressive_shrinking
 from jdkd.pool.space import Space, Subnet
 from jdkd.pool.supernet import Supernet, grow_base
 from jdkd.train.distributed import is_first
@@ -76,8 +76,8 @@ def train_pool(
     working = folder / "training"
     if (folder / POOL).exists():
         if resume:
-            if is_first():
-                shutil.rmtree(working, ignore_errors=True)  # of a run that was killed between its last two lines
+            if is_first() and (working / PLAN).is_file():  # of a run that was killed while it removed it
+                shutil.rmtree(working)
             return load_pool(folder, base, dataset, topology=topology, device=device)
         raise InputError(f"{folder} holds a finished pool ({POOL}); resume it or give another folder.")
     if not topology.followed:
