@@ -148,7 +148,7 @@ class OfFile:
     def prepare(self, model: nn.Module, batches: Batches, device: torch.device, dtype: str) -> Artefact:
         with tempfile.TemporaryDirectory(prefix="jdkd-") as folder:
             file = Path(folder) / "detector.onnx"
-            self._export(model.to(CPU), file, dtype == "float16", self._counting)
+            self._export(_on_host(model), file, dtype == "float16", self._counting)
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
             try:
                 engine = self._engine(file, _on(device, self._providers[device.type]), torch.get_num_threads())
@@ -235,6 +235,12 @@ class ExportedDetector(nn.Module):
             kept = {name: value.long() if name == "labels" else value.float() for name, value in kept.items()}
             found.append(kept | ({"masks": kept["masks"][:, None]} if "masks" in kept else {}))  # [M, 1, R, R]
         return self.transform.postprocess(found, sizes, [tuple(image.shape[-2:]) for image in images])
+
+
+def _on_host(model: nn.Module) -> nn.Module:
+    """A model on the CPU; a copy of one that is elsewhere, and stays there."""
+    there = all(tensor.device == CPU for tensor in (*model.parameters(), *model.buffers()))
+    return model if there else copy.deepcopy(model).to(CPU)
 
 
 def _on(device: torch.device, providers: Sequence[str]) -> list[Provider]:

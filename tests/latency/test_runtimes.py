@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference, measure
@@ -133,6 +134,18 @@ def test_files_run_on_the_gpu_that_is_asked_for(model, images):
             runtime.prepare(model, [images[:1]], torch.device(name), "float32")
     gpu, cpu = ("TensorrtExecutionProvider", "CUDAExecutionProvider"), "CPUExecutionProvider"
     assert opened == [[*gpu, cpu], [*((provider, {"device_id": "1"}) for provider in gpu), cpu]]
+
+
+def test_a_model_that_is_elsewhere_is_exported_from_the_host_and_stays_there(images):
+    class Far(nn.Linear):
+        def to(self, device):
+            return self.to_empty(device=device)
+
+    exported, far = [], Far(1, 1, device="meta")
+    runtime = onnxruntime(lambda model, *how: exported.append(model.weight.device.type))
+    with pytest.raises(FileNotFoundError):  # nothing was written
+        runtime.prepare(far, [images[:1]], CPU, "float32")
+    assert exported == ["cpu"] and far.weight.device.type == "meta"
 
 
 def test_a_graph_is_captured_on_the_device_of_its_images(monkeypatch):
