@@ -166,3 +166,18 @@ def test_strict_holds_of_the_data_that_the_detector_was_trained_on(jdkd, checkpo
     answer = jdkd("export", checkpoint, "--strict", "--out", tmp_path / "tiny.onnx")
     assert answer.code == 2 and "--strict refuses that" in answer.err, answer.err
     assert not (tmp_path / "tiny.onnx").exists()
+
+
+def test_an_image_of_which_no_pixel_would_be_left_is_named(jdkd, checkpoint, squares, tmp_path):
+    Image.new("RGB", (900, 1)).save(tmp_path / "thin.png")
+    answer = jdkd("predict", checkpoint, tmp_path / "thin.png", "--out", tmp_path / "seen")
+    assert answer.code == 2 and "thin.png is 1x900 (height x width), of which FCOS leaves no pixel" in answer.err
+    image = {"id": 1, "file_name": "thin.png", "width": 900, "height": 1}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 1]}
+    classes = json.loads((squares / "annotations" / "instances_val2017.json").read_text())["categories"]
+    content = {"images": [image], "annotations": [box], "categories": classes}
+    (tmp_path / "thin.json").write_text(json.dumps(content))
+    data = ("--val-images", tmp_path, "--val-annotations", tmp_path / "thin.json")
+    answer = jdkd("export", checkpoint, *data, "--out", tmp_path / "tiny.onnx")
+    assert answer.code == 2 and "thin.png is 1x900" in answer.err, answer.err
+    assert not (tmp_path / "seen").exists() and not (tmp_path / "tiny.onnx").exists()
