@@ -104,6 +104,20 @@ def test_true_masks_score_one(scenes, dtype):
     assert scores == dataclasses.replace(evaluate(Oracle(truth(scenes)), scenes, **CPU), segm=scores.segm)
 
 
+def test_images_may_have_ids_below_zero(tmp_path):
+    dataset = write_scenes(tmp_path, images=4)
+    file = dataset.split.annotations
+    content = json.loads(file.read_text())
+    for record, key in [(one, "id") for one in content["images"]] + [
+        (one, "image_id") for one in content["annotations"]
+    ]:
+        record[key] -= 10**6
+    file.write_text(json.dumps(content))
+    dataset = type(dataset)(dataset.split)
+    scores = evaluate(Oracle(masked_truth(dataset)), dataset, **CPU)
+    assert max(dataset.image_ids) < 0 and scores.map == scores.segm.map == pytest.approx(1.0)
+
+
 def test_masks_are_scored_as_pycocotools_does(scenes):
     from pycocotools.cocoeval import COCOeval
 
