@@ -137,6 +137,7 @@ def distill(
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
     probe = [*batches(data, batch_size=config.batch_size, steps=PROBE, seed=config.seed, device=device)]
     with taught(student.to(device), teacher.to(device), method, probe) as teaching:
+        probe.clear()  # would lie on the device as long as it trains
         return Distilled(student, fit(student, data, config, device=device, **teaching, **how))
 
 
@@ -161,6 +162,7 @@ def taught(
         say_once(str(take_neck_and_heads(student, teacher)))
     if pairs:
         say_once(_comparison(method, method.weight(student, teacher), pairs, distiller.adapts))
+    del pairs  # all levels of a batch, which would lie on the device as long as the block runs
     if distiller.adapts or method.align != "none":
         _calibrate(distiller, student, probe)
     with lessons(student, distiller, method.detach_after) as given:
