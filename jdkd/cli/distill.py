@@ -100,6 +100,11 @@ class Distill:
         data = data.of(student, config.batch_size, config.seed)
         _require_pair(student, teacher, data, method)
         job = Job("distill", self.out, student, weights, data, config, recipe, self.training, device)
+        if self.teacher_steps is not None and not is_fresh:
+            raise InputError(
+                f"--teacher-steps {self.teacher_steps} trains a teacher that has no weights yet, and "
+                f"{self.teacher or chosen.teacher} has; leave it out."
+            )
         lessons = self._lessons(config) if is_fresh else None
         if lessons is not None:
             data.of(teacher, config.batch_size, config.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,12 +85,15 @@ class Export:
         """Images to compare on, and the data set of just these, where there is one."""
         from jdkd.data import CocoDetectionDataset
         from jdkd.data.photographs import photographs
+        from jdkd.detect.input_size import require_visible
         from jdkd.train.evaluate import require_same_classes
 
         split = self.source.split("val") if self.source.given else recorded_split(self.ckpt, "val")
         if split is None:
             return [(image, {}) for image in photographs()[: self.images]], None
+        split = replace(split, strict=self.source.strict)
         dataset = CocoDetectionDataset(split, progress.task("check images"))
         require_same_classes(model, dataset.classes, dataset.label_to_category)
         dataset = dataset.subset(range(min(self.images, len(dataset))))
+        require_visible(model, dataset.sizes)
         return dataset, dataset

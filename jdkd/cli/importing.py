@@ -52,5 +52,9 @@ class Import:
     def _names(self) -> tuple[str, ...]:
         if len(self.classes) != 1 or not Path(self.classes[0]).is_file():
             return self.classes
-        text = read_text(Path(self.classes[0]), "give --classes names, or a file with one a line")
-        return tuple(line.strip() for line in text.splitlines() if line.strip())
+        remedy = "give --classes names, or a file with one a line"
+        text = read_text(Path(self.classes[0]), remedy)
+        names = tuple(line.strip() for line in text.splitlines() if line.strip())
+        if not names:
+            raise InputError(f"--classes {self.classes[0]} holds no name; {remedy}.")
+        return names

@@ -12,7 +12,7 @@ from jdkd.cli.failures import keeping
 from jdkd.cli.flags import DataFlags, TrainingFlags, recorded_split, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
-from jdkd.files import claim_folder, content_hash, write_json, write_whole
+from jdkd.files import claim_folder, content_hash, require_file, write_json, write_whole
 from jdkd.notices import say_once
 from jdkd.run_folder import RunFolder
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SPREAD = "spread.json"
 PLOT = "spread.png"
+BEGINS = '{\n  "teachers"'  # as `SPREAD` does
 
 
 @dataclass(frozen=True)
@@ -164,13 +165,14 @@ class PoolEval:
         for name in ("subnets", "count", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; give at least 1.")
+        out = self.out or self.pool
+        _require_own(out)
         with Progress() as progress:
             pool = _loaded(self.pool, self.source, device, progress)
             data = pool.dataset
             if self.split != "train":
                 split = _split(self.pool, self.source, "val")
                 data = _opened(split, pool.supernet.model, f"the pool in {self.pool}", progress)
-            out = self.out or self.pool
             claim_folder(out, "--out")
             teachers = [*spread_over(pool.space, self.subnets, self.seed), *pool.foreign]
             images = [data[index][0] for index in range(min(self.count, len(data)))]
@@ -216,6 +218,18 @@ class PoolExport:
         print(f"{teacher}: {parameter_count(detector) / 1e6:.2f} M parameters, {detector.architecture.id}")
         for name in (ARCHITECTURE, WEIGHTS):
             print(self.out / name)
+
+
+def _require_own(out: Path) -> None:
+    """Refuses a folder with files of the names of ours that no `jdkd pool eval` wrote.
+
+    Raises:
+        InputError: names the file.
+    """
+    if out.is_dir():
+        require_file(out / SPREAD, "--out", begins=BEGINS)
+        if (out / PLOT).exists() and not (out / SPREAD).is_file():
+            raise InputError(f"--out {out} would write over {PLOT}; give another folder.")
 
 
 def _split(pool: Path, source: DataFlags, name: str) -> Any:

@@ -53,7 +53,7 @@ class Predict:
         listed, count = [], 0
         for file, target in targets.items():
             image = read_picture(file)
-            found = find(image)
+            found = find(image, str(file))
             if not listed:
                 claim_folder(self.out, "--out")
             claim_folder(target.parent, "--out")
@@ -104,11 +104,11 @@ class Predict:
         return targets
 
 
-def finder(model: Path, device: str) -> tuple[Callable[[np.ndarray], Found], Sequence[str]]:
-    """What finds objects on an image ``[H, W, 3]`` uint8, and the names of its classes.
+def finder(model: Path, device: str) -> tuple[Callable[[np.ndarray, str], Found], Sequence[str]]:
+    """What finds objects on an image ``[H, W, 3]`` uint8 of a name, and the names of its classes.
 
     Raises:
-        InputError: it cannot be opened.
+        InputError: it cannot be opened; and, when it is called, the image is too elongated for it.
     """
     if model.suffix in EXPORTED and not model.is_dir():
         from jdkd.export.opening import open_exported
@@ -120,7 +120,7 @@ def finder(model: Path, device: str) -> tuple[Callable[[np.ndarray], Found], Seq
         else:
             on = _resolved(device)
         file = open_exported(model, on)
-        return lambda image: file([image])[0], file.facts["classes"]
+        return lambda image, name: file([image])[0], file.facts["classes"]
     if not model.is_dir():
         raise InputError(
             f"{model} is neither a folder of a detector nor a file of `jdkd export` ({', '.join(EXPORTED)})."
@@ -128,11 +128,12 @@ def finder(model: Path, device: str) -> tuple[Callable[[np.ndarray], Found], Seq
     return _of_folder(model, _resolved(device))
 
 
-def _of_folder(folder: Path, device: str) -> tuple[Callable[[np.ndarray], Found], Sequence[str]]:
+def _of_folder(folder: Path, device: str) -> tuple[Callable[[np.ndarray, str], Found], Sequence[str]]:
     import torch
 
     from jdkd.detect import load
     from jdkd.detect.contract import detections, known_architecture
+    from jdkd.detect.input_size import require_visible
     from jdkd.export.parity import numbers
     from jdkd.latency import fuse_for_inference
 
@@ -140,7 +141,8 @@ def _of_folder(folder: Path, device: str) -> tuple[Callable[[np.ndarray], Found]
     known = known_architecture(model)
     model = fuse_for_inference(model).to(device)
 
-    def find(image: np.ndarray) -> Found:
+    def find(image: np.ndarray, name: str) -> Found:
+        require_visible(model, [(name, *image.shape[:2])])
         with torch.inference_mode():
             return numbers(detections(model, [torch.from_numpy(image).permute(2, 0, 1).to(device).float() / 255])[0])
 

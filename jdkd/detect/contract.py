@@ -200,6 +200,19 @@ def losses_complaint(found: Any, trains: bool) -> str | None:
     return None
 
 
+def as_scalar(name: str, loss: Tensor) -> Tensor:
+    """A loss in fp32 without dimensions; some detectors return theirs as ``[1]``.
+
+    Raises:
+        InputError: it has more values than one, or none.
+    """
+    if loss.numel() != 1:
+        raise InputError(
+            f"{name} is a tensor {list(loss.shape)}, and a loss is a scalar; let it be the sum or the mean."
+        )
+    return loss.float().reshape(())
+
+
 @contextmanager
 def capped(model: nn.Module, most: int | None) -> Iterator[None]:
     """Lets the detector make so many detections an image for a while; torchvision's name for it is everywhere one."""

@@ -26,6 +26,8 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.ops.pearson_strides import Size
 
+UNCOUNTED = -1  # version of a tensor of inference mode, of which nobody tells whether it was written to
+
 
 class TeacherRunner:
     """Watches what enters a student and, when asked, runs the teacher on the same batch, up to its neck.
@@ -211,7 +213,7 @@ class TeacherRunner:
         self._next_sizes = sizes
 
     def _see_images(self, student: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        images = tuple((image, image._version) for image in listed_images(args, kwargs))
+        images = tuple((image, _version(image)) for image in listed_images(args, kwargs))
         if self.own_size and student.training and not images:
             raise InputError(
                 f"the student ({type(student).__name__}) was called without a list of images [3, H, W], which its "
@@ -220,12 +222,18 @@ class TeacherRunner:
             )
         before, self._called_in = self._images, pass_number()
         self._same_images = 0 < len(images) == len(before) and all(
-            image is other and version == seen for (image, version), (other, seen) in zip(images, before, strict=True)
+            image is other and version == seen != UNCOUNTED
+            for (image, version), (other, seen) in zip(images, before, strict=True)
         )
         self._images = images
 
     def _left(self, student: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._called_in = None
+
+
+def _version(image: Tensor) -> int:
+    counted = torch.compiler.is_compiling() or not image.is_inference()
+    return image._version if counted else UNCOUNTED
 
 
 def _same(before: StudentInput, now: StudentInput) -> bool:

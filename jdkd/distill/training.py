@@ -23,7 +23,8 @@ from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.train import FitReport, TrainConfig, calibrate_bn, fit
 
-IMITATION = {"pkd": "pearson", "mse": "mse", "cwd": "cwd", "pkd+logits": "pearson"}  # by the name of the loss
+LOGITS = "pkd+logits"
+IMITATION = {"pkd": "pearson", "mse": "mse", "cwd": "cwd", LOGITS: "pearson"}  # by the name of the loss
 TWO_STAGE, ONE_STAGE = 6.0, 10.0  # published weights of PKD
 OTHERS = 1.0  # of MSE, and of CWD as MMYOLO's RTMDet has it
 AUTO = "auto"
@@ -34,23 +35,23 @@ PROBE = 4  # batches that adapters are fitted to
 class DistillConfig:
     """How a teacher teaches, besides the settings of the training itself.
 
-    Args:
-        loss: ``"pkd"`` (Cao et al., NeurIPS 2022), ``"mse"`` (FitNets), ``"cwd"`` (Shu et al., ICCV 2021), or
-            ``"pkd+logits"``, which asks the teacher's head about the student's regions or anchors too.
-        loss_weight: of each level; ``"auto"`` is the published one, for PKD 6 where either of the two has two stages
+        Args:
+            loss: ``"pkd"`` (Cao et al., NeurIPS 2022), ``"mse"`` (FitNets), ``"cwd"`` (Shu et al., ICCV 2021), or
+                ``"pkd+logits"``, which asks the teacher's head about the student's regions or anchors too.
+            loss_weight: of each level; ``"auto"`` is the published one, for PKD 6 where either of the two has two stages
             and 10 between detectors of one.
-        logits_weight: of the class logits.
-        tau: temperature of ``"cwd"``.
-        levels: strides of the levels to compare; by default all that both have.
-        own_size: the teacher sees images at its own input size; else at the student's.
-        adapter: compare through trained 1x1 convolutions, dropped afterwards; by default where widths differ.
-        align: ``"permute"`` or ``"linear"`` for detectors of unrelated origin; see
-            :class:`jdkd.distill.FeatureDistiller`.
-        inherit: begin with the teacher's neck and heads, as far as names and shapes agree.
-        detach_after: step after which the student goes on without its teacher; by default never.
+        logits_weight: of the class logits, for ``"pkd+logits"`` alone.
+            tau: temperature of ``"cwd"``.
+            levels: strides of the levels to compare; by default all that both have.
+            own_size: the teacher sees images at its own input size; else at the student's.
+            adapter: compare through trained 1x1 convolutions, dropped afterwards; by default where widths differ.
+            align: ``"permute"`` or ``"linear"`` for detectors of unrelated origin; see
+                :class:`jdkd.distill.FeatureDistiller`.
+            inherit: begin with the teacher's neck and heads, as far as names and shapes agree.
+            detach_after: step after which the student goes on without its teacher; by default never.
 
-    Raises:
-        InputError: a setting is out of range.
+        Raises:
+            InputError: a setting is out of range.
     """
 
     loss: str = "pkd"
@@ -71,6 +72,11 @@ class DistillConfig:
         for name in ("loss_weight", "logits_weight"):
             if (weight := getattr(self, name)) != AUTO or name != "loss_weight":
                 object.__setattr__(self, name, as_weight(weight, name))
+        if self.logits_weight != 1 and self.loss != LOGITS:
+            raise InputError(
+                f"logits_weight is {self.logits_weight:g}, and loss {self.loss!r} has no logits; leave it out, or take "
+                f"{LOGITS!r}."
+            )
         object.__setattr__(self, "levels", as_strides(self.levels))
         last = self.detach_after
         if last is not None and (type(last) is not int or last < 0):
@@ -131,6 +137,7 @@ def distill(
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
     probe = [*batches(data, batch_size=config.batch_size, steps=PROBE, seed=config.seed, device=device)]
     with taught(student.to(device), teacher.to(device), method, probe) as teaching:
+        probe.clear()  # would lie on the device as long as it trains
         return Distilled(student, fit(student, data, config, device=device, **teaching, **how))
 
 
@@ -155,6 +162,7 @@ def taught(
         say_once(str(take_neck_and_heads(student, teacher)))
     if pairs:
         say_once(_comparison(method, method.weight(student, teacher), pairs, distiller.adapts))
+    del pairs  # all levels of a batch, which would lie on the device as long as the block runs
     if distiller.adapts or method.align != "none":
         _calibrate(distiller, student, probe)
     with lessons(student, distiller, method.detach_after) as given:
@@ -202,7 +210,7 @@ def comparable(
     weight = method.weight(student, teacher)
     options: dict[str, Any] = {"feature_weight": weight, "own_size": method.own_size}
     options["imitation"] = IMITATION[method.loss]
-    options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == "pkd+logits")}
+    options |= {"levels": method.levels, "head_weight": method.logits_weight * (method.loss == LOGITS)}
     options["align"] = method.align
     distiller = Distiller(student, teacher, tau=method.tau, adapter=bool(method.adapter), **options)
     pairs = next(distiller.runner.compared([batch], method.levels)) if weight else []

@@ -14,7 +14,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from jdkd.errors import InputError, said
 from jdkd.export.preparing import Found
 
-DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # of 16 bits, of which the upper 8 are kept
+DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # of 16 bits, or of 12 in TIFF, of which the upper 8 are kept
+BITS_PER_SAMPLE = 258  # tag of TIFF
 
 
 def read_picture(file: Path) -> np.ndarray:
@@ -29,7 +30,8 @@ def read_picture(file: Path) -> np.ndarray:
             with Image.open(file) as opened:
                 picture = ImageOps.exif_transpose(opened)
                 if picture.mode in DEEP or (picture.mode == "I" and opened.format in ("PNG", "PPM")):
-                    picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
+                    samples = np.asarray(picture).astype(np.int64) >> (_bits(opened) - 8)
+                    picture = Image.fromarray(samples.astype(np.uint8))
                 elif picture.mode in ("I", "F"):
                     raise InputError(f"image {file} has 32 bits a sample; save it with 8 or 16.")
                 return np.array(picture if picture.mode == "RGB" else _flat(picture))
@@ -39,6 +41,12 @@ def read_picture(file: Path) -> np.ndarray:
         raise InputError(
             f"image {file} cannot be read ({' '.join(said(error).split())[:120]}); give another."
         ) from None
+
+
+def _bits(picture: Image.Image) -> int:
+    """How many bits the samples of deep grey have: 16 but for TIFF's 12, which Pillow leaves unscaled."""
+    tags = getattr(picture, "tag_v2", {})  # TIFF's
+    return int(tags.get(BITS_PER_SAMPLE, (16,))[0])
 
 
 def _flat(picture: Image.Image) -> Image.Image:

@@ -39,7 +39,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Time between two events on the current stream of an NVIDIA device."""
+    """Time between two events on an NVIDIA device's current stream, whichever device is the current one."""
 
     name = "CUDA events"
 
@@ -50,9 +50,10 @@ class CudaClock:
         """Run `call` on an idle device and return the ms between the events around it."""
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize(self.device)
-        begin.record()
+        stream = torch.cuda.current_stream(self.device)
+        begin.record(stream)
         call()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return begin.elapsed_time(end)
 

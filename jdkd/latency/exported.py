@@ -29,6 +29,8 @@ from jdkd.latency.runtimes import HOST_TO_HOST, Artefact, Batches, Compiled, Cud
 
 Exporter = Callable[[nn.Module, Path, bool, bool], object]
 """Writes a detector to an ONNX file: in fp16 or else in fp32, and with an NMS that only counts or else with its own."""
+Provider = str | tuple[str, dict[str, str]]
+"""Of onnxruntime: its name, or name and options."""
 CPU, CUDA = torch.device("cpu"), "cuda"
 NUMPY = {"float": np.float32, "float16": np.float16, "int64": np.int64, "int32": np.int32, "double": np.float64}
 
@@ -55,11 +57,11 @@ class OnnxEngine:
 
     Args:
         file: ONNX.
-        providers: of onnxruntime, the first that can takes a node.
+        providers: of onnxruntime, the first that can takes a node; with options, where they have some.
         threads: of an operator.
     """
 
-    def __init__(self, file: Path, providers: Sequence[str], threads: int) -> None:
+    def __init__(self, file: Path, providers: Sequence[Provider], threads: int) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -86,7 +88,7 @@ class OpenVinoEngine:
         threads: of inference.
     """
 
-    def __init__(self, file: Path, providers: Sequence[str], threads: int) -> None:
+    def __init__(self, file: Path, providers: Sequence[Provider], threads: int) -> None:
         import openvino
 
         exact = {"INFERENCE_PRECISION_HINT": "f32"}  # as it would take bf16 by itself where there is such hardware
@@ -120,7 +122,7 @@ class OfFile:
         self,
         name: str,
         package: str,
-        engine: Callable[[Path, Sequence[str], int], Engine],
+        engine: Callable[[Path, Sequence[Provider], int], Engine],
         providers: Mapping[str, Sequence[str]],
         export: Exporter,
         dtypes: Sequence[str] = ("float32", "float16"),
@@ -146,10 +148,10 @@ class OfFile:
     def prepare(self, model: nn.Module, batches: Batches, device: torch.device, dtype: str) -> Artefact:
         with tempfile.TemporaryDirectory(prefix="jdkd-") as folder:
             file = Path(folder) / "detector.onnx"
-            self._export(model.to(CPU), file, dtype == "float16", self._counting)
+            self._export(_on_host(model), file, dtype == "float16", self._counting)
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
             try:
-                engine = self._engine(file, self._providers[device.type], torch.get_num_threads())
+                engine = self._engine(file, _on(device, self._providers[device.type]), torch.get_num_threads())
             except Exception as error:  # whatever a runtime raises that cannot read the file
                 raise InputError(
                     f"{self.name} cannot open the exported detector ({said(error)}); leave it out of --runtimes."
@@ -233,6 +235,20 @@ class ExportedDetector(nn.Module):
             kept = {name: value.long() if name == "labels" else value.float() for name, value in kept.items()}
             found.append(kept | ({"masks": kept["masks"][:, None]} if "masks" in kept else {}))  # [M, 1, R, R]
         return self.transform.postprocess(found, sizes, [tuple(image.shape[-2:]) for image in images])
+
+
+def _on_host(model: nn.Module) -> nn.Module:
+    """A model on the CPU; a copy of one that is elsewhere, and stays there."""
+    there = all(tensor.device == CPU for tensor in (*model.parameters(), *model.buffers()))
+    return model if there else copy.deepcopy(model).to(CPU)
+
+
+def _on(device: torch.device, providers: Sequence[str]) -> list[Provider]:
+    """Providers of onnxruntime, those of a GPU on the one that was asked for; by themselves they take the first."""
+    if device.index is None:
+        return list(providers)
+    of_cpu, options = "CPUExecutionProvider", {"device_id": str(device.index)}
+    return [name if name == of_cpu else (name, options) for name in providers]
 
 
 def runtimes_with(export: Exporter) -> dict[str, Runtime]:

@@ -214,10 +214,11 @@ def measure(
     batches = [images[start : start + batch_size] for start in range(0, len(images) - batch_size + 1, batch_size)]
     clock = clock or clock_for(device)
     watch = watch or (NotWatched("brief") if brief else watch_for(device))
+    for model in models.values():  # in inference mode it would be given parameters that nothing can train
+        fix_roi_scales(model.to(device))
     with torch.inference_mode(), cudnn_benchmark(device):
         artefacts, facts = {}, {}
         for name, model in models.items():
-            fix_roi_scales(model.to(device))
             artefacts[name] = runtime.prepare(model, batches, device, dtype)
             describe = known_facts if brief else facts_of
             facts[name] = describe(model, artefacts[name], batches, device)

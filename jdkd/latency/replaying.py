@@ -27,7 +27,7 @@ def captured(call: Callable[[Tensor], Any], images: Tensor) -> Captured:
             call(images)
     torch.cuda.current_stream(images.device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(images.device)):  # torch's own is of one device for ever
         out = call(images)
     return graph, images, out
 

@@ -17,7 +17,7 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.elastic_pool import POOL, TeacherPool, load_pool, save_pool
 from jdkd.pool.phases import PoolTrainConfig
-from jdkd.pool.shrinking import CALIBRATION_BATCHES, progressive_shrinking
+from jdkd.pool.shrinking import CALIBRATION_BATCHES, PLAN, progressive_shrinking
 from jdkd.pool.space import Space, Subnet
 from jdkd.pool.supernet import Supernet, grow_base
 from jdkd.train.distributed import is_first
@@ -73,8 +73,11 @@ def train_pool(
     folder = Path(folder)
     architecture_of(base, "a teacher pool")
     topology = topology if topology is not None else read(base, check=True)
+    working = folder / "training"
     if (folder / POOL).exists():
         if resume:
+            if is_first() and (working / PLAN).is_file():  # of a run that was killed while it removed it
+                shutil.rmtree(working)
             return load_pool(folder, base, dataset, topology=topology, device=device)
         raise InputError(f"{folder} holds a finished pool ({POOL}); resume it or give another folder.")
     if not topology.followed:
@@ -89,7 +92,6 @@ def train_pool(
     for name, detector in (foreign or {}).items():
         pool.add_foreign(name, detector)
     _say_what_is_rigid(supernet)
-    working = folder / "training"
     progressive_shrinking(supernet, dataset, config, working, device=device, resume=resume, progress=progress)
     scored = affordable(config, len(selection)) if scored is None else scored
     pool.score_members([*spread_over(space, scored, config.train.seed), *pool.foreign], selection, progress)

@@ -122,12 +122,17 @@ def _require_same_plan(folder: Path, supernet: Supernet, config: PoolTrainConfig
     """Keeps what the training is of, and refuses to carry on one of other phases or another space.
 
     Raises:
-        InputError: the folder holds the training of another plan, or one that was not to be resumed.
+        InputError: the folder holds the training of another plan, one that was not to be resumed, or something else.
     """
     plan = json.loads(json.dumps({"space": supernet.space.to_json(), **config.identity()}))
     file = folder / PLAN
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        if strangers := sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith(".")):
+            raise InputError(
+                f"{folder} holds {strangers[0]} but no {PLAN}, and is removed when the pool is finished; move it away, "
+                "or give another folder."
+            )
         write_json(file, plan)
     elif not resume:
         raise InputError(f"{folder} holds the training of another pool ({PLAN}); resume it or give another folder.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jdkd.data import batches
 from jdkd.data.loading import Batch
+from jdkd.detect.contract import as_scalar
 from jdkd.detect.input_size import require_visible, training_sizes
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
@@ -109,9 +110,9 @@ def fit(
 
     Raises:
         InputError: an image is too elongated for the detector's input size, or a batch leaves a batch norm one value
-            a channel; ``folder`` holds another run, the checkpoint does not belong to these settings, data or
-            model, or ``folder`` cannot be written; the detector trains on masks that the data do not have, or on
-            keypoints; ``inherit`` has nothing that fits.
+            a channel; nothing is trainable, or a loss is no scalar; ``folder`` holds another run, the checkpoint does
+            not belong to these settings, data or model, or ``folder`` cannot be written; the detector trains on masks
+            that the data do not have, or on keypoints; ``inherit`` has nothing that fits.
         DivergenceError: a loss or gradient is not finite. On a CPU the step is not taken; on a GPU it is
             noticed at the next log line or checkpoint, and the weights in memory may have gone with it. The
             checkpoint is good.
@@ -224,7 +225,7 @@ class _Run:
         for place, (images, targets) in enumerate(batches, self.step * len(batches)):
             self._seed(step_seed(self.config.seed, place * processes() + rank()))
             for terms in self._asked(images, targets):
-                names, values = tuple(terms), torch.stack([value.float() for value in terms.values()])  # [terms]
+                names, values = tuple(terms), torch.stack([as_scalar(*term) for term in terms.items()])  # [terms]
                 self._parts = self.parts()
                 self._see((*names, *self._parts), torch.stack([*values.detach(), *self._parts.values()]))
                 values = values / len(batches)

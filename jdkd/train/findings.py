@@ -47,7 +47,7 @@ class Findings:
         labels, scores = found["labels"].long().cpu(), found["scores"].double().cpu()  # [M]
         self._check(image_id, labels)
         usable = boxes.isfinite().all(1) & scores.isfinite() & (boxes[:, 2:] >= boxes[:, :2]).all(1)  # [M]
-        if masks:
+        if masks and len(labels):  # of nothing found they may be of any shape
             usable &= found["masks"].flatten(1).sum(1, dtype=torch.float32).isfinite().cpu()
         if not usable.all():
             worst = int(usable.logical_not().nonzero()[0, 0])
@@ -64,6 +64,7 @@ class Findings:
         ]
         if masks:
             self.masks = True
+        if masks and rows:
             for row, lengths in zip(rows, _run_lengths(found["masks"][usable.to(found["masks"].device)]), strict=True):
                 row["segmentation"] = lengths
         self.rows += rows

@@ -4,20 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from jdkd.files import unwritable, write_whole
+from jdkd.errors import InputError
+from jdkd.files import starts_with, unwritable, write_whole
+
+BEGINS = '{"step": '  # as every log does
 
 
 class Log:
     """Appends JSON lines to ``file``; for a run that stands at ``step``, it keeps the lines up to there.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the file cannot be written, or is no log of a training.
     """
 
     def __init__(self, file: Path, step: int) -> None:
         self.file = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            if file.is_file() and file.stat().st_size and not starts_with(file, BEGINS):
+                raise InputError(f"{file} is not the log of a training and would be lost; give another folder.")
             lines = file.read_bytes().splitlines(keepends=True) if step and file.exists() else []
         except OSError as error:
             raise unwritable(file, error) from error

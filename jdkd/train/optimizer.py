@@ -23,7 +23,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig, auxiliary: nn.Module 
         auxiliary: a module that is trained along, in the same groups.
 
     Raises:
-        InputError: that has parameters of the model.
+        InputError: that has parameters of the model, or nothing is trainable.
     """
     named = list(unwrapped(model).named_parameters())
     if auxiliary is not None:
@@ -37,6 +37,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig, auxiliary: nn.Module 
         {"params": [(name, p) for name, p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise InputError(
+            f"{type(unwrapped(model)).__name__} has no parameter that can be trained; let one require gradients."
+        )
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)

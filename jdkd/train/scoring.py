@@ -103,11 +103,13 @@ def score(dataset: Any, found: Sequence[dict[str, Any]], most: int, of: str = "b
 
     with contextlib.redirect_stdout(io.StringIO()):
         truth = dataset.coco
+        if of == "segm" and min(dataset.image_ids) < 0:  # of such images faster-coco-eval takes boxes, but no masks
+            truth, found = _from_zero(truth, found)
     results = COCO()
     results.dataset = {**truth.dataset, "annotations": list(_numbered(found, of))}
     results.createIndex()
     scoring = COCOeval_faster(truth, results, of)
-    scoring.params.imgIds = sorted(dataset.image_ids)
+    scoring.params.imgIds = sorted(truth.imgs)
     scoring.params.maxDets = [min(1, most), min(10, most), most]
     scoring.evaluate()
     scoring.accumulate()
@@ -118,6 +120,19 @@ def score(dataset: Any, found: Sequence[dict[str, Any]], most: int, of: str = "b
             "-1; choose images with boxes"
         )
     return Scores(stats[0], stats[1], stats[2], stats, lines, most, per_class=_per_class(scoring, dataset))
+
+
+def _from_zero(truth: Any, found: Sequence[dict[str, Any]]) -> tuple[Any, list[dict[str, Any]]]:
+    """Ground truth and detections of the same images, which are numbered from 0 on."""
+    numbers = {number: place for place, number in enumerate(sorted(truth.imgs))}
+    counted = type(truth)()
+    images = [{**image, "id": numbers[image["id"]]} for image in truth.dataset["images"]]
+    objects, found = (
+        [{**row, "image_id": numbers[row["image_id"]]} for row in rows] for rows in (truth.anns.values(), found)
+    )
+    counted.dataset = {**truth.dataset, "images": images, "annotations": objects}
+    counted.createIndex()
+    return counted, found
 
 
 def _numbered(found: Sequence[dict[str, Any]], of: str) -> Any:

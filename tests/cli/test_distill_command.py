@@ -118,6 +118,10 @@ def _interrupt(*arguments, **options):
             "--steps 1 and --schedule 1x are both",
         ),
         (("--teacher", "T", "--student", "S", "--teacher-steps", "0"), "--teacher-steps is 0"),
+        (
+            ("--teacher", "T", "--student", "S", "--teacher-steps", "9"),
+            "--teacher-steps 9 trains a teacher that has no",
+        ),
         (("--teacher", "T", "--student", "S", "--tau", "2"), "'pearson', which takes no tau"),
         (("--teacher", "T", "--student", "S", "--ema", "2"), "ema is a fraction"),
         (("--teacher", "T", "--student", "S", "--detach-after=-1"), "detach_after must be a whole number"),

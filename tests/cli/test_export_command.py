@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jdkd.data import Split
 from jdkd.detect import save
 from tests.export.tiny import made, pictures
 
@@ -153,3 +154,30 @@ def test_predict_writes_over_its_own_files_and_no_others(jdkd, checkpoint, photo
     assert answer.code == 2 and f"would write over {theirs}" in answer.err and theirs.read_bytes() == b"[]"
     for _ in range(2):
         assert jdkd("predict", checkpoint, photographs / "0.png", "--out", tmp_path / "ours").code == 0
+
+
+def test_strict_holds_of_the_data_that_the_detector_was_trained_on(jdkd, checkpoint, squares, tmp_path, monkeypatch):
+    file = squares / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][0] -= 1000
+    (tmp_path / "over.json").write_text(json.dumps(content))
+    split = Split(squares / "val2017", tmp_path / "over.json", "val")
+    monkeypatch.setattr("jdkd.cli.export.recorded_split", lambda folder, name: split)
+    answer = jdkd("export", checkpoint, "--strict", "--out", tmp_path / "tiny.onnx")
+    assert answer.code == 2 and "--strict refuses that" in answer.err, answer.err
+    assert not (tmp_path / "tiny.onnx").exists()
+
+
+def test_an_image_of_which_no_pixel_would_be_left_is_named(jdkd, checkpoint, squares, tmp_path):
+    Image.new("RGB", (900, 1)).save(tmp_path / "thin.png")
+    answer = jdkd("predict", checkpoint, tmp_path / "thin.png", "--out", tmp_path / "seen")
+    assert answer.code == 2 and "thin.png is 1x900 (height x width), of which FCOS leaves no pixel" in answer.err
+    image = {"id": 1, "file_name": "thin.png", "width": 900, "height": 1}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 1]}
+    classes = json.loads((squares / "annotations" / "instances_val2017.json").read_text())["categories"]
+    content = {"images": [image], "annotations": [box], "categories": classes}
+    (tmp_path / "thin.json").write_text(json.dumps(content))
+    data = ("--val-images", tmp_path, "--val-annotations", tmp_path / "thin.json")
+    answer = jdkd("export", checkpoint, *data, "--out", tmp_path / "tiny.onnx")
+    assert answer.code == 2 and "thin.png is 1x900" in answer.err, answer.err
+    assert not (tmp_path / "seen").exists() and not (tmp_path / "tiny.onnx").exists()

@@ -50,6 +50,12 @@ def test_what_is_said_of_predictors_that_are_made_anew(jdkd, small, tmp_path):
     assert content["shapes"]["roi_heads.box_predictor.bbox_pred.weight"] == [16, 16]
 
 
+def test_a_file_without_names_is_no_classes(jdkd, small, tmp_path):
+    (tmp_path / "names.txt").write_text("\n \n")
+    answer = jdkd("import", small, "--classes", tmp_path / "names.txt", "--out", tmp_path / "it")
+    assert answer.code == 2 and "names.txt holds no name" in answer.err and not (tmp_path / "it").exists()
+
+
 def test_a_one_stage_detector_is_scored_for_its_classes_alone(jdkd, squares, tmp_path):
     name = "ssdlite320_mobilenet_v3_large"
     assert jdkd("import", name, "--classes", "red", "blue", "--out", tmp_path / "two").code == 0

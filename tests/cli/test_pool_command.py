@@ -193,3 +193,11 @@ def test_what_is_asked_of_a_pool_and_is_not_there_is_refused(jdkd, pool, trained
         assert not (tmp_path / "out").exists()
     answer = jdkd("pool", "export", pool)
     assert answer.code == 2 and "--out is missing" in answer.err
+
+
+@pytest.mark.parametrize(("name", "says"), [("spread.json", "it holds something else"), ("spread.png", "write over")])
+def test_a_spread_is_written_over_nothing_else(jdkd, tmp_path, name, says):
+    (tmp_path / name).write_text("mine")
+    answer = jdkd("pool", "eval", tmp_path / "no", "--out", tmp_path)
+    assert answer.code == 2 and says in answer.err and name in answer.err, answer.err
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]

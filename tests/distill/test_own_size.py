@@ -247,3 +247,12 @@ def test_hooks_are_gone_afterwards(small, teacher, squares, targets):
         small(squares, targets)
     for module in (*small.modules(), *teacher.modules()):
         assert not module._forward_hooks and not module._forward_pre_hooks
+
+
+def test_the_student_may_be_run_in_inference_mode_meanwhile(small, teacher, images, targets):
+    with own(small, teacher) as distiller:
+        with torch.inference_mode():
+            held = [image.clone() for image in images]  # of which no version is counted
+            assert len(small.eval()(held)) == len(small(held)) == len(images)
+        small.train()(images, targets)
+        assert distiller.loss() > 0

@@ -2,6 +2,7 @@
 
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -40,6 +41,23 @@ def test_equal_widths_are_compared_channel_by_channel_and_that_is_said_in_one_li
         found = distill(student, teacher, scenes, FEW)
     assert found.student is student and found.training.steps == 2 and found.training.losses["loss_pkd"] > 0
     assert same(state(teacher), before) and not teacher.training
+
+
+def test_what_was_looked_at_before_is_not_held_while_it_trains(student, teacher, scenes, monkeypatch):
+    held = []
+
+    def looked_at(*given):
+        distiller, pairs = comparable(*given)
+        held.extend(map(weakref.ref, (given[2][0][0], *(level for pair in pairs for level in pair[1:3]))))
+        return distiller, pairs
+
+    monkeypatch.setattr("jdkd.distill.training.comparable", looked_at)
+    alive = []
+    with pytest.warns(Notice):
+        distill(
+            student, teacher, scenes, FEW, progress=lambda *state: alive.append([one() is not None for one in held])
+        )
+    assert len(held) == 9 and not any(map(any, alive))
 
 
 def test_unequal_widths_go_through_an_adapter_that_is_dropped(teacher, scenes, tmp_path):
@@ -188,6 +206,7 @@ def test_folders_and_names_will_do(teacher, scenes, tmp_path):
         ({"loss_weight": "much"}, "loss_weight is 'much'"),
         ({"loss_weight": float("nan")}, "loss_weight is nan"),
         ({"logits_weight": "auto"}, "logits_weight is 'auto'"),
+        ({"logits_weight": 2.0}, "logits_weight is 2, and loss 'pkd' has no logits"),
         ({"levels": [8, 8]}, "give the strides of the levels"),
         ({"detach_after": -1}, "detach_after must be a whole number"),
         ({"detach_after": 1.5}, "detach_after must be a whole number"),

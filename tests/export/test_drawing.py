@@ -9,6 +9,7 @@ from PIL import Image
 from jdkd.data import read_image
 from jdkd.errors import InputError
 from jdkd.export.drawing import drawn, read_picture
+from tests.data.test_images import twelve_bits
 
 RAMP = np.arange(12 * 20 * 3, dtype=np.uint8).reshape(12, 20, 3)
 
@@ -40,7 +41,15 @@ def deep(file):
     return file
 
 
-@pytest.mark.parametrize("save", [turned, saved("RGB"), saved("L"), saved("P"), saved("LA"), transparent, deep])
+def twelve(file):
+    file.with_suffix(".tif").write_bytes(twelve_bits(RAMP[..., 0].astype(np.uint16) * 16))
+    return file.with_suffix(".tif")
+
+
+KINDS = [turned, saved("RGB"), saved("L"), saved("P"), saved("LA"), transparent, deep, twelve]
+
+
+@pytest.mark.parametrize("save", KINDS)
 def test_images_are_read_as_everywhere(save, tmp_path):
     file = save(tmp_path / "a.png")
     assert np.array_equal(read_picture(file), read_image(file).permute(1, 2, 0).numpy())

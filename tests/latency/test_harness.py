@@ -5,8 +5,10 @@ import random
 import time
 
 import pytest
+import torch
 
 from benchmarks import itself
+from jdkd.latency.clock import CudaClock
 from jdkd.latency.protocol import AGAIN, Schedule, interleave
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency
@@ -100,3 +102,25 @@ def test_the_slower_one_finds_the_same_and_takes_so_much_longer(images):
     begin = time.thread_time()
     (slower,) = itself.Waiting(model, 0.05)([image])
     assert time.thread_time() - begin > 0.05 and slower["scores"].equal(model([image])[0]["scores"])
+
+
+def test_events_are_recorded_where_the_timed_device_works(monkeypatch):
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream=None):
+            recorded.append(stream)
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return 7.0
+
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    assert CudaClock(torch.device("cuda:1")).time(lambda: recorded.append("call")) == 7.0
+    assert recorded == ["stream of cuda:1", "call", "stream of cuda:1"]

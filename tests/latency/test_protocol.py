@@ -133,6 +133,13 @@ def test_quick_is_end_to_end_with_overridable_rounds(model, images):
     assert report.models["base"].end_to_end.n == 4
 
 
+def test_models_are_moved_before_inference_mode_whose_parameters_could_not_be_trained(model, images, monkeypatch):
+    moved_in = []
+    monkeypatch.setattr(model, "to", lambda device: moved_in.append(torch.is_inference_mode_enabled()) or model)
+    measure_quick({"base": model}, images, rounds=1)
+    assert not moved_in[0]
+
+
 def test_batches_of_several_images(model, images):
     report = measure({"base": model}, images, rounds=1, min_seconds=0, warmup_limit=0, batch_size=4)
     assert report.protocol["batch_size"] == 4 and report.models["base"].end_to_end.n == 2

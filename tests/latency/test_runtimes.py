@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import importlib.util
 import sys
@@ -5,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference, measure
 from jdkd.latency.exported import OfFile, OnnxEngine, runtimes_with
 from jdkd.latency.precision import in_precision
+from jdkd.latency.replaying import captured
 from jdkd.latency.runtimes import Compiled, CudaGraph, Eager, require_runnable
 from tests.latency.exporting import write_constant_detector
 
@@ -111,6 +114,59 @@ def test_a_provider_that_onnxruntime_was_not_built_with_is_named(monkeypatch):
     tensorrt = runtimes_with(write_constant_detector)["tensorrt"]
     said = tensorrt.why_not(torch.device("cuda"), "float16")
     assert said == "this onnxruntime has no TensorrtExecutionProvider, but CPU"
+
+
+def test_files_run_on_the_gpu_that_is_asked_for(model, images):
+    opened = []
+
+    class Opened(Exception):
+        pass
+
+    def engine(file, providers, threads):
+        opened.append(providers)
+        raise Opened
+
+    found = runtimes_with(lambda model, file, half, counting: file.write_bytes(b""))
+    runtime = found["tensorrt"]
+    runtime._engine = engine
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(InputError, match="Opened"):
+            runtime.prepare(model, [images[:1]], torch.device(name), "float32")
+    gpu, cpu = ("TensorrtExecutionProvider", "CUDAExecutionProvider"), "CPUExecutionProvider"
+    assert opened == [[*gpu, cpu], [*((provider, {"device_id": "1"}) for provider in gpu), cpu]]
+
+
+def test_a_model_that_is_elsewhere_is_exported_from_the_host_and_stays_there(images):
+    class Far(nn.Linear):
+        def to(self, device):
+            return self.to_empty(device=device)
+
+    exported, far = [], Far(1, 1, device="meta")
+    runtime = onnxruntime(lambda model, *how: exported.append(model.weight.device.type))
+    with pytest.raises(FileNotFoundError):  # nothing was written
+        runtime.prepare(far, [images[:1]], CPU, "float32")
+    assert exported == ["cpu"] and far.weight.device.type == "meta"
+
+
+def test_a_graph_is_captured_on_the_device_of_its_images(monkeypatch):
+    made = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def wait_stream(self, other):
+            assert other.device == self.device
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    graph = lambda graph, stream: made.append(stream.device) or contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    images = torch.zeros(1, device="meta")
+    assert captured(lambda given: given, images)[1:] == (images, images)
+    assert made == [images.device]
 
 
 @needs_onnxruntime

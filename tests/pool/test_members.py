@@ -27,7 +27,7 @@ from jdkd.pool import (
     train_pool,
 )
 from jdkd.pool.growing import SCORED, affordable, spread_over
-from jdkd.pool.shrinking import _losses
+from jdkd.pool.shrinking import _losses, progressive_shrinking
 from jdkd.rewrite import describe
 from jdkd.train import TrainConfig
 from tests.detectors import detector, small_spec
@@ -199,3 +199,23 @@ def test_a_training_of_other_phases_is_not_carried_on(digits, tmp_path):
     assert len(pool.members) == 1
     with pytest.raises(InputError, match=r"holds a finished pool \(pool\.json\); resume it"):
         train_pool(base, train, selection, config, tmp_path)
+
+
+def test_what_a_killed_run_left_beside_a_finished_pool_is_removed(tmp_path, digits, monkeypatch):
+    monkeypatch.setattr("jdkd.pool.growing.load_pool", lambda folder, *given, **how: folder)
+    (tmp_path / "training" / "largest").mkdir(parents=True)
+    (tmp_path / "training" / "plan.json").write_text("{}")
+    (tmp_path / "pool.json").write_text("{}")
+    base, config = detector(small_spec()), PoolTrainConfig(TrainConfig(steps=9))
+    assert train_pool(base, *digits, config, tmp_path, topology=read(base), resume=True) == tmp_path
+    assert [file.name for file in tmp_path.iterdir()] == ["pool.json"]
+
+
+def test_a_folder_of_something_else_is_not_trained_in(pool, digits, tmp_path):
+    kept = tmp_path / "training" / "mine.txt"
+    kept.parent.mkdir()
+    kept.write_text("mine")
+    config = PoolTrainConfig(TrainConfig(steps=9))
+    with pytest.raises(InputError, match=r"training holds mine\.txt but no plan\.json"):
+        progressive_shrinking(pool.supernet, digits[0], config, kept.parent, device="cpu")
+    assert [file.read_text() for file in kept.parent.iterdir()] == ["mine"]

@@ -1,5 +1,6 @@
 """The training loop: what one step does, and what a training leaves as it was."""
 
+import dataclasses
 import json
 
 import pytest
@@ -93,6 +94,16 @@ def test_losses_may_be_a_single_dictionary(scenes):
     assert same(values(a), values(b))
 
 
+def test_a_loss_of_one_value_is_a_scalar_and_one_of_more_is_refused(scenes):
+    a, b = Toy(), Toy()
+    config = TrainConfig(steps=3, batch_size=2)
+    report = fit(a, scenes, config, **CPU, losses=lambda i, t, s: {k: loss[None] for k, loss in a(i, t).items()})
+    assert report == dataclasses.replace(fit(b, scenes, config, **CPU), seconds=report.seconds)
+    assert same(values(a), values(b))
+    with pytest.raises(InputError, match=r"loss_fit is a tensor \[2\], and a loss is a scalar"):
+        fit(a, scenes, config, **CPU, losses=lambda i, t, s: {"loss_fit": a.weight[0, :2] ** 2})
+
+
 @pytest.mark.parametrize("amp", ["off", "fp16"])
 def test_gradients_are_clipped_by_their_common_norm(scenes, amp):
     model = Toy()
@@ -132,6 +143,8 @@ def test_frozen_parameters_stay(scenes):
     before = values(model)
     fit(model, scenes, TrainConfig(steps=2, batch_size=1), **CPU)
     assert torch.equal(model.bias, before["bias"]) and not torch.equal(model.weight, before["weight"])
+    with pytest.raises(InputError, match="Toy has no parameter that can be trained"):
+        fit(model.requires_grad_(False), scenes, TrainConfig(steps=2, batch_size=1), **CPU)
 
 
 def test_losses_are_computed_under_autocast_and_the_rest_is_not(scenes):

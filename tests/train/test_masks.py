@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError, ModelError
 from jdkd.notices import Notice
 from jdkd.train import TrainConfig, evaluate, fit
+from jdkd.train.findings import Findings
 from tests.detectors import mask_detector
 from tests.train.scenes import write_scenes
 from tests.train.test_evaluate import Oracle, nothing, truth
@@ -103,6 +104,20 @@ def test_true_masks_score_one(scenes, dtype):
     assert scores == dataclasses.replace(evaluate(Oracle(truth(scenes)), scenes, **CPU), segm=scores.segm)
 
 
+def test_images_may_have_ids_below_zero(tmp_path):
+    dataset = write_scenes(tmp_path, images=4)
+    file = dataset.split.annotations
+    content = json.loads(file.read_text())
+    for record, key in [(one, "id") for one in content["images"]] + [
+        (one, "image_id") for one in content["annotations"]
+    ]:
+        record[key] -= 10**6
+    file.write_text(json.dumps(content))
+    dataset = type(dataset)(dataset.split)
+    scores = evaluate(Oracle(masked_truth(dataset)), dataset, **CPU)
+    assert max(dataset.image_ids) < 0 and scores.map == scores.segm.map == pytest.approx(1.0)
+
+
 def test_masks_are_scored_as_pycocotools_does(scenes):
     from pycocotools.cocoeval import COCOeval
 
@@ -176,3 +191,9 @@ def test_masks_of_another_shape_are_described(scenes, change, says):
     answers = [{**answer, "masks": change(answer["masks"])} for answer in masked_truth(scenes)]
     with pytest.raises(InputError, match=f"Oracle returned {says}"):
         evaluate(Oracle(answers), scenes, **CPU)
+
+
+def test_masks_of_nothing_may_be_of_any_shape():
+    findings = Findings("a detector", [-1, 1])
+    findings.add(7, {name: torch.zeros(0) for name in ("boxes", "labels", "scores", "masks")}, masks=True)
+    assert findings.masks and findings.close() == []

@@ -271,6 +271,13 @@ def test_a_full_disk_leaves_the_previous_checkpoint(scenes, tmp_path):
     assert fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True).steps == 4
 
 
+def test_a_file_that_is_no_log_is_left_alone(scenes, tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"time": 1}\n')
+    with pytest.raises(InputError, match=r"log\.jsonl is not the log of a training"):
+        fit(Toy(), scenes, TrainConfig(steps=1), **CPU, folder=tmp_path)
+    assert rows(tmp_path) == [{"time": 1}]
+
+
 def test_a_folder_that_cannot_be_made_is_named(scenes, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=f"cannot write {tmp_path}/file/run/log.jsonl"):
