@@ -35,23 +35,23 @@ PROBE = 4  # batches that adapters are fitted to
 class DistillConfig:
     """How a teacher teaches, besides the settings of the training itself.
 
-        Args:
-            loss: ``"pkd"`` (Cao et al., NeurIPS 2022), ``"mse"`` (FitNets), ``"cwd"`` (Shu et al., ICCV 2021), or
-                ``"pkd+logits"``, which asks the teacher's head about the student's regions or anchors too.
-            loss_weight: of each level; ``"auto"`` is the published one, for PKD 6 where either of the two has two stages
+    Args:
+        loss: ``"pkd"`` (Cao et al., NeurIPS 2022), ``"mse"`` (FitNets), ``"cwd"`` (Shu et al., ICCV 2021), or
+            ``"pkd+logits"``, which asks the teacher's head about the student's regions or anchors too.
+        loss_weight: of each level; ``"auto"`` is the published one, for PKD 6 where either of the two has two stages
             and 10 between detectors of one.
         logits_weight: of the class logits, for ``"pkd+logits"`` alone.
-            tau: temperature of ``"cwd"``.
-            levels: strides of the levels to compare; by default all that both have.
-            own_size: the teacher sees images at its own input size; else at the student's.
-            adapter: compare through trained 1x1 convolutions, dropped afterwards; by default where widths differ.
-            align: ``"permute"`` or ``"linear"`` for detectors of unrelated origin; see
-                :class:`jdkd.distill.FeatureDistiller`.
-            inherit: begin with the teacher's neck and heads, as far as names and shapes agree.
-            detach_after: step after which the student goes on without its teacher; by default never.
+        tau: temperature of ``"cwd"``.
+        levels: strides of the levels to compare; by default all that both have.
+        own_size: the teacher sees images at its own input size; else at the student's.
+        adapter: compare through trained 1x1 convolutions, dropped afterwards; by default where widths differ.
+        align: ``"permute"`` or ``"linear"`` for detectors of unrelated origin; see
+            :class:`jdkd.distill.FeatureDistiller`.
+        inherit: begin with the teacher's neck and heads, as far as names and shapes agree.
+        detach_after: step after which the student goes on without its teacher; by default never.
 
-        Raises:
-            InputError: a setting is out of range.
+    Raises:
+        InputError: a setting is out of range.
     """
 
     loss: str = "pkd"
