@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from jdkd.errors import InputError
-from jdkd.files import starts_with, unwritable, write_whole
+from jdkd.files import unwritable, write_whole
 
-BEGINS = '{"step": '  # as every log does
+BEGINS = b'{"step": '  # as every log does
 
 
 class Log:
@@ -21,7 +21,7 @@ class Log:
         self.file = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if file.is_file() and file.stat().st_size and not starts_with(file, BEGINS):
+            if file.is_file() and not _begins_as_one(file):
                 raise InputError(f"{file} is not the log of a training and would be lost; give another folder.")
             lines = file.read_bytes().splitlines(keepends=True) if step and file.exists() else []
         except OSError as error:
@@ -34,6 +34,12 @@ class Log:
                 stream.write(json.dumps(row) + "\n")
         except OSError as error:
             raise unwritable(self.file, error) from error
+
+
+def _begins_as_one(file: Path) -> bool:
+    """Whether a file may be a log, of which a full disk may have left the first bytes, or none."""
+    with file.open("rb") as stream:
+        return BEGINS.startswith(stream.read(len(BEGINS)))
 
 
 def _step(line: bytes) -> float:
