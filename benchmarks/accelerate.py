@@ -24,7 +24,6 @@ from benchmarks import record
 from jdkd.errors import InputError
 from jdkd.latency import Ratio, measure_quick
 from jdkd.latency.clock import CpuClock
-from jdkd.latency.records import require_published
 from jdkd.patch import accelerate
 from jdkd.patch.plans import planned, structure_of
 
@@ -174,7 +173,7 @@ def main(words: Sequence[str]) -> None:
     asked = parser.parse_args(words)
     torch.set_num_threads(asked.threads)
     out = asked.out or record.result_file("cpu", OP)
-    require_published(out)
+    record.require_published(out)
     clock = CpuClock() if asked.threads == 1 else None
     for name in asked.models:
         rows = measured(name, *made(name), rounds=asked.rounds, max_seconds=120.0, clock=clock)

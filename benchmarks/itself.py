@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from benchmarks import record
 from jdkd.errors import InputError
 from jdkd.latency import LatencyReport, measure
-from jdkd.latency.records import require_published
 from tests.export.tiny import made, pictures
 
 OP = "itself"
@@ -99,7 +98,7 @@ def main(words: Sequence[str]) -> None:
     asked = parser.parse_args(words)
     torch.set_num_threads(asked.threads)
     out = asked.out or record.result_file("cpu", OP)
-    require_published(out)
+    record.require_published(out)
     found = []
     for report in reports(asked.runs):
         found.append(row(report))

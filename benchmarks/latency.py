@@ -34,7 +34,7 @@ from jdkd.latency import Grid, LatencyReport, Schedule, Work, fuse_for_inference
 from jdkd.latency.cost import Cost
 from jdkd.latency.grid import with_facts
 from jdkd.latency.protocol import conditions_of, cudnn_benchmark
-from jdkd.latency.records import images_sha256, require_published, sources, weights_sha256
+from jdkd.latency.records import images_sha256, sources
 from jdkd.latency.report import MODES
 from jdkd.latency.runtimes import require_runnable
 
@@ -115,7 +115,7 @@ class _Shipped(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module, size: tuple[int, int], device: str) -> _Shipped:
         cost = profile_cost(model.to(device), size)
-        return cls(fuse_for_inference(model), cost, weights_sha256(model))
+        return cls(fuse_for_inference(model), cost, record.weights_sha256(model))
 
 
 def noise(size: tuple[int, int]) -> list[Tensor]:
@@ -286,7 +286,7 @@ def main(words: list[str] | None = None) -> None:
 
     weights = "trained" if options.detectors else "random"
     out = options.out or record.result_file(options.device, "latency")
-    require_published(out)
+    record.require_published(out)
     require_runnable(options.runtimes, known_runtimes(), torch.device(options.device), options.dtypes)
     images = [read_image(file) for file in options.images]
     size = tuple(images[0].shape[1:]) if images and options.detectors else tuple(options.size)

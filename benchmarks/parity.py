@@ -26,7 +26,6 @@ from jdkd.errors import InputError
 from jdkd.export.opening import OPENERS
 from jdkd.export.parity import TOLERANCES, Parity, parity
 from jdkd.export.writing import exported
-from jdkd.latency.records import require_published
 from jdkd.rewrite import Rewrite
 from tests.export.tiny import FAMILIES, made
 
@@ -100,7 +99,7 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, help="by default benchmarks/results/DEVICE/parity.jsonl")
     asked = parser.parse_args(words)
     out = asked.out or record.result_file("cpu", OP)
-    require_published(out)
+    record.require_published(out)
     images = CocoDetectionDataset(resolve_split("val", asked.data))
     images = images.subset(range(min(asked.images, len(images))))
     apart = []

@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.cost import Cost
 from benchmarks.harness import Case, Timing
+from jdkd.errors import InputError
+from jdkd.latency.records import sources
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,6 +50,38 @@ def sources_hash() -> str:
         if path.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}:
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:12]
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of all parameters and buffers of a model, with their names: for one that lies in no file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def require_published(file: Path, root: Path = ROOT) -> None:
+    """Refuses to add to the files of results what no commit can repeat.
+
+    Args:
+        file: where results are to go; outside of the checkout's results anything may.
+        root: of the checkout.
+
+    Raises:
+        InputError: the sources were changed since the last commit, or there is no telling.
+    """
+    if not file.resolve().is_relative_to(root / RESULTS.relative_to(ROOT)):
+        return
+    found = sources(root)
+    if found["dirty"] is not False:
+        state = (
+            "is no checkout of git" if found["dirty"] is None else f"has changes since commit {found['commit'][:12]}"
+        )
+        raise InputError(
+            f"{file} is among the published results, and {root} {state}, so nobody could repeat them; commit first, or "
+            "give --out elsewhere."
+        )
 
 
 def command(*words: str) -> str | None:

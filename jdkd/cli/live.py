@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from jdkd.cli.progress import Progress, clock
+from jdkd.cli.progress import MIRROR_SECONDS, Progress, clock
 from jdkd.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 BUDGET = "budget"  # name under which a search tells of the steps that it has taken
 COUNTED = ("candidate ", "pool: ")  # how the names of trainings begin that the budget is spent on
-MIRROR_SECONDS = 30.0
 
 
 class SearchProgress(Progress):

@@ -118,16 +118,14 @@ class PoolTrain:
     ) -> dict[str, Any]:
         """What a resumed training must have in common with the first one."""
         from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
-        from jdkd.train.config import RESUME_MAY_CHANGE
 
-        training = dataclasses.asdict(config.train)
         return {
             "base": content_hash(self.base / ARCHITECTURE, self.base / WEIGHTS),
             "teachers": {folder.resolve().name: content_hash(folder / WEIGHTS) for folder in self.teacher},
             "data": {"train": train.fingerprint, "val": val.fingerprint},
             "space": space.to_json(),
             **config.identity(),
-            "training": {name: value for name, value in training.items() if name not in RESUME_MAY_CHANGE},
+            "training": config.train.identity(),
             "subnets": self.subnets,
         }
 

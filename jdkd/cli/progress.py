@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 QUIET_SECONDS = 15.0
+MIRROR_SECONDS = 30.0  # between two looks of TensorBoard's or Optuna's mirror at a run
 SHOWN = 6
 
 

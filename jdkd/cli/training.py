@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from jdkd.cli.failures import keeping
 from jdkd.cli.flags import DataFlags, RecipeFlags, TrainingFlags
-from jdkd.cli.progress import Progress
+from jdkd.cli.progress import MIRROR_SECONDS, Progress
 from jdkd.errors import InputError, few
 from jdkd.files import content_hash, write_json
 from jdkd.notices import say_once
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from jdkd.report.tensorboard import TensorBoardMirror
     from jdkd.train import FitReport, TrainConfig
 
-MIRROR_SECONDS = 30.0
 
 Fitting = Callable[["Progress", Mapping[str, Any]], "FitReport"]
 
@@ -156,14 +155,11 @@ class Job:
         return TensorBoardMirror(self.out)
 
     def _identity(self) -> dict[str, Any]:
-        from jdkd.train.config import RESUME_MAY_CHANGE
-
-        settings = dataclasses.asdict(self.config)
         return {
             "architecture": json.loads(self.model.architecture.to_json()),
             "weights": self.weights and content_hash(self.weights),
             "data": {"train": self.data.train.fingerprint, "val": self.data.val.fingerprint},
-            "training": {name: value for name, value in settings.items() if name not in RESUME_MAY_CHANGE},
+            "training": self.config.identity(),
         }
 
 

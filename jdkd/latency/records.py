@@ -9,24 +9,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from jdkd import __version__
 from jdkd.errors import InputError
 from jdkd.latency.report import LatencyReport, require_same_environment
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = "benchmarks/results"  # files of results, which are no sources
+RESULTS = "benchmarks/results"  # of the checkout; files of results are no sources
 SAME = "runtime", "dtype", "batch_size", "images_sha256"  # of the protocol, where two reports are compared
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of all parameters and buffers of a model, with their names: for one that lies in no file."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @functools.cache
@@ -44,29 +35,6 @@ def sources(root: Path = ROOT) -> dict[str, Any]:
         return {"version": __version__, "commit": None, "dirty": None}
     changed = _git(root, "status", "--porcelain", "--", ".", f":(exclude){RESULTS}")
     return {"version": __version__, "commit": _git(root, "rev-parse", "HEAD"), "dirty": changed != ""}
-
-
-def require_published(file: Path, root: Path = ROOT) -> None:
-    """Refuses to add to the files of results what no commit can repeat.
-
-    Args:
-        file: where results are to go; outside of the checkout's results anything may.
-        root: of the checkout.
-
-    Raises:
-        InputError: the sources were changed since the last commit, or there is no telling.
-    """
-    if not file.resolve().is_relative_to(root / RESULTS):
-        return
-    found = sources(root)
-    if found["dirty"] is not False:
-        state = (
-            "is no checkout of git" if found["dirty"] is None else f"has changes since commit {found['commit'][:12]}"
-        )
-        raise InputError(
-            f"{file} is among the published results, and {root} {state}, so nobody could repeat them; commit first, or "
-            "give --out elsewhere."
-        )
 
 
 def compared(now: LatencyReport, before: LatencyReport, then: str) -> list[str]:

@@ -13,8 +13,9 @@ from jdkd.report.front import front_over_time
 from jdkd.report.latencies import aa_verdict, latency_section
 from jdkd.report.layout import laid_out, table
 from jdkd.report.lineage import lineage_tree
-from jdkd.report.outcome import HEADINGS, Outcome, rows
+from jdkd.report.outcome import Outcome
 from jdkd.report.predictions import predictions_section
+from jdkd.report.scores import HEADINGS, rows
 from jdkd.report.taught import taught_section
 from jdkd.report.teachers import teachers_section
 from jdkd.report.verdict import images_of, summary

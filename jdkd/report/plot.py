@@ -6,7 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jdkd.report.outcome import KINDS, Outcome, Row, rows
+from jdkd.report.outcome import KINDS, Outcome
+from jdkd.report.scores import Row, rows
 from jdkd.search.choice import Placed
 
 if TYPE_CHECKING:

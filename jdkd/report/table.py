@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jdkd.report.outcome import rows
+from jdkd.report.scores import rows
 from jdkd.report.verdict import verdict
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """The settings of one training, as data."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from jdkd.errors import InputError
 
@@ -100,6 +101,10 @@ class TrainConfig:
                 f"cycle_steps is {self.cycle_steps}, but steps {self.cycle_start} to "
                 f"{self.cycle_start + self.steps} of it are asked for; give a longer cycle or fewer steps."
             )
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed training must have in common with the first one."""
+        return {name: value for name, value in asdict(self).items() if name not in RESUME_MAY_CHANGE}
 
     def lr_at(self, step: int) -> float:
         """Learning rate of step ``step`` (from 0): a linear rise to ``lr``, then a cosine to ``lr * lr_end``, or steps.

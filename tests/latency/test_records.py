@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.record import require_published, weights_sha256
 from jdkd.errors import InputError
 from jdkd.files import sha256_of
-from jdkd.latency.records import compared, matching, require_published, sources, weights_sha256
+from jdkd.latency.records import compared, matching, sources
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency
 
