@@ -207,20 +207,22 @@ def starts_with(file: Path, begins: str) -> bool:
         return stream.read(len(begins.encode())) == begins.encode()
 
 
-def require_file(file: Path, name: str, begins: str = "") -> None:
+def require_file(file: Path, name: str, begins: str = "", holds: str = "") -> None:
     """Checks before any work that ``file`` can be written afterwards; what stands there is untouched.
 
     Args:
         file: where a result is to go; its folder exists.
         name: the argument that named it, for the message.
         begins: how every such result begins. A file that begins otherwise is not written over.
+        holds: what stands somewhere in every such result; likewise.
 
     Raises:
         InputError: it cannot, or holds something else, the annotations of a data set for example.
     """
     partial = file.with_name(f".{file.name}.partial")
     try:
-        if begins and file.is_file() and file.stat().st_size and not starts_with(file, begins):
+        there = file.is_file() and file.stat().st_size
+        if there and not (starts_with(file, begins) and (not holds or holds.encode() in file.read_bytes())):
             raise FileExistsError(errno.EEXIST, "it holds something else, which would be lost")
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")

@@ -69,6 +69,8 @@ class Export:
         Raises:
             InputError: it cannot be, or another flag is wrong.
         """
+        from jdkd.export.opening import MARK
+
         if self.images < 1:
             raise InputError(f"--images is {self.images}; compare on at least 1 image.")
         out = self.ckpt / f"model.{self.format}" if self.out is None else self.out
@@ -78,7 +80,7 @@ class Export:
             raise InputError(
                 f"{self.ckpt} is no folder of a detector; give one that `jdkd train` or `jdkd import` wrote."
             )
-        require_file(out, "--out")
+        require_file(out, "--out", holds=MARK)
         return out
 
     def _images(self, model: nn.Module, progress: Progress) -> tuple[list[tuple[Tensor, dict[str, Any]]] | Any, Any]:

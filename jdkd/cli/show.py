@@ -96,13 +96,15 @@ class Show:
         Raises:
             InputError: names the flag.
         """
+        from jdkd.report.layout import GENERATOR
+
         if not self.detectors:
             raise InputError("no detector is given; give the folder of one, or of several to stand side by side.")
         if self.out is None:
             raise InputError("--out is missing; give an HTML file to write.")
         if self.out.suffix.lower() not in (".html", ".htm"):
             raise InputError(f"--out is {self.out}, and a page is written; give a file that ends with .html.")
-        require_file(self.out, "--out")
+        require_file(self.out, "--out", holds=GENERATOR)
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise InputError(f"--threshold is {self.threshold:g}; give a score, from 0 to 1.")
 

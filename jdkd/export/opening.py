@@ -19,6 +19,8 @@ FACTS = "jdkd"
 """The key of an ONNX file's metadata, and the extra file of a pt2's, that hold what is known of it, as JSON."""
 FORMAT = 1
 """Of these facts."""
+MARK = '"weights_sha256"'
+"""What stands in the file somewhere, as it is one of these facts."""
 DETECTION = ("boxes", "labels", "scores", "masks")
 Run = Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]]
 

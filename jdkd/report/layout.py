@@ -8,6 +8,7 @@ from importlib.resources import files
 from string import Template
 
 TEXT = {"network", "action", "teacher", "id", "parent", "what", "value"}  # columns of words
+GENERATOR = '<meta name="generator" content="jdkd">'  # in every page of ours
 
 
 def laid_out(title: str, said: Iterable[str], sections: Mapping[str, tuple[str, str]], alarm: str = "") -> str:

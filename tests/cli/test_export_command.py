@@ -11,6 +11,7 @@ from PIL import Image
 
 from jdkd.data import Split
 from jdkd.detect import save
+from jdkd.export.writing import exported
 from tests.export.tiny import made, pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,6 +94,18 @@ def test_export_refuses(jdkd, checkpoint, words, sentence, tmp_path, monkeypatch
     answer = jdkd("export", checkpoint, *words)
     assert answer.code == 2 and sentence in answer.err and answer.err.count("\n") == 1
     assert sorted(checkpoint.iterdir()) == before and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_export_writes_over_its_own_files_and_no_others(jdkd, checkpoint, tmp_path, form):
+    file = tmp_path / f"theirs.{form}"
+    file.write_bytes(b"a network of somebody else")
+    answer = jdkd("export", checkpoint, "--format", form, "--out", file, "--data", "nowhere")
+    assert answer.code == 2 and "cannot be written: it holds something else, which would be lost" in answer.err
+    assert file.read_bytes() == b"a network of somebody else"
+    file.write_bytes(exported(made("fcos"), form))
+    answer = jdkd("export", checkpoint, "--format", form, "--out", file, "--data", "nowhere")
+    assert answer.code == 2 and "--data nowhere" in answer.err, "it may be written, and the next mistake is named"
 
 
 def test_export_refuses_what_is_no_folder(jdkd, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 
 from jdkd.detect import load, save
+from jdkd.report.layout import GENERATOR
 from tests.cli.test_refusals import _refused
 from tests.detectors import detector, small_spec
 
@@ -83,8 +84,10 @@ def test_bad_flags_leave_no_file(jdkd, trained, squares, tmp_path, monkeypatch, 
 
 def test_detectors_that_cannot_be_shown_are_refused_and_an_older_page_stays(jdkd, trained, squares, tmp_path):
     out = tmp_path / "seen.html"
-    out.write_text("an older page")
+    out.write_text("<html>somebody's page</html>")
     arguments = ("--data", squares, "--out", out)
+    _refused(jdkd("show", trained, *arguments), "cannot be written: it holds something else")
+    out.write_text(f"{GENERATOR} an older page")
     _refused(jdkd("show", *arguments), "no detector is given")
     _refused(jdkd("show", "fcos_resnet50_fpn", *arguments), "fcos_resnet50_fpn is no folder of a detector")
     save(tmp_path / "three", detector(small_spec()))
@@ -97,4 +100,4 @@ def test_detectors_that_cannot_be_shown_are_refused_and_an_older_page_stays(jdkd
     (lone / "architecture.json").write_text(json.dumps(known))
     (lone / "weights.safetensors").write_bytes(b"none")
     _refused(jdkd("show", trained, "--teacher", lone, *arguments), "weights.safetensors")
-    assert out.read_text() == "an older page"
+    assert out.read_text() == f"{GENERATOR} an older page"
