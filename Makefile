@@ -18,8 +18,8 @@ DEMO ?= runs/demo
 DEMO_SEED ?= 0
 DEMO_DATA ?= --train 150 --val 200 --size 128 --one-class
 DEMO_BASE ?= --model fcos --backbone resnet18 --norm batch --width 0.5 --fpn 64 --min-size 128 --max-size 128 \
-	--steps 2000 --batch-size 4
-DEMO_SEARCH ?= --steps 2000 --batch-size 4 --target-latency 0.75 --latency-seconds 3
+	--steps 3000 --batch-size 4
+DEMO_SEARCH ?= --steps 2500 --batch-size 4 --target-latency 0.75 --latency-seconds 2
 
 PYTEST_ARGS ?= -n 2 --dist worksteal
 
