@@ -214,7 +214,7 @@ def test_rows_of_latencies_come_one_mode_of_a_pair_at_a_time():
 
 def test_a_changed_tree_publishes_no_latencies(monkeypatch):
     changed = {"version": "0", "commit": "0" * 40, "dirty": True}
-    monkeypatch.setattr("jdkd.latency.records.sources", lambda root: changed)
+    monkeypatch.setattr("benchmarks.record.sources", lambda root: changed)
     with pytest.raises(InputError, match="has changes since commit 000000000000"):
         latency.main(["--device", "cpu"])
 
