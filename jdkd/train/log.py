@@ -14,14 +14,14 @@ class Log:
     """Appends JSON lines to ``file``; for a run that stands at ``step``, it keeps the lines up to there.
 
     Raises:
-        InputError: the file cannot be written, or is no log of a training.
+        InputError: the file cannot be written, or a run that begins would write over what is no log of a training.
     """
 
     def __init__(self, file: Path, step: int) -> None:
         self.file = file
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            if file.is_file() and not _begins_as_one(file):
+            if not step and file.is_file() and not _begins_as_one(file):
                 raise InputError(f"{file} is not the log of a training and would be lost; give another folder.")
             lines = file.read_bytes().splitlines(keepends=True) if step and file.exists() else []
         except OSError as error:
