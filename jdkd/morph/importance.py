@@ -67,8 +67,8 @@ def channel_importance(
 def names_before(model: nn.Module, topology: Topology, rewrite: Rewrite, grown: Topology) -> dict[str, str]:
     """What every group and block of a detector with more blocks, or with some moved, was called before.
 
-    What is new has no name before, so it is not in it. It is born as the identity: no gradient reaches it and it would
-    be the first thing to be cut again, although a training can tell what it is worth.
+    What is new has no name before, so it is not in it. It is born as the identity: its importance by gradients is 0,
+    and it would be the first thing to be cut again, before any training can tell what it is worth.
 
     Args:
         model, topology: the detector before, and what was read off it.

@@ -2,7 +2,7 @@
 
 A :class:`jdkd.search.strategy.Strategy` decides a generation, an executor trains and scores its candidates wherever
 there is room, and then, with every worker idle, this process times them in turn with the base and archives them. The
-learning rate stays high while students compete, and whatever student comes out has been annealed in a cycle of its own.
+learning rate stays high while students compete, and those that go on alone are annealed, each in cycles of its own.
 """
 
 import math
