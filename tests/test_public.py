@@ -38,8 +38,8 @@ PUBLIC = {
         "profile_cost profile_stages"
     ),
     "morph": (
-        "Morph add_block can_shorten change_resolution channel_importance cut_to grow rearrange remove_block "
-        "repair shorten"
+        "Morph add_block can_shorten change_regions change_resolution channel_importance cut_to grow rearrange "
+        "remove_block repair shorten"
     ),
     "nn": (
         "ChannelSlot DISTLoss ElasticBatchNorm2d ElasticBlock ElasticConv2d ElasticFrozenBatchNorm2d "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jdkd.detect.input_size import input_size, require_visible, size_attributes
 from jdkd.detect.proposals import nms_counts
+from jdkd.detect.regions import AFTER_NMS, region_attributes, region_count
 from jdkd.graph import BlockList, Topology
 from jdkd.latency.calls import check_images
 from jdkd.latency.clock import Clock
@@ -37,10 +38,12 @@ CERTAIN = 10.0  # how much more than others the base's own row weighs, whose rat
 DOUBT = 3  # how many measurements that agree with the table it would take to believe it, see LatencyTable.corrected
 OUTPUTS = "outputs"  # the feature that counts all outputs of all layers
 LAYERS = "layers"  # the feature that counts the layers themselves
-OF_ALL = OUTPUTS, LAYERS  # features of the whole detector, which are not held back by the ridge
+REGIONS = "regions"  # the feature that counts what a two-stage detector proposes
+FEWER = 0.5, 0.25  # of the regions in the versions that are measured
+OF_ALL = OUTPUTS, LAYERS, REGIONS  # features of the whole detector, which are not held back by the ridge
 
 Features = dict[str, float]
-"""Multiply-accumulates of every part of a detector, by its name, :data:`OUTPUTS` and :data:`LAYERS`."""
+"""Multiply-accumulates of every part of a detector, by its name, and what it has of :data:`OF_ALL`."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,10 @@ class LatencyTable:
     """Predicts the latency of a base's descendants, over that of the base, from measured versions of the base.
 
     The latency is taken as a fixed cost, plus a cost for each multiply-accumulate that differs between the parts of the
-    detector, plus one for each number that a layer writes and one for each layer. Multiply-accumulates are products of
-    what a layer reads and writes, so cuts on both sides of it are not counted twice. The costs, none of them negative,
-    are those that explain the measured ratios best, by relative error, with a ridge. The form is our choice.
+    detector, plus one for each number that a layer writes, one for each layer, and one for each region that a two-stage
+    detector proposes. Multiply-accumulates are products of what a layer reads and writes, so cuts on both sides of it
+    are not counted twice. The costs, none of them negative, are those that explain the measured ratios best, by
+    relative error, with a ridge. The form is our choice.
 
     Args:
         containers: paths of the modules that hold blocks.
@@ -61,6 +65,8 @@ class LatencyTable:
         nms: what the base's NMS takes beyond one that only counts, see :func:`jdkd.detect.proposals.steady_nms`, over
             the rest of the base's time.
         kept: how many boxes each NMS of the base keeps, call by call; so many are kept where no NMS is timed.
+        regions: that the base proposes of an image, at most; 0 of a one-stage detector.
+        of_regions: weights that are applied to each of them.
     """
 
     containers: tuple[str, ...]
@@ -70,6 +76,8 @@ class LatencyTable:
     factor: float = 1.0
     nms: float = 0.0
     kept: tuple[int, ...] = ()
+    regions: int = 0
+    of_regions: tuple[str, ...] = ()
 
     def with_nms(self, ratio: float) -> float:
         """The latency ratio of a detector that keeps as many boxes as the base, from one measured without NMS."""
@@ -87,18 +95,21 @@ class LatencyTable:
         if rewrite is not None and topology is not None:
             shapes = shapes_after(unwrapped(model), topology, rewrite)
         found: dict[str, float] = defaultdict(float)
-        for name, places in self.places(shapes, size_of(model, rewrite)).items():
+        if self.regions:
+            found[REGIONS] = regions_of(model, rewrite)
+        for name, places in self.places(shapes, size_of(model, rewrite), regions_of(model, rewrite)).items():
             found[part_of(name.rpartition(".")[0], self.containers)] += places * math.prod(shapes[name])
             found[OUTPUTS] += places * shapes[name][0]
             found[LAYERS] += 1
         return dict(found)
 
-    def places(self, names: Iterable[str], size: int) -> dict[str, float]:
+    def places(self, names: Iterable[str], size: int, regions: int = 0) -> dict[str, float]:
         """At how many places each of a descendant's weights is applied; those that the base did not use are left out.
 
         Args:
             names: of the weights.
             size: short side of the input, in pixels; 0 for a detector without one.
+            regions: proposed of an image; 0 for a one-stage detector.
         """
         squares, found = [each**2 for each in self.sizes], {}
         for name in names:
@@ -108,6 +119,8 @@ class LatencyTable:
                 found[name] = float(np.interp(size**2, squares, counts))
                 if squares and size**2 > squares[-1]:
                     found[name] *= 1 + (size**2 / squares[-1] - 1) * (counts[-1] != counts[0])
+                if known in self.of_regions:
+                    found[name] *= regions / self.regions
         return found
 
     def ratio(self, features: Features) -> float:
@@ -180,6 +193,8 @@ class LatencyTable:
             factor=float(data["factor"]),
             nms=float(data["nms"]),
             kept=tuple(int(count) for count in data["kept"]),
+            regions=int(data["regions"]),
+            of_regions=tuple(data["of_regions"]),
         )
 
 
@@ -218,7 +233,10 @@ def measure_table(
     versions = _versions(model, topology)
     deployed = fuse_for_inference(model)
     kept = nms_counts(deployed, [as_floats(image, deployed) for image in images])
-    table = LatencyTable(_containers(topology), *_positions(model, topology, images[0]), rows=(), kept=kept)
+    sizes, counted = _positions(model, topology, images[0])
+    per_region = _of_regions(model, topology, images[0], {name: counts[-1] for name, counts in counted.items()})
+    regions = {"regions": regions_of(model), "of_regions": per_region}
+    table = LatencyTable(_containers(topology), sizes, counted, rows=(), kept=kept, **regions)
     rows = [(table.features(model), 1.0)]
     schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
     schedule |= {"modes": ("end_to_end",), "brief": True, "runtime": runtime}
@@ -241,7 +259,7 @@ def measure_table(
 
 
 def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
-    """One part cut, everything cut, half of the blocks of a list gone that may go, all of all, another input size."""
+    """A part cut, all cut, half of a list's blocks gone that may go, all of all, another input size, fewer regions."""
     containers, parts = _containers(topology), defaultdict(list)
     for group in topology.groups:
         parts[part_of(group.makers[0], containers)].append(group)
@@ -255,6 +273,7 @@ def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:
         found += [Rewrite(blocks={blocks.name: range(len(blocks.blocks) - (count + 1) // 2)})] if count else []
     found += _shortest(topology, {blocks: count for blocks, count in lists.items() if count})
     found += [Rewrite(attributes=size_attributes(model, size)) for size in _sizes(model)[:-1]]
+    found += [Rewrite(attributes=region_attributes(model, count)) for count in fewer_regions(model)]
     return list({repr(each): each for each in found}.values())
 
 
@@ -301,6 +320,31 @@ def _sizes(model: nn.Module) -> tuple[int, ...]:
         return ()
     smaller = {max(1, round(share * now[0] / STRIDE)) * STRIDE for share in SIZES}
     return (*sorted(size for size in smaller if size < now[0]), now[0])
+
+
+def fewer_regions(model: nn.Module) -> tuple[int, ...]:
+    """Numbers of regions that are measured, descending; none of a detector that proposes none, or one."""
+    now = regions_of(model)
+    return tuple(count for share in FEWER if (count := round(share * now)))
+
+
+def _of_regions(model: nn.Module, topology: Topology, image: Tensor, now: Mapping[str, float]) -> tuple[str, ...]:
+    """Weights that are applied less often where fewer regions are proposed, of those that are applied ``now``."""
+    fewer = fewer_regions(model)
+    if not fewer:
+        return ()
+    counted = positions(Rewrite(attributes=region_attributes(model, fewer[-1])).apply(model, topology), image)
+    return tuple(name for name, count in now.items() if counted.get(name, 0.0) < count)
+
+
+def regions_of(model: nn.Module, rewrite: Rewrite | None = None) -> int:
+    """Regions that a detector proposes in evaluation after a rewrite, at most; 0 for one without any."""
+    now = region_count(model)
+    if now is None:
+        return 0
+    attributes = rewrite.attributes if rewrite is not None else {}
+    path = next(name for name in region_attributes(model, now) if name.endswith(AFTER_NMS))
+    return int(attributes[path]["testing"]) if path in attributes else now
 
 
 def size_of(model: nn.Module, rewrite: Rewrite | None = None) -> int:

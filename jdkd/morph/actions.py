@@ -17,6 +17,7 @@ from typing import cast
 from torch import nn
 
 from jdkd.detect.input_size import input_size, size_attributes
+from jdkd.detect.regions import region_attributes, region_count
 from jdkd.errors import InputError
 from jdkd.graph import BlockList, Topology
 from jdkd.morph.importance import weakest_blocks
@@ -99,22 +100,41 @@ def change_resolution(model: nn.Module, min_size: int) -> Morph:
     return Morph(f"input {now[0]} -> {min_size} px", Rewrite(attributes=attributes))
 
 
-def shorten(model: nn.Module, topology: Topology, shorter: Sequence[str] = (), min_size: int | None = None) -> Morph:
-    """Removes the weakest block of each of some lists, and changes the input size, as one action.
+def change_regions(model: nn.Module, count: int) -> Morph:
+    """Another number of regions that a two-stage detector proposes in evaluation.
+
+    Raises:
+        InputError: the detector has no region proposal network, or ``count`` is below 1.
+    """
+    attributes = region_attributes(model, count)
+    return Morph(f"regions {region_count(model)} -> {count}", Rewrite(attributes=attributes))
+
+
+def shorten(
+    model: nn.Module,
+    topology: Topology,
+    shorter: Sequence[str] = (),
+    min_size: int | None = None,
+    regions: int | None = None,
+) -> Morph:
+    """Removes the weakest block of each of some lists, and changes input size and regions, as one action.
 
     Args:
         model: the detector to change.
         topology: of it.
         shorter: names of the lists.
         min_size: short side of the input in pixels; by default it stays.
+        regions: how many are proposed in evaluation; by default as many as now.
 
     Raises:
-        InputError: as of :func:`remove_block` and :func:`change_resolution`, or a list is named twice.
+        InputError: as of :func:`remove_block`, :func:`change_resolution` and :func:`change_regions`, or a list is named
+            twice.
     """
     if isinstance(shorter, str) or len(set(shorter)) < len(shorter):
         raise InputError(f"shorter is {shorter!r}; give a list of lists of blocks, each once, as each loses one block.")
     morphs = [remove_block(model, topology, name) for name in shorter]
     morphs += [change_resolution(model, min_size)] if min_size is not None else []
+    morphs += [change_regions(model, regions)] if regions is not None else []
     blocks = {name: order for morph in morphs for name, order in morph.rewrite.blocks.items()}
     attributes = {name: value for morph in morphs for name, value in morph.rewrite.attributes.items()}
     return Morph("; ".join(morph.action for morph in morphs), Rewrite(blocks=blocks, attributes=attributes))

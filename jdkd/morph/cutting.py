@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.graph import BlockList, ChannelGroup, Topology
 from jdkd.latency.layers import part_of, shapes_after
-from jdkd.latency.table import LAYERS, OUTPUTS, LatencyTable, size_of
+from jdkd.latency.table import LAYERS, OUTPUTS, REGIONS, LatencyTable, regions_of, size_of
 from jdkd.morph.actions import Morph, shorten
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
@@ -35,6 +35,7 @@ def cut_to(
     *,
     shorter: Sequence[str] = (),
     min_size: int | None = None,
+    regions: int | None = None,
     floor: float = FLOOR,
     temperature: float = 0.0,
     rng: random.Random | None = None,
@@ -56,6 +57,7 @@ def cut_to(
             stays.
         shorter: lists of blocks that lose their weakest block as well.
         min_size: the short side of the input as well, in pixels.
+        regions: how many a two-stage detector proposes in evaluation, as well.
         floor: share of its units that each group keeps, and of its blocks each list; one may always leave.
         temperature: spread of the factors, ``exp(temperature * N(0, 1))`` for each group and list, by which importance
             is multiplied: at 0 always the same cut, above that a different one for each state of ``rng``.
@@ -75,7 +77,7 @@ def cut_to(
             "an rng."
         )
     _require_importance(topology, importance)
-    around = shorten(model, topology, shorter, min_size)
+    around = shorten(model, topology, shorter, min_size, regions)
     costs = _Costs.of(model, topology, table, around.rewrite)
     groups = [group for group in topology.groups if group.name in importance and group.units > 1]
     rows = [_Row(group, importance[group.name], floor, _factor(temperature, rng)) for group in groups]
@@ -206,8 +208,8 @@ class _Costs:
     @classmethod
     def of(cls, model: nn.Module, topology: Topology, table: LatencyTable, around: Rewrite) -> _Costs:
         """Of the detector after what is done besides."""
-        shapes = shapes_after(model, topology, around)
-        places = table.places(shapes, size_of(model, around))
+        shapes, regions = shapes_after(model, topology, around), regions_of(model, around)
+        places = table.places(shapes, size_of(model, around), regions)
         names = list(places)
         dims = max(len(shapes[name]) for name in names)
         sizes = np.array([[*shapes[name], *[1] * (dims - len(shapes[name]))] for name in names], dtype=float)
@@ -229,7 +231,8 @@ class _Costs:
             for blocks in topology.block_lists
             for path in blocks.blocks
         }
-        return cls(table.fixed, sizes, rates, touched, inside)
+        fixed = table.fixed + table.costs.get(REGIONS, 0.0) * regions
+        return cls(fixed, sizes, rates, touched, inside)
 
     def ratio(self) -> float:
         return self._fixed + float(self._each.sum())

@@ -220,7 +220,7 @@ def set_attribute(model: nn.Module, name: str, value: Any) -> None:
     owner, _, leaf = name.rpartition(".")
     module = _found(model, owner, "attributes")
     now = getattr(module, leaf, None)
-    if not isinstance(now, bool | int | float | str | list | tuple):
+    if not isinstance(now, bool | int | float | str | list | tuple | dict):
         raise InputError(
             f"attributes sets {name!r}, and the builder makes {'none' if now is None else f'a {type(now).__name__}'}; "
             "give the architecture the builder that it was made with."

@@ -20,6 +20,7 @@ SIZES = {  # attributes that follow from tensors
     "num_groups", "normalized_shape", "num_parameters",
 }  # fmt: skip
 PLAIN = bool | int | float | str
+COUNTS = "_pre_nms_top_n", "_post_nms_top_n"  # the private ones that say what a module does: an RPN of torchvision's
 OURS = frozenset((*vars(nn.Module()), "architecture"))  # attributes that torch and this package give a module
 
 
@@ -170,7 +171,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and name != "training" and _is_plain(value)
+        if name in COUNTS or (not name.startswith("_") and name != "training" and _is_plain(value))
     }
 
 
@@ -196,7 +197,7 @@ def _unsaid(model: nn.Module, theirs: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         made = vars(builders[path])
         for name, value in vars(module).items():
-            if name in made and name not in OURS and not _is_plain(value) and _differs(value, made[name]):
+            if name in made and name not in (*OURS, *COUNTS) and not _is_plain(value) and _differs(value, made[name]):
                 yield f"{path}.{name}".lstrip(".")
 
 

@@ -20,7 +20,7 @@ from jdkd.rewrite.description import describe
 
 NUMBERS = int, float
 PLACES = "keep", "blocks"  # of a rewrite, that are lists of places by a name
-KINDS = (bool, NUMBERS, str, (list, tuple))  # of plain attributes
+KINDS = (bool, NUMBERS, str, (list, tuple), dict)  # of plain attributes
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from jdkd.distill import correlations, pyramids
 from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
-from jdkd.latency.table import LatencyTable
-from jdkd.morph import Morph, can_shorten, channel_importance, cut_to, grow, shorten
+from jdkd.latency.table import LatencyTable, fewer_regions
+from jdkd.morph import Morph, can_shorten, change_regions, channel_importance, cut_to, grow, shorten
 from jdkd.morph.importance import LEARNT, names_before
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
@@ -35,6 +35,7 @@ DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; e
 MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
 FLOOR = 0.5  # of its channels that each group keeps in one cut, where that reaches the aim
+LOSS = 0.002  # mAP that fewer regions may cost the base; equal trainings of ours differ by more
 CLOSE = -0.03, 1 / MARGIN - 1  # shares by which a student may be faster and slower than aimed at
 
 
@@ -71,6 +72,7 @@ class Recipe:
         grown: what is added, or moved, before the cut; None for nothing.
         shorter: lists of blocks that lose one.
         min_size: short side of the input, where it changes.
+        regions: how many are proposed, where that changes.
         channels: whether channels are cut until the latency is reached.
         temperature, seed: of the cut.
     """
@@ -78,6 +80,7 @@ class Recipe:
     grown: Morph | None = None
     shorter: tuple[str, ...] = ()
     min_size: int | None = None
+    regions: int | None = None
     channels: bool = True
     temperature: float = 0.0
     seed: int = 0
@@ -106,10 +109,32 @@ class Parent:
         """Of its channels."""
         return self._important(self.model, self.topology)
 
+    @cached_property
+    def regions(self) -> int | None:
+        """The fewest regions that the base can propose and find as much; None where it, or a descendant, keeps its own.
+
+        What a detector finds in fewer regions is seen without training, and what nobody misses pays for channels.
+        """
+        context, found = self.context, None
+        counts = fewer_regions(self.model) if self.candidate.kind == "base" else ()
+        for done, count in enumerate(counts, start=1):
+            child = change_regions(self.model, count).apply(self.model, self.topology)
+            with context.spent.on("scoring"):
+                map = context.scored(child, context.selection).map
+            context.progress("scoring the base with fewer regions", done, len(counts), {"mAP": map})
+            if not map >= self.candidate.map - LOSS:
+                break
+            found = count
+        return found
+
+    def plain(self, ways: Sequence[str]) -> Recipe:
+        """The recipe that leaves nothing to chance."""
+        return Recipe(regions=self.regions if ARCHITECTURE in ways else None, channels=CHANNELS in ways)
+
     def draw(self, ways: Sequence[str], rng: random.Random) -> Recipe:
         """A recipe by chance."""
         context, topology, now = self.context, self.topology, input_size(self.model)
-        recipe = Recipe(channels=CHANNELS in ways, temperature=TEMPERATURE, seed=rng.getrandbits(32))
+        recipe = replace(self.plain(ways), temperature=TEMPERATURE, seed=rng.getrandbits(32))
         if ARCHITECTURE not in ways:
             return recipe
         sizes = [size for size in context.resolutions if now is not None and size <= now[0]]
@@ -131,11 +156,12 @@ class Parent:
         context, model, topology, importance = self.context, self.model, self.topology, self.importance
         if recipe.grown:
             model, topology, importance = self._with(recipe.grown)
+        around = {"shorter": recipe.shorter, "min_size": recipe.min_size, "regions": recipe.regions}
         if recipe.channels:
-            how = {"shorter": recipe.shorter, "min_size": recipe.min_size, "temperature": recipe.temperature}
-            last = self._cut(model, topology, aim, importance, **how, rng=random.Random(recipe.seed))
+            how = {"temperature": recipe.temperature, "rng": random.Random(recipe.seed)}
+            last = self._cut(model, topology, aim, importance, **around, **how)
         else:
-            last = shorten(model, topology, recipe.shorter, recipe.min_size)
+            last = shorten(model, topology, **around)
         morphs = [morph for morph in (recipe.grown, last) if morph and morph.rewrite != Rewrite()]
         rewrites = tuple(morph.rewrite for morph in morphs)
         child = inherit(model, topology, rewrites and (last.rewrite,), context)
@@ -244,7 +270,7 @@ def screen(
     total, best = context.config.proposals, max(parent.candidate.map for parent in parents)
     for number in range(total):
         parent = parents[number // 2 % len(parents)] if number % 2 else parents[0]
-        recipe = parent.draw(ways, rng) if number else Recipe(channels=CHANNELS in ways)
+        recipe = parent.draw(ways, rng) if number else parent.plain(ways)
         try:
             screened = parent.make(recipe, aim)
         except (InputError, ModelError) as error:  # too slow all the same, or too small for some of the images

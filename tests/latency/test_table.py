@@ -9,6 +9,7 @@ import torch
 
 from jdkd.detect import read
 from jdkd.detect.input_size import size_attributes
+from jdkd.detect.regions import region_attributes
 from jdkd.errors import InputError
 from jdkd.latency import Latency, LatencyReport, LatencyTable, measure, measure_table, profile_cost
 from jdkd.latency import table as table_module
@@ -47,6 +48,21 @@ def computed(model, picture) -> float:
 def test_places_times_weights_are_the_multiply_accumulates_that_torch_counts(name):
     model, image = copy.deepcopy(parent(name)[0]).float(), picture()[0]
     assert computed(model, image) == pytest.approx(profile_cost(model, SIZE).gmacs * 1e9, rel=1e-6)
+
+
+def test_what_is_done_for_each_region_is_counted_for_as_many_as_are_proposed(free, priced, model, topology):
+    table, cost = priced
+    assert table.regions and {name.partition(".")[0] for name in table.of_regions} == {"roi_heads"}
+    for count in (table.regions // 2, table.regions // 3):
+        rewrite = Rewrite(keep=half(topology), attributes=region_attributes(model, count))
+        child = rewrite.apply(model, topology)
+        counted = positions(child, torch.rand(3, 64, 96))
+        places = table.places(shapes_of(child), 64, count)
+        assert places == pytest.approx({name: counted[name] for name in places}, rel=0.02)
+        features = table.features(model, topology, rewrite)
+        assert features == table.features(child) and features["regions"] == count
+        assert table.ratio(features) == pytest.approx(cost(child) / cost(model), rel=0.03)
+    assert [row["regions"] for row, _ in table.rows[-2:]] == [table.regions // 2, table.regions // 4]
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "pan"])

@@ -11,11 +11,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from jdkd.detect import load, read, save
 from jdkd.detect.input_size import input_size
+from jdkd.detect.regions import region_count
 from jdkd.errors import InputError
 from jdkd.morph import (
     Morph,
     add_block,
     can_shorten,
+    change_regions,
     change_resolution,
     grow,
     rearrange,
@@ -165,6 +167,35 @@ def test_a_detector_without_an_input_size_of_its_own_keeps_it(name):
         change_resolution(parent("fcos")[0], 0)
 
 
+def test_fewer_regions_change_what_is_proposed_in_evaluation_alone(tmp_path):
+    model, topology = parent("faster_rcnn")
+    now, rpn = region_count(model), model.rpn
+    morph = change_regions(model, now // 4)
+    child = morph.apply(model, topology)
+    assert morph.action == f"regions {now} -> {now // 4}" and region_count(child) == now // 4 < now == region_count(
+        model
+    )
+    assert rpn._pre_nms_top_n["testing"] == now and child.rpn._pre_nms_top_n["testing"] == now // 4
+    assert child.rpn._post_nms_top_n["training"] == rpn._post_nms_top_n["training"]
+    assert states_are_equal(child, model) and child.architecture.id != model.architecture.id
+    assert region_count(build(child.architecture)) == now // 4
+    save(tmp_path, child)
+    again = load(tmp_path)
+    assert region_count(again) == now // 4 and again.architecture == child.architecture
+    proposed = []
+    again.rpn.register_forward_hook(lambda module, inputs, out: proposed.append(len(out[0][0])))
+    again.eval()([picture()[0].to(next(again.parameters()).dtype)])
+    assert 0 < proposed[0] <= now // 4
+
+
+def test_regions_are_a_positive_whole_number_of_a_two_stage_detector():
+    with pytest.raises(InputError, match="FCOS has no region proposal network of torchvision's, so 10 regions cannot"):
+        change_regions(parent("fcos")[0], 10)
+    for wrong in (0, 2.5):
+        with pytest.raises(InputError, match=f"regions is how many .* a positive whole number, got {wrong}"):
+            change_regions(parent("faster_rcnn")[0], wrong)
+
+
 @pytest.mark.parametrize("name", DEEP)
 def test_growing_adds_and_moves_blocks_within_the_depth_and_repeats_from_its_seed(name):
     model, topology = parent(name)
@@ -182,10 +213,12 @@ def test_growing_adds_and_moves_blocks_within_the_depth_and_repeats_from_its_see
 def test_blocks_leave_and_the_input_shrinks_in_one_action():
     model, topology = parent("faster_rcnn")
     names = can_shorten(model, topology)[:2]
-    morph = shorten(model, topology, names, 48)
+    morph = shorten(model, topology, names, 48, 9)
+    regions = f"regions {region_count(model)} -> 9"
     assert len(names) == 2 and morph.rewrite.blocks.keys() == set(names)
-    assert morph.action.split("; ") == [*(f"remove a block of {name}" for name in names), "input 64 -> 48 px"]
-    assert input_size(morph.apply(model, topology))[0] == 48
+    assert morph.action.split("; ") == [*(f"remove a block of {name}" for name in names), "input 64 -> 48 px", regions]
+    child = morph.apply(model, topology)
+    assert input_size(child)[0] == 48 and region_count(child) == 9
     assert shorten(model, topology).rewrite == Rewrite()
 
 

@@ -12,6 +12,7 @@ import torch
 from jdkd.data import CocoDetectionDataset, resolve_splits
 from jdkd.detect import read, save
 from jdkd.detect.contract import identity
+from jdkd.detect.regions import region_count
 from jdkd.graph import Topology
 from jdkd.latency import Latency, LatencyReport, ModelLatency
 from jdkd.latency.protocol import conditions_of
@@ -25,6 +26,7 @@ from jdkd.search.evaluator import SearchTask
 from jdkd.train.inputs import with_targets_of
 
 DIGITS = tuple(str(digit) for digit in range(10))
+REGIONS = 50  # that the base proposes
 DECIDED = (
     "number, id, generation, parent, kind, action, teacher, target, architecture, map, map50, latency_ratio, "
     "predicted, lineage_steps, cycles"
@@ -54,7 +56,7 @@ def base_of(builder, arguments, method, folder, tmp_path, steps=24) -> SearchCon
 
 
 def steady_measure(models, images, *, device, rounds, runtime, progress=None, **schedule) -> LatencyReport:
-    """In place of :func:`jdkd.latency.measure`: time grows with parameters and input size."""
+    """In place of :func:`jdkd.latency.measure`: time grows with parameters, input size and regions."""
     if progress:
         progress(rounds, rounds, {})
     taken = {name: ModelLatency(end_to_end=Latency((_time(model),) * 2 * rounds)) for name, model in models.items()}
@@ -63,7 +65,9 @@ def steady_measure(models, images, *, device, rounds, runtime, progress=None, **
 
 def _time(model: torch.nn.Module) -> float:
     size = getattr(getattr(model, "transform", None), "min_size", (64,))[-1]
-    return 1 + 1e-4 * sum(p.numel() for p in model.parameters()) * (size / 64)
+    share = (region_count(model) or REGIONS) / REGIONS  # of the base's regions
+    counts = [parameter.numel() * (share if "roi_heads" in name else 1) for name, parameter in model.named_parameters()]
+    return 1 + 1e-4 * sum(counts) * (size / 64)
 
 
 def archived(out, columns=DECIDED) -> list[tuple]:

@@ -13,6 +13,7 @@ import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd.detect.contract import architecture_of
+from jdkd.detect.regions import region_count
 from jdkd.distill import correlations
 from jdkd.errors import InputError
 from jdkd.morph import add_block, grow
@@ -89,6 +90,23 @@ def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(par
         assert architecture_of(again, "a test").id == one.architecture_id
         ours = one.student.state_dict()
         assert all(torch.equal(tensor, ours[name]) for name, tensor in again.state_dict().items())
+
+
+@pytest.mark.parametrize(("maps", "share"), [((0.4, 0.399), 4), ((0.4, 0.39), 2), ((0.39, 0.4), None)])
+def test_children_of_the_base_propose_as_few_regions_as_it_finds_as_much_in(parent, context, monkeypatch, maps, share):
+    scores = iter(maps)
+    monkeypatch.setattr(type(context), "scored", lambda self, detector, part: SimpleNamespace(map=next(scores)))
+    parent = Parent(parent.candidate, parent.table, context)
+    now = region_count(parent.model)
+    wanted = share and now // share
+    assert parent.plain(EVERYTHING).regions == parent.draw(EVERYTHING, random.Random(0)).regions == wanted
+    assert parent.plain((CHANNELS,)).regions is None, "a pipeline changes them with blocks and input"
+    made = parent.make(parent.plain(EVERYTHING), 0.8)
+    assert region_count(made.student) == (wanted or now) and made.predicted <= 0.8
+    assert ("regions" in made.action) == bool(share)
+    monkeypatch.setattr(type(context), "detector", lambda self, candidate: made.student)
+    child = Parent(replace(parent.candidate, kind="morph"), parent.table, context)
+    assert child.regions is None, "a student keeps those that it has"
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "gamma"])
@@ -181,9 +199,10 @@ def test_the_better_parent_gets_more_proposals_and_its_lead_counts(monkeypatch):
         name = f"student {len(asked)}"
         return SimpleNamespace(similarity=0.9, predicted=aim, architecture_id=name, student=torch.nn.Identity())
 
+    recipes = dict.fromkeys(("plain", "draw"), lambda *given: None)
     context = SimpleNamespace(config=SimpleNamespace(proposals=8), progress=lambda *state: None)
     better, worse = candidate(1, map=0.4), candidate(2, map=0.3)
-    parents = [SimpleNamespace(candidate=one, context=context, draw=lambda *given: None) for one in (better, worse)]
+    parents = [SimpleNamespace(candidate=one, context=context, **recipes) for one in (better, worse)]
     for one in parents:
         one.make = lambda recipe, aim, one=one: make(one, recipe, aim)
         one.measured = lambda recipe, screened, aim: screened
@@ -199,9 +218,10 @@ def test_of_the_bases_children_the_best_of_every_input_size_come_first_but_for_t
         SimpleNamespace(similarity=r, predicted=0.5, architecture_id=f"{k}", student=resized(size), number=k)
         for k, (r, size) in enumerate(students)
     ]
+    recipes = dict.fromkeys(("plain", "draw"), lambda *given: None)
     context = SimpleNamespace(config=SimpleNamespace(proposals=4), progress=lambda *state: None)
     left = iter(made)
-    one = SimpleNamespace(candidate=candidate(1, kind=kind), context=context, draw=lambda *given: None)
+    one = SimpleNamespace(candidate=candidate(1, kind=kind), context=context, **recipes)
     one.make, one.measured = lambda recipe, aim: next(left), lambda recipe, screened, aim: screened
     assert [found.number for _, found in screen([one], 0.5, 3, EVERYTHING, random.Random(0))] == order
 
