@@ -79,9 +79,13 @@ class LatencyTable:
     regions: int = 0
     of_regions: tuple[str, ...] = ()
 
-    def with_nms(self, ratio: float) -> float:
-        """The latency ratio of a detector that keeps as many boxes as the base, from one measured without NMS."""
-        return (ratio + self.nms) / (1 + self.nms)
+    def with_nms(self, ratio: float, regions: float = 0) -> float:
+        """The latency ratio of a detector that keeps as many boxes as the base, from one measured without NMS.
+
+        With fewer ``regions`` than the base proposes, NMS takes as much less.
+        """
+        share = regions / self.regions if regions and self.regions else 1.0
+        return (ratio + share * self.nms) / (1 + self.nms)
 
     def features(self, model: nn.Module, topology: Topology | None = None, rewrite: Rewrite | None = None) -> Features:
         """What the latency of a model, or of what a rewrite makes of it, is predicted from.
@@ -255,7 +259,9 @@ def measure_table(
         if progress:
             progress(start + len(some), len(versions), {})
     table = replace(table, nms=max(0.0, sum(nms) / len(nms)) if nms else 0.0)
-    return replace(table, rows=tuple((features, table.with_nms(ratio)) for features, ratio in rows))
+    return replace(
+        table, rows=tuple((features, table.with_nms(ratio, features.get(REGIONS, 0))) for features, ratio in rows)
+    )
 
 
 def _versions(model: nn.Module, topology: Topology) -> list[Rewrite]:

@@ -18,7 +18,7 @@ from jdkd.distill import correlations, pyramids
 from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
-from jdkd.latency.table import LatencyTable, fewer_regions
+from jdkd.latency.table import LatencyTable, fewer_regions, regions_of
 from jdkd.morph import Morph, can_shorten, change_regions, channel_importance, cut_to, grow, shorten
 from jdkd.morph.importance import LEARNT, names_before
 from jdkd.notices import say_once
@@ -209,7 +209,7 @@ class Parent:
     def _ratio(self, screened: Screened, stage: str) -> float:
         own = screened.architecture_id
         timing = self.context.timed({own: screened.student}, stage, kept=self.table.kept)[own]
-        return self.table.with_nms(pooled([timing]).ratio.value)
+        return self.table.with_nms(pooled([timing]).ratio.value, regions_of(screened.student))
 
     def _with(self, grown: Morph) -> tuple[nn.Module, Topology, dict[str, Tensor]]:
         """It with more blocks, or with some moved, what is coupled to what in that, and how much its parts matter.

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -197,6 +198,9 @@ def test_what_nms_takes_stands_beside_what_was_measured_without_it():
     table = LatencyTable((), (0,), {}, (({}, 1.0),), nms=0.25)
     assert table.with_nms(1.0) == 1.0 and table.with_nms(0.5) == pytest.approx(0.6)
     assert LatencyTable.from_json(table.to_json()).nms == 0.25
+    two_stage = replace(table, regions=300)
+    assert two_stage.with_nms(1.0) == two_stage.with_nms(1.0, 300) == 1.0
+    assert two_stage.with_nms(0.5, 75) == pytest.approx((0.5 + 0.0625) / 1.25)
 
 
 def test_a_target_leaves_what_is_above_the_part_that_no_cut_saves():
