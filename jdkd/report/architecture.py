@@ -6,6 +6,7 @@ import re
 from html import escape
 
 from jdkd.detect.input_size import input_size
+from jdkd.detect.regions import region_count
 from jdkd.errors import InputError
 from jdkd.report.outcome import Outcome
 from jdkd.report.stages import Layer, Stage, stages
@@ -41,13 +42,21 @@ def architecture_section(outcome: Outcome) -> str:
 def _network(title: str, base: Architecture, student: Architecture) -> str:
     made = stages(base, student)
     cards = "".join(map(_card, made))
-    sizes = [input_size(build(one, "meta")) for one in (base, student)]
-    sizes = [(size[0] if size else None) for size in sizes]
-    return f'<h3>{escape(title)}</h3><div class="stages">{_input(*sizes)}{cards}</div>'
+    models = [build(one, "meta") for one in (base, student)]
+    sizes = [(size[0] if (size := input_size(model)) else None) for model in models]
+    regions = [region_count(model) for model in models]
+    return f'<h3>{escape(title)}</h3><div class="stages">{_input(*sizes, _change(*regions, "regions"))}{cards}</div>'
 
 
-def _input(base: int | None, student: int | None) -> str:
-    """The input's short side before and after, as squares."""
+def _change(base: int | None, student: int | None, unit: str) -> str:
+    """A number of the base and the student's, in words; empty where they have none."""
+    if base is None or student is None:
+        return ""
+    return f"{base} → {student} {unit}" if base != student else f"{base} {unit}"
+
+
+def _input(base: int | None, student: int | None, regions: str) -> str:
+    """The input's short side before and after, as squares, and how many regions are proposed in it."""
     if base is None or student is None:
         return ""
     most = max(base, student)
@@ -55,9 +64,9 @@ def _input(base: int | None, student: int | None) -> str:
     squares = tag("rect", x=1, y=HEIGHT - side + 1, width=side, height=side, class_="of-base") + tag(
         "rect", x=1, y=HEIGHT - own + 1, width=own, height=own, class_="of-student"
     )
-    change = f"{base} → {student} px" if base != student else f"{base} px"
+    told = [f"{_change(base, student, 'px')}, short side", *([regions] if regions else [])]
     picture = drawing((HEIGHT + 2, HEIGHT + 2), squares, "input size of base and student", width=HEIGHT + 2)
-    return f"<figure>{picture}<figcaption><b>input</b><br>{change}, short side</figcaption></figure>"
+    return f"<figure>{picture}<figcaption><b>input</b><br>{'<br>'.join(told)}</figcaption></figure>"
 
 
 def _card(stage: Stage) -> str:

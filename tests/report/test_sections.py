@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from jdkd.data import write_digit_scenes
-from jdkd.detect import load, save
+from jdkd.detect import load, read, save
+from jdkd.detect.regions import region_attributes
 from jdkd.distill.responses import responses
 from jdkd.pool import Subnet
 from jdkd.report.html import page
@@ -21,7 +23,7 @@ from jdkd.report.stages import Layer, stages
 from jdkd.report.svg import Axes, colour, spread, ticks
 from jdkd.report.taught import taught_section
 from jdkd.report.teachers import teachers_section
-from jdkd.rewrite import Architecture
+from jdkd.rewrite import Architecture, Rewrite
 from tests.detectors import detector, small_spec
 from tests.report.made_up import ARCHITECTURE, CUT, candidate, entry
 
@@ -89,6 +91,17 @@ def test_every_parameter_of_a_detector_is_in_one_stage():
     made = stages(known, known)
     assert sum(stage.params[0] for stage in made) == sum(p.numel() for p in _built(known).parameters())
     assert not any(stage.changed for stage in made) and sum(stage.blocks is not None for stage in made) >= 3
+
+
+@pytest.mark.parametrize(("changed", "told"), [(None, "64 px, short side<br>50 regions"), (12, "50 → 12 regions")])
+def test_the_input_and_the_regions_of_base_and_student_are_told(changed, told):
+    from jdkd.report.architecture import architecture_section
+
+    base = detector(small_spec())
+    student = Rewrite(attributes=region_attributes(base, changed)).apply(base, read(base)) if changed else base
+    child = replace(candidate(1, 0, architecture=student.architecture), latency_ratio=0.5)
+    family = [candidate(0, architecture=base.architecture), child]
+    assert told in architecture_section(Outcome(None, {}, family))
 
 
 def test_an_architecture_that_cannot_be_built_is_said_and_the_page_goes_on():
