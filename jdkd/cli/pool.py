@@ -87,7 +87,7 @@ class PoolTrain:
             config, run = self._config(opened[0]), RunFolder(self.out)
             train = data_for(base, opened[0], batch_size=self.batch_size, seed=self.training.seed, device=device)
             val = opened[1]
-            with keeping(run, self.training.kept):
+            with keeping(run, lambda: self.training.kept(self.out)):
                 topology = read(base, check=True)
                 space = Space.from_base(topology, self.extra_depth, self.width, self.widths)
                 where = {"data": whereabouts({split.name: split for split in splits}), "device": device}

@@ -109,7 +109,7 @@ class Job:
         from jdkd.train.distributed import from_first, is_first
 
         run, mirror = RunFolder(self.out), self._mirror()
-        with keeping(run, self.training.kept):
+        with keeping(run, lambda: self.training.kept(self.out)):
             where = {"data": whereabouts({split.name: split for split in self.data.splits}), "device": self.device}
             record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
             same = self._identity() | identity
