@@ -62,10 +62,12 @@ class Data:
         """The same with what a detector trains on in the targets; it has been shown a batch.
 
         Raises:
-            InputError: it does not train on such data.
+            InputError: it does not train on such data, or an image is too elongated for its input size.
         """
+        from jdkd.detect.input_size import require_visible
         from jdkd.train.inputs import data_for
 
+        require_visible(model, self.train.sizes)
         return dataclasses.replace(self, train=data_for(model, self.train, batch_size=batch_size, seed=seed))
 
 
@@ -101,13 +103,19 @@ class Job:
             fitting: trains it, with the progress to report to and with what :func:`jdkd.train.fit` takes of a folder.
             facts: what is written beside the scores; ``fitting`` may add to it.
             identity: what a resumed run must have in common with the first, besides what every training has.
+
+        Raises:
+            InputError: the folder is another run's, or an image that it would be scored on in the end is too elongated
+                for it; nothing has been written then.
         """
         from jdkd.data.splits import whereabouts
         from jdkd.detect import save
+        from jdkd.detect.input_size import require_visible
         from jdkd.latency import fuse_for_inference
         from jdkd.train import evaluate
         from jdkd.train.distributed import from_first, is_first
 
+        require_visible(self.model, self.data.val.sizes)
         run, mirror = RunFolder(self.out), self._mirror()
         with keeping(run, lambda: self.training.kept(self.out)):
             where = {"data": whereabouts({split.name: split for split in self.data.splits}), "device": self.device}

@@ -115,12 +115,14 @@ def require_order(min_size: int, max_size: int) -> None:
         raise InputError(f"max_size {max_size} is below min_size {min_size}; give both, the larger one as max_size.")
 
 
-def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]]) -> None:
+def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]], who: str = "", remedy: str = "") -> None:
     """Refuses images of which a detector's transform would leave no pixel: so long that the short side is resized to 0.
 
     Args:
         model: a detector; without a torchvision transform everything passes.
         sizes: (name, height, width) of every image.
+        who: what errors call it besides its kind, such as "the teacher".
+        remedy: what else would help, for the message.
 
     Raises:
         ModelError: names the first of them and says how many there are.
@@ -136,8 +138,10 @@ def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]]) -> 
     ]
     if gone:
         name, height, width = gone[0]
+        kind = type(unwrapped(model)).__name__
         raise ModelError(
-            f"{name} is {height}x{width} (height x width), of which {type(unwrapped(model)).__name__} leaves no pixel "
-            f"on the short side when it resizes the long one to max_size {most} ({len(gone)} such image(s)); raise "
-            f"max_size to {-(-max(height, width) // min(height, width))} or more, or crop or leave out such images"
+            f"{name} is {height}x{width} (height x width), of which {f'{who} ({kind})' if who else kind} leaves no "
+            f"pixel on the short side when it resizes the long one to max_size {most} ({len(gone)} such image(s)); "
+            f"raise max_size to {-(-max(height, width) // min(height, width))} or more, "
+            f"{f'{remedy}, ' if remedy else ''}or crop or leave out such images"
         )
