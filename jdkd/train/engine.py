@@ -116,7 +116,7 @@ def fit(
         DivergenceError: a loss or gradient is not finite. On a CPU the step is not taken; on a GPU it is
             noticed at the next log line or checkpoint, and the weights in memory may have gone with it. The
             checkpoint is good.
-        KeyboardInterrupt: after the step under way was finished and saved.
+        KeyboardInterrupt: after the step under way was finished, logged and saved.
     """
     if not isinstance(auxiliary, nn.Module | None):
         raise InputError(f"auxiliary is {auxiliary!r:.60}; give a torch.nn.Module of what is trained along, or None.")
@@ -136,14 +136,14 @@ def fit(
         try:
             read = batches(dataset, **batch, **how) if run.step < config.steps else iter(())
             for of_step in zip(*[read] * config.accumulate, strict=True):
-                with uninterrupted():
+                with uninterrupted():  # until it is logged, as a resumed training begins after it
                     run.advance(of_step)
-                if run.step % config.log_every == 0 or run.step in (1, config.steps):
-                    row = run.row()
-                    if home:
-                        home.log.add(row)
-                if home and (run.step == config.steps or _due(run.step, config.checkpoint_every)):
-                    home.save()
+                    if run.step % config.log_every == 0 or run.step in (1, config.steps):
+                        row = run.row()
+                        if home:
+                            home.log.add(row)
+                    if home and (run.step == config.steps or _due(run.step, config.checkpoint_every)):
+                        home.save()
                 if progress:
                     progress(run.step, config.steps, run.losses)
         except KeyboardInterrupt:
