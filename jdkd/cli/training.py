@@ -150,7 +150,7 @@ class Job:
         """Where a training of these settings reports to."""
         from jdkd.train.distributed import processes
 
-        return progress.training(name, self.config.batch_size * processes())
+        return progress.training(name, self.config.batch_size * self.config.accumulate * processes())
 
     def _mirror(self) -> TensorBoardMirror | None:
         """TensorBoard's events, where they are asked for; before anything is written."""
