@@ -85,7 +85,10 @@ def test_where_nothing_can_be_written_is_said_before_any_work(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_image_too_long_to_be_scored_on_is_named_before_the_training(jdkd, train_arguments, squares, tmp_path):
+@pytest.mark.parametrize("command", ["train", "pool"])
+def test_an_image_too_long_to_be_scored_on_is_named_before_the_training(
+    jdkd, train_arguments, trained, squares, tmp_path, command
+):
     data = tmp_path / "data"
     shutil.copytree(squares, data)
     file = data / "annotations" / "instances_val2017.json"
@@ -94,6 +97,8 @@ def test_an_image_too_long_to_be_scored_on_is_named_before_the_training(jdkd, tr
     file.write_text(json.dumps(content))
     Image.new("RGB", (900, 1)).save(data / "val2017" / "thin.png")
     arguments = [data if word == str(squares) else word for word in train_arguments]
+    if command == "pool":
+        arguments = ["pool", "train", "--base", trained, "--data", data, "--steps", 12, "--batch-size", 2]
     _refused(jdkd(*arguments, "--out", tmp_path / "out"), "thin.png is 1x900", "leaves no pixel on the short side")
     assert not (tmp_path / "out").exists()
 
