@@ -220,7 +220,10 @@ def recorded_split(folder: Path, name: str) -> Split | None:
     from jdkd.run_folder import RunFolder
 
     for place in (folder, folder.resolve().parent):
-        data = (RunFolder(place).read() or {}).get("where", {}).get("data", {})
+        try:
+            data = (RunFolder(place).read() or {"where": {}})["where"].get("data", {})
+        except InputError:  # a file of that name that something else wrote says nothing of data
+            continue
         if not {f"{name}_images", f"{name}_annotations"} <= data.keys():
             continue
         split = Split(Path(data[f"{name}_images"]), Path(data[f"{name}_annotations"]), name)
