@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, starts_with, write_json, write_whole
+from jdkd.notices import say_once
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +75,7 @@ class Predict:
     def _targets(self) -> dict[Path, Path]:
         """Every image, and the picture that is made of it.
 
-        Of a folder that holds the pictures of an earlier run too, these are no images.
+        Pictures of an earlier run in a folder are no images, which is said.
 
         Raises:
             InputError: there is none, or two pictures would be one, or a file would be written over that is an image
@@ -85,11 +86,10 @@ class Predict:
         targets: dict[Path, Path] = {}
         for given in self.images:
             if given.is_dir():
-                inside = sorted(
-                    file
-                    for file in given.rglob("*")
-                    if file.suffix.lower() in PICTURES and file.is_file() and not is_drawn(file)
-                )
+                there = sorted(file for file in given.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+                inside = [file for file in there if not is_drawn(file)]
+                if count := len(there) - len(inside):
+                    say_once(f"{count:,} picture(s) in {given} that `jdkd predict` drew are left out")
                 if not inside:
                     raise InputError(f"{given} holds no image ({', '.join(sorted(PICTURES))}); give another folder.")
                 targets |= {file: self.out / file.relative_to(given).with_suffix(".jpg") for file in inside}

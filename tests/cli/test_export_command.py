@@ -173,6 +173,7 @@ def test_predict_knows_its_own_pictures_one_by_one(jdkd, checkpoint, photographs
     (seen / "detections.json").unlink()  # as a run leaves it that was interrupted
     answer = jdkd("predict", checkpoint, folder, "--out", seen)
     assert answer.code == 0 and "on 2 image(s)" in answer.out, answer.err
+    assert f"1 picture(s) in {folder} that `jdkd predict` drew are left out" in answer.err
     assert sorted(file.name for file in seen.iterdir()) == ["0.jpg", "1.jpg", "detections.json"]
 
 
