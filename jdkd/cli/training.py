@@ -105,17 +105,18 @@ class Job:
             identity: what a resumed run must have in common with the first, besides what every training has.
 
         Raises:
-            InputError: the folder is another run's, or an image that it would be scored on in the end is too elongated
-                for it; nothing has been written then.
+            InputError: the folder is another run's, an image that it would be scored on in the end is too elongated for
+                it, or it has no input size that could be another while it trains; nothing has been written then.
         """
         from jdkd.data.splits import whereabouts
         from jdkd.detect import save
-        from jdkd.detect.input_size import require_visible
+        from jdkd.detect.input_size import require_resizing, require_visible
         from jdkd.latency import fuse_for_inference
         from jdkd.train import evaluate
         from jdkd.train.distributed import from_first, is_first
 
         require_visible(self.model, self.data.val.sizes)
+        require_resizing(self.model, self.config.sizes)
         run, mirror = RunFolder(self.out), self._mirror()
         with keeping(run, lambda: self.training.kept(self.out)):
             where = {"data": whereabouts({split.name: split for split in self.data.splits}), "device": self.device}

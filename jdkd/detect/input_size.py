@@ -77,14 +77,10 @@ def training_sizes(model: nn.Module, sizes: Sequence[int] | None) -> Iterator[No
     Raises:
         InputError: it has no such transform, or resizes to one fixed size.
     """
+    require_resizing(model, sizes)
     if not sizes:
         yield
         return
-    if input_size(model) is None:
-        raise InputError(
-            f"{type(unwrapped(model)).__name__} takes images as they are, or resizes them to one fixed size; leave the "
-            "sizes to train at out."
-        )
     transform = input_transform(model)
     own = transform.min_size, transform.max_size
     transform.min_size, transform.max_size = tuple(sizes), max(own[1], *sizes)
@@ -92,6 +88,19 @@ def training_sizes(model: nn.Module, sizes: Sequence[int] | None) -> Iterator[No
         yield
     finally:
         transform.min_size, transform.max_size = own
+
+
+def require_resizing(model: nn.Module, sizes: Sequence[int] | None) -> None:
+    """Refuses sizes to train at for a detector that :func:`training_sizes` cannot give them to.
+
+    Raises:
+        InputError: there are some, and it does not resize its input, or to one fixed size.
+    """
+    if sizes and input_size(model) is None:
+        raise InputError(
+            f"{type(unwrapped(model)).__name__} takes images as they are, or resizes them to one fixed size; leave the "
+            "sizes to train at out."
+        )
 
 
 def require_whole(numbers: Mapping[str, Any]) -> None:

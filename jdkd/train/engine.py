@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jdkd.data import batches
 from jdkd.data.loading import Batch
 from jdkd.detect.contract import as_scalar
-from jdkd.detect.input_size import require_visible, training_sizes
+from jdkd.detect.input_size import require_resizing, require_visible, training_sizes
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
 from jdkd.notices import say_once
@@ -121,6 +121,7 @@ def fit(
     if not isinstance(auxiliary, nn.Module | None):
         raise InputError(f"auxiliary is {auxiliary!r:.60}; give a torch.nn.Module of what is trained along, or None.")
     require_visible(model, getattr(dataset, "sizes", ()))
+    require_resizing(model, config.sizes)
     dataset = with_targets_of(model, dataset)
     run = _Run(model, config, torch.device(device), losses, auxiliary, parts)
     if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):

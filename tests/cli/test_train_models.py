@@ -154,6 +154,7 @@ def refuse(*arguments, **options):
         (("--model", "nets/my.py:net"), "'nets/my.py:net' names a file; give its module, my:net"),
         (("--spec", "faster_rcnn_r18_fpn", "--backbone", "resnet18"), "--backbone resnet18 is for --model"),
         (("--spec", "faster_rcnn_r18_fpn", "--norm", "group"), "norm 'batch' or 'frozen'"),
+        (("--model", "ssdlite", "--backbone", "mobilenet_v3_small", "--train-sizes", 64), "leave the sizes to train"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_is_written(jdkd, squares, tmp_path, flags, words):
