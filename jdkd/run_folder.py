@@ -102,8 +102,8 @@ class RunFolder:
                 "same, or give another folder."
             )
         claim_folder(self.path, "the folder of the run")
-        if not found["finished"]:
-            lock_folder(self.path, "the folder of the run")
+        lock_folder(self.path, "the folder of the run")  # of a finished run too, whose results are written once more
+        found = self.read() or found  # which another may have finished before it let go
         if where is not None and json.loads(json.dumps(where)) != found["where"]:
             self._write({**found, "where": dict(where)})
         return True

@@ -40,7 +40,7 @@ class DetectorFlags:
     def built(
         self, name: str, classes: tuple[str, ...], seed: int, *, is_spec: bool = False
     ) -> tuple[nn.Module, Path | None]:
-        """The detector to train, for the classes of the data, and the file of the weights that it begins with.
+        """The detector to train, for the classes of the data, and the file of the weights that it begins with, if any.
 
         Args:
             name: as of :func:`jdkd.detect.open_model`.
@@ -54,11 +54,12 @@ class DetectorFlags:
         import torch
 
         from jdkd.detect import NAMED_SPECS, frozen_like, load_weights, narrowed, weights_file
+        from jdkd.detect.checkpoint import WEIGHTS
 
         torch.manual_seed(seed)
         is_spec = is_spec or name in NAMED_SPECS
         model = self._of_spec(name, classes) if is_spec else self._of_name(name, classes)
-        weights = None
+        weights = Path(name) / WEIGHTS if Path(name).is_dir() and not is_spec else None
         if self.weights is not None:
             weights = weights_file(self.weights, model.architecture)
             is_new = not is_spec and self.choice.norm is None and not Path(name).is_dir()

@@ -215,14 +215,16 @@ class Distill:
 
 
 def _require_pair(student: nn.Module, teacher: nn.Module, data: Data, method: DistillConfig) -> None:
-    """Refuses a pair that cannot be compared, before anything is written.
+    """Refuses a pair that cannot be compared, or not on these images, before anything is written.
 
     Raises:
         InputError: it cannot.
     """
     from jdkd.data import batches
     from jdkd.distill import comparable
+    from jdkd.distill.training import require_seen
 
+    require_seen(student, teacher, data.train, method)
     comparable(student, teacher, next(batches(data.train, batch_size=1, steps=1, seed=0)), method)
 
 

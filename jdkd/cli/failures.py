@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from jdkd.errors import InputError
@@ -18,22 +18,24 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def keeping(run: RunFolder, kept: str) -> Iterator[None]:
+def keeping(run: RunFolder, kept: Callable[[], str]) -> Iterator[None]:
     """Say of a run that ends early what became of it.
 
     Args:
         run: the folder that the block writes to.
-        kept: what is still there after Ctrl-C, in words.
+        kept: says what is still there after Ctrl-C, in words; asked then.
 
     Raises:
-        Interrupted: in place of KeyboardInterrupt.
+        Interrupted: in place of KeyboardInterrupt, once the run has begun.
         InputError: in place of errors about a full or forbidden disk. Where the block raised one itself, and
             before anything was written, the folder is given back.
     """
     try:
         yield
     except KeyboardInterrupt:
-        raise Interrupted(f"{run.path} keeps {kept}") from None
+        if not run.file.is_file():
+            raise
+        raise Interrupted(f"{run.path} keeps {kept()}") from None
     except InputError:
         run.withdraw()
         raise

@@ -88,7 +88,7 @@ class TrainingFlags:
     workers: int = 0
     """Processes that read images."""
     checkpoint_every: int = 100
-    """Steps between checkpoints."""
+    """Steps between checkpoints; 0: only at the end, and on Ctrl-C."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     resume: bool = False
@@ -98,10 +98,14 @@ class TrainingFlags:
         if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             object.__setattr__(self, "resume", True)
 
-    @property
-    def kept(self) -> str:
-        """What of an interrupted training is kept, in words."""
-        return f"the checkpoint of every {self.checkpoint_every} steps and of the last one"
+    def kept(self, folder: Path) -> str:
+        """What of an interrupted training is kept in its folder, in words."""
+        from jdkd.train.checkpoint import CHECKPOINT
+
+        if not any(folder.rglob(CHECKPOINT)):
+            return "no checkpoint yet, so that it begins anew"
+        every = self.checkpoint_every
+        return f"the checkpoint of every {every} steps and of the last one" if every else "the last checkpoint"
 
     @contextmanager
     def processes(self) -> Iterator[str]:
@@ -216,7 +220,10 @@ def recorded_split(folder: Path, name: str) -> Split | None:
     from jdkd.run_folder import RunFolder
 
     for place in (folder, folder.resolve().parent):
-        data = (RunFolder(place).read() or {}).get("where", {}).get("data", {})
+        try:
+            data = (RunFolder(place).read() or {"where": {}})["where"].get("data", {})
+        except InputError:  # a file of that name that something else wrote says nothing of data
+            continue
         if not {f"{name}_images", f"{name}_annotations"} <= data.keys():
             continue
         split = Split(Path(data[f"{name}_images"]), Path(data[f"{name}_annotations"]), name)

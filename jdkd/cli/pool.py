@@ -70,6 +70,7 @@ class PoolTrain:
     def _run(self, device: str) -> None:
         from jdkd.data.splits import whereabouts
         from jdkd.detect import load, read
+        from jdkd.detect.input_size import require_visible
         from jdkd.pool import Space, train_pool
         from jdkd.train.distributed import first_goes_ahead, from_first, is_first
         from jdkd.train.inputs import data_for
@@ -84,10 +85,13 @@ class PoolTrain:
         with Progress() as progress:
             with first_goes_ahead():
                 opened = [_opened(split, base, f"the base in {self.base}", progress) for split in splits]
+            require_visible(base, opened[0].sizes)
+            for scored in (base, *foreign.values()):
+                require_visible(scored, opened[1].sizes)
             config, run = self._config(opened[0]), RunFolder(self.out)
             train = data_for(base, opened[0], batch_size=self.batch_size, seed=self.training.seed, device=device)
             val = opened[1]
-            with keeping(run, self.training.kept):
+            with keeping(run, lambda: self.training.kept(self.out)):
                 topology = read(base, check=True)
                 space = Space.from_base(topology, self.extra_depth, self.width, self.widths)
                 where = {"data": whereabouts({split.name: split for split in splits}), "device": device}

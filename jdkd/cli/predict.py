@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, starts_with, write_json, write_whole
+from jdkd.notices import say_once
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,14 +75,21 @@ class Predict:
     def _targets(self) -> dict[Path, Path]:
         """Every image, and the picture that is made of it.
 
+        Pictures of an earlier run in a folder are no images, which is said.
+
         Raises:
             InputError: there is none, or two pictures would be one, or a file would be written over that is an image
                 or that no `jdkd predict` wrote.
         """
+        from jdkd.export.drawing import is_drawn
+
         targets: dict[Path, Path] = {}
         for given in self.images:
             if given.is_dir():
-                inside = sorted(file for file in given.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+                there = sorted(file for file in given.rglob("*") if file.suffix.lower() in PICTURES and file.is_file())
+                inside = [file for file in there if not is_drawn(file)]
+                if count := len(there) - len(inside):
+                    say_once(f"{count:,} picture(s) in {given} that `jdkd predict` drew are left out")
                 if not inside:
                     raise InputError(f"{given} holds no image ({', '.join(sorted(PICTURES))}); give another folder.")
                 targets |= {file: self.out / file.relative_to(given).with_suffix(".jpg") for file in inside}
@@ -97,10 +105,12 @@ class Predict:
                 raise InputError(f"{whose[target]} and {file} would both be drawn as {target}; draw them one by one.")
             whose[target] = file
         images, listed = {file.resolve() for file in targets}, self.out / LISTED
-        ours = listed.is_file() and starts_with(listed, BEGINS)
         for target in (*whose, listed):
+            ours = is_drawn(target) if target != listed else target.is_file() and starts_with(target, BEGINS)
             if target.resolve() in images or (target.exists() and not ours):
-                raise InputError(f"--out {self.out} would write over {target}; give another folder.")
+                raise InputError(
+                    f"--out {self.out} would write over {target}, which no `jdkd predict` wrote; give another folder."
+                )
         return targets
 
 

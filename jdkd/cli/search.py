@@ -99,7 +99,7 @@ class Search:
         config = SearchConfig(**given, train=train, val=val, selection=selection, command=command)
         run, mirrors = RunFolder(self.out), Mirrors(self.out, self.optuna, self.tensorboard)
         shown = SearchProgress(self.out, config.targets, mirrors.update)
-        with keeping(run, "every finished candidate and the last checkpoint"), shown as progress:
+        with keeping(run, lambda: "every finished candidate and the last checkpoint"), shown as progress:
             result = search(config, progress=progress)
             plot, page = write_report(self.out)
             mirrors.close()

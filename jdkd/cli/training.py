@@ -62,10 +62,12 @@ class Data:
         """The same with what a detector trains on in the targets; it has been shown a batch.
 
         Raises:
-            InputError: it does not train on such data.
+            InputError: it does not train on such data, or an image is too elongated for its input size.
         """
+        from jdkd.detect.input_size import require_visible
         from jdkd.train.inputs import data_for
 
+        require_visible(model, self.train.sizes)
         return dataclasses.replace(self, train=data_for(model, self.train, batch_size=batch_size, seed=seed))
 
 
@@ -101,15 +103,22 @@ class Job:
             fitting: trains it, with the progress to report to and with what :func:`jdkd.train.fit` takes of a folder.
             facts: what is written beside the scores; ``fitting`` may add to it.
             identity: what a resumed run must have in common with the first, besides what every training has.
+
+        Raises:
+            InputError: the folder is another run's, an image that it would be scored on in the end is too elongated for
+                it, or it has no input size that could be another while it trains; nothing has been written then.
         """
         from jdkd.data.splits import whereabouts
         from jdkd.detect import save
+        from jdkd.detect.input_size import require_resizing, require_visible
         from jdkd.latency import fuse_for_inference
         from jdkd.train import evaluate
         from jdkd.train.distributed import from_first, is_first
 
+        require_visible(self.model, self.data.val.sizes)
+        require_resizing(self.model, self.config.sizes)
         run, mirror = RunFolder(self.out), self._mirror()
-        with keeping(run, self.training.kept):
+        with keeping(run, lambda: self.training.kept(self.out)):
             where = {"data": whereabouts({split.name: split for split in self.data.splits}), "device": self.device}
             record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
             same = self._identity() | identity
@@ -142,7 +151,7 @@ class Job:
         """Where a training of these settings reports to."""
         from jdkd.train.distributed import processes
 
-        return progress.training(name, self.config.batch_size * processes())
+        return progress.training(name, self.config.batch_size * self.config.accumulate * processes())
 
     def _mirror(self) -> TensorBoardMirror | None:
         """TensorBoard's events, where they are asked for; before anything is written."""

@@ -35,8 +35,10 @@ def save(folder: Path | str, model: nn.Module) -> None:
     """
     folder, inner = Path(folder), unwrapped(model)
     known = architecture_of(inner, "save")
+    is_of_before = (folder / WEIGHTS).exists() and not (folder / ARCHITECTURE).exists()
     save_architecture(folder, inner, describe(inner, known.builder, known.arguments, classes=known.classes))
-    (folder / SPEC).unlink(missing_ok=True)  # of a version before
+    if is_of_before:  # else a file of that name is somebody's
+        (folder / SPEC).unlink(missing_ok=True)
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> nn.Module:

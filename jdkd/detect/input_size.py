@@ -77,14 +77,10 @@ def training_sizes(model: nn.Module, sizes: Sequence[int] | None) -> Iterator[No
     Raises:
         InputError: it has no such transform, or resizes to one fixed size.
     """
+    require_resizing(model, sizes)
     if not sizes:
         yield
         return
-    if input_size(model) is None:
-        raise InputError(
-            f"{type(unwrapped(model)).__name__} takes images as they are, or resizes them to one fixed size; leave the "
-            "sizes to train at out."
-        )
     transform = input_transform(model)
     own = transform.min_size, transform.max_size
     transform.min_size, transform.max_size = tuple(sizes), max(own[1], *sizes)
@@ -92,6 +88,19 @@ def training_sizes(model: nn.Module, sizes: Sequence[int] | None) -> Iterator[No
         yield
     finally:
         transform.min_size, transform.max_size = own
+
+
+def require_resizing(model: nn.Module, sizes: Sequence[int] | None) -> None:
+    """Refuses sizes to train at for a detector that :func:`training_sizes` cannot give them to.
+
+    Raises:
+        InputError: there are some, and it does not resize its input, or to one fixed size.
+    """
+    if sizes and input_size(model) is None:
+        raise InputError(
+            f"{type(unwrapped(model)).__name__} takes images as they are, or resizes them to one fixed size; leave the "
+            "sizes to train at out."
+        )
 
 
 def require_whole(numbers: Mapping[str, Any]) -> None:
@@ -115,12 +124,14 @@ def require_order(min_size: int, max_size: int) -> None:
         raise InputError(f"max_size {max_size} is below min_size {min_size}; give both, the larger one as max_size.")
 
 
-def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]]) -> None:
+def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]], who: str = "", remedy: str = "") -> None:
     """Refuses images of which a detector's transform would leave no pixel: so long that the short side is resized to 0.
 
     Args:
         model: a detector; without a torchvision transform everything passes.
         sizes: (name, height, width) of every image.
+        who: what errors call it besides its kind, such as "the teacher".
+        remedy: what else would help, for the message.
 
     Raises:
         ModelError: names the first of them and says how many there are.
@@ -136,8 +147,10 @@ def require_visible(model: nn.Module, sizes: Iterable[tuple[str, int, int]]) -> 
     ]
     if gone:
         name, height, width = gone[0]
+        kind = type(unwrapped(model)).__name__
         raise ModelError(
-            f"{name} is {height}x{width} (height x width), of which {type(unwrapped(model)).__name__} leaves no pixel "
-            f"on the short side when it resizes the long one to max_size {most} ({len(gone)} such image(s)); raise "
-            f"max_size to {-(-max(height, width) // min(height, width))} or more, or crop or leave out such images"
+            f"{name} is {height}x{width} (height x width), of which {f'{who} ({kind})' if who else kind} leaves no "
+            f"pixel on the short side when it resizes the long one to max_size {most} ({len(gone)} such image(s)); "
+            f"raise max_size to {-(-max(height, width) // min(height, width))} or more, "
+            f"{f'{remedy}, ' if remedy else ''}or crop or leave out such images"
         )

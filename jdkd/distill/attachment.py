@@ -41,6 +41,7 @@ class DistillationHandle:
         self._distiller = distiller.__enter__()
         self._hooks.append(self._student.register_forward_pre_hook(Hook(self._begun), prepend=True))
         self._hooks.append(self._student.register_forward_hook(Hook(self)))
+        self._hooks.append(self._student.register_forward_hook(Hook(self._left), always_call=True))
 
     @property
     def loss_weight(self) -> float:
@@ -101,7 +102,6 @@ class DistillationHandle:
 
     def __call__(self, student: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> Any:
         """The student's outputs with the teacher's loss; a forward hook."""
-        self._is_inside = False
         if not student.training:
             return None
         if not self._distiller.has_loss:
@@ -131,6 +131,10 @@ class DistillationHandle:
                 "train with DistributedDataParallel"
             )
         self._is_inside = True
+
+    def _left(self, student: nn.Module, inputs: tuple[Any, ...], outputs: Any) -> None:
+        """The forward is over, or has raised an error, as where the memory was not enough."""
+        self._is_inside = False
 
     def _neck_ran(self, neck: nn.Module, inputs: tuple[Any, ...], pyramid: Any) -> None:
         """Refuses a pyramid whose loss nobody would get, as the student's own forward does not run."""

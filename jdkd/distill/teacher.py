@@ -226,6 +226,8 @@ class TeacherRunner:
             for (image, version), (other, seen) in zip(images, before, strict=True)
         )
         self._images = images
+        if not self._same_images:  # at once, as the forward may fail before it sees them, and be repeated
+            self._taught = None
 
     def _left(self, student: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         self._called_in = None

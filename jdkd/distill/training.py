@@ -15,6 +15,7 @@ from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import load, open_model
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
+from jdkd.detect.input_size import require_visible
 from jdkd.distill.calibration import as_alignment, check_widths
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import as_weight
@@ -135,10 +136,28 @@ def distill(
         data = CocoDetectionDataset(resolve_split("train", data))
     student = student if isinstance(student, nn.Module) else open_model(str(student), classes=len(data.classes))
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
+    require_seen(student, teacher, data, method)
     probe = [*batches(data, batch_size=config.batch_size, steps=PROBE, seed=config.seed, device=device)]
     with taught(student.to(device), teacher.to(device), method, probe) as teaching:
         probe.clear()  # would lie on the device as long as it trains
         return Distilled(student, fit(student, data, config, device=device, **teaching, **how))
+
+
+def require_seen(student: nn.Module, teacher: nn.Module, data: CocoDetectionDataset, method: DistillConfig) -> None:
+    """Refuses images that are too elongated for the input size of either detector, as far as it is shown them.
+
+    Args:
+        student, teacher: detectors.
+        data: the training images.
+        method: how the teacher is to teach; what sees images as its student does has no input size of its own.
+
+    Raises:
+        InputError: names an image.
+    """
+    require_visible(student, data.sizes, "the student")
+    if method.own_size and (method.weight(student, teacher) or (method.loss == LOGITS and method.logits_weight)):
+        remedy = "let the teacher see images as the student does (own_size=False, --shared-size)"
+        require_visible(teacher, data.sizes, "the teacher", remedy)
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from jdkd.export.preparing import Found
 
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # of 16 bits, or of 12 in TIFF, of which the upper 8 are kept
 BITS_PER_SAMPLE = 258  # tag of TIFF
+MARK = b"drawn by jdkd predict"  # the comment of every picture that is drawn here
+HEAD = 1024  # bytes of a JPEG that hold it, right behind the first marker
 
 
 def read_picture(file: Path) -> np.ndarray:
@@ -73,8 +75,17 @@ def drawn(image: np.ndarray, found: Found, classes: Sequence[str]) -> bytes:
         pen.rectangle(pen.textbbox(place, words, font=font), fill=colour)
         pen.text(place, words, fill=(0, 0, 0), font=font)
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", quality=92)
+    picture.save(stream, "JPEG", quality=92, comment=MARK)
     return stream.getvalue()
+
+
+def is_drawn(file: Path) -> bool:
+    """Whether a file is a picture that :func:`drawn` made, as it says itself; one that is not there is none."""
+    try:
+        with file.open("rb") as stream:
+            return MARK in stream.read(HEAD)
+    except OSError:  # a folder, or nothing that could be looked into
+        return False
 
 
 def name_of(label: int, classes: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from jdkd.data import batches
 from jdkd.detect import load, save
-from jdkd.detect.checkpoint import WEIGHTS
+from jdkd.detect.checkpoint import ARCHITECTURE
 from jdkd.distill import Distiller, can_distil_heads
 from jdkd.errors import InputError
 from jdkd.files import read_json, write_json
@@ -93,7 +93,7 @@ def _frozen_largest(
     """The largest network as it was before any subnet was trained; kept, so that a resumed run has the same."""
 
     def keep() -> None:
-        if not (folder / WEIGHTS).exists():
+        if not (folder / ARCHITECTURE).exists():  # which is written last
             largest = supernet.extract(supernet.space.largest)
             save(folder, calibrate(largest, dataset, config.batch_size, config.seed, device))
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from jdkd.data import batches
 from jdkd.data.loading import Batch
 from jdkd.detect.contract import as_scalar
-from jdkd.detect.input_size import require_visible, training_sizes
+from jdkd.detect.input_size import require_resizing, require_visible, training_sizes
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
 from jdkd.notices import say_once
@@ -116,11 +116,12 @@ def fit(
         DivergenceError: a loss or gradient is not finite. On a CPU the step is not taken; on a GPU it is
             noticed at the next log line or checkpoint, and the weights in memory may have gone with it. The
             checkpoint is good.
-        KeyboardInterrupt: after the step under way was finished and saved.
+        KeyboardInterrupt: after the step under way was finished, logged and saved.
     """
     if not isinstance(auxiliary, nn.Module | None):
         raise InputError(f"auxiliary is {auxiliary!r:.60}; give a torch.nn.Module of what is trained along, or None.")
     require_visible(model, getattr(dataset, "sizes", ()))
+    require_resizing(model, config.sizes)
     dataset = with_targets_of(model, dataset)
     run = _Run(model, config, torch.device(device), losses, auxiliary, parts)
     if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):
@@ -136,14 +137,14 @@ def fit(
         try:
             read = batches(dataset, **batch, **how) if run.step < config.steps else iter(())
             for of_step in zip(*[read] * config.accumulate, strict=True):
-                with uninterrupted():
+                with uninterrupted():  # until it is logged, as a resumed training begins after it
                     run.advance(of_step)
-                if run.step % config.log_every == 0 or run.step in (1, config.steps):
-                    row = run.row()
-                    if home:
-                        home.log.add(row)
-                if home and (run.step == config.steps or _due(run.step, config.checkpoint_every)):
-                    home.save()
+                    if run.step % config.log_every == 0 or run.step in (1, config.steps):
+                        row = run.row()
+                        if home:
+                            home.log.add(row)
+                    if home and (run.step == config.steps or _due(run.step, config.checkpoint_every)):
+                        home.save()
                 if progress:
                     progress(run.step, config.steps, run.losses)
         except KeyboardInterrupt:

@@ -1,6 +1,7 @@
 """`jdkd export` and `jdkd predict`."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -156,6 +157,24 @@ def test_predict_puts_no_picture_in_the_place_of_an_image(jdkd, checkpoint, phot
     answer = jdkd("predict", checkpoint, tmp_path, "--out", tmp_path)
     assert answer.code == 2 and f"would write over {photograph}" in answer.err
     assert photograph.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
+
+
+def test_predict_knows_its_own_pictures_one_by_one(jdkd, checkpoint, photographs, tmp_path):
+    """What a user put beside them is theirs, and they are no images to look at again."""
+    folder, seen = tmp_path / "photographs", tmp_path / "photographs" / "seen"
+    shutil.copytree(photographs, folder)
+    assert jdkd("predict", checkpoint, folder / "0.png", "--out", seen).code == 0
+    drawn = (seen / "0.jpg").read_bytes()
+    (seen / "1.jpg").write_bytes((photographs / "1.png").read_bytes())
+    answer = jdkd("predict", checkpoint, photographs, "--out", seen)
+    assert answer.code == 2 and f"would write over {seen / '1.jpg'}, which no `jdkd predict` wrote" in answer.err
+    assert (seen / "0.jpg").read_bytes() == drawn and len(list(seen.iterdir())) == 3
+    (seen / "1.jpg").unlink()
+    (seen / "detections.json").unlink()  # as a run leaves it that was interrupted
+    answer = jdkd("predict", checkpoint, folder, "--out", seen)
+    assert answer.code == 0 and "on 2 image(s)" in answer.out, answer.err
+    assert f"1 picture(s) in {folder} that `jdkd predict` drew are left out" in answer.err
+    assert sorted(file.name for file in seen.iterdir()) == ["0.jpg", "1.jpg", "detections.json"]
 
 
 @pytest.mark.parametrize("name", ["0.jpg", "detections.json"])

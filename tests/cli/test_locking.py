@@ -51,6 +51,28 @@ def test_a_run_that_another_process_is_at_is_not_resumed(tmp_path):
         assert (tmp_path / "out" / "run.json").read_bytes() == before
 
 
+def test_a_finished_run_that_another_process_resumes_is_not_resumed_beside_it(tmp_path):
+    run = RunFolder(tmp_path)
+    run.begin("search", {"steps": 10})
+    run.finish()
+    with at_work(tmp_path) as other:
+        with pytest.raises(InputError, match=rf"is written to by another process \({other.pid} on"):
+            RunFolder(tmp_path).begin("search", {"steps": 10}, resume=True)
+        tell(other, "finish")
+        assert RunFolder(tmp_path).begin("search", {"steps": 10}, resume=True)
+
+
+def test_what_another_process_finished_meanwhile_stays_finished(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    run.begin("search", {})
+    unfinished = run.read()
+    run.finish()
+    read, answers = run.read, [unfinished]  # as it was when this process looked
+    monkeypatch.setattr(run, "read", lambda: answers.pop() if answers else read())
+    assert run.begin("search", {}, resume=True, where={"device": "another"})
+    assert run.read()["finished"] and run.read()["where"] == {"device": "another"}
+
+
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_was_killed_leaves_no_lock(tmp_path, sent):
     with at_work(tmp_path) as other:

@@ -1,9 +1,13 @@
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from jdkd.cli.flags import RecipeFlags, TrainingFlags
 from jdkd.cli.progress import Progress
+from jdkd.cli.training import Job
+from jdkd.train import TrainConfig
 
 
 @pytest.fixture
@@ -60,3 +64,16 @@ def test_a_training_tells_its_images_per_second_and_what_is_left(on, monkeypatch
     first, *_, last = shown.getvalue().splitlines()
     assert first == "train  9/60  loss 0.5 images/s 2  about 102 s left".replace("102 s", "2 min")
     assert last == "train  60/60  loss 0.5 images/s 2"
+
+
+def test_the_images_per_second_are_those_of_a_step(on, monkeypatch):
+    progress, shown = on(False)
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    config = TrainConfig(steps=2, batch_size=3, accumulate=4)
+    job = Job("train", Path(), None, None, None, config, RecipeFlags(), TrainingFlags(), "cpu")
+    report = job.shown(progress, "train")
+    for step in (1, 2):
+        report(step, 2, {})
+        now[0] += 2.0
+    assert shown.getvalue().splitlines()[-1] == "train  2/2  images/s 6"

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from jdkd.cli import main
@@ -82,6 +83,24 @@ def test_where_nothing_can_be_written_is_said_before_any_work(
     )
     _refused(answer, words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["train", "pool"])
+def test_an_image_too_long_to_be_scored_on_is_named_before_the_training(
+    jdkd, train_arguments, trained, squares, tmp_path, command
+):
+    data = tmp_path / "data"
+    shutil.copytree(squares, data)
+    file = data / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    content["images"].append({"id": 999, "file_name": "thin.png", "width": 900, "height": 1})
+    file.write_text(json.dumps(content))
+    Image.new("RGB", (900, 1)).save(data / "val2017" / "thin.png")
+    arguments = [data if word == str(squares) else word for word in train_arguments]
+    if command == "pool":
+        arguments = ["pool", "train", "--base", trained, "--data", data, "--steps", 12, "--batch-size", 2]
+    _refused(jdkd(*arguments, "--out", tmp_path / "out"), "thin.png is 1x900", "leaves no pixel on the short side")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", ["eval", "latency", "inspect"])

@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from jdkd.cli.flags import recorded_split
 from jdkd.errors import InputError
 from jdkd.files import write_whole
 from jdkd.run_folder import RunFolder
@@ -50,6 +51,18 @@ def test_a_record_that_is_none_is_refused(tmp_path):
     (tmp_path / "run.json").write_text("[1, 2]")
     with pytest.raises(InputError, match="not the record of a run"):
         RunFolder(tmp_path).begin("train", {})
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "no JSON", '{"name": "an experiment of another program"}'])
+def test_the_record_of_another_program_says_nothing_of_data(tmp_path, content):
+    student, images = tmp_path / "student", tmp_path / "images"
+    for folder in (student, images):
+        folder.mkdir()
+    (tmp_path / "run.json").write_text(content)
+    assert recorded_split(student, "val") is None
+    run = RunFolder(student)
+    run.begin("train", {}, where={"data": {"val_images": str(images), "val_annotations": str(tmp_path / "run.json")}})
+    assert recorded_split(student, "val").images == images
 
 
 def test_withdraws_only_what_is_empty(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torchvision.models import mobilenet_v3_small
 
+import tests.detectors
 from jdkd.detect import detector, load, save
 
 TINY = ("--steps", 2, "--batch-size", 2, "--min-size", 64, "--max-size", 64, "--width", 0.125, "--fpn", 32)
@@ -153,6 +154,7 @@ def refuse(*arguments, **options):
         (("--model", "nets/my.py:net"), "'nets/my.py:net' names a file; give its module, my:net"),
         (("--spec", "faster_rcnn_r18_fpn", "--backbone", "resnet18"), "--backbone resnet18 is for --model"),
         (("--spec", "faster_rcnn_r18_fpn", "--norm", "group"), "norm 'batch' or 'frozen'"),
+        (("--model", "ssdlite", "--backbone", "mobilenet_v3_small", "--train-sizes", 64), "leave the sizes to train"),
     ],
 )
 def test_what_does_not_go_together_is_said_before_anything_is_written(jdkd, squares, tmp_path, flags, words):
@@ -174,6 +176,18 @@ def test_folders_keep_what_they_are(jdkd, squares, trained, tmp_path):
     answer = jdkd(*run, "--min-size", 96)
     assert answer.code == 0, answer.err
     assert load(tmp_path / "out").transform.min_size == (96,)
+
+
+def test_a_run_is_of_the_weights_in_the_folder_that_it_begins_with(tmp_path, monkeypatch):
+    from jdkd.cli.detectors import DetectorFlags
+
+    folder = tmp_path / "one"
+    save(folder, tests.detectors.detector(tests.detectors.small_spec()))
+    assert DetectorFlags().built(str(folder), tests.detectors.CLASSES, 0)[1] == folder / "weights.safetensors"
+    monkeypatch.chdir(tmp_path)
+    folder.rename("faster_rcnn_r18_fpn")  # a name goes before a folder
+    flags = DetectorFlags(width=0.125, depth=0.5, fpn=16, box_head=16)
+    assert flags.built("faster_rcnn_r18_fpn", tests.detectors.CLASSES, 0)[1] is None
 
 
 def test_synchronised_norms_are_explained_where_nothing_synchronises(jdkd, squares, tmp_path):

@@ -105,6 +105,13 @@ def test_a_folder_of_an_earlier_version_loads_and_is_saved_as_one_of_today(tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["architecture.json", "weights.safetensors"]
 
 
+def test_a_file_of_somebody_that_is_called_as_one_of_ours_was_stays(tmp_path):
+    (tmp_path / "spec.json").write_text("somebody's")
+    for _ in range(2):
+        save(tmp_path, detector(small_spec()))
+    assert (tmp_path / "spec.json").read_text() == "somebody's" and load(tmp_path).architecture.classes == CLASSES
+
+
 def test_a_rewritten_detector_is_saved_and_loaded(tmp_path):
     model = detector(small_spec())
     topology = read(model)

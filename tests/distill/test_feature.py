@@ -246,6 +246,27 @@ def test_the_teacher_runs_once_for_the_same_images_if_told_to(reuse, calls):
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_what_is_kept_of_one_batch_is_not_taken_for_that_of_another_whose_forward_failed_first():
+    student, teacher = PyramidDetector(4, P2_TO_P5), PyramidDetector(4, P2_TO_P5, seed=1)
+
+    def fail(*given):
+        raise torch.OutOfMemoryError("tried to allocate more than there is")
+
+    first, second = batch(), batch(seed=5)
+    with Distiller(student, teacher, reuse=True) as distiller:
+        student(first)
+        distiller.losses()
+        hook = student.register_forward_pre_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            student(second)
+        hook.remove()
+        student(second)
+        ours = distiller.losses()["loss_pkd"]
+    theirs = teacher.backbone(torch.stack(second))
+    expected = pkd_loss(student(second).values(), theirs.values(), loss_weight=6.0)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_a_student_learns_from_its_teacher_inside_fit(student, teacher, tmp_path):
     scenes = write_scenes(tmp_path)
     history = []

@@ -121,6 +121,22 @@ def test_a_training_step_that_goes_past_the_attached_module_is_refused(student, 
         assert "loss_pkd" in wrapped.training_step(images, targets)
 
 
+def test_a_forward_that_failed_is_over(student, teacher, images, targets):
+    wrapped, heads = Wrapper(student).train(), student.roi_heads
+
+    def fail(*given):
+        raise torch.OutOfMemoryError("tried to allocate more than there is")
+
+    with attach(wrapped, teacher):
+        hook = heads.register_forward_pre_hook(fail)
+        with pytest.raises(torch.OutOfMemoryError, match="more than there is"):
+            wrapped(images, targets)
+        hook.remove()
+        with pytest.raises(InputError, match=r"Backbone ran outside of the forward of Wrapper"):
+            wrapped.training_step(images, targets)
+        assert "loss_pkd" in wrapped(images, targets)
+
+
 def test_several_detectors_in_one_module_are_told_apart_by_a_path(student, teacher, images, targets):
     both = nn.ModuleDict({"small": student, "large": teacher})
     with pytest.raises(

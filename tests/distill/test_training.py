@@ -6,14 +6,18 @@ import weakref
 
 import pytest
 import torch
+from PIL import Image
 
+from jdkd.data import CocoDetectionDataset
 from jdkd.detect import detector as of_family
 from jdkd.detect import save
 from jdkd.distill import DistillConfig, comparable, distill
+from jdkd.distill.training import require_seen
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.train import DivergenceError, TrainConfig, fit
 from tests.detectors import CLASSES, detector, small_spec
+from tests.train.scenes import write_scenes
 
 FEW = TrainConfig(steps=2, batch_size=2, gamma_l1=0.0)
 
@@ -124,6 +128,25 @@ def test_after_the_last_lesson_the_teacher_does_not_run(student, teacher, scenes
     assert (
         ["loss_pkd" in row["losses"] for row in rows] == ["parts" in row for row in rows] == [True, True, False, False]
     )
+
+
+def test_an_image_of_which_either_sees_no_pixel_is_named_before_anything_is_written(student, tmp_path):
+    split = write_scenes(tmp_path / "scenes", images=3).split
+    content = json.loads(split.annotations.read_text())
+    content["images"][2] |= {"height": 128, "width": 4}
+    split.annotations.write_text(json.dumps(content))
+    Image.new("RGB", (4, 128)).save(split.images / "2.png")
+    thin, folder = CocoDetectionDataset(split), tmp_path / "run"
+    teacher = detector(small_spec(min_size=16, max_size=24), seed=7)
+    words = r"2\.png is 128x4 .*, of which the teacher \(FasterRCNN\) leaves no pixel .* max_size 24 \(1 such image"
+    with pytest.raises(InputError, match=words) as caught:
+        distill(student, teacher, thin, FEW, folder=folder)
+    assert "raise max_size to 32 or more, let the teacher see images as the student does" in str(caught.value)
+    with pytest.raises(InputError, match=r"of which the student \(FasterRCNN\) leaves no pixel"):
+        distill(teacher, student, thin, FEW, folder=folder)
+    assert not folder.exists()
+    for unseen in (DistillConfig(own_size=False), DistillConfig(loss_weight=0)):
+        require_seen(student, teacher, thin, unseen)
 
 
 def test_the_teacher_runs_up_to_its_neck_only(student, teacher, scenes):

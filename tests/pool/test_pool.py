@@ -3,11 +3,12 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from jdkd.detect import build, named_spec, read, round_width
+from jdkd.detect import build, named_spec, read, round_width, save
 from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
 from jdkd.nn.elastic import Elastic
@@ -24,6 +25,7 @@ from jdkd.pool import (
     load_pool,
     train_pool,
 )
+from jdkd.pool.shrinking import _frozen_largest
 from jdkd.rewrite import describe
 from jdkd.train import TrainConfig
 from tests.detectors import assert_same, detector, outputs, small_spec
@@ -212,6 +214,16 @@ def test_an_interrupted_pool_ends_as_an_uninterrupted_one(digits, trained, tmp_p
     read.score_members([*subnets, *subnets], train)
     assert {member.teacher for member in read.members} == subnets and len(read.members) == len(subnets)
     assert read.scored_on == train.fingerprint and read.members != whole.members
+
+
+def test_a_frozen_network_that_a_kill_left_half_written_is_written_again(tmp_path, monkeypatch):
+    largest = detector(small_spec())
+    supernet = SimpleNamespace(space=SimpleNamespace(largest=None), extract=lambda subnet: largest)
+    monkeypatch.setattr("jdkd.pool.shrinking.calibrate", lambda model, *how: model)
+    save(tmp_path, largest)
+    (tmp_path / "architecture.json").unlink()
+    again = _frozen_largest(supernet, None, TrainConfig(steps=1), tmp_path, "cpu")
+    assert again.architecture == largest.architecture
 
 
 def test_a_teacher_that_finds_nothing_finite_scores_0_and_says_so(digits, monkeypatch):

@@ -68,6 +68,23 @@ def test_ctrl_c_lets_the_step_finish(scenes, tmp_path):
     assert same(values(whole), values(halves))
 
 
+@pytest.mark.parametrize("last", [2, 4])
+def test_the_step_that_ctrl_c_let_finish_is_in_the_log(scenes, tmp_path, last):
+    model, config = Toy(), TrainConfig(steps=4, batch_size=1, log_every=1)
+
+    def losses(images, targets, step):
+        if step == last - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield model(images, targets)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, scenes, config, **CPU, folder=tmp_path / "cut", losses=losses)
+    resumed = fit(model, scenes, config, **CPU, folder=tmp_path / "cut", resume=True)
+    whole = fit(Toy(), scenes, config, **CPU, folder=tmp_path / "whole")
+    logs = [[{**row, "step_seconds": 0} for row in rows(tmp_path / run)] for run in ("whole", "cut")]
+    assert logs[0] == logs[1] and resumed.losses == whole.losses
+
+
 def test_an_interruption_in_the_middle_of_a_step_keeps_the_last_checkpoint(scenes, tmp_path):
     def losses(images, targets, step):
         if step == 3:

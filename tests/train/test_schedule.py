@@ -64,9 +64,10 @@ def test_images_are_resized_to_all_of_the_sizes_and_the_detector_stays_as_it_was
     assert seen == {48, 64, 112} and (model.transform.min_size, model.transform.max_size) == before
 
 
-def test_sizes_are_refused_where_images_stay_as_they_are(scenes):
+def test_sizes_are_refused_where_images_stay_as_they_are(scenes, tmp_path):
     with pytest.raises(InputError, match=r"Toy takes images as they are.*leave the sizes to train at out"):
-        fit(Toy(), scenes, TrainConfig(steps=1, sizes=(48,)), **CPU)
+        fit(Toy(), scenes, TrainConfig(steps=1, sizes=(48,)), **CPU, folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_running_average_is_what_is_left(scenes):
