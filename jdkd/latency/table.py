@@ -238,9 +238,9 @@ def measure_table(
     deployed = fuse_for_inference(model)
     kept = nms_counts(deployed, [as_floats(image, deployed) for image in images])
     sizes, counted = _positions(model, topology, images[0])
-    per_region = _of_regions(model, topology, images[0], {name: counts[-1] for name, counts in counted.items()})
-    regions = {"regions": regions_of(model), "of_regions": per_region}
-    table = LatencyTable(_containers(topology), sizes, counted, rows=(), kept=kept, **regions)
+    now = {name: counts[-1] for name, counts in counted.items()}
+    regions, per_region = regions_of(model), _of_regions(model, topology, images[0], now)
+    table = LatencyTable(_containers(topology), sizes, counted, (), kept=kept, regions=regions, of_regions=per_region)
     rows = [(table.features(model), 1.0)]
     schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
     schedule |= {"modes": ("end_to_end",), "brief": True, "runtime": runtime}

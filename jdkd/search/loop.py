@@ -73,6 +73,7 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
         result = found or _searched(evaluator, budget, cast(Journal, workers))
     if not cast(dict[str, Any], run.read())["finished"]:
         run.finish()
+    run.close()
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from jdkd.detect import load, save
-from jdkd.detect.checkpoint import WEIGHTS
+from jdkd.detect.checkpoint import ARCHITECTURE
 from jdkd.errors import InputError, ModelError
 from jdkd.files import read_json, write_json
 from jdkd.latency.statistics import kendall
@@ -107,7 +107,7 @@ def _chosen(archive: Archive, target: float, context: SearchContext) -> Candidat
 def _control(steps: int, latency: PooledLatency, context: SearchContext) -> dict[str, Any]:
     """The row of the base trained for so many more steps, without a teacher and without a change."""
     config, folder = context.config, context.config.out / "control"
-    if not (folder / WEIGHTS).exists():
+    if not (folder / ARCHITECTURE).exists():  # which is written last
         model = copy.deepcopy(context.base)
         try:
             with context.spent.on("control"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from jdkd.detect import load
+from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.files import read_as, write_json
 from jdkd.pool import PoolTrainConfig, ScoredTeacher, TeacherPool, load_pool, train_pool
@@ -64,7 +65,8 @@ def require_teachers(context: SearchContext) -> None:
     """Refuses detectors that cannot teach, before anything is written.
 
     Raises:
-        InputError: one cannot be loaded, told from another by its name, or compared with the base.
+        InputError: one cannot be loaded, told from another by its name, or compared with the base, or does not see some
+            of the images.
     """
     names: list[str] = []
     images = next(context.probe())[0][:1] if context.config.teachers else []
@@ -73,7 +75,9 @@ def require_teachers(context: SearchContext) -> None:
         if name == BASE:
             raise InputError(f"the teacher in {folder} is named as what the search starts from; rename its folder.")
         require_name(name, names)
-        require_common(name, load(folder, context.config.device), context.base, images)
+        teacher = load(folder, context.config.device)
+        require_visible(teacher, [*context.train.sizes, *context.selection.dataset.sizes], f"teacher {name}")
+        require_common(name, teacher, context.base, images)
         say_if_trained_elsewhere(f"teacher {name}", trained_on(folder), context.train)
         names.append(name)
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import pytest
 from jdkd.data import Split
 from jdkd.detect import save
 from jdkd.errors import InputError
+from jdkd.files import LOCK
 from jdkd.latency.protocol import conditions_of
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
@@ -115,6 +118,19 @@ def test_a_lost_archive_is_made_again_and_by_two_workers_the_same(folder, finish
     assert archived(unfinished) == archived(finished[0])
     assert any(what.startswith("candidate 1:") for what in told), "what workers report is passed on"
     assert "pool: largest" not in told, "the pool was not lost"
+
+
+def test_a_control_that_a_kill_left_half_written_is_written_again(folder, finished, unfinished, steady):
+    (unfinished / "control" / "architecture.json").unlink()
+    result = search(config_of(folder, unfinished, resume=True))
+    assert result["control"] == finished[1]["control"]
+
+
+def test_a_finished_search_that_is_read_again_keeps_nobody_out(folder, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    search(config_of(folder, tmp_path / "out", resume=True))
+    locking = f"import fcntl; fcntl.lockf(open({str(tmp_path / 'out' / LOCK)!r}, 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    subprocess.run([sys.executable, "-c", locking], check=True)  # of another process, which fails where one holds it
 
 
 def test_a_generation_whose_end_is_lost_is_carried_on(folder, finished, unfinished, steady):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jdkd.data import Split
+from jdkd.data import CocoDetectionDataset, Split
 from jdkd.detect import load, save
 from jdkd.errors import InputError
 from jdkd.latency import Latency, ModelLatency
@@ -160,6 +160,14 @@ def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_written(folde
     teacher = next((tmp_path / name for name in ("base", "best") if (tmp_path / name).exists()), tmp_path / "wide")
     with pytest.raises(InputError, match=says):
         search(config_of(folder, tmp_path / "out", teachers=(teacher,)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_that_does_not_see_an_image_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
+    save(tmp_path / "wide", detector(small_spec(classes=DIGITS, max_size=64)))
+    monkeypatch.setattr(CocoDetectionDataset, "sizes", property(lambda data: [("long.png", 2, 150)]))
+    with pytest.raises(InputError, match=r"long.png is 2x150 .*, of which teacher wide \(FasterRCNN\) leaves no pixel"):
+        search(config_of(folder, tmp_path / "out", teachers=(tmp_path / "wide",)))
     assert not (tmp_path / "out").exists()
 
 
