@@ -117,7 +117,7 @@ def spread(values: Sequence[float]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(RECIPES), nargs="?")
+    parser.add_argument("name", choices=proof.ONE_STUDENT, nargs="?")
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--data", type=Path, help="photographs in the COCO layout")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))

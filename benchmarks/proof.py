@@ -78,6 +78,8 @@ RECIPES = {
     ),
     "blood_cells": Recipe(None, f"--model fcos {_RESNET} --min-size 144 --max-size 192", 4, 2000, times=2),
 }
+ONE_STUDENT = [name for name, recipe in RECIPES.items() if "," not in recipe.targets]
+"""Those whose searches have a single target, and so a student of which more can be asked."""
 
 
 def run(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
@@ -132,9 +134,10 @@ def jdkd(*words: object) -> None:
 
 
 def of_finished(doc: str | None) -> argparse.ArgumentParser:
-    """The command line of what reads finished searches: of which kind, where they lie, which seeds; or nothing."""
+    """The command line of what reads finished searches for one student: which kind, where they lie, which seeds; or
+    nothing."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=list(RECIPES), nargs="?")
+    parser.add_argument("name", choices=ONE_STUDENT, nargs="?")
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     return parser

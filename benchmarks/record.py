@@ -32,15 +32,15 @@ _UNITS = ((1e6, "s"), (1e3, "ms"), (1, "µs"))
 Row = dict[str, Any]
 
 
-def device_name(device: str) -> str:
-    """The GPU's name, or the processor's with the number of threads in use."""
+def device_name(device: str, threads: int | None = None) -> str:
+    """The GPU's name, or the processor's with the number of threads in use, or of those that were."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     processor = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
         processor = found.group(1).strip() if found else processor
-    return f"{processor}, {torch.get_num_threads()} threads"
+    return f"{processor}, {threads or torch.get_num_threads()} threads"
 
 
 def sources_hash() -> str:
@@ -161,9 +161,9 @@ def _cost(cost: Cost | None) -> Row:
     return {field.name: getattr(cost, field.name, None) for field in dataclasses.fields(Cost)}
 
 
-def result_file(device: str, op: str) -> Path:
-    """Where saved rows of an operator lie."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower().replace("(r)", "")).strip("-")
+def result_file(device: str, op: str, threads: int | None = None) -> Path:
+    """Where saved rows of an operator lie, by default those of this process's number of threads."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device, threads).lower().replace("(r)", "")).strip("-")
     return RESULTS / slug / f"{op}.jsonl"
 
 

@@ -136,7 +136,8 @@ def main(arguments: list[str]) -> None:
     if name not in NAMES:
         raise InputError(f"{name!r} is none of {', '.join(NAMES)}; begin with what the searches are of.")
     for result in collect([Path(folder) for folder in folders]):
-        record.append(record.result_file(result["device"]["device"].partition(":")[0], name), [result])
+        kind, threads = result["device"]["device"].partition(":")[0], result["device"]["threads"]
+        record.append(record.result_file(kind, name, threads), [result])
     print(table(record.load(sorted(record.RESULTS.glob(f"*/{name}.jsonl")))))
 
 

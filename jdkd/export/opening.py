@@ -81,6 +81,8 @@ def onnx_run(content: bytes, device: str) -> tuple[Run, Mapping[str, str]]:
         raise InputError(f"--device is {device}, and this onnxruntime has no {wanted}; give --device cpu.")
     how = [(wanted, {"device_id": number} if number else {})]
     session = onnxruntime.InferenceSession(content, providers=how)
+    if wanted not in session.get_providers():  # it takes the CPU then, and says why on stderr
+        raise InputError(f"--device is {device}, and onnxruntime cannot begin on it; give --device cpu.")
     names = [each.name for each in session.get_inputs()]
     return (
         lambda images, sizes: session.run(None, dict(zip(names, (images, sizes), strict=True))),

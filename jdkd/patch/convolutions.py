@@ -286,7 +286,8 @@ class Convolution(Layer):
             return False
         if residual is None:
             return True
-        steps = zip(x.shape[2:], conv.kernel_size, conv.padding, conv.dilation, conv.stride, strict=True)
+        padding = (0, 0) if isinstance(conv.padding, str) else conv.padding  # in words: only 1x1 ones get here
+        steps = zip(x.shape[2:], conv.kernel_size, padding, conv.dilation, conv.stride, strict=True)
         size = [(side + 2 * pad - far * (taps - 1) - 1) // stride + 1 for side, taps, pad, far, stride in steps]
         return residual.shape == (x.shape[0], conv.out_channels, *size) and residual.dtype == x.dtype
 

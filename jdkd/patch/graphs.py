@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from jdkd.latency.replaying import Replayed
 from jdkd.patch.convolutions import state
@@ -24,6 +24,8 @@ class Trunk(Override):
 
     A size is that of the padded batch. A detector's transform pads to multiples of its ``size_divisible``, 32 pixels,
     and these are the buckets: to pad further would change what a convolution sees at the border of an image.
+
+    Levels and what heads return are copies, as the next replay writes over what this one has written.
 
     Args:
         trunk: is called with a batch ``[N, 3, H, W]``, and returns levels.
@@ -46,8 +48,8 @@ class Trunk(Override):
             self.replayed.forget()  # weights that were exchanged are not where the graphs read them
             self._read = read
         levels, found = self.replayed(images)
-        levels = tree_map(lambda level: level, levels)  # containers of one's own
-        _ready.found = {id(head): (self._of(levels, head), out) for head, out in found.items()}
+        levels = _copied(levels)
+        _ready.found = {id(head): (self._of(levels, head), _copied(out)) for head, out in found.items()}
         return levels
 
     def _all(self, images: Tensor) -> tuple[Any, dict[nn.Module, Any]]:
@@ -66,6 +68,10 @@ class Behind(Override):
         given, out = getattr(_ready, "found", {}).pop(id(self.module), ((), None))
         alike = isinstance(levels, list | tuple) and [*map(id, levels)] == [*map(id, given)]
         return out if given and alike and not args and not named else self.inner(levels, *args, **named)
+
+
+def _copied(values: Any) -> Any:
+    return tree_map_only(Tensor, Tensor.clone, values)
 
 
 def why_no_graph(device: torch.device, trunk: str | None) -> str | None:

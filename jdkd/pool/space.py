@@ -32,7 +32,7 @@ class Subnet:
 
     def __str__(self) -> str:
         stages = zip(self.depths, self.widths, strict=True)
-        return " ".join(f"{depth}x{width:.2g}" for depth, width in stages)
+        return " ".join(f"{depth}x{_told(width)}" for depth, width in stages)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Space:
             steps: number of widths from the base's to the largest.
 
         Raises:
-            InputError: the largest network would be smaller than the base, or larger than anybody means.
+            InputError: the largest network would be smaller than the base, or larger than anybody means, or two widths
+                would have one name.
         """
         if extra_depth < 0 or not 1 <= width <= WIDEST or steps < 1:
             raise InputError(
@@ -74,6 +75,12 @@ class Space:
         least = 1 / width
         single = width == 1 or steps == 1 or not pool_groups(topology)
         widths = (1.0,) if single else tuple(least + (1 - least) * i / (steps - 1) for i in range(steps))
+        names = [_told(each) for each in widths]
+        if shared := next((name for name in names if names.count(name) > 1), None):
+            raise InputError(
+                f"{steps} widths up to {width:g} times the base's lie so near to each other that {shared} is the name "
+                "of more than one; give fewer widths, or a larger width."
+            )
         return cls(tuple(depths), widths, width)
 
     @property
@@ -126,9 +133,9 @@ class Space:
                 f"{name!r} names no subnet; give largest, smallest, best, or blocks x width for each of the "
                 f"{len(self.depths)} stages, such as '{self.smallest}'."
             )
-        exact = {f"{width:.2g}": width for width in self.widths}  # what a name rounds
+        exact = {_told(width): width for width in self.widths}  # what a name rounds
         widths = [float(part[2]) for part in parts]
-        subnet = Subnet(tuple(int(part[1]) for part in parts), tuple(exact.get(f"{w:.2g}", w) for w in widths))
+        subnet = Subnet(tuple(int(part[1]) for part in parts), tuple(exact.get(_told(w), w) for w in widths))
         self.check(subnet)
         return subnet
 
@@ -157,3 +164,8 @@ class Space:
     def from_json(cls, fields: dict[str, Any]) -> "Space":
         depths = tuple(tuple(choices) for choices in fields["depths"])
         return cls(depths, tuple(fields["widths"]), fields["growth"])
+
+
+def _told(width: float) -> str:
+    """A share of the channels in the name of a subnet."""
+    return f"{width:.2g}"

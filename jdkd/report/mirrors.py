@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.notices import say_once
 from jdkd.report.outcome import Outcome, read_outcome
 from jdkd.report.study import mirror_to_optuna
@@ -39,12 +39,13 @@ class Mirrors:
         if not self or not (self.folder / RUN_FILE).is_file():  # the folder is not the run's yet
             return
         outcome = None
-        with suppress(InputError):  # no candidate yet, or no search
-            outcome = read_outcome(self.folder)
         try:
+            with suppress(InputError):  # no candidate yet, or no search
+                outcome = read_outcome(self.folder)
             self.show(outcome)
-        except (InputError, OSError) as error:
-            say_once(f"the run goes on, but is not mirrored: {error}", key=f"mirrors of {self.folder}")
+        except Exception as error:  # whatever a database, a writer of events or a plot raises
+            why = error if isinstance(error, InputError) else said(error)
+            say_once(f"the run goes on, but is not mirrored: {why}", key=f"mirrors of {self.folder}")
 
     def show(self, outcome: Outcome | None) -> None:
         """Brings both up to date.

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, said
 from jdkd.report.outcome import KINDS, Outcome
 from jdkd.search.archive import Candidate
 
@@ -61,8 +61,10 @@ def mirror_to_optuna(outcome: Outcome, storage: str) -> Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             study.set_metric_names([*OBJECTIVES])
         study.add_trials(wanted[len(there) :])
-    except (SQLAlchemyError, ValueError, ImportError) as error:
-        why = str(error).strip().splitlines()[0]
+    except InputError:
+        raise
+    except (SQLAlchemyError, optuna.exceptions.OptunaError, ValueError, ImportError) as error:
+        why = said(error.__cause__ or error)  # Optuna's own says only that a commit failed
         raise InputError(f"{storage} cannot hold an Optuna study ({why}); give one such as sqlite:///a.db.") from None
     finally:
         optuna.logging.set_verbosity(level)

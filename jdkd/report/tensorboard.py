@@ -72,8 +72,7 @@ class TensorBoardMirror:
         whole = new[: new.rfind(b"\n") + 1]
         self._read[log] = len(content) - len(new) + len(whole)
         run = log.parent.relative_to(self.folder)
-        for line in whole.splitlines():
-            row = json.loads(line)
+        for row in filter(None, map(_row, whole.splitlines())):
             for name, value in _numbers({key: each for key, each in row.items() if key != "step"}):
                 self._writer("training" if run == Path() else str(run)).add_scalar(name, value, row["step"])
 
@@ -93,6 +92,15 @@ class TensorBoardMirror:
         self._candidates = len(outcome.candidates)
         picture = Image.open(io.BytesIO(pareto_plot(outcome))).convert("RGB")
         writer.add_image("front", np.asarray(picture), outcome.candidates[-1].generation, dataformats="HWC")
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of a training's log; None of one that another has left."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _numbers(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:

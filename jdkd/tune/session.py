@@ -139,15 +139,17 @@ def _of_device(
     jobs = [job for job in jobs if job.others]
     wanted = [job for job in jobs if again or job.region not in known.get(job.table, {})]
     outcome.left = len(wanted)
+    forgotten = [job for job in wanted if job.region in known.get(job.table, {})]
+    for job in forgotten:  # or a default's call would take a winner of before, and what is left would not be timed
+        del known[job.table][job.region]
+    if forgotten:
+        _keep(device, known)
     deadline = time.monotonic() + seconds
     for job in wanted:
         if outcome.timed and time.monotonic() >= deadline:
             break
         share = max(0.0, deadline - time.monotonic()) / outcome.left
-        of = known.setdefault(job.table, {})
-        if of.pop(job.region, None):  # or the default's call would take the winner of before
-            _keep(device, known)
-        of[job.region] = found = timed(job, share, clock)
+        known.setdefault(job.table, {})[job.region] = found = timed(job, share, clock)
         _keep(device, known)
         outcome.timed, outcome.left = outcome.timed + 1, outcome.left - 1
         if progress:

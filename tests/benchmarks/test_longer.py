@@ -3,9 +3,10 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 
-from benchmarks import longer
+from benchmarks import ablations, gains, longer
 
 
 def test_a_student_is_trained_on_from_its_end_for_as_long_as_its_lineage(tmp_path, monkeypatch):
@@ -27,3 +28,10 @@ def test_a_student_is_trained_on_from_its_end_for_as_long_as_its_lineage(tmp_pat
     assert longer.table([row | {"longer": 0.1}, row]).splitlines()[2:] == [
         "| digit_scenes_deep | 3 | 0.700 | 0.750 | 0.600 | 40 | 0.720 | 80 |"
     ]
+
+
+@pytest.mark.parametrize("module", [longer, gains, ablations])
+def test_searches_for_several_students_are_refused_before_anything_is_run(module, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        module.main(["blood_cells_deep_front", str(tmp_path)])
+    assert "invalid choice: 'blood_cells_deep_front'" in capsys.readouterr().err and not [*tmp_path.iterdir()]

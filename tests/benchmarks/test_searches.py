@@ -4,8 +4,9 @@ import json
 from contextlib import closing
 
 import pytest
+import torch
 
-from benchmarks import searches
+from benchmarks import record, searches
 from jdkd.errors import InputError
 from jdkd.search import Archive
 from jdkd.search.archive import ARCHIVE
@@ -52,6 +53,18 @@ def test_a_table_has_means_by_target_and_the_later_of_two_results_of_a_seed():
     assert "| 0.8 | mean ± sd | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.141 |" in searches.table(
         [result(0, map=0.4), result(1, map=0.6)]
     )
+
+
+def test_a_result_is_kept_under_the_threads_that_it_was_made_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    threads = torch.get_num_threads() + 1
+    made = result(id="none") | {"device": {"device": "cpu", "threads": threads}}
+    (tmp_path / "result.json").write_text(json.dumps(made))
+    with closing(Archive(tmp_path / ARCHIVE)):
+        searches.main(["demo", str(tmp_path)])
+    (file,) = (tmp_path / "results").rglob("*.jsonl")
+    assert file.parent.name.endswith(f"-{threads}-threads") and file.name == "demo.jsonl"
+    assert "| 0.8 | 2 | 0.500 |" in capsys.readouterr().out
 
 
 def test_other_names_and_folders_are_refused(tmp_path):

@@ -160,6 +160,19 @@ def test_the_triton_kernel_has_the_same_epilogue(stride):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # by the interpreter
+@pytest.mark.parametrize("padding", ["valid", "same"])
+def test_a_1x1_convolution_whose_padding_is_a_word_takes_a_residual(padding):
+    """As where the Triton kernel is chosen, which takes it."""
+    conv = nn.Conv2d(16, 16, 1, padding=padding).eval()
+    ours = Convolution(conv, None, Form(fused=True))
+    with torch.no_grad():
+        x, residual = (torch.randn(1, 16, 5, 6).contiguous(memory_format=torch.channels_last) for _ in range(2))
+        ours.weights(x)
+        ours._run = Pointwise()
+        torch.testing.assert_close(ours.run(x, residual, True), F.relu(conv(x) + residual), rtol=1e-4, atol=1e-4)
+
+
 def test_who_asks_for_a_backend_decides_whether_the_triton_kernel_runs(monkeypatch):
     """On a GPU, which need not be there to be asked about."""
     call = Call(nn.Conv2d(16, 16, 1), Form(fused=True), torch.device("cuda"), torch.float32)

@@ -113,6 +113,18 @@ def test_heads_behind_a_trunk_are_replayed_with_it(replaying):
         assert len(ran) == 8 and len(recorder.replayed) == replayed, "a hook is called, level by level"
 
 
+def test_what_a_trunk_and_a_head_returned_stays_when_they_run_again(replaying):
+    """Whoever calls them by themselves, for features say, keeps what they returned."""
+    model, plain, images, recorder, _ = replaying
+    batches = [torch.stack([(images[0] + 0.2 * number).clamp(max=1)]) for number in range(4)]
+    with torch.no_grad():
+        ours = [(levels := model.backbone(each), model.rpn.head([*levels.values()])) for each in batches]
+        theirs = [(levels := plain.backbone(each), plain.rpn.head([*levels.values()])) for each in batches]
+    assert len(recorder.replayed) == 3
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_two_sizes_do_not_see_each_other(replaying):
     model, plain, images, recorder, _ = replaying
     other = [images[0][:, :, :64]]

@@ -70,6 +70,15 @@ def test_a_space_spans_from_the_base_to_the_largest_network(base):
     assert Space.from_json(json.loads(json.dumps(space.to_json()))) == space
 
 
+def test_widths_that_would_have_one_name_are_refused():
+    """By its name a subnet is measured, shown and exported."""
+    topology = read(detector(small_spec()))
+    assert len(Space.from_base(topology, steps=20).widths) == 20
+    for how in ({"steps": 60}, {"width": 1.01}):
+        with pytest.raises(InputError, match=r"widths up to .* times the base's lie so near .*; give fewer widths"):
+            Space.from_base(topology, **how)
+
+
 def test_the_default_space_is_one_block_deeper_and_half_as_wide_again():
     spec = named_spec("faster_rcnn_r18_fpn", ["a"], width=0.25)
     space, largest, _ = grown(base := build(spec), width=1.5)

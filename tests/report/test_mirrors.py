@@ -2,6 +2,7 @@
 
 import json
 import math
+import sqlite3
 from contextlib import closing
 
 import pytest
@@ -76,9 +77,24 @@ class TestOptuna:
         storage = f"sqlite:///{tmp_path / 'study.db'}"
         study = optuna.create_study(storage=storage, study_name="search", directions=["maximize", "minimize"])
         study.add_trial(optuna.trial.create_trial(values=[1.0, 2.0]))
-        with pytest.raises(InputError, match="no mirror of this search"):
+        with pytest.raises(InputError, match=r"^sqlite:\S+ holds a study 'search' that is no mirror of this search"):
             mirrored()
         assert len(study.trials) == 1
+
+    def test_a_run_outlives_a_database_that_somebody_else_has_locked(self, mirrored, folder, tmp_path):
+        mirrored()
+        file = tmp_path / "study.db"
+        with closing(Archive(folder / "archive.sqlite")) as archive:
+            add(archive, 7, 0.5, 0.5, 0)
+        with closing(sqlite3.connect(file, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            mirrors = Mirrors(folder, f"sqlite:///{file}?timeout=0.1")
+            with pytest.raises(InputError, match=r"study\.db\S* cannot hold an Optuna study .*database is locked"):
+                mirrors.show(read_outcome(folder))
+            with pytest.warns(Notice, match=r"the run goes on, but is not mirrored: sqlite.*database is locked"):
+                mirrors.update()
+        mirrors.update()
+        assert len(mirrored()) == 8
 
     @pytest.mark.parametrize("storage", ["nonsense", "sqlite:////nowhere/at/all.db", "foo://x"])
     def test_a_storage_that_cannot_be_used_is_named(self, folder, storage):
@@ -125,6 +141,22 @@ class TestTensorBoard:
         mirrors.close()
         assert [step for step, _ in scalars(run, "losses/box")] == [1, 2, 3, 4]
         assert scalars(run, "lr") == [(step, pytest.approx(0.01)) for step in (1, 2, 3, 4)]
+
+    def test_a_log_that_no_training_wrote_is_left_out_and_ends_no_run(self, scalars, folder, log):
+        strange = folder / "notes" / "log.jsonl"
+        strange.parent.mkdir()
+        strange.write_text('bought milk\n[1, 2]\n{"lr": 0.5}\n{"step": "one", "lr": 0.5}\n')
+        log.write_text(_line(1) + "\0\0\0\n" + _line(2))
+        Mirrors(folder, tensorboard=True).close()
+        assert [step for step, _ in scalars("candidates/003/training", "lr")] == [1, 2]
+        assert not (folder / "tensorboard" / "notes").exists()
+
+    def test_a_run_outlives_whatever_a_mirror_raises(self, folder, monkeypatch):
+        pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+        mirrors = Mirrors(folder, tensorboard=True)
+        monkeypatch.setattr(mirrors.board, "_add_candidates", lambda outcome: 1 / 0)
+        with pytest.warns(Notice, match="the run goes on, but is not mirrored: ZeroDivisionError: division by zero"):
+            mirrors.update()
 
     def test_mirroring_anew_writes_nothing_twice(self, scalars, folder, log):
         for _ in range(2):

@@ -144,6 +144,16 @@ def test_a_run_carries_on_where_the_last_one_ended(monkeypatch):
     assert run(times, "a", "b", "c", again=True).timed == 3
 
 
+def test_what_was_left_when_all_was_timed_again_is_timed_by_the_next_run():
+    times = Times(usual=[2.0], other=[1.0], third=[9.0])
+    run(times, "a", "b", "c")
+    outcome = run(times, "a", "b", "c", again=True, minutes=1e-9)
+    assert (outcome.timed, outcome.left) == (1, 2) and [*_tuned.regions(CPU)["toy"]] == ["a"]
+    assert TABLE.choose(Call("b"))[0].name == "usual", "until then it counts no longer"
+    outcome = run(times, "a", "b", "c")
+    assert (outcome.timed, outcome.left, len(outcome.changed())) == (2, 0, 3)
+
+
 def test_what_is_timed_again_counts_no_longer_until_then():
     """A default whose call is dispatched would else be timed as the way that was faster before."""
     times = Times(usual=[2.0], other=[1.0], third=[9.0])
