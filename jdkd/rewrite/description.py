@@ -12,7 +12,7 @@ from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.building import arrange_children, build, reshaped
+from jdkd.rewrite.building import are_counts, arrange_children, build, reshaped
 from jdkd.rewrite.channels import tensors_by_name
 
 SIZES = {  # attributes that follow from tensors
@@ -20,7 +20,6 @@ SIZES = {  # attributes that follow from tensors
     "num_groups", "normalized_shape", "num_parameters",
 }  # fmt: skip
 PLAIN = bool | int | float | str
-COUNTS = "_pre_nms_top_n", "_post_nms_top_n"  # the private ones that say what a module does: an RPN of torchvision's
 OURS = frozenset((*vars(nn.Module()), "architecture"))  # attributes that torch and this package give a module
 
 
@@ -171,7 +170,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name in COUNTS or (not name.startswith("_") and name != "training" and _is_plain(value))
+        if are_counts(name, value) or (not name.startswith("_") and name != "training" and _is_plain(value))
     }
 
 
@@ -197,7 +196,8 @@ def _unsaid(model: nn.Module, theirs: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         made = vars(builders[path])
         for name, value in vars(module).items():
-            if name in made and name not in (*OURS, *COUNTS) and not _is_plain(value) and _differs(value, made[name]):
+            said = _is_plain(value) or (are_counts(name, value) and are_counts(name, made.get(name)))
+            if name in made and name not in OURS and not said and _differs(value, made[name]):
                 yield f"{path}.{name}".lstrip(".")
 
 
