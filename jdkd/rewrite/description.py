@@ -46,8 +46,38 @@ def describe(
             attributes: in the class of a module, say.
     """
     model = unwrapped(model)
-    found = Architecture(builder, dict(arguments or {}), classes=tuple(classes))
-    fresh = build(found, "meta")
+    found, fresh = _compared(model, Architecture(builder, dict(arguments or {}), classes=tuple(classes)))
+    if unsaid := next(_unsaid(model, fresh), None):
+        say_once(
+            f"{unsaid} of the {type(model).__name__} is not what {builder} makes, and an architecture says nothing of "
+            "it but plain attributes: whoever builds it gets the builder's; where that matters, set it in a function "
+            "of your own, and describe the model with that one",
+            key=f"{builder} {unsaid}",
+        )
+    return found
+
+
+def can_describe(model: nn.Module, builder: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether :func:`describe` says all of a model but its weights: what it leaves out is as the builder makes it."""
+    model = unwrapped(model)
+    try:
+        _, fresh = _compared(model, Architecture(builder, arguments))
+    except InputError:
+        return False
+    return next(_unsaid(model, fresh), None) is None
+
+
+def _compared(model: nn.Module, found: Architecture) -> tuple[Architecture, nn.Module]:
+    """The architecture of a model, and what its builder makes, with the model's blocks and shapes.
+
+    Args:
+        model: without torch's wrappers.
+        found: the builder, its arguments and the classes.
+
+    Raises:
+        InputError: as :func:`describe`.
+    """
+    builder, fresh = found.builder, build(found, "meta")
     blocks = _blocks(model, fresh, "", strict=False)
     if blocks:
         found = found.replace(blocks=blocks)
@@ -59,14 +89,7 @@ def describe(
         raise InputError(f"only {who} a tensor {name}; describe it with the builder that made it.")
     shapes = {name: tuple(t.shape) for name, t in ours.items() if t.shape != theirs[name].shape}
     fresh = reshaped(fresh, shapes)
-    if unsaid := next(_unsaid(model, fresh), None):
-        say_once(
-            f"{unsaid} of the {type(model).__name__} is not what {builder} makes, and an architecture says nothing of "
-            "it but plain attributes: whoever builds it gets the builder's; where that matters, set it in a function "
-            "of your own, and describe the model with that one",
-            key=f"{builder} {unsaid}",
-        )
-    return found.replace(shapes=shapes, attributes=_attributes(model, fresh))
+    return found.replace(shapes=shapes, attributes=_attributes(model, fresh)), fresh
 
 
 def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict[str, tuple[int, ...]]:
