@@ -81,15 +81,19 @@ def frozen_like(model: nn.Module, weights: Path | str, norm_eps: float | None = 
         weights: the file.
         norm_eps: of the frozen norms; by default what torchvision has.
     """
-    norms = {f"{path}.running_mean" for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    norms = {path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
     places = placed_names(model, weights)
-    if not norms or not norms <= places or any(name.endswith(COUNTER) for name in places):
+    means = {f"{path}.running_mean" for path in norms}
+    if not norms or not means <= places or any(name.endswith(COUNTER) for name in places):
         return None
     known = architecture_of(model, "frozen_like")
     exact = _has_no_eps(known) and {n for n in model.state_dict() if not n.endswith(COUNTER)} <= places
     eps = (0.0 if exact else torch.nn.BatchNorm2d(1).eps) if norm_eps is None else norm_eps
     arguments = {"builder": known.builder, "arguments": known.arguments, "eps": eps}
-    frozen = build(Architecture("jdkd.detect:with_frozen_norms", arguments, classes=known.classes)).eval()
+    kept = {name: value for name, value in known.attributes.items() if name.rpartition(".")[0] not in norms}
+    frozen = build(known.replace(builder="jdkd.detect:with_frozen_norms", arguments=arguments, attributes=kept)).eval()
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in known.shapes}
+    frozen.load_state_dict(own, strict=False)  # predictors as they were made anew for other classes
     say_once(
         f"{weights} counts no batches, so it is of frozen batch norms, and they are frozen here too, with an eps "
         f"of {eps:g}; --norm-eps of jdkd import sets another, --norm of jdkd train another kind"

@@ -12,6 +12,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from jdkd.detect.input_size import input_transform
+from jdkd.detect.regions import AFTER_NMS
 from jdkd.errors import InputError, said
 from jdkd.graph import Topology, trace
 from jdkd.nn.necks import neck_of
@@ -80,7 +81,7 @@ def few_regions(model: nn.Module, height: int, width: int) -> Iterator[None]:
             change(transform, "max_size", max(height, width))
         for module in model.modules():
             if isinstance(module, RegionProposalNetwork):
-                change(module, "_post_nms_top_n", {"training": REGIONS, "testing": REGIONS})
+                change(module, AFTER_NMS, {"training": REGIONS, "testing": REGIONS})
             elif isinstance(module, RoIHeads):
                 change(module, "detections_per_img", min(DETECTIONS, module.detections_per_img))
         yield

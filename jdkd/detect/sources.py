@@ -26,6 +26,7 @@ from jdkd.rewrite import build as rebuilt
 from jdkd.rewrite.architecture import set_architecture
 from jdkd.rewrite.building import call, imported
 from jdkd.rewrite.checkpoint import ARCHITECTURE
+from jdkd.rewrite.description import can_describe
 
 COCO = 90  # classes, where nobody says how many
 SIZES = ("min_size", "max_size", "max_detections")
@@ -149,9 +150,16 @@ def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[s
 
 
 def _called(builder: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """What a builder makes, with its architecture; one that it carries already stays, if that says all of it.
+
+    What a function of a user's makes by one of our builders, and gives other anchors, is that function's.
+    """
     model = call(builder, arguments).eval()
-    if known_architecture(model) is None or "builder" in arguments:
+    known = known_architecture(model)
+    if known is None or "builder" in arguments:
         set_architecture(model, Architecture(builder, arguments))
+    elif known.builder != builder and not can_describe(model, known.builder, known.arguments):
+        set_architecture(model, Architecture(builder, arguments, classes=known.classes))
     return model
 
 

@@ -17,6 +17,7 @@ from jdkd.detect.contract import not_scripted
 from jdkd.nn.unwrapping import unwrapped
 
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+FORWARDS = {norm.forward for norm in NORMS}
 
 
 class _Tracer(fx.Tracer):
@@ -32,8 +33,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     The copy is in eval mode without gradients, every batch normalisation that directly follows a convolution
     is folded into it, and convolution weights are channels-last. What follows what is read from the traced
     data flow, not from names; a part of the network that cannot be traced (the RPN's control flow, say) is
-    searched child by child. A normalisation whose convolution feeds anything else, or that is used more than
-    once, stays.
+    searched child by child. A normalisation whose convolution feeds anything else, that is used more than once,
+    that keeps no statistics or has a forward of its own, stays.
 
     Args:
         model: any detector; it is left as it was. Of one that torch wraps (DDP, EMA, `torch.compile`), the detector
@@ -75,8 +76,17 @@ def foldable(model: nn.Module) -> dict[str, str]:
 
 def folded(conv: nn.Conv2d, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     """Weight ``[Cout, Cin, kh, kw]`` and bias ``[Cout]`` of a convolution with a normalisation folded in."""
-    of: Any = norm  # one of NORMS
+    of: Any = norm  # that is_affine
     return fuse_conv_bn_weights(conv.weight, conv.bias, of.running_mean, of.running_var, of.eps, of.weight, of.bias)
+
+
+def is_affine(layer: nn.Module) -> bool:
+    """Whether all that a layer does in eval mode is to scale and shift each channel by numbers that it holds.
+
+    A batch normalisation does, unless it keeps no statistics, or is of a class with a forward of its own: one that has
+    an activation in it, say.
+    """
+    return isinstance(layer, NORMS) and type(layer).forward in FORWARDS and layer.running_mean is not None
 
 
 def batch_norms(model: nn.Module) -> int:
@@ -96,7 +106,7 @@ def _conv_norm_pairs(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]
         return
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     for node in graph.nodes:
-        if node.op != "call_module" or not isinstance(module.get_submodule(str(node.target)), NORMS):
+        if node.op != "call_module" or not is_affine(module.get_submodule(str(node.target))):
             continue
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:

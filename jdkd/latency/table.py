@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -99,9 +99,10 @@ class LatencyTable:
         if rewrite is not None and topology is not None:
             shapes = shapes_after(unwrapped(model), topology, rewrite)
         found: dict[str, float] = defaultdict(float)
+        regions = regions_of(model, rewrite)
         if self.regions:
-            found[REGIONS] = regions_of(model, rewrite)
-        for name, places in self.places(shapes, size_of(model, rewrite), regions_of(model, rewrite)).items():
+            found[REGIONS] = regions
+        for name, places in self.places(shapes, size_of(model, rewrite), regions).items():
             found[part_of(name.rpartition(".")[0], self.containers)] += places * math.prod(shapes[name])
             found[OUTPUTS] += places * shapes[name][0]
             found[LAYERS] += 1
@@ -183,8 +184,10 @@ class LatencyTable:
         """Inverse of :meth:`to_json`.
 
         Raises:
-            ValueError: it holds no measurement, or one that is no number.
+            ValueError: it is of an earlier version, holds no measurement, or one that is no number.
         """
+        if missing := [field.name for field in fields(cls) if field.name not in data]:
+            raise ValueError(f"no {', '.join(missing)}, as in a table of an earlier version")
         measured = [ratio for _, ratio in data["rows"]]
         counted = [value for features, _ in data["rows"] for value in features.values()]
         if not measured or not min(measured) > 0 or not np.isfinite([*measured, *counted]).all():
@@ -213,7 +216,8 @@ def measure_table(
     clock: Clock | None = None,
     progress: ProgressCallback | None = None,
 ) -> LatencyTable:
-    """Measures a base and versions of it, as they would be deployed and in turn: cut in one part, shorter, smaller.
+    """Measures a base and versions of it, as they would be deployed and in turn: cut in one part, shorter, of smaller
+    images, with fewer regions.
 
     The versions are not trained, and what they detect is nothing to time NMS by: they keep as many boxes as the base.
 

@@ -104,7 +104,8 @@ def change_regions(model: nn.Module, count: int) -> Morph:
     """Another number of regions that a two-stage detector proposes in evaluation.
 
     Raises:
-        InputError: the detector has no region proposal network, or ``count`` is below 1.
+        InputError: the detector has no :func:`jdkd.detect.regions.region_count`, or ``count`` is no positive whole
+            number.
     """
     attributes = region_attributes(model, count)
     return Morph(f"regions {region_count(model)} -> {count}", Rewrite(attributes=attributes))

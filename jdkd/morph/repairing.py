@@ -27,6 +27,7 @@ from jdkd.rewrite.channels import checked, leaving, named, require_traced
 from jdkd.train.inputs import images_of, images_on
 
 PLACES = 2048  # of the output that are looked at in each call of a layer, at most
+PRODUCTS = nn.Linear.forward, nn.Conv2d.forward  # of layers whose outputs are their weights times what they read
 RIDGE = 0.01  # of the mean square of what a layer reads: how much its weights hold on to what they were
 
 
@@ -85,8 +86,8 @@ def repair(
     Layer by layer, front to back, in closed form: the outputs of a convolution or linear layer on what the child,
     repaired up to there, gives it to read are brought as near as they go, in least squares with a ridge towards the
     inherited weights, to what they were in the parent (He et al., Channel Pruning, ICCV 2017). A layer that several
-    levels share is repaired for all of them. The parent runs at the child's input size; where regions are proposed,
-    the child's second stage sees the parent's.
+    levels share is repaired for all of them; one of a class with a forward of its own is not. The parent runs at the
+    child's input size and with as many regions; where some are proposed, the child's second stage sees the parent's.
 
     Args:
         child: what ``rewrite`` made of the parent; changed in place. Recalibrate its norms afterwards.
@@ -108,7 +109,7 @@ def repair(
         raise InputError("repair was given 0 batches and needs at least 1; give it some images.")
     origins = came_from(parent, rewrite, topology)
     layers = _cut_readers(child, origins, rewrite, topology)
-    with _at_size_of(parent, rewrite):
+    with _with_attributes_of(parent, rewrite):
         proposed = _remember(parent, {origins[path]: layer for path, layer in layers.items()}, images)
     pending = {path: layer for path, layer in layers.items() if layer.seen}
     repaired: list[str] = []
@@ -255,21 +256,23 @@ def _remember(source: nn.Module, layers: Mapping[str, _Layer], images: list[Tens
 def _cut_readers(
     child: nn.Module, origins: Mapping[str, str], rewrite: Rewrite, topology: Topology
 ) -> dict[str, _Layer]:
-    """The child's layers that read cut channels, by path."""
+    """The child's layers that read cut channels, by path; without those of a forward of their own, as one that
+    standardises its weights, whose outputs are no product of these."""
     chosen = {name: checked(topology, name, units) for name, units in rewrite.keep.items()}
     gone = leaving(topology, chosen)
     found = {}
     for path, module in child.named_modules():
         weight = f"{origins.get(path)}.weight"
-        if isinstance(module, nn.Linear | nn.Conv2d) and getattr(module, "groups", 1) == 1 and (weight, 1) in gone:
+        is_product = isinstance(module, nn.Linear | nn.Conv2d) and type(module).forward in PRODUCTS
+        if is_product and getattr(module, "groups", 1) == 1 and (weight, 1) in gone:
             outputs = module.weight.shape[0] + len(gone.get((weight, 0), ()))
             found[path] = _Layer(module, np.delete(np.arange(outputs), gone.get((weight, 0), [])))
     return found
 
 
 @contextmanager
-def _at_size_of(parent: nn.Module, rewrite: Rewrite) -> Iterator[None]:
-    """Lets the parent have the attributes that the rewrite sets, for a while."""
+def _with_attributes_of(parent: nn.Module, rewrite: Rewrite) -> Iterator[None]:
+    """Lets the parent have the attributes that the rewrite sets, input size and regions, for a while."""
     owners = {name: parent.get_submodule(name.rpartition(".")[0]) for name in rewrite.attributes}
     before = {name: named(parent, name) for name in rewrite.attributes}
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.latency.folding import NORMS
+from jdkd.latency.folding import is_affine
 from jdkd.patch.overrides import Override, is_hooked
 
 POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Identity, nn.Dropout)
@@ -161,7 +161,7 @@ def reach(layer: nn.Module) -> int | None:
     """How many cells away a layer looks, of a size that it keeps; None of one that may not run over a canvas."""
     if type(layer) is nn.Conv2d:
         return _reach(layer)
-    if type(layer) in POINTWISE or isinstance(layer, NORMS):
+    if type(layer) in POINTWISE or is_affine(layer):
         return 0
     if isinstance(layer, nn.Sequential) and type(layer).forward is nn.Sequential.forward and len(layer):
         first, *others = map(reach, layer)

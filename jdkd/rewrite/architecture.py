@@ -29,8 +29,8 @@ class Architecture:
         arguments: what it is called with, by name; only what JSON has (a tuple becomes a list).
         blocks: container -> which of the builder's children stand there, in order; a repeated number is a copy.
         shapes: parameter or buffer -> its shape.
-        attributes: ``"path.name"`` -> number, text, or list or mapping of such, that was set on a module after it was
-            built; the size to which a detector resizes its input is one.
+        attributes: ``"path.name"`` -> number, text or list of such that was set on a module after it was built, such as
+            the size to which a detector resizes its input; or how many regions it proposes, a mapping.
         classes: names of the object classes, label k is ``classes[k - 1]``; empty: not known.
 
     Raises:

@@ -28,6 +28,7 @@ from jdkd.rewrite.blocks import set_children
 from jdkd.rewrite.channels import gathered, tensors_by_name
 
 REGISTERED = ("_parameters", "_buffers", "_modules")
+COUNTS = "_pre_nms_top_n", "_post_nms_top_n"  # regions that torchvision's RPN proposes, of a level and of an image
 
 
 def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.Module:
@@ -212,20 +213,36 @@ def reshaped(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module
 
 
 def set_attribute(model: nn.Module, name: str, value: Any) -> None:
-    """Sets a plain attribute of a module in a model, ``"path.name"``; what is a tuple stays one.
+    """Sets a plain attribute of a module in a model, ``"path.name"``, to a copy; what is a tuple stays one.
 
     Raises:
-        InputError: the model has no such attribute, or it is not plain.
+        InputError: the model has no such attribute, or it is neither plain nor one of :func:`are_counts`, or is to
+            become no such counts.
     """
     owner, _, leaf = name.rpartition(".")
     module = _found(model, owner, "attributes")
     now = getattr(module, leaf, None)
-    if not isinstance(now, bool | int | float | str | list | tuple | dict):
+    counted = are_counts(leaf, now)
+    if not counted and not isinstance(now, bool | int | float | str | list | tuple):
         raise InputError(
             f"attributes sets {name!r}, and the builder makes {'none' if now is None else f'a {type(now).__name__}'}; "
             "give the architecture the builder that it was made with."
         )
-    setattr(module, leaf, tuple(value) if isinstance(now, tuple) and isinstance(value, list) else value)
+    if counted and not are_counts(leaf, value):
+        raise InputError(
+            f"attributes sets {name!r} to {value!r:.80}; give how many regions are proposed in training and in "
+            'testing, {"training": 2000, "testing": 1000} say.'
+        )
+    setattr(module, leaf, tuple(value) if isinstance(now, tuple) and isinstance(value, list) else copy.deepcopy(value))
+
+
+def are_counts(name: str, value: Any) -> bool:
+    """Whether an attribute says how many regions an RPN of torchvision's proposes in training and in evaluation.
+
+    It is private, and no plain one, and says what a module does all the same, so it is part of an architecture.
+    """
+    known = name in COUNTS and isinstance(value, dict) and value.keys() == {"training", "testing"}
+    return known and all(type(count) is int and count > 0 for count in value.values())
 
 
 def _found(model: nn.Module, path: str, what: str) -> nn.Module:

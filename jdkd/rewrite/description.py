@@ -12,7 +12,7 @@ from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.building import arrange_children, build, reshaped
+from jdkd.rewrite.building import are_counts, arrange_children, build, reshaped
 from jdkd.rewrite.channels import tensors_by_name
 
 SIZES = {  # attributes that follow from tensors
@@ -20,7 +20,6 @@ SIZES = {  # attributes that follow from tensors
     "num_groups", "normalized_shape", "num_parameters",
 }  # fmt: skip
 PLAIN = bool | int | float | str
-COUNTS = "_pre_nms_top_n", "_post_nms_top_n"  # the private ones that say what a module does: an RPN of torchvision's
 OURS = frozenset((*vars(nn.Module()), "architecture"))  # attributes that torch and this package give a module
 
 
@@ -47,8 +46,38 @@ def describe(
             attributes: in the class of a module, say.
     """
     model = unwrapped(model)
-    found = Architecture(builder, dict(arguments or {}), classes=tuple(classes))
-    fresh = build(found, "meta")
+    found, fresh = _compared(model, Architecture(builder, dict(arguments or {}), classes=tuple(classes)))
+    if unsaid := next(_unsaid(model, fresh), None):
+        say_once(
+            f"{unsaid} of the {type(model).__name__} is not what {builder} makes, and an architecture says nothing of "
+            "it but plain attributes: whoever builds it gets the builder's; where that matters, set it in a function "
+            "of your own, and describe the model with that one",
+            key=f"{builder} {unsaid}",
+        )
+    return found
+
+
+def can_describe(model: nn.Module, builder: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether :func:`describe` says all of a model but its weights: what it leaves out is as the builder makes it."""
+    model = unwrapped(model)
+    try:
+        _, fresh = _compared(model, Architecture(builder, arguments))
+    except InputError:
+        return False
+    return next(_unsaid(model, fresh), None) is None
+
+
+def _compared(model: nn.Module, found: Architecture) -> tuple[Architecture, nn.Module]:
+    """The architecture of a model, and what its builder makes, with the model's blocks and shapes.
+
+    Args:
+        model: without torch's wrappers.
+        found: the builder, its arguments and the classes.
+
+    Raises:
+        InputError: as :func:`describe`.
+    """
+    builder, fresh = found.builder, build(found, "meta")
     blocks = _blocks(model, fresh, "", strict=False)
     if blocks:
         found = found.replace(blocks=blocks)
@@ -60,14 +89,7 @@ def describe(
         raise InputError(f"only {who} a tensor {name}; describe it with the builder that made it.")
     shapes = {name: tuple(t.shape) for name, t in ours.items() if t.shape != theirs[name].shape}
     fresh = reshaped(fresh, shapes)
-    if unsaid := next(_unsaid(model, fresh), None):
-        say_once(
-            f"{unsaid} of the {type(model).__name__} is not what {builder} makes, and an architecture says nothing of "
-            "it but plain attributes: whoever builds it gets the builder's; where that matters, set it in a function "
-            "of your own, and describe the model with that one",
-            key=f"{builder} {unsaid}",
-        )
-    return found.replace(shapes=shapes, attributes=_attributes(model, fresh))
+    return found.replace(shapes=shapes, attributes=_attributes(model, fresh)), fresh
 
 
 def _blocks(ours: nn.Module, theirs: nn.Module, path: str, strict: bool) -> dict[str, tuple[int, ...]]:
@@ -171,7 +193,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if name in COUNTS or (not name.startswith("_") and name != "training" and _is_plain(value))
+        if are_counts(name, value) or (not name.startswith("_") and name != "training" and _is_plain(value))
     }
 
 
@@ -197,7 +219,8 @@ def _unsaid(model: nn.Module, theirs: nn.Module) -> Iterator[str]:
     for path, module in model.named_modules():
         made = vars(builders[path])
         for name, value in vars(module).items():
-            if name in made and name not in (*OURS, *COUNTS) and not _is_plain(value) and _differs(value, made[name]):
+            said = _is_plain(value) or (are_counts(name, value) and are_counts(name, made.get(name)))
+            if name in made and name not in OURS and not said and _differs(value, made[name]):
                 yield f"{path}.{name}".lstrip(".")
 
 

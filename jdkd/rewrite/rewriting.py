@@ -20,7 +20,7 @@ from jdkd.rewrite.description import describe
 
 NUMBERS = int, float
 PLACES = "keep", "blocks"  # of a rewrite, that are lists of places by a name
-KINDS = (bool, NUMBERS, str, (list, tuple), dict)  # of plain attributes
+KINDS = (bool, NUMBERS, str, (list, tuple))  # of plain attributes
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Rewrite:
         extra: units to add, by the name of their group; nothing reads them yet.
         blocks: by the name of a block list, which of its blocks stand there, in order; one that is named again is a
             copy, born as the identity.
-        attributes: plain attributes to set, ``"path.name"`` -> value, such as the size of the input.
+        attributes: plain attributes to set, ``"path.name"`` -> value, such as the size of the input, and the numbers of
+            regions that are proposed.
 
     Raises:
         InputError: channels are both kept and added, which takes two rewrites.

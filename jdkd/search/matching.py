@@ -66,8 +66,9 @@ class Matching:
     def _look_around(self, present: Subnet, rng: random.Random) -> None:
         """Scores subnets near the present teacher that have no score yet."""
         known = {member.teacher for member in self.pool.members}
-        near = [subnet for _ in range(NEIGHBOURS) if (subnet := self.pool.space.mutate(present, rng)) not in known]
-        for done, subnet in enumerate(dict.fromkeys(near), start=1):
+        drawn = [subnet for _ in range(NEIGHBOURS) if (subnet := self.pool.space.mutate(present, rng)) not in known]
+        near = dict.fromkeys(drawn)
+        for done, subnet in enumerate(near, start=1):
             with self.context.spent.on("scoring"):
                 detector = self.pool.teacher(subnet)
                 self.pool.members.append(self.pool.scored(subnet, detector, self.context.selection.dataset))

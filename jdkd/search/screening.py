@@ -121,8 +121,10 @@ class Parent:
             child = change_regions(self.model, count).apply(self.model, self.topology)
             with context.spent.on("scoring"):
                 map = context.scored(child, context.selection).map
-            context.progress("scoring the base with fewer regions", done, len(counts), {"mAP": map})
-            if not map >= self.candidate.map - LOSS:
+            enough = map >= self.candidate.map - LOSS
+            tried = done if enough else len(counts)
+            context.progress("scoring the base with fewer regions", tried, len(counts), {"mAP": map})
+            if not enough:
                 break
             found = count
         return found
@@ -275,6 +277,7 @@ def screen(
             screened = parent.make(recipe, aim)
         except (InputError, ModelError) as error:  # too slow all the same, or too small for some of the images
             why = error
+            context.progress("screening students", number + 1, total, {})
             continue
         context.progress("screening students", number + 1, total, {"r": screened.similarity})
         lead = parent.candidate.map / best if best else 1.0

@@ -9,9 +9,9 @@ from torchvision.models import get_model
 from torchvision.models._api import WeightsEnum
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from jdkd.detect import import_detector, load, open_model, remake_predictors, save
+from jdkd.detect import adapt_classes, frozen_like, import_detector, load, open_model, remake_predictors, save
 from jdkd.detect.contract import architecture_of, identity
 from jdkd.errors import InputError
 from jdkd.graph import trace
@@ -150,6 +150,26 @@ def test_weights_for_other_classes_keep_their_predictors(tmp_path):
     for classes in ((), ("a", "b")):
         with pytest.raises(InputError, match=r"cls_score\.weight is \[8, 24\] in the file and .*--classes"):
             import_detector(MINE, tmp_path / "seven.pth", classes=classes)
+
+
+def test_what_was_asked_of_a_detector_holds_of_it_with_frozen_norms_too(tmp_path):
+    state = {name: tensor for name, tensor in mine().state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "frozen.pth")
+    with pytest.warns(Notice, match="of frozen batch norms"):
+        ours = import_detector(MINE, tmp_path / "frozen.pth", min_size=80, max_size=120)
+    assert (ours.transform.min_size, ours.transform.max_size) == ((80,), 120)
+    model = open_model(MINE)
+    with pytest.warns(Notice, match="made anew for 5 classes"):
+        adapt_classes(model, 5)
+    model.backbone.stem[1].momentum = 0.3  # a frozen norm has none
+    model.architecture = describe(model, MINE, classes=tuple("abcde"))
+    with pytest.warns(Notice, match="of frozen batch norms"):
+        frozen = frozen_like(model, tmp_path / "frozen.pth", 1e-3)
+    assert any(isinstance(module, FrozenBatchNorm2d) for module in frozen.modules())
+    predictors = [each.roi_heads.box_predictor.cls_score.weight for each in (frozen, model)]
+    assert predictors[0].shape == (6, 24) and torch.equal(*predictors)
+    save(tmp_path / "five", frozen)
+    assert_equal(found(load(tmp_path / "five")), found(frozen))
 
 
 def test_what_was_rewritten_is_saved_without_a_word_about_how(tmp_path):

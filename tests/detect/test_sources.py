@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 
-from jdkd.detect import detector, open_model, save
+from jdkd.detect import detector, load, open_model, save
 from jdkd.detect.sources import has_own_weights
 from jdkd.errors import InputError
 from tests.detectors import small_spec
@@ -24,6 +26,29 @@ def test_a_file_of_a_spec_or_an_architecture_is_built_with_fresh_weights(tmp_pat
     second = open_model(str(tmp_path / "folder" / "architecture.json"))
     assert second.architecture == first.architecture
     assert not (second.rpn.head.cls_logits.weight == first.rpn.head.cls_logits.weight).all()
+
+
+def ours(num_classes=3):
+    return detector("retinanet", "mobilenet_v3_small", [*"abcdef"][: num_classes - 1], channels=32, min_size=64)
+
+
+def larger_anchors(num_classes=3):
+    made = ours(num_classes)
+    sizes = tuple(tuple(2 * size for size in level) for level in made.anchor_generator.sizes)
+    made.anchor_generator = AnchorGenerator(sizes, made.anchor_generator.aspect_ratios)
+    return made
+
+
+def test_what_a_function_makes_of_a_detector_of_ours_is_in_its_folder(tmp_path):
+    assert open_model(f"{__name__}:ours", classes=4).architecture == ours(5).architecture, "it says all"
+    made = open_model(f"{__name__}:larger_anchors", classes=4)
+    known = made.architecture
+    assert (known.builder, known.arguments) == (f"{__name__}:larger_anchors", {"num_classes": 5})
+    assert known.classes == (*"abcd",)
+    save(tmp_path, made)
+    again = load(tmp_path)
+    pairs = zip(again.anchor_generator.cell_anchors, made.anchor_generator.cell_anchors, strict=True)
+    assert all(torch.equal(*pair) for pair in pairs) and again.anchor_generator.sizes == made.anchor_generator.sizes
 
 
 @pytest.mark.parametrize(

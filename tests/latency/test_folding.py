@@ -78,11 +78,33 @@ class _Before(nn.Module):
         return self.conv(self.norm(x))
 
 
-@pytest.mark.parametrize("make", [_Shared, _Twice, _Before])
+class _Rectified(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class _Stack(nn.Sequential):
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), norm
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _Shared,
+        _Twice,
+        _Before,
+        lambda: _Stack(_Rectified(4)),
+        lambda: _Stack(nn.BatchNorm2d(4, track_running_stats=False)),
+    ],
+    ids=["shared", "twice", "before", "rectified", "without statistics"],
+)
 def test_keeps_a_normalisation_that_cannot_be_folded(make):
     model = make()
-    model.norm.running_mean.normal_()
-    model.norm.running_var.uniform_(0.5, 2)
+    if model.norm.track_running_stats:
+        model.norm.running_mean.normal_()
+        model.norm.running_var.uniform_(0.5, 2)
     model.eval()
     x = torch.randn(2, 3, 5, 5)
     folded = fuse_for_inference(model)

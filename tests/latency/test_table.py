@@ -203,6 +203,13 @@ def test_what_nms_takes_stands_beside_what_was_measured_without_it():
     assert two_stage.with_nms(0.5, 75) == pytest.approx((0.5 + 0.0625) / 1.25)
 
 
+def test_a_table_of_an_earlier_version_is_told_from_a_broken_one():
+    written = LatencyTable((), (0,), {}, (({}, 1.0),)).to_json()
+    del written["regions"], written["of_regions"]
+    with pytest.raises(ValueError, match="no regions, of_regions, as in a table of an earlier version"):
+        LatencyTable.from_json(written)
+
+
 def test_a_target_leaves_what_is_above_the_part_that_no_cut_saves():
     rows = tuple(({"layers": share}, 0.4 + 0.6 * share) for share in (1.0, 0.5, 0.25, 0.0))
     table = LatencyTable((), (0,), {}, rows)

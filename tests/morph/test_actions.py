@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from jdkd.detect import load, read, save
 from jdkd.detect.input_size import input_size
 from jdkd.detect.regions import region_count
 from jdkd.errors import InputError
+from jdkd.latency.table import fewer_regions, regions_of
 from jdkd.morph import (
     Morph,
     add_block,
@@ -189,11 +191,32 @@ def test_fewer_regions_change_what_is_proposed_in_evaluation_alone(tmp_path):
 
 
 def test_regions_are_a_positive_whole_number_of_a_two_stage_detector():
-    with pytest.raises(InputError, match="FCOS has no region proposal network of torchvision's, so 10 regions cannot"):
+    with pytest.raises(InputError, match=r"FCOS has no region proposal network of torchvision's, .* so 10 regions"):
         change_regions(parent("fcos")[0], 10)
-    for wrong in (0, 2.5):
+    for wrong in (0, 2.5, True):
         with pytest.raises(InputError, match=f"regions is how many .* a positive whole number, got {wrong}"):
             change_regions(parent("faster_rcnn")[0], wrong)
+
+
+class OwnCount(RegionProposalNetwork):
+    """Proposes as many as it says itself, whatever its attributes say."""
+
+    def post_nms_top_n(self) -> int:
+        return 12
+
+
+@pytest.mark.parametrize("kind", ["counts by itself", "counts by a table", "two of them"])
+def test_regions_that_attributes_do_not_count_stay_as_many(kind):
+    model = copy.deepcopy(parent("faster_rcnn")[0])
+    if kind == "counts by itself":
+        model.rpn.__class__ = OwnCount
+    elif kind == "counts by a table":
+        model.rpn._post_nms_top_n = torch.tensor([20, 10])
+    else:
+        model.second = copy.deepcopy(model.rpn)
+    assert region_count(model) is None and regions_of(model) == 0 and fewer_regions(model) == ()
+    with pytest.raises(InputError, match="several, or one that counts by itself, so 10 regions cannot be asked of it"):
+        change_regions(model, 10)
 
 
 @pytest.mark.parametrize("name", DEEP)

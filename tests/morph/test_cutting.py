@@ -250,6 +250,25 @@ def test_heads_that_read_nothing_that_was_cut_do_not_run():
     assert repair(child, model, rewrite, topology, [images]) == ["backbone.body.layer2.1.conv2"]
 
 
+class Standardised(nn.Conv2d):
+    """Weight standardisation (Qiao et al., 2019): its outputs are no product of its weights."""
+
+    def forward(self, x):
+        spread, mean = torch.std_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        return self._conv_forward(x, (self.weight - mean) / spread, self.bias)
+
+
+def test_layers_whose_outputs_are_no_product_of_their_weights_keep_these():
+    model, topology = copy.deepcopy(parent("ssd"))
+    model.backbone.features[2].__class__ = Standardised
+    del model.architecture  # whose builder makes plain convolutions
+    rewrite = Rewrite(keep={"backbone.features.0": range(8)})
+    child = rewrite.apply(model, topology)
+    before = copy.deepcopy(child.state_dict())
+    assert repair(child, model, rewrite, topology, [[picture()[0].double()]]) == []
+    assert all(torch.equal(tensor, before[name]) for name, tensor in child.state_dict().items())
+
+
 def test_repair_needs_images_and_leaves_what_was_not_cut():
     model, topology = parent("ssd")
     rewrite = Rewrite(keep={"backbone.features.0": range(8)})

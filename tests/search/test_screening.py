@@ -94,12 +94,14 @@ def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(par
 
 @pytest.mark.parametrize(("maps", "share"), [((0.4, 0.399), 4), ((0.4, 0.39), 2), ((0.39, 0.4), None)])
 def test_children_of_the_base_propose_as_few_regions_as_it_finds_as_much_in(parent, context, monkeypatch, maps, share):
-    scores = iter(maps)
+    scores, told = iter(maps), []
     monkeypatch.setattr(type(context), "scored", lambda self, detector, part: SimpleNamespace(map=next(scores)))
+    monkeypatch.setattr(context, "progress", lambda *state: told.append(state))
     parent = Parent(parent.candidate, parent.table, context)
     now = region_count(parent.model)
     wanted = share and now // share
     assert parent.plain(EVERYTHING).regions == parent.draw(EVERYTHING, random.Random(0)).regions == wanted
+    assert told[-1][:3] == ("scoring the base with fewer regions", 2, 2), "its bar ends, though not all are tried"
     assert parent.plain((CHANNELS,)).regions is None, "a pipeline changes them with blocks and input"
     made = parent.make(parent.plain(EVERYTHING), 0.8)
     assert region_count(made.student) == (wanted or now) and made.predicted <= 0.8
@@ -209,6 +211,22 @@ def test_the_better_parent_gets_more_proposals_and_its_lead_counts(monkeypatch):
     found = screen(parents, 0.5, 4, EVERYTHING, random.Random(0))
     assert asked.count(better) == 6 and asked.count(worse) == 2
     assert [origin for origin, _ in found] == [better] * 4
+
+
+def test_the_bar_of_students_ends_though_the_last_cannot_be_made():
+    told, made = [], iter([SimpleNamespace(similarity=0.9, predicted=0.5, architecture_id="1", student=None)])
+    context = SimpleNamespace(config=SimpleNamespace(proposals=2), progress=lambda *state: told.append(state[:3]))
+
+    def make(recipe, aim):
+        if (found := next(made, None)) is None:
+            raise InputError("no cut reaches it; cut less")
+        return found
+
+    recipes = dict.fromkeys(("plain", "draw"), lambda *given: None)
+    one = SimpleNamespace(candidate=candidate(1, kind="morph"), context=context, make=make, **recipes)
+    one.measured = lambda recipe, screened, aim: screened
+    assert len(screen([one], 0.5, 2, EVERYTHING, random.Random(0))) == 1
+    assert told == [("screening students", number, 2) for number in (1, 2)]
 
 
 @pytest.mark.parametrize(("kind", "order"), [("base", [0, 2, 1]), ("morph", [0, 1, 2])])
