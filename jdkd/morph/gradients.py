@@ -18,6 +18,7 @@ from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.channels import named, require_traced
 
 STILL = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd, StochasticDepth)
+DROP_PATH = "DropPath"  # stochastic depth as timm calls it
 
 
 def gradient_importance(
@@ -165,10 +166,10 @@ def _bites(batches: Iterable[Any], one_by_one: bool) -> Iterator[tuple[Sequence[
 
 @contextmanager
 def _still(model: nn.Module) -> Iterator[None]:
-    """In training mode, but for norms with running statistics and for dropout."""
+    """In training mode, but for norms with running statistics, dropout and stochastic depth."""
     with mode(model, training=True):
         for module in model.modules():
-            if isinstance(module, STILL):
+            if isinstance(module, STILL) or type(module).__name__ == DROP_PATH:
                 module.training = False
         yield
 

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 from jdkd.detect import read
 from jdkd.errors import InputError
-from jdkd.morph import add_block, rearrange
+from jdkd.morph import add_block, gradients, rearrange
 from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance, names_before
 from jdkd.rewrite.channels import named
 from tests.detectors import detector, small_spec
@@ -49,6 +50,20 @@ def still(model):
 def losses(model, images, targets):
     torch.manual_seed(0)
     return sum(model(images, targets).values())
+
+
+class DropPath(nn.Module):
+    """As timm has it."""
+
+
+@pytest.mark.parametrize(
+    "kind", [DropPath, nn.Dropout2d, lambda: StochasticDepth(0.5, "row"), lambda: nn.SyncBatchNorm(3)]
+)
+def test_what_leaves_to_chance_what_is_computed_is_off_while_gradients_are_taken(kind):
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), kind()).eval()
+    with gradients._still(model):
+        assert model[0].training and not model[1].training
+    assert not any(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("name", GROUPS.values(), ids=GROUPS)
