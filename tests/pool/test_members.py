@@ -74,6 +74,13 @@ def test_a_detector_of_other_channels_and_blocks_is_scored_and_kept_like_a_subne
         again.teacher("other")
 
 
+def test_the_best_of_a_pool_whose_teachers_were_not_scored_is_refused(pool):
+    with pytest.raises(InputError, match=r"^'best' is the teacher of the highest score, and none .* was scored; give"):
+        pool.named("best")
+    pool.members = [ScoredTeacher(pool.space.smallest, 0.5, 1)]
+    assert pool.named("best") == pool.space.smallest
+
+
 def test_who_cannot_teach_is_refused_and_says_why(pool, digits):
     train = digits[0]
     good = detector(small_spec(classes=train.classes))
