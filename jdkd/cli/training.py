@@ -222,4 +222,5 @@ def _print(out: Path, summary: str, content: dict[str, Any], lines: str) -> None
         f"{content['seconds']:.0f} s"
     )
     for name in ("architecture.json", "weights.safetensors", summary, "log.jsonl"):
-        print(out / name)
+        if (out / name).is_file():  # a training of no steps has no log
+            print(out / name)

@@ -67,6 +67,14 @@ def test_a_training_outlives_whatever_its_mirror_raises(jdkd, train_arguments, t
     assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
 
 
+def test_a_batch_without_variance_is_refused_and_the_folder_is_given_back(jdkd, train_arguments, tmp_path):
+    small = {"--batch-size": "1", "--min-size": "32", "--max-size": "32"}
+    words = [small.get(before, word) for before, word in zip(["", *train_arguments], train_arguments, strict=False)]
+    answer = jdkd(*words, "--out", tmp_path / "out")
+    assert answer.code == 2 and "batch_size 1 leaves a batch norm 1 value a channel" in answer.err, answer.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_train_takes_a_spec_file_and_weights(jdkd, trained, squares, tmp_path):
     before = json.loads((trained / "architecture.json").read_text())
     (tmp_path / "spec.json").write_text(json.dumps(before["arguments"]))
