@@ -43,9 +43,9 @@ class Distill:
     student: str | None = None
     """The same, or a named spec, or a JSON file of a spec or an architecture."""
     preset: str | None = None
-    """Published pair, weight, levels and recipe: fasterrcnn_r101_fasterrcnn_r50, maskrcnn_swin_retinanet_r50,
-    maskrcnn_swin_fcos_r50, retinanet_x101_retinanet_r50, fcos_x101_retinanet_r50, gfl_r101_gfl_r50 or
-    reppoints_x101-dcn_reppoints_r50; other flags take precedence."""
+    """Published pair, weight, levels, recipe and input size, also of a student that is a folder:
+    fasterrcnn_r101_fasterrcnn_r50, maskrcnn_swin_retinanet_r50, maskrcnn_swin_fcos_r50, retinanet_x101_retinanet_r50,
+    fcos_x101_retinanet_r50, gfl_r101_gfl_r50 or reppoints_x101-dcn_reppoints_r50; other flags take precedence."""
     narrow: float | None = None
     """Share of a preset's channels and input size to keep, for a try on a CPU; such as 0.125. The recipe is ours."""
     source: DataFlags = field(default_factory=DataFlags)
