@@ -115,7 +115,8 @@ def distill(
     is trained on; neither it nor an adapter enters the student or what is saved of it.
 
     Args:
-        student: a detector, trained in place, or what :func:`jdkd.detect.open_model` takes.
+        student: a detector, trained in place, or what :func:`jdkd.detect.open_model` takes, whose fresh weights are
+            drawn by the seed of ``config``.
         teacher: a detector, or the folder of one. What it was trained to find may differ from the data's classes, as
             long as its features alone teach.
         data: the training images, or a folder in the COCO layout.
@@ -134,7 +135,10 @@ def distill(
     method = method or DistillConfig()
     if not isinstance(data, CocoDetectionDataset):
         data = CocoDetectionDataset(resolve_split("train", data))
-    student = student if isinstance(student, nn.Module) else open_model(str(student), classes=len(data.classes))
+    if not isinstance(student, nn.Module):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            student = open_model(str(student), classes=len(data.classes))
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
     require_seen(student, teacher, data, method)
     probe = [*batches(data, batch_size=config.batch_size, steps=PROBE, seed=config.seed, device=device)]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 import weakref
 
 import pytest
@@ -217,8 +218,15 @@ def test_an_interrupted_distillation_ends_where_another_does(teacher, scenes, tm
 def test_folders_and_names_will_do(teacher, scenes, tmp_path):
     save(tmp_path / "teacher", teacher)
     (tmp_path / "student.json").write_text(small_spec().to_json())
-    with pytest.warns(Notice):
-        found = distill(tmp_path / "student.json", tmp_path / "teacher", scenes, TrainConfig(steps=1, batch_size=1))
+    config, states, before = TrainConfig(steps=1, batch_size=1, seed=4), [], torch.get_rng_state()
+    for _ in range(2):
+        with warnings.catch_warnings(action="ignore", category=Notice):
+            found = distill(tmp_path / "student.json", tmp_path / "teacher", scenes, config)
+        assert torch.equal(torch.get_rng_state(), before), "the caller's generator is as it was"
+        states.append(state(found.student))
+        torch.manual_seed(len(states))
+        before = torch.get_rng_state()
+    assert same(*states), "fresh weights are of the seed"
     assert found.training.losses["loss_pkd"] > 0 and found.student.architecture.classes == CLASSES
 
 
