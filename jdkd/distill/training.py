@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import load, open_model
+from jdkd.detect.contract import identity
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
 from jdkd.detect.input_size import require_visible
+from jdkd.detect.weights import weights_hash
 from jdkd.distill.calibration import as_alignment, check_widths
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import as_weight
@@ -129,7 +131,8 @@ def distill(
         The student, and what the training did.
 
     Raises:
-        InputError: the two cannot be compared, or whatever :func:`jdkd.train.fit` refuses.
+        InputError: the two cannot be compared, ``folder`` holds what another teacher or another method taught, or
+            whatever :func:`jdkd.train.fit` refuses.
         DivergenceError: a loss, named with the level that it is of, or a gradient is not finite.
     """
     method = method or DistillConfig()
@@ -141,6 +144,9 @@ def distill(
             student = open_model(str(student), classes=len(data.classes))
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
     require_seen(student, teacher, data, method)
+    if how.get("folder") is not None:
+        taught_by = {"architecture": identity(teacher), "weights": weights_hash(teacher)}
+        how["identity"] = {"teacher": taught_by, **asdict(method)}
     probe = [*batches(data, batch_size=config.batch_size, steps=PROBE, seed=config.seed, device=device)]
     with taught(student.to(device), teacher.to(device), method, probe) as teaching:
         probe.clear()  # would lie on the device as long as it trains

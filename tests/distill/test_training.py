@@ -199,9 +199,9 @@ def test_what_is_not_finite_is_named_with_its_level_and_the_last_good_checkpoint
 def test_an_interrupted_distillation_ends_where_another_does(teacher, scenes, tmp_path):
     config = TrainConfig(steps=2, batch_size=1, checkpoint_every=1, ema=0.5)
 
-    def trained(folder, **how):
+    def trained(folder, teacher=teacher, method=None, **how):
         student = detector(small_spec(fpn=8)).train()
-        distill(student, teacher, scenes, config, folder=folder, **how)
+        distill(student, teacher, scenes, config, method, folder=folder, **how)
         return state(student)
 
     def stop(step, *_):
@@ -212,6 +212,18 @@ def test_an_interrupted_distillation_ends_where_another_does(teacher, scenes, tm
         whole = trained(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "halved", progress=stop)
+    for other, words in (
+        (
+            {"method": DistillConfig(loss_weight=3)},
+            r"cannot resume with other settings: loss_weight was 'auto' and is 3",
+        ),
+        (
+            {"teacher": detector(small_spec("bottleneck"), seed=8)},
+            r"other settings: teacher was .* and is .*; resume with",
+        ),
+    ):
+        with warnings.catch_warnings(action="ignore", category=Notice), pytest.raises(InputError, match=words):
+            trained(tmp_path / "halved", resume=True, **other)
     assert same(trained(tmp_path / "halved", resume=True), whole)
 
 
