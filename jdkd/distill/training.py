@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
-from jdkd.detect import load, open_model
-from jdkd.detect.contract import identity
+from jdkd.detect import adapt_classes, load, open_model
+from jdkd.detect.contract import architecture_of, identity
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
 from jdkd.detect.input_size import require_visible
@@ -24,6 +24,8 @@ from jdkd.distill.feature import as_weight
 from jdkd.distill.levels import LevelPair, as_strides
 from jdkd.errors import InputError
 from jdkd.notices import say_once
+from jdkd.rewrite import describe
+from jdkd.rewrite.architecture import set_architecture
 from jdkd.train import FitReport, TrainConfig, calibrate_bn, fit
 
 LOGITS = "pkd+logits"
@@ -118,7 +120,7 @@ def distill(
 
     Args:
         student: a detector, trained in place, or what :func:`jdkd.detect.open_model` takes, whose fresh weights are
-            drawn by the seed of ``config``.
+            drawn by the seed of ``config``; it learns the classes of the data, by their names.
         teacher: a detector, or the folder of one. What it was trained to find may differ from the data's classes, as
             long as its features alone teach.
         data: the training images, or a folder in the COCO layout.
@@ -138,10 +140,7 @@ def distill(
     method = method or DistillConfig()
     if not isinstance(data, CocoDetectionDataset):
         data = CocoDetectionDataset(resolve_split("train", data))
-    if not isinstance(student, nn.Module):
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
-            student = open_model(str(student), classes=len(data.classes))
+    student = student if isinstance(student, nn.Module) else opened(student, data.classes, config.seed)
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
     require_seen(student, teacher, data, method)
     if how.get("folder") is not None:
@@ -151,6 +150,27 @@ def distill(
     with taught(student.to(device), teacher.to(device), method, probe) as teaching:
         probe.clear()  # would lie on the device as long as it trains
         return Distilled(student, fit(student, data, config, device=device, **teaching, **how))
+
+
+def opened(source: Path | str, classes: tuple[str, ...], seed: int) -> nn.Module:
+    """A student by what a user calls it, for the classes of the data, which it knows by name.
+
+    Args:
+        source: what :func:`jdkd.detect.open_model` takes.
+        classes: of the data; the predictors of a detector of another number of them are made anew.
+        seed: of fresh weights.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = open_model(str(source), classes=len(classes))
+        adapt_classes(model, len(classes))
+    known = architecture_of(model, "distill")
+    if known.classes != classes:
+        set_architecture(model, describe(model, known.builder, known.arguments, classes=classes))
+    return model
 
 
 def require_seen(student: nn.Module, teacher: nn.Module, data: CocoDetectionDataset, method: DistillConfig) -> None:

@@ -11,9 +11,9 @@ from PIL import Image
 
 from jdkd.data import CocoDetectionDataset
 from jdkd.detect import detector as of_family
-from jdkd.detect import save
+from jdkd.detect import load, save
 from jdkd.distill import DistillConfig, comparable, distill
-from jdkd.distill.training import require_seen
+from jdkd.distill.training import opened, require_seen
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.train import DivergenceError, TrainConfig, fit
@@ -240,6 +240,21 @@ def test_folders_and_names_will_do(teacher, scenes, tmp_path):
         before = torch.get_rng_state()
     assert same(*states), "fresh weights are of the seed"
     assert found.training.losses["loss_pkd"] > 0 and found.student.architecture.classes == CLASSES
+
+
+@pytest.mark.parametrize("name", ["fcos:mobilenet_v3_small", "faster_rcnn_r18_fpn"])
+def test_a_student_by_name_knows_the_classes_of_its_data_by_theirs(name, tmp_path):
+    made = opened(name, CLASSES, seed=4)
+    save(tmp_path, made)
+    again = load(tmp_path)
+    assert made.architecture.classes == again.architecture.classes == CLASSES and same(state(made), state(again))
+
+
+def test_a_student_of_other_classes_gets_new_predictors(tmp_path):
+    save(tmp_path, detector(small_spec(classes=("one", "two"))))
+    with pytest.warns(Notice, match="made anew for 3 classes"):
+        made = opened(tmp_path, CLASSES, seed=4)
+    assert made.architecture.classes == CLASSES and made.roi_heads.box_predictor.cls_score.out_features == 4
 
 
 @pytest.mark.parametrize(
