@@ -33,9 +33,10 @@ Row = dict[str, Any]
 
 
 def device_name(device: str, threads: int | None = None) -> str:
-    """The GPU's name, or the processor's with the number of threads in use, or of those that were."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+    """The name of the GPU (``cuda`` or ``cuda:N``), or the processor's with the number of threads in use, or of those
+    that were."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
     processor = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).is_file():
         found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)

@@ -43,9 +43,9 @@ class Distill:
     student: str | None = None
     """The same, or a named spec, or a JSON file of a spec or an architecture."""
     preset: str | None = None
-    """Published pair, weight, levels and recipe: fasterrcnn_r101_fasterrcnn_r50, maskrcnn_swin_retinanet_r50,
-    maskrcnn_swin_fcos_r50, retinanet_x101_retinanet_r50, fcos_x101_retinanet_r50, gfl_r101_gfl_r50 or
-    reppoints_x101-dcn_reppoints_r50; other flags take precedence."""
+    """Published pair, weight, levels, recipe and input size, also of a student that is a folder:
+    fasterrcnn_r101_fasterrcnn_r50, maskrcnn_swin_retinanet_r50, maskrcnn_swin_fcos_r50, retinanet_x101_retinanet_r50,
+    fcos_x101_retinanet_r50, gfl_r101_gfl_r50 or reppoints_x101-dcn_reppoints_r50; other flags take precedence."""
     narrow: float | None = None
     """Share of a preset's channels and input size to keep, for a try on a CPU; such as 0.125. The recipe is ours."""
     source: DataFlags = field(default_factory=DataFlags)
@@ -110,9 +110,7 @@ class Distill:
             data.of(teacher, config.batch_size, config.seed)
 
         def fitting(progress: Any, how: dict[str, Any]) -> FitReport:
-            from jdkd.data import batches
             from jdkd.distill import distill
-            from jdkd.distill.recall import say_if_blind
 
             if lessons is not None:
                 say_once(
@@ -121,7 +119,7 @@ class Distill:
                     "to spare that"
                 )
                 _train(teacher, data, lessons, self.out / TEACHER, how["device"], job.shown(progress, TEACHER))
-            say_if_blind(teacher, batches(data.train, batch_size=config.batch_size, steps=1, seed=config.seed))
+            _say_if_blind(teacher, data, config, device)
             return distill(student, teacher, data.train, config, method, **how).training
 
         job.run(fitting, **_identity(teacher, method, lessons))
@@ -237,6 +235,17 @@ def _train(teacher: nn.Module, data: Data, config: TrainConfig, folder: Path, de
     fit(teacher, data.train, config, device=device, folder=folder, resume=True, progress=progress)
     if is_first():
         save(folder, teacher)
+
+
+def _say_if_blind(teacher: nn.Module, data: Data, config: TrainConfig, device: str) -> None:
+    """Says, in the first process and where it is to teach, that a teacher finds nothing in a batch."""
+    from jdkd.data import batches
+    from jdkd.distill.recall import say_if_blind
+    from jdkd.train.distributed import is_first
+
+    if is_first():
+        seen = batches(data.train, batch_size=config.batch_size, steps=1, seed=config.seed, device=device)
+        say_if_blind(teacher.to(device), seen)
 
 
 def _identity(teacher: nn.Module, method: DistillConfig, lessons: TrainConfig | None) -> dict[str, Any]:

@@ -37,11 +37,11 @@ class Report:
             )
         mirrors = Mirrors(self.folder, self.optuna, self.tensorboard)
         outcome = None if trained else read_outcome(self.folder)
-        files = [] if outcome is None else write_report(self.folder)
-        mirrors.show(outcome)
+        mirrors.show(outcome)  # which may be refused, and the page is not written then
+        files = [] if outcome is None else [*write_report(self.folder)]
         if mirrors.board is not None:
             mirrors.board.close()
-            files = [*files, mirrors.board.where]
+            files.append(mirrors.board.where)
         for sentence in summary(outcome) if outcome is not None else ():
             print(sentence)
         for path in files:

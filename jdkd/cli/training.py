@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from jdkd.data import CocoDetectionDataset, Split
-    from jdkd.report.tensorboard import TensorBoardMirror
+    from jdkd.report import Mirrors
     from jdkd.train import FitReport, TrainConfig
 
 
@@ -117,14 +117,14 @@ class Job:
 
         require_visible(self.model, self.data.val.sizes)
         require_resizing(self.model, self.config.sizes)
-        run, mirror = RunFolder(self.out), self._mirror()
+        run, mirrors = RunFolder(self.out), self._mirrors()
         with keeping(run, lambda: self.training.kept(self.out)):
             where = {"data": whereabouts({split.name: split for split in self.data.splits}), "device": self.device}
             record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
             same = self._identity() | identity
             resumed = from_first(lambda: run.begin(self.kind, same, resume=self.training.resume, **record))
             with Progress() as progress:
-                shown = _mirrored(self.shown(progress, self.kind), mirror)
+                shown = _mirrored(self.shown(progress, self.kind), mirrors)
                 how = {"device": self.device, "folder": self.out, "resume": resumed, "progress": shown}
                 report = fitting(progress, how)
                 if is_first():
@@ -141,9 +141,8 @@ class Job:
                 **(facts or {}),
             }
             write_json(self.out / f"{self.kind}.json", content)
-            if mirror is not None:
-                mirror.update()
-                mirror.close()
+            if mirrors is not None:
+                mirrors.close()
             run.finish()
         _print(self.out, f"{self.kind}.json", content, scores.text)
 
@@ -153,15 +152,15 @@ class Job:
 
         return progress.training(name, self.config.batch_size * self.config.accumulate * processes())
 
-    def _mirror(self) -> TensorBoardMirror | None:
+    def _mirrors(self) -> Mirrors | None:
         """TensorBoard's events, where they are asked for; before anything is written."""
         from jdkd.train.distributed import is_first
 
         if not self.recipe.tensorboard or not is_first():
             return None
-        from jdkd.report.tensorboard import TensorBoardMirror
+        from jdkd.report import Mirrors
 
-        return TensorBoardMirror(self.out)
+        return Mirrors(self.out, tensorboard=True)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -183,9 +182,9 @@ def say_where_nothing_synchronises(norm: str | None, device: str) -> None:
         )
 
 
-def _mirrored(shown: Callable[..., None], mirror: TensorBoardMirror | None) -> Callable[..., None]:
+def _mirrored(shown: Callable[..., None], mirrors: Mirrors | None) -> Callable[..., None]:
     """Brings TensorBoard's events up to date now and then."""
-    if mirror is None:
+    if mirrors is None:
         return shown
     last = time.monotonic()
 
@@ -193,7 +192,7 @@ def _mirrored(shown: Callable[..., None], mirror: TensorBoardMirror | None) -> C
         nonlocal last
         shown(*state)
         if time.monotonic() - last >= MIRROR_SECONDS:
-            mirror.update()
+            mirrors.update()
             last = time.monotonic()
 
     return report
@@ -223,4 +222,5 @@ def _print(out: Path, summary: str, content: dict[str, Any], lines: str) -> None
         f"{content['seconds']:.0f} s"
     )
     for name in ("architecture.json", "weights.safetensors", summary, "log.jsonl"):
-        print(out / name)
+        if (out / name).is_file():  # a training of no steps has no log
+            print(out / name)

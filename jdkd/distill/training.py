@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
-from jdkd.detect import load, open_model
+from jdkd.detect import adapt_classes, load, open_model
+from jdkd.detect.contract import architecture_of, identity
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
 from jdkd.detect.input_size import require_visible
+from jdkd.detect.weights import weights_hash
 from jdkd.distill.calibration import as_alignment, check_widths
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import as_weight
 from jdkd.distill.levels import LevelPair, as_strides
 from jdkd.errors import InputError
 from jdkd.notices import say_once
+from jdkd.rewrite import describe
+from jdkd.rewrite.architecture import set_architecture
 from jdkd.train import FitReport, TrainConfig, calibrate_bn, fit
 
 LOGITS = "pkd+logits"
@@ -115,7 +119,8 @@ def distill(
     is trained on; neither it nor an adapter enters the student or what is saved of it.
 
     Args:
-        student: a detector, trained in place, or what :func:`jdkd.detect.open_model` takes.
+        student: a detector, trained in place, or what :func:`jdkd.detect.open_model` takes, whose fresh weights are
+            drawn by the seed of ``config``; it learns the classes of the data, by their names.
         teacher: a detector, or the folder of one. What it was trained to find may differ from the data's classes, as
             long as its features alone teach.
         data: the training images, or a folder in the COCO layout.
@@ -128,19 +133,44 @@ def distill(
         The student, and what the training did.
 
     Raises:
-        InputError: the two cannot be compared, or whatever :func:`jdkd.train.fit` refuses.
+        InputError: the two cannot be compared, ``folder`` holds what another teacher or another method taught, or
+            whatever :func:`jdkd.train.fit` refuses.
         DivergenceError: a loss, named with the level that it is of, or a gradient is not finite.
     """
     method = method or DistillConfig()
     if not isinstance(data, CocoDetectionDataset):
         data = CocoDetectionDataset(resolve_split("train", data))
-    student = student if isinstance(student, nn.Module) else open_model(str(student), classes=len(data.classes))
+    student = student if isinstance(student, nn.Module) else opened(student, data.classes, config.seed)
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
     require_seen(student, teacher, data, method)
+    if how.get("folder") is not None:
+        taught_by = {"architecture": identity(teacher), "weights": weights_hash(teacher)}
+        how["identity"] = {"teacher": taught_by, **asdict(method)}
     probe = [*batches(data, batch_size=config.batch_size, steps=PROBE, seed=config.seed, device=device)]
     with taught(student.to(device), teacher.to(device), method, probe) as teaching:
         probe.clear()  # would lie on the device as long as it trains
         return Distilled(student, fit(student, data, config, device=device, **teaching, **how))
+
+
+def opened(source: Path | str, classes: tuple[str, ...], seed: int) -> nn.Module:
+    """A student by what a user calls it, for the classes of the data, which it knows by name.
+
+    Args:
+        source: what :func:`jdkd.detect.open_model` takes.
+        classes: of the data; the predictors of a detector of another number of them are made anew.
+        seed: of fresh weights.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model = open_model(str(source), classes=len(classes))
+        adapt_classes(model, len(classes))
+    known = architecture_of(model, "distill")
+    if known.classes != classes:
+        set_architecture(model, describe(model, known.builder, known.arguments, classes=classes))
+    return model
 
 
 def require_seen(student: nn.Module, teacher: nn.Module, data: CocoDetectionDataset, method: DistillConfig) -> None:

@@ -59,6 +59,9 @@ class OnnxEngine:
         file: ONNX.
         providers: of onnxruntime, the first that can takes a node; with options, where they have some.
         threads: of an operator.
+
+    Raises:
+        InputError: the first of the providers cannot begin, and another would have taken its place.
     """
 
     def __init__(self, file: Path, providers: Sequence[Provider], threads: int) -> None:
@@ -68,12 +71,18 @@ class OnnxEngine:
         options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # into the time of the next model
         self._session = onnxruntime.InferenceSession(str(file), options, providers=list(providers))
+        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if wanted not in (there := self._session.get_providers()):
+            raise InputError(
+                f"onnxruntime cannot begin with {wanted}, and {there[0]} would be timed in its place; give --device "
+                "cpu, or other --runtimes."
+            )
         self.inputs = {
             each.name: (len(each.shape), NUMPY[each.type.removeprefix("tensor(").removesuffix(")")])
             for each in self._session.get_inputs()
         }
         self.outputs = [each.name for each in self._session.get_outputs()]
-        self.facts = {"providers": self._session.get_providers(), "threads": threads, "spinning": False}
+        self.facts = {"providers": there, "threads": threads, "spinning": False}
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> Sequence[np.ndarray]:
         return self._session.run(self.outputs, dict(feeds))
@@ -152,6 +161,8 @@ class OfFile:
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
             try:
                 engine = self._engine(file, _on(device, self._providers[device.type]), torch.get_num_threads())
+            except InputError:
+                raise
             except Exception as error:  # whatever a runtime raises that cannot read the file
                 raise InputError(
                     f"{self.name} cannot open the exported detector ({said(error)}); leave it out of --runtimes."

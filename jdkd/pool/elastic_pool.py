@@ -82,7 +82,12 @@ class TeacherPool:
         """
         if name in self.foreign:
             return name
-        if name == "best" and self.members:
+        if name == "best":
+            if not self.members:
+                raise InputError(
+                    "'best' is the teacher of the highest score, and none of this pool was scored; give largest, "
+                    f"smallest, or blocks x width for each stage, such as '{self.space.smallest}'."
+                )
             return self.members[0].teacher
         return self.space.named(name)
 

@@ -68,7 +68,7 @@ def train_pool(
 
     Raises:
         InputError: the base does not carry its architecture, a foreign teacher cannot teach, ``folder`` holds another
-            pool, or it cannot be written.
+            pool, also one that is grown from another base and was not finished, or it cannot be written.
     """
     folder = Path(folder)
     architecture_of(base, "a teacher pool")
@@ -92,7 +92,8 @@ def train_pool(
     for name, detector in (foreign or {}).items():
         pool.add_foreign(name, detector)
     _say_what_is_rigid(supernet)
-    progressive_shrinking(supernet, dataset, config, working, device=device, resume=resume, progress=progress)
+    how: dict[str, Any] = {"device": device, "base": base, "resume": resume, "progress": progress}
+    progressive_shrinking(supernet, dataset, config, working, **how)
     scored = affordable(config, len(selection)) if scored is None else scored
     pool.score_members([*spread_over(space, scored, config.train.seed), *pool.foreign], selection, progress)
     if is_first():

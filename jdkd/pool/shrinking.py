@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from jdkd.data import batches
 from jdkd.detect import load, save
 from jdkd.detect.checkpoint import ARCHITECTURE
+from jdkd.detect.contract import identity
+from jdkd.detect.weights import weights_hash
 from jdkd.distill import Distiller, can_distil_heads
 from jdkd.errors import InputError
-from jdkd.files import read_json, write_json
+from jdkd.files import read_as, write_json
 from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.phases import Phase, PoolTrainConfig
 from jdkd.pool.supernet import Supernet
@@ -39,6 +41,7 @@ def progressive_shrinking(
     folder: Path,
     *,
     device: torch.device | str,
+    base: nn.Module | None = None,
     resume: bool = False,
     progress: ProgressCallback | None = None,
 ) -> None:
@@ -50,10 +53,15 @@ def progressive_shrinking(
         config: phases and settings.
         folder: where the phases keep their checkpoints and the frozen largest network.
         device: where to train.
+        base: what the supernet was grown from; a training that is resumed must be of the same.
         resume: carry on from what ``folder`` holds.
         progress: called with (what, done, total, losses) after every step.
+
+    Raises:
+        InputError: ``folder`` holds the training of another plan or base, one that was not to be resumed, or something
+            else.
     """
-    from_first(lambda: _require_same_plan(folder, supernet, config, resume))
+    from_first(lambda: _require_same_plan(folder, supernet, config, resume, base))
     for number, phase in enumerate(config.phases):
         training = config.phase_config(number)
         named = progress and (lambda *state, name=phase.name: progress(f"pool: {name}", *state))
@@ -118,13 +126,16 @@ def _losses(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int) -
     return losses
 
 
-def _require_same_plan(folder: Path, supernet: Supernet, config: PoolTrainConfig, resume: bool) -> None:
-    """Keeps what the training is of, and refuses to carry on one of other phases or another space.
+def _require_same_plan(
+    folder: Path, supernet: Supernet, config: PoolTrainConfig, resume: bool, base: nn.Module | None
+) -> None:
+    """Keeps what the training is of, and refuses to carry on one of other phases, another space or another base.
 
     Raises:
         InputError: the folder holds the training of another plan, one that was not to be resumed, or something else.
     """
     plan = json.loads(json.dumps({"space": supernet.space.to_json(), **config.identity()}))
+    plan["base"] = None if base is None else {"architecture": identity(base), "weights": weights_hash(base)}
     file = folder / PLAN
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,4 +148,6 @@ def _require_same_plan(folder: Path, supernet: Supernet, config: PoolTrainConfig
     elif not resume:
         raise InputError(f"{folder} holds the training of another pool ({PLAN}); resume it or give another folder.")
     else:
-        checkpoint.require_same("plan", read_json(file, f"remove {folder} to start again"), plan)
+        known = {"base": plan["base"]}  # which earlier versions did not write
+        before = read_as(lambda content: {**known, **content}, file, f"remove {folder} to start again")
+        checkpoint.require_same("plan", before, plan)

@@ -89,9 +89,10 @@ def _slider(generations: Sequence[int], candidates: Sequence[Candidate], targets
     told = {}
     for generation in generations:
         then = [one for one in candidates if one.generation <= generation]
+        made = len(then) - 1
         best = [(target, best_within(then, target)) for target in targets]
         reached = "; ".join(f"best within {target:g}: {one.map:.3f}" for target, one in best if one)
-        told[generation] = f"generation {generation} of {generations[-1]}, {len(then) - 1} candidates" + (
+        told[generation] = f"generation {generation} of {generations[-1]}, {made} candidate{'s' * (made != 1)}" + (
             f"; {reached}" if reached else ""
         )
     last, texts = len(generations) - 1, escape(json.dumps([[key, text] for key, text in told.items()]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from jdkd.errors import InputError, said
@@ -39,13 +40,10 @@ class Mirrors:
         if not self or not (self.folder / RUN_FILE).is_file():  # the folder is not the run's yet
             return
         outcome = None
-        try:
+        with self._outlived():
             with suppress(InputError):  # no candidate yet, or no search
                 outcome = read_outcome(self.folder)
             self.show(outcome)
-        except Exception as error:  # whatever a database, a writer of events or a plot raises
-            why = error if isinstance(error, InputError) else said(error)
-            say_once(f"the run goes on, but is not mirrored: {why}", key=f"mirrors of {self.folder}")
 
     def show(self, outcome: Outcome | None) -> None:
         """Brings both up to date.
@@ -63,8 +61,18 @@ class Mirrors:
             self.studied = len(outcome.candidates)
 
     def close(self) -> None:
-        """Shows what has come last, the latencies that were measured anew included."""
+        """Shows what has come last, the latencies that were measured anew included; what fails is said once."""
         self.studied = 0
         self.update()
-        if self.board is not None:
-            self.board.close()
+        with self._outlived():
+            if self.board is not None:
+                self.board.close()
+
+    @contextmanager
+    def _outlived(self) -> Iterator[None]:
+        """Says once what fails in the block, which ends no run."""
+        try:
+            yield
+        except Exception as error:  # whatever a database, a writer of events or a plot raises
+            why = error if isinstance(error, InputError) else said(error)
+            say_once(f"the run goes on, but is not mirrored: {why}", key=f"mirrors of {self.folder}")

@@ -41,8 +41,8 @@ class Sight:
         found, lost, wrong = counts
         return (
             f"{self.title} finds {found:,} of {found + lost:,} boxes on {len(self.images):,} "
-            f"image{'s' * (len(self.images) != 1)}, and {wrong:,} detections are wrong: F1 {f1(*counts):.3f} from a "
-            f"score of {self.threshold:.3g} on."
+            f"image{'s' * (len(self.images) != 1)}, and {wrong:,} detection{' is' if wrong == 1 else 's are'} wrong: "
+            f"F1 {f1(*counts):.3f} from a score of {self.threshold:.3g} on."
         )
 
     def panel(self, place: int, target: Mapping[str, Any], classes: Sequence[str]) -> Panel:
@@ -77,7 +77,7 @@ def seen_page(dataset: Any, sights: Sequence[Sight], count: int, *, responses: s
         rows.append(f"<h3>{escape(name)}</h3>{picture_row(image, panels, f'seen-{place}', name)}")
     whose = f", the lowest of {first.title} first" if len(sights) > 1 else ", the lowest first"
     left = len(first.images) - len(order)
-    more = f" {left:,} more images are not shown." if left else ""
+    more = f" {left:,} more image{' is' if left == 1 else 's are'} not shown." if left else ""
     sections = {
         "images": ("The worst images", f'<p class="faint">{escape(RULE + whose)}.{more}</p>{"".join(rows)}'),
         "responses": ("What the channels respond to", responses),

@@ -36,7 +36,7 @@ def result_table(result: dict[str, Any]) -> Table:
         p50 = milliseconds.partition(" ")[0]
         name = row.title.replace(" for", "") if row.key == "student" else row.key
         table.add_row(
-            *(name, score, score50, p50, ratio, f"{params} M", gmacs, steps),
+            *(name, score, score50, p50, ratio, f"{params}{' M' * (row.params is not None)}", gmacs, steps),
             style="bold" if row.key == "student" else None,
         )
     return table

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdkd.files import lock_folder, unlock_folder
 from jdkd.report.outcome import Outcome
 from jdkd.report.plot import pareto_plot
 
@@ -43,20 +44,32 @@ class TensorBoardMirror:
 
         Args:
             outcome: of the search in the folder; None where it is a training, or has no candidate yet.
+
+        Raises:
+            InputError: the mirror of another process, such as that of the search itself, is at work there.
         """
-        if not self._writers:
-            for file in self.where.rglob(EVENTS):
-                file.unlink()
-        for log in sorted(self.folder.rglob(LOG)):
+        logs = sorted(self.folder.rglob(LOG))
+        search = outcome if outcome is not None and len(outcome.candidates) > self._candidates else None
+        if not self._writers and (logs or search):
+            self._begin()
+        for log in logs:
             self._add_training(log)
-        if outcome is not None and len(outcome.candidates) > self._candidates:
-            self._add_candidates(outcome)
+        if search is not None:
+            self._add_candidates(search)
         for writer in self._writers.values():
             writer.flush()
 
     def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
+        unlock_folder(self.where)
+
+    def _begin(self) -> None:
+        """Takes the folder of events for this process, and what an earlier mirror left there away."""
+        self.where.mkdir(parents=True, exist_ok=True)
+        lock_folder(self.where, "the folder of events")
+        for file in self.where.rglob(EVENTS):
+            file.unlink()
 
     def _writer(self, run: str) -> SummaryWriter:
         if run not in self._writers:

@@ -50,7 +50,8 @@ def _score(student: Student, result: dict[str, Any]) -> str:
 def _so_far(outcome: Outcome) -> str:
     """How far a search has come that has no result yet."""
     tried, failed = len(outcome.candidates) - 1, len(outcome.candidates) - len(outcome.scored)
-    made = f"{tried} candidate{'s' * (tried != 1)} in {outcome.candidates[-1].generation} generations"
+    generations = outcome.candidates[-1].generation
+    made = f"{tried} candidate{'s' * (tried != 1)} in {generations} generation{'s' * (generations != 1)}"
     lost = f", {failed} of them failed" if failed else ""
     reached = [(target, best_within(outcome.scored[1:], target)) for target in outcome.targets]
     fast = [f"{best.map:.3f} at most within {target:g} of the base's time" for target, best in reached if best]

@@ -21,7 +21,7 @@ FIELDS = {
     "config": dict,
     "data": dict,
 }  # and of what kind each is
-LATER = {"auxiliary": dict, "average": dict}  # which older ones do not have
+LATER = {"auxiliary": dict, "average": dict, "identity": dict}  # which older ones do not have
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:

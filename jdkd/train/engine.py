@@ -73,6 +73,7 @@ def fit(
     inherit: Path | str | None = None,
     folder: Path | str | None = None,
     resume: bool = False,
+    identity: Mapping[str, Any] | None = None,
     progress: ProgressCallback | None = None,
 ) -> FitReport:
     """Trains a detector in place, for one cycle of the learning rate with an optimizer of its own.
@@ -103,6 +104,7 @@ def fit(
             which has its own.
         folder: where the checkpoint and the log (``log.jsonl``) go; nothing is written without one.
         resume: carry on from the checkpoint in ``folder``, if there is one.
+        identity: what else a resumed training must have in common with the first, JSON-able by name.
         progress: called after every step.
 
     Returns:
@@ -126,7 +128,8 @@ def fit(
     run = _Run(model, config, torch.device(device), losses, auxiliary, parts)
     if inherit is not None and not (resume and folder is not None and (Path(folder) / checkpoint.CHECKPOINT).exists()):
         inherit_moments(run.optimizer, checkpoint.read_parent(Path(inherit))["optimizer"])
-    home = _Home(Path(folder), run, checkpoint.data_identity(dataset), resume) if folder is not None else None
+    about = (checkpoint.data_identity(dataset), dict(identity or {}))
+    home = _Home(Path(folder), run, *about, resume) if folder is not None else None
     home = home if is_first() else None  # the others hold what is resumed, and write nothing
     align(run.trained)
     batch: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "by_aspect": config.by_aspect}
@@ -342,14 +345,15 @@ class _Run:
 class _Home:
     """The folder of a run: its checkpoint and its log."""
 
-    def __init__(self, folder: Path, run: _Run, data: dict[str, Any], resume: bool) -> None:
-        self.folder, self.run, self.data = folder, run, data
+    def __init__(self, folder: Path, run: _Run, data: dict[str, Any], identity: dict[str, Any], resume: bool) -> None:
+        self.folder, self.run, self.data, self.identity = folder, run, data, identity
         self.config = {**dataclasses.asdict(run.config), "processes": processes()}
         self._open(from_first(lambda: self._state(resume)))
 
     def save(self) -> None:
         self.run.check()
-        checkpoint.write(self.folder, {**self.run.state(), "config": self.config, "data": self.data})
+        about = {"config": self.config, "data": self.data, "identity": self.identity}
+        checkpoint.write(self.folder, {**self.run.state(), **about})
         self._kept()
 
     def _state(self, resume: bool) -> dict[str, Any] | None:
@@ -362,10 +366,10 @@ class _Home:
 
     def _open(self, state: dict[str, Any] | None) -> None:
         if state is not None:
-            usual = dataclasses.asdict(TrainConfig(steps=0))  # what earlier versions did not know
-            settings = {**usual, **EARLIER, **state["config"]}
-            checkpoint.require_same("config", settings, self.config, ignore=RESUME_MAY_CHANGE)
+            usual = {**dataclasses.asdict(TrainConfig(steps=0)), **EARLIER}  # what earlier versions did not know
+            checkpoint.require_same("config", {**usual, **state["config"]}, self.config, ignore=RESUME_MAY_CHANGE)
             checkpoint.require_same("data", state["data"], self.data)
+            checkpoint.require_same("settings", state.get("identity", self.identity), self.identity)
             if (before := state.get("precision")) not in (None, now := self.run.precision):
                 say_once(
                     f"the training in {self.folder} was begun in {before} and goes on in {now}, as amp "

@@ -14,6 +14,8 @@ BEGINS = b'{"step": '  # as every log does
 class Log:
     """Appends JSON lines to ``file``; for a run that stands at ``step``, it keeps the lines up to there.
 
+    Of a run that begins, the first line makes the file: what is refused before it has left nothing there.
+
     What is not finite, as the gradient of a step that a loss scale was too large for, is null: JSON has no infinity.
 
     Raises:
@@ -27,6 +29,10 @@ class Log:
             if not step and file.is_file() and not _begins_as_one(file):
                 raise InputError(f"{file} is not the log of a training and would be lost; give another folder.")
             lines = file.read_bytes().splitlines() if step and file.exists() else []
+            if not file.exists():
+                file.touch()  # now, if it cannot be written
+                file.unlink()
+                return
         except OSError as error:
             raise unwritable(file, error) from error
         write_whole(file, "".join(_line(row) for row in map(_row, lines) if _step(row) <= step))

@@ -44,6 +44,13 @@ def test_a_table_shows_the_fastest_of_every_family():
     assert line.endswith("| 2 → 2 MB | 0.001 → 0.001 MB |")
 
 
+def test_rows_of_a_numbered_gpu_are_of_that_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Some GPU, as {device}")
+    assert [record.device_name(device) for device in ("cuda", "cuda:1")] == ["Some GPU, as cuda", "Some GPU, as cuda:1"]
+    assert record.result_file("cuda:1", "latency").parent.name == "some-gpu-as-cuda-1"
+    assert record.device_name("cpu", 3).endswith(", 3 threads")
+
+
 def test_times_have_the_unit_that_reads_best():
     seconds = {1.2: "1.2 s", 3.4e-2: "34 ms", 5.6e-5: "56 µs", 7.8e-7: "0.78 µs"}
     for value, text in seconds.items():

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,28 @@ def test_a_finished_training_can_be_resumed_and_stays_the_same(jdkd, trained, tr
     answer = jdkd(*train_arguments, "--out", trained, "--resume")
     assert answer.code == 0, answer.err
     assert (trained / "weights.safetensors").read_bytes() == before
+
+
+def test_a_training_outlives_whatever_its_mirror_raises(jdkd, train_arguments, tmp_path, monkeypatch):
+    def full(*outcome):
+        raise OSError(28, "No space left on device")
+
+    board = SimpleNamespace(update=full, close=full)
+    monkeypatch.setattr("jdkd.report.mirrors.TensorBoardMirror", lambda folder: board)
+    monkeypatch.setattr("jdkd.report.tensorboard.TensorBoardMirror", lambda folder: board)
+    monkeypatch.setattr("jdkd.cli.training.MIRROR_SECONDS", 0)
+    answer = jdkd(*train_arguments, "--out", tmp_path / "out", "--tensorboard")
+    assert answer.code == 0, answer.err
+    assert answer.err.count("the run goes on, but is not mirrored: OSError: [Errno 28] No space left on device") == 1
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["finished"]
+
+
+def test_a_batch_without_variance_is_refused_and_the_folder_is_given_back(jdkd, train_arguments, tmp_path):
+    small = {"--batch-size": "1", "--min-size": "32", "--max-size": "32"}
+    words = [small.get(before, word) for before, word in zip(["", *train_arguments], train_arguments, strict=False)]
+    answer = jdkd(*words, "--out", tmp_path / "out")
+    assert answer.code == 2 and "batch_size 1 leaves a batch norm 1 value a channel" in answer.err, answer.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_train_takes_a_spec_file_and_weights(jdkd, trained, squares, tmp_path):

@@ -1,10 +1,12 @@
 """`jdkd distill`: pairs by folder, name, file and preset; what it writes, carries on and refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from jdkd.cli.distill import _say_if_blind
 from jdkd.detect import load, open_model
 from jdkd.distill import DistillConfig, distill
 from jdkd.notices import Notice
@@ -144,6 +146,17 @@ def test_events_are_written_while_it_trains(jdkd, pair, tmp_path):
     (row,) = map(json.loads, (tmp_path / "out" / "log.jsonl").read_text().splitlines())
     (loss,) = events.Scalars("losses/loss_pkd")
     assert loss.step == 1 and loss.value == pytest.approx(row["losses"]["loss_pkd"])
+
+
+@pytest.mark.parametrize(("first", "asked"), [(True, ["meta", "meta"]), (False, [])])
+def test_a_teacher_is_looked_at_once_and_where_it_is_to_teach(monkeypatch, first, asked):
+    """At a published size, on a CPU beside a GPU, and in every process, it takes long."""
+    seen = []
+    monkeypatch.setattr("jdkd.data.batches", lambda data, *, device, **how: device)
+    monkeypatch.setattr("jdkd.distill.recall.say_if_blind", lambda *given: seen.extend(given))
+    monkeypatch.setattr("jdkd.train.distributed.is_first", lambda: first)
+    _say_if_blind(torch.nn.Linear(1, 1), SimpleNamespace(train=None), TrainConfig(steps=1), "meta")
+    assert [each if isinstance(each, str) else each.weight.device.type for each in seen] == asked
 
 
 @pytest.mark.slow

@@ -6,12 +6,16 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
 
 import pytest
 
+from jdkd.cli.report import Report
 from jdkd.errors import InputError
 from jdkd.files import LOCK, lock_folder, unlock_folder
 from jdkd.run_folder import RunFolder
+from tests.report.made_up import make_search
 
 HOLDER = """
 import sys, types
@@ -71,6 +75,23 @@ def test_what_another_process_finished_meanwhile_stays_finished(tmp_path, monkey
     monkeypatch.setattr(run, "read", lambda: answers.pop() if answers else read())
     assert run.begin("search", {}, resume=True, where={"device": "another"})
     assert run.read()["finished"] and run.read()["where"] == {"device": "another"}
+
+
+def test_events_that_a_run_writes_are_left_to_it(tmp_path, monkeypatch):
+    """The file that it writes on to would be gone, and what comes after with it."""
+    module = ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = MagicMock()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    folder = make_search(tmp_path / "search", finished=False, count=2)
+    file = folder / "tensorboard" / "search" / "events.out.tfevents.1.host"
+    with at_work(folder / "tensorboard") as other:
+        file.parent.mkdir()
+        file.touch()
+        with pytest.raises(InputError, match=rf"the folder of events .* by another process \({other.pid} on .*; wait"):
+            Report(folder, tensorboard=True)()
+        assert file.is_file() and not (folder / "report.html").exists()
+    Report(folder, tensorboard=True)()
+    assert not file.exists() and (folder / "report.html").is_file()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])

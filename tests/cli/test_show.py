@@ -26,7 +26,7 @@ def test_detectors_stand_side_by_side_with_the_worst_images_of_the_first_on_top(
     page = out.read_text()
     scores = [float(score) for _, score in _rows(page)]
     assert len(scores) == 3 and scores == sorted(scores)
-    assert f"{trained}: F1" in page and f"{twin}: F1" in page and "1 more images are not shown" in page
+    assert f"{trained}: F1" in page and f"{twin}: F1" in page and "1 more image is not shown" in page
     first, second, last = answer.out.splitlines()
     assert re.fullmatch(rf"{trained} finds \d of 4 boxes on 4 images, and \d+ detections are wrong: F1 .* on\.", first)
     assert second.startswith(str(twin)) and last == str(out)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 import weakref
 
 import pytest
@@ -10,9 +11,9 @@ from PIL import Image
 
 from jdkd.data import CocoDetectionDataset
 from jdkd.detect import detector as of_family
-from jdkd.detect import save
+from jdkd.detect import load, save
 from jdkd.distill import DistillConfig, comparable, distill
-from jdkd.distill.training import require_seen
+from jdkd.distill.training import opened, require_seen
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.train import DivergenceError, TrainConfig, fit
@@ -198,9 +199,9 @@ def test_what_is_not_finite_is_named_with_its_level_and_the_last_good_checkpoint
 def test_an_interrupted_distillation_ends_where_another_does(teacher, scenes, tmp_path):
     config = TrainConfig(steps=2, batch_size=1, checkpoint_every=1, ema=0.5)
 
-    def trained(folder, **how):
+    def trained(folder, teacher=teacher, method=None, **how):
         student = detector(small_spec(fpn=8)).train()
-        distill(student, teacher, scenes, config, folder=folder, **how)
+        distill(student, teacher, scenes, config, method, folder=folder, **how)
         return state(student)
 
     def stop(step, *_):
@@ -211,15 +212,49 @@ def test_an_interrupted_distillation_ends_where_another_does(teacher, scenes, tm
         whole = trained(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "halved", progress=stop)
+    for other, words in (
+        (
+            {"method": DistillConfig(loss_weight=3)},
+            r"cannot resume with other settings: loss_weight was 'auto' and is 3",
+        ),
+        (
+            {"teacher": detector(small_spec("bottleneck"), seed=8)},
+            r"other settings: teacher was .* and is .*; resume with",
+        ),
+    ):
+        with warnings.catch_warnings(action="ignore", category=Notice), pytest.raises(InputError, match=words):
+            trained(tmp_path / "halved", resume=True, **other)
     assert same(trained(tmp_path / "halved", resume=True), whole)
 
 
 def test_folders_and_names_will_do(teacher, scenes, tmp_path):
     save(tmp_path / "teacher", teacher)
     (tmp_path / "student.json").write_text(small_spec().to_json())
-    with pytest.warns(Notice):
-        found = distill(tmp_path / "student.json", tmp_path / "teacher", scenes, TrainConfig(steps=1, batch_size=1))
+    config, states, before = TrainConfig(steps=1, batch_size=1, seed=4), [], torch.get_rng_state()
+    for _ in range(2):
+        with warnings.catch_warnings(action="ignore", category=Notice):
+            found = distill(tmp_path / "student.json", tmp_path / "teacher", scenes, config)
+        assert torch.equal(torch.get_rng_state(), before), "the caller's generator is as it was"
+        states.append(state(found.student))
+        torch.manual_seed(len(states))
+        before = torch.get_rng_state()
+    assert same(*states), "fresh weights are of the seed"
     assert found.training.losses["loss_pkd"] > 0 and found.student.architecture.classes == CLASSES
+
+
+@pytest.mark.parametrize("name", ["fcos:mobilenet_v3_small", "faster_rcnn_r18_fpn"])
+def test_a_student_by_name_knows_the_classes_of_its_data_by_theirs(name, tmp_path):
+    made = opened(name, CLASSES, seed=4)
+    save(tmp_path, made)
+    again = load(tmp_path)
+    assert made.architecture.classes == again.architecture.classes == CLASSES and same(state(made), state(again))
+
+
+def test_a_student_of_other_classes_gets_new_predictors(tmp_path):
+    save(tmp_path, detector(small_spec(classes=("one", "two"))))
+    with pytest.warns(Notice, match="made anew for 3 classes"):
+        made = opened(tmp_path, CLASSES, seed=4)
+    assert made.architecture.classes == CLASSES and made.roi_heads.box_predictor.cls_score.out_features == 4
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,17 @@ def test_a_file_that_is_no_detector_is_refused(model, images):
 
 
 @needs_onnxruntime
+@pytest.mark.filterwarnings("ignore:Specified provider:UserWarning")  # by onnxruntime
+@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
+def test_a_device_on_which_onnxruntime_cannot_begin_is_refused_and_no_other_is_timed(model, images, monkeypatch, name):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # none, where onnxruntime is made for GPUs
+    runtime = runtimes_with(write_constant_detector)["onnxruntime"]
+    words = "^onnxruntime cannot begin with CUDAExecutionProvider, and CPUExecutionProvider would be timed in its place"
+    with pytest.raises(InputError, match=words):
+        runtime.prepare(model, [images[:1]], torch.device(name), "float32")
+
+
+@needs_onnxruntime
 def test_models_are_compared_in_the_runtime_that_is_asked_for(model, make_detector, images):
     models = {"base": fuse_for_inference(model), "student": fuse_for_inference(make_detector(8))}
     report = measure(models, images, runtime=onnxruntime(), score=lambda detector: len(images), **QUICK)

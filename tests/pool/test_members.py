@@ -74,6 +74,13 @@ def test_a_detector_of_other_channels_and_blocks_is_scored_and_kept_like_a_subne
         again.teacher("other")
 
 
+def test_the_best_of_a_pool_whose_teachers_were_not_scored_is_refused(pool):
+    with pytest.raises(InputError, match=r"^'best' is the teacher of the highest score, and none .* was scored; give"):
+        pool.named("best")
+    pool.members = [ScoredTeacher(pool.space.smallest, 0.5, 1)]
+    assert pool.named("best") == pool.space.smallest
+
+
 def test_who_cannot_teach_is_refused_and_says_why(pool, digits):
     train = digits[0]
     good = detector(small_spec(classes=train.classes))
@@ -195,6 +202,14 @@ def test_a_training_of_other_phases_is_not_carried_on(digits, tmp_path):
         train_pool(base, train, selection, other, tmp_path, resume=True)
     with pytest.raises(InputError, match="holds the training of another pool"):
         train_pool(base, train, selection, config, tmp_path)
+    twin = detector(small_spec(classes=train.classes), seed=5)
+    with pytest.raises(
+        InputError, match=r"cannot resume with other plan: base was .*'weights': '[0-9a-f]{64}'} and is"
+    ):
+        train_pool(twin, train, selection, config, tmp_path, resume=True)
+    plan = json.loads((tmp_path / "training" / "plan.json").read_text())
+    del plan["base"]  # as earlier versions wrote it
+    (tmp_path / "training" / "plan.json").write_text(json.dumps(plan))
     pool = train_pool(base, train, selection, config, tmp_path, resume=True, scored=1)
     assert len(pool.members) == 1
     with pytest.raises(InputError, match=r"holds a finished pool \(pool\.json\); resume it"):

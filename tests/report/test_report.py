@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from jdkd.errors import InputError
-from jdkd.report import read_outcome, result_table, verdict, write_report
+from jdkd.report import read_outcome, result_table, summary, verdict, write_report
 from jdkd.report.html import page
 from jdkd.search.archive import Archive
 from tests.report.made_up import entry, make_search, result
@@ -222,6 +222,14 @@ def test_table_fits_a_terminal_and_tells_the_target(single, folder):
     assert result_table({"base": single["base"]}).row_count == 1
     text = shown(result(read_outcome(folder).scored))
     assert "student 0.75" in text and "student 0.53" in text
+
+
+def test_what_is_one_is_no_plural_and_what_was_not_measured_has_no_unit(single, tmp_path):
+    folder = make_search(tmp_path / "young", finished=False, count=2)
+    (said, *_) = summary(read_outcome(folder))
+    assert re.match(r"This search is not finished: 1 candidate in 1 generation\b", said)
+    table = result_table(single | {"control": {"failure": "the losses of step 31 are not finite"}})
+    assert [*table.columns[5].cells] == ["1.80 M", "–", "1.08 M"]
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def test_the_worst_images_come_first_with_every_view_of_them(sights):
     assert text.count('class="box truth"') == sum(shown)
     assert text.count('class="box found"') == sum(count > 0 for count in shown) and text.count('class="box wrong"') == 3
     assert text.count('class="box missed"') == sum(max(count - 1, 0) for count in shown) + sum(shown)
-    assert "1 more images are not shown" in text and "jdkd show &#x27;a b&#x27;" in text
+    assert "1 more image is not shown" in text and "jdkd show &#x27;a b&#x27;" in text
     assert "What one &amp; only and blind see" in text and "the lowest of one &amp; only first" in text
     total = sum(counts)
     assert f"blind finds 0 of {total} boxes on 4 images, and 0 detections are wrong: F1 0.000" in text

@@ -254,7 +254,11 @@ def test_the_log_has_what_a_step_did(scenes, tmp_path):
 def test_a_batch_without_variance_says_what_to_do(tmp_path):
     data = write_scenes(tmp_path, images=2, size=(32, 32))
     with pytest.raises(InputError, match=r"batch_size 1 leaves a batch norm 1 value a channel.*\[1, 32, 1, 1\]"):
-        fit(detector(small_spec(min_size=32, max_size=32)), data, TrainConfig(steps=1, batch_size=1), device="cpu")
+        fit(
+            detector(small_spec(min_size=32, max_size=32)), data, TrainConfig(steps=1, batch_size=1),
+            device="cpu", folder=tmp_path / "out",
+        )  # fmt: skip
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_an_image_of_which_no_pixel_would_be_left_is_named_before_the_first_step(tmp_path):
