@@ -48,7 +48,7 @@ class Swap:
         from jdkd.detect.checkpoint import WEIGHTS
         from jdkd.nn.necks import backbone_of
         from jdkd.train import fit
-        from jdkd.train.distributed import from_first, is_first
+        from jdkd.train.distributed import is_first
         from jdkd.train.evaluate import require_same_classes
         from jdkd.train.freezing import frozen
 
@@ -62,10 +62,7 @@ class Swap:
         facts: dict[str, Any] = {}
 
         def fitting(progress: Progress, how: dict[str, Any]) -> Any:
-            before = from_first(
-                lambda: self._before({"control": head, "before": model}, features, data, device, progress)
-            )
-            facts.update(before)
+            facts.update(self._before({"control": head, "before": model}, features, data, device, progress))
             with frozen(backbone_of(model)):
                 return fit(model, data.train, config, **how)
 
@@ -83,21 +80,31 @@ class Swap:
     ) -> dict[str, Any]:
         """What is known before training: the scores of control and of what was swapped, and the r of both pyramids.
 
-        A run that is carried on has it already.
+        A run that is carried on has it already. All processes score, each its share of the images: a group ends when
+        one of it is waited for too long.
         """
         from jdkd.distill import correlations
         from jdkd.latency import fuse_for_inference
         from jdkd.train import evaluate
+        from jdkd.train.distributed import from_first
 
-        if (kept := self.out / BEFORE).is_file():
-            return read_as(lambda known: {name: known[name] for name in ("r", *models)}, kept, "remove it and resume")
-        images = [data.train[place][0].float() / 255 for place in range(min(PROBED, len(data.train)))]
-        both = models["control"].to(device), features.to(device)
-        distances = correlations(*both, [[image] for image in images], own_size=True)
-        found: dict[str, Any] = {"r": {str(stride): 1 - distance for stride, distance in distances.items()}}
-        how = {"device": device, "workers": self.training.workers}
+        def known() -> dict[str, Any] | None:
+            remedy, names = "remove it and resume", ("r", *models)
+            return read_as(lambda content: {n: content[n] for n in names}, kept, remedy) if kept.is_file() else None
+
+        def similarities() -> dict[str, float]:
+            images = [data.train[place][0].float() / 255 for place in range(min(PROBED, len(data.train)))]
+            both = models["control"].to(device), features.to(device)
+            distances = correlations(*both, [[image] for image in images], own_size=True)
+            return {str(stride): 1 - distance for stride, distance in distances.items()}
+
+        kept = self.out / BEFORE
+        if (before := from_first(known)) is not None:
+            return before
+        found: dict[str, Any] = {"r": from_first(similarities)}
+        how = {"device": device, "workers": self.training.workers, "shared": True}
         for name, model in models.items():
             told = progress.task(f"evaluate {WORDS[name]}")
             found[name] = evaluate(fuse_for_inference(model), data.val, **how, progress=told).numbers
-        write_json(kept, found)
+        from_first(lambda: write_json(kept, found))
         return found

@@ -9,7 +9,7 @@ import pytest
 
 from jdkd.cli import main
 from jdkd.detect import load, save
-from jdkd.train import engine
+from jdkd.train import engine, evaluate
 from tests.cli.test_refusals import _refused, _tree
 from tests.detectors import detector, small_spec
 
@@ -54,6 +54,19 @@ def test_heads_are_trained_on_other_features_scored_and_carried_on(jdkd, trained
     before = _tree(out)
     _refused(jdkd(*pair, *TRAINING[:-1], "0.02", "--out", out, "--resume"), "training.lr was 0.01 and is 0.02")
     assert _tree(out) == before
+
+
+def test_all_processes_score_each_its_share(jdkd, pair, tmp_path, monkeypatch):
+    """Who scores alone on much data is waited for by the others, until their group gives up."""
+    shares = []
+
+    def evaluated(*given, shared=False, **how):
+        shares.append(shared)
+        return evaluate(*given, shared=shared, **how)
+
+    monkeypatch.setattr("jdkd.train.evaluate", evaluated)
+    assert jdkd(*pair, *TRAINING, "--out", tmp_path / "out").code == 0
+    assert shares == [True] * 3, "control, before training and after it"
 
 
 def test_what_was_interrupted_ends_as_it_would_have_and_measures_nothing_twice(
