@@ -4,6 +4,7 @@ It holds ``weights.safetensors`` and what they are the weights of: ``architectur
 versions, ``spec.json``.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ def save(folder: Path | str, model: nn.Module) -> None:
     """
     folder, inner = Path(folder), unwrapped(model)
     known = architecture_of(inner, "save")
-    is_of_before = (folder / WEIGHTS).exists() and not (folder / ARCHITECTURE).exists()
+    # False too for a folder that cannot be, which the next line refuses in words
+    is_of_before = os.path.isfile(folder / WEIGHTS) and not os.path.isfile(folder / ARCHITECTURE)
     save_architecture(folder, inner, describe(inner, known.builder, known.arguments, classes=known.classes))
     if is_of_before:  # else a file of that name is somebody's
         (folder / SPEC).unlink(missing_ok=True)
