@@ -250,12 +250,10 @@ def _say_if_blind(teacher: nn.Module, data: Data, config: TrainConfig, device: s
 
 def _identity(teacher: nn.Module, method: DistillConfig, lessons: TrainConfig | None) -> dict[str, Any]:
     """What a resumed distillation must have in common with the first one, besides what every training has."""
-    from jdkd.detect.contract import identity
-    from jdkd.detect.weights import weights_hash
+    from jdkd.detect.weights import fingerprint
 
     steps = None if lessons is None else lessons.steps
-    taught = {"architecture": identity(teacher), "weights": weights_hash(teacher), "trained_here": steps}
-    return {"teacher": taught, "method": dataclasses.asdict(method)}
+    return {"teacher": fingerprint(teacher) | {"trained_here": steps}, "method": dataclasses.asdict(method)}
 
 
 def _number(text: str | float) -> float:

@@ -107,10 +107,10 @@ class Predict:
         images, listed = {file.resolve() for file in targets}, self.out / LISTED
         for target in (*whose, listed):
             ours = is_drawn(target) if target != listed else target.is_file() and starts_with(target, BEGINS)
-            if target.resolve() in images or (target.exists() and not ours):
-                raise InputError(
-                    f"--out {self.out} would write over {target}, which no `jdkd predict` wrote; give another folder."
-                )
+            is_image = target.resolve() in images
+            if is_image or (target.exists() and not ours):
+                why = "is one of the images" if is_image else "no `jdkd predict` wrote"
+                raise InputError(f"--out {self.out} would write over {target}, which {why}; give another folder.")
         return targets
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from jdkd.detect.contract import identity
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 
@@ -65,6 +66,11 @@ def weights_hash(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> dict[str, str | None]:
+    """What a run that is resumed is of: the architecture of a detector, and its :func:`weights_hash`."""
+    return {"architecture": identity(model), "weights": weights_hash(model)}
 
 
 def load_weights(model: nn.Module, file: Path | str) -> LoadReport:

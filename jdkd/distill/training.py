@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import adapt_classes, load, open_model
-from jdkd.detect.contract import architecture_of, identity
+from jdkd.detect.contract import architecture_of
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
 from jdkd.detect.input_size import require_visible
-from jdkd.detect.weights import weights_hash
+from jdkd.detect.weights import fingerprint
 from jdkd.distill.calibration import as_alignment, check_widths
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import as_weight
@@ -144,8 +144,7 @@ def distill(
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
     require_seen(student, teacher, data, method)
     if how.get("folder") is not None:
-        taught_by = {"architecture": identity(teacher), "weights": weights_hash(teacher)}
-        how["identity"] = {"teacher": taught_by, **asdict(method)}
+        how["identity"] = {"teacher": fingerprint(teacher), **asdict(method)}
     probe = [*batches(data, batch_size=config.batch_size, steps=PROBE, seed=config.seed, device=device)]
     with taught(student.to(device), teacher.to(device), method, probe) as teaching:
         probe.clear()  # would lie on the device as long as it trains

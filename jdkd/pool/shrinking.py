@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from jdkd.data import batches
 from jdkd.detect import load, save
 from jdkd.detect.checkpoint import ARCHITECTURE
-from jdkd.detect.contract import identity
-from jdkd.detect.weights import weights_hash
+from jdkd.detect.weights import fingerprint
 from jdkd.distill import Distiller, can_distil_heads
 from jdkd.errors import InputError
 from jdkd.files import read_as, write_json
@@ -135,7 +134,7 @@ def _require_same_plan(
         InputError: the folder holds the training of another plan, one that was not to be resumed, or something else.
     """
     plan = json.loads(json.dumps({"space": supernet.space.to_json(), **config.identity()}))
-    plan["base"] = None if base is None else {"architecture": identity(base), "weights": weights_hash(base)}
+    plan["base"] = None if base is None else fingerprint(base)
     file = folder / PLAN
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)

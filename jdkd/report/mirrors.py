@@ -70,9 +70,9 @@ class Mirrors:
 
     @contextmanager
     def _outlived(self) -> Iterator[None]:
-        """Says once what fails in the block, which ends no run."""
+        """Says what fails in the block, each failure once; it ends no run."""
         try:
             yield
         except Exception as error:  # whatever a database, a writer of events or a plot raises
             why = error if isinstance(error, InputError) else said(error)
-            say_once(f"the run goes on, but is not mirrored: {why}", key=f"mirrors of {self.folder}")
+            say_once(f"the run goes on, but is not mirrored: {why}", key=f"mirrors of {self.folder}: {why}")

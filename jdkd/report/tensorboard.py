@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jdkd.files import lock_folder, unlock_folder
 from jdkd.report.outcome import Outcome
 from jdkd.report.plot import pareto_plot
+from jdkd.train.log import row_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -85,7 +85,9 @@ class TensorBoardMirror:
         whole = new[: new.rfind(b"\n") + 1]
         self._read[log] = len(content) - len(new) + len(whole)
         run = log.parent.relative_to(self.folder)
-        for row in filter(None, map(_row, whole.splitlines())):
+        for row in map(row_of, whole.splitlines()):
+            if not isinstance(row.get("step"), int):  # a line that another has left
+                continue
             for name, value in _numbers({key: each for key, each in row.items() if key != "step"}):
                 self._writer("training" if run == Path() else str(run)).add_scalar(name, value, row["step"])
 
@@ -105,15 +107,6 @@ class TensorBoardMirror:
         self._candidates = len(outcome.candidates)
         picture = Image.open(io.BytesIO(pareto_plot(outcome))).convert("RGB")
         writer.add_image("front", np.asarray(picture), outcome.candidates[-1].generation, dataformats="HWC")
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """A line of a training's log; None of one that another has left."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _numbers(row: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:

@@ -35,7 +35,7 @@ DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; e
 MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
 FLOOR = 0.5  # of its channels that each group keeps in one cut, where that reaches the aim
-LOSS = 0.002  # mAP that fewer regions may cost the base; equal trainings of ours differ by more
+LOSS = 0.002  # mAP that fewer regions may cost the base; our choice
 CLOSE = -0.03, 1 / MARGIN - 1  # shares by which a student may be faster and slower than aimed at
 
 

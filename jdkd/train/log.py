@@ -35,7 +35,7 @@ class Log:
                 return
         except OSError as error:
             raise unwritable(file, error) from error
-        write_whole(file, "".join(_line(row) for row in map(_row, lines) if _step(row) <= step))
+        write_whole(file, "".join(_line(row) for row in map(row_of, lines) if _step(row) <= step))
 
     def add(self, row: dict[str, Any]) -> None:
         try:
@@ -64,7 +64,7 @@ def _begins_as_one(file: Path) -> bool:
         return BEGINS.startswith(stream.read(len(BEGINS)))
 
 
-def _row(line: bytes) -> dict[str, Any]:
+def row_of(line: bytes) -> dict[str, Any]:
     """What a line says; nothing of one that a crash cut short, or that is none of ours."""
     try:
         row = json.loads(line)

@@ -155,7 +155,7 @@ def test_predict_puts_no_picture_in_the_place_of_an_image(jdkd, checkpoint, phot
     Image.open(photographs / "0.png").save(photograph)
     before = photograph.read_bytes()
     answer = jdkd("predict", checkpoint, tmp_path, "--out", tmp_path)
-    assert answer.code == 2 and f"would write over {photograph}" in answer.err
+    assert answer.code == 2 and f"would write over {photograph}, which is one of the images" in answer.err
     assert photograph.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["a.jpg"]
 
 
