@@ -18,7 +18,8 @@ HALVING_SHARE = 0.1  # of the rest, that both finalists of a target are trained 
 FINALISTS = 2  # for each target
 SEGMENTS = 2  # that the one that goes on is trained in; before each, one that is too slow is cut
 MOST_CUT = 0.6  # of the latency is left by one generation at least: larger cuts go in several
-MARGIN = 0.98  # of a target is aimed at: two long timings of one student have differed by as much
+ROOM = 1.04  # of a target is explored at: brief timings miss by so much, and what is cut too far does not grow again
+MARGIN = 0.98  # of a target is aimed at in the end: two long timings of one student have differed by as much
 SAFE = 0.99  # of a target: who is slower is cut before being trained on, as there is no way to be faster afterwards
 
 
@@ -102,10 +103,11 @@ def steps_of(config: SearchConfig, images: int, step_seconds: float | None = Non
 def plan(config: SearchConfig, steps: int) -> Plan:
     """Divides a budget of ``steps`` training steps among the pool and the generations.
 
-    The generations first go down to the targets, latency by latency, with several short trainings each. Then every
-    target has its finalists, which are trained on, and the fitter one alone to the end (successive halving, Jamieson
-    & Talwalkar, AISTATS 2016): short trainings for many, long ones for few. Where teachers are chosen dynamically, that
-    one is trained both with its teacher and without before the better goes on. The shares are our choice.
+    The generations first go down nearly to the targets, latency by latency, with several short trainings each. Then
+    every target has its finalists, which are timed at length, cut to it and trained on, and the fitter one alone to the
+    end (successive halving, Jamieson & Talwalkar, AISTATS 2016): short trainings for many, long ones for few. Where
+    teachers are chosen dynamically, that one is trained both with its teacher and without before the better goes on.
+    The shares are our choice.
 
     Raises:
         InputError: the budget is too small for one step each.
@@ -139,10 +141,10 @@ def _as_asked(config: SearchConfig, times: float) -> str:
 
 
 def _path(config: SearchConfig) -> list[float]:
-    """The latency ratios that the generations aim at, in turn, down to the smallest target."""
+    """The latency ratios that the generations aim at, in turn, down to a little above the smallest target."""
     path = [1.0]
     for target in config.targets:
-        aim = MARGIN * target
+        aim = min(ROOM * target, MARGIN)
         count = max(1, math.ceil(math.log(aim / path[-1]) / math.log(MOST_CUT) - 1e-9)) if config.method.gradual else 1
         path += [path[-1] * (aim / path[-1]) ** (i / count) for i in range(1, count + 1)]
     return [aim for before, aim in pairwise(path) if aim < before]

@@ -9,7 +9,7 @@ import pytest
 from jdkd.data import Split
 from jdkd.errors import InputError
 from jdkd.search import Method, SearchConfig, plan
-from jdkd.search.budget import EXPLORING_SHARE, MARGIN, MOST_CUT, steps_of
+from jdkd.search.budget import EXPLORING_SHARE, MARGIN, MOST_CUT, ROOM, steps_of
 
 SPLIT = Split(Path("images"), Path("boxes.json"))
 CONFIG = SearchConfig(Path("base"), SPLIT, SPLIT, Path("out"))
@@ -38,10 +38,10 @@ def test_where_the_teacher_is_settled_none_is_tried():
         assert one == two and one.candidates == 1 and one.alone and not one.trial
 
 
-def test_no_generation_leaves_less_than_a_share_and_the_last_reaches_the_target():
-    for target in (1.0, 0.75, 0.53, 0.35, 0.1):
+def test_no_generation_leaves_less_than_a_share_and_the_last_leaves_a_little_to_cut():
+    for target in (1.0, 0.97, 0.75, 0.53, 0.35, 0.1):
         path = [1.0, *aims(replace(CONFIG, targets=(target,)))]
-        assert path[-1] == pytest.approx(MARGIN * target)
+        assert path[-1] == pytest.approx(min(ROOM * target, MARGIN))
         steps = [after / before for before, after in pairwise(path)]
         assert all(MOST_CUT - 1e-9 <= step < 1 for step in steps)
         assert max(steps) == pytest.approx(min(steps)), "all are as large"
@@ -49,9 +49,9 @@ def test_no_generation_leaves_less_than_a_share_and_the_last_reaches_the_target(
 
 def test_a_large_cut_in_one_goes_to_the_target_at_once():
     at_once = replace(CONFIG, targets=(0.35,), method=Method(gradual=False))
-    assert aims(at_once) == [pytest.approx(MARGIN * 0.35)] and len(aims(replace(at_once, method=Method()))) == 3
+    assert aims(at_once) == [pytest.approx(ROOM * 0.35)] and len(aims(replace(at_once, method=Method()))) == 2
     several = replace(CONFIG, targets=(0.35, 0.8), method=Method(gradual=False))
-    assert aims(several) == [pytest.approx(MARGIN * 0.8), pytest.approx(MARGIN * 0.35)]
+    assert aims(several) == [pytest.approx(ROOM * 0.8), pytest.approx(ROOM * 0.35)]
 
 
 def test_several_targets_lie_on_one_path_and_each_is_trained_on():
@@ -59,7 +59,7 @@ def test_several_targets_lie_on_one_path_and_each_is_trained_on():
     assert config.targets == (0.75, 0.53, 0.35), "each once, the slowest first"
     path = aims(config)
     assert path == sorted(path, reverse=True)
-    assert {round(MARGIN * target, 6) for target in config.targets} <= {round(aim, 6) for aim in path}
+    assert {round(ROOM * target, 6) for target in config.targets} <= {round(aim, 6) for aim in path}
     budget = plan(config, 10_000)
     assert all(rung.aims == config.targets for rung in budget.rungs if not rung.explores)
     assert 9900 <= budget.total <= 10_000
