@@ -278,7 +278,7 @@ def _taken(
         values = values.contiguous(memory_format=torch.channels_last)
     if isinstance(tensor, nn.Parameter):
         values = nn.Parameter(values, requires_grad=tensor.requires_grad)
-    vars(values).update(vars(tensor))  # what users hang on to it
+    vars(values).update(vars(tensor) | vars(values))  # what users hang on to it; its own is a subclass's numbers
     return values
 
 

@@ -36,7 +36,8 @@ MOST_SHORTER = 2  # lists that lose a block in one proposal
 LATENCY_PENALTY = 2.0  # what a latency above the aim costs, against the mean r that a proposal keeps
 FLOOR = 0.5  # of its channels that each group keeps in one cut, where that reaches the aim
 LOSS = 0.002  # mAP that fewer regions may cost the base; our choice
-CLOSE = -0.03, 1 / MARGIN - 1  # shares by which a student may be faster and slower than aimed at
+FASTER = {BRIEF: 0.03, LONG: 0.015}  # share by which a student may be faster than aimed at, by how long it was timed
+SLOWER = 1 / MARGIN - 1  # and slower
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class Parent:
         long they are timed.
         """
         timed = self._timed(screened, aim, stage)
-        if not recipe.channels or _is_close(timed, aim):
+        if not recipe.channels or _is_close(timed, aim, stage):
             return timed
         with contextlib.suppress(InputError):  # it cannot be cut more
             again = self._timed(self.make(recipe, screened.predicted * aim / timed.latency_ratio), aim, stage)
@@ -204,7 +205,7 @@ class Parent:
         0.44 of the latency where 0.525 was aimed at.
         """
         timed = replace(screened, latency_ratio=self._ratio(screened, stage))
-        if stage != BRIEF or _is_close(timed, aim):
+        if stage != BRIEF or _is_close(timed, aim, stage):
             return timed
         return replace(screened, latency_ratio=self._ratio(screened, LONG))
 
@@ -239,13 +240,13 @@ class Parent:
         return channel_importance(model, topology, context.config.method.criterion, context.weighing)
 
 
-def _is_close(timed: Screened, aim: float) -> bool:
-    return CLOSE[0] < timed.latency_ratio / aim - 1 < CLOSE[1]
+def _is_close(timed: Screened, aim: float, stage: str) -> bool:
+    return -FASTER[stage] < timed.latency_ratio / aim - 1 < SLOWER
 
 
 def _miss(ratio: float) -> tuple[bool, float]:
     """How far a latency over the one aimed at is off, to be sorted by."""
-    return ratio > 1 + CLOSE[1], abs(math.log(ratio))
+    return ratio > 1 + SLOWER, abs(math.log(ratio))
 
 
 def screen(

@@ -163,6 +163,16 @@ def test_a_brief_timing_that_contradicts_the_table_is_taken_again_at_length(pare
     assert parent.measured(Recipe(), made, 0.8).latency_ratio == 0.79 and asked == [BRIEF, LONG, BRIEF]
 
 
+def test_a_long_timing_spares_what_a_brief_one_cannot_tell(parent, steady, monkeypatch):
+    made, aims, make = parent.make(Recipe(), 0.8), [], parent.make
+    monkeypatch.setattr(Parent, "_ratio", lambda self, screened, stage: 0.98 * 0.8)
+    monkeypatch.setattr(Parent, "make", lambda self, recipe, aim: aims.append(aim) or make(recipe, aim))
+    parent.measured(Recipe(), made, 0.8, BRIEF)
+    assert not aims, "close enough"
+    parent.measured(Recipe(), made, 0.8, LONG)
+    assert aims == [pytest.approx(made.predicted / 0.98)], "made once more, and wider"
+
+
 def test_a_second_try_that_misses_the_aim_by_more_is_left(parent, steady, monkeypatch):
     made, ratios = parent.make(Recipe(), 0.8), iter((0.6, 1.0, 1.2, 0.9))
     monkeypatch.setattr(
