@@ -10,6 +10,7 @@ import torch
 from benchmarks import record
 from jdkd import _backend
 from jdkd.env import load_operators
+from jdkd.ops import elastic_kernels, pearson_forms
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # files below tests/, by operator and kernel
@@ -27,8 +28,9 @@ HOW = {
     "aot": "its machine code for sm_90",
     "": "Triton's interpreter",
 }
-ELASTIC = "elastic convolution"
-TABLES = {"elastic_conv": ELASTIC, "elastic_pointwise": ELASTIC}  # of benchmarks.tuned; others are called as operators
+ELASTIC = elastic_kernels.NAME
+# Of benchmarks.tuned; others are called as operators.
+TABLES = {"elastic_conv": ELASTIC, "elastic_pointwise": ELASTIC, "pearson_single": pearson_forms.NAME}
 HEAD = ("operator", "kernel", "checked before use", "dtypes", "its place", "tested without a GPU by")
 HEAD += ("measured on", "tuned on")
 

@@ -9,6 +9,7 @@ show is asked of a GPU alone. Where there is no row nothing is claimed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -263,11 +264,11 @@ def _pearson() -> list[Goal | Floor | Limit]:
     gradients = 16 * 256 * (100 * 168 + 50 * 84 + 25 * 42 + 13 * 21 + 7 * 11) * 2
     kept = {"kept_bytes": gradients + PEARSON_TABLE}
     goals.append(Limit("cuda", large, "forward+backward", bf16, "jdkd single", kept, "NCHW"))
-    cpu = ("cpu", "P3 N=2", "forward+backward", "float32", "jdkd")
-    return [
-        *goals,
-        *(Goal(*cpu, other, least, layout="NCHW") for other, least in (("eager", 10), ("torch.compile", 2))),
-    ]
+    for dtype, layout in itertools.product(("float32", "bfloat16", "float16"), ("NCHW", "channels-last")):
+        cpu = ("cpu", "P3 N=2", "forward+backward", dtype, "jdkd")
+        goals.append(Floor(*cpu, most=round(1 / 0.6, 2), layout=layout))
+        goals += [Goal(*cpu, other, least, layout=layout) for other, least in (("eager", 10), ("torch.compile", 4))]
+    return goals
 
 
 def _changes() -> list[Limit]:

@@ -2,6 +2,7 @@
 
     jdkd tune && python -m benchmarks.tuned          times, and prints a page
     python -m benchmarks.tuned --save                also appends to benchmarks/results/<device>/tuned.jsonl
+    python -m benchmarks.tuned --device cuda         of a GPU, in bfloat16
 
 A row for every region that was timed: the way that is taken, the default, and the ratios of their times. And a row for
 every shape of the cases of the Pearson loss (every level of a pyramid, 256 channels, one image of 800x1344) and of the
@@ -27,24 +28,24 @@ from jdkd import _tuned
 from jdkd.env import load_operators
 from jdkd.tune import convolutions, pearson
 from jdkd.tune.session import compared
-from jdkd.tune.shapes import LAYOUTS, Shape
+from jdkd.tune.shapes import DTYPES, LAYOUTS, Shape
 from jdkd.tune.timing import clock_of
 
-CPU = torch.device("cpu")
 WIDTH = 0.5
 SECONDS = 1.0  # for a shape
 
 
 def shapes(device: torch.device) -> Iterator[tuple[str, Shape]]:
-    """The shapes of the benchmark cases, with labels that say where they occur."""
+    """The shapes of the benchmark cases in the dtype that is trained in most, with labels that say where they occur."""
+    dtype = DTYPES[device.type][0]
     for (level, size), layout in itertools.product(pearson_cases.SIZES.items(), LAYOUTS):
         for form in ("loss", "gradient", "tap"):
             levels = [(1, pearson_cases.CHANNELS, *size)]
-            yield f"{level} {form}", pearson.of_backends(device, torch.float32, layout, levels, form)
+            yield f"{level} {form}", pearson.of_backends(device, dtype, layout, levels, form)
     for (label, conv), layout, both in itertools.product(conv_shapes.distinct().items(), LAYOUTS, (True, False)):
         filters = convolutions.Filters(conv.kernel, conv.stride)
         if filters in convolutions.LEADING and conv.padding == conv.kernel // 2:
-            given = device, torch.float32, layout, filters, conv.size, conv.active(WIDTH), both
+            given = device, dtype, layout, filters, conv.size, conv.active(WIDTH), both
             yield label, convolutions.of_kernels(*given)
 
 
@@ -89,13 +90,15 @@ def page(found: list[dict[str, Any]]) -> Iterator[str]:
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tuned", description=__doc__.partition("\n")[0])
     parser.add_argument("--save", action="store_true", help="append the rows to benchmarks/results")
-    save = parser.parse_args(words).save
+    parser.add_argument("--device", choices=DTYPES, default="cpu", help="cuda is the current GPU")
+    given = parser.parse_args(words)
     load_operators()
-    common = record.environment("cpu", 0.0)
-    found = [{"date": datetime.date.today().isoformat(), **row, **common} for row in rows(CPU)]
+    common = record.environment(given.device, 0.0)
+    device = torch.device("cpu") if given.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    found = [{"date": datetime.date.today().isoformat(), **row, **common} for row in rows(device)]
     print(*page(found), sep="\n")
-    if save:
-        record.append(record.result_file("cpu", "tuned"), found)
+    if given.save:
+        record.append(record.result_file(given.device, "tuned"), found)
 
 
 if __name__ == "__main__":

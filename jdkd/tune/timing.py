@@ -16,30 +16,36 @@ from jdkd.tune.shapes import copied, nbytes
 CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 USUAL_CACHE = 32 << 20  # bytes, of a processor that does not tell
 MOST_SETS = 512
-SLEEP = 200_000  # cycles of a GPU, some 0.1 ms: longer than the host takes for a launch
+SLEEP, LONGEST_SLEEP = 200_000, 3_200_000  # cycles of a GPU, some 0.1 and 1.7 ms: a launch takes the host less
 
 
 class BehindASleep:
     """Time of a GPU between two events around a call that was queued while the GPU slept.
 
-    So the host's time for its launches does not count, which is behind the GPU's in training.
+    So the host's time for its launches does not count, which is behind the GPU's in training. A sleep that ended before
+    all was queued, as a gradient of several launches takes the host longer, is twice as long from then on, and the call
+    is timed again; beyond :data:`LONGEST_SLEEP` the host waits for the GPU itself, and that counts.
     """
 
     name = "CUDA events behind a sleep"
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.cycles = device, SLEEP
 
     def time(self, call: Callable[[], object]) -> float:
         """Runs `call` and returns the ms between the events."""
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        with torch.cuda.device(self.device):
-            torch.cuda._sleep(SLEEP)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-        return begin.elapsed_time(end)
+        while True:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            with torch.cuda.device(self.device):
+                torch.cuda._sleep(self.cycles)
+                begin.record()
+                call()
+                end.record()
+                slept = not begin.query()  # until the last launch was queued
+                end.synchronize()
+            if slept or self.cycles >= LONGEST_SLEEP:
+                return begin.elapsed_time(end)
+            self.cycles *= 2
 
 
 def clock_of(device: torch.device) -> Clock:

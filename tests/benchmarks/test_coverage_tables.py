@@ -48,6 +48,7 @@ def test_a_kernel_was_measured_and_tuned_where_its_rows_were_made(monkeypatch, t
     region = {"table": "pearson", "region": "loss", "default": "cpu", "device": "A CPU", "cuda": None}
     timed = {**region, "measured": []}
     tuned = [{**timed, "path": "cpu"}, {**timed, "region": "tap", "path": "reference"}, {**region, "path": "cpu"}]
+    tuned += [{**timed, "table": "pearson forms", "path": "single pass", "device": "A GPU", "cuda": "13.0"}]
     backends.record.append(file.with_name("tuned.jsonl"), tuned)
     lines = [line.strip("| ").split(" | ") for line in backends.table().splitlines()]
     assert {cells[1]: cells[6] for cells in lines if cells[0] == "`pearson`"} == {
@@ -55,3 +56,4 @@ def test_a_kernel_was_measured_and_tuned_where_its_rows_were_made(monkeypatch, t
     }  # fmt: skip
     (tuned_on,) = [cells[7] for cells in lines if cells[:2] == ["`pearson`", "cpu"]]
     assert tuned_on == "A CPU: 1 of 2 regions changed"
+    assert [cells[7] for cells in lines if cells[0] == "`pearson_single`"] == ["A GPU: 1 of 1 regions changed"]

@@ -42,3 +42,16 @@ def test_only_shapes_that_take_another_way_are_timed_again(monkeypatch):
         region, small, others = tuned.rows(torch.device("cpu"))
     assert region["path"] == "cpu" and (others["path"], others["shapes"]) == ("the default", 1)
     assert small["path"] == "cpu" and small["case"] == 3 and small["ratio"][1] > 0
+
+
+def test_a_gpu_is_asked_for_by_name_and_in_the_dtype_that_is_trained_in_most(monkeypatch, capsys):
+    gpu, cpu = torch.device("cuda", 1), torch.device("cpu")
+    asked, rows = [], {"table": "toy", "region": "all", "path": "slow", "default": "slow", "measured": []}
+    monkeypatch.setattr(tuned.record, "environment", lambda device, copied: {"device": device})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(tuned, "rows", lambda device: asked.append(device) or [rows])
+    tuned.main(["--device", "cuda"])
+    tuned.main([])
+    assert asked == [gpu, cpu] and "toy: 1 regions timed" in capsys.readouterr().out
+    for device, dtype in ((gpu, torch.bfloat16), (cpu, torch.float32)):
+        assert {(shape.call.device, shape.call.dtype) for _, shape in tuned.shapes(device)} == {(device, dtype)}

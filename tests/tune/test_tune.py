@@ -16,7 +16,7 @@ from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.tune import plan, regions, session, tune
 from jdkd.tune.shapes import Shape, copied, nbytes
-from jdkd.tune.timing import clock_of, rotated
+from jdkd.tune.timing import LONGEST_SLEEP, BehindASleep, clock_of, rotated
 
 CPU = torch.device("cpu")
 
@@ -222,6 +222,71 @@ def test_the_clock_of_one_thread_counts_its_own_time_alone(monkeypatch):
     for threads, name in ((1, "thread_time"), (2, "perf_counter")):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert clock_of(CPU).name == name
+
+
+class Gpu:
+    """Stands in for ``torch.cuda``: what is queued runs one after another, a cycle of a sleep a nanosecond."""
+
+    def __init__(self) -> None:
+        self.host, self.free, self.naps = 0.0, 0.0, []  # ms
+
+    def queue(self, milliseconds: float) -> None:
+        self.free = max(self.free, self.host) + milliseconds
+
+    def _sleep(self, cycles: int) -> None:
+        self.naps.append(cycles)
+        self.queue(cycles / 1e6)
+
+    def device(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def Event(self, enable_timing: bool) -> Gpu.Mark:
+        return Gpu.Mark(self)
+
+    class Mark:
+        def __init__(self, gpu: Gpu) -> None:
+            self.gpu = gpu
+
+        def record(self) -> None:
+            self.at = max(self.gpu.host, self.gpu.free)
+
+        def query(self) -> bool:
+            return self.gpu.host >= self.at
+
+        def synchronize(self) -> None:
+            self.gpu.host = max(self.gpu.host, self.at)
+
+        def elapsed_time(self, end: Gpu.Mark) -> float:
+            return end.at - self.at
+
+
+@pytest.mark.parametrize(("host", "naps"), [(0.15, [200_000]), (0.9, [200_000, 400_000, 800_000, 1_600_000])])
+def test_the_clock_of_a_gpu_sleeps_until_all_is_queued(monkeypatch, host, naps):
+    """Two launches of 10 us each, between which the host takes longer than the GPU."""
+    gpu = Gpu()
+    monkeypatch.setattr(torch, "cuda", gpu)
+
+    def call() -> None:
+        for _ in range(2):
+            gpu.host += host / 2
+            gpu.queue(0.01)
+
+    clock = BehindASleep(torch.device("cuda", 0))
+    assert clock.time(call) == pytest.approx(0.02) and gpu.naps == naps
+    assert clock.time(call) == pytest.approx(0.02) and gpu.naps == [*naps, naps[-1]]
+
+
+def test_a_call_that_waits_for_the_gpu_is_timed_all_the_same(monkeypatch):
+    gpu = Gpu()
+    monkeypatch.setattr(torch, "cuda", gpu)
+
+    def waits() -> None:
+        gpu.queue(0.01)
+        gpu.host = max(gpu.host, gpu.free) + 0.5
+        gpu.queue(0.01)
+
+    assert BehindASleep(torch.device("cuda", 0)).time(waits) == pytest.approx(0.52)
+    assert gpu.naps[-1] == LONGEST_SLEEP
 
 
 def test_devices_that_are_alike_are_timed_once():
