@@ -24,6 +24,17 @@ BETWEEN = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize"}  # what m
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # its indices may be on the host
 
 
+COUNTED = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "equal",
+    "_unique2",
+    "unique_dim",
+}  # answers, or their size
+_waits: list[str] = []
+
+
 class OnGpu(Tensor):
     """A tensor that says to Python that it is on the GPU; its numbers are in ``held``, on the host.
 
@@ -96,6 +107,8 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         on_gpu = True  # autograd asks for the options of a tensor, which in C++ are the host's
     if name in ("copy_", "_index_put_impl_", "index_put_"):
         on_gpu = isinstance(args[0], OnGpu)
+    if there and (name in COUNTED or (name in INDEXED and _is_masked(args[1]))):
+        _waits.append(name)
     wrappers = {id(tensor.held): tensor for tensor in there}
     held = [tree_map(lambda leaf: leaf.held if isinstance(leaf, OnGpu) else leaf, given) for given in (args, kwargs)]
     if asked is not None:
@@ -123,6 +136,10 @@ def _may_index(tensor: Tensor, indices: Any, values: Tensor | None = None, *_: A
     return isinstance(tensor, OnGpu) and (values is None or isinstance(values, OnGpu) or not values.dim())
 
 
+def _is_masked(indices: Any) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
 class _Moved(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, on_gpu: bool) -> Tensor:
@@ -135,10 +152,12 @@ class _Moved(torch.autograd.Function):
         return _moved(grads[0], "cuda" if ctx.was else "cpu"), None
 
 
-def _moved(tensor: Tensor, device: Any) -> Tensor:
+def _moved(tensor: Tensor, device: Any, non_blocking: bool = False) -> Tensor:
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu == isinstance(tensor, OnGpu):
         return tensor
+    if not (on_gpu and non_blocking):
+        _waits.append("to the GPU" if on_gpu else "to the host")
     with torch.utils._python_dispatch._disable_current_modes():
         return _Moved.apply(tensor, on_gpu)
 
@@ -148,8 +167,8 @@ def _to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if args and isinstance(args[0], Tensor):
         args = args[0].device, args[0].dtype, *args[1:]
     copy = kwargs.pop("copy", False)
-    device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    moved = tensor if device is None else _moved(tensor, device)
+    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+    moved = tensor if device is None else _moved(tensor, device, non_blocking)
     kept = {"memory_format": memory_format} if memory_format is not None else {}
     return TO(moved, moved.dtype if dtype is None else dtype, copy=copy, **kept)
 
@@ -215,6 +234,21 @@ class _Guard(nullcontext):
 class _Properties:
     name, uuid, multi_processor_count = "emulated", "emulated", 132
     major, minor, total_memory, L2_cache_size = 9, 0, 140 << 30, 50 << 20
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """What the host waits for inside: answers of the GPU, and copies that it does not leave to the stream.
+
+    Yields:
+        The names of the operators, as they come.
+    """
+    found: list[str] = []
+    before = len(_waits)
+    try:
+        yield found
+    finally:
+        found += _waits[before:]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from jdkd.latency import measure
 from jdkd.nn import ElasticConv2d, PKDLoss
 from jdkd.patch import accelerate
 from tests.conftest import HAS_GPU
-from tests.emulated_gpu import OnGpu, emulated_gpu
+from tests.emulated_gpu import OnGpu, emulated_gpu, waits
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="a GPU is here, and need not be emulated")
 
@@ -39,6 +39,15 @@ def test_two_devices_do_not_mix(gpu):
     ):
         with pytest.raises((RuntimeError, TypeError), match=r"same device|can't convert cuda"):
             mix()
+    with waits() as found:
+        (
+            there.sum().item(),
+            there.cpu(),
+            there[there > 0],
+            torch.ones(2).to(gpu),
+            torch.ones(2).to(gpu, non_blocking=True),
+        )
+    assert found == ["_local_scalar_dense", "to the host", "index", "to the GPU"]
     assert (there + torch.tensor(1.0)).tolist() == [2, 2, 2] and there[torch.tensor([0])].device == gpu
     assert there.cpu().numpy().tolist() == [1, 1, 1] and there.to(here).device.type == "cpu"
     with pytest.raises(RuntimeError, match="same device"):
@@ -77,17 +86,38 @@ def test_a_student_is_taught_there_through_adapters(gpu):
     assert all(p.grad is None or p.grad.device == gpu for p in student.parameters())
 
 
-def test_losses_and_elastic_layers_run_there(gpu):
+def test_a_loss_on_hooks_lets_the_host_wait_for_nothing_that_it_did_not_wait_for(gpu):
+    student, teacher = small().to(gpu).train(), small(seed=1).to(gpu)
+    images = [torch.rand(3, 64, 64, device=gpu) for _ in range(2)]
+    target = {"boxes": torch.tensor([[8.0, 8, 40, 40]], device=gpu), "labels": torch.tensor([1], device=gpu)}
+
+    def waited():
+        with waits() as found:
+            sum(student(images, [target] * 2).values()).backward()
+        return found
+
+    waited()  # anchors are moved once
+    alone = waited()
+    with attach(student, teacher):
+        taught = waited()
+    assert sorted(taught) == sorted(alone) and "_local_scalar_dense" in alone, "torchvision's own losses ask"
+
+
+def test_losses_and_elastic_layers_run_there_without_a_wait(gpu):
     loss = PKDLoss(6.0)
-    student = [torch.randn(2, 8, 5, 5, device=gpu, requires_grad=True)]
-    value = loss(student, [torch.randn(2, 8, 5, 5, device=gpu)])
-    value.backward()
-    assert value.device == gpu and student[0].grad.device == gpu
+    student, taught = (torch.randn(2, 8, 5, 5, device=gpu, requires_grad=flag) for flag in (True, False))
+    with waits() as found:
+        value = loss([student], [taught])
+        value.backward()
+    assert not found
+    assert value.device == gpu and student.grad.device == gpu
     layer = ElasticConv2d(8, 8, 3).to(gpu)
     x = torch.randn(1, 4, 9, 9, device=gpu)
     for active in (4, [1, 3, 5, 7], torch.tensor([0, 2, 4, 6]), torch.tensor([0, 2, 4, 6], device=gpu)):
         layer.set_active(active)
-        assert layer(x).device == gpu
+        with waits() as found:
+            assert layer(x).device == gpu
+        assert not found
 
 
 def test_detectors_are_timed_and_accelerated_there(gpu):
