@@ -75,6 +75,14 @@ RECIPES = {
     "blood_cells_deep_two_stage": Recipe(
         None, f"--model fasterrcnn {_DEEP} --box-head 128 --min-size 180 --max-size 240", 4, 4000
     ),
+    "blood_cells_deep_two_stage_front": Recipe(
+        None,
+        f"--model fasterrcnn {_DEEP} --box-head 128 --min-size 180 --max-size 240",
+        4,
+        4000,
+        times=2,
+        targets="0.75,0.53,0.35",
+    ),
     "digit_scenes_128": Recipe(
         "--train 400 --val 400 --size 128", f"--model fcos {_RESNET} --min-size 128 --max-size 128", 4, 3000, times=2
     ),

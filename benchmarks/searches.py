@@ -28,6 +28,7 @@ NAMES = (  # what searches are of, in the order of the pages; benchmarks.proof.R
     "blood_cells_deep",
     "blood_cells_deep_front",
     "blood_cells_deep_two_stage",
+    "blood_cells_deep_two_stage_front",
     "blood_cells",
 )
 HEADINGS = ("target", "seed", "base mAP", "control", "student", "student p50 / base p50 (95 %)", "params", "steps")
