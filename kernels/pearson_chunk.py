@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-VALUES = tl.constexpr(9)  # of a chunk: n, shift_s, shift_t, beta, and the sums of d_s, d_t, d_s^2, d_t^2, rest^2
+VALUES = tl.constexpr(10)  # a chunk's n, shift_s, shift_t, beta, and the sums of d_s, d_t, d_s^2, d_t^2, rest^2, d_s d_t
+FAR = tl.constexpr(8.0)  # times the ratio of a chunk's deviations: such a beta is not near it, and the plain sum is better
 TABLE_ROWS = tl.constexpr(5)  # a, b, k, mean_x, mean_y
 MOMENTS = tl.constexpr(6)  # n, mean_s, mean_t, and the centred sums of s^2, t^2, s t
 
@@ -32,7 +33,7 @@ def _beta(ss, tt):
 
 
 @triton.jit
-def _store_chunk(out, stride, mask, n, shift_s, shift_t, beta, ds, dt, ss, tt, ee):
+def _store_chunk(out, stride, mask, n, shift_s, shift_t, beta, ds, dt, ss, tt, ee, st):
     """Writes what a chunk was summed to; the finish makes moments of it. ``out`` steps by ``stride``."""
     tl.store(out, n, mask=mask)
     tl.store(out + stride, shift_s, mask=mask)
@@ -43,6 +44,7 @@ def _store_chunk(out, stride, mask, n, shift_s, shift_t, beta, ds, dt, ss, tt, e
     tl.store(out + 6 * stride, ss, mask=mask)
     tl.store(out + 7 * stride, tt, mask=mask)
     tl.store(out + 8 * stride, ee, mask=mask)
+    tl.store(out + 9 * stride, st, mask=mask)
 
 
 @triton.jit
@@ -57,12 +59,16 @@ def _load_chunk(at, stride, mask):
     ss = tl.load(at + 6 * stride, mask=mask, other=0.0).to(tl.float64)
     tt = tl.load(at + 7 * stride, mask=mask, other=0.0).to(tl.float64)
     ee = tl.load(at + 8 * stride, mask=mask, other=0.0).to(tl.float64)
+    plain = tl.load(at + 9 * stride, mask=mask, other=0.0).to(tl.float64)
     rest_s, rest_t = ds / tl.maximum(n, 1.0), dt / tl.maximum(n, 1.0)
     rest = rest_s - beta * rest_t
     ss = tl.maximum(ss - n * rest_s * rest_s, 0.0, propagate_nan=tl.PropagateNan.ALL)
     tt = tl.maximum(tt - n * rest_t * rest_t, 0.0, propagate_nan=tl.PropagateNan.ALL)
     ee -= n * rest * rest
-    st = tl.where((ss == 0) | (tt == 0), 0.0, (ss + beta * beta * tt - ee) / (2 * beta))
+    most = tl.sqrt(ss * tt)
+    plain = tl.clamp(plain - n * rest_s * rest_t, -most, most, propagate_nan=tl.PropagateNan.ALL)
+    st = tl.where(ee <= FAR * beta * most, (ss + beta * beta * tt - ee) / (2 * beta), plain)
+    st = tl.where((ss == 0) | (tt == 0), 0.0, st)
     return n, shift_s + rest_s, shift_t + rest_t, ss, tt, st
 
 

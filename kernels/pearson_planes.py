@@ -54,7 +54,7 @@ def _pearson_plane_stats_kernel(
 ):
     """Moments of every chunk of every plane, NCHW.
 
-    Grid: one program a chunk, in the order of memory. Reads: S and T once. Writes: nine float32 a chunk.
+    Grid: one program a chunk, in the order of memory. Reads: S and T once. Writes: ten float32 a chunk.
     Numerics: float32 around the mean of the first tile, see the head of this file. Deterministic: yes.
     Limits: pointers that are not 16-byte aligned compile a variant with narrow loads.
     """
@@ -84,7 +84,7 @@ def _pearson_plane_stats_kernel(
     ss_edge, tt_edge = tl.sum(s_edge * s_edge), tl.sum(t_edge * t_edge)
     beta = _beta(tl.sum(ss) + ss_edge, tl.sum(tt) + tt_edge)
     rest = s - beta * t
-    ee = tl.sum(rest * rest, 1)
+    ee, st = tl.sum(rest * rest, 1), tl.sum(s * t, 1)
     for tile in range(start + TILE, end, TILE):
         mask = (tile + rows < end)[:, None]
         at = (tile + rows)[:, None] + lanes
@@ -98,11 +98,13 @@ def _pearson_plane_stats_kernel(
         ss += tl.sum(s * s, 1)
         tt += tl.sum(t * t, 1)
         ee += tl.sum(rest * rest, 1)
+        st += tl.sum(s * t, 1)
     rest = s_edge - beta * t_edge
     _store_chunk(
         chunk_ptr + cell, stride, True, n, shift_s, shift_t, beta,
         tl.sum(ds) + tl.sum(s_edge), tl.sum(dt) + tl.sum(t_edge),
         tl.sum(ss) + ss_edge, tl.sum(tt) + tt_edge, tl.sum(ee) + tl.sum(rest * rest),
+        tl.sum(st) + tl.sum(s_edge * t_edge),
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def _pearson_row_stats_kernel(
 ):  # fmt: skip
     """Moments of every chunk of rows and block of channels, channels-last.
 
-    Grid: one program a chunk and block, blocks fastest. Reads: S and T once. Writes: nine float32 a chunk and channel.
+    Grid: one program a chunk and block, blocks fastest. Reads: S and T once. Writes: ten float32 a chunk and channel.
     Numerics: float32 around the mean of the first tile, per channel. Deterministic: yes.
     Limits: loads are narrow unless C is a multiple of V (``WIDE``).
     """
@@ -69,7 +69,7 @@ def _pearson_row_stats_kernel(
     ss, tt = ds * ds, dt * dt
     beta = _beta(tl.sum(ss, 0), tl.sum(tt, 0))
     rest = ds - beta[None, :] * dt
-    ee = rest * rest
+    ee, st = rest * rest, ds * dt
     for tile in range(first + TILE, last, TILE):
         mask = mask_next
         s, t = s_next.to(tl.float32), t_next.to(tl.float32)
@@ -85,10 +85,11 @@ def _pearson_row_stats_kernel(
         ss += s * s
         tt += t * t
         ee += rest * rest
+        st += s * t
     n = tl.full([CHANNELS], 0.0, tl.float32) + (last - first).to(tl.float32)
     _store_chunk(
         chunk_ptr + cell + columns, channels, inside, n, shift_s, shift_t, beta,
-        tl.sum(ds, 0), tl.sum(dt, 0), tl.sum(ss, 0), tl.sum(tt, 0), tl.sum(ee, 0),
+        tl.sum(ds, 0), tl.sum(dt, 0), tl.sum(ss, 0), tl.sum(tt, 0), tl.sum(ee, 0), tl.sum(st, 0),
     )  # fmt: skip
 
 

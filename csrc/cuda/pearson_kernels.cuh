@@ -40,7 +40,7 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
     pearson_plane_stats_kernel(
         const __grid_constant__ Levels levels, Moments* __restrict__ cells, unsigned* __restrict__ ticket) {
-  __shared__ float scratch[kThreads / 32 * 5];
+  __shared__ float scratch[kThreads / 32 * 6];
   reset(ticket);
   const LevelArgs& level = level_of_block(levels);
   if (level.form == Form::kPlanes) {

@@ -53,10 +53,11 @@ __device__ __forceinline__ void team_sum(float (&values)[N], float* scratch) {
   }
 }
 
-// What a team sums over its chunk: of d_s, d_t, d_s^2, d_t^2 and (d_s - beta d_t)^2, around the means that it is given.
+// What a team sums over its chunk: of d_s, d_t, d_s^2, d_t^2, (d_s - beta d_t)^2 and d_s d_t, around the means that it is
+// given.
 struct PlaneSums {
   float mean_s, mean_t, beta;
-  float of[5] = {};
+  float of[6] = {};
 
   __device__ __forceinline__ void add(float s, float t) {
     const float ds = s - mean_s, dt = t - mean_t, rest = ds - beta * dt;
@@ -65,6 +66,7 @@ struct PlaneSums {
     of[2] += ds * ds;
     of[3] += dt * dt;
     of[4] += rest * rest;
+    of[5] += ds * dt;
   }
 };
 
@@ -159,7 +161,7 @@ __device__ __forceinline__ Moments plane_moments(
   next.template visit<kHeld>(false, first + kStep, last, add);
   team_sum<kTeam>(sums.of, scratch);
   return lane != 0 ? Moments{} : tile_moments(
-      n, sums.mean_s, sums.mean_t, sums.of[0], sums.of[1], sums.of[2], sums.of[3], sums.beta, sums.of[4]);
+      n, sums.mean_s, sums.mean_t, sums.of[0], sums.of[1], sums.of[2], sums.of[3], sums.beta, sums.of[4], sums.of[5]);
 }
 
 template <typename T, int kTeam>

@@ -88,6 +88,22 @@ JDKD_HOST_DEVICE Moments tile_moments(
   return {n, mean_s + ds / n, mean_t + dt / n, ss, tt, varies * (ss + beta * beta * tt - e) / (2 * beta)};
 }
 
+constexpr double kFar = 8;  // times the ratio of the deviations: such a beta is not near it
+
+// The same where beta is a guess that is not made again: of positions whose deviations turn out to be in another ratio,
+// as where an object stands on a background that is still in one of the two, the plain sum of ds dt is nearer to st.
+JDKD_HOST_DEVICE Moments tile_moments(
+    double n, float mean_s, float mean_t, double ds, double dt, double ss, double tt, double beta, double e,
+    double plain) {
+  Moments q = tile_moments(n, mean_s, mean_t, ds, dt, ss, tt, beta, e);
+  const double rest = ds - beta * dt, most = sqrt(q.ss * q.tt);
+  if (!(e - rest * rest / n <= kFar * beta * most)) {
+    plain -= ds * dt / n;
+    q.st = plain > most ? most : (plain < -most ? -most : plain);
+  }
+  return q;
+}
+
 // The unbiased standard deviation; one element has none.
 JDKD_HOST_DEVICE double deviation(double m, double squares) { return m < 2 ? 0 : sqrt(squares / (m - 1)); }
 

@@ -65,6 +65,11 @@ def _padded_corner(level: Tensor) -> None:
     level[:, :, :n] = 0
 
 
+def _still_background(level: Tensor) -> None:
+    level[:, :, :-10] *= 1e-6
+    level[:, :, -9:] *= 1e-6
+
+
 def _outlier(level: Tensor) -> None:
     level[0, :, 0, 0] += 100
 
@@ -81,6 +86,8 @@ CASES = {
     "almost_equal_and_large_mean": Case(shapes=((2, 3, 31, 33),), mean=300.0, r=1 - 5e-7),
     # A chunk that begins with a constant tile has no estimate of beta, and the usual error of a closed form, 1e-7.
     "padded_corner": Case(shapes=((1, 2, 110, 50),), mean=300.0, loss_unit=1.0, change=_padded_corner),
+    # The teacher varies everywhere, the student in one row, which is in no first tile and no sample of a chunk.
+    "still_background": Case(shapes=((1, 2, 110, 90),), r=0.9, loss_unit=1.0, change=_still_background),
     "outlier": Case(shapes=((1, 3, 50, 50),), change=_outlier),
     "zero_variance": Case(shapes=((2, 3, 9, 7),), upstream=0.01, change=_constant_channels),
     "tiny_spread": Case(shapes=((2, 3, 9, 7),), spread=1e-6, upstream=0.01),
