@@ -4,7 +4,9 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -80,6 +82,39 @@ def test_a_file_that_differs_is_not_written_and_the_stage_is_named(jdkd, checkpo
     assert "they part at level 0: values up to" in answer.err
 
 
+class LowerInOpenVino:
+    """In the place of OpenVINO: onnxruntime, with scores that are lower by 0.1."""
+
+    def compile_model(self, file, device, hints):
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        self.session, self.outputs = session, [SimpleNamespace(any_name=each.name) for each in session.get_outputs()]
+        self.inputs = [
+            SimpleNamespace(
+                any_name=each.name,
+                partial_shape=SimpleNamespace(rank=SimpleNamespace(get_length=lambda each=each: len(each.shape))),
+                element_type=SimpleNamespace(to_dtype=lambda: np.dtype(np.float32)),
+            )
+            for each in session.get_inputs()
+        ]
+        return self
+
+    def __call__(self, feeds):
+        boxes, labels, scores, *stages = self.session.run(None, feeds)
+        return dict(enumerate((boxes, labels, (scores - 0.1).clip(0), *stages)))
+
+
+def test_a_file_that_differs_in_openvino_alone_is_not_written(jdkd, checkpoint, squares, tmp_path, monkeypatch):
+    package = ModuleType("openvino")
+    package.Core, package.__spec__ = LowerInOpenVino, ModuleSpec("openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", package)
+    answer = jdkd("export", checkpoint, "--data", squares, "--out", tmp_path / "tiny.onnx")
+    assert answer.code == 2 and list(tmp_path.iterdir()) == []
+    assert "the exported FCOS was not written: only" in answer.err, answer.err
+    assert "they part behind it, where boxes are made and suppressed, in openvino." in answer.err
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -137,7 +172,7 @@ def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
         ([checkpoint, tmp_path / "none.png", *out], "none.png does not exist"),
         ([checkpoint, tmp_path / "empty", *out], "empty holds no image"),
         ([checkpoint, tmp_path / "torn.png", *out], "torn.png cannot be read"),
-        ([tmp_path / "broken.onnx", photographs, *out], "broken.onnx cannot be opened"),
+        ([tmp_path / "broken.onnx", photographs, *out], "broken.onnx: onnxruntime cannot open the file ("),
         ([tmp_path / "broken.pt2", photographs, *out], "broken.pt2: the file is damaged"),
         ([tmp_path / "missing.onnx", photographs, *out], "missing.onnx cannot be read (No such file or directory)"),
         ([tmp_path / "foreign.onnx", photographs, *out], "the file does not say how its images are resized"),
