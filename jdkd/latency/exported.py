@@ -25,7 +25,7 @@ from jdkd.detect.contract import FOUND
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError, said
 from jdkd.latency.calls import on_device
-from jdkd.latency.runtimes import HOST_TO_HOST, Artefact, Batches, Compiled, CudaGraph, Eager, Runtime
+from jdkd.latency.runtimes import Artefact, Batches, Compiled, CudaGraph, Eager, Runtime
 
 Exporter = Callable[[nn.Module, Path, bool, bool], object]
 """Writes a detector to an ONNX file: in fp16 or else in fp32, and with an NMS that only counts or else with its own."""
@@ -170,11 +170,11 @@ class OfFile:
         detector = ExportedDetector(model, engine, self.name)
         prepared = [detector.fed(on_device(batch, CPU)) for batch in batches]
         inside = {
-            "end_to_end": f"{self.name}: {HOST_TO_HOST}; images resized by torch",
+            "end_to_end": f"{self.name}: resize by torch on the host; its copies, normalise, network and NMS",
             "model_only": f"{self.name}: normalise, network and NMS, on a resized batch on the host, its copies within",
         }
         facts = {"sha256_of_file": sha256, **engine.facts}
-        return Artefact(detector, lambda index: engine.run(prepared[index][0]), inside, facts)
+        return Artefact(detector, lambda index: engine.run(prepared[index][0]), inside, facts, from_host=True)
 
     @contextmanager
     def steady_nms(self, counts: Sequence[int]) -> Iterator[None]:
