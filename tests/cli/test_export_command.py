@@ -185,6 +185,22 @@ def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_an_interrupted_predict_does_not_deny_what_it_drew(jdkd, checkpoint, photographs, tmp_path, monkeypatch):
+    from jdkd.export import drawing
+
+    pictures = [b"drawn by jdkd predict"]
+
+    def drawn(*given):
+        if not pictures:
+            raise KeyboardInterrupt
+        return pictures.pop()
+
+    monkeypatch.setattr(drawing, "drawn", drawn)
+    answer = jdkd("predict", checkpoint, photographs, "--out", tmp_path / "seen")
+    assert answer.code == 2 and answer.err == "jdkd: interrupted; what was not finished was not written.\n"
+    assert [file.name for file in (tmp_path / "seen").iterdir()] == ["0.jpg"]
+
+
 def test_predict_puts_no_picture_in_the_place_of_an_image(jdkd, checkpoint, photographs, tmp_path):
     photograph = tmp_path / "a.jpg"
     Image.open(photographs / "0.png").save(photograph)
