@@ -55,7 +55,8 @@ class Latency:
     map: bool = False
     """Score each detector in each runtime and dtype on all validation images."""
     profile: bool = False
-    """Divide each detector's time among backbone, neck, head, postprocess and what is fixed, run eagerly."""
+    """Divide each detector's time among backbone, neck, head, postprocess and what is fixed, run eagerly in float32,
+    and say how far each is from its roofline."""
     against: Path | None = None
     """What an earlier --out wrote, to say whether it agrees; of another environment it is refused."""
     device: str = "auto"
@@ -118,13 +119,15 @@ class Latency:
         return Work(functools.partial(_shipped, folders), known_runtimes, images, device, score)
 
     def _profiles(self, detectors: Mapping[str, nn.Module], images: list[Tensor], device: str) -> dict[str, Any]:
-        from jdkd.latency import fuse_for_inference, profile_stages
+        import torch
 
-        batch_size = self.batch_sizes[0]
+        from jdkd.latency import fuse_for_inference, profile_stages
+        from jdkd.latency.roofline import measured_ceilings
+
+        how = {"device": device, "batch_size": self.batch_sizes[0], "rounds": min(self.rounds, 50)}
+        ceilings = measured_ceilings(torch.device(device))
         return {
-            name: profile_stages(
-                fuse_for_inference(model), images, device=device, batch_size=batch_size, rounds=min(self.rounds, 50)
-            )
+            name: profile_stages(fuse_for_inference(model), images, ceilings=ceilings, **how)
             for name, model in detectors.items()
         }
 

@@ -57,7 +57,9 @@ def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jd
     assert facts["map"] == json.loads((trained / "train.json").read_text())["map"]
     assert "NMS" in facts["inside"]["end_to_end"] and "detections_per_image" in facts and "peak_memory_bytes" in facts
     assert stored["protocol"]["sources"].keys() == {"version", "commit", "dirty"}
-    assert set(content["profile"][str(trained)]["stages"]) == {"backbone", "neck", "head", "postprocess", "fixed"}
+    profile = content["profile"][str(trained)]
+    assert set(profile["stages"]) == set(profile["least"]) == {"backbone", "neck", "head", "postprocess", "fixed"}
+    assert profile["least"]["backbone"] > 0 and profile["ceilings"]["flops"] > 1e6
     shown = (
         "end to end",
         "model only",
@@ -65,6 +67,7 @@ def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jd
         "not resolved",
         "mAP",
         "Where the time goes",
+        "roofline: every operator by itself at",
         "clocks and thro",
     )
     assert all(words in answer.out for words in shown), answer.out
