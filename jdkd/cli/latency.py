@@ -69,6 +69,7 @@ class Latency:
         from jdkd.cli.latency_tables import Shown
         from jdkd.detect import load
         from jdkd.detect.checkpoint import WEIGHTS
+        from jdkd.detect.stages import stages_of
         from jdkd.export.runtimes import known_runtimes
         from jdkd.latency import measure_grid, profile_cost
         from jdkd.latency.grid import with_facts
@@ -84,7 +85,10 @@ class Latency:
         before = None if self.against is None else _earlier(self.against)
         folders = _named([self.base, *self.students])
         detectors = {name: load(folder) for name, folder in folders.items()}
-        images, origin, split = self._images()
+        if self.profile:
+            for model in detectors.values():
+                stages_of(model)  # says of which they are not known, before anything is timed
+        images, origin, split = self._images(detectors)
         files = {name: {"weights_sha256": sha256_of(folder / WEIGHTS)} for name, folder in folders.items()}
         work = self._work(folders, images, device, split)
         if before is not None:
@@ -131,10 +135,15 @@ class Latency:
             for name, model in detectors.items()
         }
 
-    def _images(self) -> tuple[list[Tensor], str, Split | None]:
-        """Images to measure on, where they come from, and the annotated images that they are some of."""
+    def _images(self, detectors: Mapping[str, nn.Module]) -> tuple[list[Tensor], str, Split | None]:
+        """Images to measure on, where they come from, and the annotated images that they are some of.
+
+        Raises:
+            InputError: detectors are to be scored on these, and one is of other classes, or sees nothing of an image.
+        """
         from jdkd.data import CocoDetectionDataset, read_image
         from jdkd.data.photographs import photographs
+        from jdkd.train.evaluate import prepare
 
         if self.images:
             return [read_image(file) for file in self.images], f"{len(self.images)} image files", None
@@ -143,6 +152,8 @@ class Latency:
             with Progress() as progress:
                 split = replace(split, strict=self.source.strict)
                 dataset = CocoDetectionDataset(split, progress.task("check images"))
+            for model in detectors.values() if self.map else ():
+                prepare(model, dataset)
             chosen = min(self.count, len(dataset))
             return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}", split
         said = "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your images"

@@ -88,6 +88,24 @@ def test_a_map_needs_annotations(trained):
         Latency(trained, (), map=True)._work({}, [], "cpu", None)
 
 
+def test_what_cannot_be_scored_or_divided_is_refused_before_anything_is_timed(
+    jdkd, trained, squares, tmp_path, monkeypatch
+):
+    def measured(*_):
+        raise AssertionError("it was measured before")
+
+    monkeypatch.setattr("jdkd.latency.measure_grid", measured)
+    annotations = json.loads((squares / "annotations" / "instances_val2017.json").read_text())
+    annotations["categories"].append({"id": 99, "name": "green"})
+    (tmp_path / "three.json").write_text(json.dumps(annotations))
+    data = ("--val-images", squares / "val2017", "--val-annotations", tmp_path / "three.json")
+    answer = jdkd("latency", trained, *data, "--map")
+    assert answer.code == 2 and "the detector knows 2 classes and the dataset has 3" in answer.err, answer.err
+    monkeypatch.setattr("jdkd.detect.stages.trunk_of", lambda model: [])
+    answer = jdkd("latency", trained, "--profile")
+    assert answer.code == 2 and "the stages of this FasterRCNN are not known" in answer.err, answer.err
+
+
 class Elsewhere(Eager):
     """In the place of a runtime of exported files."""
 
