@@ -153,6 +153,7 @@ def test_the_source_distribution_holds_what_wheel_and_extension_are_made_of(chec
 def test_every_extra_that_is_spoken_of_exists():
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"detect", "search", "ray", "export", "docs", "dev"} <= set(known)
+    assert "jdkd[detect]" in known["docs"], "the site imports what it documents"
     texts = [*(ROOT / "jdkd").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "Makefile"]
     for path in texts:
         for said in re.findall(r"(?:jdkd|\"\.|'\.)\[([a-z,]+)\]", path.read_text()):
