@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -151,6 +152,26 @@ def test_what_runs_files_on_a_gpu_is_given_images_of_the_host_and_its_memory_is_
     assert asked == ["cpu", "meta"]
     found = facts_of(model, Artefact(Asked(), None, {}, from_host=True), batches, torch.device("cuda"))
     assert found["peak_memory_bytes"] is None and found["detections_per_image"] == 1
+
+
+def test_a_file_has_run_on_every_batch_before_the_clock_starts(model, images):
+    class Engine:
+        inputs, outputs, facts = {"images": (4, np.float32)}, ["boxes", "labels", "scores"], {}
+
+        def __init__(self, *given):
+            pass
+
+        def run(self, feeds):
+            if len(ran) == 2:
+                raise RuntimeError("no memory")
+            ran.append(feeds["images"].shape)
+
+    ran, export = [], lambda model, file, *how: file.write_bytes(b"")
+    runtime = OfFile("tensorrt", "onnxruntime", Engine, {"cpu": []}, export)
+    runtime.prepare(model, [images[:1], images[1:2]], CPU, "float32")
+    assert ran == [(1, 3, 64, 64), (1, 3, 64, 96)]
+    with pytest.raises(InputError, match=r"^tensorrt cannot run the exported detector \(RuntimeError: no memory\)"):
+        runtime.prepare(model, [images[:1]], CPU, "float32")
 
 
 def test_a_model_that_is_elsewhere_is_exported_from_the_host_and_stays_there(images):
