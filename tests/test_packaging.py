@@ -148,6 +148,10 @@ def test_the_source_distribution_holds_what_wheel_and_extension_are_made_of(chec
     assert compiled | {name for name in packed if ".dist-info/" not in name} <= brought
     assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md"} <= brought
     assert not [name for name in brought if name.startswith(("tests/", "benchmarks/")) or name.endswith(".so")]
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path)
+    run("-m", "pip", "wheel", *options, archive, cwd=tmp_path, JDKD_BUILD_EXT="0")
+    with zipfile.ZipFile(tmp_path / wheel.name) as made, zipfile.ZipFile(wheel) as known:
+        assert {*made.namelist()} == {*known.namelist()}
 
 
 def test_every_extra_that_is_spoken_of_exists():

@@ -93,10 +93,10 @@ class Latency:
         work = self._work(folders, images, device, split)
         if before is not None:
             _require_comparable(before, work, grid, str(self.against))
+        costs = {name: profile_cost(model, otherwise=tuple(images[0].shape[1:])) for name, model in detectors.items()}
         with Progress() as progress:
             told = progress.task("processes" if grid.processes > 1 else "latency")
             reports = [with_facts(report, files) for report in measure_grid(work, grid, told)]
-        costs = {name: profile_cost(model, otherwise=tuple(images[0].shape[1:])) for name, model in detectors.items()}
         profiles = self._profiles(detectors, images, device) if self.profile else {}
         shown = Shown(reports, costs, profiles, origin)
         if self.out is not None:
