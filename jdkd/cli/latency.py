@@ -161,11 +161,16 @@ class Latency:
 
 
 def _shipped(folders: Mapping[str, Path]) -> dict[str, nn.Module]:
-    """Detectors from their folders, as they ship."""
+    """Detectors from their folders, as they ship: a runtime's file of one is that which `jdkd export` writes of it."""
     from jdkd.detect import load
+    from jdkd.detect.checkpoint import WEIGHTS
+    from jdkd.export.runtimes import WEIGHTS_SHA256
     from jdkd.latency import fuse_for_inference
 
-    return {name: fuse_for_inference(load(folder)) for name, folder in folders.items()}
+    found = {name: fuse_for_inference(load(folder)) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        setattr(found[name], WEIGHTS_SHA256, sha256_of(folder / WEIGHTS))
+    return found
 
 
 @functools.cache

@@ -10,11 +10,15 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from jdkd.cli.latency import _shipped
 from jdkd.data import Split
 from jdkd.detect import save
+from jdkd.export.runtimes import known_runtimes
 from jdkd.export.writing import exported
+from jdkd.files import sha256_of
 from tests.export.tiny import made, pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +72,14 @@ def test_what_is_exported_is_checked_and_drawn_without_torch(jdkd, checkpoint, p
         with Image.open(seen / one["picture"]) as drawn, Image.open(one["file"]) as plain:
             assert drawn.size == plain.size
             assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(plain, dtype=float)).max() > 60
+
+
+def test_what_is_timed_in_onnxruntime_is_the_file_that_ships(jdkd, checkpoint, squares, tmp_path):
+    file = tmp_path / "tiny.onnx"
+    assert jdkd("export", checkpoint, "--data", squares, "--out", file).code == 0
+    model = _shipped({"tiny": checkpoint})["tiny"]
+    timed = known_runtimes()["onnxruntime"].prepare(model, [pictures((96, 128))], torch.device("cpu"), "float32")
+    assert timed.facts["sha256_of_file"] == sha256_of(file)
 
 
 def test_a_file_that_differs_is_not_written_and_the_stage_is_named(jdkd, checkpoint, squares, tmp_path, monkeypatch):
