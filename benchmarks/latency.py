@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +32,14 @@ from jdkd.errors import InputError
 from jdkd.export.runtimes import known_runtimes
 from jdkd.latency import Grid, LatencyReport, Schedule, Work, fuse_for_inference, measure_grid, profile_cost
 from jdkd.latency.cost import Cost
-from jdkd.latency.grid import with_facts
+from jdkd.latency.grid import Score, with_facts
 from jdkd.latency.protocol import conditions_of, cudnn_benchmark
 from jdkd.latency.records import images_sha256, sources
 from jdkd.latency.report import MODES
 from jdkd.latency.runtimes import require_runnable
+
+if TYPE_CHECKING:
+    from jdkd.data import CocoDetectionDataset, Split
 
 NOTES = {"random": "random weights: what NMS has to do is not what it has after training", "trained": ""}
 GIVEN = ("runtime", "dtype", "batch_size", "mode")
@@ -130,6 +133,7 @@ def measured(
     device: str,
     weights: str,
     images: Sequence[Tensor] = (),
+    score: Score | None = None,
 ) -> Iterator[list[Row]]:
     """Times what is left, one turn after the other; of the detectors only those of a turn are held.
 
@@ -140,6 +144,7 @@ def measured(
         device: ``cpu`` or ``cuda``.
         weights: ``random`` or ``trained``.
         images: ``[3, H, W]`` uint8; noise without any.
+        score: mAP of a detector, in the form in which it was timed; None where it is not asked for.
 
     Yields:
         The rows of the base and of the students of one turn: samples in milliseconds, percentiles, ratios, cost,
@@ -155,7 +160,7 @@ def measured(
         shipped = functools.partial(dict, {name: held[name].model for name in names})
         hashes = {name: {"weights_sha256": held[name].sha256} for name in names}
         costs = {name: held[name].cost for name in names}
-        for report in measure_grid(Work(shipped, known_runtimes, images or noise(size), device), turn.grid):
+        for report in measure_grid(Work(shipped, known_runtimes, images or noise(size), device, score), turn.grid):
             if report.models[turn.base].modes():  # an adopted detector may not have both
                 yield rows(with_facts(report, hashes), costs, said)
 
@@ -165,6 +170,34 @@ def trained(folders: list[Path]) -> dict[str, nn.Module]:
     from jdkd.detect import load
 
     return {str(folder): load(folder) for folder in folders}
+
+
+def scoring(data: Path, models: Mapping[str, nn.Module], device: str) -> Score:
+    """What scores detectors on the validation images of a folder in the COCO layout.
+
+    Raises:
+        InputError: one of the detectors cannot be scored on these.
+    """
+    from jdkd.data import resolve_split
+    from jdkd.train.evaluate import prepare
+
+    score = functools.partial(_map_on, resolve_split("val", data), device)
+    for model in models.values():
+        prepare(model, _dataset(score.args[0]))
+    return score
+
+
+@functools.cache
+def _dataset(split: Split) -> CocoDetectionDataset:
+    from jdkd.data import CocoDetectionDataset
+
+    return CocoDetectionDataset(split)
+
+
+def _map_on(split: Split, device: str, detector: nn.Module) -> float:
+    from jdkd.train import evaluate
+
+    return evaluate(detector, _dataset(split), device=device, batch_size=1).map
 
 
 def kept_in(file: Path, size: tuple[int, int], device: str, images: Sequence[Tensor]) -> Done:
@@ -268,6 +301,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rungs", type=float, nargs="+", default=RUNGS, help="shares of its arithmetic to cut it to")
     parser.add_argument("--detectors", type=Path, nargs="+", help="folders of trained detectors, the base first")
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="image files to look at, instead of noise")
+    parser.add_argument("--data", type=Path, help="in the COCO layout, to score --detectors on its validation images")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("HEIGHT", "WIDTH"), help="of noise")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1])
     parser.add_argument("--runtimes", nargs="+", default=["eager"])
@@ -284,6 +318,8 @@ def main(words: list[str] | None = None) -> None:
 
     from jdkd.data import read_image
 
+    if options.data is not None and not options.detectors:
+        raise InputError("--data scores trained detectors, and a ladder has random weights; give --detectors.")
     weights = "trained" if options.detectors else "random"
     out = options.out or record.result_file(options.device, "latency")
     record.require_published(out)
@@ -298,10 +334,11 @@ def main(words: list[str] | None = None) -> None:
         base = fresh(options.spec, size).to(options.device)
         models, together = Ladder(options.spec, base, size, options.rungs), len(options.rungs)
         done = kept_in(out, size, options.device, images or noise(size))
+    score = None if options.data is None else scoring(options.data, models, options.device)
     left = turns(models, grid, together if options.together is None else options.together, done)
     print(f"{weights} weights, rows in {out}\nleft to time, {len(left)}:")
     print("\n".join(f"  {turn}" for turn in left) + f"\n{HEADING}", flush=True)
-    for made in measured(models, left, size, options.device, weights, images):
+    for made in measured(models, left, size, options.device, weights, images, score):
         record.append(out, made)
         print("\n".join(map(line, made)), flush=True)
 

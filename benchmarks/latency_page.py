@@ -108,7 +108,8 @@ def table(own: Sequence[Row]) -> str:
     modes = [mode for mode in MODES if any(row["mode"] == mode for row in own)]
     headings = ["runtime", "GMACs", "of the base's", "parameters"]
     headings += [heading for mode in modes for heading in (f"{MODES[mode]}, p50", "over the base (95 %)")]
-    headings += ["detections"]
+    scored = any("map" in row["facts"] for row in own)
+    headings += ["detections", *(["mAP"] if scored else [])]
     lines = [f"| {' | '.join(headings)} |", "| --- |" + " ---: |" * (len(headings) - 1)]
     for runtime in runtimes(own):
         models = {row["model"]: row for mode in modes for row in curve(own, runtime, mode)}
@@ -118,6 +119,8 @@ def table(own: Sequence[Row]) -> str:
                 found = next((each for each in curve(own, runtime, mode) if each["model"] == model), None)
                 cells += [f"{found['p50']:.4g} ms", _ratio(found)] if found else ["–", "–"]
             cells.append(f"{row['facts']['detections_per_image']:g}")
+            if scored:
+                cells.append(f"{row['facts']['map']:.3f}" if "map" in row["facts"] else "–")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -148,11 +148,16 @@ def test_the_source_distribution_holds_what_wheel_and_extension_are_made_of(chec
     assert compiled | {name for name in packed if ".dist-info/" not in name} <= brought
     assert {"setup.py", "pyproject.toml", "constraints.txt", "Makefile", "LICENSE", "CHANGELOG.md"} <= brought
     assert not [name for name in brought if name.startswith(("tests/", "benchmarks/")) or name.endswith(".so")]
+    options = ("--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path)
+    run("-m", "pip", "wheel", *options, archive, cwd=tmp_path, JDKD_BUILD_EXT="0")
+    with zipfile.ZipFile(tmp_path / wheel.name) as made, zipfile.ZipFile(wheel) as known:
+        assert {*made.namelist()} == {*known.namelist()}
 
 
 def test_every_extra_that_is_spoken_of_exists():
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"detect", "search", "ray", "export", "docs", "dev"} <= set(known)
+    assert "jdkd[detect]" in known["docs"], "the site imports what it documents"
     texts = [*(ROOT / "jdkd").rglob("*.py"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md", ROOT / "Makefile"]
     for path in texts:
         for said in re.findall(r"(?:jdkd|\"\.|'\.)\[([a-z,]+)\]", path.read_text()):

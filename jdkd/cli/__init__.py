@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as interruption:
         return _refuse(f"interrupted, {interruption}; carry on with: {_resuming(argv)}")
     except KeyboardInterrupt:
-        return _refuse("interrupted, and nothing was written.")
+        return _refuse("interrupted; what was not finished was not written.")
     except ModuleNotFoundError as error:
         if not error.name or error.name.partition(".")[0] == "jdkd":
             raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,13 +16,16 @@ from jdkd.files import require_file, sha256_of, write_whole
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from jdkd.export import Exported
+
 
 @dataclass(frozen=True)
 class Export:
     """Write a detector as a file for a runtime, checked against it on real images.
 
     onnx: ONNX's own operators alone, for onnxruntime, OpenVINO, TensorRT. pt2: torch's exported program. Number and
-    size of the images are free. Where the file does not find what the detector finds, it is not written.
+    size of the images are free. Where the file does not find what the detector finds, in onnxruntime (or torch) and in
+    OpenVINO where that is installed, it is not written.
 
     Example: jdkd export runs/student --format onnx --data coco --out student.onnx
     """
@@ -42,7 +47,7 @@ class Export:
     def __call__(self) -> None:
         from jdkd.detect import load
         from jdkd.detect.checkpoint import WEIGHTS
-        from jdkd.export.opening import OPENERS
+        from jdkd.export.opening import checking
         from jdkd.export.parity import parity, require_parity
         from jdkd.export.writing import exported, require_runtime
         from jdkd.latency import fuse_for_inference
@@ -55,12 +60,18 @@ class Export:
             images, dataset = self._images(model, progress)
             fused = fuse_for_inference(model)
             content = exported(fused, self.format, **how)
-            opener = OPENERS[f".{self.format}"]
-            file = opener(content, "cpu")
-            found = parity(model, file, images, dataset, progress.task("compare"))
-            require_parity(model, file, found, lambda: opener(exported(fused, self.format, **how, stages=True), "cpu"))
+
+            def with_stages(opener: Callable[[bytes, str], Exported]) -> Exported:
+                return opener(exported(fused, self.format, **how, stages=True), "cpu")
+
+            sentences = []
+            for name, opener in checking(self.format).items():
+                file = opener(content, "cpu")
+                found = parity(model, file, images, dataset, progress.task(f"compare in {name}"))
+                require_parity(model, file, found, partial(with_stages, opener))
+                sentences.append(f"{name}: {found.sentence()}")
         write_whole(out, content)
-        print(found.sentence())
+        print("\n".join(sentences))
         print(f"{out}: {self.dtype}, {len(content) / 1e6:.1f} MB, SHA-256 {sha256_of(out)}")
 
     def _out(self) -> Path:

@@ -55,7 +55,8 @@ class Latency:
     map: bool = False
     """Score each detector in each runtime and dtype on all validation images."""
     profile: bool = False
-    """Divide each detector's time among backbone, neck, head, postprocess and what is fixed, run eagerly."""
+    """Divide each detector's time among backbone, neck, head, postprocess and what is fixed, run eagerly in float32,
+    and say how far each is from its roofline."""
     against: Path | None = None
     """What an earlier --out wrote, to say whether it agrees; of another environment it is refused."""
     device: str = "auto"
@@ -68,6 +69,7 @@ class Latency:
         from jdkd.cli.latency_tables import Shown
         from jdkd.detect import load
         from jdkd.detect.checkpoint import WEIGHTS
+        from jdkd.detect.stages import stages_of
         from jdkd.export.runtimes import known_runtimes
         from jdkd.latency import measure_grid, profile_cost
         from jdkd.latency.grid import with_facts
@@ -83,15 +85,18 @@ class Latency:
         before = None if self.against is None else _earlier(self.against)
         folders = _named([self.base, *self.students])
         detectors = {name: load(folder) for name, folder in folders.items()}
-        images, origin, split = self._images()
+        if self.profile:
+            for model in detectors.values():
+                stages_of(model)  # says of which they are not known, before anything is timed
+        images, origin, split = self._images(detectors)
         files = {name: {"weights_sha256": sha256_of(folder / WEIGHTS)} for name, folder in folders.items()}
         work = self._work(folders, images, device, split)
         if before is not None:
             _require_comparable(before, work, grid, str(self.against))
+        costs = {name: profile_cost(model, otherwise=tuple(images[0].shape[1:])) for name, model in detectors.items()}
         with Progress() as progress:
             told = progress.task("processes" if grid.processes > 1 else "latency")
             reports = [with_facts(report, files) for report in measure_grid(work, grid, told)]
-        costs = {name: profile_cost(model, otherwise=tuple(images[0].shape[1:])) for name, model in detectors.items()}
         profiles = self._profiles(detectors, images, device) if self.profile else {}
         shown = Shown(reports, costs, profiles, origin)
         if self.out is not None:
@@ -118,20 +123,27 @@ class Latency:
         return Work(functools.partial(_shipped, folders), known_runtimes, images, device, score)
 
     def _profiles(self, detectors: Mapping[str, nn.Module], images: list[Tensor], device: str) -> dict[str, Any]:
-        from jdkd.latency import fuse_for_inference, profile_stages
+        import torch
 
-        batch_size = self.batch_sizes[0]
+        from jdkd.latency import fuse_for_inference, profile_stages
+        from jdkd.latency.roofline import measured_ceilings
+
+        how = {"device": device, "batch_size": self.batch_sizes[0], "rounds": min(self.rounds, 50)}
+        ceilings = measured_ceilings(torch.device(device))
         return {
-            name: profile_stages(
-                fuse_for_inference(model), images, device=device, batch_size=batch_size, rounds=min(self.rounds, 50)
-            )
+            name: profile_stages(fuse_for_inference(model), images, ceilings=ceilings, **how)
             for name, model in detectors.items()
         }
 
-    def _images(self) -> tuple[list[Tensor], str, Split | None]:
-        """Images to measure on, where they come from, and the annotated images that they are some of."""
+    def _images(self, detectors: Mapping[str, nn.Module]) -> tuple[list[Tensor], str, Split | None]:
+        """Images to measure on, where they come from, and the annotated images that they are some of.
+
+        Raises:
+            InputError: detectors are to be scored on these, and one is of other classes, or sees nothing of an image.
+        """
         from jdkd.data import CocoDetectionDataset, read_image
         from jdkd.data.photographs import photographs
+        from jdkd.train.evaluate import prepare
 
         if self.images:
             return [read_image(file) for file in self.images], f"{len(self.images)} image files", None
@@ -140,6 +152,8 @@ class Latency:
             with Progress() as progress:
                 split = replace(split, strict=self.source.strict)
                 dataset = CocoDetectionDataset(split, progress.task("check images"))
+            for model in detectors.values() if self.map else ():
+                prepare(model, dataset)
             chosen = min(self.count, len(dataset))
             return [dataset[index][0] for index in range(chosen)], f"{chosen} images of {split.images}", split
         said = "2 sample photographs; NMS works on what a detector finds, so give --data for the cost on your images"
@@ -147,11 +161,16 @@ class Latency:
 
 
 def _shipped(folders: Mapping[str, Path]) -> dict[str, nn.Module]:
-    """Detectors from their folders, as they ship."""
+    """Detectors from their folders, as they ship: a runtime's file of one is that which `jdkd export` writes of it."""
     from jdkd.detect import load
+    from jdkd.detect.checkpoint import WEIGHTS
+    from jdkd.export.runtimes import WEIGHTS_SHA256
     from jdkd.latency import fuse_for_inference
 
-    return {name: fuse_for_inference(load(folder)) for name, folder in folders.items()}
+    found = {name: fuse_for_inference(load(folder)) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        setattr(found[name], WEIGHTS_SHA256, sha256_of(folder / WEIGHTS))
+    return found
 
 
 @functools.cache

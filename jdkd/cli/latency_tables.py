@@ -54,6 +54,13 @@ class Shown:
             console.print(self._side_by_side())
         if self.profiles:
             console.print(self._stages())
+            ceilings = next(iter(self.profiles.values())).ceilings
+            rates = sorted(rate / 1e9 for _, rate in ceilings.copies)
+            console.print(
+                f"roofline: every operator by itself at {ceilings.flops / 1e9:.0f} GFLOP/s or, by the bytes it moves, "
+                f"{rates[0]:.0f} to {rates[-1]:.0f} GB/s: the most of a matrix product or convolution, and of copies",
+                style="dim", markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
             for name, profile in self.profiles.items():
                 if not profile.sums_up:
                     console.print(
@@ -92,12 +99,17 @@ class Shown:
         return table
 
     def _stages(self) -> Table:
-        """Where the time goes."""
+        """Where the time goes, and how much of it each stage needs at least."""
         stages = list(next(iter(self.profiles.values())).stages)
         table = _table("Where the time goes, ms, eager", (*stages, "sum", "whole"))
         for name, profile in self.profiles.items():
             figures = [*profile.stages.values(), sum(profile.stages.values()), profile.whole]
             table.add_row(name, *(f"{figure:.1f}" for figure in figures))
+            least = [*profile.least.values(), sum(profile.least.values())]
+            shares = [
+                f"{low:.1f} ({low / took:.0%})" if took else "–" for low, took in zip(least, figures, strict=False)
+            ]
+            table.add_row("  at the roofline", *shares, "")
         return table
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ MARK = '"weights_sha256"'
 """What stands in the file somewhere, as it is one of these facts."""
 DETECTION = ("boxes", "labels", "scores", "masks")
 Run = Callable[[np.ndarray, np.ndarray], Sequence[np.ndarray]]
+Opened = tuple[Run, Mapping[str, str]]
+"""What runs a file, and its metadata."""
 
 
 class Exported:
@@ -31,10 +36,11 @@ class Exported:
     Args:
         run: of ``images`` [N, 3, H, W] and ``sizes`` [N, 2] to the outputs of the file.
         facts: what the file says of itself.
+        runtime: what runs it.
     """
 
-    def __init__(self, run: Run, facts: Mapping[str, Any]) -> None:
-        self.run, self.facts = run, facts
+    def __init__(self, run: Run, facts: Mapping[str, Any], runtime: str = "") -> None:
+        self.run, self.facts, self.runtime = run, facts, runtime
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Found]:
         """What is in images, ``[H, W, 3]`` uint8 each."""
@@ -54,24 +60,26 @@ def open_exported(file: Path, device: str = "cpu") -> Exported:
     Raises:
         InputError: it is missing or damaged, or was not written by `jdkd export`.
     """
+    path = Path(file)
     try:
-        content = Path(file).read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}); give a file that `jdkd export` wrote.") from None
+    if path.suffix not in OPENERS:
+        raise InputError(f"{file} ends with none of {', '.join(OPENERS)}; give a file that `jdkd export` wrote.")
     try:
-        return OPENERS[Path(file).suffix](content, device)
+        return OPENERS[path.suffix](content, device)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from None
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # whatever a runtime raises on a damaged file
-        raise InputError(
-            f"{file} cannot be opened ({' '.join(said(error).split())[:200]}); give a file that `jdkd export` wrote."
-        ) from error
+        raise InputError(f"{file}: {error}") from error
 
 
-def onnx_run(content: bytes, device: str) -> tuple[Run, Mapping[str, str]]:
-    """What runs an ONNX file, and its metadata."""
+def checking(form: str) -> dict[str, Callable[[bytes, str], Exported]]:
+    """What opens a form in each runtime that it is checked in before it is written: those that are installed."""
+    return {name: each for name, each in CHECKED_IN[form].items() if importlib.util.find_spec(name) is not None}
+
+
+def onnx_run(content: bytes, device: str) -> Opened:
+    """An ONNX file in onnxruntime."""
     import onnxruntime
 
     providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -90,17 +98,39 @@ def onnx_run(content: bytes, device: str) -> tuple[Run, Mapping[str, str]]:
     )
 
 
-def pt2_run(content: bytes, device: str) -> tuple[Run, Mapping[str, str]]:
-    """What runs an exported program of torch's, and its extra files."""
+def openvino_run(content: bytes, device: str) -> Opened:
+    """An ONNX file in OpenVINO, on the CPU."""
+    import onnx
+    import torch
+
+    from jdkd.latency.exported import OpenVinoEngine
+
+    with tempfile.TemporaryDirectory(prefix="jdkd-") as folder:
+        file = Path(folder) / "detector.onnx"
+        file.write_bytes(content)
+        engine = OpenVinoEngine(file, (), torch.get_num_threads())
+    names = list(engine.inputs)
+    return (
+        lambda images, sizes: engine.run(dict(zip(names, (images, sizes), strict=True))),
+        {each.key: each.value for each in onnx.load_from_string(content).metadata_props},
+    )
+
+
+def pt2_run(content: bytes, device: str) -> Opened:
+    """An exported program of torch's, whose extra files are its metadata."""
     import torch
     import torchvision.ops  # noqa: F401  (its operators are in the program)
+    from torch.export.passes import move_to_device_pass
 
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise InputError("the file is damaged, or no exported program of torch's; give one that `jdkd export` wrote.")
     extra = {FACTS: ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it says that it does not write to the file's bytes
-        module = torch.export.load(io.BytesIO(content), extra_files=extra).module(check_guards=False).to(device)
+        program = torch.export.load(io.BytesIO(content), extra_files=extra)
+    if device != "cpu":  # where it was made, which what it creates as it runs remembers
+        program = move_to_device_pass(program, device)
+    module = program.module(check_guards=False)
 
     def run(images: np.ndarray, sizes: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
@@ -110,17 +140,38 @@ def pt2_run(content: bytes, device: str) -> tuple[Run, Mapping[str, str]]:
     return run, extra
 
 
-def _opened(opened: Callable[[bytes, str], tuple[Run, Mapping[str, str]]], content: bytes, device: str) -> Exported:
-    run, said_of_it = opened(content, device)
-    if not said_of_it.get(FACTS):
+def _opened(name: str, opened: Callable[[bytes, str], Opened], content: bytes, device: str) -> Exported:
+    remedy = "export it anew, or in another format"
+    try:
+        run, said_of_it = opened(content, device)
+        facts = json.loads(said_of_it.get(FACTS) or "{}")
+    except (InputError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # whatever a runtime raises on a file that is damaged, or beyond it
+        raise InputError(f"{name} cannot open the file ({_shortly(error)}); {remedy}.") from error
+    if not facts:
         raise InputError("the file does not say how its images are resized; give one that `jdkd export` wrote.")
-    facts = json.loads(said_of_it[FACTS])
     if facts["format"] != FORMAT:
         raise InputError(f"the file is of format {facts['format']}, and {FORMAT} is known here; export it anew.")
-    return Exported(run, facts)
+
+    def told(images: np.ndarray, sizes: np.ndarray) -> Sequence[np.ndarray]:
+        try:
+            return run(images, sizes)
+        except Exception as error:  # whatever a runtime raises
+            batch = list(images.shape)
+            raise InputError(f"{name} cannot run the file on a batch {batch} ({_shortly(error)}); {remedy}.") from error
+
+    return Exported(told, facts, name)
 
 
-OPENERS: dict[str, Callable[[bytes, str], Exported]] = {
-    ".onnx": lambda content, device: _opened(onnx_run, content, device),
-    ".pt2": lambda content, device: _opened(pt2_run, content, device),
-}
+def _shortly(error: Exception) -> str:
+    return " ".join(said(error).split())[:200]
+
+
+IN_ONNXRUNTIME, IN_OPENVINO, IN_TORCH = (
+    partial(_opened, name, opened)
+    for name, opened in (("onnxruntime", onnx_run), ("openvino", openvino_run), ("torch", pt2_run))
+)
+OPENERS: dict[str, Callable[[bytes, str], Exported]] = {".onnx": IN_ONNXRUNTIME, ".pt2": IN_TORCH}
+CHECKED_IN = {"onnx": {"onnxruntime": IN_ONNXRUNTIME, "openvino": IN_OPENVINO}, "pt2": {"torch": IN_TORCH}}
+"""Runtimes by the packages that bring them."""

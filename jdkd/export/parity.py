@@ -255,4 +255,5 @@ def require_parity(model: nn.Module, file: Exported, found: Parity, stages: Call
         return
     kind = type(unwrapped(model)).__name__
     where = "" if found.first is None else f"; {where_it_parts(model, stages(), found.first)}"
-    raise InputError(f"the exported {kind} was not written: {complaint}{where}.")
+    inside = f", in {file.runtime}" if file.runtime else ""
+    raise InputError(f"the exported {kind} was not written: {complaint}{where}{inside}.")

@@ -29,7 +29,8 @@ RULE = (
     "images [N, 3, H, W]: RGB in 0..1, the short side resized to min_size unless the long side would exceed max_size "
     "(floor; bilinear, half pixels, no antialiasing), padded at the bottom and the right to a multiple of `multiple`; "
     "sizes [N, 2]: height and width of each without the padding. Mean and deviation are inside. boxes are xyxy in "
-    "pixels of the resized image; rows of score 0 are no detections; masks are those of the boxes, to be pasted"
+    "pixels of the resized image; label 1 is the first of `classes`; rows of score 0 are no detections; masks are "
+    "those of the boxes, to be pasted"
 )
 GUARDS = ". torch.export.load(FILE).module(check_guards=False) takes small images too, of which a level is one cell"
 

@@ -25,7 +25,7 @@ from jdkd.detect.contract import FOUND
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError, said
 from jdkd.latency.calls import on_device
-from jdkd.latency.runtimes import HOST_TO_HOST, Artefact, Batches, Compiled, CudaGraph, Eager, Runtime
+from jdkd.latency.runtimes import Artefact, Batches, Compiled, CudaGraph, Eager, Runtime
 
 Exporter = Callable[[nn.Module, Path, bool, bool], object]
 """Writes a detector to an ONNX file: in fp16 or else in fp32, and with an NMS that only counts or else with its own."""
@@ -159,22 +159,19 @@ class OfFile:
             file = Path(folder) / "detector.onnx"
             self._export(_on_host(model), file, dtype == "float16", self._counting)
             sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-            try:
+            with _explained(self.name, "open"):
                 engine = self._engine(file, _on(device, self._providers[device.type]), torch.get_num_threads())
-            except InputError:
-                raise
-            except Exception as error:  # whatever a runtime raises that cannot read the file
-                raise InputError(
-                    f"{self.name} cannot open the exported detector ({said(error)}); leave it out of --runtimes."
-                ) from error
         detector = ExportedDetector(model, engine, self.name)
         prepared = [detector.fed(on_device(batch, CPU)) for batch in batches]
+        with _explained(self.name, "run"):
+            for feeds, _ in prepared:  # TensorRT builds an engine for sizes that it has not seen
+                engine.run(feeds)
         inside = {
-            "end_to_end": f"{self.name}: {HOST_TO_HOST}; images resized by torch",
+            "end_to_end": f"{self.name}: resize by torch on the host; its copies, normalise, network and NMS",
             "model_only": f"{self.name}: normalise, network and NMS, on a resized batch on the host, its copies within",
         }
         facts = {"sha256_of_file": sha256, **engine.facts}
-        return Artefact(detector, lambda index: engine.run(prepared[index][0]), inside, facts)
+        return Artefact(detector, lambda index: engine.run(prepared[index][0]), inside, facts, from_host=True)
 
     @contextmanager
     def steady_nms(self, counts: Sequence[int]) -> Iterator[None]:
@@ -246,6 +243,18 @@ class ExportedDetector(nn.Module):
             kept = {name: value.long() if name == "labels" else value.float() for name, value in kept.items()}
             found.append(kept | ({"masks": kept["masks"][:, None]} if "masks" in kept else {}))  # [M, 1, R, R]
         return self.transform.postprocess(found, sizes, [tuple(image.shape[-2:]) for image in images])
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # whatever a runtime raises that cannot read or run the file
+        raise InputError(
+            f"{name} cannot {what} the exported detector ({said(error)}); leave it out of --runtimes."
+        ) from error
 
 
 def _on_host(model: nn.Module) -> nn.Module:

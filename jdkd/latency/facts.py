@@ -46,9 +46,14 @@ def facts_of(model: nn.Module, artefact: Artefact, batches: Batches, device: tor
 
     def run() -> None:
         for batch in batches:
-            found.extend(len(each["scores"]) for each in detections(artefact.detector, on_device(batch, device)))
+            images = on_device(batch, artefact.images_on(device))
+            found.extend(len(each["scores"]) for each in detections(artefact.detector, images))
 
-    memory = peak_memory(run, device)
+    memory = None
+    if artefact.from_host and device.type == "cuda":
+        run()  # torch counts what it allocates itself, and no other runtime's memory
+    else:
+        memory = peak_memory(run, device)
     counted = {"detections_per_image": sum(found) / len(found), "peak_memory_bytes": memory}
     return known_facts(model, artefact, batches, device) | counted
 

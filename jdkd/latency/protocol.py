@@ -307,7 +307,9 @@ def _calls(
 ) -> dict[str, dict[str, TimedCall]]:
     """What is timed, by mode and model; without the modes that one of the models does not have."""
     known: dict[str, dict[str, TimedCall | None]] = {
-        "end_to_end": {name: end_to_end(each.detector, batches, device) for name, each in artefacts.items()},
+        "end_to_end": {
+            name: end_to_end(each.detector, batches, each.images_on(device)) for name, each in artefacts.items()
+        },
         "model_only": {name: each.model_only for name, each in artefacts.items()},
     }
     found = {mode: {name: call for name, call in known[mode].items() if call is not None} for mode in modes}

@@ -32,12 +32,18 @@ class Artefact:
         model_only: runs prepared batch i, without resizing and copies; None where there is no telling them apart.
         inside: what the two modes hold, in words.
         facts: what else a record says of it, such as the SHA-256 of an exported file.
+        from_host: whether the detector takes images from the host, and what runs it moves them, unseen by torch.
     """
 
     detector: nn.Module
     model_only: TimedCall | None
     inside: dict[str, str]
     facts: dict[str, Any] = field(default_factory=dict)
+    from_host: bool = False
+
+    def images_on(self, device: torch.device) -> torch.device:
+        """Where the detector takes images that it is timed with on a device."""
+        return torch.device("cpu") if self.from_host else device
 
 
 class Runtime(Protocol):

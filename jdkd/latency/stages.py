@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from jdkd.detect.stages import FIXED, STAGES, stages_of
 from jdkd.errors import InputError
-from jdkd.latency.calls import check_images, end_to_end
+from jdkd.latency.calls import TimedCall, check_images, end_to_end
+from jdkd.latency.roofline import Ceilings, Roofline, measured_ceilings
 from jdkd.latency.statistics import percentile
 
 AGREES = 0.1  # largest relative difference between the sum of the stages and the time without stopwatch
@@ -26,10 +27,14 @@ class StageProfile:
     Args:
         stages: milliseconds of each of :data:`jdkd.detect.stages.STAGES`.
         whole: milliseconds of the same call without a stopwatch in it, in turn with it.
+        least: milliseconds that each stage takes at least, see :class:`jdkd.latency.roofline.Roofline`.
+        ceilings: of the device, by which these were found.
     """
 
     stages: dict[str, float]
     whole: float
+    least: dict[str, float]
+    ceilings: Ceilings
 
     @property
     def sums_up(self) -> bool:
@@ -38,7 +43,8 @@ class StageProfile:
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"stages": self.stages, "sum": sum(self.stages.values()), "whole": self.whole, "sums_up": self.sums_up}
+        found = {"stages": self.stages, "sum": sum(self.stages.values()), "whole": self.whole, "sums_up": self.sums_up}
+        return found | {"least": self.least, "ceilings": asdict(self.ceilings)}
 
 
 class Stopwatch:
@@ -52,6 +58,11 @@ class Stopwatch:
         self._now, self._last, self._open = now, 0.0, [FIXED]
         self.seconds = dict.fromkeys(STAGES, 0.0)
 
+    @property
+    def stage(self) -> str:
+        """The one that time counts for."""
+        return self._open[-1]
+
     def start(self) -> None:
         """Forget all, and begin with what is fixed."""
         self.seconds, self._open, self._last = dict.fromkeys(STAGES, 0.0), [FIXED], self._now()
@@ -59,7 +70,7 @@ class Stopwatch:
     def lap(self) -> None:
         """Count until now."""
         now = self._now()
-        self.seconds[self._open[-1]] += now - self._last
+        self.seconds[self.stage] += now - self._last
         self._last = now
 
     def within(self, stage: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,8 +96,12 @@ def profile_stages(
     batch_size: int = 1,
     rounds: int = 20,
     now: Callable[[], float] | None = None,
+    ceilings: Ceilings | None = None,
 ) -> StageProfile:
     """Divide the time from images on the host to boxes on the host among the stages of a detector, run eagerly.
+
+    Beside the time of each stage stands the least that its operators would take, one after the other, if each ran at
+    what the device does at most (Williams et al., Roofline, CACM 2009).
 
     Calls with and without a stopwatch take turns; both are means over the middle half of the calls by their time.
     On a GPU the stopwatch waits for the device at the ends of every stage, so that launches no longer overlap.
@@ -98,6 +113,7 @@ def profile_stages(
         batch_size: images a call.
         rounds: calls of each kind, after two untimed ones.
         now: tells the time in seconds; by default the host's, with the GPU idle.
+        ceilings: what the device does at most; by default they are measured, which takes about a second.
 
     Raises:
         InputError: there is no telling which module is the backbone, or nothing to measure on.
@@ -127,7 +143,17 @@ def profile_stages(
     kept = _middle(divided[2:], [sum(each.values()) for each in divided[2:]])
     whole = _middle(plain[2:], plain[2:])
     stages = {stage: 1e3 * sum(each[stage] for each in kept) / len(kept) for stage in STAGES}
-    return StageProfile(stages, 1e3 * sum(whole) / len(whole))
+    ceilings = ceilings or measured_ceilings(device)
+    return StageProfile(stages, 1e3 * sum(whole) / len(whole), _least(model, call, len(batches), ceilings), ceilings)
+
+
+def _least(model: nn.Module, call: TimedCall, batches: int, ceilings: Ceilings) -> dict[str, float]:
+    """Milliseconds that each stage takes at least, mean over batches."""
+    stopwatch = Stopwatch(lambda: 0.0)
+    with torch.no_grad(), _hooked(model, stopwatch), Roofline(ceilings, lambda: stopwatch.stage) as found:
+        for number in range(batches):
+            call(number)
+    return {stage: 1e3 * seconds / batches for stage, seconds in found.seconds.items()}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from PIL import Image
 
 from benchmarks import latency, record
 from benchmarks.ladder import NEAR, Ladder, fresh
+from jdkd.data import write_digit_scenes
 from jdkd.detect import Stage
 from jdkd.errors import InputError
 from jdkd.latency import profile_cost
@@ -208,6 +209,20 @@ def test_ladders_of_the_page_hit_their_rungs(name):
     whole = profile_cost(models[name], size).gmacs
     for student, share in list(models._shares.items())[1:]:
         assert profile_cost(models[student], size).gmacs / whole == pytest.approx(share, abs=NEAR)
+
+
+def test_trained_detectors_are_scored_as_they_are_timed(tmp_path):
+    data = tmp_path / "data"
+    write_digit_scenes(data, train=1, val=2, size=64, one_class=True)
+    model = detector(small_spec(classes=("digit",)))
+    with pytest.raises(InputError, match="and the dataset has 1; "):
+        latency.scoring(data, {"base": model, "student": detector(small_spec())}, "cpu")
+    grid = latency.grid_of(modes=("model_only",), **QUICKEST)
+    score = latency.scoring(data, {"base": model}, "cpu")
+    (rows,) = latency.measured({"base": model}, latency.turns({"base": model}, grid), SIZE, "cpu", "trained", (), score)
+    assert [row["facts"]["map"] for row in rows] == [score(model.eval())]
+    with pytest.raises(InputError, match="--data scores trained detectors"):
+        latency.main(["--data", str(data)])
 
 
 def test_arithmetic_of_trained_detectors_is_counted_of_the_images_that_are_given(tmp_path, monkeypatch):

@@ -48,6 +48,13 @@ def test_a_table_has_a_line_a_detector_and_runtime_and_columns_for_each_mode():
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| eager"] * 5 + ["| onnxruntime"] * 3
 
 
+def test_map_stands_beside_the_latency_of_what_was_scored():
+    facts = {"detections_per_image": 2, "map": 0.3125}
+    lines = pages.table([row(1, 1.0, facts=facts), row(0.5, 0.6)]).splitlines()
+    assert lines[0].endswith("| detections | mAP |") and lines[1].count("---:") == lines[0].count("|") - 2
+    assert lines[2].endswith("| 2 | 0.312 |") and lines[3].endswith("| 3.5 | – |")
+
+
 def test_what_cannot_be_believed_is_marked():
     wrong = {"control": {"holds": False}}
     rows = [row(1, 1.0, **wrong), row(0.9, 0.97, verdict="not resolved", **wrong)]

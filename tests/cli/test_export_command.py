@@ -4,15 +4,21 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from jdkd.cli.latency import _shipped
 from jdkd.data import Split
 from jdkd.detect import save
+from jdkd.export.runtimes import known_runtimes
 from jdkd.export.writing import exported
+from jdkd.files import sha256_of
 from tests.export.tiny import made, pictures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +74,14 @@ def test_what_is_exported_is_checked_and_drawn_without_torch(jdkd, checkpoint, p
             assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(plain, dtype=float)).max() > 60
 
 
+def test_what_is_timed_in_onnxruntime_is_the_file_that_ships(jdkd, checkpoint, squares, tmp_path):
+    file = tmp_path / "tiny.onnx"
+    assert jdkd("export", checkpoint, "--data", squares, "--out", file).code == 0
+    model = _shipped({"tiny": checkpoint})["tiny"]
+    timed = known_runtimes()["onnxruntime"].prepare(model, [pictures((96, 128))], torch.device("cpu"), "float32")
+    assert timed.facts["sha256_of_file"] == sha256_of(file)
+
+
 def test_a_file_that_differs_is_not_written_and_the_stage_is_named(jdkd, checkpoint, squares, tmp_path, monkeypatch):
     from jdkd.export import writing
 
@@ -78,6 +92,39 @@ def test_a_file_that_differs_is_not_written_and_the_stage_is_named(jdkd, checkpo
     assert answer.code == 2 and list(tmp_path.iterdir()) == []
     assert "the exported FCOS was not written: only" in answer.err
     assert "they part at level 0: values up to" in answer.err
+
+
+class LowerInOpenVino:
+    """In the place of OpenVINO: onnxruntime, with scores that are lower by 0.1."""
+
+    def compile_model(self, file, device, hints):
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        self.session, self.outputs = session, [SimpleNamespace(any_name=each.name) for each in session.get_outputs()]
+        self.inputs = [
+            SimpleNamespace(
+                any_name=each.name,
+                partial_shape=SimpleNamespace(rank=SimpleNamespace(get_length=lambda each=each: len(each.shape))),
+                element_type=SimpleNamespace(to_dtype=lambda: np.dtype(np.float32)),
+            )
+            for each in session.get_inputs()
+        ]
+        return self
+
+    def __call__(self, feeds):
+        boxes, labels, scores, *stages = self.session.run(None, feeds)
+        return dict(enumerate((boxes, labels, (scores - 0.1).clip(0), *stages)))
+
+
+def test_a_file_that_differs_in_openvino_alone_is_not_written(jdkd, checkpoint, squares, tmp_path, monkeypatch):
+    package = ModuleType("openvino")
+    package.Core, package.__spec__ = LowerInOpenVino, ModuleSpec("openvino", None)
+    monkeypatch.setitem(sys.modules, "openvino", package)
+    answer = jdkd("export", checkpoint, "--data", squares, "--out", tmp_path / "tiny.onnx")
+    assert answer.code == 2 and list(tmp_path.iterdir()) == []
+    assert "the exported FCOS was not written: only" in answer.err, answer.err
+    assert "they part behind it, where boxes are made and suppressed, in openvino." in answer.err
 
 
 @pytest.mark.parametrize(
@@ -137,7 +184,7 @@ def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
         ([checkpoint, tmp_path / "none.png", *out], "none.png does not exist"),
         ([checkpoint, tmp_path / "empty", *out], "empty holds no image"),
         ([checkpoint, tmp_path / "torn.png", *out], "torn.png cannot be read"),
-        ([tmp_path / "broken.onnx", photographs, *out], "broken.onnx cannot be opened"),
+        ([tmp_path / "broken.onnx", photographs, *out], "broken.onnx: onnxruntime cannot open the file ("),
         ([tmp_path / "broken.pt2", photographs, *out], "broken.pt2: the file is damaged"),
         ([tmp_path / "missing.onnx", photographs, *out], "missing.onnx cannot be read (No such file or directory)"),
         ([tmp_path / "foreign.onnx", photographs, *out], "the file does not say how its images are resized"),
@@ -148,6 +195,22 @@ def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
         answer = jdkd("predict", *words)
         assert (answer.code, sentence in answer.err, answer.err.count("\n")) == (2, True, 1), (words, answer.err)
         assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_predict_does_not_deny_what_it_drew(jdkd, checkpoint, photographs, tmp_path, monkeypatch):
+    from jdkd.export import drawing
+
+    pictures = [b"drawn by jdkd predict"]
+
+    def drawn(*given):
+        if not pictures:
+            raise KeyboardInterrupt
+        return pictures.pop()
+
+    monkeypatch.setattr(drawing, "drawn", drawn)
+    answer = jdkd("predict", checkpoint, photographs, "--out", tmp_path / "seen")
+    assert answer.code == 2 and answer.err == "jdkd: interrupted; what was not finished was not written.\n"
+    assert [file.name for file in (tmp_path / "seen").iterdir()] == ["0.jpg"]
 
 
 def test_predict_puts_no_picture_in_the_place_of_an_image(jdkd, checkpoint, photographs, tmp_path):

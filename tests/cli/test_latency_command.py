@@ -57,7 +57,9 @@ def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jd
     assert facts["map"] == json.loads((trained / "train.json").read_text())["map"]
     assert "NMS" in facts["inside"]["end_to_end"] and "detections_per_image" in facts and "peak_memory_bytes" in facts
     assert stored["protocol"]["sources"].keys() == {"version", "commit", "dirty"}
-    assert set(content["profile"][str(trained)]["stages"]) == {"backbone", "neck", "head", "postprocess", "fixed"}
+    profile = content["profile"][str(trained)]
+    assert set(profile["stages"]) == set(profile["least"]) == {"backbone", "neck", "head", "postprocess", "fixed"}
+    assert profile["least"]["backbone"] > 0 and profile["ceilings"]["flops"] > 1e6
     shown = (
         "end to end",
         "model only",
@@ -65,6 +67,7 @@ def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jd
         "not resolved",
         "mAP",
         "Where the time goes",
+        "roofline: every operator by itself at",
         "clocks and thro",
     )
     assert all(words in answer.out for words in shown), answer.out
@@ -83,6 +86,24 @@ def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_p
 def test_a_map_needs_annotations(trained):
     with pytest.raises(InputError, match="--map scores on annotated images, and there are none; give --data"):
         Latency(trained, (), map=True)._work({}, [], "cpu", None)
+
+
+def test_what_cannot_be_scored_or_divided_is_refused_before_anything_is_timed(
+    jdkd, trained, squares, tmp_path, monkeypatch
+):
+    def measured(*_):
+        raise AssertionError("it was measured before")
+
+    monkeypatch.setattr("jdkd.latency.measure_grid", measured)
+    annotations = json.loads((squares / "annotations" / "instances_val2017.json").read_text())
+    annotations["categories"].append({"id": 99, "name": "green"})
+    (tmp_path / "three.json").write_text(json.dumps(annotations))
+    data = ("--val-images", squares / "val2017", "--val-annotations", tmp_path / "three.json")
+    answer = jdkd("latency", trained, *data, "--map")
+    assert answer.code == 2 and "the detector knows 2 classes and the dataset has 3" in answer.err, answer.err
+    monkeypatch.setattr("jdkd.detect.stages.trunk_of", lambda model: [])
+    answer = jdkd("latency", trained, "--profile")
+    assert answer.code == 2 and "the stages of this FasterRCNN are not known" in answer.err, answer.err
 
 
 class Elsewhere(Eager):

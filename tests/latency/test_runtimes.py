@@ -4,6 +4,7 @@ import importlib.util
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,9 +12,11 @@ from torch import nn
 from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference, measure
 from jdkd.latency.exported import OfFile, OnnxEngine, runtimes_with
+from jdkd.latency.facts import facts_of
 from jdkd.latency.precision import in_precision
+from jdkd.latency.protocol import _calls
 from jdkd.latency.replaying import captured
-from jdkd.latency.runtimes import Compiled, CudaGraph, Eager, require_runnable
+from jdkd.latency.runtimes import Artefact, Compiled, CudaGraph, Eager, require_runnable
 from tests.latency.exporting import write_constant_detector
 
 CPU = torch.device("cpu")
@@ -136,6 +139,41 @@ def test_files_run_on_the_gpu_that_is_asked_for(model, images):
     assert opened == [[*gpu, cpu], [*((provider, {"device_id": "1"}) for provider in gpu), cpu]]
 
 
+def test_what_runs_files_on_a_gpu_is_given_images_of_the_host_and_its_memory_is_not_torchs(model, images):
+    class Asked(nn.Module):
+        def forward(self, given):
+            asked.append(given[0].device.type)
+            return [{"boxes": torch.zeros(1, 4), "labels": torch.ones(1).long(), "scores": torch.ones(1)}]
+
+    asked, batches = [], [images[:1]]
+    for from_host in (True, False):
+        artefact = Artefact(Asked(), None, {}, from_host=from_host)
+        _calls({"base": artefact}, batches, torch.device("meta"), ("end_to_end",))["end_to_end"]["base"](0)
+    assert asked == ["cpu", "meta"]
+    found = facts_of(model, Artefact(Asked(), None, {}, from_host=True), batches, torch.device("cuda"))
+    assert found["peak_memory_bytes"] is None and found["detections_per_image"] == 1
+
+
+def test_a_file_has_run_on_every_batch_before_the_clock_starts(model, images):
+    class Engine:
+        inputs, outputs, facts = {"images": (4, np.float32)}, ["boxes", "labels", "scores"], {}
+
+        def __init__(self, *given):
+            pass
+
+        def run(self, feeds):
+            if len(ran) == 2:
+                raise RuntimeError("no memory")
+            ran.append(feeds["images"].shape)
+
+    ran, export = [], lambda model, file, *how: file.write_bytes(b"")
+    runtime = OfFile("tensorrt", "onnxruntime", Engine, {"cpu": []}, export)
+    runtime.prepare(model, [images[:1], images[1:2]], CPU, "float32")
+    assert ran == [(1, 3, 64, 64), (1, 3, 64, 96)]
+    with pytest.raises(InputError, match=r"^tensorrt cannot run the exported detector \(RuntimeError: no memory\)"):
+        runtime.prepare(model, [images[:1]], CPU, "float32")
+
+
 def test_a_model_that_is_elsewhere_is_exported_from_the_host_and_stays_there(images):
     class Far(nn.Linear):
         def to(self, device):
@@ -175,6 +213,7 @@ def test_onnxruntime_is_fed_resized_batches_and_boxes_come_back_at_the_images_si
     dtype = "float16" if half else "float32"
     artefact = onnxruntime().prepare(model, [images[:2]], CPU, dtype)
     assert artefact.model_only(0)[0].shape == (2, 3, 4) and len(artefact.facts["sha256_of_file"]) == 64
+    assert artefact.from_host
     large = torch.zeros(3, 128, 192)  # twice the detector's input
     small, other = found_by(artefact, [images[0], large])
     assert small["boxes"].tolist() == [[8, 8, 24, 40], [0, 0, 16, 16]]  # rows without a score are no detections

@@ -8,9 +8,12 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from jdkd.errors import InputError
 from jdkd.latency import StageProfile, fuse_for_inference, profile_stages
+from jdkd.latency.roofline import Ceilings
 from jdkd.latency.stages import Stopwatch
 from tests.detectors import mask_detector
 from tests.latency.conftest import Backbone
+
+CEILINGS = Ceilings(1e9, ((1, 1e9),))
 
 
 class Ticking:
@@ -60,7 +63,7 @@ def test_every_part_of_a_two_stage_detector_counts_for_its_stage(model, images):
     }  # fmt: skip
     for part, seconds in parts.items():
         clock.takes(part, seconds)
-    profile = profile_stages(model, images, rounds=2, now=clock)
+    profile = profile_stages(model, images, rounds=2, now=clock, ceilings=CEILINGS)
     assert profile.stages == {"backbone": 4e3, "neck": 2e3, "head": 17e3, "postprocess": 8e3, "fixed": 0}
     assert profile.whole == 31e3 and profile.sums_up
     assert "forward" not in vars(model.backbone) and "postprocess" not in vars(model.transform)
@@ -77,7 +80,7 @@ def test_decoding_of_a_one_stage_detector_is_postprocessing(monkeypatch):
         return decode(self, *given)
 
     monkeypatch.setattr(type(model), "postprocess_detections", slow)
-    profile = profile_stages(model, [torch.zeros(3, 64, 64)], rounds=1, now=clock)
+    profile = profile_stages(model, [torch.zeros(3, 64, 64)], rounds=1, now=clock, ceilings=CEILINGS)
     assert profile.stages["head"] == 4e3 and profile.stages["postprocess"] == 8e3
 
 
@@ -91,7 +94,7 @@ def test_pasting_masks_is_postprocessing(monkeypatch):
         return paste(self, *given)
 
     monkeypatch.setattr(type(model.transform), "postprocess", slow)
-    profile = profile_stages(model, [torch.zeros(3, 64, 64)], rounds=1, now=clock)
+    profile = profile_stages(model, [torch.zeros(3, 64, 64)], rounds=1, now=clock, ceilings=CEILINGS)
     assert profile.stages["head"] == 4e3 and profile.stages["postprocess"] == 8e3
 
 
@@ -101,15 +104,21 @@ def test_the_stages_add_up_to_the_whole(model, images):
     model = fuse_for_inference(model)
     for part in (model.backbone, model.rpn, model.roi_heads.box_head):
         waiting.takes(part, 0.01)  # so long that hooks and what else this machine does matter little
-    profile = profile_stages(model, images, rounds=8)
+    profile = profile_stages(model, images, rounds=8, ceilings=CEILINGS)
     assert sum(profile.stages.values()) == pytest.approx(profile.whole, rel=0.1)
     assert min(profile.stages[stage] for stage in ("backbone", "head", "postprocess")) >= 10
 
 
 def test_stages_that_do_not_add_up_are_not_believed():
     stages = {"backbone": 5.0, "fixed": 7.0}
-    assert StageProfile(stages, 11.5).sums_up and not StageProfile(stages, 10.0).sums_up
-    assert StageProfile(stages, 10.0).to_json()["sum"] == 12
+    rest = {"backbone": 1.0, "fixed": 0.0}, CEILINGS
+    assert StageProfile(stages, 11.5, *rest).sums_up and not StageProfile(stages, 10.0, *rest).sums_up
+    stored = StageProfile(stages, 10.0, *rest).to_json()
+    assert (
+        stored["sum"] == 12
+        and stored["least"] == rest[0]
+        and stored["ceilings"] == {"flops": 1e9, "copies": ((1, 1e9),)}
+    )
 
 
 def test_a_detector_whose_backbone_is_not_known_is_refused(images):
