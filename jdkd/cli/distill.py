@@ -98,7 +98,7 @@ class Distill:
         teacher, is_fresh = self._teacher(self.teacher or chosen.teacher, flags, classes, config)
         student, weights = flags.built(self.student or chosen.student, classes, config.seed)
         data = data.of(student, config.batch_size, config.seed)
-        _require_pair(student, teacher, data, method)
+        _require_pair(student, teacher, data, method, config)
         job = Job("distill", self.out, student, weights, data, config, recipe, self.training, device)
         if self.teacher_steps is not None and not is_fresh:
             raise InputError(
@@ -212,7 +212,9 @@ class Distill:
         return replace(config, steps=self.teacher_steps or config.steps)
 
 
-def _require_pair(student: nn.Module, teacher: nn.Module, data: Data, method: DistillConfig) -> None:
+def _require_pair(
+    student: nn.Module, teacher: nn.Module, data: Data, method: DistillConfig, config: TrainConfig
+) -> None:
     """Refuses a pair that cannot be compared, or not on these images, before anything is written.
 
     Raises:
@@ -222,7 +224,7 @@ def _require_pair(student: nn.Module, teacher: nn.Module, data: Data, method: Di
     from jdkd.distill import comparable
     from jdkd.distill.training import require_seen
 
-    require_seen(student, teacher, data.train, method)
+    require_seen(student, teacher, data.train, method, config.sizes)
     comparable(student, teacher, next(batches(data.train, batch_size=1, steps=1, seed=0)), method)
 
 
