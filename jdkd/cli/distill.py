@@ -179,7 +179,7 @@ class Distill:
         return replace(self.recipe, **{k: v for k, v in published.items() if getattr(self.recipe, k) is None})
 
     def _detector(self, chosen: Preset | None) -> DetectorFlags:
-        """The flags of the student, and of a teacher that is trained here."""
+        """The flags of the student, whose input size a teacher that is trained here has too."""
         if chosen is None:
             return self.detector
         share = self.narrow or 1.0
@@ -204,7 +204,7 @@ class Distill:
             return load(name), False
         if self.teacher_weights is not None or has_own_weights(name):
             return import_detector(name, self.teacher_weights), False
-        like = DetectorFlags(width=flags.width, min_size=flags.min_size, max_size=flags.max_size)
+        like = DetectorFlags(width=self.narrow or 1.0, min_size=flags.min_size, max_size=flags.max_size)
         return like.built(name, classes, config.seed + 1)[0], True
 
     def _lessons(self, config: TrainConfig) -> TrainConfig:
