@@ -59,7 +59,11 @@ def test_what_is_ours_in_their_recipes_is_said():
     ours = "norm of gradients, 10 (--clip), the L1 penalty on scales of batch norms, 1e-5 (--gamma-l1), and that norms"
     recipe = TrainConfig(steps=1)
     assert (recipe.clip, recipe.gamma_l1) == (10, 1e-5)
-    assert all(any(ours in line for line in preset(name).differs) for name in preset_names())
+    for each in map(preset, preset_names()):
+        pair, differs = f"{each.teacher} {each.student}", " ".join(each.differs)
+        assert ours in differs
+        assert ("P6 of a published RetinaNet" in differs) == ("retinanet" in pair)
+        assert ("published Swin has a norm" in differs) == ("swin" in pair)
 
 
 def test_the_files_are_in_the_package():
