@@ -1,6 +1,8 @@
 """What a teacher is worth: students under PKD, MSE, CWD and nobody, at equal steps, over seeds.
 
-Under `pkd_half` PKD teaches for the first half of the steps, and nobody does from there on.
+Under `pkd_half` PKD teaches for the first half of the steps, and nobody does from there on. `pkd_permute` and
+`pkd_linear` bring the channels of both together first (`--align`), which only runs if it is asked for by `--losses`:
+teachers and students begin with weights of their own, so that the channels of every pair mean other things.
 
 python -m benchmarks.distillation FOLDER                         digit scenes: every pair, loss and seed
 python -m benchmarks.distillation FOLDER --data DIR --name NAME  the same on photographs in the COCO layout
@@ -31,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.distillation_page import HALF, page, swaps
+from benchmarks.distillation_page import ALIGNED, HALF, page, swaps
 from benchmarks.resampling import Judged, gain
 from jdkd.data import CocoDetectionDataset, Split, resolve_splits, write_digit_scenes
 from jdkd.detect import detector, load, load_weights, narrowed, save, swap_features
@@ -81,6 +83,12 @@ def model(
     return narrowed(made, 0.5) if narrow else made
 
 
+def method_of(loss: str, weight: float | str = "auto") -> DistillConfig:
+    """How a teacher teaches under a loss of :data:`LOSSES` or :data:`ALIGNED`."""
+    ours = loss == HALF or loss in ALIGNED
+    return DistillConfig("pkd" if ours else loss, loss_weight=weight, align=ALIGNED.get(loss, "none"))
+
+
 class Bench:
     """The data of one page, and the folder of what is trained on it."""
 
@@ -115,8 +123,7 @@ class Bench:
             if loss == "none" or (loss == HALF and quarter >= QUARTERS // 2):
                 fit(own, self.train, part, **how)
             else:
-                method = DistillConfig("pkd" if loss == HALF else loss, loss_weight=weight)
-                distill(own, self.teacher(teacher), self.train, part, method, **how)
+                distill(own, self.teacher(teacher), self.train, part, method_of(loss, weight), **how)
             found, judged = self._judged(own)
             curve.append({"step": (quarter + 1) * steps, "map": judged.map()})
         content = {"curve": curve, "found": found}
@@ -183,7 +190,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--name", default="digit_scenes")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pairs", nargs="+", type=int, default=list(range(len(PAIRS))))
-    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=list(LOSSES))
+    parser.add_argument("--losses", nargs="+", choices=(*LOSSES, *ALIGNED), default=list(LOSSES))
     parser.add_argument("--weights", nargs=2, type=Path, default=(), metavar=("RESNET18", "MOBILENET_V2"))
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--swap", action="store_true")

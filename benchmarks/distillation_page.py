@@ -17,6 +17,7 @@ from jdkd.report.svg import Axes, drawing, spread, tag
 Row = dict[str, Any]
 NOBODY, NONE, PKD, AUTO = "nobody", "none", "pkd", "auto"
 HALF = "pkd_half"  # PKD for the first half of the steps, and then nobody
+ALIGNED = {f"pkd_{align}": align for align in ("permute", "linear")}  # PKD once channels were brought together
 TITLES = {
     "digit_scenes": "Digit scenes",
     "blood_cells": "Photographs of blood cells",
@@ -24,6 +25,7 @@ TITLES = {
 }
 # Okabe and Ito, Color Universal Design (2008)
 COLOURS = {NONE: "#6E6E6E", PKD: "#D55E00", "mse": "#0072B2", "cwd": "#E69F00", HALF: "#009E73"}
+COLOURS |= dict(zip(ALIGNED, ("#CC79A7", "#56B4E9"), strict=True))
 PANEL, LEGEND = (250, 220), 26  # width and height in pixels
 STYLE = "text{font:11px sans-serif;fill:#6E6E6E}.grid{stroke:#6E6E6E;stroke-opacity:.25}"
 ASKED = 2  # pairs on which PKD is to win
@@ -78,7 +80,7 @@ def verdict(rows: Sequence[Row]) -> str:
     sentences = [f"**{said}; at least {ASKED} were asked for, which is {met}.**"]
     if lost := [_loss_of(rows, pair, row) for pair, row in taught.items() if pair not in won]:
         sentences.append(f"It does not on {'; '.join(lost)}.")
-    rivals = {loss for row in rows if (loss := row["loss"]) not in (NONE, PKD, HALF)}
+    rivals = {loss for row in rows if (loss := row["loss"]) not in (NONE, PKD, HALF, *ALIGNED)}
     if rivals:
         first = [pair for pair, row in taught.items() if all(_less(of(rows, pair, loss), row) for loss in rivals)]
         sentences.append(
@@ -89,6 +91,7 @@ def verdict(rows: Sequence[Row]) -> str:
         sentences.append(early)
     if half := _half(rows):
         sentences.append(half)
+    sentences += filter(None, (_aligned(rows, loss) for loss in ALIGNED))
     return " ".join(sentences)
 
 
@@ -103,6 +106,16 @@ def _half(rows: Sequence[Row]) -> str:
         if taught
         else ""
     )
+
+
+def _aligned(rows: Sequence[Row], loss: str) -> str:
+    """What PKD gains, and what it gains as the channels come, where these were brought together first."""
+    found = [(pair, row, of(rows, pair, PKD)) for pair in pairs(rows) if (row := of(rows, pair, loss)) is not None]
+    gains = (
+        f"{name(pair)} {gained(row)}" + ("" if plain is None else f", without {gained(plain)}")
+        for pair, row, plain in found
+    )
+    return f"What PKD gains with --align {ALIGNED[loss]}: {'; '.join(gains)}." if found else ""
 
 
 def _less(rival: Row | None, row: Row) -> bool:

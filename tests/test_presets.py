@@ -55,6 +55,17 @@ def test_published_figures_are_those_of_the_paper_and_its_code():
     assert figures["gfl_r101_gfl_r50"]["distilled"] is None and "not known" in str(preset("gfl_r101_gfl_r50"))
 
 
+def test_what_is_ours_in_their_recipes_is_said():
+    ours = "norm of gradients, 10 (--clip), the L1 penalty on scales of batch norms, 1e-5 (--gamma-l1), and that norms"
+    recipe = TrainConfig(steps=1)
+    assert (recipe.clip, recipe.gamma_l1) == (10, 1e-5)
+    for each in map(preset, preset_names()):
+        pair, differs = f"{each.teacher} {each.student}", " ".join(each.differs)
+        assert ours in differs
+        assert ("P6 of a published RetinaNet" in differs) == ("retinanet" in pair)
+        assert ("published Swin has a norm" in differs) == ("swin" in pair)
+
+
 def test_the_files_are_in_the_package():
     folder = Path(jdkd.presets.__file__).parent
     assert {file.stem for file in folder.glob("*.json")} == {*preset_names()}

@@ -98,7 +98,7 @@ class Distill:
         teacher, is_fresh = self._teacher(self.teacher or chosen.teacher, flags, classes, config)
         student, weights = flags.built(self.student or chosen.student, classes, config.seed)
         data = data.of(student, config.batch_size, config.seed)
-        _require_pair(student, teacher, data, method)
+        _require_pair(student, teacher, data, method, config)
         job = Job("distill", self.out, student, weights, data, config, recipe, self.training, device)
         if self.teacher_steps is not None and not is_fresh:
             raise InputError(
@@ -179,7 +179,7 @@ class Distill:
         return replace(self.recipe, **{k: v for k, v in published.items() if getattr(self.recipe, k) is None})
 
     def _detector(self, chosen: Preset | None) -> DetectorFlags:
-        """The flags of the student, and of a teacher that is trained here."""
+        """The flags of the student, whose input size a teacher that is trained here has too."""
         if chosen is None:
             return self.detector
         share = self.narrow or 1.0
@@ -204,7 +204,7 @@ class Distill:
             return load(name), False
         if self.teacher_weights is not None or has_own_weights(name):
             return import_detector(name, self.teacher_weights), False
-        like = DetectorFlags(width=flags.width, min_size=flags.min_size, max_size=flags.max_size)
+        like = DetectorFlags(width=self.narrow or 1.0, min_size=flags.min_size, max_size=flags.max_size)
         return like.built(name, classes, config.seed + 1)[0], True
 
     def _lessons(self, config: TrainConfig) -> TrainConfig:
@@ -212,7 +212,9 @@ class Distill:
         return replace(config, steps=self.teacher_steps or config.steps)
 
 
-def _require_pair(student: nn.Module, teacher: nn.Module, data: Data, method: DistillConfig) -> None:
+def _require_pair(
+    student: nn.Module, teacher: nn.Module, data: Data, method: DistillConfig, config: TrainConfig
+) -> None:
     """Refuses a pair that cannot be compared, or not on these images, before anything is written.
 
     Raises:
@@ -222,7 +224,7 @@ def _require_pair(student: nn.Module, teacher: nn.Module, data: Data, method: Di
     from jdkd.distill import comparable
     from jdkd.distill.training import require_seen
 
-    require_seen(student, teacher, data.train, method)
+    require_seen(student, teacher, data.train, method, config.sizes)
     comparable(student, teacher, next(batches(data.train, batch_size=1, steps=1, seed=0)), method)
 
 

@@ -113,18 +113,17 @@ def detector_of(source: str, classes: int) -> nn.Module:
     """A detector that has learned something: of a folder, or what a function makes.
 
     Raises:
-        InputError: it is a name, whose weights are fresh, or cannot be opened.
+        InputError: it is a name, FAMILY:BACKBONE too, whose weights are fresh, or cannot be opened.
     """
     from jdkd.detect import load, open_model
+    from jdkd.detect.sources import has_own_weights
 
-    if ":" in source and not Path(source).exists():
-        return open_model(source, classes=classes)
-    if not Path(source).is_dir():
+    if not has_own_weights(source):
         raise InputError(
-            f"{source} is no folder of a detector and no package.module:function; give a folder that `jdkd train` or "
-            "`jdkd import` wrote."
+            f"{source} is no folder of a detector and no package.module:function, and by a name it has fresh weights; "
+            "give a folder that `jdkd train` or `jdkd import` wrote."
         )
-    return load(source)
+    return load(source) if Path(source).is_dir() else open_model(source, classes=classes)
 
 
 def titles(sources: Sequence[str]) -> list[str]:

@@ -244,6 +244,13 @@ class Extended(Backbone):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         levels = self.maps(x)
         x = next(reversed(levels.values()))
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return self._extended(levels, x)
+        with torch.autocast("cpu", enabled=False):  # as CoarsestLevels, whose fault these strided filters share
+            found = self._extended(levels, x.to(next(self.extra.parameters()).dtype))
+        return OrderedDict((name, level.to(x.dtype)) for name, level in found.items())
+
+    def _extended(self, levels: OrderedDict[str, Tensor], x: Tensor) -> OrderedDict[str, Tensor]:
         for block in self.extra:
             x = block(x)
             levels[str(len(levels))] = x

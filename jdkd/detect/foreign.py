@@ -132,7 +132,7 @@ def _left_out(report: LoadReport) -> str:
     more = f", and {len(parts) - 3} more" if len(parts) > 3 else ""
     return (
         f"{', '.join(parts[:3])}{more}; give the weights of this architecture, and where only the predictors differ, "
-        "--classes with as many names as the file's detector has"
+        "`jdkd import --classes` with as many names as the file's detector has"
     )
 
 

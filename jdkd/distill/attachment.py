@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, Self
 
 import torch
@@ -38,7 +39,10 @@ class DistillationHandle:
         self._steps = 0  # since the adapters were fitted
         self._fitted: list[tuple[nn.Parameter, int]] = []  # their parameters, and the versions of these then
         self._hooks = [distiller.runner.watch_pyramid(self._neck_ran)]
-        self._distiller = distiller.__enter__()
+        with ExitStack() as undone:  # where the teacher is refused, the student is as it was
+            undone.callback(self._hooks[0].remove)
+            self._distiller = distiller.__enter__()
+            undone.pop_all()
         self._hooks.append(self._student.register_forward_pre_hook(Hook(self._begun), prepend=True))
         self._hooks.append(self._student.register_forward_hook(Hook(self)))
         self._hooks.append(self._student.register_forward_hook(Hook(self._left), always_call=True))

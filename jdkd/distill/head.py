@@ -12,7 +12,7 @@ from jdkd.distill.feature import as_weight
 from jdkd.distill.gradients import check_gradient
 from jdkd.distill.hooks import Hook
 from jdkd.distill.teacher import TeacherRunner
-from jdkd.errors import InputError
+from jdkd.errors import InputError, few
 from jdkd.nn.unwrapping import unwrapped
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ class HeadDistiller:
     A context manager, used as :class:`jdkd.distill.feature.FeatureDistiller` is.
 
     Args:
-        student, teacher: detectors of torchvision's heads, for the same classes, in the same stages, and with the same
-            anchors where all are classified.
+        student, teacher: detectors of torchvision's heads, for the same classes in the same order (by their names,
+            where both know some), in the same stages, and with the same anchors where all are classified.
         loss_weight: weight of the loss.
         runner: a shared runner of the teacher; by default its own.
 
@@ -131,6 +131,7 @@ class HeadDistiller:
 
 def _objection(student: nn.Module, teacher: nn.Module, own_size: bool) -> str | None:
     """Why the heads of two detectors cannot be compared."""
+    from jdkd.detect.contract import known_architecture, unlike
     from jdkd.detect.heads import class_head
     from jdkd.detect.input_size import resizes_alike
 
@@ -148,6 +149,12 @@ def _objection(student: nn.Module, teacher: nn.Module, own_size: bool) -> str | 
         return (
             f"the student knows {ours.outputs - 1} classes and the teacher {theirs.outputs - 1}, and head distillation "
             "needs the same"
+        )
+    first, second = (known.classes if (known := known_architecture(model)) else () for model in (student, teacher))
+    if first and second and (difference := unlike(first, second)):
+        return (
+            f"the student knows the classes {few(first)} and the teacher {few(second)}, and head distillation needs "
+            f"the same in one order ({difference}; `jdkd import --classes` names a detector's)"
         )
     if own_size and ours.dense and not resizes_alike(student, teacher):
         return (

@@ -96,7 +96,7 @@ def pair_levels(
             alone = [stride for index, (stride, _) in enumerate(side) if index not in paired]
             if alone:
                 say_once(
-                    f"the {who}'s levels of stride {alone} are not distilled, since the {other} has no level of "
+                    f"the {who}'s levels of stride {alone} are not compared, since the {other} has no level of "
                     "that stride left to pair with"
                 )
     chosen = [(*ours[i], theirs[j][1]) for stride in wanted for i, j in pairs if ours[i][0] == stride]

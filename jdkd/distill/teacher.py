@@ -97,9 +97,8 @@ class TeacherRunner:
         self._same_images = False
 
     def __enter__(self) -> Self:
-        self._entered += 1
-        if self._entered == 1:
-            hold(self.teacher)
+        if self._entered == 0:
+            hold(self.teacher)  # which may refuse it: then nothing was entered
             hooks = [self._route.entrance.register_forward_pre_hook(Hook(self._see), with_kwargs=True)]
             hooks += self._route.watch_sizes(self._see_sizes)
             if self.reuse or self.own_size:
@@ -107,6 +106,7 @@ class TeacherRunner:
                 hooks.append(self.student.register_forward_pre_hook(Hook(self._see_images), **how))
                 hooks.append(self.student.register_forward_hook(Hook(self._left), always_call=True))
             self._hooks = hooks
+        self._entered += 1
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -16,11 +16,12 @@ from jdkd.detect import adapt_classes, load, open_model
 from jdkd.detect.contract import architecture_of
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
-from jdkd.detect.input_size import require_visible
+from jdkd.detect.input_size import require_visible, training_sizes
 from jdkd.detect.weights import fingerprint
 from jdkd.distill.calibration import as_alignment, check_widths
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import as_weight
+from jdkd.distill.head import can_distil_heads
 from jdkd.distill.levels import LevelPair, as_strides
 from jdkd.errors import InputError
 from jdkd.notices import say_once
@@ -142,7 +143,7 @@ def distill(
         data = CocoDetectionDataset(resolve_split("train", data))
     student = student if isinstance(student, nn.Module) else opened(student, data.classes, config.seed)
     teacher = teacher if isinstance(teacher, nn.Module) else load(teacher)
-    require_seen(student, teacher, data, method)
+    require_seen(student, teacher, data, method, config.sizes)
     if how.get("folder") is not None:
         how["identity"] = {"teacher": fingerprint(teacher), **asdict(method)}
     probe = [*batches(data, batch_size=config.batch_size, steps=PROBE, seed=config.seed, device=device)]
@@ -172,21 +173,38 @@ def opened(source: Path | str, classes: tuple[str, ...], seed: int) -> nn.Module
     return model
 
 
-def require_seen(student: nn.Module, teacher: nn.Module, data: CocoDetectionDataset, method: DistillConfig) -> None:
-    """Refuses images that are too elongated for the input size of either detector, as far as it is shown them.
+def require_seen(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: CocoDetectionDataset,
+    method: DistillConfig,
+    sizes: Sequence[int] | None = None,
+) -> None:
+    """Refuses images that are too elongated for the input size of either detector, as far as it is shown them, and
+    sizes at which the student's anchors would not be the teacher's, which is asked about them.
 
     Args:
         student, teacher: detectors.
         data: the training images.
         method: how the teacher is to teach; what sees images as its student does has no input size of its own.
+        sizes: short sides of the student's images in training, where these are others than its own.
 
     Raises:
-        InputError: names an image.
+        InputError: names an image, or the sizes.
     """
     require_visible(student, data.sizes, "the student")
-    if method.own_size and (method.weight(student, teacher) or (method.loss == LOGITS and method.logits_weight)):
-        remedy = "let the teacher see images as the student does (own_size=False, --shared-size)"
+    asked = bool(method.loss == LOGITS and method.logits_weight)
+    remedy = "let the teacher see images as the student does (own_size=False, --shared-size)"
+    if method.own_size and (asked or method.weight(student, teacher)):
         require_visible(teacher, data.sizes, "the teacher", remedy)
+    if method.own_size and asked and sizes and can_distil_heads(student, teacher, own_size=True):
+        with training_sizes(student, sizes):
+            alike = can_distil_heads(student, teacher, own_size=True)
+        if not alike:
+            raise InputError(
+                f"the student is trained at short sides of {', '.join(map(str, sizes))}, and {LOGITS} asks its "
+                f"teacher, which sees images at its own, about the same anchors; {remedy}, or leave the sizes out."
+            )
 
 
 @contextmanager
@@ -210,8 +228,9 @@ def taught(
         say_once(str(take_neck_and_heads(student, teacher)))
     if pairs:
         say_once(_comparison(method, method.weight(student, teacher), pairs, distiller.adapts))
+    together = bool(pairs) and (distiller.adapts or method.align != "none")
     del pairs  # all levels of a batch, which would lie on the device as long as the block runs
-    if distiller.adapts or method.align != "none":
+    if together:
         _calibrate(distiller, student, probe)
     with lessons(student, distiller, method.detach_after) as given:
         yield given

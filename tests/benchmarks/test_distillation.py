@@ -45,7 +45,8 @@ def test_a_taught_student_is_compared_with_the_same_one_alone_seed_by_seed(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("loss", "taught"), [("none", []), ("pkd", ["pkd"] * 4), ("mse", ["mse"] * 4), ("pkd_half", ["pkd"] * 2)]
+    ("loss", "taught"),
+    [("none", []), ("pkd", ["pkd"] * 4), ("mse", ["mse"] * 4), ("pkd_half", ["pkd"] * 2), ("pkd_linear", ["pkd"] * 4)],
 )
 def test_who_is_taught_in_which_quarter(loss, taught, tmp_path, monkeypatch):
     trained = []
@@ -60,6 +61,14 @@ def test_who_is_taught_in_which_quarter(loss, taught, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "_judged", lambda own: ([], SimpleNamespace(map=lambda: 0.5)))
     assert [point["step"] for point in bench.student("fcos", "fcos", loss, 0)["curve"]] == [200, 400, 600, 800]
     assert trained == taught + ["none"] * (4 - len(taught))
+
+
+def test_channels_are_brought_together_where_that_is_asked_for():
+    ways = {loss: distillation.method_of(loss, 2.0) for loss in ("pkd", "cwd", "pkd_half", *distillation.ALIGNED)}
+    assert [(way.loss, way.align) for way in ways.values()] == [
+        ("pkd", "none"), ("cwd", "none"), ("pkd", "none"), ("pkd", "permute"), ("pkd", "linear")
+    ]  # fmt: skip
+    assert {way.loss_weight for way in ways.values()} == {2.0}
 
 
 def test_a_swap_is_of_the_taught_and_the_untaught_under_one_other_head(tmp_path):

@@ -61,6 +61,18 @@ def test_teaching_for_half_of_the_steps_has_a_sentence_of_its_own():
     assert "largest of pkd, cwd, mse on 1 of 2 pairs" in said, "nor is it one of its rivals"
 
 
+def test_what_alignment_is_worth_stands_beside_what_there_is_without_it():
+    assert "--align" not in pages.verdict(ROWS)
+    aligned = [row(who, "fcos", "pkd_permute", [0.3, 0.3], (0.01, 0.05, 0.09)) for who in ("fasterrcnn", "gfl")]
+    said = pages.verdict([*ROWS, *aligned])
+    assert said.endswith(
+        "What PKD gains with --align permute: fasterrcnn → fcos +0.050 (+0.010 to +0.090), without +0.200 (+0.100 to "
+        "+0.300); gfl → fcos +0.050 (+0.010 to +0.090)."
+    )
+    assert "largest of pkd, cwd, mse on 1 of 2 pairs" in said, "it is no rival"
+    assert pages.ALIGNED.keys() <= pages.COLOURS.keys() and len({*pages.COLOURS.values()}) == len(pages.COLOURS)
+
+
 def test_a_table_has_the_latest_row_of_each_way_pair_by_pair():
     old = row("fasterrcnn", "fcos", "pkd", [0.9, 0.9], (0.4, 0.6, 0.7))
     lines = pages.table(pages.latest([old, BEHIND, SPREAD, ALONE, WON])).splitlines()

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jdkd.cli.distill import _say_if_blind
+from jdkd.cli.detectors import DetectorFlags
+from jdkd.cli.distill import Distill, _say_if_blind
 from jdkd.detect import load, open_model
 from jdkd.distill import DistillConfig, distill
 from jdkd.notices import Notice
@@ -157,6 +158,16 @@ def test_a_teacher_is_looked_at_once_and_where_it_is_to_teach(monkeypatch, first
     monkeypatch.setattr("jdkd.train.distributed.is_first", lambda: first)
     _say_if_blind(torch.nn.Linear(1, 1), SimpleNamespace(train=None), TrainConfig(steps=1), "meta")
     assert [each if isinstance(each, str) else each.weight.device.type for each in seen] == asked
+
+
+def test_a_teacher_that_is_trained_first_is_whole_where_the_student_is_narrowed(tmp_path):
+    flags = DetectorFlags(width=0.5, min_size=64)
+    run = Distill(tmp_path, teacher="fcos:mobilenet_v3_small", student="fcos:mobilenet_v3_small", detector=flags)
+    teacher, is_fresh = run._teacher(run.teacher, run._detector(None), ("red", "blue"), TrainConfig(steps=1))
+    whole = open_model(run.teacher, classes=2, min_size=64)
+    assert is_fresh and teacher.architecture.shapes == whole.architecture.shapes
+    assert teacher.transform.min_size == whole.transform.min_size and [*teacher.state_dict()] == [*whole.state_dict()]
+    assert sum(map(torch.numel, teacher.parameters())) == sum(map(torch.numel, whole.parameters()))
 
 
 @pytest.mark.slow

@@ -89,7 +89,8 @@ def test_detectors_that_cannot_be_shown_are_refused_and_an_older_page_stays(jdkd
     _refused(jdkd("show", trained, *arguments), "cannot be written: it holds something else")
     out.write_text(f"{GENERATOR} an older page")
     _refused(jdkd("show", *arguments), "no detector is given")
-    _refused(jdkd("show", "fcos_resnet50_fpn", *arguments), "fcos_resnet50_fpn is no folder of a detector")
+    for name in ("fcos_resnet50_fpn", "fcos:resnet18"):
+        _refused(jdkd("show", name, *arguments), f"{name} is no folder of a detector", "fresh weights")
     save(tmp_path / "three", detector(small_spec()))
     _refused(jdkd("show", tmp_path / "three", *arguments), "the detector knows 3 classes and the dataset has 2")
     _refused(jdkd("show", trained, tmp_path, *arguments), tmp_path, "architecture.json")

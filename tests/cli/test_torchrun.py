@@ -93,3 +93,19 @@ def test_a_pool_is_trained_and_scored_by_both(digits, tmp_path):
         and "already holds a run" in said
         and "Traceback (most recent call last)" not in (said.partition("torch/distributed")[0])
     )
+
+
+def test_a_student_is_taught_by_both_through_one_adapter(digits, tmp_path):
+    process = torchrun("train", "--out", tmp_path / "teacher", *TRAIN, *flags_of(digits), "--steps", 2)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    pair = ("--teacher", tmp_path / "teacher", "--student", TRAIN[1], *TRAIN[2:], "--fpn", 16)
+    process = torchrun("distill", *pair, "--out", tmp_path / "student", *flags_of(digits), "--steps", 3)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert said.count("through a trained 1x1 adapter, from 16 channels to 32") == 1, "by one process"
+    state = torch.load(tmp_path / "student" / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3 and state["config"]["processes"] == 2
+    assert {tuple(weight.shape) for weight in state["auxiliary"].values()} == {(32, 16, 1, 1)}
+    summary = json.loads((tmp_path / "student" / "distill.json").read_text())
+    assert summary["train_steps"] == 3 and summary["losses"]["loss_pkd"] > 0

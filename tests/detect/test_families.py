@@ -3,6 +3,7 @@
 import math
 import sys
 import types
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -172,6 +173,28 @@ def test_the_coarsest_levels_of_small_images_have_the_gradient_that_they_have_in
         lain = [torch.full((64 * 64 * 9 * size,), math.nan) for size in (1, 1, 2)]
         del lain
         torch.testing.assert_close(gradient(amp=True), expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+def test_the_further_maps_of_an_ssd_have_the_gradient_that_they_have_in_single_precision(monkeypatch):
+    """As above: they are one position wide before the last filter has run."""
+    backbone = small("ssd", "mobilenet_v3_small", min_size=64).backbone
+    last = torch.randn(4, backbone.extra[0][0][0].in_channels, 2, 2)
+
+    def gradients(amp: bool) -> list[Tensor]:
+        backbone.zero_grad()
+        monkeypatch.setattr(backbone, "maps", lambda x: OrderedDict({"0": x}))
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            levels = [*backbone(last.bfloat16() if amp else last).values()]
+        assert {level.dtype for level in levels} == {torch.bfloat16 if amp else torch.float32}
+        sum(level.float().square().sum() for level in levels).backward()
+        return [block[1][0].weight.grad.clone() for block in backbone.extra]
+
+    expected = gradients(amp=False)
+    for _ in range(3):
+        lain = [torch.full((64 * 64 * 9 * size,), math.nan) for size in (1, 1, 2)]
+        del lain
+        for own, single in zip(gradients(amp=True), expected, strict=True):
+            torch.testing.assert_close(own, single, rtol=0.05, atol=0.05 * single.abs().max().item())
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,16 @@ def test_other_classes_are_named(student):
         HeadDistiller(student, teacher)
 
 
+def test_the_same_classes_in_another_order_are_named(student):
+    teacher = detector(small_spec(classes=("cat", "bird", "dog")))
+    words = r"classes cat, dog, bird \(3\) and the teacher cat, bird, dog .*class 2 is 'dog' in the first and 'bird'"
+    with pytest.raises(InputError, match=words):
+        HeadDistiller(student, teacher)
+    assert not can_distil_heads(student, teacher)
+    del teacher.architecture
+    assert can_distil_heads(student, teacher), "of one that names none, there is no telling"
+
+
 def test_a_detector_without_a_class_head_is_named(student):
     other = PyramidDetector(4, {"0": 4})
     message = r"the teacher \(PyramidDetector\) has no head .* on both; distil the features only \(head_weight 0, loss"

@@ -63,9 +63,9 @@ def test_what_is_left_out_is_said_once_unless_levels_were_asked_for():
         with pytest.warns(Notice) as said:
             student(batch())
         assert sorted(str(notice.message) for notice in said) == [
-            "the student's levels of stride [32] are not distilled, since the teacher has no level of that stride left "
+            "the student's levels of stride [32] are not compared, since the teacher has no level of that stride left "
             "to pair with",
-            "the teacher's levels of stride [16] are not distilled, since the student has no level of that stride left "
+            "the teacher's levels of stride [16] are not compared, since the student has no level of that stride left "
             "to pair with",
         ]
         student(batch())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jdkd.distill import attach
+from jdkd.distill import FeatureDistiller, attach
 from jdkd.errors import InputError
 from jdkd.functional import pearson_tap, pkd_loss
 from tests.distill.frameworks import BackboneOutput, DetectionOutput, HuggingFace, Levels, Ultralytics, head_loss
@@ -256,7 +256,13 @@ def test_an_exported_teacher_is_refused_and_the_one_inside_it_is_not():
             return self.backbone(x)
 
     teacher = Exportable()
-    with pytest.raises(InputError, match=r"is an exported program, .* pass the model that it was exported from"):
-        attach(Returning(dict), torch.export.export(teacher, (images(),)).module())
-    with attach(Returning(dict), teacher):
+    student, exported = Returning(lambda loss: {"loss": loss}), torch.export.export(teacher, (images(),)).module()
+    distiller = FeatureDistiller(student, exported)
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"is an exported program, .* pass the model that it was exported from"):
+            attach(student, exported)
+        with pytest.raises(InputError, match="is an exported program"):
+            distiller.__enter__()
+    student.train()(images())  # as it was, with no teacher attached
+    with attach(student, teacher):
         pass

@@ -150,6 +150,24 @@ def test_an_image_of_which_either_sees_no_pixel_is_named_before_anything_is_writ
         require_seen(student, teacher, thin, unseen)
 
 
+def test_anchors_are_not_asked_about_at_sizes_that_the_teacher_does_not_see(student, teacher, scenes):
+    """Before anything is trained: the two would disagree in every batch, or not agree by accident in some."""
+    sides = {"channels": 32, "min_size": 64, "max_size": 96}
+    pair = [of_family("gfl", "mobilenet_v3_small", CLASSES, **sides) for _ in range(2)]
+    method = DistillConfig("pkd+logits")
+    words = "trained at short sides of 48, 64, and pkd.logits asks its teacher, which sees images at its own"
+    with pytest.raises(InputError, match=f"{words}.*--shared-size.*, or leave the sizes out"):
+        distill(*pair, scenes, TrainConfig(steps=1, batch_size=1, sizes=(48, 64)), method)
+    for who, how in ((pair, DistillConfig("pkd+logits", own_size=False)), (pair, DistillConfig()), (pair, method)):
+        require_seen(*who, scenes, how, None if how is method else (48, 64))
+    require_seen(student, teacher, scenes, method, (48, 64))  # regions have their places at every size
+
+
+def test_without_a_loss_of_features_nothing_is_said_of_their_channels(student, teacher, scenes, recwarn):
+    distill(student, teacher, scenes, TrainConfig(steps=0), DistillConfig(loss_weight=0, align="permute"))
+    assert not [one for one in recwarn if "mean r" in str(one.message)]
+
+
 def test_the_teacher_runs_up_to_its_neck_only(student, teacher, scenes):
     teacher.rpn.register_forward_hook(lambda *_: pytest.fail("the teacher's head has run"))
     with pytest.warns(Notice):
