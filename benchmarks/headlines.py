@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.accelerate import ALL
+
 Row = dict[str, Any]
 OP = "headlines"
 LOSS = {"case": "P3 N=2", "mode": "forward+backward", "dtype": "float32", "layout": "NCHW"}
 CONVOLUTION = {"case": "P3 fpn 3x3 256->256 x0.5 N=2", "mode": "forward", "dtype": "float32"}
 
 
-def sentences(loss: Sequence[Row], convolution: Sequence[Row]) -> str:
+ACCELERATED = ("RetinaNet R50", "Faster R-CNN R50", "FCOS R50")  # torchvision's
+
+
+def sentences(loss: Sequence[Row], convolution: Sequence[Row], accelerated: Sequence[Row]) -> str:
     """A list in Markdown; what has no row is not measured. Each compares what took turns in one run, the last of them.
 
     Args:
         loss: rows of the Pearson loss.
         convolution: rows of the elastic convolution.
+        accelerated: rows of detectors made faster as they are.
     """
     lines = ["- **PKD's loss**: not measured."]
     if found := _together(loss, LOSS, ("jdkd", "eager", "torch.compile")):
@@ -33,6 +39,12 @@ def sentences(loss: Sequence[Row], convolution: Sequence[Row]) -> str:
             f"- **An elastic 3x3 convolution** with half of its 256 channels active takes "
             f"{half['median_us'] / whole['median_us']:.3g} of the time of all of it, on {half['device']}."
         )
+    found = {row["case"]: row for row in accelerated if row["ingredient"] == ALL and row["case"] in ACCELERATED}
+    if len(found) == len(ACCELERATED):
+        ratios = ", ".join(f"{found[case]['alone'][0]:.2f} ({case})" for case in ACCELERATED)
+        sizes, devices = ({str(row[what]) for row in found.values()} for what in ("size", "device"))
+        where = f"at {sizes.pop().strip('[]').replace(', ', ' x ')}, {devices.pop()}"
+        lines.append(f"- **torchvision's detectors, accelerated as they are**, take {ratios} of their time {where}.")
     return "\n".join(lines)
 
 

@@ -67,7 +67,7 @@ def _table(op: str) -> str:
         return MADE[op]()
     rows = kept(op)
     if op == headlines.OP:
-        return headlines.sentences(kept("pearson"), kept("elastic_conv"))
+        return headlines.sentences(kept("pearson"), kept("elastic_conv"), kept(accelerate.OP))
     if op in goals.GOALS and op not in WHOLE:
         return goals.table(op, record.latest(rows))
     if not rows:
