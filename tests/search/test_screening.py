@@ -168,16 +168,15 @@ def test_a_long_timing_spares_what_a_brief_one_cannot_tell(parent, steady, monke
     monkeypatch.setattr(Parent, "_ratio", lambda self, screened, stage: 0.98 * 0.8)
     monkeypatch.setattr(Parent, "make", lambda self, recipe, aim: aims.append(aim) or make(recipe, aim))
     parent.measured(Recipe(), made, 0.8, BRIEF)
-    assert not aims, "close enough"
+    assert not aims
     parent.measured(Recipe(), made, 0.8, LONG)
     assert aims == [pytest.approx(made.predicted / 0.98)], "made once more, and wider"
 
 
 def test_a_second_try_that_misses_the_aim_by_more_is_left(parent, steady, monkeypatch):
     made, ratios = parent.make(Recipe(), 0.8), iter((0.6, 1.0, 1.2, 0.9))
-    monkeypatch.setattr(
-        Parent, "_timed", lambda self, screened, aim, stage: replace(screened, latency_ratio=next(ratios))
-    )
+    timed = lambda self, screened, aim, stage: replace(screened, latency_ratio=next(ratios))  # noqa: E731
+    monkeypatch.setattr(Parent, "_timed", timed)
     kept = parent.measured(Recipe(), made, 0.8)
     assert kept.latency_ratio == 0.6 and kept.rewrites == made.rewrites, "faster than needed, and not too slow"
     assert parent.measured(Recipe(), made, 0.8).latency_ratio == 0.9, "of two that are too slow the nearer"
