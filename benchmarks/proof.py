@@ -69,6 +69,7 @@ RECIPES = {
         "--train 400 --val 400 --size 128", f"--model fcos {_R50} --min-size 128 --max-size 128", 4, 5000
     ),
     "blood_cells_deep": Recipe(None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000),
+    "blood_cells_deep_short": Recipe(None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000, times=0.4),
     "blood_cells_deep_front": Recipe(
         None, f"--model fcos {_DEEP} --min-size 120 --max-size 160", 4, 2000, times=2, targets="0.75,0.53,0.35"
     ),
