@@ -49,8 +49,11 @@ class Preset:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """The flags of the training: schedule and decay, and what :class:`jdkd.train.TrainConfig` knows."""
-        return {name: getattr(self, name) for name in RECIPE}
+        """The flags of the training: schedule and decay, and what :class:`jdkd.train.TrainConfig` knows.
+
+        The penalty that prepares for pruning is not among what was published.
+        """
+        return {name: getattr(self, name) for name in RECIPE} | {"gamma_l1": 0.0}
 
     def __str__(self) -> str:
         known = ", ".join(f"{who} {'not known' if score is None else score}" for who, score in self.published.items())
