@@ -53,6 +53,7 @@ MADE = {
     "support": support.table,
     "backends": backends.table,
     "learning": lambda: searches.learning({name: kept(name) for name in searches.NAMES}),
+    "spending": lambda: searches.spending({name: kept(name) for name in searches.NAMES}),
 }
 _TABLE = re.compile(r"(<!-- results of (\w+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 

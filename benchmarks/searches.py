@@ -27,6 +27,7 @@ NAMES = (  # what searches are of, in the order of the pages; benchmarks.proof.R
     "digit_scenes_r50",
     "blood_cells_deep",
     "blood_cells_deep_short",
+    "blood_cells_deep_many",  # of 96 candidates, by --candidates 48 --proposals 48
     "blood_cells_deep_front",
     "blood_cells_deep_two_stage",
     "blood_cells_deep_two_stage_front",
@@ -50,14 +51,14 @@ def collect(folders: list[Path]) -> list[dict[str, Any]]:
         for part in ("selection", "report"):
             result[part] |= {name: Path(result[part][name]).name for name in ("image_folder", "annotations")}
         result["command"] = " ".join(Path(word).name for word in shlex.split(result["command"]))
-        found.append(result | {"lineages": lineages(folder, result)})
+        with closing(Archive(folder / ARCHIVE)) as archive:
+            found.append(result | {"candidates": len(archive) - 1, "lineages": lineages(archive, result)})
     return found
 
 
-def lineages(folder: Path, result: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
+def lineages(archive: Archive, result: dict[str, Any]) -> dict[str, list[tuple[int, float]]]:
     """How the student of each target came up: steps of its lineage and mAP on the images that select, base first."""
-    with closing(Archive(folder / ARCHIVE)) as archive:
-        known = {one.id: one for one in archive.scored}
+    known = {one.id: one for one in archive.scored}
     found = {}
     for student in result["students"]:
         path, one = [], known.get(student["id"])
@@ -83,6 +84,33 @@ def learning(kept: Mapping[str, list[dict[str, Any]]]) -> str:
             for target, ((_, base), *path) in result.get("lineages", {}).items():
                 stops = ", ".join(f"{steps}: {value:.3f}" for steps, value in path)
                 lines.append(f"| {name} | {target} | {seed} | {base:.3f} | {stops} |")
+    return "\n".join(lines)
+
+
+def spending(kept: Mapping[str, list[dict[str, Any]]]) -> str:
+    """A Markdown table of what searches spent their time on, without their controls, where candidates were counted.
+
+    Args:
+        kept: as of :func:`learning`; searches of one worker, whose candidates' seconds are seconds of the whole.
+    """
+    lines = [
+        "| searches | seed | candidates | steps | seconds | training | scoring | timing | all else | a candidate |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, results in kept.items():
+        for seed, result in sorted({result["seed"]: result for result in results if "candidates" in result}.items()):
+            cost, count = result["cost"], result["candidates"]
+            own, theirs = cost["seconds"], cost["candidate_seconds"]
+            whole = sum(own.values()) - own.get("control", 0.0)
+            spent = [
+                own.get("pool", 0.0) + theirs.get("training", 0.0),
+                own.get("scoring", 0.0) + theirs.get("scoring", 0.0),
+                own.get("timing", 0.0),
+            ]
+            rest = whole - sum(spent)
+            shares = " | ".join(f"{share / whole:.1%}" for share in (*spent, rest))
+            steps = cost["pool_steps"] + cost["candidate_steps"]
+            lines.append(f"| {name} | {seed} | {count} | {steps} | {whole:.0f} | {shares} | {rest / count:.1f} s |")
     return "\n".join(lines)
 
 

@@ -42,8 +42,28 @@ def test_what_is_kept_of_a_search_says_no_place_and_how_its_student_came_up(tmp_
     assert searches.learning({"mine": [result(), kept], "old": [result()]}).splitlines()[2:] == [
         "| mine | 0.8 | 2 | 0.600 | 5: 0.300, 9: 0.500 |"
     ]
+    assert kept["candidates"] == 2
     row = searches.table([kept]).splitlines()[2]
     assert row == "| 0.8 | 2 | 0.500 | 0.500 | 0.500 | 0.800 (0.700–0.900) | 1.00× | 30 |"
+
+
+def test_what_a_search_spent_is_without_its_control_and_all_else_is_what_is_left():
+    seconds = {
+        "everything else": 3.0,
+        "proposing": 5.0,
+        "pool": 20.0,
+        "scoring": 1.0,
+        "timing": 10.0,
+        "candidates": 61.0,
+    }
+    cost = {
+        "seconds": seconds | {"control": 50.0},
+        "candidate_seconds": {"training": 57.0, "scoring": 2.0, "timing": 4.0},
+    }
+    counted = result() | {"candidates": 4, "cost": cost | {"pool_steps": 7, "candidate_steps": 9}}
+    assert searches.spending({"mine": [result(), counted], "old": [result()]}).splitlines()[2:] == [
+        "| mine | 2 | 4 | 16 | 100 | 77.0% | 3.0% | 10.0% | 10.0% | 2.5 s |"
+    ]
 
 
 def test_a_table_has_means_by_target_and_the_later_of_two_results_of_a_seed():
