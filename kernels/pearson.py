@@ -6,9 +6,9 @@ The formulas (loss, coefficients ``a, b, k``, residual) are derived in ``jdkd/re
 of channels (channels-last). All its sums are taken around the mean of its first tile, ``d = x - shift``, and corrected
 at the end by ``(sum d)^2 / n``. That cancels at worst as many units as the chunk has tiles: where the first tile lies
 far from the rest, as a padded corner does, it is itself part of the chunk and widens its spread. A single element as
-the shift has no such bound, and plain sums have none either. The residual's ``beta`` is the first tile's too; of a chunk
-whose deviations turn out to be in another ratio, as where an object stands on a background that is still in one of the
-two, the plain sum of ``d_s d_t`` is taken. The finish joins chunks in float64, in a fixed order.
+the shift has no such bound, and plain sums have none either. The residual's ``beta`` is the first tile's too; of a
+chunk whose deviations turn out to be in another ratio, as where an object stands on a background that is still in one
+of the two, the plain sum of ``d_s d_t`` is taken. The finish joins chunks in float64, in a fixed order.
 
 **Alignment.** Planes of 1050 or 273 elements start anywhere. A chunk is cut into a *body* of whole 16-byte vectors,
 masked vector by vector so that loads and stores stay wide, and an *edge* of fewer than two vectors. Nothing outside

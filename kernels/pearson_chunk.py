@@ -3,8 +3,12 @@
 import triton
 import triton.language as tl
 
-VALUES = tl.constexpr(10)  # a chunk's n, shift_s, shift_t, beta, and the sums of d_s, d_t, d_s^2, d_t^2, rest^2, d_s d_t
-FAR = tl.constexpr(8.0)  # times the ratio of a chunk's deviations: such a beta is not near it, and the plain sum is better
+VALUES = tl.constexpr(
+    10
+)  # a chunk's n, shift_s, shift_t, beta, and the sums of d_s, d_t, d_s^2, d_t^2, rest^2, d_s d_t
+FAR = tl.constexpr(
+    8.0
+)  # times the ratio of a chunk's deviations: such a beta is not near it, and the plain sum is better
 TABLE_ROWS = tl.constexpr(5)  # a, b, k, mean_x, mean_y
 MOMENTS = tl.constexpr(6)  # n, mean_s, mean_t, and the centred sums of s^2, t^2, s t
 
@@ -66,7 +70,8 @@ def _load_chunk(at, stride, mask):
     tt = tl.maximum(tt - n * rest_t * rest_t, 0.0, propagate_nan=tl.PropagateNan.ALL)
     ee -= n * rest * rest
     most = tl.sqrt(ss * tt)
-    plain = tl.clamp(plain - n * rest_s * rest_t, -most, most, propagate_nan=tl.PropagateNan.ALL)
+    plain = tl.maximum(plain - n * rest_s * rest_t, -most, propagate_nan=tl.PropagateNan.ALL)
+    plain = tl.minimum(plain, most, propagate_nan=tl.PropagateNan.ALL)
     st = tl.where(ee <= FAR * beta * most, (ss + beta * beta * tt - ee) / (2 * beta), plain)
     st = tl.where((ss == 0) | (tt == 0), 0.0, st)
     return n, shift_s + rest_s, shift_t + rest_t, ss, tt, st

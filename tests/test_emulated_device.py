@@ -13,7 +13,7 @@ from jdkd.latency import measure
 from jdkd.nn import ElasticConv2d, PKDLoss
 from jdkd.patch import accelerate
 from tests.conftest import HAS_GPU
-from tests.emulated_gpu import OnGpu, emulated_gpu, waits
+from tests.emulated_device import OnGpu, emulated_gpu, waits
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="a GPU is here, and need not be emulated")
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 
 from tests.conftest import HAS_GPU
-from tests.emulated_gpu import emulated_gpu
+from tests.emulated_device import emulated_gpu
 
 a_gpu = nullcontext if HAS_GPU else emulated_gpu
 SIZE = "--min-size 64 --max-size 64"

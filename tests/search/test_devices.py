@@ -4,7 +4,7 @@ import pytest
 
 from jdkd.search import search
 from tests.conftest import HAS_GPU
-from tests.emulated_gpu import emulated_gpu
+from tests.emulated_device import emulated_gpu
 from tests.search.small_search import archived, config_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*hold no box of:jdkd.notices.Notice")
