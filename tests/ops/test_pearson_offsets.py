@@ -62,6 +62,7 @@ def drawn(programs: int, draw: random.Random) -> list[int]:
     return [0, programs - 1, *(draw.randrange(programs) for _ in range(8))]
 
 
+VALUES = pearson.VALUES.value  # of a chunk
 HUGE = [(70, 256, 400, 672), (70, 256, 33, 31), (3, 5, 30_000, 30_011)]  # 4.8e9, 1.8e7 and 1.4e10 elements
 HUGE_ROWS = [(70, 256, 400, 672), (1, 100, 9, 9), (2, 72, 20_000, 20_000)]
 
@@ -80,13 +81,13 @@ def test_chunks_of_planes_cover_a_pyramid_of_more_than_2_to_the_31_elements():
             first = plane * area + piece * length
             last = plane * area + min((piece + 1) * length, area)
             image, channel = divmod(plane, c)
-            cell = before * 9 + (image * pieces + piece) * 9 * c + channel
+            cell = VALUES * (before + (image * pieces + piece) * c) + channel
             column = sum(shape[1] for shape in HUGE[:place]) + channel
             assert found.tolist() == [position, first, last, column, cell, c]
             assert 0 < last - first <= pearson.PLANE_CHUNK
         before += c * chunks
     assert plan.programs == before
-    assert plan.cells == 9 * before
+    assert plan.cells == VALUES * before
 
 
 def test_chunks_of_rows_cover_a_pyramid_of_more_than_2_to_the_31_elements():
@@ -103,12 +104,12 @@ def test_chunks_of_rows_cover_a_pyramid_of_more_than_2_to_the_31_elements():
             found, columns = torch.full((6,), -1), torch.full((block_size,), -1)
             _row_chunk_kernel[(1,)](found, columns, plan.sizes, before + local, LEVELS=3, CHANNELS=block_size)
             first, last = chunk * length, min(chunk * length + length, n * h * w)
-            expected = [position, first, last, c, sum(s[1] for s in shapes[:place]), cells + chunk * 9 * c]
+            expected = [position, first, last, c, sum(s[1] for s in shapes[:place]), cells + chunk * VALUES * c]
             assert found.tolist() == expected
             assert columns[0] == block * block_size
             assert 0 < last - first <= pearson.ROW_CHUNK_LIMIT
         before += chunks * blocks
-        cells += 9 * chunks * c
+        cells += VALUES * chunks * c
     assert plan.programs == before
     assert plan.cells == cells
 
@@ -120,7 +121,7 @@ def test_the_finish_finds_the_chunks_of_a_level(shapes, channels_last):
         c, found = shapes[place][1], torch.full((5,), -1)
         _finish_level_kernel[(1,)](found, plan.finish_sizes, position, LEVELS=3)
         assert found.tolist() == [place, chunks, c, sum(shape[1] for shape in shapes[:place]), cells]
-        cells += 9 * chunks * c
+        cells += VALUES * chunks * c
     assert plan.cells == cells
 
 
