@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -23,15 +24,7 @@ CUDA = torch.device("cuda", 0)
 BETWEEN = {"copy_", "_to_copy", "_copy_from", "_copy_from_and_resize"}  # what moves between devices
 INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index"}  # its indices may be on the host
 
-
-COUNTED = {
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "equal",
-    "_unique2",
-    "unique_dim",
-}  # answers, or their size
+ANSWERED = {"_local_scalar_dense", "nonzero", "masked_select", "equal"}  # the host waits for what these say
 _waits: list[str] = []
 
 
@@ -103,11 +96,11 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {where}")
     asked = kwargs.get("device")
     on_gpu = bool(there) if asked is None else torch.device(asked).type == "cuda"
-    if there and (name.startswith("new_") or name.endswith("_like")):
+    if there and (name == "_to_copy" or name.startswith("new_") or name.endswith("_like")):
         on_gpu = True  # autograd asks for the options of a tensor, which in C++ are the host's
     if name in ("copy_", "_index_put_impl_", "index_put_"):
         on_gpu = isinstance(args[0], OnGpu)
-    if there and (name in COUNTED or (name in INDEXED and _is_masked(args[1]))):
+    if there and (name in ANSWERED or (name in INDEXED and _is_masked(args[1]))):
         _waits.append(name)
     wrappers = {id(tensor.held): tensor for tensor in there}
     held = [tree_map(lambda leaf: leaf.held if isinstance(leaf, OnGpu) else leaf, given) for given in (args, kwargs)]
@@ -185,6 +178,10 @@ def _on_the_host(function: Any) -> Any:
         return (made if device is None else made.to(device)).requires_grad_(wanted)
 
     return called
+
+
+def _of_the_host(function: Any, device: str = "cuda", **how: Any) -> Any:
+    return function("cpu" if device == "cuda" else device, **how)
 
 
 class _Event:
@@ -306,6 +303,9 @@ def emulated_gpu() -> Iterator[torch.device]:
             stack.enter_context(mock.patch.object(Tensor, name, replacement))
         for name in ("tensor", "as_tensor"):
             stack.enter_context(mock.patch.object(torch, name, _on_the_host(getattr(torch, name))))
+        for name in ("autocast", "is_autocast_enabled", "get_autocast_dtype"):  # for C++ it is the host's
+            hosts = partial(_of_the_host, getattr(torch, name))
+            stack.enter_context(mock.patch.object(torch, name, hosts))
         before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the object that it is
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, before)

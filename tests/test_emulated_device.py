@@ -52,6 +52,8 @@ def test_two_devices_do_not_mix(gpu):
     assert there.cpu().numpy().tolist() == [1, 1, 1] and there.to(here).device.type == "cpu"
     with pytest.raises(RuntimeError, match="same device"):
         nn.Linear(3, 1)(there)
+    with torch.autocast("cuda", torch.bfloat16):
+        assert nn.Linear(3, 1).to(gpu)(there).dtype == torch.bfloat16
 
 
 def test_a_step_there_is_the_step_here(gpu):
