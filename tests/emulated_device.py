@@ -180,8 +180,8 @@ def _on_the_host(function: Any) -> Any:
     return called
 
 
-def _of_the_host(function: Any, device: str = "cuda", **how: Any) -> Any:
-    return function("cpu" if device == "cuda" else device, **how)
+def _of_the_host(function: Any, device: str = "cuda", *args: Any, **how: Any) -> Any:
+    return function("cpu" if device == "cuda" else device, *args, **how)
 
 
 class _Event:
