@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,6 @@ from jdkd.latency.protocol import conditions_of, cudnn_benchmark
 from jdkd.latency.records import images_sha256, sources
 from jdkd.latency.report import MODES
 from jdkd.latency.runtimes import require_runnable
-
-if TYPE_CHECKING:
-    from jdkd.data import CocoDetectionDataset, Split
 
 NOTES = {"random": "random weights: what NMS has to do is not what it has after training", "trained": ""}
 GIVEN = ("runtime", "dtype", "batch_size", "mode")
@@ -178,26 +175,14 @@ def scoring(data: Path, models: Mapping[str, nn.Module], device: str) -> Score:
     Raises:
         InputError: one of the detectors cannot be scored on these.
     """
+    from jdkd.cli.latency import dataset_of, map_on
     from jdkd.data import resolve_split
     from jdkd.train.evaluate import prepare
 
-    score = functools.partial(_map_on, resolve_split("val", data), device)
+    score = functools.partial(map_on, resolve_split("val", data), device)
     for model in models.values():
-        prepare(model, _dataset(score.args[0]))
+        prepare(model, dataset_of(score.args[0]))
     return score
-
-
-@functools.cache
-def _dataset(split: Split) -> CocoDetectionDataset:
-    from jdkd.data import CocoDetectionDataset
-
-    return CocoDetectionDataset(split)
-
-
-def _map_on(split: Split, device: str, detector: nn.Module) -> float:
-    from jdkd.train import evaluate
-
-    return evaluate(detector, _dataset(split), device=device, batch_size=1).map
 
 
 def kept_in(file: Path, size: tuple[int, int], device: str, images: Sequence[Tensor]) -> Done:

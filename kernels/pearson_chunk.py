@@ -3,12 +3,9 @@
 import triton
 import triton.language as tl
 
-VALUES = tl.constexpr(
-    10
-)  # a chunk's n, shift_s, shift_t, beta, and the sums of d_s, d_t, d_s^2, d_t^2, rest^2, d_s d_t
-FAR = tl.constexpr(
-    8.0
-)  # times the ratio of a chunk's deviations: such a beta is not near it, and the plain sum is better
+# Of a chunk: n, shift_s, shift_t, beta, and the sums of d_s, d_t, d_s^2, d_t^2, rest^2 and d_s d_t.
+VALUES = tl.constexpr(10)
+FAR = tl.constexpr(8.0)  # times the ratio of the deviations: of such a beta the plain sum is nearer
 TABLE_ROWS = tl.constexpr(5)  # a, b, k, mean_x, mean_y
 MOMENTS = tl.constexpr(6)  # n, mean_s, mean_t, and the centred sums of s^2, t^2, s t
 

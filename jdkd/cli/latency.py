@@ -119,7 +119,7 @@ class Latency:
 
         if self.map and split is None:
             raise InputError("--map scores on annotated images, and there are none; give --data, and no --images.")
-        score = functools.partial(_map_on, split, device) if self.map else None
+        score = functools.partial(map_on, split, device) if self.map else None
         return Work(functools.partial(_shipped, folders), known_runtimes, images, device, score)
 
     def _profiles(self, detectors: Mapping[str, nn.Module], images: list[Tensor], device: str) -> dict[str, Any]:
@@ -174,17 +174,18 @@ def _shipped(folders: Mapping[str, Path]) -> dict[str, nn.Module]:
 
 
 @functools.cache
-def _dataset(split: Split) -> CocoDetectionDataset:
+def dataset_of(split: Split) -> CocoDetectionDataset:
+    """The images of a split, opened once a process."""
     from jdkd.data import CocoDetectionDataset
 
     return CocoDetectionDataset(split)
 
 
-def _map_on(split: Split, device: str, detector: nn.Module) -> float:
+def map_on(split: Split, device: str, detector: nn.Module) -> float:
     """mAP of a detector, one image at a time, as it is timed."""
     from jdkd.train import evaluate
 
-    return evaluate(detector, _dataset(split), device=device, batch_size=1).map
+    return evaluate(detector, dataset_of(split), device=device, batch_size=1).map
 
 
 def _require_watched(device: str) -> None:
