@@ -6,7 +6,7 @@ python -m benchmarks.ablations                                      print the pa
 
 The bases are those of `benchmarks.proof`, of which FOLDER may be the folder: its searches are the method's own arm. The
 teacher pool of a seed is trained once and every arm is charged with it, so all arms spend the same steps; an arm that
-has no pool trains its students for as many more.
+has no pool trains its students for as many more. What "again" differs by is how far equal searches are apart.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from jdkd.search import Method, SearchConfig, plan, search
 OP = "ablations"
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "joint": ("the method", {}),
+    "again": ("nothing: the method once more, with other random numbers", {}),
     "pipelined": ("NAS, then pruning, then distillation", {"order": "pipelined", "teaching": "fixed"}),
     "scratch": ("children begin with fresh weights", {"inherit": False}),
     "none": ("nobody teaches", {"teaching": "none"}),
@@ -42,6 +43,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "magnitude": ("channels are cut by magnitude, and blocks leave by chance", {"criterion": "magnitude"}),
     "fisher": ("channels are cut by Fisher information", {"criterion": "fisher"}),
 }
+OTHER = 100  # added to the seed of a base where its search is made again
 POOLLESS = ("base alone", "none")  # arms that need no pool, and train their students on its steps
 
 
@@ -52,7 +54,8 @@ def run(name: str, folder: Path, data: Path | None, arm: str, seed: int) -> dict
     images = proof.images(recipe, folder, data, seed)
     if arm != "joint":
         method, out = Method(**ARMS[arm][1]), folder / f"{arm.replace(' ', '-')}-{seed}"
-        how = {"batch_size": recipe.batch_size, "lr": recipe.lr, "amp": recipe.amp, "seed": seed, "resume": True}
+        how = {"batch_size": recipe.batch_size, "lr": recipe.lr, "amp": recipe.amp, "resume": True}
+        how["seed"] = OTHER + seed if arm == "again" else seed
         config = SearchConfig(base, *resolve_splits(images), out, steps=steps, control=False, **how)
         pool, teachers = plan(config, steps).pool, ()
         if arm == "separate":
