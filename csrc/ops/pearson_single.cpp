@@ -6,6 +6,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(jdkd_C, m) {
   m.def(
       "pearson_single(Tensor[] students, Tensor[] teachers, float[] weights, float eps, bool skip_constant)"
       " -> (Tensor, Tensor, Tensor, Tensor[])");
+  // the first three, on a CPU, and the gradients into memory that is given; students and teachers may differ in dtype
+  m.def(
+      "pearson_single_into(Tensor[] students, Tensor[] teachers, float[] weights, float eps, bool skip_constant,"
+      " Tensor(a!)[] gradients) -> (Tensor, Tensor, Tensor)");
   // gradients *= dloss, one float32 value; leaves at once where it is 1
   m.def("pearson_scale_(Tensor(a!)[] gradients, Tensor dloss) -> ()");
   // what pearson_plan asks of a device: SMs, shared memory per block and per SM, largest cluster (0: cannot run there)

@@ -61,7 +61,8 @@ _WHOLE = Condition("no padding mask, and statistics of this process", lambda cal
 _TAP = Condition("features that go on to heads", lambda call: call.tap)
 _NO_TAP = Condition("features that go nowhere else", lambda call: not call.tap)
 _FITS = Condition(
-    "contiguous float32 or bfloat16 features that fit on chip, on sm_90, and gradients of students only, eagerly",
+    "contiguous float32 or bfloat16 features whose channels fit on chip, on sm_90, or in the caches of a CPU, and "
+    "gradients of students only, eagerly",
     lambda call: (
         call.gradients == "students"
         and not call.instance
@@ -69,7 +70,10 @@ _FITS = Condition(
         and pearson_single.fits(call.students, call.teachers)
     ),
 )
-_ON_REQUEST = "on request only (backend cuda) or where `jdkd tune` found it faster, since it has not run on a GPU yet"
+_WAITS = {
+    "cpu": "only where `jdkd tune` found it faster, as it keeps a gradient from the forward on",
+    "cuda": "only on request (backend cuda) or where `jdkd tune` found it faster, since it has not run on a GPU yet",
+}
 
 
 def _region(call: LossCall) -> str | None:
@@ -96,12 +100,12 @@ FORMS = (
     ),
     Candidate(
         "single pass",
-        "3 passes instead of 5, the gradient computed in the forward; not in float16, where a gradient that is not "
-        "scaled yet rounds to 0",
-        f"{_FITS.words}; {_ON_REQUEST}",
+        "3 passes over memory, not 5, the gradient computed in the forward; not in float16, where a gradient that is "
+        "not scaled yet rounds to 0",
+        f"{_FITS.words}; {'; '.join(f'{device}: {when}' for device, when in _WAITS.items())}",
         all_of(_NO_TAP, _WHOLE, _FITS),
         _SinglePass(),
-        lambda call: _ON_REQUEST,
+        lambda call: _WAITS.get(call.device.type, _WAITS["cuda"]),
     ),
     Candidate(
         "split",

@@ -56,4 +56,7 @@ def test_a_kernel_was_measured_and_tuned_where_its_rows_were_made(monkeypatch, t
     }  # fmt: skip
     (tuned_on,) = [cells[7] for cells in lines if cells[:2] == ["`pearson`", "cpu"]]
     assert tuned_on == "A CPU: 1 of 2 regions changed"
-    assert [cells[7] for cells in lines if cells[0] == "`pearson_single`"] == ["A GPU: 1 of 1 regions changed"]
+    assert [cells[1:8:6] for cells in lines if cells[0] == "`pearson_single`"] == [
+        ["cuda", "A GPU: 1 of 1 regions changed"],
+        ["cpu", "not tuned"],
+    ]

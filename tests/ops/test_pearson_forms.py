@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from jdkd import _ext
 from jdkd._backend import use_backend
 from jdkd.functional import pearson_tap, pkd_loss
 from jdkd.ops import pearson_forms, pearson_single
 from jdkd.ops.pearson_forms import LossCall, select
 from tests.ops.pearson_cases import CASES, PLAIN, Case, check
+from tests.tuned import tuned
 
+needs_library = pytest.mark.skipif(_ext.library() is None, reason="jdkd._C is not built")
 LEVELS = [torch.zeros(1, 2, 3, 3)]
 
 
@@ -146,4 +149,38 @@ def test_half_precision_never_goes_in_one_pass():
     assert torch.float16 not in pearson_single._DTYPES
     students, teachers = replace(PLAIN, dtype=torch.float16).levels()
     assert not pearson_single.fits(students, teachers)
-    assert not pearson_single.fits(*Case().levels())  # on a CPU nothing does
+
+
+@needs_library
+def test_on_a_cpu_channels_go_in_one_pass_that_a_cache_holds_and_that_threads_can_share():
+    def fits(shape=(2, 64, 32, 32), teacher=torch.float32, layout=torch.contiguous_format):
+        student, other = (torch.empty(shape, dtype=dtype) for dtype in (torch.float32, teacher))
+        return pearson_single.fits([student.contiguous(memory_format=layout)], [other])
+
+    assert fits()
+    assert not fits((2, 64, 1024, 1024)) and not fits(layout=torch.channels_last) and not fits(teacher=torch.bfloat16)
+    assert not fits((2, torch.get_num_threads() - 1, 32, 32))
+    with use_backend("cpu"):
+        assert not fits()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", pearson_single._DTYPES, ids=str)
+@pytest.mark.parametrize("skip_constant", [False, True])
+def test_on_a_cpu_one_pass_gives_the_bits_of_two(dtype, skip_constant):
+    case = Case(((3, 8, 150, 151), (1, 9, 1, 1), (2, 5, 37, 3)), dtype=dtype, change=lambda level: level[:, 0].zero_())
+    students, teachers = case.levels()
+    teachers = [teacher.detach() for teacher in teachers]
+    how = {"zero_variance": "skip" if skip_constant else "keep", "return_levels": True}
+
+    def both_ways(scale: float) -> list[Tensor]:
+        loss, losses = pkd_loss(students, teachers, 6.0, **how)
+        return [loss, losses, *gradients(students, loss, scale)]
+
+    region = pearson_forms.TABLE.region(LossCall(students, teachers, "students"))
+    expected = [*both_ways(1.0), *both_ways(0.5)]
+    with tuned(pearson_forms.NAME, **{region: "single pass"}):
+        assert pearson_forms.select(LossCall(students, teachers, "students")) == "single pass"
+        found = [*both_ways(1.0), *both_ways(0.5)]
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a, b)

@@ -107,12 +107,8 @@ def test_strided_levels_are_refused_with_the_remedy():
 
 
 def test_the_reference_computes_what_no_kernel_of_this_device_does():
-    assert list(available(OP)) == ["cuda", "reference"]  # whether it runs unasked is for jdkd.ops.pearson_forms to say
-    assert select(OP, torch.zeros(1)) == "reference"
-
-
-def test_levels_on_the_cpu_never_fit():
-    assert not op.fits(*detached(PLAIN))
+    assert list(available(OP)) == ["cuda", "cpu", "reference"]  # whether one runs is for jdkd.ops.pearson_forms to say
+    assert select(OP, torch.zeros(1, dtype=torch.float16), "single pass") == "reference"
 
 
 @needs_planner
