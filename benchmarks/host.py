@@ -1,4 +1,7 @@
-"""What the host does for one call of the Pearson loss, layer by layer: ``python -m benchmarks.host``.
+"""What the host does for one call of the Pearson loss, layer by layer.
+
+    python -m benchmarks.host          prints a table
+    python -m benchmarks.host --save   also appends to benchmarks/results/<device>/host.jsonl
 
 Five levels of next to no size, so that a call is nothing but overhead. Layers take turns, and every call is timed by
 itself; a figure is the first decile, in microseconds a call, as what else a machine does only adds: forward with its
@@ -21,21 +24,26 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from benchmarks import record
 from benchmarks.cases import pearson as cases
 from benchmarks.cost import Step
 from jdkd import _backend
+from jdkd.errors import InputError
 from jdkd.functional import pearson_tap, pkd_loss
 from jdkd.ops import pearson
 from jdkd.reference import pearson as reference
 
+OP = "host"
 SHAPES = [(1, 4, 2, 2)] * 5
 SETTINGS = pearson.Settings((cases.WEIGHT,) * len(SHAPES))
 CALLS = 20
@@ -140,18 +148,48 @@ def seconds(call: Callable[[cases.Inputs], Any], inputs: cases.Inputs, device: s
     return samples
 
 
-def main(words: list[str] | None = None) -> None:
+def rows(backend: str, device: str, found: Mapping[str, tuple[float, float]]) -> list[record.Row]:
+    """A row a layer, in microseconds a call."""
+    common = {
+        "op": OP,
+        "backend": backend,
+        "device": record.device_name(device),
+        "torch": torch.__version__,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": record.commit(),
+    }
+    return [{**common, "layer": layer, "forward": forward, "both": both} for layer, (forward, both) in found.items()]
+
+
+def table(given: Sequence[record.Row]) -> str:
+    """Markdown: a line for each layer of a backend on a machine, of its last row."""
+    last = {(row["device"], row["backend"], row["layer"]): row for row in given}
+    lines = ["| machine | backend | layer | forward | both ways |", "| --- | --- | --- | ---: | ---: |"]
+    for (*where, layer), row in last.items():
+        cells = *where, layer, f"{row['forward']:.0f} µs", f"{row['both']:.0f} µs"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.partition("\n")[0])
     parser.add_argument("--backend", choices=_backend.BACKENDS, help="the one that runs by itself, if none is named")
     parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--save", action="store_true", help="append to the result file of this machine")
     given = parser.parse_args(words)
     device = "cuda" if torch.cuda.is_available() and given.backend != "cpu" else "cpu"
     backend = given.backend or _backend.select("pearson", torch.empty(0, device=device))
-    print(f"microseconds a call, backend {backend}, {len(SHAPES)} levels of {SHAPES[0]}\n")
-    print("| layer | forward | both |\n| --- | ---: | ---: |")
-    for name, (forward, both) in measure(backend, device, given.rounds).items():
-        print(f"| {name} | {forward:.1f} | {both:.1f} |")
+    file = record.result_file(device, OP)
+    if given.save:
+        record.require_published(file)
+    found = rows(backend, device, measure(backend, device, given.rounds))
+    if given.save:
+        record.append(file, found)
+    print(f"{len(SHAPES)} levels of {SHAPES[0]}\n\n{table(found)}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"{error}")
