@@ -20,6 +20,7 @@ HALF = "pkd_half"  # PKD for the first half of the steps, and then nobody
 ALIGNED = {f"pkd_{align}": align for align in ("permute", "linear")}  # PKD once channels were brought together
 TITLES = {
     "digit_scenes": "Digit scenes",
+    "digit_scenes_one_class": 'Digit scenes in which every digit is of the class "digit"',
     "blood_cells": "Photographs of blood cells",
     "blood_cells_imagenet": "The same photographs, under backbones that know ImageNet",
 }
