@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jdkd.data import batches
-from jdkd.detect import read
+from jdkd.detect import load, read
 from jdkd.errors import InputError
 from jdkd.pool import (
     PHASES,
@@ -70,6 +70,8 @@ def test_a_detector_of_other_channels_and_blocks_is_scored_and_kept_like_a_subne
     assert all(torch.equal(tensor, state[name]) for name, tensor in foreign.state_dict().items())
     (kept,) = json.loads((tmp_path / "pool.json").read_text())["foreign"].values()
     assert len(kept) == 64
+    whole, ours = load(tmp_path).state_dict(), pool.teacher(pool.space.largest).state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in whole.items()), "a detector, with norms of its own"
     with pytest.raises(InputError, match=r"no foreign teacher 'other', its foreign teachers are: deep"):
         again.teacher("other")
 
