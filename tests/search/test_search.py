@@ -171,6 +171,26 @@ def test_a_teacher_that_does_not_see_an_image_is_refused_before_anything_is_writ
     assert not (tmp_path / "out").exists()
 
 
+def test_a_base_that_does_not_see_an_image_is_refused_before_anything_is_written(folder, steady, tmp_path, monkeypatch):
+    monkeypatch.setattr(CocoDetectionDataset, "sizes", property(lambda data: [("long.png", 2, 250)]))
+    with pytest.raises(InputError, match=r"long.png is 2x250 .*, of which the base \(FasterRCNN\) leaves no pixel"):
+        search(config_of(folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_the_runtime_cannot_run_is_refused_before_anything_is_written(
+    folder, steady, tmp_path, monkeypatch
+):
+    def prepare(model, batches, device, dtype):
+        raise InputError(f"a {type(model).__name__} cannot be run on {len(batches)} batch in {dtype}.")
+
+    runtime = SimpleNamespace(name="compile", version="1", why_not=lambda device, dtype: None, prepare=prepare)
+    monkeypatch.setattr("jdkd.search.context.known_runtimes", lambda: {"compile": runtime})
+    with pytest.raises(InputError, match="a FasterRCNN cannot be run on 1 batch in float32"):
+        search(config_of(folder, tmp_path / "out", runtime="compile"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_teachers_of_one_name_are_refused(folder, tmp_path):
     same = [tmp_path / name / "wide" for name in ("one", "two")]
     for place in same:
