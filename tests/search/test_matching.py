@@ -155,7 +155,7 @@ def test_what_teachers_make_of_the_probe_is_kept_while_there_is_room(pool, match
     monkeypatch.setattr(matching, "ROOM", room)
     first = matched(0.2)
     assert len(asked) == 3 and len(matched.matching._seen) == kept
-    assert matched.matching.of("another", candidate(1, map=0.2), random.Random(0)) == first
+    assert matched.matching.of("another", candidate(1, map=0.2, teacher=None), random.Random(0)) == first
     assert len(asked) == 3 + 3 - max(0, kept - 1), "the base is there anyway"
 
 
