@@ -29,6 +29,7 @@ from jdkd.pool import (
 from jdkd.pool.growing import SCORED, affordable, spread_over
 from jdkd.pool.shrinking import _losses, progressive_shrinking
 from jdkd.rewrite import describe
+from jdkd.search.proposal import BASE
 from jdkd.train import TrainConfig
 from tests.detectors import detector, small_spec
 
@@ -106,6 +107,7 @@ def test_who_cannot_teach_is_refused_and_says_why(pool, digits):
         ("plain", nn.Conv2d(3, 3, 1), "teacher plain takes a detector that carries its architecture"),
         ("kept", good, "has a foreign teacher kept already"),
         ("best", good, "named best, as a subnet is"),
+        (BASE, good, "a foreign teacher base is named as what the search starts from"),
         ("2x0.5", good, "named 2x0.5, as a subnet is"),
         ("../up", good, r"named '\.\./up'; give it a name of letters"),
     ):

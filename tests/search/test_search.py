@@ -163,6 +163,13 @@ def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_written(folde
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pool_with_a_teacher_named_as_the_base_is_refused(context, tmp_path, monkeypatch):
+    pool = SimpleNamespace(trained_on=context.train.fingerprint, foreign={"base": None})
+    monkeypatch.setattr("jdkd.search.teachers.load_pool", lambda *given, **how: pool)
+    with pytest.raises(InputError, match="has a foreign teacher named base, as what the search starts from"):
+        given_pool(tmp_path, context)
+
+
 def test_a_teacher_that_does_not_see_an_image_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
     save(tmp_path / "wide", detector(small_spec(classes=DIGITS, max_size=64)))
     monkeypatch.setattr(CocoDetectionDataset, "sizes", property(lambda data: [("long.png", 2, 150)]))
