@@ -253,17 +253,17 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
         InputError: there is no pool, or no such images.
     """
     from jdkd.data import CocoDetectionDataset
-    from jdkd.detect.contract import require_classes
+    from jdkd.detect.contract import extra_targets, require_classes
     from jdkd.pool import load_pool
     from jdkd.pool.elastic_pool import POOL
-    from jdkd.train.inputs import with_targets_of
 
     if not (folder / POOL).is_file():
         load_pool(folder, None, None)  # says what is wrong with it
     train = CocoDetectionDataset(_split(folder, source, "train"), progress.task("check train images"))
     pool = load_pool(folder, None, train, device=device)
     require_classes(pool.supernet.model, f"the pool in {folder}", train.classes, train.split.annotations)
-    if pool.trained_on not in (None, train.fingerprint, with_targets_of(pool.supernet.model, train).fingerprint):
+    with_masks = "masks" in extra_targets(pool.supernet.model) and train.segmented
+    if pool.trained_on not in (None, (train.with_masks() if with_masks else train).fingerprint):
         say_once(
             f"{folder} was trained on other images than {train.split.annotations}, which its norms are measured on"
         )

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -223,8 +224,13 @@ def test_the_pool_of_a_detector_with_masks_knows_its_training_images(digits, tmp
     source = DataFlags(train_images=train.split.images, train_annotations=train.split.annotations)
     assert _loaded(tmp_path, source, "cpu", Progress()) is pool and not recwarn.list
     pool.trained_on = "others"
-    with pytest.warns(Notice, match="was trained on other images than"):
-        _loaded(tmp_path, source, "cpu", Progress())
+    content = json.loads(train.split.annotations.read_text())
+    for box in content["annotations"]:
+        del box["segmentation"]
+    (tmp_path / "plain.json").write_text(json.dumps(content))
+    for other in (source, replace(source, train_annotations=tmp_path / "plain.json")):
+        with pytest.warns(Notice, match="was trained on other images than"):
+            assert _loaded(tmp_path, other, "cpu", Progress()) is pool, "norms need no masks"
 
 
 @pytest.mark.parametrize("flags", [(), ("val",), ("train", "val")])
