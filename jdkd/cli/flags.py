@@ -39,6 +39,10 @@ class DataFlags:
         """Whether any of the flags that name data was given."""
         return any(value is not None for name, value in vars(self).items() if name != "strict")
 
+    def names(self, split: str) -> bool:
+        """Whether any of the flags that name a split, `train` or `val`, was given."""
+        return any(getattr(self, flag) is not None for flag in ("data", f"{split}_images", f"{split}_annotations"))
+
     def splits(self) -> tuple[Split, Split]:
         """The training and the validation split.
 

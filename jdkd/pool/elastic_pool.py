@@ -200,9 +200,10 @@ def _require_match(folder: Path, base: nn.Module, ours: Topology, largest: nn.Mo
 def save_pool(folder: Path, pool: TeacherPool) -> None:
     """Writes a pool into a folder: its largest network as a detector, its foreign teachers, what is known of them.
 
-    ``pool.json`` comes last: a folder that has it is whole.
+    The largest has norms of its own, as every teacher: in the supernet all subnets share them. ``pool.json`` comes
+    last: a folder that has it is whole.
     """
-    save(folder, pool.supernet.extract(pool.space.largest))
+    save(folder, pool.teacher(pool.space.largest))
     for name, detector in pool.foreign.items():
         save(folder / FOREIGN / name, detector)
     facts = {

@@ -10,6 +10,7 @@ from jdkd.detect.contract import architecture_of, unlike
 from jdkd.distill import pyramids
 from jdkd.distill.levels import POOLED, level_strides
 from jdkd.errors import InputError, few
+from jdkd.pool.members import BASE
 
 NAMED = ("largest", "smallest", "best")  # what names a subnet
 
@@ -24,6 +25,8 @@ def require_name(name: str, taken: Collection[str]) -> None:
         raise InputError(f"a foreign teacher is named {name!r}; give it a name of letters, digits, '.', '-' and '_'.")
     if name in NAMED or re.fullmatch(r"\d+x[\d.]+", name):
         raise InputError(f"a foreign teacher is named {name}, as a subnet is; give it another name.")
+    if name == BASE:
+        raise InputError(f"a foreign teacher {name} is named as what the search starts from; give it another name.")
     if name in taken:
         raise InputError(f"the pool has a foreign teacher {name} already; give the other one another name.")
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from jdkd.pool.space import Subnet
 
+BASE = "base"
+"""The name by which the base teaches in a search."""
 Teacher = Subnet | str
 """A subnet of the pool, or the name of a member of another make."""
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-MARK = "jdkd search"  # the attribute by which a study is known as a search's mirror; holds the base's id
+MARK = "jdkd search"  # the attribute by which a study is known as a search's mirror; holds the base's id and its begin
 OBJECTIVES = {"mAP": "maximize", "latency_ratio": "minimize"}
 
 
@@ -41,7 +41,7 @@ def mirror_to_optuna(outcome: Outcome, storage: str) -> Study:
 
     name = outcome.folder.resolve().name
     wanted = _trials(outcome.candidates)
-    own = outcome.candidates[0].id
+    own = f"{outcome.candidates[0].id} {outcome.run.get('started')}"  # searches of several seeds have one base
     given = {"storage": storage, "study_name": name}
     directions = {"directions": [*OBJECTIVES.values()]}
     level = optuna.logging.get_verbosity()

@@ -81,7 +81,8 @@ def choose(candidates: Sequence[Candidate], target: float, least: float | None =
     Args:
         candidates: all that can be chosen.
         target: wanted latency over the base's.
-        least: mAP that is enough: the fastest that reaches it is chosen, or the best where none does.
+        least: mAP that is enough: the fastest that reaches it is chosen, or the best that may meet the target where the
+            fittest of those does not reach it.
     """
     near = [one for one in candidates if _may_meet(one, target)] or candidates
     best = max(reversed(near), key=lambda one: (fitness(one, target, MISS_COST), -one.latency_ratio))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jdkd.data import Split
@@ -55,14 +55,16 @@ class SearchConfig:
 
     Args:
         base: folder of the base detector.
-        train, val: the data; everything is trained on all of ``train``.
+        train, val: the data; everything is trained on all of ``train``. Relative paths are made absolute, as workers of
+            a cluster run elsewhere, and a report is written from anywhere.
         selection: images that teachers and students are selected on, while all of ``val`` reports; by default one half
             of ``val`` selects and the other reports (:func:`jdkd.search.selection.divide`).
         out: folder that everything is written to.
         teacher_pool: folder of a finished pool; by default one is grown from the base.
         teachers: folders of other detectors of the same classes, members of the pool.
         targets: wanted latencies over the base's, end to end, a student for each; 0.53 is what Joint-DetNAS publishes.
-        target_map: where given, the student is the fastest that reaches this mAP on the images that select.
+        target_map: where given, the student is the fastest that reaches this mAP on the images that select; where none
+            does that may meet the target latency, the best of those that may.
         steps: training steps that pool and candidates may take together, a step being one forward and backward pass
             of one batch.
         epochs: the same in epochs of the training images; 24 where nothing is given.
@@ -124,6 +126,10 @@ class SearchConfig:
     command: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("train", "val", "selection"):
+            if (split := getattr(self, name)) is not None:
+                lies = {"images": split.images.absolute(), "annotations": split.annotations.absolute()}
+                object.__setattr__(self, name, replace(split, **lies))
         if not self.targets or not all(0 < target <= 1 for target in self.targets):
             raise InputError(
                 f"targets are fractions of the base's latency, at least one, each in (0, 1], got {list(self.targets)}; "

@@ -233,6 +233,19 @@ class SearchContext:
                 "by which teachers teach; name the module that does with jdkd.detect.adopt(..., pyramid=)."
             )
 
+    def try_runtime(self) -> None:
+        """Refuses a base that the runtime cannot run.
+
+        Raises:
+            InputError: it cannot be written, compiled or captured, or the result does not run.
+        """
+        if self.config.runtime != "eager":  # in which it was read
+            self.progress("trying the runtime", 0, 1, {})
+            with torch.inference_mode():
+                device = torch.device(self.config.device)
+                self.runtime.prepare(self.deployed_base, [self.timing_images[:1]], device, "float32")
+            self.progress("trying the runtime", 1, 1, {})
+
     def read(self, detector: nn.Module) -> Topology:
         """What is coupled to what in a descendant of the base; what was checked of the base holds of it too."""
         return self.topology if detector is self.base else read(detector, like=self.topology)

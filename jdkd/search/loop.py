@@ -6,6 +6,7 @@ learning rate stays high while students compete, and those that go on alone are 
 """
 
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.detect.contract import architecture_of
+from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.execution import Journal, executor
 from jdkd.files import read_as, write_json
@@ -62,10 +64,13 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
             )
     if found is None:
         context.require_pyramid()
+        require_visible(context.base, context.image_sizes, "the base")
         require_teachers(context)
     budget = plan(config, context.steps)
     given = config.teacher_pool and given_pool(config.teacher_pool, context)
     run = RunFolder(config.out)
+    if run.read() is None:
+        context.try_runtime()
     how: dict[str, Any] = {"resume": config.resume, "command": config.command, "where": context.where()}
     evaluator = Evaluator(context, given or None)
     with nullcontext() if found else closing(_workers(evaluator)) as workers:
@@ -83,6 +88,7 @@ def _searched(evaluator: Evaluator, budget: Plan, workers: Journal) -> dict[str,
     context.keep_budget()
     with closing(Archive(config.out / ARCHIVE)) as archive, _accounted(context):
         if not archive.candidates:
+            _require_no_candidates(context)
             _add_base(archive, context)  # before the pool: a base that cannot be scored costs no training
         _time_on_this_machine(archive, context)
         table = _table(context)  # before the pool too: a base that cannot be timed
@@ -148,6 +154,8 @@ def _generation(strategy: Strategy, archive: Archive, workers: Journal, context:
         proposals = strategy.ask(archive)
     if strategy.matching.pool is not None:
         write_teachers(strategy.matching.pool, context)
+    for proposal in proposals:  # what another of that number has left is no training of this one to carry on
+        shutil.rmtree(context.folder(proposal.number) / TRAINING, ignore_errors=True)
     write_json(file, [proposal.to_json() for proposal in proposals])
     return proposals
 
@@ -207,6 +215,16 @@ def _archive(
         seconds=seconds,
         failure=failure,
     )
+
+
+def _require_no_candidates(context: SearchContext) -> None:
+    """Refuses to begin anew over the candidates of an archive that is gone, or that a disk has left empty."""
+    folder = context.folder(1).parent
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(
+            f"{context.config.out / ARCHIVE} is gone or empty, and {folder} holds candidates of it; put the archive "
+            f"back, or remove {folder} to begin the search again."
+        )
 
 
 def _add_base(archive: Archive, context: SearchContext) -> None:

@@ -18,6 +18,7 @@ from jdkd.search.context import SearchContext
 from jdkd.search.proposal import BASE
 
 NEIGHBOURS = 2  # unscored subnets that are looked at, around the present teacher, in every generation
+ROOM = 2**31  # bytes of teachers' features that are kept, while students are trained too; further ones are made anew
 
 
 class Matching:
@@ -36,7 +37,8 @@ class Matching:
 
     def __init__(self, context: SearchContext, pool: TeacherPool | None, base_map: float) -> None:
         self.context, self.pool, self.base_map = context, pool, base_map
-        self._seen: dict[Teacher, Sequence[PyramidSnapshot]] = {}  # what each teacher makes of the probe
+        self._seen: dict[Teacher, Sequence[PyramidSnapshot]] = {}  # what some make of the probe
+        self._room = ROOM
 
     def of(self, student: nn.Module, parent: Candidate, rng: random.Random, *, anyone: bool = False) -> Teacher | None:
         """The teacher of a student that inherits from ``parent``, measured without training.
@@ -72,16 +74,29 @@ class Matching:
             with self.context.spent.on("scoring"):
                 detector = self.pool.teacher(subnet)
                 self.pool.members.append(self.pool.scored(subnet, detector, self.context.selection.dataset))
-            self._seen[subnet] = pyramids(detector, self.context.probe())
+            self._made(subnet, detector)
             self.context.progress("scoring teachers", done, len(near), {"mAP": self.pool.members[-1].map})
 
     def _explained(self, teacher: Teacher, ours: Sequence[PyramidSnapshot]) -> float:
         """How well a teacher's features follow from a student's; 0 where the two cannot be compared, which is said."""
-        if teacher not in self._seen:
-            detector = self.context.base if teacher == BASE else self.pool.teacher(teacher)
-            self._seen[teacher] = pyramids(detector, self.context.probe())
+        theirs = self._made(teacher)
         try:
-            return explained(ours, self._seen[teacher])
+            return explained(ours, theirs)
         except InputError as error:
             say_once(f"{teacher} does not teach this student: {error}", key=f"no teacher {teacher}")
             return 0.0
+
+    def _made(self, teacher: Teacher, detector: nn.Module | None = None) -> Sequence[PyramidSnapshot]:
+        """What a teacher makes of the probe; of large images at most a few are kept, as they fill a GPU."""
+        if teacher in self._seen:
+            return self._seen[teacher]
+        if detector is None:
+            detector = self.context.base if teacher == BASE else self.pool.teacher(teacher)
+        seen = pyramids(detector, self.context.probe())
+        if (left := self._room - _bytes(seen)) >= 0:
+            self._seen[teacher], self._room = seen, left
+        return seen
+
+
+def _bytes(seen: Sequence[PyramidSnapshot]) -> int:
+    return sum(level.nbytes for one in seen for level in one.pyramid.values())

@@ -3,6 +3,7 @@
 import copy
 import os
 import shlex
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext
 from jdkd.search.timing import FINAL, PooledLatency
 from jdkd.train import fit
+from jdkd.train.checkpoint import read
 
 RESULT = "result.json"
 CONTROL_SEED = 900
@@ -107,6 +109,9 @@ def _chosen(archive: Archive, target: float, context: SearchContext) -> Candidat
 def _control(steps: int, latency: PooledLatency, context: SearchContext) -> dict[str, Any]:
     """The row of the base trained for so many more steps, without a teacher and without a change."""
     config, folder = context.config, context.config.out / "control"
+    kept = read(folder / TRAINING)
+    if kept is not None and kept["config"]["steps"] != steps:  # of another student, which timings on this machine undid
+        shutil.rmtree(folder)
     if not (folder / ARCHITECTURE).exists():  # which is written last
         model = copy.deepcopy(context.base)
         try:

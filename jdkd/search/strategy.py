@@ -174,10 +174,11 @@ class Strategy:
         return self.table.corrected(measured)
 
     def _running(self, archive: Archive, target: float) -> list[Candidate]:
-        """Who may be trained on for a target: its own of the generation before, or all that explored, or the base."""
+        """Who may be trained on for a target: the last of its own that did not fail, all that explored, or the base."""
         base, *others = archive.scored
-        own = [one for one in _latest(archive) if one.target == target]
-        return own or [one for one in others if one.target is None] or [base]
+        own = [one for one in others if one.target == target]
+        last = max((one.generation for one in own), default=0)  # others may have more, where all of its own failed
+        return [one for one in own if one.generation == last] or [one for one in others if one.target is None] or [base]
 
     def _ways(self, archive: Archive) -> tuple[str, ...]:
         """What a generation may change: all at once, or, in a pipeline, first the architecture and then channels."""

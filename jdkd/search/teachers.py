@@ -23,6 +23,11 @@ def given_pool(folder: Path, context: SearchContext) -> TeacherPool:
     """A finished pool, its own or that of an earlier search."""
     pool = load_pool(folder, context.base, context.train, topology=context.topology, device=context.config.device)
     say_if_trained_elsewhere(f"the teacher pool in {folder}", pool.trained_on, context.train)
+    if BASE in pool.foreign:  # which earlier versions let in
+        raise InputError(
+            f"the teacher pool in {folder} has a foreign teacher named {BASE}, as what the search starts from is; "
+            "train one with that teacher in a folder of another name, or leave the pool out."
+        )
     return _invited(pool, context)
 
 
@@ -72,8 +77,6 @@ def require_teachers(context: SearchContext) -> None:
     images = next(context.probe())[0][:1] if context.config.teachers else []
     for folder in context.config.teachers:
         name = name_of(folder)
-        if name == BASE:
-            raise InputError(f"the teacher in {folder} is named as what the search starts from; rename its folder.")
         require_name(name, names)
         teacher = load(folder, context.config.device)
         require_visible(teacher, [*context.train.sizes, *context.selection.dataset.sizes], f"teacher {name}")

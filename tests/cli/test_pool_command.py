@@ -1,8 +1,19 @@
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from jdkd.cli.flags import DataFlags
+from jdkd.cli.pool import _loaded, _split
+from jdkd.cli.progress import Progress
+from jdkd.data import resolve_splits
+from jdkd.data.splits import whereabouts
 from jdkd.detect import load
+from jdkd.notices import Notice
+from jdkd.rewrite import Architecture
+from jdkd.run_folder import RunFolder
+from tests.detectors import mask_detector
 
 PHASES = [
     {"name": "largest", "share": 0.25, "top_fraction": 0, "subnets": 0, "lr": 1},
@@ -201,3 +212,35 @@ def test_a_spread_is_written_over_nothing_else(jdkd, tmp_path, name, says):
     answer = jdkd("pool", "eval", tmp_path / "no", "--out", tmp_path)
     assert answer.code == 2 and says in answer.err and name in answer.err, answer.err
     assert [file.read_text() for file in tmp_path.iterdir()] == ["mine"]
+
+
+def test_the_pool_of_a_detector_with_masks_knows_its_training_images(digits, tmp_path, monkeypatch, recwarn):
+    train, _ = digits
+    model = mask_detector(classes=train.classes)
+    model.architecture = Architecture("my.nets:make", {}, classes=train.classes)
+    pool = SimpleNamespace(supernet=SimpleNamespace(model=model), trained_on=train.with_masks().fingerprint)
+    monkeypatch.setattr("jdkd.pool.load_pool", lambda *given, **how: pool)
+    (tmp_path / "pool.json").touch()
+    source = DataFlags(train_images=train.split.images, train_annotations=train.split.annotations)
+    assert _loaded(tmp_path, source, "cpu", Progress()) is pool and not recwarn.list
+    pool.trained_on = "others"
+    content = json.loads(train.split.annotations.read_text())
+    for box in content["annotations"]:
+        del box["segmentation"]
+    (tmp_path / "plain.json").write_text(json.dumps(content))
+    for other in (source, replace(source, train_annotations=tmp_path / "plain.json")):
+        with pytest.warns(Notice, match="was trained on other images than"):
+            assert _loaded(tmp_path, other, "cpu", Progress()) is pool, "norms need no masks"
+
+
+@pytest.mark.parametrize("flags", [(), ("val",), ("train", "val")])
+def test_a_split_that_no_flag_names_is_the_one_that_the_pool_recorded(squares, tmp_path, flags):
+    there, here = resolve_splits(squares), {}
+    RunFolder(tmp_path / "pool").begin("pool train", {}, where={"data": whereabouts({one.name: one for one in there})})
+    for name in flags:
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.json").touch()
+        here |= {f"{name}_images": tmp_path / name, f"{name}_annotations": tmp_path / f"{name}.json"}
+    for split in there:
+        found = _split(tmp_path / "pool", DataFlags(**here), split.name)
+        assert found.images == (tmp_path / split.name if split.name in flags else split.images)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from jdkd.data import batches
-from jdkd.detect import read
+from jdkd.detect import load, read
 from jdkd.errors import InputError
 from jdkd.pool import (
     PHASES,
@@ -29,6 +29,7 @@ from jdkd.pool import (
 from jdkd.pool.growing import SCORED, affordable, spread_over
 from jdkd.pool.shrinking import _losses, progressive_shrinking
 from jdkd.rewrite import describe
+from jdkd.search.proposal import BASE
 from jdkd.train import TrainConfig
 from tests.detectors import detector, small_spec
 
@@ -70,6 +71,8 @@ def test_a_detector_of_other_channels_and_blocks_is_scored_and_kept_like_a_subne
     assert all(torch.equal(tensor, state[name]) for name, tensor in foreign.state_dict().items())
     (kept,) = json.loads((tmp_path / "pool.json").read_text())["foreign"].values()
     assert len(kept) == 64
+    whole, ours = load(tmp_path).state_dict(), pool.teacher(pool.space.largest).state_dict()
+    assert all(torch.equal(tensor, ours[name]) for name, tensor in whole.items()), "a detector, with norms of its own"
     with pytest.raises(InputError, match=r"no foreign teacher 'other', its foreign teachers are: deep"):
         again.teacher("other")
 
@@ -104,6 +107,7 @@ def test_who_cannot_teach_is_refused_and_says_why(pool, digits):
         ("plain", nn.Conv2d(3, 3, 1), "teacher plain takes a detector that carries its architecture"),
         ("kept", good, "has a foreign teacher kept already"),
         ("best", good, "named best, as a subnet is"),
+        (BASE, good, "a foreign teacher base is named as what the search starts from"),
         ("2x0.5", good, "named 2x0.5, as a subnet is"),
         ("../up", good, r"named '\.\./up'; give it a name of letters"),
     ):

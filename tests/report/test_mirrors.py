@@ -81,6 +81,15 @@ class TestOptuna:
             mirrored()
         assert len(study.trials) == 1
 
+    def test_the_study_of_another_search_from_the_same_base_is_left_alone(self, mirrored, folder):
+        assert len(mirrored()) == 7
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(record | {"started": "2001-01-01T00:00:00+00:00"}))
+        with pytest.raises(InputError, match=r"holds a study 'search' that is no mirror of this search"):
+            mirrored()
+        (folder / "run.json").write_text(json.dumps(record))
+        assert len(mirrored()) == 7
+
     def test_a_run_outlives_a_database_that_somebody_else_has_locked(self, mirrored, folder, tmp_path):
         mirrored()
         file = tmp_path / "study.db"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from jdkd.search import Cycle, pareto_front
 from jdkd.search.choice import annealed, choose, contender, contenders, fitness
 from jdkd.search.outcome import _predictor
+from jdkd.search.strategy import Strategy
 from tests.search.rows import candidate
 
 
@@ -112,3 +113,18 @@ def test_what_one_architecture_cannot_tell_of_the_predictor_is_null_in_json():
         error = found["mean_absolute_percentage_error"]
         assert error is told[2] if told[2] is None else abs(error - told[2]) < 1e-9
         json.dumps(found, allow_nan=False)
+
+
+def test_a_target_whose_last_candidates_failed_goes_on_with_those_before():
+    base, explored = candidate(0, generation=0), candidate(1, generation=1)
+    halved, other, alone = (
+        candidate(number, generation=generation, target=target)
+        for number, (generation, target) in enumerate(((2, 0.75), (2, 0.5), (3, 0.5)), start=2)
+    )  # that of 0.75 in generation 3 failed
+
+    def running(target, *scored):
+        return Strategy._running(SimpleNamespace(), SimpleNamespace(scored=[base, *scored]), target)
+
+    everyone = explored, halved, other, alone
+    assert running(0.75, *everyone) == [halved] and running(0.5, *everyone) == [alone]
+    assert running(0.35, *everyone) == [explored] and running(0.35) == [base]

@@ -5,8 +5,10 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from jdkd.detect import read
+from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.pool import ScoredTeacher, Space, Subnet
@@ -46,6 +48,7 @@ def matched(pool, monkeypatch):
             return share
 
         monkeypatch.setattr(matching, "pyramids", lambda model, batches: model)
+        monkeypatch.setattr(matching, "_bytes", lambda seen: 100)
         monkeypatch.setattr(matching, "explained", explained)
         config = SimpleNamespace(method=Method(teaching=teaching))
         context = SimpleNamespace(
@@ -53,7 +56,8 @@ def matched(pool, monkeypatch):
             probe=lambda: iter(()), spent=spent,
         )  # fmt: skip
         parent = candidate(1, map=map, teacher=present)
-        return Matching(context, ours, base_map).of("student", parent, random.Random(0), anyone=anyone)
+        of.matching = Matching(context, ours, base_map)
+        return of.matching.of("student", parent, random.Random(0), anyone=anyone)
 
     of.spent = spent
     return of
@@ -142,3 +146,19 @@ def test_neighbours_of_the_present_teacher_are_scored_and_remembered(pool, match
     for present in (None, BASE, "yolo"):
         matched(0.2, present=present)
     assert len(pool.members) == before + len(fresh), "what is no subnet has no neighbours"
+
+
+@pytest.mark.parametrize(("room", "kept"), [(10**9, 4), (250, 2), (0, 0)])
+def test_what_teachers_make_of_the_probe_is_kept_while_there_is_room(pool, matched, monkeypatch, room, kept):
+    asked = []
+    pool.teacher = lambda teacher: asked.append(teacher) or teacher
+    monkeypatch.setattr(matching, "ROOM", room)
+    first = matched(0.2)
+    assert len(asked) == 3 and len(matched.matching._seen) == kept
+    assert matched.matching.of("another", candidate(1, map=0.2, teacher=None), random.Random(0)) == first
+    assert len(asked) == 3 + 3 - max(0, kept - 1), "the base is there anyway"
+
+
+def test_features_are_counted_in_bytes():
+    seen = [PyramidSnapshot({"0": torch.zeros(2, 3, 4, 5), "1": torch.zeros(2, 3, 2, 2).half()}, (32, 40), ())]
+    assert matching._bytes([*seen, *seen]) == 2 * (480 + 48)

@@ -136,6 +136,15 @@ def test_a_setting_that_is_out_of_range_is_named(changes, says):
         replace(CONFIG, **changes)
 
 
+def test_where_data_lie_is_said_from_everywhere(monkeypatch, tmp_path):
+    """Workers of a cluster run in another folder, and a report is written from any."""
+    monkeypatch.chdir(tmp_path)
+    config = replace(CONFIG, train=SPLIT, selection=SPLIT)
+    monkeypatch.chdir("/")
+    for split in (config.train, config.selection):
+        assert (split.images, split.annotations) == (tmp_path / "images", tmp_path / "boxes.json")
+
+
 @pytest.mark.parametrize("name", ["order", "teaching", "imitation", "criterion"])
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do(name):
     with pytest.raises(InputError, match=f"{name} is 'magic'; give one of {getattr(Method(), name)}|, "):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,13 +17,17 @@ from jdkd.files import LOCK
 from jdkd.latency.protocol import conditions_of
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
-from jdkd.search import Archive, Method, search
+from jdkd.search import Archive, Cycle, Method, Proposal, outcome, plan, search
 from jdkd.search.archive import ARCHIVE
+from jdkd.search.context import TRAINING
+from jdkd.search.loop import _generation
 from jdkd.search.teachers import TEACHERS
+from jdkd.train import checkpoint
 from jdkd.train.checkpoint import CHECKPOINT
 from tests.detectors import detector, small_spec
 from tests.ranks import FORKS
 from tests.search.conftest import DIGITS
+from tests.search.rows import known, timing
 from tests.search.small_search import (
     SteadyTask,
     archived,
@@ -118,6 +123,54 @@ def test_a_lost_archive_is_made_again_and_by_two_workers_the_same(folder, finish
     assert archived(unfinished) == archived(finished[0])
     assert any(what.startswith("candidate 1:") for what in told), "what workers report is passed on"
     assert "pool: largest" not in told, "the pool was not lost"
+
+
+@pytest.mark.parametrize("left", [None, b""])
+def test_candidates_whose_archive_is_lost_are_not_written_over(context, steady, tmp_path, left):
+    out = tmp_path / "out"
+    config = replace(context.config, out=out, resume=True)
+    RunFolder(out).begin("search", context.identity())
+    weights = out / "candidates" / "001" / "weights.safetensors"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"of a student")
+    if left is not None:
+        (out / ARCHIVE).write_bytes(left)
+    with pytest.raises(
+        InputError, match=r"archive\.sqlite is gone or empty, and .*candidates holds candidates of it; put"
+    ):
+        search(config)
+    assert weights.read_bytes() == b"of a student"
+
+
+def test_a_generation_that_is_decided_anew_carries_on_no_training_of_another(context, tmp_path):
+    here = replace(context, config=replace(context.config, out=tmp_path))
+    made = Proposal(1, 1, "000", "morph", "cut", (), None, Cycle(2, 0, 2, 1e-3), 0.9)
+    strategy = SimpleNamespace(
+        ask=lambda archive: [made], matching=SimpleNamespace(pool=None), plan=plan(here.config, 32)
+    )
+    workers = SimpleNamespace(clear=lambda: None)
+    left = here.folder(1) / TRAINING / CHECKPOINT
+    left.parent.mkdir(parents=True)
+    left.touch()
+    with closing(Archive(tmp_path / ARCHIVE)) as archive:
+        archive.add(timing(), **known())
+        assert _generation(strategy, archive, workers, here) == [made] and not left.exists()
+        left.parent.mkdir()
+        left.touch()
+        assert _generation(strategy, archive, workers, here) == [made] and left.exists(), "it is carried on"
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_control_of_another_student_is_trained_again(context, tmp_path, monkeypatch, steps):
+    control, trained = tmp_path / "control", []
+    save(control, context.base)
+    (control / TRAINING).mkdir()
+    state = {name: {} for name in checkpoint.FIELDS} | {"step": 3, "seconds": 1.0, "config": {"steps": 3}}
+    checkpoint.write(control / TRAINING, state)
+    monkeypatch.setattr(outcome, "fit", lambda model, data, config, **how: trained.append(config.steps))
+    monkeypatch.setattr(outcome, "_row", lambda detector, latency, steps, context: steps)
+    assert outcome._control(steps, None, replace(context, config=replace(context.config, out=tmp_path))) == steps
+    assert trained == [4] * (steps == 4) and (control / "weights.safetensors").exists()
 
 
 def test_a_control_that_a_kill_left_half_written_is_written_again(folder, finished, unfinished, steady):

@@ -163,11 +163,38 @@ def test_a_teacher_that_cannot_teach_is_refused_before_anything_is_written(folde
     assert not (tmp_path / "out").exists()
 
 
+def test_a_pool_with_a_teacher_named_as_the_base_is_refused(context, tmp_path, monkeypatch):
+    pool = SimpleNamespace(trained_on=context.train.fingerprint, foreign={"base": None})
+    monkeypatch.setattr("jdkd.search.teachers.load_pool", lambda *given, **how: pool)
+    with pytest.raises(InputError, match="has a foreign teacher named base, as what the search starts from"):
+        given_pool(tmp_path, context)
+
+
 def test_a_teacher_that_does_not_see_an_image_is_refused_before_anything_is_written(folder, tmp_path, monkeypatch):
     save(tmp_path / "wide", detector(small_spec(classes=DIGITS, max_size=64)))
     monkeypatch.setattr(CocoDetectionDataset, "sizes", property(lambda data: [("long.png", 2, 150)]))
     with pytest.raises(InputError, match=r"long.png is 2x150 .*, of which teacher wide \(FasterRCNN\) leaves no pixel"):
         search(config_of(folder, tmp_path / "out", teachers=(tmp_path / "wide",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_does_not_see_an_image_is_refused_before_anything_is_written(folder, steady, tmp_path, monkeypatch):
+    monkeypatch.setattr(CocoDetectionDataset, "sizes", property(lambda data: [("long.png", 2, 250)]))
+    with pytest.raises(InputError, match=r"long.png is 2x250 .*, of which the base \(FasterRCNN\) leaves no pixel"):
+        search(config_of(folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_that_the_runtime_cannot_run_is_refused_before_anything_is_written(
+    folder, steady, tmp_path, monkeypatch
+):
+    def prepare(model, batches, device, dtype):
+        raise InputError(f"a {type(model).__name__} cannot be run on {len(batches)} batch in {dtype}.")
+
+    runtime = SimpleNamespace(name="compile", version="1", why_not=lambda device, dtype: None, prepare=prepare)
+    monkeypatch.setattr("jdkd.search.context.known_runtimes", lambda: {"compile": runtime})
+    with pytest.raises(InputError, match="a FasterRCNN cannot be run on 1 batch in float32"):
+        search(config_of(folder, tmp_path / "out", runtime="compile"))
     assert not (tmp_path / "out").exists()
 
 

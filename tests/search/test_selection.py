@@ -11,7 +11,7 @@ from jdkd.data import CocoDetectionDataset, Split
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
-from jdkd.search.selection import divide, trained_on
+from jdkd.search.selection import divide, say_if_trained_elsewhere, trained_on
 
 
 @pytest.fixture
@@ -149,3 +149,12 @@ def test_what_a_detector_was_trained_on_is_in_its_record_or_in_that_of_its_searc
     RunFolder(tmp_path / "search").begin("search", {"data": {"train": "those"}})
     found = [trained_on(tmp_path / name) for name in ("base", "search/student", "imported")]
     assert found == ["these", "those", None]
+
+
+def test_who_learned_boxes_alone_of_data_with_masks_was_trained_on_the_same(digits, recwarn):
+    train, other = digits
+    say_if_trained_elsewhere("a detector of boxes", train.fingerprint, train.with_masks())
+    say_if_trained_elsewhere("one of masks", train.with_masks().fingerprint, train.with_masks())
+    assert not recwarn.list and train.with_masks().masks
+    say_if_trained_elsewhere("another", other.fingerprint, train.with_masks())
+    assert "another was trained on other data than" in str(recwarn.pop(Notice).message)
