@@ -188,7 +188,8 @@ def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
         ([tmp_path / "broken.pt2", photographs, *out], "broken.pt2: the file is damaged"),
         ([tmp_path / "missing.onnx", photographs, *out], "missing.onnx cannot be read (No such file or directory)"),
         ([tmp_path / "foreign.onnx", photographs, *out], "the file does not say how its images are resized"),
-        ([tmp_path / "weights.pth", photographs, *out], "weights.pth is neither a folder of a detector nor a file"),
+        ([tmp_path / "weights.pth", photographs, *out], "weights.pth does not exist: it must be a folder or a file of"),
+        ([photographs / "0.png", checkpoint, *out], "0.png is neither a folder of a detector nor a file of"),
         ([checkpoint, photographs / "0.png", tmp_path / "0.png", *out], "would both be drawn as"),
     ]
     for words, sentence in cases:
