@@ -53,7 +53,7 @@ class Predict:
         _require_detector(self.model)
         targets = self._targets()
         find, classes = finder(self.model, self.device)
-        listed, count = [], 0
+        listed, count, highest = [], 0, 0.0
         with Progress() as progress:
             for file, target in targets.items():
                 image = read_picture(file)
@@ -63,6 +63,7 @@ class Predict:
                 claim_folder(target.parent, "--out")
                 shown = found["scores"] >= self.threshold
                 count += int(shown.sum())
+                highest = max(highest, float(found["scores"].max(initial=0.0)))
                 write_whole(target, drawn(image, {name: values[shown] for name, values in found.items()}, classes))
                 rows = [
                     {"box": box, "label": label, "class": name_of(label, classes), "score": score}
@@ -73,7 +74,10 @@ class Predict:
                 listed.append({"file": str(file), "picture": str(target.relative_to(self.out)), "detections": rows})
                 progress("images", len(listed), len(targets))
         write_json(self.out / LISTED, {"model": str(self.model), "images": listed})
-        print(f"{count:,} detections with a score of at least {self.threshold:g} on {len(listed):,} image(s)")
+        said = f"{count:,} detections with a score of at least {self.threshold:g} on {len(listed):,} image(s)"
+        if not count and highest > 0:
+            said += f"; the highest is {highest:.3f}: give a lower --threshold to have some drawn"
+        print(said)
         print(self.out)
 
     def _targets(self) -> dict[Path, Path]:

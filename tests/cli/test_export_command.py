@@ -198,6 +198,14 @@ def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_predict_says_why_nothing_is_drawn(jdkd, checkpoint, photographs, tmp_path):
+    answer = jdkd("predict", checkpoint, photographs, "--out", tmp_path / "seen", "--threshold", "1")
+    listed = json.loads((tmp_path / "seen" / "detections.json").read_text())["images"]
+    highest = max(found["score"] for image in listed for found in image["detections"])
+    said = f"on 2 image(s); the highest is {highest:.3f}: give a lower --threshold to have some drawn"
+    assert answer.out.startswith(f"0 detections with a score of at least 1 {said}\n")
+
+
 def test_an_interrupted_predict_does_not_deny_what_it_drew(jdkd, checkpoint, photographs, tmp_path, monkeypatch):
     from jdkd.export import drawing
 
