@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jdkd.detect import save
+from jdkd.detect import load, save
 from jdkd.rewrite import describe
 from tests.detectors import CLASSES, mask_detector
 from tests.train.scenes import write_scenes
@@ -100,6 +100,18 @@ def test_eval_prints_twelve_lines_a_table_of_the_classes_and_json(jdkd, trained,
     answer = jdkd("eval", trained, "--data", squares, "--json", file)
     assert answer.out.strip().splitlines() == [*lines, *table]
     assert json.loads(file.read_text()) == json.loads(last)
+
+
+def test_eval_and_show_know_the_data_of_a_run(jdkd, trained, squares, tmp_path):
+    given, known = jdkd("eval", trained, "--data", squares), jdkd("eval", trained)
+    assert known.code == 0 and known.out == given.out
+    said = f"no data are given: these are the val images that {trained} was made with, in {squares / 'val2017'}"
+    assert f"jdkd: {said}\n" in known.err and said not in given.err
+    page = tmp_path / "seen.html"
+    assert jdkd("show", trained, "--out", page).code == 0 and page.exists()
+    save(tmp_path / "alone", load(trained))
+    answer = jdkd("eval", tmp_path / "alone")
+    assert answer.code == 2 and "--data" in answer.err and answer.err.count("\n") == 1
 
 
 def test_eval_scores_masks_beside_boxes(jdkd, tmp_path):
