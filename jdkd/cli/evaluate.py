@@ -78,6 +78,7 @@ class Eval:
             print(dumps(content))
         else:
             write_json(self.json, content)
+            print(self.json)
 
     def _say_other_names(self, model: nn.Module, classes: tuple[str, ...]) -> None:
         """Says that a detector's classes have other names than the data's, where they are as many."""

@@ -51,6 +51,7 @@ class Inspect:
         Console().print(report(topology))
         if self.json is not None:
             write_whole(self.json, topology.to_json() + "\n")
+            print(self.json)
 
 
 def _topology(model: nn.Module, height: int, width: int, verify: bool) -> Topology:

@@ -98,7 +98,7 @@ def test_eval_prints_twelve_lines_a_table_of_the_classes_and_json(jdkd, trained,
 
     file = tmp_path / "scores.json"
     answer = jdkd("eval", trained, "--data", squares, "--json", file)
-    assert answer.out.strip().splitlines() == [*lines, *table]
+    assert answer.out.strip().splitlines() == [*lines, *table, str(file)]
     assert json.loads(file.read_text()) == json.loads(last)
 
 

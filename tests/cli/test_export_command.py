@@ -198,6 +198,13 @@ def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_of_detectors_is_taken_for_none_and_one_for_a_file_must_be_there(jdkd, checkpoint, tmp_path):
+    answer = jdkd("export", checkpoint.parent, "--out", tmp_path / "a.onnx")
+    assert answer.code == 2 and f"it has no architecture.json (there is one in {checkpoint}); give" in answer.err
+    answer = jdkd("export", checkpoint, "--out", tmp_path / "none" / "a.onnx")
+    assert answer.code == 2 and f"the folder {tmp_path / 'none'} does not exist; make it, or give" in answer.err
+
+
 def test_predict_says_why_nothing_is_drawn(jdkd, checkpoint, photographs, tmp_path):
     answer = jdkd("predict", checkpoint, photographs, "--out", tmp_path / "seen", "--threshold", "1")
     listed = json.loads((tmp_path / "seen" / "detections.json").read_text())["images"]
