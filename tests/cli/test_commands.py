@@ -19,6 +19,13 @@ def test_every_command_has_help(jdkd, command):
     assert answer.code == 0 and f"usage: jdkd {command}" in answer.out
 
 
+def test_a_slip_in_a_command_is_met_with_the_one_that_is_near(jdkd):
+    answer = jdkd("distil", "--teacher", "a", "--student", "b")
+    assert answer.code == 2 and answer.out == "" and answer.err.count("\n") == 1
+    assert all(f"{name}, " in answer.err for name in COMMANDS[:-2]) and "; give distill, if that was" in answer.err
+    assert "; give one of these." in jdkd("quantise").err
+
+
 def test_help_loads_nothing_heavy():
     heavy = {"torch", "torchvision", "matplotlib", "pycocotools", "sklearn"}
     script = (
