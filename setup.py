@@ -25,10 +25,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "0", "1")
+OLDEST_SETUPTOOLS = 77  # which reads the licence in pyproject.toml; without build isolation pip does not see to it
 OLDEST_TORCH = (2, 11)  # whose stable ABI the operators are written for: TORCH_TARGET_VERSION in csrc/common/checks.h
 # sm_80 code runs on every 8.x device and its PTX is translated for devices newer than Hopper; sm_90a is
 # Hopper with the instructions that only Hopper has (its PTX runs nowhere else, so none is kept).
@@ -48,6 +50,16 @@ class Toolkit:
 
     root: Path
     release: str
+
+
+def require_setuptools() -> None:
+    """Ends the build where setuptools, as new environments of older Pythons have it, cannot read pyproject.toml."""
+    found = setuptools.__version__
+    if int(found.partition(".")[0]) < OLDEST_SETUPTOOLS:
+        raise SystemExit(
+            f"jdkd: setuptools {found} is installed, and the build needs {OLDEST_SETUPTOOLS} or later: "
+            f'pip install torch "setuptools>={OLDEST_SETUPTOOLS}" ninja'
+        )
 
 
 def say(text: str) -> None:
@@ -274,6 +286,7 @@ def extension_or_none() -> dict:
 
 
 if __name__ == "__main__":
+    require_setuptools()
     setup(
         packages=[*find_packages(include=["jdkd", "jdkd.*"]), "jdkd.kernels"],
         package_dir={"jdkd.kernels": "kernels"},

@@ -21,13 +21,18 @@ _PACKAGES = (
     "torchvision",
     "numpy",
     "pycocotools",
+    "faster-coco-eval",
     "safetensors",
     "pillow",
     "scikit-learn",
     "tyro",
     "rich",
     "matplotlib",
+    "onnx",
+    "onnxruntime",
 )
+_ON_REQUEST = ("openvino", "tensorrt", "timm", "ray", "optuna", "tensorboard")
+"""Packages that are listed where they are installed, as few have a use for them."""
 _VARIABLES = {
     "JDKD_BACKEND": f"backend of every operator that has it: {', '.join(_backend.BACKENDS)}",
     "JDKD_BUILD_EXT": "read by setup.py: auto, 1 (a missing toolchain is an error), 0 (pure Python)",
@@ -68,11 +73,11 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"  {name:<{width}}  {value}".rstrip() for name, value in rows)
 
 
-def _version_of(package: str) -> str:
+def _version_of(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -81,7 +86,8 @@ def _versions() -> list[tuple[str, str]]:
         ("python", f"{platform.python_version()} ({platform.system()} {platform.machine()})"),
         ("torch", torch.__version__),
         ("CUDA of torch", torch.version.cuda or "none, a CPU build"),
-        *((package, _version_of(package)) for package in _PACKAGES),
+        *((package, _version_of(package) or "not installed") for package in _PACKAGES),
+        *((package, version) for package in _ON_REQUEST if (version := _version_of(package))),
     ]
 
 

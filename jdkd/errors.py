@@ -1,6 +1,7 @@
 """Errors that a user can act on, and how they name things."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 __all__ = ["InputError", "ModelError"]
 
@@ -22,6 +23,12 @@ class ModelError(InputError):
 def few(names: Sequence[str]) -> str:
     """The first names of many, and how many there are."""
     return f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} ({len(names)})"
+
+
+def one_of_these(name: str, known: Iterable[str]) -> str:
+    """The remedy for a name that is not known: the one that it may be a slip of, where there is such a one."""
+    near = get_close_matches(name, list(known), 1)
+    return f"give {near[0]}, if that was meant, or another of these" if near else "give one of these"
 
 
 def said(error: BaseException) -> str:

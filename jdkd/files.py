@@ -231,8 +231,15 @@ def require_file(file: Path, name: str, begins: str = "", holds: str = "") -> No
         partial.touch()
         partial.unlink()
     except (OSError, ValueError) as error:
-        obstacle = _obstacle(file, error)
-        raise InputError(f"{name} {_shortened(file)} cannot be written: {obstacle}; give another file.") from None
+        obstacle, remedy = _obstacle(file, error), "give another file"
+        if isinstance(error, FileNotFoundError) and not _parent_is_there(file):
+            obstacle, remedy = f"the folder {_shortened(file.parent)} does not exist", "make it, or give another file"
+        raise InputError(f"{name} {_shortened(file)} cannot be written: {obstacle}; {remedy}.") from None
+
+
+def _parent_is_there(file: Path) -> bool:
+    """Whether the folder of a file is there, or a link stands in its place or on the way."""
+    return file.parent.exists() or any(part.is_symlink() for part in (file, *file.parents))
 
 
 def _obstacle(path: Path, error: Exception) -> str:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,20 @@ def test_the_report_names_versions_build_and_every_backend():
         for backend, reason in _backend.available(op).items():
             (line,) = (row for row in text.splitlines() if row.strip().startswith(f"{op} / {backend} "))
             assert (reason or "available") in line
+
+
+def test_what_was_not_installed_is_said_of_what_is_needed_and_the_rest_is_left_out(monkeypatch):
+    installed = {"onnx": "1.20", "openvino": "2026.1"}
+
+    def version(package):
+        if package not in installed:
+            raise metadata.PackageNotFoundError(package)
+        return installed[package]
+
+    monkeypatch.setattr(metadata, "version", version)
+    rows = dict(env._versions())
+    assert (rows["onnx"], rows["onnxruntime"], rows["openvino"]) == ("1.20", "not installed", "2026.1")
+    assert "tensorrt" not in rows
 
 
 def test_the_report_says_why_a_backend_and_a_form_are_chosen():

@@ -231,6 +231,16 @@ def test_a_build_that_cannot_be_is_refused_in_one_sentence(checkout, variables, 
     assert not list((checkout / "jdkd").glob("*.so"))
 
 
+@pytest.mark.parametrize(("version", "is_refused"), [("65.5.0", True), ("76.1", True), ("77.0.3", False)])
+def test_a_setuptools_that_cannot_read_the_metadata_is_refused(setup_file, monkeypatch, version, is_refused):
+    monkeypatch.setattr("setuptools.__version__", version)
+    if not is_refused:
+        return setup_file["require_setuptools"]()
+    expected = f'jdkd: setuptools {version} is installed, .* 77 or later: pip install torch "setuptools>=77" ninja'
+    with pytest.raises(SystemExit, match=f"^{expected}$"):
+        setup_file["require_setuptools"]()
+
+
 @pytest.mark.parametrize("version", ["2.10.0+cpu", "1.13.1"])
 def test_an_older_torch_is_no_toolchain(setup_file, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)

@@ -23,7 +23,9 @@ LINES = [  # of the shell, on all pages
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
 ]
-COMMANDS = sorted({shlex.join(shlex.split(line, comments=True)) for line in LINES} - {""})
+COMMANDS = sorted(
+    {shlex.join(shlex.split(part, comments=True)) for line in LINES for part in line.split(" && ")} - {""}
+)
 
 
 @pytest.mark.parametrize("example", EXAMPLES)

@@ -44,7 +44,15 @@ class Roles(griffe.Extension):
             for name in map(str, package.exports or ()):
                 module = package.members.get(name)
                 if module is not None and not module.is_alias and module.is_module:
+                    self.rewrite(module)  # which no walk finds any more
                     package.set_member(name, griffe.Alias(name, module.members[name], parent=package))
+
+    def rewrite(self, obj: griffe.Object) -> None:
+        """Rewrites the docstrings of an object and of all that it defines."""
+        self.on_object(obj=obj)
+        for member in obj.members.values():
+            if not member.is_alias:
+                self.rewrite(member)
 
     def linked(self, target: str, obj: griffe.Object) -> str:
         """A link to what a role names, or its name where that is no page of the site."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Annotated, Any, Union
 
 from jdkd.cli.failures import Interrupted, full_disk
-from jdkd.errors import InputError
+from jdkd.errors import InputError, one_of_these
 from jdkd.notices import Notice
 
 REFUSED = 2
@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> Callable[[], int | None]:
-    """The command that the arguments name; what tyro refuses ends the process with exit code 2."""
+    """The command that the arguments name; what tyro refuses ends the process with exit code 2.
+
+    Raises:
+        InputError: there is no command of that name.
+    """
     import tyro
 
     from jdkd.cli.check import Check
@@ -109,6 +113,9 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         named("check", Check),
         named("tune", Tune),
     )
+    names = [note.name for command in commands for note in command.__metadata__ if hasattr(note, "name")]
+    if argv and not argv[0].startswith("-") and argv[0] not in names:
+        raise InputError(f"{argv[0]!r} is no command, as {', '.join(names)} are; {one_of_these(argv[0], names)}.")
     return tyro.cli(
         Union[commands],  # noqa: UP007
         prog="jdkd",

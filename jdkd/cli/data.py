@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jdkd.data.problems import Problem
 
 SPLITS = ("train", "val")
-UNFOLDED = 10_000  # columns, where no terminal is: one line for each problem, for grep
+UNFOLDED = 10_000  # columns, where no terminal is: one line for each problem or row, for grep
 STYLES = {"error": "bold red", "repair": "yellow", "warning": "yellow"}
 
 

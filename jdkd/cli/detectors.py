@@ -25,9 +25,9 @@ class DetectorFlags:
     depth: float = 1.0
     """Multiplies the blocks of a named spec."""
     fpn: int | None = None
-    """Channels of the pyramid, instead of the family's or the multiplied ones."""
+    """Channels of the pyramid, instead of the family's or a spec's multiplied ones; --width narrows a model's."""
     box_head: int | None = None
-    """Hidden units of the box head, instead of the family's or the multiplied ones."""
+    """Hidden units of the box head, instead of the family's or a spec's multiplied ones; --width narrows a model's."""
     min_size: int | None = None
     """Short side of the input in pixels [800; ssd: 300, ssdlite: 320]."""
     max_size: int | None = None

@@ -7,7 +7,7 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jdkd.cli.flags import DataFlags, resolve_device
+from jdkd.cli.flags import DataFlags, resolve_device, split_of
 from jdkd.cli.progress import Progress
 from jdkd.files import require_file, write_json
 from jdkd.notices import say_once
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Eval:
-    """Score a detector on COCO-format data: pycocotools' twelve lines (also of masks), a table of classes, JSON."""
+    """Score a detector on COCO-format data: pycocotools' twelve lines (also of masks), a table of classes, JSON.
+
+    Where no data are given, these are those of the run that the folder is of.
+    """
 
     ckpt: Path
     """Folder of the detector, written by train or import."""
@@ -48,7 +51,7 @@ class Eval:
             require_file(self.json, "--json", begins='{\n  "map"')
         model = load(self.ckpt)
         with Progress() as progress:
-            dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
+            dataset = CocoDetectionDataset(split_of(self.source, self.ckpt, self.split), progress.task("check images"))
             self._say_other_names(model, dataset.classes)
             scores = evaluate(
                 fuse_for_inference(model),
@@ -75,6 +78,7 @@ class Eval:
             print(dumps(content))
         else:
             write_json(self.json, content)
+            print(self.json)
 
     def _say_other_names(self, model: nn.Module, classes: tuple[str, ...]) -> None:
         """Says that a detector's classes have other names than the data's, where they are as many."""

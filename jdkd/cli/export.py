@@ -59,7 +59,10 @@ class Export:
         with Progress() as progress:
             images, dataset = self._images(model, progress)
             fused = fuse_for_inference(model)
+            told = progress.task(f"make the {self.format} file")
+            told(0, 1)
             content = exported(fused, self.format, **how)
+            told(1, 1)
 
             def with_stages(opener: Callable[[bytes, str], Exported]) -> Exported:
                 return opener(exported(fused, self.format, **how, stages=True), "cpu")

@@ -6,11 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.errors import InputError
+from jdkd.notices import say_once
 
 if TYPE_CHECKING:
     from jdkd.data import CocoDetectionDataset, Split
@@ -211,6 +212,24 @@ def resolve_device(device: str) -> str:
             f"--device is {device}, but torch {torch.__version__} sees {there} CUDA devices; give --device auto or cpu."
         )
     return device
+
+
+def split_of(source: DataFlags, folder: Path, name: str) -> Split:
+    """The split, `train` or `val`, that the flags name, or else the one that a run recorded, which is said.
+
+    Args:
+        source: the flags.
+        folder: of the run, or one in it.
+        name: of the split.
+
+    Raises:
+        InputError: it is not given or does not exist, and the folder does not know of one either.
+    """
+    found = None if source.given else recorded_split(folder, name)
+    if found is None:
+        return source.split(name)
+    say_once(f"no data are given: these are the {name} images that {folder} was made with, in {found.images}")
+    return replace(found, strict=source.strict)
 
 
 def recorded_split(folder: Path, name: str) -> Split | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jdkd.cli.data import UNFOLDED
 from jdkd.cli.flags import ModelFlags
 from jdkd.errors import InputError, said
 from jdkd.files import require_file, write_whole
@@ -48,9 +50,10 @@ class Inspect:
         status = Console(stderr=True).status("tracing one forward, then cutting every group")
         with status, few_regions(model, self.height, self.width):
             topology = _topology(model, self.height, self.width, self.verify)
-        Console().print(report(topology))
+        Console(width=None if sys.stdout.isatty() else UNFOLDED).print(report(topology))
         if self.json is not None:
             write_whole(self.json, topology.to_json() + "\n")
+            print(self.json)
 
 
 def _topology(model: nn.Module, height: int, width: int, verify: bool) -> Topology:

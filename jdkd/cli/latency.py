@@ -104,6 +104,8 @@ class Latency:
         shown.print(Console())
         for report in reports if before is not None else ():
             _print_compared(report, before, str(self.against))
+        if self.out is not None:
+            print(self.out)
 
     def _grid(self) -> Grid:
         from jdkd.latency import REPORTED, Grid

@@ -44,6 +44,10 @@ class Shown:
         """Prints tables, what they were measured under, and what is wrong with them."""
         first = self.reports[0]
         console.print(self._detectors(first))
+        sizes = {name: "x".join(map(str, cost.size)) for name, cost in self.costs.items()}
+        same = set(sizes.values()) if len(set(sizes.values())) == 1 else (f"{size} {n}" for n, size in sizes.items())
+        line = f"GMACs: of the largest image that a detector resizes to, {', '.join(same)}"
+        console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
         for report in self.reports:
             console.print(_latencies(report))
             for line in _conditions(report, self.origin):
@@ -119,7 +123,7 @@ def _table(title: str, headings: Any, left: int = 1) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=title)
     table.collapse_padding = True
-    table.add_column("detector")
+    table.add_column("detector", overflow="fold")
     for place, heading in enumerate((["mode"] if left == 2 else []) + list(headings), 1):
         table.add_column(heading, justify="left" if place < left else "right", no_wrap=True)
     return table

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, starts_with, write_json, write_whole
 from jdkd.notices import say_once
@@ -49,27 +50,34 @@ class Predict:
             raise InputError("--out is missing; give a folder for the pictures.")
         if not 0 <= self.threshold <= 1:
             raise InputError(f"--threshold is {self.threshold:g}; give a score, from 0 to 1.")
+        _require_detector(self.model)
         targets = self._targets()
         find, classes = finder(self.model, self.device)
-        listed, count = [], 0
-        for file, target in targets.items():
-            image = read_picture(file)
-            found = find(image, str(file))
-            if not listed:
-                claim_folder(self.out, "--out")
-            claim_folder(target.parent, "--out")
-            shown = found["scores"] >= self.threshold
-            count += int(shown.sum())
-            write_whole(target, drawn(image, {name: values[shown] for name, values in found.items()}, classes))
-            rows = [
-                {"box": box, "label": label, "class": name_of(label, classes), "score": score}
-                for box, label, score in zip(
-                    *(found[key].tolist() for key in ("boxes", "labels", "scores")), strict=True
-                )
-            ]
-            listed.append({"file": str(file), "picture": str(target.relative_to(self.out)), "detections": rows})
+        listed, count, highest = [], 0, 0.0
+        with Progress() as progress:
+            for file, target in targets.items():
+                image = read_picture(file)
+                found = find(image, str(file))
+                if not listed:
+                    claim_folder(self.out, "--out")
+                claim_folder(target.parent, "--out")
+                shown = found["scores"] >= self.threshold
+                count += int(shown.sum())
+                highest = max(highest, float(found["scores"].max(initial=0.0)))
+                write_whole(target, drawn(image, {name: values[shown] for name, values in found.items()}, classes))
+                rows = [
+                    {"box": box, "label": label, "class": name_of(label, classes), "score": score}
+                    for box, label, score in zip(
+                        *(found[key].tolist() for key in ("boxes", "labels", "scores")), strict=True
+                    )
+                ]
+                listed.append({"file": str(file), "picture": str(target.relative_to(self.out)), "detections": rows})
+                progress("images", len(listed), len(targets))
         write_json(self.out / LISTED, {"model": str(self.model), "images": listed})
-        print(f"{count:,} detections with a score of at least {self.threshold:g} on {len(listed):,} image(s)")
+        said = f"{count:,} detections with a score of at least {self.threshold:g} on {len(listed):,} image(s)"
+        if not count and highest > 0:
+            said += f"; the highest is {highest:.3f}: give a lower --threshold to have some drawn"
+        print(said)
         print(self.out)
 
     def _targets(self) -> dict[Path, Path]:
@@ -114,6 +122,19 @@ class Predict:
         return targets
 
 
+def _require_detector(model: Path) -> None:
+    """Refuses what can be no detector by its name, before images are looked for.
+
+    Raises:
+        InputError: it is no folder, and does not end as exported files do.
+    """
+    if not model.is_dir() and model.suffix not in EXPORTED:
+        what = "is neither a folder of a detector nor" if model.exists() else "does not exist: it must be a folder or"
+        raise InputError(
+            f"{model} {what} a file of `jdkd export` ({', '.join(EXPORTED)}); give the detector first, then images."
+        )
+
+
 def finder(model: Path, device: str) -> tuple[Callable[[np.ndarray, str], Found], Sequence[str]]:
     """What finds objects on an image ``[H, W, 3]`` uint8 of a name, and the names of its classes.
 
@@ -131,10 +152,6 @@ def finder(model: Path, device: str) -> tuple[Callable[[np.ndarray, str], Found]
             on = _resolved(device)
         file = open_exported(model, on)
         return lambda image, name: file([image])[0], file.facts["classes"]
-    if not model.is_dir():
-        raise InputError(
-            f"{model} is neither a folder of a detector nor a file of `jdkd export` ({', '.join(EXPORTED)})."
-        )
     return _of_folder(model, _resolved(device))
 
 

@@ -78,6 +78,8 @@ class Progress:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total, values="")
             self._hide_finished()
+        elif done < next(task.completed for task in self._bars.tasks if task.id == self._tasks[name]):
+            self._bars.reset(self._tasks[name], visible=True)  # another of the same name begins
         self._bars.update(self._tasks[name], completed=done, total=total, values=shown)
 
     def __enter__(self) -> Progress:
@@ -94,7 +96,8 @@ class Progress:
     def _line(self, name: str, done: int, total: int, values: str) -> None:
         now = time.monotonic()
         last, told = self._told.get(name, (now, -1))
-        if name not in self._told:
+        if name not in self._told or done < told:  # another of the same name begins
+            last, told = now, -1
             self._told[name] = (now, -1)
             self._lines_from[name] = (now, done)
         if told != done and (done >= total or now - last >= QUIET_SECONDS):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jdkd.cli.flags import DataFlags, resolve_device
+from jdkd.cli.flags import DataFlags, resolve_device, split_of
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import require_file, write_whole
@@ -24,7 +24,7 @@ class Show:
     """See on a page what detectors find beside what there is to find, worst images first.
 
     With --teacher also what each channel of a student's pyramid and of its teacher's responds to, and how far the two
-    agree (Pearson's r).
+    agree (Pearson's r). Where no data are given, these are those of the run that the first detector is of.
 
     Example: jdkd show runs/student runs/base --data coco --out seen.html --teacher runs/teacher
     """
@@ -65,7 +65,8 @@ class Show:
             {f"--{name.replace('_', '-')}": getattr(self, name) for name in ("images", "channels", "batch_size")}
         )
         with Progress() as progress:
-            dataset = CocoDetectionDataset(self.source.split(self.split), progress.task("check images"))
+            split = split_of(self.source, Path(self.detectors[0]), self.split)
+            dataset = CocoDetectionDataset(split, progress.task("check images"))
             models = {source: detector_of(source, len(dataset.classes)) for source in dict.fromkeys(self.detectors)}
             student, teacher = next(iter(models.values())), None
             if self.teacher is not None:

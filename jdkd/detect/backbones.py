@@ -14,7 +14,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from torchvision.ops.misc import Conv2dNormActivation
 
-from jdkd.errors import InputError, said
+from jdkd.errors import InputError, one_of_these, said
 
 STRIDES = (4, 8, 16, 32)  # of the maps C2 to C5
 PYRAMIDS = {"P2-P6": (4, 8, 16, 32, 64), "P3-P7": (8, 16, 32, 64, 128)}  # strides
@@ -74,9 +74,9 @@ def maps_of(name: str) -> Maps:
     """
     if name.startswith(TIMM):
         return _of_timm(name.removeprefix(TIMM))
-    if name not in backbone_names():
+    if name not in (known := backbone_names()):
         raise InputError(
-            f"backbone {name!r} is none of {', '.join(backbone_names())}, nor {TIMM}NAME; give one of these."
+            f"backbone {name!r} is none of {', '.join(known)}, nor {TIMM}NAME; {one_of_these(name, known)}."
         )
     taps = _taps(name)
     network = models.get_model_builder(name)(weights=None)

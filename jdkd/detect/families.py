@@ -28,7 +28,7 @@ from jdkd.detect.norms import GROUP, exchange_norms, group_norm
 from jdkd.detect.reppoints import RepPoints, RepPointsHead
 from jdkd.detect.roi_scales import set_roi_scales
 from jdkd.detect.spec import Regions, smallest_anchor
-from jdkd.errors import InputError
+from jdkd.errors import InputError, one_of_these
 from jdkd.rewrite import Architecture
 from jdkd.rewrite.architecture import set_architecture
 
@@ -195,7 +195,7 @@ def _options(
         InputError: something does not exist or does not go together.
     """
     if family not in FAMILIES:
-        raise InputError(f"family {family!r} is none of {', '.join(FAMILIES)}; give one of these.")
+        raise InputError(f"family {family!r} is none of {', '.join(FAMILIES)}; {one_of_these(family, FAMILIES)}.")
     has = FAMILIES[family]
     if not isinstance(known["backbone"], str):
         raise InputError(f"backbone must be a name, got {known['backbone']!r:.80}; give resnet50 or the like.")

@@ -19,7 +19,7 @@ from jdkd.detect.contract import architecture_of, known_architecture
 from jdkd.detect.families import BUILDER, FAMILIES
 from jdkd.detect.resizing import resize
 from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, named_spec
-from jdkd.errors import InputError
+from jdkd.errors import InputError, one_of_these
 from jdkd.files import read_json
 from jdkd.rewrite import Architecture, describe
 from jdkd.rewrite import build as rebuilt
@@ -126,12 +126,17 @@ def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[s
             f"{source} is a file, and weights alone do not say of which detector they are; make a folder of it with "
             f"`jdkd import MODEL --weights {source} --out FOLDER`."
         )
+    if not family and len(Path(source).parts) > 1:
+        raise InputError(
+            f"{source} does not exist; give the folder of a detector, as `jdkd train` and `jdkd import` write it, or a "
+            "name."
+        )
     if not family:
+        known = (*torchvisions(), *FAMILIES, *NAMED_SPECS)
         raise InputError(
             f"{source!r} is no folder with an {ARCHITECTURE}, no package.module:function, none of torchvision's "
             f"detectors {', '.join(torchvisions())}, none of the families {', '.join(FAMILIES)} (with a backbone, as "
-            f"FAMILY:BACKBONE), "
-            f"and none of the named specs {', '.join(NAMED_SPECS)}; give one of these."
+            f"FAMILY:BACKBONE), and none of the named specs {', '.join(NAMED_SPECS)}; {one_of_these(source, known)}."
         )
     if source not in FAMILIES and not given.keys() & set(OURS):
         free = [name for name in _parameters(get_model_builder(source)) if name.startswith("weights")]

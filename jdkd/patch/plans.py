@@ -23,7 +23,7 @@ from jdkd.patch.graphs import put_graphs, why_no_graph
 from jdkd.patch.levels import OverCanvas, OverLevels, are_levels, layers_over, reach
 from jdkd.patch.overrides import Overrides, is_plain
 
-FOLDED, CHANNELS_LAST, PACKED, FUSED, GROUPED, GRAPHS = INGREDIENTS = (
+INGREDIENTS = (
     "folded",
     "channels_last",
     "packed",
@@ -33,6 +33,7 @@ FOLDED, CHANNELS_LAST, PACKED, FUSED, GROUPED, GRAPHS = INGREDIENTS = (
 )
 """Norms folded into convolutions; weights channels-last; weights in oneDNN's own layout; a convolution with its norm,
 residual and ReLU in one pass; heads run once over all levels; backbone, neck and heads in a CUDA graph."""
+FOLDED, CHANNELS_LAST, PACKED, FUSED, GROUPED, GRAPHS = INGREDIENTS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from jdkd.errors import InputError
+from jdkd.errors import InputError, one_of_these
 
 RECIPE = ("schedule", "decay", "optimizer", "lr", "weight_decay", "batch_size")
 
@@ -72,7 +72,8 @@ def preset(name: str) -> Preset:
         InputError: there is none.
     """
     if name not in preset_names():
-        raise InputError(f"preset {name!r} is none of {', '.join(preset_names())}; give one of these.")
+        known = preset_names()
+        raise InputError(f"preset {name!r} is none of {', '.join(known)}; {one_of_these(name, known)}.")
     fields = json.loads(_folder().joinpath(f"{name}.json").read_text(encoding="utf-8"))
     return Preset(name, **fields | {each: tuple(fields[each]) for each in ("levels", "differs")})
 

@@ -73,7 +73,9 @@ def load_architecture(folder: Path | str, device: torch.device | str = "cpu") ->
     folder = Path(folder)
     for name in (ARCHITECTURE, WEIGHTS):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is no detector: it has no {name}; {ORIGIN}.")
+            found = sorted(folder.glob(f"*/{ARCHITECTURE}")) if folder.is_dir() else []
+            there = f" (there is one in {', '.join(str(file.parent) for file in found[:3])})" if found else ""
+            raise InputError(f"{folder} is no detector: it has no {name}{there}; {ORIGIN}.")
     text = read_text(folder / ARCHITECTURE, ORIGIN)
     architecture = Architecture.from_json(text, source=str(folder / ARCHITECTURE))
     try:

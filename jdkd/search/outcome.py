@@ -29,8 +29,8 @@ RESULT = "result.json"
 CONTROL_SEED = 900
 MEANING = (
     "median end to end over the base's, timed in turn in the runtime that `device` names; all measurements of one "
-    "architecture pooled, each scaled to the base's median in the latest; every sample is in archive.sqlite, table "
-    "timings"
+    "architecture pooled, each scaled to the base's median in the latest, and `latency_ms` to the median that stands "
+    "beside the base; every sample is in archive.sqlite, table timings"
 )
 
 
@@ -50,14 +50,14 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
     names = {target: "student" if len(chosen) == 1 else f"student-{target:g}" for target in chosen}
     base = archive.latency(archive.candidates[0].architecture_id)
     longest = max(student.lineage_steps for student in chosen.values())
-    result: dict[str, Any] = {"base": _row(context.base, base, 0, context)}
+    result: dict[str, Any] = {"base": _row(context.base, base, base, 0, context)}
     if config.control:
         result["control"] = _control(longest, base, context)
     students = []
     for done, (target, student) in enumerate(chosen.items(), start=1):
         detector = context.detector(student)
         save(config.out / names[target], detector)
-        row = _row(detector, archive.latency(student.architecture_id), student.lineage_steps, context)
+        row = _row(detector, archive.latency(student.architecture_id), base, student.lineage_steps, context)
         met = _met(student, target, config)
         students.append(row | {"target": target, "target_met": met, "id": student.id, "folder": names[target]})
         context.progress("scoring", done, len(chosen), {"mAP": row["map"]})
@@ -124,17 +124,19 @@ def _control(steps: int, latency: PooledLatency, context: SearchContext) -> dict
             say_once(f"the control failed: {error} The student has nothing to be compared with but its base.")
             return {"failure": str(error)}
         save(folder, context.calibrated(model))
-    return _row(load(folder, config.device), latency, steps, context)
+    return _row(load(folder, config.device), latency, latency, steps, context)
 
 
-def _row(detector: nn.Module, latency: PooledLatency, steps: int, context: SearchContext) -> dict[str, Any]:
-    own, ratio = latency.own, latency.ratio
+def _row(
+    detector: nn.Module, latency: PooledLatency, base: PooledLatency, steps: int, context: SearchContext
+) -> dict[str, Any]:
+    ratio = latency.ratio
     with context.spent.on("scoring"):
         scores = context.scored(detector, context.report)
     return {
         "map": scores.map,
         "map50": scores.map50,
-        "latency_ms": {"p50": own.p50, "p90": own.p90, "p99": own.p99},
+        "latency_ms": latency.milliseconds(base),
         "latency_ratio": ratio.value,
         "latency_ratio_interval": list(ratio.interval),
         **context.cost(detector),

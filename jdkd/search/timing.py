@@ -68,6 +68,15 @@ class PooledLatency:
         """Of their medians, with its 95 % interval."""
         return bootstrap_ratio(self.own.samples, self.base.samples)
 
+    def milliseconds(self, beside: "PooledLatency") -> dict[str, float]:
+        """Percentiles of the architecture's time, in ms, at the speed that the machine had in other measurements.
+
+        Args:
+            beside: these; the base took their median then, so that what stands beside them may be compared with them.
+        """
+        scale = beside.base.p50 / self.base.p50
+        return {name: scale * getattr(self.own, name) for name in ("p50", "p90", "p99")}
+
 
 def pooled(timings: Sequence[Timing]) -> PooledLatency:
     """The ratio of medians over all samples of one architecture on one machine.

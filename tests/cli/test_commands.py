@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jdkd.detect import save
+from jdkd.detect import load, save
 from jdkd.rewrite import describe
 from tests.detectors import CLASSES, mask_detector
 from tests.train.scenes import write_scenes
@@ -17,6 +17,13 @@ COMMANDS = ("data", "train", "search", "eval", "latency", "export", "predict", "
 def test_every_command_has_help(jdkd, command):
     answer = jdkd(command, "--help")
     assert answer.code == 0 and f"usage: jdkd {command}" in answer.out
+
+
+def test_a_slip_in_a_command_is_met_with_the_one_that_is_near(jdkd):
+    answer = jdkd("distil", "--teacher", "a", "--student", "b")
+    assert answer.code == 2 and answer.out == "" and answer.err.count("\n") == 1
+    assert all(f"{name}, " in answer.err for name in COMMANDS[:-2]) and "; give distill, if that was" in answer.err
+    assert "; give one of these." in jdkd("quantise").err
 
 
 def test_help_loads_nothing_heavy():
@@ -98,8 +105,20 @@ def test_eval_prints_twelve_lines_a_table_of_the_classes_and_json(jdkd, trained,
 
     file = tmp_path / "scores.json"
     answer = jdkd("eval", trained, "--data", squares, "--json", file)
-    assert answer.out.strip().splitlines() == [*lines, *table]
+    assert answer.out.strip().splitlines() == [*lines, *table, str(file)]
     assert json.loads(file.read_text()) == json.loads(last)
+
+
+def test_eval_and_show_know_the_data_of_a_run(jdkd, trained, squares, tmp_path):
+    given, known = jdkd("eval", trained, "--data", squares), jdkd("eval", trained)
+    assert known.code == 0 and known.out == given.out
+    said = f"no data are given: these are the val images that {trained} was made with, in {squares / 'val2017'}"
+    assert f"jdkd: {said}\n" in known.err and said not in given.err
+    page = tmp_path / "seen.html"
+    assert jdkd("show", trained, "--out", page).code == 0 and page.exists()
+    save(tmp_path / "alone", load(trained))
+    answer = jdkd("eval", tmp_path / "alone")
+    assert answer.code == 2 and "--data" in answer.err and answer.err.count("\n") == 1
 
 
 def test_eval_scores_masks_beside_boxes(jdkd, tmp_path):

@@ -98,6 +98,7 @@ def _interrupt(*arguments, **options):
         ((), "--teacher and --student not given"),
         (("--teacher", "T"), "--student not given; give both, or --preset"),
         (("--teacher", "nowhere", "--student", "S"), "'nowhere' is no folder with an architecture.json"),
+        (("--teacher", "no/where", "--student", "S"), "no/where does not exist; give the folder of a detector"),
         (("--teacher", "T", "--student", "fcos:resnet19"), "backbone 'resnet19' is none of"),
         (("--teacher", "T", "--student", "fcos:resnet18", "--backbone", "resnet18"), "leave backbone 'resnet18' out"),
         (("--teacher", "T", "--student", "no.json"), "no.json"),

@@ -188,13 +188,29 @@ def test_predict_refuses(jdkd, checkpoint, photographs, tmp_path):
         ([tmp_path / "broken.pt2", photographs, *out], "broken.pt2: the file is damaged"),
         ([tmp_path / "missing.onnx", photographs, *out], "missing.onnx cannot be read (No such file or directory)"),
         ([tmp_path / "foreign.onnx", photographs, *out], "the file does not say how its images are resized"),
-        ([tmp_path / "weights.pth", photographs, *out], "weights.pth is neither a folder of a detector nor a file"),
+        ([tmp_path / "weights.pth", photographs, *out], "weights.pth does not exist: it must be a folder or a file of"),
+        ([photographs / "0.png", checkpoint, *out], "0.png is neither a folder of a detector nor a file of"),
         ([checkpoint, photographs / "0.png", tmp_path / "0.png", *out], "would both be drawn as"),
     ]
     for words, sentence in cases:
         answer = jdkd("predict", *words)
         assert (answer.code, sentence in answer.err, answer.err.count("\n")) == (2, True, 1), (words, answer.err)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_detectors_is_taken_for_none_and_one_for_a_file_must_be_there(jdkd, checkpoint, tmp_path):
+    answer = jdkd("export", checkpoint.parent, "--out", tmp_path / "a.onnx")
+    assert answer.code == 2 and f"it has no architecture.json (there is one in {checkpoint}); give" in answer.err
+    answer = jdkd("export", checkpoint, "--out", tmp_path / "none" / "a.onnx")
+    assert answer.code == 2 and f"the folder {tmp_path / 'none'} does not exist; make it, or give" in answer.err
+
+
+def test_predict_says_why_nothing_is_drawn(jdkd, checkpoint, photographs, tmp_path):
+    answer = jdkd("predict", checkpoint, photographs, "--out", tmp_path / "seen", "--threshold", "1")
+    listed = json.loads((tmp_path / "seen" / "detections.json").read_text())["images"]
+    highest = max(found["score"] for image in listed for found in image["detections"])
+    said = f"on 2 image(s); the highest is {highest:.3f}: give a lower --threshold to have some drawn"
+    assert answer.out.startswith(f"0 detections with a score of at least 1 {said}\n")
 
 
 def test_an_interrupted_predict_does_not_deny_what_it_drew(jdkd, checkpoint, photographs, tmp_path, monkeypatch):

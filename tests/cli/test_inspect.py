@@ -7,6 +7,7 @@ def test_inspects_a_detector_of_torchvision(jdkd, tmp_path):
     answer = jdkd("inspect", "ssdlite320_mobilenet_v3_large", "--json", tmp_path / "topology.json")
     assert answer.code == 0, answer.err
     assert "can be cut" in answer.out and "operators without a rule: none" in answer.out
+    assert "…" not in answer.out, "names are whole"
     content = json.loads((tmp_path / "topology.json").read_text())
     assert content["prunable_share"] > 0.95 and not any("disagree" in each["reason"] for each in content["frozen"])
 

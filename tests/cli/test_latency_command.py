@@ -6,8 +6,9 @@ import json
 import pytest
 
 from jdkd.cli.latency import Latency
+from jdkd.detect import load
 from jdkd.errors import InputError
-from jdkd.latency import grid, protocol
+from jdkd.latency import grid, profile_cost, protocol
 from jdkd.latency.runtimes import Eager
 
 QUICK = ("--rounds", 2, "--seconds", 0)
@@ -71,6 +72,9 @@ def test_latency_compares_detectors_on_the_data_that_the_base_was_trained_for(jd
         "clocks and thro",
     )
     assert all(words in answer.out for words in shown), answer.out
+    height, width = profile_cost(load(trained)).size
+    assert f"GMACs: of the largest image that a detector resizes to, {height}x{width}\n" in answer.out
+    assert answer.out.splitlines()[-1] == str(file) and "…" not in answer.out
 
 
 def test_latency_without_data_takes_photographs_and_says_so(jdkd, trained, tmp_path):

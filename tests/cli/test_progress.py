@@ -44,6 +44,34 @@ def test_a_file_gets_a_line_every_quarter_of_a_minute(on, monkeypatch):
     ]
 
 
+def test_what_begins_again_under_its_name_is_timed_anew(on, monkeypatch):
+    progress, shown = on(False)
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress:
+        for _ in range(3):
+            for done in range(11):
+                progress("timing", done, 10)
+                now[0] += 6.0
+            now[0] += 10_000.0
+    lines = shown.getvalue().splitlines()
+    assert lines == lines[:4] * 3
+    assert [line.partition("about ")[2] for line in lines[:4]] == ["42 s left", "24 s left", "6 s left", ""]
+
+
+def test_a_bar_that_begins_again_is_seen_again_and_timed_anew(on):
+    progress, _ = on(True)
+    with progress:
+        progress("timing", 10, 10)
+        (task,) = progress._bars.tasks
+        progress._bars.update(task.id, visible=False)
+        begun = task.start_time
+        progress("timing", 10, 10)
+        assert task.finished and not task.visible
+        progress("timing", 1, 10)
+    assert task.visible and not task.finished and task.start_time > begun
+
+
 def test_a_terminal_gets_bars_and_keeps_few_of_them(on):
     progress, shown = on(True)
     with progress:

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from jdkd.cli import main
+from jdkd.detect import load, save
 
 
 def _tree(folder):
@@ -161,8 +162,9 @@ def test_bad_flags_leave_no_folder(jdkd, train_arguments, tmp_path, change, word
     assert not (tmp_path / "out").exists()
 
 
-def test_no_data_at_all(jdkd, trained):
-    _refused(jdkd("eval", trained), "--data", "--val-images")
+def test_no_data_at_all(jdkd, trained, tmp_path):
+    save(tmp_path / "alone", load(trained))  # without the record of a run, which says where its data are
+    _refused(jdkd("eval", tmp_path / "alone"), "--data", "--val-images")
 
 
 def test_an_unknown_flag_is_refused_by_name(jdkd, trained):

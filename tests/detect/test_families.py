@@ -298,7 +298,7 @@ def test_timm_that_is_not_there_is_named(monkeypatch):
     ("changes", "words"),
     [
         ({"family": "yolo"}, "'yolo' is none of fasterrcnn"),
-        ({"backbone": "resnet19"}, "backbone 'resnet19' is none of convnext_base.* nor timm:NAME"),
+        ({"backbone": "resnet19"}, "'resnet19' is none of convnext_base.* nor timm:NAME; give resnet1"),
         ({"backbone": "vgg16"}, "'vgg16' is none of"),
         ({"pyramid": "P1-P5"}, "P2-P6 or P3-P7, got 'P1-P5'"),
         ({"family": "ssd", "pyramid": "P3-P7"}, "ssd has no pyramid"),

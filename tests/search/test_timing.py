@@ -43,6 +43,15 @@ def test_the_ratio_is_that_of_the_medians_that_stand_beside_it():
     assert latency.ratio.value == pytest.approx(latency.own.p50 / latency.base.p50, rel=1e-12)
 
 
+def test_rows_that_were_timed_at_different_speeds_stand_beside_each_other():
+    rng = random.Random(3)
+    base, latency = pooled([noisy(rng, ratio=1)]), pooled([noisy(rng, speed=2.5)])
+    shown = latency.milliseconds(base)
+    assert latency.own.p50 > base.base.p50 > shown["p50"], "as they were timed, the faster one would seem slower"
+    assert shown["p50"] / base.base.p50 == pytest.approx(latency.ratio.value, rel=1e-12)
+    assert shown["p99"] / shown["p50"] == pytest.approx(latency.own.p99 / latency.own.p50, rel=1e-12)
+
+
 def test_pooling_narrows_the_spread():
     rng, spread = random.Random(2), {}
     for count in (1, 4):
