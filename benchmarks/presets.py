@@ -1,12 +1,13 @@
 """Whether every published pair learns: each preset, narrowed until a CPU can train it, on digit scenes.
 
-python -m benchmarks.presets FOLDER [NAME ...] [--seed N]   train what is missing, append a row for each pair
-python -m benchmarks.presets                                print the table of the rows that are kept
+python -m benchmarks.presets FOLDER [NAME ...]    train what is missing, append a row for each training
+python -m benchmarks.presets FOLDER --amp bf16    the second training alone
+python -m benchmarks.presets                      print the table of the rows that are kept
 
-Three commands for each pair, `jdkd distill --preset NAME --narrow SHARE` all of them: 200 steps in fp32 under a teacher
-that is trained first for as many, no steps at all, which is the student as it begins, and 500 steps in bf16 under the
-same teacher. The digits are of one class, which is learned in fewer steps. A loss is the mean of the first, or of the
-last, three lines of the log (a line for step 1 and for every tenth). FOLDER keeps what was trained, and carries it on.
+Two trainings of each pair by `jdkd distill --preset NAME --narrow SHARE`: 200 steps in fp32 under a teacher that is
+trained before, and 500 steps in bf16 under the same one. The digits are of one class, which is learned in fewer steps.
+A loss is the mean of the first, or of the last, three lines of the log, which has one for step 1 and for every tenth.
+FOLDER keeps what was trained, and carries it on.
 """
 
 from __future__ import annotations
@@ -16,64 +17,79 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import record
-from benchmarks.proof import jdkd
-from jdkd.data import write_digit_scenes
+from jdkd.cli import main as jdkd
+from jdkd.cli.detectors import DetectorFlags
+from jdkd.data import CocoDetectionDataset, resolve_split, write_digit_scenes
 from jdkd.detect import load
-from jdkd.presets import preset_names
+from jdkd.latency import fuse_for_inference
+from jdkd.presets import preset, preset_names
+from jdkd.train import evaluate
 
 OP = "presets"
-NARROW, BATCH = 0.125, 4  # share of channels and of 800x1333 pixels; images a step
-SCENES = {"train": 200, "val": 100, "size": 96, "seed": 0, "one_class": True}
-STEPS, HALF_STEPS = 200, 500  # in fp32 and in bf16
+NARROW = 0.125  # share of channels and of 800x1333 pixels that is kept
+SCENES = {"train": 200, "val": 50, "size": 96, "seed": 0, "one_class": True}
+TEACHER_STEPS = 100
 LINES = 3  # of the log, that a loss is the mean of
 PKD = "loss_pkd"
-HEADINGS = (
-    "pair",
-    "seed",
-    "detection loss, first → last",
-    "PKD, first → last",
-    "mAP, first → last",
-    "steps in bf16",
-    "their loss, first → last",
-    "mAP",
-)
+HEADINGS = ("pair", "detection loss", "PKD", "mAP", "500 steps in bf16", "detection loss", "PKD")
 Row = dict[str, Any]
 
 
-def row(name: str, folder: Path, seed: int = 0, share: float = NARROW) -> Row:
-    """What became of one pair; what was interrupted is carried on.
+@dataclass(frozen=True)
+class Training:
+    """One of the two trainings of a pair: steps, and images in each."""
+
+    steps: int
+    batch_size: int
+
+
+TRAININGS = {"off": Training(200, 4), "bf16": Training(500, 2)}  # by --amp
+
+
+def row(name: str, amp: str, folder: Path, share: float = NARROW) -> Row:
+    """What became of one training of a pair; one that was interrupted is carried on.
 
     Args:
         name: of the preset.
+        amp: key of :data:`TRAININGS`; of ``bf16``, whose teacher the other trains, the other must have been finished.
         folder: for the scenes and for what is trained.
-        seed: of everything.
         share: of channels and pixels that are kept.
     """
-    data, own = folder / "digits", folder / f"{name}-{seed}"
+    data, own, how = folder / "digits", folder / name, TRAININGS[amp]
     write_digit_scenes(data, **SCENES, resume=True)
-    how = ("--preset", name, "--narrow", share, "--data", data, "--batch-size", BATCH, "--seed", seed, "--resume")
-    teacher = ("--teacher", own / "learning" / "teacher")
-    jdkd("distill", "--out", own / "learning", *how, "--steps", STEPS)
-    jdkd("distill", "--out", own / "untaught", *how, *teacher, "--steps", 0)
-    jdkd("distill", "--out", own / "half", *how, *teacher, "--steps", HALF_STEPS, "--amp", "bf16")
-    made = {"op": OP, "preset": name, "narrow": share, "seed": seed, "batch_size": BATCH, **SCENES}
-    made |= {"map_first": _map(own / "untaught"), "map": _map(own / "learning"), **ends(_log(own / "learning"))}
-    half = _log(own / "half")
-    made["half"] = {"map": _map(own / "half"), **ends(half), "finite": finite(own / "half", half)}
+    teacher = {"off": ("--teacher-steps", TEACHER_STEPS), "bf16": ("--teacher", own / "off" / "teacher")}[amp]
+    words = ("--preset", name, "--narrow", share, "--data", data, "--out", own / amp, "--amp", amp, *teacher)
+    words = (*words, "--steps", how.steps, "--batch-size", how.batch_size, "--device", "cpu", "--resume")
+    if jdkd(["distill", *map(str, words)]):
+        raise SystemExit(f"{name} did not end with --amp {amp}; what is wrong is said above")
+    log = [json.loads(line) for line in (own / amp / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    made: Row = {"op": OP, "preset": name, "amp": amp, "narrow": share, "batch_size": how.batch_size, "seed": 0}
+    made |= {"map_first": untaught(name, data, share)} if amp == "off" else {}
+    made |= {"map": json.loads((own / amp / "distill.json").read_text(encoding="utf-8"))["map"], **ends(log)}
+    made |= {"finite": finite(own / amp, log), "scenes": SCENES, "teacher_steps": TEACHER_STEPS}
     return made | {"device": record.device_name("cpu"), "commit": record.commit()}
+
+
+def untaught(name: str, data: Path, share: float) -> float:
+    """mAP of a pair's student before its first step."""
+    chosen, val = preset(name), CocoDetectionDataset(resolve_split("val", data))
+    sizes = {side: round(share * getattr(chosen, side)) for side in ("min_size", "max_size")}
+    student, _ = DetectorFlags(width=share, **sizes).built(chosen.student, val.classes, seed=0)
+    return evaluate(fuse_for_inference(student.eval()), val, device="cpu").map
 
 
 def ends(log: Sequence[Row]) -> Row:
     """How a training's losses began and ended, by the lines of its log.
 
     Returns:
-        ``steps``, and for ``losses`` (those of the detector) and ``pkd`` a list of the first and the last.
+        ``steps``, and for ``losses`` (those of the detector, summed) and ``pkd`` a list of the first and the last.
     """
     parts = (log[:LINES], log[-LINES:])
     own = [[sum(value for name, value in line["losses"].items() if name != PKD) for line in part] for part in parts]
@@ -88,7 +104,7 @@ def ends(log: Sequence[Row]) -> Row:
 def finite(folder: Path, log: Sequence[Row]) -> bool:
     """Whether all that was logged of a finished training is finite, norms of gradients too, and all that was saved.
 
-    (Where the loss or the gradient of a step is not, logged or not, a training ends with an error.)
+    (Where the loss or the gradient of a step is not, logged or not, a training on a CPU ends with an error there.)
     """
     numbers = [number for line in log for number in (line["grad_norm"], *line["losses"].values())]
     logged = all(number is not None and math.isfinite(number) for number in numbers)
@@ -97,66 +113,61 @@ def finite(folder: Path, log: Sequence[Row]) -> bool:
 
 def learns(one: Row) -> bool:
     """Whether both losses of a pair fell and its mAP rose."""
-    return all(last < first for first, last in (one["losses"], one["pkd"], (-one["map_first"], -one["map"])))
+    return all(last < first for first, last in (one["losses"], one["pkd"])) and one["map"] > one["map_first"]
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A sentence that says how many pairs learned, and a Markdown table: the latest row of each pair and seed."""
-    latest = [*{(one["preset"], one["seed"]): one for one in rows}.values()]
-    latest.sort(key=lambda one: (one["preset"], one["seed"]))
+    """A sentence that says how many pairs learned, and a Markdown table: the latest rows of each pair."""
+    latest = {(one["preset"], one["amp"]): one for one in rows}
     if not latest:
         return "Not measured."
     known = preset_names()
-    runs = {name: [one for one in latest if one["preset"] == name] for name in known}
-    learned = [name for name in known if runs[name] and all(map(learns, runs[name]))]
-    whole = [name for name in known if runs[name] and all(one["half"]["finite"] for one in runs[name])]
-    kept = f"{latest[0]['narrow']:g} of its channels and of its 800x1333 pixels"
+    learned = [name for name in known if ("off" in _of(latest, name)) and learns(latest[name, "off"])]
+    whole = [name for name in known if ("bf16" in _of(latest, name)) and latest[name, "bf16"]["finite"]]
+    (off, half), one = TRAININGS.values(), next(iter(latest.values()))
     lines = [
-        f"**Loss falls and mAP rises over {latest[0]['steps']} steps on {len(learned)} of {len(known)} pairs; "
-        f"{latest[0]['half']['steps']} steps in bf16 are finite on {len(whole)} of {len(known)}.** Of each pair "
-        f"{kept} are kept, and {latest[0]['batch_size']} images a step; on {latest[0]['device']}.",
+        f"**Both losses fall and mAP rises over {off.steps} steps of {off.batch_size} images on {len(learned)} of "
+        f"{len(known)} pairs; {half.steps} steps of {half.batch_size} images in bf16 are finite on {len(whole)} of "
+        f"{len(known)}.** Of channels and of 800x1333 pixels {one['narrow']:g} is kept; one seed; on {one['device']}.",
         "",
         f"| {' | '.join(HEADINGS)} |",
         "| --- | " + " | ".join(["---:"] * (len(HEADINGS) - 1)) + " |",
     ]
-    return "\n".join([*lines, *map(_line, latest)])
+    return "\n".join([*lines, *(_line(name, latest) for name in known if _of(latest, name))])
 
 
-def _line(one: Row) -> str:
-    half = one["half"]
-    cells = [one["preset"], str(one["seed"]), _both(one["losses"]), _both(one["pkd"])]
-    cells += [f"{one['map_first']:.3f} → {one['map']:.3f}"]
-    cells += [f"{half['steps']}, {'all finite' if half['finite'] else 'not finite'}"]
-    score, both = f"{half['map']:.3f}", [sum(parts) for parts in zip(half["losses"], half["pkd"], strict=True)]
-    return f"| {' | '.join([*cells, _both(both), score])} |"
+def _of(latest: dict[tuple[str, str], Row], name: str) -> dict[str, Row]:
+    return {amp: latest[name, amp] for amp in TRAININGS if (name, amp) in latest}
 
 
-def _both(ends: Sequence[float]) -> str:
-    return " → ".join(f"{value:.2f}" for value in ends)
+def _line(name: str, latest: dict[tuple[str, str], Row]) -> str:
+    found, unknown = _of(latest, name), "not measured"
+    off, half = (found.get(amp) for amp in TRAININGS)
+    cells = (
+        [_both(off["losses"]), _both(off["pkd"]), _both((off["map_first"], off["map"]), 3)] if off else [unknown] * 3
+    )
+    state = "all finite" if half and half["finite"] else "not finite"
+    cells += [state, _both(half["losses"]), _both(half["pkd"])] if half else [unknown] * 3
+    return f"| {' | '.join([name, *cells])} |"
 
 
-def _map(folder: Path) -> float:
-    return float(json.loads((folder / "distill.json").read_text(encoding="utf-8"))["map"])
-
-
-def _log(folder: Path) -> list[Row]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+def _both(ends: Sequence[float], digits: int = 2) -> str:
+    return " → ".join(f"{value:.{digits}f}" for value in ends)
 
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("names", nargs="*", default=[])
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="file for the rows [that of this machine among the results]")
+    parser.add_argument("--amp", nargs="+", choices=[*TRAININGS], default=[*TRAININGS])
     asked = parser.parse_args(arguments)
     if asked.folder is not None:
         torch.set_num_threads(1)
-        file = asked.out or record.result_file("cpu", OP)
+        file = record.result_file("cpu", OP)
         record.require_published(file)
-        for name in asked.names or preset_names():
-            record.append(file, [made := row(name, asked.folder, asked.seed)])
-            print(_line(made), flush=True)
+        for amp in asked.amp:
+            for name in asked.names or preset_names():
+                record.append(file, [row(name, amp, asked.folder)])
     print(table(record.load(sorted(record.RESULTS.glob(f"*/{OP}.jsonl")))))
 
 
