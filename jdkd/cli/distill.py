@@ -70,7 +70,7 @@ class Distill:
     align: Literal["none", "permute", "linear"] = "none"
     """Between detectors of unrelated origin: match channels, or predict the teacher's, as a few images show them."""
     inherit: bool = False
-    """Begin with the teacher's neck and heads, as far as names and shapes agree."""
+    """Begin with the teacher's neck and heads, as far as names, shapes and the names of classes agree."""
     detach_after: int | None = None
     """Step after which the student trains on without its teacher [never]."""
     detector: DetectorFlags = field(default_factory=DetectorFlags)
