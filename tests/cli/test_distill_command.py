@@ -1,6 +1,7 @@
 """`jdkd distill`: pairs by folder, name, file and preset; what it writes, carries on and refuses."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from jdkd.cli.detectors import DetectorFlags
 from jdkd.cli.distill import Distill, _say_if_blind
+from jdkd.cli.flags import TrainingFlags
 from jdkd.detect import load, open_model
 from jdkd.distill import DistillConfig, distill
 from jdkd.notices import Notice
@@ -67,6 +69,14 @@ def test_a_preset_is_its_recipe_and_flags_go_before_it(jdkd, pair, tmp_path):
     assert taken == {"optimizer": "sgd", "lr": 1e-3, "weight_decay": 1e-4, "batch_size": 2, "steps": 2}
     assert identity["training"]["milestones"] == pytest.approx([8 / 12, 11 / 12])
     assert identity["method"]["loss_weight"] == 6 and identity["method"]["levels"] == [4, 8, 16, 32]
+
+
+def test_the_images_of_a_published_step_are_divided_among_processes_and_batches(tmp_path):
+    run, chosen = Distill(tmp_path, training=TrainingFlags(accumulate=4)), preset("gfl_r101_gfl_r50")
+    with warnings.catch_warnings(action="error"):
+        assert [run._recipe(chosen, processes).batch_size for processes in (1, 2, 4)] == [4, 2, 1]
+    with pytest.warns(Notice, match="a step has 12 images, 1 in each of 12 batches, and the published one 16, which"):
+        assert run._recipe(chosen, 3).batch_size == 1
 
 
 def test_a_teacher_without_weights_is_trained_first_and_a_run_that_was_interrupted_is_carried_on(
