@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from benchmarks import record
 from jdkd.cli import main as jdkd
 from jdkd.cli.detectors import DetectorFlags
 from jdkd.data import CocoDetectionDataset, resolve_split, write_digit_scenes
-from jdkd.detect import load
+from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.latency import fuse_for_inference
 from jdkd.presets import preset, preset_names
 from jdkd.train import evaluate
@@ -108,7 +109,7 @@ def finite(folder: Path, log: Sequence[Row]) -> bool:
     """
     numbers = [number for line in log for number in (line["grad_norm"], *line["losses"].values())]
     logged = all(number is not None and math.isfinite(number) for number in numbers)
-    return logged and all(bool(tensor.isfinite().all()) for tensor in load(folder, "cpu").state_dict().values())
+    return logged and all(bool(tensor.isfinite().all()) for tensor in load_file(folder / WEIGHTS).values())
 
 
 def learns(one: Row) -> bool:

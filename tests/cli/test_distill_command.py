@@ -13,7 +13,7 @@ from jdkd.cli.flags import TrainingFlags
 from jdkd.detect import load, open_model
 from jdkd.distill import DistillConfig, distill
 from jdkd.notices import Notice
-from jdkd.presets import preset, preset_names
+from jdkd.presets import preset
 from jdkd.train import TrainConfig
 from tests.detectors import small_spec
 from tests.train.scenes import write_scenes
@@ -186,20 +186,6 @@ def test_a_teacher_that_is_trained_first_is_whole_where_the_student_is_narrowed(
     assert is_fresh and teacher.architecture.shapes == whole.architecture.shapes
     assert teacher.transform.min_size == whole.transform.min_size and [*teacher.state_dict()] == [*whole.state_dict()]
     assert sum(map(torch.numel, teacher.parameters())) == sum(map(torch.numel, whole.parameters()))
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("when_asked")  # a minute or more of a free core for each
-@pytest.mark.parametrize("name", preset_names())
-def test_a_narrowed_pair_learns_the_digits(jdkd, tmp_path, name):
-    assert jdkd("data", "digits", tmp_path / "data", "--train", 200, "--val", 40).code == 0
-    run = ("distill", "--preset", name, "--narrow", 0.16, "--data", tmp_path / "data", "--steps", 200)
-    answer = jdkd(*run, "--out", tmp_path / "out")
-    assert answer.code == 0, answer.err
-    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    first, last = (sum(sum(row["losses"].values()) for row in part) for part in (rows[1:4], rows[-3:]))
-    assert last < 0.7 * first
-    assert json.loads((tmp_path / "out" / "distill.json").read_text())["map"] > 0.005
 
 
 @pytest.mark.slow
