@@ -96,8 +96,8 @@ class Reference:
 
 def _limits(model: nn.Module) -> tuple[int, float] | None:
     """How many detections a detector of torchvision's keeps, and above which score; None of another."""
-    limits = [(getattr(m, "detections_per_img", None), getattr(m, "score_thresh", None)) for m in model.modules()]
-    known = [each for each in limits if isinstance(each[0], int) and isinstance(each[1], int | float)]
+    limits = ((getattr(m, "detections_per_img", None), getattr(m, "score_thresh", None)) for m in model.modules())
+    known = [(most, float(least)) for most, least in limits if isinstance(most, int) and isinstance(least, int | float)]
     return known[0] if len(known) == 1 else None
 
 
