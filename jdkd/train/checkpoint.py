@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from jdkd.errors import InputError
-from jdkd.files import claim_folder, write_whole
+from jdkd.files import unwritable, write_whole
 
 CHECKPOINT = "checkpoint.pt"
 FIELDS = {
@@ -32,7 +32,10 @@ def write(folder: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()  # torch.save hides the reason why a file could not be written
     torch.save(state, buffer)
-    claim_folder(folder, "the folder of the training")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder / CHECKPOINT, error) from error
     write_whole(folder / CHECKPOINT, buffer.getbuffer())
 
 
