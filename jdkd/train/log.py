@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ class Log:
             if not file.exists():
                 file.touch()  # now, if it cannot be written
                 file.unlink()
-                for folder in made:
-                    folder.rmdir()
+                with suppress(OSError):  # somebody else has written there meanwhile
+                    for folder in made:
+                        folder.rmdir()
                 return
         except OSError as error:
             raise unwritable(file, error) from error
