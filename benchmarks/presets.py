@@ -123,18 +123,24 @@ def table(rows: Iterable[Row]) -> str:
     if not latest:
         return "Not measured."
     known = preset_names()
-    learned = [name for name in known if ("off" in _of(latest, name)) and learns(latest[name, "off"])]
-    whole = [name for name in known if ("bf16" in _of(latest, name)) and latest[name, "bf16"]["finite"]]
+    taught, halves = ([found for name in known if (found := latest.get((name, amp)))] for amp in TRAININGS)
+    learned, whole = _count(map(learns, taught)), _count(one["finite"] for one in halves)
     (off, half), one = TRAININGS.values(), next(iter(latest.values()))
     lines = [
-        f"**Both losses fall and mAP rises over {off.steps} steps of {off.batch_size} images on {len(learned)} of "
-        f"{len(known)} pairs; {half.steps} steps of {half.batch_size} images in bf16 are finite on {len(whole)} of "
-        f"{len(known)}.** Of channels and of 800x1333 pixels {one['narrow']:g} is kept; one seed; on {one['device']}.",
+        f"**Both losses fall and mAP rises over {off.steps} steps of {off.batch_size} images on {learned} pairs; "
+        f"{half.steps} steps of {half.batch_size} images in bf16 are finite on {whole}**; the published pairs are "
+        f"{len(known)}. Of channels and of 800x1333 pixels {one['narrow']:g} is kept; one seed; on {one['device']}.",
         "",
         f"| {' | '.join(HEADINGS)} |",
         "| --- | " + " | ".join(["---:"] * (len(HEADINGS) - 1)) + " |",
     ]
     return "\n".join([*lines, *(_line(name, latest) for name in known if _of(latest, name))])
+
+
+def _count(good: Iterable[bool]) -> str:
+    """How many are, of those that were measured."""
+    found = [*good]
+    return f"{sum(found)} of {len(found)} measured"
 
 
 def _of(latest: dict[tuple[str, str], Row], name: str) -> dict[str, Row]:

@@ -50,9 +50,8 @@ def test_the_table_has_the_latest_row_of_each_training_and_counts_pairs():
     first, second, *_ = preset_names()
     rows = [row(first, "off", map=0.0), row(first, "bf16"), row(first, "off"), row(second, "bf16", finite=False)]
     said, _, _, _, *lines = presets.table(rows).splitlines()
-    assert (
-        "rises over 200 steps of 4 images on 1 of 7 pairs; 500 steps of 2 images in bf16 are finite on 1 of 7" in said
-    )
+    assert "200 steps of 4 images on 1 of 1 measured pairs; 500 steps of 2 images in bf16" in said
+    assert "are finite on 1 of 2 measured**; the published pairs are 7." in said
     assert lines == [
         f"| {first} | 2.00 → 1.00 | 20.00 → 5.00 | 0.001 → 0.020 | all finite | 2.00 → 1.00 | 20.00 → 5.00 |",
         f"| {second} | not measured | not measured | not measured | not finite | 2.00 → 1.00 | 20.00 → 5.00 |",
