@@ -26,6 +26,7 @@ from benchmarks import (
     latency_page,
     longer,
     parity,
+    presets,
     record,
     searches,
     support,
@@ -49,6 +50,7 @@ OWN = {  # operators whose tables are not those of kernels
     itself.OP: itself.table,
     longer.OP: longer.table,
     parity.OP: parity.table,
+    presets.OP: presets.table,
     "latency": latency_page.page,
 }
 MADE = {

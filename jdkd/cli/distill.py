@@ -70,7 +70,7 @@ class Distill:
     align: Literal["none", "permute", "linear"] = "none"
     """Between detectors of unrelated origin: match channels, or predict the teacher's, as a few images show them."""
     inherit: bool = False
-    """Begin with the teacher's neck and heads, as far as names and shapes agree."""
+    """Begin with the teacher's neck and heads, as far as names, shapes and the names of classes agree."""
     detach_after: int | None = None
     """Step after which the student trains on without its teacher [never]."""
     detector: DetectorFlags = field(default_factory=DetectorFlags)
@@ -170,10 +170,20 @@ class Distill:
         )
 
     def _recipe(self, chosen: Preset | None, processes: int) -> RecipeFlags:
-        """The flags of the training, with the published ones where none was given; of a narrowed pair they are ours."""
+        """The flags of the training, with the published ones where none was given; of a narrowed pair they are ours.
+
+        A step has as many images as the published one, however many processes and batches they are divided among.
+        """
         if chosen is None or self.narrow is not None:
             return self.recipe
-        published = chosen.recipe | {"batch_size": max(1, chosen.batch_size // processes)}
+        parts = processes * max(1, self.training.accumulate)
+        each = max(1, chosen.batch_size // parts)
+        if self.recipe.batch_size is None and each * parts != chosen.batch_size:
+            say_once(
+                f"a step has {each * parts} images, {each} in each of {parts} batches, and the published one "
+                f"{chosen.batch_size}, which these do not divide; --lr is the published one all the same"
+            )
+        published = chosen.recipe | {"batch_size": each}
         if self.recipe.steps is not None:
             del published["schedule"]
         return replace(self.recipe, **{k: v for k, v in published.items() if getattr(self.recipe, k) is None})

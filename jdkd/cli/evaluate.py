@@ -52,7 +52,7 @@ class Eval:
         model = load(self.ckpt)
         with Progress() as progress:
             dataset = CocoDetectionDataset(split_of(self.source, self.ckpt, self.split), progress.task("check images"))
-            self._say_other_names(model, dataset.classes)
+            say_other_names(self.ckpt, model, dataset.classes)
             scores = evaluate(
                 fuse_for_inference(model),
                 dataset,
@@ -80,11 +80,18 @@ class Eval:
             write_json(self.json, content)
             print(self.json)
 
-    def _say_other_names(self, model: nn.Module, classes: tuple[str, ...]) -> None:
-        """Says that a detector's classes have other names than the data's, where they are as many."""
-        known = getattr(getattr(model, "architecture", None), "classes", ())
-        if len(known) == len(classes) and sorted(known) != sorted(classes):
-            say_once(
-                f"{self.ckpt} was made for {', '.join(known)[:80]}; its label k counts as the k-th of "
-                f"{', '.join(classes)[:80]}"
-            )
+
+def say_other_names(source: Path | str, model: nn.Module, classes: tuple[str, ...]) -> None:
+    """Says that a detector's classes have other names than the data's, where they are as many.
+
+    Args:
+        source: what the user calls the detector.
+        model: it.
+        classes: of the data.
+    """
+    known = getattr(getattr(model, "architecture", None), "classes", ())
+    if len(known) == len(classes) and sorted(known) != sorted(classes):
+        say_once(
+            f"{source} was made for {', '.join(known)[:80]}; its label k counts as the k-th of "
+            f"{', '.join(classes)[:80]}"
+        )

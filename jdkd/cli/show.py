@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from jdkd.cli.evaluate import say_other_names
 from jdkd.cli.flags import DataFlags, resolve_device, split_of
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
@@ -68,6 +69,8 @@ class Show:
             split = split_of(self.source, Path(self.detectors[0]), self.split)
             dataset = CocoDetectionDataset(split, progress.task("check images"))
             models = {source: detector_of(source, len(dataset.classes)) for source in dict.fromkeys(self.detectors)}
+            for source, model in models.items():
+                say_other_names(source, model, dataset.classes)
             student, teacher = next(iter(models.values())), None
             if self.teacher is not None:
                 teacher = detector_of(self.teacher, len(dataset.classes)).to(device)

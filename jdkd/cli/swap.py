@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jdkd.cli.evaluate import say_other_names
 from jdkd.cli.flags import DataFlags, RecipeFlags, TrainingFlags
 from jdkd.cli.progress import Progress
 from jdkd.cli.training import Data, Job
@@ -23,8 +24,8 @@ WORDS = {"control": "the head's own detector (the control)", "before": "swapped,
 class Swap:
     """Do features transfer? Put one detector's heads on another's backbone and neck, and train the heads alone.
 
-    Section 3.1 of the PKD paper. Both must have equally wide pyramids, and the heads the classes of the data. With one
-    folder as both it is the control of the training itself.
+    Section 3.1 of the PKD paper. Both must have equally wide pyramids, and the heads as many classes as the data; that
+    these have other names is said. With one folder as both it is the control of the training itself.
 
     Example: jdkd swap --features runs/teacher --head runs/student --data coco --out runs/swapped --steps 2000
     """
@@ -57,6 +58,7 @@ class Swap:
         config = self.training.config(data.train, **settings)
         features, head = load(self.features), load(self.head)
         require_same_classes(head, data.val.classes, data.val.label_to_category)
+        say_other_names(self.head, head, data.val.classes)
         model = swap_features(features, head)
         data = data.of(model, config.batch_size, config.seed)
         facts: dict[str, Any] = {}

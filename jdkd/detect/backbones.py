@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -222,6 +223,19 @@ class CoarsestLevels(LastLevelP6P7):
         with torch.autocast("cpu", enabled=False):
             levels, names = super().forward([p[-1].to(own)], [c[-1].to(own)], names)
         return [*p, *(level.to(dtype) for level in levels[1:])], names
+
+
+@contextmanager
+def steady_coarsest(model: nn.Module) -> Iterator[None]:
+    """Lets torchvision's own P6 and P7, where a model has them, do what :class:`CoarsestLevels` do for a while."""
+    own = [module for module in model.modules() if type(module) is LastLevelP6P7]
+    try:
+        for module in own:
+            module.__class__ = CoarsestLevels
+        yield
+    finally:
+        for module in own:
+            module.__class__ = LastLevelP6P7
 
 
 class Extended(Backbone):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -45,6 +45,32 @@ def remake_predictors(model: nn.Module, num_classes: int) -> dict[str, tuple[int
     return remade if found else None
 
 
+def class_layers(model: nn.Module) -> dict[str, int]:
+    """Layers of torchvision's detectors with outputs for every class, by path, and how many classes these have with the
+    background; empty for other models."""
+    return {
+        f"{path}.{name}".lstrip("."): classes
+        for path, head in model.named_modules()
+        for name, _, classes in _predictors(head)
+    }
+
+
+def class_outputs(layer: str, outputs: int, classes: int, wanted: Sequence[int]) -> list[int]:
+    """Outputs of a layer of :func:`class_layers` that are of some classes, in their order, as its rows lie.
+
+    Args:
+        layer: its path.
+        outputs: how many it has.
+        classes: of the layer, with the background, which is class 0.
+        wanted: numbers of classes.
+    """
+    each = outputs // classes
+    if layer.endswith(BOXES):  # the four of a class lie together
+        return [number * each + place for number in wanted for place in range(each)]
+    return [place * classes + number for place in range(each) for number in wanted]  # the classes of an anchor do
+
+
+BOXES = "bbox_pred"  # of Faster R-CNN, whose boxes are of a class
 CLASSIFIERS = (
     RetinaNetClassificationHead,
     FCOSClassificationHead,
@@ -58,7 +84,7 @@ def _predictors(head: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
     """Layers of a head with outputs for every class, by name within it, and how many classes it has."""
     if isinstance(head, FastRCNNPredictor):
         yield "cls_score", head.cls_score, head.cls_score.out_features
-        yield "bbox_pred", head.bbox_pred, head.cls_score.out_features
+        yield BOXES, head.bbox_pred, head.cls_score.out_features
     elif isinstance(head, MaskRCNNPredictor):
         yield "mask_fcn_logits", head.mask_fcn_logits, head.mask_fcn_logits.out_channels
     elif isinstance(head, RetinaNetClassificationHead | FCOSClassificationHead | RepPointsHead):

@@ -53,7 +53,8 @@ class DistillConfig:
         adapter: compare through trained 1x1 convolutions, dropped afterwards; by default where widths differ.
         align: ``"permute"`` or ``"linear"`` for detectors of unrelated origin; see
             :class:`jdkd.distill.FeatureDistiller`.
-        inherit: begin with the teacher's neck and heads, as far as names and shapes agree.
+        inherit: begin with the teacher's neck and heads, as far as names and shapes agree; what predicts classes is
+            taken for each class by its name.
         detach_after: step after which the student goes on without its teacher; by default never.
 
     Raises:

@@ -67,8 +67,17 @@ class Parity:
     maps: dict[str, tuple[float, ...]] = field(default_factory=dict)
     first: Tensor | None = None
 
-    def compare(self, ours: Found, theirs: Found, tolerance: Tolerance, cut: Callable[[Found], float]) -> bool:
-        """Counts the detections of one image; returns whether any parts."""
+    def compare(self, ours: Found, theirs: Found, tolerance: Tolerance, cut: Callable[[Found, Found], float]) -> bool:
+        """Counts the detections of one image.
+
+        Args:
+            ours, theirs: what the two find.
+            tolerance: what counts as the same.
+            cut: ``cut(mine, its)``, the score up to which one of the first may be missing from the second.
+
+        Returns:
+            Whether any parts.
+        """
         pairs = _pairs(ours, theirs, tolerance)
         for one, other in pairs:
             self.box = max(self.box, float(np.abs(ours["boxes"][one] - theirs["boxes"][other]).max()))
@@ -79,7 +88,7 @@ class Parity:
             1
             for place, mine, its in ((0, ours, theirs), (1, theirs, ours))
             for number in {*range(len(mine["scores"]))} - {pair[place] for pair in pairs}
-            if mine["scores"][number] > cut(its) + tolerance.score
+            if mine["scores"][number] > cut(mine, its) + tolerance.score
         ]
         self.images, self.same, self.other = self.images + 1, self.same + 2 * len(pairs), self.other + len(alone)
         return bool(alone)
@@ -137,9 +146,9 @@ def parity(
     findings = {kind: Findings(kind, dataset.label_to_category) for kind in kinds}
     segmented = dataset is not None and dataset.segmented
 
-    def cut(of: Found) -> float:
-        full = len(of["scores"]) >= facts["detections"]
-        return max(facts["score_threshold"], float(of["scores"].min()) if full else 0.0)
+    def cut(mine: Found, its: Found) -> float:
+        full = len(its["scores"]) >= facts["detections"]
+        return max(facts["score_threshold"], float(its["scores"].min()) if full else 0.0)
 
     with mode(model, training=False), torch.inference_mode():
         for number, (image, target) in enumerate(images, 1):

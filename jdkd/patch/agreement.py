@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from jdkd.detect.contract import detections
 from jdkd.detect.stages import BACKBONE, HEAD, NECK, stages_of
 from jdkd.errors import InputError, said
 from jdkd.export.parity import Parity, Tolerance, numbers
+from jdkd.export.preparing import Found
 from jdkd.latency.calls import on_device
 
 TOLERANCE = Tolerance(iou=0.999, score=1e-3, mask=0.99, share=0.99, stage=1e-4)
@@ -65,6 +67,7 @@ class Reference:
 
     def __init__(self, plain: nn.Module, images: Sequence[Tensor]) -> None:
         device = next(plain.parameters()).device
+        self._cut = partial(_cut, _limits(plain))
         self._images = [on_device([image], device) for image in images]
         self._calls: list[Call] = []
         self._found = []
@@ -82,7 +85,7 @@ class Reference:
                     if not error <= tolerance.stage:
                         return Difference(error, reason=f"{path} differs by {error:.1e} of its largest value")
                 for given, ours in zip(self._images, self._found, strict=True):
-                    compared.compare(ours, numbers(detections(other, given)[0]), tolerance, _least)
+                    compared.compare(ours, numbers(detections(other, given)[0]), tolerance, self._cut)
         except Exception as error:  # whatever kernels and a model's own code say of it
             return Difference(float("inf"), reason=f"it raises {said(error)}")
         count = compared.same + compared.other
@@ -91,9 +94,21 @@ class Reference:
         return Difference(worst, compared.box, compared.score, compared.mask, count, reason)
 
 
-def _least(found: Any) -> float:
-    """The lowest score that is kept; one of about that may be missing from the other."""
-    return float(found["scores"].min()) if len(found["scores"]) else 0.0
+def _limits(model: nn.Module) -> tuple[int, float] | None:
+    """How many detections a detector of torchvision's keeps, and above which score; None of another."""
+    limits = ((getattr(m, "detections_per_img", None), getattr(m, "score_thresh", None)) for m in model.modules())
+    known = [(most, float(least)) for most, least in limits if isinstance(most, int) and isinstance(least, int | float)]
+    return known[0] if len(known) == 1 else None
+
+
+def _cut(limits: tuple[int, float] | None, mine: Found, its: Found) -> float:
+    """The score up to which one of ``mine`` may be missing from ``its``: by a rounding it was not among those kept.
+
+    Where limits are not known, what keeps fewer than the other has kept all that it found.
+    """
+    lowest = [float(found["scores"].min()) if len(found["scores"]) else 0.0 for found in (mine, its)]
+    most, least = limits or (len(mine["scores"]), min(lowest))
+    return lowest[1] if len(its["scores"]) >= most else least
 
 
 @contextmanager

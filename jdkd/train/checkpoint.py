@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from jdkd.errors import InputError
-from jdkd.files import write_whole
+from jdkd.files import unwritable, write_whole
 
 CHECKPOINT = "checkpoint.pt"
 FIELDS = {
@@ -25,13 +25,17 @@ LATER = {"auxiliary": dict, "average": dict, "identity": dict}  # which older on
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:
-    """Writes a checkpoint into ``folder``; if that fails, the one that was there is untouched.
+    """Writes a checkpoint into ``folder``, made where it is missing; if that fails, the one there is untouched.
 
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
     buffer = io.BytesIO()  # torch.save hides the reason why a file could not be written
     torch.save(state, buffer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(folder / CHECKPOINT, error) from error
     write_whole(folder / CHECKPOINT, buffer.getbuffer())
 
 

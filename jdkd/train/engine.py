@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jdkd.data import batches
 from jdkd.data.loading import Batch
+from jdkd.detect.backbones import steady_coarsest
 from jdkd.detect.contract import as_scalar
 from jdkd.detect.input_size import require_resizing, require_visible, training_sizes
 from jdkd.errors import InputError
@@ -136,7 +137,7 @@ def fit(
     batch |= own_batches(run.step, config.steps, config.accumulate)
     how: dict[str, Any] = {"flip": config.flip, "workers": config.workers, "device": run.device}
     drawing = torch.random.fork_rng([run.device] if run.on_gpu else [])
-    with mode(run.trained, training=True), drawing, training_sizes(model, config.sizes):
+    with mode(run.trained, training=True), drawing, training_sizes(model, config.sizes), steady_coarsest(model):
         try:
             read = batches(dataset, **batch, **how) if run.step < config.steps else iter(())
             for of_step in zip(*[read] * config.accumulate, strict=True):
@@ -190,8 +191,7 @@ class _Run:
         self.model, self.auxiliary = model, auxiliary
         self.parts = parts or dict
         self.trained = nn.ModuleList([model] if auxiliary is None else [model, auxiliary]).to(device)
-        self.config = config
-        self.device = device
+        self.config, self.device = config, device
         self.on_gpu = device.type == "cuda"
         self.dtype = _autocast_dtype(config.amp, device)
         self.ask = losses or _own_losses(model)

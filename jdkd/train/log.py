@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ BEGINS = b'{"step": '  # as every log does
 class Log:
     """Appends JSON lines to ``file``; for a run that stands at ``step``, it keeps the lines up to there.
 
-    Of a run that begins, the first line makes the file: what is refused before it has left nothing there.
+    Of a run that begins, the first line makes the file, and its folder: what is refused before it has left nothing.
 
     What is not finite, as the gradient of a step that a loss scale was too large for, is null: JSON has no infinity.
 
@@ -25,6 +26,7 @@ class Log:
     def __init__(self, file: Path, step: int) -> None:
         self.file = file
         try:
+            made = [folder for folder in file.parents if not folder.exists()]
             file.parent.mkdir(parents=True, exist_ok=True)
             if not step and file.is_file() and not _begins_as_one(file):
                 raise InputError(f"{file} is not the log of a training and would be lost; give another folder.")
@@ -32,6 +34,9 @@ class Log:
             if not file.exists():
                 file.touch()  # now, if it cannot be written
                 file.unlink()
+                with suppress(OSError):  # somebody else has written there meanwhile
+                    for folder in made:
+                        folder.rmdir()
                 return
         except OSError as error:
             raise unwritable(file, error) from error
@@ -39,6 +44,7 @@ class Log:
 
     def add(self, row: dict[str, Any]) -> None:
         try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a") as stream:
                 stream.write(_line(row))
         except OSError as error:

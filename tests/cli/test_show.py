@@ -34,6 +34,14 @@ def test_detectors_stand_side_by_side_with_the_worst_images_of_the_first_on_top(
         assert forbidden not in page
 
 
+def test_classes_of_other_names_are_told_apart(jdkd, squares, tmp_path):
+    save(tmp_path / "other", detector(small_spec(classes=("left", "right"))))
+    answer = jdkd("show", tmp_path / "other", "--data", squares, "--out", tmp_path / "seen.html", "--images", 1)
+    assert (
+        answer.code == 0 and "other was made for left, right; its label k counts as the k-th of red, blue" in answer.err
+    )
+
+
 def test_with_a_teacher_the_channels_of_both_are_shown(jdkd, trained, squares, tmp_path):
     model = load(trained)
     teacher = detector(small_spec(classes=("red", "blue")), seed=2)

@@ -56,6 +56,17 @@ def test_heads_are_trained_on_other_features_scored_and_carried_on(jdkd, trained
     assert _tree(out) == before
 
 
+def test_heads_of_classes_of_other_names_are_told_apart(jdkd, trained, squares, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(trained, other)
+    text = json.loads((other / "architecture.json").read_text())
+    (other / "architecture.json").write_text(json.dumps({**text, "classes": ["left", "right"]}))
+    run = ("swap", "--features", trained, "--head", other, "--data", squares, "--steps", 0, "--out", tmp_path / "out")
+    answer = jdkd(*run)
+    assert answer.code == 0, answer.err
+    assert "other was made for left, right; its label k counts as the k-th of red, blue" in answer.err
+
+
 def test_all_processes_score_each_its_share(jdkd, pair, tmp_path, monkeypatch):
     """Who scores alone on much data is waited for by the others, until their group gives up."""
     shares = []

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torchvision.models import get_model, mobilenet_v2, regnet_y_400mf, resnet18, swin_t
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from jdkd.detect import FAMILIES, detector, load, load_weights, narrowed, open_model, read, resized, save
-from jdkd.detect.backbones import PYRAMIDS, CoarsestLevels, backbone_names, maps_of
+from jdkd.detect.backbones import PYRAMIDS, CoarsestLevels, backbone_names, maps_of, steady_coarsest
 from jdkd.errors import InputError
 from jdkd.rewrite import Architecture, build
 
@@ -155,14 +156,15 @@ def test_anchors_and_regions_suit_small_images():
     assert open_model("ssdlite320_mobilenet_v3_large", min_size=128).transform.fixed_size == (128, 128)
 
 
-def test_the_coarsest_levels_of_small_images_have_the_gradient_that_they_have_in_single_precision():
+@pytest.mark.parametrize("kind", [CoarsestLevels, LastLevelP6P7])
+def test_the_coarsest_levels_of_small_images_have_the_gradient_that_they_have_in_single_precision(kind):
     """In bfloat16 oneDNN would leave a part of it as it lay in memory, where P6 is one position wide."""
-    coarsest = CoarsestLevels(64, 64)
+    coarsest = kind(64, 64)
     p5 = torch.randn(4, 64, 4, 2)
 
     def gradient(amp: bool) -> Tensor:
         coarsest.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp), steady_coarsest(coarsest):
             levels, names = coarsest([p5.bfloat16() if amp else p5], [p5], ["2"])
         assert names == ["2", "p6", "p7"] and {level.dtype for level in levels} == {levels[0].dtype}
         sum(level.float().square().sum() for level in levels).backward()

@@ -31,9 +31,9 @@ def agree(model, file, tolerance=TOLERANCES["fp32"]):
     assert len(together) == len(images)
     with torch.no_grad():
         eager = model([image.float() / 255 for image in images])  # padded as together, not as alone
-    counted = Parity()
+    counted, least = Parity(), file.facts["score_threshold"]
     for ours, theirs in zip(map(numbers, eager), together, strict=True):
-        counted.compare(ours, theirs, tolerance, lambda of: max(of["scores"].min(), file.facts["score_threshold"]))
+        counted.compare(ours, theirs, tolerance, lambda mine, its: max(its["scores"].min(), least))
     assert counted.complaint(tolerance) is None and counted.same >= 20, counted.sentence()
 
 

@@ -35,7 +35,7 @@ ONE, TWO = (0, 0, 40, 40, 1, 0.9), (50, 50, 90, 90, 2, 0.8)
 )
 def test_detections_are_matched_by_class_place_and_score(theirs, same, other):
     counted = Parity()
-    parts = counted.compare(found(ONE, TWO), found(*theirs), FINE, lambda of: 0.3)
+    parts = counted.compare(found(ONE, TWO), found(*theirs), FINE, lambda mine, its: 0.3)
     assert (counted.same, counted.other, parts) == (same, other, other > 0)
 
 
@@ -45,8 +45,8 @@ def test_masks_count():
     ours["masks"][0, :40, :40] = 1
     theirs["masks"] = np.roll(ours["masks"], 2, axis=1)
     counted = Parity()
-    assert counted.compare(ours, theirs, FINE, lambda of: 0.3)
-    assert not counted.compare(ours, ours, FINE, lambda of: 0.3)
+    assert counted.compare(ours, theirs, FINE, lambda mine, its: 0.3)
+    assert not counted.compare(ours, ours, FINE, lambda mine, its: 0.3)
 
 
 def test_what_is_too_far_apart_is_said():

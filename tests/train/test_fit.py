@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from jdkd.errors import InputError
 from jdkd.train import DivergenceError, TrainConfig, evaluate, fit
@@ -161,6 +162,20 @@ def test_losses_are_computed_under_autocast_and_the_rest_is_not(scenes):
     assert dtypes == [torch.bfloat16, torch.bfloat16] and outside == [False, False]
     fit(model, scenes, TrainConfig(steps=1, batch_size=1, amp="auto"), **CPU, losses=losses)
     assert dtypes[2:] == [torch.float32, torch.float32]
+
+
+def test_torchvisions_own_coarsest_levels_train_outside_of_autocast(scenes):
+    """As those of our families do: a RetinaNet of torchvision's in bfloat16, at 64 pixels on a CPU."""
+    model, dtypes = Toy(), []
+    model.coarsest = LastLevelP6P7(2, 2)
+    model.coarsest.p7.register_forward_pre_hook(lambda _, given: dtypes.append(given[0].dtype))
+
+    def losses(images, targets, step):
+        levels, _ = model.coarsest([torch.ones(1, 2, 4, 2)], [torch.ones(1, 2, 4, 2)], ["2"])
+        yield {"loss": levels[-1].sum() + 0 * model.weight.sum()}
+
+    fit(model, scenes, TrainConfig(steps=1, batch_size=1, amp="bf16"), **CPU, losses=losses)
+    assert dtypes == [torch.float32] and type(model.coarsest) is LastLevelP6P7
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])

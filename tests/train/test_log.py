@@ -32,3 +32,10 @@ def test_a_line_whose_end_a_full_disk_cut_off_stays_a_line(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}')
     Log(file, 2).add({"step": 3})
     assert [row["step"] for row in rows(file)] == [1, 2, 3]
+
+
+def test_a_run_without_a_first_line_leaves_no_folder(tmp_path):
+    log = Log(tmp_path / "run" / "teacher" / "log.jsonl", 0)
+    assert not [*tmp_path.iterdir()]
+    log.add({"step": 1})
+    assert rows(log.file) == [{"step": 1}]
