@@ -12,6 +12,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from jdkd.data import batches
 from jdkd.detect import load, save
 from jdkd.detect.contract import architecture_of
 from jdkd.detect.regions import region_count
@@ -77,6 +78,18 @@ def test_the_similarity_is_the_mean_r_of_every_level_with_the_parents(parent, st
     kept = inherit(parent.model, parent.topology, made.rewrites, context).kept
     levels = correlations(made.student, context.base, context.probe(), channels=kept, own_size=True).values()
     assert made.similarity == pytest.approx(1 - sum(levels) / len(levels), abs=1e-5)
+
+
+def test_the_probe_is_read_once_and_nobody_changes_it_for_others(context, monkeypatch):
+    here, config = replace(context), context.config
+    asked = [*batches(here.train, batch_size=config.batch_size, steps=3, seed=config.seed, device=config.device)]
+    for images, targets in here.probe():
+        for tensor in (*images, *(target["boxes"] for target in targets)):
+            tensor.fill_(7)
+    monkeypatch.setattr("jdkd.search.context.batches", None)
+    for (images, targets), (ours, theirs) in zip(asked, here.probe(), strict=True):
+        assert all(map(torch.equal, images, ours))
+        assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(targets, theirs, strict=True))
 
 
 def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(parent, steady):
