@@ -204,6 +204,11 @@ class _Costs:
         self._fixed, self._sizes, self._rates = fixed, sizes, rates
         self._touched, self._inside = touched, inside
         self._each = self._of(sizes, rates)  # [weights]
+        self._saved = defaultdict[str, dict[int, float]](dict)  # by group and units, by block and 0; as it is by now
+        self._savers: list[set[str]] = [set() for _ in sizes]  # by weight, the groups and blocks that save some of it
+        for name, lines in (*((group, lines) for group, (lines, _) in touched.items()), *inside.items()):
+            for line in lines.tolist():
+                self._savers[line].add(name)
 
     @classmethod
     def of(cls, model: nn.Module, topology: Topology, table: LatencyTable, around: Rewrite) -> _Costs:
@@ -245,19 +250,33 @@ class _Costs:
         """What it saves to cut so many units of a group."""
         if group not in self._touched:
             return 0.0
-        lines, sizes = self._after(group, units)
-        return float(self._each[lines].sum() - self._of(sizes, self._rates[lines]).sum())
+        known = self._saved[group]
+        if units not in known:
+            lines, sizes = self._after(group, units)
+            known[units] = float(self._each[lines].sum() - self._of(sizes, self._rates[lines]).sum())
+        return known[units]
 
     def cut(self, group: str, units: int) -> None:
         lines, sizes = self._after(group, units)
         self._sizes[lines], self._each[lines] = sizes, self._of(sizes, self._rates[lines])
+        self._changed(lines)
 
     def saved_without(self, block: str) -> float:
         """What it saves to remove a block."""
-        return float(self._each[self._inside[block]].sum())
+        known = self._saved[block]
+        if 0 not in known:
+            known[0] = float(self._each[self._inside[block]].sum())
+        return known[0]
 
     def remove(self, block: str) -> None:
         self._rates[self._inside[block]] = self._each[self._inside[block]] = 0.0
+        self._changed(self._inside[block])
+
+    def _changed(self, lines: np.ndarray) -> None:
+        """Forgets what was saved by whoever saves something of these weights."""
+        for line in lines.tolist():
+            for name in self._savers[line]:
+                self._saved.pop(name, None)
 
     def _after(self, group: str, units: int) -> tuple[np.ndarray, np.ndarray]:
         lines, repeats = self._touched[group]

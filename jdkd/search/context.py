@@ -113,17 +113,24 @@ class SearchContext:
         if self.config.minutes is not None:
             write_json(self.config.out / BUDGET, {"minutes": self.config.minutes, "steps": self.steps})
 
-    def probe(self, count: int = PROBE_BATCHES) -> Iterator[Any]:
-        """A few training batches, always the same."""
-        config = self.config
-        how = {"batch_size": config.batch_size, "seed": config.seed, "device": config.device}
-        return batches(self.train, steps=count, **how)
+    def probe(self) -> Iterator[Any]:
+        """A few training batches, always the same: copies, as they are read once for all who look at them."""
+        return map(copy.deepcopy, self._probe)
+
+    @cached_property
+    def _probe(self) -> list[Any]:
+        return [*self._batches()]
 
     @property
     def weighing(self) -> Iterator[Any]:
         """Training batches, always the same, that importance is read off."""
         share = int(WEIGHING_SHARE * self.steps)
-        return self.probe(max(PROBE_BATCHES, min(WEIGHING_BATCHES, share)))
+        return self._batches(max(PROBE_BATCHES, min(WEIGHING_BATCHES, share)))
+
+    def _batches(self, count: int = PROBE_BATCHES) -> Iterator[Any]:
+        config = self.config
+        how = {"batch_size": config.batch_size, "seed": config.seed, "device": config.device}
+        return batches(self.train, steps=count, **how)
 
     def calibrated(self, model: nn.Module) -> nn.Module:
         """The model with recalibrated batch norms, in evaluation mode on the device."""

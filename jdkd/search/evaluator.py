@@ -76,6 +76,7 @@ class Evaluator:
 
     def __init__(self, context: SearchContext, pool: TeacherPool | None) -> None:
         self.context, self.pool = context, pool
+        self._taught_by: tuple[TeacherPool | None, Teacher, nn.Module] | None = None  # the last teacher, deployed
 
     def __call__(self, job: Json) -> Json:
         """Makes a candidate, or carries on one that was interrupted.
@@ -133,10 +134,16 @@ class Evaluator:
         return inherit(before, context.read(before), proposal.rewrites, context).model
 
     def _teacher(self, teacher: Teacher | None) -> nn.Module | None:
-        """A teacher as it would be deployed: without norms of its own it takes less time."""
+        """A teacher as it would be deployed: without norms of its own it takes less time.
+
+        The last one is kept: the next candidate mostly has the same, and a pool's teachers stay as they are.
+        """
         if teacher is None or teacher == BASE:
             return self.context.deployed_base if teacher else None
-        return fuse_for_inference(self.pool.teacher(teacher))
+        if self._taught_by is None or self._taught_by[0] is not self.pool or self._taught_by[1] != teacher:
+            self._taught_by = None  # before there is another
+            self._taught_by = self.pool, teacher, fuse_for_inference(self.pool.teacher(teacher))
+        return self._taught_by[2]
 
     @contextmanager
     def _taught(self, student: nn.Module, teacher: nn.Module | None) -> Iterator[dict[str, Any]]:

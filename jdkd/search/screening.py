@@ -210,7 +210,7 @@ class Parent:
     def _ratio(self, screened: Screened, stage: str) -> float:
         own = screened.architecture_id
         timing = self.context.timed({own: screened.student}, stage, kept=self.table.kept)[own]
-        return self.table.with_nms(pooled([timing]).ratio.value, regions_of(screened.student))
+        return self.table.with_nms(pooled([timing]).value, regions_of(screened.student))
 
     def _with(self, grown: Morph) -> tuple[nn.Module, Topology, dict[str, Tensor]]:
         """It with more blocks, or with some moved, what is coupled to what in that, and how much its parts matter.

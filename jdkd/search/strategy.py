@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from jdkd.errors import InputError
 from jdkd.latency.table import Features, LatencyTable
 from jdkd.notices import say_once
 from jdkd.pool.members import Teacher
+from jdkd.rewrite.channels import duplicate
 from jdkd.search.archive import Archive, Candidate
 from jdkd.search.budget import Plan, Rung
 from jdkd.search.choice import contenders, fitness, pareto_front
@@ -58,11 +61,9 @@ class Strategy:
         torch.manual_seed(rng.getrandbits(63))  # fresh weights of what is added
         made = self._explored(rung, archive, rng) if rung.explores else self._trained_on(rung, archive, rng)
         first = len(archive)
-        config = self.context.config
-        kept = rung.explores and config.workers < 2 and config.ray is None  # each of another, and trained here
-        self.context.children = {
-            first + k: one.student for k, (_, _, one, *_) in enumerate(made) if kept and one.rewrites
-        }
+        self.context.children = self._children(made, first)
+        for _, _, screened, *_ in made:
+            self._features[screened.architecture_id] = self.table.features(screened.student)
         to_come = sum(later.steps for later in self.plan.rungs[generation - 1 :])  # all end with their cycle
         return [
             Proposal(
@@ -79,6 +80,21 @@ class Strategy:
             )
             for place, (parent, kind, screened, teacher, target) in enumerate(made)
         ]
+
+    def _children(self, made: Sequence[Made], first: int) -> dict[int, nn.Module]:
+        """The students that are to be trained in this process, by their numbers; one that is trained twice is copied.
+
+        Those without a rewrite are their parents, which lie on disk.
+        """
+        config, seen, children = self.context.config, set[int](), dict[int, nn.Module]()
+        if config.workers > 1 or config.ray is not None:
+            return children
+        for number, (_, _, screened, *_) in enumerate(made, start=first):
+            if screened.rewrites:
+                again = id(screened.student) in seen
+                children[number] = duplicate(screened.student) if again else screened.student
+                seen.add(id(screened.student))
+        return children
 
     def _cycle(self, rung: Rung, parent: Candidate, to_come: int) -> Cycle:
         """The learning rate of a candidate's steps: high while students compete, a cycle for each that goes on alone.
@@ -142,11 +158,14 @@ class Strategy:
         the best of all is tried even where none seems ahead: a student that was chosen for its score seems better than
         it is.
         """
-        made, table = [], self._table(archive)
+        made, table, parents = [], self._table(archive), dict[tuple[int, float], Parent]()
         tried = rung.alone and not rung.trial and self.context.config.method.teaching == "dynamic"
         for target in rung.aims:
             for parent in self._finalists(archive, target, 1 if rung.alone else rung.candidates):
-                cut = trimmed(Parent(parent, table, self.context), target)
+                own = parent.number, parent.latency_ratio
+                if own not in parents:  # targets may share a finalist
+                    parents[own] = Parent(parent, table, self.context)
+                cut = trimmed(parents[own], target)
                 teacher = parent.teacher if tried else self.matching.of(cut.student, parent, rng, anyone=rung.trial)
                 for who in dict.fromkeys((teacher, None) if rung.trial else (teacher,)):
                     made.append((parent, _kind(parent, cut, who), cut, who, target))

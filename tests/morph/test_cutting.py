@@ -15,7 +15,7 @@ from jdkd.errors import InputError
 from jdkd.latency import LatencyTable
 from jdkd.latency.layers import positions
 from jdkd.morph import channel_importance, cut_to, repair
-from jdkd.morph.cutting import FLOOR
+from jdkd.morph.cutting import FLOOR, _Costs
 from jdkd.rewrite import Rewrite, prune
 from tests.detectors import detector, small_spec
 from tests.morph.small import SIZE, parent, picture
@@ -125,6 +125,21 @@ def test_a_block_leaves_where_it_loses_less_than_channels_for_what_it_saves(mode
     assert 0.35 >= table.predict(child) == pytest.approx(table.predict(model, topology, both.rewrite), rel=1e-6)
     gone = [path for each in topology.block_lists for path in each.blocks]
     assert not any(name.startswith(f"{path}.") for name in both.rewrite.keep for path in gone)
+
+
+def test_what_is_remembered_of_savings_is_what_they_would_be_anew(model, topology, table, monkeypatch):
+    blocks = [path for blocks in topology.block_lists for path in blocks.blocks]
+    importance = even(topology) | {path: torch.tensor([1.0]) for path in blocks}
+
+    def cuts():
+        how = {"temperature": 1.0, "floor": 0.1}
+        return [cut_to(model, topology, table, 0.4, importance, **how, rng=random.Random(seed)) for seed in range(4)]
+
+    remembered = cuts()
+    for name in ("saved", "saved_without"):
+        own = getattr(_Costs, name)
+        monkeypatch.setattr(_Costs, name, lambda costs, *of, own=own: costs._saved.clear() or own(costs, *of))
+    assert remembered == cuts() and any(cut.rewrite.blocks for cut in remembered)
 
 
 def test_no_list_loses_more_than_the_floor_leaves_but_one_block_may_always_go():

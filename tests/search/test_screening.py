@@ -12,6 +12,8 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from jdkd.data import batches
+from jdkd.detect import load, save
 from jdkd.detect.contract import architecture_of
 from jdkd.detect.regions import region_count
 from jdkd.distill import correlations
@@ -20,6 +22,7 @@ from jdkd.morph import add_block, grow
 from jdkd.notices import Notice
 from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
+from jdkd.search.budget import Rung
 from jdkd.search.evaluator import Evaluator
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.loop import _table
@@ -75,6 +78,18 @@ def test_the_similarity_is_the_mean_r_of_every_level_with_the_parents(parent, st
     kept = inherit(parent.model, parent.topology, made.rewrites, context).kept
     levels = correlations(made.student, context.base, context.probe(), channels=kept, own_size=True).values()
     assert made.similarity == pytest.approx(1 - sum(levels) / len(levels), abs=1e-5)
+
+
+def test_the_probe_is_read_once_and_nobody_changes_it_for_others(context, monkeypatch):
+    here, config = replace(context), context.config
+    asked = [*batches(here.train, batch_size=config.batch_size, steps=3, seed=config.seed, device=config.device)]
+    for images, targets in here.probe():
+        for tensor in (*images, *(target["boxes"] for target in targets)):
+            tensor.fill_(7)
+    monkeypatch.setattr("jdkd.search.context.batches", None)
+    for (images, targets), (ours, theirs) in zip(asked, here.probe(), strict=True):
+        assert all(map(torch.equal, images, ours))
+        assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(targets, theirs, strict=True))
 
 
 def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(parent, steady):
@@ -329,6 +344,49 @@ def test_a_child_that_was_made_while_it_was_proposed_is_the_one_that_is_made_aga
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in kept.parameters()]
     asked(1, workers=2)
     assert not asked.context.children, "other processes make them"
+
+
+def test_a_student_that_is_tried_twice_is_made_once_and_trained_from_a_copy(asked, finished, monkeypatch):
+    with closing(Archive(finished[0] / ARCHIVE)) as archive:
+        before = sum(one.generation <= 2 for one in archive.candidates)
+    cut = lambda parent, target: parent.make(Recipe(), 0.9 * parent.table.predict(parent.model))  # noqa: E731
+    monkeypatch.setattr(strategy, "trimmed", cut)
+    proposals = asked(before)[1]
+    context = asked.context
+    evaluating, folder = Evaluator(context, None), context.folder(int(proposals[0].parent[:3]))
+    assert [proposal.teacher for proposal in proposals] == ["base", None] and all(p.rewrites for p in proposals)
+    taught, untaught = (evaluating._child(proposal, folder) for proposal in proposals)
+    again = evaluating._child(proposals[0], folder)
+    assert taught is not untaught and not context.children and again not in (taught, untaught)
+    held = [{tensor.data_ptr() for tensor in child.parameters()} for child in (taught, untaught, again)]
+    assert held[0].isdisjoint(held[1])
+    for child in (untaught, again):
+        assert child.architecture == taught.architecture and child.training is taught.training
+        assert all(torch.equal(child.state_dict()[name], tensor) for name, tensor in taught.state_dict().items())
+
+
+def test_targets_that_share_a_finalist_share_what_is_known_of_it(parent, context, steady, monkeypatch):
+    weighed, own, rung = [], screening.channel_importance, Rung((0.85, 0.75), False, 1, 10, trial=True)
+    monkeypatch.setattr(screening, "channel_importance", lambda *given: weighed.append(given[0]) or own(*given))
+    monkeypatch.setattr(Strategy, "_finalists", lambda *given: [parent.candidate])
+    asking = Strategy(context, plan(context.config, 32), Matching(context, None, 0.4), parent.table)
+
+    def made(*aims):
+        archive = SimpleNamespace(scored=[parent.candidate])
+        return asking._trained_on(replace(rung, aims=aims), archive, random.Random(0))
+
+    together = [(one.rewrites, one.predicted) for _, _, one, *_ in made(0.85, 0.75)]
+    assert len(weighed) == 1 and len({repr(rewrites) for rewrites, _ in together}) == 2
+    assert together == [(one.rewrites, one.predicted) for aim in rung.aims for _, _, one, *_ in made(aim)]
+    assert len(weighed) == 3
+
+
+def test_what_a_latency_is_predicted_from_is_the_same_of_a_child_and_of_its_folder(parent, steady, tmp_path):
+    for number in range(6):
+        child = parent.make(parent.draw(EVERYTHING, random.Random(number)), 0.8).student
+        save(tmp_path, child)
+        made, read = (parent.table.features(detector) for detector in (child, load(tmp_path)))
+        assert [*made.items()] == [*read.items()], "in one order too, as they are added up"
 
 
 def test_where_nothing_can_be_cut_any_more_the_search_goes_on_with_what_it_has(asked, monkeypatch):
