@@ -9,14 +9,13 @@ from PIL import Image
 from benchmarks import latency, record
 from benchmarks.ladder import NEAR, Ladder, fresh
 from jdkd.data import write_digit_scenes
-from jdkd.detect import Stage
 from jdkd.errors import InputError
 from jdkd.latency import profile_cost
-from tests.detectors import detector, small_spec
+from tests.detectors import Stage, detector, small_spec
 
 SIZE = (64, 64)
 QUICKEST = {"rounds": 1, "seconds": 0, "warmup_seconds": 0}
-WORDS = ["--spec", "base", "--size", "64", "64", "--rungs", "0.7", "0.4", "--device", "cpu"]
+WORDS = ["--model", "base", "--size", "64", "64", "--rungs", "0.7", "0.4", "--device", "cpu"]
 WORDS += ["--rounds", "1", "--seconds", "0", "--warmup-seconds", "0"]
 
 
