@@ -45,7 +45,7 @@ TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 @dataclass(frozen=True)
 class Network:
-    """A backbone of torchvision under a pyramid of 256 channels.
+    """A backbone of torchvision under a pyramid, which has 256 channels.
 
     Args:
         backbone: its name.
@@ -61,11 +61,12 @@ class Features(nn.Module):
 
     Args:
         backbone: by its name.
+        channels: of the pyramid.
     """
 
-    def __init__(self, backbone: str) -> None:
+    def __init__(self, backbone: str, channels: int) -> None:
         super().__init__()
-        self.backbone = Pyramid(maps_of(backbone), "P2-P6", 256)
+        self.backbone = Pyramid(maps_of(backbone), "P2-P6", channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:  # [N, 3, H, W] -> P2 to P6
         return [*self.backbone(images).values()]
@@ -96,19 +97,23 @@ SLICED = {nn.Conv2d: SlicedConv2d, nn.BatchNorm2d: SlicedBatchNorm2d}
 
 def features(network: Network) -> nn.Module:
     """The network, with fresh weights."""
-    model = Features(network.backbone)
+    model = Features(network.backbone, max(8, 8 * round(32 * network.width)))
     if network.width == 1:
         return model
-    topology = topology_of(Network(network.backbone))
-    keep = {group.name: range(group.shrunk(network.width)) for group in topology.groups}
-    return Rewrite(keep=keep).apply(model, topology)
+    topology = coupled(model)
+    body = [group for group in topology.groups if group.name.startswith("backbone.body.")]
+    return Rewrite(keep={group.name: range(group.shrunk(network.width)) for group in body}).apply(model, topology)
 
 
 @functools.cache
 def topology_of(network: Network) -> Topology:
     """What is coupled to what in a network."""
+    return coupled(features(network))
+
+
+def coupled(model: nn.Module) -> Topology:
     with torch.device("cpu"):
-        return trace(features(network), torch.rand(1, 3, 64, 64))
+        return trace(model, torch.rand(1, 3, 64, 64))
 
 
 @functools.cache
