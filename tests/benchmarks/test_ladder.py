@@ -52,6 +52,11 @@ def test_a_base_has_the_same_weights_every_time():
     assert first.transform.min_size == (96,) and not first.training
 
 
+def test_names_of_committed_rows_are_those_of_detectors():
+    made = fresh("faster_rcnn_r18_fpn", SIZE).architecture.arguments
+    assert (made["family"], made["backbone"], made["min_size"], made["norm"]) == ("fasterrcnn", "resnet18", 64, None)
+
+
 def test_what_cannot_be_a_ladder_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"--rungs has 1\.2; give shares of the base's arithmetic between 0 and 1"):
         Ladder("base", base(), SIZE, [0.5, 1.2])
