@@ -1,6 +1,6 @@
-"""Every convolution of the project's detectors, with the size of the image that it meets.
+"""Every convolution of Faster R-CNNs over ResNets, with the size of the image that it meets.
 
-The shapes come of the specs themselves: a detector is built without memory, features and region proposals run over one
+The shapes come of the detectors themselves: one is built without memory, features and region proposals run over one
 800x1344 image, to which 800x1333 is padded, and every convolution that is called is noted. A side of a layer is elastic
 if :func:`jdkd.detect.read` has it in a group; the image's three channels and the predictions are in none.
 P7, which one-stage detectors have and these do not, is there with the 3x3 convolution of a head.
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect import build, named_spec, read
+from jdkd.detect import detector, read
 
-DETECTORS = ("faster_rcnn_r50_fpn", "faster_rcnn_r101_fpn")
+BACKBONES = ("resnet50", "resnet101")
 P6, P7 = "P6 rpn 3x3 256->256", "P7 head 3x3 256->256"
 IMAGE = (800, 1344)
 
@@ -79,16 +79,16 @@ class LayerCall:
 
 
 @functools.cache
-def calls(detector: str) -> tuple[LayerCall, ...]:
+def calls(name: str) -> tuple[LayerCall, ...]:
     """Every call of a convolution by backbone, pyramid and region proposals for one image, in order.
 
     Args:
-        detector: a named spec.
+        name: of the backbone, in torchvision.
     """
-    spec, found = named_spec(detector, classes=["object"]), []
+    make, found = functools.partial(detector, "fasterrcnn", name, 1), []
     with torch.device("meta"):
-        model, image = build(spec), torch.empty(1, 3, *IMAGE)
-    sides = {(slot.tensor, slot.dim) for group in read(build(spec)).groups for slot in group.slots}
+        model, image = make(), torch.empty(1, 3, *IMAGE)
+    sides = {(slot.tensor, slot.dim) for group in read(make()).groups for slot in group.slots}
 
     def note(conv: nn.Conv2d, given: Sequence[Tensor], output: Tensor, module: str) -> None:
         elastic = ((f"{module}.weight", 1) in sides, (f"{module}.weight", 0) in sides)
@@ -104,20 +104,20 @@ def calls(detector: str) -> tuple[LayerCall, ...]:
     return tuple(found)
 
 
-def backbone(detector: str) -> tuple[ConvShape, ...]:
-    """The convolutions of a detector's backbone without the pyramid, in order."""
-    return tuple(call.shape for call in calls(detector) if call.module.startswith("backbone.body."))
+def backbone(name: str) -> tuple[ConvShape, ...]:
+    """The convolutions of a backbone without the pyramid, in order."""
+    return tuple(call.shape for call in calls(name) if call.module.startswith("backbone.body."))
 
 
 @functools.cache
 def distinct() -> dict[str, ConvShape]:
-    """Every distinct shape of all :data:`DETECTORS`, by the label of its first call, and that of P7.
+    """Every distinct shape over all :data:`BACKBONES`, by the label of its first call, and that of P7.
 
     R101-FPN repeats layers of R50-FPN and adds no shape; the region proposals share the pyramid's 3x3 up to P5.
     """
     first: dict[ConvShape, str] = {}
-    for detector in DETECTORS:
-        for call in calls(detector):
+    for name in BACKBONES:
+        for call in calls(name):
             first.setdefault(call.shape, call.label)
     found = {label: shape for shape, label in first.items()}
     height, width = found[P6].size

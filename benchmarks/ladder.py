@@ -20,22 +20,25 @@ RUNGS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # shares of the base's multiply-acc
 CLOSE, NEAR = 0.005, 0.02  # of the base's, within which a student is to be and has to be of its rung
 FINEST = 1000  # shares of the channels that are tried, between none and all
 CLASSES = 80
+# What rows call the detectors that were built of another module before.
+NAMES = {f"faster_rcnn_r{depth}_fpn": f"fasterrcnn:resnet{depth}" for depth in (18, 50, 101)}
 
 
 def fresh(name: str, size: tuple[int, int]) -> nn.Module:
     """A detector with random weights, the same ones every time.
 
     Args:
-        name: of :func:`jdkd.detect.open_model`, of what is built and not loaded.
+        name: of :func:`jdkd.detect.open_model`, of what is built and not loaded, or of :data:`NAMES`.
         size: height and width in pixels; the detector resizes its images to these.
 
     Raises:
         InputError: there is no such detector, or it has weights of its own.
     """
-    if has_own_weights(name):
-        raise InputError(f"--spec {name} may have trained weights, and a ladder has random ones; give --detectors.")
+    source = NAMES.get(name, name)
+    if has_own_weights(source):
+        raise InputError(f"--model {name} may have trained weights, and a ladder has random ones; give --detectors.")
     torch.manual_seed(0)
-    return open_model(name, classes=CLASSES, min_size=min(size), max_size=max(size))
+    return open_model(source, classes=CLASSES, min_size=min(size), max_size=max(size))
 
 
 class Ladder(Mapping[str, nn.Module]):

@@ -1,7 +1,7 @@
 """Latency of a base detector against smaller ones, by the protocol of `jdkd.latency`.
 
     python -m benchmarks.latency                                  R101-FPN at 800x1333 and students cut from it
-    python -m benchmarks.latency --spec retinanet_resnet50_fpn --size 400 667 --runtimes eager onnxruntime
+    python -m benchmarks.latency --model retinanet_resnet50_fpn --size 400 667 --runtimes eager onnxruntime
     python -m benchmarks.latency --detectors runs/base runs/demo/student --images val/*.jpg --runtimes eager onnxruntime
 
 The base and some students take turns, in one runtime and mode after the other (what is compiled or exported first runs
@@ -282,7 +282,7 @@ HEADING = f"{'model':40} {'runtime and mode':24} {'p50':>8} {'p90':>8} {'p99':>8
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--spec", default="faster_rcnn_r101_fpn", help="to cut: a named spec or one of torchvision's")
+    parser.add_argument("--model", default="faster_rcnn_r101_fpn", help="to cut: as jdkd train --model has it")
     parser.add_argument("--rungs", type=float, nargs="+", default=RUNGS, help="shares of its arithmetic to cut it to")
     parser.add_argument("--detectors", type=Path, nargs="+", help="folders of trained detectors, the base first")
     parser.add_argument("--images", type=Path, nargs="+", default=[], help="image files to look at, instead of noise")
@@ -316,8 +316,8 @@ def main(words: list[str] | None = None) -> None:
     if options.detectors:
         models, done, together = trained(options.detectors), None, 1
     else:
-        base = fresh(options.spec, size).to(options.device)
-        models, together = Ladder(options.spec, base, size, options.rungs), len(options.rungs)
+        base = fresh(options.model, size).to(options.device)
+        models, together = Ladder(options.model, base, size, options.rungs), len(options.rungs)
         done = kept_in(out, size, options.device, images or noise(size))
     score = None if options.data is None else scoring(options.data, models, options.device)
     left = turns(models, grid, together if options.together is None else options.together, done)

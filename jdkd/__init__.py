@@ -1,7 +1,7 @@
 """Knowledge distillation, pruning and architecture search of object detectors, with fast kernels.
 
 ``import jdkd`` needs only torch. Its packages are imported when they are first named:
-``jdkd.functional.pkd_loss``, ``jdkd.nn.PKDLoss``, ``jdkd.detect.build`` and so on.
+``jdkd.functional.pkd_loss``, ``jdkd.nn.PKDLoss``, ``jdkd.detect.detector`` and so on.
 """
 
 import importlib

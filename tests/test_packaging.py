@@ -304,7 +304,7 @@ def test_both_wheels_work_in_an_empty_environment(checkout, wheel, tmp_path):
     inside("-m", "jdkd", "data", "digits", data, "--train", 4, "--val", 2, "--size", 64)
     small = ("--width", 0.25, "--fpn", 64, "--box-head", 32, "--min-size", 64, "--max-size", 64)
     inside(
-        "-m", "jdkd", "train", "--spec", "faster_rcnn_r18_fpn", "--data", data, "--out", "base", *small, "--steps", 2
+        "-m", "jdkd", "train", "--model", "fasterrcnn:resnet18", "--data", data, "--out", "base", *small, "--steps", 2
     )
     inside("-m", "jdkd", "export", "base", "--data", data, "--out", "base.onnx")
     inside("-m", "jdkd", "predict", "base.onnx", data / "val2017", "--out", "seen")

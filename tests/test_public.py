@@ -16,10 +16,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = {
     "data": "CocoDetectionDataset Split batches in_order read_image resolve_split resolve_splits write_digit_scenes",
     "detect": (
-        "DetectorSpec FAMILIES LoadReport NAMED_SPECS Stage adapt_classes adopt build detector faster_rcnn "
-        "fix_roi_scales frozen_like import_detector load load_weights named_spec narrowed open_model "
-        "parameter_count read remake_predictors resized round_width save swap_features swapped weights_file "
-        "with_frozen_norms with_norms"
+        "FAMILIES LoadReport adapt_classes adopt detector fix_roi_scales frozen_like import_detector load "
+        "load_weights narrowed open_model parameter_count read remake_predictors resized save swap_features swapped "
+        "weights_file with_frozen_norms with_norms"
     ),
     "distill": (
         "DistillConfig DistillationHandle Distilled Distiller FeatureDistiller HeadDistiller Normalisation attach "

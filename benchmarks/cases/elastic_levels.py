@@ -40,7 +40,7 @@ class Inputs:
 
 def head() -> list[ConvShape]:
     """The hidden layer of the region proposals, as each level meets it, and as P7 would."""
-    found = [call.shape for call in calls("faster_rcnn_r50_fpn") if call.module.startswith("rpn.head.conv.")]
+    found = [call.shape for call in calls("resnet50") if call.module.startswith("rpn.head.conv.")]
     return [*found, distinct()[P7]]
 
 

@@ -27,8 +27,8 @@ from jdkd.ops.pack import Part, pack, packed_weights, unpack_add_
 from jdkd.reference import pack as reference
 
 NAME = "pack"
-# A detector whose backbone it is, and how many of its convolutions; all of ResNet-101 but the last block are 37.9 M.
-NETWORKS = {"ResNet-50": ("faster_rcnn_r50_fpn", 53), "37.9M of ResNet-101": ("faster_rcnn_r101_fpn", 101)}
+# A backbone, and how many of its convolutions; all of ResNet-101 but the last block are 37.9 M.
+NETWORKS = {"ResNet-50": ("resnet50", 53), "37.9M of ResNet-101": ("resnet101", 101)}
 LAYOUTS = {"channels-last": torch.channels_last, "NCHW": torch.contiguous_format}
 
 
@@ -67,8 +67,8 @@ def case(
 ) -> Case:
     """All layers of a network of :data:`NETWORKS` at one width; ``listed`` takes every other channel instead of the
     leading ones."""
-    detector, count = NETWORKS[network]
-    layers = backbone(detector)[:count]
+    name, count = NETWORKS[network]
+    layers = backbone(name)[:count]
     shapes = [(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel) for layer in layers]
     parts = []
     for layer, (rows, columns, *_) in zip(layers, shapes, strict=True):

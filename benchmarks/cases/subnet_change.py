@@ -27,18 +27,18 @@ from benchmarks.cases.supernet_step import (
     R18,
     SMALL,
     TOLERANCES,
-    Features,
     Inputs,
     Net,
+    Network,
     elastic,
     packed,
     sliced,
     topology_of,
+    weights_of,
 )  # fmt: skip
 from benchmarks.graphs import Graphs
 from benchmarks.harness import Case
 from jdkd._backend import use_backend
-from jdkd.detect import DetectorSpec, named_spec
 from jdkd.experimental import compile_elastic
 from jdkd.nn import Subnet, set_subnet
 
@@ -55,28 +55,28 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
 
 
 def case(
-    detector: str, size: tuple[int, int], dtype: torch.dtype, device: str, images: int = 2, width: float = 1.0
+    backbone: str, size: tuple[int, int], dtype: torch.dtype, device: str, images: int = 2, width: float = 1.0
 ) -> Case:
     """One network.
 
     Args:
-        detector: a named spec.
+        backbone: of torchvision.
         size: of the images, in pixels.
         dtype: float32, or what autocast computes in.
         device: ``cpu`` or ``cuda``.
         images: the batch.
-        width: of the detector, over the published one.
+        width: of the network, over the published one.
     """
-    spec, graphs = named_spec(detector, classes=["object"], width=width), Graphs()
+    network, graphs = Network(backbone, width), Graphs()
 
     @functools.cache  # compiled once, however many sets of inputs are drawn
     def nets() -> dict[str, Net]:
-        found = {"slice_contiguous": sliced(spec, device), "jdkd": elastic(spec, device)}
-        found["jdkd packed"] = packed(spec, device, "autograd")
-        found["jdkd torch.compile"] = elastic(spec, device)
+        found = {"slice_contiguous": sliced(network, device), "jdkd": elastic(network, device)}
+        found["jdkd packed"] = packed(network, device, "autograd")
+        found["jdkd torch.compile"] = elastic(network, device)
         compile_elastic(found["jdkd torch.compile"].model, backend=graphs)
         if device == "cuda":
-            found["jdkd triton"] = elastic(spec, device)
+            found["jdkd triton"] = elastic(network, device)
         state = found["jdkd"].model.state_dict()
         for net in found.values():
             net.model.load_state_dict(state)
@@ -88,18 +88,16 @@ def case(
         return Inputs(batch, nets())
 
     names = ["slice_contiguous", "jdkd", "jdkd packed", "jdkd torch.compile", *["jdkd triton"] * (device == "cuda")]
-    with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in Features(spec).parameters())
     return Case(
         NAME,
-        f"{NAMES[detector]} {size[0]}x{size[1]} N={images}",
+        f"{NAMES[backbone]} {size[0]}x{size[1]} N={images}",
         "evaluation",
         dtype,
         "channels-last",
         make,
-        lambda given: Provided("slice_contiguous", spec, torch.float32, graphs)(given),
-        {name: Provided(name, spec, dtype, graphs) for name in names},
-        4 * weights,
+        lambda given: Provided("slice_contiguous", network, torch.float32, graphs)(given),
+        {name: Provided(name, network, dtype, graphs) for name in names},
+        4 * weights_of(network),
         tolerance=TOLERANCES[dtype],
     )
 
@@ -107,8 +105,8 @@ def case(
 class Provided:
     """A forward of one subnet by a provider's own net, whose first call counts what changes cost: ``counts``."""
 
-    def __init__(self, name: str, spec: DetectorSpec, dtype: torch.dtype, graphs: Graphs) -> None:
-        self.name, self.spec, self.dtype, self.graphs = name, spec, dtype, graphs
+    def __init__(self, name: str, network: Network, dtype: torch.dtype, graphs: Graphs) -> None:
+        self.name, self.network, self.dtype, self.graphs = name, network, dtype, graphs
         self.counts: dict[str, int] | None = None
 
     def __call__(self, given: Inputs) -> list[Tensor]:
@@ -126,7 +124,7 @@ class Provided:
 
     def counted(self, net: Net, images: Tensor) -> dict[str, int]:
         """What :data:`CHANGES` changes of subnet cost."""
-        whole, listed, *others = subnets(self.spec)
+        whole, listed, *others = subnets(self.network)
         set_subnet(net.model, whole)
         self.run(net, images)
         graphs = self.graphs.count
@@ -140,9 +138,9 @@ class Provided:
         return {**on_gpu, "graphs_compiled": self.graphs.count - graphs}
 
 
-def subnets(spec: DetectorSpec) -> Iterator[Subnet]:
+def subnets(network: Network) -> Iterator[Subnet]:
     """The whole supernet, one of listed channels, and then random ones, of leading and of listed channels in turn."""
-    draw, topology = random.Random(0), topology_of(spec)
+    draw, topology = random.Random(0), topology_of(network)
     for number in range(2 + CHANGES):
         channels: dict[str, int | list[int]] = {}
         lists = {blocks.name: len(blocks.blocks) for blocks in topology.block_lists}

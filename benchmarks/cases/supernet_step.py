@@ -28,15 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness import Case
-from jdkd.detect import DetectorSpec, named_spec
-from jdkd.detect.resnet import Backbone
+from jdkd.detect.backbones import Pyramid, maps_of
 from jdkd.experimental import pack_forwards
 from jdkd.graph import Topology, trace
 from jdkd.nn import Subnet, as_elastic_block, set_subnet
-from jdkd.rewrite import make_elastic
+from jdkd.rewrite import Rewrite, make_elastic
 
 NAME = "supernet_step"
-R50, R18 = "faster_rcnn_r50_fpn", "faster_rcnn_r18_fpn"
+R50, R18 = "resnet50", "resnet18"
 NAMES = {R50: "R50-FPN", R18: "R18-FPN"}
 SUBNETS = ((1.0, 1.0), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0))  # shares of the inner widths and of the depths
 WHOLE, SMALL, TINY = (800, 1344), (128, 224), (32, 32)  # images, in pixels
@@ -44,16 +43,30 @@ WHOLE, SMALL, TINY = (800, 1344), (128, 224), (32, 32)  # images, in pixels
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 
 
+@dataclass(frozen=True)
+class Network:
+    """A backbone of torchvision under a pyramid, which has 256 channels.
+
+    Args:
+        backbone: its name.
+        width: of all channels but the image's, over the published ones.
+    """
+
+    backbone: str
+    width: float = 1.0
+
+
 class Features(nn.Module):
     """What a detector has under its heads, at the path that it has there.
 
     Args:
-        spec: of the detector.
+        backbone: by its name.
+        channels: of the pyramid.
     """
 
-    def __init__(self, spec: DetectorSpec) -> None:
+    def __init__(self, backbone: str, channels: int) -> None:
         super().__init__()
-        self.backbone = Backbone(spec)
+        self.backbone = Pyramid(maps_of(backbone), "P2-P6", channels)
 
     def forward(self, images: Tensor) -> list[Tensor]:  # [N, 3, H, W] -> P2 to P6
         return [*self.backbone(images).values()]
@@ -82,18 +95,38 @@ class SlicedBatchNorm2d(nn.BatchNorm2d):
 SLICED = {nn.Conv2d: SlicedConv2d, nn.BatchNorm2d: SlicedBatchNorm2d}
 
 
+def features(network: Network) -> nn.Module:
+    """The network, with fresh weights."""
+    model = Features(network.backbone, max(8, 8 * round(32 * network.width)))
+    if network.width == 1:
+        return model
+    topology = coupled(model)
+    body = [group for group in topology.groups if group.name.startswith("backbone.body.")]
+    return Rewrite(keep={group.name: range(group.shrunk(network.width)) for group in body}).apply(model, topology)
+
+
 @functools.cache
-def topology_of(spec: DetectorSpec) -> Topology:
-    """What is coupled to what in the network of a spec."""
+def topology_of(network: Network) -> Topology:
+    """What is coupled to what in a network."""
+    return coupled(features(network))
+
+
+def coupled(model: nn.Module) -> Topology:
     with torch.device("cpu"):
-        return trace(Features(spec), torch.rand(1, 3, 64, 64))
+        return trace(model, torch.rand(1, 3, 64, 64))
+
+
+@functools.cache
+def weights_of(network: Network) -> int:
+    """How many a network has."""
+    return sum(parameter.numel() for parameter in features(network).parameters())
 
 
 @dataclass(frozen=True)
 class Net:
     """A supernet that is trained, and how a subnet of :data:`SUBNETS`, by its number, becomes the active one."""
 
-    model: Features
+    model: nn.Module
     optimizer: torch.optim.Optimizer
     activate: Callable[[int], None]
 
@@ -119,19 +152,19 @@ def cases(device: str, full: bool = False) -> Iterator[Case]:
 
 
 def case(
-    detector: str, size: tuple[int, int], dtype: torch.dtype, device: str, images: int = 2, width: float = 1.0
+    backbone: str, size: tuple[int, int], dtype: torch.dtype, device: str, images: int = 2, width: float = 1.0
 ) -> Case:
     """One step.
 
     Args:
-        detector: a named spec.
+        backbone: of torchvision.
         size: of the images, in pixels.
         dtype: float32, or what autocast computes in.
         device: ``cpu`` or ``cuda``.
         images: the batch.
-        width: of the detector, over the published one.
+        width: of the network, over the published one.
     """
-    spec, narrow = (named_spec(detector, classes=["object"], width=share * width) for share in (1, 0.125))
+    network, narrow = Network(backbone, width), Network(backbone, 0.125 * width)
     runs = {
         "slice_contiguous": sliced,
         "jdkd": elastic,
@@ -139,27 +172,25 @@ def case(
         "jdkd packed main_grad": functools.partial(packed, grad_mode="main_grad"),
     }
 
-    def make(spec: DetectorSpec = spec, size: tuple[int, int] = size) -> Inputs:
+    def make(network: Network = network, size: tuple[int, int] = size) -> Inputs:
         batch = torch.randn(images, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
-        nets = {name: build(spec, device) for name, build in runs.items()}
-        nets["exact"] = sliced(spec, device)
+        nets = {name: build(network, device) for name, build in runs.items()}
+        nets["exact"] = sliced(network, device)
         state = nets["exact"].model.state_dict()
         for net in nets.values():
             net.model.load_state_dict(state)
         return Inputs(batch, nets)
 
-    with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in Features(spec).parameters())
     return Case(
         NAME,
-        f"{NAMES[detector]}{'' if width == 1 else f' x{width:g}'} {size[0]}x{size[1]} N={images}",
+        f"{NAMES[backbone]}{'' if width == 1 else f' x{width:g}'} {size[0]}x{size[1]} N={images}",
         "training step",
         dtype,
         "channels-last",
         make,
         lambda given: step(given.nets["exact"], given.images, dtype),
         {name: Provided(name, dtype) for name in runs},
-        7 * 4 * weights,
+        7 * 4 * weights_of(network),
         tiny=lambda: make(narrow, TINY),
         tolerance=TOLERANCES[dtype],
     )
@@ -200,9 +231,9 @@ class Provided:
         return step(given.nets[self.name], given.images, self.dtype)
 
 
-def sliced(spec: DetectorSpec, device: str) -> Net:
+def sliced(network: Network, device: str) -> Net:
     """The supernet as once-for-all writes it."""
-    model, topology = Features(spec), topology_of(spec)
+    model, topology = features(network), topology_of(network)
     for module in model.backbone.body.modules():
         module.__class__ = SLICED.get(type(module), type(module))
     for blocks in topology.block_lists:
@@ -210,7 +241,7 @@ def sliced(spec: DetectorSpec, device: str) -> Net:
             as_elastic_block(model.get_submodule(block))
 
     def activate(number: int) -> None:
-        active = subnet(spec, number)
+        active = subnet(network, number)
         for name, width in active.channels:
             model.get_submodule(name).active = width  # the layer that makes a group names it
         depths = dict(active.depths)
@@ -221,28 +252,28 @@ def sliced(spec: DetectorSpec, device: str) -> Net:
     return trained(model, activate, device)
 
 
-def elastic(spec: DetectorSpec, device: str) -> Net:
+def elastic(network: Network, device: str) -> Net:
     """The supernet of elastic layers, whose subnets one switch sets."""
-    model = make_elastic(Features(spec), topology_of(spec))
-    subnets = [subnet(spec, number) for number in range(len(SUBNETS))]
+    model = make_elastic(features(network), topology_of(network))
+    subnets = [subnet(network, number) for number in range(len(SUBNETS))]
     return trained(model, lambda number: set_subnet(model, subnets[number]), device)
 
 
-def packed(spec: DetectorSpec, device: str, grad_mode: str) -> Net:
+def packed(network: Network, device: str, grad_mode: str) -> Net:
     """The same on packed weights."""
-    net = elastic(spec, device)
+    net = elastic(network, device)
     pack_forwards(net.model, grad_mode=grad_mode)
     return net
 
 
-def subnet(spec: DetectorSpec, number: int) -> Subnet:
+def subnet(network: Network, number: int) -> Subnet:
     """A subnet of :data:`SUBNETS`, as data."""
-    topology, (width, depth) = topology_of(spec), SUBNETS[number]
+    topology, (width, depth) = topology_of(network), SUBNETS[number]
     channels = {group.name: int(group.units * width) for group in topology.inner}
     return Subnet(channels, depths={b.name: max(1, round(depth * len(b.blocks))) for b in topology.block_lists})
 
 
-def trained(model: Features, activate: Callable[[int], None], device: str) -> Net:
+def trained(model: nn.Module, activate: Callable[[int], None], device: str) -> Net:
     """The net in training, with an optimiser whose state is there already, as it must be when a graph is captured."""
     model.to(device=device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)

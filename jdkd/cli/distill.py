@@ -41,7 +41,7 @@ class Distill:
     teacher: str | None = None
     """Folder of a detector, its name in torchvision, FAMILY:BACKBONE, or package.module:function."""
     student: str | None = None
-    """The same, or a named spec, or a JSON file of a spec or an architecture."""
+    """The same, or a JSON file of an architecture."""
     preset: str | None = None
     """Published pair, weight, levels, recipe and input size, also of a student that is a folder:
     fasterrcnn_r101_fasterrcnn_r50, maskrcnn_swin_retinanet_r50, maskrcnn_swin_fcos_r50, retinanet_x101_retinanet_r50,

@@ -33,12 +33,12 @@ class Import:
         import torch
 
         from jdkd.detect import import_detector, parameter_count
-        from jdkd.detect.checkpoint import ARCHITECTURE, SPEC, WEIGHTS
+        from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
         from jdkd.rewrite import save_architecture
 
         if self.out is None:
             raise InputError("--out is missing; give a folder for the checkpoint.")
-        if held := [name for name in (SPEC, ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
+        if held := [name for name in (ARCHITECTURE, WEIGHTS) if (self.out / name).exists()]:
             raise InputError(f"--out {self.out} already holds {held[0]}; give another folder.")
         torch.manual_seed(0)  # of predictors that are made anew
         how = {"classes": self._names(), "norm_eps": self.norm_eps, **vars(self.choice)}

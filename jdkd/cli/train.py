@@ -23,9 +23,8 @@ class Train:
     out: Path
     """Folder for architecture.json, weights.safetensors, train.json, log.jsonl."""
     model: str | None = None
-    """Detector of torchvision, family (fcos, with --backbone), package.module:function, or folder of a detector."""
-    spec: str | None = None
-    """Named spec (faster_rcnn_r18_fpn, also r34, r50, r101), or a JSON file of one; instead of --model."""
+    """Detector of torchvision, family (fcos, with --backbone), package.module:function, folder of a detector, or JSON
+    file of an architecture; must be given."""
     detector: DetectorFlags = field(default_factory=DetectorFlags)
     source: DataFlags = field(default_factory=DataFlags)
     recipe: RecipeFlags = field(default_factory=RecipeFlags)
@@ -38,14 +37,12 @@ class Train:
     def _run(self, device: str) -> None:
         from jdkd.train import fit
 
-        if (self.spec is None) == (self.model is None):
-            both = "both --spec and --model are" if self.spec else "neither --spec nor --model is"
-            raise InputError(f"{both} given; give one of them, the detector to train.")
+        if self.model is None:
+            raise InputError("--model is missing; give the detector to train.")
         say_where_nothing_synchronises(self.detector.choice.norm, device)
         data = Data.opened(self.source)
         config = self.training.config(data.train, **self.recipe.settings(len(data.train), self.training.accumulate))
-        name, is_spec = self.spec or self.model, self.spec is not None
-        model, weights = self.detector.built(name, data.train.classes, config.seed, is_spec=is_spec)
+        model, weights = self.detector.built(self.model, data.train.classes, config.seed)
         data = data.of(model, config.batch_size, config.seed)
         job = Job("train", self.out, model, weights, data, config, self.recipe, self.training, device)
         job.run(lambda progress, how: fit(model, data.train, config, **how))

@@ -1,7 +1,6 @@
 """Detectors: their builders, what is coupled in them, what is asked of them, and their checkpoints."""
 
 from jdkd.detect.adopting import adopt
-from jdkd.detect.build import build, faster_rcnn, parameter_count
 from jdkd.detect.checkpoint import load, save
 from jdkd.detect.families import FAMILIES, detector
 from jdkd.detect.foreign import adapt_classes, frozen_like, import_detector
@@ -13,34 +12,26 @@ from jdkd.detect.reading import read
 from jdkd.detect.resizing import resized
 from jdkd.detect.roi_scales import fix_roi_scales
 from jdkd.detect.sources import open_model
-from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, Stage, named_spec, round_width
 from jdkd.detect.swapping import swap_features, swapped
-from jdkd.detect.weights import LoadReport, load_weights
+from jdkd.detect.weights import LoadReport, load_weights, parameter_count
 
 __all__ = [
     "FAMILIES",
-    "NAMED_SPECS",
-    "DetectorSpec",
     "LoadReport",
-    "Stage",
     "adapt_classes",
     "adopt",
-    "build",
     "detector",
-    "faster_rcnn",
     "fix_roi_scales",
     "frozen_like",
     "import_detector",
     "load",
     "load_weights",
-    "named_spec",
     "narrowed",
     "open_model",
     "parameter_count",
     "read",
     "remake_predictors",
     "resized",
-    "round_width",
     "save",
     "swap_features",
     "swapped",

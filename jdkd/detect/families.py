@@ -23,11 +23,10 @@ from torchvision.ops import MultiScaleRoIAlign
 from jdkd.detect.atss import ATSS, ATSSHead
 from jdkd.detect.backbones import PYRAMIDS, Extended, Pyramid, maps_of
 from jdkd.detect.gfl import GFL, GFLHead
-from jdkd.detect.input_size import require_order, require_whole
+from jdkd.detect.input_size import Regions, require_order, require_whole, smallest_anchor
 from jdkd.detect.norms import GROUP, exchange_norms, group_norm
 from jdkd.detect.reppoints import RepPoints, RepPointsHead
 from jdkd.detect.roi_scales import set_roi_scales
-from jdkd.detect.spec import Regions, smallest_anchor
 from jdkd.errors import InputError, one_of_these
 from jdkd.rewrite import Architecture
 from jdkd.rewrite.architecture import set_architecture

@@ -1,7 +1,10 @@
-"""The size to which a detector resizes its input."""
+"""The size to which a detector resizes its input, and what follows from it."""
+
+from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -9,6 +12,36 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd.errors import InputError, ModelError
 from jdkd.nn.unwrapping import unwrapped
+
+
+@dataclass(frozen=True)
+class Regions:
+    """How many regions the two stages of a Faster R-CNN look at.
+
+    Args:
+        proposals: an image that survive NMS at inference; training keeps twice as many.
+        rois: regions sampled per image to train the box head.
+        positives: largest share of them that are objects.
+        roi_samples: sampling points per side of each of the 7x7 bins of a region.
+    """
+
+    proposals: int = 1000
+    rois: int = 512
+    positives: float = 0.25
+    roi_samples: int = 2
+
+    @classmethod
+    def of(cls, min_size: int) -> Regions:
+        """torchvision's numbers, or fewer where the short side of an image is below 400 pixels."""
+        return cls(300, 64, 0.5, 1) if min_size < 400 else cls()
+
+
+def smallest_anchor(min_size: int) -> int:
+    """Size of the anchors of a pyramid's finest level: 32 pixels where images have 800, and never under 8."""
+    smallest = 32
+    while smallest > 8 and smallest * 800 > 32 * min_size * 1.5:
+        smallest //= 2
+    return smallest
 
 
 def input_transform(model: nn.Module) -> GeneralizedRCNNTransform | None:

@@ -26,9 +26,7 @@ def narrowed(model: nn.Module, width: float) -> nn.Module:
         InputError: the share is not in 0..1, or the detector does not run on a list of images.
     """
     if not 0 < width <= 1:
-        raise InputError(
-            f"width is {width:g}, and of a model a share of the channels is kept, in 0..1; named specs can be widened."
-        )
+        raise InputError(f"width is {width:g}, the share of the channels to keep; give one in 0..1.")
     topology = read(model)
     keep = {}
     for group in topology.groups:

@@ -13,8 +13,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd.detect.atss import ATSS
-from jdkd.detect.input_size import input_transform, require_order, require_whole
-from jdkd.detect.spec import Regions, smallest_anchor
+from jdkd.detect.input_size import Regions, input_transform, require_order, require_whole, smallest_anchor
 from jdkd.errors import InputError
 from jdkd.rewrite.building import call
 

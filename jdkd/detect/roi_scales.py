@@ -35,7 +35,7 @@ def fix_roi_scales(model: nn.Module) -> list[str]:
     The pool infers its scales from the height of the first batch before it was padded, and keeps them: an oblong
     image, which padding makes half as high again, sets them off by a factor of two for good. Here they are the
     strides of the levels that the backbone makes of a square image, rounded to a power of two as the pool does. The
-    detectors of :func:`jdkd.detect.build` have theirs from the start. The backbone runs once, in evaluation mode,
+    detectors of :func:`jdkd.detect.detector` have theirs from the start. The backbone runs once, in evaluation mode,
     unless every pool is known to be right; modes and weights stay as they are.
 
     Args:

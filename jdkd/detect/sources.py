@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,14 +12,12 @@ from torch import nn
 from torchvision.models import detection as detectors
 from torchvision.models import get_model_builder, list_models
 
-from jdkd.detect.build import build
-from jdkd.detect.checkpoint import SPEC, load
+from jdkd.detect.checkpoint import load
 from jdkd.detect.contract import architecture_of, known_architecture
 from jdkd.detect.families import BUILDER, FAMILIES
 from jdkd.detect.resizing import resize
-from jdkd.detect.spec import NAMED_SPECS, DetectorSpec, named_spec
 from jdkd.errors import InputError, one_of_these
-from jdkd.files import read_json
+from jdkd.files import read_text
 from jdkd.rewrite import Architecture, describe
 from jdkd.rewrite import build as rebuilt
 from jdkd.rewrite.architecture import set_architecture
@@ -39,9 +36,9 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
     Args:
         source: a folder written by ``jdkd train``, ``jdkd import`` or :func:`jdkd.detect.save`; the name of a detector
             of torchvision (``"retinanet_resnet50_fpn"``), which is built as torchvision does it, with fresh weights; a
-            family of :data:`jdkd.detect.FAMILIES`, which wants a backbone, also as ``"family:backbone"``; a named spec;
-            a JSON file of a spec or of an architecture, built with fresh weights; or ``"package.module:function"``,
-            which is imported (the current folder is looked in too).
+            family of :data:`jdkd.detect.FAMILIES`, which wants a backbone, also as ``"family:backbone"``; a JSON
+            file of an architecture, built with fresh weights; or ``"package.module:function"``, which is imported (the
+            current folder is looked in too).
         classes: number of object classes, without background, of what is built. A function is called with it, and one
             for the background, as ``num_classes`` if it takes that, and a folder has its own.
         options: of :func:`jdkd.detect.detector`, each of them or None: ``backbone``, ``pyramid``, ``channels`` and
@@ -60,7 +57,7 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
     if classes is not None and (type(classes) is not int or classes < 1):
         raise InputError(f"classes must be a whole number of at least 1, got {classes!r}.")
     source = str(source)
-    if any((Path(source) / name).is_file() for name in (SPEC, ARCHITECTURE)):
+    if (Path(source) / ARCHITECTURE).is_file():
         _refuse(given, ("norm", *OURS), f"{source} is a folder, whose detector has its own")
         return _resized(load(source), given)
     if source.endswith(".json"):
@@ -75,12 +72,6 @@ def open_model(source: str, *, classes: int | None = None, **options: Any) -> nn
         takes = "num_classes" in _parameters(imported(source))
         known = {"num_classes": classes + 1} if takes and classes is not None else {}
         return _resized(_called(*_with_norm(source, known, given)), given)
-    if source in NAMED_SPECS:
-        _refuse(given, ("backbone", "pyramid"), f"{source} is a named spec, with its own")
-        names = [f"class {number + 1}" for number in range(COCO if classes is None else classes)]
-        channels = {"fpn": given.pop("channels")} if "channels" in given else {}
-        norm = given.pop("norm", "batch")
-        return build(named_spec(source, names, **channels, **given).replace(norm=norm)).eval()
     return _called(*_builder(source, classes, given))
 
 
@@ -110,12 +101,9 @@ def torchvisions() -> list[str]:
 
 
 def _of_file(file: Path) -> nn.Module:
-    """What a file of a spec or of an architecture describes."""
-    content = read_json(file, "give a JSON file of a spec or of an architecture")
-    text = json.dumps(content)
-    if isinstance(content, dict) and "builder" in content:
-        return rebuilt(Architecture.from_json(text, source=str(file))).eval()
-    return build(DetectorSpec.from_json(text, source=str(file))).eval()
+    """What a file of an architecture describes."""
+    text = read_text(file, "give the JSON file of an architecture")
+    return rebuilt(Architecture.from_json(text, source=str(file))).eval()
 
 
 def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -132,11 +120,11 @@ def _builder(source: str, classes: int | None, given: dict[str, Any]) -> tuple[s
             "name."
         )
     if not family:
-        known = (*torchvisions(), *FAMILIES, *NAMED_SPECS)
+        known = (*torchvisions(), *FAMILIES)
         raise InputError(
             f"{source!r} is no folder with an {ARCHITECTURE}, no package.module:function, none of torchvision's "
-            f"detectors {', '.join(torchvisions())}, none of the families {', '.join(FAMILIES)} (with a backbone, as "
-            f"FAMILY:BACKBONE), and none of the named specs {', '.join(NAMED_SPECS)}; {one_of_these(source, known)}."
+            f"detectors {', '.join(torchvisions())}, and none of the families {', '.join(FAMILIES)} (with a backbone, "
+            f"as FAMILY:BACKBONE); {one_of_these(source, known)}."
         )
     if source not in FAMILIES and not given.keys() & set(OURS):
         free = [name for name in _parameters(get_model_builder(source)) if name.startswith("weights")]

@@ -285,3 +285,8 @@ class _Places:
             if candidate in self.wanted:
                 return candidate
         return name
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of trainable and frozen parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -82,17 +82,15 @@ def load_architecture(folder: Path | str, device: torch.device | str = "cpu") ->
         model = build(architecture, "meta")
     except InputError as error:
         raise InputError(f"{folder / ARCHITECTURE}: {error}") from error
-    return load_weights_into(model, folder, architecture).to(device).eval()
+    return _with_weights(model, folder, architecture).to(device).eval()
 
 
-def load_weights_into(model: nn.Module, folder: Path, architecture: Architecture) -> nn.Module:
+def _with_weights(model: nn.Module, folder: Path, architecture: Architecture) -> nn.Module:
     """Gives a model the weights that lie in a folder, and the architecture that it was built from; returns it.
 
     Raises:
-        InputError: the file is missing or unreadable, or its weights do not fit or are not finite.
+        InputError: the file is unreadable, or its weights do not fit or are not finite.
     """
-    if not (folder / WEIGHTS).is_file():
-        raise InputError(f"{folder} is no detector: it has no {WEIGHTS}; {ORIGIN}.")
     try:
         state = load_file(folder / WEIGHTS)
     except SafetensorError as error:

@@ -143,9 +143,12 @@ def _segmented(dataset: Any) -> bool:
 
 
 def _asked_for(model: nn.Module) -> int:
-    """Detections an image that a builder was asked for; COCO's number where none was."""
+    """Detections an image that a detector was asked for since it was built, or its builder; else COCO's number."""
     known = known_architecture(model)
-    asked = [each.arguments.get("max_detections") for each in (builders_of(known) if known else ())]
+    if known is None:
+        return COCO_DETECTIONS
+    since = [number for name, number in known.attributes.items() if name.split(".")[-1] == "detections_per_img"]
+    asked = [*since, *(each.arguments.get("max_detections") for each in builders_of(known))]
     return next((number for number in asked if number is not None), COCO_DETECTIONS)
 
 

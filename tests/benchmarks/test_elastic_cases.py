@@ -11,7 +11,6 @@ from benchmarks import conv_shapes, goals, harness
 from benchmarks.cases import elastic_conv, elastic_levels, elastic_pointwise, pack, subnet_change, supernet_step
 from benchmarks.cost import host_seconds
 from benchmarks.graphs import Graphs
-from jdkd.detect import named_spec
 
 SMALL = (5, 6)  # what stands for the images of the cases, in pixels
 
@@ -37,13 +36,13 @@ def assert_agree(case, *left_out):
                 harness.check_agreement(case, name, provider(inputs), exact)
 
 
-def test_shapes_are_those_of_the_specs():
+def test_shapes_are_those_of_the_detectors():
     shapes = dict(conv_shapes.distinct())
-    places = {call.shape for detector in conv_shapes.DETECTORS for call in conv_shapes.calls(detector)}
+    places = {call.shape for name in conv_shapes.BACKBONES for call in conv_shapes.calls(name)}
     p7 = shapes.pop(conv_shapes.P7)
     assert p7.size == (7, 11) and dataclasses.replace(p7, size=shapes[conv_shapes.P6].size) in places
     assert len(shapes) == 42 and set(shapes.values()) == places, "two shapes under one label"
-    assert [len(conv_shapes.calls(detector)) for detector in conv_shapes.DETECTORS] == [76, 127]
+    assert [len(conv_shapes.calls(name)) for name in conv_shapes.BACKBONES] == [76, 127]
     p3 = shapes[elastic_conv.P3]
     assert (p3.in_channels, p3.out_channels, p3.kernel, p3.size, p3.bias) == (256, 256, 3, (100, 168), True)
 
@@ -92,18 +91,18 @@ def test_convolutions_of_all_levels_agree(mode, monkeypatch):
 
 @pytest.mark.parametrize("layout", pack.LAYOUTS)
 def test_packed_weights_and_gradients_agree(layout, monkeypatch):
-    few = conv_shapes.backbone("faster_rcnn_r50_fpn")[:8]
-    monkeypatch.setattr(pack, "backbone", lambda detector: few)
+    few = conv_shapes.backbone("resnet50")[:8]
+    monkeypatch.setattr(pack, "backbone", lambda name: few)
     for mode in ("forward", "first forward+backward", "forward+backward", "unpack"):
         assert_agree(pack.case(0.5, torch.float32, layout, mode, "cpu"))
     assert_agree(pack.case(0.25, torch.bfloat16, layout, "forward+backward", "cpu", listed=True))
 
 
 def test_weight_handling_is_that_of_all_convolutions_of_the_backbone():
-    shapes = conv_shapes.backbone("faster_rcnn_r50_fpn")
+    shapes = conv_shapes.backbone("resnet50")
     assert len(shapes) == 53 and sum(s.in_channels * s.out_channels * s.kernel**2 for s in shapes) == 23_454_912
-    detector, count = pack.NETWORKS["37.9M of ResNet-101"]
-    shapes = conv_shapes.backbone(detector)[:count]
+    name, count = pack.NETWORKS["37.9M of ResNet-101"]
+    shapes = conv_shapes.backbone(name)[:count]
     assert sum(s.in_channels * s.out_channels * s.kernel**2 for s in shapes) == 37_938_368
 
 
@@ -136,10 +135,8 @@ def test_kernels_that_triton_compiles_are_counted():
 
 
 def test_subnets_are_the_whole_one_and_others_of_leading_and_listed_channels():
-    spec = named_spec(supernet_step.R18, classes=["object"])
-    whole, *others = subnet_change.subnets(spec)
-    widths = [width for stage in spec.stages for block in stage.blocks for width in block]
-    assert sorted(count for _, count in whole.channels) == sorted(widths)
+    whole, *others = subnet_change.subnets(supernet_step.Network(supernet_step.R18))
+    assert sorted(count for _, count in whole.channels) == [64, 64, 128, 128, 256, 256, 512, 512]
     assert len(others) == 1 + subnet_change.CHANGES and len({subnet.id for subnet in others}) == len(others)
     listed = [any(not isinstance(channels, int) for _, channels in subnet.channels) for subnet in others]
     assert listed[0] and {False, True} == set(listed[1:]) and not any(listed[1::2])

@@ -9,14 +9,13 @@ from PIL import Image
 from benchmarks import latency, record
 from benchmarks.ladder import NEAR, Ladder, fresh
 from jdkd.data import write_digit_scenes
-from jdkd.detect import Stage
 from jdkd.errors import InputError
 from jdkd.latency import profile_cost
-from tests.detectors import detector, small_spec
+from tests.detectors import Stage, detector, small_spec
 
 SIZE = (64, 64)
 QUICKEST = {"rounds": 1, "seconds": 0, "warmup_seconds": 0}
-WORDS = ["--spec", "base", "--size", "64", "64", "--rungs", "0.7", "0.4", "--device", "cpu"]
+WORDS = ["--model", "base", "--size", "64", "64", "--rungs", "0.7", "0.4", "--device", "cpu"]
 WORDS += ["--rounds", "1", "--seconds", "0", "--warmup-seconds", "0"]
 
 
@@ -51,6 +50,11 @@ def test_a_base_has_the_same_weights_every_time():
     first, second = (fresh("ssdlite320_mobilenet_v3_large", (96, 96)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert first.transform.min_size == (96,) and not first.training
+
+
+def test_names_of_committed_rows_are_those_of_detectors():
+    made = fresh("faster_rcnn_r18_fpn", SIZE).architecture.arguments
+    assert (made["family"], made["backbone"], made["min_size"], made["norm"]) == ("fasterrcnn", "resnet18", 64, None)
 
 
 def test_what_cannot_be_a_ladder_is_refused(tmp_path):

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.detectors import tiny_spec
+
 Answer = namedtuple("Answer", "code out err")
 
 
@@ -67,37 +69,19 @@ def jdkd(capfd, monkeypatch):
     return run
 
 
-TINY = (
-    "--width",
-    "0.125",
-    "--depth",
-    "0.5",
-    "--fpn",
-    "16",
-    "--box-head",
-    "16",
-    "--min-size",
-    "64",
-    "--max-size",
-    "64",
-)
+@pytest.fixture(scope="session")
+def tiny_file(tmp_path_factory):
+    """The architecture of a tiny detector of the squares."""
+    file = tmp_path_factory.mktemp("tiny") / "tiny.json"
+    file.write_text(tiny_spec(("red", "blue")).to_json())
+    return file
 
 
 @pytest.fixture(scope="session")
-def train_arguments(squares):
-    """`jdkd train` of a tiny detector for three steps, all but --out."""
-    return [
-        "train",
-        "--spec",
-        "faster_rcnn_r18_fpn",
-        *TINY,
-        "--data",
-        str(squares),
-        "--steps",
-        "3",
-        "--batch-size",
-        "2",
-    ]
+def train_arguments(squares, tiny_file):
+    """`jdkd train` of it for three steps, all but --out."""
+    sizes = ["--min-size", "64", "--max-size", "64"]
+    return ["train", "--model", str(tiny_file), *sizes, "--data", str(squares), "--steps", "3", "--batch-size", "2"]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 from jdkd.detect import load, save
 from jdkd.rewrite import describe
-from tests.detectors import CLASSES, mask_detector
+from tests.detectors import CLASSES, mask_detector, tiny_spec
 from tests.train.scenes import write_scenes
 
 COMMANDS = ("data", "train", "search", "eval", "latency", "export", "predict", "env", "tune")
@@ -82,10 +82,9 @@ def test_a_batch_without_variance_is_refused_and_the_folder_is_given_back(jdkd, 
     assert not (tmp_path / "out").exists()
 
 
-def test_train_takes_a_spec_file_and_weights(jdkd, trained, squares, tmp_path):
+def test_train_takes_the_file_of_an_architecture_and_weights(jdkd, trained, squares, tmp_path):
     before = json.loads((trained / "architecture.json").read_text())
-    (tmp_path / "spec.json").write_text(json.dumps(before["arguments"]))
-    weights = ("--weights", trained / "weights.safetensors", "--spec", tmp_path / "spec.json")
+    weights = ("--weights", trained / "weights.safetensors", "--model", trained / "architecture.json")
     flags = ("--data", squares, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "again")
     answer = jdkd("train", *weights, *flags)
     assert answer.code == 0, answer.err
@@ -153,9 +152,10 @@ def test_eval_scores_what_train_scored(jdkd, trained, squares):
 
 def test_train_and_eval_score_oblong_images_alike(jdkd, oblong_squares, tmp_path):
     data, out = oblong_squares, tmp_path / "base"
-    tiny = ("--width", 0.125, "--depth", 0.5, "--fpn", 16, "--box-head", 32, "--min-size", 128, "--max-size", 128)
+    file = tmp_path / "tiny.json"
+    file.write_text(tiny_spec(("red", "blue"), box_head=32, min_size=128, max_size=128).to_json())
     flags = ("--data", data, "--steps", 60, "--batch-size", 4, "--lr", 4e-3, "--max-detections", 150)
-    answer = jdkd("train", "--spec", "faster_rcnn_r18_fpn", *tiny, *flags, "--out", out)
+    answer = jdkd("train", "--model", file, *flags, "--out", out)
     assert answer.code == 0, answer.err
     answer = jdkd("eval", out, "--data", data)
     assert answer.code == 0, answer.err
@@ -168,7 +168,7 @@ def test_train_and_eval_score_oblong_images_alike(jdkd, oblong_squares, tmp_path
 
 def test_weights_that_cannot_be_used_leave_nothing_behind(jdkd, squares, tmp_path):
     (tmp_path / "x.pth").write_bytes(b"not a checkpoint")
-    flags = ("--spec", "faster_rcnn_r18_fpn", "--data", squares, "--steps", 1, "--out", tmp_path / "out")
+    flags = ("--model", "fasterrcnn:resnet18", "--data", squares, "--steps", 1, "--out", tmp_path / "out")
     answer = jdkd("train", *flags, "--width", 0.125, "--weights", tmp_path / "x.pth")
     assert answer.code == 2 and "x.pth cannot be read" in answer.err and "Traceback" not in answer.err
     assert not (tmp_path / "out").exists()

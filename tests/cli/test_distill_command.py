@@ -22,16 +22,16 @@ SHORT = ("--steps", 2, "--batch-size", 2)
 
 
 @pytest.fixture(scope="session")
-def spec_file(tmp_path_factory):
-    file = tmp_path_factory.mktemp("spec") / "student.json"
+def student_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("student") / "student.json"
     file.write_text(small_spec(classes=("red", "blue")).to_json())
     return file
 
 
 @pytest.fixture
-def pair(trained, spec_file, squares):
+def pair(trained, student_file, squares):
     """A trained teacher and a student of the same width from a file, on the squares."""
-    return ("distill", "--teacher", trained, "--student", spec_file, "--data", squares)
+    return ("distill", "--teacher", trained, "--student", student_file, "--data", squares)
 
 
 def test_help_has_an_example(jdkd):
@@ -80,16 +80,16 @@ def test_the_images_of_a_published_step_are_divided_among_processes_and_batches(
 
 
 def test_a_teacher_without_weights_is_trained_first_and_a_run_that_was_interrupted_is_carried_on(
-    jdkd, spec_file, squares, tmp_path, monkeypatch
+    jdkd, student_file, squares, tmp_path, monkeypatch
 ):
-    run = ("distill", "--teacher", spec_file, "--student", spec_file, "--data", squares, *SHORT)
+    run = ("distill", "--teacher", student_file, "--student", student_file, "--data", squares, *SHORT)
     run = (*run, "--teacher-steps", 1, "--out", tmp_path / "out")
     monkeypatch.setattr("jdkd.distill.distill", _interrupt)
     answer = jdkd(*run)
     assert (
         answer.code == 2 and "interrupted" in answer.err and "--resume" in answer.err and "Traceback" not in answer.err
     )
-    assert f"{spec_file} has no weights yet and is trained first, for 1 steps" in answer.err
+    assert f"{student_file} has no weights yet and is trained first, for 1 steps" in answer.err
     monkeypatch.undo()
     taught = (tmp_path / "out" / "teacher" / "weights.safetensors").read_bytes()
     answer = jdkd(*run, "--resume")
@@ -149,8 +149,8 @@ def _interrupt(*arguments, **options):
         (("--teacher", "T", "--student", "S", "--detach-after=-1"), "detach_after must be a whole number"),
     ],
 )
-def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, spec_file, squares, tmp_path, flags, words):
-    flags = [{"T": trained, "S": spec_file}.get(flag, flag) for flag in flags]
+def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, student_file, squares, tmp_path, flags, words):
+    flags = [{"T": trained, "S": student_file}.get(flag, flag) for flag in flags]
     answer = jdkd("distill", *flags, "--data", squares, "--out", tmp_path / "out")
     assert answer.code == 2 and words in answer.err and "Traceback" not in answer.err, answer.err
     assert not (tmp_path / "out").exists()

@@ -3,11 +3,10 @@ import json
 import pytest
 
 SMALL = """
-from jdkd.detect import build, named_spec
+from tests.detectors import build, tiny_spec
 
 def net(classes=2):
-    small = dict(width=0.125, depth=0.5, fpn=16, box_head=16, min_size=64, max_size=64)
-    model = build(named_spec("faster_rcnn_r18_fpn", ["x"] * classes, **small))
+    model = build(tiny_spec(("x",) * classes))
     del model.architecture
     return model
 """
@@ -70,11 +69,9 @@ def test_a_one_stage_detector_is_scored_for_its_classes_alone(jdkd, squares, tmp
         assert answer.code == 2 and words in answer.err, answer.err
 
 
-def test_what_is_imported_is_trained_as_a_model_and_not_as_a_spec(jdkd, small, squares, tmp_path):
+def test_what_is_imported_is_trained(jdkd, small, squares, tmp_path):
     assert jdkd("import", small, "--classes", "red", "blue", "--out", tmp_path / "it").code == 0
     run = ("--data", squares, "--steps", 1, "--batch-size", 2, "--out", tmp_path / "train")
-    answer = jdkd("train", "--spec", tmp_path / "it" / "architecture.json", *run)
-    assert answer.code == 2 and "give its folder as --model" in answer.err and not (tmp_path / "train").exists()
     assert jdkd("train", "--model", tmp_path / "it", *run).code == 0
     content = json.loads((tmp_path / "train" / "architecture.json").read_text())
     assert content == json.loads((tmp_path / "it" / "architecture.json").read_text())

@@ -141,8 +141,8 @@ def test_a_folder_of_another_command(jdkd, trained, squares):
         (("--device", "cuda:63"), ("cuda:63", "CUDA devices")),
         (("--device", "gpu"), ("--device", "'gpu'")),
         (("--data", "nowhere"), ("--data nowhere", "COCO layout")),
-        (("--spec", "yolo"), ("'yolo'", "faster_rcnn_r18_fpn")),
-        (("--spec", "missing.json"), ("missing.json", "cannot be read")),
+        (("--model", "yolo"), ("'yolo'", "fasterrcnn")),
+        (("--model", "missing.json"), ("missing.json", "cannot be read")),
         (("--width", "0"), ("width", "0")),
         (("--steps", "-1"), ("steps", "-1")),
         (("--weights", "none.pth"), ("none.pth", "does not exist")),
@@ -156,8 +156,6 @@ def test_bad_flags_leave_no_folder(jdkd, train_arguments, tmp_path, change, word
             arguments[arguments.index(flag) + 1] = value
         else:
             arguments += [flag, value]
-    if "missing.json" in arguments:
-        arguments[arguments.index("--width") : arguments.index("--fpn")] = []
     _refused(jdkd(*arguments, "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "out").exists()
 
@@ -172,14 +170,13 @@ def test_an_unknown_flag_is_refused_by_name(jdkd, trained):
     assert answer.code == 2 and "--dataa" in answer.err and "Traceback" not in answer.err
 
 
-def test_a_spec_that_is_not_utf8(jdkd, trained, squares, tmp_path):
+def test_an_architecture_that_is_not_utf8(jdkd, trained, squares, tmp_path):
     wrong = tmp_path / "wrong"
     shutil.copytree(trained, wrong)
-    for name in ("spec.json", "architecture.json"):
-        (wrong / name).write_bytes("{}".encode("utf-16"))
+    (wrong / "architecture.json").write_bytes("{}".encode("utf-16"))
     _refused(jdkd("eval", wrong, "--data", squares), wrong / "architecture.json", "not UTF-8", "byte 0")
-    arguments = ("train", "--spec", wrong / "spec.json", "--data", squares, "--out", tmp_path / "out")
-    _refused(jdkd(*arguments), wrong / "spec.json", "not UTF-8")
+    arguments = ("train", "--model", wrong / "architecture.json", "--data", squares, "--out", tmp_path / "out")
+    _refused(jdkd(*arguments), wrong / "architecture.json", "not UTF-8")
 
 
 def test_a_record_that_is_not_utf8_or_of_another_version(jdkd, trained, train_arguments, tmp_path):
@@ -219,7 +216,7 @@ def test_a_run_is_resumed_where_data_weights_and_itself_have_moved(jdkd, trained
     _refused(jdkd(*train_arguments, "--out", out, "--weights", file, "--resume"), "weights was")
 
 
-def test_a_base_without_spec_or_with_weights_that_do_not_fit(jdkd, trained, squares, tmp_path):
+def test_a_base_without_an_architecture_or_with_weights_that_do_not_fit(jdkd, trained, squares, tmp_path):
     out = ("--data", squares, "--out", tmp_path / "out")
     empty, wrong = tmp_path / "empty", tmp_path / "wrong"
     empty.mkdir()

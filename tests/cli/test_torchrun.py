@@ -12,7 +12,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-TRAIN = ("--spec", "faster_rcnn_r18_fpn", "--width", 0.125, "--min-size", 64, "--max-size", 64, "--batch-size", 2)
+TRAIN = ("--model", "fasterrcnn:resnet18", "--width", 0.125, "--min-size", 64, "--max-size", 64, "--batch-size", 2)
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("when_asked")]
 

@@ -14,6 +14,7 @@ MODELS = {
     "fcos": ("fcos_resnet50_fpn", "--backbone", "mobilenet_v3_small"),
     "retinanet": ("retinanet", "--backbone", "resnet18", "--pyramid", "P2-P6", "--norm", "frozen"),
     "ssdlite": ("ssdlite", "--backbone", "mobilenet_v3_small"),
+    "fasterrcnn": ("fasterrcnn", "--backbone", "mobilenet_v3_small", "--box-head", 64),
 }
 MINE = """
 from jdkd.detect import detector
@@ -145,15 +146,11 @@ def refuse(*arguments, **options):
         (("--model", "fcos", "--backbone", "resnet18", "--norm", "layer"), "norm must be one of"),
         (("--model", "fcos", "--backbone", "swin_t", "--norm", "frozen"), "leave norm out"),
         (("--model", "ssd", "--backbone", "resnet18", "--pyramid", "P3-P7"), "ssd has no pyramid"),
-        (("--model", "fcos", "--backbone", "resnet18", "--depth", 0.5), "--depth 0.5 multiplies the blocks of a named"),
         (("--model", "ssd", "--backbone", "mobilenet_v3_small", "--width", 2), "width is 2"),
         (("--model", "fcos", "--backbone", "resnet18", "--box-head", 64), "fcos has no box_head"),
         (("--model", "fcos", "--backbone", "resnet18", "--weights", "COCO_V1"), "has no weights COCO_V1 for this"),
-        (("--model", "fcos", "--spec", "faster_rcnn_r18_fpn"), "both --spec and --model are given"),
-        ((), "neither --spec nor --model is given"),
+        ((), "--model is missing"),
         (("--model", "nets/my.py:net"), "'nets/my.py:net' names a file; give its module, my:net"),
-        (("--spec", "faster_rcnn_r18_fpn", "--backbone", "resnet18"), "--backbone resnet18 is for --model"),
-        (("--spec", "faster_rcnn_r18_fpn", "--norm", "group"), "norm 'batch' or 'frozen'"),
         (("--model", "ssdlite", "--backbone", "mobilenet_v3_small", "--train-sizes", 64), "leave the sizes to train"),
     ],
 )
@@ -165,7 +162,7 @@ def test_what_does_not_go_together_is_said_before_anything_is_written(jdkd, squa
 
 def test_a_training_of_no_detector_is_refused_before_the_data_are_read(jdkd, tmp_path):
     answer = jdkd("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
-    assert answer.code == 2 and "neither --spec nor --model is given" in answer.err
+    assert answer.code == 2 and "--model is missing" in answer.err
 
 
 def test_folders_keep_what_they_are(jdkd, squares, trained, tmp_path):
@@ -178,16 +175,14 @@ def test_folders_keep_what_they_are(jdkd, squares, trained, tmp_path):
     assert load(tmp_path / "out").transform.min_size == (96,)
 
 
-def test_a_run_is_of_the_weights_in_the_folder_that_it_begins_with(tmp_path, monkeypatch):
+def test_a_run_is_of_the_weights_that_it_begins_with(tmp_path):
     from jdkd.cli.detectors import DetectorFlags
 
     folder = tmp_path / "one"
     save(folder, tests.detectors.detector(tests.detectors.small_spec()))
     assert DetectorFlags().built(str(folder), tests.detectors.CLASSES, 0)[1] == folder / "weights.safetensors"
-    monkeypatch.chdir(tmp_path)
-    folder.rename("faster_rcnn_r18_fpn")  # a name goes before a folder
-    flags = DetectorFlags(width=0.125, depth=0.5, fpn=16, box_head=16)
-    assert flags.built("faster_rcnn_r18_fpn", tests.detectors.CLASSES, 0)[1] is None
+    given = folder / "weights.safetensors"
+    assert DetectorFlags(weights=given).built(str(folder / "architecture.json"), tests.detectors.CLASSES, 0)[1] == given
 
 
 def test_synchronised_norms_are_explained_where_nothing_synchronises(jdkd, squares, tmp_path):

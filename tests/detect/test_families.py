@@ -348,7 +348,6 @@ def test_what_does_not_exist_or_go_together_is_refused(changes, words):
             {"backbone": "resnet18"},
             "builds its own backbone; leave backbone 'resnet18' out",
         ),
-        ("faster_rcnn_r18_fpn", {"pyramid": "P2-P6"}, "is a named spec, with its own pyramid"),
         ("fcos_resnet50_fpn", {"norm": "layer"}, "one of batch, frozen, sync, group"),
         ("retinanet_resnet50_fpn", {"min_size": 900, "max_size": 800}, "max_size 800 is below min_size 900"),
         ("retinanet_resnet50_fpn", {"max_detections": 0}, "max_detections must be a whole number"),

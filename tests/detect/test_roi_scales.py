@@ -11,10 +11,10 @@ from torchvision.models.detection import FasterRCNN, KeypointRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
-from jdkd.detect import build, fix_roi_scales
+from jdkd.detect import fix_roi_scales
 from jdkd.notices import Notice
 from jdkd.rewrite import build as build_again
-from tests.detectors import small_spec
+from tests.detectors import build, small_spec
 
 STRIDES = [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 OBLONG = [torch.rand(3, 60, 192, generator=torch.Generator().manual_seed(0))]

@@ -9,7 +9,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from jdkd.detect import detector, load, open_model, save
 from jdkd.detect.sources import has_own_weights
 from jdkd.errors import InputError
-from tests.detectors import small_spec
+from tests.detectors import CLASSES, small_spec
 
 
 def test_a_family_and_a_backbone_in_one_word_are_what_both_are():
@@ -17,11 +17,10 @@ def test_a_family_and_a_backbone_in_one_word_are_what_both_are():
     assert one.architecture == detector("fcos", "mobilenet_v3_small", 2, channels=32, min_size=64).architecture
 
 
-def test_a_file_of_a_spec_or_an_architecture_is_built_with_fresh_weights(tmp_path):
-    spec = small_spec()
-    (tmp_path / "spec.json").write_text(spec.to_json())
-    first = open_model(str(tmp_path / "spec.json"), min_size=48)
-    assert first.architecture.classes == spec.classes and first.transform.min_size == (48,)
+def test_a_file_of_an_architecture_is_built_with_fresh_weights(tmp_path):
+    (tmp_path / "mine.json").write_text(small_spec().to_json())
+    first = open_model(str(tmp_path / "mine.json"), min_size=48)
+    assert first.architecture.classes == CLASSES and first.transform.min_size == (48,)
     save(tmp_path / "folder", first)
     second = open_model(str(tmp_path / "folder" / "architecture.json"))
     assert second.architecture == first.architecture
@@ -59,7 +58,7 @@ def test_what_a_function_makes_of_a_detector_of_ours_is_in_its_folder(tmp_path):
         ("fcoss", {}, "give fcos, if that was meant, or another of these"),
         ("yolo", {}, "faster_rcnn_r101_fpn; give one of these"),
         ("fcos:timm:nothing", {}, "timm"),
-        ("spec.json", {"norm": "frozen"}, "is a file, whose detector has its own norm"),
+        ("mine.json", {"norm": "frozen"}, "is a file, whose detector has its own norm"),
         ("none.json", {}, "none.json"),
         ("list.json", {}, "must be a JSON object"),
         ("weights.pth", {}, "make a folder of it with `jdkd import MODEL --weights weights.pth --out FOLDER`"),
@@ -67,7 +66,7 @@ def test_what_a_function_makes_of_a_detector_of_ours_is_in_its_folder(tmp_path):
 )
 def test_what_is_not_for_them_is_refused(source, options, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "spec.json").write_text(small_spec().to_json())
+    (tmp_path / "mine.json").write_text(small_spec().to_json())
     (tmp_path / "list.json").write_text(json.dumps([1]))
     (tmp_path / "weights.pth").touch()
     with pytest.raises(InputError) as caught:
@@ -77,4 +76,4 @@ def test_what_is_not_for_them_is_refused(source, options, words, tmp_path, monke
 
 def test_folders_and_functions_may_come_with_weights(tmp_path):
     assert has_own_weights(str(tmp_path)) and has_own_weights("mine:net")
-    assert not any(map(has_own_weights, ("fcos:resnet18", "fcos_resnet50_fpn", "spec.json", "faster_rcnn_r18_fpn")))
+    assert not any(map(has_own_weights, ("fcos:resnet18", "fcos_resnet50_fpn", "mine.json")))

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch.optim.swa_utils import AveragedModel
 from torchvision.models import resnet18
 
-from jdkd.detect import build, load_weights, named_spec
+from jdkd.detect import detector as families
+from jdkd.detect import load_weights
 from jdkd.errors import InputError
-from tests.detectors import CLASSES, detector, small_spec
+from tests.detectors import CLASSES, build, detector, small_spec
 
 OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 0.1}]}
 
@@ -185,7 +186,7 @@ def test_archives_and_folders_are_told_from_state_dicts(tmp_path):
 def test_torchvision_backbone_weights_find_their_place(tmp_path):
     backbone = resnet18()
     torch.save(backbone.state_dict(), tmp_path / "resnet18.pth")
-    model = build(named_spec("faster_rcnn_r18_fpn", CLASSES))
+    model = families("fasterrcnn", "resnet18", CLASSES)
     report = load_weights(model, tmp_path / "resnet18.pth")
     assert torch.equal(model.backbone.body.layer3[1].conv2.weight, backbone.layer3[1].conv2.weight)
     assert report.unexpected == ("fc.weight", "fc.bias") and not report.misshapen
@@ -198,7 +199,7 @@ def test_torchvision_detector_weights_load_with_a_report_of_the_other_head(tmp_p
 
     theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=7)
     torch.save({"model": theirs.state_dict()}, tmp_path / "detector.pth")
-    model = build(named_spec("faster_rcnn_r50_fpn", CLASSES))
+    model = families("fasterrcnn", "resnet50", CLASSES)
     report = load_weights(model, tmp_path / "detector.pth")
     assert report.misshapen and all("box_predictor" in name for name in report.misshapen)
     assert torch.equal(model.rpn.head.conv[0][0].weight, theirs.rpn.head.conv[0][0].weight)

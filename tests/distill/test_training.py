@@ -260,9 +260,8 @@ def test_folders_and_names_will_do(teacher, scenes, tmp_path):
     assert found.training.losses["loss_pkd"] > 0 and found.student.architecture.classes == CLASSES
 
 
-@pytest.mark.parametrize("name", ["fcos:mobilenet_v3_small", "faster_rcnn_r18_fpn"])
-def test_a_student_by_name_knows_the_classes_of_its_data_by_theirs(name, tmp_path):
-    made = opened(name, CLASSES, seed=4)
+def test_a_student_by_name_knows_the_classes_of_its_data_by_theirs(tmp_path):
+    made = opened("fcos:mobilenet_v3_small", CLASSES, seed=4)
     save(tmp_path, made)
     again = load(tmp_path)
     assert made.architecture.classes == again.architecture.classes == CLASSES and same(state(made), state(again))

@@ -12,11 +12,11 @@ from torchvision.models.detection.ssd import SSD, SSDHead
 from torchvision.ops import FrozenBatchNorm2d
 
 from benchmarks import prunable
-from jdkd.detect import build, read
+from jdkd.detect import read
 from jdkd.graph import Topology
 from jdkd.rewrite import Architecture
 from jdkd.rewrite.trial import comparable
-from tests.detectors import small_spec
+from tests.detectors import build, small_spec
 from tests.graph.networks import PANDetector
 from tests.rewrite.test_torchvision import residual, windows
 

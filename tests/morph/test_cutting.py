@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from jdkd.detect import Stage, read
+from jdkd.detect import read
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.latency import LatencyTable
@@ -17,7 +17,7 @@ from jdkd.latency.layers import positions
 from jdkd.morph import channel_importance, cut_to, repair
 from jdkd.morph.cutting import FLOOR, _Costs
 from jdkd.rewrite import Rewrite, prune
-from tests.detectors import detector, small_spec
+from tests.detectors import Stage, detector, small_spec
 from tests.morph.small import SIZE, parent, picture
 
 WIDE = "backbone.fpn.layer_blocks.3.0"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jdkd.data import CocoDetectionDataset
-from jdkd.detect import build, named_spec, parameter_count
+from jdkd.detect import detector, parameter_count
 from jdkd.pool import Phase, PoolTrainConfig, load_pool, train_pool
 from jdkd.train import TrainConfig
 from tests.coco_shapes import coco_shapes
@@ -18,7 +18,7 @@ def test_a_pool_of_r101_takes_a_step_at_the_shapes_of_coco_is_interrupted_and_re
     coco = CocoDetectionDataset(coco_shapes(tmp_path / "data", "train"))
     monkeypatch.setattr("jdkd.pool.shrinking.CALIBRATION_BATCHES", 1)
     torch.manual_seed(0)
-    base = build(named_spec("faster_rcnn_r101_fpn", coco.classes))
+    base = detector("fasterrcnn", "resnet101", coco.classes)
     config = PoolTrainConfig(TrainConfig(steps=3, batch_size=1, lr=1e-6), PHASES)
     told = []
 

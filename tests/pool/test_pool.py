@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from jdkd.detect import build, named_spec, read, round_width, save
+from jdkd.detect import detector as families
+from jdkd.detect import narrowed, read, save
 from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
 from jdkd.nn.elastic import Elastic
@@ -80,13 +81,13 @@ def test_widths_that_would_have_one_name_are_refused():
 
 
 def test_the_default_space_is_one_block_deeper_and_half_as_wide_again():
-    spec = named_spec("faster_rcnn_r18_fpn", ["a"], width=0.25)
-    space, largest, _ = grown(base := build(spec), width=1.5)
+    base = narrowed(families("fasterrcnn", "resnet18", ["a"]), 0.25)
+    space, largest, _ = grown(base, width=1.5)
     assert space == Space.from_base(read(base)) and len(space.widths) == 3
     assert [len(getattr(largest.backbone.body, f"layer{k}")) for k in (1, 2, 3, 4)] == [3, 3, 3, 3]
     for name, parameter in base.named_parameters():
         if name.startswith("backbone.body.layer") and name.endswith("conv1.weight"):
-            assert largest.get_parameter(name).shape[0] == round_width(1.5 * parameter.shape[0])
+            assert largest.get_parameter(name).shape[0] == 8 * int(1.5 * parameter.shape[0] / 8 + 0.5)
 
 
 def test_a_mutation_is_one_or_two_notches_away_and_stays_inside():

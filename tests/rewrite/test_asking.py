@@ -5,12 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from jdkd.detect import build as build_detector
 from jdkd.detect import detector as dense
 from jdkd.detect import read
 from jdkd.errors import InputError
 from jdkd.graph import trace
 from jdkd.rewrite import Rewrite, describe
+from tests.detectors import build as build_detector
 from tests.detectors import small_spec
 from tests.graph.networks import Residual
 

@@ -3,12 +3,12 @@ import warnings
 import pytest
 
 from jdkd.data import CocoDetectionDataset, resolve_splits, write_digit_scenes
-from jdkd.detect import Stage, save
+from jdkd.detect import save
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
 from jdkd.search import Method, search
 from jdkd.search.context import open_context
-from tests.detectors import detector, small_spec
+from tests.detectors import Stage, detector, small_spec
 from tests.once import made_once, shared_folder
 from tests.search.small_search import DIGITS, config_of, make_steady
 

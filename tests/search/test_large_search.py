@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jdkd.data import CocoDetectionDataset
-from jdkd.detect import build, load, named_spec, parameter_count, save
+from jdkd.detect import detector, load, parameter_count, save
 from jdkd.run_folder import RunFolder
 from jdkd.search import Method, SearchConfig, search
 from tests.coco_shapes import coco_shapes
@@ -19,7 +19,7 @@ def test_a_search_from_r101_takes_its_steps_at_the_shapes_of_coco_is_interrupted
     torch.manual_seed(0)
     dataset = CocoDetectionDataset(train)
     RunFolder(tmp_path / "base").begin("train", {"data": {"train": dataset.fingerprint}})
-    save(tmp_path / "base", build(named_spec("faster_rcnn_r101_fpn", dataset.classes)))
+    save(tmp_path / "base", detector("fasterrcnn", "resnet101", dataset.classes))
     asked = {"targets": (0.8,), "steps": 9, "candidates": 1, "proposals": 1, "batch_size": 1, "lr": 1e-6}
     least = {"latency_rounds": 1, "latency_seconds": 0.0, "control": False, "method": Method(teaching="base")}
     parts = {"val": coco_shapes(tmp_path / "data", "val"), "selection": coco_shapes(tmp_path / "data", "selection")}

@@ -138,8 +138,8 @@ def test_every_target_has_a_student_of_its_own_under_a_foreign_teacher(
 
 
 def scores_of(model, best):
-    """In place of :func:`jdkd.train.evaluate`: the teacher of one spec is the best."""
-    return SimpleNamespace(map=0.9 if model.architecture.arguments.get("spec", {}).get("fpn") == best.fpn else 0.1)
+    """In place of :func:`jdkd.train.evaluate`: the teacher of one pyramid is the best."""
+    return SimpleNamespace(map=0.9 if model.architecture.arguments.get("fpn") == best.fpn else 0.1)
 
 
 @pytest.mark.parametrize(

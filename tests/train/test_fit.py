@@ -26,7 +26,7 @@ PLAIN = {
 
 
 def test_a_detector_learns_the_scenes(scenes):
-    from jdkd.detect import build
+    from tests.detectors import build
 
     torch.manual_seed(1)
     model = build(small_spec())

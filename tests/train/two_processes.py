@@ -12,12 +12,11 @@ from torch import nn
 from torchvision.models.detection import RetinaNet
 
 from jdkd.data import CocoDetectionDataset, Split, resolve_splits
-from jdkd.detect import build
 from jdkd.errors import InputError
 from jdkd.pool import Phase, PoolTrainConfig, train_pool
 from jdkd.train import DivergenceError, TrainConfig, evaluate, fit
 from jdkd.train.distributed import first_goes_ahead, from_first, process_group, processes, rank
-from tests.detectors import detector, small_spec
+from tests.detectors import build, detector, small_spec
 from tests.train.scenes import write_scenes
 
 CONFIG = TrainConfig(steps=4, batch_size=2, optimizer="sgd", lr=0.1, checkpoint_every=1, log_every=1, seed=3)
