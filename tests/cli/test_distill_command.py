@@ -98,9 +98,9 @@ def test_a_teacher_without_weights_is_trained_first_and_a_run_that_was_interrupt
     assert load(tmp_path / "out" / "teacher").architecture.classes == ("red", "blue")
 
 
-def test_a_teacher_that_its_first_step_refuses_leaves_nothing(jdkd, spec_file, squares, tmp_path):
+def test_a_teacher_that_its_first_step_refuses_leaves_nothing(jdkd, tiny_file, squares, tmp_path):
     small = ("--min-size", 32, "--max-size", 32, "--batch-size", 1)  # one position at stride 32
-    run = ("distill", "--teacher", spec_file, "--student", spec_file, "--data", squares, "--steps", 1, *small)
+    run = ("distill", "--teacher", tiny_file, "--student", tiny_file, "--data", squares, "--steps", 1, *small)
     answer = jdkd(*run, "--out", tmp_path / "out")
     assert answer.code == 2 and "leaves a batch norm 1 value a channel" in answer.err, answer.err
     assert "is trained first" in answer.err and not (tmp_path / "out").exists()

@@ -56,7 +56,7 @@ def test_what_a_function_makes_of_a_detector_of_ours_is_in_its_folder(tmp_path):
         ("fcos:resnet18", {"backbone": "resnet34"}, "fcos:resnet18 names its backbone; leave backbone 'resnet34' out"),
         ("fcos:", {}, "backbone '' is none of"),
         ("fcoss", {}, "give fcos, if that was meant, or another of these"),
-        ("yolo", {}, "faster_rcnn_r101_fpn; give one of these"),
+        ("yolo", {}, "(with a backbone, as FAMILY:BACKBONE); give one of these"),
         ("fcos:timm:nothing", {}, "timm"),
         ("mine.json", {"norm": "frozen"}, "is a file, whose detector has its own norm"),
         ("none.json", {}, "none.json"),

@@ -111,7 +111,7 @@ def test_a_training_step_that_goes_past_the_attached_module_is_refused(student, 
     wrapped = Wrapper(student).train()
     with attach(wrapped, teacher):
         with pytest.raises(
-            InputError, match=r"Backbone ran outside of the forward of Wrapper, .* attach the module that"
+            InputError, match=r"Pyramid ran outside of the forward of Wrapper, .* attach the module that"
         ):
             wrapped.training_step(images, targets)
         assert "loss_pkd" in wrapped(images, targets)
@@ -132,7 +132,7 @@ def test_a_forward_that_failed_is_over(student, teacher, images, targets):
         with pytest.raises(torch.OutOfMemoryError, match="more than there is"):
             wrapped(images, targets)
         hook.remove()
-        with pytest.raises(InputError, match=r"Backbone ran outside of the forward of Wrapper"):
+        with pytest.raises(InputError, match=r"Pyramid ran outside of the forward of Wrapper"):
             wrapped.training_step(images, targets)
         assert "loss_pkd" in wrapped(images, targets)
 
@@ -161,7 +161,7 @@ def test_what_is_no_detector_is_refused(student, teacher):
             attach(given, teacher)
         with pytest.raises(InputError, match="the teacher is "):
             attach(student, given)
-    for neck, kind in ((3, "int"), (student.backbone, "BackboneWithFPN|Backbone")):
+    for neck, kind in ((3, "int"), (student.backbone, "BackboneWithFPN|Pyramid")):
         with pytest.raises(InputError, match=f"^neck is a ({kind}); pass a dotted name"):
             attach(student, teacher, neck=neck)
 

@@ -161,10 +161,13 @@ def test_heads_gradients_that_do_not_fit_are_refused(compiled, dout, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda dx: dx[:3], r"3 tensors dx were given for 4 levels; give one a level"),
-        (lambda dx: [*dx[:3], dx[0]], r"level of dx has shape \[2, 5, 40, 41\] .* x has shape \[1, 4, 1, 1\]"),
-        (lambda dx: [dx[0].half(), *dx[1:]], r"dx of level 0 differs in dtype, device or layout from x"),
-        (lambda dx: [dx[0].contiguous(memory_format=torch.channels_last), *dx[1:]], r"dx of level 0 differs in dtype"),
+        (lambda dx: dx[:3], r"3 gradients were given for 4 levels; give one a level"),
+        (lambda dx: [*dx[:3], dx[0]], r"a gradient has shape \[2, 5, 40, 41\] and its level has shape \[1, 4, 1, 1\]"),
+        (lambda dx: [dx[0].half(), *dx[1:]], r"the gradient of level 0 differs from it in dtype, device or layout"),
+        (
+            lambda dx: [dx[0].contiguous(memory_format=torch.channels_last), *dx[1:]],
+            r"the gradient of level 0 differs from it in dtype",
+        ),
     ],
 )
 def test_memory_that_no_gradient_fits_is_refused(compiled, change, message):

@@ -1,4 +1,7 @@
+import shutil
 import warnings
+from contextlib import closing
+from dataclasses import replace
 
 import pytest
 
@@ -6,10 +9,16 @@ from jdkd.data import CocoDetectionDataset, resolve_splits, write_digit_scenes
 from jdkd.detect import save
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
-from jdkd.search import Method, search
+from jdkd.search import Archive, Method, plan, search
+from jdkd.search.archive import ARCHIVE
 from jdkd.search.context import open_context
+from jdkd.search.loop import _table
+from jdkd.search.matching import Matching
+from jdkd.search.screening import Parent
+from jdkd.search.strategy import Strategy
 from tests.detectors import Stage, detector, small_spec
 from tests.once import made_once, shared_folder
+from tests.search.rows import candidate
 from tests.search.small_search import DIGITS, config_of, make_steady
 
 FAMILIES = {"Faster R-CNN": detector}  # of the base that most tests begin from
@@ -64,3 +73,29 @@ def quick(folder):
     """Settings of a search without a pool, a teacher, a control and a choice."""
     least = {"candidates": 1, "proposals": 1, "steps": 10, "control": False, "method": Method(teaching="none")}
     return lambda out, **changes: config_of(folder, out, **least | changes)
+
+
+@pytest.fixture(scope="module")
+def parent(context):
+    """The base, to make students of."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_steady(patch)
+        return Parent(candidate(0, kind="base", map=0.4), context.latency_table(), context)
+
+
+@pytest.fixture
+def asked(context, finished, steady, tmp_path):
+    """What a strategy proposes after the first so many candidates of the finished search."""
+
+    def ask(count, steps=32, **changes):
+        here = replace(context, config=replace(context.config, out=tmp_path, **changes))
+        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+        with closing(Archive(tmp_path / ARCHIVE)) as archive:
+            archive.candidates = archive.candidates[:count]
+            ask.context = here
+            strategy = Strategy(
+                here, plan(here.config, steps), Matching(here, None, archive.scored[0].map), _table(here)
+            )
+            return strategy.ask(archive), strategy.ask(archive)
+
+    return ask

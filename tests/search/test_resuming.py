@@ -168,7 +168,7 @@ def test_a_control_of_another_student_is_trained_again(context, tmp_path, monkey
     state = {name: {} for name in checkpoint.FIELDS} | {"step": 3, "seconds": 1.0, "config": {"steps": 3}}
     checkpoint.write(control / TRAINING, state)
     monkeypatch.setattr(outcome, "fit", lambda model, data, config, **how: trained.append(config.steps))
-    monkeypatch.setattr(outcome, "_row", lambda detector, latency, steps, context: steps)
+    monkeypatch.setattr(outcome, "_row", lambda detector, latency, base, steps, context: steps)
     assert outcome._control(steps, None, replace(context, config=replace(context.config, out=tmp_path))) == steps
     assert trained == [4] * (steps == 4) and (control / "weights.safetensors").exists()
 

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import shutil
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,36 +11,21 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from jdkd.data import batches
-from jdkd.detect import load, save
 from jdkd.detect.contract import architecture_of
 from jdkd.detect.regions import region_count
 from jdkd.distill import correlations
 from jdkd.errors import InputError
 from jdkd.morph import add_block, grow
 from jdkd.notices import Notice
-from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
+from jdkd.search import Archive, Method, Proposal, screening, strategy
 from jdkd.search.archive import ARCHIVE
-from jdkd.search.budget import Rung
-from jdkd.search.evaluator import Evaluator
 from jdkd.search.inheriting import fresh, inherit
-from jdkd.search.loop import _table
-from jdkd.search.matching import Matching
 from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Recipe, screen, trimmed
 from jdkd.search.strategy import Strategy
 from jdkd.search.timing import BRIEF, LONG
 from tests.search.rows import candidate, timing
-from tests.search.small_search import make_steady
 
 EVERYTHING = ARCHITECTURE, CHANNELS
-
-
-@pytest.fixture(scope="module")
-def parent(context):
-    """The base, to make students of."""
-    with pytest.MonkeyPatch.context() as patch:
-        make_steady(patch)
-        return Parent(candidate(0, kind="base", map=0.4), context.latency_table(), context)
 
 
 @pytest.fixture
@@ -78,18 +62,6 @@ def test_the_similarity_is_the_mean_r_of_every_level_with_the_parents(parent, st
     kept = inherit(parent.model, parent.topology, made.rewrites, context).kept
     levels = correlations(made.student, context.base, context.probe(), channels=kept, own_size=True).values()
     assert made.similarity == pytest.approx(1 - sum(levels) / len(levels), abs=1e-5)
-
-
-def test_the_probe_is_read_once_and_nobody_changes_it_for_others(context, monkeypatch):
-    here, config = replace(context), context.config
-    asked = [*batches(here.train, batch_size=config.batch_size, steps=3, seed=config.seed, device=config.device)]
-    for images, targets in here.probe():
-        for tensor in (*images, *(target["boxes"] for target in targets)):
-            tensor.fill_(7)
-    monkeypatch.setattr("jdkd.search.context.batches", None)
-    for (images, targets), (ours, theirs) in zip(asked, here.probe(), strict=True):
-        assert all(map(torch.equal, images, ours))
-        assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(targets, theirs, strict=True))
 
 
 def test_a_recipe_makes_one_student_and_its_rewrites_make_it_again_from_json(parent, steady):
@@ -303,24 +275,6 @@ def test_a_child_keeps_its_parents_weights_and_a_fresh_one_the_architecture_alon
     assert architecture_of(new, "a test").id == made.architecture_id
 
 
-@pytest.fixture
-def asked(context, finished, steady, tmp_path):
-    """What a strategy proposes after the first so many candidates of the finished search."""
-
-    def ask(count, steps=32, **changes):
-        here = replace(context, config=replace(context.config, out=tmp_path, **changes))
-        shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-        with closing(Archive(tmp_path / ARCHIVE)) as archive:
-            archive.candidates = archive.candidates[:count]
-            ask.context = here
-            strategy = Strategy(
-                here, plan(here.config, steps), Matching(here, None, archive.scored[0].map), _table(here)
-            )
-            return strategy.ask(archive), strategy.ask(archive)
-
-    return ask
-
-
 def test_a_generation_follows_from_the_archive_alone_and_is_pure_json(asked, finished):
     one, two = asked(1)
     assert one == two and [proposal.number for proposal in one] == list(range(1, 1 + len(one)))
@@ -330,63 +284,6 @@ def test_a_generation_follows_from_the_archive_alone_and_is_pure_json(asked, fin
     assert [(p.action, p.parent, p.predicted) for p in one] == [(c.action, c.parent, c.predicted) for c in made]
     assert {(p.kind, p.target, p.generation, p.teacher) for p in one} == {("morph", None, 1, "base")}
     assert len({proposal.number for proposal in one}) == len(one)
-
-
-def test_a_child_that_was_made_while_it_was_proposed_is_the_one_that_is_made_again_elsewhere(asked):
-    proposal = asked(1)[1][0]
-    context = asked.context
-    kept, evaluator = context.children[proposal.number], Evaluator(context, None)
-    assert evaluator._child(proposal, None) is kept and proposal.number not in context.children
-    again = evaluator._child(Proposal.from_json(json.loads(json.dumps(proposal.to_json()))), None)
-    assert again is not kept and again.architecture == kept.architecture
-    ours = kept.state_dict()
-    assert all(torch.equal(tensor, ours[name]) for name, tensor in again.state_dict().items())
-    assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in kept.parameters()]
-    asked(1, workers=2)
-    assert not asked.context.children, "other processes make them"
-
-
-def test_a_student_that_is_tried_twice_is_made_once_and_trained_from_a_copy(asked, finished, monkeypatch):
-    with closing(Archive(finished[0] / ARCHIVE)) as archive:
-        before = sum(one.generation <= 2 for one in archive.candidates)
-    cut = lambda parent, target: parent.make(Recipe(), 0.9 * parent.table.predict(parent.model))  # noqa: E731
-    monkeypatch.setattr(strategy, "trimmed", cut)
-    proposals = asked(before)[1]
-    context = asked.context
-    evaluating, folder = Evaluator(context, None), context.folder(int(proposals[0].parent[:3]))
-    assert [proposal.teacher for proposal in proposals] == ["base", None] and all(p.rewrites for p in proposals)
-    taught, untaught = (evaluating._child(proposal, folder) for proposal in proposals)
-    again = evaluating._child(proposals[0], folder)
-    assert taught is not untaught and not context.children and again not in (taught, untaught)
-    held = [{tensor.data_ptr() for tensor in child.parameters()} for child in (taught, untaught, again)]
-    assert held[0].isdisjoint(held[1])
-    for child in (untaught, again):
-        assert child.architecture == taught.architecture and child.training is taught.training
-        assert all(torch.equal(child.state_dict()[name], tensor) for name, tensor in taught.state_dict().items())
-
-
-def test_targets_that_share_a_finalist_share_what_is_known_of_it(parent, context, steady, monkeypatch):
-    weighed, own, rung = [], screening.channel_importance, Rung((0.85, 0.75), False, 1, 10, trial=True)
-    monkeypatch.setattr(screening, "channel_importance", lambda *given: weighed.append(given[0]) or own(*given))
-    monkeypatch.setattr(Strategy, "_finalists", lambda *given: [parent.candidate])
-    asking = Strategy(context, plan(context.config, 32), Matching(context, None, 0.4), parent.table)
-
-    def made(*aims):
-        archive = SimpleNamespace(scored=[parent.candidate])
-        return asking._trained_on(replace(rung, aims=aims), archive, random.Random(0))
-
-    together = [(one.rewrites, one.predicted) for _, _, one, *_ in made(0.85, 0.75)]
-    assert len(weighed) == 1 and len({repr(rewrites) for rewrites, _ in together}) == 2
-    assert together == [(one.rewrites, one.predicted) for aim in rung.aims for _, _, one, *_ in made(aim)]
-    assert len(weighed) == 3
-
-
-def test_what_a_latency_is_predicted_from_is_the_same_of_a_child_and_of_its_folder(parent, steady, tmp_path):
-    for number in range(6):
-        child = parent.make(parent.draw(EVERYTHING, random.Random(number)), 0.8).student
-        save(tmp_path, child)
-        made, read = (parent.table.features(detector) for detector in (child, load(tmp_path)))
-        assert [*made.items()] == [*read.items()], "in one order too, as they are added up"
 
 
 def test_where_nothing_can_be_cut_any_more_the_search_goes_on_with_what_it_has(asked, monkeypatch):
