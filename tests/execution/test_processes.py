@@ -179,10 +179,10 @@ def test_whoever_is_at_work_when_another_fails_saves_and_the_executor_can_be_use
     jobs = jobs_of("waits", None, "is refused")
     running = two.run(jobs)
     assert next(running)[0] == jobs[1]
-    assert soon(lambda: pids(task.marks, f"begun-{jobs[0]['number']}"))
+    assert soon(lambda: pids(task.marks, "waiting"))
     with pytest.raises(InputError):
         next(running)
-    (busy,) = pids(task.marks, f"begun-{jobs[0]['number']}")
+    (busy,) = pids(task.marks, "waiting")
     assert busy in pids(task.marks, "saved") and not alive(busy)
     assert len(outcomes(two, jobs_of(None, None))) == 2
 
