@@ -180,20 +180,24 @@ def _whence(parent: Candidate) -> str | None:
 def _archive(
     proposal: Proposal, parent: Candidate, outcome: dict[str, Any], archive: Archive, context: SearchContext
 ) -> None:
-    """Times a candidate and adds it to the archive; one that failed is archived as such."""
+    """Times a candidate and adds it to the archive; one that failed, or that its runtime cannot run, as such."""
     failure, cycle, begun = outcome.get("failure"), proposal.cycle, time.perf_counter()
+    spent = outcome.get("seconds", {})
     timing: Timing | None = None
     known: dict[str, Any] = {"architecture": parent.architecture, "params": parent.params, "gmacs": parent.gmacs}
     if failure is None:
         student = context.made(proposal.number)
         own = architecture_of(student, "search")
-        timing = context.timed({own.id: student})[own.id]
-        known = {"architecture": own, **context.cost(student)}
-    else:
+        try:
+            timing = context.timed({own.id: student})[own.id]
+            known = {"architecture": own, **context.cost(student)}
+        except InputError as error:  # of the runtime, which has run the base
+            failure, outcome = str(error), {}
+    if failure is not None:
         say_once(
             f"candidate {proposal.number} ({proposal.action}) failed, and the search goes on without it: {failure}"
         )
-    seconds = outcome.get("seconds", {}) | {"timing": time.perf_counter() - begun}
+    seconds = spent | {"timing": time.perf_counter() - begun}
     archive.add(
         timing,
         number=proposal.number,

@@ -7,11 +7,13 @@ from contextlib import closing
 import pytest
 
 from jdkd import train
+from jdkd.detect.checkpoint import WEIGHTS
 from jdkd.errors import InputError, ModelError
 from jdkd.notices import Notice
 from jdkd.report import write_report
 from jdkd.search import search
 from jdkd.search.archive import ARCHIVE, Archive
+from jdkd.search.context import SearchContext
 from jdkd.train import DivergenceError, engine
 from tests.search.small_search import archived, config_of
 
@@ -37,6 +39,22 @@ def broken(monkeypatch, what):
     monkeypatch.setattr("jdkd.search.context.evaluate", evaluate)
     monkeypatch.setattr("jdkd.search.evaluator.fit", fit)
     monkeypatch.setattr("jdkd.search.outcome.fit", fit)
+
+
+def test_a_search_outlives_a_student_that_its_runtime_cannot_run(quick, steady, tmp_path, monkeypatch):
+    timed, refused = SearchContext.timed, []
+
+    def refusing(context, models, *given, **how):
+        if not refused and (context.folder(1) / WEIGHTS).exists():
+            refused.append(models)
+            raise InputError("onnxruntime cannot begin on the file.")
+        return timed(context, models, *given, **how)
+
+    monkeypatch.setattr(SearchContext, "timed", refusing)
+    with pytest.warns(Notice, match=r"candidate 1 \(.*goes on without it: onnxruntime cannot begin"):
+        result = search(quick(tmp_path / "out", steps=18, targets=(0.5,), control=False))
+    rows = archived(tmp_path / "out", "number, map, latency_ratio, failure")
+    assert rows[1] == (1, None, None, "onnxruntime cannot begin on the file.") and result["students"][0]["target_met"]
 
 
 def test_a_search_outlives_candidates_and_a_control_that_fail(quick, steady, tmp_path, monkeypatch):
