@@ -268,7 +268,7 @@ def _backward_fake(
 _backend.register(OP, "reference", why="ATen level by level on the active part of the weight")
 _checks = {"forward": lambda _, *where: elastic_check.levels(_launch, *where)}
 _backend.register(
-    OP, "triton", dtypes=_TRITON_DTYPES, why="where jdkd.ops.elastic_levels_kernels says so", checks=_checks
+    OP, "triton", dtypes=_TRITON_DTYPES, why="on request, or where `jdkd tune` found it faster", checks=_checks
 )
 _library.impl("elastic_levels_fwd", _forward, "CompositeExplicitAutograd")
 _library.impl("elastic_levels_bwd", _backward, "CompositeExplicitAutograd")

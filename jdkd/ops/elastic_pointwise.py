@@ -346,7 +346,7 @@ def _backward_fake(
 
 _backend.register(_OP, "reference", why="ATen on the active part of the weight: cuDNN, oneDNN")
 _backend.register(
-    _OP, "triton", dtypes=_TRITON_DTYPES, why="where jdkd.ops.elastic_kernels says so",
+    _OP, "triton", dtypes=_TRITON_DTYPES, why="on request, or where `jdkd tune` found it faster",
     checks={
         "forward": lambda _, *where: elastic_check.pointwise_forward(_triton_fwd, *where),
         "gradient": lambda _, *where: elastic_check.pointwise_gradient(_triton_bwd, *where),
