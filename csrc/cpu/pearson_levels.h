@@ -11,6 +11,7 @@
 #include "cpu/pearson_sweeps.h"
 #include "ops/pearson.h"
 
+#include <numeric>
 #include <vector>
 
 namespace jdkd::cpu {
@@ -19,11 +20,22 @@ using pearson::Level;
 using pearson::Moments;
 using torch::stable::Tensor;
 
+constexpr int64_t kPiece = 512;  // elements of a gradient at a time
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline Cursor cursor(const Tensor& tensor) { return {tensor.const_data_ptr(), tensor.scalar_type()}; }
 
 inline float beta_of(double ss, double tt) { return pearson::residual_beta(static_cast<float>(ss / tt), 1.0f); }
+
+// Joins the moments of a channel's chunks, [c, chunks], in order.
+inline void join_chunks(const std::vector<Moments>& parts, int64_t c, Moments* channels) {
+  const int64_t chunks = static_cast<int64_t>(parts.size()) / c;
+  for (int64_t channel = 0; channel < c; ++channel) {
+    const Moments* own = parts.data() + channel * chunks;
+    channels[channel] = std::accumulate(own + 1, own + chunks, own[0], pearson::merge);
+  }
+}
 
 // The gradient of one level: what it is of, and the level's columns of the table [kRows, stride].
 struct Backward {

@@ -3,7 +3,6 @@
 #include "cpu/pearson_levels.h"
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 namespace jdkd::cpu {
@@ -12,7 +11,6 @@ namespace {
 constexpr int64_t kBlock = 1024;              // positions of one channel; float32 sums of more lose digits
 constexpr int64_t kTile = 4 * kBlock;         // positions of one channel that share a guess
 constexpr int64_t kPlaneChunk = 32 * kBlock;  // positions that one task reduces
-constexpr int64_t kPiece = 512;               // elements of a gradient at a time
 
 // A channel's positions are numbered 0..N*HW through all images; a tile may cross from one image to the next.
 
@@ -93,10 +91,7 @@ void forward_planes(const Level& level, const Tensor& s, const Tensor& t, Moment
       parts[i] = chunk_moments(level, s, t, i / chunks, i % chunks);
     }
   });
-  for (int64_t channel = 0; channel < level.c; ++channel) {
-    const Moments* own = parts.data() + channel * chunks;
-    channels[channel] = std::accumulate(own + 1, own + chunks, own[0], pearson::merge);
-  }
+  join_chunks(parts, level.c, channels);
 }
 
 void backward_planes(const Level& level, const Backward& to_do) {

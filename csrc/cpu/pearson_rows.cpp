@@ -3,7 +3,6 @@
 #include "cpu/pearson_levels.h"
 
 #include <algorithm>
-#include <numeric>
 #include <vector>
 
 namespace jdkd::cpu {
@@ -14,7 +13,6 @@ constexpr int64_t kMaxRows = 512;    // rows that share a guess
 constexpr int64_t kRowChunk = 2048;  // most rows that one task reduces
 constexpr int64_t kLeastRows = 256;  // and least, where there are fewer than kLeastTasks tasks
 constexpr int64_t kLeastTasks = 8;
-constexpr int64_t kPiece = 512;      // elements of a gradient at a time
 
 // The moments of c channels side by side, of the rows that were added so far, and the guess for those to come.
 class RowMoments {
@@ -99,10 +97,7 @@ void forward_rows(const Level& level, const Tensor& s, const Tensor& t, Moments*
       }
     }
   });
-  for (int64_t channel = 0; channel < c; ++channel) {
-    const Moments* own = parts.data() + channel * chunks;
-    channels[channel] = std::accumulate(own + 1, own + chunks, own[0], pearson::merge);
-  }
+  join_chunks(parts, level.c, channels);
 }
 
 void backward_rows(const Level& level, const Backward& to_do) {
