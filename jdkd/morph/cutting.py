@@ -6,7 +6,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -43,7 +43,8 @@ def cut_to(
     """Cuts channels of all groups, and whole blocks, until the predicted latency meets an aim.
 
     Greedy: again and again that group is cut by one step, :meth:`jdkd.graph.ChannelGroup.shrunk` gives its size, or
-    that block leaves, which loses least for what it saves, as the detector is by then. A block loses its importance. A
+    that block leaves, which loses least for what it saves, as the detector is by then; what it saves beyond the aim is
+    nothing that was asked for, so no whole block leaves for the last per cent. A block loses its importance. A
     group of which the share s of its importance I is left has lost ``-I log s``: the first channels cost what they
     weigh, the last ones more and more, as what reads them has less to make up for them. (Our choice; what it is worth
     against the plain sum in a whole search was not measured.)
@@ -86,7 +87,7 @@ def cut_to(
         for blocks in topology.block_lists
     ]
     losing: tuple[_Row | _Shortened, ...] = (*rows, *lists)
-    while costs.ratio() > aim:
+    while (needed := costs.ratio() - aim) > 0:
         offers = [offer for each in losing for offer in each.offers(costs)]
         if not offers:
             raise InputError(
@@ -94,7 +95,7 @@ def cut_to(
                 f"base's latency: {costs.ratio():.3f} is the least with a floor of {floor:g} of each group; lower the "
                 "floor, take blocks or input size away too, or cut again later."
             )
-        min(offers, key=lambda offer: offer[0])[1]()
+        min(offers, key=lambda offer: offer.lost / min(offer.saved, needed)).take()
     rows = [row for row in rows if row.left < row.group.units and costs.has(row.group.name)]
     left = {each.blocks.name: each.order() for each in lists if each.gone}
     action = "; ".join(filter(None, [around.action, *(each.said() for each in lists if each.gone), _said(rows, table)]))
@@ -119,8 +120,13 @@ def _factor(temperature: float, rng: random.Random | None) -> float:
     return math.exp(temperature * rng.gauss(0.0, 1.0)) if temperature and rng else 1.0
 
 
-Offer = tuple[float, Callable[[], None]]
-"""What a step loses for what it saves, and the step."""
+@dataclass(frozen=True)
+class _Offer:
+    """A step: what it loses of the importance, what it saves of the latency, and how it is taken."""
+
+    lost: float
+    saved: float
+    take: Callable[[], None]
 
 
 class _Row:
@@ -137,9 +143,10 @@ class _Row:
         # [units + 1], importance lost where so many are left
         self.lost = -sums[-1] * np.log(np.maximum(share, 1e-9)) * factor
 
-    def offers(self, costs: _Costs) -> Iterator[Offer]:
+    def offers(self, costs: _Costs) -> Iterator[_Offer]:
         if len(self.steps) > 1 and (saved := costs.saved(self.group.name, self.steps[0] - self.steps[1])) > 0:
-            yield float(self.lost[self.steps[1]] - self.lost[self.steps[0]]) / saved, partial(self._cut, costs)
+            lost = float(self.lost[self.steps[1]] - self.lost[self.steps[0]])
+            yield _Offer(lost, saved, partial(self._cut, costs))
 
     def _cut(self, costs: _Costs) -> None:
         costs.cut(self.group.name, self.steps[0] - self.steps[1])
@@ -173,11 +180,11 @@ class _Shortened:
         may = min(removable(model, blocks), max(1, int((1 - floor) * count)))
         self._may = may - (count - len(self._left))
 
-    def offers(self, costs: _Costs) -> Iterator[Offer]:
+    def offers(self, costs: _Costs) -> Iterator[_Offer]:
         if len(self.gone) < self._may:
             for place, lost in self._lost.items():
                 if place not in self.gone and (saved := costs.saved_without(self.blocks.blocks[place])) > 0:
-                    yield lost / saved, partial(self._remove, costs, place)
+                    yield _Offer(lost, saved, partial(self._remove, costs, place))
 
     def _remove(self, costs: _Costs, place: int) -> None:
         costs.remove(self.blocks.blocks[place])
