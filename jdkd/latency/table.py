@@ -159,6 +159,11 @@ class LatencyTable:
         return max(0.0, target - self.fixed) / (1 - self.fixed) if self.fixed < 1 else 0.0
 
     @property
+    def least(self) -> float:
+        """The ratio of the fastest version of the base that was measured: short, narrow, but of its own input size."""
+        return min(ratio for _, ratio in self.rows)
+
+    @property
     def costs(self) -> dict[str, float]:
         """By feature, what one more of it adds to the ratio."""
         return self._solved[1]

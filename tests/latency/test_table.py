@@ -214,4 +214,5 @@ def test_a_target_leaves_what_is_above_the_part_that_no_cut_saves():
     rows = tuple(({"layers": share}, 0.4 + 0.6 * share) for share in (1.0, 0.5, 0.25, 0.0))
     table = LatencyTable((), (0,), {}, rows)
     assert table.left(0.7) == pytest.approx(0.5, abs=0.01) and table.left(0.3) == 0.0
+    assert table.least == 0.4
     assert LatencyTable((), (0,), {}, (({}, 1.0),)).left(0.5) == 0.0

@@ -214,6 +214,7 @@ def test_a_target_that_no_cut_reaches_is_missed_by_a_student_all_the_same(quick,
     words = [str(notice.message) for notice in said]
     assert any("no student can be made at 0.02 of the base's latency; this generation has 0." in w for w in words)
     assert any("is none that a cut saves, so a student at 0.02 has 2% of the rest" in w for w in words)
+    assert any("the fastest version that was timed" in w for w in words)
     assert not result["target_met"] and result["students"][0]["latency_ratio"] < 0.9
     assert (tmp_path / "out" / "student").is_dir()
 
