@@ -27,6 +27,7 @@ NAMES = (  # what searches are of, in the order of the pages; benchmarks.proof.R
     "digit_scenes_r50",
     "blood_cells_deep",
     "blood_cells_deep_short",
+    "blood_cells_deep_short_onnxruntime",
     "blood_cells_deep_many",  # of 95 candidates, by --candidates 48 --proposals 48
     "blood_cells_deep_front",
     "blood_cells_deep_two_stage",
