@@ -2,6 +2,8 @@
 
     python -m benchmarks.parity --data FOLDER --formats onnx pt2     every family, whole and with half of its channels
 
+An ONNX file is compared in onnxruntime, and in OpenVINO too where that is installed.
+
 The detectors are those of ``tests/export/tiny.py``: of every family that can be exported, small, with random weights
 that are far from each other, so that there is much to find and no mAP to compare; `jdkd export` compares that of a
 trained one. One row a file is appended as soon as it is compared; the command fails where one is not within tolerance.
@@ -23,7 +25,7 @@ from benchmarks import record
 from jdkd.data import CocoDetectionDataset, resolve_split
 from jdkd.detect import read
 from jdkd.errors import InputError
-from jdkd.export.opening import OPENERS
+from jdkd.export.opening import checking
 from jdkd.export.parity import TOLERANCES, Parity, parity
 from jdkd.export.writing import exported
 from jdkd.rewrite import Rewrite
@@ -31,6 +33,7 @@ from tests.export.tiny import FAMILIES, made
 
 OP = "parity"
 IMAGES = 50
+ONLY = {"onnx": "onnxruntime", "pt2": "torch"}  # what rows without a runtime were made in
 
 
 def halved(model: nn.Module) -> nn.Module:
@@ -41,7 +44,7 @@ def halved(model: nn.Module) -> nn.Module:
 
 
 def rows(families: Sequence[str], formats: Sequence[str], images: Sequence[Any]) -> Iterator[record.Row]:
-    """One a family, shape and format, as soon as it is there.
+    """One a family, shape, format and runtime, as soon as it is there.
 
     Args:
         families: of :data:`FAMILIES`.
@@ -52,16 +55,16 @@ def rows(families: Sequence[str], formats: Sequence[str], images: Sequence[Any])
         whole = made(family)
         for shape, model in (("whole", whole), ("half of its channels", halved(whole))):
             for form in formats:
-                file = OPENERS[f".{form}"](exported(model, form), "cpu")
-                yield _row(family, shape, form, model, parity(model, file, images))
+                content = exported(model, form)
+                for runtime, opened in checking(form).items():
+                    found = parity(model, opened(content, "cpu"), images)
+                    yield _row({"case": family, "shape": shape, "format": form, "runtime": runtime}, model, found)
 
 
-def _row(family: str, shape: str, form: str, model: nn.Module, found: Parity) -> record.Row:
+def _row(what: record.Row, model: nn.Module, found: Parity) -> record.Row:
     return {
         "op": OP,
-        "case": family,
-        "shape": shape,
-        "format": form,
+        **what,
         "dtype": "fp32",
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "images": found.images,
@@ -79,13 +82,13 @@ def _row(family: str, shape: str, form: str, model: nn.Module, found: Parity) ->
 
 
 def table(given: Sequence[record.Row]) -> str:
-    """Markdown: a line a family and shape, the last comparison of each format."""
-    last = {(row["case"], row["shape"], row["format"]): row for row in given}
-    lines = ["| detector | shape | format | images | detections that agree | boxes within | scores within |"]
-    lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for (case, shape, form), row in last.items():
+    """Markdown: a line a family and shape, the last comparison of each format in each runtime."""
+    last = {(row["case"], row["shape"], row["format"], row.get("runtime", ONLY[row["format"]])): row for row in given}
+    lines = ["| detector | shape | format | in | images | detections that agree | boxes within | scores within |"]
+    lines.append("| --- | --- | --- | --- | ---: | ---: | ---: | ---: |")
+    for (case, shape, form, runtime), row in last.items():
         agree = f"{row['same']} of {row['detections']}"
-        cells = [case, shape, form, str(row["images"]), agree, f"{row['box']:.2g} px", f"{row['score']:.2g}"]
+        cells = [case, shape, form, runtime, str(row["images"]), agree, f"{row['box']:.2g} px", f"{row['score']:.2g}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -107,7 +110,8 @@ def main(words: Sequence[str]) -> None:
         record.append(out, [row])
         print(table([row]).splitlines()[-1], flush=True)
         if row["complaint"] is not None:
-            apart.append(f"{row['case']}, {row['shape']}, {row['format']}: {row['complaint']}")
+            where = f"{row['case']}, {row['shape']}, {row['format']} in {row['runtime']}"
+            apart.append(f"{where}: {row['complaint']}")
     if apart:
         raise InputError("; ".join(apart))
 
