@@ -1,8 +1,9 @@
 """What a teacher is worth: students under PKD, MSE, CWD and nobody, at equal steps, over seeds.
 
 Under `pkd_half` PKD teaches for the first half of the steps, and nobody does from there on. `pkd_permute` and
-`pkd_linear` bring the channels of both together first (`--align`), which only runs if it is asked for by `--losses`:
-teachers and students begin with weights of their own, so that the channels of every pair mean other things.
+`pkd_linear` bring the channels of both together first (`--align`): teachers and students begin with weights of their
+own, so that the channels of every pair mean other things. `none_inherit` and `pkd_inherit` begin with the teacher's
+neck and heads (`--inherit`). These four only run if they are asked for by `--losses`.
 
 python -m benchmarks.distillation FOLDER                         digit scenes: every pair, loss and seed
 python -m benchmarks.distillation FOLDER --name digit_scenes_one_class
@@ -11,12 +12,13 @@ python -m benchmarks.distillation FOLDER --data DIR --name NAME  the same on pho
 python -m benchmarks.distillation FOLDER --data DIR --name NAME --weights RESNET18 MOBILENET_V2
                                                                  begun with backbones that know ImageNet
 python -m benchmarks.distillation FOLDER --sweep                 weights of PKD on one pair
+python -m benchmarks.distillation FOLDER --steps 200             students of another length, under the same teachers
 python -m benchmarks.distillation FOLDER --swap                  their backbones and necks under heads trained anew
 python -m benchmarks.distillation                                print the page of the results that are kept
 
 FOLDER gets the images, a teacher for each family and a folder for each student; what it holds is carried on. Teachers
-are trained three times as long as students. A student is scored after each quarter of its steps on images that nobody
-trained on. Intervals are of the bootstrap over seeds and images.
+are trained for 2,400 steps, three times as long as students are where `--steps` says nothing else. A student is scored
+after each quarter of its steps on images that nobody trained on. Intervals are of the bootstrap over seeds and images.
 
 The swap (PKD, section 3.1) asks what the features are worth without the head that they were trained with: backbone and
 neck of a student, taught or not, stay as they are under the fresh head of another detector, which alone is trained.
@@ -35,10 +37,11 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.distillation_page import ALIGNED, HALF, page, swaps
+from benchmarks.distillation_page import ALIGNED, HALF, INHERIT, INHERIT_PKD, INHERITED, NONE, STEPS, page, swaps
 from benchmarks.resampling import Judged, gain
 from jdkd.data import CocoDetectionDataset, Split, resolve_splits, write_digit_scenes
 from jdkd.detect import detector, load, load_weights, narrowed, save, swap_features
+from jdkd.detect.inheriting import take_neck_and_heads
 from jdkd.distill import DistillConfig, distill
 from jdkd.files import read_json, write_json
 from jdkd.latency import fuse_for_inference
@@ -49,11 +52,12 @@ from jdkd.train.freezing import frozen
 
 OP = "distillation"
 PAIRS = (("fasterrcnn", "fcos"), ("fcos", "retinanet_v2"), ("retinanet_v2", "fasterrcnn"), ("fcos", "fcos"))
+PAIRS += (("fasterrcnn", "fasterrcnn"),)
 # (the first RetinaNet's heads have no norms: narrow and new, it had learnt next to nothing after these steps)
 LOSSES = ("none", "pkd", "mse", "cwd", HALF)
 WEIGHTS = (1.0, 2.0, 6.0, 10.0, 20.0)  # of PKD, in the sweep
 SEEDS = (0, 1, 2)
-STEPS, QUARTERS, LONGER = 800, 4, 3
+QUARTERS, LONGER = 4, 3
 SIZE = 96, 128  # short and long side of what detectors see, in pixels
 _SCENES = {"train": 400, "val": 400, "size": 96, "seed": 0}
 # (of ten classes a student of one stage had learnt next to nothing after these steps, whoever taught it)
@@ -88,16 +92,18 @@ def model(
 
 
 def method_of(loss: str, weight: float | str = "auto") -> DistillConfig:
-    """How a teacher teaches under a loss of :data:`LOSSES` or :data:`ALIGNED`."""
-    ours = loss == HALF or loss in ALIGNED
+    """How a teacher teaches under a loss of :data:`LOSSES`, :data:`ALIGNED` or :data:`INHERITED`."""
+    ours = loss == HALF or loss in ALIGNED or loss in INHERITED
     return DistillConfig("pkd" if ours else loss, loss_weight=weight, align=ALIGNED.get(loss, "none"))
 
 
 class Bench:
-    """The data of one page, and the folder of what is trained on it."""
+    """The data of one page, the folder of what is trained on it, and the steps of a student."""
 
-    def __init__(self, folder: Path, name: str, train: Split, val: Split, known: Sequence[Path] = ()) -> None:
-        self.folder, self.name, self.known = folder / name, name, known
+    def __init__(
+        self, folder: Path, name: str, train: Split, val: Split, known: Sequence[Path] = (), steps: int = STEPS
+    ) -> None:
+        self.folder, self.name, self.known, self.steps = folder / name, name, known, steps
         self.train, self.val = CocoDetectionDataset(train), CocoDetectionDataset(val)
         self.training = replace(TRAINING, flip=0.5 if self.train.mirror_symmetric else 0.0)
 
@@ -114,17 +120,19 @@ class Bench:
     def student(self, teacher: str, family: str, loss: str, seed: int, weight: float | str = "auto") -> dict[str, Any]:
         """A finished student: its mAP after each quarter, and its detections in the end."""
         words = (teacher, family, loss, seed) if weight == "auto" else (teacher, family, loss, weight, seed)
-        out = self.folder / "-".join(map(str, words))
+        out = self.folder / "-".join(map(str, words if self.steps == STEPS else (*words, "of", self.steps)))
         if (out / "found.json").exists():
             return read_json(out / "found.json", "remove it: the student is trained again")
-        own, curve, steps = self._new(family, seed), [], STEPS // QUARTERS
+        own, curve, steps = self._new(family, seed), [], self.steps // QUARTERS
+        if loss in INHERITED:
+            take_neck_and_heads(own, self.teacher(teacher))
         for quarter in range(QUARTERS):
-            part = replace(self.training, steps=steps, cycle_start=quarter * steps, cycle_steps=STEPS)
+            part = replace(self.training, steps=steps, cycle_start=quarter * steps, cycle_steps=QUARTERS * steps)
             part = replace(part, seed=QUARTERS * seed + quarter)
             how = {"folder": out / f"quarter-{quarter}", "resume": True, "device": "cpu"}
             if quarter:
                 how["inherit"] = out / f"quarter-{quarter - 1}"
-            if loss == "none" or (loss == HALF and quarter >= QUARTERS // 2):
+            if INHERITED.get(loss, loss) == NONE or (loss == HALF and quarter >= QUARTERS // 2):
                 fit(own, self.train, part, **how)
             else:
                 distill(own, self.teacher(teacher), self.train, part, method_of(loss, weight), **how)
@@ -161,14 +169,18 @@ class Bench:
 
 
 def rows(bench: Bench, ways: Iterable[Way], seeds: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """A row for each way: scores by seed, and what it gains over the same student without a teacher."""
+    """A row for each way: scores by seed, and what it gains over the same student without a teacher.
+
+    One that inherits and is taught gains over the one that inherits.
+    """
     for teacher, family, loss, weight in ways:
         students = [bench.student(teacher, family, loss, seed, weight) for seed in seeds]
         row = {"op": OP, "data": bench.name, "teacher": teacher, "student": family, "loss": loss, "weight": weight}
-        row |= {"seeds": list(seeds), "steps": STEPS, "maps": [each["curve"][-1]["map"] for each in students]}
+        row |= {"seeds": list(seeds), "steps": bench.steps, "maps": [each["curve"][-1]["map"] for each in students]}
         row["curves"] = [[point["map"] for point in each["curve"]] for each in students]
-        if loss != "none":
-            alone = [bench.judged(bench.student("nobody", family, "none", seed)["found"]) for seed in seeds]
+        if loss != NONE:
+            less = (teacher, family, INHERIT) if loss == INHERIT_PKD else ("nobody", family, NONE)
+            alone = [bench.judged(bench.student(*less, seed)["found"]) for seed in seeds]
             row |= gain([bench.judged(each["found"]) for each in students], alone)
             row["teacher_map"] = read_json(bench.folder / f"teacher-{teacher}" / "scores.json", "train it again")["map"]
         yield row | {"device": record.device_name("cpu"), "commit": record.commit()}
@@ -194,7 +206,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--name", default="digit_scenes")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--pairs", nargs="+", type=int, default=list(range(len(PAIRS))))
-    parser.add_argument("--losses", nargs="+", choices=(*LOSSES, *ALIGNED), default=list(LOSSES))
+    parser.add_argument("--losses", nargs="+", choices=(*LOSSES, *ALIGNED, *INHERITED), default=list(LOSSES))
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--weights", nargs=2, type=Path, default=(), metavar=("RESNET18", "MOBILENET_V2"))
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--swap", action="store_true")
@@ -206,7 +219,11 @@ def main(arguments: Sequence[str]) -> None:
         data = asked.data or asked.folder / asked.name / "data"
         if asked.data is None:
             write_digit_scenes(data, **SCENES[asked.name], resume=True)
-        bench = Bench(asked.folder, asked.name, *resolve_splits(data), asked.weights)
+        if asked.steps < QUARTERS or asked.steps % QUARTERS:
+            parser.error(
+                f"--steps is {asked.steps}, and students are scored after each quarter: a multiple of {QUARTERS}"
+            )
+        bench = Bench(asked.folder, asked.name, *resolve_splits(data), asked.weights, asked.steps)
         pairs = [PAIRS[number] for number in asked.pairs]
         ways = [(*pair, "pkd", weight) for pair in pairs[:1] for weight in WEIGHTS]
         if not asked.sweep:

@@ -18,6 +18,9 @@ Row = dict[str, Any]
 NOBODY, NONE, PKD, AUTO = "nobody", "none", "pkd", "auto"
 HALF = "pkd_half"  # PKD for the first half of the steps, and then nobody
 ALIGNED = {f"pkd_{align}": align for align in ("permute", "linear")}  # PKD once channels were brought together
+INHERIT, INHERIT_PKD = "none_inherit", "pkd_inherit"  # begun with the teacher's neck and heads
+INHERITED = {INHERIT: NONE, INHERIT_PKD: PKD}
+STEPS = 800  # of a student, unless it is asked what a teacher is worth over the length of a training
 TITLES = {
     "digit_scenes": "Digit scenes",
     "digit_scenes_one_class": 'Digit scenes in which every digit is of the class "digit"',
@@ -35,21 +38,28 @@ GAIN = "gain over none (95 %)"
 
 def latest(kept: Iterable[Row]) -> list[Row]:
     """The last row of each way."""
-    names = ("data", "teacher", "student", "loss", "weight", "head")
+    names = ("data", "teacher", "student", "loss", "weight", "head", "steps")
     return [*{tuple(row.get(name) for name in names): row for row in kept}.values()]
 
 
 def page(kept: Iterable[Row]) -> str:
-    """Markdown: for each data set a verdict, a table, curves, and the sweep of weights."""
+    """Markdown: for each data set a verdict, a table, curves, the sweep of weights, other lengths and inheriting."""
     rows, parts = latest(kept), []
     for data in dict.fromkeys(row["data"] for row in rows):
-        own = [row for row in rows if row["data"] == data]
+        every = [row for row in rows if row["data"] == data]
+        own = plain(every)
         parts += [f"### {TITLES.get(data, data)}", _facts(own, "student"), verdict(own), table(own)]
         if chart(own):
             parts.append(f"![mAP of students in training, by pair and loss]({chart_name(data)})")
         if any(row["weight"] != AUTO for row in own):
             parts.append(sweep(own))
+        parts += [lengths(every), inherited(every)]
     return "\n\n".join(filter(None, parts)) or "Not measured."
+
+
+def plain(rows: Iterable[Row]) -> list[Row]:
+    """Rows of students of the usual length that begin with weights of their own."""
+    return [row for row in rows if row["steps"] == STEPS and row["loss"] not in INHERITED]
 
 
 def pairs(rows: Iterable[Row]) -> list[tuple[str, str]]:
@@ -193,6 +203,56 @@ def sweep(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
+def lengths(rows: Sequence[Row]) -> str:
+    """A table of what PKD gains in trainings of several lengths, where there are some; each is annealed to its end."""
+    taught = [row for row in rows if row["loss"] == PKD and row["weight"] == AUTO]
+    several = [pair for pair in pairs(taught) if len({row["steps"] for row in taught if _pair(row) == pair}) > 1]
+    if not several:
+        return ""
+    lines = [
+        "What PKD gains in trainings of other lengths, under the same teachers:",
+        "",
+        f"| pair | steps | untaught, mAP by seed | mean | PKD, mAP by seed | mean | {GAIN} |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for pair in several:
+        for row in sorted((row for row in taught if _pair(row) == pair), key=lambda row: row["steps"]):
+            alone = of([each for each in rows if each["steps"] == row["steps"]], pair, NONE)
+            both = [cell for one in (alone, row) for cell in (("–", "–") if one is None else _seeds_and_mean(one))]
+            lines.append(f"| {' | '.join([name(pair), str(row['steps']), *both, gained(row)])} |")
+    return "\n".join(lines)
+
+
+def inherited(rows: Sequence[Row]) -> str:
+    """A table of students that begin with the teacher's neck and heads, where there are some."""
+    own = [row for row in rows if row["loss"] in INHERITED]
+    if not own:
+        return ""
+    lines = [
+        "Students that begin with the teacher's neck and heads (`--inherit`); what PKD gains is over them:",
+        "",
+        "| teacher | student | steps | inherits, mAP by seed | mean | gain over none (95 %) "
+        "| inherits and PKD, mAP by seed | mean | gain over inheriting (95 %) |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for pair in pairs(own):
+        for steps in sorted({row["steps"] for row in own if _pair(row) == pair}):
+            cells = [pair[0], pair[1], str(steps)]
+            for loss in INHERITED:
+                row = of([each for each in own if each["steps"] == steps], pair, loss)
+                cells += ["–"] * 3 if row is None else [*_seeds_and_mean(row), gained(row)]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _pair(row: Row) -> tuple[str, str]:
+    return row["teacher"], row["student"]
+
+
+def _seeds_and_mean(row: Row) -> tuple[str, str]:
+    return scores(row), f"{np.mean(row['maps']):.3f}"
+
+
 def swaps(kept: Iterable[Row]) -> str:
     """Markdown: what the features of taught students are worth under another head."""
     rows, parts = latest(kept), []
@@ -227,7 +287,8 @@ def swaps(kept: Iterable[Row]) -> str:
 def charts(kept: Iterable[Row]) -> dict[str, str]:
     """The curves of each data set, an SVG by the name of its file."""
     rows = latest(kept)
-    made = {data: chart([row for row in rows if row["data"] == data]) for data in {row["data"]: 0 for row in rows}}
+    datas = dict.fromkeys(row["data"] for row in rows)
+    made = {data: chart(plain(row for row in rows if row["data"] == data)) for data in datas}
     return {chart_name(data): svg for data, svg in made.items() if svg}
 
 

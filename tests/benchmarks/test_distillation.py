@@ -7,13 +7,13 @@ import pytest
 
 from benchmarks import distillation
 
-MAPS = {"none": 0.2, "pkd": 0.3}
+MAPS = {"none": 0.2, "pkd": 0.3, "none_inherit": 0.4, "pkd_inherit": 0.5}
 
 
 class Bench:
     """Students that are finished: mAP depends on the loss and the seed alone."""
 
-    name = "digit_scenes"
+    name, steps = "digit_scenes", 800
 
     def __init__(self, folder):
         self.folder, self.asked = folder, []
@@ -44,23 +44,35 @@ def test_a_taught_student_is_compared_with_the_same_one_alone_seed_by_seed(tmp_p
     assert [taught["gain"], *taught["gain_interval"]] == pytest.approx([0.1] * 3), "neither seeds nor images differ"
 
 
+def test_what_inherits_and_is_taught_is_compared_with_what_inherits(tmp_path):
+    bench = Bench(tmp_path)
+    ways = [("fasterrcnn", "fcos", loss, "auto") for loss in distillation.INHERITED]
+    inherits, both = distillation.rows(bench, ways, (0, 1))
+    assert (inherits["gain"], both["gain"]) == (pytest.approx(0.2), pytest.approx(0.1))
+    assert ("nobody", "fcos", "none", 0) in bench.asked and both["steps"] == 800
+
+
 @pytest.mark.parametrize(
     ("loss", "taught"),
-    [("none", []), ("pkd", ["pkd"] * 4), ("mse", ["mse"] * 4), ("pkd_half", ["pkd"] * 2), ("pkd_linear", ["pkd"] * 4)],
+    [
+        *(("none", []), ("pkd", ["pkd"] * 4), ("mse", ["mse"] * 4), ("pkd_half", ["pkd"] * 2)),
+        *(("pkd_linear", ["pkd"] * 4), ("none_inherit", []), ("pkd_inherit", ["pkd"] * 4)),
+    ],
 )
 def test_who_is_taught_in_which_quarter(loss, taught, tmp_path, monkeypatch):
-    trained = []
+    trained, took = [], []
+    monkeypatch.setattr(distillation, "take_neck_and_heads", lambda own, teacher: took.append(own))
     taught_by = lambda own, who, data, part, method, **how: trained.append(method.loss)  # noqa: E731
     monkeypatch.setattr(distillation, "distill", taught_by)
     monkeypatch.setattr(distillation, "fit", lambda *given, **how: trained.append("none"))
     bench = distillation.Bench.__new__(distillation.Bench)
-    bench.folder, bench.train, bench.training = tmp_path, None, distillation.TRAINING
+    bench.folder, bench.train, bench.training, bench.steps = tmp_path, None, distillation.TRAINING, 800
     (tmp_path / f"fcos-fcos-{loss}-0").mkdir()
     monkeypatch.setattr(bench, "_new", lambda *given: None)
     monkeypatch.setattr(bench, "teacher", lambda family: None)
     monkeypatch.setattr(bench, "_judged", lambda own: ([], SimpleNamespace(map=lambda: 0.5)))
     assert [point["step"] for point in bench.student("fcos", "fcos", loss, 0)["curve"]] == [200, 400, 600, 800]
-    assert trained == taught + ["none"] * (4 - len(taught))
+    assert trained == taught + ["none"] * (4 - len(taught)) and len(took) == (loss in distillation.INHERITED)
 
 
 def test_channels_are_brought_together_where_that_is_asked_for():

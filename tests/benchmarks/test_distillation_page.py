@@ -52,6 +52,23 @@ def test_convergence_is_when_the_mean_curve_has_what_training_alone_ends_with():
     assert pages.verdict([ALONE, never]).endswith("ends with: fcos → fcos never.")
 
 
+def test_other_lengths_and_inheriting_have_tables_of_their_own_and_count_for_no_verdict():
+    assert not pages.lengths(ROWS) and not pages.inherited(ROWS)
+    short = [ALONE | {"steps": 200, "maps": [0.1, 0.1]}, WON | {"steps": 200}]
+    more = [row("fasterrcnn", "fcos", loss, [0.4, 0.4], (0.01, 0.1, 0.2)) for loss in pages.INHERITED]
+    rows = [*ROWS, *short, *more]
+    *_, first, second = pages.lengths(rows).splitlines()
+    assert (
+        first == "| fasterrcnn → fcos | 200 | 0.100 0.100 | 0.100 | 0.400 0.500 | 0.450 | +0.200 (+0.100 to +0.300) |"
+    )
+    assert second.startswith("| fasterrcnn → fcos | 800 | 0.200 0.300 | 0.250 |")
+    last = pages.inherited(rows).splitlines()[-1]
+    assert last.count("| 0.400 0.400 | 0.400 | +0.100 (+0.010 to +0.200) |") == 1 and last.count("+0.100") == 2
+    said = pages.page(rows)
+    assert pages.verdict(ROWS) in said and pages.lengths(rows) in said and pages.inherited(rows) in said
+    assert pages.charts(rows) == pages.charts(ROWS)
+
+
 def test_teaching_for_half_of_the_steps_has_a_sentence_of_its_own():
     assert "first half" not in pages.verdict(ROWS)
     half = row("fcos", "fcos", pages.HALF, [0.3, 0.3], (0.01, 0.05, 0.09))
