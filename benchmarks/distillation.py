@@ -51,8 +51,10 @@ from jdkd.train.evaluate import find
 from jdkd.train.freezing import frozen
 
 OP = "distillation"
-PAIRS = (("fasterrcnn", "fcos"), ("fcos", "retinanet_v2"), ("retinanet_v2", "fasterrcnn"), ("fcos", "fcos"))
-PAIRS += (("fasterrcnn", "fasterrcnn"),)
+PAIRS = (  # of a teacher and its student
+    *(("fasterrcnn", "fcos"), ("fcos", "retinanet_v2"), ("retinanet_v2", "fasterrcnn"), ("fcos", "fcos")),
+    *(("fasterrcnn", "fasterrcnn"), ("fasterrcnn", "retinanet_v2")),
+)
 # (the first RetinaNet's heads have no norms: narrow and new, it had learnt next to nothing after these steps)
 LOSSES = ("none", "pkd", "mse", "cwd", HALF)
 WEIGHTS = (1.0, 2.0, 6.0, 10.0, 20.0)  # of PKD, in the sweep
