@@ -12,7 +12,13 @@ from benchmarks.record import Row
 from jdkd.report.svg import Axes, drawing, spread, tag
 
 # Okabe and Ito, Color Universal Design (2008)
-COLOURS = {"eager": "#0072B2", "onnxruntime": "#D55E00", "compile": "#009E73", "cudagraph": "#CC79A7", "openvino": "#56B4E9"}
+COLOURS = {
+    "eager": "#0072B2",
+    "onnxruntime": "#D55E00",
+    "compile": "#009E73",
+    "cudagraph": "#CC79A7",
+    "openvino": "#56B4E9",
+}
 OTHER, GREY = "#E69F00", "#6E6E6E"
 MODES = {"end_to_end": "end to end", "model_only": "model only"}
 PUBLISHED = 0.53  # of the base's latency: the -47 % of Joint-DetNAS (Yao et al., CVPR 2021), R101-FPN on COCO
