@@ -90,6 +90,16 @@ def table(given: Sequence[record.Row]) -> str:
     return "\n".join(lines)
 
 
+def verdict(found: Sequence[record.Row]) -> str:
+    """Whether that is as often as is asked of the harness, `HOLD` and `FIND` of `RUNS`, in a sentence."""
+    holds, finds = sum(row["holds"] for row in found), sum(row["verdict"] == "slower" for row in found)
+    enough = holds * RUNS >= HOLD * len(found) and finds * RUNS >= FIND * len(found)
+    return (
+        f"{'as asked' if enough else 'NOT as asked'}: A/A contains 1 in {holds} of {len(found)} ({HOLD} of {RUNS} are "
+        f"asked for), a slowdown of 5 % is found in {finds} ({FIND})"
+    )
+
+
 def main(words: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=RUNS)
@@ -104,8 +114,7 @@ def main(words: Sequence[str]) -> None:
         found.append(row(report))
         record.append(out, found[-1:])
         print(f"A/A {report.control_ratio()}, 5 % slower {report.ratio('student')}: {found[-1]['verdict']}", flush=True)
-    holds, finds = (sum(each) for each in zip(*((r["holds"], r["verdict"] == "slower") for r in found), strict=True))
-    print(f"A/A contains 1 in {holds} of {len(found)}, a slowdown of 5 % is found in {finds}")
+    print(verdict(found))
 
 
 if __name__ == "__main__":

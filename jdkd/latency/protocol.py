@@ -60,7 +60,7 @@ class Schedule:
                 raise InputError(f"{name} must be a number of at least {least}, got {value}; give a larger one.")
 
 
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 8  # intervals of fewer hold the truth less often than they say
 BLOCK_SECONDS = 1.0  # of rounds between two readings of the machine's clocks
 AGAIN = "the base again (A/A)"  # among the models of a round
 REPORTED = Schedule()

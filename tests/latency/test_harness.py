@@ -92,6 +92,12 @@ def test_equals_are_found_equal_and_a_slowdown_is_found_on_this_machine():
     assert sum(report.verdict("student") == "slower" for report in found) >= itself.FIND, ratios
 
 
+@pytest.mark.parametrize(("holds", "finds", "said"), [(19, 17, "as"), (18, 20, "NOT as"), (20, 16, "NOT as")])
+def test_the_verdict_is_of_both(holds, finds, said):
+    rows = [{"holds": n < holds, "verdict": "slower" if n < finds else "not resolved"} for n in range(20)]
+    assert itself.verdict(rows).startswith(f"{said} asked: A/A contains 1 in {holds} of 20")
+
+
 def test_the_slower_one_finds_the_same_and_takes_so_much_longer(images):
     (report,) = itself.reports(1, rounds=2, warmup_limit=0)
     row = itself.row(report)

@@ -7,7 +7,7 @@ import torch
 from jdkd.errors import InputError
 from jdkd.latency import LatencyReport, Schedule, fuse_for_inference, measure, measure_quick
 from jdkd.latency.calls import end_to_end
-from jdkd.latency.protocol import interleave, order
+from jdkd.latency.protocol import LEAST_ROUNDS, interleave, order
 from jdkd.latency.runtimes import Eager
 
 
@@ -77,7 +77,7 @@ def test_ends_at_the_limit_with_fewer_rounds_than_asked_for():
     clock = ScriptedClock(lambda name, calls: 1.0)
     schedule = Schedule(rounds=10**6, min_seconds=60, max_seconds=0, warmup_seconds=0, warmup_limit=0)
     samples, run = interleave(_calls(clock, "ab"), 1, schedule, clock)
-    assert run["rounds"] == 5 and len(samples["end_to_end"]["a"]) == 10
+    assert run["rounds"] == LEAST_ROUNDS and len(samples["end_to_end"]["a"]) == 2 * LEAST_ROUNDS
 
 
 def test_model_only_finds_the_boxes_of_the_whole_detector(model, images):

@@ -5,6 +5,7 @@ import torch
 
 from jdkd.errors import InputError
 from jdkd.latency import Latency, Ratio, bootstrap_ratio
+from jdkd.latency.protocol import LEAST_ROUNDS
 from jdkd.latency.statistics import kendall, ratio_over_processes
 
 
@@ -39,6 +40,14 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         ratio = bootstrap_ratio(*_drifting(30, 0.8, 0.05, seed=seed), resamples=300)
         covered += ratio.low <= 0.8 <= ratio.high
     assert covered >= 88
+
+
+def test_the_least_rounds_of_a_measurement_are_enough_for_an_interval_that_covers():
+    covered = 0
+    for seed in range(300):
+        jitter = 1 + 0.05 * torch.randn(2, 2 * LEAST_ROUNDS, generator=torch.Generator().manual_seed(seed))
+        covered += bootstrap_ratio(*jitter.tolist(), resamples=300).spans_one
+    assert covered >= 0.9 * 300  # of 5 rounds it is 0.83
 
 
 def test_equal_samples_give_equal_intervals_and_more_rounds_narrower_ones():

@@ -55,7 +55,6 @@ def a_quiet_machine(monkeypatch, tmp_path):
     monkeypatch.delenv("JDKD_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(session, "ROUNDS", 8)
-    monkeypatch.setattr(session, "LEAST_ROUNDS", 8)
     monkeypatch.setattr(session, "MOST_WARMUP", 0.05)
     monkeypatch.setattr("jdkd.tune.timing.MOST_SETS", 2)
     monkeypatch.setattr("jdkd.latency.protocol._no_garbage_collection", contextlib.nullcontext)  # takes the most time
