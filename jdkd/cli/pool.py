@@ -253,7 +253,7 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
         InputError: there is no pool, or no such images.
     """
     from jdkd.data import CocoDetectionDataset
-    from jdkd.detect.contract import extra_targets, require_classes
+    from jdkd.detect.contract import require_classes
     from jdkd.pool import load_pool
     from jdkd.pool.elastic_pool import POOL
 
@@ -262,8 +262,7 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
     train = CocoDetectionDataset(_split(folder, source, "train"), progress.task("check train images"))
     pool = load_pool(folder, None, train, device=device)
     require_classes(pool.supernet.model, f"the pool in {folder}", train.classes, train.split.annotations)
-    with_masks = "masks" in extra_targets(pool.supernet.model) and train.segmented
-    if pool.trained_on not in (None, (train.with_masks() if with_masks else train).fingerprint):
+    if pool.trained_on is not None and not train.known_as(pool.trained_on):
         say_once(
             f"{folder} was trained on other images than {train.split.annotations}, which its norms are measured on"
         )
