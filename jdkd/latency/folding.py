@@ -50,7 +50,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     not_scripted(model, "fuse_for_inference")
     model = unwrapped(model)
     plain = [each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)]
-    computed = {id(each): each.detach().clone() for each in plain}  # weights by hooks: no leaves, which are not copied
+    computed = {id(each): each.detach().clone() for each in plain if not each.is_leaf}  # by hooks; not copied otherwise
     model = copy.deepcopy(model, computed).eval().requires_grad_(False)
     fix_roi_scales(model)
     for conv_name, norm_name in foldable(model).items():
