@@ -63,9 +63,8 @@ class RunFolder:
                 there, or another process is at work in it, or it cannot be written to. Nothing has been written then.
         """
         wanted = json.loads(json.dumps(identity))
-        found = self.read()
+        found = self.require(kind, resume=resume)
         if found is None:
-            self._require_empty()
             self._is_new = claim_folder(self.path, "the folder of the run")
             lock_folder(self.path, "the folder of the run")
             self._require_empty()  # still, now that nobody else may write
@@ -80,6 +79,32 @@ class RunFolder:
             self._write({**record, "started": _now(), "finished": None})
             self._is_ours = True
             return False
+        self._require_same(found["identity"], wanted)
+        claim_folder(self.path, "the folder of the run")
+        lock_folder(self.path, "the folder of the run")  # of a finished run too, whose results are written once more
+        found = self.read() or found  # which another may have finished before it let go
+        if where is not None and json.loads(json.dumps(where)) != found["where"]:
+            self._write({**found, "where": dict(where)})
+        return True
+
+    def require(self, kind: str, known: Mapping[str, Any] | None = None, *, resume: bool) -> dict[str, Any] | None:
+        """Refuses what `begin` would refuse, as far as it can be told by now, and writes nothing.
+
+        Args:
+            kind: as for `begin`.
+            known: what is known of the identity so far.
+            resume: as for `begin`.
+
+        Returns:
+            The record of the run that is to be carried on, or None.
+
+        Raises:
+            InputError: the folder holds another run, or one with other settings, or files that no run left there.
+        """
+        found = self.read()
+        if found is None:
+            self._require_empty()
+            return None
         state = "finished" if found["finished"] else "unfinished"
         if not resume:
             raise InputError(
@@ -96,17 +121,9 @@ class RunFolder:
                 f"{self.path} was begun by another version of jdkd, whose record (format {found['format']}, here "
                 f"{FORMAT}) does not say what data it was; give another folder."
             )
-        if differing := list(_differences(found["identity"], wanted)):
-            raise InputError(
-                f"{self.path} cannot be resumed with other settings: {'; '.join(differing)}; resume with the "
-                "same, or give another folder."
-            )
-        claim_folder(self.path, "the folder of the run")
-        lock_folder(self.path, "the folder of the run")  # of a finished run too, whose results are written once more
-        found = self.read() or found  # which another may have finished before it let go
-        if where is not None and json.loads(json.dumps(where)) != found["where"]:
-            self._write({**found, "where": dict(where)})
-        return True
+        wanted = json.loads(json.dumps(known or {}))
+        self._require_same({name: found["identity"].get(name) for name in wanted}, wanted)
+        return found
 
     def finish(self, **facts: Any) -> None:
         """Record that the run came to its end, with JSON-able facts beside it."""
@@ -145,6 +162,14 @@ class RunFolder:
                 "folder."
             )
         return {"format": 1, "finished": None, "where": {}, **record}
+
+    def _require_same(self, before: Any, now: Any) -> None:
+        """Raise InputError where two identities, as JSON has them, differ."""
+        if differing := list(_differences(before, now)):
+            raise InputError(
+                f"{self.path} cannot be resumed with other settings: {'; '.join(differing)}; resume with the "
+                "same, or give another folder."
+            )
 
     def _require_empty(self) -> None:
         """Raise InputError where the folder is a file or holds something that is not ours."""

@@ -90,6 +90,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         return Annotated[(command, tyro.conf.subcommand(name=name), *markers)]
 
     positional = tyro.conf.PositionalRequiredArgs
+    by_name = getattr(tyro.conf, "PositionalMetavarFromFieldName", positional)  # tyro had no such marker at first
     data = Union[named("digits", Digits, positional), named("check", CheckData, positional)]  # noqa: UP007
     pool = Union[  # noqa: UP007
         named("train", PoolTrain), named("eval", PoolEval, positional), named("export", PoolExport, positional)
@@ -121,7 +122,7 @@ def _parse(argv: list[str]) -> Callable[[], int | None]:
         prog="jdkd",
         description="Knowledge distillation, pruning and architecture search of object detectors.",
         args=argv,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff, by_name),
     )
 
 

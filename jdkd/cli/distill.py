@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.cli.detectors import DetectorFlags
 from jdkd.cli.flags import DataFlags, RecipeFlags, TrainingFlags
-from jdkd.cli.training import Data, Job, say_where_nothing_synchronises
+from jdkd.cli.training import Data, Job, opened, say_where_nothing_synchronises
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.presets import Preset, preset
@@ -88,9 +88,8 @@ class Distill:
         self._check(chosen)
         method = self._method(chosen)
         say_where_nothing_synchronises(self.detector.choice.norm, device)
-        data = Data.opened(self.source)
         recipe = self._recipe(chosen, processes())
-        config = self.training.config(data.train, **recipe.settings(len(data.train), self.training.accumulate))
+        data, config = opened("distill", self.out, self.source, recipe, self.training)
         flags = self._detector(chosen)
         if chosen is not None:
             print("\n".join([str(chosen), *(f"  {line}" for line in chosen.differs)]))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jdkd.data import CocoDetectionDataset
     from jdkd.pool import PoolTrainConfig, TeacherPool
 
+KIND = "pool train"  # of the run
 SPREAD = "spread.json"
 PLOT = "spread.png"
 BEGINS = '{\n  "teachers"'  # as `SPREAD` does
@@ -75,6 +76,8 @@ class PoolTrain:
         from jdkd.train.distributed import first_goes_ahead, from_first, is_first
         from jdkd.train.inputs import data_for
 
+        run = RunFolder(self.out)
+        from_first(lambda: run.require(KIND, resume=self.training.resume))
         splits, base = self.source.splits(), load(self.base, device)
         if self.subnets is not None and self.subnets < 1:
             raise InputError(f"--subnets is {self.subnets}; score at least 1.")
@@ -88,16 +91,18 @@ class PoolTrain:
             require_visible(base, opened[0].sizes)
             for scored in (base, *foreign.values()):
                 require_visible(scored, opened[1].sizes)
-            config, run = self._config(opened[0]), RunFolder(self.out)
+            config = self._config(opened[0])
             train = data_for(base, opened[0], batch_size=self.batch_size, seed=self.training.seed, device=device)
             val = opened[1]
+            identity = self._identity(config, train, val)
+            from_first(lambda: run.require(KIND, identity, resume=self.training.resume))
             with keeping(run, lambda: self.training.kept(self.out)):
                 topology = read(base, check=True)
                 space = Space.from_base(topology, self.extra_depth, self.width, self.widths)
+                identity["space"] = space.to_json()
                 where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
                 record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
-                identity = self._identity(config, space, train, val)
-                resumed = from_first(lambda: run.begin("pool train", identity, resume=self.training.resume, **record))
+                resumed = from_first(lambda: run.begin(KIND, identity, resume=self.training.resume, **record))
                 pool = train_pool(
                     base, train, val, config, self.out, space=space, topology=topology, foreign=foreign,
                     scored=self.subnets, device=device, resume=resumed, progress=progress,
@@ -118,16 +123,15 @@ class PoolTrain:
         return config
 
     def _identity(
-        self, config: PoolTrainConfig, space: Any, train: CocoDetectionDataset, val: CocoDetectionDataset
+        self, config: PoolTrainConfig, train: CocoDetectionDataset, val: CocoDetectionDataset
     ) -> dict[str, Any]:
-        """What a resumed training must have in common with the first one."""
+        """What a resumed training must have in common with the first one, besides the space of the subnets."""
         from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
 
         return {
             "base": content_hash(self.base / ARCHITECTURE, self.base / WEIGHTS),
             "teachers": {folder.resolve().name: content_hash(folder / WEIGHTS) for folder in self.teacher},
             "data": {"train": train.fingerprint, "val": val.fingerprint},
-            "space": space.to_json(),
             **config.identity(),
             "training": config.train.identity(),
             "subnets": self.subnets,
@@ -253,7 +257,7 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
         InputError: there is no pool, or no such images.
     """
     from jdkd.data import CocoDetectionDataset
-    from jdkd.detect.contract import extra_targets, require_classes
+    from jdkd.detect.contract import require_classes
     from jdkd.pool import load_pool
     from jdkd.pool.elastic_pool import POOL
 
@@ -262,8 +266,7 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
     train = CocoDetectionDataset(_split(folder, source, "train"), progress.task("check train images"))
     pool = load_pool(folder, None, train, device=device)
     require_classes(pool.supernet.model, f"the pool in {folder}", train.classes, train.split.annotations)
-    with_masks = "masks" in extra_targets(pool.supernet.model) and train.segmented
-    if pool.trained_on not in (None, (train.with_masks() if with_masks else train).fingerprint):
+    if pool.trained_on is not None and not train.known_as(pool.trained_on):
         say_once(
             f"{folder} was trained on other images than {train.split.annotations}, which its norms are measured on"
         )

@@ -45,7 +45,7 @@ class Search:
     targets: str | None = None
     """Several at once, such as 0.75,0.53,0.35: a front with a student for each, instead of --target-latency."""
     target_map: float | None = None
-    """mAP on the images to select on that is enough: the student is the fastest with it, if the target leaves one."""
+    """mAP on selecting images that is enough: the fastest with it, within the latency above (0.53 if not given)."""
     steps: int | None = None
     """Training steps of pool and candidates together."""
     epochs: float | None = None

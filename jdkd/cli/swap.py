@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jdkd.cli.evaluate import say_other_names
 from jdkd.cli.flags import DataFlags, RecipeFlags, TrainingFlags
 from jdkd.cli.progress import Progress
-from jdkd.cli.training import Data, Job
+from jdkd.cli.training import Data, Job, opened
 from jdkd.files import content_hash, read_as, write_json
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ class Swap:
         from jdkd.train.evaluate import require_same_classes
         from jdkd.train.freezing import frozen
 
-        data = Data.opened(self.source)
-        settings = {"gamma_l1": 0.0} | self.recipe.settings(len(data.train), self.training.accumulate)
-        config = self.training.config(data.train, **settings)
+        data, config = opened("swap", self.out, self.source, self.recipe, self.training, gamma_l1=0.0)
         features, head = load(self.features), load(self.head)
         require_same_classes(head, data.val.classes, data.val.label_to_category)
         say_other_names(self.head, head, data.val.classes)

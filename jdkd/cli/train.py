@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jdkd.cli.detectors import DetectorFlags
 from jdkd.cli.flags import DataFlags, RecipeFlags, TrainingFlags
-from jdkd.cli.training import Data, Job, say_where_nothing_synchronises
+from jdkd.cli.training import Job, opened, say_where_nothing_synchronises
 from jdkd.errors import InputError
 
 
@@ -40,8 +40,7 @@ class Train:
         if self.model is None:
             raise InputError("--model is missing; give the detector to train.")
         say_where_nothing_synchronises(self.detector.choice.norm, device)
-        data = Data.opened(self.source)
-        config = self.training.config(data.train, **self.recipe.settings(len(data.train), self.training.accumulate))
+        data, config = opened("train", self.out, self.source, self.recipe, self.training)
         model, weights = self.detector.built(self.model, data.train.classes, config.seed)
         data = data.of(model, config.batch_size, config.seed)
         job = Job("train", self.out, model, weights, data, config, self.recipe, self.training, device)

@@ -71,6 +71,31 @@ class Data:
         return dataclasses.replace(self, train=data_for(model, self.train, batch_size=batch_size, seed=seed))
 
 
+def opened(
+    kind: str, out: Path, source: DataFlags, recipe: RecipeFlags, training: TrainingFlags, **defaults: Any
+) -> tuple[Data, TrainConfig]:
+    """Data and settings of a training, once its folder is seen to be free, or to hold one of these settings to resume.
+
+    Args:
+        kind: name of the command.
+        out: the folder.
+        source, recipe, training: the flags.
+        defaults: settings where no flag says another.
+
+    Raises:
+        InputError: the folder is another run's, which is found before data are read, or flags or data cannot be used.
+    """
+    from jdkd.train.distributed import from_first
+
+    run = RunFolder(out)
+    from_first(lambda: run.require(kind, resume=training.resume))
+    data = Data.opened(source)
+    settings = defaults | recipe.settings(len(data.train), training.accumulate)
+    config = training.config(data.train, **settings)
+    from_first(lambda: run.require(kind, {"training": config.identity()}, resume=training.resume))
+    return data, config
+
+
 @dataclass(frozen=True)
 class Job:
     """The training of a detector in a folder of its own.

@@ -187,6 +187,19 @@ class CocoDetectionDataset(Dataset):
         masked.masks = True
         return masked
 
+    def known_as(self, fingerprint: str) -> bool:
+        """Whether a :attr:`fingerprint` is of these images, with masks or without: a detector of either saw them all.
+
+        Where it is not that of this data set, and that has no masks, all segmentations are read.
+        """
+        if fingerprint == self.fingerprint:
+            return True
+        other = copy.copy(self)
+        other.masks = not self.masks
+        with contextlib.suppress(InputError):  # segmentations that a strict split refuses
+            return other.fingerprint == fingerprint
+        return False
+
     def subset(self, indices: Iterable[int]) -> CocoDetectionDataset:
         """Show only some of the images, in the given order; the ground truth is restricted to them.
 

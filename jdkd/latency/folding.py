@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -34,7 +34,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     is folded into it, and convolution weights are channels-last. What follows what is read from the traced
     data flow, not from names; a part of the network that cannot be traced (the RPN's control flow, say) is
     searched child by child. A normalisation whose convolution feeds anything else, that is used more than once,
-    that keeps no statistics or has a forward of its own, stays.
+    that keeps no statistics or has a forward of its own, stays, and so does one behind a convolution whose weight a
+    hook computes (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`).
 
     Args:
         model: any detector; it is left as it was. Of one that torch wraps (DDP, EMA, `torch.compile`), the detector
@@ -47,7 +48,10 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
         InputError: a part of it is scripted or traced.
     """
     not_scripted(model, "fuse_for_inference")
-    model = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+    model = unwrapped(model)
+    plain = [each for module in model.modules() for each in vars(module).values() if isinstance(each, Tensor)]
+    computed = {id(each): each.detach().clone() for each in plain if not each.is_leaf}  # by hooks; not copied otherwise
+    model = copy.deepcopy(model, computed).eval().requires_grad_(False)
     fix_roi_scales(model)
     for conv_name, norm_name in foldable(model).items():
         conv, norm = cast(nn.Conv2d, model.get_submodule(conv_name)), model.get_submodule(norm_name)
@@ -111,6 +115,6 @@ def _conv_norm_pairs(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
-        once = calls[node.target] == 1 and calls[source.target] == 1
-        if once and type(module.get_submodule(str(source.target))) is nn.Conv2d:
+        once, conv = calls[node.target] == 1 and calls[source.target] == 1, module.get_submodule(str(source.target))
+        if once and type(conv) is nn.Conv2d and {"weight", "bias"} <= conv._parameters.keys():
             yield f"{prefix}{source.target}", f"{prefix}{node.target}"

@@ -82,9 +82,11 @@ class LatencyTable:
     def with_nms(self, ratio: float, regions: float = 0) -> float:
         """The latency ratio of a detector that keeps as many boxes as the base, from one measured without NMS.
 
-        With fewer ``regions`` than the base proposes, NMS takes as much less.
+        With fewer ``regions`` than the base proposes, NMS takes as much less. The base may be allowed more of them than
+        its first NMS has to keep, as small images have few anchors.
         """
-        share = regions / self.regions if regions and self.regions else 1.0
+        most = min((self.regions, *self.kept[:1]))
+        share = min(regions / most, 1.0) if regions and most else 1.0
         return (ratio + share * self.nms) / (1 + self.nms)
 
     def features(self, model: nn.Module, topology: Topology | None = None, rewrite: Rewrite | None = None) -> Features:

@@ -146,4 +146,6 @@ class PoolTrainConfig:
     def identity(self) -> dict[str, Any]:
         """What a resumed training must have in common with the first one, besides the settings of its phases."""
         phases = {phase.name: asdict(phase) for phase in self.phases}
-        return {"phases": phases, "feature_weight": self.feature_weight, "head_weight": self.head_weight}
+        order = [*phases]  # by itself, as that of an object's keys is not compared
+        weights = {"feature_weight": self.feature_weight, "head_weight": self.head_weight}
+        return {"phases": phases, "phase_order": order, **weights}

@@ -147,6 +147,10 @@ def _require_same_plan(
     elif not resume:
         raise InputError(f"{folder} holds the training of another pool ({PLAN}); resume it or give another folder.")
     else:
-        known = {"base": plan["base"]}  # which earlier versions did not write
-        before = read_as(lambda content: {**known, **content}, file, f"remove {folder} to start again")
+
+        def whole(before: dict[str, Any]) -> dict[str, Any]:
+            """With what earlier versions did not write."""
+            return {"base": plan["base"], "phase_order": [*before["phases"]], **before}
+
+        before = read_as(whole, file, f"remove {folder} to start again")
         checkpoint.require_same("plan", before, plan)

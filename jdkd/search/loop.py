@@ -54,7 +54,11 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
         InputError: the base, the data, the pool or the budget cannot be used, or ``out`` holds another search;
             nothing has been written then.
     """
+    run = RunFolder(config.out)
+    known = run.require("search", resume=config.resume)
     context = open_context(config, progress or (lambda *state: None))
+    if known is not None:
+        run.require("search", context.identity(), resume=True)
     found = read_result(config.out)
     for student in found["students"] if found else ():
         if not (config.out / student["folder"] / WEIGHTS).exists():
@@ -68,8 +72,7 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
         require_teachers(context)
     budget = plan(config, context.steps)
     given = config.teacher_pool and given_pool(config.teacher_pool, context)
-    run = RunFolder(config.out)
-    if run.read() is None:
+    if known is None:
         context.try_runtime()
     how: dict[str, Any] = {"resume": config.resume, "command": config.command, "where": context.where()}
     evaluator = Evaluator(context, given or None)

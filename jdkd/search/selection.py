@@ -4,7 +4,6 @@ What a detector was trained on flatters it. The base knows all training images, 
 result may rest on any of them, or on an image that the other rests on.
 """
 
-import copy
 from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
@@ -98,9 +97,7 @@ def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetec
         trained_on: fingerprint of its training images, where it is known.
         train: what the search trains on.
     """
-    boxes = copy.copy(train)
-    boxes.masks = False  # as detectors of boxes are trained on the same
-    if trained_on not in (train.fingerprint, boxes.fingerprint):
+    if trained_on is None or not train.known_as(trained_on):
         was = "was trained on other data than" if trained_on else "does not say whether it was trained on"
         say_once(
             f"{what} {was} {train.split.annotations}; if it saw images that select or report, its scores there "

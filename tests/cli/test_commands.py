@@ -19,6 +19,23 @@ def test_every_command_has_help(jdkd, command):
     assert answer.code == 0 and f"usage: jdkd {command}" in answer.out
 
 
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("predict", ("MODEL", "[IMAGES]")),
+        ("show", ("[DETECTORS]",)),
+        ("latency", ("BASE", "[STUDENTS]")),
+        ("export", ("CKPT",)),
+        ("pool eval", ("POOL",)),
+        ("data check", ("[FOLDERS]",)),
+    ],
+)
+def test_help_calls_positional_arguments_by_their_names(jdkd, command, names):
+    shown = jdkd(*command.split(), "--help").out.partition("positional arguments")[2].partition("\n╰")[0]
+    lines = [line.strip("│ ").split(maxsplit=1) for line in shown.splitlines()[1:] if not line.startswith("│    ")]
+    assert tuple(name for name, _ in lines) == names and all(len(told) > 15 for _, told in lines)
+
+
 def test_a_slip_in_a_command_is_met_with_the_one_that_is_near(jdkd):
     answer = jdkd("distil", "--teacher", "a", "--student", "b")
     assert answer.code == 2 and answer.out == "" and answer.err.count("\n") == 1

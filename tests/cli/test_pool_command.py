@@ -124,6 +124,9 @@ def test_a_finished_pool_is_only_read_and_another_plan_is_refused(jdkd, pool, po
     other.write_text(json.dumps([{**PHASES[0], "share": 1.0}]))
     answer = jdkd(*same, "--resume", "--phases", other)
     assert answer.code == 2 and "phases.full" in answer.err
+    other.write_text(json.dumps(PHASES[::-1]))
+    answer = jdkd(*same, "--resume", "--phases", other)
+    assert answer.code == 2 and 'other settings: phase_order was ["largest", ' in answer.err
 
 
 @pytest.mark.parametrize(

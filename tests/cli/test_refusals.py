@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from jdkd.cli import main
 from jdkd.detect import load, save
+from jdkd.run_folder import RunFolder
 
 
 def _tree(folder):
@@ -33,7 +34,28 @@ def test_a_folder_that_holds_another_run(jdkd, trained, train_arguments):
     assert _tree(trained) == before
 
 
-def test_resuming_with_other_settings_names_them(jdkd, trained, train_arguments):
+@pytest.mark.parametrize("command", ["train", "distill", "swap", "pool train", "search"])
+def test_a_folder_that_is_taken_is_refused_before_anything_is_read(jdkd, tmp_path, command):
+    """There is no detector of these names, and the annotations cannot be read."""
+    for part in ("train2017", "val2017", "annotations"):
+        (tmp_path / part).mkdir()
+    for part in ("train", "val"):
+        (tmp_path / "annotations" / f"instances_{part}2017.json").write_text("no JSON")
+    out, none, kind = tmp_path / "out", tmp_path / "none", "search" if command == "train" else "train"
+    detectors = {"train": "--model", "distill": "--teacher --student", "swap": "--features --head"}
+    flags = [word for flag in detectors.get(command, "--base").split() for word in (flag, none)]
+    command = [*command.split(), *flags, "--data", tmp_path, "--out", out]
+    RunFolder(out).begin(kind, {})
+    before = _tree(out)
+    _refused(jdkd(*command), out, f"already holds a run (unfinished `jdkd {kind}`")
+    _refused(jdkd(*command, "--resume"), out, f"holds a `jdkd {kind}` and cannot be resumed")
+    assert _tree(out) == before
+    (out / "run.json").rename(out / "thesis.tex")
+    _refused(jdkd(*command), "holds thesis.tex but no run.json")
+
+
+def test_resuming_with_other_settings_names_them_before_a_detector_is_made(jdkd, trained, train_arguments, monkeypatch):
+    monkeypatch.delattr("jdkd.cli.detectors.DetectorFlags.built")
     before = _tree(trained)
     answer = jdkd(*train_arguments, "--out", trained, "--lr", "0.5", "--seed", "7", "--resume")
     _refused(answer, "training.lr was 0.002 and is 0.5", "training.seed was 0 and is 7")

@@ -171,7 +171,7 @@ def test_what_is_no_mask_of_the_box_is_the_whole_box_and_said(tmp_path, segmenta
 def test_strict_refuses_what_is_put_right_of_masks_but_never_without_them(tmp_path):
     split = write(tmp_path, "rubbish", [TRIANGLE], [TRIANGLE])
     dataset = CocoDetectionDataset(type(split)(split.images, split.annotations, "val", strict=True))
-    assert len(dataset[2][1]["boxes"]) == 2
+    assert len(dataset[2][1]["boxes"]) == 2 and not dataset.known_as("another")
     with pytest.raises(InputError, match=r"annotation 121 .*'rubbish', neither polygons nor run lengths.*--strict"):
         dataset.with_masks()
 

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
 from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -109,6 +110,21 @@ def test_keeps_a_normalisation_that_cannot_be_folded(make):
     x = torch.randn(2, 3, 5, 5)
     folded = fuse_for_inference(model)
     assert batch_norms(folded) == 1
+    torch.testing.assert_close(folded(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+@pytest.mark.parametrize("has_run", [False, True], ids=["with a gradient", "without"])
+@pytest.mark.parametrize("hook", [weight_norm, spectral_norm, lambda conv: prune.l1_unstructured(conv, "weight", 0.5)])
+def test_a_weight_that_a_hook_computes_is_left_to_it(hook, has_run):
+    model, x = _Stack(nn.BatchNorm2d(4)), torch.randn(2, 3, 5, 5)
+    hook(model.conv)
+    model(x)  # statistics
+    model.eval()
+    with torch.set_grad_enabled(not has_run):
+        model(x)
+    folded = fuse_for_inference(model)
+    assert batch_norms(folded) == 1 and not any(parameter.requires_grad for parameter in folded.parameters())
     torch.testing.assert_close(folded(x), model(x))
 
 

@@ -201,6 +201,9 @@ def test_what_nms_takes_stands_beside_what_was_measured_without_it():
     two_stage = replace(table, regions=300)
     assert two_stage.with_nms(1.0) == two_stage.with_nms(1.0, 300) == 1.0
     assert two_stage.with_nms(0.5, 75) == pytest.approx((0.5 + 0.0625) / 1.25)
+    for kept, saved in ((400, 0.0625), (150, 0.125), (60, 0.25)):  # boxes that the base's first NMS keeps
+        few = replace(two_stage, kept=(kept, 20))
+        assert few.with_nms(0.5, 75) == pytest.approx((0.5 + saved) / 1.25) and few.with_nms(1.0, 300) == 1.0
 
 
 def test_a_table_of_an_earlier_version_is_told_from_a_broken_one():

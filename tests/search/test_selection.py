@@ -151,10 +151,12 @@ def test_what_a_detector_was_trained_on_is_in_its_record_or_in_that_of_its_searc
     assert found == ["these", "those", None]
 
 
-def test_who_learned_boxes_alone_of_data_with_masks_was_trained_on_the_same(digits, recwarn):
+def test_masks_make_no_other_images_of_training_data(digits, recwarn):
     train, other = digits
+    say_if_trained_elsewhere("a teacher with masks over a base of boxes", train.with_masks().fingerprint, train)
     say_if_trained_elsewhere("a detector of boxes", train.fingerprint, train.with_masks())
     say_if_trained_elsewhere("one of masks", train.with_masks().fingerprint, train.with_masks())
     assert not recwarn.list and train.with_masks().masks
-    say_if_trained_elsewhere("another", other.fingerprint, train.with_masks())
-    assert "another was trained on other data than" in str(recwarn.pop(Notice).message)
+    for who, data in (("another", train), ("yet another", train.with_masks())):
+        with pytest.warns(Notice, match=f"{who} was trained on other data than"):
+            say_if_trained_elsewhere(who, other.with_masks().fingerprint, data)
