@@ -295,9 +295,10 @@ def _say_what_is_left(table: LatencyTable, targets: Sequence[float]) -> None:
     for target in targets:
         if (left := table.left(target)) < LITTLE:
             beyond = f"; the fastest version that was timed, hardly a detector, takes {table.least:.2f}"
+            beyond = beyond if target < table.least else ""
             say_once(
                 f"about {table.fixed:.2f} of the base's latency is none that a cut saves, so a student at {target:g} "
-                f"has {left:.0%} of the rest and will hardly be as good{beyond if target < table.least else ''}; take a "
+                f"has {left:.0%} of the rest and will hardly be as good{beyond}; take a "
                 "larger target, or a base whose convolutions take the time: of larger images, or wider."
             )
 
