@@ -62,6 +62,7 @@ def test_other_lengths_and_inheriting_have_tables_of_their_own_and_count_for_no_
         first == "| fasterrcnn → fcos | 200 | 0.100 0.100 | 0.100 | 0.400 0.500 | 0.450 | +0.200 (+0.100 to +0.300) |"
     )
     assert second.startswith("| fasterrcnn → fcos | 800 | 0.200 0.300 | 0.250 |")
+    assert "on this many pairs: 1 of 1 in 200 steps, 1 of 1 in 800 steps.**" in pages.lengths(rows)
     last = pages.inherited(rows).splitlines()[-1]
     assert last.count("| 0.400 0.400 | 0.400 | +0.100 (+0.010 to +0.200) |") == 1 and last.count("+0.100") == 2
     said = pages.page(rows)
