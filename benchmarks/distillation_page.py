@@ -214,7 +214,7 @@ def lengths(rows: Sequence[Row]) -> str:
         won.setdefault(row["steps"], []).append(wins(row))
     said = ", ".join(f"{sum(each)} of {len(each)} in {steps} steps" for steps, each in sorted(won.items()))
     lines = [
-        "What PKD gains in trainings of several lengths, under the same teachers. **It beats training without a teacher "
+        "What PKD gains in trainings of several lengths, under one teacher. **It beats training without a teacher "
         f"by more than the spread on this many pairs: {said}.**",
         "",
         f"| pair | steps | untaught, mAP by seed | mean | PKD, mAP by seed | mean | {GAIN} |",
