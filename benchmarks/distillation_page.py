@@ -204,27 +204,29 @@ def sweep(rows: Sequence[Row]) -> str:
 
 
 def lengths(rows: Sequence[Row]) -> str:
-    """A table of what PKD gains in trainings of several lengths, where there are some; each is annealed to its end."""
-    taught = [row for row in rows if row["loss"] == PKD and row["weight"] == AUTO]
-    several = [pair for pair in pairs(taught) if len({row["steps"] for row in taught if _pair(row) == pair}) > 1]
+    """A table of what losses gain in trainings of several lengths, where there are some; each is annealed to its end."""
+    usual = [row for row in rows if row["weight"] == AUTO and row["loss"] not in INHERITED]
+    several = [pair for pair in pairs(usual) if len({row["steps"] for row in usual if _pair(row) == pair}) > 1]
     if not several:
         return ""
-    won = {}  # pairs by length, and those of them on which PKD wins
-    for row in (row for row in taught if _pair(row) in several):
+    taught = sorted((row for row in usual if _pair(row) in several), key=lambda row: row["steps"])
+    won: dict[int, list[bool]] = {}  # of PKD, by length
+    for row in (row for row in taught if row["loss"] == PKD):
         won.setdefault(row["steps"], []).append(wins(row))
-    said = ", ".join(f"{sum(each)} of {len(each)} in {steps} steps" for steps, each in sorted(won.items()))
+    said = ", ".join(f"{sum(each)} of {len(each)} in {steps} steps" for steps, each in won.items())
     lines = [
-        "What PKD gains in trainings of several lengths, under one teacher. **It beats training without a teacher "
-        f"by more than the spread on this many pairs: {said}.**",
+        "Gains in trainings of several lengths, under one teacher. **PKD beats training without a teacher by more than "
+        f"the spread on this many pairs: {said}.**",
         "",
-        f"| pair | steps | untaught, mAP by seed | mean | PKD, mAP by seed | mean | {GAIN} |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| pair | steps | untaught | loss | mAP by seed | mean | {GAIN} |",
+        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
     for pair in several:
-        for row in sorted((row for row in taught if _pair(row) == pair), key=lambda row: row["steps"]):
+        for row in (row for row in taught if _pair(row) == pair):
             alone = of([each for each in rows if each["steps"] == row["steps"]], pair, NONE)
-            both = [cell for one in (alone, row) for cell in (("–", "–") if one is None else _seeds_and_mean(one))]
-            lines.append(f"| {' | '.join([name(pair), str(row['steps']), *both, gained(row)])} |")
+            untaught = "–" if alone is None else f"{np.mean(alone['maps']):.3f}"
+            cells = [name(pair), str(row["steps"]), untaught, row["loss"], *_seeds_and_mean(row), gained(row)]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
