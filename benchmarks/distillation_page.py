@@ -204,7 +204,7 @@ def sweep(rows: Sequence[Row]) -> str:
 
 
 def lengths(rows: Sequence[Row]) -> str:
-    """A table of what losses gain in trainings of several lengths, where there are some; each is annealed to its end."""
+    """A table of what losses gain in trainings of several lengths, each annealed to its end; empty without any."""
     usual = [row for row in rows if row["weight"] == AUTO and row["loss"] not in INHERITED]
     several = [pair for pair in pairs(usual) if len({row["steps"] for row in usual if _pair(row) == pair}) > 1]
     if not several:
