@@ -155,11 +155,12 @@ class RunFolder:
         except OSError:  # a name that no file can have
             return None
         record = read_json(self.file, "give another folder")
-        if not isinstance(record, dict) or not {"kind", "identity", "started"} <= record.keys():
+        is_whole = isinstance(record, dict) and {"kind", "identity", "started"} <= record.keys()
+        if not is_whole or not all(isinstance(record.get(name, {}), dict) for name in ("identity", "where")):
             got = f"has {', '.join(map(str, record))}" if isinstance(record, dict) else f"is a {type(record).__name__}"
             raise InputError(
-                f"{self.file} is not the record of a run: it {got}, not kind, identity and started; give another "
-                "folder."
+                f"{self.file} is not the record of a run: it {got}, not kind, identity and started, with objects as "
+                "identity and where; give another folder."
             )
         return {"format": 1, "finished": None, "where": {}, **record}
 

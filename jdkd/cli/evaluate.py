@@ -43,10 +43,14 @@ class Eval:
         from jdkd.data import CocoDetectionDataset
         from jdkd.detect import load
         from jdkd.detect.contract import identity
+        from jdkd.detect.input_size import require_whole
         from jdkd.latency import fuse_for_inference, profile_cost
         from jdkd.train import evaluate
 
         device = resolve_device(self.device)
+        require_whole({"--batch-size": self.batch_size})
+        if self.max_detections is not None:
+            require_whole({"--max-detections": self.max_detections})
         if self.json is not None:
             require_file(self.json, "--json", begins='{\n  "map"')
         model = load(self.ckpt)

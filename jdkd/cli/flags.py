@@ -120,18 +120,19 @@ class TrainingFlags:
         with process_group(resolve_device(self.device)) as device:
             yield device
 
-    def config(self, train: CocoDetectionDataset, **settings: Any) -> TrainConfig:
+    def config(self, train: CocoDetectionDataset | None, **settings: Any) -> TrainConfig:
         """Settings of a training.
 
         Args:
-            train: the training images; by default they are mirrored where they may be.
+            train: the training images; by default they are mirrored where they may be. None where they are not read yet
+                and the settings are looked at alone.
             settings: those that are no flags here; what is no setting of a training is left out.
         """
         from jdkd.train import TrainConfig
 
         known = {field.name for field in fields(TrainConfig)}
         given = {name: value for name, value in (vars(self) | settings).items() if name in known and value is not None}
-        return TrainConfig(**{"flip": 0.5 * train.mirror_symmetric} | given)
+        return TrainConfig(**{"flip": 0.5 * (train is None or train.mirror_symmetric)} | given)
 
 
 @dataclass(frozen=True)

@@ -73,18 +73,19 @@ class PoolTrain:
         from jdkd.detect import load, read
         from jdkd.detect.input_size import require_visible
         from jdkd.pool import Space, train_pool
+        from jdkd.pool.foreign import require_name
         from jdkd.train.distributed import first_goes_ahead, from_first, is_first
         from jdkd.train.inputs import data_for
 
         run = RunFolder(self.out)
         from_first(lambda: run.require(KIND, resume=self.training.resume))
-        splits, base = self.source.splits(), load(self.base, device)
+        self._config(None)  # refused before data are read
         if self.subnets is not None and self.subnets < 1:
             raise InputError(f"--subnets is {self.subnets}; score at least 1.")
-        foreign = {folder.resolve().name: load(folder, device) for folder in self.teacher}
-        if len(foreign) < len(self.teacher):
-            names = ", ".join(folder.resolve().name for folder in self.teacher)
-            raise InputError(f"--teacher gives folders of the names {names}; let every name be another.")
+        splits, base, foreign = self.source.splits(), load(self.base, device), {}
+        for folder in self.teacher:
+            require_name(name := folder.resolve().name, foreign)
+            foreign[name] = load(folder, device)
         with Progress() as progress:
             with first_goes_ahead():
                 opened = [_opened(split, base, f"the base in {self.base}", progress) for split in splits]
@@ -111,7 +112,7 @@ class PoolTrain:
                     run.finish()
         _print(self.out, pool)
 
-    def _config(self, train: CocoDetectionDataset) -> PoolTrainConfig:
+    def _config(self, train: CocoDetectionDataset | None) -> PoolTrainConfig:
         from jdkd.pool import PHASES, PoolTrainConfig, read_phases
 
         phases = PHASES if self.phases is None else read_phases(self.phases)

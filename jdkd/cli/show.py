@@ -62,6 +62,8 @@ class Show:
 
         device = resolve_device(self.device)
         self._require_flags()
+        for source in (*self.detectors, *([] if self.teacher is None else [self.teacher])):
+            require_own_weights(source)
         require_whole(
             {f"--{name.replace('_', '-')}": getattr(self, name) for name in ("images", "channels", "batch_size")}
         )
@@ -114,12 +116,22 @@ class Show:
 
 
 def detector_of(source: str, classes: int) -> nn.Module:
-    """A detector that has learned something: of a folder, or what a function makes.
+    """A detector of a folder, or what a function makes.
 
     Raises:
-        InputError: it is a name, FAMILY:BACKBONE too, whose weights are fresh, or cannot be opened.
+        InputError: it cannot be opened.
     """
     from jdkd.detect import load, open_model
+
+    return load(source) if Path(source).is_dir() else open_model(source, classes=classes)
+
+
+def require_own_weights(source: str) -> None:
+    """Refuses what has not learned anything, before data are read.
+
+    Raises:
+        InputError: it is a name, FAMILY:BACKBONE too, whose weights are fresh.
+    """
     from jdkd.detect.sources import has_own_weights
 
     if not has_own_weights(source):
@@ -127,7 +139,6 @@ def detector_of(source: str, classes: int) -> nn.Module:
             f"{source} is no folder of a detector and no package.module:function, and by a name it has fresh weights; "
             "give a folder that `jdkd train` or `jdkd import` wrote."
         )
-    return load(source) if Path(source).is_dir() else open_model(source, classes=classes)
 
 
 def titles(sources: Sequence[str]) -> list[str]:

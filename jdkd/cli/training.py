@@ -83,15 +83,16 @@ def opened(
         defaults: settings where no flag says another.
 
     Raises:
-        InputError: the folder is another run's, which is found before data are read, or flags or data cannot be used.
+        InputError: the folder is another run's or flags cannot be used, which is found before data are read, or data
+            cannot be.
     """
     from jdkd.train.distributed import from_first
 
     run = RunFolder(out)
     from_first(lambda: run.require(kind, resume=training.resume))
+    training.config(None, **defaults | recipe.settings(1, training.accumulate))  # refused before data are read
     data = Data.opened(source)
-    settings = defaults | recipe.settings(len(data.train), training.accumulate)
-    config = training.config(data.train, **settings)
+    config = training.config(data.train, **defaults | recipe.settings(len(data.train), training.accumulate))
     from_first(lambda: run.require(kind, {"training": config.identity()}, resume=training.resume))
     return data, config
 

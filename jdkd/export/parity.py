@@ -264,5 +264,5 @@ def require_parity(model: nn.Module, file: Exported, found: Parity, stages: Call
         return
     kind = type(unwrapped(model)).__name__
     where = "" if found.first is None else f"; {where_it_parts(model, stages(), found.first)}"
-    inside = f", in {file.runtime}" if file.runtime else ""
-    raise InputError(f"the exported {kind} was not written: {complaint}{where}{inside}.")
+    inside = f"compared in {file.runtime}, " if file.runtime else ""
+    raise InputError(f"{inside}the exported {kind} was not written: {complaint}{where}.")

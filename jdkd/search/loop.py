@@ -31,7 +31,7 @@ from jdkd.search.matching import Matching
 from jdkd.search.outcome import conclude, read_result
 from jdkd.search.proposal import Proposal
 from jdkd.search.strategy import Strategy
-from jdkd.search.teachers import given_pool, grown_pool, remember, require_teachers, write_teachers
+from jdkd.search.teachers import given_pool, grown_pool, remember, require_teachers, require_there, write_teachers
 from jdkd.search.timing import Timing
 from jdkd.train.checkpoint import CHECKPOINT
 
@@ -56,6 +56,7 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
     """
     run = RunFolder(config.out)
     known = run.require("search", resume=config.resume)
+    require_there(config)
     context = open_context(config, progress or (lambda *state: None))
     if known is not None:
         run.require("search", context.identity(), resume=True)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from jdkd.detect import load
+from jdkd.detect.checkpoint import ARCHITECTURE
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.files import read_as, write_json
 from jdkd.pool import PoolTrainConfig, ScoredTeacher, TeacherPool, load_pool, train_pool
+from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.foreign import require_common, require_name
 from jdkd.search.budget import Plan
+from jdkd.search.config import SearchConfig
 from jdkd.search.context import SearchContext
 from jdkd.search.proposal import BASE
 from jdkd.search.selection import say_if_trained_elsewhere, trained_on
@@ -66,23 +69,35 @@ def name_of(teacher: Path) -> str:
     return teacher.absolute().name
 
 
+def require_there(config: SearchConfig) -> None:
+    """Refuses teachers by what their folders show, before anything is read.
+
+    Raises:
+        InputError: one is no detector or cannot be told from another by its name, or the pool is none.
+    """
+    names: list[str] = []
+    for folder in config.teachers:
+        require_name(name_of(folder), names)
+        names.append(name_of(folder))
+        if not (folder / ARCHITECTURE).is_file():
+            load(folder)  # says what is wrong with it
+    if config.teacher_pool is not None and not (config.teacher_pool / POOL).is_file():
+        load_pool(config.teacher_pool, None, None)
+
+
 def require_teachers(context: SearchContext) -> None:
     """Refuses detectors that cannot teach, before anything is written.
 
     Raises:
-        InputError: one cannot be loaded, told from another by its name, or compared with the base, or does not see some
-            of the images.
+        InputError: one cannot be loaded or compared with the base, or does not see some of the images.
     """
-    names: list[str] = []
     images = next(context.probe())[0][:1] if context.config.teachers else []
     for folder in context.config.teachers:
         name = name_of(folder)
-        require_name(name, names)
         teacher = load(folder, context.config.device)
         require_visible(teacher, [*context.train.sizes, *context.selection.dataset.sizes], f"teacher {name}")
         require_common(name, teacher, context.base, images)
         say_if_trained_elsewhere(f"teacher {name}", trained_on(folder), context.train)
-        names.append(name)
 
 
 def remember(pool: TeacherPool, context: SearchContext) -> None:

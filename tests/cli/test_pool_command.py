@@ -156,12 +156,13 @@ def test_phases_that_make_no_training_are_refused_in_one_sentence(tmp_path, cont
         read_phases(file)
 
 
-def test_what_cannot_be_a_pool_is_refused_before_anything_is_written(jdkd, pool_arguments, trained, squares, tmp_path):
+def test_what_cannot_be_a_pool_is_refused_before_anything_is_written(jdkd, pool_arguments, trained, foreign, tmp_path):
     out = tmp_path / "out"
     for flags, says in (
         (["--subnets", 0], "--subnets is 0; score at least 1"),
         (["--teacher", tmp_path / "none"], "none"),
-        (["--teacher", trained, trained], "let every name be another"),
+        (["--teacher", trained], "a foreign teacher base is named as what the search starts from"),
+        (["--teacher", foreign, foreign], "the pool has a foreign teacher retina already"),
         (["--width", 0.5], "a pool is grown"),
         (["--width", "nan"], "width in 1..100 and the number of widths at least 1, got 1, nan and 3."),
         (["--width", "inf"], "got 1, inf and 3."),

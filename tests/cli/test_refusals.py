@@ -34,17 +34,57 @@ def test_a_folder_that_holds_another_run(jdkd, trained, train_arguments):
     assert _tree(trained) == before
 
 
-@pytest.mark.parametrize("command", ["train", "distill", "swap", "pool train", "search"])
-def test_a_folder_that_is_taken_is_refused_before_anything_is_read(jdkd, tmp_path, command):
-    """There is no detector of these names, and the annotations cannot be read."""
+@pytest.fixture
+def unreadable(tmp_path):
+    """Data in the COCO layout that nobody can read."""
     for part in ("train2017", "val2017", "annotations"):
         (tmp_path / part).mkdir()
     for part in ("train", "val"):
         (tmp_path / "annotations" / f"instances_{part}2017.json").write_text("no JSON")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("train", "--model", "none", "--lr", -1), "lr must be a number of at least 0"),
+        (("train", "--model", "none", "--schedule", "1x", "--steps", 3), "--steps 3 and --schedule 1x are both given"),
+        (("distill", "--teacher", "none", "--student", "none", "--flip", 2), "flip is a fraction"),
+        (("swap", "--features", "none", "--head", "none", "--batch-size", 0), "batch_size must be"),
+        (("pool", "train", "--base", "none", "--phases", "none"), "none cannot be read"),
+        (("search", "--base", "none", "--teachers", "none"), "none is no detector"),
+        (("search", "--base", "none", "--teacher-pool", "none"), "none holds no finished teacher pool"),
+    ],
+)
+def test_what_no_data_are_needed_to_refuse_is_refused_before_they_are_read(
+    jdkd, unreadable, tmp_path, monkeypatch, command, says
+):
+    monkeypatch.chdir(tmp_path)
+    _refused(jdkd(*command, "--data", unreadable, "--out", "out"), says)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (("eval", "--batch-size", 0), "--batch-size must be a whole number of at least 1"),
+        (("eval", "--max-detections", -1), "--max-detections must be a whole number of at least 1"),
+        (("show", "--out", "seen.html", "--teacher", "none"), "none is no folder of a detector"),
+    ],
+)
+def test_what_looks_at_a_detector_is_refused_before_data_are_read(
+    jdkd, trained, unreadable, monkeypatch, command, says
+):
+    monkeypatch.chdir(unreadable)
+    _refused(jdkd(command[0], trained, *command[1:], "--data", unreadable), says)
+
+
+@pytest.mark.parametrize("command", ["train", "distill", "swap", "pool train", "search"])
+def test_a_folder_that_is_taken_is_refused_before_anything_is_read(jdkd, unreadable, tmp_path, command):
+    """There is no detector of these names, and the annotations cannot be read."""
     out, none, kind = tmp_path / "out", tmp_path / "none", "search" if command == "train" else "train"
     detectors = {"train": "--model", "distill": "--teacher --student", "swap": "--features --head"}
     flags = [word for flag in detectors.get(command, "--base").split() for word in (flag, none)]
-    command = [*command.split(), *flags, "--data", tmp_path, "--out", out]
+    command = [*command.split(), *flags, "--data", unreadable, "--out", out]
     RunFolder(out).begin(kind, {})
     before = _tree(out)
     _refused(jdkd(*command), out, f"already holds a run (unfinished `jdkd {kind}`")

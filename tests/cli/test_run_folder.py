@@ -47,10 +47,14 @@ def test_refuses_and_leaves_the_record(tmp_path, kind, identity, resume, message
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_a_record_that_is_none_is_refused(tmp_path):
-    (tmp_path / "run.json").write_text("[1, 2]")
+@pytest.mark.parametrize("content", [[1, 2], {"identity": []}, {"where": 3}])
+def test_a_record_that_is_none_is_refused(tmp_path, content):
+    RunFolder(tmp_path).begin("train", {})
+    record = content if isinstance(content, list) else RunFolder(tmp_path).read() | content
+    (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="not the record of a run"):
-        RunFolder(tmp_path).begin("train", {})
+        RunFolder(tmp_path).begin("train", {}, resume=True)
+    assert recorded_split(tmp_path, "val") is None
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "no JSON", '{"name": "an experiment of another program"}'])

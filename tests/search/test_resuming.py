@@ -324,8 +324,9 @@ def test_other_weights_or_images_or_teachers_are_another_search(folder, finished
     save(tmp_path / "base", detector(small_spec(classes=DIGITS), seed=1))
     with pytest.raises(InputError, match=r"base\.(weights|architecture) was"):
         search(config_of(folder, finished[0], resume=True, base=tmp_path / "base"))
+    other = shutil.copytree(tmp_path / "base", tmp_path / "other")
     with pytest.raises(InputError, match=r"teachers.*was"):
-        search(config_of(folder, finished[0], resume=True, teachers=(tmp_path / "base",)))
+        search(config_of(folder, finished[0], resume=True, teachers=(other,)))
     val = config_of(folder, finished[0]).val
     content = json.loads(val.annotations.read_text())
     content["annotations"].pop()
