@@ -25,9 +25,9 @@ from jdkd.errors import InputError, said
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture, set_architecture
 from jdkd.rewrite.blocks import set_children
-from jdkd.rewrite.channels import gathered, tensors_by_name
+from jdkd.rewrite.channels import renumber, taken, tensors_by_name
 
-REGISTERED = ("_parameters", "_buffers", "_modules")
+REGISTERED = frozenset(vars(nn.Module()))  # attributes that torch gives a module, its tensors and modules among them
 COUNTS = "_pre_nms_top_n", "_post_nms_top_n"  # regions that torchvision's RPN proposes, of a level and of an image
 
 
@@ -51,7 +51,7 @@ def build(architecture: Architecture, device: torch.device | str = "cpu") -> nn.
     model = make(architecture.builder, architecture.arguments)
     for name, order in architecture.blocks.items():
         arrange_children(model, name, order)
-    model = reshaped(model, architecture.shapes)
+    reshape(model, architecture.shapes)
     for name, value in architecture.attributes.items():
         set_attribute(model, name, value)
     set_architecture(model, architecture)
@@ -196,9 +196,13 @@ def arrange_children(model: nn.Module, name: str, order: Sequence[int]) -> None:
     set_children(container, chosen)
 
 
-def reshaped(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module:
-    """A copy whose tensors have the given shapes; the same module where there are none."""
-    tensors, gathers = tensors_by_name(model), {}
+def reshape(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Gives tensors of a module that nobody else holds other shapes, in place.
+
+    Raises:
+        InputError: there is no such tensor, or it has another number of dimensions.
+    """
+    tensors, changed = tensors_by_name(model), list[Tensor]()
     for name, shape in shapes.items():
         have = tuple(tensors[name].shape) if name in tensors else None
         if have is None or len(have) != len(shape) or 0 in have:
@@ -206,10 +210,26 @@ def reshaped(model: nn.Module, shapes: Mapping[str, Sequence[int]]) -> nn.Module
                 f"shapes has {name!r} as {list(shape)}, and the builder makes {'none' if have is None else list(have)}"
                 "; give the architecture the builder that it was made with."
             )
-        for dim, (ours, wanted) in enumerate(zip(have, shape, strict=True)):
-            if ours != wanted:
-                gathers[name, dim] = np.arange(wanted) % ours
-    return gathered(model, gathers, {}) if gathers else model
+        others = [dim for dim, wanted in enumerate(shape) if wanted != have[dim]]
+        if others:
+            gathers = {(name, dim): np.arange(shape[dim]) % have[dim] for dim in others}
+            changed += (tensors[name], taken(tensors[name], name, others, gathers, {}))
+            exchange(model, *changed[-2:])
+    ids = set(map(id, changed))
+    for module in model.modules():
+        if any(id(tensor) in ids for tensor in (*module._parameters.values(), *module._buffers.values())):
+            renumber(module)
+
+
+def exchange(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Puts a tensor in the place of another, wherever it is held: in tied modules, and in lists of anyone's."""
+    try:
+        torch.utils.swap_tensors(old, new)
+    except RuntimeError:  # someone has a weak reference to it, as recurrent layers have, which hear of a new attribute
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name in [name for name, held in table.items() if held is old]:
+                    setattr(module, name, new)
 
 
 def set_attribute(model: nn.Module, name: str, value: Any) -> None:

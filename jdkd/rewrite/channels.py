@@ -224,7 +224,7 @@ def gathered(
     for tensor, dim in gathers:
         dims_of[tensor].append(dim)
     made = {
-        id(tensor): _taken(tensor, name, dims_of.get(name, ()), gathers, silent)
+        id(tensor): taken(tensor, name, dims_of.get(name, ()), gathers, silent)
         for name, tensor in tensors_by_name(model).items()
     }
     changed = {id(made[id(named(model, name))]) for name in dims_of}
@@ -262,7 +262,7 @@ def _can_be_copied(value: object) -> bool:
     return True
 
 
-def _taken(
+def taken(
     tensor: Tensor,
     name: str,
     dims: Sequence[int],

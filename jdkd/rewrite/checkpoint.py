@@ -15,7 +15,7 @@ from jdkd.errors import InputError
 from jdkd.files import claim_folder, read_text, write_whole
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.architecture import Architecture, set_architecture
-from jdkd.rewrite.building import build
+from jdkd.rewrite.building import build, exchange
 from jdkd.rewrite.channels import tensors_by_name
 
 ARCHITECTURE, WEIGHTS = "architecture.json", "weights.safetensors"
@@ -109,20 +109,9 @@ def _with_weights(model: nn.Module, folder: Path, architecture: Architecture) ->
         for name, values in state.items():
             old, values = wanted[name], values.clone()  # aligned, as kernels sum in another order where it is not
             new = nn.Parameter(values, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else values
-            _exchange(model, old, new)
+            exchange(model, old, new)
     set_architecture(model, architecture)
     return model
-
-
-def _exchange(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Puts a tensor in the place of another, wherever it is held: in tied modules, and in lists of anyone's."""
-    try:
-        torch.utils.swap_tensors(old, new)
-    except RuntimeError:  # someone has a weak reference to it, as recurrent layers have, which hear of a new attribute
-        for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name in [name for name, held in table.items() if held is old]:
-                    setattr(module, name, new)
 
 
 def _require_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], who: str, whose: str, remedy: str) -> None:

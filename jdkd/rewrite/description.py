@@ -12,7 +12,7 @@ from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.notices import say_once
 from jdkd.rewrite.architecture import Architecture
-from jdkd.rewrite.building import are_counts, arrange_children, build, reshaped
+from jdkd.rewrite.building import REGISTERED, are_counts, arrange_children, build, reshape
 from jdkd.rewrite.channels import tensors_by_name
 
 SIZES = {  # attributes that follow from tensors
@@ -20,7 +20,7 @@ SIZES = {  # attributes that follow from tensors
     "num_groups", "normalized_shape", "num_parameters",
 }  # fmt: skip
 PLAIN = bool | int | float | str
-OURS = frozenset((*vars(nn.Module()), "architecture"))  # attributes that torch and this package give a module
+OURS = REGISTERED | {"architecture"}  # attributes that torch and this package give a module
 
 
 def describe(
@@ -88,7 +88,7 @@ def _compared(model: nn.Module, found: Architecture) -> tuple[Architecture, nn.M
         who = "the model has" if name in ours else f"{builder} makes"
         raise InputError(f"only {who} a tensor {name}; describe it with the builder that made it.")
     shapes = {name: tuple(t.shape) for name, t in ours.items() if t.shape != theirs[name].shape}
-    fresh = reshaped(fresh, shapes)
+    reshape(fresh, shapes)
     return found.replace(shapes=shapes, attributes=_attributes(model, fresh)), fresh
 
 
@@ -193,7 +193,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
     return {
         name: value
         for name, value in vars(module).items()
-        if are_counts(name, value) or (not name.startswith("_") and name != "training" and _is_plain(value))
+        if name not in REGISTERED and (are_counts(name, value) or (not name.startswith("_") and _is_plain(value)))
     }
 
 

@@ -6,7 +6,7 @@ import torch
 from jdkd.errors import InputError
 from jdkd.latency import Latency, Ratio, bootstrap_ratio
 from jdkd.latency.protocol import LEAST_ROUNDS
-from jdkd.latency.statistics import kendall, ratio_over_processes
+from jdkd.latency.statistics import kendall, medians, ratio_over_processes
 
 
 def _drifting(rounds, factor, noise, seed):
@@ -55,6 +55,12 @@ def test_equal_samples_give_equal_intervals_and_more_rounds_narrower_ones():
     assert bootstrap_ratio(*few) == bootstrap_ratio(*few)
     widths = [ratio.high - ratio.low for ratio in (bootstrap_ratio(*few), bootstrap_ratio(*many))]
     assert widths[1] < widths[0] / 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 40])
+def test_medians_are_quantiles_bit_for_bit(count):
+    samples = torch.rand(2, 50, count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    assert torch.equal(medians(samples), samples.quantile(0.5, dim=2))
 
 
 def test_long_runs_fit_in_memory():
