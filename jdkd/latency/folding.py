@@ -34,7 +34,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     is folded into it, and convolution weights are channels-last. What follows what is read from the traced
     data flow, not from names; a part of the network that cannot be traced (the RPN's control flow, say) is
     searched child by child. A normalisation whose convolution feeds anything else, that is used more than once,
-    that keeps no statistics or has a forward of its own, stays.
+    that keeps no statistics or has a forward of its own, stays; so does one where it or its convolution has hooks, as
+    `torch.nn.utils.prune` leaves them.
 
     Args:
         model: any detector; it is left as it was. Of one that torch wraps (DDP, EMA, `torch.compile`), the detector
@@ -51,6 +52,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     fix_roi_scales(model)
     for conv_name, norm_name in foldable(model).items():
         conv, norm = cast(nn.Conv2d, model.get_submodule(conv_name)), model.get_submodule(norm_name)
+        if is_hooked(conv) or is_hooked(norm):
+            continue
         conv.weight, conv.bias = folded(conv, norm)
         conv.requires_grad_(False)
         model.set_submodule(norm_name, nn.Identity().eval())
@@ -87,6 +90,13 @@ def is_affine(layer: nn.Module) -> bool:
     an activation in it, say.
     """
     return isinstance(layer, NORMS) and type(layer).forward in FORWARDS and layer.running_mean is not None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody hears, and may change, what a module is called with, returns or computes with."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def batch_norms(model: nn.Module) -> int:

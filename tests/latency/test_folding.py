@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -89,6 +90,19 @@ class _Stack(nn.Sequential):
         self.conv, self.norm = nn.Conv2d(3, 4, 1), norm
 
 
+def _hooked() -> nn.Module:
+    model = _Stack(nn.BatchNorm2d(4))
+    model.norm.register_forward_hook(lambda norm, inputs, output: 2 * output)
+    return model
+
+
+@torch.no_grad()
+def _pruned() -> nn.Module:
+    model = _Stack(nn.BatchNorm2d(4))
+    prune.l1_unstructured(model.conv, "weight", 0.5)  # a hook computes its weight at every call
+    return model
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -97,8 +111,10 @@ class _Stack(nn.Sequential):
         _Before,
         lambda: _Stack(_Rectified(4)),
         lambda: _Stack(nn.BatchNorm2d(4, track_running_stats=False)),
+        _hooked,
+        _pruned,
     ],
-    ids=["shared", "twice", "before", "rectified", "without statistics"],
+    ids=["shared", "twice", "before", "rectified", "without statistics", "hooked", "pruned"],
 )
 def test_keeps_a_normalisation_that_cannot_be_folded(make):
     model = make()

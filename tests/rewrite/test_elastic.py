@@ -229,6 +229,18 @@ def test_an_elastic_model_is_not_made_elastic_again():
     assert make_elastic(net, topology) is net and net.module.elastic_groups.groups
 
 
+def test_where_one_layer_cannot_be_plain_the_model_stays_elastic():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+    topology = trace(model, torch.ones(1, 3, 4, 4))
+    make_elastic(model, topology, topology.groups)
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(InputError, match=r"as_plain: a ParametrizedElasticConv2d is none of .*remove_parametrizations"):
+        make_plain(model)
+    set_subnet(model, Subnet({"0": 2}))
+    torch.nn.utils.parametrize.remove_parametrizations(model[2], "weight")
+    assert [type(layer) for layer in make_plain(model)] == [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]
+
+
 @pytest.mark.parametrize("rewrite", [Rewrite(keep={"0": [0, 2]}), Rewrite(blocks={"1": [0]})])
 def test_a_topology_from_before_a_rewrite_makes_nothing_elastic(rewrite):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(*(Residual(8, 4) for _ in range(2))), nn.Conv2d(8, 4, 1))
