@@ -205,13 +205,18 @@ def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
             called with it; by default ``neck``, or else ``backbone``, or else what Ultralytics' heads are called with.
 
     Raises:
-        InputError: there is no such submodule, or several detectors have one.
+        InputError: there is no such submodule, several detectors have one, or the model is scripted.
     """
     if path is not None and not isinstance(path, str):
         raise InputError(
             f"{'teacher_neck' if who == 'teacher' else 'neck'} is {_named(path)}; pass a dotted name, or None"
         )
     inner = unwrapped(model)
+    if isinstance(inner, torch.jit.ScriptModule):
+        raise InputError(
+            f"the {who} is a scripted or traced module, whose parts nobody can listen to; pass the module that it was "
+            "made from"
+        )
     found = holders(inner)
     if path is None:
         if (neck := neck_of(inner)) is not None:

@@ -150,6 +150,7 @@ def test_batches_of_several_images(model, images):
     [
         ({"images": []}, "images is empty"),
         ({"images": [torch.zeros(1, 8, 8)]}, r"images\[0\] has shape \[1, 8, 8\]"),
+        ({"images": torch.zeros(2, 1, 8, 8)}, r"images\[0\] has shape \[1, 8, 8\]"),
         ({"images": [torch.zeros(3, 8, 8, dtype=torch.int64)]}, "int64"),
         ({"models": {}}, "models is empty"),
         ({"batch_size": 0}, "batch_size is 0"),
