@@ -100,8 +100,8 @@ def check_weight(weight: Tensor, bias: Tensor | None) -> None:
         kind = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise InputError(f"weight is {kind}; give the shared weight [Cout_max, Cin_max / groups, kh, kw]")
     if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
-        kind = f"has shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"is a {type(bias).__name__}"
-        raise InputError(f"bias {kind}; give the shared bias of all {weight.shape[0]} outputs")
+        what = f"has shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"is a {type(bias).__name__}"
+        raise InputError(f"bias {what}; give the shared bias of all {weight.shape[0]} outputs")
 
 
 def conv_channels(
