@@ -146,7 +146,8 @@ class FeatureDistiller:
         compared = runner.compared(batches, self.levels, self._channels, call)
         who = type(runner.student).__name__, type(runner.teacher).__name__
         bias = isinstance(self.tap, SquaredError)
-        self.adapters, agreements = calibrated(compared, self.align, bias=bias, who=who)
+        with torch.inference_mode(False):  # where adapters would be made that cannot be trained
+            self.adapters, agreements = calibrated(compared, self.align, bias=bias, who=who)
         return agreements
 
     def loss(self) -> Tensor:
