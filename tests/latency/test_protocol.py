@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jdkd.errors import InputError
-from jdkd.latency import LatencyReport, Schedule, fuse_for_inference, measure, measure_quick
+from jdkd.latency import Grid, LatencyReport, Schedule, fuse_for_inference, measure, measure_quick
 from jdkd.latency.calls import end_to_end
 from jdkd.latency.protocol import interleave, order
 from jdkd.latency.runtimes import Eager
@@ -162,6 +162,12 @@ def test_batches_of_several_images(model, images):
 def test_refuses_what_cannot_be_measured(model, images, change, message):
     with pytest.raises(InputError, match=message):
         measure(**{"models": {"base": model}, "images": images, **change})
+
+
+@pytest.mark.parametrize("nothing", [{"runtimes": ()}, {"dtypes": []}, {"runtimes": "eager"}])
+def test_a_grid_of_nothing_is_refused(nothing):
+    with pytest.raises(InputError, match=f"--{next(iter(nothing))} is .*; give at least one name, in a list"):
+        Grid(**nothing)
 
 
 def test_refuses_a_model_in_training_mode(model, images):
