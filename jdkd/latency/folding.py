@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -35,7 +36,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     data flow, not from names; a part of the network that cannot be traced (the RPN's control flow, say) is
     searched child by child. A normalisation whose convolution feeds anything else, that is used more than once,
     that keeps no statistics or has a forward of its own, stays; so does one where it or its convolution has hooks, as
-    `torch.nn.utils.prune` leaves them.
+    `torch.nn.utils.prune` leaves them, or another forward than its class.
 
     Args:
         model: any detector; it is left as it was. Of one that torch wraps (DDP, EMA, `torch.compile`), the detector
@@ -52,7 +53,7 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     fix_roi_scales(model)
     for conv_name, norm_name in foldable(model).items():
         conv, norm = cast(nn.Conv2d, model.get_submodule(conv_name)), model.get_submodule(norm_name)
-        if is_hooked(conv) or is_hooked(norm):
+        if any(is_hooked(each) or not is_plain(each) for each in (conv, norm)):
             continue
         conv.weight, conv.bias = folded(conv, norm)
         conv.requires_grad_(False)
@@ -97,6 +98,12 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its class says what a module does, and nothing that was put in the place of its forward."""
+    own = vars(module).get("forward")
+    return own is None or (isinstance(own, MethodType) and own == MethodType(type(module).forward, module))
 
 
 def batch_norms(model: nn.Module) -> int:

@@ -68,9 +68,3 @@ class Overrides:
             else:
                 vars(module)[FORWARD] = before
         self._before.clear()
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether its class says what a module does, and nothing that was put in the place of its forward."""
-    own = vars(module).get(FORWARD)
-    return own is None or (isinstance(own, MethodType) and own == MethodType(type(module).forward, module))

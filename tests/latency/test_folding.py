@@ -1,4 +1,5 @@
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -96,6 +97,12 @@ def _hooked() -> nn.Module:
     return model
 
 
+def _patched() -> nn.Module:
+    model = _Stack(nn.BatchNorm2d(4))
+    model.conv.forward = MethodType(lambda conv, x: 2 * nn.Conv2d.forward(conv, x), model.conv)
+    return model
+
+
 @torch.no_grad()
 def _pruned() -> nn.Module:
     model = _Stack(nn.BatchNorm2d(4))
@@ -112,9 +119,10 @@ def _pruned() -> nn.Module:
         lambda: _Stack(_Rectified(4)),
         lambda: _Stack(nn.BatchNorm2d(4, track_running_stats=False)),
         _hooked,
+        _patched,
         _pruned,
     ],
-    ids=["shared", "twice", "before", "rectified", "without statistics", "hooked", "pruned"],
+    ids=["shared", "twice", "before", "rectified", "without statistics", "hooked", "patched", "pruned"],
 )
 def test_keeps_a_normalisation_that_cannot_be_folded(make):
     model = make()
