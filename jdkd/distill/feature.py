@@ -18,7 +18,7 @@ from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
 from jdkd.distill.levels import as_strides
-from jdkd.distill.neck import Pyramid, levels_of, with_levels
+from jdkd.distill.neck import Pyramid, addresses_of, with_levels
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.nn import PearsonTap
@@ -146,7 +146,8 @@ class FeatureDistiller:
         compared = runner.compared(batches, self.levels, self._channels, call)
         who = type(runner.student).__name__, type(runner.teacher).__name__
         bias = isinstance(self.tap, SquaredError)
-        self.adapters, agreements = calibrated(compared, self.align, bias=bias, who=who)
+        with torch.inference_mode(False):  # where adapters would be made that cannot be trained
+            self.adapters, agreements = calibrated(compared, self.align, bias=bias, who=who)
         return agreements
 
     def loss(self) -> Tensor:
@@ -212,14 +213,13 @@ class FeatureDistiller:
         tapped, loss, losses = self.tap(students, teachers)
         # Of levels that were resized or adapted, which the pyramid does not hold, the heads keep the neck's.
         pyramid = with_levels(pyramid, students, tapped)
-        if not torch.compiler.is_compiling():
-            self._levels = {level.data_ptr() for level in levels_of(pyramid).values()}
+        self._levels = addresses_of(pyramid)
         return pyramid, [pair.stride for pair in pairs], loss, losses
 
     def _spared(self, writer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Gives a head that writes to a level a copy, as the gradient of the loss needs the level as it was."""
         level = inputs[0] if inputs else None
-        if torch.compiler.is_compiling() or not isinstance(level, Tensor) or level.data_ptr() not in self._levels:
+        if not isinstance(level, Tensor) or self._levels.isdisjoint(addresses_of(level)):
             return None
         return level.clone(), *inputs[1:]
 

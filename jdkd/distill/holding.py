@@ -23,14 +23,16 @@ _held: WeakKeyDictionary[nn.Module, list[_Held]] = WeakKeyDictionary()  # one en
 def hold(teacher: nn.Module) -> None:
     """Puts a teacher into evaluation mode without gradients; several students may hold one teacher."""
     modes = [(module, module.training) for module in teacher.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in teacher.parameters()]
+    gradients = [(each, each.requires_grad) for each in teacher.parameters() if not each.is_inference()]  # have none
     try:
-        teacher.eval().requires_grad_(False)
+        teacher.eval()
     except NotImplementedError as error:
         raise InputError(
             f"the teacher ({type(teacher).__name__}) is an exported program, which cannot be run up to its neck; pass "
             "the model that it was exported from"
         ) from error
+    for parameter, _ in gradients:
+        parameter.requires_grad_(False)
     _held.setdefault(teacher, []).append(_Held(modes, gradients))
 
 

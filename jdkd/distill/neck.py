@@ -6,10 +6,12 @@ import copy
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from jdkd.errors import InputError
 from jdkd.ops.pearson_pairs import entries_with_levels
+from jdkd.ops.transforms import is_transformed
 
 Pyramid = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -24,6 +26,13 @@ def levels_of(pyramid: Pyramid) -> dict[str, Tensor]:
         for name, level in _leaves(pyramid, "")
         if isinstance(level, Tensor) and level.dim() == 4 and level.is_floating_point()
     }
+
+
+def addresses_of(pyramid: Pyramid) -> set[int]:
+    """Where its levels lie; nowhere while a compiler or ``torch.func`` follows the call, as their tensors do not."""
+    if torch.compiler.is_compiling() or is_transformed():
+        return set()
+    return {level.data_ptr() for level in levels_of(pyramid).values()}
 
 
 def found_levels(pyramid: Pyramid, who: str) -> dict[str, Tensor]:

@@ -205,13 +205,18 @@ def route_of(model: nn.Module, who: str, path: str | None = None) -> Route:
             called with it; by default ``neck``, or else ``backbone``, or else what Ultralytics' heads are called with.
 
     Raises:
-        InputError: there is no such submodule, or several detectors have one.
+        InputError: there is no such submodule, several detectors have one, or the model is scripted.
     """
     if path is not None and not isinstance(path, str):
         raise InputError(
             f"{'teacher_neck' if who == 'teacher' else 'neck'} is {_named(path)}; pass a dotted name, or None"
         )
     inner = unwrapped(model)
+    if isinstance(inner, torch.jit.ScriptModule):
+        raise InputError(
+            f"the {who} is a scripted or traced module, whose parts nobody can listen to; pass the module that it was "
+            "made from"
+        )
     found = holders(inner)
     if path is None:
         if (neck := neck_of(inner)) is not None:
@@ -291,7 +296,9 @@ def _swapped(images: Tensor) -> Callable[..., tuple[tuple[Any, ...], dict[str, A
         own = StudentInput.of(parameters_of(entrance), args, kwargs)
         if own is None or own.sizes:
             return (images, *args[1:]), kwargs
-        same = lambda value: isinstance(value, Tensor) and value.data_ptr() == own.images.data_ptr()  # noqa: E731
+        names = [*parameters_of(entrance), *map(str, range(len(args)))]  # as StudentInput counts them
+        theirs = (dict(zip(names, args, strict=False)) | kwargs).get(own.name)
+        same = lambda value: isinstance(value, Tensor) and value is theirs  # noqa: E731
         changed = {name: images if same(value) else value for name, value in kwargs.items()}
         return tuple(images if same(value) else value for value in args), changed
 

@@ -15,7 +15,7 @@ from jdkd.distill.gradients import FORWARD, pass_number
 from jdkd.distill.holding import hold, release
 from jdkd.distill.hooks import Hook
 from jdkd.distill.levels import LevelPair
-from jdkd.distill.neck import Pyramid, found_levels, levels_of
+from jdkd.distill.neck import Pyramid, addresses_of, found_levels
 from jdkd.distill.roi_scales import set_roi_scales_of
 from jdkd.distill.route import Route, module_of, route_of
 from jdkd.distill.student_input import StudentInput, listed_images, parameters_of
@@ -162,13 +162,12 @@ class TeacherRunner:
         Raises:
             InputError: it is not what it was called with in the last forward, and the images did not come in again.
         """
-        if torch.compiler.is_compiling():
+        if not (addresses := addresses_of(neck_inputs)):
             return
-        addresses = {level.data_ptr() for level in levels_of(neck_inputs).values()}
         now = pass_number()
         if now == FORWARD:
             self._neck_inputs = addresses
-        elif self._entered_in != now and addresses and addresses.isdisjoint(self._neck_inputs):
+        elif self._entered_in != now and addresses.isdisjoint(self._neck_inputs):
             raise InputError(
                 f"the student ({type(self.student).__name__}) recomputes its {type(self.neck).__name__} for images "
                 f"that came into its {type(self._route.entrance).__name__} outside the checkpoint, and there is no "

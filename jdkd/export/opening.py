@@ -43,7 +43,15 @@ class Exported:
         self.run, self.facts, self.runtime = run, facts, runtime
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Found]:
-        """What is in images, ``[H, W, 3]`` uint8 each."""
+        """What is in images, ``[H, W, 3]`` uint8 each, RGB.
+
+        Returns:
+            For every image its ``boxes`` [M, 4] xyxy in pixels of it, ``labels`` [M] and ``scores`` [M], and ``masks``
+            [M, H, W] in 0..1 where the detector has them.
+
+        Raises:
+            InputError: there is no image, one is no such array, or the runtime cannot run the file on them.
+        """
         batch, sizes = batch_of(images, self.facts["resize"])
         outputs = dict(zip(self.facts["outputs"], self.run(batch, sizes), strict=True))
         outputs = {name: output for name, output in outputs.items() if name in DETECTION}  # without stages

@@ -168,8 +168,10 @@ def parity(
 
 def numbers(detection: Mapping[str, Tensor]) -> Found:
     """What a detector finds on one image, in numpy; masks ``[M, H, W]``."""
-    found = {name: detection[name].cpu().numpy() for name in ("boxes", "labels", "scores")}
-    return found | ({"masks": detection["masks"][:, 0].cpu().numpy()} if "masks" in detection else {})
+    found = {name: detection[name] for name in ("boxes", "labels", "scores")}
+    found |= {"masks": detection["masks"][:, 0]} if "masks" in detection else {}
+    wide = {name: each.float() if each.dtype == torch.bfloat16 else each for name, each in found.items()}  # numpy lacks
+    return {name: each.cpu().numpy() for name, each in wide.items()}
 
 
 def where_it_parts(model: nn.Module, file: Exported, image: Tensor) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from jdkd.errors import InputError
+
 Found = dict[str, np.ndarray]
 """Of one image: ``boxes`` [M, 4] xyxy in pixels, ``labels`` [M], ``scores`` [M], and ``masks`` [M, H, W] in 0..1."""
 
@@ -23,7 +25,18 @@ def batch_of(images: Sequence[np.ndarray], resize: Mapping[str, Any]) -> tuple[n
 
     Returns:
         ``[N, 3, H, W]`` float32 in 0..1, and height and width of each without what was added, ``[N, 2]`` int64.
+
+    Raises:
+        InputError: there is no image, or one is no such array.
     """
+    if not len(images):
+        raise InputError("images holds none; give a list of arrays [H, W, 3] of uint8.")
+    for number, image in enumerate(images):
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape[2:] != (3,) or not image.size:
+            what = (
+                f"of {image.dtype} and shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            )
+            raise InputError(f"image {number} is {what}; give arrays [H, W, 3] of uint8, RGB in 0..255.")
     made = [_resized(image, resize) for image in images]
     sizes = np.array([image.shape[1:] for image in made], dtype=np.int64)
     height, width = (math.ceil(side / resize["multiple"]) * resize["multiple"] for side in sizes.max(axis=0))

@@ -45,7 +45,7 @@ def check_images(images: Sequence[Tensor]) -> None:
     Raises:
         InputError: there is no image, or one is not [3, H, W] in uint8 or a float type.
     """
-    if not images:
+    if not len(images):
         raise InputError("images is empty; latency is measured on at least one image [3, H, W]")
     for index, image in enumerate(images):
         if image.ndim != 3 or image.shape[0] != 3 or not (image.dtype == torch.uint8 or image.is_floating_point()):

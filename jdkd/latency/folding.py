@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -34,8 +35,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     is folded into it, and convolution weights are channels-last. What follows what is read from the traced
     data flow, not from names; a part of the network that cannot be traced (the RPN's control flow, say) is
     searched child by child. A normalisation whose convolution feeds anything else, that is used more than once,
-    that keeps no statistics or has a forward of its own, stays, and so does one behind a convolution whose weight a
-    hook computes (`torch.nn.utils.weight_norm`, `spectral_norm`, `prune`).
+    that keeps no statistics or has a forward of its own, stays; so does one where it or its convolution has hooks, as
+    `torch.nn.utils.weight_norm`, `spectral_norm` and `prune` leave them, or another forward than its class.
 
     Args:
         model: any detector; it is left as it was. Of one that torch wraps (DDP, EMA, `torch.compile`), the detector
@@ -55,6 +56,8 @@ def fuse_for_inference(model: nn.Module) -> nn.Module:
     fix_roi_scales(model)
     for conv_name, norm_name in foldable(model).items():
         conv, norm = cast(nn.Conv2d, model.get_submodule(conv_name)), model.get_submodule(norm_name)
+        if any(is_hooked(each) or not is_plain(each) for each in (conv, norm)):
+            continue
         conv.weight, conv.bias = folded(conv, norm)
         conv.requires_grad_(False)
         model.set_submodule(norm_name, nn.Identity().eval())
@@ -93,6 +96,19 @@ def is_affine(layer: nn.Module) -> bool:
     return isinstance(layer, NORMS) and type(layer).forward in FORWARDS and layer.running_mean is not None
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody hears, and may change, what a module is called with, returns or computes with."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether its class says what a module does, and nothing that was put in the place of its forward."""
+    own = vars(module).get("forward")
+    return own is None or (isinstance(own, MethodType) and own == MethodType(type(module).forward, module))
+
+
 def batch_norms(model: nn.Module) -> int:
     """Number of batch normalisations in `model`, frozen ones included: 0 for a fully folded network."""
     return sum(isinstance(module, NORMS) for module in model.modules())
@@ -115,6 +131,6 @@ def _conv_norm_pairs(module: nn.Module, prefix: str) -> Iterator[tuple[str, str]
         source = node.args[0] if node.args else None
         if not isinstance(source, fx.Node) or source.op != "call_module" or len(source.users) != 1:
             continue
-        once, conv = calls[node.target] == 1 and calls[source.target] == 1, module.get_submodule(str(source.target))
-        if once and type(conv) is nn.Conv2d and {"weight", "bias"} <= conv._parameters.keys():
+        once = calls[node.target] == 1 and calls[source.target] == 1
+        if once and type(module.get_submodule(str(source.target))) is nn.Conv2d:
             yield f"{prefix}{source.target}", f"{prefix}{node.target}"

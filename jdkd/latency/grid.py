@@ -44,6 +44,9 @@ class Grid:
     processes: int = 1
 
     def __post_init__(self) -> None:
+        for flag, names in (("--runtimes", self.runtimes), ("--dtypes", self.dtypes)):
+            if isinstance(names, str) or not names:
+                raise InputError(f"{flag} is {names!r}; give at least one name, in a list.")
         if not self.batch_sizes or min(self.batch_sizes) < 1:
             given = " ".join(map(str, self.batch_sizes)) or "empty"
             raise InputError(f"--batch-sizes is {given}; give whole numbers of at least 1.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from jdkd.errors import InputError
 from jdkd.nn.elastic import Elastic
@@ -69,16 +70,28 @@ def as_plain(module: nn.Module) -> nn.Module:
 
     Raises:
         InputError: it holds more than a plain one, as norms with own statistics and convolutions with kernel transforms
-            do.
+            do; or its class is none that :func:`as_elastic` makes, as where a weight is parametrized.
     """
-    if not isinstance(module, Elastic):
-        return module
-    if getattr(module, "has_own_statistics", False) or getattr(module, "kernel_transform", False):
-        raise InputError(f"as_plain: this {type(module).__name__} holds more than a plain layer; use jdkd.nn.export")
-    kind = getattr(module, "plain", None) or next(plain for plain, kind in CLASSES.items() if kind is type(module))
+    kind = plain_class(module)
     for name in _OWN:
         vars(module).pop(name, None)
     return _became(module, kind)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that :func:`as_plain` gives a module, which stays as it is; raises what that raises."""
+    if not isinstance(module, Elastic):
+        return type(module)
+    if getattr(module, "has_own_statistics", False) or getattr(module, "kernel_transform", False):
+        raise InputError(f"as_plain: this {type(module).__name__} holds more than a plain layer; use jdkd.nn.export")
+    kinds = (plain for plain, kind in CLASSES.items() if kind is type(module))
+    kind = getattr(module, "plain", None) or next(kinds, None)
+    if kind is None or is_parametrized(module):
+        raise InputError(
+            f"as_plain: a {type(module).__name__} is none of the classes that as_elastic makes; take away what changed "
+            "it, as torch.nn.utils.parametrize.remove_parametrizations does, or use jdkd.nn.export"
+        )
+    return kind
 
 
 def _of_class(module: nn.Module, kind: type[Elastic]) -> nn.Module:

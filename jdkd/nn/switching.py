@@ -116,7 +116,8 @@ def export(model: nn.Module) -> nn.Module:
     Returns:
         A copy in which plain layers with the active slice stand for the elastic ones, equal in output. Nothing that is
         inactive is copied: blocks that are switched off are gone from sequences and lists, elsewhere an ``nn.Identity``
-        stands for them.
+        stands for them. Plain layers are new: hooks and attributes of the elastic ones stay behind, a computed weight
+        (``torch.nn.utils.parametrize``) is a parameter, weights are contiguous, and those that were shared are no more.
     """
     model = unwrapped(model)
     plain: dict[int, Any] = {}

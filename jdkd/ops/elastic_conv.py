@@ -99,8 +99,9 @@ def check_weight(weight: Tensor, bias: Tensor | None) -> None:
     if not isinstance(weight, Tensor) or weight.dim() != 4:
         kind = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
         raise InputError(f"weight is {kind}; give the shared weight [Cout_max, Cin_max / groups, kh, kw]")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise InputError(f"bias has shape {tuple(bias.shape)}; give the shared bias of all {weight.shape[0]} outputs")
+    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
+        what = f"has shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else f"is a {type(bias).__name__}"
+        raise InputError(f"bias {what}; give the shared bias of all {weight.shape[0]} outputs")
 
 
 def conv_channels(
@@ -121,6 +122,8 @@ def conv_channels(
         InputError: see :func:`elastic_conv2d`.
     """
     out_maximum, per_group = shape[:2]
+    if groups < 1 or out_maximum % groups:
+        raise InputError(f"groups={groups} does not divide the {out_maximum} output channels of weight; give a divisor")
     if groups == 1:
         inputs = active_channels(in_channels, per_group, "in_channels")
         return inputs, active_channels(out_channels, out_maximum, "out_channels"), 1

@@ -92,7 +92,8 @@ def elastic_pointwise_conv2d_stats(
         stride: likewise.
 
     Returns:
-        ``[N, Cout, OH, OW]``, channels-last; its mean and its biased variance over all positions, ``[Cout]``, fp32.
+        ``[N, Cout, OH, OW]``, channels-last; its mean and its biased variance over all positions, ``[Cout]``, fp32
+        (fp64 of fp64).
 
     Raises:
         InputError: if shapes or channels do not fit.

@@ -212,7 +212,7 @@ def dist_loss(
         teacher: logits of the same shape.
         inter_weight: factor of the relation between the classes of a sample.
         intra_weight: factor of the relation between the samples of a class; it needs B >= 2.
-        tau: temperature.
+        tau: temperature, a number: it gets no gradient.
 
     Returns:
         Scalar, float32 (float64 for float64 logits).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 
 import torch
@@ -56,7 +57,10 @@ def rebuilt(features: Features, levels: Sequence[Tensor]) -> Features:
     if isinstance(features, Tensor):
         return levels[0]
     if isinstance(features, Mapping):
-        outer = copy.copy(features) if isinstance(features, MutableMapping) else dict(features)
+        if (kind := type(features)) in (dict, OrderedDict):
+            outer = kind(features)  # which a compiler can follow, and a copy not
+        else:
+            outer = copy.copy(features) if isinstance(features, MutableMapping) else dict(features)
         remaining = iter(levels)
         for name, value in entries_with_levels(features):
             inside = [next(remaining) for _ in _listed(value)]

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from jdkd.errors import InputError, said
+from jdkd.latency.folding import is_hooked, is_plain
 from jdkd.patch.convolutions import Convolution
-from jdkd.patch.overrides import Override, is_hooked, is_plain
+from jdkd.patch.overrides import Override
 
 IN_PLACE = {operator.iadd, "add_"}
 ADDS = {operator.add, torch.add, "add", *IN_PLACE}

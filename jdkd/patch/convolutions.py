@@ -14,9 +14,9 @@ from jdkd import _backend
 from jdkd._dispatch import Candidate, Table
 from jdkd._verdicts import dtype_name
 from jdkd.errors import InputError
-from jdkd.latency.folding import folded
+from jdkd.latency.folding import folded, is_hooked
 from jdkd.ops.elastic_pointwise import elastic_pointwise_conv2d
-from jdkd.patch.overrides import Override, is_hooked
+from jdkd.patch.overrides import Override
 
 Weights = tuple[Tensor, Tensor | None]
 SIZES = 6  # of inputs, that a convolution keeps a packed weight for: five levels, and one more

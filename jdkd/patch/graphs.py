@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from jdkd.latency.folding import is_hooked
 from jdkd.latency.replaying import Replayed
 from jdkd.patch.convolutions import state
-from jdkd.patch.overrides import Override, Overrides, is_hooked
+from jdkd.patch.overrides import Override, Overrides
 
 MOST, AFTER = 8, 2  # sizes that have a graph, and how often one must have been seen
 

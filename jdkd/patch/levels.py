@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jdkd.latency.folding import is_affine
-from jdkd.patch.overrides import Override, is_hooked
+from jdkd.latency.folding import is_affine, is_hooked
+from jdkd.patch.overrides import Override
 
 POINTWISE = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish, nn.Sigmoid, nn.Identity, nn.Dropout)
 LAYOUTS = 8  # of sizes of images, that a head keeps

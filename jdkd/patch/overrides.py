@@ -68,16 +68,3 @@ class Overrides:
             else:
                 vars(module)[FORWARD] = before
         self._before.clear()
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether its class says what a module does, and nothing that was put in the place of its forward."""
-    own = vars(module).get(FORWARD)
-    return own is None or (isinstance(own, MethodType) and own == MethodType(type(module).forward, module))
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody hears what a module is called with or returns."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )

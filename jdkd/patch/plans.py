@@ -15,13 +15,13 @@ from torch.utils._pytree import tree_leaves
 from jdkd.detect.contract import detections
 from jdkd.errors import InputError
 from jdkd.latency.calls import on_device
-from jdkd.latency.folding import foldable
+from jdkd.latency.folding import foldable, is_plain
 from jdkd.nn.necks import neck_of
 from jdkd.patch.chains import Fused, flow_of
 from jdkd.patch.convolutions import Convolution, Folded, Form, Linear, no_onednn
 from jdkd.patch.graphs import put_graphs, why_no_graph
 from jdkd.patch.levels import OverCanvas, OverLevels, are_levels, layers_over, reach
-from jdkd.patch.overrides import Overrides, is_plain
+from jdkd.patch.overrides import Overrides
 
 INGREDIENTS = (
     "folded",

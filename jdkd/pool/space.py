@@ -1,5 +1,6 @@
 """The teachers a pool holds, as data: elastic depth and width per stage."""
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -43,11 +44,22 @@ class Space:
         depths: per stage, the numbers of blocks that may run, ascending; see :func:`jdkd.pool.stages.read_stages`.
         widths: shares of the elastic channels that may run, ascending to 1.
         growth: elastic channels of the largest network over those of the base that it is grown from.
+
+    Raises:
+        InputError: depths or widths do not ascend, or the largest width is not 1.
     """
 
     depths: tuple[tuple[int, ...], ...]
     widths: tuple[float, ...]
     growth: float = 1.0
+
+    def __post_init__(self) -> None:
+        rise = all(list(choices) == sorted(set(choices)) != [] for choices in (*self.depths, self.widths))
+        if not rise or not math.isclose(self.widths[-1], 1):
+            raise InputError(
+                f"the depths of every stage and the widths of a space must ascend, widths to 1, got {self.depths} and "
+                f"{self.widths}; sort them."
+            )
 
     @classmethod
     def from_base(cls, topology: Topology, extra_depth: int = 1, width: float = 1.5, steps: int = 3) -> "Space":

@@ -118,7 +118,7 @@ class Outcome:
         return line[::-1]
 
 
-def read_outcome(folder: Path) -> Outcome:
+def read_outcome(folder: Path | str) -> Outcome:
     """Read what a search has written so far.
 
     Args:
@@ -130,6 +130,7 @@ def read_outcome(folder: Path) -> Outcome:
     Raises:
         InputError: there is no archive, it is empty, or one of the files is unreadable.
     """
+    folder = Path(folder)
     file = folder / ARCHIVE
     if not file.is_file() or not file.stat().st_size:
         raise InputError(f"{file} does not exist or is empty; a report is made of the folder of a search.")

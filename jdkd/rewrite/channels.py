@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from jdkd.errors import InputError
 from jdkd.graph import ChannelGroup, Slot, Topology
+from jdkd.nn.elastic import Elastic
 
 Kept = Mapping[str, Sequence[int]]
 
@@ -34,8 +35,8 @@ def prune(model: nn.Module, topology: Topology, keep: Kept) -> nn.Module:
         The copy; in evaluation mode it computes what the model would if nothing read the other units' channels.
 
     Raises:
-        InputError: there is no such group, its units are not in range, repeated, or none, or the topology is of
-            another model.
+        InputError: there is no such group, its units are not in range, repeated, or none, a layer of it is elastic, or
+            the topology is of another model.
     """
     require_traced(model, topology)
     chosen = {name: checked(topology, name, units) for name, units in keep.items()}
@@ -66,7 +67,8 @@ def widen(model: nn.Module, topology: Topology, extra: Mapping[str, int]) -> nn.
         extra: how many units to add, by the name of their group.
 
     Raises:
-        InputError: there is no such group, it cannot grow, a number is negative, or the topology is of another model.
+        InputError: there is no such group, it cannot grow, a number is negative, a layer of it is elastic, or the
+            topology is of another model.
     """
     require_traced(model, topology)
     for name, count in extra.items():
@@ -219,6 +221,9 @@ def gathered(
         gathers: by the name of a parameter or buffer (the first one of those that are tied) and a dimension, which
             places of it to take; a place may be taken more than once.
         silent: among the places that were taken, those that are set to 0.
+
+    Raises:
+        InputError: a layer that is to change is elastic.
     """
     dims_of: dict[str, list[int]] = defaultdict(list)
     for tensor, dim in gathers:
@@ -229,8 +234,13 @@ def gathered(
     }
     changed = {id(made[id(named(model, name))]) for name in dims_of}
     copied = duplicate(model, made)
-    for module in copied.modules():
+    for path, module in copied.named_modules():
         if any(id(tensor) in changed for tensor in (*module._parameters.values(), *module._buffers.values())):
+            if isinstance(module, Elastic):  # what is active of it is counted in the channels that it had
+                raise InputError(
+                    f"{path!r} is an {type(module).__name__}, whose channels are not rewritten; take the active subnet "
+                    "(jdkd.nn.export) or the whole (jdkd.rewrite.make_plain) as a plain model first."
+                )
             renumber(module)
     return copied
 

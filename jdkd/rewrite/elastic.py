@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.graph import ChannelGroup, Slot, Topology
 from jdkd.nn.coupling import ChannelSlot, ElasticGroups
-from jdkd.nn.exchange import as_elastic, as_elastic_block, as_plain, elastic_class
+from jdkd.nn.exchange import as_elastic, as_elastic_block, as_plain, elastic_class, plain_class
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite.channels import require_traced, tensors_by_name
 
@@ -55,12 +55,19 @@ def make_plain(model: nn.Module) -> nn.Module:
 
     Returns:
         The model itself.
+
+    Raises:
+        InputError: a layer or block cannot be, see :func:`jdkd.nn.as_plain`; nothing has changed then.
     """
     inner = unwrapped(model)
-    elastic = vars(inner).pop("elastic_groups", None)
+    elastic = vars(inner).get("elastic_groups")
     if elastic is not None:
-        for path in (*_layers(elastic), *_blocks(elastic)):
-            as_plain(inner.get_submodule(path))
+        modules = [inner.get_submodule(path) for path in (*_layers(elastic), *_blocks(elastic))]
+        for module in modules:
+            plain_class(module)
+        for module in modules:
+            as_plain(module)
+        del inner.elastic_groups
     return model
 
 

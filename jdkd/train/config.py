@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jdkd.errors import InputError
+from jdkd.ops.integers import integer
 
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("auto", "off", "bf16", "fp16")
@@ -80,6 +81,10 @@ class TrainConfig:
         for name, least in _LEAST.items():
             if not (value := getattr(self, name)) >= least or not math.isfinite(value):
                 raise InputError(f"{name} must be a number of at least {least}, got {value}.")
+            if isinstance(least, int):
+                if (whole := integer(value)) is None:
+                    raise InputError(f"{name} must be a whole number, got {value}; round it.")
+                object.__setattr__(self, name, whole)
         if self.seed >= 2**64:
             raise InputError(f"seed must be below 2**64, got {self.seed}.")
         for name in ("milestones", "sizes"):  # JSON has lists

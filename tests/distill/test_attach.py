@@ -195,6 +195,20 @@ def test_the_weight_may_change_between_steps(student, teacher, images, targets):
         assert step(student, images, targets)["loss_pkd"].item() == pytest.approx(2.5 * first.item(), rel=1e-5)
 
 
+def test_a_transform_of_torch_func_has_the_gradients_of_autograd():
+    student, teacher = Necked(list), Necked(list, seed=1)
+    x = torch.rand(2, 3, 32, 32)
+    with attach(student, teacher, student_normalisation="same"):
+
+        def total(parameters: dict[str, Tensor]) -> Tensor:
+            return sum(torch.func.functional_call(student, parameters, (x,)).values())
+
+        found = torch.func.grad(total)({name: each.detach() for name, each in student.named_parameters()})
+        sum(student(x).values()).backward()
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
 def test_a_running_average_of_the_student_has_no_teacher(student, teacher, images, targets):
     with attach(student, teacher):
         average, restored = copy.deepcopy(student), pickle.loads(pickle.dumps(student))

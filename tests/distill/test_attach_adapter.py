@@ -77,6 +77,17 @@ def test_its_own_state_brings_a_resumed_training_back(how):
         assert student(batch(2))["loss_pkd"].item() == pytest.approx(loss, rel=1e-6)
 
 
+def test_a_teacher_made_and_adapters_fitted_in_inference_mode_teach():
+    student = Detector().train()
+    with torch.inference_mode():
+        teacher = Detector(9, seed=1)
+    with attach(student, teacher, adapter=True) as handle:
+        with torch.inference_mode():
+            handle.calibrate([batch(4)])
+        student(batch(2))["loss_pkd"].backward()
+        assert all(parameter.grad is not None for parameter in (*student.parameters(), *handle.adapters.parameters()))
+
+
 def test_there_is_none_before_it_was_fitted():
     student, teacher = Detector().train(), Detector(9, seed=1)
     with attach(student, teacher, adapter=True) as handle:

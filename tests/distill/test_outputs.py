@@ -246,6 +246,7 @@ def test_a_teacher_that_does_not_run_at_the_students_size_is_named_with_its_reas
         student(images())
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 def test_an_exported_teacher_is_refused_and_the_one_inside_it_is_not():
     class Exportable(nn.Module):
         def __init__(self) -> None:
@@ -263,6 +264,8 @@ def test_an_exported_teacher_is_refused_and_the_one_inside_it_is_not():
             attach(student, exported)
         with pytest.raises(InputError, match="is an exported program"):
             distiller.__enter__()
+    with pytest.raises(InputError, match=r"the teacher is a scripted or traced module, .* that it was made from"):
+        attach(student, torch.jit.script(teacher))
     student.train()(images())  # as it was, with no teacher attached
     with attach(student, teacher):
         pass

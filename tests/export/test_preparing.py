@@ -7,6 +7,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import batched_nms
 
+from jdkd.errors import InputError
 from jdkd.export.preparing import batch_of, pasted, suppressed
 
 
@@ -18,6 +19,21 @@ def test_images_are_resized_as_torchvision_does(size):
     batch, sizes = batch_of([image], {"min_size": 96, "max_size": 150, "multiple": 32})
     assert sizes.tolist() == [list(theirs.image_sizes[0])]
     torch.testing.assert_close(torch.from_numpy(batch), theirs.tensors, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ([], "images holds none"),
+        ([np.zeros((4, 5, 3), np.uint8), np.zeros((4, 5, 3), np.float32)], "image 1 is of float32 and shape"),
+        (np.zeros((4, 5, 3), np.uint8), r"image 0 is of uint8 and shape \(5, 3\); give arrays \[H, W, 3\] of uint8"),
+        ([torch.zeros(3, 4, 5, dtype=torch.uint8)], "image 0 is Tensor"),
+    ],
+    ids=["none", "floats", "one image", "a tensor"],
+)
+def test_what_is_no_list_of_pictures_is_refused(images, words):
+    with pytest.raises(InputError, match=words):
+        batch_of(images, {"min_size": 96, "max_size": 150, "multiple": 32})
 
 
 def test_masks_are_pasted_as_torchvision_does():

@@ -1,4 +1,5 @@
 import copy
+from types import MethodType
 
 import pytest
 import torch
@@ -90,6 +91,25 @@ class _Stack(nn.Sequential):
         self.conv, self.norm = nn.Conv2d(3, 4, 1), norm
 
 
+def _hooked() -> nn.Module:
+    model = _Stack(nn.BatchNorm2d(4))
+    model.norm.register_forward_hook(lambda norm, inputs, output: 2 * output)
+    return model
+
+
+def _patched() -> nn.Module:
+    model = _Stack(nn.BatchNorm2d(4))
+    model.conv.forward = MethodType(lambda conv, x: 2 * nn.Conv2d.forward(conv, x), model.conv)
+    return model
+
+
+@torch.no_grad()
+def _pruned() -> nn.Module:
+    model = _Stack(nn.BatchNorm2d(4))
+    prune.l1_unstructured(model.conv, "weight", 0.5)  # a hook computes its weight at every call
+    return model
+
+
 @pytest.mark.parametrize(
     "make",
     [
@@ -98,8 +118,11 @@ class _Stack(nn.Sequential):
         _Before,
         lambda: _Stack(_Rectified(4)),
         lambda: _Stack(nn.BatchNorm2d(4, track_running_stats=False)),
+        _hooked,
+        _patched,
+        _pruned,
     ],
-    ids=["shared", "twice", "before", "rectified", "without statistics"],
+    ids=["shared", "twice", "before", "rectified", "without statistics", "hooked", "patched", "pruned"],
 )
 def test_keeps_a_normalisation_that_cannot_be_folded(make):
     model = make()

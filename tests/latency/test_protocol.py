@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from jdkd.errors import InputError
-from jdkd.latency import LatencyReport, Schedule, fuse_for_inference, measure, measure_quick
+from jdkd.latency import Grid, LatencyReport, Schedule, fuse_for_inference, measure, measure_quick
 from jdkd.latency.calls import end_to_end
 from jdkd.latency.protocol import LEAST_ROUNDS, interleave, order
 from jdkd.latency.runtimes import Eager
@@ -150,6 +150,7 @@ def test_batches_of_several_images(model, images):
     [
         ({"images": []}, "images is empty"),
         ({"images": [torch.zeros(1, 8, 8)]}, r"images\[0\] has shape \[1, 8, 8\]"),
+        ({"images": torch.zeros(2, 1, 8, 8)}, r"images\[0\] has shape \[1, 8, 8\]"),
         ({"images": [torch.zeros(3, 8, 8, dtype=torch.int64)]}, "int64"),
         ({"models": {}}, "models is empty"),
         ({"batch_size": 0}, "batch_size is 0"),
@@ -161,6 +162,12 @@ def test_batches_of_several_images(model, images):
 def test_refuses_what_cannot_be_measured(model, images, change, message):
     with pytest.raises(InputError, match=message):
         measure(**{"models": {"base": model}, "images": images, **change})
+
+
+@pytest.mark.parametrize("nothing", [{"runtimes": ()}, {"dtypes": []}, {"runtimes": "eager"}])
+def test_a_grid_of_nothing_is_refused(nothing):
+    with pytest.raises(InputError, match=f"--{next(iter(nothing))} is .*; give at least one name, in a list"):
+        Grid(**nothing)
 
 
 def test_refuses_a_model_in_training_mode(model, images):

@@ -15,6 +15,8 @@ from jdkd.functional import elastic_conv2d, elastic_conv2d_levels
         ({"x": torch.ones(2, 3, 5, 5, device="meta")}, "x is on meta and weight on cpu; move one"),
         ({"weight": torch.ones(4, 3, 3)}, r"weight is \(4, 3, 3\); give the shared weight"),
         ({"bias": torch.ones(3)}, r"bias has shape \(3,\); give the shared bias of all 4 outputs"),
+        ({"bias": [1.0]}, "bias is a list; give the shared bias of all 4 outputs"),
+        ({"groups": 3}, "groups=3 does not divide the 4 output channels of weight; give a divisor"),
     ],
 )
 def test_what_is_no_image_weight_or_bias_is_refused_in_a_sentence(given, message):
@@ -26,7 +28,7 @@ def test_what_is_no_image_weight_or_bias_is_refused_in_a_sentence(given, message
     for levels in ({"P3": image}, (x for x in [image]), [image.tolist()]):
         with pytest.raises(InputError, match=r"give a list of levels|give floating tensors"):
             elastic_conv2d_levels(levels, weight)
-    if level[0].dim() == 3 or level[1].numel() == 3:
+    if level[0].dim() == 3 or level[1] is not bias:
         with pytest.raises(InputError, match=message):
             elastic_conv2d_levels([image], *level)
 

@@ -298,6 +298,20 @@ def test_compiles_as_one_graph(name, dynamic):
             assert_close(list(gradients[0]), list(gradients[1]))
 
 
+@pytest.mark.parametrize("kind", [dict, OrderedDict])
+def test_a_pyramid_by_names_compiles_as_one_graph(kind):
+    def step(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+        named = kind((f"p{place}", level) for place, level in enumerate(students))
+        features, loss = pearson_tap(named, teachers, 6.0)
+        return head(list(features.values())) + loss
+
+    torch.compiler.reset()
+    students, teachers = PLAIN.levels()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(run(students, teachers), students) for run in (compiled, step)]
+    assert_close(list(gradients[0]), list(gradients[1]))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # by inductor
 def test_inductor_keeps_the_tap():
     def step(student: Tensor, teacher: Tensor) -> Tensor:

@@ -44,3 +44,10 @@ def test_of_near_ties_at_the_most_that_is_kept_either_may_be():
     plain = Finds(0.9, 0.5, 0.3002, **LIMITS)
     assert reason(plain, Finds(0.9, 0.5, 0.3, places=(0, 1, 7))) is None
     assert reason(plain, Finds(0.9, 0.31, 0.3, places=(0, 7, 2))) == "only 4 of 6 detections agree"
+
+
+def test_detections_in_bfloat16_are_compared():
+    plain, other = Finds(0.9, 0.5), Finds(0.9, 0.25)
+    for each in (plain, other):
+        each.scores = each.scores.bfloat16()
+    assert reason(plain, plain) is None and "detections agree" in reason(plain, other)

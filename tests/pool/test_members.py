@@ -145,6 +145,14 @@ def test_a_subnet_is_found_by_its_name():
             space.named(name)
 
 
+@pytest.mark.parametrize(
+    ("depths", "widths"), [(((2, 1),), (1.0,)), (((1, 2),), (1.0, 0.5)), (((1, 2),), (0.5,)), (((),), (1.0,))]
+)
+def test_a_space_ascends_to_the_whole(depths, widths):
+    with pytest.raises(InputError, match="must ascend, widths to 1"):
+        Space(depths, widths)
+
+
 @pytest.mark.parametrize(("subnets", "sandwich"), [(2, False), (0, True), (2, True)])
 def test_a_step_trains_the_largest_then_the_smallest_where_asked_then_what_is_drawn(pool, digits, subnets, sandwich):
     class Silent:

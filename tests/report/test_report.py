@@ -115,7 +115,7 @@ def test_the_scores_of_a_running_search_are_told_without_a_result(tmp_path):
 
 def test_the_slider_knows_every_generation(folder, text):
     told = json.loads(re.search(r'data-told="([^"]*)"', text).group(1).replace("&quot;", '"'))
-    outcome = read_outcome(folder)
+    outcome = read_outcome(str(folder))
     assert told[0] == [0, f"generation 0 of {told[-1][0]}, 0 candidates"]
     assert f"{len(outcome.scored) - 1} candidates" in told[-1][1]
     assert len(re.findall(r"data-at=", text)) == len(told)

@@ -220,6 +220,16 @@ def test_what_stays_plain_is_said_with_its_reason():
     }
 
 
+@pytest.mark.parametrize("rewrite", [Rewrite(keep={"0": [0, 2]}), Rewrite(extra={"0": 1})])
+def test_channels_of_elastic_layers_are_not_rewritten(rewrite):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+    topology = trace(model, torch.ones(1, 3, 4, 4))
+    make_elastic(model, topology, topology.groups)
+    with pytest.raises(InputError, match="'0' is an ElasticConv2d, whose channels are not rewritten; take the active"):
+        rewrite.apply(model, topology)
+    assert rewrite.apply(make_plain(model), topology)[0].out_channels in (2, 5)
+
+
 def test_an_elastic_model_is_not_made_elastic_again():
     model, topology, _ = known("squeeze")
     net = nn.DataParallel(make_elastic(copy.deepcopy(model), topology))
@@ -227,6 +237,18 @@ def test_an_elastic_model_is_not_made_elastic_again():
         make_elastic(net, topology)
     make_plain(net)
     assert make_elastic(net, topology) is net and net.module.elastic_groups.groups
+
+
+def test_where_one_layer_cannot_be_plain_the_model_stays_elastic():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)).eval()
+    topology = trace(model, torch.ones(1, 3, 4, 4))
+    make_elastic(model, topology, topology.groups)
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    with pytest.raises(InputError, match=r"as_plain: a ParametrizedElasticConv2d is none of .*remove_parametrizations"):
+        make_plain(model)
+    set_subnet(model, Subnet({"0": 2}))
+    torch.nn.utils.parametrize.remove_parametrizations(model[2], "weight")
+    assert [type(layer) for layer in make_plain(model)] == [nn.Conv2d, nn.BatchNorm2d, nn.Conv2d]
 
 
 @pytest.mark.parametrize("rewrite", [Rewrite(keep={"0": [0, 2]}), Rewrite(blocks={"1": [0]})])

@@ -44,8 +44,10 @@ def test_very_short_cycles_have_positive_finite_rates(steps):
     ("setting", "value"),
     [
         ("steps", -1),
+        ("steps", 2.5),
         ("lr", float("nan")),
         ("batch_size", 0),
+        ("batch_size", 2.0),
         ("flip", 1.5),
         ("amp", "fp8"),
         ("optimizer", "lion"),
