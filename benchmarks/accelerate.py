@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import record
+from benchmarks import markdown, record
 from jdkd.errors import InputError
 from jdkd.latency import Ratio, measure_quick
 from jdkd.latency.clock import CpuClock
@@ -28,6 +28,7 @@ from jdkd.patch import accelerate
 from jdkd.patch.plans import planned, structure_of
 
 OP, ALL, CONTROL = "accelerate", "all that were kept", "nothing (A/A)"
+HEADINGS = ("model", "ingredient", "over the plain model", "over what was kept before", "kept", "largest difference")
 Row = dict[str, Any]
 COMMITTED = 0.95
 """The share of torchvision's eager latency, on one thread of a CPU, that the interval of each R50 stays below."""
@@ -126,18 +127,11 @@ def table(rows: Iterable[Row]) -> str:
     parts = []
     for device in dict.fromkeys(device for device, _, _ in latest):
         own = [row for key, row in latest.items() if key[0] == device]
-        lines = [
-            f"{device}:",
-            "",
-            "| model | ingredient | over the plain model | over what was kept before | kept | largest difference |",
-            "| --- | --- | ---: | ---: | --- | --- |",
-            *map(_line, own),
-        ]
-        parts.append("\n".join(lines))
+        parts.append(f"{device}:\n\n{markdown.table(HEADINGS, 'llrrl', map(_cells, own))}")
     return "\n\n".join(parts) or "Not measured."
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     whole = row["ingredient"] == ALL
     kept = row.get("kept")
     if whole or row["ingredient"] == CONTROL:
@@ -148,7 +142,7 @@ def _line(row: Row) -> str:
     if "ms" in row:
         model += f", {row['ms']:.0f} ms"
     cells = [model, row["ingredient"], f"{bold}{_said(row['alone'])}{bold}", _said(row.get("added")), kept]
-    return f"| {' | '.join([*cells, _apart(row['difference'])])} |"
+    return [*cells, _apart(row["difference"])]
 
 
 def _said(ratio: Sequence[float] | None) -> str:
@@ -178,7 +172,8 @@ def main(words: Sequence[str]) -> None:
     for name in asked.models:
         rows = measured(name, *made(name), rounds=asked.rounds, max_seconds=120.0, clock=clock)
         record.append(out, rows)
-        print("\n".join(map(_line, rows)), flush=True)
+        for row in rows:
+            print(*_cells(row), sep=" | ", flush=True)
 
 
 if __name__ == "__main__":

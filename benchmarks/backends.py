@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import record
+from benchmarks import markdown, record
 from jdkd import _backend
 from jdkd.env import load_operators
 from jdkd.ops import elastic_kernels, pearson_forms
@@ -40,7 +40,7 @@ def table() -> str:
     load_operators()
     kernels = [(op, kernel) for op in sorted(_backend.ops()) for kernel in _backend.available(op)]
     rows = [_row(op, kernel) for op, kernel in kernels if kernel != "reference"]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *rows))
+    return markdown.table(HEAD, "l", rows)
 
 
 def _row(op: str, kernel: str) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import record
+from benchmarks import markdown, record
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import load, read
 from jdkd.distill import correlations, pyramids
@@ -57,7 +57,7 @@ def main() -> None:
         torch.set_num_threads(1)
         for row in _rows(given):
             record.append(record.result_file("cpu", OP), [row])
-            print(_line(row), flush=True)
+            print(*_cells(row), sep=" | ", flush=True)
     print(table(record.load(sorted(record.RESULTS.glob(f"*/{OP}.jsonl")))))
 
 
@@ -168,10 +168,10 @@ def _trained(child: nn.Module, train: Any, val: Any, given: argparse.Namespace) 
     return evaluate(fuse_for_inference(child), val, device="cpu").map
 
 
-def _line(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     trained = "" if row["map_trained"] is None else f"{row['map_trained']:.3f}"
     cells = [row["base"], f"{row['base_map']:.3f}", row["criterion"], "yes" if row["repaired"] else "no"]
-    return f"| {' | '.join([*cells, *(f'{row[name]:.3f}' for name in ('ratio', 'kept_r', 'map')), trained])} |"
+    return [*cells, *(f"{row[name]:.3f}" for name in ("ratio", "kept_r", "map")), trained]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -179,9 +179,8 @@ def table(rows: Sequence[Row]) -> str:
     latest = {tuple(row[name] for name in ("aim", "steps", "base", "criterion", "repaired")): row for row in rows}
     parts = []
     for aim, steps in dict.fromkeys(key[:2] for key in latest):
-        heads = " | ".join(HEADINGS).format(steps)
-        own = [_line(row) for key, row in latest.items() if key[:2] == (aim, steps)]
-        parts.append("\n".join([f"| {heads} |", "| --- | ---: | --- | --- | ---: | ---: | ---: | ---: |", *own]))
+        own = (_cells(row) for key, row in latest.items() if key[:2] == (aim, steps))
+        parts.append(markdown.table([heading.format(steps) for heading in HEADINGS], "lrllr", own))
     return "\n\n".join(parts)
 
 

@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from benchmarks import record
+from benchmarks import markdown, record
 from jdkd.data import CocoDetectionDataset, Split, batches, read_image, resolve_split
 
 OP = "data_loading"
@@ -166,20 +166,20 @@ def table(rows: Sequence[record.Row]) -> str:
     index = [row for row in latest.values() if row["row"] == "index"]
     parts = []
     if read:
-        lines = [f"| {' | '.join(HEADINGS)} |", "| --- | --- | --- | ---: |"]
+        lines = []
         for row in read:
             low, high = row["per_core_spread"]
             rate = f"{row['per_core']:.0f} ({low:.0f} to {high:.0f})"
-            lines.append(f"| {row['images']} | {row['size']} | {row['done']} | {rate} |")
-        parts.append("\n".join(lines))
+            lines.append([row["images"], row["size"], row["done"], rate])
+        parts.append(markdown.table(HEADINGS, "lllr", lines))
     if index:
-        lines = ["| annotations of | opened | processor time | by the clock | memory of the process at most |"]
-        lines.append("| --- | --- | ---: | ---: | ---: |")
+        heads = ("annotations of", "opened", "processor time", "by the clock", "memory of the process at most")
+        lines = []
         for row in index:
             what = f"{row['images']:,} images, {row['boxes']:,} objects, {row['bytes'] / 1e6:.0f} MB"
-            took = f"{row['processor_seconds']:.1f} s | {row['seconds']:.1f} s | {row['mib']:.0f} MiB"
-            lines.append(f"| {what} | {row['opened']} | {took} |")
-        parts.append("\n".join(lines))
+            took = [f"{row['processor_seconds']:.1f} s", f"{row['seconds']:.1f} s", f"{row['mib']:.0f} MiB"]
+            lines.append([what, row["opened"], *took])
+        parts.append(markdown.table(heads, "llr", lines))
     return "\n\n".join(parts)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import proof, record
+from benchmarks import markdown, proof, record
 from benchmarks.resampling import Judged, gain, gained
 from jdkd.data import CocoDetectionDataset, resolve_splits
 from jdkd.detect import load
@@ -58,12 +58,12 @@ def row(name: str, folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, the latest row of each kind of search."""
-    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = []
     for one in {each["searches"]: each for each in rows}.values():
         scores = " ".join(f"{value:.3f}" for value in one["maps"]["student"])
         cells = [one["searches"], str(len(one["seeds"])), str(one["images"]), scores]
-        lines.append(f"| {' | '.join([*cells, *(gained(one[f'less_{who}']) for who in ('base', 'control'))])} |")
-    return "\n".join(lines)
+        lines.append([*cells, *(gained(one[f"less_{who}"]) for who in ("base", "control"))])
+    return markdown.table(HEADINGS, "lr", lines)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import conv_shapes, record
+from benchmarks import conv_shapes, markdown, record
 from benchmarks.record import Row
 
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
@@ -318,5 +318,4 @@ def table(op: str, rows: Sequence[Row]) -> str:
 
 
 def _of_device(goals: Sequence[Sequence[str]]) -> str:
-    lines = [["case", "mode", "ours", "against", "measured", "goal"], ["---"] * 2 + ["---:"] * 4]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *goals])
+    return markdown.table(("case", "mode", "ours", "against", "measured", "goal"), "llr", goals)

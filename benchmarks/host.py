@@ -34,7 +34,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import record
+from benchmarks import markdown, record
 from benchmarks.cases import pearson as cases
 from benchmarks.cost import Step
 from jdkd import _backend
@@ -164,11 +164,8 @@ def rows(backend: str, device: str, found: Mapping[str, tuple[float, float]]) ->
 def table(given: Sequence[record.Row]) -> str:
     """Markdown: a line for each layer of a backend on a machine, of its last row."""
     last = {(row["device"], row["backend"], row["layer"]): row for row in given}
-    lines = ["| machine | backend | layer | forward | both ways |", "| --- | --- | --- | ---: | ---: |"]
-    for (*where, layer), row in last.items():
-        cells = *where, layer, f"{row['forward']:.0f} µs", f"{row['both']:.0f} µs"
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = [(*where, f"{row['forward']:.0f} µs", f"{row['both']:.0f} µs") for where, row in last.items()]
+    return markdown.table(("machine", "backend", "layer", "forward", "both ways"), "lllr", lines)
 
 
 def main(words: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import record
+from benchmarks import markdown, record
 from jdkd.errors import InputError
 from jdkd.latency import LatencyReport, measure
 from tests.export.tiny import made, pictures
@@ -81,13 +81,13 @@ def row(report: LatencyReport) -> record.Row:
 
 def table(given: Sequence[record.Row]) -> str:
     """Markdown: a line a machine."""
-    lines = ["| machine | measurements | A/A contains 1 | a slowdown of 5 % is found |", "| --- | ---: | ---: | ---: |"]
+    heads, lines = ("machine", "measurements", "A/A contains 1", "a slowdown of 5 % is found"), []
     for device in dict.fromkeys(row["device"] for row in given):
         own = [row for row in given if row["device"] == device]
         holds, planted = sum(row["holds"] for row in own), [row["verdict"] for row in own if row["verdict"]]
         found = f"{planted.count('slower')} of {len(planted)}" if planted else "not measured"
-        lines.append(f"| {device} | {len(own)} | {holds} | {found} |")
-    return "\n".join(lines)
+        lines.append([device, len(own), holds, found])
+    return markdown.table(heads, "lr", lines)
 
 
 def verdict(found: Sequence[record.Row]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import gains, proof, record
+from benchmarks import gains, markdown, proof, record
 from jdkd.detect import load
 from jdkd.latency import fuse_for_inference
 from jdkd.train import evaluate
@@ -43,12 +43,12 @@ def row(name: str, folder: Path, seed: int) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table, the latest row of each seed."""
-    lines = [f"| {' | '.join(HEADINGS)} |", "| --- | " + " | ".join(["---:"] * (len(HEADINGS) - 1)) + " |"]
+    lines = []
     for one in {(each["searches"], each["seed"]): each for each in rows}.values():
         scores = [f"{one[who]:.3f}" for who in ("base", "control", "student")]
-        cells = [one["searches"], str(one["seed"]), *scores, str(one["steps"]), f"{one['longer']:.3f}"]
-        lines.append(f"| {' | '.join([*cells, str(2 * one['steps'])])} |")
-    return "\n".join(lines)
+        steps = one["steps"]
+        lines.append([one["searches"], one["seed"], *scores, steps, f"{one['longer']:.3f}", 2 * steps])
+    return markdown.table(HEADINGS, "lr", lines)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import record
+from benchmarks import markdown, record
 from jdkd.cli import main as jdkd
 from jdkd.cli.detectors import DetectorFlags
 from jdkd.data import CocoDetectionDataset, resolve_split, write_digit_scenes
@@ -131,10 +131,9 @@ def table(rows: Iterable[Row]) -> str:
         f"{half.steps} steps of {half.batch_size} images in bf16 are finite on {whole}**; the published pairs are "
         f"{len(known)}. Of channels and of 800x1333 pixels {one['narrow']:g} is kept; one seed; on {one['device']}.",
         "",
-        f"| {' | '.join(HEADINGS)} |",
-        "| --- | " + " | ".join(["---:"] * (len(HEADINGS) - 1)) + " |",
+        markdown.table(HEADINGS, "lr", (_cells(name, latest) for name in known if _of(latest, name))),
     ]
-    return "\n".join([*lines, *(_line(name, latest) for name in known if _of(latest, name))])
+    return "\n".join(lines)
 
 
 def _count(good: Iterable[bool]) -> str:
@@ -147,7 +146,7 @@ def _of(latest: dict[tuple[str, str], Row], name: str) -> dict[str, Row]:
     return {amp: latest[name, amp] for amp in TRAININGS if (name, amp) in latest}
 
 
-def _line(name: str, latest: dict[tuple[str, str], Row]) -> str:
+def _cells(name: str, latest: dict[tuple[str, str], Row]) -> list[str]:
     found, unknown = _of(latest, name), "not measured"
     off, half = (found.get(amp) for amp in TRAININGS)
     cells = (
@@ -155,7 +154,7 @@ def _line(name: str, latest: dict[tuple[str, str], Row]) -> str:
     )
     state = "all finite" if half and half["finite"] else "not finite"
     cells += [state, _both(half["losses"]), _both(half["pkd"])] if half else [unknown] * 3
-    return f"| {' | '.join([name, *cells])} |"
+    return [name, *cells]
 
 
 def _both(ends: Sequence[float], digits: int = 2) -> str:

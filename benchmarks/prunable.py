@@ -27,6 +27,7 @@ from torchvision.models.detection.backbone_utils import mobilenet_backbone, resn
 from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import FrozenBatchNorm2d, feature_pyramid_network
 
+from benchmarks import markdown
 from jdkd.detect import read
 from jdkd.detect.reading import SIZE, few_regions
 from jdkd.graph import Topology
@@ -324,8 +325,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "Written by `python -m benchmarks.prunable --table` from `topology.jsonl`. Share of the parameters, in",
         "percent, that stand in a group of channels that can be cut, after `verify`:",
         "",
-        *_markdown(
-            ("backbone", *families),
+        markdown.table(
+            ("backbone", *families), "l",
             [(name, *(shares.get((family, name), "") for family in families)) for name in backbones],
         ),
         "",
@@ -334,9 +335,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         "after it; the error is the largest relative one between cut and masked, in float32, of any module's output;",
         "seconds are processor time of one core.",
         "",
-        *_markdown(
+        markdown.table(
             ("detector", "backbone", "parameters / M", "groups", "disagree", "left / %", "error", "trace / s",
-             "verify / s", "rewrite / s", "build / s"),
+             "verify / s", "rewrite / s", "build / s"), "l",
             [
                 (r["detector"], r["backbone"], f"{r['parameters'] / 1e6:.1f}", r["groups"], r["disagreeing_groups"],
                  f"{100 * r['left_after_a_cut_of_30_percent']:.0f}", f"{r['worst_relative_error']:.0e}",
@@ -347,7 +348,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "",
         "What stands in no such group, with the largest share of a detector's parameters that it keeps:",
         "",
-        *_markdown(("because", "up to / %", "in"), _frozen(rows)),
+        markdown.table(("because", "up to / %", "in"), "l", _frozen(rows)),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -364,10 +365,6 @@ def _frozen(rows: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
         (reason, f"{share:.3f}" if share >= 0.001 else "< 0.001", who)
         for reason, (share, who) in sorted(worst.items(), key=lambda each: -each[1][0])
     ]
-
-
-def _markdown(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> list[str]:
-    return [f"| {' | '.join(map(str, each))} |" for each in (head, ["---"] * len(head), *rows)]
 
 
 def main(wanted: list[str]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks import markdown
 from benchmarks.cost import Cost
 from benchmarks.harness import Case, Timing
 from jdkd.errors import InputError
@@ -215,15 +216,12 @@ def _of_device(given: Sequence[Row]) -> str:
         fastest[_family(row)] = min(row, fastest.get(_family(row), row), key=lambda row: row["median_us"])
     comparisons = [_comparison(found.get(families[0]), found.get(OURS)) for found in cases.values()]
     compared = [name for name in ("of copy", "peak memory", "kept") if any(name in line for line in comparisons)]
-    lines = [
-        "| " + " | ".join(["case", "mode", *families, *compared]) + " |",
-        "| " + " | ".join(["---"] * 2 + ["---:"] * (len(families) + len(compared))) + " |",
-    ]
+    lines = []
     for (key, found), comparison in zip(cases.items(), comparisons, strict=True):
         cells = [_cell(found[name]) if name in found else "not measured" for name in families]
         cells += [comparison.get(name, "") for name in compared]
-        lines.append("| " + " | ".join([*key, *cells]) + " |")
-    return "\n".join(lines)
+        lines.append([*key, *cells])
+    return markdown.table(["case", "mode", *families, *compared], "llr", lines)
 
 
 def _family(row: Row) -> str:

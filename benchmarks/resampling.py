@@ -96,14 +96,14 @@ def _judged(rows: Sequence[dict[str, Any] | None], thresholds: int) -> _Class:
     return _Class(objects, images, matched & ~ignored, (~ignored).astype(int))
 
 
-def draws(images: int, count: int, seed: int = 0) -> np.ndarray:
-    """How often each image is drawn in each of ``count`` resamples, ``[count, images]``."""
-    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=count)
+def draws(images: int, count: int) -> np.ndarray:
+    """How often each image is drawn in each of ``count`` resamples, ``[count, images]``; always the same ones."""
+    return np.random.default_rng(0).multinomial(images, np.full(images, 1 / images), size=count)
 
 
-def interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of resampled values."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Percentile interval of resampled values, 95 %."""
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record
+from benchmarks import markdown, record
 from jdkd.errors import InputError
 from jdkd.search import Archive
 from jdkd.search.archive import ARCHIVE
@@ -76,16 +76,13 @@ def learning(kept: Mapping[str, list[dict[str, Any]]]) -> str:
     Args:
         kept: contents of `result.json` by what the searches are of; of a seed that occurs twice, the later one counts.
     """
-    lines = [
-        "| searches | target | seed | base | student, by the steps of its lineage |",
-        "| --- | ---: | ---: | ---: | --- |",
-    ]
+    heads, lines = ("searches", "target", "seed", "base", "student, by the steps of its lineage"), []
     for name, results in kept.items():
         for seed, result in sorted({result["seed"]: result for result in results}.items()):
             for target, ((_, base), *path) in result.get("lineages", {}).items():
                 stops = ", ".join(f"{steps}: {value:.3f}" for steps, value in path)
-                lines.append(f"| {name} | {target} | {seed} | {base:.3f} | {stops} |")
-    return "\n".join(lines)
+                lines.append([name, target, seed, f"{base:.3f}", stops])
+    return markdown.table(heads, "lrrrl", lines)
 
 
 def spending(kept: Mapping[str, list[dict[str, Any]]]) -> str:
@@ -94,10 +91,8 @@ def spending(kept: Mapping[str, list[dict[str, Any]]]) -> str:
     Args:
         kept: as of :func:`learning`; searches of one worker, whose candidates' seconds are seconds of the whole.
     """
-    lines = [
-        "| searches | seed | candidates | steps | seconds | training | scoring | timing | all else | a candidate |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    heads = ("searches", "seed", "candidates", "steps", "seconds", "training", "scoring", "timing", "all else")
+    lines = []
     for name, results in kept.items():
         for seed, result in sorted({result["seed"]: result for result in results if "candidates" in result}.items()):
             cost, count = result["cost"], result["candidates"]
@@ -109,10 +104,10 @@ def spending(kept: Mapping[str, list[dict[str, Any]]]) -> str:
                 own.get("timing", 0.0),
             ]
             rest = whole - sum(spent)
-            shares = " | ".join(f"{share / whole:.1%}" for share in (*spent, rest))
+            shares = [f"{share / whole:.1%}" for share in (*spent, rest)]
             steps = cost["pool_steps"] + cost["candidate_steps"]
-            lines.append(f"| {name} | {seed} | {count} | {steps} | {whole:.0f} | {shares} | {rest / count:.1f} s |")
-    return "\n".join(lines)
+            lines.append([name, seed, count, steps, f"{whole:.0f}", *shares, f"{rest / count:.1f} s"])
+    return markdown.table((*heads, "a candidate"), "lr", lines)
 
 
 def table(results: list[dict[str, Any]]) -> str:
@@ -122,7 +117,7 @@ def table(results: list[dict[str, Any]]) -> str:
         results: contents of `result.json`; of a seed that occurs twice, the later one counts.
     """
     results = sorted({result["seed"]: result for result in results}.values(), key=lambda result: result["seed"])
-    lines = [f"| {' | '.join(HEADINGS)} |", "| " + " | ".join(["---:"] * len(HEADINGS)) + " |"]
+    lines = []
     targets = sorted({student["target"] for result in results for student in result["students"]}, reverse=True)
     for target in targets:
         pairs = [(result, one) for result in results for one in result["students"] if one["target"] == target]
@@ -131,22 +126,14 @@ def table(results: list[dict[str, Any]]) -> str:
             scores = [_map(result["base"]), _map(result.get("control", {})), _map(student)]
             ratio = f"{student['latency_ratio']:.3f} ({low:.3f}–{high:.3f})"
             cells = [f"{target:g}", str(result["seed"]), *scores, ratio, f"{_size(result, student):.2f}×"]
-            lines.append(f"| {' | '.join([*cells, str(student['train_steps'])])} |")
+            lines.append([*cells, student["train_steps"]])
         if len(pairs) > 1:
             means = [_mean(rows) for rows in ([r["base"] for r, _ in pairs], [r.get("control", {}) for r, _ in pairs])]
             ratio = statistics.mean(student["latency_ratio"] for _, student in pairs)
             size = statistics.mean(_size(result, student) for result, student in pairs)
-            cells = [
-                f"{target:g}",
-                "mean ± sd",
-                *means,
-                _mean([s for _, s in pairs]),
-                f"{ratio:.3f}",
-                f"{size:.2f}×",
-                "",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            means.append(_mean([student for _, student in pairs]))
+            lines.append([f"{target:g}", "mean ± sd", *means, f"{ratio:.3f}", f"{size:.2f}×", ""])
+    return markdown.table(HEADINGS, "r", lines)
 
 
 def _map(row: dict[str, Any]) -> str:

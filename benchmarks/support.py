@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 
+from benchmarks import markdown
+
 OWN = "pan"  # a detector of tests/graph/networks.py that no framework has
 NAMES = {
     "fasterrcnn": "Faster R-CNN",
@@ -86,8 +88,7 @@ def table(columns: dict[str, tuple[Source, ...]] | None = None) -> str:
     """A row for every family."""
     found = {title: _said(sources) for title, sources in (columns or COLUMNS).items()}
     rows = [[name, *(said.get(key, NOT) for said in found.values())] for key, name in NAMES.items()]
-    head = ["detector", *found]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows))
+    return markdown.table(["detector", *found], "l", rows)
 
 
 def _said(sources: Iterable[Source]) -> dict[str, str]:

@@ -148,10 +148,7 @@ def main(words: Sequence[str], plans: Mapping[str, Callable[..., list[plan.Part]
         return REFUSED
     rehearsal = given.run == "rehearse"
     out = given.out.resolve()
-    place = plan.Place(
-        sys.executable, "cpu" if rehearsal else "cuda", str(out), needs.has, tool, [],
-        (ROOT / "jdkd" / "check.py").is_file(),
-    )  # fmt: skip
+    place = plan.Place(sys.executable, "cpu" if rehearsal else "cuda", str(out), needs.has, tool, [])
     check = Check(place, plan.AGAIN if given.run == "again" else plan.LIMIT, given.run)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, _stop)

@@ -65,7 +65,6 @@ class Place:
         has: whether a Python package is there.
         tool: the path of a program, or None.
         tests: the test files to run; those left out are named by the driver.
-        checks: whether there is ``jdkd.check``.
     """
 
     python: str
@@ -74,7 +73,6 @@ class Place:
     has: Callable[[str], bool]
     tool: Callable[[str], str | None]
     tests: Sequence[str]
-    checks: bool
 
     def run(self, module: str, *words: str) -> list[str]:
         """A module of this package as a command."""
@@ -161,8 +159,6 @@ def _smoke(place: Place, op: str) -> Job:
 
 def _verdicts(place: Place) -> Job:
     """``jdkd check``, without its command line's packages: jdkd sees for itself whether the kernels are right here."""
-    if not place.checks:
-        return Job("jdkd check", None, why="this jdkd does not check its kernels itself")
     return Job("jdkd check", place.run("verdicts", "--until", UNTIL))
 
 

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -39,7 +39,7 @@ def marked() -> Iterator[None]:
     torch.cuda.profiler.stop()
 
 
-def profiled(name: str, case: Case, provider: str, mark: Callable = marked) -> None:
+def profiled(name: str, case: Case, provider: str) -> None:
     """Launches a provider once unmarked, so that it is compiled and loaded, and once marked."""
     if provider not in case.providers:
         print(f"== {name}: there is no {provider} here", flush=True)
@@ -47,7 +47,7 @@ def profiled(name: str, case: Case, provider: str, mark: Callable = marked) -> N
     inputs = case.make()
     case.providers[provider](inputs)
     print(f"== {name}: {case}, {provider}, at least {case.least_bytes / 1e6:.0f} MB", flush=True)
-    with mark():
+    with marked():
         case.providers[provider](inputs)
 
 

@@ -71,7 +71,7 @@ class DetectorFlags:
         from jdkd.detect import adapt_classes, open_model
         from jdkd.rewrite import describe
 
-        own = {name: getattr(self, name) for name in ("box_head", "min_size", "max_size", "max_detections")}
+        own = {flag: getattr(self, flag) for flag in ("box_head", "min_size", "max_size", "max_detections")}
         model = open_model(name, classes=len(classes), channels=self.fpn, **own, **vars(self.choice))
         adapt_classes(model, len(classes))
         known = model.architecture

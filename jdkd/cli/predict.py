@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jdkd.cli.flags import resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, starts_with, write_json, write_whole
@@ -149,10 +150,10 @@ def finder(model: Path, device: str) -> tuple[Callable[[np.ndarray, str], Found]
             if on.partition(":")[0] not in ("cpu", "cuda"):
                 raise InputError(f"--device is {device!r}; give auto, cpu, cuda or cuda:N.")
         else:
-            on = _resolved(device)
+            on = resolve_device(device)
         file = open_exported(model, on)
         return lambda image, name: file([image])[0], file.facts["classes"]
-    return _of_folder(model, _resolved(device))
+    return _of_folder(model, resolve_device(device))
 
 
 def _of_folder(folder: Path, device: str) -> tuple[Callable[[np.ndarray, str], Found], Sequence[str]]:
@@ -174,9 +175,3 @@ def _of_folder(folder: Path, device: str) -> tuple[Callable[[np.ndarray, str], F
             return numbers(detections(model, [torch.from_numpy(image).permute(2, 0, 1).to(device).float() / 255])[0])
 
     return find, known.classes if known else ()
-
-
-def _resolved(device: str) -> str:
-    from jdkd.cli.flags import resolve_device
-
-    return resolve_device(device)

@@ -20,8 +20,6 @@ from jdkd.data.splits import Split
 from jdkd.errors import InputError, few
 from jdkd.files import write_whole
 
-ProgressCallback = Callable[[int, int], object]
-
 SEVERITIES = ("error", "repair", "warning")
 READERS = 8  # threads; most of their time is waiting for the disk
 
@@ -66,7 +64,9 @@ def count_by_severity(problems: Sequence[Problem]) -> str:
     return ", ".join(f"{counts[one]:,} {one}{'s' if counts[one] > 1 else ''}" for one in SEVERITIES if counts[one])
 
 
-def inspect_split(split: Split, *, decode: bool = False, progress: ProgressCallback | None = None) -> Inspection:
+def inspect_split(
+    split: Split, *, decode: bool = False, progress: Callable[[int, int], object] | None = None
+) -> Inspection:
     """Find everything that is wrong with a split.
 
     Args:

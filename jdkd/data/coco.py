@@ -7,7 +7,7 @@ import copy
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from jdkd.data.annotations import Annotations
-from jdkd.data.checking import ProgressCallback, inspect_split
+from jdkd.data.checking import inspect_split
 from jdkd.data.images import read_image
 from jdkd.data.masks import Segmentations
 from jdkd.data.problems import refuse
@@ -58,7 +58,7 @@ class CocoDetectionDataset(Dataset):
             are missing, truncated or of another size; reading an item raises it for an image that cannot be decoded.
     """
 
-    def __init__(self, split: Split, progress: ProgressCallback | None = None) -> None:
+    def __init__(self, split: Split, progress: Callable[[int, int], object] | None = None) -> None:
         self.split = split
         found = inspect_split(split, progress=progress)
         refuse(found.problems, split.strict)

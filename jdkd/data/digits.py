@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from jdkd.data.photographs import photographs
+from jdkd.data.splits import ANNOTATIONS
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, unwritable
 
@@ -26,7 +27,6 @@ FEWEST, MOST = 2, 7  # digits per scene
 SMALLEST, LARGEST = 0.15, 0.5  # height of a digit over the image's side
 MOST_HIDDEN = 0.25  # of the smaller of two boxes, by a later digit
 INK = 0.3  # darkness from which a pixel belongs to the digit
-ANNOTATIONS = "annotations/instances_{split}2017.json"
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from jdkd.errors import InputError
 
+ANNOTATIONS = "annotations/instances_{split}2017.json"  # in a folder in the COCO layout
+
 
 @dataclass(frozen=True)
 class Split:
@@ -17,7 +19,7 @@ class Split:
     Attributes:
         images: folder of the images.
         annotations: COCO annotation file.
-        name: "train" or "val", which only serves to name the flags in messages.
+        name: "train", "val" or "selection", by which messages name its flags and records its folders.
         strict: refuse what would otherwise be put right on reading.
     """
 
@@ -79,8 +81,8 @@ def resolve_split(
         )
     folder = Path() if data is None else Path(data)
     split = Split(
-        images=Path(images) if images is not None else folder / f"{name}2017",
-        annotations=Path(annotations) if annotations is not None else _default_annotations(folder, name),
+        images=folder / f"{name}2017" if images is None else Path(images),
+        annotations=folder / ANNOTATIONS.format(split=name) if annotations is None else Path(annotations),
         name=name,
         strict=strict,
     )
@@ -100,10 +102,6 @@ def _there(beside: Path, data: str | os.PathLike | None) -> str:
     if data is not None:
         found.update(file for pattern in ("*.json", "*/*.json") for file in Path(data).glob(pattern))
     return f"there is {', '.join(map(str, sorted(found)[:5]))}" if found else f"{beside} holds no .json file"
-
-
-def _default_annotations(data: Path, name: str) -> Path:
-    return data / "annotations" / f"instances_{name}2017.json"
 
 
 def whereabouts(splits: Mapping[str, Split]) -> dict[str, str]:

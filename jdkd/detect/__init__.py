@@ -3,7 +3,7 @@
 from jdkd.detect.adopting import adopt
 from jdkd.detect.checkpoint import load, save
 from jdkd.detect.families import FAMILIES, detector
-from jdkd.detect.foreign import adapt_classes, frozen_like, import_detector
+from jdkd.detect.importing import adapt_classes, frozen_like, import_detector
 from jdkd.detect.narrowing import narrowed
 from jdkd.detect.norms import with_frozen_norms, with_norms
 from jdkd.detect.predictors import remake_predictors

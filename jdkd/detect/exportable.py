@@ -23,6 +23,7 @@ from jdkd.nn.unwrapping import unwrapped
 
 NOTHING = -1.0  # the score of what is no detection; those of detections are above 0
 LEAST_SIDE = 1e-2  # pixels, below which torchvision's box heads drop a box
+HEAD_OUTPUTS = "cls_logits", "bbox_regression", "bbox_ctrness"  # of a one-stage head, that detections are made of
 Suppress = Callable[[Tensor, Tensor, float, int], Tensor]
 """``(boxes [B, n, 4], scores [B, G, n], iou, most)`` -> ``[M, 3]``, the batch, group and box of what is kept.
 
@@ -160,7 +161,7 @@ class OneStage(Exportable):
         model, parts, classes = self.model, [], self.outputs
         most = model.topk_candidates
         for number, (name, level) in enumerate(levels.items()):
-            head = {key: output.float() for key, output in model.head([level]).items() if key in SAID}
+            head = {key: output.float() for key, output in model.head([level]).items() if key in HEAD_OUTPUTS}
             stages |= {f"{key} of level {name}": output for key, output in head.items()}
             scores = head["cls_logits"].sigmoid()  # [N, A, K]
             if "bbox_ctrness" in head:
@@ -250,9 +251,6 @@ class TwoStages(Exportable):
         side = logits.shape[-1]
         own = labels.reshape(-1, 1, 1, 1).expand(-1, 1, side, side)
         return logits.gather(1, own).sigmoid().reshape(-1, boxes.shape[1], side, side)
-
-
-SAID = ("cls_logits", "bbox_regression", "bbox_ctrness")
 
 
 class Anchors(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from jdkd.detect.exportable import SAID
+from jdkd.detect.exportable import HEAD_OUTPUTS
 from jdkd.nn.unwrapping import unwrapped
 
 PROPOSING = ("objectness", "bbox_deltas")
@@ -40,7 +40,7 @@ def intermediates(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tenso
     for key, output in seen["head"].items():
         each = output.shape[1] // sum(cells)
         parts = output.split([count * each for count in cells], dim=1)
-        if key in SAID:
+        if key in HEAD_OUTPUTS:
             found |= {f"{key} of level {name}": part for name, part in zip(levels, parts, strict=True)}
     return {name: found[name] for name in _in_order(found, levels)}
 

@@ -3,9 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from jdkd.distill.adapter import explained
 from jdkd.distill.attachment import DistillationHandle, attach
-from jdkd.distill.correlation import correlations, pyramids
+from jdkd.distill.correlation import correlations, explained, pyramids
 from jdkd.distill.distiller import Distiller
 from jdkd.distill.feature import FeatureDistiller
 from jdkd.distill.head import HeadDistiller, can_distil_heads

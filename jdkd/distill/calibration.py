@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from jdkd.distill.adapter import Adapters, Regression, check_fitted
+from jdkd.distill.adapter import Adapters, check_fitted
 from jdkd.distill.correlation import mean_by_stride
 from jdkd.distill.levels import LevelPair
+from jdkd.distill.regression import Regression
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 

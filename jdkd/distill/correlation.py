@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
 from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.levels import LevelPair, as_strides
+from jdkd.distill.regression import Regression
 from jdkd.distill.route import Route, module_of, route_of
 from jdkd.distill.student_input import parameters_of
 from jdkd.distill.teacher_view import TeacherView
@@ -93,7 +94,26 @@ def correlations(
                 sums[pair.stride, place] = found if before is None else join(torch.stack((before, found)))
     if not sums:
         raise InputError("correlations was given 0 batches and needs at least 1; give it some images.")
-    return mean_by_stride({key: _distance(pooled) for key, pooled in sums.items()})
+    return mean_by_stride({key: float((1 - pearson_r(pooled)).mean()) for key, pooled in sums.items()})
+
+
+@torch.no_grad()
+def explained(students: Sequence[PyramidSnapshot], teachers: Sequence[PyramidSnapshot]) -> float:
+    """How much of a teacher's features an adapter could say in a student's: Pearson's r between the teacher's channels
+    and their best linear prediction, mean over channels, then over levels.
+
+    Args:
+        students, teachers: what the two made of the same batches, see :func:`pyramids`.
+
+    Raises:
+        InputError: no level matches.
+    """
+    regressions: dict[tuple[int, int], Regression] = {}  # by stride and place among the pairs
+    for ours, theirs in zip(students, teachers, strict=True):
+        for place, pair in enumerate(aligned_pairs(ours, theirs, channels=None)):
+            prior = pair.student.new_zeros(pair.teacher.shape[1], pair.student.shape[1])
+            regressions.setdefault((pair.stride, place), Regression(prior)).add(pair.student, pair.teacher)
+    return sum(1 - regression.distance() for regression in regressions.values()) / len(regressions)
 
 
 def compared(
@@ -149,9 +169,8 @@ class _Snapshots:
         raise InputError(f"correlations was given {self.count} pyramids and more batches; give one for each batch.")
 
 
-def _distance(sums: Tensor) -> float:
-    """Mean of 1 - r over channels."""
+def pearson_r(sums: Tensor) -> Tensor:
+    """``[C]``, r by channel of its :func:`jdkd.reference.pearson.moments` ``[6, C]``; 0 where one never changes."""
     *_, ours, theirs, products = sums  # [C] each
     squares = ours * theirs
-    r = torch.where(squares > 0, products / squares.sqrt(), 0.0)  # [C]
-    return float((1 - r).mean())
+    return torch.where(squares > 0, products / squares.sqrt(), 0.0)

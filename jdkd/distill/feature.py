@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from jdkd.distill.adapter import Adapters, SquaredError
+from jdkd.distill.adapter import Adapters
 from jdkd.distill.alignment import aligned_pairs
 from jdkd.distill.calibration import ADAPTER, Agreements, Permutations, as_alignment, calibrated
-from jdkd.distill.channel_wise import ChannelWiseDivergence
 from jdkd.distill.channels import Channels, TeacherChannels
 from jdkd.distill.gradients import FORWARD, check_gradient, pass_number
 from jdkd.distill.hooks import Hook
+from jdkd.distill.imitation import ChannelWiseDivergence, SquaredError
 from jdkd.distill.levels import as_strides
 from jdkd.distill.neck import Pyramid, addresses_of, with_levels
 from jdkd.distill.teacher import TeacherRunner

@@ -9,9 +9,10 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from jdkd.distill.adapter import Regression
 from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs
+from jdkd.distill.correlation import pearson_r
 from jdkd.distill.levels import LevelPair
+from jdkd.distill.regression import Regression
 from jdkd.distill.route import module_of, route_of
 from jdkd.distill.teacher_view import TeacherView
 from jdkd.errors import InputError
@@ -19,7 +20,7 @@ from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.reference.pearson import join, moments
 
-Key: TypeAlias = tuple[int, int]  # stride of a pair of levels, and its place among those of that stride
+Key: TypeAlias = tuple[int, int]  # stride of a pair of levels, and its place among the pairs
 
 
 class LevelResponses(NamedTuple):
@@ -87,9 +88,8 @@ class _Look:
         device = next((parameter.device for parameter in self.student.parameters()), image.device)
         seen, ours = self.route.look(self.student, [image.to(device)], "student")
         theirs = self.view(seen, ours.sizes, [image])
-        pairs: dict[Key, LevelPair] = {}
-        for pair in aligned_pairs(ours, theirs, channels=None):
-            pairs[pair.stride, sum(stride == pair.stride for stride, _ in pairs)] = pair
+        found = aligned_pairs(ours, theirs, channels=None)
+        pairs = {(pair.stride, place): pair for place, pair in enumerate(found)}
         return pairs, {key: _extent(theirs, pair) for key, pair in pairs.items()}
 
 
@@ -126,9 +126,8 @@ def _through(maps: Mapping[Key, Tensor], pairs: Mapping[Key, LevelPair]) -> dict
 
 
 def _of_level(own: LevelPair, pair: LevelPair, sums: Tensor, extent: tuple[int, int]) -> LevelResponses:
-    count, mean_s, mean_t, ss, tt, products = sums  # [C] each
-    squares = ss * tt
-    r = torch.where(squares > 0, products / squares.sqrt(), 0.0).clamp(-1, 1)
+    count, mean_s, mean_t, ss, tt, _ = sums  # [C] each
+    r = pearson_r(sums).clamp(-1, 1)
     rows, columns = extent
     standardised = []
     for level, mean, square in ((pair.student, mean_s, ss), (pair.teacher, mean_t, tt)):

@@ -103,7 +103,7 @@ class StudentInput:
             if other == name:
                 given[other] = images
             elif other in MASKS and (required or self.mask is not None):
-                given[other] = self._mask_for(other, self.images)
+                given[other] = self._mask_for(other)
             elif required and other in self.others:
                 given[other] = self.others[other]
             elif required and other in TARGETS:
@@ -116,8 +116,8 @@ class StudentInput:
         leading = takewhile(lambda name: name in given and parameters[name].kind in BY_PLACE, parameters)
         return tuple(given.pop(name) for name in tuple(leading)), given
 
-    def _mask_for(self, name: str, images: Tensor) -> Tensor:
-        mask = images.new_ones(images[:, 0].shape, dtype=torch.long) if self.mask is None else self.mask
+    def _mask_for(self, name: str) -> Tensor:
+        mask = self.images.new_ones(self.images[:, 0].shape, dtype=torch.long) if self.mask is None else self.mask
         return mask == 0 if "padding" in name else mask
 
 

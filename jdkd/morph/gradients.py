@@ -30,9 +30,8 @@ def gradient_importance(
     some) and takes the mean square over batches (Molchanov et al., CVPR 2019). ``fisher`` takes the gradient of one
     mask on the unit at all places that read it, and the mean square over images (Liu et al., Group Fisher Pruning, ICML
     2021); a mask's gradient is weight times gradient, summed over the weights that read the unit, so no activation is
-    kept. (Both papers stop before the root, and so do we: the one search with the root left little of the first layers,
-    and its student ended below those of the two without.) Norms use their running statistics, dropout is off, and
-    chance is the same in every call.
+    kept. As in both papers no root is taken. Norms use their running statistics, dropout is off, and chance is the same
+    in every call.
 
     Args:
         model: a detector that gives its losses while it trains; modes, gradients, buffers and random numbers stay as

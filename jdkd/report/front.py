@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from jdkd.report.outcome import KINDS, Outcome
-from jdkd.report.svg import Axes, colour, spread, tag
+from jdkd.report.svg import Axes, colour, key, spread, tag
 from jdkd.search.archive import Candidate
 from jdkd.search.choice import best_within, pareto_front
 
@@ -95,7 +95,7 @@ def _slider(generations: Sequence[int], candidates: Sequence[Candidate], targets
         told[generation] = f"generation {generation} of {generations[-1]}, {made} candidate{'s' * (made != 1)}" + (
             f"; {reached}" if reached else ""
         )
-    last, texts = len(generations) - 1, escape(json.dumps([[key, text] for key, text in told.items()]))
+    last, texts = len(generations) - 1, escape(json.dumps([*map(list, told.items())]))
     limits = f'type="range" min="0" max="{last}" value="{last}"'
     return (
         f'<p class="slider"><label for="generation">back in time</label> <input id="generation" {limits} '
@@ -105,17 +105,12 @@ def _slider(generations: Sequence[int], candidates: Sequence[Candidate], targets
 
 def _legend(candidates: Sequence[Candidate]) -> str:
     kinds = [kind for kind in KINDS if any(one.kind == kind for one in candidates)]
-    keys = [_key(mark("base", 8, 8, 5, "base"), "base")]
-    keys += [_key(mark(kind, 8, 8, 5, fill=colour(0.35)), KINDS[kind]) for kind in kinds]
-    keys.append(_key(mark("student", 8, 8, 7, "chosen"), "chosen as a student"))
+    keys = [key(mark("base", 8, 8, 5, "base"), "base")]
+    keys += [key(mark(kind, 8, 8, 5, fill=colour(0.35)), KINDS[kind]) for kind in kinds]
+    keys.append(key(mark("student", 8, 8, 7, "chosen"), "chosen as a student"))
     ramp = "".join(tag("rect", x=12 * k, y=3, width=12, height=10, fill=colour(k / 4)) for k in range(5))
-    keys.append(_key(ramp, "early to late", 60))
+    keys.append(key(ramp, "early to late", 60))
     return f'<p class="legend">{"".join(keys)}</p>'
-
-
-def _key(drawn: str, words: str, width: int = 16) -> str:
-    size = f'viewBox="0 0 {width} 16" width="{width}" height="16"'
-    return f'<span><svg {size} aria-hidden="true">{drawn}</svg> {words}</span>'
 
 
 def _told(one: Candidate) -> str:

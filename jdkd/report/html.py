@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -11,7 +9,7 @@ from jdkd.report.architecture import architecture_section
 from jdkd.report.costs import cost_section
 from jdkd.report.front import front_over_time
 from jdkd.report.latencies import aa_verdict, latency_section
-from jdkd.report.layout import laid_out, table
+from jdkd.report.layout import laid_out, made, table
 from jdkd.report.lineage import lineage_tree
 from jdkd.report.outcome import Outcome
 from jdkd.report.predictions import predictions_section
@@ -48,7 +46,7 @@ def page(outcome: Outcome) -> str:
         "latency": ("Latency: how far to believe it", latency_section(outcome)),
         "cost": ("Where the time went", cost_section(outcome.result)),
         "candidates": ("Every candidate", _candidates(outcome)),
-        "made": ("How it was made", _made(outcome, command)),
+        "made": ("How it was made", made(command, _facts(outcome))),
     }
     return laid_out("Joint search for a student detector", summary(outcome), sections, _alarm(outcome))
 
@@ -142,14 +140,7 @@ def _data(result: dict[str, Any]) -> str:
     return escape(" ".join(sentences + after))
 
 
-def _made(outcome: Outcome, command: str | Sequence[str]) -> str:
-    """The command, the machine and the versions."""
-    words = command if isinstance(command, str) else shlex.join(command)
-    facts = [([name, value], False) for name, value in _facts(outcome)]
-    return f"<pre>{escape(words)}</pre>{table(('what', 'value'), facts) if facts else ''}"
-
-
-def _facts(outcome: Outcome) -> list[tuple[str, str]]:
+def _facts(outcome: Outcome) -> dict[str, Any]:
     """Machine, seed, what the search was asked, when it ran, and versions, by name."""
     result = outcome.result
     device = result.get("device")
@@ -158,4 +149,4 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
     facts["begun"], facts["finished"] = outcome.run.get("started"), outcome.run.get("finished")
     versions = result.get("versions") or outcome.run.get("versions") or {}
     facts |= {name: one for name, one in versions.items() if name not in facts}
-    return [(name.replace("_", " "), str(value)) for name, value in facts.items() if value is not None]
+    return {name.replace("_", " "): value for name, value in facts.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -50,3 +51,10 @@ def table(headings: Sequence[str], body: Iterable[tuple[Sequence[str], bool]]) -
         lines.append(f"{opening}{inner}</tr>")
     inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
     return f'<div class="scroll"><table>{inner}</table></div>'
+
+
+def made(command: str | Sequence[str], facts: Mapping[str, object]) -> str:
+    """How what a page shows was made: the command, and facts by their names, without those that are not known."""
+    words = command if isinstance(command, str) else shlex.join(command)
+    rows = [([name, str(value)], False) for name, value in facts.items() if value is not None]
+    return f"<pre>{escape(words)}</pre>{table(('what', 'value'), rows) if rows else ''}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from jdkd.distill.responses import LevelResponses
 from jdkd.report.layout import table
 from jdkd.report.pictures import data_address, jpeg
-from jdkd.report.svg import Axes, colour, drawing, tag
+from jdkd.report.svg import Axes, colour, drawing, key, tag
 
 CELLS = 48  # along the longer side of a map; finer levels are averaged
 REACH = 3.0  # standard deviations, at both ends of the colours
@@ -74,11 +74,7 @@ def _curves(levels: Sequence[LevelResponses]) -> str:
         points = [(100 * (place + 0.5) / len(sorted_), r) for place, r in enumerate(sorted_)]
         told = tag("title", f"stride {level.stride}")
         lines.append(tag("path", None, told, d=axes.path(points), fill="none", stroke=shade, stroke_width=2))
-        key = tag("rect", x=0, y=6, width=16, height=4, fill=shade)
-        keys.append(
-            f'<span><svg viewBox="0 0 16 16" width="16" height="16" aria-hidden="true">{key}</svg> stride '
-            f"{level.stride}</span>"
-        )
+        keys.append(key(tag("rect", x=0, y=6, width=16, height=4, fill=shade), f"stride {level.stride}"))
     chart = axes.drawing("".join(lines), "r of every channel, sorted, by level", class_="chart wide")
     return f'<div class="scroll">{chart}</div><p class="legend">{"".join(keys)}</p>'
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from jdkd.report.layout import laid_out, table
+from jdkd.report.layout import laid_out, made
 from jdkd.report.pictures import Panel, detected, missed, picture_row, truth_panel
 from jdkd.run_folder import versions
 from jdkd.train.image_scores import OVERLAP, JudgedImage, f1, worst_first
@@ -78,10 +77,11 @@ def seen_page(dataset: Any, sights: Sequence[Sight], count: int, *, responses: s
     whose = f", the lowest of {first.title} first" if len(sights) > 1 else ", the lowest first"
     left = len(first.images) - len(order)
     more = f" {left:,} more image{' is' if left == 1 else 's are'} not shown." if left else ""
+    facts = {"images": dataset.split.images, "annotations": dataset.split.annotations} | versions()
     sections = {
         "images": ("The worst images", f'<p class="faint">{escape(RULE + whose)}.{more}</p>{"".join(rows)}'),
         "responses": ("What the channels respond to", responses),
-        "made": ("How it was made", _made(dataset, command)),
+        "made": ("How it was made", made(command, facts)),
     }
     return laid_out(_title(sights), [one.sentence() for one in sights], sections)
 
@@ -89,10 +89,3 @@ def seen_page(dataset: Any, sights: Sequence[Sight], count: int, *, responses: s
 def _title(sights: Sequence[Sight]) -> str:
     names = [one.title for one in sights]
     return f"What {' and '.join(names)} see{'s' * (len(names) == 1)}"
-
-
-def _made(dataset: Any, command: Sequence[str]) -> str:
-    facts = {"images": dataset.split.images, "annotations": dataset.split.annotations} | versions()
-    return f"<pre>{escape(shlex.join(command))}</pre>" + table(
-        ("what", "value"), [([name, str(value)], False) for name, value in facts.items()]
-    )

@@ -103,6 +103,12 @@ def drawing(size: tuple[float, float], inside: str, title: str, **attributes: An
     return tag("svg", None, inside, viewBox=box, role="img", aria_label=title, **attributes)
 
 
+def key(drawn: str, words: str, width: int = 16) -> str:
+    """An entry of a legend: what is drawn, 16 pixels high, and what it means."""
+    size = f'viewBox="0 0 {width} 16" width="{width}" height="16"'
+    return f'<span><svg {size} aria-hidden="true">{drawn}</svg> {words}</span>'
+
+
 def ticks(low: float, high: float, about: int = 6) -> list[float]:
     """Round numbers inside a range, about as many as asked for."""
     rough = (high - low) / about

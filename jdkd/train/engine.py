@@ -172,10 +172,6 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _own_losses(model: nn.Module) -> Losses:
-    return lambda images, targets, step: (model(images, targets),)
-
-
 class _Run:
     """A training under way."""
 
@@ -194,7 +190,7 @@ class _Run:
         self.config, self.device = config, device
         self.on_gpu = device.type == "cuda"
         self.dtype = _autocast_dtype(config.amp, device)
-        self.ask = losses or _own_losses(model)
+        self.ask = losses or (lambda images, targets, step: (model(images, targets),))
         self.optimizer = build_optimizer(model, config, auxiliary)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.scales = slimmable_scales(model)

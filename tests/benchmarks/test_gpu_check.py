@@ -20,10 +20,10 @@ SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 HANGS = "import time; print('begun', flush=True); time.sleep(60)"
 
 
-def place(out="/out", absent=(), checks=True, device="cuda"):
+def place(out="/out", absent=(), device="cuda"):
     return plan.Place(
         sys.executable, device, str(out), lambda name: name not in absent,
-        lambda name: None if name in absent else f"/cuda/bin/{name}", ["tests/ops/test_pack_gpu.py"], checks,
+        lambda name: None if name in absent else f"/cuda/bin/{name}", ["tests/ops/test_pack_gpu.py"],
     )  # fmt: skip
 
 
@@ -84,8 +84,6 @@ def test_every_operator_is_smoked_in_a_process_of_its_own_beside_jdkd_check():
     jobs = jobs_of(plan.first(place()), "smoke")
     assert [*jobs] == [*(f"smoke {op}" for op in plan.OPS), "jdkd check"]
     assert "benchmarks.gpu.verdicts" in jobs["jdkd check"].words
-    left_out = jobs_of(plan.first(place(checks=False)), "smoke")["jdkd check"]
-    assert left_out.words is None and left_out.why
 
 
 def test_sanitizers_see_our_kernels_without_the_caching_allocator():

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from jdkd.distill import Distiller, FeatureDistiller, correlations
-from jdkd.distill.adapter import Adapters, Regression
+from jdkd.distill.adapter import Adapters
+from jdkd.distill.regression import Regression
 from jdkd.errors import InputError
 from jdkd.reference.pearson import pkd_loss
 from jdkd.train import TrainConfig, fit

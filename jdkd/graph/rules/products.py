@@ -96,7 +96,7 @@ def _convolution(marks: Marks, call: Call) -> None:
         marks.freeze(marks.layout(weight), f"{call.name} has a weight that mixes its axes")
         return
     if groups == 1:
-        _read(marks, None if channels is None else channels, reads, (feature, weight), call.name)
+        _read(marks, channels, reads, (feature, weight), call.name)
     else:
         makes = _grouped(marks, channels, reads, makes, groups, turned, out.shape[1], call.name)
     if channels is not None and given.get("offset_groups", 1) > 1:  # each moves its channels alike, and stays as large

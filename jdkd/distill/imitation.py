@@ -1,4 +1,4 @@
-"""See :class:`ChannelWiseDivergence`."""
+"""Losses between two pyramids other than Pearson's, which stand in the place of its tap."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jdkd.reference.pearson import match_size
+
+
+class SquaredError:
+    """Imitation by the mean squared error (FitNets; Romero et al., ICLR 2015), in place of the Pearson tap.
+
+    Args:
+        loss_weight: weight of each level.
+    """
+
+    def __init__(self, loss_weight: float) -> None:
+        self.loss_weight = loss_weight
+
+    def __call__(
+        self, students: Sequence[Tensor], teachers: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+        """The levels ``[N, C, H, W]`` as they are, half the squared error, and its part by level ``[L]``."""
+        pairs = (match_size(*pair, resize_stu=False) for pair in zip(students, teachers, strict=True))
+        errors = [F.mse_loss(ours.float(), theirs.float()) / 2 for ours, theirs in pairs]
+        losses = self.loss_weight * torch.stack(errors)
+        return students, losses.sum(), losses.detach()
 
 
 class ChannelWiseDivergence:

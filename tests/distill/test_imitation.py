@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from jdkd.distill import Distiller, FeatureDistiller
-from jdkd.distill.channel_wise import ChannelWiseDivergence
+from jdkd.distill.imitation import ChannelWiseDivergence
 from jdkd.errors import InputError
 
 
