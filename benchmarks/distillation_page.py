@@ -93,9 +93,10 @@ def verdict(rows: Sequence[Row]) -> str:
         sentences.append(f"It does not on {'; '.join(lost)}.")
     rivals = {loss for row in rows if (loss := row["loss"]) not in (NONE, PKD, HALF, *ALIGNED)}
     if rivals:
-        first = [pair for pair, row in taught.items() if all(_less(of(rows, pair, loss), row) for loss in rivals)]
+        beside = [pair for pair in taught if any(of(rows, pair, loss) for loss in rivals)]
+        first = [pair for pair in beside if all(_less(of(rows, pair, loss), taught[pair]) for loss in rivals)]
         sentences.append(
-            f"Its gain is the largest of {', '.join([PKD, *sorted(rivals)])} on {len(first)} of {len(taught)} pairs"
+            f"Its gain is the largest of {', '.join([PKD, *sorted(rivals)])} on {len(first)} of {len(beside)} pairs"
             + (f" ({', '.join(map(name, first))})." if first else ".")
         )
     if early := _convergence(rows, taught):

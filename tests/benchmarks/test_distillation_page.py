@@ -42,6 +42,7 @@ def test_pkd_wins_where_its_whole_interval_lies_above_0():
     assert "on 2 of 3 pairs (fasterrcnn → fcos, retinanet → fcos); at least 2 were asked for, which is met.**" in (
         pages.verdict([*ROWS, other])
     )
+    assert "mse on 1 of 2 pairs (fasterrcnn → fcos)." in pages.verdict([*ROWS, other]), "none was run beside the other"
     lost = row("fcos", "fcos", "pkd", [0.1, 0.1], (-0.2, -0.1, -0.01))
     assert "-0.100 (-0.200 to -0.010), which is behind (the teacher" in pages.verdict([ALONE, lost])
 
