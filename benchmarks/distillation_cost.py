@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks import harness, record
+from benchmarks import harness, markdown, record
 from benchmarks.cases import pearson
 from jdkd.detect import detector
 from jdkd.distill import DistillConfig, comparable
@@ -191,20 +191,20 @@ def rows(case: str, seconds: dict[str, list[float]], peaks: dict[str, int], comm
 def page(kept: Sequence[record.Row]) -> str:
     """A Markdown table: the latest of each device, case and variant."""
     latest = {(row["device"], row["case"], row["variant"]): row for row in kept}
-    lines = []
+    parts = []
     for device in dict.fromkeys(row["device"] for row in latest.values()):
-        lines += [f"{device}:", "", f"| {' | '.join(HEADINGS)} |", "| --- | --- | ---: | ---: | ---: |"]
-        lines += [_line(row) for row in latest.values() if row["device"] == device] + [""]
-    return "\n".join(lines).strip()
+        own = (_cells(row) for row in latest.values() if row["device"] == device)
+        parts.append(f"{device}:\n\n{markdown.table(HEADINGS, 'llr', own)}")
+    return "\n\n".join(parts)
 
 
-def _line(row: record.Row) -> str:
+def _cells(row: record.Row) -> list[str]:
     low, high = (record.duration(each * 1e6) for each in row["seconds_quartiles"])
     ratio = "1"
     if row["variant"] != EAGER:
         ratio = "{:.3f} ({:.3f} to {:.3f})".format(row["ratio"], *row["ratio_quartiles"])
     step = f"{record.duration(row['seconds'] * 1e6)} ({low} to {high})"
-    return f"| {row['case']} | {row['variant']} | {step} | {ratio} | {row['peak_bytes'] / 1e6:.0f} MB |"
+    return [row["case"], row["variant"], step, ratio, f"{row['peak_bytes'] / 1e6:.0f} MB"]
 
 
 def measured(case: str, common: record.Row, rounds: int = ROUNDS) -> list[record.Row]:

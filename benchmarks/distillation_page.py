@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import markdown
 from benchmarks.resampling import gained
 from jdkd.distill.training import ONE_STAGE, TWO_STAGE
 from jdkd.report.svg import Axes, drawing, spread, tag
@@ -161,25 +162,17 @@ def _convergence(rows: Sequence[Row], taught: dict[tuple[str, str], Row]) -> str
 
 def table(rows: Sequence[Row]) -> str:
     """A way a row: students alone first, then by pair."""
-    headings = (
-        "teacher (mAP)",
-        "student",
-        "loss",
-        "mAP by seed",
-        "mean",
-        "gain over none (95 %)",
-        "after each quarter",
-    )
-    lines = [f"| {' | '.join(headings)} |", "| --- | --- | --- | ---: | ---: | ---: | ---: |"]
+    headings = ("teacher (mAP)", "student", "loss", "mAP by seed", "mean", GAIN, "after each quarter")
+    lines = []
     order = {NONE: -1} | {pair: number for number, pair in enumerate(pairs(rows))}
     usual = [row for row in rows if row["weight"] == AUTO]
     for row in sorted(usual, key=lambda row: order[NONE if row["loss"] == NONE else (row["teacher"], row["student"])]):
         taught = row["loss"] != NONE
         teacher = f"{row['teacher']} ({row['teacher_map']:.3f})" if taught else "–"
         curve = " ".join(f"{value:.3f}" for value in _curve(row))
-        cells = [teacher, row["student"], row["loss"], scores(row), f"{np.mean(row['maps']):.3f}"]
-        lines.append(f"| {' | '.join([*cells, gained(row) if taught else '–', curve])} |")
-    return "\n".join(lines)
+        gain = gained(row) if taught else "–"
+        lines.append((teacher, row["student"], row["loss"], *_seeds_and_mean(row), gain, curve))
+    return markdown.table(headings, "lllr", lines)
 
 
 def sweep(rows: Sequence[Row]) -> str:
@@ -193,14 +186,12 @@ def sweep(rows: Sequence[Row]) -> str:
         best = max(own, key=lambda row: row["gain"])
         published = TWO_STAGE if any("rcnn" in each for each in pair) else ONE_STAGE
         won = [f"{row['weight']:g}" for row in own if wins(row)]
-        lines = [
+        lines = ((f"{row['weight']:g}", scores(row), gained(row)) for row in own)
+        parts += [
             f"Weights of PKD, {name(pair)}: the best of {len(own)} is {best['weight']:g} (the published one is "
             f"{published:g}); the whole interval lies above 0 at {', '.join(won) if won else 'none of them'}.",
-            "",
-            f"| weight | mAP by seed | {GAIN} |",
-            "| ---: | ---: | ---: |",
+            markdown.table(("weight", "mAP by seed", GAIN), "r", lines),
         ]
-        parts.append("\n".join([*lines, *(f"| {row['weight']:g} | {scores(row)} | {gained(row)} |" for row in own)]))
     return "\n\n".join(parts)
 
 
@@ -215,20 +206,16 @@ def lengths(rows: Sequence[Row]) -> str:
     for row in (row for row in taught if row["loss"] == PKD):
         won.setdefault(row["steps"], []).append(wins(row))
     said = ", ".join(f"{sum(each)} of {len(each)} in {steps} steps" for steps, each in won.items())
-    lines = [
-        "Gains in trainings of several lengths, under one teacher. **PKD beats training without a teacher by more than "
-        f"the spread on this many pairs: {said}.**",
-        "",
-        f"| pair | steps | untaught | loss | mAP by seed | mean | {GAIN} |",
-        "| --- | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
+    headings, lines = ("pair", "steps", "untaught", "loss", "mAP by seed", "mean", GAIN), []
     for pair in several:
         for row in (row for row in taught if _pair(row) == pair):
             alone = of([each for each in rows if each["steps"] == row["steps"]], pair, NONE)
             untaught = "–" if alone is None else f"{np.mean(alone['maps']):.3f}"
-            cells = [name(pair), str(row["steps"]), untaught, row["loss"], *_seeds_and_mean(row), gained(row)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append((name(pair), row["steps"], untaught, row["loss"], *_seeds_and_mean(row), gained(row)))
+    return (
+        "Gains in trainings of several lengths, under one teacher. **PKD beats training without a teacher by more than "
+        f"the spread on this many pairs: {said}.**\n\n{markdown.table(headings, 'lrrlr', lines)}"
+    )
 
 
 def inherited(rows: Sequence[Row]) -> str:
@@ -236,21 +223,18 @@ def inherited(rows: Sequence[Row]) -> str:
     own = [row for row in rows if row["loss"] in INHERITED]
     if not own:
         return ""
-    lines = [
-        "Students that begin with the teacher's neck and heads (`--inherit`); what PKD gains is over them:",
-        "",
-        "| teacher | student | steps | inherits, mAP by seed | mean | gain over none (95 %) "
-        "| inherits and PKD, mAP by seed | mean | gain over inheriting (95 %) |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    headings = ["teacher", "student", "steps", "inherits, mAP by seed", "mean", GAIN]
+    headings += ["inherits and PKD, mAP by seed", "mean", "gain over inheriting (95 %)"]
+    lines = []
     for pair in pairs(own):
         for steps in sorted({row["steps"] for row in own if _pair(row) == pair}):
-            cells = [pair[0], pair[1], str(steps)]
+            cells = [*pair, steps]
             for loss in INHERITED:
                 row = of([each for each in own if each["steps"] == steps], pair, loss)
                 cells += ["–"] * 3 if row is None else [*_seeds_and_mean(row), gained(row)]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(cells)
+    said = "Students that begin with the teacher's neck and heads (`--inherit`); what PKD gains is over them:"
+    return f"{said}\n\n{markdown.table(headings, 'llr', lines)}"
 
 
 def _pair(row: Row) -> tuple[str, str]:
@@ -268,27 +252,17 @@ def swaps(kept: Iterable[Row]) -> str:
         own = [row for row in rows if row["data"] == data]
         taught = [row for row in own if row["loss"] != NONE]
         won = [row for row in taught if wins(row)]
-        lines = [
+        lines = []
+        for row in sorted(own, key=lambda row: row["student"]):
+            by, gain = ("nobody", "–") if row["loss"] == NONE else (f"{row['teacher']}, {row['loss']}", gained(row))
+            lines.append((row["student"], by, row["head"], scores(row), gain))
+        parts += [
             f"### {TITLES.get(data, data)}",
-            "",
             _facts(own, "head"),
-            "",
             "**Under a head that is trained anew, the features of a PKD student beat those of an untaught one by more "
             f"than the spread on {len(won)} of {len(taught)} pairs.**",
-            "",
-            f"| features of | taught by | head | mAP by seed | {GAIN} |",
-            "| --- | --- | --- | ---: | ---: |",
+            markdown.table(("features of", "taught by", "head", "mAP by seed", GAIN), "lllr", lines),
         ]
-        for row in sorted(own, key=lambda row: row["student"]):
-            alone = row["loss"] == NONE
-            cells = [
-                row["student"],
-                "nobody" if alone else f"{row['teacher']}, {row['loss']}",
-                row["head"],
-                scores(row),
-            ]
-            lines.append(f"| {' | '.join([*cells, '–' if alone else gained(row)])} |")
-        parts.append("\n".join(lines))
     return "\n\n".join(parts) or "Not measured."
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
+from benchmarks import markdown
 from benchmarks.record import Row
 from jdkd.report.svg import Axes, drawing, spread, tag
 
@@ -116,7 +117,7 @@ def table(own: Sequence[Row]) -> str:
     headings += [heading for mode in modes for heading in (f"{MODES[mode]}, p50", "over the base (95 %)")]
     scored = any("map" in row["facts"] for row in own)
     headings += ["detections", *(["mAP"] if scored else [])]
-    lines = [f"| {' | '.join(headings)} |", "| --- |" + " ---: |" * (len(headings) - 1)]
+    lines = []
     for runtime in runtimes(own):
         models = {row["model"]: row for mode in modes for row in curve(own, runtime, mode)}
         for model, row in sorted(models.items(), key=lambda item: -item[1]["macs_of_base"]):
@@ -127,8 +128,8 @@ def table(own: Sequence[Row]) -> str:
             cells.append(f"{row['facts']['detections_per_image']:g}")
             if scored:
                 cells.append(f"{row['facts']['map']:.3f}" if "map" in row["facts"] else "–")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append(cells)
+    return markdown.table(headings, "lr", lines)
 
 
 def _ratio(row: Row) -> str:

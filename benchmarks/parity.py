@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import record
+from benchmarks import markdown, record
 from jdkd.data import CocoDetectionDataset, resolve_split
 from jdkd.detect import read
 from jdkd.errors import InputError
@@ -84,13 +84,12 @@ def _row(what: record.Row, model: nn.Module, found: Parity) -> record.Row:
 def table(given: Sequence[record.Row]) -> str:
     """Markdown: a line a family and shape, the last comparison of each format in each runtime."""
     last = {(row["case"], row["shape"], row["format"], row.get("runtime", ONLY[row["format"]])): row for row in given}
-    lines = ["| detector | shape | format | in | images | detections that agree | boxes within | scores within |"]
-    lines.append("| --- | --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for (case, shape, form, runtime), row in last.items():
-        agree = f"{row['same']} of {row['detections']}"
-        cells = [case, shape, form, runtime, str(row["images"]), agree, f"{row['box']:.2g} px", f"{row['score']:.2g}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    headings = ("detector", "shape", "format", "in", "images", "detections that agree", "boxes within", "scores within")
+    cells = (
+        (*what, row["images"], f"{row['same']} of {row['detections']}", f"{row['box']:.2g} px", f"{row['score']:.2g}")
+        for what, row in last.items()
+    )
+    return markdown.table(headings, "llllr", cells)
 
 
 def main(words: Sequence[str]) -> None:

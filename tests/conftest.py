@@ -125,6 +125,17 @@ def device(request: pytest.FixtureRequest) -> str:
     return "cuda" if HAS_GPU else "cpu"
 
 
+@pytest.fixture
+def nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that knows no verdict, and a cache of its own."""
+    from jdkd import _backend, _verdicts
+
+    monkeypatch.setenv("JDKD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JDKD_BACKEND", raising=False)
+    monkeypatch.setattr(_verdicts, "_known", {})
+    monkeypatch.setattr(_backend, "_chosen", {})
+
+
 @pytest.fixture(autouse=True)
 def _poison_uninitialised_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fills ``torch.empty`` with NaN in the tests of operators, so that a forgotten output cell shows."""

@@ -270,7 +270,7 @@ def test_a_planted_circle_of_rooms_is_caught(tmp_path):
         ("jdkd/latency/measure.py", "def f():\n    import triton.testing", "only inside functions of ops"),
         ("jdkd/ops/pearson.py", "from jdkd import _C", "no Python module"),
         ("jdkd/nn/loss.py", "importlib.import_module('jdkd._C')", "no Python module"),
-        ("jdkd/report/html.py", "try:\n    import matplotlib.pyplot\nexcept ImportError: ...", "matplotlib"),
+        ("jdkd/report/search_page.py", "try:\n    import matplotlib.pyplot\nexcept ImportError: ...", "matplotlib"),
         ("jdkd/data/digits.py", "from sklearn.datasets import load_digits", "sklearn"),
         ("jdkd/ops/pearson.py", "from kernels import pearson", "as jdkd.kernels"),
         ("kernels/pearson.py", "import numpy", "kernels import only"),

@@ -24,15 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 FULL = torch.zeros(2)
 OURS = Subject("toy", "run", "cpu", CPU, torch.float32)
-
-
-@pytest.fixture(autouse=True)
-def nothing_known(monkeypatch, tmp_path):
-    """A process that knows no verdict, and a cache of its own."""
-    monkeypatch.setenv("JDKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    monkeypatch.setattr(_verdicts, "_known", {})
-    monkeypatch.setattr(_backend, "_chosen", {})
+pytestmark = pytest.mark.usefixtures("nothing_known")
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -231,6 +232,14 @@ def split_of(source: DataFlags, folder: Path, name: str) -> Split:
         return source.split(name)
     say_once(f"no data are given: these are the {name} images that {folder} was made with, in {found.images}")
     return replace(found, strict=source.strict)
+
+
+def record_of(splits: Sequence[Split], device: str) -> dict[str, Any]:
+    """What :meth:`jdkd.run_folder.RunFolder.begin` records of a command: how it was called, where its data are."""
+    from jdkd.data.splits import whereabouts
+
+    where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
+    return {"command": ["jdkd", *sys.argv[1:]], "where": where}
 
 
 def recorded_split(folder: Path, name: str) -> Split | None:

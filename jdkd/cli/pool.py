@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, TrainingFlags, recorded_split, resolve_device
+from jdkd.cli.flags import DataFlags, TrainingFlags, record_of, recorded_split, resolve_device
 from jdkd.cli.progress import Progress
 from jdkd.errors import InputError
 from jdkd.files import claim_folder, content_hash, require_file, write_json, write_whole
@@ -69,7 +68,6 @@ class PoolTrain:
             self._run(device)
 
     def _run(self, device: str) -> None:
-        from jdkd.data.splits import whereabouts
         from jdkd.detect import load, read
         from jdkd.detect.input_size import require_visible
         from jdkd.pool import Space, train_pool
@@ -101,8 +99,7 @@ class PoolTrain:
                 topology = read(base, check=True)
                 space = Space.from_base(topology, self.extra_depth, self.width, self.widths)
                 identity["space"] = space.to_json()
-                where = {"data": whereabouts({split.name: split for split in splits}), "device": device}
-                record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
+                record = record_of(splits, device)
                 resumed = from_first(lambda: run.begin(KIND, identity, resume=self.training.resume, **record))
                 pool = train_pool(
                     base, train, val, config, self.out, space=space, topology=topology, foreign=foreign,

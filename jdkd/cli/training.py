@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jdkd.cli.failures import keeping
-from jdkd.cli.flags import DataFlags, RecipeFlags, TrainingFlags
+from jdkd.cli.flags import DataFlags, RecipeFlags, TrainingFlags, record_of
 from jdkd.cli.progress import MIRROR_SECONDS, Progress
 from jdkd.errors import InputError, few
 from jdkd.files import content_hash, write_json
@@ -134,7 +133,6 @@ class Job:
             InputError: the folder is another run's, an image that it would be scored on in the end is too elongated for
                 it, or it has no input size that could be another while it trains; nothing has been written then.
         """
-        from jdkd.data.splits import whereabouts
         from jdkd.detect import save
         from jdkd.detect.input_size import require_resizing, require_visible
         from jdkd.latency import fuse_for_inference
@@ -145,9 +143,7 @@ class Job:
         require_resizing(self.model, self.config.sizes)
         run, mirrors = RunFolder(self.out), self._mirrors()
         with keeping(run, lambda: self.training.kept(self.out)):
-            where = {"data": whereabouts({split.name: split for split in self.data.splits}), "device": self.device}
-            record = {"command": ["jdkd", *sys.argv[1:]], "where": where}
-            same = self._identity() | identity
+            same, record = self._identity() | identity, record_of(self.data.splits, self.device)
             resumed = from_first(lambda: run.begin(self.kind, same, resume=self.training.resume, **record))
             with Progress() as progress:
                 shown = _mirrored(self.shown(progress, self.kind), mirrors)

@@ -14,7 +14,7 @@ from jdkd.distill.route import Route
 from jdkd.distill.student_input import StudentInput, parameters_of
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
-from jdkd.nn.unwrapping import unwrapped
+from jdkd.nn.unwrapping import is_compiled, unwrapped
 from jdkd.notices import say_once
 
 COLOUR = (0.2, 0.5, 0.8)  # of the image that detectors are called with; no two channels alike
@@ -33,7 +33,7 @@ def arrival(route: Route) -> tuple[float, ...] | None:
         None where nothing comes before the backbone, or there is no telling how the detector is called.
     """
     model = unwrapped(route.chain[0])
-    if model is route.entrance or _is_compiled(model):
+    if model is route.entrance or any(map(is_compiled, model.modules())):
         return None
     first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), torch.zeros(()))
     image = torch.tensor(COLOUR, dtype=first.dtype, device=first.device)[:, None, None].expand(3, SIDE, SIDE)
@@ -154,12 +154,6 @@ def _stopped_at(entrance: nn.Module, call: Callable[[Any], Any], given: Any, err
 
 
 class _Stopped(Exception): ...
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    return any(
-        getattr(module, "_compiled_call_impl", None) or hasattr(module, "_orig_mod") for module in model.modules()
-    )
 
 
 def _elsewhere(chain: Sequence[nn.Module]) -> str | None:

@@ -22,7 +22,7 @@ from jdkd.distill.student_input import StudentInput, listed_images, parameters_o
 from jdkd.distill.teacher_view import TeacherView
 from jdkd.errors import InputError
 from jdkd.nn.modes import mode
-from jdkd.nn.unwrapping import unwrapped
+from jdkd.nn.unwrapping import is_compiled, unwrapped
 from jdkd.notices import say_once
 from jdkd.ops.pearson_strides import Size
 
@@ -261,7 +261,7 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
 def _say_if_compiled(teacher: nn.Module, route: Route) -> None:
     """A teacher that was compiled as a whole cannot be run up to its neck as such."""
     holds = (m for m in teacher.modules() if m is not route.entrance and any(p is route.entrance for p in m.modules()))
-    if any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for module in holds):
+    if any(map(is_compiled, holds)):
         say_once(
             "the teacher was compiled as a whole, and runs uncompiled: distillation needs it up to its neck alone; "
             "compile its backbone instead (teacher.backbone.compile())"

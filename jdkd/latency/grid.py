@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from jdkd.errors import InputError
-from jdkd.latency.protocol import MODES, REPORTED, ProgressCallback, Schedule, measure
+from jdkd.latency.protocol import MODES, REPORTED, MeasuringCallback, Schedule, measure
 from jdkd.latency.report import LatencyReport, pooled
 from jdkd.latency.runtimes import Runtime, require_runnable
 
@@ -87,7 +87,7 @@ class Work:
     score: Score | None = None
 
 
-def measure_grid(work: Work, grid: Grid, progress: ProgressCallback | None = None) -> list[LatencyReport]:
+def measure_grid(work: Work, grid: Grid, progress: MeasuringCallback | None = None) -> list[LatencyReport]:
     """Measures models against each other in every cell of a grid; the base of a ratio runs in the same runtime.
 
     Args:
@@ -120,7 +120,7 @@ def measure_grid(work: Work, grid: Grid, progress: ProgressCallback | None = Non
     return [pooled(reports) for reports in zip(*found, strict=True)]
 
 
-def measured_here(work: Work, grid: Grid, progress: ProgressCallback | None = None) -> list[LatencyReport]:
+def measured_here(work: Work, grid: Grid, progress: MeasuringCallback | None = None) -> list[LatencyReport]:
     """One report for every cell, measured in this process; arguments as of :func:`measure_grid`."""
     models, runtimes, reports = work.models(), work.runtimes(), []
     scores: dict[tuple[str, str], dict[str, float]] = {}

@@ -25,7 +25,7 @@ from jdkd.latency.runtimes import Artefact, Batches, Eager, Runtime
 from jdkd.latency.statistics import Latency, percentile
 from jdkd.latency.watching import NotWatched, Watch, watch_for
 
-ProgressCallback = Callable[[int, int, dict[str, float]], None]
+MeasuringCallback = Callable[[int, int, dict[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def interleave(
     batches: int,
     schedule: Schedule,
     clock: Clock,
-    progress: ProgressCallback | None = None,
+    progress: MeasuringCallback | None = None,
     watch: Watch | None = None,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time several calls in turn: untimed until stable, then as long as the schedule asks.
@@ -171,7 +171,7 @@ def measure(
     score: Callable[[nn.Module], float] | None = None,
     clock: Clock | None = None,
     watch: Watch | None = None,
-    progress: ProgressCallback | None = None,
+    progress: MeasuringCallback | None = None,
 ) -> LatencyReport:
     """Time detectors against each other, interleaved in this process.
 

@@ -21,7 +21,7 @@ from jdkd.latency.calls import check_images
 from jdkd.latency.clock import Clock
 from jdkd.latency.folding import fuse_for_inference
 from jdkd.latency.layers import as_floats, part_of, place_of, positions, shapes_after, shapes_of
-from jdkd.latency.protocol import QUICK, ProgressCallback, measure
+from jdkd.latency.protocol import QUICK, MeasuringCallback, measure
 from jdkd.latency.runtimes import Eager, Runtime
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import Rewrite
@@ -221,7 +221,7 @@ def measure_table(
     rounds: int = ROUNDS,
     runtime: Runtime | None = None,
     clock: Clock | None = None,
-    progress: ProgressCallback | None = None,
+    progress: MeasuringCallback | None = None,
 ) -> LatencyTable:
     """Measures a base and versions of it, as they would be deployed and in turn: cut in one part, shorter, of smaller
     images, with fewer regions.

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from jdkd.errors import InputError
 from jdkd.graph import BlockList, ChannelGroup, Slot, Topology
 from jdkd.morph.gradients import gradient_importance
-from jdkd.morph.repairing import came_from
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.rewrite import Rewrite
 from jdkd.rewrite.channels import named, require_traced, tensor_named
 
 READ_OFF = "gamma", "magnitude"  # criteria that need the weights alone
@@ -62,31 +60,6 @@ def channel_importance(
             found[group.name] = values * group.units / values.sum().clamp(min=1e-12)
     total = sum(found[group.name].double().sum().item() for group in topology.groups)
     return {name: (values / max(total, 1e-30)).float() for name, values in found.items()}
-
-
-def names_before(model: nn.Module, topology: Topology, rewrite: Rewrite, grown: Topology) -> dict[str, str]:
-    """What every group and block of a detector with more blocks, or with some moved, was called before.
-
-    What is new has no name before, so it is not in it. It is born as the identity: its importance by gradients is 0,
-    and it would be the first thing to be cut again, before any training can tell what it is worth.
-
-    Args:
-        model, topology: the detector before, and what was read off it.
-        rewrite: adds or moves blocks, and does nothing else.
-        grown: what was read off the detector afterwards.
-
-    Returns:
-        Names of groups and paths of blocks, by those that they have now.
-    """
-    origins = came_from(unwrapped(model), rewrite, topology)
-    first = {origin: path for path, origin in reversed(origins.items())}
-    blocks = (path for each in grown.block_lists for path in each.blocks)
-    found = {}
-    for name in (*(group.name for group in grown.groups), *blocks):
-        path, mark, number = name.partition("#")
-        if first[origins[path]] == path:
-            found[name] = f"{origins[path]}{mark}{number}"
-    return found
 
 
 def gamma_importance(model: nn.Module, topology: Topology, group: ChannelGroup) -> Tensor:

@@ -18,10 +18,11 @@ from jdkd.detect.contract import detections
 from jdkd.detect.proposals import proposals_of
 from jdkd.errors import InputError
 from jdkd.graph import Topology
+from jdkd.morph.origins import came_from
 from jdkd.nn.modes import mode
 from jdkd.nn.necks import run_until, trunk_of
 from jdkd.nn.unwrapping import unwrapped
-from jdkd.rewrite import Rewrite, arrange
+from jdkd.rewrite import Rewrite
 from jdkd.rewrite.building import set_attribute
 from jdkd.rewrite.channels import checked, leaving, named, require_traced
 from jdkd.train.inputs import images_of, images_on
@@ -282,18 +283,3 @@ def _with_attributes_of(parent: nn.Module, rewrite: Rewrite) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owners[name], name.rpartition(".")[2], value)
-
-
-def came_from(parent: nn.Module, rewrite: Rewrite, topology: Topology) -> dict[str, str]:
-    """By the path of each of the child's modules, that of the parent's of which it is, or is a copy."""
-    modules = dict(parent.named_modules())
-    if not rewrite.blocks:
-        return {path: path for path in modules}
-    for path, module in modules.items():
-        module._came_from = path
-    try:
-        arranged = arrange(parent, topology, rewrite.blocks)
-    finally:
-        for module in modules.values():
-            del module._came_from
-    return {path: module._came_from for path, module in arranged.named_modules()}

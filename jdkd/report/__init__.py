@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from jdkd.files import write_whole
-from jdkd.report.html import page
 from jdkd.report.mirrors import Mirrors
 from jdkd.report.outcome import Outcome, read_outcome
 from jdkd.report.plot import pareto_plot
+from jdkd.report.search_page import page
 from jdkd.report.table import result_table
 from jdkd.report.verdict import summary, verdict
 

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any
 
 from jdkd.report.outcome import Outcome
-from jdkd.report.svg import Axes, drawing, spread, tag, ticks
+from jdkd.report.svg import ABOVE, BELOW, Axes, spread, tag
 
 ROW = 34  # pixels of an interval's row
 
@@ -54,28 +54,21 @@ def _intervals(outcome: Outcome) -> str:
     if not rows:
         return ""
     values = [value for row in rows for value in row[1:5]]
-    axes = Axes(spread([*values, 1.0], 0.12), (0, 1), ("latency over the base's, 95 % intervals", ""), (760, 0), 170)
-    axes.bottom = axes.top + ROW * len(rows)
-    drawn = [tag("line", x1=axes.x(at), x2=axes.x(at), y1=axes.top, y2=axes.bottom, class_="grid") for at in _at(axes)]
-    drawn += [tag("text", f"{at:g}", x=axes.x(at), y=axes.bottom + 17, text_anchor="middle") for at in _at(axes)]
+    labels, size = ("latency over the base's, 95 % intervals", None), (760, ABOVE + ROW * len(rows) + BELOW)
+    axes = Axes(spread([*values, 1.0], 0.12), (len(rows), 0), labels, size, left=170)
+    drawn = []
     for number, (name, ratio, low, high, asked, holds) in enumerate(rows):
-        y, kind = axes.top + ROW * (number + 0.5), "good" if holds else "bad"
+        y, kind = axes.y(number + 0.5), "good" if holds else "bad"
         drawn.append(tag("text", name, x=axes.left - 12, y=y + 4, text_anchor="end"))
         at = axes.x(asked)
         drawn.append(tag("line", x1=at, x2=at, y1=y - ROW / 2 + 3, y2=y + ROW / 2 - 3, class_="target"))
         drawn.append(tag("line", x1=axes.x(low), x2=axes.x(high), y1=y, y2=y, class_=f"interval {kind}"))
         told = tag("title", f"{name}: {ratio:.4f} ({low:.4f}–{high:.4f})")
         drawn.append(tag("circle", None, told, cx=axes.x(ratio), cy=y, r=5, class_=f"middle {kind}"))
-    middle = (axes.left + axes.right) / 2
-    drawn.append(tag("text", axes.labels[0], x=middle, y=axes.bottom + 38, text_anchor="middle", class_="label"))
     title = "latency ratios of the students and of the base against itself, with 95 % intervals"
-    chart = drawing((760, axes.bottom + 46), "".join(drawn), title, class_="chart wide", id="intervals")
+    chart = axes.drawing("".join(drawn), title, class_="chart wide", id="intervals")
     told = f'<p class="{"" if aa[0] else "bad"}" id="aa">{escape(aa[1])}</p>' if aa else ""
     return f'{told}<div class="scroll">{chart}</div><p class="legend">┊ what was asked for, and 1 for the base.</p>'
-
-
-def _at(axes: Axes) -> list[float]:
-    return ticks(*axes._x)
 
 
 def _predictions(outcome: Outcome) -> str:

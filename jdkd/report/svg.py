@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 SEQUENCE = ((68, 82, 155), (38, 130, 142), (53, 183, 121), (180, 200, 40))  # early to late; seen on white and on black
+ABOVE, BELOW = 14, 46  # pixels of a drawing outside of its frame
 
 
 def tag(name: str, text: str | None = None, *inside: str, **attributes: Any) -> str:
@@ -43,7 +44,7 @@ class Axes:
 
     Args:
         x, y: ranges of the values.
-        labels: what the axes are of.
+        labels: what the axes are of; without one for the vertical axis, that is not drawn.
         size: width and height in pixels of the drawing; a page scales it.
         left: pixels that the numbers of the vertical axis take.
     """
@@ -52,12 +53,12 @@ class Axes:
         self,
         x: tuple[float, float],
         y: tuple[float, float],
-        labels: tuple[str, str],
+        labels: tuple[str, str | None],
         size: tuple[int, int] = (760, 400),
         left: int = 62,
     ) -> None:
         self.size, self.labels, self._x, self._y = size, labels, x, y
-        self.left, self.right, self.top, self.bottom = left, size[0] - 14, 14, size[1] - 46
+        self.left, self.right, self.top, self.bottom = left, size[0] - 14, ABOVE, size[1] - BELOW
 
     def x(self, value: float) -> float:
         low, high = self._x
@@ -82,13 +83,16 @@ class Axes:
             at = self.x(value)
             drawn.append(tag("line", x1=at, x2=at, y1=self.top, y2=self.bottom, class_="grid"))
             drawn.append(tag("text", f"{value:g}", x=at, y=self.bottom + 17, text_anchor="middle"))
+        middle, half = (self.left + self.right) / 2, (self.top + self.bottom) / 2
+        label = tag("text", self.labels[0], x=middle, y=self.size[1] - 8, text_anchor="middle", class_="label")
+        if self.labels[1] is None:
+            return "".join([*drawn, label])
         for value in ticks(*self._y):
             at = self.y(value)
             drawn.append(tag("line", x1=self.left, x2=self.right, y1=at, y2=at, class_="grid"))
             drawn.append(tag("text", f"{value:g}", x=self.left - 8, y=at + 4, text_anchor="end"))
-        middle, half = (self.left + self.right) / 2, (self.top + self.bottom) / 2
-        drawn.append(tag("text", self.labels[0], x=middle, y=self.size[1] - 8, text_anchor="middle", class_="label"))
         turned = f"rotate(-90 15 {_short(half)})"
+        drawn.append(label)
         drawn.append(tag("text", self.labels[1], x=15, y=half, text_anchor="middle", transform=turned, class_="label"))
         return "".join(drawn)
 

@@ -20,7 +20,8 @@ from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable, fewer_regions, regions_of
 from jdkd.morph import Morph, can_shorten, change_regions, channel_importance, cut_to, grow, shorten
-from jdkd.morph.importance import LEARNT, names_before
+from jdkd.morph.importance import LEARNT
+from jdkd.morph.origins import names_before
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
 from jdkd.search.archive import Candidate

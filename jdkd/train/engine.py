@@ -47,7 +47,7 @@ Losses = Callable[[list[Tensor], list[dict[str, Tensor]], int], Iterable[dict[st
 Parts = Callable[[], Mapping[str, Tensor]]
 
 
-class ProgressCallback(Protocol):
+class TrainingCallback(Protocol):
     """Called after every step with how far a training is; ``losses`` are those of the last log line."""
 
     def __call__(self, step: int, total: int, losses: dict[str, float]) -> None: ...
@@ -75,7 +75,7 @@ def fit(
     folder: Path | str | None = None,
     resume: bool = False,
     identity: Mapping[str, Any] | None = None,
-    progress: ProgressCallback | None = None,
+    progress: TrainingCallback | None = None,
 ) -> FitReport:
     """Trains a detector in place, for one cycle of the learning rate with an optimizer of its own.
 

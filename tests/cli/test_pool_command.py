@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from jdkd.cli.flags import DataFlags
+from jdkd.cli.flags import DataFlags, record_of
 from jdkd.cli.pool import _loaded, _split
 from jdkd.cli.progress import Progress
 from jdkd.data import resolve_splits
-from jdkd.data.splits import whereabouts
 from jdkd.detect import load
 from jdkd.notices import Notice
 from jdkd.rewrite import Architecture
@@ -240,7 +239,7 @@ def test_the_pool_of_a_detector_with_masks_knows_its_training_images(digits, tmp
 @pytest.mark.parametrize("flags", [(), ("val",), ("train", "val")])
 def test_a_split_that_no_flag_names_is_the_one_that_the_pool_recorded(squares, tmp_path, flags):
     there, here = resolve_splits(squares), {}
-    RunFolder(tmp_path / "pool").begin("pool train", {}, where={"data": whereabouts({one.name: one for one in there})})
+    RunFolder(tmp_path / "pool").begin("pool train", {}, **record_of(there, "cpu"))
     for name in flags:
         (tmp_path / name).mkdir()
         (tmp_path / f"{name}.json").touch()

@@ -10,7 +10,8 @@ from torchvision.ops import StochasticDepth
 from jdkd.detect import read
 from jdkd.errors import InputError
 from jdkd.morph import add_block, gradients, rearrange
-from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance, names_before
+from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance
+from jdkd.morph.origins import names_before
 from jdkd.rewrite.channels import named
 from tests.detectors import detector, small_spec
 from tests.morph.small import parent

@@ -12,15 +12,7 @@ from jdkd.ops import elastic_check, elastic_pointwise, pack_operators, pearson, 
 from jdkd.reference import pearson as reference
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def nothing_known(monkeypatch, tmp_path):
-    """A process that knows no verdict, and a cache of its own."""
-    monkeypatch.setenv("JDKD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("JDKD_BACKEND", raising=False)
-    monkeypatch.setattr(_verdicts, "_known", {})
-    monkeypatch.setattr(_backend, "_chosen", {})
+pytestmark = pytest.mark.usefixtures("nothing_known")
 
 
 def levels(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

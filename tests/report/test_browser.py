@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from jdkd.report import read_outcome
-from jdkd.report.html import page
 from jdkd.report.pictures import Box, box_mark
 from jdkd.report.responses import responses_section
+from jdkd.report.search_page import page
 from jdkd.report.seen import Sight, seen_page
 from jdkd.train.image_scores import judge
 from tests.report.browser import Browser, found

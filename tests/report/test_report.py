@@ -9,7 +9,7 @@ from rich.console import Console
 
 from jdkd.errors import InputError
 from jdkd.report import read_outcome, result_table, summary, verdict, write_report
-from jdkd.report.html import page
+from jdkd.report.search_page import page
 from jdkd.search.archive import Archive
 from tests.report.made_up import entry, make_search, result
 

@@ -15,10 +15,10 @@ from jdkd.detect import load, read, save
 from jdkd.detect.regions import region_attributes
 from jdkd.distill.responses import responses
 from jdkd.pool import Subnet
-from jdkd.report.html import page
 from jdkd.report.lineage import arranged
 from jdkd.report.outcome import Outcome, signed
 from jdkd.report.predictions import examples, predictions_section
+from jdkd.report.search_page import page
 from jdkd.report.stages import Layer, stages
 from jdkd.report.svg import Axes, colour, spread, ticks
 from jdkd.report.taught import taught_section
