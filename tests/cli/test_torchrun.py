@@ -103,9 +103,9 @@ def test_a_student_is_taught_by_both_through_one_adapter(digits, tmp_path):
     process = torchrun("distill", *pair, "--out", tmp_path / "student", *flags_of(digits), "--steps", 3)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert said.count("through a trained 1x1 adapter, from 16 channels to 32") == 1, "by one process"
+    assert said.count("through a trained 1x1 adapter, from 8 channels to 32") == 1, "by one process"
     state = torch.load(tmp_path / "student" / "checkpoint.pt", weights_only=True)
     assert state["step"] == 3 and state["config"]["processes"] == 2
-    assert {tuple(weight.shape) for weight in state["auxiliary"].values()} == {(32, 16, 1, 1)}
+    assert {tuple(weight.shape) for weight in state["auxiliary"].values()} == {(32, 8, 1, 1)}
     summary = json.loads((tmp_path / "student" / "distill.json").read_text())
     assert summary["train_steps"] == 3 and summary["losses"]["loss_pkd"] > 0
