@@ -80,13 +80,16 @@ def row(report: LatencyReport) -> record.Row:
 
 
 def table(given: Sequence[record.Row]) -> str:
-    """Markdown: a line a machine."""
-    heads, lines = ("machine", "measurements", "A/A contains 1", "a slowdown of 5 % is found"), []
-    for device in dict.fromkeys(row["device"] for row in given):
-        own = [row for row in given if row["device"] == device]
-        holds, planted = sum(row["holds"] for row in own), [row["verdict"] for row in own if row["verdict"]]
+    """Markdown: a line for what was measured of one commit on a machine."""
+    heads = "machine", "load", "measurements", "A/A contains 1", "a slowdown of 5 % is found"
+    sets, lines = dict[tuple[str, str], list[record.Row]](), []
+    for row in given:
+        sets.setdefault((row["device"], row["commit"]), []).append(row)
+    for (device, _), own in sets.items():
+        loads, planted = [row["load"] for row in own], [row["verdict"] for row in own if row["verdict"]]
         found = f"{planted.count('slower')} of {len(planted)}" if planted else "not measured"
-        lines.append([device, len(own), holds, found])
+        load = f"{min(loads):.1f} to {max(loads):.1f}"
+        lines.append([device, load, len(own), sum(row["holds"] for row in own), found])
     return markdown.table(heads, "lr", lines)
 
 
