@@ -86,7 +86,8 @@ def verdict(rows: Sequence[Row]) -> str:
     if not taught:
         return ""
     won = [pair for pair, row in taught.items() if wins(row)]
-    said = f"PKD beats training without a teacher by more than the spread on {len(won)} of {len(taught)} pairs"
+    said = f"In {STEPS} steps PKD beats training without a teacher by more than the spread on {len(won)} of "
+    said += f"{len(taught)} pairs"
     said += f" ({', '.join(map(name, won))})" if won else ""
     met = "met" if len(won) >= ASKED else "not met"
     sentences = [f"**{said}; at least {ASKED} were asked for, which is {met}.**"]
