@@ -35,8 +35,8 @@ def test_pkd_wins_where_its_whole_interval_lies_above_0():
     assert said.startswith(
         "**In 800 steps PKD beats training without a teacher by more than the spread on 1 of 2 pairs (fasterrcnn → "
         "fcos); at least 2 were asked for, which is not met.** It does not on fcos → fcos: +0.005 (-0.050 to +0.060) "
-        "(the teacher scores 0.600, the student alone 0.250). Its gain is the largest of pkd, cwd, mse on 1 of 2 pairs (fasterrcnn "
-        "→ fcos)."
+        "(the teacher scores 0.600, the student alone 0.250). Its gain is the largest of pkd, cwd, mse on 1 of 2 pairs "
+        "(fasterrcnn → fcos)."
     )
     other = row("retinanet", "fcos", "pkd", [0.4, 0.4], (0.01, 0.15, 0.2))
     assert "on 2 of 3 pairs (fasterrcnn → fcos, retinanet → fcos); at least 2 were asked for, which is met.**" in (
