@@ -45,9 +45,9 @@ def cut_to(
     Greedy: again and again that group is cut by one step, :meth:`jdkd.graph.ChannelGroup.shrunk` gives its size, or
     that block leaves, which loses least for what it saves, as the detector is by then; what it saves beyond the aim
     counts for nothing, so that a few channels may pay for the last per cent in a block's place. A block loses its
-    importance. A group of which the share s of its importance I is left has lost ``-I log s``: the first channels cost what they
-    weigh, the last ones more and more, as what reads them has less to make up for them. (Our choice; what it is worth
-    against the plain sum in a whole search was not measured.)
+    importance. A group of which the share s of its importance I is left has lost ``-I log s``: the first channels cost
+    what they weigh, the last ones more and more, as what reads them has less to make up for them. (Our choice; what it
+    is worth against the plain sum in a whole search was not measured.)
 
     Args:
         model: the detector to cut, the table's base or a descendant of it.
