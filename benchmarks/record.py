@@ -214,6 +214,8 @@ def _of_device(given: Sequence[Row]) -> str:
         key = (" ".join(row[name] for name in ("case", "dtype", "layout")), row["mode"])
         fastest = cases.setdefault(key, {})
         fastest[_family(row)] = min(row, fastest.get(_family(row), row), key=lambda row: row["median_us"])
+    order = list(dict.fromkeys(case for case, _ in cases))
+    cases = dict(sorted(cases.items(), key=lambda item: (order.index(item[0][0]), item[0][1])))  # modes side by side
     comparisons = [_comparison(found.get(families[0]), found.get(OURS)) for found in cases.values()]
     compared = [name for name in ("of copy", "peak memory", "kept") if any(name in line for line in comparisons)]
     lines = []

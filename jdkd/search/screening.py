@@ -20,7 +20,6 @@ from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable, fewer_regions, regions_of
 from jdkd.morph import Morph, can_shorten, change_regions, channel_importance, cut_to, grow, shorten
-from jdkd.morph.importance import LEARNT
 from jdkd.morph.origins import names_before
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
@@ -108,7 +107,8 @@ class Parent:
     @cached_property
     def importance(self) -> dict[str, Tensor]:
         """Of its channels."""
-        return self._important(self.model, self.topology)
+        context = self.context
+        return channel_importance(self.model, self.topology, context.config.method.criterion, context.weighing)
 
     @cached_property
     def regions(self) -> int | None:
@@ -216,27 +216,17 @@ class Parent:
     def _with(self, grown: Morph) -> tuple[nn.Module, Topology, dict[str, Tensor]]:
         """It with more blocks, or with some moved, what is coupled to what in that, and how much its parts matter.
 
-        What is new is none of them: it stays in the cut that pays for it. Where no block left, the losses and so the
-        gradients are what they were.
+        What is new does not matter to any loss: it stays in the cut that pays for it. What was there matters as it did:
+        read anew where a block left, importance chose no better cuts.
         """
         rewrite, known = grown.rewrite, repr(grown.rewrite)
         if known not in self._grown:
             model = grown.apply(self.model, self.topology)
             topology = self.context.read(model)
             before = names_before(self.model, self.topology, rewrite, topology)
-            lists = {blocks.name: {*range(len(blocks.blocks))} for blocks in self.topology.block_lists}
-            stay = all(lists[name] <= {*order} for name, order in rewrite.blocks.items())
-            if stay and self.context.config.method.criterion in LEARNT:
-                matters = {name: self.importance[was] for name, was in before.items() if was in self.importance}
-            else:
-                found = self._important(model, topology)
-                matters = {name: found[name] for name in before if name in found}
+            matters = {name: self.importance[was] for name, was in before.items() if was in self.importance}
             self._grown[known] = model, topology, matters
         return self._grown[known]
-
-    def _important(self, model: nn.Module, topology: Topology) -> dict[str, Tensor]:
-        context = self.context
-        return channel_importance(model, topology, context.config.method.criterion, context.weighing)
 
 
 def _is_close(timed: Screened, aim: float) -> bool:
