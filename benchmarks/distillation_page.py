@@ -52,9 +52,7 @@ def page(kept: Iterable[Row]) -> str:
         parts += [f"### {TITLES.get(data, data)}", _facts(own, "student"), verdict(own), table(own)]
         if chart(own):
             parts.append(f"![mAP of students in training, by pair and loss]({chart_name(data)})")
-        if any(row["weight"] != AUTO for row in own):
-            parts.append(sweep(own))
-        parts += [lengths(every), inherited(every)]
+        parts += [sweep(every), lengths(every), inherited(every)]
     return "\n\n".join(filter(None, parts)) or "Not measured."
 
 
@@ -177,20 +175,18 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def sweep(rows: Sequence[Row]) -> str:
-    """A table of PKD's weights on one pair, and which is the best."""
-    parts = []
-    for pair in pairs(rows):
-        own = [row for row in rows if (row["teacher"], row["student"]) == pair and row["weight"] != AUTO]
-        if not own:
-            continue
+    """For each pair and length of training with several weights of PKD a table, and which is the best."""
+    parts, swept = [], [row for row in rows if row["weight"] != AUTO]
+    for pair, steps in dict.fromkeys((_pair(row), row["steps"]) for row in swept):
+        own = [row for row in swept if (_pair(row), row["steps"]) == (pair, steps)]
         own.sort(key=lambda row: row["weight"])
         best = max(own, key=lambda row: row["gain"])
         published = TWO_STAGE if any("rcnn" in each for each in pair) else ONE_STAGE
         won = [f"{row['weight']:g}" for row in own if wins(row)]
         lines = ((f"{row['weight']:g}", scores(row), gained(row)) for row in own)
         parts += [
-            f"Weights of PKD, {name(pair)}: the best of {len(own)} is {best['weight']:g} (the published one is "
-            f"{published:g}); the whole interval lies above 0 at {', '.join(won) if won else 'none of them'}.",
+            f"Weights of PKD, {name(pair)}, {steps} steps: the best of {len(own)} is {best['weight']:g} (the published "
+            f"one is {published:g}); the whole interval lies above 0 at {', '.join(won) if won else 'none of them'}.",
             markdown.table(("weight", "mAP by seed", GAIN), "r", lines),
         ]
     return "\n\n".join(parts)

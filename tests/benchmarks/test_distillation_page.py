@@ -105,8 +105,10 @@ def test_the_sweep_names_the_best_weight_and_the_published_one():
         row("fasterrcnn", "fcos", "pkd", [0.4, 0.5], (low, low + 0.1, low + 0.2), weight=weight)
         for weight, low in weights
     ]
-    said = pages.page([*ROWS, *reversed(swept)])
-    assert "Weights of PKD, fasterrcnn → fcos: the best of 3 is 6 (the published one is 6); the whole interval" in said
+    short = row("fasterrcnn", "fcos", "pkd", [0.1, 0.2], (-0.2, -0.1, 0), weight=2.0, steps=200)
+    said = pages.page([*ROWS, short, *reversed(swept)])
+    assert "fasterrcnn → fcos, 800 steps: the best of 3 is 6 (the published one is 6); the whole interval" in said
+    assert "fasterrcnn → fcos, 200 steps: the best of 1 is 2 " in said, "another length is another table"
     assert "lies above 0 at 6, 20." in said and "| 1 | 0.400 0.500 | +0.090 (-0.010 to +0.190) |\n| 6 |" in said
     assert said.count("| fasterrcnn (0.600) | fcos | pkd |") == 1, "and is not in the table of the pairs"
     alone = pages.page([row("fcos", "retinanet", "pkd", [0.4], (-0.1, 0, 0.1), weight=2.0)])
