@@ -255,7 +255,7 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
         InputError: there is no pool, or no such images.
     """
     from jdkd.data import CocoDetectionDataset
-    from jdkd.detect.contract import require_classes
+    from jdkd.detect.architecture import require_classes
     from jdkd.pool import load_pool
     from jdkd.pool.elastic_pool import POOL
 
@@ -278,7 +278,7 @@ def _opened(split: Any, model: nn.Module, who: str, progress: Progress) -> CocoD
         InputError: they are of others.
     """
     from jdkd.data import CocoDetectionDataset
-    from jdkd.detect.contract import require_classes
+    from jdkd.detect.architecture import require_classes
 
     data = CocoDetectionDataset(split, progress.task(f"check {split.name} images"))
     require_classes(model, who, data.classes, split.annotations)

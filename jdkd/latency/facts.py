@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from jdkd.detect import parameter_count
-from jdkd.detect.contract import detections, identity
+from jdkd.detect.architecture import identity
+from jdkd.detect.contract import detections
 from jdkd.latency.calls import on_device
 from jdkd.latency.folding import batch_norms
 from jdkd.latency.runtimes import Artefact, Batches

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from jdkd.data import CocoDetectionDataset, batches
 from jdkd.data.splits import whereabouts
 from jdkd.detect import load, read
+from jdkd.detect.architecture import architecture_of, require_classes
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
-from jdkd.detect.contract import architecture_of, require_classes
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.export.runtimes import known_runtimes

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.detect.input_size import input_size, require_visible
 from jdkd.distill import correlations, pyramids
 from jdkd.distill.alignment import PyramidSnapshot

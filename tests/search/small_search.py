@@ -11,7 +11,7 @@ import torch
 
 from jdkd.data import CocoDetectionDataset, resolve_splits
 from jdkd.detect import read, save
-from jdkd.detect.contract import identity
+from jdkd.detect.architecture import identity
 from jdkd.detect.regions import region_count
 from jdkd.graph import Topology
 from jdkd.latency import Latency, LatencyReport, ModelLatency
