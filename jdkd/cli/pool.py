@@ -68,6 +68,7 @@ class PoolTrain:
             self._run(device)
 
     def _run(self, device: str) -> None:
+        from jdkd.data.copies import say_if_trained_on
         from jdkd.detect import load, read
         from jdkd.detect.input_size import require_visible
         from jdkd.pool import Space, train_pool
@@ -87,6 +88,7 @@ class PoolTrain:
         with Progress() as progress:
             with first_goes_ahead():
                 opened = [_opened(split, base, f"the base in {self.base}", progress) for split in splits]
+            from_first(lambda: say_if_trained_on(opened[1], opened[0]))
             require_visible(base, opened[0].sizes)
             for scored in (base, *foreign.values()):
                 require_visible(scored, opened[1].sizes)
