@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -87,14 +86,13 @@ class PoolTrain:
             foreign[name] = load(folder, device)
         with Progress() as progress:
             with first_goes_ahead():
-                opened = [_opened(split, base, f"the base in {self.base}", progress) for split in splits]
-            from_first(lambda: say_if_trained_on(opened[1], opened[0]))
-            require_visible(base, opened[0].sizes)
+                images, val = (_opened(split, base, f"the base in {self.base}", progress) for split in splits)
+            from_first(lambda: say_if_trained_on(val, images))
+            require_visible(base, images.sizes)
             for scored in (base, *foreign.values()):
-                require_visible(scored, opened[1].sizes)
-            config = self._config(opened[0])
-            train = data_for(base, opened[0], batch_size=self.batch_size, seed=self.training.seed, device=device)
-            val = opened[1]
+                require_visible(scored, val.sizes)
+            config = self._config(images)
+            train = data_for(base, images, batch_size=self.batch_size, seed=self.training.seed, device=device)
             identity = self._identity(config, train, val)
             from_first(lambda: run.require(KIND, identity, resume=self.training.resume))
             with keeping(run, lambda: self.training.kept(self.out)):
@@ -244,10 +242,10 @@ def _split(pool: Path, source: DataFlags, name: str) -> Any:
     Raises:
         InputError: neither is there.
     """
-    found = source.split(name) if source.names(name) else recorded_split(pool, name)
+    found = source.split(name) if source.names(name) else recorded_split(pool, name, source.strict)
     if found is None:
         raise InputError(f"{pool} does not say where its {name} data are, or they are gone; give --data.")
-    return dataclasses.replace(found, strict=source.strict)
+    return found
 
 
 def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) -> TeacherPool:
