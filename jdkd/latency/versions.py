@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from jdkd.latency.calls import check_images
 from jdkd.latency.clock import Clock
 from jdkd.latency.folding import fuse_for_inference
 from jdkd.latency.layers import as_floats, part_of, positions
-from jdkd.latency.protocol import QUICK, MeasuringCallback, measure
+from jdkd.latency.protocol import MeasuringCallback, measure_quick
 from jdkd.latency.runtimes import Eager, Runtime
 from jdkd.latency.table import REGIONS, LatencyTable, regions_of
 from jdkd.nn.unwrapping import unwrapped
@@ -74,16 +75,15 @@ def measure_table(
     regions, per_region = regions_of(model), _of_regions(model, topology, images[0], now)
     table = LatencyTable(_containers(topology), sizes, counted, (), kept=kept, regions=regions, of_regions=per_region)
     rows = [(table.features(model), 1.0)]
-    schedule = vars(QUICK) | {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock}
-    schedule |= {"modes": ("end_to_end",), "brief": True, "runtime": runtime}
+    how: dict[str, Any] = {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock, "runtime": runtime}
     nms = []  # of the base, over the rest
     for start in range(0, len(versions), AT_ONCE):
         some = versions[start : start + AT_ONCE]
         timed = {"base": deployed}
         timed |= {str(k): fuse_for_inference(each.apply(model, topology)) for k, each in enumerate(some)}
-        whole = measure({"base": deployed}, images, **schedule).models["base"].modes()["end_to_end"].p50
+        whole = measure_quick({"base": deployed}, images, **how).models["base"].modes()["end_to_end"].p50
         with runtime.steady_nms(kept):
-            report = measure(timed, images, **schedule)
+            report = measure_quick(timed, images, **how)
         medians = [timing.modes()["end_to_end"].p50 for timing in report.models.values()]
         nms.append(whole / medians[0] - 1)
         for each, median in zip(some, medians[1:], strict=True):

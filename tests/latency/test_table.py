@@ -12,7 +12,7 @@ from jdkd.detect import read
 from jdkd.detect.input_size import size_attributes
 from jdkd.detect.regions import region_attributes
 from jdkd.errors import InputError
-from jdkd.latency import Latency, LatencyReport, LatencyTable, measure, measure_table, profile_cost
+from jdkd.latency import Latency, LatencyReport, LatencyTable, measure_quick, measure_table, profile_cost
 from jdkd.latency import table as table_module
 from jdkd.latency import versions as versions_module
 from jdkd.latency.clock import CpuClock
@@ -113,7 +113,7 @@ def priced(model, topology):
         return LatencyReport(times, {}, {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(versions_module, "measure", measure)
+        patch.setattr(versions_module, "measure_quick", measure)
         patch.setattr(versions_module, "fuse_for_inference", lambda model: model)
         return measure_table(model, topology, [image]), cost
 
@@ -172,7 +172,8 @@ def test_a_table_is_json_and_learns_from_what_is_measured(free, priced, model, t
 
 def test_detectors_without_an_input_size_and_with_one_block_have_tables(monkeypatch):
     monkeypatch.setattr(versions_module, "SHARES", (0.5,))
-    monkeypatch.setattr(versions_module, "measure", lambda *given, **how: measure(*given, **how | {"warmup_limit": 0}))
+    quick = lambda *given, **how: measure_quick(*given, **how | {"warmup_limit": 0})  # noqa: E731
+    monkeypatch.setattr(versions_module, "measure_quick", quick)
     for name in ("ssd", "pan"):
         model, topology = parent(name)
         table = measure_table(model, topology, [picture()[0].double()], rounds=1, clock=CpuClock())

@@ -101,7 +101,7 @@ def make_steady(patch) -> None:
     patch.setattr("jdkd.search.context.measure_table", remembered_table)
     patch.setattr("jdkd.search.context.read", remembered_topology)
     patch.setattr("jdkd.search.context.measure", steady_measure)
-    patch.setattr("jdkd.latency.versions.measure", steady_measure)
+    patch.setattr("jdkd.latency.versions.measure_quick", steady_measure)
     patch.setattr("jdkd.latency.versions.SHARES", (0.5,))
     patch.setattr("jdkd.search.context.PROBE_BATCHES", 1)
     patch.setattr("jdkd.search.context.TIMING_IMAGES", 1)
