@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import proof, record
+from benchmarks import markdown, proof, record
 from benchmarks.proof import RECIPES, jdkd
 from jdkd.data import resolve_splits
 from jdkd.search import Method, SearchConfig, plan, search
@@ -95,8 +95,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """An arm a row, the mean over seeds, and its difference to the method, paired by seed."""
     rows = list({(row["arm"], row["seed"]): row for row in rows}.values())
     joint = {row["seed"]: row["map"] for row in rows if row["arm"] == "joint"}
-    lines = ["| arm | what differs | seeds | student mAP | less the method's, paired | latency ratio |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: |")
+    headings = ("arm", "what differs", "seeds", "student mAP", "less the method's, paired", "latency ratio")
+    lines = []
     for arm, (what, _) in ARMS.items():
         own = [row for row in rows if row["arm"] == arm]
         if not own:
@@ -104,11 +104,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         differences = [row["map"] - joint[row["seed"]] for row in own if row["seed"] in joint]
         less = "" if arm == "joint" else spread(differences)
         ratio = statistics.mean(row["latency_ratio"] for row in own)
-        lines.append(f"| {arm} | {what} | {len(own)} | {spread([row['map'] for row in own])} | {less} | {ratio:.3f} |")
+        lines.append((arm, what, len(own), spread([row["map"] for row in own]), less, f"{ratio:.3f}"))
     for name in ("base", "control"):
         values = [row[name] for row in rows if row["arm"] == "joint"]
-        lines.append(f"| {name} | | {len(values)} | {spread(values)} | | 1.000 |")
-    return "\n".join(lines)
+        lines.append((name, "", len(values), spread(values), "", "1.000"))
+    return markdown.table(headings, "llr", lines)
 
 
 def spread(values: Sequence[float]) -> str:

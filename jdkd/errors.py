@@ -31,6 +31,12 @@ def one_of_these(name: str, known: Iterable[str]) -> str:
     return f"give {near[0]}, if that was meant, or another of these" if near else "give one of these"
 
 
+def require_batches(read: object, who: str) -> None:
+    """Refuses, with :class:`InputError`, that ``who`` was given no batch of images: that nothing was ``read``."""
+    if not read:
+        raise InputError(f"{who} was given 0 batches and needs at least 1; give it some images.")
+
+
 def said(error: BaseException) -> str:
     """The kind of an error and the first line of what it says."""
     first = str(error).strip().partition("\n")[0]

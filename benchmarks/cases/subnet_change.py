@@ -60,12 +60,7 @@ def case(
     """One network.
 
     Args:
-        backbone: of torchvision.
-        size: of the images, in pixels.
-        dtype: float32, or what autocast computes in.
-        device: ``cpu`` or ``cuda``.
-        images: the batch.
-        width: of the network, over the published one.
+        backbone, size, dtype, device, images, width: as of :func:`benchmarks.cases.supernet_step.case`.
     """
     network, graphs = Network(backbone, width), Graphs()
 

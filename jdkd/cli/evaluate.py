@@ -42,7 +42,7 @@ class Eval:
     def __call__(self) -> None:
         from jdkd.data import CocoDetectionDataset
         from jdkd.detect import load
-        from jdkd.detect.contract import identity
+        from jdkd.detect.architecture import identity
         from jdkd.detect.input_size import require_whole
         from jdkd.latency import fuse_for_inference, profile_cost
         from jdkd.train import evaluate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -104,10 +104,9 @@ class Export:
         from jdkd.detect.input_size import require_visible
         from jdkd.train.evaluate import require_same_classes
 
-        split = self.source.split("val") if self.source.given else recorded_split(self.ckpt, "val")
+        split = self.source.split("val") if self.source.given else recorded_split(self.ckpt, "val", self.source.strict)
         if split is None:
             return [(image, {}) for image in photographs()[: self.images]], None
-        split = replace(split, strict=self.source.strict)
         dataset = CocoDetectionDataset(split, progress.task("check images"))
         require_same_classes(model, dataset.classes, dataset.label_to_category)
         dataset = dataset.subset(range(min(self.images, len(dataset))))

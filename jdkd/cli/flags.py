@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -227,11 +227,11 @@ def split_of(source: DataFlags, folder: Path, name: str) -> Split:
     Raises:
         InputError: it is not given or does not exist, and the folder does not know of one either.
     """
-    found = None if source.given else recorded_split(folder, name)
+    found = None if source.given else recorded_split(folder, name, source.strict)
     if found is None:
         return source.split(name)
     say_once(f"no data are given: these are the {name} images that {folder} was made with, in {found.images}")
-    return replace(found, strict=source.strict)
+    return found
 
 
 def record_of(splits: Sequence[Split], device: str) -> dict[str, Any]:
@@ -242,12 +242,13 @@ def record_of(splits: Sequence[Split], device: str) -> dict[str, Any]:
     return {"command": ["jdkd", *sys.argv[1:]], "where": where}
 
 
-def recorded_split(folder: Path, name: str) -> Split | None:
+def recorded_split(folder: Path, name: str, strict: bool) -> Split | None:
     """The split, `train` or `val`, that a run recorded, if it is still there.
 
     Args:
         folder: of the run, or one in it, such as its student or its pool.
         name: of the split.
+        strict: whether to refuse what would be put right.
     """
     from jdkd.data import Split
     from jdkd.run_folder import RunFolder
@@ -259,7 +260,7 @@ def recorded_split(folder: Path, name: str) -> Split | None:
             continue
         if not {f"{name}_images", f"{name}_annotations"} <= data.keys():
             continue
-        split = Split(Path(data[f"{name}_images"]), Path(data[f"{name}_annotations"]), name)
+        split = Split(Path(data[f"{name}_images"]), Path(data[f"{name}_annotations"]), name, strict)
         if split.images.is_dir() and split.annotations.is_file():
             return split
     return None

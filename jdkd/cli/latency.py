@@ -149,10 +149,9 @@ class Latency:
 
         if self.images:
             return [read_image(file) for file in self.images], f"{len(self.images)} image files", None
-        split = self.source.split("val") if self.source.given else recorded_split(self.base, "val")
+        split = self.source.split("val") if self.source.given else recorded_split(self.base, "val", self.source.strict)
         if split is not None:
             with Progress() as progress:
-                split = replace(split, strict=self.source.strict)
                 dataset = CocoDetectionDataset(split, progress.task("check images"))
             for model in detectors.values() if self.map else ():
                 prepare(model, dataset)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from jdkd.cli.progress import MIRROR_SECONDS, Progress, clock
@@ -41,7 +40,10 @@ class SearchProgress(Progress):
         self._steps, self._planned, self._generations = 0, 0, 0
         self._under_way: dict[str, int] = {}  # steps of trainings that no report of the budget counts yet
         self._begun, self._begun_at, self._refreshed = time.monotonic(), 0, time.monotonic()
-        self._live: Any = None
+        if self._bars is not None:
+            from rich.live import Live
+
+            self._shown = Live(get_renderable=self.view, console=self._console, refresh_per_second=4)
 
     def __call__(self, name: str, done: int, total: int, values: Mapping[str, Any] | None = None) -> None:
         now = time.monotonic()
@@ -54,20 +56,6 @@ class SearchProgress(Progress):
         if self._refresh and (name == BUDGET or now - self._refreshed >= MIRROR_SECONDS):
             self._refresh()
             self._refreshed = time.monotonic()
-
-    def __enter__(self) -> SearchProgress:
-        if self._bars is not None:
-            from rich.live import Live
-
-            self._live = Live(get_renderable=self.view, console=self._console, refresh_per_second=4)
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
     def view(self) -> RenderableType:
         """What a terminal shows: the state of the search, its best, and a bar for each thing that goes on."""

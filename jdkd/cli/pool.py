@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -68,6 +67,7 @@ class PoolTrain:
             self._run(device)
 
     def _run(self, device: str) -> None:
+        from jdkd.data.copies import say_if_trained_on
         from jdkd.detect import load, read
         from jdkd.detect.input_size import require_visible
         from jdkd.pool import Space, train_pool
@@ -86,13 +86,13 @@ class PoolTrain:
             foreign[name] = load(folder, device)
         with Progress() as progress:
             with first_goes_ahead():
-                opened = [_opened(split, base, f"the base in {self.base}", progress) for split in splits]
-            require_visible(base, opened[0].sizes)
+                images, val = (_opened(split, base, f"the base in {self.base}", progress) for split in splits)
+            from_first(lambda: say_if_trained_on(val, images))
+            require_visible(base, images.sizes)
             for scored in (base, *foreign.values()):
-                require_visible(scored, opened[1].sizes)
-            config = self._config(opened[0])
-            train = data_for(base, opened[0], batch_size=self.batch_size, seed=self.training.seed, device=device)
-            val = opened[1]
+                require_visible(scored, val.sizes)
+            config = self._config(images)
+            train = data_for(base, images, batch_size=self.batch_size, seed=self.training.seed, device=device)
             identity = self._identity(config, train, val)
             from_first(lambda: run.require(KIND, identity, resume=self.training.resume))
             with keeping(run, lambda: self.training.kept(self.out)):
@@ -242,10 +242,10 @@ def _split(pool: Path, source: DataFlags, name: str) -> Any:
     Raises:
         InputError: neither is there.
     """
-    found = source.split(name) if source.names(name) else recorded_split(pool, name)
+    found = source.split(name) if source.names(name) else recorded_split(pool, name, source.strict)
     if found is None:
         raise InputError(f"{pool} does not say where its {name} data are, or they are gone; give --data.")
-    return dataclasses.replace(found, strict=source.strict)
+    return found
 
 
 def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) -> TeacherPool:
@@ -255,7 +255,7 @@ def _loaded(folder: Path, source: DataFlags, device: str, progress: Progress) ->
         InputError: there is no pool, or no such images.
     """
     from jdkd.data import CocoDetectionDataset
-    from jdkd.detect.contract import require_classes
+    from jdkd.detect.architecture import require_classes
     from jdkd.pool import load_pool
     from jdkd.pool.elastic_pool import POOL
 
@@ -278,7 +278,7 @@ def _opened(split: Any, model: nn.Module, who: str, progress: Progress) -> CocoD
         InputError: they are of others.
     """
     from jdkd.data import CocoDetectionDataset
-    from jdkd.detect.contract import require_classes
+    from jdkd.detect.architecture import require_classes
 
     data = CocoDetectionDataset(split, progress.task(f"check {split.name} images"))
     require_classes(model, who, data.classes, split.annotations)

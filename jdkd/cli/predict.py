@@ -160,7 +160,8 @@ def _of_folder(folder: Path, device: str) -> tuple[Callable[[np.ndarray, str], F
     import torch
 
     from jdkd.detect import load
-    from jdkd.detect.contract import detections, known_architecture
+    from jdkd.detect.architecture import known_architecture
+    from jdkd.detect.contract import detections
     from jdkd.detect.input_size import require_visible
     from jdkd.export.parity import numbers
     from jdkd.latency import fuse_for_inference

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 QUIET_SECONDS = 15.0
 MIRROR_SECONDS = 30.0  # between two looks of TensorBoard's or Optuna's mirror at a run
@@ -26,11 +26,12 @@ class Progress:
 
         self._console = Console(stderr=True)
         self._bars: Any = None
+        self._shown: Any = None  # on the terminal, from beginning to end
         self._tasks: dict[str, Any] = {}
         self._told: dict[str, tuple[float, int]] = {}
         self._lines_from: dict[str, tuple[float, int]] = {}
         if self._console.is_terminal:
-            self._bars = progress.Progress(
+            self._bars = self._shown = progress.Progress(
                 progress.TextColumn("{task.description}", markup=False),
                 progress.BarColumn(bar_width=24),
                 progress.MofNCompleteColumn(),
@@ -82,16 +83,16 @@ class Progress:
             self._bars.reset(self._tasks[name], visible=True)  # another of the same name begins
         self._bars.update(self._tasks[name], completed=done, total=total, values=shown)
 
-    def __enter__(self) -> Progress:
-        if self._bars is not None:
-            self._bars.start()
+    def __enter__(self) -> Self:
+        if self._shown is not None:
+            self._shown.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        if self._shown is not None:
+            self._shown.stop()
 
     def _line(self, name: str, done: int, total: int, values: str) -> None:
         now = time.monotonic()

@@ -45,7 +45,8 @@ class Data:
             InputError: one split cannot be used, or they differ in their classes.
         """
         from jdkd.data import CocoDetectionDataset
-        from jdkd.train.distributed import first_goes_ahead
+        from jdkd.data.copies import say_if_trained_on
+        from jdkd.train.distributed import first_goes_ahead, from_first
 
         splits = source.splits()
         with Progress() as progress, first_goes_ahead():
@@ -55,6 +56,7 @@ class Data:
                 f"the training data have the classes {few(train.classes)}, the validation data {few(val.classes)}; "
                 "give splits of one data set."
             )
+        from_first(lambda: say_if_trained_on(val, train))
         return cls(splits, train, val)
 
     def of(self, model: nn.Module, batch_size: int, seed: int) -> Data:

@@ -18,9 +18,7 @@ CANDIDATES = 9  # of every level, section 4.3
 LARGEST = math.log(1000 / 16)  # of the logarithms of distances, torchvision's bound
 
 
-def adaptive_assignment(
-    anchors: Tensor, per_level: Sequence[int], boxes: Tensor, candidates: int = CANDIDATES
-) -> Tensor:
+def adaptive_assignment(anchors: Tensor, per_level: Sequence[int], boxes: Tensor) -> Tensor:
     """Which object every anchor is trained on (Zhang et al., CVPR 2020, section 4.1, algorithm 1).
 
     Of every level the anchors whose centres are nearest to an object's are its candidates. Those are its positives
@@ -31,7 +29,6 @@ def adaptive_assignment(
         anchors: ``[A, 4]`` xyxy in pixels, level after level.
         per_level: how many of them each level has.
         boxes: of the objects, ``[M, 4]`` xyxy in pixels.
-        candidates: of each level.
 
     Returns:
         The number of each anchor's object, ``[A]``; -1 for background.
@@ -43,7 +40,7 @@ def adaptive_assignment(
     distances = (of_boxes[:, None] - centers).square().sum(2)  # [M, A]
     nearest, first = [], 0
     for of_level in distances.split(list(per_level), dim=1):
-        count = min(candidates, of_level.shape[1])
+        count = min(CANDIDATES, of_level.shape[1])
         nearest.append(of_level.topk(count, dim=1, largest=False).indices + first)
         first += of_level.shape[1]
     nearest = torch.cat(nearest, dim=1)  # [M, C]

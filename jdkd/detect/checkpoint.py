@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.rewrite import describe, load_architecture, save_architecture
 from jdkd.rewrite.checkpoint import ARCHITECTURE, WEIGHTS

@@ -20,16 +20,15 @@ STEPS = 8  # a side of an anchor: one step is the stride where anchors are of 8 
 BOX_WEIGHT, DISTRIBUTION_WEIGHT = 2.0, 0.25  # lambda_0 and lambda_1 of equation 8
 
 
-def quality_focal_loss(logits: Tensor, quality: Tensor, beta: float = 2.0) -> Tensor:
-    """``|y - s|^beta`` times the cross entropy of a score and a quality (equation 5), element by element.
+def quality_focal_loss(logits: Tensor, quality: Tensor) -> Tensor:
+    """``|y - s|^2`` times the cross entropy of a score and a quality, element by element (equation 5, beta 2).
 
     Args:
         logits: of the scores s, any shape.
         quality: y in 0..1, of the same shape.
-        beta: how much less what fits already weighs.
     """
     entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
-    return (quality - logits.sigmoid()).abs().pow(beta) * entropy
+    return (quality - logits.sigmoid()).square() * entropy
 
 
 def distribution_focal_loss(logits: Tensor, distances: Tensor) -> Tensor:

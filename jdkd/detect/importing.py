@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.detect.families import BUILDER, class_names
 from jdkd.detect.predictors import remake_predictors
 from jdkd.detect.published import weights_file

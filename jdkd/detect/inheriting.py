@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from jdkd.detect.contract import known_architecture
+from jdkd.detect.architecture import known_architecture
 from jdkd.detect.predictors import class_layers, class_outputs
 from jdkd.errors import InputError, few
 from jdkd.nn.necks import BACKBONE, neck_of, trunk_of

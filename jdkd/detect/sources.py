@@ -12,8 +12,8 @@ from torch import nn
 from torchvision.models import detection as detectors
 from torchvision.models import get_model_builder, list_models
 
+from jdkd.detect.architecture import architecture_of, known_architecture
 from jdkd.detect.checkpoint import load
-from jdkd.detect.contract import architecture_of, known_architecture
 from jdkd.detect.families import BUILDER, FAMILIES
 from jdkd.detect.resizing import resize
 from jdkd.errors import InputError, one_of_these

@@ -11,7 +11,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.detect.input_size import input_size
 from jdkd.detect.roi_scales import probed_levels
 from jdkd.errors import InputError

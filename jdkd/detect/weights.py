@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from jdkd.detect.contract import identity
+from jdkd.detect.architecture import identity
 from jdkd.errors import InputError
 from jdkd.nn.unwrapping import unwrapped
 

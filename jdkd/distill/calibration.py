@@ -13,7 +13,7 @@ from jdkd.distill.adapter import Adapters, check_fitted
 from jdkd.distill.correlation import mean_by_stride
 from jdkd.distill.levels import LevelPair
 from jdkd.distill.regression import Regression
-from jdkd.errors import InputError
+from jdkd.errors import InputError, require_batches
 from jdkd.notices import say_once
 
 ADAPTER = "adapter"
@@ -197,8 +197,7 @@ def calibrated(
     """
     with closing(compared):
         found = _gathered(compared, how, who)
-    if not found:
-        raise InputError("calibrate was given 0 batches and needs at least 1; give it some images.")
+    require_batches(found, "calibrate")
     before = {key: halves.before() for key, halves in found.items()}
     if how == "none":
         return None, _agreements(before, before, how)

@@ -17,7 +17,7 @@ from jdkd.distill.regression import Regression
 from jdkd.distill.route import Route, module_of, route_of
 from jdkd.distill.student_input import parameters_of
 from jdkd.distill.teacher_view import TeacherView
-from jdkd.errors import InputError
+from jdkd.errors import InputError, require_batches
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
 from jdkd.reference.pearson import join, moments
@@ -92,8 +92,7 @@ def correlations(
                 found = moments([pair.student.double()], [pair.teacher.double()])
                 before = sums.get((pair.stride, place))
                 sums[pair.stride, place] = found if before is None else join(torch.stack((before, found)))
-    if not sums:
-        raise InputError("correlations was given 0 batches and needs at least 1; give it some images.")
+    require_batches(sums, "correlations")
     return mean_by_stride({key: float((1 - pearson_r(pooled)).mean()) for key, pooled in sums.items()})
 
 

@@ -131,7 +131,7 @@ class HeadDistiller:
 
 def _objection(student: nn.Module, teacher: nn.Module, own_size: bool) -> str | None:
     """Why the heads of two detectors cannot be compared."""
-    from jdkd.detect.contract import known_architecture, unlike
+    from jdkd.detect.architecture import known_architecture, unlike
     from jdkd.detect.heads import class_head
     from jdkd.detect.input_size import resizes_alike
 

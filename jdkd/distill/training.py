@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import adapt_classes, load, open_model
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.detect.heads import is_two_stage
 from jdkd.detect.inheriting import in_common, take_neck_and_heads
 from jdkd.detect.input_size import require_visible, training_sizes

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from jdkd import __version__
-from jdkd.detect.contract import identity, known_architecture
+from jdkd.detect.architecture import identity, known_architecture
 from jdkd.detect.exportable import Exportable, exportable
 from jdkd.detect.input_size import input_transform
 from jdkd.errors import InputError, said

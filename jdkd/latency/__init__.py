@@ -7,7 +7,8 @@ from jdkd.latency.protocol import QUICK, REPORTED, Schedule, measure, measure_qu
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.stages import StageProfile, profile_stages
 from jdkd.latency.statistics import Latency, Ratio, bootstrap_ratio, percentile
-from jdkd.latency.table import LatencyTable, measure_table
+from jdkd.latency.table import LatencyTable
+from jdkd.latency.versions import measure_table
 
 __all__ = [
     "QUICK",

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from jdkd.detect import parameter_count
-from jdkd.detect.contract import detections, identity
+from jdkd.detect.architecture import identity
+from jdkd.detect.contract import detections
 from jdkd.latency.calls import on_device
 from jdkd.latency.folding import batch_norms
 from jdkd.latency.runtimes import Artefact, Batches
@@ -19,7 +20,7 @@ from jdkd.latency.runtimes import Artefact, Batches
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def known_facts(model: nn.Module, artefact: Artefact, batches: Batches, device: torch.device) -> dict[str, Any]:
+def known_facts(model: nn.Module, artefact: Artefact) -> dict[str, Any]:
     """Size and layout of a model, and what its runtime says of it, JSON-able; arguments as of :func:`facts_of`."""
     weights = [parameter for parameter in model.parameters() if parameter.ndim == 4]
     return {
@@ -55,7 +56,7 @@ def facts_of(model: nn.Module, artefact: Artefact, batches: Batches, device: tor
     else:
         memory = peak_memory(run, device)
     counted = {"detections_per_image": sum(found) / len(found), "peak_memory_bytes": memory}
-    return known_facts(model, artefact, batches, device) | counted
+    return known_facts(model, artefact) | counted
 
 
 def peak_memory(call: Callable[[], object], device: torch.device) -> int | None:

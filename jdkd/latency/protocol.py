@@ -219,9 +219,8 @@ def measure(
     with torch.inference_mode(), cudnn_benchmark(device):
         artefacts, facts = {}, {}
         for name, model in models.items():
-            artefacts[name] = runtime.prepare(model, batches, device, dtype)
-            describe = known_facts if brief else facts_of
-            facts[name] = describe(model, artefacts[name], batches, device)
+            artefacts[name] = made = runtime.prepare(model, batches, device, dtype)
+            facts[name] = known_facts(model, made) if brief else facts_of(model, made, batches, device)
         calls = _calls(artefacts, batches, device, modes)
         if not brief:
             calls = {mode: named | {AGAIN: next(iter(named.values()))} for mode, named in calls.items()}

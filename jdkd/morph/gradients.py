@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from jdkd.detect.contract import losses_complaint
-from jdkd.errors import InputError
+from jdkd.errors import InputError, require_batches
 from jdkd.graph import ChannelGroup, Slot, Topology
 from jdkd.nn.modes import mode
 from jdkd.nn.unwrapping import unwrapped
@@ -73,8 +73,7 @@ def gradient_importance(
                     if own:
                         sums[path] += sum(each.reshape(len(each), -1).sum(1) for each in own).square().sum()
             count += 1
-    if not count:
-        raise InputError(f"{criterion} importance was given 0 batches and needs at least 1; give it some images.")
+    require_batches(count, f"{criterion} importance")
     return {name: (values / count).float() for name, values in sums.items()}
 
 

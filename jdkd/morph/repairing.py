@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from jdkd.detect.contract import detections
 from jdkd.detect.proposals import proposals_of
-from jdkd.errors import InputError
+from jdkd.errors import require_batches
 from jdkd.graph import Topology
 from jdkd.morph.origins import came_from
 from jdkd.nn.modes import mode
@@ -106,8 +106,7 @@ def repair(
     child, parent = unwrapped(child), unwrapped(parent)
     require_traced(parent, topology)
     images = [image for batch in batches for image in images_on(child, images_of(batch))]
-    if not images:
-        raise InputError("repair was given 0 batches and needs at least 1; give it some images.")
+    require_batches(images, "repair")
     origins = came_from(parent, rewrite, topology)
     layers = _cut_readers(child, origins, rewrite, topology)
     with _with_attributes_of(parent, rewrite):

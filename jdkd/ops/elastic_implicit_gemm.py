@@ -31,14 +31,9 @@ def implicit_gemm(
     """Convolves one group by the operators.
 
     Args:
-        x: ``[N, Cin, H, W]``.
+        x, bias, inputs, outputs: as of :func:`jdkd.ops.elastic_conv.convolve`.
         weight: ``[Cout_max, Cin_max, kh, kw]``, any strides; cast where it is read.
-        bias: ``[Cout_max]`` or None.
-        inputs: active input channels.
-        outputs: active output channels.
-        stride: in pixels, vertical and horizontal.
-        padding: likewise.
-        dilation: likewise.
+        stride, padding, dilation: in pixels, vertical and horizontal.
 
     Returns:
         ``[N, Cout, OH, OW]``, in the layout of ``x`` and the dtype that a convolution of it is computed in.

@@ -94,16 +94,11 @@ def convolve_levels(
     kernel: Kernel,
     activation: str,
 ) -> list[Tensor]:
-    """Convolves with channels that have been read already; arguments as :func:`elastic_conv2d_levels`.
+    """Convolves with channels that have been read already; see :func:`elastic_conv2d_levels`.
 
     Args:
         xs: levels ``[N, Cin, H, W]``.
-        weight: ``[Cout_max, Cin_max, kh, kw]``.
-        bias: ``[Cout_max]`` or None.
-        inputs: active input channels.
-        outputs: active output channels.
-        padding: of the active kernel, in pixels, or ``"same"`` or ``"valid"``.
-        kernel: active centre of the kernel; None: all of it.
+        weight, bias, inputs, outputs, padding, kernel: as of :func:`jdkd.ops.elastic_conv.convolve`, of one group.
         activation: one of :data:`jdkd.ops.elastic_levels_kernels.ACTIVATIONS`.
 
     Returns:

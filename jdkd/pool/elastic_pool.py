@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from jdkd.data import batches
 from jdkd.detect import load, parameter_count, read, save
+from jdkd.detect.architecture import architecture_of
 from jdkd.detect.checkpoint import WEIGHTS
-from jdkd.detect.contract import architecture_of
 from jdkd.errors import InputError, ModelError
 from jdkd.files import content_hash, read_json, write_json
 from jdkd.graph import Topology

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from jdkd.detect.contract import architecture_of, unlike
+from jdkd.detect.architecture import architecture_of, unlike
 from jdkd.distill import pyramids
 from jdkd.distill.levels import POOLED, level_strides
 from jdkd.errors import InputError, few

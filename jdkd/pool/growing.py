@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from jdkd.detect import read
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.errors import InputError
 from jdkd.graph import Topology
 from jdkd.nn.unwrapping import unwrapped

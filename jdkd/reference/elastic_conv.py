@@ -63,9 +63,7 @@ def elastic_depthwise_conv2d(
         weight: the supernet's filters, ``[C_max, 1, kh, kw]``.
         bias: the supernet's bias, ``[C_max]``, or None.
         channels: active channels in the order in which ``x`` holds them.
-        stride: step of the window, in pixels.
-        padding: zeros on each side, in pixels.
-        dilation: distance between taps, in pixels.
+        stride, padding, dilation: as of :func:`elastic_conv2d`.
 
     Returns:
         ``[N, len(channels), OH, OW]``.

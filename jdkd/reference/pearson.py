@@ -161,11 +161,7 @@ def pearson_fwd(
     """The closed form of the loss, and what its gradient needs.
 
     Args:
-        students: levels ``[N, C, H, W]``.
-        teachers: levels of the same shapes.
-        weights: factor of each level's loss.
-        eps: what is added to the standard deviations.
-        skip_constant: leave out channels in which student or teacher never changes.
+        students, teachers, weights, eps, skip_constant: as of :func:`plain_loss`.
 
     Returns:
         As :func:`finish`, and the moments ``[6, sum of C]``, see :func:`moments`.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jdkd.errors import InputError, said
 from jdkd.notices import say_once
+from jdkd.report.optuna import mirror_to_optuna
 from jdkd.report.outcome import Outcome, read_outcome
-from jdkd.report.study import mirror_to_optuna
 from jdkd.report.tensorboard import TensorBoardMirror
 from jdkd.run_folder import RUN_FILE
 

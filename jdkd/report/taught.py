@@ -14,12 +14,11 @@ from jdkd.detect import load
 from jdkd.distill.responses import responses
 from jdkd.errors import InputError
 from jdkd.pool import load_pool
-from jdkd.pool.members import Teacher
+from jdkd.pool.members import BASE, Teacher
 from jdkd.report.outcome import Outcome, Student
 from jdkd.report.predictions import examples
 from jdkd.report.responses import responses_section
 from jdkd.search.config import POOL
-from jdkd.search.proposal import BASE
 
 CHANNELS = 8  # of each level that are drawn
 

@@ -7,12 +7,11 @@ from collections import defaultdict
 from html import escape
 from typing import Any
 
-from jdkd.pool.members import teacher_from_json
+from jdkd.pool.members import BASE, teacher_from_json
 from jdkd.report.front import mark
 from jdkd.report.outcome import Outcome, gains, signed
 from jdkd.report.svg import Axes, spread, tag
 from jdkd.search.archive import Candidate
-from jdkd.search.proposal import BASE
 
 SILENT = 8  # members that taught nobody and are listed all the same, best first
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from jdkd.data import CocoDetectionDataset, batches
 from jdkd.data.splits import whereabouts
 from jdkd.detect import load, read
+from jdkd.detect.architecture import architecture_of, require_classes
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
-from jdkd.detect.contract import architecture_of, require_classes
 from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.export.runtimes import known_runtimes
@@ -24,7 +24,8 @@ from jdkd.graph import Topology
 from jdkd.latency import QUICK, REPORTED, Ratio, fuse_for_inference, measure, profile_cost
 from jdkd.latency.protocol import conditions_of
 from jdkd.latency.runtimes import Runtime, require_runnable
-from jdkd.latency.table import LatencyTable, measure_table
+from jdkd.latency.table import LatencyTable
+from jdkd.latency.versions import measure_table
 from jdkd.notices import ProgressCallback
 from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.shrinking import calibrate

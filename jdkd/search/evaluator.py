@@ -16,11 +16,11 @@ from jdkd.distill.training import lessons
 from jdkd.latency import fuse_for_inference
 from jdkd.notices import ProgressCallback
 from jdkd.pool import TeacherPool
-from jdkd.pool.members import Teacher
+from jdkd.pool.members import BASE, Teacher
 from jdkd.search.config import SearchConfig
 from jdkd.search.context import TRAINING, SearchContext, candidate_folder, open_context
 from jdkd.search.inheriting import fresh, inherit
-from jdkd.search.proposal import BASE, Proposal
+from jdkd.search.proposal import Proposal
 from jdkd.search.spending import Spending
 from jdkd.search.teachers import given_pool, name_of
 from jdkd.train import fit

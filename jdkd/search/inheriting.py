@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.graph import Topology
 from jdkd.morph import repair
 from jdkd.rewrite import Rewrite, build

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any, cast
 
+from jdkd.detect.architecture import architecture_of
 from jdkd.detect.checkpoint import WEIGHTS
-from jdkd.detect.contract import architecture_of
 from jdkd.detect.input_size import require_visible
 from jdkd.errors import InputError
 from jdkd.execution import Journal, executor

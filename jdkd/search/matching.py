@@ -12,10 +12,9 @@ from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError
 from jdkd.notices import say_once
 from jdkd.pool import Subnet, TeacherPool
-from jdkd.pool.members import Teacher
+from jdkd.pool.members import BASE, Teacher
 from jdkd.search.archive import Candidate
 from jdkd.search.context import SearchContext
-from jdkd.search.proposal import BASE
 
 NEIGHBOURS = 2  # unscored subnets that are looked at, around the present teacher, in every generation
 ROOM = 2**31  # bytes of teachers' features that are kept, while students are trained too; further ones are made anew

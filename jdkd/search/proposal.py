@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jdkd.pool.members import BASE as BASE
 from jdkd.pool.members import Teacher, teacher_from_json, teacher_to_json
 from jdkd.rewrite import Rewrite
 

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.detect.input_size import input_size, require_visible
 from jdkd.distill import correlations, pyramids
 from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError, ModelError
 from jdkd.graph import Topology
-from jdkd.latency.table import LatencyTable, fewer_regions, regions_of
+from jdkd.latency.table import LatencyTable, regions_of
+from jdkd.latency.versions import fewer_regions
 from jdkd.morph import Morph, can_shorten, change_regions, channel_importance, cut_to, grow, shorten
 from jdkd.morph.origins import names_before
 from jdkd.notices import say_once

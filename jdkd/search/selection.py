@@ -4,7 +4,6 @@ What a detector was trained on flatters it. The base knows all training images, 
 result may rest on any of them, or on an image that the other rests on.
 """
 
-from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from jdkd.data import CocoDetectionDataset
+from jdkd.data.copies import SHOWN, copies, say_copies
 from jdkd.errors import InputError
 from jdkd.files import sha256_of
 from jdkd.notices import say_once
 from jdkd.run_folder import RunFolder
 
 REMEDY = "give more of them, or others to select on with --selection-images and --selection-annotations"
-SHOWN = 3  # examples in a message
 EXAMPLES = 6  # images that a report shows
 
 
@@ -135,25 +134,14 @@ def _halves(val: CocoDetectionDataset) -> tuple[list[int], list[int]]:
 
 def _without(dataset: CocoDetectionDataset, other: CocoDetectionDataset, what: str, so: str) -> CocoDetectionDataset:
     """The images of ``dataset`` whose files no image of ``other`` equals byte for byte."""
-    files, by_size = dataset.files, defaultdict(list)
-    for file in other.files:
-        by_size[file.stat().st_size].append(file)
-    sizes = [file.stat().st_size for file in files]
-    twins = {sha256_of(file) for size in set(sizes) for file in by_size.get(size, ())}  # only these have to be read
-    shared = {i for i, file in enumerate(files) if sizes[i] in by_size and sha256_of(file) in twins}
-    if not shared:
-        return dataset
-    annotations = dataset.split.annotations
-    if len(shared) == len(files):
+    shared = copies(dataset, other)
+    if len(shared) == len(dataset):
         raise InputError(
-            f"all {len(files)} images of {annotations} are {what} too, byte for byte; give images that no detector "
-            "of this search is trained on, and none that both select and report."
+            f"all {len(dataset)} images of {dataset.split.annotations} are {what} too, byte for byte; give images that "
+            "no detector of this search is trained on, and none that both select and report."
         )
-    names = ", ".join(files[index].name for index in sorted(shared)[:SHOWN])
-    more = ", ..." if len(shared) > SHOWN else ""
-    named = f"{len(shared)} of the {len(files)} images of {annotations}"
-    say_once(f"{named} are {what} too, byte for byte ({names}{more}); {so}.")
-    return dataset.subset(index for index in range(len(files)) if index not in shared)
+    say_copies(dataset, shared, what, so)
+    return dataset.subset(np.setdiff1d(range(len(dataset)), shared)) if shared else dataset
 
 
 def _check_boxes(part: Part, does: str) -> None:

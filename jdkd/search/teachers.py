@@ -12,10 +12,10 @@ from jdkd.files import read_as, write_json
 from jdkd.pool import PoolTrainConfig, ScoredTeacher, TeacherPool, load_pool, train_pool
 from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.foreign import require_common, require_name
+from jdkd.pool.members import BASE
 from jdkd.search.budget import Plan
 from jdkd.search.config import SearchConfig
 from jdkd.search.context import SearchContext
-from jdkd.search.proposal import BASE
 from jdkd.search.selection import say_if_trained_elsewhere, trained_on
 from jdkd.train import DivergenceError
 

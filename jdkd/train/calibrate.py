@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from jdkd.detect.contract import not_scripted
-from jdkd.errors import InputError, ModelError
+from jdkd.errors import InputError, ModelError, require_batches
 from jdkd.nn import Subnet, set_subnet
 from jdkd.nn.modes import mode
 from jdkd.nn.necks import run_until, trunk_of
@@ -117,8 +117,7 @@ def _calibrate(
                 with subnet, _hooked(of_subnet):
                     _forward(model, batch, norms)
     pooled = [pool for of_subnet in pools for pool in of_subnet.values()]
-    if not any(pool.count for pool in pooled):
-        raise InputError("calibrate_bn was given 0 batches and needs at least 1; give it some images.")
+    require_batches(any(pool.count for pool in pooled), "calibrate_bn")
     for pool in pooled:
         pool.store()
 

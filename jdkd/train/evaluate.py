@@ -9,7 +9,8 @@ from torch import nn
 
 from jdkd.data import in_order
 from jdkd.detect import fix_roi_scales
-from jdkd.detect.contract import capped, detections, known_architecture
+from jdkd.detect.architecture import known_architecture
+from jdkd.detect.contract import capped, detections
 from jdkd.detect.heads import known_classes
 from jdkd.detect.input_size import require_visible, require_whole
 from jdkd.detect.sources import builders_of

@@ -71,15 +71,10 @@ def judged_images(
     """What a detector finds on every image of a dataset, in order.
 
     Args:
-        model: any detector with torchvision's interface; moved to ``device``, its modules keep their mode.
-        dataset: a :class:`jdkd.data.coco.CocoDetectionDataset`.
-        device: where to run.
-        batch_size: images per forward.
-        workers: processes that read images.
-        progress: called with (images done, images) after every batch.
+        model, dataset, device, batch_size, workers, progress: as of :func:`jdkd.train.evaluate`.
 
     Raises:
-        InputError: as of :func:`jdkd.train.evaluate`.
+        InputError: as there.
     """
     require_whole({"batch_size": batch_size})
     prepare(model, dataset)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -68,6 +69,21 @@ def test_train_leaves_a_detector_scores_and_a_record(trained):
     record = json.loads((trained / "run.json").read_text())
     assert record["kind"] == "train" and record["finished"] and record["versions"]["torch"]
     assert record["identity"]["training"]["steps"] == 3
+
+
+SHORT = "train --model none", "distill --teacher none --student none", "swap --features none --head none"
+
+
+@pytest.mark.parametrize("command", [*SHORT, "pool train --base TRAINED --width 0"])
+def test_images_that_are_trained_on_and_scored_on_are_said(jdkd, trained, squares, tmp_path, command):
+    """Under another name and beside others; what else is wrong ends the command."""
+    command = [*(trained if word == "TRAINED" else word for word in command.split()), "--out", tmp_path / "out"]
+    data = shutil.copytree(squares, tmp_path / "data")
+    assert "byte for byte" not in jdkd(*command, "--data", data).err
+    shutil.copy(data / "train2017" / "7.png", data / "val2017" / "102.png")
+    answer = jdkd(*command, "--data", data)
+    assert answer.code == 2 and "1 of the 4 images" in answer.err, answer.err
+    assert "instances_val2017.json are training images too, byte for byte (102.png); they are scored" in answer.err
 
 
 def test_a_finished_training_can_be_resumed_and_stays_the_same(jdkd, trained, train_arguments):

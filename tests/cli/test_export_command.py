@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -273,7 +274,7 @@ def test_strict_holds_of_the_data_that_the_detector_was_trained_on(jdkd, checkpo
     content["annotations"][0]["bbox"][0] -= 1000
     (tmp_path / "over.json").write_text(json.dumps(content))
     split = Split(squares / "val2017", tmp_path / "over.json", "val")
-    monkeypatch.setattr("jdkd.cli.export.recorded_split", lambda folder, name: split)
+    monkeypatch.setattr("jdkd.cli.export.recorded_split", lambda folder, name, strict: replace(split, strict=strict))
     answer = jdkd("export", checkpoint, "--strict", "--out", tmp_path / "tiny.onnx")
     assert answer.code == 2 and "--strict refuses that" in answer.err, answer.err
     assert not (tmp_path / "tiny.onnx").exists()

@@ -54,7 +54,7 @@ def test_a_record_that_is_none_is_refused(tmp_path, content):
     (tmp_path / "run.json").write_text(json.dumps(record))
     with pytest.raises(InputError, match="not the record of a run"):
         RunFolder(tmp_path).begin("train", {}, resume=True)
-    assert recorded_split(tmp_path, "val") is None
+    assert recorded_split(tmp_path, "val", False) is None
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "no JSON", '{"name": "an experiment of another program"}'])
@@ -63,10 +63,10 @@ def test_the_record_of_another_program_says_nothing_of_data(tmp_path, content):
     for folder in (student, images):
         folder.mkdir()
     (tmp_path / "run.json").write_text(content)
-    assert recorded_split(student, "val") is None
+    assert recorded_split(student, "val", False) is None
     run = RunFolder(student)
     run.begin("train", {}, where={"data": {"val_images": str(images), "val_annotations": str(tmp_path / "run.json")}})
-    assert recorded_split(student, "val").images == images
+    assert recorded_split(student, "val", False).images == images
 
 
 def test_withdraws_only_what_is_empty(tmp_path):

@@ -9,7 +9,8 @@ from torchvision.models import resnet18
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 
 from jdkd.detect import load, read, save
-from jdkd.detect.contract import architecture_of, identity, require_learner
+from jdkd.detect.architecture import architecture_of, identity
+from jdkd.detect.contract import require_learner
 from jdkd.errors import InputError
 from jdkd.latency import fuse_for_inference
 from jdkd.notices import Notice

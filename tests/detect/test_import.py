@@ -12,7 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from jdkd.detect import adapt_classes, frozen_like, import_detector, load, open_model, remake_predictors, save
-from jdkd.detect.contract import architecture_of, identity
+from jdkd.detect.architecture import architecture_of, identity
 from jdkd.errors import InputError
 from jdkd.graph import trace
 from jdkd.notices import Notice

@@ -12,8 +12,9 @@ from jdkd.detect import read
 from jdkd.detect.input_size import size_attributes
 from jdkd.detect.regions import region_attributes
 from jdkd.errors import InputError
-from jdkd.latency import Latency, LatencyReport, LatencyTable, measure, measure_table, profile_cost
+from jdkd.latency import Latency, LatencyReport, LatencyTable, measure_quick, measure_table, profile_cost
 from jdkd.latency import table as table_module
+from jdkd.latency import versions as versions_module
 from jdkd.latency.clock import CpuClock
 from jdkd.latency.layers import part_of, place_of, positions, shapes_after, shapes_of
 from jdkd.latency.report import ModelLatency
@@ -112,8 +113,8 @@ def priced(model, topology):
         return LatencyReport(times, {}, {})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table_module, "measure", measure)
-        patch.setattr(table_module, "fuse_for_inference", lambda model: model)
+        patch.setattr(versions_module, "measure_quick", measure)
+        patch.setattr(versions_module, "fuse_for_inference", lambda model: model)
         return measure_table(model, topology, [image]), cost
 
 
@@ -170,8 +171,9 @@ def test_a_table_is_json_and_learns_from_what_is_measured(free, priced, model, t
 
 
 def test_detectors_without_an_input_size_and_with_one_block_have_tables(monkeypatch):
-    monkeypatch.setattr(table_module, "SHARES", (0.5,))
-    monkeypatch.setattr(table_module, "measure", lambda *given, **how: measure(*given, **how | {"warmup_limit": 0}))
+    monkeypatch.setattr(versions_module, "SHARES", (0.5,))
+    quick = lambda *given, **how: measure_quick(*given, **how | {"warmup_limit": 0})  # noqa: E731
+    monkeypatch.setattr(versions_module, "measure_quick", quick)
     for name in ("ssd", "pan"):
         model, topology = parent(name)
         table = measure_table(model, topology, [picture()[0].double()], rounds=1, clock=CpuClock())

@@ -14,7 +14,8 @@ from jdkd.detect import load, read, save
 from jdkd.detect.input_size import input_size
 from jdkd.detect.regions import region_count
 from jdkd.errors import InputError
-from jdkd.latency.table import fewer_regions, regions_of
+from jdkd.latency.table import regions_of
+from jdkd.latency.versions import fewer_regions
 from jdkd.morph import (
     Morph,
     add_block,

@@ -27,9 +27,9 @@ from jdkd.pool import (
     train_pool,
 )
 from jdkd.pool.growing import SCORED, affordable, spread_over
+from jdkd.pool.members import BASE
 from jdkd.pool.shrinking import _losses, progressive_shrinking
 from jdkd.rewrite import describe
-from jdkd.search.proposal import BASE
 from jdkd.train import TrainConfig
 from tests.detectors import detector, small_spec
 

@@ -24,7 +24,7 @@ class TestOptuna:
     def mirrored(self, folder, tmp_path):
         """Mirrors the search as it is now, and the trials that the study then has."""
         pytest.importorskip("optuna", reason="optuna is not installed")
-        from jdkd.report.study import mirror_to_optuna
+        from jdkd.report.optuna import mirror_to_optuna
 
         return lambda: mirror_to_optuna(read_outcome(folder), f"sqlite:///{tmp_path / 'study.db'}").trials
 

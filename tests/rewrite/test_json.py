@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.morph import Morph, add_block, change_resolution, rearrange, remove_block
 from jdkd.rewrite import Rewrite
 from tests.morph.small import parent

@@ -11,12 +11,13 @@ import torch
 
 from jdkd.data import CocoDetectionDataset, resolve_splits
 from jdkd.detect import read, save
-from jdkd.detect.contract import identity
+from jdkd.detect.architecture import identity
 from jdkd.detect.regions import region_count
 from jdkd.graph import Topology
 from jdkd.latency import Latency, LatencyReport, ModelLatency
 from jdkd.latency.protocol import conditions_of
-from jdkd.latency.table import LatencyTable, measure_table
+from jdkd.latency.table import LatencyTable
+from jdkd.latency.versions import measure_table
 from jdkd.notices import Notice
 from jdkd.rewrite import Architecture, build
 from jdkd.run_folder import RunFolder
@@ -80,7 +81,7 @@ _topologies: dict[str, Topology] = {}
 
 
 def remembered_table(model, topology, images, **options) -> LatencyTable:
-    """In place of :func:`jdkd.latency.table.measure_table`, once an architecture: the clock is steady."""
+    """In place of :func:`jdkd.latency.versions.measure_table`, once an architecture: the clock is steady."""
     name = identity(model)
     if name not in _tables:
         _tables[name] = measure_table(model, topology, images, **options)
@@ -100,8 +101,8 @@ def make_steady(patch) -> None:
     patch.setattr("jdkd.search.context.measure_table", remembered_table)
     patch.setattr("jdkd.search.context.read", remembered_topology)
     patch.setattr("jdkd.search.context.measure", steady_measure)
-    patch.setattr("jdkd.latency.table.measure", steady_measure)
-    patch.setattr("jdkd.latency.table.SHARES", (0.5,))
+    patch.setattr("jdkd.latency.versions.measure_quick", steady_measure)
+    patch.setattr("jdkd.latency.versions.SHARES", (0.5,))
     patch.setattr("jdkd.search.context.PROBE_BATCHES", 1)
     patch.setattr("jdkd.search.context.TIMING_IMAGES", 1)
     patch.setattr("jdkd.search.matching.NEIGHBOURS", 1)

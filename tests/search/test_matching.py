@@ -12,9 +12,9 @@ from jdkd.distill.alignment import PyramidSnapshot
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.pool import ScoredTeacher, Space, Subnet
+from jdkd.pool.members import BASE
 from jdkd.search import Method, matching
 from jdkd.search.matching import Matching
-from jdkd.search.proposal import BASE
 from jdkd.search.spending import Spending
 from tests.detectors import detector, small_spec
 from tests.search.rows import candidate

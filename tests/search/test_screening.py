@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from jdkd.detect.contract import architecture_of
+from jdkd.detect.architecture import architecture_of
 from jdkd.detect.regions import region_count
 from jdkd.distill import correlations
 from jdkd.errors import InputError

@@ -138,7 +138,7 @@ def test_only_files_of_a_size_that_occurs_twice_are_read(scenes, monkeypatch):
     with open(train.files[1], "ab") as file:
         file.write(b"longer than any other " * 100)
     read = []
-    monkeypatch.setattr("jdkd.search.selection.sha256_of", lambda file: read.append(file) or file.read_bytes())
+    monkeypatch.setattr("jdkd.data.copies.sha256_of", lambda file: read.append(file) or file.read_bytes())
     with pytest.raises(InputError, match="all 1 images"):
         divide(train, val, given)
     assert train.files[0] in read and train.files[1] not in read

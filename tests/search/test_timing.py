@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from jdkd.detect.contract import identity
+from jdkd.detect.architecture import identity
 from jdkd.errors import InputError
 from jdkd.latency import QUICK, REPORTED, Latency, LatencyReport, ModelLatency, percentile
 from jdkd.search import search
