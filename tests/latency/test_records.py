@@ -98,7 +98,7 @@ def test_what_was_measured_elsewhere_or_of_others_is_not_compared():
         compared(now, replace(now, environment={"threads": 2}), "before.json")
     with pytest.raises(InputError, match="compares base, and this measurement base, student"):
         compared(now, replace(now, models={"base": now.models["base"]}), "before.json")
-    with pytest.raises(InputError, match="compares student, base, and .* give the same base"):
+    with pytest.raises(InputError, match=r"compares student, base, and .* give the same base"):
         compared(now, replace(now, models=dict(reversed(now.models.items()))), "before.json")
 
 
