@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.graph import Declaration, report, trace
+from jdkd.graph import ChannelGroup, Declaration, Slot, report, trace
 from jdkd.rewrite import mask, prune, verify
 from tests.graph.networks import CrossStage, PANDetector, Residual, SqueezeExcite, awake, conv
 
@@ -80,6 +81,23 @@ def test_norm_groups_and_grouped_convolutions_go_as_a_whole():
     assert (cut.n.num_groups, cut.b.groups, cut.b.in_channels, cut.b.out_channels) == (3, 2, 12, 6)
     masked = mask(model, trace(model, X), {group.name: [1]})
     torch.testing.assert_close(cut(X), masked(X))
+
+
+@pytest.mark.parametrize(
+    ("units", "each", "rounded", "shrunk"),
+    [
+        (32, 1, {20: 24, 19.9: 16, 1: 8}, {0.25: 8, 0.7: 24, 1.0: 32}),
+        (12, 1, {6: 8, 1: 8, 12: 16}, {0.5: 8, 1.0: 12}),  # no more than there are
+        (8, 1, {4: 8}, {0.5: 8, 0.1: 8}),  # 8 channels and fewer stay whole
+        (6, 4, {3: 4, 2.9: 2, 1: 2}, {0.5: 4, 0.1: 2}),  # two units make eight channels
+        (4, 16, {2.4: 2, 0.1: 1}, {0.6: 2, 0.01: 1}),
+        (3, 5, {2.1: 2, 0.4: 1}, {0.7: 2, 0.01: 1}),  # no number of these makes a multiple of eight
+    ],
+)
+def test_units_are_rounded_to_multiples_of_eight_channels_where_there_are_so_many(units, each, rounded, shrunk):
+    group = ChannelGroup("a", units, (Slot("a.weight", 0, "out", np.arange(units * each).reshape(units, each)),))
+    assert {wanted: group.rounded(wanted) for wanted in rounded} == rounded
+    assert {share: group.shrunk(share) for share in shrunk} == shrunk
 
 
 def test_a_head_that_runs_on_many_levels_is_one_group_with_their_makers():
