@@ -62,6 +62,53 @@ def test_a_concatenation_puts_groups_side_by_side():
     assert ("c.weight", 1, "in", 0, 1) in found["a"] and ("c.weight", 1, "in", 8, 1) in found["b"]
 
 
+def test_groups_of_one_layer_are_told_apart_and_what_nobody_reads_is_said():
+    def parted(m, x):
+        one, other = m.a(x).split([3, 5], 1)
+        m.unread(x).relu()
+        return m.b(one), m.c(other)
+
+    layers = {"b": nn.Conv2d(3, 2, 1), "c": nn.Conv2d(5, 2, 1), "unread": nn.Conv2d(3, 4, 1)}
+    topology = trace(Net(parted, a=nn.Conv2d(3, 8, 1), **layers), X)
+    assert {group.name: group.units for group in topology.groups} == {"a": 3, "a#2": 5}
+    (unread,) = [frozen for frozen in topology.frozen if ("unread.weight", 0) in frozen.tensors]
+    assert unread.reason == "nothing in the model reads it"
+
+
+def test_channels_that_the_model_returns_stay_though_they_are_read_too():
+    model = Net(lambda m, x: (y := m.a(x), m.b(y)), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1))
+    topology = trace(model, X)
+    assert not topology.groups
+    assert [each.reason for each in topology.frozen if ("b.weight", 1) in each.tensors] == ["the model returns it"]
+
+
+def test_a_level_of_one_channel_is_followed_as_one_of_which_nothing_is_known():
+    neck = Net(lambda m, x: [m.a(x), m.b(x)], a=nn.Conv2d(3, 1, 1), b=nn.Conv2d(3, 8, 1))
+    model = Net(lambda m, x: m.head(m.neck(x)[1]), neck=neck, head=nn.Conv2d(8, 2, 1))
+    assert list(map(len, trace(model, X, follow="neck").followed)) == [0, 8]
+
+
+def blocks_of(*layers, forward=None):
+    container = nn.Sequential(*layers) if forward is None else nn.ModuleList(layers)
+    model = Net(forward or (lambda m, x: m.out(m.list(m.a(x)))), a=nn.Conv2d(3, 8, 1), list=container)
+    model.out = nn.Conv2d(8 if forward is None else 16, 2, 1)
+    return [blocks.blocks for blocks in trace(awake(model), X).block_lists]
+
+
+def test_blocks_side_by_side_in_one_stream_are_a_list_and_no_others():
+    def changed(m, x):
+        return m.b(x + m.a(x))  # a sum with its input, in other channels
+
+    def branches(m, x):
+        return m.out(torch.cat((m.list[0](m.a(x)), m.list[1](m.a(x).flip(1))), 1))
+
+    two = Residual(8, 6), Residual(8, 4)
+    assert blocks_of(*two) == [("list.0", "list.1")]
+    assert blocks_of(two[0], conv(8, 8), two[1]) == [("list.0",), ("list.2",)]
+    assert blocks_of(Net(changed, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1))) == []
+    assert blocks_of(*two, forward=branches) == [("list.0",), ("list.1",)]
+
+
 def test_a_flattened_map_repeats_its_channels():
     model = Net(
         lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 7).flatten(1)), a=nn.Conv2d(3, 8, 1), b=nn.Linear(392, 4)

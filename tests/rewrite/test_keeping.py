@@ -141,6 +141,13 @@ def test_dropped_units_that_are_kept_again_are_the_ones_they_were():
     assert all(torch.equal(one, other) for one, other in zip(back.parameters(), model.parameters(), strict=True))
 
 
+def test_more_units_than_there_are_begin_as_copies_in_turn():
+    model = plain()
+    grown = widen(model, trace(model, X), {"0.0": 20})
+    assert (grown[0][0].out_channels, grown[1][0].in_channels) == (28, 28)
+    torch.testing.assert_close(grown(X), model(X))
+
+
 class Gated(nn.Module):
     """Adds a gate that is one half, not nothing, when what makes it is silent."""
 
