@@ -104,7 +104,8 @@ def test_blocks_side_by_side_in_one_stream_are_a_list_and_no_others():
 
     two = Residual(8, 6), Residual(8, 4)
     assert blocks_of(*two) == [("list.0", "list.1")]
-    assert blocks_of(two[0], conv(8, 8), two[1]) == [("list.0",), ("list.2",)]
+    for between in (conv(8, 8), nn.ReLU()):
+        assert blocks_of(two[0], between, two[1]) == [("list.0",), ("list.2",)]
     assert blocks_of(Net(changed, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1))) == []
     assert blocks_of(*two, forward=branches) == [("list.0",), ("list.1",)]
 

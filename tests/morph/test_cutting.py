@@ -276,6 +276,8 @@ def test_layers_after_dropped_blocks_and_at_other_sizes_are_repaired_by_their_ow
     images = [image.double() for image in picture()]
     repaired = repair(child, model, rewrite, topology, [images])
     assert repaired == [f"{name}.1.conv2"]
+    assert input_size(model)[0] == 64 and input_size(child)[0] == 48, "the parent ran at the child's for a while"
+    assert not any("forward" in vars(part) for part in child.children())
     half = topology[inner].units // 2
     now, then = child.get_submodule(f"{name}.1.conv2").weight, model.get_submodule(f"{name}.2.conv2").weight
     assert (now - then[:, :half]).norm() > 0.1 * then.norm()
@@ -320,6 +322,12 @@ def test_repair_needs_images_and_leaves_what_was_not_cut():
     with pytest.raises(InputError, match="repair was given 0 batches"):
         repair(child, model, rewrite, topology, [])
     assert repair(child, model, rewrite, topology, [[picture()[0].double()]]) == ["backbone.features.2"]
-    plain = prune(model, topology, rewrite.keep)
+    plain, twice = prune(model, topology, rewrite.keep), rewrite.apply(model, topology)
+    repair(twice, model, rewrite, topology, [[picture()[0].double()]] * 2)
+    now, then = (each.get_submodule("backbone.features.2").weight for each in (twice, child))
+    torch.testing.assert_close(now, then, rtol=1e-6, atol=1e-9, msg="of more places the ridge is as much more")
+    nothing = rewrite.apply(model, topology)
+    repair(nothing, model, rewrite, topology, [[picture()[0].double() * math.inf]])
+    assert all(torch.equal(tensor, plain.state_dict()[key]) for key, tensor in nothing.state_dict().items())
     changed = {key for key, tensor in child.state_dict().items() if not torch.equal(tensor, plain.state_dict()[key])}
     assert changed == {"backbone.features.2.weight", "backbone.features.2.bias"}
