@@ -259,6 +259,16 @@ def test_growing_adds_and_moves_blocks_within_the_depth_and_repeats_from_its_see
         grow(model, topology, random.Random(0), max_depth=1)
 
 
+def test_no_move_grows_a_list_beyond_the_depth():
+    model, topology = parent("faster_rcnn")
+    model = Rewrite(blocks={"backbone.body.layer2": [0] * 4}).apply(model, topology)
+    topology = reread(model, topology)
+    before = {blocks.name: len(blocks.blocks) for blocks in topology.block_lists}
+    for seed in range(20):
+        for name, order in grow(model, topology, random.Random(seed), max_depth=2).rewrite.blocks.items():
+            assert len(order) <= max(2, before[name] - 1)
+
+
 def test_blocks_leave_and_the_input_shrinks_in_one_action():
     model, topology = parent("faster_rcnn")
     names = can_shorten(model, topology)[:2]

@@ -278,6 +278,10 @@ def test_layers_after_dropped_blocks_and_at_other_sizes_are_repaired_by_their_ow
     assert repaired == [f"{name}.1.conv2"]
     assert input_size(model)[0] == 64 and input_size(child)[0] == 48, "the parent ran at the child's for a while"
     assert not any("forward" in vars(part) for part in child.children())
+    smaller = Rewrite(attributes=rewrite.attributes).apply(model, topology)
+    (wanted,) = activations(smaller, f"{name}.2.conv2", images)
+    (now,), (cut,) = (activations(each, f"{name}.1.conv2", images) for each in (child, rewrite.apply(model, topology)))
+    assert (now - wanted).norm() < 0.8 * (cut - wanted).norm(), "what it says at that size"
     half = topology[inner].units // 2
     now, then = child.get_submodule(f"{name}.1.conv2").weight, model.get_submodule(f"{name}.2.conv2").weight
     assert (now - then[:, :half]).norm() > 0.1 * then.norm()
