@@ -80,7 +80,7 @@ def cut_to(
     _require_importance(topology, importance)
     around = shorten(model, topology, shorter, min_size, regions)
     costs = _Costs.of(model, topology, table, around.rewrite)
-    groups = [group for group in topology.groups if group.name in importance and group.units > 1]
+    groups = [group for group in topology.groups if group.name in importance]
     rows = [_Row(group, importance[group.name], floor, _factor(temperature, rng)) for group in groups]
     lists = [
         _Shortened(model, blocks, around.rewrite, importance, floor, _factor(temperature, rng))
@@ -175,7 +175,7 @@ class _Shortened:
         count = len(blocks.blocks)
         self.blocks, self.gone = blocks, set[int]()
         self._left = set(around.blocks.get(blocks.name, range(count)))
-        known = {place: importance.get(path) for place, path in enumerate(blocks.blocks) if place in self._left}
+        known = {place: importance.get(path) for place, path in enumerate(blocks.blocks)}
         self._lost = {place: factor * value.item() for place, value in known.items() if value is not None}
         may = min(removable(model, blocks), max(1, int((1 - floor) * count)))
         self._may = may - (count - len(self._left))

@@ -89,11 +89,11 @@ def _speaking(group: ChannelGroup, topology: Topology, criterion: str) -> list[S
 def _ends(model: nn.Module, topology: Topology) -> dict[str, list[list[str]]]:
     """For every block that is known to be the identity without them: for each sum in it, the parameters that scale and
     shift the channels which are added, in the last layer that learns."""
-    found = {}
-    for blocks in topology.block_lists:
-        for (path, is_identity), ends in zip(blocks.identities(), blocks.ends, strict=True):
-            if is_identity:
-                found[path] = [_learning(model, chain) for chain in ends]
+    found = {
+        path: [_learning(model, chain) for chain in ends]
+        for blocks in topology.block_lists
+        for path, ends in zip(blocks.blocks, blocks.ends, strict=True)
+    }
     return {path: block for path, block in found.items() if all(block)}
 
 

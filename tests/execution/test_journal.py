@@ -37,7 +37,8 @@ def test_a_job_with_tuples_is_known_again_though_json_has_none(tmp_path):
     job = {"number": 7, "teacher": {"subnet": {"depths": (2, 4), "widths": (1.0, 0.5)}}}
     list(Journal(Counting(), tmp_path / "outcomes").run([job]))
     again = Counting()
-    assert list(Journal(again, tmp_path / "outcomes").run([job])) == [(job, {"map": 0.5})] and not again.asked
+    for same in (job, dict(reversed(job.items()))):
+        assert list(Journal(again, tmp_path / "outcomes").run([same])) == [(job, {"map": 0.5})] and not again.asked
 
 
 def test_another_job_with_the_same_number_is_done(tmp_path):

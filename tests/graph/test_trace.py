@@ -3,6 +3,7 @@
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from jdkd.errors import InputError
-from jdkd.graph import Declaration, report, trace
+from jdkd.graph import ChannelGroup, Declaration, Slot, report, trace
 from jdkd.rewrite import mask, prune, verify
 from tests.graph.networks import CrossStage, PANDetector, Residual, SqueezeExcite, awake, conv
 
@@ -61,6 +62,54 @@ def test_a_concatenation_puts_groups_side_by_side():
     assert ("c.weight", 1, "in", 0, 1) in found["a"] and ("c.weight", 1, "in", 8, 1) in found["b"]
 
 
+def test_groups_of_one_layer_are_told_apart_and_what_nobody_reads_is_said():
+    def parted(m, x):
+        one, other = m.a(x).split([3, 5], 1)
+        m.unread(x).relu()
+        return m.b(one), m.c(other)
+
+    layers = {"b": nn.Conv2d(3, 2, 1), "c": nn.Conv2d(5, 2, 1), "unread": nn.Conv2d(3, 4, 1)}
+    topology = trace(Net(parted, a=nn.Conv2d(3, 8, 1), **layers), X)
+    assert {group.name: group.units for group in topology.groups} == {"a": 3, "a#2": 5}
+    (unread,) = [frozen for frozen in topology.frozen if ("unread.weight", 0) in frozen.tensors]
+    assert unread.reason == "nothing in the model reads it"
+
+
+def test_channels_that_the_model_returns_stay_though_they_are_read_too():
+    model = Net(lambda m, x: (y := m.a(x), m.b(y)), a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1))
+    topology = trace(model, X)
+    assert not topology.groups
+    assert [each.reason for each in topology.frozen if ("b.weight", 1) in each.tensors] == ["the model returns it"]
+
+
+def test_a_level_of_one_channel_is_followed_as_one_of_which_nothing_is_known():
+    neck = Net(lambda m, x: [m.a(x), m.b(x)], a=nn.Conv2d(3, 1, 1), b=nn.Conv2d(3, 8, 1))
+    model = Net(lambda m, x: m.head(m.neck(x)[1]), neck=neck, head=nn.Conv2d(8, 2, 1))
+    assert list(map(len, trace(model, X, follow="neck").followed)) == [0, 8]
+
+
+def blocks_of(*layers, forward=None):
+    container = nn.Sequential(*layers) if forward is None else nn.ModuleList(layers)
+    model = Net(forward or (lambda m, x: m.out(m.list(m.a(x)))), a=nn.Conv2d(3, 8, 1), list=container)
+    model.out = nn.Conv2d(8 if forward is None else 16, 2, 1)
+    return [blocks.blocks for blocks in trace(awake(model), X).block_lists]
+
+
+def test_blocks_side_by_side_in_one_stream_are_a_list_and_no_others():
+    def changed(m, x):
+        return m.b(x + m.a(x))  # a sum with its input, in other channels
+
+    def branches(m, x):
+        return m.out(torch.cat((m.list[0](m.a(x)), m.list[1](m.a(x).flip(1))), 1))
+
+    two = Residual(8, 6), Residual(8, 4)
+    assert blocks_of(*two) == [("list.0", "list.1")]
+    for between in (conv(8, 8), nn.ReLU()):
+        assert blocks_of(two[0], between, two[1]) == [("list.0",), ("list.2",)]
+    assert blocks_of(Net(changed, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1))) == []
+    assert blocks_of(*two, forward=branches) == [("list.0",), ("list.1",)]
+
+
 def test_a_flattened_map_repeats_its_channels():
     model = Net(
         lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 7).flatten(1)), a=nn.Conv2d(3, 8, 1), b=nn.Linear(392, 4)
@@ -80,6 +129,23 @@ def test_norm_groups_and_grouped_convolutions_go_as_a_whole():
     assert (cut.n.num_groups, cut.b.groups, cut.b.in_channels, cut.b.out_channels) == (3, 2, 12, 6)
     masked = mask(model, trace(model, X), {group.name: [1]})
     torch.testing.assert_close(cut(X), masked(X))
+
+
+@pytest.mark.parametrize(
+    ("units", "each", "rounded", "shrunk"),
+    [
+        (32, 1, {20: 24, 19.9: 16, 1: 8}, {0.25: 8, 0.7: 24, 1.0: 32}),
+        (12, 1, {6: 8, 1: 8, 12: 16}, {0.5: 8, 1.0: 12}),  # no more than there are
+        (8, 1, {4: 8}, {0.5: 8, 0.1: 8}),  # 8 channels and fewer stay whole
+        (6, 4, {3: 4, 2.9: 2, 1: 2}, {0.5: 4, 0.1: 2}),  # two units make eight channels
+        (4, 16, {2.4: 2, 0.1: 1}, {0.6: 2, 0.01: 1}),
+        (3, 5, {2.1: 2, 0.4: 1}, {0.7: 2, 0.01: 1}),  # no number of these makes a multiple of eight
+    ],
+)
+def test_units_are_rounded_to_multiples_of_eight_channels_where_there_are_so_many(units, each, rounded, shrunk):
+    group = ChannelGroup("a", units, (Slot("a.weight", 0, "out", np.arange(units * each).reshape(units, each)),))
+    assert {wanted: group.rounded(wanted) for wanted in rounded} == rounded
+    assert {share: group.shrunk(share) for share in shrunk} == shrunk
 
 
 def test_a_head_that_runs_on_many_levels_is_one_group_with_their_makers():

@@ -69,6 +69,33 @@ class _Twice(nn.Module):
         return self.norm(self.a(x)) + self.norm(self.b(x))
 
 
+class _Reused(nn.Module):
+    """A convolution that runs once more, and not into the normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + self.conv(2 * x)
+
+
+class _Held(nn.Module):
+    """The same, where no trace shows it: the convolution is held under two names, and control flow depends on data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.normed = nn.Sequential(self.conv, nn.BatchNorm2d(4))
+
+    @property
+    def norm(self):
+        return self.normed[1]
+
+    def forward(self, x):
+        return self.normed(x) + self.conv(x) if x.sum() < 1e9 else x
+
+
 class _Before(nn.Module):
     """Normalisation first, but declared in the order that would mislead a reader of names."""
 
@@ -85,10 +112,15 @@ class _Rectified(nn.BatchNorm2d):
         return super().forward(x).relu()
 
 
+class _Halved(nn.Conv2d):
+    def forward(self, x):
+        return self._conv_forward(x, self.weight / 2, self.bias)
+
+
 class _Stack(nn.Sequential):
-    def __init__(self, norm) -> None:
+    def __init__(self, norm, conv=nn.Conv2d) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(3, 4, 1), norm
+        self.conv, self.norm = conv(3, 4, 1), norm
 
 
 def _hooked() -> nn.Module:
@@ -115,14 +147,20 @@ def _pruned() -> nn.Module:
     [
         _Shared,
         _Twice,
+        _Reused,
+        _Held,
         _Before,
         lambda: _Stack(_Rectified(4)),
+        lambda: _Stack(nn.BatchNorm2d(4), _Halved),
         lambda: _Stack(nn.BatchNorm2d(4, track_running_stats=False)),
         _hooked,
         _patched,
         _pruned,
     ],
-    ids=["shared", "twice", "before", "rectified", "without statistics", "hooked", "patched", "pruned"],
+    ids=[
+        *("shared", "twice", "reused", "held twice", "before", "rectified", "halved", "without statistics"),
+        *("hooked", "patched", "pruned"),
+    ],
 )
 def test_keeps_a_normalisation_that_cannot_be_folded(make):
     model = make()
@@ -133,6 +171,13 @@ def test_keeps_a_normalisation_that_cannot_be_folded(make):
     x = torch.randn(2, 3, 5, 5)
     folded = fuse_for_inference(model)
     assert batch_norms(folded) == 1
+    torch.testing.assert_close(folded(x), model(x))
+
+
+def test_a_normalisation_is_folded_with_its_own_epsilon():
+    model, x = _Stack(nn.BatchNorm2d(4, eps=0.5)).eval(), torch.randn(2, 3, 5, 5)
+    folded = fuse_for_inference(model)
+    assert batch_norms(folded) == 0
     torch.testing.assert_close(folded(x), model(x))
 
 

@@ -73,6 +73,15 @@ def test_gives_up_on_warming_at_the_limit_and_says_so():
     assert not interleave(_calls(clock, "ab"), 1, schedule, clock)[1]["stable"]
 
 
+@pytest.mark.parametrize("phase", ["warmup", "min"])
+def test_warming_and_timing_last_as_long_as_they_were_asked_to(phase):
+    clock = ScriptedClock(lambda name, calls: 1.0)
+    seconds = {"warmup_seconds": 0.0, "min_seconds": 0.0} | {f"{phase}_seconds": 0.05}
+    schedule = Schedule(rounds=1, warmup_limit=60, window=1, **seconds)
+    run = interleave(_calls(clock, "ab"), 1, schedule, clock)[1]
+    assert run["stable"] and run["warmup_seconds" if phase == "warmup" else "seconds"] >= 0.05
+
+
 def test_ends_at_the_limit_with_fewer_rounds_than_asked_for():
     clock = ScriptedClock(lambda name, calls: 1.0)
     schedule = Schedule(rounds=10**6, min_seconds=60, max_seconds=0, warmup_seconds=0, warmup_limit=0)

@@ -2,11 +2,12 @@ import subprocess
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks.record import require_published, weights_sha256
 from jdkd.errors import InputError
 from jdkd.files import sha256_of
-from jdkd.latency.records import compared, matching, sources
+from jdkd.latency.records import compared, images_sha256, matching, sources
 from jdkd.latency.report import LatencyReport, ModelLatency
 from jdkd.latency.statistics import Latency
 
@@ -81,7 +82,8 @@ def report(student, **changes):
 def test_an_earlier_ratio_agrees_or_differs():
     (line,) = compared(report(8.0), report(8.0), "before.json")
     assert line == "student, end_to_end: 0.796 [0.796, 0.796], was 0.796 [0.796, 0.796]: they agree"
-    assert compared(report(9.0), report(8.0), "before.json")[0].endswith("they differ")
+    for now, before in ((9.0, 8.0), (8.0, 9.0)):
+        assert compared(report(now), report(before), "before.json")[0].endswith("they differ")
 
 
 @pytest.mark.parametrize("name", ["runtime", "dtype", "batch_size", "images_sha256"])
@@ -96,10 +98,19 @@ def test_what_was_measured_elsewhere_or_of_others_is_not_compared():
         compared(now, replace(now, environment={"threads": 2}), "before.json")
     with pytest.raises(InputError, match="compares base, and this measurement base, student"):
         compared(now, replace(now, models={"base": now.models["base"]}), "before.json")
+    with pytest.raises(InputError, match=r"compares student, base, and .* give the same base"):
+        compared(now, replace(now, models=dict(reversed(now.models.items()))), "before.json")
+
+
+def test_images_of_other_shapes_or_types_are_other_images():
+    images = [torch.zeros(3, 4, 6), torch.zeros(3, 6, 4), torch.zeros(3, 4, 6, dtype=torch.int32)]
+    assert len({images_sha256([image]) for image in images}) == 3
+    assert images_sha256(images) != images_sha256(images[:1]) == images_sha256([torch.zeros(3, 4, 6)])
 
 
 def test_the_report_of_the_same_runtime_dtype_and_batch_size_is_found():
     stored = [report(8.0, batch_size=8), report(9.0)]
     assert matching(stored, PROTOCOL, "before.json").models["student"].end_to_end.p50 == 9
+    assert matching(stored, PROTOCOL | {"images_sha256": "2"}, "before.json") is stored[1], "refused by name, if at all"
     with pytest.raises(InputError, match="no measurement of runtime eager, dtype float32, batch_size 16"):
         matching(stored, PROTOCOL | {"batch_size": 16}, "before.json")

@@ -50,6 +50,15 @@ def test_the_least_rounds_of_a_measurement_are_enough_for_an_interval_that_cover
     assert covered >= 0.9 * 300  # of 5 rounds it is 0.83
 
 
+def test_an_interval_of_medians_is_that_of_the_order_statistics_of_whole_rounds():
+    """Of 25 rounds, k are below the k-th, so a draw's median is at most that where 13 of 25 draws are among them."""
+    below = [sum(math.comb(25, n) * (k / 25) ** n * (1 - k / 25) ** (25 - n) for n in range(13, 26)) for k in range(26)]
+    low = next(k for k in range(26) if below[k] >= 0.025)
+    rounds = [float(k) for k in range(1, 26) for _ in range(2)]  # both samples of a round are alike
+    ratio = bootstrap_ratio(rounds, [1.0] * 50, resamples=20_000)
+    assert (ratio.low, ratio.value, ratio.high) == (low, 13, 26 - low) == (8, 13, 18)
+
+
 def test_equal_samples_give_equal_intervals_and_more_rounds_narrower_ones():
     few, many = (_drifting(rounds, 0.8, 0.1, seed=1) for rounds in (20, 500))
     assert bootstrap_ratio(*few) == bootstrap_ratio(*few)
@@ -98,3 +107,4 @@ def test_an_interval_spans_one_at_its_ends_too():
 def test_kendalls_tau_is_1_of_one_order_and_less_by_two_thirds_of_a_swap_in_three():
     assert kendall([(1, 10), (2, 20), (3, 30)]) == 1 and kendall([(1, 3), (2, 2), (3, 1)]) == -1
     assert kendall([(1, 10), (2, 30), (3, 20)]) == pytest.approx(1 / 3) and math.isnan(kendall([(1, 1)]))
+    assert kendall([(1, 10), (1, 20), (2, 30)]) == pytest.approx(2 / 3), "a tie neither agrees nor disagrees"

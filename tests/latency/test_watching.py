@@ -1,3 +1,4 @@
+import itertools
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -52,6 +53,17 @@ def test_clocks_are_read_before_the_first_round_and_after_every_block(monkeypatc
     (run,) = report.protocol["runs"]
     assert [each["mhz"] for each in run["readings"]] == [2000, 2001, 2002, 2003] and run["block_ends"] == [1, 2, 3]
     assert report.warnings() == []
+
+
+def test_a_block_is_as_many_rounds_as_take_its_seconds(monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr("jdkd.latency.protocol.BLOCK_SECONDS", 20)
+    monkeypatch.setattr("jdkd.latency.protocol.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    calls = {"end_to_end": {"base": lambda index: None}}
+    schedule = Schedule(rounds=40, min_seconds=0, max_seconds=1e6, warmup_seconds=0, warmup_limit=0)
+    run = interleave(calls, 1, schedule, SteadyClock(), watch=ScriptedWatch(*[reading()] * 9))[1]
+    first, second, *_ = run["block_ends"]
+    assert first > 5 and second - first > 5, "the clock is looked at twice a round"
 
 
 @pytest.mark.parametrize(

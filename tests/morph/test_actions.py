@@ -3,6 +3,7 @@
 import copy
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,7 @@ def test_the_block_that_leaves_has_the_smallest_gamma_in_its_last_norm():
     topology = reread(model, topology)
     for place, gamma in enumerate((0.5, 0.001, 0.1), start=1):
         model.backbone.body.layer2[place].bn3.weight.data.fill_(gamma)
+    model.backbone.body.layer2[2].conv3.weight.data.mul_(1e6)  # in front of a norm, whose gamma says it all
     assert remove_block(model, topology, name).rewrite.blocks == {name: (0, 2)}
     assert rearrange(model, topology, name, "backbone.body.layer3", 2).rewrite.blocks[name] == (0,)
 
@@ -92,6 +94,30 @@ def test_the_sums_of_a_transformers_block_speak_for_it():
     for block, scale in zip(model.backbone.body[3], (1.0, 0.1), strict=True):
         block.attn.proj.weight.data.mul_(scale)
     assert remove_block(model, topology, "backbone.body.3").rewrite.blocks == {"backbone.body.3": (0,)}
+    model.backbone.body[3][1].mlp[3].weight.data.mul_(100)
+    assert remove_block(model, topology, "backbone.body.3").rewrite.blocks == {"backbone.body.3": (1,)}, "on average"
+
+
+def test_a_norm_that_cannot_learn_counts_with_the_layer_before_it():
+    model, topology = parent("fcos")
+    name = "backbone.body.1"
+    model = Rewrite(blocks={name: [0, 0]}).apply(model, topology)
+    _, first, second = model.get_submodule(name)  # the one in front changes the stride
+    topology = reread(model, topology)
+    second.conv3.weight.data.copy_(0.5 * first.conv3.weight)
+    assert remove_block(model, topology, name).rewrite.blocks == {name: (0,)}
+    second.bn3.weight.mul_(10)
+    assert remove_block(model, topology, name).rewrite.blocks == {name: (1,)}
+
+
+def test_a_block_of_which_nothing_is_known_leaves_last():
+    model, topology = parent("pan")
+    model, blocks = copy.deepcopy(model), topology.block_lists[1]
+    for parameter in model.get_submodule(blocks.blocks[1]).parameters():
+        parameter.data.mul_(1e3)
+    stiff = replace(blocks, ends=(((),), *blocks.ends[1:]))
+    topology = replace(topology, block_lists=(topology.block_lists[0], stiff, topology.block_lists[2]))
+    assert remove_block(model, topology, blocks.name).rewrite.blocks == {blocks.name: (0,)}
 
 
 def test_a_container_keeps_a_child():
@@ -232,6 +258,16 @@ def test_growing_adds_and_moves_blocks_within_the_depth_and_repeats_from_its_see
     assert max(len(order) for morph in drawn for order in morph.rewrite.blocks.values()) == depth
     with pytest.raises(InputError, match="can grow within 1 blocks; allow more depth"):
         grow(model, topology, random.Random(0), max_depth=1)
+
+
+def test_no_move_grows_a_list_beyond_the_depth():
+    model, topology = parent("faster_rcnn")
+    model = Rewrite(blocks={"backbone.body.layer2": [0] * 4}).apply(model, topology)
+    topology = reread(model, topology)
+    before = {blocks.name: len(blocks.blocks) for blocks in topology.block_lists}
+    for seed in range(20):
+        for name, order in grow(model, topology, random.Random(seed), max_depth=2).rewrite.blocks.items():
+            assert len(order) <= max(2, before[name] - 1)
 
 
 def test_blocks_leave_and_the_input_shrinks_in_one_action():

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from jdkd.detect.input_size import input_size
 from jdkd.errors import InputError
 from jdkd.latency import LatencyTable
 from jdkd.latency.layers import positions
-from jdkd.morph import channel_importance, cut_to, repair
+from jdkd.latency.table import regions_of
+from jdkd.morph import channel_importance, cut_to, repair, shorten
 from jdkd.morph.cutting import FLOOR, _Costs
 from jdkd.rewrite import Rewrite, prune
 from tests.detectors import Stage, detector, small_spec
@@ -39,16 +41,22 @@ def table(model, topology):
     return priced(model, topology)
 
 
-def priced(model, topology):
+def priced(model, topology, **shares):
+    """The same, but that some features of the whole detector have these shares of the latency."""
     names = positions(model, picture()[0])
     containers = tuple(dict.fromkeys(blocks.container for blocks in topology.block_lists))
     size = input_size(model)[0]
     areas = {name: (count / 4, count) for name, count in names.items()}
-    empty = LatencyTable(containers, (size // 2, size), areas, ())
+    regions = {
+        "regions": regions_of(model),
+        "of_regions": tuple(name for name in names if name.startswith("roi_heads.")),
+    }
+    empty = LatencyTable(containers, (size // 2, size), areas, (), **regions)
     base = empty.features(model)
-    total = sum(base.values())
-    rows = [(base, 1.0), *(({**base, name: 0.0}, 1 - 0.9 * base[name] / total) for name in base)]
-    return LatencyTable(containers, (size // 2, size), areas, tuple(rows))
+    total, left = sum(base.values()), 0.9 - sum(shares.values())
+    cost = {name: left * value / total for name, value in base.items()} | shares
+    rows = [(base, 1.0), *(({**base, name: 0.0}, 1 - cost[name]) for name in base)]
+    return replace(empty, rows=tuple(rows))
 
 
 def even(topology):
@@ -70,6 +78,16 @@ def test_a_cut_meets_its_aim_by_no_more_than_a_step_and_keeps_the_floor(model, t
             gone = sorted(set(range(group.units)) - set(units))
             assert importance[name][gone].max() <= importance[name][list(units)].min()
     assert "of the channels" in morph.action
+
+
+@pytest.mark.parametrize("feature", ["outputs", "layers", "regions"])
+def test_a_cut_counts_what_layers_write_what_each_takes_and_regions(model, topology, feature):
+    table = priced(model, topology, **{feature: 0.4})
+    blocks = {path: torch.tensor([1.0]) for each in topology.block_lists for path in each.blocks}
+    for how in ({}, {"regions": regions_of(model) // 2, "min_size": 48}):
+        aim = 0.9 * table.predict(model, topology, shorten(model, topology, **how).rewrite)
+        cut = cut_to(model, topology, table, aim, even(topology) | blocks, **how)
+        assert 0.95 * aim < table.predict(model, topology, cut.rewrite) <= aim
 
 
 def test_what_is_worth_little_for_its_time_goes_first(model, topology, table):
@@ -96,6 +114,9 @@ def test_chance_proposes_other_cuts_for_one_aim_and_repeats_from_its_seed(model,
     proposals = [drawn(seed) for seed in range(4)]
     assert drawn(0) == proposals[0] and len({repr(each) for each in proposals}) > 1
     assert all(table.predict(model, topology, each) <= 0.5 for each in proposals)
+    blocks = {path: torch.tensor([1.0]) for each in topology.block_lists for path in each.blocks}
+    how = [{"temperature": 1.0, "rng": random.Random(seed)} for seed in range(8)]
+    assert len({repr(cut_to(model, topology, table, 0.98, blocks, **each).rewrite) for each in how}) > 1
 
 
 def test_blocks_and_input_size_save_too(model, topology, table):
@@ -255,6 +276,12 @@ def test_layers_after_dropped_blocks_and_at_other_sizes_are_repaired_by_their_ow
     images = [image.double() for image in picture()]
     repaired = repair(child, model, rewrite, topology, [images])
     assert repaired == [f"{name}.1.conv2"]
+    assert input_size(model)[0] == 64 and input_size(child)[0] == 48, "the parent ran at the child's for a while"
+    assert not any("forward" in vars(part) for part in child.children())
+    smaller = Rewrite(attributes=rewrite.attributes).apply(model, topology)
+    (wanted,) = activations(smaller, f"{name}.2.conv2", images)
+    (now,), (cut,) = (activations(each, f"{name}.1.conv2", images) for each in (child, rewrite.apply(model, topology)))
+    assert (now - wanted).norm() < 0.8 * (cut - wanted).norm(), "what it says at that size"
     half = topology[inner].units // 2
     now, then = child.get_submodule(f"{name}.1.conv2").weight, model.get_submodule(f"{name}.2.conv2").weight
     assert (now - then[:, :half]).norm() > 0.1 * then.norm()
@@ -299,6 +326,12 @@ def test_repair_needs_images_and_leaves_what_was_not_cut():
     with pytest.raises(InputError, match="repair was given 0 batches"):
         repair(child, model, rewrite, topology, [])
     assert repair(child, model, rewrite, topology, [[picture()[0].double()]]) == ["backbone.features.2"]
-    plain = prune(model, topology, rewrite.keep)
+    plain, twice = prune(model, topology, rewrite.keep), rewrite.apply(model, topology)
+    repair(twice, model, rewrite, topology, [[picture()[0].double()]] * 2)
+    now, then = (each.get_submodule("backbone.features.2").weight for each in (twice, child))
+    torch.testing.assert_close(now, then, rtol=1e-6, atol=1e-9, msg="of more places the ridge is as much more")
+    nothing = rewrite.apply(model, topology)
+    repair(nothing, model, rewrite, topology, [[picture()[0].double() * math.inf]])
+    assert all(torch.equal(tensor, plain.state_dict()[key]) for key, tensor in nothing.state_dict().items())
     changed = {key for key, tensor in child.state_dict().items() if not torch.equal(tensor, plain.state_dict()[key])}
     assert changed == {"backbone.features.2.weight", "backbone.features.2.bias"}

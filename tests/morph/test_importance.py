@@ -1,6 +1,7 @@
 """Importance by gradients: what a mask on the unit would do to the losses, and nothing else of the model changes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torchvision.ops import StochasticDepth
 
 from jdkd.detect import read
 from jdkd.errors import InputError
+from jdkd.graph import trace
 from jdkd.morph import add_block, gradients, rearrange
 from jdkd.morph.importance import CRITERIA, LEARNT, channel_importance
 from jdkd.morph.origins import names_before
@@ -16,6 +18,7 @@ from jdkd.rewrite.channels import named
 from tests.detectors import detector, small_spec
 from tests.morph.small import parent
 
+IMAGE = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 GROUPS = {
     "inner": "backbone.body.layer2.1.conv1",
     "stream": "backbone.body.layer2.0.downsample.0",
@@ -157,7 +160,9 @@ def test_moved_blocks_are_new_where_they_arrive_and_the_rest_keeps_track_of_its_
 def test_the_model_is_left_as_it_was_and_units_weigh_one_together(criterion):
     model = detector(small_spec())
     topology = read(model, size=(64, 96))
-    model.backbone.body.conv1.weight.requires_grad_(False)
+    block = model.backbone.body.layer2[1]
+    for frozen in (model.backbone.body.conv1, block.bn1, block.conv2):  # what "taylor" and "fisher" read among them
+        frozen.weight.requires_grad_(False)
     model.rpn.train()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -174,6 +179,9 @@ def test_the_model_is_left_as_it_was_and_units_weigh_one_together(criterion):
     units = {group.name: group.units for group in topology.groups}
     assert {name: len(values) for name, values in found.items()} == units | dict.fromkeys(blocks, 1)
     assert sum(found[name].sum() for name in units).item() == pytest.approx(1, abs=1e-4)
+    if criterion not in LEARNT:  # whatever the scale of its weights
+        shares = {name: count / sum(units.values()) for name, count in units.items()}
+        assert {name: found[name].sum().item() for name in units} == pytest.approx(shares, rel=1e-4)
     again = channel_importance(model, topology, criterion, [batch(2)])
     assert all(torch.equal(found[name], again[name]) for name in found)
 
@@ -199,6 +207,47 @@ def test_gamma_is_read_off_the_norms_that_a_group_passes(name, norm, group):
     assert sorted(weak.tolist()) == [*range(half * topology[group].units // topology[group].size)]
 
 
+def grouped():
+    """Two units of four channels."""
+    return nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 2, 1))
+
+
+@pytest.mark.parametrize("several", ["norms", "channels"])
+def test_gamma_is_the_mean_over_the_norms_and_the_channels_of_a_unit(several):
+    model, topology = parent("faster_rcnn") if several == "norms" else (made := grouped(), trace(made, IMAGE))
+    model, group = copy.deepcopy(model), topology[GROUPS["stream"] if several == "norms" else "0"]
+    weights = {f"{norm}.weight": model.get_submodule(norm).weight.data.fill_(1.0) for norm in topology.norms(group)}
+    slots = [slot for slot in group.slots if slot.tensor in weights]
+    assert len(slots) > 1 if several == "norms" else slots[0].repeat == 4
+    weights[slots[-1].tensor][slots[-1].places[1, -1]] = -7.0  # one channel of one norm
+    found = channel_importance(model, topology, "gamma")[group.name]
+    assert (found[1] / found[0]).item() == pytest.approx(1 + 6 / len(slots) / slots[0].repeat, rel=1e-5)
+
+
+class Summed(nn.Module):
+    """One group that two layers make, and that a linear layer reads at four places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.read = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1), nn.Linear(32, 2)
+
+    def forward(self, x):
+        return self.read(nn.functional.adaptive_avg_pool2d(self.a(x) + self.b(x), 2).flatten(1))
+
+
+def test_magnitude_counts_all_places_of_a_unit_and_no_tensor_for_its_scale():
+    torch.manual_seed(0)
+    model = Summed()
+    topology = trace(model, IMAGE)
+    before = channel_importance(model, topology, "magnitude")["a"]
+    model.b.weight.data.mul_(1e3)
+    torch.testing.assert_close(channel_importance(model, topology, "magnitude")["a"], before)
+    weight = model.read.weight.data.fill_(1.0).view(2, 8, 4)
+    weight[:, 2, :3], weight[:, 5] = 0.0, 0.0
+    found = channel_importance(model, topology, "magnitude")["a"]
+    assert found[5] == 0 < found[2], "one of four places is less, and not nothing"
+
+
 def test_magnitude_is_what_makes_a_unit_times_what_reads_it():
     model, topology = parent("ssd")
     model = copy.deepcopy(model)
@@ -219,6 +268,23 @@ def test_a_unit_that_nothing_reads_weighs_nothing(criterion):
             named(model, slot.tensor).data.index_fill_(slot.dim, torch.from_numpy(slot.places[3]), 0)
     found = channel_importance(model, topology, criterion, [batch(1)])[group.name]
     assert found[3] < found.sum() * 1e-6 and (found > 0).sum() == group.units - 1
+
+
+@pytest.mark.parametrize("criterion", LEARNT)
+def test_gradients_weigh_by_the_mean_over_batches_and_are_taken_without_the_callers(model, topology, criterion):
+    once = gradients.gradient_importance(model, topology, [batch(1)], criterion)
+    with torch.no_grad():
+        twice = gradients.gradient_importance(model, topology, [batch(1)] * 2, criterion)
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.parametrize("unknown", [((),), ((), "known")], ids=["nothing is known", "one of two sums"])
+def test_a_block_that_is_not_known_to_be_the_identity_has_no_weight(model, topology, unknown):
+    first, *others = topology.block_lists
+    unknown = tuple(first.ends[0][0] if chain == "known" else chain for chain in unknown)
+    lists = (replace(first, ends=(unknown, *first.ends[1:])), *others)
+    found = channel_importance(model, replace(topology, block_lists=lists), "taylor", [batch(1)])
+    assert first.blocks[0] not in found and others[0].blocks[0] in found, "at 0 it would be the first to leave"
 
 
 def test_what_cannot_weigh_is_refused(model, topology):

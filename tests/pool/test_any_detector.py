@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,6 +103,16 @@ def test_widths_are_multiples_of_eight_channels_where_a_group_has_so_many():
         each, units = group.size // group.units, group.rounded(0.7 * group.units)
         assert units >= 1 and (units * each % 8 == 0 or group.size < 8 or 8 % each)
         assert abs(units - 0.7 * group.units) * each <= 8
+
+
+def test_a_list_whose_blocks_cannot_be_born_as_the_identity_stays_as_deep():
+    model, topology = parent("pan")
+    first, *others = topology.block_lists
+    stiff = replace(topology, block_lists=(replace(first, ends=(((),),) * len(first.blocks)), *others))
+    space = Space.from_base(stiff)
+    assert space.depths == ((2,), *((2, 3),) * len(others))
+    largest, _ = grow_base(model, stiff, space)
+    assert len(largest.get_submodule(first.container)) == len(model.get_submodule(first.container))
 
 
 def test_pyramid_channels_are_the_same_for_all_teachers():

@@ -140,6 +140,10 @@ def test_a_subnet_is_found_by_its_name():
         assert space.named(str(subnet)) == subnet and space.named(str(subnet).replace(" ", ",")) == subnet
     assert space.named("largest") == space.largest and space.named("smallest") == space.smallest
     assert space.named("1x0.75 2x1") == Subnet((1, 2), (0.75, 1.0))
+    assert space.named("1x1 1x1") == Subnet((1, 1), (1.0, 1.0)), "less than the smallest runs too"
+    for name, asked in (("0x1 2x1", "0 blocks at width 1"), ("1x0 2x1", "1 blocks at width 0")):
+        with pytest.raises(InputError, match=f"stage 1 asks for {asked}"):
+            space.named(name)
     for name in ("", "2", "2x", "x1 2x1", "1x1;2x1"):
         with pytest.raises(InputError, match="names no subnet; give largest, smallest, best, or blocks x width"):
             space.named(name)
@@ -188,6 +192,7 @@ def test_no_more_is_scored_than_a_share_of_the_training_pays():
         return affordable(PoolTrainConfig(TrainConfig(steps=steps, batch_size=8)), images)
 
     assert of(10**6, 100) == SCORED and of(10, 10**5) == 2
+    assert of(1000, 200) == int(0.2 * 3 * 1000 * 8 / (2 * 200 + 8 * 8)) == 10, "eight batches recalibrate each"
     assert 2 < of(300, 100) < of(500, 100) < SCORED and of(500, 400) < of(500, 100)
 
 

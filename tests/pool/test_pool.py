@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -93,14 +94,15 @@ def test_the_default_space_is_one_block_deeper_and_half_as_wide_again():
 def test_a_mutation_is_one_or_two_notches_away_and_stays_inside():
     space = grown(detector(small_spec()))[0]
     rng = random.Random(0)
-    subnet = space.largest
+    subnet, notches = space.largest, set()
     for _ in range(50):
         other = space.mutate(subnet, rng)
         changed = sum(a != b for a, b in zip(other.depths + other.widths, subnet.depths + subnet.widths, strict=True))
-        assert 1 <= changed <= 2
+        notches.add(changed)
         space.check(other)
         assert all(width in space.widths for width in other.widths)
         subnet = other
+    assert notches == {1, 2}
 
 
 def test_the_pool_starts_as_the_base(base):
@@ -181,6 +183,12 @@ def test_the_phases_open_depth_and_width_together():
         100, abs=3
     )
     assert len({config.phase_config(i).seed for i in range(len(PHASES))}) == len(PHASES)
+    assert [config.phase_config(i).lr / config.train.lr for i in range(len(PHASES))] == [each.lr for each in PHASES]
+    least = PoolTrainConfig(TrainConfig(steps=1))
+    assert all(least.phase_config(i).steps == 1 for i in range(len(PHASES))), "a step at least"
+    for shares in (0.4, 0.6):
+        with pytest.raises(InputError, match=f"phases has shares that are {2 * shares:g} together; let them be 1"):
+            PoolTrainConfig(TrainConfig(steps=9), (replace(PHASES[0], share=shares), replace(PHASES[1], share=shares)))
 
 
 CONFIG = PoolTrainConfig(

@@ -190,12 +190,15 @@ class Odd(nn.Module):
         self.tied, self.again = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1, bias=False)
         self.again.weight = self.tied.weight
         self.scaled, self.gains = nn.Conv2d(8, 8, 1), nn.ParameterList([torch.ones(1, 8, 1, 1)])
+        self.flipped, self.behind, self.bare = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
         self.good, self.out = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.after(self.own(x).relu()).relu()
         x = self.joined(torch.cat((self.left(x).relu(), self.right(x).relu()), 1))
         x = self.scaled(self.again(self.tied(x).relu()).relu()) * self.gains[0]
+        x = self.behind(self.flipped(x).flip(1).relu()).relu()
+        x = nn.functional.conv2d(x, self.bare.weight)  # without its bias
         return self.out(self.good(x.relu()).relu())
 
 
@@ -205,13 +208,15 @@ def test_what_stays_plain_is_said_with_its_reason():
     before = state_of(model)
     said = elastic_groups(model, topology, topology.groups)
     assert state_of(model) == before
-    assert said.groups.keys() == {"after", "good"}
+    assert said.groups.keys() == {"after", "behind", "good"}
     assert said.groups.keys() | said.left_out.keys() == {group.name for group in topology.groups}
     assert {*said.left_out.values()} == {
         "own is a Padded, which has no elastic form",
         "other channels stand beside it in dimension 1 of joined.weight, as in a concatenation",
         "tied.weight is shared by several layers",
         "gains.0 is of a ParameterList, which has no elastic form",
+        "its channels do not stand one after the other in dimension 1 of behind.weight",
+        "bias of bare does not follow it",
     }
     net = make_elastic(model, topology, topology.groups)
     assert net.elastic_groups == said

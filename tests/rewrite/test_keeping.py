@@ -141,6 +141,21 @@ def test_dropped_units_that_are_kept_again_are_the_ones_they_were():
     assert all(torch.equal(one, other) for one, other in zip(back.parameters(), model.parameters(), strict=True))
 
 
+def test_more_units_than_there_are_begin_as_copies_in_turn():
+    model = plain()
+    grown = widen(model, trace(model, X), {"0.0": 20})
+    assert (grown[0][0].out_channels, grown[1][0].in_channels) == (28, 28)
+    torch.testing.assert_close(grown(X), model(X))
+
+
+def test_behind_a_flip_new_units_come_first_and_keep_their_norms():
+    model = awake(Block(lambda m, x: m.b(m.n(m.a(x).flip(1))), a=conv(3, 8), n=nn.BatchNorm2d(8), b=nn.Conv2d(8, 2, 1)))
+    before = model.n.weight.detach().clone()
+    grown = widen(model, trace(model, X), {"a.0": 2})
+    torch.testing.assert_close(grown(X), model(X))
+    assert torch.equal(grown.n.weight, torch.cat((before[[6, 7]], before))), "of the copies of the units 1 and 0"
+
+
 class Gated(nn.Module):
     """Adds a gate that is one half, not nothing, when what makes it is silent."""
 

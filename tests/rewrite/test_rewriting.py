@@ -293,6 +293,23 @@ def test_a_distrusted_group_casts_no_doubt_on_others_of_its_name_elsewhere():
     assert "1.0.into" not in {group.name for group in traced.trusting(topology).groups}
 
 
+class Mixed(Reversed):
+    """The same names inside, and an operator that mixes channels, as every trace shows."""
+
+    def forward(self, x):
+        return x + self.out(self.into(x).softmax(1))
+
+
+def test_what_a_trace_shows_of_one_block_holds_of_no_other():
+    model = stack(Block(lambda m, x: x + m.out(m.into(x).relu()), into=nn.Conv2d(8, 12, 1), out=nn.Conv2d(12, 8, 1)))
+    model[1].append(Mixed())
+    topology = checked(model)
+    names = {group.name for group in topology.groups}
+    assert "1.0.into" in names and "1.1.into" not in names
+    _, found = rewritten(model, topology, blocks={"1": [0]})
+    assert "1.0.into" in {group.name for group in found.trusting(topology).groups}
+
+
 def test_a_group_that_cannot_grow_cannot_when_numbers_shift():
     model = stack(Residual(8, 6), Newest())
     topology = checked(model)

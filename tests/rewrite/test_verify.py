@@ -10,6 +10,7 @@ from jdkd.detect import read
 from jdkd.errors import InputError
 from jdkd.graph import Topology, trace
 from jdkd.rewrite import verify
+from jdkd.rewrite.comparison import difference, returned_by
 from tests.detectors import detector, small_spec
 from tests.graph.networks import Residual, awake, conv, pan_detector
 from tests.rewrite.blocks import Block
@@ -75,6 +76,37 @@ def test_two_groups_that_are_one_are_found_together():
     groups = tuple(group for group in topology.groups if group is not stream)
     checked = verify(model, replace(topology, groups=(*groups, *halves)), X)
     assert [group.name for group in checked.groups] == [group.name for group in groups]
+
+
+def test_groups_that_fit_only_while_they_are_of_one_size_are_found():
+    def sized(m, x):
+        made = m.a(x)
+        return m.c(made), m.d(m.b(x)[:, : made.shape[1]])  # a number to the trace, which couples nothing
+
+    layers = {"a": nn.Conv2d(3, 16, 1), "b": nn.Conv2d(3, 16, 1), "c": nn.Conv2d(16, 2, 1), "d": nn.Conv2d(16, 2, 1)}
+    model = awake(Block(sized, **layers))
+    topology = trace(model, X)
+    assert {group.name for group in topology.groups} == {"a", "b"}
+    assert "a" not in {group.name for group in verify(model, topology, X).groups}
+
+
+def test_a_place_that_code_holds_on_to_is_found_though_leading_units_would_agree():
+    def fourth(m, x):
+        made = m.a(x)
+        return m.b(made), m.c(made[:, 3:4])
+
+    model = awake(Block(fourth, a=nn.Conv2d(3, 16, 1), b=nn.Conv2d(16, 2, 1), c=nn.Conv2d(1, 2, 1)))
+    topology = trace(model, X)
+    group = next(group for group in topology.groups if group.units > 1)
+    assert group.name not in {each.name for each in verify(model, topology, X).groups}
+
+
+@pytest.mark.parametrize("factor", [2.0, float("nan")])
+def test_every_tensor_that_a_module_returns_counts(factor):
+    one, other = (Block(lambda m, x: (x * m.factor, x)) for _ in range(2))
+    one.factor, other.factor = 1.0, factor
+    assert difference(returned_by(one, (X,)), one, (X,)) is None
+    assert "the model differs by" in difference(returned_by(one, (X,)), other, (X,))
 
 
 @pytest.mark.parametrize(

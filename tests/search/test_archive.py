@@ -68,8 +68,12 @@ def test_a_later_timing_brings_every_row_of_its_architecture_up_to_date(tmp_path
 def test_timings_of_two_machines_are_not_pooled(tmp_path):
     with closing(Archive(tmp_path / "a.sqlite")) as archive:
         archive.add(timing((9.0, 9.0)), **known(1))
-        archive.add_timing(timing((5.0, 5.0), device_name="another"))
+        archive.add_timing(timing((5.0, 5.0), device_name="another", stage="long"))
         assert archive.candidates[0].latency_ratio == 0.5
+        here, another = (timing(device_name=name).machine for name in ("a cpu", "another"))
+        asked = [(stage, where) for stage in ("brief", "long") for where in (here, another)]
+        found = [archive.was_timed(ARCHITECTURE.id, *each) for each in asked]
+        assert found == [True, False, False, True], "nor does one stand for the other"
 
 
 def test_an_archive_of_an_earlier_version_is_refused_with_a_sentence(tmp_path):
@@ -138,6 +142,7 @@ def test_a_row_that_cannot_be_read_is_named(tmp_path):
         "DELETE FROM candidates WHERE number = 0",
         "DELETE FROM candidates WHERE number = 1",
         "UPDATE candidates SET parent = 'nobody' WHERE number = 2",
+        "UPDATE candidates SET number = 3 WHERE number = 2",
         "UPDATE candidates SET architecture = 'x' WHERE number = 1",
         "DELETE FROM timings",
         "UPDATE timings SET samples = '[]'",

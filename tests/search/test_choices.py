@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 from jdkd.search import Cycle, pareto_front
-from jdkd.search.choice import annealed, choose, contender, contenders, fitness
+from jdkd.search.choice import annealed, best_within, choose, contender, contenders, fitness
 from jdkd.search.outcome import _predictor
 from jdkd.search.strategy import Strategy
 from tests.search.rows import candidate
@@ -18,6 +18,15 @@ def test_the_front_holds_what_nothing_beats():
         candidate(3, map=0.41, ratio=1.1),
     )
     assert pareto_front([a, b, c, d]) == [b, a, d]
+    assert pareto_front([a, candidate(4, map=0.40, ratio=1.05)]) == [a], "what is slower and no better is beaten"
+
+
+def test_within_a_target_the_best_is_the_fastest_of_equals_and_then_the_last():
+    slow, fast, last = (candidate(number, map=0.4, ratio=ratio) for number, ratio in enumerate((0.6, 0.5, 0.5)))
+    better = candidate(3, map=0.5, ratio=0.7)
+    assert best_within([fast, slow, last], 0.65) is last and best_within([better, slow], 0.65) is slow
+    assert best_within([better, slow], 0.7) is better, "what is exactly as fast meets it"
+    assert best_within([better, slow], 0.4) is None
 
 
 def test_the_student_is_the_best_that_meets_the_target_or_the_fittest():
@@ -37,6 +46,8 @@ def test_what_may_meet_the_target_by_its_interval_does_not_lose_to_what_is_far_w
     assert choose([short, trained, slow], 0.53) is trained
     nearly = candidate(4, map=0.7505, ratio=0.529)
     assert choose([nearly, trained, slow], 0.53) is nearly, "what it is over the target counts"
+    few = candidate(5, map=0.4, ratio=0.52, interval=(0.535, 0.55))  # of so few samples that its ratio lies outside
+    assert choose([candidate(6, map=0.3, ratio=0.5), few], 0.53) is few
 
 
 def test_who_was_not_trained_to_the_end_is_no_student_where_others_were():
@@ -53,6 +64,13 @@ def test_of_one_architecture_the_better_is_the_student():
     for target in (0.95, 0.5):
         assert choose([worse, better], target) is choose([better, worse], target) is better
         assert pareto_front([worse, better]) == [better]
+    assert choose([better, worse], 0.95, least=0.3) is choose([worse, better], 0.95, least=0.3) is better
+
+
+def test_of_equals_the_faster_is_the_student_and_is_timed_and_trained_on_first():
+    slow, fast = candidate(1, map=0.4, ratio=0.9), candidate(2, map=0.4, ratio=0.8)
+    for both in ([slow, fast], [fast, slow]):
+        assert choose(both, 0.95) is contender(both, 0.95, set()) is contenders(both, 0.95)[0] is fast
 
 
 def test_of_equals_the_one_that_was_trained_longer_is_the_student():
@@ -67,6 +85,7 @@ def test_where_an_map_is_enough_the_fastest_that_has_it_is_the_student():
     assert choose(everyone, 0.53, least=0.35) is fast and choose(everyone, 0.53, least=0.2) is faster
     assert choose(everyone, 0.53, least=0.9) is slow, "where nobody has it, the best"
     assert choose(everyone, 0.53) is slow
+    assert choose(everyone, 0.53, least=0.5) is slow and choose(everyone, 0.53, least=0.4) is fast, "just enough"
     assert contender(everyone, 0.53, set(), least=0.35) is fast, "and that one is timed at length"
     assert contender(everyone, 0.53, {fast.architecture_id}, least=0.35) is None
 

@@ -69,6 +69,7 @@ def test_the_teacher_that_is_ahead_and_speaks_the_language_is_chosen(pool, match
     assert matched(0.2, {largest: 0.1, foreign: 0.9}) == foreign
     assert matched(0.2, {largest: 0.1, foreign: 0.1, smallest: 0.9}) == smallest
     assert matched(0.2, {largest: 0.01, foreign: 0.01, smallest: 0.01}) == BASE
+    assert matched(0.5, {largest: 0.4, foreign: 0.6}) == largest, "ahead by 0.1 and not by 0.05"
 
 
 @pytest.mark.parametrize("share", [0.9, 0.05, 1.0])
@@ -84,6 +85,7 @@ def test_where_it_is_tried_against_nobody_the_best_teaches_though_none_is_ahead(
     largest, foreign, _ = (member.teacher for member in pool.members)
     assert matched(0.7, {largest: 0.1, foreign: 0.9}, anyone=True) == largest
     assert matched(0.7, base_map=0.65, anyone=True) == BASE
+    assert matched(0.6, anyone=True) == largest, "who is as good is not ahead"
     assert matched(0.45, {foreign: 0.9, largest: 0.1}, anyone=True) == foreign, "who is ahead comes first"
     assert matched(0.7, {largest: 0.0}, anyone=True) is None
     pool.members[0] = ScoredTeacher(largest, math.nan, 1)
@@ -130,6 +132,7 @@ def test_a_teacher_that_cannot_be_compared_is_left_out_and_said_once(pool, match
 
 def test_what_teaches_can_be_set(pool, matched):
     assert matched(0.9, teaching="fixed") == pool.members[0].teacher, "the pool's best, whatever the student"
+    assert matched(0.9, teaching="given") == pool.members[1].teacher, "of those that were given"
     assert matched(0.9, teaching="base") == BASE
     assert matched(0.2, teaching="none") is None
     assert matched(0.2, ours=None) == BASE, "without a pool the base teaches"
@@ -143,9 +146,9 @@ def test_neighbours_of_the_present_teacher_are_scored_and_remembered(pool, match
     fresh = pool.members[before:]
     assert 1 <= len(fresh) <= matching.NEIGHBOURS and all(isinstance(member.teacher, Subnet) for member in fresh)
     assert len({member.teacher for member in pool.members}) == len(pool.members)
-    for present in (None, BASE, "yolo"):
+    for present in (None, BASE, "yolo", pool.space.smallest):  # the last draws the same again, which are known
         matched(0.2, present=present)
-    assert len(pool.members) == before + len(fresh), "what is no subnet has no neighbours"
+    assert len(pool.members) == before + len(fresh), "what is no subnet has none that are new"
 
 
 @pytest.mark.parametrize(("room", "kept"), [(10**9, 4), (250, 2), (0, 0)])

@@ -9,7 +9,7 @@ import pytest
 from jdkd.data import Split
 from jdkd.errors import InputError
 from jdkd.search import Method, SearchConfig, plan
-from jdkd.search.budget import EXPLORING_SHARE, MARGIN, MOST_CUT, ROOM, steps_of
+from jdkd.search.budget import EXPLORING_SHARE, HALVING_SHARE, LEAST_POOL, MARGIN, MOST_CUT, ROOM, steps_of
 
 SPLIT = Split(Path("images"), Path("boxes.json"))
 CONFIG = SearchConfig(Path("base"), SPLIT, SPLIT, Path("out"))
@@ -45,6 +45,8 @@ def test_no_generation_leaves_less_than_a_share_and_the_last_leaves_a_little_to_
         steps = [after / before for before, after in pairwise(path)]
         assert all(MOST_CUT - 1e-9 <= step < 1 for step in steps)
         assert max(steps) == pytest.approx(min(steps)), "all are as large"
+    whole = replace(CONFIG, targets=(0.8, 0.8 * MOST_CUT))
+    assert len(aims(whole)) == 2, "a cut by just as much takes no generation more, however it is rounded"
 
 
 def test_a_large_cut_in_one_goes_to_the_target_at_once():
@@ -63,12 +65,20 @@ def test_several_targets_lie_on_one_path_and_each_is_trained_on():
     budget = plan(config, 10_000)
     assert all(rung.aims == config.targets for rung in budget.rungs if not rung.explores)
     assert 9900 <= budget.total <= 10_000
+    (halving,) = [rung for rung in budget.rungs if not rung.explores and not rung.alone]
+    left = budget.total - budget.pool - sum(rung.cost for rung in budget.rungs if rung.explores)
+    assert halving.cost == pytest.approx(halving.candidates * HALVING_SHARE * left, rel=0.02), "all targets together"
+    assert aims(replace(CONFIG, targets=(0.97, 0.96))) == [MARGIN], "near to 1 one generation is for both"
 
 
 @pytest.mark.parametrize("teaching", ["base", "none"])
 def test_a_pool_that_nobody_asks_or_that_is_there_costs_nothing(teaching):
     assert plan(replace(CONFIG, method=Method(teaching=teaching)), 1000).pool == 0
     assert plan(replace(CONFIG, teacher_pool=Path("pool")), 1000).pool == 0
+
+
+def test_a_small_pool_has_a_step_for_each_pass_of_its_phases():
+    assert plan(replace(CONFIG, candidates=1), 45).pool == LEAST_POOL
 
 
 def test_one_candidate_a_generation_needs_no_halving():

@@ -19,6 +19,7 @@ from jdkd.morph import add_block, grow
 from jdkd.notices import Notice
 from jdkd.search import Archive, Method, Proposal, screening, strategy
 from jdkd.search.archive import ARCHIVE
+from jdkd.search.budget import MARGIN
 from jdkd.search.inheriting import fresh, inherit
 from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Recipe, screen, trimmed
 from jdkd.search.strategy import Strategy
@@ -114,9 +115,10 @@ def test_a_block_that_is_new_stays_in_the_cut_that_pays_for_it(parent, context, 
 
 def test_a_pipeline_changes_blocks_and_input_or_channels_and_not_both(parent, monkeypatch):
     rng = random.Random(0)
-    monkeypatch.setattr(type(parent.context), "resolutions", [32, 64])
+    monkeypatch.setattr(type(parent.context), "resolutions", [32, 64, 96])
     drawn = [parent.draw((ARCHITECTURE,), rng) for _ in range(20)]
     assert not any(recipe.channels for recipe in drawn)
+    assert {recipe.min_size for recipe in drawn} == {None, 32}, "none is larger than its parent's, which is 64"
     assert any(recipe.shorter for recipe in drawn) and any(recipe.min_size for recipe in drawn)
     drawn = [parent.draw((CHANNELS,), rng) for _ in range(20)]
     assert all(recipe.channels and not (recipe.shorter or recipe.grown or recipe.min_size) for recipe in drawn)
@@ -199,6 +201,20 @@ def test_the_better_parent_gets_more_proposals_and_its_lead_counts(monkeypatch):
     assert [origin for origin, _ in found] == [better] * 4
 
 
+def test_of_students_that_are_alike_the_slower_than_aimed_at_comes_last_and_the_faster_is_no_better():
+    students = [(0.9, 0.6), (0.8, 0.5), (0.79, 0.3), (0.1, 0.5)]
+    made = [
+        SimpleNamespace(similarity=r, predicted=predicted, architecture_id=f"{min(k, 2)}", student=None, number=k)
+        for k, (r, predicted) in enumerate(students)
+    ]  # the last is of the same architecture as the one before
+    recipes = dict.fromkeys(("plain", "draw"), lambda *given: None)
+    context, left = SimpleNamespace(config=SimpleNamespace(proposals=4), progress=lambda *state: None), iter(made)
+    one = SimpleNamespace(candidate=candidate(1, kind="morph"), context=context, **recipes)
+    one.make, one.measured = lambda recipe, aim: next(left), lambda recipe, screened, aim: screened
+    found = screen([one], 0.5, 3, EVERYTHING, random.Random(0))
+    assert [screened.number for _, screened in found] == [1, 2, 0]
+
+
 def test_the_bar_of_students_ends_though_the_last_cannot_be_made():
     told, made = [], iter([SimpleNamespace(similarity=0.9, predicted=0.5, architecture_id="1", student=None)])
     context = SimpleNamespace(config=SimpleNamespace(proposals=2), progress=lambda *state: told.append(state[:3]))
@@ -253,6 +269,14 @@ def test_a_finalist_that_is_too_slow_is_cut_once_more_or_said_to_stay(parent, st
     cut = trimmed(one, 0.9)
     assert cut.rewrites and cut.predicted <= 0.9
     assert not timed.stages, "it is timed when it is trained"
+    one.candidate = candidate(1, ratio=1.25)  # of which the table knows no more than 1
+    wanted = MARGIN * 0.9 / 1.25 * parent.table.predict(parent.model)
+    assert trimmed(one, 0.9).predicted <= wanted, "it is slower than predicted, and so will be what is left"
+    for base, rewritten in ((True, False), (False, True)):
+        own = {"architecture_id": parent.context.base_id} if base else {}
+        one.candidate = candidate(1, ratio=1.0, **own)
+        assert bool(trimmed(one, 1.0).rewrites) is rewritten, "the base's own ratio is not measured, and is 1"
+    one.candidate = candidate(1, ratio=1.0)
     with pytest.warns(Notice, match="candidate 1 stays at 1.00 of the base's latency: no cut"):
         assert trimmed(one, 0.01).rewrites == ()
 

@@ -34,6 +34,8 @@ def test_a_machine_that_is_slower_the_second_time_does_not_move_the_ratio():
     for order in ([slow, fast], [fast, slow]):  # as they stand, the medians of both together are 16 and 15
         assert pooled(order).ratio.value == pytest.approx(0.8) == pooled(order).ratio.low
         assert pooled(order).base.p50 == percentile(order[-1].base_samples, 50), "in ms of the latest measurement"
+    latency = pooled([slow, timing((9.0,) * 6, (10.0,) * 6)])  # by the base's median alone, whatever else was found
+    assert set(latency.base.samples) == {10.0} and latency.ratio.value == pytest.approx(0.85)
 
 
 def test_the_ratio_is_that_of_the_medians_that_stand_beside_it():
