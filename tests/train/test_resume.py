@@ -145,11 +145,15 @@ def test_a_folder_with_another_run_is_left_alone(scenes, tmp_path):
 
 def test_refuses_another_config_and_names_what_differs(scenes, tmp_path):
     fit(Toy(), scenes, TrainConfig(steps=2, batch_size=1, lr=1e-3), **CPU, folder=tmp_path)
-    other = TrainConfig(steps=9, batch_size=1, lr=1e-4)
+    settings = {"amp": "bf16", "by_aspect": False, "clip": 1.0, "ema": 0.9, "flip": 0.5, "gamma_l1": 0.0, "seed": 1}
+    settings |= {"warmup": 0.2, "lr_end": 0.1, "weight_decay": 0.0, "optimizer": "sgd", "momentum": 0.5, "sizes": (9,)}
+    other = TrainConfig(steps=9, batch_size=1, lr=1e-4, cycle_steps=20, cycle_start=3, accumulate=2, **settings)
     with pytest.raises(InputError) as caught:
-        fit(Toy(), scenes, other, **CPU, folder=tmp_path, resume=True)
-    assert "lr was 0.001 and is 0.0001; steps was 2 and is 9" in str(caught.value)
+        fit(detector(small_spec()), scenes, other, **CPU, folder=tmp_path, resume=True)
+    assert "lr was 0.001 and is 0.0001; lr_end was" in str(caught.value)
     assert "batch_size" not in str(caught.value)
+    changed = {*settings, "steps", "lr", "cycle_steps", "cycle_start", "accumulate"}
+    assert {name for name in changed if f"{name} was " not in str(caught.value)} == set()
 
 
 def test_what_does_not_decide_the_result_may_change_on_resume(scenes, tmp_path):
