@@ -114,6 +114,14 @@ def test_gradients_are_clipped_by_their_common_norm(scenes, amp):
     assert (model.weight - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_sgd_has_the_momentum_that_it_was_given(scenes):
+    model = Toy()
+    before = model.weight.detach().clone()
+    config = TrainConfig(steps=2, batch_size=1, lr=0.1, lr_end=1.0, **{**PLAIN, "momentum": 0.5})
+    fit(model, scenes, config, **CPU, losses=lambda i, t, s: {"loss": model.weight.sum()})
+    assert torch.allclose(model.weight, before - 0.1 - 0.1 * 1.5)
+
+
 def test_norms_and_biases_are_not_decayed():
     model = Toy()
     decayed, others = build_optimizer(model, TrainConfig(steps=1, weight_decay=0.3)).param_groups
@@ -141,8 +149,10 @@ def test_slimming_leaves_scales_alone_that_took_no_part(scenes):
 def test_frozen_parameters_stay(scenes):
     model = Toy()
     model.bias.requires_grad_(False)
+    model.norm.weight.requires_grad_(False)
     before = values(model)
-    fit(model, scenes, TrainConfig(steps=2, batch_size=1), **CPU)
+    fit(model, scenes, TrainConfig(steps=2, batch_size=1, gamma_l1=0.1), **CPU)
+    assert torch.equal(model.norm.weight, before["norm.weight"])
     assert torch.equal(model.bias, before["bias"]) and not torch.equal(model.weight, before["weight"])
     with pytest.raises(InputError, match="Toy has no parameter that can be trained"):
         fit(model.requires_grad_(False), scenes, TrainConfig(steps=2, batch_size=1), **CPU)
