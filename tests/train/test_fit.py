@@ -122,6 +122,16 @@ def test_sgd_has_the_momentum_that_it_was_given(scenes):
     assert torch.allclose(model.weight, before - 0.1 - 0.1 * 1.5)
 
 
+def test_every_step_has_the_rate_of_its_place_in_the_cycle(scenes):
+    model, passed = Toy(), []
+    config = TrainConfig(steps=5, batch_size=1, lr=0.1, **{**PLAIN, "warmup": 0.4})
+    kept = lambda *_: passed.append(model.weight.detach().clone())  # noqa: E731
+    before = model.weight.detach().clone()
+    fit(model, scenes, config, **CPU, losses=lambda i, t, s: {"loss": model.weight.sum()}, progress=kept)
+    moved = [(one - other).mean().item() for one, other in zip([before, *passed], passed, strict=False)]
+    assert moved == pytest.approx([config.lr_at(step) for step in range(5)], rel=1e-4)
+
+
 def test_norms_and_biases_are_not_decayed():
     model = Toy()
     decayed, others = build_optimizer(model, TrainConfig(steps=1, weight_decay=0.3)).param_groups

@@ -107,6 +107,16 @@ def test_resuming_what_is_finished_does_nothing(scenes, tmp_path):
     assert (second.steps, second.losses) == (4, first.losses)
 
 
+def test_a_resumed_training_has_taken_the_time_of_both(scenes, tmp_path):
+    config = TrainConfig(steps=4, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Toy(), scenes, config, **CPU, folder=tmp_path, progress=interrupt_at(2))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "seconds": 1000.0}, tmp_path / "checkpoint.pt")
+    report = fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True)
+    assert 1000 < report.seconds < 1100 and rows(tmp_path)[-1]["step_seconds"] < 50
+
+
 def test_resuming_an_empty_folder_starts_from_the_beginning(scenes, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 9}\n')
     model, plain = Toy(), Toy()
