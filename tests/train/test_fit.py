@@ -49,6 +49,16 @@ def test_is_a_function_of_the_seed_alone(scenes):
     assert not same(trained(0, noise=1), trained(1, noise=1))
 
 
+def test_what_a_step_draws_is_of_the_seed_and_the_step(scenes):
+    def drawn(seed: int) -> list[float]:
+        model, found = Toy(), []
+        losses = lambda images, targets, step: [found.append(torch.rand(()).item()), model(images, targets)][1:]  # noqa: E731
+        fit(model, scenes, TrainConfig(steps=3, batch_size=1, seed=seed), **CPU, losses=losses)
+        return found
+
+    assert drawn(0) == drawn(0) and len({*drawn(0), *drawn(1)}) == 6
+
+
 def test_leaves_generators_modes_and_gradients_as_they_were(scenes):
     model = Toy()
     model.norm.eval()
