@@ -11,7 +11,7 @@ import torch
 
 from jdkd.errors import InputError
 from jdkd.notices import Notice
-from jdkd.train import DivergenceError, TrainConfig, fit
+from jdkd.train import DivergenceError, TrainConfig, engine, fit
 from jdkd.train.divergence import NonFiniteMonitor
 from tests.detectors import detector, small_spec
 from tests.train.scenes import write_scenes
@@ -272,6 +272,24 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(scenes, tmp_path):
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["step"] == 4
     assert same(kept["model"], values(model)), "the step that diverged must not be taken"
+
+
+@pytest.mark.parametrize("end", ["a checkpoint is due", "ctrl-c"])
+def test_a_divergence_that_was_not_looked_for_yet_is_not_saved(scenes, tmp_path, monkeypatch, end):
+    """As on a GPU, where a step does not wait for its losses."""
+    monkeypatch.setattr(
+        engine._Run, "_see", lambda run, names, values, **_: run.monitor.observe(run.step + 1, names, values)
+    )
+    model = Toy()
+
+    def losses(images, targets, step):
+        return {name: loss * (float("nan") if step == 2 else 1) for name, loss in model(images, targets).items()}
+
+    config = TrainConfig(steps=8, batch_size=1, checkpoint_every=2, log_every=100)
+    stop = interrupt_at(3) if end == "ctrl-c" else None
+    with pytest.raises(DivergenceError, match="step 3 of 8: loss_fit, loss_bias are not finite"):
+        fit(model, scenes, config, **CPU, folder=tmp_path, losses=losses, progress=stop)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 def test_the_watch_finds_the_first_step_without_looking_at_each():

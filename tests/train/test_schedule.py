@@ -34,6 +34,7 @@ def test_a_cosine_of_the_same_length():
     config = TrainConfig(lr=1.0, **named_schedule("2x", 17, 2, "cosine"))
     assert config.steps == 204 and config.milestones is None
     assert config.lr_at(203) == pytest.approx(config.lr_end)
+    assert named_schedule("3x", 17, 8)["steps"] == 77, "76 and a half, of which no image is left out"
 
 
 @pytest.mark.parametrize(
