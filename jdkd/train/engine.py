@@ -152,7 +152,7 @@ def fit(
                 if progress:
                     progress(run.step, config.steps, run.losses)
         except KeyboardInterrupt:
-            if home and run.between_steps and run.monitor.first() is None:
+            if home and run.between_steps:
                 home.save()
             raise
         finally:

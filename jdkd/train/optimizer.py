@@ -1,6 +1,5 @@
 """From a config to an optimizer, fresh or with a parent's moments; the penalty of network slimming."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +53,7 @@ def inherit_moments(optimizer: torch.optim.Optimizer, parent: Any) -> None:
 
     Args:
         optimizer: of :func:`build_optimizer`, that has not stepped.
-        parent: state of another such optimizer.
+        parent: state of another such optimizer; steps write into its moments.
 
     Raises:
         InputError: it is no state, that of another kind of optimizer, or no parameter is in both.
@@ -80,7 +79,7 @@ def inherit_moments(optimizer: torch.optim.Optimizer, parent: Any) -> None:
             f"name and shape of one of the {len(names)} that are trained ({', '.join(names[:3])}); give the checkpoint "
             "of a parent, or leave inherit out"
         )
-    optimizer.load_state_dict({**own, "state": copy.deepcopy(found)})  # steps write into them
+    optimizer.load_state_dict({**own, "state": found})
 
 
 def _states_by_name(state: Any) -> list[tuple[str, Mapping[str, Tensor]]]:
@@ -98,13 +97,11 @@ def _states_by_name(state: Any) -> list[tuple[str, Mapping[str, Tensor]]]:
 
 
 def slimmable_scales(model: nn.Module) -> list[Tensor]:
-    """The trainable scales (gamma, ``[C]``) of all batch norms."""
+    """The scales (gamma, ``[C]``) of all batch norms."""
     return [
         module.weight
         for module in model.modules()
-        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm)
-        and module.weight is not None
-        and module.weight.requires_grad
+        if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.weight is not None
     ]
 
 
@@ -112,7 +109,7 @@ def slimmable_scales(model: nn.Module) -> list[Tensor]:
 def add_l1_subgradient(scales: list[Tensor], strength: float) -> None:
     """Adds ``strength * sign(gamma)`` to the gradients (Liu et al., ICCV 2017, section 3).
 
-    Scales that took no part in this step, such as those of blocks that a subnet skips, are left alone.
+    Scales that took no part in this step, such as frozen ones and those of blocks that a subnet skips, are left alone.
     """
     active = [scale for scale in scales if scale.grad is not None]
     if active and strength:

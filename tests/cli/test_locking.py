@@ -11,6 +11,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from jdkd import run_folder
 from jdkd.cli.report import Report
 from jdkd.errors import InputError
 from jdkd.files import LOCK, lock_folder, unlock_folder
@@ -119,16 +120,18 @@ def test_who_begins_second_in_an_empty_folder_is_refused(tmp_path, monkeypatch):
         assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_a_run_that_began_and_ended_while_this_one_looked_is_not_overwritten(tmp_path, monkeypatch):
+@pytest.mark.parametrize("moment", ["it looked", "it waited for the lock"])
+def test_a_run_that_began_and_ended_meanwhile_is_not_overwritten(tmp_path, monkeypatch, moment):
     run = RunFolder(tmp_path)
-    read = run.read
+    owner, name = (run, "read") if moment == "it looked" else (run_folder, "lock_folder")
+    own = getattr(owner, name)
 
-    def meanwhile():
-        found = read()
+    def meanwhile(*given):
+        found = own(*given)
         run.file.write_text("of another")
         return found
 
-    monkeypatch.setattr(run, "read", meanwhile)
+    monkeypatch.setattr(owner, name, meanwhile)
     with pytest.raises(InputError, match=r"was taken for another run just now"):
         run.begin("train", {})
     assert run.file.read_text() == "of another"

@@ -195,6 +195,19 @@ def test_a_subset_has_a_fingerprint_of_its_own(tmp_path):
     assert len(set(found)) == 4
 
 
+def test_the_fingerprint_of_a_subset_is_of_its_own_boxes(tmp_path):
+    def change(content):
+        [row for row in content["annotations"] if row["image_id"] == 12 and not row.get("iscrowd")][-1]["bbox"][2] = 3.5
+
+    sound, changed = (
+        CocoDetectionDataset(folders.write(tmp_path / name, how))
+        for name, how in (("a", lambda c: None), ("b", change))
+    )
+    assert sound.subset([2]).fingerprint != changed.subset([2]).fingerprint
+    assert sound.subset([2, 1]).fingerprint != changed.subset([2, 1]).fingerprint
+    assert sound.subset([1, 0]).fingerprint == changed.subset([1, 0]).fingerprint
+
+
 @pytest.mark.parametrize(("info", "expected"), [({}, True), (None, True), ({"mirror_symmetric": False}, False)])
 def test_the_file_says_whether_its_classes_may_be_mirrored(tmp_path, info, expected):
     assert CocoDetectionDataset(folders.write(tmp_path, lambda c: c.update(info=info))).mirror_symmetric is expected

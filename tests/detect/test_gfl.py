@@ -100,3 +100,16 @@ def test_losses_are_equation_8():
     assert losses["classification"].item() == pytest.approx(quality_sum / positives, rel=1e-5)
     assert losses["bbox_regression"].item() == pytest.approx(2 * box_sum / weight_sum, rel=1e-5)
     assert losses["bbox_distribution"].item() == pytest.approx(0.25 * distribution_sum / weight_sum, rel=1e-5)
+
+
+def test_what_a_score_is_to_be_and_what_a_box_weighs_teach_nothing():
+    """The quality is a target and the score a weight: each loss trains its own branch alone."""
+    model = small("gfl").train()
+    target = {"boxes": torch.tensor([[8.0, 8.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    losses = model([torch.rand(3, 64, 64, generator=drawn(1))], [target])
+    scores, boxes = model.head.classification_head, model.head.regression_head
+    losses.pop("classification").backward(retain_graph=True)
+    assert scores.cls_logits.bias.grad.any() and all(each.grad is None for each in boxes.parameters())
+    scores.zero_grad()
+    sum(losses.values()).backward()
+    assert boxes.bbox_reg.bias.grad.any() and all(each.grad is None for each in scores.parameters())

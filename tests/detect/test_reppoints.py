@@ -43,7 +43,7 @@ def refined_by_hand(predicted, boxes):
     return matched
 
 
-@pytest.mark.parametrize("sizes", [(2, 60), (1, 3), (60, 300)], ids=["mixed", "tiny", "huge"])
+@pytest.mark.parametrize("sizes", [(2, 60), (1, 3), (60, 300), (20, 120)], ids=["mixed", "tiny", "huge", "long"])
 def test_first_points_are_trained_where_the_paper_has_them(sizes):
     anchors, per_level = places(scale=1)
     for seed in range(3):
@@ -110,16 +110,46 @@ def test_deformable_convolutions_look_where_the_first_points_are():
     torch.testing.assert_close(found["bbox_initial"][0], first)
 
 
+def test_refined_points_begin_where_the_first_are_and_teach_these_nothing():
+    head = small("reppoints").head
+    torch.nn.init.normal_(head.initial_points.bias)
+    torch.nn.init.zeros_(head.refined_points.weight)
+    found = head([torch.rand(1, 16, 8, 8, generator=drawn(0))])
+    assert torch.equal(found["bbox_regression"], found["bbox_initial"])
+    found["bbox_regression"].square().sum().backward()
+    assert not head.initial_points.bias.grad.any() and head.refined_points.bias.grad.any()
+
+
+def test_multipliers_learn_at_a_hundredth_and_points_at_a_tenth_of_what_the_branches_send():
+    head = small("reppoints").head.double()
+    torch.nn.init.normal_(head.initial_points.bias, std=0.3, generator=drawn(1))
+    level = torch.rand(1, 16, 8, 8, generator=drawn(0)).double()
+    found = head([level])
+    side = found["bbox_initial"][..., [0, 2]].sum().item() / 2  # half a width is scale * deviation
+    found["bbox_initial"][..., 2].sum().backward(retain_graph=True)
+    assert head.log_scale.grad.tolist() == [0, pytest.approx(0.01 * side)]
+
+    def logits(shift: float) -> torch.Tensor:
+        with torch.no_grad():
+            head.initial_points.bias[3] += shift
+            return head([level])["cls_logits"].square().sum()
+
+    head.zero_grad()
+    found["cls_logits"].square().sum().backward()
+    slope = (logits(1e-5) - logits(-2e-5)).item() / 2e-5
+    assert head.initial_points.bias.grad[3].item() == pytest.approx(0.1 * slope, rel=1e-3) and abs(slope) > 1e-6
+
+
 def test_losses_are_those_of_plain_formulas():
     model = small("reppoints").double()
     anchors, per_level = places(scale=1)
     targets = [
-        {"boxes": drawn_boxes(count, drawn(count), 12, 44), "labels": torch.tensor([1, 2, 2, 1])[:count]}
-        for count in (4, 0)
+        {"boxes": drawn_boxes(count, drawn(count), 12, 44), "labels": torch.tensor([1, 2, 2, 1, 1, 2])[:count]}
+        for count in (6, 0)
     ]
     outputs = {"cls_logits": torch.randn(2, len(anchors), 3, generator=drawn(5)).double()}
     for seed, key in enumerate(("bbox_initial", "bbox_regression")):
-        outputs[key] = 1.5 * torch.rand(2, len(anchors), 4, generator=drawn(seed)).double()
+        outputs[key] = 2.5 * torch.rand(2, len(anchors), 4, generator=drawn(seed)).double()
     losses = model.compute_loss(targets, outputs, [anchors.double()] * 2, per_level)
     sums, counts = dict.fromkeys(losses, 0.0), {"bbox_initial": 0, "bbox_regression": 0}
     ignored = 0
@@ -145,7 +175,7 @@ def test_losses_are_those_of_plain_formulas():
                 sums["classification"] -= (
                     0.25 * (1 - p) ** 2 * math.log(p) if positive else 0.75 * p**2 * math.log(1 - p)
                 )
-    assert min(counts.values()) > 1
+    assert ignored and 1 < counts["bbox_initial"] != counts["bbox_regression"] > 1
     assert losses["bbox_initial"].item() == pytest.approx(0.5 * sums["bbox_initial"] / counts["bbox_initial"])
     refined = counts["bbox_regression"]
     assert losses["bbox_regression"].item() == pytest.approx(sums["bbox_regression"] / refined)

@@ -12,6 +12,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import MultiScaleRoIAlign
 
 from jdkd.detect import fix_roi_scales
+from jdkd.detect.roi_scales import set_roi_scales
 from jdkd.notices import Notice
 from jdkd.rewrite import build as build_again
 from tests.detectors import build, small_spec
@@ -130,3 +131,11 @@ def test_a_backbone_that_cannot_be_asked_is_named():
     with pytest.warns(Notice, match=r"RoIHeads: the scales of box_roi_pool cannot be checked"):
         fix_roi_scales(model.roi_heads)
     assert scales(model) == [None]
+
+
+def test_a_pool_of_its_own_canonical_scale_keeps_its_rule():
+    boxes = [torch.tensor([[0.0, 0.0, 112.0, 112.0]])]
+    for scale, level in ((224, 0), (56, 2)):  # of levels 3, 4 and 5: 3 is one below that of 224 pixels, 5 one above
+        pool = MultiScaleRoIAlign(["0", "1", "2"], 7, 2, canonical_scale=scale, canonical_level=4)
+        set_roi_scales(pool, [8, 16, 32])
+        assert pool.map_levels(boxes).tolist() == [level]

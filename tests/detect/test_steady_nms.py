@@ -14,6 +14,8 @@ def test_every_nms_is_counted_and_kept_to_whatever_the_weights_say():
     model.roi_heads.score_thresh = 0.0
     counts = nms_counts(model, IMAGES)
     assert len(counts) == 2 and min(counts) > 0, "of the RPN and of the second stage"
+    each = [nms_counts(model, [image]) for image in IMAGES]
+    assert counts == tuple(round(sum(pair) / 2) for pair in zip(*each, strict=True)), "the mean over images"
     other = detector(small_spec(), seed=1)
     other.roi_heads.score_thresh = 0.0
     wanted = (7, 3)

@@ -13,6 +13,7 @@ from torchvision.models import resnet18
 
 from jdkd.detect import detector as families
 from jdkd.detect import load_weights
+from jdkd.detect.weights import weights_hash
 from jdkd.errors import InputError
 from tests.detectors import CLASSES, build, detector, small_spec
 
@@ -211,3 +212,22 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         load_weights(build(small_spec()), tmp_path / "x.pth")
     with pytest.raises(InputError, match="does not exist"):
         load_weights(build(small_spec()), tmp_path / "y.pth")
+
+
+def test_the_hash_of_weights_knows_names_shapes_and_dtypes_and_no_wrapper():
+    def made(*layers):
+        model = torch.nn.Sequential(collections.OrderedDict(layers))
+        for parameter in model.parameters():
+            torch.nn.init.zeros_(parameter)
+        return model
+
+    plain = made(("a", torch.nn.Linear(2, 4, bias=False)))
+    others = (
+        made(("b", torch.nn.Linear(2, 4, bias=False))),
+        made(("a", torch.nn.Linear(4, 2, bias=False))),
+        made(("a", torch.nn.Linear(4, 4, bias=False))).half(),  # of as many bytes
+    )
+    assert weights_hash(torch.nn.DataParallel(plain)) == weights_hash(plain) and len(weights_hash(plain)) == 64
+    assert len({weights_hash(model) for model in (plain, *others)}) == 4
+    torch.nn.init.constant_(plain.a.weight[1], 1.0)
+    assert weights_hash(plain) != weights_hash(made(("a", torch.nn.Linear(2, 4, bias=False))))

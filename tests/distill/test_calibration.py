@@ -121,6 +121,19 @@ def test_r_after_is_of_images_that_nothing_was_fitted_to():
     assert abs(found[8].after) < 0.05
 
 
+@pytest.mark.parametrize("sizes", [[1] * 6, [3, 3], [1, 2, 3]])
+def test_images_are_divided_in_halves_however_they_are_batched(sizes):
+    images = iter(batch(6))
+    batches = [[next(images) for _ in range(size)] for size in sizes]
+    for align in WAYS:
+        whole, parts = (
+            FeatureDistiller(Detector(), Detector(seed=1), align=align).calibrate(given)
+            for given in ([batch(6)], batches)
+        )
+        for stride, agreement in whole.items():
+            assert parts[stride] == pytest.approx(agreement, abs=1e-6)
+
+
 def test_an_alignment_that_would_take_a_level_farther_away_leaves_it_as_it_is():
     student = Detector()
     teacher = copy.deepcopy(student)  # the same channels, somewhat changed: the best match is the one it comes with
@@ -141,6 +154,18 @@ def test_a_teacher_that_is_dead_is_said_once_to_have_nothing_to_say(how, recwarn
         assert found == {4: (0.0, 0.0), 8: (0.0, 0.0)}
     said = [str(warning.message) for warning in recwarn if warning.category is Notice]
     assert len(said) == 1 and "nothing to say" in said[0] and "[4, 8]" in said[0] and "0.000, 0.000" in said[0]
+
+
+@pytest.mark.filterwarnings("ignore::jdkd.notices.Notice")
+def test_channels_that_are_constant_but_for_rounding_correlate_with_nothing():
+    student, teacher = Detector(), Detector(seed=1)
+    values = torch.linspace(0.1, 7, WIDTH)[:, None, None]
+    teacher.backbone.register_forward_hook(
+        lambda _, inputs, levels: {name: values * (1 + 1e-7 * level.sign()) for name, level in levels.items()}
+    )
+    for align in WAYS:
+        found = FeatureDistiller(student, teacher, align=align).calibrate([batch(3), batch(4, seed=1)])
+        assert found == {4: (0.0, 0.0), 8: (0.0, 0.0)}
 
 
 def test_what_was_found_is_printed_a_line_a_level():

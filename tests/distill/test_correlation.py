@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from jdkd.distill import correlations, pyramids
+from jdkd.distill import correlations, explained, pyramids
 from jdkd.errors import InputError
 from tests.detectors import detector, small_spec
 from tests.distill.frameworks import Plain
@@ -46,6 +46,28 @@ def test_is_zero_for_itself_and_two_for_its_opposite():
     with torch.no_grad():
         opposite.backbone.mix.mul_(-3)
     assert correlations(student, opposite, uneven()) == pytest.approx({4: 2, 8: 2}, abs=1e-6)
+
+
+def test_levels_of_one_stride_count_alike():
+    student, teacher = PyramidDetector(5, {"a": 4, "b": 4}), PyramidDetector(5, {"a": 4, "b": 4})
+    teacher.backbone.register_forward_hook(lambda module, given, levels: levels | {"b": -levels["b"]})
+    assert correlations(student, teacher, uneven()) == pytest.approx({4: (0 + 2) / 2}, abs=1e-6)
+
+
+def test_explained_is_what_the_best_linear_map_of_a_students_channels_correlates_with_its_teachers():
+    batches, teacher = uneven(), PyramidDetector(4, LEVELS, seed=1)
+    seen, all_told, one = (
+        pyramids(model, batches) for model in (teacher, PyramidDetector(5, LEVELS), PyramidDetector(1, LEVELS))
+    )
+    assert explained(all_told, seen) == pytest.approx(1, abs=1e-3), "three colours are in three channels or more"
+    expected = []
+    for name in LEVELS:
+        ours, theirs = (
+            torch.cat([each.pyramid[name].double().transpose(0, 1).flatten(1) for each in side], dim=1)
+            for side in (one, seen)
+        )
+        expected += torch.corrcoef(torch.cat((ours, theirs)))[0, 1:].abs().tolist()
+    assert explained(one, seen) == pytest.approx(sum(expected) / 8, abs=1e-4) and 0.1 < sum(expected) / 8 < 0.95
 
 
 def test_a_channel_that_never_changes_correlates_with_nothing():

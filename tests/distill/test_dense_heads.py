@@ -118,6 +118,17 @@ def test_the_classes_of_every_anchor_are_compared(family, images, targets):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_a_teacher_that_sees_next_to_nothing_counts_as_one_object(images, targets):
+    student, teacher = seeded(retinanet, 16, 0).train(), seeded(retinanet, 16, 1).eval()
+    torch.nn.init.constant_(teacher.head.classification_head.cls_logits.bias, -12.0)
+    with HeadDistiller(student, teacher) as distiller, torch.no_grad():
+        student(images, targets)
+        ours, loss = distiller._logits.double(), distiller.loss()
+    p, q = torch.full_like(ours, -12.0).sigmoid(), ours.sigmoid()
+    divergence = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+    assert loss.item() == pytest.approx(divergence.sum().item(), rel=0.02) and p.amax(-1).sum() < 0.1
+
+
 @pytest.mark.parametrize("make", [retinanet, ssd])
 def test_a_teacher_that_agrees_costs_nothing(make, images, targets):
     student = seeded(make, 32, 0).train()

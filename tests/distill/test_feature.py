@@ -144,6 +144,17 @@ def test_the_loss_is_given_once_per_forward(student, teacher, images, targets):
             distiller.loss()
 
 
+def test_a_loss_that_nobody_asked_for_is_gone_with_the_next_forward():
+    student, teacher = PyramidDetector(4, {"0": 4}).train(), PyramidDetector(4, {"0": 4}, seed=1)
+    found = []
+    with FeatureDistiller(student, teacher) as distiller:
+        for forwards in (1, 2):
+            for seed in range(forwards, 0, -1):
+                student(batch(seed=seed))
+            found.append((distiller.loss().item(), distiller.level_losses[4].item()))
+    assert found[0] == found[1]
+
+
 def test_levels_are_paired_by_stride_not_by_index():
     student, teacher = PyramidDetector(4, P3_TO_P6), PyramidDetector(4, P2_TO_P5, seed=1)
     images = batch()

@@ -107,6 +107,20 @@ def test_both_terms_share_one_forward_of_the_teacher(student, teacher, images, t
         assert distiller.loss().item() == pytest.approx(sum(apart).item(), rel=1e-5)
 
 
+def test_what_the_teacher_made_of_a_batch_is_not_taken_for_the_next(student, teacher, images, targets):
+    def losses(*batches):
+        with Distiller(student, teacher, head_weight=1.0) as distiller:
+            for batch in batches:
+                torch.manual_seed(0)
+                student(batch, targets)
+                found = distiller.losses()
+        return {name: loss.item() for name, loss in found.items()}
+
+    other = [1 - image for image in images]
+    assert losses(images, other) == pytest.approx(losses(other), rel=1e-5)
+    assert losses(images) != pytest.approx(losses(other), rel=1e-2)
+
+
 def test_a_weight_of_zero_leaves_the_term_out(student, teacher):
     assert Distiller(student, teacher).terms.keys() == {"loss_pkd"}
     assert Distiller(student, teacher, feature_weight=0, head_weight=1).terms.keys() == {"loss_head_kd"}

@@ -6,6 +6,7 @@ import torch
 from jdkd.distill import Distiller, FeatureDistiller
 from jdkd.distill.imitation import ChannelWiseDivergence
 from jdkd.errors import InputError
+from tests.distill.pyramids import Detector, batch
 
 
 @pytest.mark.parametrize("tau", [1.0, 4.0])
@@ -40,6 +41,17 @@ def test_teaches_under_its_own_name(student, teacher, images, targets):
     assert [*losses] == ["loss_cwd"] and losses["loss_cwd"].requires_grad
     assert [*parts] == [f"loss_cwd of stride {stride}" for stride in (4, 8, 16, 32)]
     assert sum(parts.values()).item() == pytest.approx(losses["loss_cwd"].item(), rel=1e-5)
+
+
+def test_an_adapter_of_the_squared_error_knows_offsets():
+    student, teacher = Detector().train(), Detector()
+    teacher.backbone.register_forward_hook(
+        lambda _, inputs, levels: {name: 2 * level + 3 for name, level in levels.items()}
+    )
+    with FeatureDistiller(student, teacher, imitation="mse", loss_weight=1.0, adapter=True) as distiller:
+        distiller.calibrate([batch(6)])
+        student(batch(2, seed=1))
+        assert distiller.loss().item() == pytest.approx(0, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,14 @@ class Given(nn.Module):
         return {"loss": sum(level.mean() for level in self.backbone(torch.stack(images)).values())}
 
 
+def test_the_finest_level_comes_first_whatever_order_a_neck_has():
+    student = PyramidDetector(4, {"coarse": 16, "fine": 4, "middle": 8}).train()
+    with attach(student, PyramidDetector(4, {"a": 8, "b": 16, "c": 4}, seed=1)) as handle:
+        student.forward = lambda images: {"loss": student.backbone(torch.stack(images))["fine"].mean()}
+        student(batch())
+    assert list(handle.losses) == [4, 8, 16]
+
+
 def test_the_levels_of_a_dense_detector_at_160_pixels_are_all_distilled():
     shapes = [(4, size, size) for size in (20, 10, 5, 3, 2)]
     student, teacher = Given(*shapes).train(), Given(*shapes, seed=1)

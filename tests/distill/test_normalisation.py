@@ -11,6 +11,7 @@ from torchvision import transforms
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd.distill import Normalisation, attach, correlations
+from jdkd.distill.normalisation import normalisation_from
 from jdkd.errors import InputError
 from tests.distill.frameworks import BGR_MEAN, Detectron, HuggingFace, Levels, OpenMMLab, Plain, Processor, head_loss
 from tests.distill.frameworks import padded as padded_batch
@@ -315,3 +316,12 @@ def test_a_normalisation_that_a_model_applies_first_is_found_wherever_it_is(name
 def test_a_child_with_a_mean_that_is_of_no_colours_says_nothing_of_images():
     with attach(Plain(), plain_with(boxes=transforms.Normalize([0.0] * 4, [0.1, 0.1, 0.2, 0.2]))):
         pass
+
+
+def test_an_image_processor_that_rescales_by_a_factor_of_its_own_and_shifts():
+    """As EfficientNet's does: to -1..1, and normalised then."""
+    given = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "do_rescale": True, "do_normalize": True}
+    shifts = SimpleNamespace(**given, rescale_factor=1 / 127.5, rescale_offset=True)
+    assert normalisation_from(shifts, "student").equals(Normalisation((1.5,), (0.25,), 2.0))
+    scales = SimpleNamespace(**given, rescale_factor=1 / 127.5)
+    assert normalisation_from(scales, "student").equals(Normalisation((0.5,), (0.25,), 2.0))

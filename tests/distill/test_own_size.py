@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from jdkd.distill import Distiller, FeatureDistiller, attach, can_distil_heads, correlations
-from jdkd.distill.alignment import resampled
+from jdkd.distill.alignment import PyramidSnapshot, aligned_pairs, resampled
 from jdkd.distill.teacher import TeacherRunner
 from jdkd.errors import InputError
 from jdkd.functional import pkd_loss
@@ -256,3 +256,13 @@ def test_the_student_may_be_run_in_inference_mode_meanwhile(small, teacher, imag
             assert len(small.eval()(held)) == len(small(held)) == len(images)
         small.train()(images, targets)
         assert distiller.loss() > 0
+
+
+def test_images_that_are_padded_to_one_size_and_were_none_are_brought_together():
+    """Of 48 and of 64 pixels, both in batches of 64: the same place of an image is another of the level."""
+    level = torch.arange(16.0).expand(1, 1, 16, 16)
+    ours, theirs = (PyramidSnapshot({"0": level}, (64, 64), ((side, side),)) for side in (48, 64))
+    (pair,) = aligned_pairs(ours, theirs)
+    inner = (torch.arange(16) + 0.5) * 48 / 64 - 0.5
+    torch.testing.assert_close(pair.student[0, 0, 0, 1:], inner[1:])
+    assert aligned_pairs(ours, ours)[0].student is level

@@ -138,10 +138,11 @@ class Finding(nn.Module):
 
 def test_a_teacher_that_finds_nothing_is_said_once(targets, images):
     """Not loaded, or fed with the wrong images: what a student's mAP of 0 came from."""
-    right = [[[4.0, 4.0, 40.0, 44.0], [0.0, 0.0, 2.0, 2.0]], [[5.0, 5.0, 40.0, 44.0]]]
+    right = [[[4.0, 4.0, 40.0, 30.0], [0.0, 0.0, 2.0, 2.0]], [[5.0, 5.0, 40.0, 44.0]]]  # more than half of the first
     assert recall_of(Finding(right).train(), [(images, targets)]) == (2, 3)
     say_if_blind(Finding(right), [(images, targets)] * 2)  # and says nothing, as a warning would be an error
-    blind = Finding([[[0.0, 0.0, 2.0, 2.0]], []])
+    blind = Finding([[[0.0, 0.0, 2.0, 2.0], [4.0, 4.0, 40.0, 22.0]], []])  # and less
+    say_if_blind(blind, [(images, [{"boxes": torch.zeros(0, 4)}] * 2)])  # where there is nothing to find
     with pytest.warns(Notice, match=r"teacher \(Finding\) finds none of 3 objects in training images; .*weights"):
         say_if_blind(blind, [(images, targets)])
     say_if_blind(blind, [(images, targets)])

@@ -1,5 +1,6 @@
 """Distillation in one call: what is compared, with what weight, what is left and what is refused."""
 
+import copy
 import json
 import re
 import warnings
@@ -9,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from jdkd.data import CocoDetectionDataset
+from jdkd.data import CocoDetectionDataset, batches
 from jdkd.detect import detector as of_family
 from jdkd.detect import load, save
 from jdkd.distill import DistillConfig, comparable, distill
-from jdkd.distill.training import opened, require_seen
+from jdkd.distill.training import opened, require_seen, taught
 from jdkd.errors import InputError
 from jdkd.notices import Notice
-from jdkd.train import DivergenceError, TrainConfig, fit
+from jdkd.train import DivergenceError, TrainConfig, calibrate_bn, fit
 from tests.detectors import CLASSES, detector, small_spec
 from tests.train.scenes import write_scenes
 
@@ -99,13 +100,33 @@ def test_what_fits_adapters_leaves_the_norms_of_the_student(teacher, scenes):
     assert same(state(narrow), before)
 
 
+@pytest.mark.filterwarnings("ignore::jdkd.notices.Notice")
+def test_adapters_are_fitted_to_norms_as_they_are_or_as_they_will_be_where_they_have_seen_nothing(teacher, scenes):
+    probe = [*batches(scenes, batch_size=2, steps=2, seed=0)]
+    fresh = detector(small_spec(fpn=8)).train()
+    norms = [module for module in fresh.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+    measured, trained = copy.deepcopy(fresh), copy.deepcopy(fresh)
+    calibrate_bn(measured, probe)
+    for norm in (*measured.modules(), *trained.modules()):
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            norm.num_batches_tracked += 1
+    fitted = []
+    for student in (fresh, measured, trained):
+        with taught(student, teacher, DistillConfig(), probe) as given:
+            fitted.append(next(given["auxiliary"].parameters()).clone())
+    torch.testing.assert_close(fitted[0], fitted[1])
+    assert (fitted[2] - fitted[1]).abs().max() > 0.01 * fitted[1].abs().max()
+
+
 @pytest.mark.parametrize(
     ("loss", "two_stages", "weight"),
     [("pkd", True, 6), ("pkd", False, 10), ("pkd+logits", False, 10), ("cwd", True, 1), ("mse", False, 1)],
 )
 def test_the_published_weights(student, teacher, one_stage, loss, two_stages, weight):
     pair = (one_stage, teacher if two_stages else one_stage)
-    assert DistillConfig(loss).weight(*pair) == weight
+    assert DistillConfig(loss).weight(*pair) == DistillConfig(loss).weight(*pair[::-1]) == weight
     assert DistillConfig(loss, loss_weight=3).weight(*pair) == 3
 
 

@@ -137,6 +137,28 @@ def test_statistics_that_are_no_longer_tracked_stay_and_are_read_in_evaluation(c
     assert all(torch.equal(value, before[key]) for key, value in norm.state_dict().items())
 
 
+@pytest.mark.parametrize("channels", [3, [3, 0, 1]], ids=["leading", "listed"])
+@pytest.mark.parametrize("name", [None, "few"], ids=["shared", "own"])
+def test_without_a_momentum_all_batches_that_a_set_saw_count_alike(channels, name):
+    norm = ElasticBatchNorm2d(4, momentum=None, **({"statistics": "own", "subnets": ["few"]} if name else {}))
+    norm.set_active(channels, name)
+    plain = nn.BatchNorm2d(3, momentum=None)
+    for seed in range(3):
+        x = seed + torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(norm(x), plain(x))
+    torch.testing.assert_close([*exported(norm).buffers()], [*plain.buffers()])
+    assert plain.num_batches_tracked == 3
+
+
+def test_sets_that_were_assigned_from_a_plain_state_dict_share_no_memory():
+    norm = ElasticBatchNorm2d(4, statistics="own", subnets=["few", "many"])
+    norm.load_state_dict(nn.BatchNorm2d(4).state_dict(), assign=True)
+    norm.set_active(2, "few")
+    norm(torch.randn(2, 2, 5, 5) + 3)
+    for untouched in (norm, norm.own["many"]):
+        assert torch.equal(untouched.running_mean, torch.zeros(4)) and untouched.num_batches_tracked == 0
+
+
 def test_exports_carry_the_statistics_in_use():
     net, x = supernet(), images()
     set_subnet(net, LISTED)

@@ -49,6 +49,25 @@ def test_mean_and_variance_are_those_of_all_batches_together():
     assert (variance / averaged)[0] > 1.5, "the batches must differ for this test to mean anything"
 
 
+@pytest.mark.parametrize("counts", [(0, 3, 2), (1, 0, 2)])
+def test_a_batch_of_nothing_counts_for_nothing(counts):
+    """As of a head that is given no regions."""
+
+    class Some(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.left = nn.BatchNorm2d(2), [*counts]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x[: self.left.pop(0)])
+
+    model, batches = Some(), uneven_batches()
+    calibrate_bn(model, batches)
+    mean, variance = pooled([batch[:count] for batch, count in zip(batches, counts, strict=True)])
+    torch.testing.assert_close(model.norm.running_mean, mean)
+    torch.testing.assert_close(model.norm.running_var, variance)
+
+
 def test_statistics_in_float64_are_pooled_too():
     norm, batches = nn.BatchNorm2d(2).double(), [batch.double() for batch in uneven_batches()]
     calibrate_bn(nn.Sequential(norm), batches)

@@ -49,6 +49,16 @@ def test_is_a_function_of_the_seed_alone(scenes):
     assert not same(trained(0, noise=1), trained(1, noise=1))
 
 
+def test_what_a_step_draws_is_of_the_seed_and_the_step(scenes):
+    def drawn(seed: int) -> list[float]:
+        model, found = Toy(), []
+        losses = lambda images, targets, step: [found.append(torch.rand(()).item()), model(images, targets)][1:]  # noqa: E731
+        fit(model, scenes, TrainConfig(steps=3, batch_size=1, seed=seed), **CPU, losses=losses)
+        return found
+
+    assert drawn(0) == drawn(0) and len({*drawn(0), *drawn(1)}) == 6
+
+
 def test_leaves_generators_modes_and_gradients_as_they_were(scenes):
     model = Toy()
     model.norm.eval()
@@ -114,6 +124,24 @@ def test_gradients_are_clipped_by_their_common_norm(scenes, amp):
     assert (model.weight - before).norm().item() == pytest.approx(0.01, rel=1e-3)
 
 
+def test_sgd_has_the_momentum_that_it_was_given(scenes):
+    model = Toy()
+    before = model.weight.detach().clone()
+    config = TrainConfig(steps=2, batch_size=1, lr=0.1, lr_end=1.0, **{**PLAIN, "momentum": 0.5})
+    fit(model, scenes, config, **CPU, losses=lambda i, t, s: {"loss": model.weight.sum()})
+    assert torch.allclose(model.weight, before - 0.1 - 0.1 * 1.5)
+
+
+def test_every_step_has_the_rate_of_its_place_in_the_cycle(scenes):
+    model, passed = Toy(), []
+    config = TrainConfig(steps=5, batch_size=1, lr=0.1, **{**PLAIN, "warmup": 0.4})
+    kept = lambda *_: passed.append(model.weight.detach().clone())  # noqa: E731
+    before = model.weight.detach().clone()
+    fit(model, scenes, config, **CPU, losses=lambda i, t, s: {"loss": model.weight.sum()}, progress=kept)
+    moved = [(one - other).mean().item() for one, other in zip([before, *passed], passed, strict=False)]
+    assert moved == pytest.approx([config.lr_at(step) for step in range(5)], rel=1e-4)
+
+
 def test_norms_and_biases_are_not_decayed():
     model = Toy()
     decayed, others = build_optimizer(model, TrainConfig(steps=1, weight_decay=0.3)).param_groups
@@ -141,8 +169,10 @@ def test_slimming_leaves_scales_alone_that_took_no_part(scenes):
 def test_frozen_parameters_stay(scenes):
     model = Toy()
     model.bias.requires_grad_(False)
+    model.norm.weight.requires_grad_(False)
     before = values(model)
-    fit(model, scenes, TrainConfig(steps=2, batch_size=1), **CPU)
+    fit(model, scenes, TrainConfig(steps=2, batch_size=1, gamma_l1=0.1), **CPU)
+    assert torch.equal(model.norm.weight, before["norm.weight"])
     assert torch.equal(model.bias, before["bias"]) and not torch.equal(model.weight, before["weight"])
     with pytest.raises(InputError, match="Toy has no parameter that can be trained"):
         fit(model.requires_grad_(False), scenes, TrainConfig(steps=2, batch_size=1), **CPU)

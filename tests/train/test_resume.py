@@ -11,7 +11,7 @@ import torch
 
 from jdkd.errors import InputError
 from jdkd.notices import Notice
-from jdkd.train import DivergenceError, TrainConfig, fit
+from jdkd.train import DivergenceError, TrainConfig, engine, fit
 from jdkd.train.divergence import NonFiniteMonitor
 from tests.detectors import detector, small_spec
 from tests.train.scenes import write_scenes
@@ -107,6 +107,16 @@ def test_resuming_what_is_finished_does_nothing(scenes, tmp_path):
     assert (second.steps, second.losses) == (4, first.losses)
 
 
+def test_a_resumed_training_has_taken_the_time_of_both(scenes, tmp_path):
+    config = TrainConfig(steps=4, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(Toy(), scenes, config, **CPU, folder=tmp_path, progress=interrupt_at(2))
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save({**state, "seconds": 1000.0}, tmp_path / "checkpoint.pt")
+    report = fit(Toy(), scenes, config, **CPU, folder=tmp_path, resume=True)
+    assert 1000 < report.seconds < 1100 and rows(tmp_path)[-1]["step_seconds"] < 50
+
+
 def test_resuming_an_empty_folder_starts_from_the_beginning(scenes, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 9}\n')
     model, plain = Toy(), Toy()
@@ -145,11 +155,15 @@ def test_a_folder_with_another_run_is_left_alone(scenes, tmp_path):
 
 def test_refuses_another_config_and_names_what_differs(scenes, tmp_path):
     fit(Toy(), scenes, TrainConfig(steps=2, batch_size=1, lr=1e-3), **CPU, folder=tmp_path)
-    other = TrainConfig(steps=9, batch_size=1, lr=1e-4)
+    settings = {"amp": "bf16", "by_aspect": False, "clip": 1.0, "ema": 0.9, "flip": 0.5, "gamma_l1": 0.0, "seed": 1}
+    settings |= {"warmup": 0.2, "lr_end": 0.1, "weight_decay": 0.0, "optimizer": "sgd", "momentum": 0.5, "sizes": (9,)}
+    other = TrainConfig(steps=9, batch_size=1, lr=1e-4, cycle_steps=20, cycle_start=3, accumulate=2, **settings)
     with pytest.raises(InputError) as caught:
-        fit(Toy(), scenes, other, **CPU, folder=tmp_path, resume=True)
-    assert "lr was 0.001 and is 0.0001; steps was 2 and is 9" in str(caught.value)
+        fit(detector(small_spec()), scenes, other, **CPU, folder=tmp_path, resume=True)
+    assert "lr was 0.001 and is 0.0001; lr_end was" in str(caught.value)
     assert "batch_size" not in str(caught.value)
+    changed = {*settings, "steps", "lr", "cycle_steps", "cycle_start", "accumulate"}
+    assert {name for name in changed if f"{name} was " not in str(caught.value)} == set()
 
 
 def test_what_does_not_decide_the_result_may_change_on_resume(scenes, tmp_path):
@@ -258,6 +272,24 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(scenes, tmp_path):
     kept = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert kept["step"] == 4
     assert same(kept["model"], values(model)), "the step that diverged must not be taken"
+
+
+@pytest.mark.parametrize("end", ["a checkpoint is due", "ctrl-c"])
+def test_a_divergence_that_was_not_looked_for_yet_is_not_saved(scenes, tmp_path, monkeypatch, end):
+    """As on a GPU, where a step does not wait for its losses."""
+    monkeypatch.setattr(
+        engine._Run, "_see", lambda run, names, values, **_: run.monitor.observe(run.step + 1, names, values)
+    )
+    model = Toy()
+
+    def losses(images, targets, step):
+        return {name: loss * (float("nan") if step == 2 else 1) for name, loss in model(images, targets).items()}
+
+    config = TrainConfig(steps=8, batch_size=1, checkpoint_every=2, log_every=100)
+    stop = interrupt_at(3) if end == "ctrl-c" else None
+    with pytest.raises(DivergenceError, match="step 3 of 8: loss_fit, loss_bias are not finite"):
+        fit(model, scenes, config, **CPU, folder=tmp_path, losses=losses, progress=stop)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
 
 
 def test_the_watch_finds_the_first_step_without_looking_at_each():

@@ -34,6 +34,7 @@ def test_a_cosine_of_the_same_length():
     config = TrainConfig(lr=1.0, **named_schedule("2x", 17, 2, "cosine"))
     assert config.steps == 204 and config.milestones is None
     assert config.lr_at(203) == pytest.approx(config.lr_end)
+    assert named_schedule("3x", 17, 8)["steps"] == 77, "76 and a half, of which no image is left out"
 
 
 @pytest.mark.parametrize(
@@ -73,15 +74,22 @@ def test_sizes_are_refused_where_images_stay_as_they_are(scenes, tmp_path):
 def test_the_running_average_is_what_is_left(scenes):
     config = {"steps": 6, "batch_size": 1, "optimizer": "sgd", "lr": 0.1}
     passed, plain, averaged = [], Toy(), Toy()
-    fit(plain, scenes, TrainConfig(**config), **CPU, progress=lambda *_: passed.append(values(plain)))
-    fit(averaged, scenes, TrainConfig(**config, ema=0.4), **CPU)
+
+    def losses(model):
+        return lambda images, targets, step: (
+            model(images, targets) | {"loss_norm": model.norm(torch.stack(images)[:, :2]).square().mean()}
+        )
+
+    kept = lambda *_: passed.append(values(plain))  # noqa: E731
+    fit(plain, scenes, TrainConfig(**config), **CPU, losses=losses(plain), progress=kept)
+    fit(averaged, scenes, TrainConfig(**config, ema=0.4), **CPU, losses=losses(averaged))
     expected = passed[0]
     for step, after in enumerate(passed[1:], start=1):
         decay = min(0.4, (1 + step) / (10 + step))
         expected = {name: decay * old + (1 - decay) * after[name] for name, old in expected.items()}
     found = values(averaged)
     assert not same(found, values(plain))
-    for name in ("weight", "bias", "norm.weight"):
+    for name in ("weight", "bias", "norm.weight", "norm.running_mean", "norm.running_var"):
         torch.testing.assert_close(found[name], expected[name])
 
 
