@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -53,12 +54,30 @@ class LevelsConv2d(nn.Conv2d):
     """``nn.Conv2d`` with its state dict, that runs on every level it is given.
 
     Args:
-        convolution, options: as for ``nn.Conv2d``.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            for ``nn.Conv2d``.
         activation: ``"none"`` or ``"relu"``, applied to the result.
     """
 
-    def __init__(self, *convolution: Any, activation: str = "none", **options: Any) -> None:
-        super().__init__(*convolution, **options)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str = "none",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype
+        )
         self.activation = _checked(activation)
 
     def forward(self, levels: Levels) -> Tensor | list[Tensor] | dict:
@@ -85,15 +104,35 @@ class ElasticLevelsConv2d(ElasticConv2d):
     """See :func:`jdkd.functional.elastic_conv2d_levels`; an :class:`ElasticConv2d` shared by the levels of a pyramid.
 
     Args:
-        convolution, options: as for :class:`ElasticConv2d`; stride and dilation 1, one group, padding with zeros.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype,
+            kernel_transform: as for :class:`ElasticConv2d`; stride and dilation 1, one group, padding with zeros.
         activation: ``"none"`` or ``"relu"``, applied to the result.
 
     Raises:
         InputError: on other strides, dilations, groups, paddings or activations.
     """
 
-    def __init__(self, *convolution: Any, activation: str = "none", **options: Any) -> None:
-        super().__init__(*convolution, **options)
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        kernel_transform: bool = False,
+        activation: str = "none",
+    ) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype, kernel_transform=kernel_transform,
+        )  # fmt: skip
         self.activation = _checked(activation)
         window = {"stride": self.stride, "dilation": self.dilation, "groups": self.groups}
         if window != {"stride": (1, 1), "dilation": (1, 1), "groups": 1} or self.padding_mode != "zeros":
