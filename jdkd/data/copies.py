@@ -14,7 +14,7 @@ BEGINNING = 4096  # bytes of a file
 def copies(dataset: CocoDetectionDataset, other: CocoDetectionDataset) -> list[int]:
     """Indices of the images of ``dataset`` whose files an image of ``other`` equals byte for byte.
 
-    Of 100,000 images most sizes occur more than once, so a file is read whole only where its beginning occurs too.
+    A file is read whole only where one of the same size begins alike.
     """
     own, others = dataset.files, other.files
     sizes = {file: file.stat().st_size for file in (*own, *others)}
@@ -31,9 +31,7 @@ def _beginning(file: Path) -> bytes:
 
 
 def say_copies(dataset: CocoDetectionDataset, shared: Sequence[int], what: str, so: str) -> None:
-    """Says which images of ``dataset`` are others too, and what follows; nothing where none are ``shared``."""
-    if not shared:
-        return
+    """Says which images of ``dataset``, the ``shared`` ones, are others too, and what follows."""
     names = ", ".join(dataset.files[index].name for index in shared[:SHOWN])
     more = ", ..." if len(shared) > SHOWN else ""
     named = f"{len(shared)} of the {len(dataset)} images of {dataset.split.annotations}"
@@ -43,4 +41,5 @@ def say_copies(dataset: CocoDetectionDataset, shared: Sequence[int], what: str, 
 def say_if_trained_on(val: CocoDetectionDataset, train: CocoDetectionDataset) -> None:
     """Says which of the images that are to be scored on are training images too."""
     so = "they are scored all the same, and flatter the detector; give others to validate on"
-    say_copies(val, copies(val, train), "training images", so)
+    if shared := copies(val, train):
+        say_copies(val, shared, "training images", so)

@@ -40,7 +40,7 @@ from jdkd.train.inputs import data_for
 
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3  # for repair and correlations
-WEIGHING_BATCHES = 8  # for importance: cuts by it kept as high an r as cuts by 32, to 0.003 on average
+WEIGHING_BATCHES = 8  # for importance: on two FCOS cuts by it kept as high an r as cuts by 32, to 0.003 on average
 WEIGHING_SHARE = 0.01  # of the budget that they are at most
 BUDGET = "budget.json"
 TRAINING = "training"  # folder of a checkpoint and a log, in that of a candidate or of the control

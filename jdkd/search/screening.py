@@ -218,7 +218,7 @@ class Parent:
         """It with more blocks, or with some moved, what is coupled to what in that, and how much its parts matter.
 
         What is new does not matter to any loss: it stays in the cut that pays for it. What was there matters as it did:
-        read anew where a block left, importance chose no better cuts.
+        on two FCOS, importance that was read anew where a block had left chose no better cuts.
         """
         rewrite, known = grown.rewrite, repr(grown.rewrite)
         if known not in self._grown:

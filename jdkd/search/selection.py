@@ -135,13 +135,15 @@ def _halves(val: CocoDetectionDataset) -> tuple[list[int], list[int]]:
 def _without(dataset: CocoDetectionDataset, other: CocoDetectionDataset, what: str, so: str) -> CocoDetectionDataset:
     """The images of ``dataset`` whose files no image of ``other`` equals byte for byte."""
     shared = copies(dataset, other)
+    if not shared:
+        return dataset
     if len(shared) == len(dataset):
         raise InputError(
             f"all {len(dataset)} images of {dataset.split.annotations} are {what} too, byte for byte; give images that "
             "no detector of this search is trained on, and none that both select and report."
         )
     say_copies(dataset, shared, what, so)
-    return dataset.subset(np.setdiff1d(range(len(dataset)), shared)) if shared else dataset
+    return dataset.subset(np.setdiff1d(range(len(dataset)), shared))
 
 
 def _check_boxes(part: Part, does: str) -> None:

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from jdkd.data import CocoDetectionDataset, Split
+from jdkd.data.copies import copies
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
@@ -142,6 +143,17 @@ def test_only_files_of_a_size_that_occurs_twice_are_read(scenes, monkeypatch):
     with pytest.raises(InputError, match="all 1 images"):
         divide(train, val, given)
     assert train.files[0] in read and train.files[1] not in read
+
+
+def test_a_file_of_the_same_size_that_begins_alike_is_no_copy(scenes, monkeypatch):
+    train, val, given = scenes("train", [BOTH] * 2), scenes("val", [BOTH]), scenes("given", [BOTH])
+    content = given.files[0].read_bytes()
+    train.files[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    train.files[1].write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    monkeypatch.setattr("jdkd.data.copies.BEGINNING", 16)
+    read = []
+    monkeypatch.setattr("jdkd.data.copies.sha256_of", lambda file: read.append(file) or file.read_bytes())
+    assert copies(given, train) == [] and {*read} == {given.files[0], train.files[0]}
 
 
 def test_what_a_detector_was_trained_on_is_in_its_record_or_in_that_of_its_search(tmp_path):
