@@ -146,7 +146,7 @@ def test_only_files_of_a_size_that_occurs_twice_are_read(scenes, monkeypatch):
 
 
 def test_a_file_of_the_same_size_that_begins_alike_is_no_copy(scenes, monkeypatch):
-    train, val, given = scenes("train", [BOTH] * 2), scenes("val", [BOTH]), scenes("given", [BOTH])
+    train, given = scenes("train", [BOTH] * 2), scenes("given", [BOTH])
     content = given.files[0].read_bytes()
     train.files[0].write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     train.files[1].write_bytes(bytes([content[0] ^ 1]) + content[1:])
