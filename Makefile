@@ -38,10 +38,10 @@ $(VENV)/bin/python:
 $(INSTALLED): pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "== installing torch and the tools, as constraints.txt pins them (2 GB the first time)"
 	@$(PIP) install --progress-bar on -c constraints.txt "setuptools" "wheel" "ninja" "torch" \
-		"cuda-toolkit[nvcc,cccl,crt,nvvm]" | { grep -vE '$(PIP_NOISE)' || true; }
+		"cuda-toolkit[nvcc,cccl,crt,nvvm]" 2>&1 | { grep -vE '$(PIP_NOISE)' || true; }
 	@echo "== installing jdkd, editable"
 	@JDKD_BUILD_EXT=0 $(PIP) install -c constraints.txt --no-build-isolation --config-settings editable_mode=compat \
-		-e ".[detect,export,dev]" \
+		-e ".[detect,export,dev]" 2>&1 \
 		| { grep -vE '$(PIP_NOISE)' || true; }
 	@touch $@
 

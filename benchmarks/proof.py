@@ -64,6 +64,9 @@ _DEEP = "--backbone resnet101 --norm batch --width 0.25 --fpn 64"  # the paper's
 _SCENES = "--train 400 --val 400 --size 192"
 RECIPES = {
     "digit_scenes_deep": Recipe(_SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2),
+    "digit_scenes_deep_long": Recipe(
+        _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 15000, times=0.8
+    ),
     "digit_scenes_deep_front": Recipe(
         _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2, targets="0.75,0.53,0.35"
     ),
