@@ -14,6 +14,14 @@ JDKD_INLINE auto with_elements(const Cursor& from, const Body& body) {
   }
 }
 
+// Asks the second cache for what lies some bytes ahead, or for nothing where that is 0.
+template <class T>
+JDKD_INLINE void fetch(const T* from, int64_t bytes_ahead) {
+  if (bytes_ahead) {
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + bytes_ahead, 0, 2);
+  }
+}
+
 struct PairParts {
   Vec ds, dt, ss, tt, e;
 };
@@ -33,10 +41,13 @@ template <class S, class T>
 JDKD_INLINE PairSums pair_sums_of(const S* s, const T* t, int64_t n, const Guess& guess) {
   const Vec ms = splat(guess.mean_s), mt = splat(guess.mean_t), beta = splat(guess.beta);
   const All all;
+  const int64_t ahead = bytes_ahead();
   PairParts part[2] = {no_pairs(), no_pairs()};
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     for (int u = 0; u < 2; ++u) {
+      fetch(s + i + u * kLanes, ahead);
+      fetch(t + i + u * kLanes, ahead);
       add_pair(part[u], all.load(s + i + u * kLanes) - ms, all.load(t + i + u * kLanes) - mt, beta);
     }
   }
@@ -86,12 +97,17 @@ JDKD_INLINE void with_gradient(const GradientOf& of, const Body& body) {
 void gradient(const GradientOf& of, int64_t n, const Gradient& g, float dloss) {
   const Vec a = splat(g.a), b = splat(g.b), k = splat(g.k), mx = splat(g.mean_x), my = splat(g.mean_y);
   const Vec scale = splat(dloss);
+  const int64_t ahead = bytes_ahead();
   with_gradient(of, [&](auto x, auto y, auto dout, auto dx) JDKD_INLINE_LAMBDA {
     const auto of_loss = [=](int64_t i, auto lanes) JDKD_INLINE_LAMBDA {
+      fetch(x + i, ahead);
+      fetch(y + i, ahead);
+      fetch(dx + i, ahead);
       return scale * (a * (lanes.load(x + i) - mx) + (b * (lanes.load(y + i) - my) + k));
     };
     if (dout) {
       for_columns(n, [=](int64_t i, auto lanes) JDKD_INLINE_LAMBDA {
+        fetch(dout + i, ahead);
         lanes.store(dx + i, lanes.load(dout + i) + of_loss(i, lanes));
       });
     } else {
@@ -100,12 +116,7 @@ void gradient(const GradientOf& of, int64_t n, const Gradient& g, float dloss) {
   });
 }
 
-JDKD_INLINE void fetch_next(const Cursor& next, int64_t element) {
-  __builtin_prefetch((next + element).at, 0, 2);
-}
-
 void row_sums(Cursor s, Cursor t, int64_t rows, int64_t c, const RowGuess& guess, const RowSums& q) {
-  const Cursor next_s = s + rows * c, next_t = t + rows * c;
   with_elements(s, [&](auto from_s) JDKD_INLINE_LAMBDA {
     with_elements(t, [&](auto from_t) JDKD_INLINE_LAMBDA {
       for_columns(c, [&](int64_t j, auto lanes) JDKD_INLINE_LAMBDA {
@@ -113,8 +124,8 @@ void row_sums(Cursor s, Cursor t, int64_t rows, int64_t c, const RowGuess& guess
         const Vec beta = lanes.load(guess.beta + j);
         PairParts part = no_pairs();
         for (int64_t r = 0; r < rows; ++r) {
-          fetch_next(next_s, j * rows + r * kLanes);
-          fetch_next(next_t, j * rows + r * kLanes);
+          fetch(from_s + j * rows + r * kLanes, rows * c * sizeof(*from_s));
+          fetch(from_t + j * rows + r * kLanes, rows * c * sizeof(*from_t));
           add_pair(part, lanes.load(from_s + r * c + j) - ms, lanes.load(from_t + r * c + j) - mt, beta);
         }
         add_to(q.ds + j, part.ds, lanes);
@@ -148,14 +159,19 @@ bool merge_rows(
 void row_gradient(const GradientOf& of, int64_t rows, int64_t c, const RowGradient& g, float dloss) {
   const Vec scale = splat(dloss);
   with_gradient(of, [&](auto x, auto y, auto dout, auto dx) JDKD_INLINE_LAMBDA {
+    const int64_t ahead = sizeof(*x) < sizeof(float) ? bytes_ahead() : 0;
     for (int64_t at = 0; at < rows * c; at += c) {
       const auto of_loss = [=](int64_t j, auto lanes) JDKD_INLINE_LAMBDA {
+        fetch(x + at + j, ahead);
+        fetch(y + at + j, ahead);
+        fetch(dx + at + j, ahead);
         const Vec ax = lanes.load(g.a + j) * (lanes.load(x + at + j) - lanes.load(g.mean_x + j));
         const Vec by = lanes.load(g.b + j) * (lanes.load(y + at + j) - lanes.load(g.mean_y + j));
         return scale * (ax + (by + lanes.load(g.k + j)));
       };
       if (dout) {
         for_columns(c, [=](int64_t j, auto lanes) JDKD_INLINE_LAMBDA {
+          fetch(dout + at + j, ahead);
           lanes.store(dx + at + j, lanes.load(dout + at + j) + of_loss(j, lanes));
         });
       } else {
