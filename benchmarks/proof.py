@@ -65,7 +65,7 @@ _SCENES = "--train 400 --val 400 --size 192"
 RECIPES = {
     "digit_scenes_deep": Recipe(_SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2),
     "digit_scenes_deep_long": Recipe(
-        _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 15000, times=0.8
+        _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 15000, times=0.6
     ),
     "digit_scenes_deep_front": Recipe(
         _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2, targets="0.75,0.53,0.35"
