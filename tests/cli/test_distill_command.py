@@ -12,6 +12,7 @@ from jdkd.cli.distill import Distill, _say_if_blind
 from jdkd.cli.flags import TrainingFlags
 from jdkd.detect import load, open_model
 from jdkd.distill import DistillConfig, distill
+from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.presets import preset
 from jdkd.train import TrainConfig
@@ -147,6 +148,13 @@ def _interrupt(*arguments, **options):
         (("--teacher", "T", "--student", "S", "--tau", "2"), "'pearson', which takes no tau"),
         (("--teacher", "T", "--student", "S", "--ema", "2"), "ema is a fraction"),
         (("--teacher", "T", "--student", "S", "--detach-after=-1"), "detach_after must be a whole number"),
+        (("--teacher", "T", "--student", "S", "--detach-after", "1000"), "detach_after is 1000 and the training has"),
+        (("--teacher", "T", "--student", "S", "--detach-epoch", "9999"), "training has 1000 steps, all of which the"),
+        (("--teacher", "T", "--student", "S", "--detach-epoch", "0"), "--detach-epoch is 0"),
+        (
+            ("--teacher", "T", "--student", "S", "--detach-epoch", "1", "--detach-after", "1"),
+            "--detach-epoch 1 and --detach-after 1 are both given",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, student_file, squares, tmp_path, flags, words):
@@ -154,6 +162,15 @@ def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, student
     answer = jdkd("distill", *flags, "--data", squares, "--out", tmp_path / "out")
     assert answer.code == 2 and words in answer.err and "Traceback" not in answer.err, answer.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "processes", "step"), [(8, 1, 1, 25), (2, 2, 2, 25), (16, 1, 1, 13)])
+def test_a_teacher_leaves_after_an_epoch(tmp_path, batch, accumulate, processes, step):
+    config = TrainConfig(steps=30, batch_size=batch, accumulate=accumulate)
+    run = Distill(tmp_path, detach_epoch=2)
+    assert run._until(DistillConfig(), 100, config, processes).detach_after == step
+    with pytest.raises(InputError, match="detach_after is 200 and the training has 30 steps"):
+        run._until(DistillConfig(), 100, TrainConfig(steps=30, batch_size=1), 1)
 
 
 def test_events_are_written_while_it_trains(jdkd, pair, tmp_path):
