@@ -112,14 +112,16 @@ class Distill:
             data.of(teacher, config.batch_size, config.seed)
 
         def fitting(progress: Any, how: dict[str, Any]) -> FitReport:
+            from jdkd.detect.checkpoint import WEIGHTS
             from jdkd.distill import distill
 
             if lessons is not None:
-                say_once(
-                    f"the teacher {self.teacher or chosen.teacher} has no weights yet and is trained first, for "
-                    f"{lessons.steps} steps, in {self.out / TEACHER}; give --teacher a folder, or --teacher-weights, "
-                    "to spare that"
-                )
+                if not (self.out / TEACHER / WEIGHTS).exists():  # which a run that is carried on may have by now
+                    say_once(
+                        f"the teacher {self.teacher or chosen.teacher} has no weights yet and is trained first, for "
+                        f"{lessons.steps} steps, in {self.out / TEACHER}; give --teacher a folder, or "
+                        "--teacher-weights, to spare that"
+                    )
                 _train(teacher, data, lessons, self.out / TEACHER, how["device"], job.shown(progress, TEACHER))
             _say_if_blind(teacher, data, config, device)
             return distill(student, teacher, data.train, config, method, **how).training

@@ -95,9 +95,11 @@ def test_a_teacher_without_weights_is_trained_first_and_a_run_that_was_interrupt
     )
     assert f"{student_file} has no weights yet and is trained first, for 1 steps" in answer.err
     monkeypatch.undo()
+    monkeypatch.setattr("jdkd.notices._said", set())  # as in another process
     taught = (tmp_path / "out" / "teacher" / "weights.safetensors").read_bytes()
     answer = jdkd(*run, "--resume")
     assert answer.code == 0 and "channel by channel (16)" in answer.err, answer.err
+    assert "is trained first" not in answer.err
     assert (tmp_path / "out" / "teacher" / "weights.safetensors").read_bytes() == taught
     assert load(tmp_path / "out" / "teacher").architecture.classes == ("red", "blue")
 
