@@ -7,8 +7,8 @@
 
 ``--save`` appends rows to ``results/DEVICE/data_loading.jsonl``. A rate is of images over the processor time that all
 processes took, the median over rounds: what one core is good for, whatever else runs on it; rows have it by the clock
-too. *decoded* is reading and decoding alone, *batches* what training reads (``jdkd.data.batches``): decoded, mirrored
-by half, as floats.
+too, which the table shows of what was measured on several cores. *decoded* is reading and decoding alone, *batches*
+what training reads (``jdkd.data.batches``): decoded, mirrored by half, as floats.
 
 A GPU that takes more images a second than ``batches`` gives by the clock waits for them: to keep it busy it needs as
 many workers as its images a second are times those that one core is good for, each with a core of its own.
@@ -170,6 +170,8 @@ def table(rows: Sequence[record.Row]) -> str:
         for row in read:
             low, high = row["per_core_spread"]
             rate = f"{row['per_core']:.0f} ({low:.0f} to {high:.0f})"
+            if row["cores"] > 1:
+                rate += f", {row['clock']:.0f} by the clock on {row['cores']}"
             lines.append([row["images"], row["size"], row["done"], rate])
         parts.append(markdown.table(HEADINGS, "lllr", lines))
     if index:

@@ -73,6 +73,8 @@ class Distill:
     """Begin with the teacher's neck and heads, as far as names, shapes and the names of classes agree."""
     detach_after: int | None = None
     """Step after which the student trains on without its teacher [never]."""
+    detach_epoch: int | None = None
+    """The same in epochs of the training images."""
     detector: DetectorFlags = field(default_factory=DetectorFlags)
     recipe: RecipeFlags = field(default_factory=RecipeFlags)
     training: TrainingFlags = field(default_factory=TrainingFlags)
@@ -90,6 +92,7 @@ class Distill:
         say_where_nothing_synchronises(self.detector.choice.norm, device)
         recipe = self._recipe(chosen, processes())
         data, config = opened("distill", self.out, self.source, recipe, self.training)
+        method = self._until(method, len(data.train), config, processes())
         flags = self._detector(chosen)
         if chosen is not None:
             print("\n".join([str(chosen), *(f"  {line}" for line in chosen.differs)]))
@@ -109,14 +112,16 @@ class Distill:
             data.of(teacher, config.batch_size, config.seed)
 
         def fitting(progress: Any, how: dict[str, Any]) -> FitReport:
+            from jdkd.detect.checkpoint import WEIGHTS
             from jdkd.distill import distill
 
             if lessons is not None:
-                say_once(
-                    f"the teacher {self.teacher or chosen.teacher} has no weights yet and is trained first, for "
-                    f"{lessons.steps} steps, in {self.out / TEACHER}; give --teacher a folder, or --teacher-weights, "
-                    "to spare that"
-                )
+                if not (self.out / TEACHER / WEIGHTS).exists():  # which a run that is carried on may have by now
+                    say_once(
+                        f"the teacher {self.teacher or chosen.teacher} has no weights yet and is trained first, for "
+                        f"{lessons.steps} steps, in {self.out / TEACHER}; give --teacher a folder, or "
+                        "--teacher-weights, to spare that"
+                    )
                 _train(teacher, data, lessons, self.out / TEACHER, how["device"], job.shown(progress, TEACHER))
             _say_if_blind(teacher, data, config, device)
             return distill(student, teacher, data.train, config, method, **how).training
@@ -139,6 +144,12 @@ class Distill:
             raise InputError(f"--narrow is {self.narrow:g}, a share of the channels to keep; give one in 0..1.")
         if self.teacher_steps is not None and self.teacher_steps < 1:
             raise InputError(f"--teacher-steps is {self.teacher_steps}; give at least 1.")
+        if self.detach_epoch is not None and self.detach_epoch < 1:
+            raise InputError(f"--detach-epoch is {self.detach_epoch}; give at least 1.")
+        if self.detach_epoch is not None and self.detach_after is not None:
+            raise InputError(
+                f"--detach-epoch {self.detach_epoch} and --detach-after {self.detach_after} are both given; give one."
+            )
 
     def _method(self, chosen: Preset | None) -> DistillConfig:
         """How the teacher teaches.
@@ -167,6 +178,20 @@ class Distill:
             inherit=self.inherit,
             detach_after=self.detach_after,
         )
+
+    def _until(self, method: DistillConfig, images: int, config: TrainConfig, processes: int) -> DistillConfig:
+        """The same with an epoch after which the teacher leaves as a step.
+
+        Raises:
+            InputError: it would leave when the training is over.
+        """
+        from jdkd.train.schedule import steps_of
+
+        if self.detach_epoch is not None:
+            at_once = config.batch_size * config.accumulate * processes
+            method = replace(method, detach_after=steps_of(self.detach_epoch, images, at_once))
+        method.require_end(config.steps)
+        return method
 
     def _recipe(self, chosen: Preset | None, processes: int) -> RecipeFlags:
         """The flags of the training, with the published ones where none was given; of a narrowed pair they are ours.

@@ -21,8 +21,8 @@ def with_loss(outputs: Any, loss: Tensor, who: str) -> Mapping[str, Any] | tuple
     Args:
         outputs: a mapping. Where it has an entry ``loss``, the total that is trained on, the loss is added to that;
             else all of it is losses, and this one comes beside them as ``loss_pkd``. Or a tuple that begins with the
-            total, a scalar, or with several losses ``[K]`` that are followed by the same without gradients, as
-            Ultralytics' models return them for a sum and a log; there it becomes one more, ``[K + 1]``.
+            total, a scalar, or with several losses ``[K]`` that are followed by the same without gradients, ``[K]`` or
+            by name, as Ultralytics' models return them for a sum and a log; there it becomes one more, ``[K + 1]``.
         loss: a scalar.
         who: what errors call the detector.
 
@@ -69,7 +69,12 @@ def _begins_with_losses(outputs: tuple[Any, ...]) -> bool:
         return False
     if first.dim() == 0:
         return first.requires_grad or not torch.is_grad_enabled()
-    return first.dim() == 1 and isinstance(second, Tensor) and second.shape == first.shape and not second.requires_grad
+    log = [*second.values()] if isinstance(second, Mapping) else second if isinstance(second, Tensor) else ()
+    return first.dim() == 1 and len(first) == len(log) and all(_is_logged(value) for value in log)
+
+
+def _is_logged(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and not value.requires_grad
 
 
 def _is_loss(value: Any) -> bool:

@@ -97,6 +97,18 @@ class DistillConfig:
             return OTHERS
         return TWO_STAGE if is_two_stage(teacher) or is_two_stage(student) else ONE_STAGE
 
+    def require_end(self, steps: int) -> None:
+        """Refuses a teacher that is to leave when nothing is trained any more.
+
+        Raises:
+            InputError: it is.
+        """
+        if self.detach_after is not None and self.detach_after >= max(1, steps):
+            raise InputError(
+                f"detach_after is {self.detach_after} and the training has {steps} steps, all of which the teacher "
+                "would teach; give an earlier step, or leave it out."
+            )
+
 
 class Distilled(NamedTuple):
     """What a distillation left: the student, and how it was trained."""
@@ -140,6 +152,7 @@ def distill(
         DivergenceError: a loss, named with the level that it is of, or a gradient is not finite.
     """
     method = method or DistillConfig()
+    method.require_end(config.steps)
     if not isinstance(data, CocoDetectionDataset):
         data = CocoDetectionDataset(resolve_split("train", data))
     student = student if isinstance(student, nn.Module) else opened(student, data.classes, config.seed)

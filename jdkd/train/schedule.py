@@ -32,8 +32,13 @@ def named_schedule(name: str, images: int, batch_size: int, decay: str = "step")
         raise InputError(
             f"schedule {name!r} with decay {decay!r} is none of {', '.join(EPOCHS)} with {' or '.join(DECAYS)}."
         )
-    steps = max(1, math.ceil(EPOCHS[name] * images / batch_size))
+    steps = max(1, steps_of(EPOCHS[name], images, batch_size))
     return {"steps": steps, "warmup": min(WARMUP_STEPS / steps, MOST_WARMUP), "milestones": milestones_of(decay)}
+
+
+def steps_of(epochs: int, images: int, batch_size: int) -> int:
+    """How many steps of so many images it takes to see them all so often."""
+    return math.ceil(epochs * images / batch_size)
 
 
 def milestones_of(decay: str) -> tuple[float, ...] | None:

@@ -28,10 +28,14 @@ def test_the_tables_have_the_latest_rows():
         "size": "64x48 PNG, 9 KiB",
         "done": "batches, no worker",
     }
-    read |= {"per_core": 90.4, "per_core_spread": [80.0, 95.0]}
+    read |= {"per_core": 90.4, "per_core_spread": [80.0, 95.0], "clock": 70.1, "cores": 1}
     index = {"row": "index", "device": "A CPU", "opened": "again", "images": 1200, "boxes": 4500, "bytes": 2.5e6}
     index |= {"seconds": 9.04, "processor_seconds": 7.0, "mib": 600.2}
-    images, annotations = data_loading.table([read | {"per_core": 1.0}, index, read]).split("\n\n")
-    assert images.splitlines()[2:] == ["| mine | 64x48 PNG, 9 KiB | batches, no worker | 90 (80 to 95) |"]
+    workers = read | {"done": "batches, 2 workers", "cores": 2, "clock": 171.2}
+    images, annotations = data_loading.table([read | {"per_core": 1.0}, index, read, workers]).split("\n\n")
+    assert images.splitlines()[2:] == [
+        "| mine | 64x48 PNG, 9 KiB | batches, no worker | 90 (80 to 95) |",
+        "| mine | 64x48 PNG, 9 KiB | batches, 2 workers | 90 (80 to 95), 171 by the clock on 2 |",
+    ]
     assert annotations.splitlines()[2:] == ["| 1,200 images, 4,500 objects, 2 MB | again | 7.0 s | 9.0 s | 600 MiB |"]
     assert data_loading.table([index]) == annotations and data_loading.table([]) == ""

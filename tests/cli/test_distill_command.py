@@ -6,16 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from jdkd.cli.detectors import DetectorFlags
 from jdkd.cli.distill import Distill, _say_if_blind
 from jdkd.cli.flags import TrainingFlags
 from jdkd.detect import load, open_model
 from jdkd.distill import DistillConfig, distill
+from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.presets import preset
 from jdkd.train import TrainConfig
-from tests.detectors import small_spec
+from tests.detectors import detector, small_spec
 from tests.train.scenes import write_scenes
 
 SHORT = ("--steps", 2, "--batch-size", 2)
@@ -49,6 +51,8 @@ def test_leaves_the_student_alone_its_scores_and_a_record(jdkd, pair, trained, t
     assert "taken over from the teacher: backbone.fpn" in answer.err and "images/s" in answer.err
     assert {"architecture.json", "weights.safetensors", "distill.json", "log.jsonl"} <= {f.name for f in out.iterdir()}
     assert [*load(out).state_dict()] == [*torch.load(out / "checkpoint.pt", weights_only=True)["model"]]
+    alone = detector(small_spec(classes=("red", "blue")))  # torchvision's own class
+    alone.load_state_dict(load_file(out / "weights.safetensors"), strict=True)
     summary, record = (json.loads((out / f"{name}.json").read_text()) for name in ("distill", "run"))
     assert summary["method"]["loss"] == "pkd" and summary["losses"]["loss_pkd"] > 0 and summary["config"]["ema"] == 0.9
     assert record["kind"] == "distill" and record["finished"] and len(record["identity"]["teacher"]["weights"]) == 64
@@ -91,9 +95,11 @@ def test_a_teacher_without_weights_is_trained_first_and_a_run_that_was_interrupt
     )
     assert f"{student_file} has no weights yet and is trained first, for 1 steps" in answer.err
     monkeypatch.undo()
+    monkeypatch.setattr("jdkd.notices._said", set())  # as in another process
     taught = (tmp_path / "out" / "teacher" / "weights.safetensors").read_bytes()
     answer = jdkd(*run, "--resume")
     assert answer.code == 0 and "channel by channel (16)" in answer.err, answer.err
+    assert "is trained first" not in answer.err
     assert (tmp_path / "out" / "teacher" / "weights.safetensors").read_bytes() == taught
     assert load(tmp_path / "out" / "teacher").architecture.classes == ("red", "blue")
 
@@ -147,6 +153,13 @@ def _interrupt(*arguments, **options):
         (("--teacher", "T", "--student", "S", "--tau", "2"), "'pearson', which takes no tau"),
         (("--teacher", "T", "--student", "S", "--ema", "2"), "ema is a fraction"),
         (("--teacher", "T", "--student", "S", "--detach-after=-1"), "detach_after must be a whole number"),
+        (("--teacher", "T", "--student", "S", "--detach-after", "1000"), "detach_after is 1000 and the training has"),
+        (("--teacher", "T", "--student", "S", "--detach-epoch", "9999"), "training has 1000 steps, all of which the"),
+        (("--teacher", "T", "--student", "S", "--detach-epoch", "0"), "--detach-epoch is 0"),
+        (
+            ("--teacher", "T", "--student", "S", "--detach-epoch", "1", "--detach-after", "1"),
+            "--detach-epoch 1 and --detach-after 1 are both given",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, student_file, squares, tmp_path, flags, words):
@@ -154,6 +167,26 @@ def test_bad_input_is_one_sentence_and_nothing_is_touched(jdkd, trained, student
     answer = jdkd("distill", *flags, "--data", squares, "--out", tmp_path / "out")
     assert answer.code == 2 and words in answer.err and "Traceback" not in answer.err, answer.err
     assert not (tmp_path / "out").exists()
+
+
+def test_every_flag_of_the_method_reaches_it(tmp_path):
+    given = {"loss": "cwd", "tau": 2.0, "align": "linear", "inherit": True, "detach_after": 5}
+    asked = Distill(tmp_path, loss_weight="3", levels="8,16", shared_size=True, **given)._method(None)
+    assert asked == DistillConfig(loss_weight=3.0, levels=[8, 16], own_size=False, **given)
+    given = {"loss": "pkd+logits", "logits_weight": 0.5, "adapter": True}
+    chosen = preset("gfl_r101_gfl_r50")
+    assert Distill(tmp_path, **given)._method(chosen) == DistillConfig(loss_weight=6, levels=chosen.levels, **given)
+    every = Distill(tmp_path, levels="by-stride", loss="mse")._method(chosen)
+    assert every == DistillConfig("mse"), "the published weight is PKD's"
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "processes", "step"), [(8, 1, 1, 25), (2, 2, 2, 25), (16, 1, 1, 13)])
+def test_a_teacher_leaves_after_an_epoch(tmp_path, batch, accumulate, processes, step):
+    config = TrainConfig(steps=30, batch_size=batch, accumulate=accumulate)
+    run = Distill(tmp_path, detach_epoch=2)
+    assert run._until(DistillConfig(), 100, config, processes).detach_after == step
+    with pytest.raises(InputError, match="detach_after is 200 and the training has 30 steps"):
+        run._until(DistillConfig(), 100, TrainConfig(steps=30, batch_size=1), 1)
 
 
 def test_events_are_written_while_it_trains(jdkd, pair, tmp_path):

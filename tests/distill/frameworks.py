@@ -216,13 +216,18 @@ class Detect(nn.Module):
 
 
 class Ultralytics(nn.Module):
-    """Called with a batch, a dict, it returns losses that are summed and a log of them; with images, a list."""
+    """Called with a batch, a dict, it returns losses that are summed and a log of them; with images, a list.
 
-    def __init__(self, widths: tuple[int, ...] = (6, 8), seed: int = 0, vector: bool = True) -> None:
+    The log is a vector, as in earlier versions, or has names.
+    """
+
+    def __init__(
+        self, widths: tuple[int, ...] = (6, 8), seed: int = 0, vector: bool = True, named: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         layers = [Layer(-1, 3, widths[0], 4, 4), Layer(-1, widths[0], widths[1], 2, 2), Detect([0, 1], [*widths])]
-        self.model, self.vector = nn.Sequential(*layers), vector
+        self.model, self.vector, self.named = nn.Sequential(*layers), vector, named
 
     def forward(self, x: Any) -> Any:
         return self.loss(x) if isinstance(x, dict) else self.predict(x)
@@ -234,9 +239,10 @@ class Ultralytics(nn.Module):
             outputs.append(x)
         return x
 
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Any]:
         levels = self.forward(batch["img"])
         levels = levels if isinstance(levels, list) else levels[1]
         losses = torch.stack([level[:, part::3].square().mean() for part in range(3) for level in levels[:1]])
         total = losses * len(batch["img"])
-        return (total if self.vector else total.sum()), losses.detach()
+        log = dict(zip(("box", "cls", "dfl"), losses.detach(), strict=True)) if self.named else losses.detach()
+        return (total if self.vector else total.sum()), log

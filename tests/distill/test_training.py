@@ -146,6 +146,8 @@ def test_after_the_last_lesson_the_teacher_does_not_run(student, teacher, scenes
             DistillConfig(detach_after=2), folder=tmp_path,
         )  # fmt: skip
     assert seen == [False] * 3, "one comparison before, two lessons"
+    with pytest.raises(InputError, match="detach_after is 2 and the training has 2 steps, all of which the teacher"):
+        distill(student, teacher, scenes, FEW, DistillConfig(detach_after=2))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert (
         ["loss_pkd" in row["losses"] for row in rows] == ["parts" in row for row in rows] == [True, True, False, False]
