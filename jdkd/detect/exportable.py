@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.rpn import permute_and_flatten
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from jdkd.detect.contract import not_scripted
@@ -51,16 +52,17 @@ def exportable(model: nn.Module, suppress: Suppress, *, half: bool = False, fina
         raise InputError(f"{type(inner).__name__} cannot be exported{reason}.")
     inner = _sampling_by_grids(copy.deepcopy(inner)).eval().requires_grad_(False)
     fix_roi_scales(inner)
-    made = (TwoStages if isinstance(inner, FasterRCNN) else OneStage)(inner, suppress, final)
+    kinds = ((FasterRCNN, TwoStages), (SSD, SingleShot), (nn.Module, OneStage))
+    made = next(kind for family, kind in kinds if isinstance(inner, family))(inner, suppress, final)
     return made.to_half() if half else made
 
 
 def _why_not(model: nn.Module, final: bool) -> str | None:
     """Why a detector cannot be exported, as the sentence goes on, and what can."""
-    if not isinstance(model, FCOS | RetinaNet | FasterRCNN) or class_head(model) is None:
+    if not isinstance(model, FCOS | RetinaNet | FasterRCNN | SSD) or class_head(model) is None:
         return (
-            ": what follows its heads is known for FCOS, RetinaNet, ATSS, GFL, RepPoints and Faster and Mask R-CNN "
-            "alone; give a detector of these"
+            ": what follows its heads is known for FCOS, RetinaNet, ATSS, GFL, RepPoints, SSD, SSDlite and Faster and "
+            "Mask R-CNN alone; give a detector of these"
         )
     heads = getattr(model, "roi_heads", None)
     if heads is not None and heads.has_keypoint():
@@ -70,12 +72,8 @@ def _why_not(model: nn.Module, final: bool) -> str | None:
             " with its last non-maximum suppression outside: its masks are made of the boxes that this keeps; export "
             "it with the suppression inside"
         )
-    transform = input_transform(model)
-    if transform.fixed_size is not None or len(transform.image_mean) != 3:
-        return (
-            f": it takes images of {len(transform.image_mean)} channel(s), resized to "
-            f"{transform.fixed_size or 'any size'}; give one that takes RGB and resizes the short side"
-        )
+    if (channels := len(input_transform(model).image_mean)) != 3:
+        return f": it takes images of {channels} channel(s); give one that takes RGB"
     return None
 
 
@@ -179,6 +177,33 @@ class OneStage(Exportable):
         return self._best(boxes, labels, scores, groups, model.nms_thresh, most * len(parts))
 
 
+class SingleShot(Exportable):
+    """SSD and SSDlite, which classify every place as one class or the background."""
+
+    def __init__(self, model: nn.Module, suppress: Suppress, final: bool) -> None:
+        super().__init__(model, suppress, final)
+        self.anchors = DefaultBoxes(model.anchor_generator)
+        self.outputs = class_head(model).outputs
+
+    def find(
+        self, levels: dict[str, Tensor], images: Tensor, sizes: Tensor, stages: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        model, most, classes = self.model, self.model.topk_candidates, self.outputs - 1
+        head = {key: output.float() for key, output in model.head(list(levels.values())).items()}
+        stages |= head
+        codes = head["bbox_regression"]  # [N, A, 4]
+        anchors = torch.cat([self.anchors(number, level, images) for number, level in enumerate(levels.values())])
+        boxes = _clipped(_decoded(model.box_coder, codes, anchors.expand_as(codes)), sizes)
+        scores = head["cls_logits"].softmax(dim=-1)[..., 1:].transpose(1, 2)  # [N, K, A]
+        scores, which = _top(scores.flatten(0, 1), most)  # [N K, k]
+        place = torch.where(scores > NOTHING, which, 0)
+        scores = torch.where(scores > model.score_thresh, scores, NOTHING)
+        boxes = _rows(boxes, place.reshape(-1, classes * most)).reshape(-1, most, 4)  # [N K, k, 4]
+        groups, scores = scores[:, None], scores.reshape(-1, classes * most)
+        labels = torch.arange(1, self.outputs, device=boxes.device)[:, None].expand(classes, most).reshape(1, -1)
+        return self._best(boxes, labels.expand_as(scores), scores, groups, model.nms_thresh, classes * most)
+
+
 class TwoStages(Exportable):
     """Faster and Mask R-CNN."""
 
@@ -270,6 +295,28 @@ class Anchors(nn.Module):
         x = torch.arange(width, device=cells.device) * (full_width // width)
         y, x = y[:, None].expand(height, width), x[None].expand(height, width)
         return (torch.stack((x, y, x, y), dim=-1)[:, :, None] + cells).reshape(-1, 4)
+
+
+class DefaultBoxes(nn.Module):
+    """The default boxes of a torchvision generator, level by level, for maps of any size."""
+
+    def __init__(self, generator: DefaultBoxGenerator) -> None:
+        super().__init__()
+        self.steps = generator.steps
+        for number, sides in enumerate(generator._wh_pairs):
+            self.register_buffer(f"sides_{number}", sides.clamp(0, 1) if generator.clip else sides, persistent=False)
+
+    def forward(self, number: int, level: Tensor, images: Tensor) -> Tensor:
+        """``[A, 4]`` of a level ``[N, C, h, w]`` of images ``[N, 3, H, W]``."""
+        sides = getattr(self, f"sides_{number}")  # [a, 2], width and height as shares of the image's
+        (height, width), (full_height, full_width) = level.shape[-2:], images.shape[-2:]
+        step = None if self.steps is None else self.steps[number]
+        rows, columns = (height, width) if step is None else (full_height / step, full_width / step)
+        y = ((torch.arange(height, device=sides.device) + 0.5) / rows)[:, None].expand(height, width)
+        x = ((torch.arange(width, device=sides.device) + 0.5) / columns)[None].expand(height, width)
+        centers = torch.stack((x, y), dim=-1)[:, :, None]  # [h, w, 1, 2]
+        boxes = torch.cat((centers - 0.5 * sides, centers + 0.5 * sides), dim=-1)  # [h, w, a, 4]
+        return boxes.reshape(-1, 4) * boxes.new_tensor([full_width, full_height] * 2)
 
 
 class SampledByGrid(nn.Module):
