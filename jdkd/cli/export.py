@@ -24,8 +24,8 @@ class Export:
     """Write a detector as a file for a runtime, checked against it on real images.
 
     onnx: ONNX's own operators alone, for onnxruntime, OpenVINO, TensorRT. pt2: torch's exported program. Number and
-    size of the images are free. Where the file does not find what the detector finds, in onnxruntime (or torch) and in
-    OpenVINO where that is installed, it is not written.
+    size of the images are free, but for a detector that resizes to one size (SSD). Where the file does not find what
+    the detector finds, in onnxruntime (or torch) and in OpenVINO where that is installed, it is not written.
 
     Example: jdkd export runs/student --format onnx --data coco --out student.onnx
     """

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.rpn import permute_and_flatten
+from torchvision.models.detection.ssd import SSD
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 
+from jdkd.detect.anchors import Anchors, DefaultBoxes
 from jdkd.detect.contract import not_scripted
 from jdkd.detect.heads import class_head
 from jdkd.detect.input_size import input_transform
@@ -51,16 +52,17 @@ def exportable(model: nn.Module, suppress: Suppress, *, half: bool = False, fina
         raise InputError(f"{type(inner).__name__} cannot be exported{reason}.")
     inner = _sampling_by_grids(copy.deepcopy(inner)).eval().requires_grad_(False)
     fix_roi_scales(inner)
-    made = (TwoStages if isinstance(inner, FasterRCNN) else OneStage)(inner, suppress, final)
+    kinds = ((FasterRCNN, TwoStages), (SSD, SingleShot), (nn.Module, OneStage))
+    made = next(kind for family, kind in kinds if isinstance(inner, family))(inner, suppress, final)
     return made.to_half() if half else made
 
 
 def _why_not(model: nn.Module, final: bool) -> str | None:
     """Why a detector cannot be exported, as the sentence goes on, and what can."""
-    if not isinstance(model, FCOS | RetinaNet | FasterRCNN) or class_head(model) is None:
+    if not isinstance(model, FCOS | RetinaNet | FasterRCNN | SSD) or class_head(model) is None:
         return (
-            ": what follows its heads is known for FCOS, RetinaNet, ATSS, GFL, RepPoints and Faster and Mask R-CNN "
-            "alone; give a detector of these"
+            ": what follows its heads is known for FCOS, RetinaNet, ATSS, GFL, RepPoints, SSD, SSDlite and Faster and "
+            "Mask R-CNN alone; give a detector of these"
         )
     heads = getattr(model, "roi_heads", None)
     if heads is not None and heads.has_keypoint():
@@ -70,12 +72,8 @@ def _why_not(model: nn.Module, final: bool) -> str | None:
             " with its last non-maximum suppression outside: its masks are made of the boxes that this keeps; export "
             "it with the suppression inside"
         )
-    transform = input_transform(model)
-    if transform.fixed_size is not None or len(transform.image_mean) != 3:
-        return (
-            f": it takes images of {len(transform.image_mean)} channel(s), resized to "
-            f"{transform.fixed_size or 'any size'}; give one that takes RGB and resizes the short side"
-        )
+    if (channels := len(input_transform(model).image_mean)) != 3:
+        return f": it takes images of {channels} channel(s); give one that takes RGB"
     return None
 
 
@@ -179,6 +177,33 @@ class OneStage(Exportable):
         return self._best(boxes, labels, scores, groups, model.nms_thresh, most * len(parts))
 
 
+class SingleShot(Exportable):
+    """SSD and SSDlite, which classify every place as one class or the background."""
+
+    def __init__(self, model: nn.Module, suppress: Suppress, final: bool) -> None:
+        super().__init__(model, suppress, final)
+        self.anchors = DefaultBoxes(model.anchor_generator)
+        self.outputs = class_head(model).outputs
+
+    def find(
+        self, levels: dict[str, Tensor], images: Tensor, sizes: Tensor, stages: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        model, most, classes = self.model, self.model.topk_candidates, self.outputs - 1
+        head = {key: output.float() for key, output in model.head(list(levels.values())).items()}
+        stages |= head
+        codes = head["bbox_regression"]  # [N, A, 4]
+        anchors = torch.cat([self.anchors(number, level, images) for number, level in enumerate(levels.values())])
+        boxes = _clipped(_decoded(model.box_coder, codes, anchors.expand_as(codes)), sizes)
+        scores = head["cls_logits"].softmax(dim=-1)[..., 1:].transpose(1, 2)  # [N, K, A]
+        scores, which = _top(scores.flatten(0, 1), most)  # [N K, k]
+        place = torch.where(scores > NOTHING, which, 0)
+        scores = torch.where(scores > model.score_thresh, scores, NOTHING)
+        boxes = _rows(boxes, place.reshape(-1, classes * most)).reshape(-1, most, 4)  # [N K, k, 4]
+        groups, scores = scores[:, None], scores.reshape(-1, classes * most)
+        labels = torch.arange(1, self.outputs, device=boxes.device)[:, None].expand(classes, most).reshape(1, -1)
+        return self._best(boxes, labels.expand_as(scores), scores, groups, model.nms_thresh, classes * most)
+
+
 class TwoStages(Exportable):
     """Faster and Mask R-CNN."""
 
@@ -251,25 +276,6 @@ class TwoStages(Exportable):
         side = logits.shape[-1]
         own = labels.reshape(-1, 1, 1, 1).expand(-1, 1, side, side)
         return logits.gather(1, own).sigmoid().reshape(-1, boxes.shape[1], side, side)
-
-
-class Anchors(nn.Module):
-    """The anchors of a torchvision generator, level by level, for maps of any size."""
-
-    def __init__(self, generator: AnchorGenerator) -> None:
-        super().__init__()
-        self.levels = len(generator.cell_anchors)
-        for number, cells in enumerate(generator.cell_anchors):
-            self.register_buffer(f"cells_{number}", cells.float(), persistent=False)
-
-    def forward(self, number: int, level: Tensor, images: Tensor) -> Tensor:
-        """``[A, 4]`` of a level ``[N, C, h, w]`` of images ``[N, 3, H, W]``; steps are whole pixels, as there."""
-        cells = getattr(self, f"cells_{number}")
-        (height, width), (full_height, full_width) = level.shape[-2:], images.shape[-2:]
-        y = torch.arange(height, device=cells.device) * (full_height // height)
-        x = torch.arange(width, device=cells.device) * (full_width // width)
-        y, x = y[:, None].expand(height, width), x[None].expand(height, width)
-        return (torch.stack((x, y, x, y), dim=-1)[:, :, None] + cells).reshape(-1, 4)
 
 
 class SampledByGrid(nn.Module):

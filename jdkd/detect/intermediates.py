@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.ssd import SSD
 
 from jdkd.detect.exportable import HEAD_OUTPUTS
 from jdkd.nn.unwrapping import unwrapped
@@ -36,6 +37,8 @@ def intermediates(model: nn.Module, images: Sequence[Tensor]) -> dict[str, Tenso
         for (name, _), *both in zip(levels.items(), *seen["head"], strict=True):
             found |= {f"{key} of level {name}": one for key, one in zip(PROPOSING, both, strict=True)}
         return found | {"proposals": seen["rpn"][0][0][None]}
+    if isinstance(inner, SSD):  # its levels have different numbers of boxes a place
+        return found | {key: output for key, output in seen["head"].items() if key in HEAD_OUTPUTS}
     cells = [level.shape[-2] * level.shape[-1] for level in levels.values()]
     for key, output in seen["head"].items():
         each = output.shape[1] // sum(cells)

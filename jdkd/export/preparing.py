@@ -21,7 +21,7 @@ def batch_of(images: Sequence[np.ndarray], resize: Mapping[str, Any]) -> tuple[n
         images: ``[H, W, 3]`` uint8, of any sizes.
         resize: ``min_size``, ``max_size`` and ``multiple``: the short side becomes the first, unless the long one would
             exceed the second, bilinearly and without antialiasing; then rows and columns are added at the bottom and
-            the right, up to a multiple of the third.
+            the right, up to a multiple of the third. Or ``fixed``, height and width to which all are resized.
 
     Returns:
         ``[N, 3, H, W]`` float32 in 0..1, and height and width of each without what was added, ``[N, 2]`` int64.
@@ -48,8 +48,10 @@ def batch_of(images: Sequence[np.ndarray], resize: Mapping[str, Any]) -> tuple[n
 
 def _resized(image: np.ndarray, resize: Mapping[str, Any]) -> np.ndarray:
     height, width = image.shape[:2]
-    scale = min(resize["min_size"] / min(height, width), resize["max_size"] / max(height, width))
-    size = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
+    size = resize.get("fixed")
+    if size is None:
+        scale = min(resize["min_size"] / min(height, width), resize["max_size"] / max(height, width))
+        size = max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
     return bilinear(image.transpose(2, 0, 1).astype(np.float32) / np.float32(255), size)
 
 

@@ -26,11 +26,11 @@ from jdkd.run_folder import versions
 OPSET = 18
 INPUTS = ("images", "sizes")
 RULE = (
-    "images [N, 3, H, W]: RGB in 0..1, the short side resized to min_size unless the long side would exceed max_size "
-    "(floor; bilinear, half pixels, no antialiasing), padded at the bottom and the right to a multiple of `multiple`; "
-    "sizes [N, 2]: height and width of each without the padding. Mean and deviation are inside. boxes are xyxy in "
-    "pixels of the resized image; label 1 is the first of `classes`; rows of score 0 are no detections; masks are "
-    "those of the boxes, to be pasted"
+    "images [N, 3, H, W]: RGB in 0..1, resized (bilinear, half pixels, no antialiasing) to the height and width in "
+    "`fixed`, or where there is none the short side to min_size unless the long side would exceed max_size (floor), "
+    "padded at the bottom and the right to a multiple of `multiple`; sizes [N, 2]: height and width of each without "
+    "the padding. Mean and deviation are inside. boxes are xyxy in pixels of the resized image; label 1 is the first "
+    "of `classes`; rows of score 0 are no detections; masks are those of the boxes, to be pasted"
 )
 GUARDS = ". torch.export.load(FILE).module(check_guards=False) takes small images too, of which a level is one cell"
 
@@ -108,6 +108,7 @@ def facts(
             "min_size": int(transform.min_size[-1]),
             "max_size": int(transform.max_size),
             "multiple": int(transform.size_divisible),
+            **({"fixed": [int(side) for side in reversed(fixed)]} if (fixed := transform.fixed_size) else {}),
         },
         "mean": list(map(float, transform.image_mean)),
         "std": list(map(float, transform.image_std)),
@@ -118,7 +119,11 @@ def facts(
     }
 
 
-def _example(multiple: int, cells: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _example(resize: Mapping[str, Any], cells: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images of the one size that a detector takes, or of so many times `multiple` rows and columns."""
+    multiple = resize["multiple"]
+    if "fixed" in resize:
+        cells = tuple(-(-side // multiple) for side in resize["fixed"])
     height, width = (multiple * count for count in cells)
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
     return images, torch.tensor([[height, width], [height - 1, width - 2]])
@@ -129,11 +134,12 @@ def _onnx(made: Exportable, told: Mapping[str, Any]) -> bytes:
     import onnx
 
     multiple, stream = told["resize"]["multiple"], io.BytesIO()
-    example = _example(multiple, (max(2, 64 // multiple), max(3, 96 // multiple)))
+    example = _example(told["resize"], (max(2, 64 // multiple), max(3, 96 // multiple)))
     outputs = made(*example)  # says the names of the stages
     stages = made.stage_names if made.with_stages else []
     names = [*told["outputs"], *stages]
-    axes = {"images": {0: "batch", 2: "height", 3: "width"}, **{name: {0: "batch"} for name in ("sizes", *names)}}
+    sides = {} if "fixed" in told["resize"] else {2: "height", 3: "width"}
+    axes = {"images": {0: "batch", **sides}, **{name: {0: "batch"} for name in ("sizes", *names)}}
     for name, output in zip(stages, outputs[len(made.names) :], strict=True):
         axes[name] = {dim: f"{name}: {dim}" for dim in range(output.dim())}
     torch.onnx.export(
@@ -163,8 +169,9 @@ def _pt2(made: Exportable, told: Mapping[str, Any]) -> bytes:
     multiple, stream = told["resize"]["multiple"], io.BytesIO()
     batch, *sides = Dim("batch", max=1024), *(Dim(name, max=2**20 // multiple) for name in ("height", "width"))
     height, width = (multiple * side if multiple > 1 else side for side in sides)
-    shapes = ({0: batch, 2: height, 3: width}, {0: batch})
-    example = _example(multiple, tuple(max(count, 32 * count // multiple) for count in (9, 11)))
+    free = {} if "fixed" in told["resize"] else {2: height, 3: width}
+    shapes = ({0: batch, **free}, {0: batch})
+    example = _example(told["resize"], tuple(max(count, 32 * count // multiple) for count in (9, 11)))
     program = export(made, example, dynamic_shapes=shapes, strict=False)
     names = [*told["outputs"], *(made.stage_names if made.with_stages else ())]
     save(program, stream, extra_files={FACTS: json.dumps({**told, "outputs": names})})

@@ -12,6 +12,10 @@ from typing import Any, Protocol
 import torch
 import torchvision
 
+from jdkd.latency.watching import driver_of
+
+CPUINFO = Path("/proc/cpuinfo")
+
 
 class Clock(Protocol):
     """Times one call.
@@ -82,12 +86,22 @@ def device_name(device: torch.device) -> str:
     """Name of the GPU, or of the processor where the operating system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; nothing elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = CPUINFO.read_text().partition("\n\n")[0]
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return {}
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def _model_of_processor() -> str | None:
+    """Family, model and stepping, as virtual machines often give processors that differ one name."""
+    found, names = _cpuinfo(), ("cpu family", "model", "stepping")
+    return " ".join(f"{name} {found[name]}" for name in names if name in found) or None
 
 
 def _governor() -> str | None:
@@ -105,12 +119,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         device: where the models run.
 
     Returns:
-        Device, clock, threads, processors, versions and, on a GPU, TF32 and cuDNN: nothing that changes while this
-        process runs, so that two that differ cannot be compared.
+        Device, clock, threads, processors, versions and, on a GPU, driver, TF32 and cuDNN: nothing that changes while
+        this process runs, so that two that differ cannot be compared.
     """
     facts: dict[str, Any] = {
         "device": str(device),
         "device_name": device_name(device),
+        "processor": _model_of_processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "clock": clock_for(device).name,
         "threads": torch.get_num_threads(),
         "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -122,6 +138,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         facts |= {
+            "driver": driver_of(device),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
             "cudnn_benchmark": torch.backends.cudnn.benchmark,

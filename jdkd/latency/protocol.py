@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,17 +73,18 @@ QUICK = Schedule(
 
 
 def order(names: Sequence[str], round_index: int) -> list[str]:
-    """Order of one round: A B B A, then B A A B, so that no model always goes first or follows itself.
+    """Order of one round: A B B A or B A A B, drawn anew, so that none always goes first or follows the same one.
+
+    What ran before leaves caches and clocks behind, and what comes again after so many rounds hits who has its turn.
 
     Args:
         names: the models.
-        round_index: counts the rounds from 0.
+        round_index: counts the rounds from 0; the same one has the same order.
 
     Returns:
-        Every name twice; with more than two models the list is rotated by one each round, then mirrored.
+        Every name twice: all of them in a random order, and then back.
     """
-    shift = round_index % len(names)
-    forward = [*names[shift:], *names[:shift]]
+    forward = random.Random(round_index).sample(names, len(names))
     return forward + forward[::-1]
 
 
@@ -235,7 +237,7 @@ def measure(
         protocol={
             "runtime": runtime.name,
             "dtype": dtype,
-            "order": "ABBA, rotated every round, modes in turn within a round",
+            "order": "ABBA, drawn anew every round, modes in turn within a round",
             "batch_size": batch_size,
             "images": len(images),
             "image_sizes": sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images}),

@@ -149,6 +149,12 @@ def watch_for(device: torch.device) -> Watch:
     return NvmlWatch(device)
 
 
+def driver_of(device: torch.device) -> str | None:
+    """Version of a GPU's driver; None without nvidia-ml-py."""
+    watch = watch_for(device)
+    return watch._read("nvmlSystemGetDriverVersion") if isinstance(watch, NvmlWatch) else None
+
+
 def unreadable(readings: Sequence[Reading]) -> list[str]:
     """What none of the readings shows, in words."""
     if not readings or not readings[0]:

@@ -24,7 +24,7 @@ def test_a_cell_says_what_the_first_test_says_that_has_the_family():
     )
     table = support.table({"a": sources, "b": sources[1:2]})
     assert row(table, "FCOS") == ["tested (slow)", "tested"] and row(table, "RetinaNet") == ["tested"] * 2
-    assert row(table, "SSD") == ["refused", "not tested"] and row(table, "GFL") == ["not tested"] * 2
+    assert row(table, "Keypoint R-CNN") == ["refused", "not tested"] and row(table, "GFL") == ["not tested"] * 2
 
 
 def test_a_family_without_a_row_is_an_error(monkeypatch):

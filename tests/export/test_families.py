@@ -132,13 +132,11 @@ def test_every_family_in_every_form(family, form):
         file = OPENERS[f".{form}"](exported(model, form, nms="outside"), "cpu")
         agree(model, file)
         scores = file.run(*batch_of([pictures((96, 128))[0].permute(1, 2, 0).numpy()], file.facts["resize"]))[2]
-        candidates = 60 if family.startswith("fasterrcnn") else 200  # 30 regions of 2 classes, or 40 of a level
-        assert scores.shape == (1, candidates)
+        of_classes = {"fasterrcnn": 30 * 2, "fasterrcnn_v2": 30 * 2, "ssd": 40 * 2, "ssdlite": 40 * 2}
+        assert scores.shape == (1, of_classes.get(family, 40 * 5))  # 40 of a level, or so many regions or of all boxes
 
 
 REFUSED = {
-    "ssd": "SSD cannot be exported: what follows",
-    "ssdlite": "SSD cannot be exported: what follows",
     "keypointrcnn": "its key points are read off heat maps",
     "pan": "PANDetector cannot be exported: what follows",
 }

@@ -62,6 +62,7 @@ def test_what_is_too_far_apart_is_said():
     [
         ("fcos", "backbone.halves.1", "they part at level 2: values"),
         ("atss", "head.regression_head.bbox_reg", "they part at bbox_regression of level 0: values"),
+        ("ssd", "head.regression_head.module_list.0", "they part at bbox_regression: values"),
         ("fasterrcnn", "rpn.head.bbox_pred", "they part at bbox_deltas of level 0: values"),
         ("fasterrcnn", "roi_heads.box_predictor.bbox_pred", "all agree up to proposals; they part behind it"),
     ],

@@ -21,6 +21,15 @@ def test_images_are_resized_as_torchvision_does(size):
     torch.testing.assert_close(torch.from_numpy(batch), theirs.tensors, atol=1e-4, rtol=0)
 
 
+def test_images_are_resized_to_the_one_size_of_a_detector():
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    transform = GeneralizedRCNNTransform(64, 96, [0.0] * 3, [1.0] * 3, size_divisible=1, fixed_size=(96, 64)).eval()
+    theirs, _ = transform([torch.from_numpy(image).permute(2, 0, 1).float() / 255])
+    batch, sizes = batch_of([image], {"min_size": 64, "max_size": 96, "multiple": 1, "fixed": [64, 96]})
+    assert sizes.tolist() == [[64, 96]] == [list(theirs.image_sizes[0])]
+    torch.testing.assert_close(torch.from_numpy(batch), theirs.tensors, atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("images", "words"),
     [

@@ -6,11 +6,13 @@ from functools import partial
 import torch
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from jdkd.detect.atss import ATSS, ATSSHead
@@ -26,7 +28,8 @@ from jdkd.rewrite import describe
 WIDTH = 32
 ONE_STAGE = {"fcos": FCOS, "retinanet": RetinaNet, "atss": ATSS, "gfl": GFL, "reppoints": RepPoints}
 HEADS = {"atss": ATSSHead, "gfl": GFLHead, "reppoints": RepPointsHead}
-FAMILIES = (*ONE_STAGE, "retinanet_v2", "fasterrcnn", "fasterrcnn_v2", "maskrcnn", "maskrcnn_v2")
+SINGLE_SHOT = {"ssd": SSDHead, "ssdlite": partial(SSDLiteHead, norm_layer=nn.BatchNorm2d)}
+FAMILIES = (*ONE_STAGE, *SINGLE_SHOT, "retinanet_v2", "fasterrcnn", "fasterrcnn_v2", "maskrcnn", "maskrcnn_v2")
 
 
 class Levels(nn.Module):
@@ -48,6 +51,12 @@ class Levels(nn.Module):
 
 def tiny(family: str, outputs: int = 3) -> nn.Module:
     """A detector with weights that are far from each other; label 0 is never found."""
+    if family in SINGLE_SHOT:
+        steps = [8, 16, 32, 64, 128] if family == "ssd" else None
+        boxes = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2], [2]], steps=steps)
+        head = SINGLE_SHOT[family]([WIDTH] * 5, boxes.num_anchors_per_location(), outputs)
+        most = {"topk_candidates": 40, "detections_per_img": 20, "score_thresh": 0.3}
+        return SSD(Levels(8), boxes, (128, 96), outputs, head=head, **most)
     size = {"min_size": 96, "max_size": 128}
     family, second = family.removesuffix("_v2"), family.endswith("_v2")
     if family in ONE_STAGE:

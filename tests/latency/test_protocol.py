@@ -1,5 +1,7 @@
 import json
 import math
+from collections import Counter
+from itertools import pairwise, permutations
 
 import pytest
 import torch
@@ -38,23 +40,26 @@ def _calls(clock, names, log=None):
 STEADY = Schedule(rounds=4, min_seconds=0, warmup_seconds=0, warmup_limit=60, window=2)
 
 
-def test_two_models_run_abba_then_baab():
-    assert [order(["a", "b"], index) for index in range(3)] == [list("abba"), list("baab"), list("abba")]
+def test_a_round_goes_there_and_back_in_an_order_of_its_own():
+    orders = ["".join(order("ab", index)) for index in range(100)]
+    assert {*orders} == {"abba", "baab"} and 40 < orders.count("abba") < 60
+    assert orders == ["".join(order("ab", index)) for index in range(100)]
+    assert len({"".join(order("abc", index)) for index in range(100)}) == 6
 
 
-def test_three_models_are_mirrored_and_rotated():
-    assert [order(["a", "b", "c"], index) for index in range(3)] == [
-        list("abccba"),
-        list("bcaacb"),
-        list("cabbac"),
-    ]
+@pytest.mark.parametrize("names", ["abc", "abcd"])
+def test_every_model_follows_every_other_one_equally_often(names):
+    turns = "".join("".join(order(names, index)) for index in range(2000))
+    followed = Counter(pair for pair in pairwise(turns) if len({*pair}) == 2)
+    mean = sum(followed.values()) / (len(names) * (len(names) - 1))
+    assert all(abs(followed[pair] / mean - 1) < 0.1 for pair in permutations(names, 2))
 
 
 def test_all_models_of_a_round_see_the_same_batch_and_rounds_take_turns():
     clock, log = ScriptedClock(lambda name, calls: 1.0), []
     samples, run = interleave(_calls(clock, "ab", log), 3, STEADY, clock)
     timed = log[-4 * STEADY.rounds :]
-    assert [name for name, _ in timed] == list("abbabaababbabaab")
+    assert [name for name, _ in timed] == [name for index in range(4) for name in order("ab", index)]
     assert [index for _, index in timed] == [0] * 4 + [1] * 4 + [2] * 4 + [0] * 4
     assert samples == {"end_to_end": {"a": [1.0] * 8, "b": [1.0] * 8}} and run["rounds"] == 4
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from jdkd.errors import InputError
+from jdkd.latency.clock import environment
 from jdkd.latency.protocol import Schedule, interleave
-from jdkd.latency.report import LatencyReport, ModelLatency, pooled
+from jdkd.latency.report import LatencyReport, ModelLatency, pooled, require_same_environment
 from jdkd.latency.statistics import Latency
 from jdkd.latency.watching import CpuWatch, NotWatched, NvmlWatch, slowed, unreadable, watch_for
 
@@ -98,6 +99,19 @@ def test_a_changed_environment_is_refused(monkeypatch):
         pooled([report, moved])
 
 
+def test_processors_of_one_name_and_other_models_are_other_environments(monkeypatch, tmp_path):
+    found = []
+    for model in (17, 1):
+        file = tmp_path / f"{model}"
+        file.write_text(f"model name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: {model}\nstepping\t: 1\n\nmodel\t: 5\n")
+        monkeypatch.setattr("jdkd.latency.clock.CPUINFO", file)
+        found.append(environment(torch.device("cpu")))
+    assert [each["device_name"] for each in found] == ["AMD EPYC"] * 2
+    assert found[0]["processor"] == "cpu family 25 model 17 stepping 1" and found[0]["cpu_capability"]
+    with pytest.raises(InputError, match=r"processor was cpu family 25 model 17 .* and is cpu family 25 model 1 "):
+        require_same_environment(*found, "then", "now")
+
+
 def linux(root, cores=2, khz=2_000_000, heat=0, quota=0, stolen=0):
     for core in range(cores):
         for file, value in (("cpufreq/scaling_cur_freq", khz), ("thermal_throttle/core_throttle_count", heat)):
@@ -160,6 +174,13 @@ def test_a_gpu_is_read_through_nvml_and_idleness_is_no_throttle(monkeypatch, gpu
     found = watch_for(gpu).read()
     assert (found["mhz"], found["memory_mhz"], found["watts"]) == (1980, 2619, 350)
     assert found["throttled"] == ["software thermal slowdown"]
+
+
+@pytest.mark.parametrize("package", [nvml(nvmlSystemGetDriverVersion=lambda: "580.1"), None])
+def test_the_driver_of_a_gpu_is_of_its_environment(monkeypatch, gpu, package):
+    monkeypatch.setitem(sys.modules, "pynvml", package)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    assert environment(gpu)["driver"] == (package and "580.1")
 
 
 def test_a_reading_that_a_driver_refuses_is_an_error(monkeypatch, gpu):
