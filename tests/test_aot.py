@@ -105,11 +105,25 @@ def test_plane_statistics_have_eight_loads_in_flight_and_take_fourteen_instructi
         assert all(len(loop) <= 14 * pairs for loop in wide), name
 
 
+def test_row_statistics_have_eight_loads_in_flight():
+    for name, instructions in of_hopper("row_stats").items():
+        assert most_in_flight(instructions, r"\bLDG\.E\.128\b") == 8, name  # four packs of both tensors
+
+
 def test_gradients_ask_for_features_before_they_wait_for_the_table():
     for name, instructions in of_hopper("(?:plane|row)_grad").items():
         columns = 1 if "plane" in name else 4 if "kernelIf" in name else 8
         found = most_in_flight(instructions, r"\bLDG\.E(?:\.128)?\.CONSTANT\b")
         assert found >= 5 * columns + 6, name  # two packs of x, y and dout
+
+
+def test_gradients_take_so_many_instructions_a_pair():
+    for kind, count, (most_fp32, most_half) in (("plane", 2, (12, 15)), ("row", 1, (17, 17))):
+        for name, instructions in of_hopper(f"{kind}_grad").items():
+            pairs, most = (8, most_fp32) if "kernelIf" in name else (16, most_half)  # two packs of a thread
+            wide = [loop for loop in loops(instructions) if most_in_flight(loop, r"\bLDG\.E\.128\b") >= 6]
+            assert len(wide) == count, name  # of a block and of a warp
+            assert all(len(loop) <= most * pairs for loop in wide), name
 
 
 def test_blocks_of_the_finish_count_themselves_between_fences_and_the_last_has_eight_loads_in_flight():

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from jdkd import _dispatch
+from jdkd import _backend, _dispatch
 from jdkd._dispatch import Candidate, Table, use_backend
-from jdkd.functional import elastic_conv2d
-from jdkd.ops import elastic_kernels, elastic_levels_kernels, pearson_forms, pearson_single
+from jdkd.functional import elastic_conv2d, pkd_loss
+from jdkd.ops import elastic_kernels, elastic_levels_kernels, pearson, pearson_forms, pearson_single
 from jdkd.ops.active_channels import Channels
 from tests.dispatched import Dispatched
 from tests.tuned import tuned
@@ -160,6 +160,28 @@ def test_a_choice_is_the_same_in_eager_and_compiled_calls(path):
         compiled = torch.compile(run, backend="eager", fullgraph=True)
         compiled(x, weight)
         assert operators(run) == operators(compiled) == {path, "aten"}  # the conv2d that it is compared with
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_backend_is_the_same_in_eager_and_compiled_calls(monkeypatch, name):
+    if _backend.available("pearson")["cpu"] is not None:
+        pytest.skip("jdkd._C is not built")
+    ran = []
+
+    def noted(backend: str, run: Callable) -> Callable:
+        return lambda *given: (ran.append(backend), run(*given))[1]
+
+    for backend, run in pearson._FORWARD.items():
+        monkeypatch.setitem(pearson._FORWARD, backend, noted(backend, run))
+    levels = [torch.randn(1, 4, 5, 5) for _ in range(2)]
+    with tuned("pearson", **{"loss, float32, contiguous, <1 MiB a level": name}):
+        pkd_loss(*levels)
+        ran.clear()  # a check runs it too
+        torch._dynamo.reset()
+        compiled = torch.compile(pkd_loss, backend="eager", fullgraph=True)
+        for run in (pkd_loss, compiled, compiled):
+            run(*levels)
+    assert ran == [name] * 3
 
 
 def test_no_measurement_sends_a_call_to_a_form_that_does_not_take_it():
