@@ -138,7 +138,29 @@ def test_the_single_pass_runs_where_it_was_faster_and_seen_right(monkeypatch):
     monkeypatch.setattr(pearson_single, "unseen", lambda device, dtype, check: reasons.pop(0))
     assert pearson_forms.select(call) == "split"
     with tuned("pearson forms", **{"float32, <1 MiB": "single pass"}):
-        assert [pearson_forms.select(call), pearson_forms.select(call)] == ["single pass", "split"]
+        assert pearson_forms.select(call) == "single pass"
+        _dispatch.settled.clear()
+        assert pearson_forms.select(call) == "split"
+
+
+def test_a_form_that_was_faster_costs_a_lookup_and_is_looked_up_anew_for_another_call(monkeypatch):
+    if _backend.available("pearson_single")["cpu"] is not None:
+        pytest.skip("jdkd._C is not built")
+    asked, fits = [], pearson_single.fits
+    monkeypatch.setattr(pearson_single, "fits", lambda *levels: asked.append(levels) or fits(*levels))
+
+    def form(teacher: torch.Tensor) -> str:
+        return pearson_forms.select(pearson_forms.LossCall([torch.zeros(1, 4, 3, 3)], [teacher], "students"))
+
+    with tuned("pearson forms", **{"float32, <1 MiB": "single pass"}):
+        teacher = torch.zeros(1, 4, 3, 3)
+        assert [form(teacher) for _ in range(3)] == ["single pass"] * 3 and len(asked) == 1
+        assert form(teacher.to(memory_format=torch.channels_last)) == "split"
+        assert form(teacher.half()) == form(teacher.to("meta")) == "split" and len(asked) == 4
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+        assert form(teacher) == "split" and len(asked) == 5  # too few channels to share out
+        with use_backend("cpu"):
+            assert form(teacher) == "split"
 
 
 @pytest.mark.parametrize("path", ["aten", "matmul"])
