@@ -91,7 +91,8 @@ def page(found: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{cases} shapes of the cases: {len(timed)} take another way than the default, {len(slower) or 'none'} slower"
     for row in timed:
         value, low, high = row["ratio"]
-        yield f"  {row['case']}, {row['shape']}: {row['path']} takes {value:.3f} [{low:.3f}, {high:.3f}] of the time"
+        case = f"{row['case']}, {row['shape']} ({row['region']})"
+        yield f"  {case}: {row['path']} takes {value:.3f} [{low:.3f}, {high:.3f}] of the time"
 
 
 def main(words: list[str] | None = None) -> None:

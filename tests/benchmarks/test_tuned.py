@@ -23,14 +23,14 @@ def test_the_page_says_what_changed_and_what_is_slower():
         {**toy, "region": "large", "path": "slow", "measured": [FAST]},
         {**toy, "table": "other", "region": "all", "path": "slow", "measured": []},
         {**toy, "shapes": 3, "path": "the default"},
-        {**toy, "case": "P4", "shape": "b", "path": "fast", "ratio": [0.9, 0.8, 1.02]},
+        {**toy, "case": "P4", "shape": "b", "region": "bfloat16", "path": "fast", "ratio": [0.9, 0.8, 1.02]},
     ]
     lines = list(tuned.page(found))
     assert lines[0] == "toy: 2 regions timed, 1 changed for the better"
     assert lines[1] == "  small: fast, 1.25 to 2.00 times as fast as slow"
     assert lines[2] == "other: 1 regions timed, none changed for the better"
     assert lines[3] == "4 shapes of the cases: 1 take another way than the default, none slower"
-    assert lines[4] == "  P4, b: fast takes 0.900 [0.800, 1.020] of the time"
+    assert lines[4] == "  P4, b (bfloat16): fast takes 0.900 [0.800, 1.020] of the time"
     found[-1]["ratio"] = [1.1, 1.05, 1.2]
     assert list(tuned.page(found))[3].endswith("1 slower")
 
