@@ -40,6 +40,17 @@ def test_features_move_sixteen_bytes_at_a_time(variants):
             assert variant["stores_of_halves"] <= planes, variant
 
 
+def test_loops_have_loads_in_flight_and_take_so_many_instructions_a_pair(variants):
+    wide = [variant for variant in variants if variant["wide"]]
+    assert wide
+    for variant in wide:
+        ((instructions, loads, in_flight),) = variant["loops"]
+        pairs = loads // variant["features"] * (4 if "fp32" in variant["name"] else 8)
+        is_statistics = "stats" in variant["name"]
+        assert instructions <= (18 if is_statistics else 14) * pairs, variant
+        assert in_flight >= (4 if is_statistics and "plane" in variant["name"] else 2), variant
+
+
 def test_every_kind_of_launch_has_a_variant(variants):
     names = {variant["name"] for variant in variants}
     for dtype in ("fp32", "bf16", "fp16"):
