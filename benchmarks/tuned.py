@@ -2,13 +2,14 @@
 
     jdkd tune && python -m benchmarks.tuned          times, and prints a page
     python -m benchmarks.tuned --save                also appends to benchmarks/results/<device>/tuned.jsonl
-    python -m benchmarks.tuned --device cuda         of a GPU, in bfloat16
+    python -m benchmarks.tuned --device cuda         of a GPU
 
 A row for every region that was timed: the way that is taken, the default, and the ratios of their times. And a row for
-every shape of the cases of the Pearson loss (every level of a pyramid, 256 channels, one image of 800x1344) and of the
-elastic convolutions (all 1x1 and 3x3 ones of a ResNet-50 with its pyramid, at half width): the shapes for which another
-way than the default is taken are timed again, the default and that way in turns, by what `jdkd tune` times with. Where
-the default is taken nothing can have changed, and nothing is timed: a row counts these shapes.
+every shape of the cases of the Pearson loss (every level of a pyramid, and for its forms whole pyramids too, 256
+channels, one image of 800x1344) and of the elastic convolutions (all 1x1 and 3x3 ones of a ResNet-50 with its pyramid,
+at half width), in every dtype: the shapes for which another way than the default is taken are timed again, the default
+and that way in turns, by what `jdkd tune` times with. Where the default is taken nothing can have changed, and nothing
+is timed: a row counts these shapes.
 """
 
 from __future__ import annotations
@@ -36,12 +37,18 @@ SECONDS = 1.0  # for a shape
 
 
 def shapes(device: torch.device) -> Iterator[tuple[str, Shape]]:
-    """The shapes of the benchmark cases in the dtype that is trained in most, with labels that say where they occur."""
-    dtype = DTYPES[device.type][0]
-    for (level, size), layout in itertools.product(pearson_cases.SIZES.items(), LAYOUTS):
+    """The shapes of the benchmark cases, with labels that say where they occur."""
+    for dtype in DTYPES[device.type]:
+        yield from _shapes_in(device, dtype)
+
+
+def _shapes_in(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Shape]]:
+    levels = {name: (1, pearson_cases.CHANNELS, *size) for name, size in pearson_cases.SIZES.items()}
+    for name, layout in itertools.product(levels, LAYOUTS):
         for form in ("loss", "gradient", "tap"):
-            levels = [(1, pearson_cases.CHANNELS, *size)]
-            yield f"{level} {form}", pearson.of_backends(device, dtype, layout, levels, form)
+            yield f"{name} {form}", pearson.of_backends(device, dtype, layout, [levels[name]], form)
+    for name, parts in {**{name: (name,) for name in levels}, **pearson_cases.PYRAMIDS}.items():
+        yield f"{name} loss with gradient", pearson.of_forms(device, dtype, [levels[part] for part in parts])
     for (label, conv), layout, both in itertools.product(conv_shapes.distinct().items(), LAYOUTS, (True, False)):
         filters = convolutions.Filters(conv.kernel, conv.stride)
         if filters in convolutions.LEADING and conv.padding == conv.kernel // 2:
@@ -84,7 +91,8 @@ def page(found: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{cases} shapes of the cases: {len(timed)} take another way than the default, {len(slower) or 'none'} slower"
     for row in timed:
         value, low, high = row["ratio"]
-        yield f"  {row['case']}, {row['shape']}: {row['path']} takes {value:.3f} [{low:.3f}, {high:.3f}] of the time"
+        case = f"{row['case']}, {row['shape']} ({row['region']})"
+        yield f"  {case}: {row['path']} takes {value:.3f} [{low:.3f}, {high:.3f}] of the time"
 
 
 def main(words: list[str] | None = None) -> None:

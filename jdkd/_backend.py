@@ -77,25 +77,11 @@ class Kernel(NamedTuple):
 
 
 class _Backend(NamedTuple):
-    """One implementation of an operator."""
+    """One implementation of an operator, and the row of its table."""
 
-    op: str
-    name: str
     dtypes: tuple[torch.dtype, ...] | None
-    why: str
     checks: Mapping[str, Check]
-
-    def candidate(self) -> Candidate:
-        """The row of the operator's table."""
-
-        def can_run(call: Call) -> str | None:
-            return _why_refused(self.op, self.name, call.device.type, call.dtype)
-
-        def waits(call: Call) -> str | None:
-            is_interpreted = self.name == "triton" and call.device.type == "cpu"
-            return "Triton's interpreter runs only when it is asked for" if is_interpreted else None
-
-        return Candidate(self.name, self.why, "", can_run, Kernel(self.op, self.name), waits)
+    candidate: Candidate
 
 
 _table: dict[str, dict[str, _Backend]] = {}
@@ -124,7 +110,16 @@ def register(
     Raises:
         InputError: on a name that is no backend.
     """
-    _table.setdefault(op, {})[validated(backend, "backend")] = _Backend(op, backend, dtypes, why, checks or {})
+
+    def can_run(call: Call) -> str | None:
+        return _why_refused(op, backend, call.device.type, call.dtype)
+
+    def waits(call: Call) -> str | None:
+        is_interpreted = backend == "triton" and call.device.type == "cpu"
+        return "Triton's interpreter runs only when it is asked for" if is_interpreted else None
+
+    candidate = Candidate(validated(backend, "backend"), why, "", can_run, Kernel(op, backend), waits)
+    _table.setdefault(op, {})[backend] = _Backend(dtypes, checks or {}, candidate)
     _chosen.clear()
 
 
@@ -146,7 +141,7 @@ def region_name(form: str, dtype: torch.dtype, rest: str) -> str:
 
 def table_of(op: str) -> Table:
     """The backends of an operator as a table."""
-    candidates = tuple(row.candidate() for row in _row(op).values())
+    candidates = tuple(row.candidate for row in _row(op).values())
     return Table(op, candidates, _regions[op]) if op in _regions else Table(op, candidates)
 
 
@@ -176,7 +171,7 @@ def explain(op: str) -> dict[str, str]:
     Returns:
         Backend names in order of preference, each with one clause; empty where nothing was said.
     """
-    return {backend: entry.why for backend, entry in _row(op).items()}
+    return {backend: entry.candidate.why for backend, entry in _row(op).items()}
 
 
 def forms(op: str) -> tuple[str, ...]:

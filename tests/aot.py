@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from tests.machine_code import instructions, resources
 from tests.narrow_offsets import narrow_offsets
+from tests.scheduled_code import decoded, loops, most_in_flight
 
 TARGET = GPUTarget("cuda", 90, 32)
 
@@ -73,8 +74,13 @@ COUNTED = {
 
 
 def inspected(variant: dict, kernel, text: str) -> dict:
-    """Counts of the instructions that matter, and the resources, of one variant."""
-    return {key: variant[key] for key in ("name", "features", "wide")} | memory(kernel) | counts(COUNTED, text)
+    """Counts of the instructions that matter, and the resources, of one variant; of its innermost loops the
+    instructions, the wide loads among them, and how many of these are under way."""
+    told = {key: variant[key] for key in ("name", "features", "wide")} | memory(kernel) | counts(COUNTED, text)
+    wide = COUNTED["wide_loads"]
+    found = [(len(loop), sum(re.search(wide, one.text) is not None for one in loop), most_in_flight(loop, wide))
+             for loop in loops(decoded(text))]  # fmt: skip
+    return told | {"loops": found}
 
 
 if __name__ == "__main__":

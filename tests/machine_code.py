@@ -75,15 +75,15 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def instructions(cubins: list[bytes]) -> list[str]:
-    """The instructions of every kernel for sm_90, a line each.
+    """The instructions of every kernel for sm_90, two lines each, with their encodings: see ``scheduled_code``.
 
     The disassembler needs a third of a second to start and next to nothing for a kernel, so all are laid end to end.
     """
     codes = [_code(cubin) for cubin in cubins]
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         Path(file.name).write_bytes(b"".join(codes))
-        text = run_tool("nvdisasm", "--binary", "SM90a", file.name)
-    lines = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(.*)$", text, re.MULTILINE)
+        text = run_tool("nvdisasm", "--binary", "SM90a", "-hex", file.name)
+    lines = re.findall(r"^\s*(/\*[0-9a-f]{4,}\*/.*\n.*)$", text, re.MULTILINE)
     ends = [0]
     for code in codes:
         ends.append(ends[-1] + len(code) // 16)  # bytes an instruction

@@ -40,6 +40,17 @@ def test_features_move_sixteen_bytes_at_a_time(variants):
             assert variant["stores_of_halves"] <= planes, variant
 
 
+def test_loops_have_loads_in_flight_and_take_so_many_instructions_a_pair(variants):
+    wide = [variant for variant in variants if variant["wide"]]
+    assert wide
+    for variant in wide:
+        ((instructions, loads, in_flight),) = variant["loops"]
+        pairs = loads // variant["features"] * (4 if "fp32" in variant["name"] else 8)
+        is_statistics = "stats" in variant["name"]
+        assert instructions <= (18 if is_statistics else 14) * pairs, variant
+        assert in_flight >= (4 if is_statistics and "plane" in variant["name"] else 2), variant
+
+
 def test_every_kind_of_launch_has_a_variant(variants):
     names = {variant["name"] for variant in variants}
     for dtype in ("fp32", "bf16", "fp16"):
@@ -105,11 +116,25 @@ def test_plane_statistics_have_eight_loads_in_flight_and_take_fourteen_instructi
         assert all(len(loop) <= 14 * pairs for loop in wide), name
 
 
+def test_row_statistics_have_eight_loads_in_flight():
+    for name, instructions in of_hopper("row_stats").items():
+        assert most_in_flight(instructions, r"\bLDG\.E\.128\b") == 8, name  # four packs of both tensors
+
+
 def test_gradients_ask_for_features_before_they_wait_for_the_table():
     for name, instructions in of_hopper("(?:plane|row)_grad").items():
         columns = 1 if "plane" in name else 4 if "kernelIf" in name else 8
         found = most_in_flight(instructions, r"\bLDG\.E(?:\.128)?\.CONSTANT\b")
         assert found >= 5 * columns + 6, name  # two packs of x, y and dout
+
+
+def test_gradients_take_so_many_instructions_a_pair():
+    for kind, count, (most_fp32, most_half) in (("plane", 2, (12, 15)), ("row", 1, (17, 17))):
+        for name, instructions in of_hopper(f"{kind}_grad").items():
+            pairs, most = (8, most_fp32) if "kernelIf" in name else (16, most_half)  # two packs of a thread
+            wide = [loop for loop in loops(instructions) if most_in_flight(loop, r"\bLDG\.E\.128\b") >= 6]
+            assert len(wide) == count, name  # of a block and of a warp
+            assert all(len(loop) <= most * pairs for loop in wide), name
 
 
 def test_blocks_of_the_finish_count_themselves_between_fences_and_the_last_has_eight_loads_in_flight():

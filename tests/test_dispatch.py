@@ -6,10 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from jdkd import _dispatch
+from jdkd import _backend, _dispatch
 from jdkd._dispatch import Candidate, Table, use_backend
-from jdkd.functional import elastic_conv2d
-from jdkd.ops import elastic_kernels, elastic_levels_kernels, pearson_forms, pearson_single
+from jdkd.functional import elastic_conv2d, pkd_loss
+from jdkd.ops import elastic_kernels, elastic_levels_kernels, pearson, pearson_forms, pearson_single
 from jdkd.ops.active_channels import Channels
 from tests.dispatched import Dispatched
 from tests.tuned import tuned
@@ -138,7 +138,29 @@ def test_the_single_pass_runs_where_it_was_faster_and_seen_right(monkeypatch):
     monkeypatch.setattr(pearson_single, "unseen", lambda device, dtype, check: reasons.pop(0))
     assert pearson_forms.select(call) == "split"
     with tuned("pearson forms", **{"float32, <1 MiB": "single pass"}):
-        assert [pearson_forms.select(call), pearson_forms.select(call)] == ["single pass", "split"]
+        assert pearson_forms.select(call) == "single pass"
+        _dispatch.settled.clear()
+        assert pearson_forms.select(call) == "split"
+
+
+def test_a_form_that_was_faster_costs_a_lookup_and_is_looked_up_anew_for_another_call(monkeypatch):
+    if _backend.available("pearson_single")["cpu"] is not None:
+        pytest.skip("jdkd._C is not built")
+    asked, fits = [], pearson_single.fits
+    monkeypatch.setattr(pearson_single, "fits", lambda *levels: asked.append(levels) or fits(*levels))
+
+    def form(teacher: torch.Tensor) -> str:
+        return pearson_forms.select(pearson_forms.LossCall([torch.zeros(1, 4, 3, 3)], [teacher], "students"))
+
+    with tuned("pearson forms", **{"float32, <1 MiB": "single pass"}):
+        teacher = torch.zeros(1, 4, 3, 3)
+        assert [form(teacher) for _ in range(3)] == ["single pass"] * 3 and len(asked) == 1
+        assert form(teacher.to(memory_format=torch.channels_last)) == "split"
+        assert form(teacher.half()) == form(teacher.to("meta")) == "split" and len(asked) == 4
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+        assert form(teacher) == "split" and len(asked) == 5  # too few channels to share out
+        with use_backend("cpu"):
+            assert form(teacher) == "split"
 
 
 @pytest.mark.parametrize("path", ["aten", "matmul"])
@@ -160,6 +182,28 @@ def test_a_choice_is_the_same_in_eager_and_compiled_calls(path):
         compiled = torch.compile(run, backend="eager", fullgraph=True)
         compiled(x, weight)
         assert operators(run) == operators(compiled) == {path, "aten"}  # the conv2d that it is compared with
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_backend_is_the_same_in_eager_and_compiled_calls(monkeypatch, name):
+    if _backend.available("pearson")["cpu"] is not None:
+        pytest.skip("jdkd._C is not built")
+    ran = []
+
+    def noted(backend: str, run: Callable) -> Callable:
+        return lambda *given: (ran.append(backend), run(*given))[1]
+
+    for backend, run in pearson._FORWARD.items():
+        monkeypatch.setitem(pearson._FORWARD, backend, noted(backend, run))
+    levels = [torch.randn(1, 4, 5, 5) for _ in range(2)]
+    with tuned("pearson", **{"loss, float32, contiguous, <1 MiB a level": name}):
+        pkd_loss(*levels)
+        ran.clear()  # a check runs it too
+        torch._dynamo.reset()
+        compiled = torch.compile(pkd_loss, backend="eager", fullgraph=True)
+        for run in (pkd_loss, compiled, compiled):
+            run(*levels)
+    assert ran == [name] * 3
 
 
 def test_no_measurement_sends_a_call_to_a_form_that_does_not_take_it():

@@ -103,6 +103,7 @@ def test_a_write_leaves_nothing_beside_the_file():
 
 
 def test_the_backend_that_measured_faster_runs_in_its_region_alone(monkeypatch):
+    env.load_operators()
     small, large = (torch.zeros(1, 2, side, side) for side in (4, 512))
     if _backend.available("pearson")["cpu"] is not None:
         pytest.skip("jdkd._C is not built")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from jdkd import _backend, _ext, _verdicts, check
+from jdkd import _backend, _dispatch, _ext, _verdicts, check
 from jdkd._verdicts import Compared, Subject
 from jdkd.functional import pkd_loss
 from jdkd.notices import Notice
@@ -252,6 +252,17 @@ def test_the_reference_runs_while_nothing_can_be_checked(toy, monkeypatch):
     with torch._guards.tracing(torch._guards.TracingContext(None)):
         assert not _verdicts._may_check(CPU)
     assert _verdicts._may_check(CPU)
+
+
+def test_a_choice_stays_the_same_row_while_a_graph_is_captured(toy, monkeypatch):
+    def row() -> _dispatch.Candidate:
+        return _backend.table_of("toy").choose(_backend.Call("run", CPU, torch.float32))[0]
+
+    before = row()
+    assert before.name == "cpu" and row() is before
+    _dispatch.forget()
+    monkeypatch.setattr(_verdicts, "_may_check", lambda device: False)
+    assert row() is before and chosen() == "cpu" and toy.checks == 1
 
 
 def test_a_captured_graph_checks_nothing(monkeypatch):

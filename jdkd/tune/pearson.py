@@ -72,15 +72,19 @@ def single_pass(device: torch.device, quick: bool) -> Iterator[Shape]:
     """The single pass against the split form, loss and gradient; it can run where levels fit on the chip or a cache."""
     for dtype in DTYPES[device.type][: 1 if quick else None]:
         for size in BYTES:
-            shapes = sizes(size // dtype.itemsize)
-            levels = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
-            yield Shape(
-                pearson_forms.TABLE,
-                LossCall(levels, levels, "students"),
-                f"{'x'.join(map(str, shapes[0]))} and two levels more",
-                partial(drawn, shapes, dtype, torch.contiguous_format, device),
-                {"split": _split, "single pass": _single},
-            )
+            yield of_forms(device, dtype, sizes(size // dtype.itemsize))
+
+
+def of_forms(device: torch.device, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int, int]]) -> Shape:
+    """The forms of the loss of contiguous levels, with its gradient; arguments as of :func:`of_backends`."""
+    levels = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+    return Shape(
+        pearson_forms.TABLE,
+        LossCall(levels, levels, "students"),
+        f"{'x'.join(map(str, shapes[0]))} and {len(shapes) - 1} levels more",
+        partial(drawn, shapes, dtype, torch.contiguous_format, device),
+        {"split": _split, "single pass": _single},
+    )
 
 
 def sizes(numel: int) -> list[tuple[int, int, int, int]]:
@@ -121,6 +125,7 @@ def _split(given: Inputs) -> Any:
 
 def _single(given: Inputs) -> Any:
     levels = given.students, given.teachers
+    pearson_forms.looked_up(LossCall(*levels, "students"))  # as it is where a measurement takes this form
     loss, _, _, gradients = torch.ops.jdkd.pearson_single(*levels, [1.0] * len(given.students), 1e-6, False)
     torch.ops.jdkd.pearson_scale_(gradients, given.dloss)
     return loss, gradients

@@ -60,8 +60,12 @@ def test_compiled_kernels_move_sixteen_bytes_at_a_time(kernels):
         assert re.search(r"\bLDG\.E[\w.]*\.128\b", text) and re.search(r"\bSTG\.E[\w.]*\.128\b", text), kernel
 
 
-def test_compiled_kernels_ask_for_two_vectors_before_they_wait_for_one(kernels):
+def test_compiled_kernels_ask_for_all_vectors_of_a_thread_before_they_wait_for_one(kernels):
+    """Of the copy's loop: four of float32, which eight elements are two of, or two; the sum reads both sides."""
     for kernel in kernels:
         if kernel[0] == "sm_90a":
+            action, shared, packed = re.search(r"ActionE(\d)E(f|6__half|13__nv_bfloat16)(.*?)EEv", kernel[1]).groups()
+            wide = {"0": shared == "f", "1": True, "2": packed == "f"}[action]  # pack, add, set
             code = loops(decoded(machine_code.kernels_of_extension()[kernel]))
-            assert max(most_in_flight(loop, r"\bLDG\.E\.128\b") for loop in code) >= 2, kernel
+            found = max(most_in_flight(loop, r"\bLDG\.E\.128\b") for loop in code)
+            assert found == 4 * wide + 2 * (not wide) + (action == "1" and (shared == "f") != (packed == "f")), kernel

@@ -14,7 +14,8 @@ from jdkd import _dispatch, _tuned, env, files
 from jdkd._dispatch import Candidate, Table
 from jdkd.errors import InputError
 from jdkd.notices import Notice
-from jdkd.tune import plan, regions, session, tune
+from jdkd.ops import pearson_forms
+from jdkd.tune import pearson, plan, regions, session, tune
 from jdkd.tune.shapes import Shape, copied, nbytes
 from jdkd.tune.timing import LONGEST_SLEEP, BehindASleep, clock_of, rotated
 
@@ -321,6 +322,17 @@ def test_inputs_go_past_the_cache_and_share_no_memory(monkeypatch):
     assert len({given[0].data_ptr() for given in sets}) == 3 and all(given[0].requires_grad for given in sets)
     last = torch.zeros(1, 4, 3, 3).contiguous(memory_format=torch.channels_last)
     assert copied(last).stride() == last.stride()
+
+
+def test_the_single_pass_is_timed_with_what_choosing_it_costs(monkeypatch):
+    calls = []
+    monkeypatch.setattr(pearson_forms, "looked_up", calls.append)
+    shape = pearson.of_forms(CPU, torch.float32, [(1, 8, 3, 3)])
+    given = shape.make()
+    shape.runs["split"](given)
+    assert not calls
+    shape.runs["single pass"](given)
+    assert [call.gradients for call in calls] == ["students"]
 
 
 def test_every_region_of_this_machine_can_be_timed(monkeypatch):
