@@ -2,7 +2,7 @@
 
 A :class:`Case` is data: inputs, an exact result, providers (the eager baseline first) and the bytes that anybody must
 move. Providers must agree with the exact result before anything is timed. They take turns in every round, so that
-whatever else the machine does meets them all alike.
+whatever else the machine does meets them all alike; on a CPU a plain copy, the yardstick, takes its turn with them.
 
 On a GPU a round replays a CUDA graph that runs a provider over several sets of inputs, of which anybody touches at
 least three times the L2 cache, so that data comes from memory; it is queued behind a sleep, so that the host's launch
@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ LOOSE_TOLERANCE = 0.2
 TINY_CALLS, TINY_SECONDS = 200, 1.0
 WAITS = "called without a CUDA graph, which cannot hold what the host waits for"
 MIN_ROUNDS, MAX_ROUNDS = 5, 200
+YARDSTICK = "a plain copy"
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 MAX_SLEEP = 1 << 27  # cycles of a GPU, about a tenth of a second
 
@@ -88,7 +90,8 @@ class Timing:
     """Seconds per call of one provider: all samples, the host's share where it was measured apart, and other costs.
 
     ``error`` is the largest difference of an output from the exact one, in norm, relative; ``note`` is what else there
-    is to say, and ``counts`` what the provider counted.
+    is to say, ``counts`` what the provider counted, and ``copy_bytes_per_s`` the yardstick, where a plain copy took its
+    turns among the providers.
     """
 
     provider: str
@@ -98,6 +101,7 @@ class Timing:
     cost: Cost | None = None
     note: str | None = None
     counts: Mapping[str, int] | None = None
+    copy_bytes_per_s: float | None = None
 
     @property
     def median(self) -> float:
@@ -153,26 +157,31 @@ def measure(case: Case, device: str, seconds: float, wrong: dict[str, str] | Non
 
 
 def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of a plain copy that no cache holds: the yardstick of a process.
+    """Bytes per second, read and written, of a plain copy that no cache holds: the yardstick of a process."""
+    copy, watch = copying(device), Stopwatch() if device == "cuda" else clocked
+    return 2 * COPY_BYTES[device] / statistics.median([watch(copy) for _ in range(12)][2:])
+
+
+def copying(device: str) -> Callable[[], Tensor]:
+    """A plain copy of :data:`COPY_BYTES` that was run once.
 
     The bytes are random: constant ones are moved faster, and would flatter whoever is measured by them.
     """
     source = copied(COPY_BYTES[device], device)
-    target = torch.zeros_like(source)
-    samples, watch = [], Stopwatch()
-    for _ in range(12):
-        if device == "cuda":
-            samples.append(watch(lambda: target.copy_(source)))
-        else:
-            begin_time = time.perf_counter()
-            target.copy_(source)
-            samples.append(time.perf_counter() - begin_time)
-    return 2 * source.numel() / statistics.median(samples[2:])
+    target = source.clone()
+    return lambda: target.copy_(source)
 
 
 def copied(size: int, device: str) -> Tensor:
     """``[size]`` random bytes."""
     return torch.randint(256, (size,), dtype=torch.uint8, device=device)
+
+
+def clocked(run: Callable[[], Any]) -> float:
+    """Seconds that a call takes on the host."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 class Stopwatch:
@@ -219,13 +228,10 @@ def _measure_cpu(case: Case, seconds: float, wrong: dict[str, str] | None) -> li
     # The check is also the warm-up.
     errors = _of_each(case, lambda name, provider: check_agreement(case, name, provider(inputs), exact), wrong)
 
-    def timed(provider: Provider) -> float:
-        begin = time.perf_counter()
-        provider(inputs)
-        return time.perf_counter() - begin
-
-    runs = {name: lambda provider=case.providers[name]: timed(provider) for name in errors}
-    samples = _rounds(runs, seconds)
+    # The copy takes turns too, as a machine's bandwidth need not be now what it was when the process began.
+    runs = {YARDSTICK: copying("cpu")} | {name: partial(case.providers[name], inputs) for name in errors}
+    samples = _rounds({name: partial(clocked, run) for name, run in runs.items()}, seconds)
+    copied_per_s = 2 * COPY_BYTES["cpu"] / statistics.median(samples[YARDSTICK])
     costs = {name: cost(case.providers[name], inputs, "cpu") for name in errors}
     host = dict.fromkeys(errors)
     if case.tiny is not None:
@@ -234,7 +240,16 @@ def _measure_cpu(case: Case, seconds: float, wrong: dict[str, str] | None) -> li
             case.providers[name](tiny)
             host[name] = host_seconds(case.providers[name], tiny, "cpu", TINY_CALLS, TINY_SECONDS)
     return [
-        Timing(name, samples[name], errors[name], host[name], costs[name], _note(case, name), _counts(case, name))
+        Timing(
+            name,
+            samples[name],
+            errors[name],
+            host[name],
+            costs[name],
+            _note(case, name),
+            _counts(case, name),
+            copied_per_s,
+        )
         for name in errors
     ]
 

@@ -131,7 +131,7 @@ def rows(case: Case, timings: Sequence[Timing], common: Row) -> list[Row]:
     found = []
     for timing in timings:
         low, high = timing.quartiles()
-        rate = case.least_bytes / timing.median
+        rate, copy = case.least_bytes / timing.median, timing.copy_bytes_per_s or common["copy_bytes_per_s"]
         found.append(
             {
                 "op": case.op,
@@ -149,10 +149,11 @@ def rows(case: Case, timings: Sequence[Timing], common: Row) -> list[Row]:
                 "times_baseline": None if baseline is None else round(baseline / timing.median, 3),
                 "least_bytes": case.least_bytes,
                 "bytes_per_s": round(rate),
-                "of_copy": round(rate / common["copy_bytes_per_s"], 4),
+                "of_copy": round(rate / copy, 4),
                 "note": timing.note,
                 "counts": timing.counts,
                 **common,
+                "copy_bytes_per_s": round(copy),
             }
         )
     return found

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import conv_shapes, goals, readme, record, run
+from benchmarks import conv_shapes, goals, harness, readme, record, run
 from benchmarks.cases import elastic_conv, pearson
 from benchmarks.cost import Cost
 from benchmarks.harness import Timing
@@ -21,6 +21,19 @@ def test_a_row_says_what_a_call_costs():
     (row,) = rows(Timing("eager", [1e-3] * 3, 0.1, host_seconds=2e-4, cost=COST))
     assert (row["peak_bytes"], row["kept_bytes"], row["kernels"], row["host_us"]) == (2_000_000, 1000, 3, 200)
     assert row["mode"] == "tap" and row["error"] == 0.1
+
+
+def test_the_copy_of_the_rounds_is_the_yardstick_and_else_that_of_the_process():
+    own, of_process = rows(Timing("eager", [1e-3] * 3, 0, cost=COST, copy_bytes_per_s=2e12), Timing("b", [1e-3] * 3, 0))
+    assert own["copy_bytes_per_s"] == 2e12 and of_process["copy_bytes_per_s"] == 4e12
+    assert own["of_copy"] == pytest.approx(2 * of_process["of_copy"], rel=1e-2)
+
+
+def test_on_a_cpu_a_plain_copy_takes_its_turn_in_every_round(monkeypatch):
+    copies = []
+    monkeypatch.setattr(harness, "copying", lambda device: lambda: copies.append(device))
+    (timing, *_) = harness.measure(pearson.case("P6", 1, torch.float32, "NCHW", "forward", "cpu"), "cpu", 0)
+    assert copies == ["cpu"] * harness.MIN_ROUNDS and timing.copy_bytes_per_s > 0
 
 
 def test_gains_are_unknown_where_the_baseline_was_left_out():
