@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.special import stdtrit
 
 from benchmarks import markdown, proof, record
 from benchmarks.proof import RECIPES, jdkd
@@ -92,17 +93,18 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """An arm a row, the mean over seeds, and its difference to the method, paired by seed."""
+    """An arm a row, the mean over seeds, and its difference to the method, paired by seed, with Student's interval."""
     rows = list({(row["arm"], row["seed"]): row for row in rows}.values())
     joint = {row["seed"]: row["map"] for row in rows if row["arm"] == "joint"}
-    headings = ("arm", "what differs", "seeds", "student mAP", "less the method's, paired", "latency ratio")
+    less = "less the method's, paired (95 %)"
+    headings = ("arm", "what differs", "seeds", "student mAP", less, "latency ratio")
     lines = []
     for arm, (what, _) in ARMS.items():
         own = [row for row in rows if row["arm"] == arm]
         if not own:
             continue
         differences = [row["map"] - joint[row["seed"]] for row in own if row["seed"] in joint]
-        less = "" if arm == "joint" else spread(differences)
+        less = "" if arm == "joint" else f"{spread(differences)}{interval(differences)}"
         ratio = statistics.mean(row["latency_ratio"] for row in own)
         lines.append((arm, what, len(own), spread([row["map"] for row in own]), less, f"{ratio:.3f}"))
     for name in ("base", "control"):
@@ -116,6 +118,15 @@ def spread(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3f}" if values else "not measured"
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+
+
+def interval(values: Sequence[float]) -> str:
+    """The 95 % interval of the mean over seeds, by Student's t; nothing of a single one."""
+    if len(values) < 2:
+        return ""
+    mean, count = statistics.mean(values), len(values)
+    half = stdtrit(count - 1, 0.975) * statistics.stdev(values) / count**0.5
+    return f" ({mean - half:+.3f} to {mean + half:+.3f})"
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -115,7 +115,8 @@ def table(results: list[dict[str, Any]]) -> str:
     """A Markdown table: a row for each target and seed, and the means of each target.
 
     Args:
-        results: contents of `result.json`; of a seed that occurs twice, the later one counts.
+        results: contents of `result.json`; of a seed that occurs twice, the later one counts. Where the base took more
+            or less than itself, by its 95 % interval, that stands beside the student's ratio.
     """
     results = sorted({result["seed"]: result for result in results}.values(), key=lambda result: result["seed"])
     lines = []
@@ -125,7 +126,7 @@ def table(results: list[dict[str, Any]]) -> str:
         for result, student in pairs:
             low, high = student["latency_ratio_interval"]
             scores = [_map(result["base"]), _map(result.get("control", {})), _map(student)]
-            ratio = f"{student['latency_ratio']:.3f} ({low:.3f}–{high:.3f})"
+            ratio = f"{student['latency_ratio']:.3f} ({low:.3f}–{high:.3f}){_doubt(result)}"
             cells = [f"{target:g}", str(result["seed"]), *scores, ratio, f"{_size(result, student):.2f}×"]
             lines.append([*cells, student["train_steps"]])
         if len(pairs) > 1:
@@ -135,6 +136,12 @@ def table(results: list[dict[str, Any]]) -> str:
             means.append(_mean([student for _, student in pairs]))
             lines.append([f"{target:g}", "mean ± sd", *means, f"{ratio:.3f}", f"{size:.2f}×", ""])
     return markdown.table(HEADINGS, "r", lines)
+
+
+def _doubt(result: dict[str, Any]) -> str:
+    """What a ratio cannot be told from, where the base timed against itself is not as fast as itself."""
+    low, high = result.get("aa", {}).get("interval", (1.0, 1.0))
+    return "" if low <= 1 <= high else f"; base itself {low:.3f}–{high:.3f}"
 
 
 def _map(row: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ def aa_verdict(result: dict[str, Any]) -> tuple[bool, str] | None:
         return True, f"Timed against itself, the base takes {range_}, which contains 1, as it must."
     return False, (
         f"The clock of this search cannot be trusted: timed against itself, the base takes {range_}, which does not "
-        "contain 1. No ratio on this page is better than that; time again on a machine that does nothing else."
+        "contain 1. No ratio of it is better than that; time again on a machine that does nothing else."
     )
 
 
@@ -68,7 +68,19 @@ def _intervals(outcome: Outcome) -> str:
     title = "latency ratios of the students and of the base against itself, with 95 % intervals"
     chart = axes.drawing("".join(drawn), title, class_="chart wide", id="intervals")
     told = f'<p class="{"" if aa[0] else "bad"}" id="aa">{escape(aa[1])}</p>' if aa else ""
-    return f'{told}<div class="scroll">{chart}</div><p class="legend">┊ what was asked for, and 1 for the base.</p>'
+    legend = f'<p class="legend">┊ what was asked for, and 1 for the base.</p>{_fixed(outcome)}'
+    return f'{told}<div class="scroll">{chart}</div>{legend}'
+
+
+def _fixed(outcome: Outcome) -> str:
+    """What of the base's latency no cut saves, and what students have left of the rest; empty where it is unknown."""
+    fixed = outcome.result.get("fixed_share")
+    if fixed is None or fixed >= 1:
+        return ""
+    left = [(one.title, max(0.0, one.entry["latency_ratio"] - fixed) / (1 - fixed)) for one in outcome.students]
+    has = ", ".join(f"the {title} has {share:.0%} of the rest" for title, share in left)
+    text = f"By the table of its parts, {fixed:.2f} of the base's latency is none that a cut saves; {has}."
+    return f'<p id="fixed">{escape(text)}</p>'
 
 
 def _predictions(outcome: Outcome) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jdkd.report.latencies import aa_verdict
 from jdkd.report.scores import rows
 from jdkd.report.verdict import verdict
 
@@ -20,13 +21,16 @@ def result_table(result: dict[str, Any]) -> Table:
         result: contents of `result.json`.
 
     Returns:
-        A rich table: a row each for base, control and students; below it, whether they are what was asked for.
+        A rich table: a row each for base, control and students; below it, whether they are what was asked for, and
+        whether the clock told the base from itself.
     """
     from rich import box
     from rich.table import Table
 
     images = [(result.get(role) or {}).get("images", "?") for role in ("report", "selection")]
-    title, caption = "Scores on {} images, chosen on {} others".format(*images), verdict(result) or None
+    title = "Scores on {} images, chosen on {} others".format(*images)
+    trusted, doubt = aa_verdict(result) or (True, "")
+    caption = f"{verdict(result)} {'' if trusted else doubt}".strip() or None
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, title=title, caption=caption)
     table.collapse_padding = True
     for heading in HEADINGS:

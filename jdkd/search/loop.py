@@ -109,7 +109,7 @@ def _searched(evaluator: Evaluator, budget: Plan, workers: Journal) -> dict[str,
         while proposals := _generation(strategy, archive, workers, context):
             _run(proposals, workers, archive, context)
             _tell(archive, budget, pool, context)
-        return conclude(archive, pool.steps if pool and budget.pool else 0, context)
+        return conclude(archive, pool.steps if pool and budget.pool else 0, table.fixed, context)
 
 
 @contextmanager

@@ -34,13 +34,19 @@ MEANING = (
 )
 
 
-def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[str, Any]:
+def conclude(archive: Archive, pool_steps: int, fixed: float, context: SearchContext) -> dict[str, Any]:
     """Writes the students and ``result.json`` and returns what is in the latter.
 
     There is a student for each target, in ``student/`` where there is one target, else in ``student-0.53/`` and so on.
     The control is the base trained for as long as the longest lineage of a student, in one cycle of the learning rate.
     Latency is that of an architecture, so the control's is the base's. One that cannot be trained has its ``failure``
     in place of scores.
+
+    Args:
+        archive: everything that was tried.
+        pool_steps: that the teacher pool took of the budget.
+        fixed: share of the base's latency that no cut saves.
+        context: data, base and settings.
 
     Raises:
         InputError: every candidate failed.
@@ -74,6 +80,7 @@ def conclude(archive: Archive, pool_steps: int, context: SearchContext) -> dict[
         "command": shlex.join(config.command),
         "method": vars(config.method),
         "latency_ratio_is": MEANING,
+        "fixed_share": fixed,
         "aa": {"ratio": itself.value, "interval": list(itself.interval)},
         "predictor": _predictor(archive),
         "cost": _cost(archive, pool_steps, result.get("control", {}).get("train_steps", 0), context),

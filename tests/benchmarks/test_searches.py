@@ -75,6 +75,13 @@ def test_a_table_has_means_by_target_and_the_later_of_two_results_of_a_seed():
     )
 
 
+@pytest.mark.parametrize(
+    ("interval", "said"), [([0.9, 0.96], "; base itself 0.900–0.960 |"), ([0.99, 1.02], " 0.800 (0.700–0.900) |")]
+)
+def test_a_clock_that_takes_the_base_for_another_is_told_beside_the_ratio(interval, said):
+    assert said in searches.table([result(0) | {"aa": {"ratio": 0.95, "interval": interval}}])
+
+
 def test_a_result_is_kept_under_the_threads_that_it_was_made_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     threads = torch.get_num_threads() + 1

@@ -121,6 +121,7 @@ def result(candidates: list[Candidate]) -> dict[str, Any]:
         "report": part(51, 130, "half, the higher SHA-256 of image files"), "seed": 0, "device": "cpu",
         "versions": {"torch": "2.11.0", "jdkd": "0.1.0"}, "command": ["jdkd", "search", "--base", "a folder"],
         "target_met": all(one["target_met"] for one in students), "aa": {"ratio": 1.002, "interval": [0.991, 1.014]},
+        "fixed_share": 0.2,
         "predictor": {"kendall_tau": 0.91, "mean_absolute_percentage_error": 3.2, "architectures": 18},
         "cost": {"pool_steps": 300, "candidate_steps": 2300, "control_steps": 700, **spent},
     }  # fmt: skip

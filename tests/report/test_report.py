@@ -73,6 +73,7 @@ def test_page_has_a_section_for_everything_that_a_search_wrote(text):
     for name in _sections(text):
         assert f'<a href="#{name}">' in text
     assert "Kendall&#x27;s tau) is 0.91, the mean absolute error 3.2 %" in text
+    assert '<p id="fixed">By the table of its parts, 0.20 of the base&#x27;s latency is none that a cut saves; ' in text
     assert (
         "training 15.0 min (72.6 %)" in text and "pool 3.3 min (13.6 %)" in text and "teacher pool 300 (9.1 %)" in text
     )
@@ -83,9 +84,10 @@ def test_page_has_a_section_for_everything_that_a_search_wrote(text):
 
 def test_parts_that_a_result_lacks_are_left_out_with_their_headings(folder):
     (folder / "teachers.json").unlink()
-    text = _rewritten(folder, predictor=None, cost=None, aa=None, control=None, report=None, selection=None)
+    lacks = ("predictor", "cost", "aa", "fixed_share", "control", "report", "selection")
+    text = _rewritten(folder, **dict.fromkeys(lacks))
     assert not {"cost", "predictions"} & set(_sections(text))
-    assert "Kendall" not in text and 'id="aa"' not in text and "(the control)" not in text
+    assert "Kendall" not in text and 'id="aa"' not in text and 'id="fixed"' not in text and "(the control)" not in text
 
 
 def test_a_clock_that_cannot_be_trusted_is_said_on_top(folder, text):
@@ -220,6 +222,9 @@ def test_table_fits_a_terminal_and_tells_the_target(single, folder):
     assert "0.600 (0.590–0.612)" in text and "misses the 0.53" in text
     assert "control" in text and "Scores on 51 images, chosen on 50 others" in text
     assert result_table({"base": single["base"]}).row_count == 1
+    assert "cannot be trusted" not in text
+    text = " ".join(shown(single | {"aa": {"ratio": 0.94, "interval": [0.9, 0.98]}}).split())
+    assert "misses the 0.53" in text and "cannot be trusted: timed against itself, the base takes 0.940" in text
     text = shown(result(read_outcome(folder).scored))
     assert "student 0.75" in text and "student 0.53" in text
 

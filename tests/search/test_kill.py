@@ -52,14 +52,16 @@ def assert_equal(out, undisturbed):
 
 
 def test_kills_at_random_moments_change_nothing(folder, undisturbed):
-    out = folder / "killed-at-random"
-    victims = [("worker", "driver")[kill % 2] for kill in range(KILLS)]
-    told = killed_until_through(command(folder, out), victims, lambda: finished(out))
-    assert told.killed, "somebody was"
-    assert_equal(out, undisturbed)
-    for before, lines in zip(told.before, told.lines, strict=True):
-        again = [line for number in before for line in lines if line.startswith(f"candidate {number}:")]
-        assert again == [], "nothing finished is trained again"
+    victims, searches = [("worker", "driver")[kill % 2] for kill in range(KILLS)], 0
+    while victims:  # who is left when a search is through is killed in another
+        out = folder / f"killed-at-random-{searches}"
+        told = killed_until_through(command(folder, out), victims, lambda out=out: finished(out), seed=searches)
+        assert told.killed, "somebody was"
+        victims, searches = victims[len(told.killed) :], searches + 1
+        assert_equal(out, undisturbed)
+        for before, lines in zip(told.before, told.lines, strict=True):
+            again = [line for number in before for line in lines if line.startswith(f"candidate {number}:")]
+            assert again == [], "nothing finished is trained again"
 
 
 @pytest.mark.filterwarnings("default", "ignore:.*hold no box of:jdkd.notices.Notice")

@@ -15,6 +15,7 @@ from jdkd.data import CocoDetectionDataset, Split
 from jdkd.detect import load, save
 from jdkd.errors import InputError
 from jdkd.latency import Latency, ModelLatency
+from jdkd.latency.table import LatencyTable
 from jdkd.notices import Notice
 from jdkd.report import read_outcome
 from jdkd.run_folder import RunFolder
@@ -90,6 +91,8 @@ def test_the_result_the_archive_and_the_target_know_one_ratio(finished):
     assert stages.count("long") == stages.count("final") == 1, "at length before it was trained on, and in the end"
     assert base["latency_ratio"] == result["control"]["latency_ratio"] == 1
     assert result["aa"] == {"ratio": 1.0, "interval": [1.0, 1.0]}
+    table = LatencyTable.from_json(json.loads((out / "latency_table.json").read_text())["table"])
+    assert result["fixed_share"] == table.fixed and 0 <= table.fixed < 1
     predictor = result["predictor"]
     assert predictor["architectures"] >= 1 and 0 <= predictor["mean_absolute_percentage_error"] < 30
     assert "architecture" in result["latency_ratio_is"] and result["method"] == vars(Method())
