@@ -13,6 +13,7 @@ import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -158,7 +159,13 @@ class OfFile:
         with tempfile.TemporaryDirectory(prefix="jdkd-") as folder:
             file = Path(folder) / "detector.onnx"
             self._export(_on_host(model), file, dtype == "float16", self._counting)
-            sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+            content = file.read_bytes()
+        return self._opened(content, model, batches, device)
+
+    def _opened(self, content: bytes, model: nn.Module, batches: Batches, device: torch.device) -> Artefact:
+        with tempfile.TemporaryDirectory(prefix="jdkd-") as folder:
+            file = Path(folder) / "detector.onnx"
+            file.write_bytes(content)
             with _explained(self.name, "open"):
                 engine = self._engine(file, _on(device, self._providers[device.type]), torch.get_num_threads())
         detector = ExportedDetector(model, engine, self.name)
@@ -170,8 +177,9 @@ class OfFile:
             "end_to_end": f"{self.name}: resize by torch on the host; its copies, normalise, network and NMS",
             "model_only": f"{self.name}: normalise, network and NMS, on a resized batch on the host, its copies within",
         }
-        facts = {"sha256_of_file": sha256, **engine.facts}
-        return Artefact(detector, lambda index: engine.run(prepared[index][0]), inside, facts, from_host=True)
+        facts = {"sha256_of_file": hashlib.sha256(content).hexdigest(), **engine.facts}
+        reopen = partial(self._opened, content, model, batches, device) if device == CPU else None
+        return Artefact(detector, lambda index: engine.run(prepared[index][0]), inside, facts, True, reopen)
 
     @contextmanager
     def steady_nms(self, counts: Sequence[int]) -> Iterator[None]:

@@ -63,6 +63,7 @@ class Schedule:
 
 LEAST_ROUNDS = 8  # intervals of fewer hold the truth less often than they say
 BLOCK_SECONDS = 1.0  # of rounds between two readings of the machine's clocks
+PLACEMENTS = 4  # of every model in memory, where a runtime can open it anew
 AGAIN = "the base again (A/A)"  # among the models of a round
 REPORTED = Schedule()
 """How long what is reported is measured."""
@@ -95,6 +96,7 @@ def interleave(
     clock: Clock,
     progress: MeasuringCallback | None = None,
     watch: Watch | None = None,
+    placed: Callable[[int], Mapping[str, Mapping[str, TimedCall]]] | None = None,
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, Any]]:
     """Time several calls in turn: untimed until stable, then as long as the schedule asks.
 
@@ -106,10 +108,13 @@ def interleave(
         progress: called with (rounds done, least rounds, {}) after every round.
         watch: reads the machine's clocks before the first round and after every block of rounds, none of which is
             timed.
+        placed: called with 1, 2, ... after every :data:`PLACEMENTS`-th part of the rounds and seconds that the schedule
+            asks for; gives the same calls, elsewhere in memory.
 
     Returns:
-        Milliseconds by mode and model, two per round in the order taken, and how warm-up and timing went: with
-        ``block_ends``, the rounds after which the clocks were read, and ``readings``, the first from before.
+        Milliseconds by mode and model, two per round in the order taken, and how warm-up and timing went: with how
+        often the models were placed, ``block_ends``, the rounds after which the clocks were read, and ``readings``, the
+        first from before.
     """
     samples: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in named} for mode, named in calls.items()}
 
@@ -134,10 +139,13 @@ def interleave(
     for taken in (times for named in samples.values() for times in named.values()):
         taken.clear()
     readings, ends = [watch.read()] if watch else [], []
-    begin, done = time.perf_counter(), 0
-    read_at = begin
+    begin, done, placements = time.perf_counter(), 0, 1
+    read_at, placed_at = begin, (0, begin)
     with _no_garbage_collection():
         while not _is_enough(done, time.perf_counter() - begin, schedule):
+            if placed and _is_part(done - placed_at[0], time.perf_counter() - placed_at[1], schedule):
+                calls, placements = placed(placements), placements + 1
+                placed_at = done, time.perf_counter()
             one_round(done)
             done += 1
             if watch and time.perf_counter() - read_at >= BLOCK_SECONDS:
@@ -150,7 +158,8 @@ def interleave(
     if watch and done not in ends:
         readings.append(watch.read())
         ends.append(done)
-    return samples, facts | {"rounds": done, "seconds": seconds, "readings": readings, "block_ends": ends}
+    facts |= {"rounds": done, "seconds": seconds, "placements": placements}
+    return samples, facts | {"readings": readings, "block_ends": ends}
 
 
 def measure(
@@ -180,7 +189,9 @@ def measure(
     The first model is the base that ratios refer to; it takes part twice, as if it were another model, so that every
     report shows what the harness finds between equals. Models are timed as they are given, so that the artefact
     that is timed is the one that is scored; pass them through :func:`jdkd.latency.fuse_for_inference` first. Use
-    trained weights: the cost of NMS depends on the detections.
+    trained weights: the cost of NMS depends on the detections. Where a runtime opens files, all are opened anew
+    :data:`PLACEMENTS` times or more, in orders that are drawn: who is opened first lies where memory was left over, and
+    is slower for it (Mytkowicz et al., ASPLOS 2009, on such bias).
 
     Args:
         models: detectors in eval mode by name, base first; each is moved to `device`.
@@ -223,12 +234,22 @@ def measure(
         for name, model in models.items():
             artefacts[name] = made = runtime.prepare(model, batches, device, dtype)
             facts[name] = known_facts(model, made) if brief else facts_of(model, made, batches, device)
-        calls = _calls(artefacts, batches, device, modes)
         if not brief:
-            calls = {mode: named | {AGAIN: next(iter(named.values()))} for mode, named in calls.items()}
-        samples, run = interleave(calls, len(batches), schedule, clock, progress, watch)
-        for name, artefact in artefacts.items():
-            facts[name] |= {"map": score(artefact.detector)} if score else {}
+            base = next(iter(artefacts.values()))
+            artefacts[AGAIN] = base.reopen() if base.reopen else base
+
+        def placed(count: int) -> dict[str, dict[str, TimedCall]]:
+            names = order(list(artefacts), count // 2)[: len(artefacts)] if count > 1 else [*artefacts]
+            for name in reversed(names) if count % 2 else names:  # each order is followed by its reverse
+                if reopen := artefacts[name].reopen:
+                    artefacts[name] = reopen()
+            return _calls(artefacts, batches, device, modes)
+
+        anew = placed if any(each.reopen for each in artefacts.values()) else None
+        calls = _calls(artefacts, batches, device, modes)
+        samples, run = interleave(calls, len(batches), schedule, clock, progress, watch, anew)
+        for name in models:
+            facts[name] |= {"map": score(artefacts[name].detector)} if score else {}
         conditions = conditions_of(device, runtime, clock)
     return LatencyReport(
         models={name: _of_model(name, samples, facts[name]) for name in models},
@@ -301,6 +322,13 @@ def _is_enough(rounds: int, seconds: float, schedule: Schedule) -> bool:
     if seconds >= schedule.max_seconds and rounds >= LEAST_ROUNDS:
         return True
     return rounds >= schedule.rounds and seconds >= schedule.min_seconds
+
+
+def _is_part(rounds: int, seconds: float, schedule: Schedule) -> bool:
+    """Whether so much is a :data:`PLACEMENTS`-th part of a measurement."""
+    if PLACEMENTS * seconds >= schedule.max_seconds:
+        return True
+    return PLACEMENTS * rounds >= schedule.rounds and PLACEMENTS * seconds >= schedule.min_seconds
 
 
 def _calls(

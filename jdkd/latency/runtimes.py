@@ -33,6 +33,7 @@ class Artefact:
         inside: what the two modes hold, in words.
         facts: what else a record says of it, such as the SHA-256 of an exported file.
         from_host: whether the detector takes images from the host, and what runs it moves them, unseen by torch.
+        reopen: makes the same anew, elsewhere in memory; None where that takes long or changes nothing.
     """
 
     detector: nn.Module
@@ -40,6 +41,7 @@ class Artefact:
     inside: dict[str, str]
     facts: dict[str, Any] = field(default_factory=dict)
     from_host: bool = False
+    reopen: Callable[[], Artefact] | None = None
 
     def images_on(self, device: torch.device) -> torch.device:
         """Where the detector takes images that it is timed with on a device."""

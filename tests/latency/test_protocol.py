@@ -1,6 +1,8 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise, permutations
 
 import pytest
@@ -92,6 +94,46 @@ def test_ends_at_the_limit_with_fewer_rounds_than_asked_for():
     schedule = Schedule(rounds=10**6, min_seconds=60, max_seconds=0, warmup_seconds=0, warmup_limit=0)
     samples, run = interleave(_calls(clock, "ab"), 1, schedule, clock)
     assert run["rounds"] == LEAST_ROUNDS and len(samples["end_to_end"]["a"]) == 2 * LEAST_ROUNDS
+
+
+def test_models_are_placed_anew_after_every_fourth_of_what_is_asked_for():
+    clock, placed = ScriptedClock(lambda name, calls: 1.0), []
+
+    def anew(count):
+        placed.append((count, clock.calls))
+        return _calls(clock, "ab")
+
+    schedule = Schedule(rounds=8, min_seconds=0, warmup_seconds=0, warmup_limit=0)
+    run = interleave(_calls(clock, "ab"), 1, schedule, clock, placed=anew)[1]
+    rounds = [(calls - 4 * run["warmup_rounds"]) // 4 for _, calls in placed]
+    assert [count for count, _ in placed] == [1, 2, 3] and rounds == [2, 4, 6] and run["placements"] == 4
+
+
+class Opened(Eager):
+    """Runs detectors as they are, and opens them anew when that is asked for; `opened` says whom, in order."""
+
+    def __init__(self):
+        self.opened = []
+
+    def prepare(self, model, batches, device, dtype):
+        self.opened.append(model)
+        return replace(
+            super().prepare(model, batches, device, dtype),
+            reopen=partial(self.prepare, *(model, batches, device, dtype)),
+        )
+
+
+@pytest.mark.parametrize("brief", [True, False])
+def test_who_is_opened_first_is_balanced_and_the_base_again_is_opened_for_itself(model, images, brief):
+    runtime, models = Opened(), {name: fuse_for_inference(model) for name in "ab"}
+    measure(
+        models, images, runtime=runtime, brief=brief, modes=["end_to_end"], rounds=8, min_seconds=0, warmup_seconds=0
+    )
+    opened = "".join(next(name for name, each in models.items() if each is one) for one in runtime.opened)
+    first = "ab" if brief else "aba"  # in turn, and the base again
+    later = opened[len(first) :]
+    second, third, fourth = (later[start : start + len(first)] for start in range(0, len(later), len(first)))
+    assert opened.startswith(first) and second == first[::-1] and fourth == third[::-1]
 
 
 def test_model_only_finds_the_boxes_of_the_whole_detector(model, images):

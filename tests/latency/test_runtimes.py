@@ -174,6 +174,30 @@ def test_a_file_has_run_on_every_batch_before_the_clock_starts(model, images):
         runtime.prepare(model, [images[:1]], CPU, "float32")
 
 
+def test_a_file_is_opened_anew_without_another_export_and_on_a_gpu_not_at_all(model, images):
+    class Engine:
+        inputs, outputs, facts = {"images": (4, np.float32)}, ["boxes", "labels", "scores"], {}
+
+        def __init__(self, file, *given):
+            opened.append(file.read_bytes())
+
+        def run(self, feeds):
+            ran.append(feeds)
+
+    opened, exported, ran = [], [], []
+
+    def export(model, file, *how):
+        exported.append(file)
+        file.write_bytes(b"a detector")
+
+    runtime = OfFile("onnxruntime", "onnxruntime", Engine, {"cpu": [], "cuda": []}, export)
+    first = runtime.prepare(model, [images[:1]], CPU, "float32")
+    second = first.reopen()
+    assert opened == [b"a detector"] * 2 and len(exported) == 1 and len(ran) == 2
+    assert second.detector is not first.detector and second.facts == first.facts and second.reopen
+    assert runtime.prepare(model, [images[:1]], torch.device("cuda"), "float32").reopen is None
+
+
 def test_a_model_that_is_elsewhere_is_exported_from_the_host_and_stays_there(images):
     class Far(nn.Linear):
         def to(self, device):
