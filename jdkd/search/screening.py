@@ -30,7 +30,7 @@ from jdkd.search.context import SearchContext
 from jdkd.search.inheriting import inherit
 from jdkd.search.timing import BRIEF, LONG, pooled
 
-ARCHITECTURE, CHANNELS = "architecture", "channels"  # what may be changed
+STRUCTURE, CHANNELS = "structure", "channels"  # what may be changed
 TEMPERATURE = 0.3  # of a cut that is to be another than the plain one, see jdkd.morph.cut_to
 DEEPER = 0.25  # chance that blocks come or move, and the channels pay for it; else blocks may go
 MOST_SHORTER = 2  # lists that lose a block in one proposal
@@ -133,13 +133,13 @@ class Parent:
 
     def plain(self, ways: Sequence[str]) -> Recipe:
         """The recipe that leaves nothing to chance."""
-        return Recipe(regions=self.regions if ARCHITECTURE in ways else None, channels=CHANNELS in ways)
+        return Recipe(regions=self.regions if STRUCTURE in ways else None, channels=CHANNELS in ways)
 
     def draw(self, ways: Sequence[str], rng: random.Random) -> Recipe:
         """A recipe by chance."""
         context, topology, now = self.context, self.topology, input_size(self.model)
         recipe = replace(self.plain(ways), temperature=TEMPERATURE, seed=rng.getrandbits(32))
-        if ARCHITECTURE not in ways:
+        if STRUCTURE not in ways:
             return recipe
         sizes = [size for size in context.resolutions if now is not None and size <= now[0]]
         if sizes and (size := rng.choice(sizes)) != now[0]:

@@ -20,7 +20,7 @@ from jdkd.search.choice import contenders, fitness, pareto_front
 from jdkd.search.context import SearchContext
 from jdkd.search.matching import Matching
 from jdkd.search.proposal import Cycle, Proposal
-from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Screened, screen, trimmed, unchanged
+from jdkd.search.screening import CHANNELS, STRUCTURE, Parent, Screened, screen, trimmed, unchanged
 from jdkd.search.timing import LONG
 
 Made = tuple[Candidate, str, Screened, Teacher | None, float | None]  # parent, kind, what is changed, teacher, target
@@ -202,9 +202,9 @@ class Strategy:
     def _ways(self, archive: Archive) -> tuple[str, ...]:
         """What a generation may change: all at once, or, in a pipeline, first the architecture and then channels."""
         if self.context.config.method.order == "joint":
-            return ARCHITECTURE, CHANNELS
+            return STRUCTURE, CHANNELS
         done = max(one.generation for one in archive.candidates)
-        return (CHANNELS,) if done + 1 == self.plan.exploring else (ARCHITECTURE,)
+        return (CHANNELS,) if done + 1 == self.plan.exploring else (STRUCTURE,)
 
 
 def _kind(parent: Candidate, screened: Screened, teacher: Teacher | None) -> str:

@@ -15,10 +15,10 @@ from jdkd.search.archive import ARCHIVE
 from jdkd.search.budget import Rung
 from jdkd.search.evaluator import Evaluator
 from jdkd.search.matching import Matching
-from jdkd.search.screening import ARCHITECTURE, CHANNELS, Recipe
+from jdkd.search.screening import CHANNELS, STRUCTURE, Recipe
 from jdkd.search.strategy import Strategy
 
-EVERYTHING = ARCHITECTURE, CHANNELS
+EVERYTHING = STRUCTURE, CHANNELS
 
 
 def test_the_probe_is_read_once_and_nobody_changes_it_for_others(context, monkeypatch):

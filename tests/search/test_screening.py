@@ -21,12 +21,12 @@ from jdkd.search import Archive, Method, Proposal, screening, strategy
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.budget import MARGIN
 from jdkd.search.inheriting import fresh, inherit
-from jdkd.search.screening import ARCHITECTURE, CHANNELS, Parent, Recipe, screen, trimmed
+from jdkd.search.screening import CHANNELS, STRUCTURE, Parent, Recipe, screen, trimmed
 from jdkd.search.strategy import Strategy
 from jdkd.search.timing import BRIEF, LONG
 from tests.search.rows import candidate, timing
 
-EVERYTHING = ARCHITECTURE, CHANNELS
+EVERYTHING = STRUCTURE, CHANNELS
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_block_that_is_new_stays_in_the_cut_that_pays_for_it(parent, context, 
 def test_a_pipeline_changes_blocks_and_input_or_channels_and_not_both(parent, monkeypatch):
     rng = random.Random(0)
     monkeypatch.setattr(type(parent.context), "resolutions", [32, 64, 96])
-    drawn = [parent.draw((ARCHITECTURE,), rng) for _ in range(20)]
+    drawn = [parent.draw((STRUCTURE,), rng) for _ in range(20)]
     assert not any(recipe.channels for recipe in drawn)
     assert {recipe.min_size for recipe in drawn} == {None, 32}, "none is larger than its parent's, which is 64"
     assert any(recipe.shorter for recipe in drawn) and any(recipe.min_size for recipe in drawn)
