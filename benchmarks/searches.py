@@ -29,6 +29,7 @@ NAMES = (  # what searches are of, in the order of the pages; benchmarks.proof.R
     "blood_cells_deep",
     "blood_cells_deep_short",
     "blood_cells_deep_short_onnxruntime",
+    "blood_cells_deep_short_onnxruntime_anew",  # the same where files are opened anew, on a Xeon
     "blood_cells_deep_many",  # of 95 candidates, by --candidates 48 --proposals 48
     "blood_cells_deep_front",
     "blood_cells_deep_two_stage",
