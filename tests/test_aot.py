@@ -108,17 +108,13 @@ def of_hopper(kind: str) -> dict[str, list]:
     return found
 
 
-def test_plane_statistics_have_eight_loads_in_flight_and_take_fourteen_instructions_a_pair():
-    for name, instructions in of_hopper("plane_stats").items():
+@pytest.mark.parametrize(("kind", "count"), [("plane", 2), ("row", 1)])  # planes: of a block and of a warp
+def test_statistics_have_eight_loads_in_flight_and_take_fourteen_instructions_a_pair(kind, count):
+    for name, instructions in of_hopper(f"{kind}_stats").items():
         pairs = 16 if "kernelIf" in name else 32  # four packs of a thread
         wide = [loop for loop in loops(instructions) if most_in_flight(loop, r"\bLDG\.E\.128\b") >= 8]
-        assert len(wide) == 2, name  # of a block and of a warp
+        assert len(wide) == count, name
         assert all(len(loop) <= 14 * pairs for loop in wide), name
-
-
-def test_row_statistics_have_eight_loads_in_flight():
-    for name, instructions in of_hopper("row_stats").items():
-        assert most_in_flight(instructions, r"\bLDG\.E\.128\b") == 8, name  # four packs of both tensors
 
 
 def test_gradients_ask_for_features_before_they_wait_for_the_table():

@@ -1,9 +1,8 @@
 // The Pearson loss on CUDA in split form: statistics and finish in the forward, one launch in the backward, each for
 // all levels.
 //
-// Planes: a chunk is read once; a sample of it gives the means, about, and beta, and all is summed around them. Rows: a
-// tile is held in registers and passed over three times: means, centred squares, residual; a thread a channel merges
-// tiles in float64. A warp joins the chunks of a channel, and the last block to have done so adds up the loss.
+// A chunk is read once: a sample of it gives the means, about, and beta, and all is summed around them. A warp joins
+// the chunks of a channel, and the last block to have done so adds up the loss.
 #pragma once
 
 #include "common/ticket.cuh"
@@ -33,8 +32,7 @@ __device__ __forceinline__ void reset(unsigned* ticket) {
 // What: the moments of every chunk, of planes (NCHW) or of rows (channels-last).
 // Grid: one block a chunk, or eight small planes; the largest level first.
 // Reads: S and T once. Writes: six float64 a chunk and channel, and the ticket of the finish.
-// Numerics: float32 within a chunk of a plane, around the mean of a sample, or within a tile of rows, around its own;
-//   float64 beyond. Deterministic: sums in a fixed order.
+// Numerics: float32 within a chunk, around the mean of a sample; float64 beyond. Deterministic: sums in a fixed order.
 // Limits: both tensors of one dtype; any address.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
@@ -55,14 +53,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     pearson_row_stats_kernel(
         const __grid_constant__ Levels levels, Moments* __restrict__ cells, unsigned* __restrict__ ticket) {
   __shared__ float scratch[WideRows<T>::kScratch];
-  __shared__ Moments moments[WideRows<T>::kChannels];
   reset(ticket);
-  static_assert(WideRows<T>::kChannels >= NarrowRows::kChannels);
+  static_assert(WideRows<T>::kScratch >= NarrowRows::kScratch);
   const LevelArgs& level = level_of_block(levels);
   if (level.form == Form::kWideRows) {
-    row_stats<T, WideRows<T>>(level, cells, moments, scratch);
+    row_stats<T, WideRows<T>>(level, cells, scratch);
   } else {
-    row_stats<T, NarrowRows>(level, cells, moments, scratch);
+    row_stats<T, NarrowRows>(level, cells, scratch);
   }
 }
 

@@ -11,10 +11,10 @@
 namespace jdkd::pearson {
 
 constexpr int kThreads = 256;
-constexpr int kPacks = 4;             // sixteen bytes each, of each tensor, that a thread holds
 constexpr int kPlaneChunk = 16384;    // positions of a chunk of a plane at most
 constexpr int kSmallPlane = 2048;     // positions of a plane that one warp reduces alone
 constexpr int kRowBlock = 128;        // rows that the length of a chunk of rows is a multiple of
+constexpr int64_t kRowChunk = 2048;   // and at most
 constexpr int kMaxLevels = 16;        // of a launch
 constexpr int kWideColumns = 8;       // threads side by side in a row of channels: 128 bytes
 constexpr int kNarrowColumns = 32;    // the same, where each takes one element

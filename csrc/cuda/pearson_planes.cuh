@@ -4,7 +4,7 @@
 // it, is read and written in packs; fewer than two packs of elements at its edges, before and after, one by one.
 #pragma once
 
-#include "cuda/pearson_levels.cuh"
+#include "cuda/pearson_sweep.cuh"
 
 namespace jdkd::pearson {
 
@@ -53,112 +53,55 @@ __device__ __forceinline__ void team_sum(float (&values)[N], float* scratch) {
   }
 }
 
-// What a team sums over its chunk: of d_s, d_t, d_s^2, d_t^2, (d_s - beta d_t)^2 and d_s d_t, around the means that it is
-// given.
-struct PlaneSums {
-  float mean_s, mean_t, beta;
-  float of[6] = {};
-
-  __device__ __forceinline__ void add(float s, float t) {
-    const float ds = s - mean_s, dt = t - mean_t, rest = ds - beta * dt;
-    of[0] += ds;
-    of[1] += dt;
-    of[2] += ds * ds;
-    of[3] += dt * dt;
-    of[4] += rest * rest;
-    of[5] += ds * dt;
-  }
-};
-
-// Some packs of both tensors, a thread's next ones, a warp's width apart. Past the last pack it is the last once more,
-// so that all loads are asked for in one go: a branch between two of them would wait for the first.
-template <typename T, bool kWide>
-struct PlanePacks {
-  static constexpr int kCount = Pack<T>::kCount, kHeld = 2;
-  Pack<T> s[kHeld], t[kHeld];
-
-  __device__ __forceinline__ void load(const T* s_body, const T* t_body, int first, int last) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int at = min(first + i * 32, last) * kCount;
-      s[i].load(s_body + at, true);
-      t[i].load(t_body + at, kWide);
-    }
-  }
-
-  // The first `kNumber` packs, unless `all` are there those up to the last.
-  template <int kNumber, class Body>
-  __device__ __forceinline__ void visit(bool all, int first, int last, const Body& body) const {
-    static_assert(kNumber <= kHeld);
-#pragma unroll
-    for (int i = 0; i < kNumber; ++i) {
-      if (all || first + i * 32 <= last) {
-#pragma unroll
-        for (int e = 0; e < kCount; ++e) {
-          body(s[i][e], t[i][e]);
-        }
-      }
-    }
-  }
-};
-
 // Means, about, and beta from a sample, then all sums around these means. Each warp walks over a stretch of its own, so
 // that the sample, the first packs of every thread and the edges, comes from all over a chunk: where its beginning is a
 // padded corner, sums around that would lose digits. A small plane has one warp; half of it or more is its sample.
 template <typename T, int kTeam, bool kWide>
 __device__ __forceinline__ Moments plane_moments(
     const T* s, const T* t, const Split<T>& split, int n, int lane, float* scratch) {
-  using Packs = PlanePacks<T, kWide>;
-  constexpr int kHeld = Packs::kHeld, kStep = 32 * kHeld, kSampled = kTeam == 32 ? kHeld : 8 / Packs::kCount;
+  constexpr int kCount = Pack<T>::kCount, kHeld = 2, kSampled = kTeam == 32 ? kHeld : 8 / kCount;
+  using Packs = PairPacks<T, kCount, kHeld, 32, kWide>;
   const T* s_body = s + split.head;
   const T* t_body = t + split.head;
   const int stretch = (split.packs + kTeam / 32 - 1) / (kTeam / 32), begin = lane / 32 * stretch;
   const int last = min(begin + stretch, split.packs) - 1;
   const bool has_edge = lane < split.edges;
-  int first = begin + lane % 32;
+  const int first = begin + lane % 32;
+  const auto load = [&](Packs& packs, int from) { packs.load(s_body, t_body, kCount, from, last); };
   Packs held, next;
   if (last >= 0) {
-    held.load(s_body, t_body, first, last);
-    next.load(s_body, t_body, first + kStep, last);
+    load(held, first);
+    load(next, first + Packs::kStep);
   }
   const float s_edge = has_edge ? as_float(s[split.edge(lane)]) : 0.0f;
   const float t_edge = has_edge ? as_float(t[split.edge(lane)]) : 0.0f;
   const auto for_sample = [&](const auto& body) {
     held.template visit<kSampled>(false, first, last, body);
     if (kTeam == 32) {
-      next.template visit<kHeld>(false, first + kStep, last, body);
+      next.template visit<kHeld>(false, first + Packs::kStep, last, body);
     }
     if (has_edge) {
-      body(s_edge, t_edge);
+      body(0, s_edge, t_edge);
     }
   };
   float means[3] = {}, squares[2] = {};  // and the size of the sample
-  for_sample([&](float x, float y) {
+  for_sample([&](int, float x, float y) {
     means[0] += x;
     means[1] += y;
     means[2] += 1.0f;
   });
   team_sum<kTeam>(means, scratch);
-  PlaneSums sums{means[0] / means[2], means[1] / means[2], 1.0f};
-  for_sample([&](float x, float y) {
+  ChunkSums sums{means[0] / means[2], means[1] / means[2], 1.0f};
+  for_sample([&](int, float x, float y) {
     squares[0] += (x - sums.mean_s) * (x - sums.mean_s);
     squares[1] += (y - sums.mean_t) * (y - sums.mean_t);
   });
   team_sum<kTeam>(squares, scratch);
   sums.beta = residual_beta(squares[0], squares[1]);
-  const auto add = [&](float x, float y) { sums.add(x, y); };
   if (has_edge) {
-    add(s_edge, t_edge);
+    sums.add(s_edge, t_edge);
   }
-  for (int rounds = (last + 1 - begin) / (2 * kStep); rounds > 0; --rounds) {
-    held.template visit<kHeld>(true, first, last, add);
-    held.load(s_body, t_body, first + 2 * kStep, last);
-    next.template visit<kHeld>(true, first + kStep, last, add);
-    next.load(s_body, t_body, first + 3 * kStep, last);
-    first += 2 * kStep;
-  }
-  held.template visit<kHeld>(false, first, last, add);
-  next.template visit<kHeld>(false, first + kStep, last, add);
+  sweep(held, next, begin, first, last, load, [&](int, float x, float y) { sums.add(x, y); });
   team_sum<kTeam>(sums.of, scratch);
   return lane != 0 ? Moments{} : tile_moments(
       n, sums.mean_s, sums.mean_t, sums.of[0], sums.of[1], sums.of[2], sums.of[3], sums.beta, sums.of[4], sums.of[5]);
@@ -181,7 +124,7 @@ __device__ __forceinline__ void plane_stats(const LevelArgs& level, Moments* cel
   }
 }
 
-// The packs of a chunk that a thread computes at once; past the last one it is the last once more, see PlanePacks.
+// The packs of a chunk that a thread computes at once; past the last one it is the last once more, see PairPacks.
 template <typename T, int kTeam, bool kWide>
 struct PlaneBatch {
   static constexpr int kCount = Pack<T>::kCount, kHeld = 2, kStep = kTeam * kHeld;

@@ -4,31 +4,29 @@
 // multiple of that. kColumns threads lie side by side in a row; the others take the rows below.
 #pragma once
 
-#include "cuda/pearson_levels.cuh"
+#include "cuda/pearson_sweep.cuh"
 
 namespace jdkd::pearson {
 
 template <int kThreadWidth, int kThreadColumns, int kThreadRows>
 struct RowShape {
   static constexpr int kWidth = kThreadWidth, kColumns = kThreadColumns;
-  static constexpr int kHeld = kThreadRows;  // rows of a tile that a thread holds
+  static constexpr int kHeld = kThreadRows;            // rows that a thread of the statistics asks for at once
   static constexpr int kChannels = kWidth * kColumns;  // of a block
   static constexpr int kLanes = kThreads / kColumns;   // rows at once
-  static constexpr int kTileRows = kLanes * kHeld;
-  // Floats of scratch: four sums of every warp, their totals, betas.
-  static constexpr int kTotals = kThreads / 32 * 4 * kChannels, kBetas = kTotals + 4 * kChannels;
-  static constexpr int kScratch = kBetas + kChannels;
+  // Floats of scratch: the sums of every warp, and both means and beta of every channel.
+  static constexpr int kAbout = kThreads / 32 * ChunkSums::kCount * kChannels, kScratch = kAbout + 3 * kChannels;
 };
 
 template <typename T>
-using WideRows = RowShape<Pack<T>::kCount, kWideColumns, kPacks>;
-using NarrowRows = RowShape<1, kNarrowColumns, 8>;
+using WideRows = RowShape<Pack<T>::kCount, kWideColumns, 2>;
+using NarrowRows = RowShape<1, kNarrowColumns, 4>;
 
 // Where a block works: rows [first, last), and the first channel of this thread, which may lie outside.
 template <class Shape>
 struct RowChunk {
   int64_t chunk, channel, first, last;
-  int lane, column;  // the thread's row of a tile, and its first channel of the block's
+  int lane, column;  // the thread's row of those at once, and its first channel of the block's
 
   __device__ __forceinline__ explicit RowChunk(const LevelArgs& level)
       : lane(threadIdx.x / Shape::kColumns), column(threadIdx.x % Shape::kColumns * Shape::kWidth) {
@@ -40,11 +38,10 @@ struct RowChunk {
   }
 };
 
-// Sums over a block's rows of one value of each of its channels, several of them at a time: `put` every one, then
-// `add`. In a fixed order.
+// Sums over a block's rows of N values of each of its channels: `put` every one, and after a barrier `total` says what
+// the warps have put in all. In a fixed order.
 template <class Shape, int N>
 struct ColumnSums {
-  static constexpr int kWarps = kThreads / 32, kSums = N * Shape::kChannels;
   float* scratch;
 
   __device__ __forceinline__ void put(int which, float (&values)[Shape::kWidth], int column) const {
@@ -52,143 +49,106 @@ struct ColumnSums {
     if (threadIdx.x % 32 < Shape::kColumns) {
 #pragma unroll
       for (int e = 0; e < Shape::kWidth; ++e) {
-        scratch[threadIdx.x / 32 * kSums + which * Shape::kChannels + column + e] = values[e];
+        scratch[(threadIdx.x / 32 * N + which) * Shape::kChannels + column + e] = values[e];
       }
     }
   }
-  // The totals, [N, kChannels]. They stand until the next sums are added.
-  __device__ __forceinline__ const float* add() const {
-    float* totals = scratch + Shape::kTotals;
-    __syncthreads();
-    for (int i = threadIdx.x; i < kSums; i += kThreads) {
-      float total = 0;
-      for (int warp = 0; warp < kWarps; ++warp) {
-        total += scratch[warp * kSums + i];
-      }
-      totals[i] = total;
+  // Of value `i / kChannels` of channel `i % kChannels`.
+  __device__ __forceinline__ float total(int i) const {
+    float total = 0;
+    for (int warp = 0; warp < kThreads / 32; ++warp) {
+      total += scratch[warp * N * Shape::kChannels + i];
     }
-    __syncthreads();
-    return totals;
+    return total;
   }
 };
 
-// The rows of a tile that a thread holds of one tensor.
+// The moments of channel threadIdx.x < kChannels of the block. As of a plane: means, about, and beta from a sample,
+// then all sums around these means. Each warp walks over a stretch of rows of its own; its first ones are the sample.
 template <typename T, class Shape>
-struct RowTile {
-  Pack<T, Shape::kWidth> rows[Shape::kHeld];
-
-  __device__ __forceinline__ RowTile(const T* data, int64_t c, int held) {
-#pragma unroll
-    for (int i = 0; i < Shape::kHeld; ++i) {
-      if (i < held) {
-        rows[i].load(data + i * Shape::kLanes * c, true);
-      }
-    }
+__device__ __forceinline__ Moments row_moments(
+    const T* s, const T* t, int64_t c, int rows, bool is_inside, int column, float* scratch) {
+  constexpr int kWidth = Shape::kWidth, kChannels = Shape::kChannels, kWarps = kThreads / 32;
+  static_assert(2 * kChannels <= kThreads);
+  using Packs = PairPacks<T, kWidth, Shape::kHeld, 32 / Shape::kColumns, true>;
+  const int stretch = (rows + kWarps - 1) / kWarps, begin = threadIdx.x / 32 * stretch;
+  const int last = is_inside ? min(begin + stretch, rows) - 1 : -1;
+  const int first = begin + threadIdx.x % 32 / Shape::kColumns;
+  const int sampled = rows / stretch * min(stretch, Packs::kStep) + min(rows % stretch, Packs::kStep);
+  float* means = scratch + Shape::kAbout;
+  float* betas = means + 2 * kChannels;
+  const auto load = [&](Packs& packs, int from) { packs.load(s, t, c, from, last); };
+  Packs held, next;
+  if (last >= 0) {
+    load(held, first);
+    load(next, first + Packs::kStep);
   }
-};
-
-// Calls body(i, e) for every element a thread holds: row i, channel e.
-template <class Shape, class Body>
-__device__ __forceinline__ void for_held(int held, const Body& body) {
-#pragma unroll
-  for (int i = 0; i < Shape::kHeld; ++i) {
-    if (i < held) {
-#pragma unroll
-      for (int e = 0; e < Shape::kWidth; ++e) {
-        body(i, e);
-      }
-    }
+  const ColumnSums<Shape, 2> sampling{scratch};
+  const auto put_sample = [&](const auto& of) {  // of(e, s, t): two values to be summed
+    float values[2][kWidth] = {};
+    held.template visit<Shape::kHeld>(false, first, last, [&](int e, float x, float y) {
+      const float2 more = of(e, x, y);
+      values[0][e] += more.x;
+      values[1][e] += more.y;
+    });
+    sampling.put(0, values[0], column);
+    sampling.put(1, values[1], column);
+    __syncthreads();
+  };
+  put_sample([](int, float x, float y) { return float2{x, y}; });
+  if (threadIdx.x < 2 * kChannels) {
+    means[threadIdx.x] = sampling.total(threadIdx.x) / sampled;
   }
-}
-
-template <typename T, class Shape>
-__device__ __forceinline__ void put_sums(
-    const RowTile<T, Shape>& x, int held, int column, const ColumnSums<Shape, 2>& sums, int which) {
-  float total[Shape::kWidth] = {};
-  for_held<Shape>(held, [&](int i, int e) { total[e] += x.rows[i][e]; });
-  sums.put(which, total, column);
-}
-
-// The sums of what is left after the mean, and of its squares: entries `which` and 2 + `which`.
-template <typename T, class Shape>
-__device__ __forceinline__ void put_centred(
-    const RowTile<T, Shape>& x, const float (&mean)[Shape::kWidth], int held, int column,
-    const ColumnSums<Shape, 4>& sums, int which) {
-  float total[Shape::kWidth] = {}, squares[Shape::kWidth] = {};
-  for_held<Shape>(held, [&](int i, int e) {
-    const float d = x.rows[i][e] - mean[e];
-    total[e] += d;
-    squares[e] += d * d;
-  });
-  sums.put(which, total, column);
-  sums.put(2 + which, squares, column);
-}
-
-// Joins one tile of n <= kTileRows rows to the moments of channel threadIdx.x < kChannels, which are in shared memory.
-// The pointers are at the thread's first row and channel, and it holds `held` rows.
-template <typename T, class Shape>
-__device__ __forceinline__ void add_row_tile(
-    Moments* moments, const T* s_data, const T* t_data, int64_t c, int n, int held, int column, float* scratch) {
-  constexpr int kWidth = Shape::kWidth, kChannels = Shape::kChannels;
-  const RowTile<T, Shape> s(s_data, c, held), t(t_data, c, held);
-  const int own = min(static_cast<int>(threadIdx.x), kChannels - 1);
-  const float share = 1.0f / n;
-  const ColumnSums<Shape, 2> sums{scratch};
-  put_sums(s, held, column, sums, 0);
-  put_sums(t, held, column, sums, 1);
-  const float* totals = sums.add();
-  float means_s[kWidth], means_t[kWidth], betas[kWidth], residual[kWidth] = {};
+  __syncthreads();
+  ChunkSums sums[kWidth];
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) {
-    means_s[e] = totals[column + e] * share;
-    means_t[e] = totals[kChannels + column + e] * share;
+    sums[e].mean_s = means[column + e];
+    sums[e].mean_t = means[kChannels + column + e];
   }
-  const float mean_s = totals[own] * share, mean_t = totals[kChannels + own] * share;
-  const ColumnSums<Shape, 4> centred{scratch};
-  put_centred(s, means_s, held, column, centred, 0);
-  put_centred(t, means_t, held, column, centred, 1);
-  centred.add();
-  const float ds = totals[own], dt = totals[kChannels + own];
-  const float ss = totals[2 * kChannels + own], tt = totals[3 * kChannels + own], beta = residual_beta(ss, tt);
-  float* all_betas = scratch + Shape::kBetas;
+  put_sample([&](int e, float x, float y) {
+    const float ds = x - sums[e].mean_s, dt = y - sums[e].mean_t;
+    return float2{ds * ds, dt * dt};
+  });
   if (threadIdx.x < kChannels) {
-    all_betas[threadIdx.x] = beta;
+    betas[threadIdx.x] = residual_beta(sampling.total(threadIdx.x), sampling.total(kChannels + threadIdx.x));
   }
   __syncthreads();
 #pragma unroll
   for (int e = 0; e < kWidth; ++e) {
-    betas[e] = all_betas[column + e];
+    sums[e].beta = betas[column + e];
   }
-  for_held<Shape>(held, [&](int i, int e) {
-    const float rest = (s.rows[i][e] - means_s[e]) - betas[e] * (t.rows[i][e] - means_t[e]);
-    residual[e] += rest * rest;
-  });
-  const ColumnSums<Shape, 1> last{scratch};
-  last.put(0, residual, column);
-  last.add();
-  if (threadIdx.x < kChannels) {
-    const Moments more = tile_moments(n, mean_s, mean_t, ds, dt, ss, tt, beta, totals[own]);
-    moments[threadIdx.x] = merge(moments[threadIdx.x], more);
+  sweep(held, next, begin, first, last, load, [&](int e, float x, float y) { sums[e].add(x, y); });
+  const ColumnSums<Shape, ChunkSums::kCount> all{scratch};
+#pragma unroll
+  for (int which = 0; which < ChunkSums::kCount; ++which) {
+    float values[kWidth];
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) {
+      values[e] = sums[e].of[which];
+    }
+    all.put(which, values, column);
   }
+  __syncthreads();
+  if (threadIdx.x >= kChannels) {
+    return {};
+  }
+  const int own = threadIdx.x;
+  const auto total = [&](int which) { return all.total(which * kChannels + own); };
+  return tile_moments(
+      rows, means[own], means[kChannels + own], total(0), total(1), total(2), total(3), betas[own], total(4), total(5));
 }
 
 template <typename T, class Shape>
-__device__ __forceinline__ void row_stats(const LevelArgs& level, Moments* cells, Moments* moments, float* scratch) {
+__device__ __forceinline__ void row_stats(const LevelArgs& level, Moments* cells, float* scratch) {
   const RowChunk<Shape> where(level);
-  const int64_t start = where.lane * level.c + where.channel;
-  if (threadIdx.x < Shape::kChannels) {
-    moments[threadIdx.x] = {};
-  }
-  for (int64_t row = where.first; row < where.last; row += Shape::kTileRows) {
-    const int n = static_cast<int>(min(where.last - row, static_cast<int64_t>(Shape::kTileRows)));
-    const int held = where.channel < level.c ? (n - where.lane + Shape::kLanes - 1) / Shape::kLanes : 0;
-    const T* s_data = static_cast<const T*>(level.x) + row * level.c + start;
-    const T* t_data = static_cast<const T*>(level.y) + row * level.c + start;
-    add_row_tile<T, Shape>(moments, s_data, t_data, level.c, n, held, where.column, scratch);
-  }
-  const int64_t channel = where.channel - where.column + threadIdx.x;
-  if (threadIdx.x < Shape::kChannels && channel < level.c) {
-    cells[level.first_cell + channel * level.chunks + where.chunk] = moments[threadIdx.x];
+  const int64_t start = where.first * level.c + where.channel, own = where.channel - where.column + threadIdx.x;
+  const T* s = static_cast<const T*>(level.x) + start;
+  const T* t = static_cast<const T*>(level.y) + start;
+  const int rows = static_cast<int>(where.last - where.first);
+  const Moments total = row_moments<T, Shape>(s, t, level.c, rows, where.channel < level.c, where.column, scratch);
+  if (threadIdx.x < Shape::kChannels && own < level.c) {
+    cells[level.first_cell + own * level.chunks + where.chunk] = total;
   }
 }
 

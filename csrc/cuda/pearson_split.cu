@@ -10,7 +10,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kRowChunks = 512;  // of a level, about, at most
+constexpr int64_t kRowBlocks = 256;  // of a level of rows, about, where its chunks have at most kRowChunk
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -35,10 +35,11 @@ int64_t cut(LevelArgs& args, bool channels_last, int64_t itemsize) {
         is_pack_aligned(args.dout) && is_pack_aligned(args.dx);
     const int64_t rows = args.n * args.hw;
     const int64_t across = is_wide ? kWideColumns * kPackBytes / itemsize : kNarrowColumns;
+    const int64_t blocks = ceil_div(args.c, across), most = ceil_div(kRowBlocks, blocks);
     args.form = is_wide ? Form::kWideRows : Form::kNarrowRows;
-    args.chunk = ceil_div(ceil_div(rows, kRowBlock), kRowChunks) * kRowBlock;
+    args.chunk = std::min(kRowChunk, ceil_div(ceil_div(rows, kRowBlock), most) * kRowBlock);
     args.chunks = ceil_div(rows, args.chunk);
-    return args.chunks * ceil_div(args.c, across);
+    return args.chunks * blocks;
   }
   const bool is_small = args.hw <= kSmallPlane;
   args.form = is_small ? Form::kSmallPlanes : Form::kPlanes;

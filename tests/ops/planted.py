@@ -76,13 +76,13 @@ BUGS = (
     ),
     Bug(
         "what stands in for packs past the last one is summed",
-        "planes", "value", "cuda/pearson_planes.cuh",
+        "planes", "value", "cuda/pearson_sweep.cuh",
         "if (all || first", "if (all || BUG || first",
     ),
     Bug(
         "packs past the last one are read",
-        "planes", "page", "cuda/pearson_planes.cuh",
-        "min(first + i * 32, last) * kCount", "(BUG ? first + i * 32 : min(first + i * 32, last)) * kCount",
+        "planes", "page", "cuda/pearson_sweep.cuh",
+        "min(first + i * kApart, last) * pitch", "(BUG ? first + i * kApart : min(first + i * kApart, last)) * pitch",
     ),
     Bug(
         "a plane without packs is read before its first element",
@@ -91,9 +91,8 @@ BUGS = (
     ),
     Bug(
         "packs are summed twice and others never",
-        "planes", "value", "cuda/pearson_planes.cuh",
-        "held.load(s_body, t_body, first + 2 * kStep, last);",
-        "held.load(s_body, t_body, first + (2 - BUG) * kStep, last);",
+        "planes", "value", "cuda/pearson_sweep.cuh",
+        "load(held, first + 2 * kStep);", "load(held, first + (2 - BUG) * kStep);",
     ),
     Bug(
         "the sums of a plane's threads are not added",
@@ -129,9 +128,14 @@ BUGS = (
     ),
     # ---- rows ----
     Bug(
-        "a thread holds a row too many",
+        "a chunk has a row too many",
         "rows", "page", "cuda/pearson_rows.cuh",
-        "? (n - where.lane + Shape::kLanes - 1)", "? (n + BUG - where.lane + Shape::kLanes - 1)",
+        "min(begin + stretch, rows)", "min(begin + stretch, rows + BUG)",
+    ),
+    Bug(
+        "rows of one stretch are summed with another, too",
+        "rows", "value", "cuda/pearson_rows.cuh",
+        "is_inside ? min(begin + stretch", "is_inside ? min(begin + stretch + BUG",
     ),
     Bug(
         "rows past the last one are read for the gradient",
@@ -142,7 +146,7 @@ BUGS = (
     Bug(
         "channels past the last one are read",
         "rows", "page", "cuda/pearson_rows.cuh",
-        "where.channel < level.c ? (n", "BUG || where.channel < level.c ? (n",
+        "is_inside ? min(", "BUG || is_inside ? min(",
     ),
     Bug(
         "channels past the last one get a gradient",
@@ -158,19 +162,23 @@ BUGS = (
     Bug(
         "totals are added before every warp has put its sums",
         "rows", "value", "cuda/pearson_rows.cuh",
-        "    __syncthreads();\n    for (int i = threadIdx.x; i < kSums",
-        "    if (!BUG) __syncthreads();\n    for (int i = threadIdx.x; i < kSums",
+        "    __syncthreads();\n  };", "    if (!BUG) __syncthreads();\n  };",
     ),
     Bug(
-        "totals are read before they are added",
+        "means are read before they are written",
         "rows", "value", "cuda/pearson_rows.cuh",
-        "    __syncthreads();\n    return totals;", "    if (!BUG) __syncthreads();\n    return totals;",
+        "/ sampled;\n  }\n  __syncthreads();", "/ sampled;\n  }\n  if (!BUG) __syncthreads();",
     ),
     Bug(
         "betas are read before they are written",
         "rows", "value", "cuda/pearson_rows.cuh",
-        "    all_betas[threadIdx.x] = beta;\n  }\n  __syncthreads();",
-        "    all_betas[threadIdx.x] = beta;\n  }\n  if (!BUG) __syncthreads();",
+        "threadIdx.x));\n  }\n  __syncthreads();", "threadIdx.x));\n  }\n  if (!BUG) __syncthreads();",
+    ),
+    Bug(
+        "sums of a chunk are added before every warp has put its own",
+        "rows", "value", "cuda/pearson_rows.cuh",
+        "  __syncthreads();\n  if (threadIdx.x >= kChannels) {",
+        "  if (!BUG) __syncthreads();\n  if (threadIdx.x >= kChannels) {",
     ),
     Bug(
         "rows are taken for vectors whatever their address",

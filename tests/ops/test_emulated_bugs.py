@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ def rows(emulation: Emulation) -> None:
     case = Case(shapes=((1, 33, 71, 71), (2, 36, 9, 7)), channels_last=True)
     with emulation.memory("end"):
         test_pearson_split_emulated.run(emulation.ops, case, tap=True)
+        test_pearson_split_emulated.run(emulation.ops, replace(case, r=1 - 5e-7))  # no beta, no digits
     with emulation.memory("begin"):
         test_pearson_split_emulated.run(emulation.ops, case, (1, 0, 0))
 

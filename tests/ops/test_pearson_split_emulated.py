@@ -65,6 +65,11 @@ def test_a_long_plane_whose_first_packs_lie_far_from_the_rest_keeps_the_rule(emu
         run(emulation.ops, replace(corner, dtype=dtype))
 
 
+def test_long_chunks_of_rows_that_begin_in_a_padded_margin_keep_the_rule(emulation):
+    margin = Case(shapes=((1, 32, 130, 256),), mean=300.0, change=lambda level: level[..., :9].zero_())
+    run(emulation.ops, replace(margin, channels_last=True))  # chunks of one image row
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("offsets", OFFSETS, ids=str)
 def test_takes_levels_at_any_address_and_the_heads_gradients(emulation, offsets, dtype):
