@@ -71,13 +71,11 @@ BUGS = (
     ),
     Bug(
         "the heads' gradient is left out of vectors",
-        "planes", "value", "cuda/pearson_planes.cuh",
-        "adds ? added[i][e]", "adds && !BUG ? added[i][e]",
+        "planes", "value", "cuda/pearson_planes.cuh", "adds ? added[i][e]", "adds && !BUG ? added[i][e]",
     ),
     Bug(
         "what stands in for packs past the last one is summed",
-        "planes", "value", "cuda/pearson_sweep.cuh",
-        "if (all || first", "if (all || BUG || first",
+        "planes", "value", "cuda/pearson_sweep.cuh", "if (all || first", "if (all || BUG || first",
     ),
     Bug(
         "packs past the last one are read",
@@ -86,8 +84,7 @@ BUGS = (
     ),
     Bug(
         "a plane without packs is read before its first element",
-        "planes", "page", "cuda/pearson_planes.cuh",
-        "  if (last >= 0) {", "  if (BUG || last >= 0) {",
+        "planes", "page", "cuda/pearson_planes.cuh", "  if (last >= 0) {", "  if (BUG || last >= 0) {",
     ),
     Bug(
         "packs are summed twice and others never",
@@ -129,8 +126,7 @@ BUGS = (
     # ---- rows ----
     Bug(
         "a chunk has a row too many",
-        "rows", "page", "cuda/pearson_rows.cuh",
-        "min(begin + stretch, rows)", "min(begin + stretch, rows + BUG)",
+        "rows", "page", "cuda/pearson_rows.cuh", "min(begin + stretch, rows)", "min(begin + stretch, rows + BUG)",
     ),
     Bug(
         "rows of one stretch are summed with another, too",
@@ -145,8 +141,7 @@ BUGS = (
     ),
     Bug(
         "channels past the last one are read",
-        "rows", "page", "cuda/pearson_rows.cuh",
-        "is_inside ? min(", "BUG || is_inside ? min(",
+        "rows", "page", "cuda/pearson_rows.cuh", "is_inside ? min(", "BUG || is_inside ? min(",
     ),
     Bug(
         "channels past the last one get a gradient",
@@ -208,8 +203,7 @@ BUGS = (
     ),
     Bug(
         "the last block but one adds up the losses",
-        "rows", "value", "common/ticket.cuh",
-        "== gridDim.x - 1", "== gridDim.x - 1 - (BUG && gridDim.x > 1)",
+        "rows", "value", "common/ticket.cuh", "== gridDim.x - 1", "== gridDim.x - 1 - (BUG && gridDim.x > 1)",
     ),
     Bug(
         "threads of a block go on before they know whether it is the last",
@@ -218,8 +212,7 @@ BUGS = (
     ),
     Bug(
         "the shares have no place for the ticket",
-        "planes", "page", "cuda/pearson_split.cu",
-        "{columns + 2}", "{columns + 2 - BUG}",
+        "planes", "page", "cuda/pearson_split.cu", "{columns + 2}", "{columns + 2 - BUG}",
     ),
     # ---- packing ----
     Bug(
@@ -240,8 +233,7 @@ BUGS = (
     ),
     Bug(
         "what follows a piece is asked for",
-        "pack", "outside", "cuda/pack.cu",
-        "is_own = k < left", "is_own = BUG || k < left",
+        "pack", "outside", "cuda/pack.cu", "is_own = k < left", "is_own = BUG || k < left",
     ),
     Bug(
         "a thread walks on by a column too few",
@@ -250,23 +242,19 @@ BUGS = (
     ),
     Bug(
         "a turn takes vectors past its last",
-        "pack", "outside", "cuda/pack.cu",
-        "      if (place < total) {", "      if (BUG || place < total) {",
+        "pack", "outside", "cuda/pack.cu", "      if (place < total) {", "      if (BUG || place < total) {",
     ),
     Bug(
         "the last element is not gathered",
-        "pack", "value", "cuda/pack.cu",
-        "work.taps, work.columns,\n", "work.taps, work.columns - BUG,\n",
+        "pack", "value", "cuda/pack.cu", "work.taps, work.columns,\n", "work.taps, work.columns - BUG,\n",
     ),
     Bug(
         "rows lie one element further apart",
-        "pack", "sanitizer", "cuda/pack.cu",
-        "* part.row_stride;", "* (part.row_stride + BUG);",
+        "pack", "sanitizer", "cuda/pack.cu", "* part.row_stride;", "* (part.row_stride + BUG);",
     ),
     Bug(
         "a list is read one place further on",
-        "pack", "page", "cuda/pack.cu",
-        "index[part.column_list + column]", "index[part.column_list + column + BUG]",
+        "pack", "page", "cuda/pack.cu", "index[part.column_list + column]", "index[part.column_list + column + BUG]",
     ),
     Bug(
         "vectors are copied whatever the shared side's address",
