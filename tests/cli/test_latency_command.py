@@ -168,7 +168,7 @@ def test_an_earlier_measurement_is_compared_where_it_can_be(jdkd, trained, image
     how = ("latency", trained, trained, *image, *QUICK, "--modes", "end_to_end")
     assert jdkd(*how, "--out", file).code == 0
     again = jdkd(*how, "--against", file)
-    assert again.code == 0 and f"{trained} (2), end_to_end: 0.9" in again.out and "they agree" in again.out
+    assert again.code == 0 and f"{trained} (2), end_to_end: " in again.out and "they agree" in again.out
 
     def measured(*_):
         raise AssertionError("it was measured before")
