@@ -309,5 +309,8 @@ def emulated_gpu() -> Iterator[torch.device]:
         before = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the object that it is
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, before)
+        # oneDNN's convolutions are none of a GPU's; on one Xeon their gradients of a filter were 4e23 here, at times.
+        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
         stack.enter_context(_Mode())
         yield CUDA
