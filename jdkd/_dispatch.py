@@ -221,6 +221,20 @@ class Table(NamedTuple):
             is_settled = is_settled and reason != NOT_YET
         return None, is_settled
 
+    def remembered(self, call: Any, key: Hashable) -> str:
+        """Name of the candidate that computes a call: kept, once it stays so, by all that the choice was made of.
+
+        Args:
+            call: as of :meth:`choose`; some candidate takes it.
+            key: what is the same for calls that are computed alike.
+        """
+        if (found := settled.get(key)) is None:
+            candidate, is_settled = self.choose(call)
+            found = candidate.name
+            if is_settled and len(settled) < 1024:
+                settled[key] = found
+        return found
+
     def tuned(self, call: Any) -> str | None:
         """Name of the candidate that measured faster than the default in the region of a call, if one did."""
         if not is_tuned(self.name, call.device):

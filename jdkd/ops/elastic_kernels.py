@@ -269,12 +269,7 @@ def select(call: ConvCall) -> str:
     """
     if torch.compiler.is_compiling() or _backend.requested() is not None:
         return TABLE.choose(call)[0].name
-    if (found := _dispatch.settled.get(call)) is None:
-        kernel, is_settled = TABLE.choose(call)
-        found = kernel.name
-        if is_settled and len(_dispatch.settled) < 1024:
-            _dispatch.settled[call] = found
-    return found
+    return TABLE.remembered(call, call)
 
 
 def name_of(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from jdkd import _backend, _dispatch
+from jdkd import _backend
 from jdkd._dispatch import Candidate, Condition, Table, all_of, is_tuned, nobody_asks
 from jdkd._verdicts import dtype_name
 from jdkd.ops import pearson_single
@@ -143,9 +143,4 @@ def looked_up(call: LossCall) -> str:
         return TABLE.choose(call)[0].name
     levels = ((level.shape, level.is_contiguous(), level.dtype, level.device) for level in (*call[0], *call[1]))
     key = (NAME, call[2:], torch.get_num_threads(), *levels)
-    if (found := _dispatch.settled.get(key)) is None:
-        form, is_settled = TABLE.choose(call)
-        found = form.name
-        if is_settled and len(_dispatch.settled) < 1024:
-            _dispatch.settled[key] = found
-    return found
+    return TABLE.remembered(call, key)

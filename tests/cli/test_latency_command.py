@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 
 import pytest
 
@@ -168,7 +169,9 @@ def test_an_earlier_measurement_is_compared_where_it_can_be(jdkd, trained, image
     how = ("latency", trained, trained, *image, *QUICK, "--modes", "end_to_end")
     assert jdkd(*how, "--out", file).code == 0
     again = jdkd(*how, "--against", file)
-    assert again.code == 0 and f"{trained} (2), end_to_end: " in again.out and "they agree" in again.out
+    earlier = json.loads(file.read_text())["measurements"][0]["models"][f"{trained} (2)"]["end_to_end"]["ratio"]
+    told = rf"{re.escape(str(trained))} \(2\), end_to_end: \d\.\d+ \[.*\], was {earlier:.3f} \[.*\]: they agree"
+    assert again.code == 0 and re.search(told, again.out)
 
     def measured(*_):
         raise AssertionError("it was measured before")
