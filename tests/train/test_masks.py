@@ -47,6 +47,9 @@ def test_a_detector_with_a_mask_head_learns_masks(scenes):
     assert scores.numbers.keys() == {"map", "map50", "map75", "stats", "per_class", "segm"}
     json.dumps([scores.numbers, dataclasses.asdict(scores)])
     assert scores.text == f"boxes:\n{scores.lines}\nmasks:\n{scores.segm.lines}\n{scores.table}"
+    torch.nn.init.constant_(model.roi_heads.mask_predictor.mask_fcn_logits.bias, -100.0)
+    unmasked = evaluate(model, few, **CPU)
+    assert unmasked.stats == scores.stats and unmasked.segm.map == 0, "masks are scored by themselves"
     assert "box mAP  box mAP50  box mAP75  mask mAP" in scores.table
 
 
