@@ -18,6 +18,7 @@ LARGEST_SEED = 2**48  # trainings are told apart by a thousand times it and more
 TEACHING = ("dynamic", "fixed", "given", "base", "none")
 IMITATION = ("pearson", "mse")
 ORDERS = ("joint", "pipelined")
+WEIGHED = ("selection", "train")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Method:
             there all the same), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
         criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
+        weighed: by whose losses ``"taylor"`` and ``"fisher"`` weigh channels: of the images that select, or of those that
+            the base was trained on and may know by heart.
         gradual: whether large cuts go in several generations.
     """
 
@@ -40,10 +43,12 @@ class Method:
     teaching: str = "dynamic"
     imitation: str = "pearson"
     criterion: str = "taylor"
+    weighed: str = "selection"
     gradual: bool = True
 
     def __post_init__(self) -> None:
         known = {"order": ORDERS, "teaching": TEACHING, "imitation": IMITATION, "criterion": CRITERIA}
+        known["weighed"] = WEIGHED
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(choices)}.")

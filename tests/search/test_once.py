@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from jdkd.data import batches
 from jdkd.detect import load, save
 from jdkd.morph import channel_importance
-from jdkd.search import Archive, Proposal, plan, screening, strategy
+from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.budget import Rung
 from jdkd.search.evaluator import Evaluator
@@ -43,6 +43,8 @@ def test_importance_is_read_off_the_images_that_select_and_not_off_those_that_th
     given = [*context.weighing]
     for image in (image for images, _ in given for image in images):
         assert among(image, context.selection.dataset) and not among(image, context.train)
+    otherwise = replace(context, config=replace(context.config, method=Method(weighed="train")))
+    assert all(among(image, context.train) for images, _ in otherwise.weighing for image in images)
     found = channel_importance(parent.model, parent.topology, "taylor", given)
     assert found.keys() == parent.importance.keys()
     assert all(map(torch.equal, found.values(), parent.importance.values()))
