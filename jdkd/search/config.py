@@ -33,8 +33,8 @@ class Method:
             there all the same), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
         criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
-        weighed: by whose losses ``"taylor"`` and ``"fisher"`` weigh channels: of the images that select, or of those that
-            the base was trained on and may know by heart.
+        weighed: by the losses of which images ``"taylor"`` and ``"fisher"`` weigh channels: of those that select, or of
+            those that all train on, which the base may know by heart.
         gradual: whether large cuts go in several generations.
     """
 
@@ -47,8 +47,8 @@ class Method:
     gradual: bool = True
 
     def __post_init__(self) -> None:
-        known = {"order": ORDERS, "teaching": TEACHING, "imitation": IMITATION, "criterion": CRITERIA}
-        known["weighed"] = WEIGHED
+        known = {"order": ORDERS, "teaching": TEACHING, "imitation": IMITATION}
+        known |= {"criterion": CRITERIA, "weighed": WEIGHED}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(choices)}.")
