@@ -42,7 +42,7 @@ WIDTH, HEIGHT = 640, 480
 DRAWN = "drawn, of COCO's usual size"
 BATCH = 8
 LARGE = 118_000, 860_000  # images and objects, about those of COCO's train2017
-HEADINGS = ("images", "size", "what is done", "images/s of one core (least to most)")
+HEADINGS = ("machine", "images", "size", "what is done", "images/s of one core (least to most)")
 
 
 def drawn(folder: Path, count: int) -> CocoDetectionDataset:
@@ -170,18 +170,25 @@ def table(rows: Sequence[record.Row]) -> str:
         for row in read:
             low, high = row["per_core_spread"]
             rate = f"{row['per_core']:.0f} ({low:.0f} to {high:.0f})"
-            if row["cores"] > 1:
+            if row["cores"] > 1 and row["done"].startswith("batches"):
                 rate += f", {row['clock']:.0f} by the clock on {row['cores']}"
-            lines.append([row["images"], row["size"], row["done"], rate])
-        parts.append(markdown.table(HEADINGS, "lllr", lines))
+            lines.append([row["device"], row["images"], row["size"], row["done"], rate])
+        parts.append(markdown.table(HEADINGS, "llllr", lines))
     if index:
-        heads = ("annotations of", "opened", "processor time", "by the clock", "memory of the process at most")
+        heads = (
+            "machine",
+            "annotations of",
+            "opened",
+            "processor time",
+            "by the clock",
+            "memory of the process at most",
+        )
         lines = []
         for row in index:
             what = f"{row['images']:,} images, {row['boxes']:,} objects, {row['bytes'] / 1e6:.0f} MB"
             took = [f"{row['processor_seconds']:.1f} s", f"{row['seconds']:.1f} s", f"{row['mib']:.0f} MiB"]
-            lines.append([what, row["opened"], *took])
-        parts.append(markdown.table(heads, "llr", lines))
+            lines.append([row["device"], what, row["opened"], *took])
+        parts.append(markdown.table(heads, "lllr", lines))
     return "\n\n".join(parts)
 
 

@@ -35,7 +35,8 @@ def channel_importance(
         topology: of it.
         criterion: ``"gamma"``, see :func:`gamma_importance`, and magnitude where no norm is passed; ``"magnitude"``,
             see :func:`magnitude_importance`; ``"taylor"`` or ``"fisher"``, see :func:`gradient_importance`.
-        batches: ``(images, targets)`` to train on, for the latter two.
+        batches: ``(images, targets)`` whose losses are taken, for the latter two; of images that the detector was not
+            trained on where it may know those by heart, as losses that are gone have no gradient.
 
     Returns:
         ``[units]`` by the name of the group, on the CPU; with the latter two also ``[1]`` by the path of each block

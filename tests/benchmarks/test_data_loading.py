@@ -34,8 +34,10 @@ def test_the_tables_have_the_latest_rows():
     workers = read | {"done": "batches, 2 workers", "cores": 2, "clock": 171.2}
     images, annotations = data_loading.table([read | {"per_core": 1.0}, index, read, workers]).split("\n\n")
     assert images.splitlines()[2:] == [
-        "| mine | 64x48 PNG, 9 KiB | batches, no worker | 90 (80 to 95) |",
-        "| mine | 64x48 PNG, 9 KiB | batches, 2 workers | 90 (80 to 95), 171 by the clock on 2 |",
+        "| A CPU | mine | 64x48 PNG, 9 KiB | batches, no worker | 90 (80 to 95) |",
+        "| A CPU | mine | 64x48 PNG, 9 KiB | batches, 2 workers | 90 (80 to 95), 171 by the clock on 2 |",
     ]
-    assert annotations.splitlines()[2:] == ["| 1,200 images, 4,500 objects, 2 MB | again | 7.0 s | 9.0 s | 600 MiB |"]
+    assert annotations.splitlines()[2:] == [
+        "| A CPU | 1,200 images, 4,500 objects, 2 MB | again | 7.0 s | 9.0 s | 600 MiB |"
+    ]
     assert data_loading.table([index]) == annotations and data_loading.table([]) == ""
