@@ -8,8 +8,7 @@ repair of what reads cut channels, scored, trained for ``--steps`` (0: not at al
 network slimming (Liu et al., ICCV 2017): one share of all inner channels by their gamma, and the same share of each
 other group by magnitude; the others cut by importance for each millisecond, and of blocks only those criteria know the
 importance that are learnt from batches. Latencies are processor time of the thread, as other programs may run beside; a
-second cut brings the measured ones together. What is learnt from batches is learnt from training images, and once more
-from validation images that do not score.
+second cut brings the measured ones together.
 """
 
 from __future__ import annotations
@@ -31,22 +30,17 @@ from jdkd.latency import LatencyTable, fuse_for_inference, measure_quick, measur
 from jdkd.latency.clock import CpuClock
 from jdkd.morph import Morph, channel_importance, cut_to, repair
 from jdkd.morph.cutting import FLOOR
-from jdkd.morph.importance import LEARNT, READ_OFF, gamma_importance, magnitude_importance
+from jdkd.morph.importance import CRITERIA, gamma_importance, magnitude_importance
 from jdkd.rewrite import Rewrite
 from jdkd.train import TrainConfig, calibrate_bn, evaluate, fit
 
 SLIMMING = "slimming"
 BATCHES, BATCH = 3, 8  # that repair and calibration see, and images in each
 WEIGHING = 16  # batches that importance is learnt from, as in a search
-KNOWN, NEW = "training", "new"  # images that importance is learnt from
-UNREPAIRED = "taylor"  # the criterion whose cuts are trained without repair too
+TRAINED = {(name, True) for name in (SLIMMING, *CRITERIA)} | {("taylor", False)}  # criterion, repaired
 OP = "criteria"
-HEADINGS = (
-    *("base", "its mAP", "criterion", "learnt from", "repaired"),
-    *("latency ratio", "kept r", "mAP", "after {} steps"),
-)
+HEADINGS = ("base", "its mAP", "criterion", "repaired", "latency ratio", "kept r", "mAP", "after {} steps")
 Row = record.Row
-Key = tuple[str, str | None]  # a criterion, and the images that it is learnt from, if it is
 
 
 def main() -> None:
@@ -70,19 +64,15 @@ def main() -> None:
 def _rows(given: argparse.Namespace) -> Iterator[Row]:
     """A row for each aim, criterion and repair."""
     train, val = (CocoDetectionDataset(resolve_split(name, given.data, None, None, False)) for name in ("train", "val"))
-    scoring = min(given.images, len(val) // 2)
-    val, rest = val.subset(range(scoring)), val.subset(range(scoring, len(val)))
+    val = val.subset(range(min(given.images, len(val))))
     base = load(given.base)
     topology = read(base)
     images = [val[index][0] for index in range(4)]
     costs = measure_table(base, topology, images, clock=CpuClock())
     probe = list(batches(train, batch_size=BATCH, steps=BATCHES, seed=given.seed))
     unseen = list(batches(val, batch_size=BATCH, steps=2, seed=given.seed))
-    importance: dict[Key, Mapping[str, Tensor]] = {(c, None): channel_importance(base, topology, c) for c in READ_OFF}
-    for which, images_of in ((KNOWN, train), (NEW, rest)):
-        weighing = list(batches(images_of, batch_size=BATCH, steps=WEIGHING, seed=given.seed))
-        importance |= {(c, which): channel_importance(base, topology, c, weighing) for c in LEARNT}
-    seen = pyramids(base, unseen)
+    weighing = list(batches(train, batch_size=BATCH, steps=WEIGHING, seed=given.seed))
+    seen, importance = pyramids(base, unseen), {c: channel_importance(base, topology, c, weighing) for c in CRITERIA}
     common = {
         "op": OP,
         "base": "/".join(given.base.parts[-2:]),
@@ -95,7 +85,7 @@ def _rows(given: argparse.Namespace) -> Iterator[Row]:
     common |= {name: value for name, value in record.environment("cpu", 0).items() if name != "copy_bytes_per_s"}
     for aim in given.aims:
         morphs, ratios = _cuts(base, topology, costs, aim, importance, images)
-        for (name, which), morph in morphs.items():
+        for name, morph in morphs.items():
             for repaired in (False, True):
                 child = morph.apply(base, topology)
                 if repaired:
@@ -107,13 +97,12 @@ def _rows(given: argparse.Namespace) -> Iterator[Row]:
                     **common,
                     "aim": aim,
                     "criterion": name,
-                    "learnt_from": which,
                     "repaired": repaired,
                     "predicted": costs.predict(base, topology, morph.rewrite),
-                    "ratio": ratios[name, which],
+                    "ratio": ratios[name],
                     "kept_r": 1 - sum(distances) / len(distances),
                     "map": evaluate(fuse_for_inference(child), val, device="cpu").map,
-                    "map_trained": _trained(child, train, val, given) if repaired or name == UNREPAIRED else None,
+                    "map_trained": _trained(child, train, val, given) if (name, repaired) in TRAINED else None,
                     "action": morph.action,
                 }
 
@@ -123,20 +112,19 @@ def _cuts(
     topology: Topology,
     costs: LatencyTable,
     aim: float,
-    importance: Mapping[Key, Mapping[str, Tensor]],
+    importance: Mapping[str, Mapping[str, Tensor]],
     images: Sequence[Tensor],
-) -> tuple[dict[Key, Morph], dict[Key, float]]:
+) -> tuple[dict[str, Morph], dict[str, float]]:
     """What each criterion cuts for one aim, and the ratios that were measured, brought together by a second try."""
-    slimming: Key = (SLIMMING, None)
-    aims = dict.fromkeys([slimming, *importance], aim)
+    aims = dict.fromkeys([SLIMMING, *importance], aim)
     for _ in range(2):
-        morphs = {slimming: _slimming(base, topology, costs, aims[slimming])}
+        morphs = {SLIMMING: _slimming(base, topology, costs, aims[SLIMMING])}
         morphs |= {name: cut_to(base, topology, costs, aims[name], importance[name]) for name in importance}
-        cut = {f"{name} {which}": morph.apply(base, topology) for (name, which), morph in morphs.items()}
-        deployed = {name: fuse_for_inference(model) for name, model in {"base": base, **cut}.items()}
+        models = {"base": base} | {name: morph.apply(base, topology) for name, morph in morphs.items()}
+        deployed = {name: fuse_for_inference(model) for name, model in models.items()}
         measured = measure_quick(deployed, images, clock=CpuClock())
-        ratios = {key: measured.ratio(name).value for key, name in zip(morphs, cut, strict=True)}
-        aims = {key: aims[key] * aim / ratio for key, ratio in ratios.items()}
+        ratios = {name: measured.ratio(name).value for name in morphs}
+        aims = {name: aims[name] * aim / ratio for name, ratio in ratios.items()}
     return morphs, ratios
 
 
@@ -182,19 +170,17 @@ def _trained(child: nn.Module, train: Any, val: Any, given: argparse.Namespace) 
 
 def _cells(row: Row) -> list[str]:
     trained = "" if row["map_trained"] is None else f"{row['map_trained']:.3f}"
-    learnt = f"{row['learnt_from']} images" if row["learnt_from"] else ""
-    cells = [row["base"], f"{row['base_map']:.3f}", row["criterion"], learnt, "yes" if row["repaired"] else "no"]
+    cells = [row["base"], f"{row['base_map']:.3f}", row["criterion"], "yes" if row["repaired"] else "no"]
     return [*cells, *(f"{row[name]:.3f}" for name in ("ratio", "kept_r", "map")), trained]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown tables, one for each aim and number of steps: the latest row of each base, criterion and repair."""
-    key = "aim", "steps", "base", "criterion", "learnt_from", "repaired"
-    latest = {tuple(row[name] for name in key): row for row in rows}
+    latest = {tuple(row[name] for name in ("aim", "steps", "base", "criterion", "repaired")): row for row in rows}
     parts = []
     for aim, steps in dict.fromkeys(key[:2] for key in latest):
         own = (_cells(row) for key, row in latest.items() if key[:2] == (aim, steps))
-        parts.append(markdown.table([heading.format(steps) for heading in HEADINGS], "lrlllr", own))
+        parts.append(markdown.table([heading.format(steps) for heading in HEADINGS], "lrllr", own))
     return "\n\n".join(parts)
 
 

@@ -22,9 +22,13 @@ DROP_PATH = "DropPath"  # stochastic depth as timm calls it
 
 
 def gradient_importance(
-    model: nn.Module, topology: Topology, batches: Iterable[Any], criterion: str
+    model: nn.Module, topology: Topology, batches: Iterable[Any], criterion: str, *, relative: bool = True
 ) -> dict[str, Tensor]:
     """How much the losses would change without each unit and each block, to first order: the mean square.
+
+    Each loss counts by the share of itself that it would change by: its gradient is that of its logarithm. As it is, a
+    loss that a detector has learnt by heart has next to no gradient, and what it needs seems not to matter: a first cut
+    of an FCOS that no longer gained took half of its classification head, and nearly all mAP with it. (Our choice.)
 
     ``taylor`` sums weight times gradient over what makes a unit (the weights and biases of its norms, where it passes
     some) and takes the mean square over batches (Molchanov et al., CVPR 2019). ``fisher`` takes the gradient of one
@@ -39,10 +43,11 @@ def gradient_importance(
         topology: of it.
         batches: ``(images, targets)``.
         criterion: ``"taylor"`` or ``"fisher"``.
+        relative: whether each loss is divided by its own size; else their sum counts as it is.
 
     Returns:
-        ``[units]`` by the name of the group and ``[1]`` by the path of each block that may go, on the CPU, in the unit
-        of the losses, squared: comparable with each other.
+        ``[units]`` by the name of the group and ``[1]`` by the path of each block that may go, on the CPU, comparable
+        with each other: shares of losses, squared, or in the unit of the losses, squared.
 
     Raises:
         InputError: there is no batch, or its losses are none, not finite or need no parameter.
@@ -64,7 +69,7 @@ def gradient_importance(
     count = 0
     with _still(model), _differentiable(parameters.values()):
         for images, targets in _bites(batches, one_by_one=criterion == "fisher"):
-            products = _products(model, parameters, images, targets)
+            products = _products(model, parameters, images, targets, relative)
             for group in topology.groups:
                 sums[group.name] += _summed(group, slots[group.name], products).square()
             for path, block in ends.items():
@@ -126,9 +131,9 @@ def _summed(group: ChannelGroup, slots: Sequence[Slot], products: dict[str, Tens
 
 
 def _products(
-    model: nn.Module, parameters: dict[str, Tensor], images: Sequence[Tensor], targets: Sequence[Any]
+    model: nn.Module, parameters: dict[str, Tensor], images: Sequence[Tensor], targets: Sequence[Any], relative: bool
 ) -> dict[str, Tensor]:
-    """Weight times gradient of the sum of the losses, on the CPU."""
+    """Weight times gradient of the sum of the losses, or of the losses each over its own size, on the CPU."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(0)
@@ -136,7 +141,8 @@ def _products(
         if complaint := losses_complaint(losses, trains=True):
             raise InputError(f"importance needs losses, and {type(model).__name__} returned {complaint}.")
         loss = sum(losses.values())
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        weighed = sum(map(_over_itself, losses.values())) if relative else loss
+        gradients = torch.autograd.grad(weighed, list(parameters.values()), allow_unused=True)
     if not loss.isfinite():
         raise InputError(
             f"importance needs finite losses, and those of this {type(model).__name__} are {loss.item()}; train it at "
@@ -147,6 +153,12 @@ def _products(
         for (name, tensor), gradient in zip(parameters.items(), gradients, strict=True)
         if gradient is not None
     }
+
+
+def _over_itself(loss: Tensor) -> Tensor:
+    """A loss over its size; one that is exactly 0, as where there is nothing to find, as it is."""
+    size = loss.detach().abs()
+    return loss / size.where(size > 0, 1.0)
 
 
 def _bites(batches: Iterable[Any], one_by_one: bool) -> Iterator[tuple[Sequence[Tensor], Sequence[Any]]]:

@@ -21,11 +21,16 @@ CRITERIA = *READ_OFF, *LEARNT
 
 
 def channel_importance(
-    model: nn.Module, topology: Topology, criterion: str, batches: Iterable[Any] | None = None
+    model: nn.Module,
+    topology: Topology,
+    criterion: str,
+    batches: Iterable[Any] | None = None,
+    *,
+    relative: bool = True,
 ) -> dict[str, Tensor]:
     """How much every unit of every channel group matters, comparable between groups; all units together weigh 1.
 
-    Gradients are in the unit of the losses whichever group they are of, and are divided by their sum over all groups.
+    Gradients are in one unit whichever group they are of, and are divided by their sum over all groups.
     What is read off the weights has another scale in every layer (a norm after it, or the reader's weights, undo it):
     each group is divided by its own sum first, and weighs as much as its share of all units. To cut a share of the
     weakest of one group then costs what it costs in another.
@@ -35,8 +40,8 @@ def channel_importance(
         topology: of it.
         criterion: ``"gamma"``, see :func:`gamma_importance`, and magnitude where no norm is passed; ``"magnitude"``,
             see :func:`magnitude_importance`; ``"taylor"`` or ``"fisher"``, see :func:`gradient_importance`.
-        batches: ``(images, targets)`` whose losses are taken, for the latter two; of images that the detector was not
-            trained on where it may know those by heart, as losses that are gone have no gradient.
+        batches: ``(images, targets)`` to train on, for the latter two.
+        relative: of these, whether each loss counts by the share of itself that it would change by, or as it is.
 
     Returns:
         ``[units]`` by the name of the group, on the CPU; with the latter two also ``[1]`` by the path of each block
@@ -52,7 +57,7 @@ def channel_importance(
     if criterion in LEARNT:
         if batches is None:
             raise InputError(f"criterion {criterion!r} needs batches of images and targets; give some, or 'gamma'.")
-        found = gradient_importance(model, topology, batches, criterion)
+        found = gradient_importance(model, topology, batches, criterion, relative=relative)
     else:
         found = {}
         for group in topology.groups:

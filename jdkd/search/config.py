@@ -18,7 +18,6 @@ LARGEST_SEED = 2**48  # trainings are told apart by a thousand times it and more
 TEACHING = ("dynamic", "fixed", "given", "base", "none")
 IMITATION = ("pearson", "mse")
 ORDERS = ("joint", "pipelined")
-WEIGHED = ("selection", "train")
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,7 @@ class Method:
             there all the same), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
         criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
-        weighed: by the losses of which images ``"taylor"`` and ``"fisher"`` weigh channels: of those that select, or of
-            those that all train on, which the base may know by heart.
+        relative: whether importance is of each loss over its own size, or of their sum as it is.
         gradual: whether large cuts go in several generations.
     """
 
@@ -43,12 +41,11 @@ class Method:
     teaching: str = "dynamic"
     imitation: str = "pearson"
     criterion: str = "taylor"
-    weighed: str = "selection"
+    relative: bool = True
     gradual: bool = True
 
     def __post_init__(self) -> None:
-        known = {"order": ORDERS, "teaching": TEACHING, "imitation": IMITATION}
-        known |= {"criterion": CRITERIA, "weighed": WEIGHED}
+        known = {"order": ORDERS, "teaching": TEACHING, "imitation": IMITATION, "criterion": CRITERIA}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}; give one of {', '.join(choices)}.")

@@ -36,7 +36,7 @@ from jdkd.search.selection import Part, divide, say_if_trained_elsewhere, traine
 from jdkd.search.spending import Spending
 from jdkd.search.timing import BRIEF, Timing, machine_of, pooled
 from jdkd.train import Scores, TrainConfig, evaluate, fit
-from jdkd.train.inputs import data_for, with_targets_of
+from jdkd.train.inputs import data_for
 
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3  # for repair and correlations
@@ -120,25 +120,18 @@ class SearchContext:
 
     @cached_property
     def _probe(self) -> list[Any]:
-        return [*self._batches(self.train, PROBE_BATCHES)]
+        return [*self._batches()]
 
     @property
     def weighing(self) -> Iterator[Any]:
-        """Batches, always the same, that importance is read off: of the images that select, if not asked otherwise.
-
-        The base may know the training images by heart, and losses that are gone have no gradient to tell what matters.
-        A first cut to 0.75, from an FCOS of 0.770 mAP after 15,000 steps on digit scenes, left 0.011 of it by the
-        training images and 0.714 by those that select.
-        """
+        """Training batches, always the same, that importance is read off."""
         share = int(WEIGHING_SHARE * self.steps)
-        selects = self.config.method.weighed == "selection"
-        dataset = with_targets_of(self.base, self.selection.dataset) if selects else self.train
-        return self._batches(dataset, max(PROBE_BATCHES, min(WEIGHING_BATCHES, share)))
+        return self._batches(max(PROBE_BATCHES, min(WEIGHING_BATCHES, share)))
 
-    def _batches(self, dataset: CocoDetectionDataset, count: int) -> Iterator[Any]:
+    def _batches(self, count: int = PROBE_BATCHES) -> Iterator[Any]:
         config = self.config
         how = {"batch_size": config.batch_size, "seed": config.seed, "device": config.device}
-        return batches(dataset, steps=count, **how)
+        return batches(self.train, steps=count, **how)
 
     def calibrated(self, model: nn.Module) -> nn.Module:
         """The model with recalibrated batch norms, in evaluation mode on the device."""
@@ -336,7 +329,6 @@ def open_context(config: SearchConfig, progress: ProgressCallback) -> SearchCont
     train = data_for(base, opened["training"], **how)
     say_if_trained_elsewhere(f"the base in {config.base}", trained_on(config.base), train)
     selection, report = divide(train, opened["validation"], opened.get("selection"))
-    with_targets_of(base, selection.dataset)  # that importance can be read off them
     count = min(TIMING_IMAGES, len(selection.dataset))
     images = [selection.dataset[i][0] for i in range(count)]
     return SearchContext(config, base, fuse_for_inference(base), train, selection, report, images, progress)

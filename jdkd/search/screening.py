@@ -108,8 +108,9 @@ class Parent:
     @cached_property
     def importance(self) -> dict[str, Tensor]:
         """Of its channels."""
-        context = self.context
-        return channel_importance(self.model, self.topology, context.config.method.criterion, context.weighing)
+        context, method = self.context, self.context.config.method
+        how = {"relative": method.relative}
+        return channel_importance(self.model, self.topology, method.criterion, context.weighing, **how)
 
     @cached_property
     def regions(self) -> int | None:

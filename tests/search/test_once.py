@@ -7,12 +7,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from torchvision.transforms.v2.functional import to_dtype
 
 from jdkd.data import batches
 from jdkd.detect import load, save
-from jdkd.morph import channel_importance
-from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
+from jdkd.search import Archive, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.budget import Rung
 from jdkd.search.evaluator import Evaluator
@@ -33,21 +31,6 @@ def test_the_probe_is_read_once_and_nobody_changes_it_for_others(context, monkey
     for (images, targets), (ours, theirs) in zip(asked, here.probe(), strict=True):
         assert all(map(torch.equal, images, ours))
         assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(targets, theirs, strict=True))
-
-
-def among(image, dataset):
-    return any(torch.equal(image, to_dtype(one, torch.float32, scale=True)) for one, _ in dataset)
-
-
-def test_importance_is_read_off_the_images_that_select_and_not_off_those_that_the_base_has_learnt(context, parent):
-    given = [*context.weighing]
-    for image in (image for images, _ in given for image in images):
-        assert among(image, context.selection.dataset) and not among(image, context.train)
-    otherwise = replace(context, config=replace(context.config, method=Method(weighed="train")))
-    assert all(among(image, context.train) for images, _ in otherwise.weighing for image in images)
-    found = channel_importance(parent.model, parent.topology, "taylor", given)
-    assert found.keys() == parent.importance.keys()
-    assert all(map(torch.equal, found.values(), parent.importance.values()))
 
 
 def test_a_child_that_was_made_while_it_was_proposed_is_the_one_that_is_made_again_elsewhere(asked):

@@ -155,7 +155,7 @@ def test_where_data_lie_is_said_from_everywhere(monkeypatch, tmp_path):
         assert (split.images, split.annotations) == (tmp_path / "images", tmp_path / "boxes.json")
 
 
-@pytest.mark.parametrize("name", ["order", "teaching", "imitation", "criterion", "weighed"])
+@pytest.mark.parametrize("name", ["order", "teaching", "imitation", "criterion"])
 def test_a_method_that_does_not_exist_is_refused_with_those_that_do(name):
     with pytest.raises(InputError, match=f"{name} is 'magic'; give one of {getattr(Method(), name)}|, "):
         Method(**{name: "magic"})
