@@ -51,9 +51,9 @@ def still(model):
     return model
 
 
-def losses(model, images, targets):
+def losses(model, images, targets, relative=True):
     torch.manual_seed(0)
-    return sum(model(images, targets).values())
+    return sum(loss / loss.item() if relative else loss for loss in model(images, targets).values())
 
 
 class DropPath(nn.Module):
@@ -95,14 +95,15 @@ def test_fisher_is_the_squared_gradient_of_one_mask_at_all_places_that_read_a_un
     torch.testing.assert_close(found[name] / found[name].sum(), wanted / wanted.sum(), rtol=1e-3, atol=1e-6)
 
 
-def test_taylor_is_the_squared_sum_over_a_units_norms(model, topology):
+@pytest.mark.parametrize("relative", [True, False])
+def test_taylor_is_the_squared_sum_over_a_units_norms(model, topology, relative):
     given = [batch(2), batch(1, seed=1)]
     name = GROUPS["stream"]
-    found = channel_importance(model, topology, "taylor", given)[name]
+    found = channel_importance(model, topology, "taylor", given, relative=relative)[name]
     wanted = torch.zeros(topology[name].units)
     for images, targets in given:
         trained = still(model)
-        losses(trained, images, targets).backward()
+        losses(trained, images, targets, relative).backward()
         norms = [trained.get_submodule(path) for path in topology.norms(topology[name])]
         assert len(norms) == 3  # the first block's, its shortcut's, the second block's
         wanted += sum(p.detach() * p.grad for norm in norms for p in norm.parameters()).square()
@@ -276,6 +277,22 @@ def test_gradients_weigh_by_the_mean_over_batches_and_are_taken_without_the_call
     with torch.no_grad():
         twice = gradients.gradient_importance(model, topology, [batch(1)] * 2, criterion)
     assert all(torch.equal(once[name], twice[name]) for name in once)
+
+
+@pytest.mark.parametrize("criterion", LEARNT)
+def test_a_loss_that_is_nearly_gone_weighs_as_it_did_and_one_that_is_gone_weighs_nothing(model, topology, criterion):
+    def weighed(factor, relative):
+        learnt = copy.deepcopy(model)
+        learnt.rpn.register_forward_hook(lambda _, __, found: (found[0], {k: factor * v for k, v in found[1].items()}))
+        return channel_importance(learnt, topology, criterion, [batch(2)], relative=relative)
+
+    names = [group.name for group in topology.groups]
+    for relative in (True, False):
+        before, after = (torch.cat([weighed(factor, relative)[name] for name in names]) for factor in (1, 1e-6))
+        assert torch.allclose(before, after, rtol=1e-3, atol=1e-9) is relative
+    own = next(group.name for group in topology.groups if group.name.startswith("rpn."))
+    gone = weighed(0.0, True)
+    assert gone[own].sum() == 0 and all(values.isfinite().all() for values in gone.values())
 
 
 @pytest.mark.parametrize("unknown", [((),), ((), "known")], ids=["nothing is known", "one of two sums"])
