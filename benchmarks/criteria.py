@@ -8,12 +8,14 @@ repair of what reads cut channels, scored, trained for ``--steps`` (0: not at al
 network slimming (Liu et al., ICCV 2017): one share of all inner channels by their gamma, and the same share of each
 other group by magnitude; the others cut by importance for each millisecond, and of blocks only those criteria know the
 importance that are learnt from batches. Latencies are processor time of the thread, as other programs may run beside; a
-second cut brings the measured ones together.
+second cut brings the measured ones together. What is learnt from batches is learnt from losses as they are, and once
+more from each over its own size, as the search does.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,22 @@ from jdkd.latency import LatencyTable, fuse_for_inference, measure_quick, measur
 from jdkd.latency.clock import CpuClock
 from jdkd.morph import Morph, channel_importance, cut_to, repair
 from jdkd.morph.cutting import FLOOR
-from jdkd.morph.importance import CRITERIA, gamma_importance, magnitude_importance
+from jdkd.morph.importance import LEARNT, READ_OFF, gamma_importance, magnitude_importance
 from jdkd.rewrite import Rewrite
 from jdkd.train import TrainConfig, calibrate_bn, evaluate, fit
 
 SLIMMING = "slimming"
 BATCHES, BATCH = 3, 8  # that repair and calibration see, and images in each
 WEIGHING = 16  # batches that importance is learnt from, as in a search
-TRAINED = {(name, True) for name in (SLIMMING, *CRITERIA)} | {("taylor", False)}  # criterion, repaired
+UNREPAIRED = "taylor"  # the criterion whose cuts are trained without repair too
+LOSSES = {True: "each over itself", False: "as they are", None: ""}
 OP = "criteria"
-HEADINGS = ("base", "its mAP", "criterion", "repaired", "latency ratio", "kept r", "mAP", "after {} steps")
+HEADINGS = (
+    *("base", "its mAP", "criterion", "losses", "repaired"),
+    *("latency ratio", "kept r", "mAP", "after {} steps"),
+)
 Row = record.Row
+Key = tuple[str, bool | None]  # a criterion, and whether losses are relative, where it is learnt from some
 
 
 def main() -> None:
@@ -72,7 +79,10 @@ def _rows(given: argparse.Namespace) -> Iterator[Row]:
     probe = list(batches(train, batch_size=BATCH, steps=BATCHES, seed=given.seed))
     unseen = list(batches(val, batch_size=BATCH, steps=2, seed=given.seed))
     weighing = list(batches(train, batch_size=BATCH, steps=WEIGHING, seed=given.seed))
-    seen, importance = pyramids(base, unseen), {c: channel_importance(base, topology, c, weighing) for c in CRITERIA}
+    importance: dict[Key, Mapping[str, Tensor]] = {(c, None): channel_importance(base, topology, c) for c in READ_OFF}
+    for relative, name in itertools.product((True, False), LEARNT):
+        importance[name, relative] = channel_importance(base, topology, name, weighing, relative=relative)
+    seen = pyramids(base, unseen)
     common = {
         "op": OP,
         "base": "/".join(given.base.parts[-2:]),
@@ -85,7 +95,7 @@ def _rows(given: argparse.Namespace) -> Iterator[Row]:
     common |= {name: value for name, value in record.environment("cpu", 0).items() if name != "copy_bytes_per_s"}
     for aim in given.aims:
         morphs, ratios = _cuts(base, topology, costs, aim, importance, images)
-        for name, morph in morphs.items():
+        for (name, relative), morph in morphs.items():
             for repaired in (False, True):
                 child = morph.apply(base, topology)
                 if repaired:
@@ -97,12 +107,13 @@ def _rows(given: argparse.Namespace) -> Iterator[Row]:
                     **common,
                     "aim": aim,
                     "criterion": name,
+                    "relative": relative,
                     "repaired": repaired,
                     "predicted": costs.predict(base, topology, morph.rewrite),
-                    "ratio": ratios[name],
+                    "ratio": ratios[name, relative],
                     "kept_r": 1 - sum(distances) / len(distances),
                     "map": evaluate(fuse_for_inference(child), val, device="cpu").map,
-                    "map_trained": _trained(child, train, val, given) if (name, repaired) in TRAINED else None,
+                    "map_trained": _trained(child, train, val, given) if repaired or name == UNREPAIRED else None,
                     "action": morph.action,
                 }
 
@@ -112,19 +123,20 @@ def _cuts(
     topology: Topology,
     costs: LatencyTable,
     aim: float,
-    importance: Mapping[str, Mapping[str, Tensor]],
+    importance: Mapping[Key, Mapping[str, Tensor]],
     images: Sequence[Tensor],
-) -> tuple[dict[str, Morph], dict[str, float]]:
+) -> tuple[dict[Key, Morph], dict[Key, float]]:
     """What each criterion cuts for one aim, and the ratios that were measured, brought together by a second try."""
-    aims = dict.fromkeys([SLIMMING, *importance], aim)
+    slimming: Key = (SLIMMING, None)
+    aims = dict.fromkeys([slimming, *importance], aim)
     for _ in range(2):
-        morphs = {SLIMMING: _slimming(base, topology, costs, aims[SLIMMING])}
+        morphs = {slimming: _slimming(base, topology, costs, aims[slimming])}
         morphs |= {name: cut_to(base, topology, costs, aims[name], importance[name]) for name in importance}
-        models = {"base": base} | {name: morph.apply(base, topology) for name, morph in morphs.items()}
-        deployed = {name: fuse_for_inference(model) for name, model in models.items()}
+        cut = {f"{name} {LOSSES[relative]}": morph.apply(base, topology) for (name, relative), morph in morphs.items()}
+        deployed = {name: fuse_for_inference(model) for name, model in {"base": base, **cut}.items()}
         measured = measure_quick(deployed, images, clock=CpuClock())
-        ratios = {name: measured.ratio(name).value for name in morphs}
-        aims = {name: aims[name] * aim / ratio for name, ratio in ratios.items()}
+        ratios = {key: measured.ratio(name).value for key, name in zip(morphs, cut, strict=True)}
+        aims = {key: aims[key] * aim / ratio for key, ratio in ratios.items()}
     return morphs, ratios
 
 
@@ -170,17 +182,19 @@ def _trained(child: nn.Module, train: Any, val: Any, given: argparse.Namespace) 
 
 def _cells(row: Row) -> list[str]:
     trained = "" if row["map_trained"] is None else f"{row['map_trained']:.3f}"
-    cells = [row["base"], f"{row['base_map']:.3f}", row["criterion"], "yes" if row["repaired"] else "no"]
+    which = row["criterion"], LOSSES[row["relative"]], "yes" if row["repaired"] else "no"
+    cells = [row["base"], f"{row['base_map']:.3f}", *which]
     return [*cells, *(f"{row[name]:.3f}" for name in ("ratio", "kept_r", "map")), trained]
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown tables, one for each aim and number of steps: the latest row of each base, criterion and repair."""
-    latest = {tuple(row[name] for name in ("aim", "steps", "base", "criterion", "repaired")): row for row in rows}
+    key = "aim", "steps", "base", "criterion", "relative", "repaired"
+    latest = {tuple(row[name] for name in key): row for row in rows}
     parts = []
     for aim, steps in dict.fromkeys(key[:2] for key in latest):
         own = (_cells(row) for key, row in latest.items() if key[:2] == (aim, steps))
-        parts.append(markdown.table([heading.format(steps) for heading in HEADINGS], "lrllr", own))
+        parts.append(markdown.table([heading.format(steps) for heading in HEADINGS], "lrlllr", own))
     return "\n\n".join(parts)
 
 

@@ -28,16 +28,17 @@ def test_slimming_takes_the_least_share_of_the_smallest_gammas_that_reaches_the_
 
 
 def row(**other):
-    made = {"base": "mine/base-0", "base_map": 0.7, "aim": 0.53, "steps": 9, "criterion": "taylor", "repaired": True}
+    made = {"base": "mine/base-0", "base_map": 0.7, "aim": 0.53, "steps": 9, "criterion": "taylor"}
+    made |= {"relative": True, "repaired": True}
     return made | {"ratio": 0.54, "kept_r": 0.8, "map": 0.1, "map_trained": 0.3} | other
 
 
 def test_the_table_has_the_latest_row_of_each_criterion_and_repair_and_one_for_each_aim():
-    rows = [row(), row(repaired=False, map_trained=None), row(map=0.2), row(aim=0.75)]
+    rows = [row(), row(repaired=False, map_trained=None, relative=None), row(map=0.2), row(aim=0.75)]
     first, second = criteria.table(rows).split("\n\n")
     head, _, repaired, bare = first.splitlines()
     assert "after 9 steps" in head
-    assert repaired == "| mine/base-0 | 0.700 | taylor | yes | 0.540 | 0.800 | 0.200 | 0.300 |"
-    assert bare.endswith("| 0.100 |  |") and "| no |" in bare
+    assert repaired == "| mine/base-0 | 0.700 | taylor | each over itself | yes | 0.540 | 0.800 | 0.200 | 0.300 |"
+    assert bare.endswith("| 0.100 |  |") and "| taylor |  | no |" in bare
     assert len(second.splitlines()) == 3
     assert criteria.table([]) == ""
