@@ -114,7 +114,7 @@ def require_learner(model: nn.Module, images: Sequence[Tensor], targets: Sequenc
             ) from error
         except Exception as error:  # it takes them; whether this batch and device suit it shows in training
             say_once(
-                f"{kind} raised {said(error)} on a first trial of {len(images)} image(s); it is trained all the same"
+                f"{kind} raised {said(error)} on a first trial of {len(images)} image(s); the training tries it again"
             )
             return
     if complaint := losses_complaint(found, trains=False):
