@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -194,6 +195,26 @@ def test_processor_time_does_not_count_what_is_waited_for():
     import time
 
     assert CpuClock().time(lambda: time.sleep(0.05)) < 20
+
+
+def test_a_machine_that_slows_down_between_two_measurements_is_not_taken_for_a_costly_nms(model, monkeypatch):
+    slow, steady, measured = [1.0, 1.0, 1.6, 1.0, 1.0, 1.0], [], []  # the third, with NMS, met other work
+
+    class Runtime:
+        @contextmanager
+        def steady_nms(self, counts):
+            steady.append(counts)
+            yield
+            steady.pop()
+
+    def measure(models, images, **options):
+        measured.append(bool(steady))
+        cost = slow[len(measured) - 1] * (10.0 if steady else 11.0)
+        return LatencyReport({name: ModelLatency(Latency((cost,) * 2)) for name in models}, {}, {})
+
+    monkeypatch.setattr(versions_module, "measure_quick", measure)
+    assert versions_module._nms_share(model, [], (7,), Runtime(), {}) == pytest.approx(0.1)
+    assert measured == [False, True] * versions_module.TURNS
 
 
 def test_what_nms_takes_stands_beside_what_was_measured_without_it():
