@@ -9,7 +9,7 @@ network slimming (Liu et al., ICCV 2017): one share of all inner channels by the
 other group by magnitude; the others cut by importance for each millisecond, and of blocks only those criteria know the
 importance that are learnt from batches. Latencies are processor time of the thread, as other programs may run beside; a
 second cut brings the measured ones together. What is learnt from batches is learnt from losses as they are, and once
-more from each over its own size, as the search does.
+more from each over its own size, as the search does. A criterion whose cuts do not reach an aim is left out.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks import markdown, record
 from jdkd.data import CocoDetectionDataset, batches, resolve_split
 from jdkd.detect import load, read
 from jdkd.distill import correlations, pyramids
+from jdkd.errors import InputError
 from jdkd.graph import ChannelGroup, Topology
 from jdkd.latency import LatencyTable, fuse_for_inference, measure_quick, measure_table
 from jdkd.latency.clock import CpuClock
@@ -131,7 +132,11 @@ def _cuts(
     aims = dict.fromkeys([slimming, *importance], aim)
     for _ in range(2):
         morphs = {slimming: _slimming(base, topology, costs, aims[slimming])}
-        morphs |= {name: cut_to(base, topology, costs, aims[name], importance[name]) for name in importance}
+        for key in [key for key in importance if key in aims]:
+            try:
+                morphs[key] = cut_to(base, topology, costs, aims[key], importance[key])
+            except InputError as error:  # whoever weighs no block may take channels alone
+                print(f"{key[0]} cannot: {error}", flush=True)
         cut = {f"{name} {LOSSES[relative]}": morph.apply(base, topology) for (name, relative), morph in morphs.items()}
         deployed = {name: fuse_for_inference(model) for name, model in {"base": base, **cut}.items()}
         measured = measure_quick(deployed, images, clock=CpuClock())
