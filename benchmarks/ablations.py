@@ -43,7 +43,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gamma": ("channels are cut by gamma, and blocks leave by chance", {"criterion": "gamma"}),
     "magnitude": ("channels are cut by magnitude, and blocks leave by chance", {"criterion": "magnitude"}),
     "fisher": ("channels are cut by Fisher information", {"criterion": "fisher"}),
-    "absolute": ("importance is of the losses' sum, not of each over itself", {"relative": False}),
+    "absolute": ("importance is of the losses' sum as it is", {"relative": False}),
+    "relative": ("importance is of each loss over its own size", {"relative": True}),
 }
 OTHER = 100  # added to the seed of a base where its search is made again
 POOLLESS = ("base alone", "none")  # arms that need no pool, and train their students on its steps

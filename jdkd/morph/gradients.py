@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,13 +23,9 @@ DROP_PATH = "DropPath"  # stochastic depth as timm calls it
 
 
 def gradient_importance(
-    model: nn.Module, topology: Topology, batches: Iterable[Any], criterion: str, *, relative: bool = True
+    model: nn.Module, topology: Topology, batches: Iterable[Any], criterion: str, *, relative: bool = False
 ) -> dict[str, Tensor]:
     """How much the losses would change without each unit and each block, to first order: the mean square.
-
-    Each loss counts by the share of itself that it would change by: its gradient is that of its logarithm. As it is, a
-    loss that a detector has learnt by heart has next to no gradient, and what it needs seems not to matter: a first cut
-    of an FCOS that no longer gained took half of its classification head, and nearly all mAP with it. (Our choice.)
 
     ``taylor`` sums weight times gradient over what makes a unit (the weights and biases of its norms, where it passes
     some) and takes the mean square over batches (Molchanov et al., CVPR 2019). ``fisher`` takes the gradient of one
@@ -43,7 +40,10 @@ def gradient_importance(
         topology: of it.
         batches: ``(images, targets)``.
         criterion: ``"taylor"`` or ``"fisher"``.
-        relative: whether each loss is divided by its own size; else their sum counts as it is.
+        relative: whether each loss counts by the share of itself that it would change by, or as it is. A loss that the
+            detector has learnt by heart, see :func:`smallest_loss`, has next to no gradient as it is, and what it needs
+            seems not to matter: the first cut of an FCOS that no longer gained took half of its classification head,
+            and nearly all mAP with it. (Our choice.)
 
     Returns:
         ``[units]`` by the name of the group and ``[1]`` by the path of each block that may go, on the CPU, comparable
@@ -80,6 +80,23 @@ def gradient_importance(
             count += 1
     require_batches(count, f"{criterion} importance")
     return {name: (values / count).float() for name, values in sums.items()}
+
+
+def smallest_loss(model: nn.Module, batches: Iterable[Any]) -> float:
+    """The smallest of a detector's losses over the largest, each the mean over batches.
+
+    One that is 0, as that of what no image has, does not count.
+
+    Args:
+        model, batches: as of :func:`gradient_importance`.
+    """
+    means: dict[str, float] = defaultdict(float)
+    with _still(unwrapped(model)), torch.no_grad():
+        for images, targets in _bites(batches, one_by_one=False):
+            for name, loss in _losses(model, images, targets).items():
+                means[name] += abs(float(loss))
+    some = [mean for mean in means.values() if mean > 0] or [1.0]
+    return min(some) / max(some)
 
 
 def _speaking(group: ChannelGroup, topology: Topology, criterion: str) -> list[Slot]:
@@ -134,10 +151,8 @@ def _products(
     model: nn.Module, parameters: dict[str, Tensor], images: Sequence[Tensor], targets: Sequence[Any], relative: bool
 ) -> dict[str, Tensor]:
     """Weight times gradient of the sum of the losses, or of the losses each over its own size, on the CPU."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        torch.manual_seed(0)
-        losses = model(list(images), list(targets))
+    with torch.enable_grad():
+        losses = _losses(model, images, targets)
         if complaint := losses_complaint(losses, trains=True):
             raise InputError(f"importance needs losses, and {type(model).__name__} returned {complaint}.")
         loss = sum(losses.values())
@@ -153,6 +168,14 @@ def _products(
         for (name, tensor), gradient in zip(parameters.items(), gradients, strict=True)
         if gradient is not None
     }
+
+
+def _losses(model: nn.Module, images: Sequence[Tensor], targets: Sequence[Any]) -> Any:
+    """What it returns while it trains, by the same chance in every call."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(0)
+        return model(list(images), list(targets))
 
 
 def _over_itself(loss: Tensor) -> Tensor:

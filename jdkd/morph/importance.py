@@ -26,7 +26,7 @@ def channel_importance(
     criterion: str,
     batches: Iterable[Any] | None = None,
     *,
-    relative: bool = True,
+    relative: bool = False,
 ) -> dict[str, Tensor]:
     """How much every unit of every channel group matters, comparable between groups; all units together weigh 1.
 

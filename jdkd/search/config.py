@@ -32,7 +32,8 @@ class Method:
             there all the same), ``"base"`` or ``"none"``.
         imitation: ``"pearson"`` (PKD) or ``"mse"`` (FitNets).
         criterion: by which channels are cut, one of :data:`jdkd.morph.importance.CRITERIA`.
-        relative: whether importance is of each loss over its own size, or of their sum as it is.
+        relative: whether importance is of each loss over its own size, or of their sum as it is; by default the former
+            where the base knows its training images by heart, see :attr:`jdkd.search.context.SearchContext.relative`.
         gradual: whether large cuts go in several generations.
     """
 
@@ -41,7 +42,7 @@ class Method:
     teaching: str = "dynamic"
     imitation: str = "pearson"
     criterion: str = "taylor"
-    relative: bool = True
+    relative: bool | None = None
     gradual: bool = True
 
     def __post_init__(self) -> None:

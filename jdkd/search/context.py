@@ -26,6 +26,7 @@ from jdkd.latency.protocol import conditions_of
 from jdkd.latency.runtimes import Runtime, require_runnable
 from jdkd.latency.table import LatencyTable
 from jdkd.latency.versions import measure_table
+from jdkd.morph.gradients import smallest_loss
 from jdkd.notices import ProgressCallback
 from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.shrinking import calibrate
@@ -43,6 +44,7 @@ PROBE_BATCHES = 3  # for repair and correlations
 WEIGHING_BATCHES = 8  # for importance: on two FCOS cuts by it kept as high an r as cuts by 32, to 0.003 on average
 WEIGHING_SHARE = 0.01  # of the budget that they are at most
 BUDGET = "budget.json"
+BY_HEART = 0.001  # of the base's largest loss: below it a loss is nearly gone; it was 0.02 of photographs that were not
 TRAINING = "training"  # folder of a checkpoint and a log, in that of a candidate or of the control
 BUDGET_STEPS = 3  # of the base, that a budget in minutes is measured by
 MATERIAL = (
@@ -127,6 +129,16 @@ class SearchContext:
         """Training batches, always the same, that importance is read off."""
         share = int(WEIGHING_SHARE * self.steps)
         return self._batches(max(PROBE_BATCHES, min(WEIGHING_BATCHES, share)))
+
+    @cached_property
+    def relative(self) -> bool:
+        """Whether importance is of each loss over its own size.
+
+        As it is, a loss that the base has learnt by heart has next to no gradient, and what it needs seems not to
+        matter. Where no loss is nearly gone, students of photographs were better by the losses as they are.
+        """
+        asked = self.config.method.relative
+        return smallest_loss(self.base, self.weighing) < BY_HEART if asked is None else asked
 
     def _batches(self, count: int = PROBE_BATCHES) -> Iterator[Any]:
         config = self.config

@@ -21,6 +21,7 @@ from jdkd.graph import Topology
 from jdkd.latency.table import LatencyTable, regions_of
 from jdkd.latency.versions import fewer_regions
 from jdkd.morph import Morph, can_shorten, change_regions, channel_importance, cut_to, grow, shorten
+from jdkd.morph.importance import LEARNT
 from jdkd.morph.origins import names_before
 from jdkd.notices import say_once
 from jdkd.rewrite import Rewrite
@@ -108,9 +109,9 @@ class Parent:
     @cached_property
     def importance(self) -> dict[str, Tensor]:
         """Of its channels."""
-        context, method = self.context, self.context.config.method
-        how = {"relative": method.relative}
-        return channel_importance(self.model, self.topology, method.criterion, context.weighing, **how)
+        context, criterion = self.context, self.context.config.method.criterion
+        how = {"batches": context.weighing, "relative": context.relative} if criterion in LEARNT else {}
+        return channel_importance(self.model, self.topology, criterion, **how)
 
     @cached_property
     def regions(self) -> int | None:

@@ -51,7 +51,7 @@ def still(model):
     return model
 
 
-def losses(model, images, targets, relative=True):
+def losses(model, images, targets, relative=False):
     torch.manual_seed(0)
     return sum(loss / loss.item() if relative else loss for loss in model(images, targets).values())
 
@@ -293,6 +293,22 @@ def test_a_loss_that_is_nearly_gone_weighs_as_it_did_and_one_that_is_gone_weighs
     own = next(group.name for group in topology.groups if group.name.startswith("rpn."))
     gone = weighed(0.0, True)
     assert gone[own].sum() == 0 and all(values.isfinite().all() for values in gone.values())
+
+
+class Told(nn.Module):
+    """Losses that are known: one of each image, a constant, and one of what is not there."""
+
+    def forward(self, images, targets):
+        assert self.training
+        torch.rand(1)
+        return {"a": torch.tensor(-2.0), "b": torch.tensor(0.1 * len(images)), "never": torch.tensor(0.0)}
+
+
+def test_the_smallest_loss_is_over_the_largest_and_one_that_is_never_there_does_not_count():
+    model, before = Told().eval(), torch.get_rng_state()
+    assert gradients.smallest_loss(model, [batch(1), batch(3)]) == pytest.approx(0.2 / 2)
+    assert not model.training and torch.equal(before, torch.get_rng_state())
+    assert gradients.smallest_loss(model, []) == 1
 
 
 @pytest.mark.parametrize("unknown", [((),), ((), "known")], ids=["nothing is known", "one of two sums"])

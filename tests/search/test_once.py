@@ -6,16 +6,18 @@ from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from jdkd.data import batches
 from jdkd.detect import load, save
-from jdkd.search import Archive, Proposal, plan, screening, strategy
+from jdkd.morph import channel_importance
+from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.budget import Rung
 from jdkd.search.evaluator import Evaluator
 from jdkd.search.matching import Matching
-from jdkd.search.screening import CHANNELS, STRUCTURE, Recipe
+from jdkd.search.screening import CHANNELS, STRUCTURE, Parent, Recipe
 from jdkd.search.strategy import Strategy
 
 EVERYTHING = STRUCTURE, CHANNELS
@@ -31,6 +33,20 @@ def test_the_probe_is_read_once_and_nobody_changes_it_for_others(context, monkey
     for (images, targets), (ours, theirs) in zip(asked, here.probe(), strict=True):
         assert all(map(torch.equal, images, ours))
         assert all(torch.equal(one["boxes"], other["boxes"]) for one, other in zip(targets, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("smallest", "asked", "relative"), [(1e-5, None, True), (0.02, None, False), (0.02, True, True)]
+)
+def test_losses_count_over_themselves_where_the_base_knows_its_images_by_heart(
+    context, parent, monkeypatch, smallest, asked, relative
+):
+    monkeypatch.setattr("jdkd.search.context.smallest_loss", lambda model, batches: smallest)
+    here = replace(context, config=replace(context.config, method=Method(relative=asked)))
+    assert here.relative is relative
+    found = Parent(parent.candidate, parent.table, here).importance
+    wanted = channel_importance(parent.model, parent.topology, "taylor", context.weighing, relative=relative)
+    assert found.keys() == wanted.keys() and all(map(torch.equal, found.values(), wanted.values()))
 
 
 def test_a_child_that_was_made_while_it_was_proposed_is_the_one_that_is_made_again_elsewhere(asked):
@@ -68,7 +84,8 @@ def test_a_student_that_is_tried_twice_is_made_once_and_trained_from_a_copy(aske
 
 def test_targets_that_share_a_finalist_share_what_is_known_of_it(parent, context, steady, monkeypatch):
     weighed, own, rung = [], screening.channel_importance, Rung((0.85, 0.75), False, 1, 10, trial=True)
-    monkeypatch.setattr(screening, "channel_importance", lambda *given: weighed.append(given[0]) or own(*given))
+    noted = lambda *given, **how: weighed.append(given[0]) or own(*given, **how)  # noqa: E731
+    monkeypatch.setattr(screening, "channel_importance", noted)
     monkeypatch.setattr(Strategy, "_finalists", lambda *given: [parent.candidate])
     asking = Strategy(context, plan(context.config, 32), Matching(context, None, 0.4), parent.table)
 
