@@ -9,7 +9,8 @@ network slimming (Liu et al., ICCV 2017): one share of all inner channels by the
 other group by magnitude; the others cut by importance for each millisecond, and of blocks only those criteria know the
 importance that are learnt from batches. Latencies are processor time of the thread, as other programs may run beside; a
 second cut brings the measured ones together. What is learnt from batches is learnt from losses as they are, and once
-more from each over its own size, as the search does. A criterion whose cuts do not reach an aim is left out.
+more from each over its own size, as a search does it where the base knows its images by heart. A criterion whose cuts
+do not reach an aim is left out.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from jdkd.train import TrainConfig, calibrate_bn, evaluate, fit
 
 SLIMMING = "slimming"
 BATCHES, BATCH = 3, 8  # that repair and calibration see, and images in each
-WEIGHING = 16  # batches that importance is learnt from, as in a search
+WEIGHING = 16  # batches that importance is learnt from
 UNREPAIRED = "taylor"  # the criterion whose cuts are trained without repair too
 LOSSES = {True: "each over itself", False: "as they are", None: ""}
 OP = "criteria"

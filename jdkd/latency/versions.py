@@ -79,7 +79,7 @@ def measure_table(
     table = LatencyTable(_containers(topology), sizes, counted, (), kept=kept, regions=regions, of_regions=per_region)
     rows = [(table.features(model), 1.0)]
     how: dict[str, Any] = {"rounds": rounds, "warmup_limit": 0.5, "device": device, "clock": clock, "runtime": runtime}
-    table = replace(table, nms=_nms_share(deployed, images, kept, runtime, how))
+    table = replace(table, nms=_nms_share(deployed, images, kept, how))
     for start in range(0, len(versions), AT_ONCE):
         some = versions[start : start + AT_ONCE]
         timed = {"base": deployed}
@@ -96,15 +96,13 @@ def measure_table(
     )
 
 
-def _nms_share(
-    deployed: nn.Module, images: Sequence[Tensor], kept: Sequence[int], runtime: Runtime, how: Mapping[str, Any]
-) -> float:
+def _nms_share(deployed: nn.Module, images: Sequence[Tensor], kept: Sequence[int], how: Mapping[str, Any]) -> float:
     """What the base's NMS takes over the rest of it.
 
     Timed in turns, of which the median counts: between one measurement and the next a machine can change its speed, and
     of a base without a costly NMS a third of the latency once seemed to be that.
     """
-    shares = []
+    shares, runtime = [], how["runtime"]
     for _ in range(TURNS):
         whole, rest = (_median(deployed, images, how, context) for context in (nullcontext(), runtime.steady_nms(kept)))
         shares.append(whole / rest - 1)

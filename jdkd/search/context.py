@@ -44,7 +44,7 @@ PROBE_BATCHES = 3  # for repair and correlations
 WEIGHING_BATCHES = 8  # for importance: on two FCOS cuts by it kept as high an r as cuts by 32, to 0.003 on average
 WEIGHING_SHARE = 0.01  # of the budget that they are at most
 BUDGET = "budget.json"
-BY_HEART = 0.001  # of the base's largest loss: below it a loss is nearly gone; it was 0.02 of photographs that were not
+BY_HEART = 0.001  # of the base's largest loss: below it a loss is nearly gone; of two bases of photographs it was 0.03
 TRAINING = "training"  # folder of a checkpoint and a log, in that of a candidate or of the control
 BUDGET_STEPS = 3  # of the base, that a budget in minutes is measured by
 MATERIAL = (
@@ -135,7 +135,7 @@ class SearchContext:
         """Whether importance is of each loss over its own size.
 
         As it is, a loss that the base has learnt by heart has next to no gradient, and what it needs seems not to
-        matter. Where no loss is nearly gone, students of photographs were better by the losses as they are.
+        matter. Elsewhere it is of their sum: by each over itself a student of photographs was worse, in one search.
         """
         asked = self.config.method.relative
         return smallest_loss(self.base, self.weighing) < BY_HEART if asked is None else asked

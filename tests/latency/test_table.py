@@ -213,7 +213,7 @@ def test_a_machine_that_slows_down_between_two_measurements_is_not_taken_for_a_c
         return LatencyReport({name: ModelLatency(Latency((cost,) * 2)) for name in models}, {}, {})
 
     monkeypatch.setattr(versions_module, "measure_quick", measure)
-    assert versions_module._nms_share(model, [], (7,), Runtime(), {}) == pytest.approx(0.1)
+    assert versions_module._nms_share(model, [], (7,), {"runtime": Runtime()}) == pytest.approx(0.1)
     assert measured == [False, True] * versions_module.TURNS
 
 
