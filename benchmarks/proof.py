@@ -35,6 +35,7 @@ class Recipe:
         data: how its images are drawn, anew for each seed; None for photographs that are given, which are halved.
         model: flags of `jdkd train` for what the base is.
         batch_size, amp: of every training.
+        sizes: short sides in pixels of the images of every training, where they are several.
         steps: of the base.
         times: as many steps the search may take, pool included, over those of the base; 2 is the most it should cost.
         targets: latencies over the base's, a student for each.
@@ -49,6 +50,7 @@ class Recipe:
     times: float = 1.6
     targets: str = "0.53"
     lr: float = 2e-3
+    sizes: str = ""
     amp: str = "bf16"
     runtime: str = "eager"
 
@@ -66,6 +68,14 @@ RECIPES = {
     "digit_scenes_deep": Recipe(_SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2),
     "digit_scenes_deep_long": Recipe(
         _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 15000, times=0.6
+    ),
+    "digit_scenes_deep_sizes": Recipe(
+        _SCENES,
+        f"--model fcos {_DEEP} --min-size 192 --max-size 192",
+        4,
+        15000,
+        times=0.6,
+        sizes="160 176 192 208 224",
     ),
     "digit_scenes_deep_front": Recipe(
         _SCENES, f"--model fcos {_DEEP} --min-size 192 --max-size 192", 4, 6000, times=2, targets="0.75,0.53,0.35"
@@ -114,7 +124,8 @@ def run(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:
 def flags(recipe: Recipe, data: Path, seed: int) -> tuple[object, ...]:
     """What all trainings of a seed have in common."""
     common = ("--data", data, "--batch-size", recipe.batch_size, "--lr", recipe.lr, "--amp", recipe.amp)
-    return (*common, "--seed", seed, "--resume")
+    sizes = ("--train-sizes", *recipe.sizes.split()) if recipe.sizes else ()
+    return (*common, *sizes, "--seed", seed, "--resume")
 
 
 def images(recipe: Recipe, folder: Path, data: Path | None, seed: int) -> Path:

@@ -56,6 +56,8 @@ class PoolTrain:
     """Images per step, of each process."""
     lr: float = 2e-3
     """Peak learning rate; phases scale it."""
+    train_sizes: tuple[int, ...] | None = None
+    """Short sides in pixels, one of which each image is resized to while training [as of the base]."""
     feature_weight: float = 6.0
     """Weight of PKD from the frozen largest network to the subnets."""
     head_weight: float = 1.0
@@ -69,7 +71,7 @@ class PoolTrain:
     def _run(self, device: str) -> None:
         from jdkd.data.copies import say_if_trained_on
         from jdkd.detect import load, read
-        from jdkd.detect.input_size import require_visible
+        from jdkd.detect.input_size import require_resizing, require_visible
         from jdkd.pool import Space, train_pool
         from jdkd.pool.foreign import require_name
         from jdkd.train.distributed import first_goes_ahead, from_first, is_first
@@ -92,6 +94,7 @@ class PoolTrain:
             for scored in (base, *foreign.values()):
                 require_visible(scored, val.sizes)
             config = self._config(images)
+            require_resizing(base, config.train.sizes)
             train = data_for(base, images, batch_size=self.batch_size, seed=self.training.seed, device=device)
             identity = self._identity(config, train, val)
             from_first(lambda: run.require(KIND, identity, resume=self.training.resume))
@@ -111,11 +114,12 @@ class PoolTrain:
 
     def _config(self, train: CocoDetectionDataset | None) -> PoolTrainConfig:
         from jdkd.pool import PHASES, PoolTrainConfig, read_phases
+        from jdkd.train.record import trained_at
 
         phases = PHASES if self.phases is None else read_phases(self.phases)
-        config = PoolTrainConfig(
-            self.training.config(train, **vars(self)), phases, self.feature_weight, self.head_weight
-        )
+        sizes = trained_at(self.base) if self.train_sizes is None else self.train_sizes
+        training = self.training.config(train, **vars(self), sizes=sizes or None)
+        config = PoolTrainConfig(training, phases, self.feature_weight, self.head_weight)
         if self.steps < (least := sum(phase.passes for phase in config.phases)):
             raise InputError(f"--steps is {self.steps}; give at least {least}, a step of every phase.")
         return config

@@ -66,6 +66,8 @@ class Search:
     """Images per step."""
     lr: float = 2e-3
     """Peak learning rate."""
+    train_sizes: tuple[int, ...] | None = None
+    """Short sides in pixels of training images, of students with a smaller input in proportion [as of the base]."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: on a GPU."""
     runtime: Literal["eager", "compile", "cudagraph", "onnxruntime", "openvino", "tensorrt"] = "eager"

@@ -123,6 +123,17 @@ def training_sizes(model: nn.Module, sizes: Sequence[int] | None) -> Iterator[No
         transform.min_size, transform.max_size = own
 
 
+def sizes_in_proportion(sizes: Sequence[int], model: nn.Module, like: nn.Module) -> tuple[int, ...]:
+    """Sizes to train one detector at, for another: as far from its input size as they are from the other's.
+
+    Args:
+        sizes: short sides in pixels that ``like`` is trained at.
+        model, like: detectors with an :func:`input_size`.
+    """
+    share = input_size(model)[0] / input_size(like)[0]
+    return tuple(max(1, round(size * share)) for size in sizes)
+
+
 def require_resizing(model: nn.Module, sizes: Sequence[int] | None) -> None:
     """Refuses sizes to train at for a detector that :func:`training_sizes` cannot give them to.
 

@@ -191,20 +191,21 @@ class TeacherRunner:
                 f"the student's {type(entered).__name__} was given {got}, and the teacher needs the same images as a "
                 "tensor [N, 3, H, W]; give the student a backbone that is called with one"
             )
-        before = self._batch
-        same_shape = before is not None and (self.own_size or before.images.shape == batch.images.shape)
-        keep = self._same_images and same_shape
-        self._same_images, self._entered_in = False, pass_number()
+        before, self._entered_in = self._batch, pass_number()
         recomputed = before is not None and self._entered_in != FORWARD and _same(before, batch)
+        sizes = self._next_sizes
+        if sizes is None and recomputed:  # the checkpoint began after the transform
+            sizes = self._sizes
+        as_before = before is not None and (before.images.shape, self._sizes) == (batch.images.shape, sizes)
+        keep = self._same_images and (self.own_size or as_before)
+        self._same_images = False
         if self.own_size and self.student.training and self._called_in != self._entered_in and not recomputed:
             raise InputError(
                 f"the student's {type(entered).__name__} ran outside of the forward of {type(self.student).__name__}, "
                 "so there is no telling which images its teacher is to see at its own size; call the student itself, "
                 "and let a checkpoint begin there or backward follow each forward"
             )
-        if self._next_sizes is not None or not recomputed:  # else the checkpoint began after the transform
-            self._sizes, self._next_sizes = self._next_sizes, None
-        self._batch = batch
+        self._sizes, self._next_sizes, self._batch = sizes, None, batch
         if not keep:
             self._taught = None
 

@@ -113,6 +113,7 @@ def _losses(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int) -
     space = supernet.space.top_fraction(phase.top_fraction)
 
     def losses(images: list[Tensor], targets: list[dict[str, Tensor]], step: int) -> Iterator[dict[str, Tensor]]:
+        drawn = torch.get_rng_state()
         supernet.activate(supernet.space.largest)
         distiller.runner.enabled = False
         yield supernet.model(images, targets)
@@ -120,6 +121,7 @@ def _losses(supernet: Supernet, distiller: Distiller, phase: Phase, seed: int) -
         rng = random.Random(f"{seed}/{step}")
         for subnet in [space.smallest] * phase.sandwich + [space.sample(rng) for _ in range(phase.subnets)]:
             supernet.activate(subnet)
+            torch.set_rng_state(drawn)  # images of the size that they had: what the teacher made of them holds
             yield supernet.model(images, targets) | distiller.losses()
 
     return losses

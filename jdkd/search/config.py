@@ -75,6 +75,9 @@ class SearchConfig:
         candidates: students to train in each generation that looks for an architecture.
         proposals: students to screen, untrained, for each such generation.
         batch_size, lr, amp, loaders: of every training; ``lr`` is the peak, ``loaders`` are processes that read images.
+        train_sizes: short sides in pixels, one of which each image of a training is resized to, of pool, candidates and
+            control; for a student of another input size in proportion. None: as the base was trained, where its folder
+            says so; empty: each at its own input size.
         workers: processes that train candidates at once; 0 and 1 train in this one.
         ray: address of a Ray cluster that trains them instead, or ``"auto"``.
         control: whether the base is trained as long as a student's lineage, to be compared with.
@@ -113,6 +116,7 @@ class SearchConfig:
     lr: float = 2e-3
     amp: str = "auto"
     loaders: int = 0
+    train_sizes: tuple[int, ...] | None = None
     workers: int = 0
     ray: str | None = None
     control: bool = True
@@ -165,7 +169,8 @@ class SearchConfig:
             raise InputError("teaching is 'given', and no teachers are; give their folders, or teach otherwise.")
         if self.workers and self.ray is not None:
             raise InputError("workers and ray are both given; the candidates are trained by one of them.")
-        TrainConfig(1, batch_size=self.batch_size, lr=self.lr, amp=self.amp, workers=self.loaders)
+        how = {"batch_size": self.batch_size, "lr": self.lr, "amp": self.amp, "workers": self.loaders}
+        TrainConfig(1, sizes=self.train_sizes or None, **how)
 
     @property
     def pool(self) -> Path:

@@ -16,7 +16,7 @@ from jdkd.data.splits import whereabouts
 from jdkd.detect import load, read
 from jdkd.detect.architecture import architecture_of, require_classes
 from jdkd.detect.checkpoint import ARCHITECTURE, WEIGHTS
-from jdkd.detect.input_size import input_size
+from jdkd.detect.input_size import input_size, sizes_in_proportion
 from jdkd.errors import InputError
 from jdkd.export.runtimes import known_runtimes
 from jdkd.files import content_hash, read_as, write_json
@@ -33,11 +33,12 @@ from jdkd.pool.shrinking import calibrate
 from jdkd.search.archive import Candidate
 from jdkd.search.budget import steps_of
 from jdkd.search.config import SearchConfig
-from jdkd.search.selection import Part, divide, say_if_trained_elsewhere, trained_on
+from jdkd.search.selection import Part, divide, say_if_trained_elsewhere
 from jdkd.search.spending import Spending
 from jdkd.search.timing import BRIEF, Timing, machine_of, pooled
 from jdkd.train import Scores, TrainConfig, evaluate, fit
 from jdkd.train.inputs import data_for
+from jdkd.train.record import trained_on
 
 TIMING_IMAGES = 8
 PROBE_BATCHES = 3  # for repair and correlations
@@ -280,11 +281,13 @@ class SearchContext:
         """Where the search runs now, as :attr:`Timing.machine` has it."""
         return machine_of(conditions_of(torch.device(self.config.device), self.runtime))
 
-    def training(self, steps: int, seed: int, **changes: Any) -> TrainConfig:
-        """Settings of one training; ``seed`` tells the trainings of a search apart."""
+    def training(self, steps: int, seed: int, trained: nn.Module | None = None, **changes: Any) -> TrainConfig:
+        """Settings of one training, of the base unless another is given; ``seed`` tells those of a search apart."""
         config = self.config
         settings = {"lr": config.lr, "flip": 0.5 if self.train.mirror_symmetric else 0.0, "checkpoint_every": 25}
         settings |= {"batch_size": config.batch_size, "amp": config.amp, "workers": config.loaders}
+        if config.train_sizes:
+            settings["sizes"] = sizes_in_proportion(config.train_sizes, trained or self.base, self.base)
         return TrainConfig(steps=steps, seed=1000 * config.seed + seed, **settings | changes)
 
     def identity(self) -> dict[str, Any]:
@@ -297,6 +300,7 @@ class SearchContext:
             "data": {name: dataset.fingerprint for name, dataset in parts.items()},
             "teachers": {folder.absolute().name: content_hash(folder / WEIGHTS) for folder in config.teachers},
             **{name: getattr(config, name) for name in MATERIAL},
+            **({"train_sizes": config.train_sizes} if config.train_sizes else {}),  # which earlier searches had not
             "method": vars(config.method),
             "steps": None if config.minutes else steps_of(config, len(self.train)),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from jdkd.detect import load, save
+from jdkd.detect.input_size import training_sizes
 from jdkd.distill import Distiller, can_distil_heads
 from jdkd.distill.training import lessons
 from jdkd.latency import fuse_for_inference
@@ -107,12 +108,13 @@ class Evaluator:
                 student = fresh(student, proposal.number)
             teacher = self._teacher(proposal.teacher)
         schedule = {"lr": cycle.lr, "cycle_start": cycle.start, "cycle_steps": cycle.total}
+        how = context.training(cycle.steps, proposal.number, student, **schedule)
         said = f"candidate {proposal.number}: {proposal.action}"
-        with spent.on("training"), self._taught(student, teacher) as taught:
+        with spent.on("training"), self._taught(student, teacher, how.sizes) as taught:
             fit(
                 student,
                 context.train,
-                context.training(cycle.steps, seed=proposal.number, **schedule),
+                how,
                 device=config.device,
                 folder=folder / TRAINING,
                 resume=True,
@@ -146,15 +148,18 @@ class Evaluator:
         return self._taught_by[2]
 
     @contextmanager
-    def _taught(self, student: nn.Module, teacher: nn.Module | None) -> Iterator[dict[str, Any]]:
+    def _taught(
+        self, student: nn.Module, teacher: nn.Module | None, sizes: Sequence[int] | None
+    ) -> Iterator[dict[str, Any]]:
         """What a training is given besides its settings: the losses of a student under its teacher."""
         if teacher is None:
             yield {}
             return
         config = self.context.config
         weights = {"feature_weight": config.feature_weight}
-        if config.head_weight and can_distil_heads(student, teacher, own_size=True):
-            weights["head_weight"] = config.head_weight
+        with training_sizes(student, sizes):
+            if config.head_weight and can_distil_heads(student, teacher, own_size=True):
+                weights["head_weight"] = config.head_weight
         how = {"adapter": True, "own_size": True, "imitation": config.method.imitation}
         distiller = Distiller(student, teacher, **weights, **how)
         distiller.calibrate(self.context.probe())

@@ -10,11 +10,12 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 from jdkd.detect.architecture import architecture_of
 from jdkd.detect.checkpoint import WEIGHTS
-from jdkd.detect.input_size import require_visible
+from jdkd.detect.input_size import require_resizing, require_visible
 from jdkd.errors import InputError
 from jdkd.execution import Journal, executor
 from jdkd.files import read_as, write_json
@@ -34,6 +35,7 @@ from jdkd.search.strategy import Strategy
 from jdkd.search.teachers import given_pool, grown_pool, remember, require_teachers, require_there, write_teachers
 from jdkd.search.timing import Timing
 from jdkd.train.checkpoint import CHECKPOINT
+from jdkd.train.record import trained_at
 
 GENERATION, TABLE, SPENT = "generation.json", "latency_table.json", "spent.json"
 UNSTEADY = 0.05  # by which the base may differ from itself; our choice: about two thirds of our searches stayed within
@@ -57,6 +59,8 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
     run = RunFolder(config.out)
     known = run.require("search", resume=config.resume)
     require_there(config)
+    if config.train_sizes is None:
+        config = replace(config, train_sizes=trained_at(config.base))
     context = open_context(config, progress or (lambda *state: None))
     if known is not None:
         run.require("search", context.identity(), resume=True)
@@ -70,6 +74,7 @@ def search(config: SearchConfig, progress: ProgressCallback | None = None) -> di
     if found is None:
         context.require_pyramid()
         require_visible(context.base, context.image_sizes, "the base")
+        require_resizing(context.base, config.train_sizes)
         require_teachers(context)
     budget = plan(config, context.steps)
     given = config.teacher_pool and given_pool(config.teacher_pool, context)

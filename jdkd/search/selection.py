@@ -4,9 +4,7 @@ What a detector was trained on flatters it. The base knows all training images, 
 result may rest on any of them, or on an image that the other rests on.
 """
 
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,6 @@ from jdkd.data.copies import SHOWN, copies, say_copies
 from jdkd.errors import InputError
 from jdkd.files import sha256_of
 from jdkd.notices import say_once
-from jdkd.run_folder import RunFolder
 
 REMEDY = "give more of them, or others to select on with --selection-images and --selection-annotations"
 EXAMPLES = 6  # images that a report shows
@@ -102,18 +99,6 @@ def say_if_trained_elsewhere(what: str, trained_on: str | None, train: CocoDetec
             f"{what} {was} {train.split.annotations}; if it saw images that select or report, its scores there "
             "flatter it."
         )
-
-
-def trained_on(detector: Path) -> str | None:
-    """Fingerprint of the images that a detector was trained on, where its training or its search recorded it.
-
-    Args:
-        detector: its folder; a student's lies in that of its search, which has the record.
-    """
-    for folder in (detector, detector.resolve().parent):
-        with suppress(InputError, KeyError, TypeError):  # no record, or one of something else
-            return RunFolder(folder).read()["identity"]["data"]["train"]
-    return None
 
 
 def _halves(val: CocoDetectionDataset) -> tuple[list[int], list[int]]:

@@ -16,7 +16,7 @@ from jdkd.pool.members import BASE
 from jdkd.search.budget import Plan
 from jdkd.search.config import SearchConfig
 from jdkd.search.context import SearchContext
-from jdkd.search.selection import say_if_trained_elsewhere, trained_on
+from jdkd.search.selection import say_if_trained_elsewhere
 from jdkd.train import DivergenceError
 
 TEACHERS, POOL_SEED = "teachers.json", 100

@@ -257,6 +257,23 @@ def test_the_teacher_runs_once_for_the_same_images_if_told_to(reuse, calls):
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_what_is_kept_is_not_taken_for_the_same_images_at_other_sizes_in_a_batch_of_the_same_shape(student, teacher):
+    images, targets = batch(2, 9), [{"boxes": torch.tensor([[8.0, 8, 40, 40]]), "labels": torch.tensor([1])}] * 2
+    student.transform.min_size = (32, 64)  # drawn for each image
+    losses = {}
+    for reuse in (True, False):
+        with Distiller(student, teacher, reuse=reuse) as distiller:
+            sizes: list = []
+            hook = student.transform.register_forward_hook(lambda *given, to=sizes: to.append(given[-1][0].image_sizes))
+            torch.manual_seed(0)
+            for _ in range(8):
+                student(images, targets)
+                losses.setdefault(reuse, []).append(distiller.losses()["loss_pkd"].item())
+            hook.remove()
+    assert [(32, 32), (64, 64)] in sizes and [(64, 64), (32, 32)] in sizes
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
 def test_what_is_kept_of_one_batch_is_not_taken_for_that_of_another_whose_forward_failed_first():
     student, teacher = PyramidDetector(4, P2_TO_P5), PyramidDetector(4, P2_TO_P5, seed=1)
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from jdkd.data import batches
 from jdkd.detect import load, read
+from jdkd.detect.input_size import training_sizes
 from jdkd.errors import InputError
 from jdkd.pool import (
     PHASES,
@@ -157,15 +158,29 @@ def test_a_space_ascends_to_the_whole(depths, widths):
         Space(depths, widths)
 
 
+class Silent:
+    """In place of a distiller, one that teaches nothing."""
+
+    class runner:
+        enabled = True
+
+    def losses(self):
+        return {"taught": torch.zeros(())}
+
+
+def test_all_of_a_step_see_images_of_the_sizes_that_were_drawn_for_it(pool, digits):
+    model, sizes = pool.supernet.model.train(), []
+    losses = _losses(pool.supernet, Silent(), Phase("full", 1.0, 0.5, 2, 1.0, True), seed=1)
+    images, targets = next(batches(digits[0], batch_size=4, steps=1, seed=0))
+    hook = model.transform.register_forward_hook(lambda *given: sizes.append(tuple(given[-1][0].image_sizes)))
+    with training_sizes(model, (32, 48, 64)):
+        steps = [[*losses(images, targets, step)] and sizes[-4:] for step in range(3)]
+    hook.remove()
+    assert [len({*step}) for step in steps] == [1, 1, 1] and len({*sizes}) == 3, "anew for each step"
+
+
 @pytest.mark.parametrize(("subnets", "sandwich"), [(2, False), (0, True), (2, True)])
 def test_a_step_trains_the_largest_then_the_smallest_where_asked_then_what_is_drawn(pool, digits, subnets, sandwich):
-    class Silent:
-        class runner:
-            enabled = True
-
-        def losses(self):
-            return {"taught": torch.zeros(())}
-
     phase = Phase("full", 1.0, 0.5, subnets, 1.0, sandwich)
     losses, open_now = _losses(pool.supernet, Silent(), phase, seed=1), pool.space.top_fraction(0.5)
     pool.supernet.model.train()

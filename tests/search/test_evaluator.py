@@ -57,7 +57,7 @@ def test_who_has_taught_is_as_before_for_the_next(context):
         return hooks, [parameter.requires_grad for parameter in teacher.parameters()], [*vars(teacher)]
 
     before, weights = facts(), copy.deepcopy(teacher.state_dict())
-    with Evaluator(context, None)._taught(student, teacher) as given:
+    with Evaluator(context, None)._taught(student, teacher, None) as given:
         (losses,) = given["losses"](*next(context.probe()), 0)
         sum(losses.values()).backward()
     assert facts() == before and any(parameter.grad is not None for parameter in student.parameters())
