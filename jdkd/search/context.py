@@ -27,7 +27,7 @@ from jdkd.latency.runtimes import Runtime, require_runnable
 from jdkd.latency.table import LatencyTable
 from jdkd.latency.versions import measure_table
 from jdkd.morph.gradients import smallest_loss
-from jdkd.notices import ProgressCallback
+from jdkd.notices import ProgressCallback, say_once
 from jdkd.pool.elastic_pool import POOL
 from jdkd.pool.shrinking import calibrate
 from jdkd.search.archive import Candidate
@@ -139,7 +139,16 @@ class SearchContext:
         matter. Elsewhere it is of their sum: by each over itself a student of photographs was worse, in one search.
         """
         asked = self.config.method.relative
-        return smallest_loss(self.base, self.weighing) < BY_HEART if asked is None else asked
+        if asked is not None:
+            return asked
+        share = smallest_loss(self.base, self.weighing)
+        if share < BY_HEART and not self.config.train_sizes and self.resolutions:
+            say_once(
+                f"the base knows its training images by heart (one of its losses on them is {share:.1g} of the largest), "
+                "so that they teach little more as they are; base and students may find far more if the images are "
+                "shown to them at several sizes (--train-sizes of train and search)."
+            )
+        return share < BY_HEART
 
     def _batches(self, count: int = PROBE_BATCHES) -> Iterator[Any]:
         config = self.config

@@ -21,12 +21,16 @@ def test_a_student_is_trained_on_from_its_end_for_as_long_as_its_lineage(tmp_pat
     monkeypatch.setattr(longer, "load", lambda folder, device: torch.nn.Identity())
     monkeypatch.setattr(longer, "evaluate", lambda model, images, **how: SimpleNamespace(map=0.72))
     row = longer.row("digit_scenes_deep", tmp_path, 3)
-    ((command, *words),) = asked
+    several = longer.row("digit_scenes_deep", tmp_path, 3, (48, 64))
+    (command, *words), (_, *at) = asked
+    first = at.index("--train-sizes") + 1
+    assert at[first : first + 2] == ["48", "64"] and at[at.index("--out") + 1] == tmp_path / "longer-48-64-3"
     given = dict(zip(words[0:-1:2], words[1::2], strict=True))
     assert command == "train" and words[-1] == "--resume" and given["--out"] == tmp_path / "longer-3"
     assert given["--model"] == tmp_path / "search-3" / "student" and given["--steps"] == 40 and given["--seed"] == 3
-    assert longer.table([row | {"longer": 0.1}, row]).splitlines()[2:] == [
-        "| digit_scenes_deep | 3 | 0.700 | 0.750 | 0.600 | 40 | 0.720 | 80 |"
+    assert longer.table([row | {"longer": 0.1}, row, several]).splitlines()[2:] == [
+        "| digit_scenes_deep | 3 | 0.700 | 0.750 | 0.600 | 40 | 0.720 | 80 | its own |",
+        "| digit_scenes_deep | 3 | 0.700 | 0.750 | 0.600 | 40 | 0.720 | 80 | 48 64 |",
     ]
 
 

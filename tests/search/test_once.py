@@ -2,7 +2,7 @@
 
 import json
 import random
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +12,7 @@ import torch
 from jdkd.data import batches
 from jdkd.detect import load, save
 from jdkd.morph import channel_importance
+from jdkd.notices import Notice
 from jdkd.search import Archive, Method, Proposal, plan, screening, strategy
 from jdkd.search.archive import ARCHIVE
 from jdkd.search.budget import Rung
@@ -43,7 +44,11 @@ def test_losses_count_over_themselves_where_the_base_knows_its_images_by_heart(
 ):
     monkeypatch.setattr("jdkd.search.context.smallest_loss", lambda model, batches: smallest)
     here = replace(context, config=replace(context.config, method=Method(relative=asked)))
-    assert here.relative is relative
+    by_heart = smallest == 1e-5
+    with pytest.warns(Notice, match=r"by heart .*1e-05.*--train-sizes") if by_heart else nullcontext():
+        assert here.relative is relative
+    several = replace(here, config=replace(here.config, train_sizes=(48, 64)))
+    assert several.relative is relative, "and nothing is said"
     found = Parent(parent.candidate, parent.table, here).importance
     wanted = channel_importance(parent.model, parent.topology, "taylor", context.weighing, relative=relative)
     assert found.keys() == wanted.keys() and all(map(torch.equal, found.values(), wanted.values()))
