@@ -144,9 +144,9 @@ class SearchContext:
         share = smallest_loss(self.base, self.weighing)
         if share < BY_HEART and not self.config.train_sizes and self.resolutions:
             say_once(
-                f"the base knows its training images by heart (one of its losses on them is {share:.1g} of the largest), "
-                "so that they teach little more as they are; base and students may find far more if the images are "
-                "shown to them at several sizes (--train-sizes of train and search)."
+                f"the base knows its training images by heart (one of its losses on them is {share:.1g} of the "
+                "largest), so that they teach little more as they are; base and students may find far more if the "
+                "images are shown to them at several sizes (--train-sizes of train and search)."
             )
         return share < BY_HEART
 

@@ -18,6 +18,7 @@ from jdkd.search.config import SearchConfig
 from jdkd.search.context import SearchContext
 from jdkd.search.selection import say_if_trained_elsewhere
 from jdkd.train import DivergenceError
+from jdkd.train.record import trained_on
 
 TEACHERS, POOL_SEED = "teachers.json", 100
 
