@@ -169,8 +169,8 @@ class SearchConfig:
             raise InputError("teaching is 'given', and no teachers are; give their folders, or teach otherwise.")
         if self.workers and self.ray is not None:
             raise InputError("workers and ray are both given; the candidates are trained by one of them.")
-        how = {"batch_size": self.batch_size, "lr": self.lr, "amp": self.amp, "workers": self.loaders}
-        TrainConfig(1, sizes=self.train_sizes or None, **how)
+        sizes = self.train_sizes or None
+        TrainConfig(1, batch_size=self.batch_size, lr=self.lr, amp=self.amp, workers=self.loaders, sizes=sizes)
 
     @property
     def pool(self) -> Path:
