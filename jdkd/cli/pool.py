@@ -56,7 +56,7 @@ class PoolTrain:
     """Images per step, of each process."""
     lr: float = 2e-3
     """Peak learning rate; phases scale it."""
-    train_sizes: tuple[int, ...] | None = None
+    train_sizes: tuple[int, ...] = ()
     """Short sides in pixels, one of which each image is resized to while training [as of the base]."""
     feature_weight: float = 6.0
     """Weight of PKD from the frozen largest network to the subnets."""
@@ -117,8 +117,7 @@ class PoolTrain:
         from jdkd.train.record import trained_at
 
         phases = PHASES if self.phases is None else read_phases(self.phases)
-        sizes = trained_at(self.base) if self.train_sizes is None else self.train_sizes
-        training = self.training.config(train, **vars(self), sizes=sizes or None)
+        training = self.training.config(train, **vars(self), sizes=self.train_sizes or trained_at(self.base) or None)
         config = PoolTrainConfig(training, phases, self.feature_weight, self.head_weight)
         if self.steps < (least := sum(phase.passes for phase in config.phases)):
             raise InputError(f"--steps is {self.steps}; give at least {least}, a step of every phase.")

@@ -66,7 +66,7 @@ class Search:
     """Images per step."""
     lr: float = 2e-3
     """Peak learning rate."""
-    train_sizes: tuple[int, ...] | None = None
+    train_sizes: tuple[int, ...] = ()
     """Short sides in pixels of training images, of students with a smaller input in proportion [as of the base]."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
     """Mixed precision; auto: on a GPU."""
@@ -96,7 +96,7 @@ class Search:
         (train, val), selection = self.source.splits(), self._selection()
         settings = {field.name for field in dataclasses.fields(SearchConfig)} & vars(self).keys()
         given = {name: getattr(self, name) for name in settings} | {"device": resolve_device(self.device)}
-        given |= {"targets": self._targets(), "control": not self.no_control}
+        given |= {"targets": self._targets(), "control": not self.no_control, "train_sizes": self.train_sizes or None}
         command = ("jdkd", *sys.argv[1:])
         config = SearchConfig(**given, train=train, val=val, selection=selection, command=command)
         run, mirrors = RunFolder(self.out), Mirrors(self.out, self.optuna, self.tensorboard)

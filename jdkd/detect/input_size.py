@@ -105,7 +105,8 @@ def training_sizes(model: nn.Module, sizes: Sequence[int] | None) -> Iterator[No
 
     Args:
         model: a detector with torchvision's transform.
-        sizes: short sides in pixels, up to the limit of the long one; None changes nothing.
+        sizes: short sides in pixels; where they are above the detector's own, the limit of the long side grows with
+            the largest. None changes nothing.
 
     Raises:
         InputError: it has no such transform, or resizes to one fixed size.
@@ -116,7 +117,8 @@ def training_sizes(model: nn.Module, sizes: Sequence[int] | None) -> Iterator[No
         return
     transform = input_transform(model)
     own = transform.min_size, transform.max_size
-    transform.min_size, transform.max_size = tuple(sizes), max(own[1], *sizes)
+    limit = round(own[1] * max(sizes) / input_size(model)[0])
+    transform.min_size, transform.max_size = tuple(sizes), max(own[1], limit, *sizes)
     try:
         yield
     finally:

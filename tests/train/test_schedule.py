@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from jdkd.detect.input_size import training_sizes
 from jdkd.errors import InputError
 from jdkd.train import DivergenceError, TrainConfig, fit
 from jdkd.train.schedule import named_schedule
@@ -63,6 +64,14 @@ def test_images_are_resized_to_all_of_the_sizes_and_the_detector_stays_as_it_was
     fit(model, scenes, TrainConfig(steps=3, batch_size=3, sizes=(48, 64, 112), gamma_l1=0.0), **CPU)
     watched.remove()
     assert seen == {48, 64, 112} and (model.transform.min_size, model.transform.max_size) == before
+
+
+def test_images_that_are_not_square_grow_to_the_largest_size_beyond_the_limit_of_the_long_side(model):
+    model.transform.min_size, model.transform.max_size = (60,), 80
+    for sizes, expected in (((90,), (90, 120)), ((30,), (30, 40))):
+        with training_sizes(model, sizes):
+            assert model.train().transform([torch.zeros(3, 60, 80)])[0].image_sizes == [expected]
+    assert model.eval().transform([torch.zeros(3, 60, 80)])[0].image_sizes == [(60, 80)]
 
 
 def test_sizes_are_refused_where_images_stay_as_they_are(scenes, tmp_path):
