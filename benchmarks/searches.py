@@ -24,6 +24,7 @@ NAMES = (  # what searches are of, in the order of the pages; benchmarks.proof.R
     "digit_scenes_128",
     "digit_scenes_deep",
     "digit_scenes_deep_long",
+    "digit_scenes_deep_sizes",
     "digit_scenes_deep_front",
     "digit_scenes_r50",
     "blood_cells_deep",
