@@ -12,7 +12,8 @@ from jdkd.data.copies import copies
 from jdkd.errors import InputError
 from jdkd.notices import Notice
 from jdkd.run_folder import RunFolder
-from jdkd.search.selection import divide, say_if_trained_elsewhere, trained_on
+from jdkd.search.selection import divide, say_if_trained_elsewhere
+from jdkd.train.record import trained_on
 
 
 @pytest.fixture
